@@ -1,0 +1,57 @@
+"""Everything that FICPD raises on purpose.
+
+```
+FicpdError
+├── ConfigError        the experiment's TOML or --set: unknown key, unknown name, value out of range
+├── DataError          a file, row or column of the records
+├── BackboneError      weights that cannot be had, a prompt that does not fit, another fingerprint
+├── CodecError         bytes that are not an update: truncated, wrong shape or type, not finite, too large
+├── LibraryError       a prompt library that cannot be read or used here
+└── RunError           a run directory that cannot be started or resumed
+```
+
+Each message says what was given, what was expected, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FicpdError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(FicpdError):
+    pass
+
+
+class DataError(FicpdError):
+    pass
+
+
+class BackboneError(FicpdError):
+    pass
+
+
+class CodecError(FicpdError):
+    pass
+
+
+class LibraryError(FicpdError):
+    pass
+
+
+class RunError(FicpdError):
+    pass
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist, with the nearest one that does.
+
+    >>> unknown("method", "fedvag", ["fedavg", "local"])
+    "unknown method 'fedvag'; did you mean 'fedavg'? Known: fedavg, local"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {given!r}{hint} Known: {', '.join(known)}"

@@ -1,0 +1,358 @@
+"""The values that travel and the seams they travel through.
+
+Shapes are suffixes: K candidate prompts, B records, R rows (K x B of all clients), S sequences (a row has one or
+several), T positions, P virtual tokens (with the head rows, if the prompt has any), D width of the backbone, C answers.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+JSON = Any
+Score = dict[str, float]
+
+# ---------------------------------------------------------------- values: records and what a backbone reads of them
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example as its owner wrote it.
+
+    `key` says where it came from (`ratings.csv row 17`): errors name it. `fields` are keyed by role: `text`, `text_pair`,
+    `target`, later `options`, `image`, `references`; columns that a partition uses keep their own name.
+    """
+
+    key: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Item:
+    """One sequence that a backbone reads. Its identity is the key under which its lower layers' output is kept.
+
+    `scored` > 0 asks for the likelihood of the last `scored` positions instead of a feature at the reading position.
+    """
+
+    content: Tensor
+    length: int
+    scored: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B records, encoded, and where a prompt joins them.
+
+    `items` has one tuple per record: one sequence, or one per candidate answer. `targets` is [B], or None when they are
+    not known. `readout_CD` turns features into scores. `extra` holds further per-record tensors ([B, ...]) for a loss
+    of one's own, such as a teacher's outputs.
+    """
+
+    task: "Task"
+    items: tuple[tuple[Item, ...], ...]
+    targets: Tensor | None
+    readout_CD: Tensor | None
+    enters_at: int
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def take(self, index: Sequence[int] | Tensor) -> "Batch":
+        """The records at these places, in this order."""
+        places = index.tolist() if isinstance(index, Tensor) else list(index)
+        rows = torch.as_tensor(places, dtype=torch.long)
+        return replace(
+            self,
+            items=tuple(self.items[i] for i in places),
+            targets=None if self.targets is None else self.targets[rows],
+            extra={name: value[rows] for name, value in self.extra.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What enters a layer: `states_STD`, and `mask_ST` (True where there is a token). `items` tell how to read it."""
+
+    states_STD: Tensor
+    mask_ST: Tensor
+    items: Sequence[Item]
+
+    @staticmethod
+    def of(states: Sequence[Tensor], items: Sequence[Item], left: bool = False) -> "Hidden":
+        """Pad ragged [T, D] states; on the left for a causal backbone, so that the last position is in one column."""
+        lengths = torch.tensor([len(s) for s in states])
+        states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
+        places = torch.arange(states_STD.shape[1])
+        mask_ST = places >= states_STD.shape[1] - lengths[:, None] if left else places < lengths[:, None]
+        return Hidden(states_STD, mask_ST.to(states_STD.device), items)
+
+    def joined(self, prompts_SPD: Tensor) -> tuple[Tensor, Tensor]:
+        """States and mask with each sequence's own prompt in front."""
+        states = torch.cat([prompts_SPD.to(self.states_STD.dtype), self.states_STD], dim=1)
+        return states, torch.cat([self.mask_ST.new_ones(prompts_SPD.shape[:2]), self.mask_ST], dim=1)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a backbone says of R rows, always float32 and always one row each.
+
+    `features_RD`: at the reading position. `scores_RN`: mean log-likelihood per token of each candidate's scored
+    positions (None if no row has any; `-inf` where a row has fewer candidates). `readout_RCD`: the readout that
+    travelled with the prompt, when it did.
+    """
+
+    features_RD: Tensor
+    scores_RN: Tensor | None = None
+    readout_RCD: Tensor | None = None
+
+    def take(self, rows: Tensor) -> "Outputs":
+        return Outputs(*(None if t is None else t[rows.to(t.device)] for t in self.parts()))  # type: ignore[arg-type]
+
+    def parts(self) -> tuple[Tensor | None, ...]:
+        return self.features_RD, self.scores_RN, self.readout_RCD
+
+
+# ---------------------------------------------------------------- values: prompts, questions and what is sent
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is tuned, sent, clustered, kept: float32 [P, D].
+
+    `backbone` is a fingerprint: prompts of different backbones or layers never mix. `enters_at` is the layer whose
+    input the virtual tokens join (0: ordinary prompt tuning). The last `head_rows` rows are no virtual tokens but the
+    readout of a task that tunes one; they travel, are clipped and noised like the rest.
+    """
+
+    vectors_PD: Tensor
+    backbone: str
+    enters_at: int = 0
+    head_rows: int = 0
+
+    def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
+        return replace(self, vectors_PD=vectors_PD.detach().to(torch.float32))
+
+
+class Query(NamedTuple):
+    """A question to the backbone: K candidate prompts on B records. The only thing a client ever asks.
+
+    `loss` is a per-row loss of one's own, `(Outputs, Batch) -> [R]`; None means the task's.
+    """
+
+    prompts_KPD: Tensor
+    batch: Batch
+    grad: bool = False
+    outputs: bool = False
+    loss: Callable[[Outputs, Batch], Tensor] | None = None
+
+
+class Answer(NamedTuple):
+    """One loss per candidate and record and, if asked for, one gradient or one output. Never reduced over records."""
+
+    loss_KB: Tensor
+    grad_KBPD: Tensor | None = None
+    outputs_KB: Outputs | None = None  # K x B rows, candidate by candidate
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Server to client: what to start from."""
+
+    method: str
+    round: int
+    arrays: Mapping[str, Tensor]
+    facts: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Client to server. A method returns one; only what `Mechanism.release` let through is ever encoded."""
+
+    client: str
+    arrays: Mapping[str, Tensor]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClientCard:
+    """What everybody may know of a client: its name and public metadata, nothing that depends on records."""
+
+    name: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a method's server half knows between two rounds: tensors and JSON, so that every round is a checkpoint."""
+
+    arrays: Mapping[str, Tensor]
+    facts: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method starts from: the shared start prompt (derived from public text and seed), clients, planned rounds."""
+
+    start: Prompt
+    clients: Sequence[ClientCard]
+    num_rounds: int
+    seed: int
+
+
+# ---------------------------------------------------------------- seams: protocols of two to seven methods
+
+
+class Backbone(Protocol):
+    """The frozen model. Contract: rows never see each other; no dropout; padding is masked; no state between calls."""
+
+    name: str
+    fingerprint: str
+    width: int
+    depth: int
+    max_tokens: int
+    gives_gradients: bool
+    device: torch.device
+
+    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+        """Encode one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
+
+        Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut.
+        """
+        ...
+
+    def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
+        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens)."""
+        ...
+
+    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+        """A tuned head's rows as a readout; the inverse of what `start` stores for it."""
+        ...
+
+    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer."""
+        ...
+
+    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+        """The layers under the prompt's entry, [T, D] per item, unpadded: no prompt, no gradient, computed once, kept."""
+        ...
+
+    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+        """The prompt and the rest, one row per item (`scores_RN` has one column)."""
+        ...
+
+    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Continue texts with the prompt in front. Raises `BackboneError` where the backbone cannot write."""
+        ...
+
+
+class Task(Protocol):
+    """What a record means: how it is encoded, what is lost, predicted and scored."""
+
+    head_rows: int
+
+    def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch: ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """[R]: one loss per row, never reduced."""
+        ...
+
+    def predict(self, outputs: Outputs, batch: Batch) -> list: ...
+
+    def targets(self, records: Sequence[Record]) -> list:
+        """The truths to score predictions against, in `predict`'s own form."""
+        ...
+
+    def score(self, predictions: Sequence, targets: Sequence) -> Score: ...
+
+    def describe(self) -> Mapping[str, JSON]:
+        """The task's configuration, enough to build it again for a library's user."""
+        ...
+
+
+class Mechanism(Protocol):
+    """Noise and its price in one object. `mean` is where records meet; `release` is where a client meets the world."""
+
+    unit: Literal["none", "record", "client"]
+
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: torch.Generator) -> list[Tensor]:
+        """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""
+        ...
+
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: torch.Generator) -> Tensor:
+        """[K, B, ...] to [K, ...]: the only average over records in the package."""
+        ...
+
+    def release(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate: ...
+
+    def guarantee(self) -> Mapping[str, JSON]:
+        """The run's `privacy` block: unit, epsilon, delta."""
+        ...
+
+
+class ClientSide(Protocol):
+    """What a method sees of the client it runs at; `clients.Client` is the one that exists."""
+
+    id: str
+
+    @property
+    def weight(self) -> float: ...
+    @property
+    def kept(self) -> dict[str, Tensor]: ...
+    def batches(self, order: Assignment, steps: int) -> Iterator[Batch]: ...
+    def mean(self, values_KB: Tensor) -> Tensor: ...
+
+
+class Model(Protocol):
+    """The one place where the backbone runs, as the server's half of a method may call it."""
+
+    backbone: Backbone
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer]: ...
+
+
+class Method(Protocol):
+    """One paper, both halves, one file. A method's `pools_data` says that it is the centralised upper line."""
+
+    name: str
+    pools_data: bool
+    trains: bool
+
+    def init(self, setup: Setup) -> State: ...
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment: ...
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the arrays of every update: what the codec checks arriving bytes against."""
+        ...
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: "Model") -> State: ...
+    def prompt(self, state: State) -> Tensor | None:
+        """[P, D] for anyone; None if the method leaves nothing that all share."""
+        ...
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        """[P, D] that this client would use, given what the server would send it now."""
+        ...
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        """The prompts worth keeping in a library, each [P, D], by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from one client: encoded bytes, or why there are none."""
+
+    client: str
+    body: bytes | None
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """One verb. Bytes go out and bytes come back, so every engine counts the same and the server trusts nobody."""
+
+    def clients(self) -> Sequence[ClientCard]: ...
+    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]: ...
