@@ -195,11 +195,12 @@ class State:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method starts from: the shared start prompt (derived from public text and seed), clients, planned rounds."""
+    """What a method starts from: the shared start prompt (derived from public text and seed), clients, rounds, clients a round."""
 
     start: Prompt
     clients: Sequence[ClientCard]
     num_rounds: int
+    cohort: int
     seed: int
 
 
@@ -294,15 +295,15 @@ class Mechanism(Protocol):
 
 
 class ClientSide(Protocol):
-    """What a method sees of the client it runs at; `clients.Client` is the one that exists."""
+    """What a method sees of the client it runs at, for the length of one order (`clients.Visit`)."""
 
     id: str
+    weight: float
+    """Its share in an average: the record count where no privacy is asked, else 1."""
+    kept: dict[str, Tensor]
+    """What stays at the client between rounds; written back only if the order is carried out to its end."""
 
-    @property
-    def weight(self) -> float: ...
-    @property
-    def kept(self) -> dict[str, Tensor]: ...
-    def batches(self, order: Assignment, steps: int) -> Iterator[Batch]: ...
+    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def mean(self, values_KB: Tensor) -> Tensor: ...
 
 

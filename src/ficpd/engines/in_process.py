@@ -1,0 +1,44 @@
+"""All clients in this process, in lock step: the simulation, and the fastest way to compare methods."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ficpd.clients import Client, participate
+from ficpd.codec import decode_assignment, encode_update
+from ficpd.compute import Compute, drive_many
+from ficpd.types import ClientCard, ClientUpdate, Method, Reply
+
+
+class Config(BaseModel):
+    """`lock_step`: how many clients share a forward; more is faster until memory ends."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    lock_step: int = Field(64, ge=1)
+
+
+def build(config: Config, method: Method, clients: Mapping[str, Client], model: Compute) -> "InProcess":
+    return InProcess(config, method, clients, model)
+
+
+class InProcess:
+    """Holds the clients' generators and answers one query of each at a time."""
+
+    def __init__(self, config: Config, method: Method, clients: Mapping[str, Client], model: Compute):
+        self.config, self.method, self.members, self.model = config, method, clients, model
+
+    def clients(self) -> Sequence[ClientCard]:
+        return [client.card for client in self.members.values()]
+
+    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+        """A client's error is its reply; the others go on. Raises `CodecError` only for an order of its own making."""
+        names, fingerprint = list(orders), self.model.backbone.fingerprint
+        for first in range(0, len(names), self.config.lock_step):
+            cohort = names[first : first + self.config.lock_step]
+            decoded = {name: decode_assignment(orders[name], fingerprint) for name in cohort}
+            works = {name: participate(self.method, self.members[name], decoded[name]) for name in cohort}
+            for name, result in drive_many(self.model, works):
+                if isinstance(result, ClientUpdate):
+                    yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
+                else:
+                    yield Reply(name, None, f"{type(result).__name__}: {result}")

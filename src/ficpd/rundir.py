@@ -1,0 +1,80 @@
+"""A run's directory: what is in it, and that it is never left half written.
+
+    experiment.toml   the whole experiment, resolved
+    checkpoint        the state after the last finished round, what clients keep, the rounds so far
+    rounds.jsonl      one line a round
+    result.json       the outcome; its presence says that the run is finished
+    library/          the prompt library
+    report.md         the table
+    baselines/NAME/   the same for each baseline
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ficpd import codec
+from ficpd.errors import CodecError, RunError
+from ficpd.federate import Round
+from ficpd.types import State
+
+KEPT = "kept:"
+
+
+class RunDir:
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def open(self, experiment_toml: str, resume: bool) -> None:
+        """Claim the directory. A directory with another experiment, or one already begun, is an error unless resumed."""
+        file = self.path / "experiment.toml"
+        if file.exists() and not resume:
+            raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
+        if not file.exists() and self.path.exists() and any(self.path.iterdir()):
+            raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
+        if file.exists() and file.read_text() != experiment_toml:
+            raise RunError(f"{file} is another experiment than the one given; resume without changes, or choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write("experiment.toml", experiment_toml)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(target.name + ".writing")
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+        return target
+
+    def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
+        """The checkpoint is the truth; `rounds.jsonl` is written from it."""
+        arrays = {**state.arrays, **{KEPT + name: array for name, array in kept.items()}}
+        extra = {"rounds": [asdict(done) for done in rounds], "totals": dict(totals)}
+        self.write("checkpoint", codec.encode_state(State(arrays, state.facts), extra))
+        self.write("rounds.jsonl", "".join(json.dumps(asdict(done)) + "\n" for done in rounds))
+
+    def load(self) -> tuple[State, dict[str, Tensor], list[Round], dict[str, Any]] | None:
+        """What `save` saved last, or None if no round was finished."""
+        file = self.path / "checkpoint"
+        if not file.exists():
+            return None
+        try:
+            state, extra = codec.decode_state(file.read_bytes())
+        except CodecError as error:
+            raise RunError(f"{file} cannot be read: {error}. Delete it to begin anew") from error
+        kept = {name.removeprefix(KEPT): a for name, a in state.arrays.items() if name.startswith(KEPT)}
+        arrays = {name: array for name, array in state.arrays.items() if not name.startswith(KEPT)}
+        return State(arrays, state.facts), kept, [Round(**line) for line in extra["rounds"]], extra["totals"]
+
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's outcome, or None."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.exists() else None

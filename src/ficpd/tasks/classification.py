@@ -1,0 +1,91 @@
+"""Classification: accuracy and macro F1. Answers are the labels' texts, so an unseen label set needs no new head."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd.errors import DataError, unknown
+from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
+
+
+class Config(BaseModel):
+    """`labels`: each label as the data spells it, with the text that stands for it. `instruction`: what frames the
+    answer; a causal backbone reads it after the text, an encoder before each label text. `tuned_head`: the label texts'
+    embeddings are tuned too and travel as the prompt's last rows (such a prompt serves no other label set).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    labels: dict[str, str] = Field(min_length=2)
+    instruction: str = ""
+    tuned_head: bool = False
+
+
+def build(config: Config) -> "Classification":
+    return Classification(config)
+
+
+class Classification:
+    def __init__(self, config: Config):
+        self.config, self.names = config, list(config.labels)
+        self.head_rows = len(self.names) if config.tuned_head else 0
+        self._readouts: dict[str, Tensor | None] = {}
+
+    def readout(self, backbone: Backbone) -> Tensor | None:
+        """[C, D] of the label texts, computed once per backbone."""
+        if backbone.fingerprint not in self._readouts:
+            texts = list(self.config.labels.values())
+            self._readouts[backbone.fingerprint] = backbone.readout(self.config.instruction, texts)
+        return self._readouts[backbone.fingerprint]
+
+    def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
+        readout, room = self.readout(backbone), len(prompt.vectors_PD) - prompt.head_rows
+        answers = [None] if readout is not None else list(self.config.labels.values())
+        items = tuple(
+            tuple(
+                backbone.read(r.fields["text"], r.fields.get("text_pair"), self.config.instruction, answer, room)
+                for answer in answers
+            )
+            for r in records
+        )
+        known = all(r.fields.get("target") is not None for r in records)
+        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if known else None
+        return Batch(self, items, targets, readout, prompt.enters_at)
+
+    def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """[R, C]: features against the readout, or the answers' mean log-likelihoods."""
+        if outputs.readout_RCD is not None:
+            return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
+        if batch.readout_CD is not None:
+            return outputs.features_RD @ batch.readout_CD.T
+        assert outputs.scores_RN is not None
+        return outputs.scores_RN[:, : len(self.names)]
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        return F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
+
+    def predict(self, outputs: Outputs, batch: Batch) -> list[str]:
+        return [self.names[i] for i in self.logits(outputs, batch).argmax(-1).tolist()]
+
+    def targets(self, records: Sequence[Record]) -> list[str]:
+        return [self.names[self._index(record)] for record in records]
+
+    def score(self, predictions: Sequence[str], targets: Sequence[str]) -> Score:
+        f1 = f1_score(targets, predictions, labels=self.names, average="macro", zero_division=0.0)
+        return {"accuracy": float(accuracy_score(targets, predictions)), "f1": float(f1)}
+
+    def describe(self) -> Mapping[str, JSON]:
+        return {"name": "classification", **self.config.model_dump()}
+
+    def _index(self, record: Record) -> int:
+        label = str(record.fields["target"])
+        if label not in self.config.labels:
+            raise DataError(
+                f"{record.key}, column target: {unknown('label', label, self.names)}. Add it to task.labels with the "
+                "text that stands for it, or mend the record"
+            )
+        return self.names.index(label)

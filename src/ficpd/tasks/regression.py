@@ -1,0 +1,104 @@
+"""Regression: RMSE and Pearson's r. The number is read off between anchor texts whose values are known.
+
+prediction = Σ_m softmax(scores)_m · value_m. With two anchors that is one direction in feature space (from the low text
+to the high one), squashed into their range; the anchors' values calibrate it, so that no record is needed for it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scipy.stats import pearsonr
+from sklearn.metrics import root_mean_squared_error
+from torch import Tensor
+
+from ficpd.errors import DataError
+from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
+
+
+class Config(BaseModel):
+    """`anchors`: texts with their values, at least two different values; predictions lie between the extremes.
+    `tuned_head`: the direction is learned too, starting from the anchors, and travels as the prompt's last rows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    anchors: dict[str, float] = Field(min_length=2)
+    instruction: str = ""
+    tuned_head: bool = False
+
+    @field_validator("anchors")
+    @classmethod
+    def _spread(cls, anchors: dict[str, float]) -> dict[str, float]:
+        if len(set(anchors.values())) < 2:
+            raise ValueError("anchors need at least two different values")
+        return anchors
+
+
+def build(config: Config) -> "Regression":
+    return Regression(config)
+
+
+class Regression:
+    def __init__(self, config: Config):
+        self.config = config
+        self.values_C = torch.tensor(list(config.anchors.values()))
+        self.half_range = float(self.values_C.max() - self.values_C.min()) / 2
+        self.head_rows = len(self.values_C) if config.tuned_head else 0
+        self._readouts: dict[str, Tensor | None] = {}
+
+    def readout(self, backbone: Backbone) -> Tensor | None:
+        """[C, D] of the anchor texts, computed once per backbone."""
+        if backbone.fingerprint not in self._readouts:
+            readout = backbone.readout(self.config.instruction, list(self.config.anchors))
+            self._readouts[backbone.fingerprint] = readout
+        return self._readouts[backbone.fingerprint]
+
+    def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
+        readout, room = self.readout(backbone), len(prompt.vectors_PD) - prompt.head_rows
+        answers = [None] if readout is not None else list(self.config.anchors)
+        items = tuple(
+            tuple(
+                backbone.read(r.fields["text"], r.fields.get("text_pair"), self.config.instruction, answer, room)
+                for answer in answers
+            )
+            for r in records
+        )
+        known = all(r.fields.get("target") is not None for r in records)
+        targets = torch.tensor(self.targets(records), dtype=torch.float32) if known else None
+        return Batch(self, items, targets, readout, prompt.enters_at)
+
+    def values(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """[R]: the predicted numbers, in the target's own unit."""
+        if outputs.readout_RCD is not None:
+            scores_RC = torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
+        elif batch.readout_CD is not None:
+            scores_RC = outputs.features_RD @ batch.readout_CD.T
+        else:
+            assert outputs.scores_RN is not None
+            scores_RC = outputs.scores_RN[:, : len(self.values_C)]
+        return scores_RC.softmax(-1) @ self.values_C.to(scores_RC.device)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Squared error in units of half the anchors' range, so that a learning rate carries over between scales."""
+        assert batch.targets is not None
+        return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
+
+    def predict(self, outputs: Outputs, batch: Batch) -> list[float]:
+        return self.values(outputs, batch).tolist()
+
+    def targets(self, records: Sequence[Record]) -> list[float]:
+        return [self._number(record) for record in records]
+
+    def score(self, predictions: Sequence[float], targets: Sequence[float]) -> Score:
+        rmse = float(root_mean_squared_error(targets, predictions))
+        constant = len(set(targets)) < 2 or len(set(predictions)) < 2
+        return {"rmse": rmse} if constant else {"rmse": rmse, "pearson": float(pearsonr(targets, predictions)[0])}
+
+    def describe(self) -> Mapping[str, JSON]:
+        return {"name": "regression", **self.config.model_dump()}
+
+    def _number(self, record: Record) -> float:
+        target = record.fields["target"]
+        if isinstance(target, bool) or not isinstance(target, (int, float)):
+            raise DataError(f"{record.key}, column target: {target!r} is no number; a regression needs numbers")
+        return float(target)

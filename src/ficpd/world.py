@@ -1,0 +1,157 @@
+"""Everything an experiment describes, built: the backbone, the task, the start prompt, the clients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ficpd import seeds
+from ficpd.backbones import catalog, weights
+from ficpd.clients import Client
+from ficpd.compute import Compute
+from ficpd.data import sources
+from ficpd.data.partition import Shard, partition
+from ficpd.errors import BackboneError, ConfigError
+from ficpd.experiment import BackboneConfig, Experiment, PromptConfig, checked, settings
+from ficpd.registry import load
+from ficpd.speed import DTYPES, Choice, choose
+from ficpd.types import Backbone, ClientCard, Prompt, Task
+
+
+@dataclass(frozen=True)
+class World:
+    """`experiment` has every "auto" and every default resolved to what is really used."""
+
+    experiment: Experiment
+    task: Task
+    model: Compute
+    start: Prompt
+    shards: Mapping[str, Shard]
+
+    def clients(self, pooled: bool = False) -> dict[str, Client]:
+        """Fresh clients with nothing kept; `pooled`: one client that holds everybody's records."""
+        shards = {"everyone": _pool(self.shards)} if pooled else self.shards
+        module, config = settings("privacy", self.experiment.privacy)
+        return {
+            name: Client(
+                ClientCard(name, shard.metadata),
+                shard.train,
+                shard.test,
+                self.task,
+                self.model.backbone,
+                module.build(config),
+                self.start,
+                seeds.derive(self.experiment.seed, "private", name),
+            )
+            for name, shard in shards.items()
+        }
+
+
+def build_world(experiment: Experiment) -> World:
+    """Read the data before the weights are fetched: a wrong column should not cost a download."""
+    data = sources.read(experiment.data, experiment.seed)
+    shards = partition(experiment.partition, data, "target", experiment.seed)
+    module, config = settings("tasks", experiment.task)
+    task = module.build(config)
+    _check_targets(task, shards)
+    backbone, experiment = load_backbone(experiment)
+    start, experiment = start_prompt(experiment, task, backbone)
+    engine = experiment.engine
+    return World(experiment, task, Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), start, shards)
+
+
+def load_backbone(experiment: Experiment) -> tuple[Backbone, Experiment]:
+    """The backbone, and the experiment with dtype and attention as chosen for this machine."""
+    config, device = experiment.backbone, _device(experiment.engine.device)
+    kind, found = locate(config)
+    module = load("backbones", kind)
+    options = checked(module.Config, config.options, "backbone.options")
+
+    def build(choice: Choice) -> Backbone:
+        dtype = DTYPES[choice.dtype]
+        return module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
+
+    identity = config.name if found is None else found.sha256
+    choice = choose(build, identity, device, Choice(config.dtype, config.attention))
+    resolved = config.model_copy(update={"kind": kind, "dtype": choice.dtype, "attention": choice.attention})
+    return build(choice), experiment.model_copy(update={"backbone": resolved})
+
+
+def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
+    """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
+    if config.name == "tiny":
+        return "tiny", None
+    named = catalog.NAMED.get(config.name)
+    found = weights.resolve(named.weights if named else config.name)
+    return config.kind or (named.kind if named else catalog.kind_of(Path(found.folder))), found
+
+
+def start_prompt(experiment: Experiment, task: Task, backbone: Backbone) -> tuple[Prompt, Experiment]:
+    """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
+    config, defaults = experiment.prompt, catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth)
+    enters_at = defaults.enters_at if config.enters_at is None else config.enters_at
+    if enters_at >= backbone.depth:
+        raise ConfigError(
+            f"prompt.enters_at = {enters_at}: {backbone.name} has {backbone.depth} layers, so 0 to {backbone.depth - 1}"
+        )
+    text = None if config.init == "vocabulary" else config.text or start_text(task)
+    tokens_PD = backbone.start(text, config.num_tokens, enters_at, experiment.seed)
+    rms = float(tokens_PD.square().mean().sqrt())
+    vectors_PD = torch.cat([tokens_PD, _head_rows(task, backbone, rms)])
+    training = experiment.training
+    if training.learning_rate is None:
+        training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
+    prompt = config.model_copy(update={"enters_at": enters_at})
+    return (
+        Prompt(vectors_PD, backbone.fingerprint, enters_at, task.head_rows),
+        experiment.model_copy(update={"prompt": prompt, "training": training}),
+    )
+
+
+def start_text(task: Task) -> str:
+    """The task's own words: its instruction and its answers' texts."""
+    config = task.describe()
+    words = config.get("labels", {}).values() or config.get("anchors", {}).keys()
+    return " ".join([config.get("instruction", ""), *words]).strip()
+
+
+def build_task(description: Mapping[str, Any]) -> Task:
+    """A task from what `Task.describe` said of it."""
+    module, config = settings("tasks", description)
+    return module.build(config)
+
+
+def _head_rows(task: Task, backbone: Backbone, rms: float) -> torch.Tensor:
+    """The tuned readout's first rows: the answers' own, scaled to the prompt's RMS so that one rate fits both."""
+    if not task.head_rows:
+        return torch.zeros(0, backbone.width)
+    readout_CD = task.readout(backbone)  # type: ignore[attr-defined]
+    if readout_CD is None:
+        raise ConfigError("task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts")
+    rows_CD = readout_CD.float().cpu()
+    return rows_CD / rows_CD.square().mean(1, keepdim=True).sqrt() * rms
+
+
+def _pool(shards: Mapping[str, Shard]) -> Shard:
+    ordered = [shards[name] for name in sorted(shards)]
+    return Shard([r for s in ordered for r in s.train], [r for s in ordered for r in s.test], {})
+
+
+def _check_targets(task: Task, shards: Mapping[str, Shard]) -> None:
+    """Every label known and every number a number, before anything slow begins."""
+    for shard in shards.values():
+        task.targets([*shard.train, *shard.test])
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device = {name!r} is no device; write cpu or cuda") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise BackboneError(f"engine.device = {name!r} is not available here; --set engine.device=cpu")
+    return device
+
+

@@ -1,0 +1,359 @@
+"""Decoders of the Llama family, on a small random one; the slow tests at the end read and write with SmolLM2."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ficpd.backbones import catalog, causal_lm, weights
+from ficpd.backbones.causal_lm import CausalLM, Config
+from ficpd.errors import BackboneError
+from ficpd.types import Prompt
+
+CPU = torch.device("cpu")
+WORDS = "a the film was very good bad and long sentiment is positive negative not dull story but fine".split()
+TEXTS = ["the film was very good", "bad", "the story was long and dull but not bad"]
+ASK = "the sentiment is"
+SIZES = {
+    "vocab_size": 4 + len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.3,
+}
+FAMILY = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 40}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+}
+
+
+def write(folder: Path, family: str = "llama", begins: bool = False) -> Path:
+    config, model, more = FAMILY[family]
+    torch.manual_seed(3)
+    model(config(**SIZES, **more)).save_pretrained(folder)
+    names = ["<unk>", "<s>", "</s>", "\n", *WORDS]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    if begins:
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, attention: str = "eager", **config) -> CausalLM:
+    source = SimpleNamespace(folder=folder, sha256="ab" * 32)
+    options = {"dtype": torch.float32, "attention": attention, "device": CPU, "name": "small"}
+    return causal_lm.build(Config(**config), source, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def small(folder) -> CausalLM:
+    return load(folder)
+
+
+def prompts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def read(backbone: CausalLM, texts=TEXTS, answer=None, room: int = 5):
+    return [backbone.read(text, None, ASK, answer, room) for text in texts]
+
+
+def ask(backbone: CausalLM, prompts_SPD, items, layer: int = 0):
+    return backbone.above(prompts_SPD, backbone.below(items, layer), items, layer)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def words(backbone: CausalLM, item) -> str:
+    return " ".join(backbone.tokenizer.convert_ids_to_tokens(item.content.tolist()))
+
+
+def test_a_text_is_read_with_its_pair_instruction_and_answer(small):
+    item = small.read("the film", "was long", ASK, "very good", room=0)
+    assert words(small, item) == "the film \n was long \n the sentiment is very good"
+    assert (item.length, item.scored, item.content.dtype) == (11, 2, torch.int64)
+    assert words(small, small.read("the film", None, "", None, room=0)) == "the film"
+
+
+def test_only_texts_are_cut(folder):
+    backbone = load(folder, max_tokens=16)
+    item = backbone.read("the film " * 30, None, ASK, "very good", room=5)
+    assert words(backbone, item) == "the film the film the \n the sentiment is very good"
+    item = backbone.read("the film " * 30, "bad " * 30, ASK, None, room=2)
+    assert words(backbone, item) == "the film the film the \n bad bad bad bad \n the sentiment is"
+    item = backbone.read("the", "bad " * 30, ASK, None, room=6)
+    assert words(backbone, item) == "the \n bad bad bad bad \n the sentiment is"
+    assert load(folder, max_tokens=1000).max_tokens == SIZES["max_position_embeddings"]
+
+
+def test_the_first_token_is_set_where_the_tokeniser_sets_it(tmp_path):
+    backbone = load(write(tmp_path, begins=True), max_tokens=8)
+    assert (
+        words(backbone, backbone.read("the film " * 9, None, ASK, None, room=1)) == "<s> the film \n the sentiment is"
+    )
+
+
+def test_a_prompt_longer_than_the_context_is_an_error(folder):
+    with pytest.raises(BackboneError, match="longer than the context"):
+        load(folder, max_tokens=16).read("the film", None, ASK, None, room=12)
+
+
+def test_blank_answers_and_nothing_to_read_are_errors(small):
+    with pytest.raises(BackboneError, match="' '"):
+        small.read("the film", None, ASK, " ", room=0)
+    with pytest.raises(BackboneError, match="''"):
+        small.readout(ASK, ["good", ""])
+    with pytest.raises(BackboneError, match="nothing to read"):
+        small.read("", None, "", None, room=0)
+
+
+def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
+    rows = small.readout(ASK, ["positive", "negative"])
+    ids = small.tokenizer.convert_tokens_to_ids(["positive", "negative"])
+    assert torch.equal(rows, small.model.lm_head.weight[ids])
+    assert small.readout(ASK, ["positive", "very good"]) is None
+    assert small.readout(ASK, ["positive", "positive"]) is None
+    assert torch.equal(small.as_readout(rows), rows)
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_at_layer_zero_it_is_the_plain_model(tmp_path, family):
+    backbone = load(write(tmp_path, family))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    items, prompts_SPD = read(backbone), prompts(3, 5)
+    features = ask(backbone, prompts_SPD, items).features_RD
+    for item, prompt, feature in zip(items, prompts_SPD, features, strict=True):
+        whole = torch.cat([prompt, plain.get_input_embeddings()(item.content)])[None]
+        expected = plain.model(inputs_embeds=whole).last_hidden_state[0, -1]
+        torch.testing.assert_close(feature, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_at_a_later_layer_the_text_went_alone_through_the_layers_below(folder, small, layer):
+    items, prompts_SPD = read(small), prompts(3, 5)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for item, prompt, feature in zip(
+        items, prompts_SPD, ask(small, prompts_SPD, items, layer).features_RD, strict=True
+    ):
+        states = plain(item.content[None], output_hidden_states=True).hidden_states[layer]
+        states = torch.cat([prompt[None], states], dim=1)
+        places = torch.arange(states.shape[1])[None]
+        bias = torch.full((1, 1, len(places[0]), len(places[0])), -1e9).triu(1)
+        for block in plain.model.layers[layer:]:
+            rotations = plain.model.rotary_emb(states, places)
+            states = block(states, attention_mask=bias, position_ids=places, position_embeddings=rotations)
+        torch.testing.assert_close(feature, plain.model.norm(states)[0, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("length", [0, 5])
+def test_rows_never_see_each_other(folder, attention, layer, length):
+    backbone = load(folder, attention)
+    items = [*read(backbone), *read(backbone, answer="very good"), *read(backbone, answer="bad")]
+    prompts_SPD = prompts(len(items), length).requires_grad_()
+    together = ask(backbone, prompts_SPD, items, layer)
+    for row, item in enumerate(items):
+        alone = ask(backbone, prompts_SPD[row : row + 1], [item], layer)
+        torch.testing.assert_close(together.features_RD[row], alone.features_RD[0], atol=1e-5, rtol=1e-5)
+        if item.scored:
+            torch.testing.assert_close(together.scores_RN[row], alone.scores_RN[0], atol=1e-5, rtol=1e-5)
+    if length:
+        (grad,) = torch.autograd.grad(together.features_RD[1].sum() + together.scores_RN[4].sum(), prompts_SPD)
+        assert [bool(g.abs().sum()) for g in grad] == [row in (1, 4) for row in range(len(items))]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_all_zero_prompt_has_finite_gradients(folder, attention):
+    backbone = load(folder, attention)
+    items = read(backbone, answer="very good")
+    zero = torch.zeros(3, 5, 32, requires_grad=True)
+    outputs = ask(backbone, zero, items)
+    (grad,) = torch.autograd.grad(outputs.features_RD.sum() + outputs.scores_RN.sum(), zero)
+    assert grad.isfinite().all()
+    assert grad.abs().sum() > 0
+
+
+def test_scores_are_the_mean_log_likelihood_of_the_answers_tokens(folder, small):
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    items, prompts_SPD = [*read(small, answer="not very good"), *read(small)], prompts(6, 4)
+    scores = ask(small, prompts_SPD, items).scores_RN
+    assert scores.shape == (6, 1)
+    for item, prompt, score in zip(items[:3], prompts_SPD, scores[:, 0], strict=False):
+        whole = torch.cat([prompt, plain.get_input_embeddings()(item.content)])[None]
+        said = plain(inputs_embeds=whole).logits[0].log_softmax(-1)[-4:-1]
+        expected = said.gather(1, item.content[-3:, None]).mean()
+        torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(scores[3:, 0], torch.full((3,), -torch.inf))
+    assert ask(small, prompts_SPD[:3], items[3:]).scores_RN is None
+
+
+def test_below_keeps_nothing_of_the_padded_batch(small):
+    items = read(small)
+    for layer in (0, 1):
+        for item, states in zip(items, small.below(items, layer), strict=True):
+            assert states.shape == (item.length, 32)
+            assert states.untyped_storage().nbytes() == states.numel() * 4
+            assert not states.requires_grad
+
+
+def test_a_layer_that_does_not_exist_is_an_error(small):
+    with pytest.raises(BackboneError, match="expected 0 to 2"):
+        small.below(read(small), 3)
+
+
+# ---------------------------------------------------------------- starts
+
+
+def test_a_start_is_made_of_real_activations(small):
+    from_text = small.start("very good film", 5, 1, seed=0)
+    ids = small.tokenizer("very good film very good")["input_ids"]
+    expected = small.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+    torch.testing.assert_close(from_text, expected, atol=1e-5, rtol=1e-5)
+    drawn = small.start(None, 6, 0, seed=1)
+    ordinary = small.model.get_input_embeddings().weight[3:]
+    assert all((ordinary == row).all(1).any() for row in drawn)
+    assert torch.equal(drawn, small.start(None, 6, 0, seed=1))
+    assert not torch.equal(drawn, small.start(None, 6, 0, seed=2))
+    assert small.start(None, 40, 2, seed=1).shape == (40, 32)
+    with pytest.raises(BackboneError, match="start text ''"):
+        small.start("", 5, 0, seed=0)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_generation_is_greedy_and_ends_at_the_end_token(small, layer):
+    prompt = Prompt(prompts(1, 4)[0], small.fingerprint, layer)
+    texts = [f"{text} {word}" for text in TEXTS for word in WORDS[:4]]
+    written = small.generate(prompt, texts, 6)
+    lengths = []
+    for text, said in zip(texts, written, strict=True):
+        ids, expected = small.tokenizer(text)["input_ids"], []
+        for _ in range(6):
+            item = SimpleNamespace(content=torch.tensor(ids + expected), length=len(ids + expected), scored=0)
+            feature = ask(small, prompt.vectors_PD[None], [item], layer).features_RD
+            expected.append(int(small.model.lm_head(feature).argmax()))
+            if expected[-1] == 2:
+                break
+        lengths.append(len(expected))
+        assert said == small.tokenizer.decode(expected, skip_special_tokens=True)
+    assert len(set(lengths)) > 1, "some should end early and some not"
+
+
+def test_generation_keeps_the_end_of_a_long_text_and_drops_the_head_rows(folder, small):
+    short, vectors = load(folder, max_tokens=8), prompts(1, 4)[0]
+    prompt = Prompt(vectors[:3], small.fingerprint)
+    tuned_head = Prompt(vectors, small.fingerprint, head_rows=1)
+    said = small.generate(prompt, ["the film was very good"], 3)
+    assert short.generate(prompt, ["bad and long the film was very good"], 3) == said
+    assert small.generate(tuned_head, ["the film was very good"], 3) == said
+    assert small.generate(prompt, [], 3) == []
+    assert small.generate(prompt, ["bad"], 0) == [""]
+    with pytest.raises(BackboneError, match="longer than the context"):
+        short.generate(Prompt(prompts(1, 8)[0], small.fingerprint), ["bad"], 3)
+
+
+def test_generation_wants_a_prompt_of_this_backbone(small):
+    with pytest.raises(BackboneError, match="encoder:1234"):
+        small.generate(Prompt(prompts(1, 4)[0], "encoder:1234"), ["bad"], 3)
+
+
+# ---------------------------------------------------------------- weights that are not a decoder
+
+
+def test_what_cannot_be_run_is_named(folder, tmp_path):
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load(tmp_path)
+    config = json.loads((write(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]})
+    )
+    with pytest.raises(BackboneError, match="GemmaForCausalLM"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load(tmp_path)
+
+
+# ---------------------------------------------------------------- SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> CausalLM:
+    found = weights.resolve(catalog.NAMED["smollm2"].weights)
+    return causal_lm.build(Config(), found, dtype=torch.float32, attention="eager", device=CPU, name="smollm2")
+
+
+OBVIOUS = {
+    "I loved this film, it is wonderful.": 1,
+    "What a terrible, boring mess.": 0,
+    "The food was delicious and the staff were kind.": 1,
+    "The worst purchase I have ever made.": 0,
+    "An excellent phone, I am very happy with it.": 1,
+    "It broke after one day and they refused to refund me.": 0,
+    "A beautiful and moving story with great actors.": 1,
+    "I hate this place, it is dirty and loud.": 0,
+    "Fantastic service, I will come again!": 1,
+    "A sad waste of money and time.": 0,
+}
+
+
+@pytest.mark.slow
+def test_smollm2_tells_obvious_polarity_with_no_prompt(smollm2):
+    ask_it, none = "The sentiment of this sentence is", torch.zeros(10, 0, smollm2.width)
+    items = [smollm2.read(text, None, ask_it, None, 0) for text in OBVIOUS]
+    features = ask(smollm2, none, items).features_RD
+    by_head = (features @ smollm2.readout(ask_it, ["negative", "positive"]).T).argmax(1)
+    pairs = [[smollm2.read(t, None, ask_it, a, 0) for t in OBVIOUS] for a in ("negative", "positive")]
+    by_likelihood = torch.cat([ask(smollm2, none, items).scores_RN for items in pairs], dim=1).argmax(1)
+    assert torch.equal(by_head, by_likelihood)
+    assert sum(int(p) == t for p, t in zip(by_head, OBVIOUS.values(), strict=True)) >= 7
+
+
+@pytest.mark.slow
+def test_smollm2_goes_on_with_a_sentence(smollm2):
+    nothing = Prompt(torch.zeros(0, smollm2.width), smollm2.fingerprint)
+    said = smollm2.generate(nothing, ["The capital of France is", "One, two, three, four,"], 8)
+    assert "Paris" in said[0]
+    assert "five" in said[1]
+    start = Prompt(smollm2.start("A short text about cities.", 6, 10, 0), smollm2.fingerprint, 10)
+    assert "Paris" in smollm2.generate(start, ["The capital of France is"], 8)[0]
