@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -23,10 +23,11 @@ from transformers import (
 from ficpd.backbones import catalog, causal_lm, weights
 from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.errors import BackboneError
-from ficpd.types import Prompt
+from ficpd.types import Item, Prompt
 
 CPU = torch.device("cpu")
-WORDS = "a the film was very good bad and long sentiment is positive negative not dull story but fine".split()
+WORDS = ["a", "the", "film", "was", "very", "good", "bad", "and", "long", "sentiment", "is", "positive", "negative"]
+WORDS += ["not", "dull", "story", "but", "fine"]
 TEXTS = ["the film was very good", "bad", "the story was long and dull but not bad"]
 ASK = "the sentiment is"
 SIZES = {
@@ -56,7 +57,7 @@ def write(folder: Path, family: str = "llama", begins: bool = False) -> Path:
     torch.manual_seed(3)
     model(config(**SIZES, **more)).save_pretrained(folder)
     names = ["<unk>", "<s>", "</s>", "\n", *WORDS]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(dict(zip(names, range(99), strict=False)), unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
@@ -68,9 +69,8 @@ def write(folder: Path, family: str = "llama", begins: bool = False) -> Path:
 
 
 def load(folder: Path, attention: str = "eager", **config) -> CausalLM:
-    source = SimpleNamespace(folder=folder, sha256="ab" * 32)
-    options = {"dtype": torch.float32, "attention": attention, "device": CPU, "name": "small"}
-    return causal_lm.build(Config(**config), source, **options)
+    source = weights.Weights(folder, "ab" * 32, "here")
+    return causal_lm.build(Config(**config), source, dtype=torch.float32, attention=attention, device=CPU, name="small")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def read(backbone: CausalLM, texts=TEXTS, answer=None, room: int = 5):
     return [backbone.read(text, None, ASK, answer, room) for text in texts]
 
 
-def ask(backbone: CausalLM, prompts_SPD, items, layer: int = 0):
+def ask(backbone: CausalLM, prompts_SPD, items, layer: int = 0) -> Any:
     return backbone.above(prompts_SPD, backbone.below(items, layer), items, layer)
 
 
@@ -127,6 +127,18 @@ def test_the_first_token_is_set_where_the_tokeniser_sets_it(tmp_path):
     )
 
 
+def test_a_tokeniser_that_begins_every_string_with_a_blank_does_so_once(tmp_path):
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁film": 2, "▁good": 3, "▁": 4}
+    pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pieces.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    backbone = load(write(tmp_path))
+    backbone.tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>")
+    rows = backbone.readout("", ["good", "film"])
+    assert rows is not None
+    assert torch.equal(rows, backbone.model.lm_head.weight[[3, 2]])
+
+
 def test_a_prompt_longer_than_the_context_is_an_error(folder):
     with pytest.raises(BackboneError, match="longer than the context"):
         load(folder, max_tokens=16).read("the film", None, ASK, None, room=12)
@@ -143,6 +155,7 @@ def test_blank_answers_and_nothing_to_read_are_errors(small):
 
 def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
     rows = small.readout(ASK, ["positive", "negative"])
+    assert rows is not None
     ids = small.tokenizer.convert_tokens_to_ids(["positive", "negative"])
     assert torch.equal(rows, small.model.lm_head.weight[ids])
     assert small.readout(ASK, ["positive", "very good"]) is None
@@ -269,7 +282,7 @@ def test_generation_is_greedy_and_ends_at_the_end_token(small, layer):
     for text, said in zip(texts, written, strict=True):
         ids, expected = small.tokenizer(text)["input_ids"], []
         for _ in range(6):
-            item = SimpleNamespace(content=torch.tensor(ids + expected), length=len(ids + expected), scored=0)
+            item = Item(torch.tensor(ids + expected), len(ids + expected))
             feature = ask(small, prompt.vectors_PD[None], [item], layer).features_RD
             expected.append(int(small.model.lm_head(feature).argmax()))
             if expected[-1] == 2:
@@ -342,7 +355,9 @@ def test_smollm2_tells_obvious_polarity_with_no_prompt(smollm2):
     ask_it, none = "The sentiment of this sentence is", torch.zeros(10, 0, smollm2.width)
     items = [smollm2.read(text, None, ask_it, None, 0) for text in OBVIOUS]
     features = ask(smollm2, none, items).features_RD
-    by_head = (features @ smollm2.readout(ask_it, ["negative", "positive"]).T).argmax(1)
+    readout = smollm2.readout(ask_it, ["negative", "positive"])
+    assert readout is not None
+    by_head = (features @ readout.T).argmax(1)
     pairs = [[smollm2.read(t, None, ask_it, a, 0) for t in OBVIOUS] for a in ("negative", "positive")]
     by_likelihood = torch.cat([ask(smollm2, none, items).scores_RN for items in pairs], dim=1).argmax(1)
     assert torch.equal(by_head, by_likelihood)

@@ -269,7 +269,14 @@ def test_files_of_a_folder_need_the_same_columns(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"columns": {"txt": "text"}}, {"test_fraction": 0}, {"test_fraction": 1}, {"max_records": 1}, {"sauce": "x"}],
+    [
+        {"columns": {"txt": "text"}},
+        {"keep": ("target",), "columns": {"text": "text", "target": "label"}},
+        {"test_fraction": 0},
+        {"test_fraction": 1},
+        {"max_records": 1},
+        {"sauce": "x"},
+    ],
 )
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):

