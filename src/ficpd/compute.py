@@ -188,6 +188,7 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
     """The records of these rows as one batch, row by row, on the backbone's device."""
     first = queries[part[0].query].batch
     batches = [(queries[row.query].batch, row.record) for row in part]
+    targets = [batch.targets[b] for batch, b in batches if batch.targets is not None]
 
     def rows(tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors).to(device)
@@ -195,7 +196,7 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
     return Batch(
         first.task,
         tuple(batch.items[b] for batch, b in batches),
-        None if first.targets is None else rows([batch.targets[b] for batch, b in batches if batch.targets is not None]),
+        rows(targets) if targets else None,
         first.readout_CD,
         first.enters_at,
         {name: rows([batch.extra[name][b] for batch, b in batches]) for name in first.extra},
@@ -257,6 +258,6 @@ def drive_many(
                 asked[name] = works[name].send(answer)  # type: ignore[arg-type]  # None starts a generator
             except StopIteration as end:
                 yield name, end.value
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 yield name, error
         answers = dict(zip(asked, model.answer(list(asked.values())), strict=True))

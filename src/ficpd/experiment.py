@@ -42,8 +42,8 @@ class PromptConfig(Frozen):
     """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
     "vocabulary": from words drawn from the backbone's vocabulary."""
 
-    num_tokens: int = Field(10, ge=1)
-    enters_at: int | None = Field(None, ge=0)
+    num_tokens: int = Field(default=10, ge=1)
+    enters_at: int | None = Field(default=None, ge=0)
     init: Literal["text", "vocabulary"] = "text"
     text: str | None = None
 
@@ -51,10 +51,10 @@ class PromptConfig(Frozen):
 class FederationConfig(Frozen):
     """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end."""
 
-    num_rounds: int = Field(10, ge=0)
-    clients_per_round: int | None = Field(None, ge=1)
-    max_update_norm: float = Field(1e6, gt=0)
-    evaluate_every: int = Field(0, ge=0)
+    num_rounds: int = Field(default=10, ge=0)
+    clients_per_round: int | None = Field(default=None, ge=1)
+    max_update_norm: float = Field(default=1e6, gt=0)
+    evaluate_every: int = Field(default=0, ge=0)
 
 
 class EngineConfig(Frozen):
@@ -62,8 +62,8 @@ class EngineConfig(Frozen):
 
     name: str = "in_process"
     device: str = "cpu"
-    keep_mb: int = Field(2048, ge=0)
-    chunk_tokens: int | None = Field(None, ge=64)
+    keep_mb: int = Field(default=2048, ge=0)
+    chunk_tokens: int | None = Field(default=None, ge=64)
     options: dict[str, Any] = {}
 
 

@@ -1,14 +1,16 @@
 """The round loop: orders out, updates in, checked, aggregated. It knows a method and an engine's one verb, no more."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ficpd import codec, seeds
 from ficpd.errors import CodecError
-from ficpd.types import ClientUpdate, Engine, Method, Model, State
+from ficpd.types import ClientUpdate, Engine, Method, Model, Reply, State
+
+Layout = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Schedule:
 def cohort_of(schedule: Schedule, names: Sequence[str], round: int) -> list[str]:
     """The clients of a round: `cohort` of them, drawn without replacement from a seed of the round's own."""
     drawn = torch.randperm(len(names), generator=seeds.generator(schedule.seed, "cohort", round)).tolist()
-    return sorted(names[i] for i in drawn[: min(schedule.cohort, len(names))])
+    return sorted(str(names[i]) for i in drawn[: schedule.cohort])
 
 
 def federate(
@@ -64,7 +66,7 @@ def federate(
         for reply in engine.exchange(orders):
             bytes_up += len(reply.body or b"")
             try:
-                updates.append(_checked(reply.body, reply.error, reply.client, round, fingerprint, layout, schedule))
+                updates.append(_checked(reply, round, fingerprint, layout, schedule.max_norm))
             except CodecError as error:
                 dropped[reply.client] = str(error)
         dropped |= {name: "no reply" for name in orders if name not in dropped | {u.client: "" for u in updates}}
@@ -86,9 +88,7 @@ def federate(
         )
 
 
-def _checked(body, error, client, round, fingerprint, layout, schedule) -> ClientUpdate:
-    if body is None:
-        raise CodecError(error or "no update")
-    return codec.decode_update(body, codec.Expected(client, round, fingerprint, layout, schedule.max_norm))
-
-
+def _checked(reply: Reply, round: int, fingerprint: str, layout: Layout, max_norm: float) -> ClientUpdate:
+    if reply.body is None:
+        raise CodecError(reply.error or "no update")
+    return codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, layout, max_norm))

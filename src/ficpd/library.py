@@ -50,7 +50,9 @@ class PromptLibrary:
 
     def nearest(self, key_PD: Tensor, n: int = 1) -> list[str]:
         """The n prompts whose way has the highest cosine to `key_PD`, best first."""
-        cosine = {name: float(F.cosine_similarity(self.way(name).flatten(), key_PD.flatten(), dim=0)) for name in self.prompts}
+        cosine = {
+            name: float(F.cosine_similarity(self.way(name).flatten(), key_PD.flatten(), dim=0)) for name in self.prompts
+        }
         return sorted(cosine, key=lambda name: (-cosine[name], name))[:n]
 
     def compose(self, weights: Mapping[str, float]) -> Prompt:
@@ -105,10 +107,10 @@ class PromptLibrary:
     def check(self, backbone: Backbone) -> None:
         """Raises `LibraryError` if the library was made on another backbone."""
         if self.start.backbone != backbone.fingerprint:
-            made = f"{self.card.get('backbone', {}).get('name', '?')} ({self.start.backbone})"
+            made, here = f"{self.card.get('backbone', {}).get('name', '?')} ({self.start.backbone})", backbone.name
             raise LibraryError(
-                f"the library was made on backbone {made}, this is {backbone.name} ({backbone.fingerprint}); its prompts "
-                "mean nothing here. Load the backbone that the card names"
+                f"the library was made on backbone {made}, this is {here} ({backbone.fingerprint}); its "
+                "prompts mean nothing here. Load the backbone that the card names"
             )
 
     def save(self, folder: Path) -> None:
@@ -119,7 +121,9 @@ class PromptLibrary:
         beside.mkdir(parents=True)
         meta = {"format": str(FORMAT), "backbone": self.start.backbone, "enters_at": str(self.start.enters_at),
                 "head_rows": str(self.start.head_rows)}  # fmt: skip
-        save_file({n: p.vectors_PD.contiguous() for n, p in self.candidates().items()}, beside / "prompts.safetensors", meta)
+        save_file(
+            {n: p.vectors_PD.contiguous() for n, p in self.candidates().items()}, beside / "prompts.safetensors", meta
+        )
         (beside / "card.json").write_text(json.dumps(self.card, indent=2) + "\n")
         (beside / "README.md").write_text(model_card(self))
         old = folder.with_name(folder.name + ".old")
@@ -136,7 +140,9 @@ class PromptLibrary:
         folder = folder / "library" if (folder / "library" / "card.json").exists() else folder
         path = folder / "prompts.safetensors"
         if not path.exists():
-            raise LibraryError(f"{folder} holds no prompt library (no prompts.safetensors); give a run's or library's folder")
+            raise LibraryError(
+                f"{folder} holds no prompt library (no prompts.safetensors); give a run's or library's folder"
+            )
         try:
             with safe_open(path, "pt") as file:
                 meta = file.metadata()
@@ -153,14 +159,22 @@ def model_card(library: PromptLibrary) -> str:
     """A page for people: what the library is, for which backbone, what it cost in privacy."""
     card, start = library.card, library.start
     tokens = len(start.vectors_PD) - start.head_rows
-    privacy = card.get("privacy", {})
-    guarantee = "none" if privacy.get("epsilon") is None else f"ε={privacy['epsilon']}, δ={privacy['delta']}, per {privacy['unit']}"
     return (
         f"# Prompt library: {', '.join(library.prompts) or 'start only'}\n\n"
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
         f"- {tokens} virtual tokens of width {start.vectors_PD.shape[1]}, entering at layer {start.enters_at}\n"
         f"- task: {card.get('task', {}).get('name', '?')}\n"
-        f"- made by: {card.get('method', '?')}, {card.get('num_clients', '?')} clients, {card.get('num_rounds', '?')} rounds\n"
-        f"- privacy: {guarantee}\n\n"
-        "Use it: `ficpd predict THIS_FOLDER --text \"...\"`, `ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
+        f"- made by: {card.get('method', '?')}, {card.get('num_clients', '?')} clients, "
+        f"{card.get('num_rounds', '?')} rounds\n"
+        f"- privacy: {guarantee(card)}\n\n"
+        'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
+        "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
+
+
+def guarantee(card: Mapping[str, Any]) -> str:
+    """The privacy a card states, in one phrase."""
+    privacy = card.get("privacy", {})
+    if privacy.get("epsilon") is None:
+        return "none"
+    return f"ε={privacy['epsilon']}, δ={privacy['delta']}, per {privacy['unit']}"

@@ -63,7 +63,8 @@ def one_method(
     engine_module = load("engines", experiment.engine.name)
     engine = engine_module.build(engine_module.Config(**experiment.engine.options), method, clients, world.model)
     progress(method.name, len(rounds), schedule.num_rounds, {})
-    for state, done in federate(method, engine, world.model, state, schedule, len(rounds) + 1):
+    for after, done in federate(method, engine, world.model, state, schedule, len(rounds) + 1):
+        state = after
         every = experiment.federation.evaluate_every
         if every and done.round % every == 0 and done.round < schedule.num_rounds:
             done.metrics.update(_headline(evaluate(method, state, clients, world.model, done.round)))
@@ -82,7 +83,9 @@ def one_method(
     return result
 
 
-def _begin(world: World, method: Method, clients: dict[str, Client], directory: RunDir) -> tuple[State, list[Round], dict]:
+def _begin(
+    world: World, method: Method, clients: dict[str, Client], directory: RunDir
+) -> tuple[State, list[Round], dict]:
     """The last checkpoint, or the beginning."""
     saved = directory.load()
     if saved is not None:
@@ -222,7 +225,6 @@ def report(directory: RunDir) -> str:
         f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
         f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
         + "\n".join(lines)
-        + "\n\nEveryone's test: one prompt for all test records. Own test: each client's prompt on its own test records, the "
-        "mean over clients and the worst client.\n"
+        + "\n\nEveryone's test: one prompt for all test records. Own test: each client's prompt on its own test "
+        "records, the mean over clients and the worst client.\n"
     )
-

@@ -1,12 +1,12 @@
 """A run's directory: what is in it, and that it is never left half written.
 
-    experiment.toml   the whole experiment, resolved
-    checkpoint        the state after the last finished round, what clients keep, the rounds so far
-    rounds.jsonl      one line a round
-    result.json       the outcome; its presence says that the run is finished
-    library/          the prompt library
-    report.md         the table
-    baselines/NAME/   the same for each baseline
+experiment.toml   the whole experiment, resolved
+checkpoint        the state after the last finished round, what clients keep, the rounds so far
+rounds.jsonl      one line a round
+result.json       the outcome; its presence says that the run is finished
+library/          the prompt library
+report.md         the table
+baselines/NAME/   the same for each baseline
 """
 
 import json
@@ -38,7 +38,9 @@ class RunDir:
         if not file.exists() and self.path.exists() and any(self.path.iterdir()):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
-            raise RunError(f"{file} is another experiment than the one given; resume without changes, or choose another --out")
+            raise RunError(
+                f"{file} is another experiment than the one given; resume without changes, or choose another --out"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("experiment.toml", experiment_toml)
 

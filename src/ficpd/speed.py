@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ficpd import cache
 from ficpd.compute import Compute
 from ficpd.types import Backbone, Batch, Outputs, Prompt, Query
 
@@ -26,12 +27,6 @@ class Choice(NamedTuple):
     attention: str
 
 
-def cache_folder() -> Path:
-    """`$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("FICPD_CACHE") or Path(base) / "ficpd")
-
-
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a timing depends on."""
     if device.type == "cuda":
@@ -39,7 +34,9 @@ def machine(device: torch.device) -> dict[str, str | int]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
+        )
     capability = torch.backends.cpu.get_cpu_capability()
     return {"device": f"{cpu} {capability}", "threads": torch.get_num_threads(), "torch": torch.__version__}
 
@@ -54,7 +51,7 @@ def choose(load: Callable[[Choice], Backbone], identity: str, device: torch.devi
     candidates = [Choice(dtype, attention) for dtype in dtypes for attention in attentions]
     if len(candidates) == 1:
         return candidates[0]
-    path, key = cache_folder() / "speed.json", json.dumps([identity, machine(device), candidates])
+    path, key = cache.folder() / "speed.json", json.dumps([identity, machine(device), candidates])
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         seconds = {choice: step_seconds(load(choice)) for choice in candidates}

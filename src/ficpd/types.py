@@ -63,7 +63,7 @@ class Batch:
 
     def take(self, index: Sequence[int] | Tensor) -> "Batch":
         """The records at these places, in this order."""
-        places = index.tolist() if isinstance(index, Tensor) else list(index)
+        places = [int(i) for i in index]
         rows = torch.as_tensor(places, dtype=torch.long)
         return replace(
             self,
@@ -195,7 +195,7 @@ class State:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method starts from: the shared start prompt (derived from public text and seed), clients, rounds, clients a round."""
+    """What a method starts from: the shared start (from public text and seed), clients, rounds, clients a round."""
 
     start: Prompt
     clients: Sequence[ClientCard]
@@ -277,7 +277,8 @@ class Task(Protocol):
 class Mechanism(Protocol):
     """Noise and its price in one object. `mean` is where records meet; `release` is where a client meets the world."""
 
-    unit: Literal["none", "record", "client"]
+    @property
+    def unit(self) -> Literal["none", "record", "client"]: ...
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: torch.Generator) -> list[Tensor]:
         """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""

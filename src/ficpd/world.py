@@ -14,7 +14,7 @@ from ficpd.compute import Compute
 from ficpd.data import sources
 from ficpd.data.partition import Shard, partition
 from ficpd.errors import BackboneError, ConfigError
-from ficpd.experiment import BackboneConfig, Experiment, PromptConfig, checked, settings
+from ficpd.experiment import BackboneConfig, EngineConfig, Experiment, checked, settings
 from ficpd.registry import load
 from ficpd.speed import DTYPES, Choice, choose
 from ficpd.types import Backbone, ClientCard, Prompt, Task
@@ -56,15 +56,16 @@ def build_world(experiment: Experiment) -> World:
     module, config = settings("tasks", experiment.task)
     task = module.build(config)
     _check_targets(task, shards)
-    backbone, experiment = load_backbone(experiment)
+    backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
+    experiment = experiment.model_copy(update={"backbone": resolved})
     start, experiment = start_prompt(experiment, task, backbone)
     engine = experiment.engine
     return World(experiment, task, Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), start, shards)
 
 
-def load_backbone(experiment: Experiment) -> tuple[Backbone, Experiment]:
-    """The backbone, and the experiment with dtype and attention as chosen for this machine."""
-    config, device = experiment.backbone, _device(experiment.engine.device)
+def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
+    """The backbone, and its configuration with dtype and attention as chosen for this machine."""
+    device = _device(engine.device)
     kind, found = locate(config)
     module = load("backbones", kind)
     options = checked(module.Config, config.options, "backbone.options")
@@ -75,8 +76,8 @@ def load_backbone(experiment: Experiment) -> tuple[Backbone, Experiment]:
 
     identity = config.name if found is None else found.sha256
     choice = choose(build, identity, device, Choice(config.dtype, config.attention))
-    resolved = config.model_copy(update={"kind": kind, "dtype": choice.dtype, "attention": choice.attention})
-    return build(choice), experiment.model_copy(update={"backbone": resolved})
+    update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
+    return build(choice), config.model_copy(update=update)
 
 
 def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
@@ -90,7 +91,10 @@ def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
 
 def start_prompt(experiment: Experiment, task: Task, backbone: Backbone) -> tuple[Prompt, Experiment]:
     """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
-    config, defaults = experiment.prompt, catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth)
+    config, defaults = (
+        experiment.prompt,
+        catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth),
+    )
     enters_at = defaults.enters_at if config.enters_at is None else config.enters_at
     if enters_at >= backbone.depth:
         raise ConfigError(
@@ -129,7 +133,9 @@ def _head_rows(task: Task, backbone: Backbone, rms: float) -> torch.Tensor:
         return torch.zeros(0, backbone.width)
     readout_CD = task.readout(backbone)  # type: ignore[attr-defined]
     if readout_CD is None:
-        raise ConfigError("task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts")
+        raise ConfigError(
+            "task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts"
+        )
     rows_CD = readout_CD.float().cpu()
     return rows_CD / rows_CD.square().mean(1, keepdim=True).sqrt() * rms
 
@@ -153,5 +159,3 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise BackboneError(f"engine.device = {name!r} is not available here; --set engine.device=cpu")
     return device
-
-

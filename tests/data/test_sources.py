@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from ficpd.data import sources
+from ficpd import cache
+from ficpd.data import ratings as built_in
 from ficpd.data.sources import Config, Dataset, read
 from ficpd.errors import DataError
 
@@ -367,7 +368,7 @@ def test_polarity_drops_the_neutral_sentences():
 
 
 def test_polarity_is_the_sign_beyond_a_half():
-    assert [sources._rated("tweets", f"1\t{r}\tx")["polarity"] for r in (-4, -0.5, 0, 0.5, 0.51)] == [
+    assert [built_in._rated("tweets", f"1\t{r}\tx")["polarity"] for r in (-4, -0.5, 0, 0.5, 0.51)] == [
         "negative",
         None,
         None,
@@ -383,46 +384,46 @@ def test_ratings_know_their_columns():
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
     """An empty cache, and a download that hands over the true archive and notes each call."""
-    sources._sdist()
-    true, calls = sources._cache() / sources.SDIST, []
+    built_in._sdist()
+    true, calls = cache.folder() / built_in.SDIST, []
 
     def download(folder: Path) -> Path:
         calls.append(folder)
         return Path(shutil.copy(true, folder))
 
     monkeypatch.setenv("FICPD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_download", download)
-    return tmp_path / "cache" / sources.SDIST, calls
+    monkeypatch.setattr(built_in, "_download", download)
+    return tmp_path / "cache" / built_in.SDIST, calls
 
 
 def test_the_archive_is_fetched_once_and_a_damaged_one_again(archive):
     kept, calls = archive
-    content = sources._sdist()
-    assert sources._sdist() == content == kept.read_bytes()
+    content = built_in._sdist()
+    assert built_in._sdist() == content == kept.read_bytes()
     assert len(calls) == 1
     kept.write_bytes(content[:1000])
-    assert sources._sdist() == content
+    assert built_in._sdist() == content
     assert len(calls) == 2
 
 
 def test_many_at_once_do_not_break_each_other(archive):
     kept, _ = archive
     with ThreadPoolExecutor(4) as pool:
-        contents = set(pool.map(lambda _: sources._sdist(), range(8)))
+        contents = set(pool.map(lambda _: built_in._sdist(), range(8)))
     assert contents == {kept.read_bytes()}
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
 def test_a_foreign_archive_is_refused(tmp_path, monkeypatch):
     def run(command, **_):
-        (Path(command[-1]) / sources.SDIST).write_bytes(b"something else")
+        (Path(command[-1]) / built_in.SDIST).write_bytes(b"something else")
         return type("Done", (), {"returncode": 1, "stderr": "THESE PACKAGES DO NOT MATCH THE HASHES"})
 
     monkeypatch.setenv("FICPD_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(built_in.subprocess, "run", run)
     message = refused("ratings")
     assert "DO NOT MATCH THE HASHES" in message
-    assert sources.SHA256 in message
+    assert built_in.SHA256 in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -435,8 +436,8 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path, monkeypatch):
 def test_the_cache_folder(monkeypatch):
     monkeypatch.setenv("FICPD_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert sources._cache() == Path("/a")
+    assert cache.folder() == Path("/a")
     monkeypatch.delenv("FICPD_CACHE")
-    assert sources._cache() == Path("/b/ficpd")
+    assert cache.folder() == Path("/b/ficpd")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sources._cache() == Path.home() / ".cache" / "ficpd"
+    assert cache.folder() == Path.home() / ".cache" / "ficpd"

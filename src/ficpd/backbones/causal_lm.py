@@ -30,7 +30,7 @@ class Config(BaseModel):
     """`max_tokens`: longest input, prompt included."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    max_tokens: int = Field(256, ge=8)
+    max_tokens: int = Field(default=256, ge=8)
 
 
 class Source(Protocol):

@@ -25,7 +25,7 @@ class Config(BaseModel):
     """`max_tokens`: longest input, prompt included. `prefix`: what the encoder was trained to see before a text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    max_tokens: int = Field(256, ge=8)
+    max_tokens: int = Field(default=256, ge=8)
     prefix: str = ""
 
 

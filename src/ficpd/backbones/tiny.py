@@ -22,9 +22,9 @@ VOCABULARY = 4096
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    width: int = Field(32, ge=4, multiple_of=4)
-    depth: int = Field(2, ge=1)
-    max_tokens: int = Field(64, ge=8)
+    width: int = Field(default=32, ge=4, multiple_of=4)
+    depth: int = Field(default=2, ge=1)
+    max_tokens: int = Field(default=64, ge=8)
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):

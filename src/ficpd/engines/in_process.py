@@ -14,7 +14,7 @@ class Config(BaseModel):
     """`lock_step`: how many clients share a forward; more is faster until memory ends."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    lock_step: int = Field(64, ge=1)
+    lock_step: int = Field(default=64, ge=1)
 
 
 def build(config: Config, method: Method, clients: Mapping[str, Client], model: Compute) -> "InProcess":

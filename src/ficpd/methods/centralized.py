@@ -14,7 +14,7 @@ from ficpd.types import Answer, Assignment, ClientCard, ClientSide, ClientUpdate
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
 
 
 def build(config: Config, training: Training) -> "Centralized":
@@ -38,9 +38,7 @@ class Centralized:
 
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, steps, size = order.arrays["prompt"], order.facts["steps"], self.config.batch_size
-        tuned = yield from tune(
-            self.training, client, order, prompt, memory=client.kept, steps=steps, batch_size=size
-        )
+        tuned = yield from tune(self.training, client, order, prompt, memory=client.kept, steps=steps, batch_size=size)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ class Config(BaseModel):
     """`proximal_weight` is the paper's μ (it tries 0.001 to 1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    proximal_weight: float = Field(0.01, ge=0)
+    proximal_weight: float = Field(default=0.01, ge=0)
 
 
 def build(config: Config, training: Training) -> "FedProx":

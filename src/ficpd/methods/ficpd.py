@@ -23,9 +23,9 @@ class Config(BaseModel):
     the global prompt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    num_prototypes: int = Field(5, ge=1)
-    shrinkage: float = Field(0.5, ge=0, le=1)
-    proximal_weight: float = Field(0.0, ge=0)
+    num_prototypes: int = Field(default=5, ge=1)
+    shrinkage: float = Field(default=0.5, ge=0, le=1)
+    proximal_weight: float = Field(default=0.0, ge=0)
 
 
 def build(config: Config, training: Training) -> "Ficpd":
@@ -64,7 +64,7 @@ class Ficpd:
         clusters = cosine_kmeans(ways, self.config.num_prototypes, state.facts["seed"])
         overall = mean_of(ways, weights)
         prototypes = []
-        for k in range(clusters.count):
+        for k in range(clusters.number):
             mean = mean_of({name: way for name, way in ways.items() if clusters.member[name] == k}, weights)
             prototypes.append(start + torch.lerp(mean, overall, self.config.shrinkage))
         arrays = {"start": start, "global": start + overall, "prototypes_KPD": torch.stack(prototypes)}

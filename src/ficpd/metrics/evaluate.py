@@ -79,5 +79,3 @@ def _predicted(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict
 def _pooled(task: Task, predicted: Mapping[str, list], clients: Mapping[str, Client]) -> Score:
     flat = [p for name in clients for p in predicted[name]]
     return task.score(flat, [t for client in clients.values() for t in task.targets(client.test)])
-
-

@@ -1,6 +1,7 @@
 """No privacy: every record counts as it is, and what a method returns leaves as it is."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +21,7 @@ def build(config: Config) -> "NoPrivacy":
 class NoPrivacy:
     """Guarantees: none. Batches go through the records epoch by epoch in a new random order each."""
 
-    unit = "none"
+    unit: Literal["none"] = "none"
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: torch.Generator) -> list[Tensor]:
         wanted = steps * expected_batch

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 
 class Clusters(NamedTuple):
-    """`member[name]` is the cluster of each client, numbered by size, the largest first; `count` of them exist."""
+    """`member[name]` is the cluster of each client, numbered by size, the largest first; there are `number`."""
 
     member: dict[str, int]
-    count: int
+    number: int
 
 
 def cosine_kmeans(vectors: Mapping[str, Tensor], num_prototypes: int, seed: int, restarts: int = 10) -> Clusters:
@@ -29,7 +29,10 @@ def cosine_kmeans(vectors: Mapping[str, Tensor], num_prototypes: int, seed: int,
         return Clusters(dict.fromkeys(names, 0), 1)
     unit = F.normalize(stacked[moved], dim=1)
     count = min(num_prototypes, len(torch.unique(unit.round(decimals=9), dim=0)))
-    labels = KMeans(count, n_init=restarts, random_state=seed % 2**32).fit(unit.numpy()).labels_.tolist()
+    kmeans = KMeans(count, n_init=restarts, random_state=seed % 2**32)  # type: ignore[arg-type]
+    labels: list[int] = kmeans.fit_predict(unit.numpy()).tolist()
     rank = {label: place for place, label in enumerate(sorted(set(labels), key=lambda i: (-labels.count(i), i)))}
     placed = iter(rank[label] for label in labels)
-    return Clusters({name: next(placed) if ok else 0 for name, ok in zip(names, moved.tolist(), strict=True)}, len(rank))
+    return Clusters(
+        {name: next(placed) if ok else 0 for name, ok in zip(names, moved.tolist(), strict=True)}, len(rank)
+    )

@@ -75,7 +75,8 @@ class Classification:
         return [self.names[self._index(record)] for record in records]
 
     def score(self, predictions: Sequence[str], targets: Sequence[str]) -> Score:
-        f1 = f1_score(targets, predictions, labels=self.names, average="macro", zero_division=0.0)
+        options = {"labels": self.names, "average": "macro", "zero_division": 0.0}
+        f1 = f1_score(targets, predictions, **options)  # type: ignore[arg-type]
         return {"accuracy": float(accuracy_score(targets, predictions)), "f1": float(f1)}
 
     def describe(self) -> Mapping[str, JSON]:

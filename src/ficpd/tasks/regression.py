@@ -92,7 +92,14 @@ class Regression:
     def score(self, predictions: Sequence[float], targets: Sequence[float]) -> Score:
         rmse = float(root_mean_squared_error(targets, predictions))
         constant = len(set(targets)) < 2 or len(set(predictions)) < 2
-        return {"rmse": rmse} if constant else {"rmse": rmse, "pearson": float(pearsonr(targets, predictions)[0])}
+        return (
+            {"rmse": rmse}
+            if constant
+            else {
+                "rmse": rmse,
+                "pearson": float(pearsonr(targets, predictions).statistic),  # type: ignore[attr-defined]
+            }
+        )
 
     def describe(self) -> Mapping[str, JSON]:
         return {"name": "regression", **self.config.model_dump()}

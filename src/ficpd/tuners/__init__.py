@@ -19,11 +19,11 @@ class Training(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tuner: str = "adam"
-    local_steps: int = Field(5, ge=1)
-    batch_size: int = Field(8, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    decay: float = Field(0.1, gt=0, le=1)
-    l2_weight: float = Field(0.0, ge=0)
+    local_steps: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    decay: float = Field(default=0.1, gt=0, le=1)
+    l2_weight: float = Field(default=0.0, ge=0)
 
     def rate(self, round: int, num_rounds: int) -> float:
         """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.

@@ -1,0 +1,197 @@
+"""The command line. Every command's work is one import away, so that `ficpd --help` loads neither torch nor Flower."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ficpd import __version__
+from ficpd.errors import FicpdError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="Adapt one frozen foundation model together; share only soft prompts.",
+)  # fmt: skip
+screen, errors = Console(), Console(stderr=True)
+
+Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]
+Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Parquet file (or folder), or hf:ID")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", "-c", help="role=column, such as text=review; may be repeated")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Changes = Annotated[list[str] | None, typer.Option("--set", "-s", help="change one setting: part.key=value")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart")] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+) -> None:
+    """Run an experiment and leave its results, its library and a report in a run directory.
+
+    Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
+    """
+    from ficpd import experiment as experiments
+    from ficpd.run import rows
+    from ficpd.run import run as run_experiment
+
+    experiment = experiments.read(recipe, changes or ())
+    out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
+    screen.print(f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {out}")
+    with _progress() as progress:
+        run_experiment(experiment, out, resume, progress)
+    _print_table(rows(out))
+    screen.print(f"library: {out / 'library'}")
+    screen.print(f"report:  {out / 'report.md'}")
+
+
+@app.command()
+def evaluate(
+    library: Library, data: Data, columns: Columns = None,
+    prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: every prompt of the library")] = None,
+    device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Score a library's prompts, and no prompt at all, on labelled records."""
+    from ficpd.use import open_library, read_records, scores
+
+    opened = open_library(library, device)
+    records = read_records(data, _roles(columns), labelled=True)
+    found = scores(opened, records, prompt)
+    names = sorted(next(iter(found.values())))
+    table = Table("prompt", *names)
+    for name, score in found.items():
+        table.add_row(name, *(f"{score[metric]:.3f}" for metric in names))
+    screen.print(f"{len(records)} records from {data}")
+    screen.print(table)
+
+
+@app.command()
+def adapt(
+    library: Library, data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the adapted library")],
+    shots: Annotated[int, typer.Option(help="records used; 0: all of them", min=0)] = 16,
+    columns: Columns = None,
+    steps: Annotated[int, typer.Option(help="steps of tuning", min=1)] = 30,
+    seed: int = 0, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Fit a library to your own few records, and save the prompt as a library of its own."""
+    from ficpd.use import adapt_library, open_library, read_records
+
+    opened = open_library(library, device)
+    records = read_records(data, _roles(columns), labelled=True)
+    adapted, used = adapt_library(opened, records, shots, steps, seed, out)
+    for name, loss in sorted(adapted.losses.items(), key=lambda pair: pair[1]):
+        screen.print(f"  {name:14} loss {loss:.4f}")
+    how = f"tuned {steps} steps" if adapted.tuned else "taken as it is (tuning did not help on the records held back)"
+    screen.print(f"began from {adapted.began_from}, {how}; {used} records. Saved in {out}")
+
+
+@app.command()
+def predict(
+    library: Library,
+    text: Annotated[list[str] | None, typer.Option("--text", help="a text; may be repeated")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="a file of texts")] = None,
+    columns: Columns = None,
+    prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: adapted, else global")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Answer texts with a library's prompt: one JSON line each."""
+    import json
+
+    from ficpd.use import open_library, predicted, read_records, texts_as_records
+
+    if bool(text) == bool(data):
+        raise typer.BadParameter("give --text or --data, one of them")
+    records = texts_as_records(text) if text else read_records(str(data), _roles(columns), labelled=False)
+    for record, answer in zip(records, predicted(open_library(library, device), records, prompt), strict=True):
+        typer.echo(json.dumps({"text": record.fields["text"], "prediction": answer}, ensure_ascii=False))
+
+
+@app.command()
+def info(
+    path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
+) -> None:
+    """Say what a library or a run is; with nothing given, what this installation has."""
+    from ficpd.use import installed, library_facts
+
+    for name, value in (library_facts(path) if path else installed()).items():
+        screen.print(f"[bold]{name:18}[/] {value}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one red paragraph and exit status 1, never a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except FicpdError as error:
+        errors.print("[bold red]error:[/]", str(error), highlight=False, markup=True, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("stopped; `--resume` goes on from the last finished round")
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ficpd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def _roles(columns: list[str] | None) -> dict[str, str]:
+    pairs = [column.partition("=") for column in columns or []]
+    if any(not all(pair) for pair in pairs):
+        raise typer.BadParameter("--column takes role=column, such as text=review")
+    return {role: column for role, _, column in pairs}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """A bar per method: rounds done and planned, clients, time gone and left, latest figures."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = Progress(
+        TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=screen,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+        if method not in tasks:
+            tasks[method] = bars.add_task(method, total=max(planned, 1), figures="")
+        words = "  ".join(f"{name} {value:,.3g}" for name, value in figures.items())
+        bars.update(tasks[method], completed=done if planned else len(figures) and 1, figures=words)
+
+    with bars:
+        yield show
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    from ficpd.run import table
+
+    heads, cells = table(results)
+    drawn = Table(*heads)
+    for line in cells:
+        drawn.add_row(*line)
+    screen.print(drawn)

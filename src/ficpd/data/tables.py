@@ -1,0 +1,130 @@
+"""Files as tables: CSV, TSV, JSON Lines and Parquet, every cell as it was written."""
+
+import io
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ficpd.errors import DataError
+
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation"), "dropped")
+
+
+class Table(NamedTuple):
+    """One file: rows by their number, counted from 1 without the header and blank lines.
+
+    `untyped`: every cell is text (CSV). `split`: the whole table is train, or test.
+    """
+
+    name: str
+    columns: list[str]
+    rows: Mapping[int, Mapping[str, Any]]
+    untyped: bool = False
+    split: str | None = None
+
+
+def read_files(path: Path) -> list[Table]:
+    """One table per readable file, by name; what has another ending is passed over in a folder."""
+    if path.is_dir():
+        paths = sorted((p for p in path.iterdir() if p.suffix.lower() in READERS and p.is_file()), key=lambda p: p.name)
+        if not paths:
+            raise DataError(
+                f"folder {path} holds no file ending in {', '.join(READERS)}; name another folder or a file"
+            )
+        named = {"train", "test"} <= {p.stem.lower() for p in paths} <= SPLITS.keys()
+        return [_file(p)._replace(split=SPLITS[p.stem.lower()] if named else None) for p in paths]
+    if not path.is_file():
+        raise DataError(
+            f"there is no file or folder {str(path)!r}; source is 'ratings', the path of a table (seen from "
+            f"{Path.cwd()}), or 'hf:DATASET_ID'"
+        )
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path.name}: unknown ending {path.suffix!r}; save it as one of {', '.join(READERS)}")
+    return [_file(path)]
+
+
+def _file(path: Path) -> Table:
+    try:
+        table = READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error}); check that it is whole and readable") from error
+    if not table.rows:
+        raise DataError(f"{path.name}: no rows; expected a header and one record a row")
+    return table
+
+
+def _table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str], untyped: bool = False) -> Table:
+    return Table(path.name, [str(c) for c in columns], dict(enumerate(rows, 1)), untyped)
+
+
+def _utf8(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path.name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8; "
+            f"save the file as UTF-8"
+        ) from error
+
+
+def _delimited(path: Path, separator: str) -> Table:
+    """Every cell as text: "NA" and "null" are words like any other. Only a target that spells a number becomes one."""
+    import pandas as pd
+
+    text = io.StringIO(_utf8(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except pd.errors.EmptyDataError:
+        return _table(path, [], [])
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise DataError(
+            f"{path.name}: the rows do not fit the header ({str(error).strip()}); every row needs one cell per column, "
+            f"and a cell that holds the separator or a line break stands in double quotes"
+        ) from error
+    return _table(path, frame.to_dict("records"), frame.columns, untyped=True)  # type: ignore[arg-type]
+
+
+def _json_lines(path: Path) -> Table:
+    rows = [_json_object(f"{path.name} line {n}", line) for n, line in enumerate(_utf8(path).split("\n"), 1)]
+    rows = [row for row in rows if row is not None]
+    return _table(path, rows, dict.fromkeys(name for row in rows for name in row))
+
+
+def _json_object(place: str, line: str) -> dict[str, Any] | None:
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON ({error}); expected one object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {line.strip()[:40]} is no object; expected one object a line")
+    return value
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path.name}: no whole Parquet file ({error}); copy or write it again") from error
+    return _table(path, table.to_pylist(), table.column_names)
+
+
+READERS = {
+    ".csv": partial(_delimited, separator=","),
+    ".tsv": partial(_delimited, separator="\t"),
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+}
