@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from ficpd import cache
 from ficpd.backbones import catalog, weights
 from ficpd.errors import BackboneError
 
@@ -22,8 +23,8 @@ CONTENT = b"the weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(autouse=True, name="cache")
+def cache_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FICPD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path / "cache"

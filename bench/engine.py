@@ -1,0 +1,221 @@
+"""How much of the time is the model's own: engine efficiency, lock step, entering in the middle, overhead, memory.
+
+    python bench/engine.py [--backbone minilm] [--repeats 7]      about ten minutes on two cores
+
+All figures are ratios from one run. Every measurement takes its parts in turn, so that a drifting machine hits all alike.
+"""
+
+import argparse
+import gc
+import resource
+import statistics
+import time
+
+import torch
+from measure import medians, paired, ratio, save
+
+from ficpd.clients import Client
+from ficpd.compute import CHUNK_TOKENS, Compute, chunked, drive, drive_many
+from ficpd.engines import in_process
+from ficpd.experiment import parse, read
+from ficpd.federate import Schedule, federate
+from ficpd.methods import fedavg
+from ficpd.tuners import Training
+from ficpd.types import Backbone, Prompt, Query, Setup
+from ficpd.world import World, build_world
+
+CLIENTS, RECORDS, TOKENS = 16, 8, 10
+
+
+def world(backbone: str, *changes: str) -> World:
+    settings = [f"backbone.name={backbone}", "data.max_records=4000", f"prompt.num_tokens={TOKENS}", *changes]
+    return build_world(read("quickstart", settings))
+
+
+def start_at(backbone: Backbone, layer: int) -> Prompt:
+    return Prompt(backbone.start(None, TOKENS, layer, 0), backbone.fingerprint, layer)
+
+
+def queries(built: World, start: Prompt, clients: int, records: int) -> list[Query]:
+    """`clients` queries of `records` real sentences each, encoded for the prompt's layer."""
+    pool = [r for shard in built.shards.values() for r in shard.train][: clients * records]
+    batch = built.task.encode(pool, built.model.backbone, start)
+    parts = [batch.take(range(c * records, (c + 1) * records)) for c in range(clients)]
+    return [Query(start.vectors_PD[None], part, grad=True) for part in parts]
+
+
+def bare(backbone: Backbone, asked: list[Query], layer: int, sort: bool):
+    """Forward and backward of the backbone alone on the same rows: nothing clipped, split, scored or gathered.
+
+    `sort`: in the chunks that the engine makes; else in one batch, padded to the longest, as a plain loop would.
+    """
+    items = [item for query in asked for (item,) in query.batch.items]
+    items = sorted(items, key=lambda item: item.length) if sort else items
+    parts = list(chunked(items, CHUNK_TOKENS["cpu"], TOKENS)) if sort else [items]
+    kept = [backbone.below(part, layer) for part in parts]
+    prompt = asked[0].prompts_KPD[0]
+
+    def work() -> None:
+        for part, hidden in zip(parts, kept, strict=True):
+            rows = prompt.expand(len(part), -1, -1).clone().requires_grad_(True)
+            backbone.above(rows, hidden, part, layer).features_RD.sum().backward()
+
+    return work
+
+
+def efficiency(built: World, repeats: int) -> dict:
+    """The bare backbone's seconds over the engine's, for the same 16 x 8 rows."""
+    backbone, found = built.model.backbone, {}
+    for layer in sorted({0, built.start.enters_at}):
+        asked = queries(built, start_at(backbone, layer), CLIENTS, RECORDS)
+        works = {
+            "bare": bare(backbone, asked, layer, sort=True),
+            "bare, one padded batch": bare(backbone, asked, layer, sort=False),
+            "engine": lambda asked=asked: built.model.answer(asked),
+        }
+        seconds = paired(works, repeats)
+        found[f"enters_at={layer}"] = {
+            "efficiency": ratio(seconds, "bare", "engine"),
+            "against one padded batch": ratio(seconds, "bare, one padded batch", "engine"),
+            "seconds": medians(seconds),
+        }
+    return found
+
+
+def lock_step(built: World, repeats: int) -> dict:
+    """One client after another over all in one forward, for small and large shares of rows."""
+    found = {}
+    for records in (1, 2, 8, 32):
+        asked = queries(built, built.start, CLIENTS, records)
+        works = {
+            "one after another": lambda asked=asked: [built.model.answer([query]) for query in asked],
+            "lock step": lambda asked=asked: built.model.answer(asked),
+        }
+        seconds = paired(works, repeats)
+        gain = ratio(seconds, "one after another", "lock step")
+        found[f"{CLIENTS} x {records}"] = {"gain": gain, "seconds": medians(seconds)}
+    return found
+
+
+def middle(built: World, repeats: int) -> dict:
+    """A step that enters at 0 over one that enters in the middle with the layers below kept; and their equality."""
+    backbone = built.model.backbone
+    layer = built.start.enters_at or backbone.depth // 2
+    bottom, mid = (queries(built, start_at(backbone, n), CLIENTS, RECORDS) for n in (0, layer))
+    forgetful = Compute(backbone, keep_bytes=0)
+    works = {
+        "enters at 0": lambda: built.model.answer(bottom),
+        f"enters at {layer}, kept": lambda: built.model.answer(mid),
+        f"enters at {layer}, not kept": lambda: forgetful.answer(mid),
+    }
+    seconds = paired(works, repeats)
+    kept, fresh = built.model.answer(mid), forgetful.answer(mid)
+    apart = max(float((a.grad_KBPD - b.grad_KBPD).abs().max()) for a, b in zip(kept, fresh, strict=True))
+    scale = max(float(a.grad_KBPD.abs().max()) for a in kept)
+    return {
+        "layer": layer,
+        "gain over entering at 0": ratio(seconds, "enters at 0", f"enters at {layer}, kept"),
+        "gain of keeping": ratio(seconds, f"enters at {layer}, not kept", f"enters at {layer}, kept"),
+        "largest difference of a gradient, relative": apart / scale,
+        "seconds": medians(seconds),
+    }
+
+
+TINY = """
+[backbone]
+name = "tiny"
+[task]
+name = "classification"
+labels = { negative = "bad", positive = "good" }
+[data]
+source = "ratings"
+columns = { text = "text", target = "polarity" }
+max_records = 6000
+[partition]
+kind = "iid"
+num_clients = 500
+[training]
+local_steps = 1
+batch_size = 2
+"""
+
+
+def overhead(rounds: int = 12) -> dict:
+    """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
+    built = build_world(parse(TINY, "bench"))
+    model, clients = _Timed(built.model.backbone), built.clients()
+    method = fedavg.build(fedavg.Config(), Training(local_steps=1, batch_size=2, learning_rate=0.01))
+    engine = in_process.build(in_process.Config(lock_step=64), method, clients, model)
+    cards = [client.card for client in clients.values()]
+    state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
+    milliseconds, memory, began = [], [], time.perf_counter()
+    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0)):
+        milliseconds.append(1000 * (time.perf_counter() - began - model.seconds) / len(cards))
+        gc.collect()
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        model.seconds, began = 0.0, time.perf_counter()
+    return {
+        "clients": len(cards),
+        "milliseconds per client and round, median": round(statistics.median(milliseconds[1:]), 3),
+        "peak memory MB after round 2 and the last": [round(memory[1], 1), round(memory[-1], 1)],
+    }
+
+
+class _Timed(Compute):
+    """Adds up the seconds spent in the backbone's forward and backward (tiny's own cost is part of the model's)."""
+
+    seconds = 0.0
+
+    def _forward(self, asked, part):
+        began = time.perf_counter()
+        try:
+            return super()._forward(asked, part)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def agreement(built: World) -> float:
+    """Largest difference between clients driven singly and in lock step, over three steps, relative to the prompt."""
+    method = fedavg.build(fedavg.Config(), Training(local_steps=3, batch_size=4, learning_rate=0.01))
+
+    def updates(together: bool) -> dict[str, torch.Tensor]:
+        clients = dict(list(built.clients().items())[:6])
+        order = method.assign(method.init(Setup(built.start, [], 1, 6, 0)), next(iter(clients.values())).card, 1)
+        works = {name: _work(method, client, order) for name, client in clients.items()}
+        done = drive_many(built.model, works) if together else [(n, drive(built.model, w)) for n, w in works.items()]
+        return {name: update.arrays["delta"] for name, update in done}
+
+    alone, together = updates(False), updates(True)
+    scale = float(built.start.vectors_PD.abs().mean())
+    return max(float((alone[name] - together[name]).abs().max()) for name in alone) / scale
+
+
+def _work(method, client: Client, order):
+    from ficpd.clients import participate
+
+    return participate(method, client, order)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--backbone", default="minilm")
+    options.add_argument("--repeats", type=int, default=7)
+    given = options.parse_args()
+    built = world(given.backbone)
+    chosen = built.experiment.backbone
+    result = {"backbone": given.backbone, "dtype": chosen.dtype, "attention": chosen.attention}
+    for name, measure in (
+        ("efficiency", efficiency),
+        ("lock step", lock_step),
+        ("entering in the middle", middle),
+    ):
+        result[name] = measure(built, given.repeats)
+        print(name, result[name], flush=True)
+    result["driven singly against lock step, relative difference"] = agreement(built)
+    result["overhead"] = overhead()
+    print(result["overhead"])
+    save(f"engine-{given.backbone}", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What every benchmark shares: timing in pairs, and a result file that says which machine and commit it is from."""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ficpd.speed import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired(works: Mapping[str, Callable[[], object]], repeats: int = 7, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each work, taken in turn (A B C A B C ...), after one unmeasured turn: drift hits all alike."""
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Median, least and largest of the ratio `over / under`, turn by turn."""
+    ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+    return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation (n - 1) over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": round(statistics.mean(values), 4), "sd": round(deviation, 4), "n": len(values)}
+
+
+def save(name: str, result: Mapping[str, Any], device: str = "cpu") -> Path:
+    """`results/NAME.json`, with machine, commit and date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    whole = {
+        "bench": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "machine": machine(torch.device(device)),
+        **result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+    print(f"saved {path.relative_to(Path(__file__).parent.parent)}")
+    return path

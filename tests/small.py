@@ -1,0 +1,120 @@
+"""Small federations on the tiny backbone: what most tests run on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ficpd import seeds
+from ficpd.backbones import tiny
+from ficpd.clients import Client
+from ficpd.compute import Compute
+from ficpd.engines import in_process
+from ficpd.federate import Round, Schedule, federate
+from ficpd.privacy.none import NoPrivacy
+from ficpd.registry import load
+from ficpd.tasks import classification, regression
+from ficpd.tuners import Training
+from ficpd.types import ClientCard, Engine, Method, Prompt, Record, Setup, State, Task
+
+CPU = torch.device("cpu")
+GOOD = ["good", "fine", "lovely", "bright"]
+BAD = ["bad", "dull", "awful", "grey"]
+OTHER = ["the", "film", "was", "a", "story", "and", "we", "saw", "it", "twice"]
+LABELS = {"good": "good fine", "bad": "bad dull"}
+ANCHORS = {"bad dull": 1.0, "good fine": 5.0}
+TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1)
+
+
+def backbone(width: int = 16, depth: int = 2, max_tokens: int = 64) -> tiny.Tiny:
+    config = tiny.Config(width=width, depth=depth, max_tokens=max_tokens)
+    return tiny.build(config, None, dtype=torch.float32, attention="eager", device=CPU, name="tiny")
+
+
+def classes(**more: Any) -> classification.Classification:
+    return classification.build(classification.Config(labels=LABELS, instruction="it was", **more))
+
+
+def numbers(**more: Any) -> regression.Regression:
+    return regression.build(regression.Config(anchors=ANCHORS, instruction="it was", **more))
+
+
+def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = False) -> list[Record]:
+    """Sentences of different lengths, each with one word that tells its label (or its number from 1 to 5)."""
+    random = seeds.generator("small records", seed)
+    found = []
+    for place in range(count):
+        good = bool(torch.randint(2, (1,), generator=random))
+        words = [OTHER[int(torch.randint(len(OTHER), (1,), generator=random))] for _ in range(2 + place % 5)]
+        words.insert(1, (GOOD if good else BAD)[int(torch.randint(4, (1,), generator=random))])
+        target = (4.0 if good else 2.0) + place % 3 / 2 if real else "good" if good else "bad"
+        found.append(Record(f"{name} row {place + 1}", {"text": " ".join(words), "target": target}))
+    return found
+
+
+def start(model: Compute, task: Task, num_tokens: int = 3, enters_at: int = 1) -> Prompt:
+    """Activations of a text, and as many rows of a readout as the task tunes."""
+    tokens_PD = model.backbone.start("it was good and bad", num_tokens, enters_at, 0)
+    heads_CD = model.backbone.start("good bad", task.head_rows, 0, 0) if task.head_rows else tokens_PD[:0]
+    return Prompt(torch.cat([tokens_PD, heads_CD]), model.backbone.fingerprint, enters_at, task.head_rows)
+
+
+def clients(
+    model: Compute, method: Method, count: int = 5, seed: int = 0, mechanism: Any = None, task: Task | None = None
+) -> dict[str, Client]:
+    """Members of unequal size; one that holds all records where the method pools them."""
+    task = task or classes()
+    shares = {f"site-{i}": records(5 + 2 * i, i, f"site-{i}.csv") for i in range(count)}
+    if method.pools_data:
+        shares = {"everyone": [record for share in shares.values() for record in share]}
+    begin = start(model, task)
+    return {
+        name: Client(
+            ClientCard(name), share, records(4, 100, "test.csv"), task, model.backbone, mechanism or NoPrivacy(), begin,
+            seeds.derive(seed, "private", name),
+        )
+        for name, share in shares.items()
+    }  # fmt: skip
+
+
+def method(name: str, training: Training = TRAINING, **config: Any) -> Method:
+    module = load("methods", name)
+    return module.build(module.Config(**config), training)
+
+
+def engine(chosen: Method, members: Mapping[str, Client], model: Compute, lock_step: int = 64) -> in_process.InProcess:
+    return in_process.build(in_process.Config(lock_step=lock_step), chosen, members, model)
+
+
+def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0) -> State:
+    cards = [client.card for client in members.values()]
+    begin = next(iter(members.values())).start
+    return chosen.init(Setup(begin, cards, rounds, len(cards), seed))
+
+
+def rounds(
+    chosen: Method, members: Mapping[str, Client], model: Compute, schedule: Schedule | None = None,
+    through: Engine | None = None, lock_step: int = 64,
+) -> tuple[State, list[Round]]:  # fmt: skip
+    """The last state, and what every round reported."""
+    schedule = schedule or Schedule(2, len(members), 0)
+    through = through or engine(chosen, members, model, lock_step)
+    state, reports = first_state(chosen, members, schedule.num_rounds, schedule.seed), []
+    for after, report in federate(chosen, through, model, state, schedule):
+        state = after
+        reports.append(report)
+    return state, reports
+
+
+def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    """The same names, and under each the same numbers to the last bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return left.shape == right.shape and torch.allclose(left, right, rtol=0, atol=tolerance)
+
+
+def shuffled(things: Iterable, seed: int = 0) -> list:
+    kept: Sequence = list(things)
+    return [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()]
