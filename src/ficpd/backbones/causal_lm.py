@@ -92,6 +92,9 @@ class CausalLM:
         self.max_tokens = min(config.max_tokens, self.context)
         self.device, self.dtype = model.device, model.dtype
         self._first = self._bos()
+        self._head_norm = float(
+            model.lm_head.weight[:: max(1, model.config.vocab_size // 1024)].float().norm(dim=1).mean()
+        )
 
     # ------------------------------------------------------------ text to items
 
@@ -125,8 +128,8 @@ class CausalLM:
         return self.model.lm_head.weight[[i[0] for i in ids]].float()
 
     def as_readout(self, rows_RCD: Tensor) -> Tensor:
-        """The rows as they are: like the language head's own, they score an answer by their inner product."""
-        return rows_RCD.float()
+        """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
+        return torch.nn.functional.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -149,12 +152,17 @@ class CausalLM:
     # ------------------------------------------------------------ starts
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D] float32, on the CPU. A text's tokens, or the drawn ones, are repeated if they are too few."""
+        """[num_tokens, D] float32, on the CPU. A text's tokens, or the drawn ones, are repeated if they are too few.
+
+        A token stands before them and is dropped: above the first layers a decoder parks attention on its first
+        position, whose activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv 2309.17453).
+        """
         ids = self._vocabulary(seed) if text is None else self._ids(text)
         if not ids:
             raise BackboneError(f"the start text {text!r} has no tokens for {self.name}; write it in words")
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
-        return self.below([Item(torch.tensor(ids, dtype=torch.long), num_tokens)], enters_at)[0].float().cpu()
+        led = torch.tensor([*(self._first or ids[-1:]), *ids], dtype=torch.long)
+        return self.below([Item(led, len(led))], enters_at)[0][-num_tokens:].float().cpu()
 
     def _vocabulary(self, seed: int) -> list[int]:
         """All ordinary words of the vocabulary, in an order drawn from the seed."""
