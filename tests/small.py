@@ -112,7 +112,9 @@ def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
 
 
 def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return left.shape == right.shape and torch.allclose(left, right, rtol=0, atol=tolerance)
+    """Of one shape, and nowhere further apart than `tolerance` times the largest number (or 1)."""
+    scale = max([1.0, *right[torch.isfinite(right)].abs().flatten().tolist()])
+    return left.shape == right.shape and torch.allclose(left, right, rtol=0, atol=tolerance * scale)
 
 
 def shuffled(things: Iterable, seed: int = 0) -> list:

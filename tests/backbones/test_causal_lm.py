@@ -260,7 +260,8 @@ def test_a_layer_that_does_not_exist_is_an_error(small):
 def test_a_start_is_made_of_real_activations(small):
     from_text = small.start("very good film", 5, 1, seed=0)
     ids = small.tokenizer("very good film very good")["input_ids"]
-    expected = small.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+    led = [*(small._first or ids[-1:]), *ids]
+    expected = small.model(torch.tensor([led]), output_hidden_states=True).hidden_states[1][0][-5:]
     torch.testing.assert_close(from_text, expected, atol=1e-5, rtol=1e-5)
     drawn = small.start(None, 6, 0, seed=1)
     ordinary = small.model.get_input_embeddings().weight[3:]
