@@ -1,14 +1,9 @@
-"""What all tests share: `small` (small federations) is importable, and nothing is written outside the test's folder."""
+"""What all tests share; this file's folder on the path makes `small` (small federations) importable from below it."""
 
 import pytest
+
 import small
-
 from ficpd.compute import Compute
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FICPD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

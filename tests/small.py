@@ -1,6 +1,8 @@
 """Small federations on the tiny backbone: what most tests run on."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,12 @@ from ficpd.backbones import tiny
 from ficpd.clients import Client
 from ficpd.compute import Compute
 from ficpd.engines import in_process
+from ficpd.experiment import Experiment, parse
 from ficpd.federate import Round, Schedule, federate
+from ficpd.library import PromptLibrary
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
+from ficpd.run import run as run_experiment
 from ficpd.tasks import classification, regression
 from ficpd.tuners import Training
 from ficpd.types import ClientCard, Engine, Method, Prompt, Record, Setup, State, Task
@@ -120,3 +125,61 @@ def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-5) -> b
 def shuffled(things: Iterable, seed: int = 0) -> list:
     kept: Sequence = list(things)
     return [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+# ---------------------------------------------------------------- whole experiments, from a table
+
+
+def table(path: Path, count: int = 60, sites: int = 3) -> Path:
+    """A CSV of sentences, their labels and the site that each comes from."""
+    lines = ["text,target,site"]
+    lines += [f"{r.fields['text']},{r.fields['target']},site-{i % sites}" for i, r in enumerate(records(count, 1))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def toml(data: Path, method: str = "fedavg", rounds: int = 3, seed: int = 0) -> str:
+    return f"""
+name = "small"
+seed = {seed}
+[backbone]
+name = "tiny"
+attention = "eager"
+dtype = "float32"
+options = {{ width = 16 }}
+[prompt]
+num_tokens = 3
+[task]
+name = "classification"
+instruction = "it was"
+labels = {{ good = "good fine", bad = "bad dull" }}
+[data]
+source = {json.dumps(str(data))}
+keep = ["site"]
+[partition]
+kind = "column"
+column = "site"
+[method]
+name = "{method}"
+[training]
+local_steps = 2
+batch_size = 4
+[federation]
+num_rounds = {rounds}
+"""
+
+
+def experiment(folder: Path, method: str = "fedavg", *changes: str, rounds: int = 3, seed: int = 0) -> Experiment:
+    folder.mkdir(parents=True, exist_ok=True)
+    return parse(toml(table(folder / "records.csv"), method, rounds, seed), "small.toml", changes)
+
+
+def run(folder: Path, method: str = "fedavg", *changes: str, rounds: int = 3, seed: int = 0) -> dict[str, Any]:
+    """A whole run into `folder/run`; its result."""
+    return run_experiment(experiment(folder, method, *changes, rounds=rounds, seed=seed), folder / "run")
+
+
+def library(folder: Path) -> dict[str, torch.Tensor]:
+    """All prompts that a run in `folder/run` left."""
+    found = PromptLibrary.load(folder / "run")
+    return {name: prompt.vectors_PD for name, prompt in found.candidates().items()}

@@ -164,6 +164,7 @@ def _library(world: World, method: Method, state: State, result: Mapping[str, An
     card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
     card["task"] = dict(world.task.describe())
     card["backbone"] = {
+        "enters_at": start.enters_at,
         "name": world.experiment.backbone.name,
         "kind": world.experiment.backbone.kind,
         "options": world.experiment.backbone.options,

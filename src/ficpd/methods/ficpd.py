@@ -1,9 +1,13 @@
 """FICPD, first form: clients' prompts are clustered into prototypes, and each client goes on from its own.
 
-Per round: a client tunes from the prompt it was sent and returns the difference (with L2 and proximal terms). The server
-adds it to what it had sent, takes the way each client has come from the shared start, clusters those ways by cosine
-K-means, and averages each cluster into a prototype, drawn towards the global prompt by `shrinkage`. Synthetic examples
-and meta-learning come with the prompt library.
+Per round a client tunes from the prompt it was sent and returns the difference (with L2 and proximal terms). On the server
+
+    global     <- global + Σ w_c δ_c                          the weighted mean of what came, as in FedAvg
+    clusters   <- cosine K-means of (sent_c + δ_c - start)    the way each client has come from the shared start
+    prototype_k = global + (1 - shrinkage) · mean over k of (sent_c + δ_c - global)
+
+so that clients of one kind share what sets them apart from the rest, and a small cluster is drawn towards the global
+prompt. Synthetic examples and meta-learning come with the prompt library.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -12,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.server.averaging import mean_of
+from ficpd.server.averaging import mean_of, weighted_mean
 from ficpd.server.prototypes import cosine_kmeans
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientSide, ClientUpdate, Model, Query, Setup, State
@@ -56,19 +60,22 @@ class Ficpd:
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """Clients that did not take part keep the last way they came; every client counts by its weight."""
-        start = state.arrays["start"]
-        ways = {name.removeprefix("way/"): way for name, way in state.arrays.items() if name.startswith("way/")}
-        ways |= {u.client: self._sent(state, u.client) + u.arrays["delta"] - start for u in updates}
+        """A client that did not take part keeps the way it had come and how it stood off the global prompt then."""
+        start, shared = state.arrays["start"], state.arrays["global"] + weighted_mean(updates, "delta")
+        reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
+        ways = _of_clients(state, "way/") | {name: prompt - start for name, prompt in reached.items()}
+        offsets = _of_clients(state, "offset/") | {name: prompt - shared for name, prompt in reached.items()}
         weights = state.facts["weights"] | {u.client: u.weight for u in updates}
         clusters = cosine_kmeans(ways, self.config.num_prototypes, state.facts["seed"])
-        overall = mean_of(ways, weights)
-        prototypes = []
-        for k in range(clusters.number):
-            mean = mean_of({name: way for name, way in ways.items() if clusters.member[name] == k}, weights)
-            prototypes.append(start + torch.lerp(mean, overall, self.config.shrinkage))
-        arrays = {"start": start, "global": start + overall, "prototypes_KPD": torch.stack(prototypes)}
+        prototypes = [
+            shared
+            + (1 - self.config.shrinkage)
+            * mean_of({n: offsets[n] for n in offsets if clusters.member[n] == k}, weights)
+            for k in range(clusters.number)
+        ]
+        arrays = {"start": start, "global": shared, "prototypes_KPD": torch.stack(prototypes)}
         arrays |= {f"way/{name}": way for name, way in ways.items()}
+        arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         return State(arrays, {**state.facts, "nearest": clusters.member, "weights": weights})
 
     def prompt(self, state: State) -> Tensor:
@@ -85,3 +92,8 @@ class Ficpd:
         """The prompt a client starts its round from: its prototype, or the global prompt for a client not yet heard."""
         nearest = state.facts["nearest"].get(name)
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
+
+
+def _of_clients(state: State, prefix: str) -> dict[str, Tensor]:
+    """The state's arrays that belong to one client each, by client."""
+    return {name.removeprefix(prefix): array for name, array in state.arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,41 @@
+"""A method of one's own, outside the package: a FedAvg whose clients send only the sign of what they learned.
+
+`ficpd run ... --set method.name=examples.method` finds it by its dotted name; here it is handed to the engine directly.
+"""
+
+from ficpd.engines import in_process
+from ficpd.experiment import parse
+from ficpd.federate import Schedule, federate
+from ficpd.metrics.evaluate import evaluate
+from ficpd.methods.fedavg import Config, FedAvg
+from ficpd.tuners import Training
+from ficpd.types import ClientUpdate, Setup
+from ficpd.world import build_world
+
+RECIPE = """
+backbone = { name = "tiny" }
+task = { name = "classification", labels = { negative = "bad", positive = "good" } }
+data = { source = "ratings", columns = { text = "text", target = "polarity" }, max_records = 300 }
+partition = { kind = "iid", num_clients = 5 }
+"""
+
+
+class SignAvg(FedAvg):
+    name = "sign_avg"
+
+    def train(self, client, order):
+        update = yield from super().train(client, order)
+        return ClientUpdate(client.id, {"delta": update.arrays["delta"].sign() * 0.01}, update.weight)
+
+
+def build(config: Config, training: Training) -> SignAvg:
+    return SignAvg(training)
+
+
+world = build_world(parse(RECIPE, "example"))
+method, clients = build(Config(), world.experiment.training), world.clients()
+engine = in_process.build(in_process.Config(), method, clients, world.model)
+state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
+for state, done in federate(method, engine, world.model, state, Schedule(num_rounds=3, cohort=5, seed=0)):
+    print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
+print(evaluate(method, state, clients, world.model, 4).everyone)

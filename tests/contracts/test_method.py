@@ -1,0 +1,269 @@
+"""Every method: what leaves is what was released, the order of updates does not matter, a seed fixes all."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+import small
+from ficpd import codec
+from ficpd.clients import Client, participate, personal_prompt
+from ficpd.compute import Compute, drive, drive_many
+from ficpd.federate import Schedule
+from ficpd.metrics.evaluate import evaluate
+from ficpd.privacy.none import NoPrivacy
+from ficpd.registry import names
+from ficpd.types import Assignment, ClientUpdate, Method, Query, State
+
+METHODS = names("methods")
+MARK, MARKED_WEIGHT = 0.125, 42.0
+
+
+class Marking(NoPrivacy):
+    """Lets nothing through but a mark, and counts how often it was asked."""
+
+    def __init__(self):
+        self.released: list[str] = []
+
+    def release(self, update, noise):
+        self.released.append(update.client)
+        arrays = {name: torch.full_like(array, MARK) for name, array in update.arrays.items()}
+        return ClientUpdate(update.client, arrays, MARKED_WEIGHT)
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> Method:
+    return small.method(request.param)
+
+
+def orders_of(method: Method, members: Mapping[str, Client], state: State, round: int = 1) -> dict[str, Assignment]:
+    return {name: method.assign(state, client.card, round) for name, client in members.items()}
+
+
+def updates_of(
+    method: Method, members: Mapping[str, Client], model: Compute, state: State, round: int = 1
+) -> list[ClientUpdate]:
+    orders = orders_of(method, members, state, round)
+    return [drive(model, participate(method, client, orders[name])) for name, client in members.items()]
+
+
+def outcome(method: Method, members: Mapping[str, Client], state: State) -> dict[str, torch.Tensor]:
+    """All prompts that a run leaves: those of the library, and what each client would use."""
+    orders = orders_of(method, members, state, 9)
+    own = {f"own/{name}": personal_prompt(method, client, orders[name]) for name, client in members.items()}
+    return {**method.basis(state), **own}
+
+
+# ---------------------------------------------------------------- two rounds
+
+
+def test_two_rounds_run_and_no_update_is_dropped(method, model):
+    members = small.clients(model, method)
+    state, reports = small.rounds(method, members, model)
+    assert [report.round for report in reports] == [1, 2]
+    assert [(report.updates, report.dropped) for report in reports] == [(len(members), {})] * 2
+    shape = next(iter(members.values())).start.vectors_PD.shape
+    assert all(vectors.shape == shape for vectors in method.basis(state).values())
+    shared = method.prompt(state)
+    assert shared is None or shared.shape[1:] == shape[1:]
+    evaluation = evaluate(method, state, members, model, 3)
+    assert evaluation.own.keys() == members.keys()
+    assert (evaluation.everyone is None) == (shared is None)
+
+
+def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
+    if not method.trains:
+        pytest.skip("nothing is trained")
+    members = small.clients(model, method)
+    before = outcome(method, members, small.first_state(method, members))
+    state, _ = small.rounds(method, members, model, Schedule(10, len(members), 0))
+    after, losses = outcome(method, members, state), []
+    for name, client in members.items():
+        first, last = before[f"own/{name}"], after[f"own/{name}"]
+        assert not small.close(first, last, 1e-3)
+        losses.append(model.answer([Query(torch.stack([first, last]), client.encoded())])[0].loss_KB)
+    first, last = torch.cat(losses, 1).mean(1)
+    assert last < first
+
+
+def test_two_of_five_clients_a_round(method, model):
+    members = small.clients(model, method)
+    schedule = Schedule(3, 2, 4)
+    state, reports = small.rounds(method, members, model, schedule)
+    assert [(report.clients, report.dropped) for report in reports] == [(min(2, len(members)), {})] * 3
+    evaluation = evaluate(method, state, members, model, 4)
+    assert evaluation.own.keys() == members.keys()
+
+
+def test_a_task_with_a_tuned_head(method, model):
+    members = small.clients(model, method, task=small.classes(tuned_head=True))
+    state, reports = small.rounds(method, members, model)
+    assert not any(report.dropped for report in reports)
+    begin = next(iter(members.values())).start
+    for name, prompt in outcome(method, members, state).items():
+        assert len(prompt) in (len(begin.vectors_PD), begin.head_rows), name
+    assert evaluate(method, state, members, model, 3).own.keys() == members.keys()
+
+
+# ---------------------------------------------------------------- the server's half
+
+
+def test_the_order_of_updates_does_not_change_the_aggregate(method, model):
+    members = small.clients(model, method)
+    state = small.first_state(method, members)
+    for round in (1, 2):
+        updates = updates_of(method, members, model, state, round)
+        after = [method.aggregate(state, small.shuffled(updates, seed), round, model) for seed in range(4)]
+        assert all(small.same(after[0].arrays, other.arrays) for other in after[1:])
+        assert all(after[0].facts == other.facts for other in after[1:])
+        state = after[0]
+
+
+def test_aggregating_leaves_its_arguments_as_they_were(method, model):
+    members = small.clients(model, method)
+    state = small.first_state(method, members)
+    before = {name: array.clone() for name, array in state.arrays.items()}
+    facts = codec.encode_state(State({}, state.facts), {})
+    updates = updates_of(method, members, model, state)
+    copies = [{name: array.clone() for name, array in update.arrays.items()} for update in updates]
+    method.aggregate(state, updates, 1, model)
+    assert small.same(before, state.arrays)
+    assert codec.encode_state(State({}, state.facts), {}) == facts
+    assert all(small.same(update.arrays, copy) for update, copy in zip(updates, copies, strict=True))
+
+
+def test_every_state_can_be_written_read_and_gone_on_from(method, model):
+    whole, stopped = small.clients(model, method), small.clients(model, method)
+    ours = theirs = small.first_state(method, whole)
+    for round in (1, 2, 3):
+        ours = method.aggregate(ours, updates_of(method, whole, model, ours, round), round, model)
+        theirs = method.aggregate(theirs, updates_of(method, stopped, model, theirs, round), round, model)
+        theirs, _ = codec.decode_state(codec.encode_state(theirs, {}))
+    assert ours.facts == theirs.facts
+    assert small.same(outcome(method, whole, ours), outcome(method, stopped, theirs))
+
+
+def test_a_first_state_can_be_written_before_any_update_came(method, model):
+    state = small.first_state(method, small.clients(model, method))
+    read, _ = codec.decode_state(codec.encode_state(state, {}))
+    assert small.same(read.arrays, state.arrays)
+    assert read.facts == state.facts
+
+
+def test_the_layout_is_that_of_every_update(method, model):
+    members = small.clients(model, method)
+    state = small.first_state(method, members)
+    for round in (1, 2):
+        updates = updates_of(method, members, model, state, round)
+        for update in updates:
+            assert {name: tuple(array.shape) for name, array in update.arrays.items()} == dict(method.layout(state))
+            assert {array.dtype for array in update.arrays.values()} <= {torch.float32}
+        state = method.aggregate(state, updates, round, model)
+
+
+# ---------------------------------------------------------------- what leaves
+
+
+def test_what_leaves_is_exactly_what_was_released(method, model):
+    mechanism = Marking()
+    members = small.clients(model, method, mechanism=mechanism)
+    state, fingerprint = small.first_state(method, members), model.backbone.fingerprint
+    orders = orders_of(method, members, state)
+    bodies = {name: codec.encode_assignment(order, fingerprint) for name, order in orders.items()}
+    replies = list(small.engine(method, members, model).exchange(bodies))
+    assert sorted(mechanism.released) == sorted(reply.client for reply in replies) == sorted(members)
+    for reply in replies:
+        marks = {name: torch.full(shape, MARK) for name, shape in method.layout(state).items()}
+        assert reply.body == codec.encode_update(ClientUpdate(reply.client, marks, MARKED_WEIGHT), 1, fingerprint)
+
+
+def test_a_client_without_record_counts_to_tell_weighs_one(method, model):
+    class Private(NoPrivacy):
+        unit = "record"
+
+    members = small.clients(model, method, mechanism=Private())
+    updates = updates_of(method, members, model, small.first_state(method, members))
+    assert {update.weight for update in updates} == {1.0}
+
+
+def test_nothing_is_kept_of_an_order_that_was_not_carried_out(method, model):
+    class Broken(NoPrivacy):
+        def release(self, update, noise):
+            raise RuntimeError("no way out")
+
+    members = small.clients(model, method, mechanism=Broken())
+    orders = orders_of(method, members, small.first_state(method, members))
+    for name, client in members.items():
+        with pytest.raises(RuntimeError, match="no way out"):
+            drive(model, participate(method, client, orders[name]))
+        assert client.kept == {}
+
+
+def test_local_lets_nothing_out_but_that_it_is_done(model):
+    method = small.method("local")
+    members = small.clients(model, method)
+    state, fingerprint = small.first_state(method, members), model.backbone.fingerprint
+    for round in (1, 2):
+        orders = orders_of(method, members, state, round)
+        bodies = {name: codec.encode_assignment(order, fingerprint) for name, order in orders.items()}
+        replies = list(small.engine(method, members, model).exchange(bodies))
+        updates = [
+            codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, {})) for reply in replies
+        ]
+        assert [update.arrays for update in updates] == [{}] * len(members)
+        state = method.aggregate(state, updates, round, model)
+    assert small.same(method.basis(state), {"start": next(iter(members.values())).start.vectors_PD})
+    assert all("prompt" in client.kept for client in members.values())
+
+
+def test_local_sends_the_same_whatever_the_records(model):
+    """ "Nothing that depends on a record ever leaves": not their number either."""
+    method = small.method("local")
+    sent = []
+    for count in (6, 9):
+        members = small.clients(model, method, 1)
+        members["site-0"].train = small.records(count, seed=count)
+        (update,) = updates_of(method, members, model, small.first_state(method, members))
+        sent.append(codec.encode_update(update, 1, model.backbone.fingerprint))
+    assert sent[0] == sent[1]
+
+
+# ---------------------------------------------------------------- seeds and engines
+
+
+def test_a_seed_fixes_all_and_another_seed_does_not(method, model):
+    left = []
+    for seed in (1, 1, 2):
+        members = small.clients(model, method, seed=seed)
+        state, _ = small.rounds(method, members, model, Schedule(2, len(members), seed))
+        left.append(outcome(method, members, state))
+    assert small.same(left[0], left[1])
+    if method.trains:
+        assert not small.same(left[0], left[2])
+
+
+def test_singly_and_in_lock_step_agree(method, model):
+    single, together = small.clients(model, method), small.clients(model, method)
+    state = small.first_state(method, single)
+    for round in (1, 2):
+        orders = orders_of(method, single, state, round)
+        ours = {name: drive(model, participate(method, client, orders[name])) for name, client in single.items()}
+        works = {name: participate(method, client, orders[name]) for name, client in together.items()}
+        theirs = dict(drive_many(Compute(model.backbone), works))
+        assert ours.keys() == theirs.keys()
+        for name, update in ours.items():
+            assert update.weight == theirs[name].weight
+            assert update.arrays.keys() == theirs[name].arrays.keys()
+            assert all(small.close(array, theirs[name].arrays[key]) for key, array in update.arrays.items())
+            kept = together[name].kept
+            assert all(small.close(array.float(), kept[key].float()) for key, array in single[name].kept.items())
+        state = method.aggregate(state, list(ours.values()), round, model)
+
+
+def test_a_client_that_was_not_asked_keeps_nothing_new(method, model):
+    members = small.clients(model, method)
+    asked = sorted(members)[:1]
+    orders = orders_of(method, members, small.first_state(method, members))
+    for name in asked:
+        drive(model, participate(method, members[name], orders[name]))
+    assert all(client.kept == {} for name, client in members.items() if name not in asked)
