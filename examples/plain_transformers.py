@@ -1,6 +1,6 @@
 """A library's prompt with nothing but transformers: where it enters, in a dozen lines. Needs MiniLM's weights.
 
-    python examples/plain_transformers.py runs/demo/library
+python examples/plain_transformers.py runs/demo/library
 """
 
 import json

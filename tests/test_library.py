@@ -148,7 +148,7 @@ def test_a_library_of_another_backbone_is_refused(model):
 
 
 def test_the_nearest_is_the_one_of_the_same_direction(model):
-    given = library(model, east=axis(model, 0, 5.0), north=axis(model, 1, 0.1), west=axis(model, 0, -1.0))
+    given = library(model, east=axis(model, 0, 0.1), north=axis(model, 1, 50.0), west=axis(model, 0, -1.0))
     assert given.nearest(axis(model, 0, 0.01) + axis(model, 1, 0.005), 3) == ["east", "north", "west"]
     assert given.nearest(axis(model, 1, 9.0)) == ["north"]
     assert given.nearest(axis(model, 0, -9.0), 1) == ["west"]

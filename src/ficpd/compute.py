@@ -19,7 +19,8 @@ from ficpd.errors import BackboneError
 from ficpd.types import Answer, Backbone, Batch, Item, Outputs, Query
 
 Result = TypeVar("Result")
-CHUNK_TOKENS = {"cpu": 8192, "cuda": 131072}
+CHUNK_TOKENS = {"cpu": 1536, "cuda": 131072}
+"""Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
 
 
 class Kept:

@@ -1,9 +1,9 @@
 """What a prompt is worth: on everybody's records and on each client's own."""
 
 import pytest
-import small
 import torch
 
+import small
 from ficpd.clients import personal_prompt
 from ficpd.metrics.evaluate import evaluate, score_prompt, summary, worst_of
 

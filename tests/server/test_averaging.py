@@ -33,6 +33,14 @@ def test_the_order_changes_not_even_a_rounding(scale):
     assert mean.dtype == torch.float32
 
 
+def test_the_order_does_not_matter_where_numbers_nearly_cancel():
+    large = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(30)[:, None]
+    values = [*large, *-large, torch.ones(16)]
+    given = [ClientUpdate(f"site-{i:02}", {"x": value}) for i, value in enumerate(values)]
+    means = {tuple(weighted_mean(small.shuffled(given, seed), "x").tolist()) for seed in range(8)}
+    assert len(means) == 1
+
+
 def test_only_the_ratio_of_weights_counts():
     given = updates()
     lighter = [ClientUpdate(u.client, u.arrays, u.weight * 1e-3) for u in given]

@@ -1,0 +1,81 @@
+"""Where a prompt should enter and how fast it should be tuned, per backbone: the measurement behind `catalog.MEASURED`.
+
+    python bench/entry.py minilm  --layers 0 2 3 4  --rates 0.03 0.1 --steps 60
+    python bench/entry.py smollm2 --layers 0 10 20 --rates 0.03 0.1 --steps 30 --batch 16
+
+One prompt, all records in one place, Adam; accuracy on held-back records as steps and seconds go by.
+"""
+
+import argparse
+import time
+
+from measure import save
+
+from ficpd.clients import Client, Visit
+from ficpd.compute import drive
+from ficpd.experiment import read
+from ficpd.metrics.evaluate import score_prompt
+from ficpd.tuners import Training, tune
+from ficpd.types import Assignment, ClientCard
+from ficpd.world import build_world, start_prompt
+
+
+def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, tested: int) -> dict:
+    """Accuracy after each `every` steps, with the seconds spent on the steps (not on the evaluations)."""
+    update = {"prompt": built.experiment.prompt.model_copy(update={"enters_at": layer})}
+    start, _ = start_prompt(built.experiment.model_copy(update=update), built.task, built.model.backbone)
+    pooled = built.clients(pooled=True)["everyone"]
+    client = Client(ClientCard("one"), pooled.train, (), built.task, built.model.backbone, pooled.mechanism, start, 1)
+    records = pooled.test[:tested]
+    test, targets = built.task.encode(records, built.model.backbone, start), built.task.targets(records)
+    built.model.kept.states.clear()
+    built.model.kept.size = 0
+    rms = float(start.vectors_PD.square().mean().sqrt())
+    prompt, memory, seconds, points = start.vectors_PD, {}, 0.0, []
+    for part in range(steps // every):
+        order = Assignment("bench", part, {}, {"rate": rate * rms})
+        began = time.perf_counter()
+        work = tune(Training(), Visit(client, part), order, prompt, memory=memory, steps=every, batch_size=batch)
+        prompt = drive(built.model, work)
+        seconds += time.perf_counter() - began
+        accuracy = score_prompt(prompt, test, targets, built.model)["accuracy"]
+        points.append({"steps": (part + 1) * every, "seconds": round(seconds, 2), "accuracy": round(accuracy, 4)})
+    return {"layer": layer, "rate": rate, "rms of the start": round(rms, 4), "points": points}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("backbone")
+    options.add_argument("--layers", type=int, nargs="+", required=True)
+    options.add_argument("--rates", type=float, nargs="+", required=True)
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--every", type=int, default=10)
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--tested", type=int, default=500)
+    given = options.parse_args()
+    changes = [f"backbone.name={given.backbone}", "data.max_records=6000", "backbone.options={max_tokens=96}"]
+    built = build_world(read("quickstart", changes))
+    curves = []
+    for layer in given.layers:
+        for rate in given.rates:
+            curves.append(curve(built, layer, rate, given.steps, given.every, given.batch, given.tested))
+            print(curves[-1], flush=True)
+    best = {layer: max((c for c in curves if c["layer"] == layer), key=_final) for layer in given.layers}
+    reach = _final(best[given.layers[0]])
+    result = {"backbone": given.backbone, "batch": given.batch, "tested": given.tested, "curves": curves}
+    result["final accuracy of the first layer named, at its best rate"] = reach
+    result["seconds to reach it"] = {str(layer): _reached(chosen, reach) for layer, chosen in best.items()}
+    save(f"entry-{given.backbone}", result)
+
+
+def _final(found: dict) -> float:
+    """The mean of the last two points: one evaluation on 500 records has a standard error of two points."""
+    return round(sum(point["accuracy"] for point in found["points"][-2:]) / 2, 4)
+
+
+def _reached(found: dict, accuracy: float) -> float | None:
+    return next((point["seconds"] for point in found["points"] if point["accuracy"] >= accuracy), None)
+
+
+if __name__ == "__main__":
+    main()

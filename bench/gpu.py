@@ -1,0 +1,90 @@
+"""Efficiency and lock-step gain on a GPU: a decoder of about a billion random weights, 64 clients x 16 rows.
+
+python bench/gpu.py [--width 2048 --layers 20]      needs CUDA; says so where there is none
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+from measure import medians, paired, ratio, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ficpd.backbones.causal_lm import CausalLM, Config
+from ficpd.compute import Compute
+from ficpd.types import Batch, Item, Outputs, Query
+
+TOKENS, LENGTH = 20, 64
+
+
+class Plain:
+    """The tokeniser's part that `CausalLM` needs when items are made of numbers and not of texts."""
+
+    bos_token_id = eos_token_id = None
+    all_special_ids: tuple = ()
+
+
+class Sum:
+    """A task whose loss is the features' sum: nothing but the backbone is timed."""
+
+    head_rows = 0
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        return outputs.features_RD.sum(-1)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--width", type=int, default=2048)
+    options.add_argument("--layers", type=int, default=20)
+    options.add_argument("--clients", type=int, default=64)
+    options.add_argument("--rows", type=int, default=16)
+    given = options.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/gpu.py: no CUDA device here; nothing measured")
+    shape = LlamaConfig(
+        vocab_size=32000, hidden_size=given.width, intermediate_size=4 * given.width, num_hidden_layers=given.layers,
+        num_attention_heads=given.width // 64, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(shape).to(torch.bfloat16)
+    backbone = CausalLM(Config(), model, Plain(), "random" * 3, "random decoder")
+    random = torch.Generator().manual_seed(0)
+    result = {"weights": sum(p.numel() for p in model.parameters()), "dtype": "bfloat16", "attention": "sdpa"}
+    for layer in (0, given.layers // 2):
+        asked = []
+        for _ in range(given.clients):
+            drawn = [torch.randint(32000, (LENGTH,), generator=random) for _ in range(given.rows)]
+            items = tuple((Item(ids, LENGTH),) for ids in drawn)
+            prompt = torch.randn(1, TOKENS, given.width, generator=random)
+            asked.append(Query(prompt, Batch(Sum(), items, torch.zeros(given.rows), None, layer), grad=True))
+        engine = Compute(backbone, keep_bytes=64 << 30)
+        items = [item for query in asked for (item,) in query.batch.items]
+        hidden = backbone.below(items, layer)
+        rows = torch.cat([q.prompts_KPD.expand(given.rows, -1, -1) for q in asked]).cuda()
+        per = engine.chunk_tokens // (LENGTH + TOKENS)
+
+        def bare(rows=rows, hidden=hidden, items=items, layer=layer, per=per) -> None:
+            for first in range(0, len(items), per):
+                part = slice(first, first + per)
+                own = rows[part].clone().requires_grad_(True)
+                backbone.above(own, hidden[part], items[part], layer).features_RD.sum().backward()
+
+        works = {
+            "bare": bare,
+            "lock step": lambda asked=asked, engine=engine: engine.answer(asked),
+            "one after another": lambda asked=asked, engine=engine: [engine.answer([query]) for query in asked],
+        }
+        seconds = paired(works, repeats=5, device="cuda")
+        result[f"enters_at={layer}"] = {
+            "efficiency": ratio(seconds, "bare", "lock step"),
+            "lock-step gain": ratio(seconds, "one after another", "lock step"),
+            "seconds": medians(seconds),
+        }
+    print(json.dumps(result, indent=2))
+    save("gpu", result, device="cuda")
+
+
+if __name__ == "__main__":
+    main()
