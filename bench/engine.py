@@ -12,7 +12,6 @@ import statistics
 import time
 
 import torch
-from measure import medians, paired, ratio, save
 
 from ficpd.clients import Client
 from ficpd.compute import CHUNK_TOKENS, Compute, chunked, drive, drive_many
@@ -23,6 +22,7 @@ from ficpd.methods import fedavg
 from ficpd.tuners import Training
 from ficpd.types import Backbone, Prompt, Query, Setup
 from ficpd.world import World, build_world
+from measure import medians, paired, ratio, save
 
 CLIENTS, RECORDS, TOKENS = 16, 8, 10
 

@@ -1,15 +1,15 @@
 """Where a prompt should enter and how fast it should be tuned, per backbone: the measurement behind `catalog.MEASURED`.
 
-    python bench/entry.py minilm  --layers 0 2 3 4  --rates 0.03 0.1 --steps 60
-    python bench/entry.py smollm2 --layers 0 10 20 --rates 0.03 0.1 --steps 30 --batch 16
+    python bench/entry.py minilm 0:0.2 0:0.5 2:0.06 3:0.06 4:0.06
+    python bench/entry.py smollm2 0:0.1 0:0.4 10:0.1 20:0.1 --steps 20 --batch 16 --tested 200
+
+A pair is a layer and a learning rate in units of the start's root mean square.
 
 One prompt, all records in one place, Adam; accuracy on held-back records as steps and seconds go by.
 """
 
 import argparse
 import time
-
-from measure import save
 
 from ficpd.clients import Client, Visit
 from ficpd.compute import drive
@@ -18,6 +18,7 @@ from ficpd.metrics.evaluate import score_prompt
 from ficpd.tuners import Training, tune
 from ficpd.types import Assignment, ClientCard
 from ficpd.world import build_world, start_prompt
+from measure import save
 
 
 def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, tested: int) -> dict:
@@ -46,9 +47,8 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("backbone")
-    options.add_argument("--layers", type=int, nargs="+", required=True)
-    options.add_argument("--rates", type=float, nargs="+", required=True)
-    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("pairs", nargs="+", help="LAYER:RATE")
+    options.add_argument("--steps", type=int, default=50)
     options.add_argument("--every", type=int, default=10)
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--tested", type=int, default=500)
@@ -56,12 +56,12 @@ def main() -> None:
     changes = [f"backbone.name={given.backbone}", "data.max_records=6000", "backbone.options={max_tokens=96}"]
     built = build_world(read("quickstart", changes))
     curves = []
-    for layer in given.layers:
-        for rate in given.rates:
-            curves.append(curve(built, layer, rate, given.steps, given.every, given.batch, given.tested))
-            print(curves[-1], flush=True)
-    best = {layer: max((c for c in curves if c["layer"] == layer), key=_final) for layer in given.layers}
-    reach = _final(best[given.layers[0]])
+    for layer, rate in [pair.split(":") for pair in given.pairs]:
+        curves.append(curve(built, int(layer), float(rate), given.steps, given.every, given.batch, given.tested))
+        print(curves[-1], flush=True)
+    layers = dict.fromkeys(found["layer"] for found in curves)
+    best = {layer: max((c for c in curves if c["layer"] == layer), key=_final) for layer in layers}
+    reach = _final(best[next(iter(layers))])
     result = {"backbone": given.backbone, "batch": given.batch, "tested": given.tested, "curves": curves}
     result["final accuracy of the first layer named, at its best rate"] = reach
     result["seconds to reach it"] = {str(layer): _reached(chosen, reach) for layer, chosen in best.items()}

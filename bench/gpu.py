@@ -8,12 +8,12 @@ import json
 import sys
 
 import torch
-from measure import medians, paired, ratio, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.compute import Compute
 from ficpd.types import Batch, Item, Outputs, Query
+from measure import medians, paired, ratio, save
 
 TOKENS, LENGTH = 20, 64
 

@@ -8,11 +8,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from measure import save, spread
-
 from ficpd.experiment import read
 from ficpd.run import rows, run
 from ficpd.world import build_world
+from measure import save, spread
 
 
 def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:

@@ -6,8 +6,8 @@
 from ficpd.engines import in_process
 from ficpd.experiment import parse
 from ficpd.federate import Schedule, federate
-from ficpd.metrics.evaluate import evaluate
 from ficpd.methods.fedavg import Config, FedAvg
+from ficpd.metrics.evaluate import evaluate
 from ficpd.tuners import Training
 from ficpd.types import ClientUpdate, Setup
 from ficpd.world import build_world
@@ -36,6 +36,7 @@ world = build_world(parse(RECIPE, "example"))
 method, clients = build(Config(), world.experiment.training), world.clients()
 engine = in_process.build(in_process.Config(), method, clients, world.model)
 state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
-for state, done in federate(method, engine, world.model, state, Schedule(num_rounds=3, cohort=5, seed=0)):
+for after, done in federate(method, engine, world.model, state, Schedule(num_rounds=3, cohort=5, seed=0)):
+    state = after
     print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
 print(evaluate(method, state, clients, world.model, 4).everyone)

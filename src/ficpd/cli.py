@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ficpd import __version__
@@ -46,12 +47,18 @@ def run(
 
     experiment = experiments.read(recipe, changes or ())
     out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
-    screen.print(f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {out}")
-    with _progress() as progress:
-        run_experiment(experiment, out, resume, progress)
+    screen.print(
+        f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
+    )
+    try:
+        with _progress() as progress:
+            run_experiment(experiment, out, resume, progress)
+    except KeyboardInterrupt:
+        errors.print("stopped; `--resume` goes on from the last finished round")
+        raise typer.Exit(130) from None
     _print_table(rows(out))
-    screen.print(f"library: {out / 'library'}")
-    screen.print(f"report:  {out / 'report.md'}")
+    typer.echo(f"library: {out / 'library'}")
+    typer.echo(f"report:  {out / 'report.md'}")
 
 
 @app.command()
@@ -124,7 +131,7 @@ def info(
     from ficpd.use import installed, library_facts
 
     for name, value in (library_facts(path) if path else installed()).items():
-        screen.print(f"[bold]{name:18}[/] {value}", highlight=False)
+        screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)
 
 
 def main() -> None:
@@ -134,11 +141,8 @@ def main() -> None:
     try:
         app()
     except FicpdError as error:
-        errors.print("[bold red]error:[/]", str(error), highlight=False, markup=True, soft_wrap=True)
+        errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; `--resume` goes on from the last finished round")
-        sys.exit(130)
 
 
 def _version(wanted: bool) -> None:

@@ -88,7 +88,10 @@ def decode_state(body: bytes) -> tuple[State, dict[str, JSON]]:
 
 
 def _pack(arrays: Mapping[str, Tensor], header: Mapping[str, JSON]) -> bytes:
-    tensors = {name: array.detach().cpu().contiguous() for name, array in arrays.items()}
+    # Copied: safetensors refuses two names for one memory, as a global prompt and its only prototype may be.
+    tensors = {
+        name: array.detach().cpu().clone(memory_format=torch.contiguous_format) for name, array in arrays.items()
+    }
     return save(tensors, {"ficpd": json.dumps(header, separators=(",", ":"), allow_nan=False)})
 
 
@@ -99,10 +102,11 @@ def _unpack(body: bytes, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict
         if length > HEADER_LIMIT:
             raise CodecError(f"the header has {length} bytes, at most {HEADER_LIMIT} are read")
         header = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["ficpd"])
-        missing = [key for key in keys if key not in header]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(header, dict):
+            raise TypeError("its header is no object")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CodecError(f"not a whole message of this version ({len(body)} bytes): {error}") from error
-    if missing:
+    if missing := [key for key in keys if key not in header]:
         raise CodecError(f"the message's header lacks {missing}; it is of another kind or version")
     return arrays, header
 

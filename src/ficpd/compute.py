@@ -99,7 +99,7 @@ class Compute:
             for b, items in enumerate(query.batch.items)
         ]
         if not rows:  # an empty Poisson batch is a question too
-            return [_split(query, 0, torch.zeros(0), self._no_grads(query), None) for query in queries]
+            return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing()) for query in queries]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         P = queries[0].prompts_KPD.shape[1]
         losses, grads, outputs = [], [], []
@@ -173,6 +173,9 @@ class Compute:
     def _no_grads(self, query: Query) -> Tensor | None:
         return torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None
 
+    def _nothing(self) -> Outputs:
+        return Outputs(torch.zeros(0, self.backbone.width))
+
 
 def _kind(query: Query) -> tuple:
     """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
@@ -230,7 +233,7 @@ def _split(query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, ou
     return Answer(
         loss_R[rows].view(K, B),
         None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
-        None if outputs is None else outputs.take(torch.arange(first, first + K * B)),
+        None if outputs is None or not query.outputs else outputs.take(torch.arange(first, first + K * B)),
     )
 
 

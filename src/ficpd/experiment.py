@@ -115,9 +115,12 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
     for key, registry in REGISTRIES.items():
         if key in parts:
             parts[key] = part(registry, parts[key], f"{where}: {key}")
-    for name in parts.get("baselines", ()):
+    built = checked(Experiment, parts, where)
+    for name in built.baselines:
         load("methods", name)
-    return checked(Experiment, parts, where)
+    load("tuners", built.training.tuner)
+    load("engines", built.engine.name)
+    return built
 
 
 def part(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -151,7 +154,11 @@ def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
             raise ConfigError(f"no recipe file {name}; the ones that come with ficpd: {', '.join(recipes())}")
-        return parse(path.read_text(encoding="utf-8"), path.name, changes)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        return parse(text, path.name, changes)
     if name not in recipes():
         raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
     text = (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")

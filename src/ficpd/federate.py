@@ -65,6 +65,11 @@ def federate(
         bytes_up = 0
         for reply in engine.exchange(orders):
             bytes_up += len(reply.body or b"")
+            if reply.client not in orders:
+                dropped[reply.client] = "answered without having been asked"
+                continue
+            if any(update.client == reply.client for update in updates):
+                continue  # a message that came twice counts once
             try:
                 updates.append(_checked(reply, round, fingerprint, layout, schedule.max_norm))
             except CodecError as error:

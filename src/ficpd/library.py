@@ -23,6 +23,8 @@ from ficpd.types import Assignment, Backbone, ClientCard, Prompt, Query, Record,
 
 FORMAT = 1
 START = "start"
+CARD = ("backbone", "task")
+"""The parts of a card that a library cannot be used without."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,7 @@ class PromptLibrary:
         beside.mkdir(parents=True)
         meta = {"format": str(FORMAT), "backbone": self.start.backbone, "enters_at": str(self.start.enters_at),
                 "head_rows": str(self.start.head_rows)}  # fmt: skip
-        save_file(
-            {n: p.vectors_PD.contiguous() for n, p in self.candidates().items()}, beside / "prompts.safetensors", meta
-        )
+        save_file({n: p.vectors_PD.clone() for n, p in self.candidates().items()}, beside / "prompts.safetensors", meta)
         (beside / "card.json").write_text(json.dumps(self.card, indent=2) + "\n")
         (beside / "README.md").write_text(model_card(self))
         old = folder.with_name(folder.name + ".old")
@@ -148,6 +148,10 @@ class PromptLibrary:
                 meta = file.metadata()
                 vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             card = json.loads((folder / "card.json").read_text())
+            if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) for part in CARD):
+                raise ValueError(f"card.json is no object with {', '.join(CARD)}")
+            if len({vector.shape for vector in vectors.values()}) != 1:
+                raise ValueError("its prompts have different shapes")
             shape = int(meta["enters_at"]), int(meta["head_rows"])
             prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
             return PromptLibrary(prompts.pop(START), prompts, card)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.clients import Client, kept_arrays, restore_kept
-from ficpd.experiment import Experiment, settings, to_toml
+from ficpd.experiment import Experiment, checked, parse, settings, to_toml
 from ficpd.federate import Round, Schedule, federate
 from ficpd.library import PromptLibrary
 from ficpd.metrics.evaluate import Evaluation, evaluate
@@ -33,9 +33,14 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     directory.open(to_toml(experiment), resume)
     done = directory.result()
     names = [experiment.method["name"], *experiment.baselines]
-    if done and all(RunDir(out / "baselines" / name).result() for name in experiment.baselines):
+    if (
+        done
+        and (out / "report.md").exists()
+        and all(RunDir(out / "baselines" / name).result() for name in experiment.baselines)
+    ):
         return done
-    world = build_world(experiment)
+    resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
+    world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")
     if zero_shot.result() is None:
@@ -61,7 +66,8 @@ def one_method(
     state, rounds, totals = _begin(world, method, clients, directory)
     schedule = _schedule(world, method, len(clients))
     engine_module = load("engines", experiment.engine.name)
-    engine = engine_module.build(engine_module.Config(**experiment.engine.options), method, clients, world.model)
+    options = checked(engine_module.Config, experiment.engine.options, "engine.options")
+    engine = engine_module.build(options, method, clients, world.model)
     progress(method.name, len(rounds), schedule.num_rounds, {})
     for after, done in federate(method, engine, world.model, state, schedule, len(rounds) + 1):
         state = after
@@ -74,7 +80,8 @@ def one_method(
         directory.save(state, kept_arrays(clients), rounds, totals)
         progress(method.name, done.round, schedule.num_rounds, dict(done.metrics))
     began = time.perf_counter()
-    evaluation = evaluate(method, state, clients, world.model, schedule.num_rounds + 1)
+    tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
+    evaluation = evaluate(method, state, tested, world.model, schedule.num_rounds + 1)
     totals["evaluate"] = time.perf_counter() - began
     result = _result(world, method, clients, schedule, rounds, totals, evaluation, zero_shot)
     _library(world, method, state, result).save(directory.path / "library")
@@ -91,6 +98,7 @@ def _begin(
     if saved is not None:
         state, kept, rounds, totals = saved
         restore_kept(clients, kept)
+        directory.write_rounds(rounds)
         return state, rounds, totals
     federation, cards = world.experiment.federation, [client.card for client in clients.values()]
     cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
@@ -226,6 +234,6 @@ def report(directory: RunDir) -> str:
         f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
         f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
         + "\n".join(lines)
-        + "\n\nEveryone's test: one prompt for all test records. Own test: each client's prompt on its own test "
-        "records, the mean over clients and the worst client.\n"
+        + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
+        "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n"
     )

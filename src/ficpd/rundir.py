@@ -35,7 +35,7 @@ class RunDir:
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
             raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
-        if not file.exists() and self.path.exists() and any(self.path.iterdir()):
+        if not file.exists() and self.path.exists() and any(f.suffix != ".writing" for f in self.path.iterdir()):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
             raise RunError(
@@ -61,6 +61,9 @@ class RunDir:
         arrays = {**state.arrays, **{KEPT + name: array for name, array in kept.items()}}
         extra = {"rounds": [asdict(done) for done in rounds], "totals": dict(totals)}
         self.write("checkpoint", codec.encode_state(State(arrays, state.facts), extra))
+        self.write_rounds(rounds)
+
+    def write_rounds(self, rounds: list[Round]) -> None:
         self.write("rounds.jsonl", "".join(json.dumps(asdict(done)) + "\n" for done in rounds))
 
     def load(self) -> tuple[State, dict[str, Tensor], list[Round], dict[str, Any]] | None:
@@ -70,13 +73,18 @@ class RunDir:
             return None
         try:
             state, extra = codec.decode_state(file.read_bytes())
-        except CodecError as error:
+            rounds = [Round(**line) for line in extra["rounds"]]
+            totals = dict(extra["totals"])
+        except (CodecError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{file} cannot be read: {error}. Delete it to begin anew") from error
         kept = {name.removeprefix(KEPT): a for name, a in state.arrays.items() if name.startswith(KEPT)}
         arrays = {name: array for name, array in state.arrays.items() if not name.startswith(KEPT)}
-        return State(arrays, state.facts), kept, [Round(**line) for line in extra["rounds"]], extra["totals"]
+        return State(arrays, state.facts), kept, rounds, totals
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's outcome, or None."""
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise RunError(f"{file} cannot be read: {error}. Delete it and resume") from error

@@ -22,6 +22,7 @@ from ficpd.world import build_task, load_backbone
 
 ZERO_SHOT = "zero-shot"
 PREFERRED = ("adapted", "global")
+MADE_BY = ("method", "num_clients", "num_rounds", "seed")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Opened:
 def open_library(folder: Path, device: str = "cpu") -> Opened:
     """Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on."""
     library = PromptLibrary.load(folder)
-    named = {key: library.card["backbone"][key] for key in ("name", "kind", "options")}
+    given = library.card["backbone"]
+    named = {key: given[key] for key in ("name", "kind", "options") if key in given}
     config = checked(BackboneConfig, named, f"{folder}: card.json: backbone")
     backbone, _ = load_backbone(config, checked(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)
@@ -85,7 +87,9 @@ def adapt_library(
         raise LibraryError(f"{out} exists already; choose another --out")
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [records[i] for i in order[: shots or len(order)]]
-    training = Training(**opened.library.card["training"])
+    training = checked(Training, opened.library.card.get("training", {}), "card.json: training")
+    if training.learning_rate is None:
+        raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
     adapted = opened.library.adapt(chosen, opened.task, opened.model, training, steps, seed)
     card = {
         **opened.library.card,
@@ -101,11 +105,11 @@ def library_facts(path: Path) -> dict[str, Any]:
     card, start = library.card, library.start
     return {
         "prompts": ", ".join(library.prompts) or "none",
-        "backbone": f"{card['backbone']['name']} ({start.backbone})",
+        "backbone": f"{card['backbone'].get('name', '?')} ({start.backbone})",
         "shape": f"{len(start.vectors_PD) - start.head_rows} virtual tokens x {start.vectors_PD.shape[1]}, "
         f"entering at layer {start.enters_at}",
         "task": card["task"],
-        "made by": f"{card['method']}, {card['num_clients']} clients, {card['num_rounds']} rounds, seed {card['seed']}",
+        "made by": ", ".join(f"{key} {card[key]}" for key in MADE_BY if key in card),
         "privacy": guarantee(card),
         "adapted": card.get("adapted", "no"),
     }

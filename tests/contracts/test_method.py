@@ -212,7 +212,7 @@ def test_local_lets_nothing_out_but_that_it_is_done(model):
         ]
         assert [update.arrays for update in updates] == [{}] * len(members)
         state = method.aggregate(state, updates, round, model)
-    assert small.same(method.basis(state), {"start": next(iter(members.values())).start.vectors_PD})
+    assert method.basis(state) == {}
     assert all("prompt" in client.kept for client in members.values())
 
 

@@ -36,7 +36,7 @@ NAMED: dict[str, Named] = {
 }
 
 KINDS: dict[str, str] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "mpnet"), "encoder"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "causal_lm"),
 }
 """`model_type` of a config.json, and the backbone module that runs it."""

@@ -4,15 +4,18 @@ Answers are scored by cosine similarity to their embedded texts, times `SCALE`, 
 trains with (Reimers and Gurevych, EMNLP 2019, arXiv 1908.10084). The prompt is attended to and not pooled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ficpd import seeds
 from ficpd.errors import BackboneError
@@ -32,8 +35,28 @@ class Config(BaseModel):
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """Load an encoder from a `from_pretrained` folder. Raises `BackboneError` if it is not of the BERT family."""
     folder = Path(weights.folder)
-    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
-    return Encoder(config, model.to(device), AutoTokenizer.from_pretrained(folder), weights.sha256, name)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
+    try:
+        with _quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
+            model = AutoModel.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BackboneError(f"backbone {name!r}: {folder} cannot be read as an encoder: {error}") from error
+    return Encoder(config, model.to(device), tokenizer, weights.sha256, name)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars and notes on the pooling head, which is not used."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class Encoder:
@@ -81,7 +104,7 @@ class Encoder:
         return F.normalize(rows_RCD.float(), dim=-1) * SCALE
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        ids = self._words(num_tokens, seed) if text is None else self._ids(text)
+        ids = self._words(min(num_tokens, self.max_tokens), seed) if text is None else self._ids(text)
         item = Item(torch.tensor(ids), len(ids))
         states_TD = self.below([item], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()

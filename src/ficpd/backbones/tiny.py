@@ -55,7 +55,8 @@ class Tiny:
         self.device, self.dtype = device, dtype
         random = seeds.generator("tiny", config.width, config.depth)
         self.words = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
-        self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
+        with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
+            self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
         for weight in self.blocks.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=random)

@@ -37,7 +37,7 @@ class Local:
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt = self.personal(client, order)
         client.kept["prompt"] = yield from tune(self.training, client, order, prompt, memory=client.kept)
-        return ClientUpdate(client.id, {}, client.weight)
+        return ClientUpdate(client.id, {})
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {}
@@ -53,4 +53,5 @@ class Local:
         return client.kept["prompt"] if "prompt" in client.kept else order.arrays["start"]
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
-        return {"start": state.arrays["start"]}
+        """Nothing that anybody shares."""
+        return {}
