@@ -1,11 +1,27 @@
 """What all tests share; this file's folder on the path makes `small` (small federations) importable from below it."""
 
+from pathlib import Path
+
 import pytest
 
 import small
 from ficpd.compute import Compute
+from ficpd.experiment import read
+from ficpd.run import run
 
 
 @pytest.fixture
 def model() -> Compute:
     return Compute(small.backbone())
+
+
+@pytest.fixture(scope="session")
+def minilm_run(tmp_path_factory) -> Path:
+    """A short quick start on the real encoder: the centralised line and FICPD, five minutes' work cut to one."""
+    folder = tmp_path_factory.mktemp("minilm") / "run"
+    changes = [
+        "method.name=ficpd", 'baselines=["centralized"]', "data.max_records=1600", "partition.num_clients=8",
+        "federation.num_rounds=10", "federation.clients_per_round=8", "backbone.dtype=float32",
+    ]  # fmt: skip
+    run(read("quickstart", changes), folder)
+    return folder

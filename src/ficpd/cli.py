@@ -165,7 +165,7 @@ def _roles(columns: list[str] | None) -> dict[str, str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A bar per method: rounds done and planned, clients, time gone and left, latest figures."""
+    """A bar per method: rounds done and planned, time gone and left, clients and latest figures. Into a file: lines."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -176,15 +176,27 @@ def _progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     )
 
     bars = Progress(
-        TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=screen,
-    )  # fmt: skip
+        TextColumn("{task.description:>11}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=screen,
+        disable=not screen.is_terminal,
+    )
     tasks: dict[str, Any] = {}
 
     def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+        words = "  ".join(
+            f"{name} {value:.3f}" if value % 1 else f"{value:.0f} {name}" for name, value in figures.items()
+        )
+        if not screen.is_terminal:
+            typer.echo(f"{method:>11} {done}/{planned} rounds  {words}")
+            return
         if method not in tasks:
             tasks[method] = bars.add_task(method, total=max(planned, 1), figures="")
-        words = "  ".join(f"{name} {value:,.3g}" for name, value in figures.items())
         bars.update(tasks[method], completed=done if planned else len(figures) and 1, figures=words)
 
     with bars:

@@ -168,8 +168,7 @@ def model_card(library: PromptLibrary) -> str:
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
         f"- {tokens} virtual tokens of width {start.vectors_PD.shape[1]}, entering at layer {start.enters_at}\n"
         f"- task: {card.get('task', {}).get('name', '?')}\n"
-        f"- made by: {card.get('method', '?')}, {card.get('num_clients', '?')} clients, "
-        f"{card.get('num_rounds', '?')} rounds\n"
+        f"- made by: {made_by(card)}\n"
         f"- privacy: {guarantee(card)}\n\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
@@ -182,3 +181,9 @@ def guarantee(card: Mapping[str, Any]) -> str:
     if privacy.get("epsilon") is None:
         return "none"
     return f"ε={privacy['epsilon']}, δ={privacy['delta']}, per {privacy['unit']}"
+
+
+def made_by(card: Mapping[str, Any]) -> str:
+    """Which run a card is of, in one phrase."""
+    method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
+    return f"{method}, {clients} clients, {rounds} rounds, seed {seed}"

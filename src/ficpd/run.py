@@ -78,7 +78,7 @@ def one_method(
         totals["train"] += done.seconds_train
         totals["aggregate"] += done.seconds_aggregate
         directory.save(state, kept_arrays(clients), rounds, totals)
-        progress(method.name, done.round, schedule.num_rounds, dict(done.metrics))
+        progress(method.name, done.round, schedule.num_rounds, {"clients": done.clients, **done.metrics})
     began = time.perf_counter()
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     evaluation = evaluate(method, state, tested, world.model, schedule.num_rounds + 1)
@@ -86,7 +86,7 @@ def one_method(
     result = _result(world, method, clients, schedule, rounds, totals, evaluation, zero_shot)
     _library(world, method, state, result).save(directory.path / "library")
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
-    progress(method.name, schedule.num_rounds, schedule.num_rounds, _headline(evaluation))
+    progress(method.name, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
 
 
@@ -120,6 +120,13 @@ def _headline(evaluation: Evaluation) -> dict[str, float]:
     return {f"own_{name}": value for name, value in evaluation.mean.items()} | (
         {f"global_{name}": value for name, value in evaluation.everyone.items()} if evaluation.everyone else {}
     )
+
+
+def _shown(evaluation: Evaluation) -> dict[str, float]:
+    """The one figure that a progress line ends with: on everyone's test records and on each client's own."""
+    main = "accuracy" if "accuracy" in evaluation.mean else "rmse"
+    own = {f"{main}, own test": evaluation.mean[main]}
+    return own if evaluation.everyone is None else {f"{main}, everyone's test": evaluation.everyone[main], **own}
 
 
 def _result(world, method, clients, schedule, rounds, totals, evaluation: Evaluation, zero_shot) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ficpd.compute import Compute, drive
 from ficpd.data import sources
 from ficpd.errors import LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked, recipes
-from ficpd.library import Adapted, PromptLibrary, guarantee
+from ficpd.library import Adapted, PromptLibrary, guarantee, made_by
 from ficpd.metrics.evaluate import predictions, score_prompt
 from ficpd.speed import machine
 from ficpd.tuners import Training
@@ -22,7 +22,6 @@ from ficpd.world import build_task, load_backbone
 
 ZERO_SHOT = "zero-shot"
 PREFERRED = ("adapted", "global")
-MADE_BY = ("method", "num_clients", "num_rounds", "seed")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def library_facts(path: Path) -> dict[str, Any]:
         "shape": f"{len(start.vectors_PD) - start.head_rows} virtual tokens x {start.vectors_PD.shape[1]}, "
         f"entering at layer {start.enters_at}",
         "task": card["task"],
-        "made by": ", ".join(f"{key} {card[key]}" for key in MADE_BY if key in card),
+        "made by": made_by(card),
         "privacy": guarantee(card),
         "adapted": card.get("adapted", "no"),
     }
