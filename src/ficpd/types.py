@@ -269,6 +269,10 @@ class Task(Protocol):
 
     def score(self, predictions: Sequence, targets: Sequence) -> Score: ...
 
+    def readout(self, backbone: Backbone) -> Tensor | None:
+        """[C, D] that a tuned head starts from; None where there is none."""
+        ...
+
     def describe(self) -> Mapping[str, JSON]:
         """The task's configuration, enough to build it again for a library's user."""
         ...

@@ -131,7 +131,7 @@ def _head_rows(task: Task, backbone: Backbone, rms: float) -> torch.Tensor:
     """The tuned readout's first rows: the answers' own, scaled to the prompt's RMS so that one rate fits both."""
     if not task.head_rows:
         return torch.zeros(0, backbone.width)
-    readout_CD = task.readout(backbone)  # type: ignore[attr-defined]
+    readout_CD = task.readout(backbone)
     if readout_CD is None:
         raise ConfigError(
             "task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts"

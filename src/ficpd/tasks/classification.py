@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import DataError, unknown
+from ficpd.tasks import Answers, known
 from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
 
 
@@ -32,37 +33,18 @@ class Classification:
     def __init__(self, config: Config):
         self.config, self.names = config, list(config.labels)
         self.head_rows = len(self.names) if config.tuned_head else 0
-        self._readouts: dict[str, Tensor | None] = {}
+        self.answers = Answers(config.instruction, list(config.labels.values()))
 
     def readout(self, backbone: Backbone) -> Tensor | None:
-        """[C, D] of the label texts, computed once per backbone."""
-        if backbone.fingerprint not in self._readouts:
-            texts = list(self.config.labels.values())
-            self._readouts[backbone.fingerprint] = backbone.readout(self.config.instruction, texts)
-        return self._readouts[backbone.fingerprint]
+        return self.answers.readout(backbone)
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        readout, room = self.readout(backbone), len(prompt.vectors_PD) - prompt.head_rows
-        answers = [None] if readout is not None else list(self.config.labels.values())
-        items = tuple(
-            tuple(
-                backbone.read(r.fields["text"], r.fields.get("text_pair"), self.config.instruction, answer, room)
-                for answer in answers
-            )
-            for r in records
-        )
-        known = all(r.fields.get("target") is not None for r in records)
-        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if known else None
-        return Batch(self, items, targets, readout, prompt.enters_at)
+        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if known(records) else None
+        return self.answers.encode(self, records, targets, backbone, prompt)
 
     def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """[R, C]: features against the readout, or the answers' mean log-likelihoods."""
-        if outputs.readout_RCD is not None:
-            return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
-        if batch.readout_CD is not None:
-            return outputs.features_RD @ batch.readout_CD.T
-        assert outputs.scores_RN is not None
-        return outputs.scores_RN[:, : len(self.names)]
+        """[R, C] in the labels' order."""
+        return self.answers.scores(outputs, batch)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         assert batch.targets is not None

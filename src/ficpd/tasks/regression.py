@@ -13,6 +13,7 @@ from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
 
 from ficpd.errors import DataError
+from ficpd.tasks import Answers, known
 from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
 
 
@@ -44,38 +45,18 @@ class Regression:
         self.values_C = torch.tensor(list(config.anchors.values()))
         self.half_range = float(self.values_C.max() - self.values_C.min()) / 2
         self.head_rows = len(self.values_C) if config.tuned_head else 0
-        self._readouts: dict[str, Tensor | None] = {}
+        self.answers = Answers(config.instruction, list(config.anchors))
 
     def readout(self, backbone: Backbone) -> Tensor | None:
-        """[C, D] of the anchor texts, computed once per backbone."""
-        if backbone.fingerprint not in self._readouts:
-            readout = backbone.readout(self.config.instruction, list(self.config.anchors))
-            self._readouts[backbone.fingerprint] = readout
-        return self._readouts[backbone.fingerprint]
+        return self.answers.readout(backbone)
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        readout, room = self.readout(backbone), len(prompt.vectors_PD) - prompt.head_rows
-        answers = [None] if readout is not None else list(self.config.anchors)
-        items = tuple(
-            tuple(
-                backbone.read(r.fields["text"], r.fields.get("text_pair"), self.config.instruction, answer, room)
-                for answer in answers
-            )
-            for r in records
-        )
-        known = all(r.fields.get("target") is not None for r in records)
-        targets = torch.tensor(self.targets(records), dtype=torch.float32) if known else None
-        return Batch(self, items, targets, readout, prompt.enters_at)
+        targets = torch.tensor(self.targets(records), dtype=torch.float32) if known(records) else None
+        return self.answers.encode(self, records, targets, backbone, prompt)
 
     def values(self, outputs: Outputs, batch: Batch) -> Tensor:
         """[R]: the predicted numbers, in the target's own unit."""
-        if outputs.readout_RCD is not None:
-            scores_RC = torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
-        elif batch.readout_CD is not None:
-            scores_RC = outputs.features_RD @ batch.readout_CD.T
-        else:
-            assert outputs.scores_RN is not None
-            scores_RC = outputs.scores_RN[:, : len(self.values_C)]
+        scores_RC = self.answers.scores(outputs, batch)
         return scores_RC.softmax(-1) @ self.values_C.to(scores_RC.device)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
