@@ -34,7 +34,8 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
     rms = float(start.vectors_PD.square().mean().sqrt())
     prompt, memory, seconds, points = start.vectors_PD, {}, 0.0, []
     for part in range(steps // every):
-        order = Assignment("bench", part, {}, {"rate": rate * rms})
+        share = Training(learning_rate=rate * rms).rate(part + 1, steps // every)  # the cosine that runs use
+        order = Assignment("bench", part, {}, {"rate": share})
         began = time.perf_counter()
         work = tune(Training(), Visit(client, part), order, prompt, memory=memory, steps=every, batch_size=batch)
         prompt = drive(built.model, work)
