@@ -1,4 +1,4 @@
-"""How much of the time is the model's own: engine efficiency, lock step, entering in the middle, overhead, memory.
+"""How much of the time is the model's own: engine efficiency, lock step, entering in the middle.
 
     python bench/engine.py [--backbone minilm] [--repeats 7]      about ten minutes on two cores
 
@@ -6,18 +6,12 @@ All figures are ratios from one run. Every measurement takes its parts in turn, 
 """
 
 import argparse
-import gc
-import resource
-import statistics
-import time
 
 import torch
 
-from ficpd.clients import Client
+from ficpd.clients import Client, participate
 from ficpd.compute import CHUNK_TOKENS, Compute, chunked, drive, drive_many
-from ficpd.engines import in_process
-from ficpd.experiment import parse, read
-from ficpd.federate import Schedule, federate
+from ficpd.experiment import read
 from ficpd.methods import fedavg
 from ficpd.tuners import Training
 from ficpd.types import Backbone, Prompt, Query, Setup
@@ -121,59 +115,6 @@ def middle(built: World, repeats: int) -> dict:
     }
 
 
-TINY = """
-[backbone]
-name = "tiny"
-[task]
-name = "classification"
-labels = { negative = "bad", positive = "good" }
-[data]
-source = "ratings"
-columns = { text = "text", target = "polarity" }
-max_records = 6000
-[partition]
-kind = "iid"
-num_clients = 500
-[training]
-local_steps = 1
-batch_size = 2
-"""
-
-
-def overhead(rounds: int = 12) -> dict:
-    """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
-    built = build_world(parse(TINY, "bench"))
-    model, clients = _Timed(built.model.backbone), built.clients()
-    method = fedavg.build(fedavg.Config(), Training(local_steps=1, batch_size=2, learning_rate=0.01))
-    engine = in_process.build(in_process.Config(lock_step=64), method, clients, model)
-    cards = [client.card for client in clients.values()]
-    state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
-    milliseconds, memory, began = [], [], time.perf_counter()
-    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0)):
-        milliseconds.append(1000 * (time.perf_counter() - began - model.seconds) / len(cards))
-        gc.collect()
-        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        model.seconds, began = 0.0, time.perf_counter()
-    return {
-        "clients": len(cards),
-        "milliseconds per client and round, median": round(statistics.median(milliseconds[1:]), 3),
-        "peak memory MB after round 2 and the last": [round(memory[1], 1), round(memory[-1], 1)],
-    }
-
-
-class _Timed(Compute):
-    """Adds up the seconds spent in the backbone's forward and backward (tiny's own cost is part of the model's)."""
-
-    seconds = 0.0
-
-    def _forward(self, asked, part):
-        began = time.perf_counter()
-        try:
-            return super()._forward(asked, part)
-        finally:
-            self.seconds += time.perf_counter() - began
-
-
 def agreement(built: World) -> float:
     """Largest difference between clients driven singly and in lock step, over three steps, relative to the prompt."""
     method = fedavg.build(fedavg.Config(), Training(local_steps=3, batch_size=4, learning_rate=0.01))
@@ -191,8 +132,6 @@ def agreement(built: World) -> float:
 
 
 def _work(method, client: Client, order):
-    from ficpd.clients import participate
-
     return participate(method, client, order)
 
 
@@ -212,8 +151,6 @@ def main() -> None:
         result[name] = measure(built, given.repeats)
         print(name, result[name], flush=True)
     result["driven singly against lock step, relative difference"] = agreement(built)
-    result["overhead"] = overhead()
-    print(result["overhead"])
     save(f"engine-{given.backbone}", result)
 
 

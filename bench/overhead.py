@@ -1,0 +1,80 @@
+"""What the federation itself costs beside the model: 500 clients of the tiny backbone, milliseconds and memory by round.
+
+python bench/overhead.py      a minute
+"""
+
+import gc
+import statistics
+import time
+from pathlib import Path
+
+from ficpd.compute import Compute
+from ficpd.engines import in_process
+from ficpd.experiment import parse
+from ficpd.federate import Schedule, federate
+from ficpd.methods import fedavg
+from ficpd.tuners import Training
+from ficpd.types import Setup
+from ficpd.world import build_world
+from measure import save
+
+TINY = """
+[backbone]
+name = "tiny"
+[task]
+name = "classification"
+labels = { negative = "bad", positive = "good" }
+[data]
+source = "ratings"
+columns = { text = "text", target = "polarity" }
+max_records = 6000
+[partition]
+kind = "iid"
+num_clients = 500
+[training]
+local_steps = 1
+batch_size = 2
+"""
+
+
+def resident_mb() -> float:
+    """This process's resident memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def overhead(rounds: int = 40) -> dict:
+    """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
+    built = build_world(parse(TINY, "bench"))
+    model, clients = _Timed(built.model.backbone), built.clients()
+    method = fedavg.build(fedavg.Config(), Training(local_steps=1, batch_size=2, learning_rate=0.01))
+    engine = in_process.build(in_process.Config(lock_step=64), method, clients, model)
+    cards = [client.card for client in clients.values()]
+    state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
+    milliseconds, memory, began = [], [], time.perf_counter()
+    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0)):
+        milliseconds.append(1000 * (time.perf_counter() - began - model.seconds) / len(cards))
+        gc.collect()
+        memory.append(resident_mb())
+        model.seconds, began = 0.0, time.perf_counter()
+    return {
+        "clients": len(cards),
+        "milliseconds per client and round, median": round(statistics.median(milliseconds[1:]), 3),
+        "resident MB after each round": [round(m, 1) for m in memory],
+    }
+
+
+class _Timed(Compute):
+    """Adds up the seconds spent in the backbone's forward and backward (tiny's own cost is part of the model's)."""
+
+    seconds = 0.0
+
+    def _forward(self, asked, part):
+        began = time.perf_counter()
+        try:
+            return super()._forward(asked, part)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    save("overhead", overhead())
