@@ -13,8 +13,9 @@ from ficpd.clients import Client, participate
 from ficpd.compute import CHUNK_TOKENS, Compute, chunked, drive, drive_many
 from ficpd.experiment import read
 from ficpd.methods import fedavg
+from ficpd.seams import Backbone
 from ficpd.tuners import Training
-from ficpd.types import Backbone, Prompt, Query, Setup
+from ficpd.types import Prompt, Query, Setup
 from ficpd.world import World, build_world
 from measure import medians, paired, ratio, save
 

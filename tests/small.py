@@ -18,9 +18,10 @@ from ficpd.library import PromptLibrary
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.run import run as run_experiment
+from ficpd.seams import Engine, Method, Task
 from ficpd.tasks import classification, regression
 from ficpd.tuners import Training
-from ficpd.types import ClientCard, Engine, Method, Prompt, Record, Setup, State, Task
+from ficpd.types import ClientCard, Prompt, Record, Setup, State
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import ficpd
 
 FLOORS = [
-    {"types", "errors", "seeds", "registry", "cache"},
+    {"types", "seams", "errors", "seeds", "registry", "cache"},
     {"backbones", "tasks", "data", "privacy", "tuners"},
     {"compute", "speed", "clients", "library", "server"},
     {"methods"},

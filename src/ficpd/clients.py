@@ -6,20 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ficpd import seeds
-from ficpd.types import (
-    Answer,
-    Assignment,
-    Backbone,
-    Batch,
-    ClientCard,
-    ClientUpdate,
-    Mechanism,
-    Method,
-    Prompt,
-    Query,
-    Record,
-    Task,
-)
+from ficpd.seams import Backbone, Mechanism, Method, Task
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record
 
 
 @dataclass(eq=False)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import BackboneError
-from ficpd.types import Answer, Backbone, Batch, Item, Outputs, Query
+from ficpd.seams import Backbone
+from ficpd.types import Answer, Batch, Item, Outputs, Query
 
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 131072}

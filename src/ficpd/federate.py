@@ -8,7 +8,8 @@ import torch
 
 from ficpd import codec, seeds
 from ficpd.errors import CodecError
-from ficpd.types import ClientUpdate, Engine, Method, Model, Reply, State
+from ficpd.seams import Engine, Method, Model
+from ficpd.types import ClientUpdate, Reply, State
 
 Layout = Mapping[str, tuple[int, ...]]
 

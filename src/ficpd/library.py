@@ -18,8 +18,9 @@ from ficpd.clients import Client, Visit
 from ficpd.compute import Compute, drive
 from ficpd.errors import LibraryError
 from ficpd.privacy.none import NoPrivacy
+from ficpd.seams import Backbone, Task
 from ficpd.tuners import Training, tune
-from ficpd.types import Assignment, Backbone, ClientCard, Prompt, Query, Record, Task
+from ficpd.types import Assignment, ClientCard, Prompt, Query, Record
 
 FORMAT = 1
 START = "start"

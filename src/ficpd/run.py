@@ -15,8 +15,9 @@ from ficpd.library import PromptLibrary
 from ficpd.metrics.evaluate import Evaluation, evaluate
 from ficpd.registry import load
 from ficpd.rundir import RunDir
+from ficpd.seams import Method
 from ficpd.speed import machine
-from ficpd.types import Method, Setup, State
+from ficpd.types import Setup, State
 from ficpd.world import World, build_world
 
 Progress = Callable[[str, int, int, dict[str, float]], None]

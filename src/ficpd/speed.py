@@ -16,7 +16,8 @@ import torch
 
 from ficpd import cache
 from ficpd.compute import Compute
-from ficpd.types import Backbone, Batch, Outputs, Prompt, Query
+from ficpd.seams import Backbone
+from ficpd.types import Batch, Outputs, Prompt, Query
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS, TOKENS = 8, 32

@@ -15,9 +15,10 @@ from ficpd.errors import LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked, recipes
 from ficpd.library import Adapted, PromptLibrary, guarantee, made_by
 from ficpd.metrics.evaluate import predictions, score_prompt
+from ficpd.seams import Task
 from ficpd.speed import machine
 from ficpd.tuners import Training
-from ficpd.types import Prompt, Record, Score, Task
+from ficpd.types import Prompt, Record, Score
 from ficpd.world import build_task, load_backbone
 
 ZERO_SHOT = "zero-shot"

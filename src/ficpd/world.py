@@ -16,8 +16,9 @@ from ficpd.data.partition import Shard, partition
 from ficpd.errors import BackboneError, ConfigError
 from ficpd.experiment import BackboneConfig, EngineConfig, Experiment, checked, settings
 from ficpd.registry import load
+from ficpd.seams import Backbone, Task
 from ficpd.speed import DTYPES, Choice, choose
-from ficpd.types import Backbone, ClientCard, Prompt, Task
+from ficpd.types import ClientCard, Prompt
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ficpd.backbones.weights import Weights
 from ficpd.compute import Compute
 from ficpd.errors import BackboneError
 from ficpd.registry import names
+from ficpd.seams import Task
 from ficpd.tasks import classification
-from ficpd.types import Item, Prompt, Query, Task
+from ficpd.types import Item, Prompt, Query
 
 WORDS = [*small.OTHER, *small.GOOD, *small.BAD, "is", "not", "very", ".", *(f"word{i}" for i in range(60))]
 TEXTS = ["the film was good", "bad", "it was a dull story and we saw it twice", "we saw a fine film"]

@@ -13,7 +13,8 @@ from ficpd.federate import Schedule
 from ficpd.metrics.evaluate import evaluate
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.types import Assignment, ClientUpdate, Method, Query, State
+from ficpd.seams import Method
+from ficpd.types import Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
 MARK, MARKED_WEIGHT = 0.125, 42.0

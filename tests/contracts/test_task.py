@@ -10,7 +10,8 @@ import small
 from ficpd.compute import Compute
 from ficpd.errors import DataError
 from ficpd.registry import names
-from ficpd.types import Batch, Query, Record, Task
+from ficpd.seams import Task
+from ficpd.types import Batch, Query, Record
 from ficpd.world import build_task
 
 BUILDERS = {"classification": small.classes, "regression": small.numbers}

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ficpd.clients import Client, participate
 from ficpd.codec import decode_assignment, encode_update
 from ficpd.compute import Compute, drive_many
-from ficpd.types import ClientCard, ClientUpdate, Method, Reply
+from ficpd.seams import Method
+from ficpd.types import ClientCard, ClientUpdate, Reply
 
 
 class Config(BaseModel):

@@ -9,9 +9,10 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import weighted_mean
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientSide, ClientUpdate, Model, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 
 class Config(BaseModel):

@@ -16,10 +16,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of, weighted_mean
 from ficpd.server.prototypes import cosine_kmeans
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientSide, ClientUpdate, Model, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 
 class Config(BaseModel):

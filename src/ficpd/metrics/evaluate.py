@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ficpd.clients import Client, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
-from ficpd.types import Answer, Batch, Method, Query, Score, State, Task
+from ficpd.seams import Method, Task
+from ficpd.types import Answer, Batch, Query, Score, State
 
 
 def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:

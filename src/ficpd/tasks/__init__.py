@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ficpd.types import Backbone, Batch, Outputs, Prompt, Record, Task
+from ficpd.seams import Backbone, Task
+from ficpd.types import Batch, Outputs, Prompt, Record
 
 
 class Answers:

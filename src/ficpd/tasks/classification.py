@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import DataError, unknown
+from ficpd.seams import Backbone
 from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, Batch, Outputs, Prompt, Record, Score
 
 
 class Config(BaseModel):

@@ -13,8 +13,9 @@ from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
 
 from ficpd.errors import DataError
+from ficpd.seams import Backbone
 from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Backbone, Batch, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, Batch, Outputs, Prompt, Record, Score
 
 
 class Config(BaseModel):

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.registry import load
-from ficpd.types import Answer, Assignment, ClientSide, Query
+from ficpd.seams import ClientSide
+from ficpd.types import Answer, Assignment, Query
 
 
 class Training(BaseModel):

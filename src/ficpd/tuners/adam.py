@@ -5,7 +5,8 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from ficpd.types import Answer, Batch, ClientSide, Query
+from ficpd.seams import ClientSide
+from ficpd.types import Answer, Batch, Query
 
 
 def tune(
