@@ -106,7 +106,9 @@ class Compute:
         losses, grads, outputs = [], [], []
         for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=P):
             loss, grad, output = self._forward(queries, part)
-            losses.append(loss), grads.append(grad), outputs.append(output)
+            losses.append(loss)
+            grads.append(grad)
+            outputs.append(output)
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         loss_R = torch.cat(losses)[back.to(losses[0].device)]

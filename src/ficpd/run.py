@@ -31,7 +31,7 @@ def silent(method: str, done: int, planned: int, figures: dict[str, float]) -> N
 def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """The main method's result; those of the baselines lie in `out/baselines`. Raises `RunError` if `out` is taken."""
     directory = RunDir(out)
-    directory.open(to_toml(experiment), resume)
+    directory.check(to_toml(experiment), resume)
     done = directory.result()
     names = [experiment.method["name"], *experiment.baselines]
     if (
@@ -42,6 +42,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         return done
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
     world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
+    directory.write("experiment.toml", to_toml(experiment))  # only now: a mistake in it leaves no directory behind
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")
     if zero_shot.result() is None:

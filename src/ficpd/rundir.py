@@ -30,8 +30,8 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = Path(path)
 
-    def open(self, experiment_toml: str, resume: bool) -> None:
-        """Claim the directory. A directory with another experiment, or one already begun, is an error unless resumed."""
+    def check(self, experiment_toml: str, resume: bool) -> None:
+        """Whether the directory may be used. With another experiment, or one begun and not resumed, it may not."""
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
             raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
@@ -41,8 +41,6 @@ class RunDir:
             raise RunError(
                 f"{file} is another experiment than the one given; resume without changes, or choose another --out"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write("experiment.toml", experiment_toml)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write beside, flush to disk, rename: a reader sees the old file or the new one."""

@@ -96,8 +96,8 @@ def _bf16_pays(device: torch.device) -> bool:
     seconds = {}
     for dtype in DTYPES.values():
         left, right = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        left @ right
+        torch.mm(left, right)
         began = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         seconds[dtype] = time.perf_counter() - began
     return seconds[torch.bfloat16] < seconds[torch.float32]

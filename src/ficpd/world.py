@@ -60,7 +60,8 @@ def build_world(experiment: Experiment) -> World:
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
     start, experiment = start_prompt(experiment, task, backbone)
-    engine = experiment.engine
+    engine, first = experiment.engine, next(iter(shards.values())).train[:1]
+    task.encode(first, backbone, start)  # a prompt that leaves no room for a text is an error now, not in a client
     return World(experiment, task, Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), start, shards)
 
 
