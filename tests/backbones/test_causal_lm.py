@@ -371,5 +371,5 @@ def test_smollm2_goes_on_with_a_sentence(smollm2):
     said = smollm2.generate(nothing, ["The capital of France is", "One, two, three, four,"], 8)
     assert "Paris" in said[0]
     assert "five" in said[1]
-    start = Prompt(smollm2.start("A short text about cities.", 6, 10, 0), smollm2.fingerprint, 10)
+    start = Prompt(smollm2.start("A short text about cities.", 6, 0, 0), smollm2.fingerprint, 0)
     assert "Paris" in smollm2.generate(start, ["The capital of France is"], 8)[0]

@@ -71,7 +71,7 @@ class Defaults:
     learning_rate: float
 
 
-MEASURED: dict[str, Defaults] = {"minilm": Defaults(3, 0.06), "smollm2": Defaults(0, 0.1), "tiny": Defaults(1, 0.1)}
+MEASURED: dict[str, Defaults] = {"minilm": Defaults(3, 0.06), "smollm2": Defaults(10, 0.1), "tiny": Defaults(1, 0.1)}
 
 
 def defaults(name: str, kind: str | None, depth: int) -> Defaults:
