@@ -78,20 +78,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What enters a layer: `states_STD`, and `mask_ST` (True where there is a token). `items` tell how to read it."""
+    """What enters a layer: `states_STD`, and `mask_ST` (True where there is a token)."""
 
     states_STD: Tensor
     mask_ST: Tensor
-    items: Sequence[Item]
 
     @staticmethod
-    def of(states: Sequence[Tensor], items: Sequence[Item], left: bool = False) -> "Hidden":
+    def of(states: Sequence[Tensor], left: bool = False) -> "Hidden":
         """Pad ragged [T, D] states; on the left for a causal backbone, so that the last position is in one column."""
         lengths = torch.tensor([len(s) for s in states])
         states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
         places = torch.arange(states_STD.shape[1])
         mask_ST = places >= states_STD.shape[1] - lengths[:, None] if left else places < lengths[:, None]
-        return Hidden(states_STD, mask_ST.to(states_STD.device), items)
+        return Hidden(states_STD, mask_ST.to(states_STD.device))
 
     def joined(self, prompts_SPD: Tensor) -> tuple[Tensor, Tensor]:
         """States and mask with each sequence's own prompt in front."""

@@ -178,14 +178,14 @@ class CausalLM:
         embedded = [self.model.get_input_embeddings()(item.content.to(self.device)) for item in items]
         if layer == 0:
             return embedded
-        hidden = Hidden.of(embedded, items)
+        hidden = Hidden.of(embedded)
         states_STD = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
         return [states_TD[: item.length].clone() for states_TD, item in zip(states_STD, items, strict=True)]
 
     def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
         """Features are the last position's state after the final norm; scores mean log-likelihoods of scored tokens."""
         self._check(layer)
-        states, mask = Hidden.of(hidden, items, left=True).joined(prompts_SPD.to(self.device))
+        states, mask = Hidden.of(hidden, left=True).joined(prompts_SPD.to(self.device))
         states_STD = self._run(states, mask, layer, self.depth)
         features_SD = self.model.model.norm(states_STD[:, -1]).float()
         scored = [row for row, item in enumerate(items) if item.scored]
@@ -262,7 +262,7 @@ class CausalLM:
     def _continue(self, tokens_PD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[list[int]]:
         """The layers below `layer` never see the prompt, those above always do: the cache's lengths differ by P."""
         embed, cache = self.model.get_input_embeddings(), DynamicCache()
-        hidden = Hidden.of([embed(item.content.to(self.device)) for item in items], items, left=True)
+        hidden = Hidden.of([embed(item.content.to(self.device)) for item in items], left=True)
         states, mask = hidden.states_STD, hidden.mask_ST
         front = tokens_PD.to(self.device, self.dtype).expand(len(items), -1, -1)
         done, ends, written = torch.zeros(len(items), dtype=torch.bool), self._ends(), []

@@ -114,12 +114,12 @@ class Encoder:
             embedded = [self.model.get_input_embeddings()(item.content.to(self.device)) for item in items]
             if layer == 0:
                 return embedded
-            hidden = Hidden.of(embedded, items)
+            hidden = Hidden.of(embedded)
             states = self._run(self._embed(hidden.states_STD), hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
     def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
-        text = Hidden.of(hidden, items)
+        text = Hidden.of(hidden)
         states, mask = text.joined(prompts_SPD)
         states = self._run(self._embed(states) if layer == 0 else states, mask, layer, self.depth)
         pooled_STD, weight = states[:, prompts_SPD.shape[1] :].float(), text.mask_ST[..., None].float()

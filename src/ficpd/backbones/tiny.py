@@ -97,12 +97,12 @@ class Tiny:
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():
-            hidden = Hidden.of([self.words[item.content.to(self.device)] for item in items], items)
+            hidden = Hidden.of([self.words[item.content.to(self.device)] for item in items])
             states = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
     def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
-        text = Hidden.of(hidden, items)
+        text = Hidden.of(hidden)
         states, mask = text.joined(prompts_SPD)
         states = self._run(states, mask, layer, self.depth)[:, prompts_SPD.shape[1] :].float()
         weight = text.mask_ST[..., None].float()
