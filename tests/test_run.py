@@ -203,6 +203,16 @@ def kill_when(lines: Path, number: int, process: subprocess.Popen) -> None:
     assert process.returncode == -signal.SIGKILL, said or "it was finished before it could be killed"
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes that are killed: another number of threads rounds sums otherwise, and Adam makes that large."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     """SIGKILL to a process of its own, once amid each of three methods; then to the end, and an unbroken run beside."""
     rounds, out, recipe = 30, tmp_path / "killed", tmp_path / "small.toml"
