@@ -42,7 +42,7 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-def overhead(rounds: int = 40) -> dict:
+def overhead(rounds: int = 24) -> dict:
     """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
     built = build_world(parse(TINY, "bench"))
     model, clients = _Timed(built.model.backbone), built.clients()
