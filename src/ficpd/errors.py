@@ -7,6 +7,9 @@ FicpdError
 ├── BackboneError      weights that cannot be had, a prompt that does not fit, another fingerprint
 ├── CodecError         bytes that are not an update: truncated, wrong shape or type, not finite, too large
 ├── LibraryError       a prompt library that cannot be read or used here
+├── PrivacyError       a guarantee that cannot be given: a method, plan or noise that does not fit the mechanism
+│   ├── BudgetError    a release that the budget does not pay for; nothing was released
+│   └── LedgerError    a ledger that is another run's, or cannot be read
 └── RunError           a run directory that cannot be started or resumed
 ```
 
@@ -41,8 +44,24 @@ class LibraryError(FicpdError):
     pass
 
 
+class PrivacyError(FicpdError):
+    pass
+
+
+class BudgetError(PrivacyError):
+    pass
+
+
+class LedgerError(PrivacyError):
+    pass
+
+
 class RunError(FicpdError):
     pass
+
+
+class PrivacyWarning(UserWarning):
+    """A guarantee that holds as stated and says less than it seems to."""
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ficpd.types import (
     JSON,
     Answer,
+    ArrayKind,
     Assignment,
     Batch,
     ClientCard,
@@ -21,6 +22,7 @@ from ficpd.types import (
     Reply,
     Score,
     Setup,
+    Spend,
     State,
 )
 
@@ -96,24 +98,94 @@ class Task(Protocol):
         ...
 
 
+class Noise(Protocol):
+    """A client's private stream: which records, what noise. Never derivable from anything the server knows."""
+
+    @property
+    def kind(self) -> Literal["simulated", "cryptographic"]: ...
+    def shuffled(self, number: int) -> Tensor:
+        """0..number-1 in a random order."""
+        ...
+
+    def poisson(self, number: int, rate: float) -> Tensor:
+        """Each of 0..number-1 independently with probability `rate`."""
+        ...
+
+    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+        """`values` plus Gaussian noise of this standard deviation, on the CPU, float32."""
+        ...
+
+
 class Mechanism(Protocol):
     """Noise and its price in one object. `mean` is where records meet; `release` is where a client meets the world."""
 
     @property
     def unit(self) -> Literal["none", "record", "client"]: ...
+    @property
+    def step_price(self) -> Spend | None:
+        """What every `mean` costs; None if it costs nothing."""
+        ...
 
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: torch.Generator) -> list[Tensor]:
+    @property
+    def release_price(self) -> Spend | None: ...
+    @property
+    def statistic_prices(self) -> Mapping[str, Spend]: ...
+
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
         """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""
         ...
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: torch.Generator) -> Tensor:
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
         """[K, B, ...] to [K, ...]: the only average over records in the package."""
         ...
 
-    def release(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate: ...
+    def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
+        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `statistic_prices[name]`."""
+        ...
+
+    def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate: ...
 
     def guarantee(self) -> Mapping[str, JSON]:
-        """The run's `privacy` block: unit, epsilon, delta."""
+        """The run's `privacy` block: mechanism, unit, neighbouring relation, delta, settings."""
+        ...
+
+
+class Coordinates(Protocol):
+    """A subspace that a prompt is tuned in: orthonormal directions from a public seed."""
+
+    @property
+    def size(self) -> int: ...
+    def down(self, values: Tensor) -> Tensor:
+        """[..., P, D] to [..., size]."""
+        ...
+
+    def up(self, values: Tensor) -> Tensor:
+        """[..., size] to [..., P, D]; `down(up(z)) == z`."""
+        ...
+
+
+class Compression(Protocol):
+    """What of an update travels, and how it is brought back. Public, from a seed all know: it is no privacy."""
+
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """What the tuner moves in instead of the whole prompt; None: the whole prompt."""
+        ...
+
+    def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """At the client, before clip and noise: float32."""
+        ...
+
+    def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """At the client, after the noise (post-processing): what is encoded."""
+        ...
+
+    def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """At the server: float32 arrays of the method's own layout."""
+        ...
+
+    def wire(self, layout: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayKind]:
+        """What `pack` makes of arrays of this layout."""
         ...
 
 
@@ -126,8 +198,16 @@ class ClientSide(Protocol):
     kept: dict[str, Tensor]
     """What stays at the client between rounds; written back only if the order is carried out to its end."""
 
+    @property
+    def coordinates(self) -> Coordinates | None: ...
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
-    def mean(self, values_KB: Tensor) -> Tensor: ...
+    def mean(self, values_KB: Tensor) -> Tensor:
+        """Once per batch, before the next is drawn."""
+        ...
+
+    def total(self, name: str, values_BN: Tensor) -> Tensor:
+        """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
+        ...
 
 
 class Model(Protocol):
@@ -139,13 +219,24 @@ class Model(Protocol):
 
 
 class Method(Protocol):
-    """One paper, both halves, one file. A method's `pools_data` says that it is the centralised upper line."""
+    """One paper, both halves, one file.
+
+    `pools_data`: it is the centralised upper line. `trains`: it has rounds. `releases`: something that depends on
+    records leaves its clients. `sums`: `aggregate` depends on the updates only through their weighted sum, so that one
+    noised sum may stand for all of them (client-level privacy at the server).
+    """
 
     name: str
     pools_data: bool
     trains: bool
+    releases: bool
+    sums: bool
 
     def init(self, setup: Setup) -> State: ...
+    def work(self, state: State) -> tuple[int, int]:
+        """Steps and batch size of one order: what the privacy of a run is planned from."""
+        ...
+
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment: ...
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:

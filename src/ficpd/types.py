@@ -179,6 +179,42 @@ class ClientUpdate:
     weight: float = 1.0
 
 
+class ArrayKind(NamedTuple):
+    """Shape and type of one array as it travels."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+class Spend(NamedTuple):
+    """What a release costs: `count` Gaussian releases, each on a Poisson sample of rate `sampling_rate` (1: on all),
+    with noise of `noise_multiplier` times the sensitivity. One line of a ledger; `name` says what was released."""
+
+    name: str
+    sampling_rate: float
+    noise_multiplier: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a whole run asks of one client, as far as its privacy is concerned.
+
+    `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its
+    `num_records` records; `clients` clients, of whom each joins a round with probability `cohort_rate`, for `num_rounds`.
+    `statistics` are the named totals that the method wants once from every client.
+    """
+
+    num_records: int
+    sampling_rate: float
+    steps: int
+    participations: int
+    num_clients: int
+    cohort_rate: float
+    num_rounds: int
+    statistics: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ClientCard:
     """What everybody may know of a client: its name and public metadata, nothing that depends on records."""
