@@ -10,15 +10,17 @@ import torch
 from ficpd import seeds
 from ficpd.backbones import tiny
 from ficpd.clients import Client
+from ficpd.compression import none
 from ficpd.compute import Compute
 from ficpd.engines import in_process
 from ficpd.experiment import Experiment, parse
 from ficpd.federate import Round, Schedule, federate
 from ficpd.library import PromptLibrary
+from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.run import run as run_experiment
-from ficpd.seams import Engine, Method, Task
+from ficpd.seams import Compression, Engine, Method, Task
 from ficpd.tasks import classification, regression
 from ficpd.tuners import Training
 from ficpd.types import ClientCard, Prompt, Record, Setup, State
@@ -66,21 +68,30 @@ def start(model: Compute, task: Task, num_tokens: int = 3, enters_at: int = 1) -
 
 
 def clients(
-    model: Compute, method: Method, count: int = 5, seed: int = 0, mechanism: Any = None, task: Task | None = None
-) -> dict[str, Client]:
+    model: Compute, method: Method, count: int = 5, seed: int = 0, mechanism: Any = None, task: Task | None = None,
+    compression: Compression | None = None, ledger: Ledger | None = None,
+) -> dict[str, Client]:  # fmt: skip
     """Members of unequal size; one that holds all records where the method pools them."""
-    task = task or classes()
+    task, mechanism = task or classes(), mechanism or NoPrivacy()
     shares = {f"site-{i}": records(5 + 2 * i, i, f"site-{i}.csv") for i in range(count)}
     if method.pools_data:
         shares = {"everyone": [record for share in shares.values() for record in share]}
     begin = start(model, task)
+    compression = compression or whole(begin)
+    ledger = ledger or (Ledger(":memory:", "a run") if mechanism.unit != "none" else None)
+    budget = Budget(None, 1e-5)
     return {
         name: Client(
-            ClientCard(name), share, records(4, 100, "test.csv"), task, model.backbone, mechanism or NoPrivacy(), begin,
-            seeds.derive(seed, "private", name),
+            ClientCard(name), share, records(4, 100, "test.csv"), task, model.backbone, mechanism, compression, begin,
+            seeds.derive(seed, "private", name), ledger and ledger.book(name, budget),
         )
         for name, share in shares.items()
     }  # fmt: skip
+
+
+def whole(begin: Prompt) -> Compression:
+    """No compression."""
+    return none.build(none.Config(), begin, 0)
 
 
 def method(name: str, training: Training = TRAINING, **config: Any) -> Method:
@@ -106,7 +117,8 @@ def rounds(
     schedule = schedule or Schedule(2, len(members), 0)
     through = through or engine(chosen, members, model, lock_step)
     state, reports = first_state(chosen, members, schedule.num_rounds, schedule.seed), []
-    for after, report in federate(chosen, through, model, state, schedule):
+    compression = next(iter(members.values())).compression
+    for after, report in federate(chosen, through, model, state, schedule, compression):
         state = after
         reports.append(report)
     return state, reports

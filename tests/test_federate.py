@@ -70,7 +70,8 @@ def run(model, changes, schedule: Schedule | None = None, name: str = "fedavg"):
     engine = Tampering(small.engine(method, members, model), changes)
     schedule = schedule or Schedule(2, 5, 0)
     state = small.first_state(method, members, schedule.num_rounds)
-    return method, state, engine, list(federate(method, engine, model, state, schedule))
+    compression = next(iter(members.values())).compression
+    return method, state, engine, list(federate(method, engine, model, state, schedule, compression))
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -140,11 +141,12 @@ def test_rounds_go_on_where_they_stopped(model):
     method = small.method("fedavg")
     members = small.clients(model, method)
     engine, schedule = small.engine(method, members, model), Schedule(4, 3, 0)
-    whole = list(federate(method, engine, model, small.first_state(method, members, 4), schedule))
-    rest = list(federate(method, engine, model, whole[1][0], schedule, 3))
+    compression = next(iter(members.values())).compression
+    whole = list(federate(method, engine, model, small.first_state(method, members, 4), schedule, compression))
+    rest = list(federate(method, engine, model, whole[1][0], schedule, compression, 3))
     assert [report.round for _, report in rest] == [3, 4]
     assert small.same(rest[-1][0].arrays, whole[-1][0].arrays)
-    assert list(federate(method, engine, model, whole[-1][0], schedule, 5)) == []
+    assert list(federate(method, engine, model, whole[-1][0], schedule, compression, 5)) == []
 
 
 # ---------------------------------------------------------------- cohorts

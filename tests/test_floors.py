@@ -10,10 +10,10 @@ import ficpd
 
 FLOORS = [
     {"types", "seams", "errors", "seeds", "registry", "cache"},
-    {"backbones", "tasks", "data", "privacy", "tuners"},
-    {"compute", "speed", "clients", "library", "server"},
+    {"backbones", "tasks", "data", "privacy", "compression", "tuners"},
+    {"compute", "speed", "codec", "clients", "library", "server"},
     {"methods"},
-    {"codec", "engines", "site"},
+    {"engines", "site"},
     {"federate", "metrics", "audit"},
     {"cli", "experiment", "world", "run", "rundir", "use", "compare", "report", "peft", "__main__"},
 ]

@@ -1,21 +1,25 @@
-"""A client: its records, its mechanism, its private seed; and `participate`, the one door out."""
+"""A client: its records, its mechanism, its book of releases; and `participate`, the one door out."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from ficpd import seeds
-from ficpd.seams import Backbone, Mechanism, Method, Task
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record
+from ficpd import codec
+from ficpd.errors import CodecError, LedgerError, PrivacyError
+from ficpd.privacy.ledger import Book
+from ficpd.privacy.noise import Cryptographic, Simulated
+from ficpd.seams import Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
 
 @dataclass(eq=False)
 class Client:
     """One member of the federation. `start` tells the prompt's shape and layer; `kept` is what stays here over rounds.
 
-    `private_seed` feeds record sampling and noise. It must not be derivable from anything the server knows; in
-    simulation it is derived from the experiment's seed, and the result says so.
+    `private_seed` feeds record sampling and simulated noise. It must not be derivable from anything the server knows; a
+    mechanism with cryptographic noise does not use it. `book` is where releases are paid; None only without privacy.
     """
 
     card: ClientCard
@@ -24,10 +28,16 @@ class Client:
     task: Task
     backbone: Backbone
     mechanism: Mechanism
+    compression: Compression
     start: Prompt
     private_seed: int
+    book: Book | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     _encoded: dict[str, Batch] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mechanism.unit != "none" and self.book is None:
+            raise PrivacyError(f"{self.name} has a {self.mechanism.unit}-level mechanism and no ledger; give it a book")
 
     @property
     def name(self) -> str:
@@ -40,36 +50,115 @@ class Client:
             self._encoded[part] = self.task.encode(records, self.backbone, self.start)
         return self._encoded[part]
 
+    def stream(self, round: int) -> Noise:
+        """The private stream of one round."""
+        if self.mechanism.noise == "cryptographic":
+            return Cryptographic()
+        return Simulated(self.private_seed, "noise", round)
+
 
 class Visit:
     """One client carrying out one order: what a method sees (`ClientSide`). Nothing is kept until the order is done."""
 
     def __init__(self, client: Client, round: int):
         self.client, self.id = client, client.name
-        self.weight = float(len(client.train)) if client.mechanism.unit == "none" else 1.0
         self.kept = dict(client.kept)
-        self.noise = seeds.generator(client.private_seed, "noise", round)
+        self.noise = client.stream(round)
         self.expected_batch = 1
+        self.spends: list[Spend] = []
+        self._open: int | None = None
+
+    @property
+    def coordinates(self) -> Coordinates | None:
+        return self.client.compression.coordinates
+
+    @property
+    def weight(self) -> float:
+        """The record count where no privacy is asked; its noised total where it has a share of the budget; else 1."""
+        if self.client.mechanism.unit == "none":
+            return float(len(self.client.train))
+        if self.client.mechanism.price("weight") is None:
+            return 1.0
+        if "weight" not in self.kept:
+            self.kept["weight"] = self.total("weight", torch.ones(len(self.client.train), 1)).clamp(min=1.0)
+        return float(self.kept["weight"])
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
-        """`steps` batches of `batch_size` records in expectation (all records, if there are fewer)."""
+        """`steps` batches of `batch_size` records in expectation (all records, if there are fewer). All are paid for
+        before the first is drawn: `BudgetError` if the budget does not allow them."""
         records = self.client.encoded()
         self.expected_batch = min(batch_size, len(records))
+        self._charge("step", steps)
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
+            self._open = len(rows)
             yield records.take(rows)
 
     def mean(self, values_KB: Tensor) -> Tensor:
         """[K, B, ...] to [K, ...] on the CPU, by the client's mechanism: the only way records are averaged."""
+        if self._open != values_KB.shape[1]:
+            given = f"{values_KB.shape[1]} records where the last batch has {self._open}" if self._open is not None else ""
+            raise PrivacyError(
+                f"a method averages {given or 'a batch twice, or none that was drawn'}; each batch is paid for once: "
+                "average it once, whole, before the next is drawn"
+            )
+        self._open = None
         return self.client.mechanism.mean(values_KB, self.expected_batch, self.noise).cpu()
+
+    def total(self, name: str, values_BN: Tensor) -> Tensor:
+        """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""
+        if len(values_BN) != len(self.client.train):
+            raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
+        self._charge(name, 1)
+        return self.client.mechanism.total(name, values_BN, self.noise).cpu()
+
+    def release(self, update: ClientUpdate) -> ClientUpdate:
+        """Projected, then clipped and noised as the mechanism does, then packed for the wire."""
+        self._charge("release", 1)
+        compression = self.client.compression
+        projected = replace(update, arrays=compression.project(update.arrays))
+        released = self.client.mechanism.release(projected, self.noise)
+        return replace(released, arrays=compression.pack(released.arrays))
+
+    def _charge(self, door: str, count: int) -> None:
+        price = self.client.mechanism.price(door)
+        if price is not None and self.client.book is not None:
+            self.client.book.afford([*self.spends, price._replace(count=count)])
+            self.spends.append(price._replace(count=count))
 
 
 def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-    """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned."""
+    """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned,
+    and only after its price stands in the ledger. An order that was carried out before is answered as it was then.
+    """
+    if client.book is not None and (stored := client.book.answered(order.round, order.method)) is not None:
+        return _restored(client, stored)
     visit = Visit(client, order.round)
     update = yield from method.train(visit, order)
-    released = client.mechanism.release(update, visit.noise)
+    released = visit.release(update)
+    if client.book is not None:
+        client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept))
     client.kept = visit.kept
     return released
+
+
+def _stored(update: ClientUpdate, kept: Mapping[str, Tensor]) -> bytes:
+    arrays = {f"sent/{name}": array for name, array in update.arrays.items()}
+    arrays |= {f"kept/{name}": array for name, array in kept.items()}
+    return codec.encode_state(State(arrays), {"weight": update.weight})
+
+
+def _restored(client: Client, body: bytes) -> ClientUpdate:
+    """The update that was released then; the client keeps what it kept then."""
+    try:
+        state, extra = codec.decode_state(body)
+    except CodecError as error:
+        raise LedgerError(f"the stored answer of {client.name} cannot be read: {error}") from error
+    parts = {"sent": {}, "kept": {}}
+    for path, array in state.arrays.items():
+        part, _, name = path.partition("/")
+        parts[part][name] = array
+    client.kept = parts["kept"]
+    return ClientUpdate(client.name, parts["sent"], extra["weight"])
 
 
 def personal_prompt(method: Method, client: Client, order: Assignment) -> Tensor:

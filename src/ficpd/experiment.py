@@ -68,9 +68,10 @@ class EngineConfig(Frozen):
 
 
 class Experiment(Frozen):
-    """The parts of a TOML file. `method`, `task` and `privacy` hold a `name` and that module's own settings.
+    """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
-    `baselines` are run beside the method, on the same clients and budget, for the table at the end.
+    `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end;
+    "fedavg:none" is fedavg without any.
     """
 
     name: str = "experiment"
@@ -85,10 +86,11 @@ class Experiment(Frozen):
     training: Training = Training()
     federation: FederationConfig = FederationConfig()
     privacy: dict[str, Any] = {"name": "none"}
+    compression: dict[str, Any] = {"name": "none", "bits": 32}
     engine: EngineConfig = EngineConfig()
 
 
-REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy"}
+REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
 
 
 def parse(text: str, where: str, changes: Iterable[str] = ()) -> Experiment:
@@ -117,7 +119,10 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
             parts[key] = part(registry, parts[key], f"{where}: {key}")
     built = checked(Experiment, parts, where)
     for name in built.baselines:
-        load("methods", name)
+        method, _, private = name.partition(":")
+        load("methods", method)
+        if private not in ("", "none"):
+            raise ConfigError(f"{where}.baselines: {name!r} is no baseline; write {method!r}, or '{method}:none'")
     load("tuners", built.training.tuner)
     load("engines", built.engine.name)
     return built

@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ficpd import codec, seeds
-from ficpd.errors import CodecError
-from ficpd.seams import Engine, Method, Model
-from ficpd.types import ClientUpdate, Reply, State
+from ficpd.errors import BudgetError, CodecError
+from ficpd.seams import Compression, Engine, Method, Model
+from ficpd.server.central import NoisedSum
+from ficpd.types import ArrayKind, ClientUpdate, Reply, State
 
-Layout = Mapping[str, tuple[int, ...]]
+Wire = Mapping[str, ArrayKind]
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,38 @@ def cohort_of(schedule: Schedule, names: Sequence[str], round: int) -> list[str]
 
 
 def federate(
-    method: Method, engine: Engine, model: Model, state: State, schedule: Schedule, first_round: int = 1
+    method: Method,
+    engine: Engine,
+    model: Model,
+    state: State,
+    schedule: Schedule,
+    compression: Compression,
+    first_round: int = 1,
+    central: NoisedSum | None = None,
 ) -> Iterator[tuple[State, Round]]:
     """Yields the state after each round. An update that does not pass the checks is dropped, counted and named.
 
-    A round without a single good update leaves the state as it was.
+    A round without a single good update leaves the state as it was. With `central`, every round ends in one noised mean,
+    also one to which nobody came. Raises `BudgetError` for a round that no member's, or the server's, budget allows:
+    it does not take place.
     """
     cards = {card.name: card for card in engine.clients()}
     fingerprint = model.backbone.fingerprint
     for round in range(first_round, schedule.num_rounds + 1):
         started = time.perf_counter()
         layout = method.layout(state)
+        wire = compression.wire(layout)
+        known = central.answered(round, method.name) if central else None
+        if central is None:
+            cohort = cohort_of(schedule, list(cards), round)
+        else:
+            cohort = [] if known else central.cohort(sorted(cards), round)
         orders = {
-            name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint)
-            for name in cohort_of(schedule, list(cards), round)
+            name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint) for name in cohort
         }
         updates: list[ClientUpdate] = []
         dropped: dict[str, str] = {}
+        refused: dict[str, str] = {}
         bytes_up = 0
         for reply in engine.exchange(orders):
             bytes_up += len(reply.body or b"")
@@ -72,10 +88,20 @@ def federate(
             if any(update.client == reply.client for update in updates):
                 continue  # a message that came twice counts once
             try:
-                updates.append(_checked(reply, round, fingerprint, layout, schedule.max_norm))
+                update = _checked(reply, round, fingerprint, wire, schedule.max_norm)
+                updates.append(replace(update, arrays=compression.unpack(update.arrays)))
             except CodecError as error:
                 dropped[reply.client] = str(error)
+                if reply.refused:
+                    refused[reply.client] = str(error)
+        if refused and len(refused) == len(orders):
+            raise BudgetError(f"round {round} does not take place: {next(iter(refused.values()))}")
         dropped |= {name: "no reply" for name in orders if name not in dropped | {u.client: "" for u in updates}}
+        answered = len(updates)
+        if central:
+            mean = known or central.mean(updates, layout, round, method.name)
+            arrays = compression.unpack(compression.project(mean.arrays))  # noise outside the subspace is dropped
+            updates = [replace(mean, arrays=arrays)]
         trained = time.perf_counter()
         if updates:
             state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
@@ -84,7 +110,7 @@ def federate(
             Round(
                 round,
                 len(orders),
-                len(updates),
+                answered,
                 dropped,
                 bytes_up,
                 sum(map(len, orders.values())),
@@ -94,7 +120,7 @@ def federate(
         )
 
 
-def _checked(reply: Reply, round: int, fingerprint: str, layout: Layout, max_norm: float) -> ClientUpdate:
+def _checked(reply: Reply, round: int, fingerprint: str, wire: Wire, max_norm: float) -> ClientUpdate:
     if reply.body is None:
         raise CodecError(reply.error or "no update")
-    return codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, layout, max_norm))
+    return codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, wire, max_norm))

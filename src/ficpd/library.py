@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ficpd import seeds
 from ficpd.clients import Client, Visit
+from ficpd.compression import none
 from ficpd.compute import Compute, drive
 from ficpd.errors import LibraryError
 from ficpd.privacy.none import NoPrivacy
@@ -101,7 +102,8 @@ class PromptLibrary:
         return Adapted(self._tuned(prompt, records, task, model, training, steps, seed), best, True, losses)
 
     def _tuned(self, prompt, records, task, model, training, steps, seed) -> Prompt:
-        client = Client(ClientCard("me"), records, [], task, model.backbone, NoPrivacy(), prompt, seed)
+        whole = none.build(none.Config(), prompt, seed)
+        client = Client(ClientCard("me"), records, [], task, model.backbone, NoPrivacy(), whole, prompt, seed)
         order = Assignment("adapt", 1, {}, {"rate": training.rate(1, 1)})
         return prompt.with_vectors(
             drive(model, tune(training, Visit(client, 1), order, prompt.vectors_PD, steps=steps))

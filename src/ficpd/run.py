@@ -8,20 +8,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ficpd.clients import Client, kept_arrays, restore_kept
+from torch import Tensor
+
+from ficpd.clients import kept_arrays, restore_kept
+from ficpd.data.partition import Shard
+from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
 from ficpd.federate import Round, Schedule, federate
+from ficpd.guard import NONE, build_guard, public_seed
 from ficpd.library import PromptLibrary
 from ficpd.metrics.evaluate import Evaluation, evaluate
 from ficpd.registry import load
 from ficpd.rundir import RunDir
 from ficpd.seams import Method
 from ficpd.speed import machine
-from ficpd.types import Setup, State
+from ficpd.types import ClientCard, Setup, State
 from ficpd.world import World, build_world
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (method, rounds done, rounds planned, figures to show)."""
+
+
+VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
 def silent(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
@@ -37,7 +45,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     if (
         done
         and (out / "report.md").exists()
-        and all(RunDir(out / "baselines" / name).result() for name in experiment.baselines)
+        and all(RunDir(out / "baselines" / name.replace(":", "-")).result() for name in experiment.baselines)
     ):
         return done
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
@@ -50,70 +58,84 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     floor = (zero_shot.result() or {})["metrics"]["global"]
     result = one_method(world, world.experiment.method, directory, floor, progress)
     for name in names[1:]:
-        one_method(world, {"name": name}, RunDir(out / "baselines" / name), floor, progress)
+        method, _, private = name.partition(":")
+        beside = RunDir(out / "baselines" / name.replace(":", "-"))
+        one_method(world, {"name": method}, beside, floor, progress, private=not private)
     directory.write("report.md", report(directory))
     return result
 
 
 def one_method(
-    world: World, part: Mapping[str, Any], directory: RunDir, zero_shot: Mapping | None, progress: Progress
-) -> dict[str, Any]:
-    """One method from its last checkpoint to its result and library."""
+    world: World, part: Mapping[str, Any], directory: RunDir, zero_shot: Mapping | None, progress: Progress,
+    private: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """One method from its last checkpoint to its result and library. Not `private`: without the experiment's privacy."""
     finished = directory.result()
     if finished is not None:
         return finished
     experiment, module = world.experiment, load("methods", part["name"])
     method = module.build(settings("methods", part)[1], experiment.training)
-    clients = world.clients(pooled=method.pools_data)
-    state, rounds, totals = _begin(world, method, clients, directory)
-    schedule = _schedule(world, method, len(clients))
+    label = method.name if private else f"{method.name}, no privacy"
+    schedule = _schedule(world, method)
+    holders, saved = world.holders(method.pools_data), directory.load()
+    state, kept, rounds, totals = saved or _beginning(world, method, holders)
+    guard = build_guard(
+        experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
+        directory.run_id(), len(rounds),
+    )  # fmt: skip
+    clients = world.clients(guard, method.pools_data)
+    restore_kept(clients, kept)
+    directory.write_rounds(rounds)
     engine_module = load("engines", experiment.engine.name)
     options = checked(engine_module.Config, experiment.engine.options, "engine.options")
     engine = engine_module.build(options, method, clients, world.model)
-    progress(method.name, len(rounds), schedule.num_rounds, {})
-    for after, done in federate(method, engine, world.model, state, schedule, len(rounds) + 1):
-        state = after
-        every = experiment.federation.evaluate_every
-        if every and done.round % every == 0 and done.round < schedule.num_rounds:
-            done.metrics.update(_headline(evaluate(method, state, clients, world.model, done.round)))
-        rounds.append(done)
-        totals["train"] += done.seconds_train
-        totals["aggregate"] += done.seconds_aggregate
-        directory.save(state, kept_arrays(clients), rounds, totals)
-        progress(method.name, done.round, schedule.num_rounds, {"clients": done.clients, **done.metrics})
+    progress(label, len(rounds), schedule.num_rounds, {})
+    stopped, going = None, federate(
+        method, engine, world.model, state, schedule, world.compression, len(rounds) + 1, guard.central
+    )  # fmt: skip
+    try:
+        for after, done in going:
+            state = after
+            every = experiment.federation.evaluate_every
+            if every and done.round % every == 0 and done.round < schedule.num_rounds:
+                done.metrics.update(_headline(evaluate(method, state, clients, world.model, done.round)))
+            rounds.append(done)
+            totals["train"] += done.seconds_train
+            totals["aggregate"] += done.seconds_aggregate
+            directory.save(state, kept_arrays(clients), rounds, totals)
+            progress(label, done.round, schedule.num_rounds, {"clients": done.clients, **done.metrics})
+    except BudgetError as error:
+        stopped = str(error)
+        progress(label, len(rounds), schedule.num_rounds, {"stopped: the budget is spent": 1})
     began = time.perf_counter()
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     evaluation = evaluate(method, state, tested, world.model, schedule.num_rounds + 1)
     totals["evaluate"] = time.perf_counter() - began
-    result = _result(world, method, clients, schedule, rounds, totals, evaluation, zero_shot)
+    result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
+    result |= {"privacy": guard.block(), "stopped": stopped}
     _library(world, method, state, result).save(directory.path / "library")
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
-    progress(method.name, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
+    progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
 
 
-def _begin(
-    world: World, method: Method, clients: dict[str, Client], directory: RunDir
-) -> tuple[State, list[Round], dict]:
-    """The last checkpoint, or the beginning."""
-    saved = directory.load()
-    if saved is not None:
-        state, kept, rounds, totals = saved
-        restore_kept(clients, kept)
-        directory.write_rounds(rounds)
-        return state, rounds, totals
-    federation, cards = world.experiment.federation, [client.card for client in clients.values()]
-    cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
-    state = method.init(Setup(world.start, cards, federation.num_rounds, cohort, world.experiment.seed))
-    return state, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-
-
-def _schedule(world: World, method: Method, num_clients: int) -> Schedule:
+def _beginning(
+    world: World, method: Method, holders: Mapping[str, Shard]
+) -> tuple[State, dict[str, Tensor], list[Round], dict[str, Any]]:
+    """What a checkpoint would hold before the first round."""
     federation = world.experiment.federation
+    cards = [ClientCard(name, shard.metadata) for name, shard in holders.items()]
+    cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
+    setup = Setup(world.start, cards, federation.num_rounds, cohort, public_seed(world.experiment.seed))
+    return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+
+
+def _schedule(world: World, method: Method) -> Schedule:
+    federation, clients = world.experiment.federation, 1 if method.pools_data else len(world.shards)
     return Schedule(
         federation.num_rounds if method.trains else 0,
-        federation.clients_per_round or num_clients,
-        world.experiment.seed,
+        min(federation.clients_per_round or clients, clients),
+        public_seed(world.experiment.seed),
         federation.max_update_norm,
     )
 
@@ -131,14 +153,14 @@ def _shown(evaluation: Evaluation) -> dict[str, float]:
     return own if evaluation.everyone is None else {f"{main}, everyone's test": evaluation.everyone[main], **own}
 
 
-def _result(world, method, clients, schedule, rounds, totals, evaluation: Evaluation, zero_shot) -> dict[str, Any]:
+def _result(world, method, label, clients, rounds, totals, evaluation: Evaluation, zero_shot) -> dict[str, Any]:
     experiment = world.experiment
     exchanges = max(sum(done.clients for done in rounds), 1)
     answered = max(sum(done.updates + len(done.dropped) for done in rounds), 1)
     up, down = sum(done.bytes_up for done in rounds), sum(done.bytes_down for done in rounds)
-    privacy = next(iter(clients.values())).mechanism.guarantee()
     return {
         "method": method.name,
+        "label": label,
         "backbone": {
             "name": experiment.backbone.name,
             "fingerprint": world.start.backbone,
@@ -152,7 +174,7 @@ def _result(world, method, clients, schedule, rounds, totals, evaluation: Evalua
             "train": sum(len(c.train) for c in clients.values()),
             "test": sum(len(c.test) for c in clients.values()),
         },
-        "num_rounds": schedule.num_rounds,
+        "num_rounds": len(rounds),
         "seed": experiment.seed,
         "metrics": {
             "global": evaluation.everyone,
@@ -169,9 +191,9 @@ def _result(world, method, clients, schedule, rounds, totals, evaluation: Evalua
         },
         "seconds": dict(totals),
         "dropped_updates": sum(len(done.dropped) for done in rounds),
-        "privacy": {**privacy, "noise": "simulated" if privacy["unit"] != "none" else None},
+        "compression": experiment.compression,
         "machine": {**machine(world.model.backbone.device), "system": platform.system()},
-        "versions": {name: metadata.version(name) for name in ("ficpd", "torch", "transformers", "scikit-learn")},
+        "versions": {name: metadata.version(name) for name in VERSIONS},
     }
 
 
@@ -199,8 +221,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
     results = [json.loads(file.read_text()) for file in folders]
     own = directory.result()
     order = ["zero_shot", "local", "centralized"]
-    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["method"]))
-    return results + ([own] if own and own["method"] not in {r["method"] for r in results} else [])
+    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["label"]))
+    return results + ([own] if own and own["label"] not in {r["label"] for r in results} else [])
 
 
 def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,8 @@
 """A run's directory: what is in it, and that it is never left half written.
 
 experiment.toml   the whole experiment, resolved
+run-id            which run this is; its ledger bears the same
+ledger.sqlite     what was released, where privacy was asked for
 checkpoint        the state after the last finished round, what clients keep, the rounds so far
 rounds.jsonl      one line a round
 result.json       the outcome; its presence says that the run is finished
@@ -11,6 +13,7 @@ baselines/NAME/   the same for each baseline
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +56,13 @@ class RunDir:
             os.fsync(file.fileno())
         beside.replace(target)
         return target
+
+    def run_id(self) -> str:
+        """This run's own name, drawn when it begins."""
+        file = self.path / "run-id"
+        if not file.exists():
+            self.write("run-id", uuid.uuid4().hex + "\n")
+        return file.read_text().strip()
 
     def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
         """The checkpoint is the truth; `rounds.jsonl` is written from it."""

@@ -122,14 +122,17 @@ class Mechanism(Protocol):
     @property
     def unit(self) -> Literal["none", "record", "client"]: ...
     @property
-    def step_price(self) -> Spend | None:
-        """What every `mean` costs; None if it costs nothing."""
+    def noise(self) -> Literal["simulated", "cryptographic"]:
+        """Which source its randomness must come from."""
         ...
 
-    @property
-    def release_price(self) -> Spend | None: ...
-    @property
-    def statistic_prices(self) -> Mapping[str, Spend]: ...
+    def price(self, door: str) -> Spend | None:
+        """What one passage costs: door "step" (a `mean`), "release", "sum" (at the server), or a total's name."""
+        ...
+
+    def planned(self) -> Sequence[Spend]:
+        """All that the whole planned run costs."""
+        ...
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
         """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""
@@ -140,13 +143,13 @@ class Mechanism(Protocol):
         ...
 
     def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
-        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `statistic_prices[name]`."""
+        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `price(name)`."""
         ...
 
     def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate: ...
 
     def guarantee(self) -> Mapping[str, JSON]:
-        """The run's `privacy` block: mechanism, unit, neighbouring relation, delta, settings."""
+        """For the run's `privacy` block: mechanism, unit, neighbouring relation, delta, settings."""
         ...
 
 

@@ -244,8 +244,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from one client: encoded bytes, or why there are none."""
+    """What came back from one client: encoded bytes, or why there are none. `refused`: its budget does not allow it."""
 
     client: str
     body: bytes | None
     error: str | None = None
+    refused: bool = False

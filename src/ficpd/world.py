@@ -15,8 +15,10 @@ from ficpd.data import sources
 from ficpd.data.partition import Shard, partition
 from ficpd.errors import BackboneError, ConfigError
 from ficpd.experiment import BackboneConfig, EngineConfig, Experiment, checked, settings
+from ficpd.guard import Guard, private_seed
+from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.seams import Backbone, Task
+from ficpd.seams import Backbone, Compression, Task
 from ficpd.speed import DTYPES, Choice, choose
 from ficpd.types import ClientCard, Prompt
 
@@ -29,12 +31,15 @@ class World:
     task: Task
     model: Compute
     start: Prompt
+    compression: Compression
     shards: Mapping[str, Shard]
 
-    def clients(self, pooled: bool = False) -> dict[str, Client]:
-        """Fresh clients with nothing kept; `pooled`: one client that holds everybody's records."""
-        shards = {"everyone": _pool(self.shards)} if pooled else self.shards
-        module, config = settings("privacy", self.experiment.privacy)
+    def holders(self, pooled: bool = False) -> Mapping[str, Shard]:
+        """Who holds which records; `pooled`: one client holds everybody's."""
+        return {"everyone": _pool(self.shards)} if pooled else self.shards
+
+    def clients(self, guard: Guard | None = None, pooled: bool = False) -> dict[str, Client]:
+        """Fresh clients with nothing kept. Without a guard nothing of them may leave: they are for looking at."""
         return {
             name: Client(
                 ClientCard(name, shard.metadata),
@@ -42,11 +47,13 @@ class World:
                 shard.test,
                 self.task,
                 self.model.backbone,
-                module.build(config),
+                guard.mechanisms[name] if guard else NoPrivacy(),
+                self.compression,
                 self.start,
-                seeds.derive(self.experiment.seed, "private", name),
+                private_seed(self.experiment.seed, name),
+                guard.books.get(name) if guard else None,
             )
-            for name, shard in shards.items()
+            for name, shard in self.holders(pooled).items()
         }
 
 
@@ -62,7 +69,10 @@ def build_world(experiment: Experiment) -> World:
     start, experiment = start_prompt(experiment, task, backbone)
     engine, first = experiment.engine, next(iter(shards.values())).train[:1]
     task.encode(first, backbone, start)  # a prompt that leaves no room for a text is an error now, not in a client
-    return World(experiment, task, Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), start, shards)
+    module, config = settings("compression", experiment.compression)
+    compression = module.build(config, start, seeds.derive(experiment.seed, "compression"))
+    model = Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens)
+    return World(experiment, task, model, start, compression, shards)
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:

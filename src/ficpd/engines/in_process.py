@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ficpd.clients import Client, participate
 from ficpd.codec import decode_assignment, encode_update
 from ficpd.compute import Compute, drive_many
+from ficpd.errors import BudgetError
 from ficpd.seams import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
 
@@ -42,4 +43,4 @@ class InProcess:
                 if isinstance(result, ClientUpdate):
                     yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
                 else:
-                    yield Reply(name, None, f"{type(result).__name__}: {result}")
+                    yield Reply(name, None, f"{type(result).__name__}: {result}", isinstance(result, BudgetError))

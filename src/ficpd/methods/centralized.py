@@ -23,7 +23,7 @@ def build(config: Config, training: Training) -> "Centralized":
 
 
 class Centralized:
-    name, pools_data, trains = "centralized", True, True
+    name, pools_data, trains, releases, sums = "centralized", True, True, True, False
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training
@@ -32,6 +32,9 @@ class Centralized:
         records = setup.cohort * self.training.local_steps * self.training.batch_size
         facts = {"num_rounds": setup.num_rounds, "steps": max(1, records // self.config.batch_size)}
         return State({"prompt": setup.start.vectors_PD}, facts)
+
+    def work(self, state: State) -> tuple[int, int]:
+        return state.facts["steps"], self.config.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
         facts = {"rate": self.training.rate(round, state.facts["num_rounds"]), "steps": state.facts["steps"]}

@@ -21,13 +21,16 @@ def build(config: Config, training: Training) -> "FedAvg":
 
 
 class FedAvg:
-    name, pools_data, trains = "fedavg", False, True
+    name, pools_data, trains, releases, sums = "fedavg", False, True, True, True
 
     def __init__(self, training: Training):
         self.training = training
 
     def init(self, setup: Setup) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])

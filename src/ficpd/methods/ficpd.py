@@ -38,7 +38,7 @@ def build(config: Config, training: Training) -> "Ficpd":
 
 
 class Ficpd:
-    name, pools_data, trains = "ficpd", False, True
+    name, pools_data, trains, releases, sums = "ficpd", False, True, True, False
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training
@@ -47,6 +47,9 @@ class Ficpd:
         start = setup.start.vectors_PD
         facts = {"num_rounds": setup.num_rounds, "seed": setup.seed, "nearest": {}, "weights": {}}
         return State({"start": start, "global": start, "prototypes_KPD": start[None]}, facts)
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])

@@ -22,13 +22,16 @@ def build(config: Config, training: Training) -> "Local":
 
 
 class Local:
-    name, pools_data, trains = "local", False, True
+    name, pools_data, trains, releases, sums = "local", False, True, False, False
 
     def __init__(self, training: Training):
         self.training = training
 
     def init(self, setup: Setup) -> State:
         return State({"start": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds, "started": []})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
         """The start travels until the client has answered once."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.registry import load
-from ficpd.seams import ClientSide
+from ficpd.seams import ClientSide, Coordinates
 from ficpd.types import Answer, Assignment, Query
 
 
@@ -48,14 +48,38 @@ def tune(
     steps: int | None = None,
     batch_size: int | None = None,
 ) -> Generator[Query, Answer, Tensor]:
-    """The client's tuned [P, D], by the configured tuner, at the rate the order states."""
-    tuned = yield from load("tuners", training.tuner).tune(
+    """The client's tuned [P, D], by the configured tuner, at the rate the order states.
+
+    Where the client tunes in coordinates z of a subspace, the tuner sees z [k] for the prompt, and the rate grows by
+    √(PD/k): a step then moves the prompt as far as one in all its numbers would.
+    """
+    coordinates = client.coordinates
+    begin = start_PD if coordinates is None else coordinates.down(start_PD)
+    work = load("tuners", training.tuner).tune(
         client,
-        start_PD,
+        begin,
         client.batches(steps or training.local_steps, batch_size or training.batch_size),
-        learning_rate=order.facts["rate"],
+        learning_rate=order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5,
         l2_weight=training.l2_weight,
         proximal_weight=proximal_weight,
         memory=memory,
     )
+    if coordinates is None:
+        tuned = yield from work
+        return tuned
+    tuned = yield from _lifted(work, coordinates, start_PD - coordinates.up(begin))
     return tuned
+
+
+def _lifted(
+    work: Generator[Query, Answer, Tensor], coordinates: Coordinates, rest_PD: Tensor
+) -> Generator[Query, Answer, Tensor]:
+    """Ask for the prompts rest + A z where the tuner asks for z, and hand back gradients with respect to z."""
+    try:
+        query = next(work)
+        while True:
+            answer = yield query._replace(prompts_KPD=rest_PD + coordinates.up(query.prompts_KPD))
+            grad = None if answer.grad_KBPD is None else coordinates.down(answer.grad_KBPD)
+            query = work.send(answer._replace(grad_KBPD=grad))
+    except StopIteration as end:
+        return rest_PD + coordinates.up(end.value)

@@ -1,0 +1,139 @@
+"""Membership inference from losses: was this record among those that the prompt was tuned on?
+
+An attack is one function from the evidence to a score per record, the higher the likelier a member. Shapes: N records
+under test, S shadow prompts, Z records of the population.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import logsumexp
+
+from ficpd.errors import PrivacyError
+
+FLOAT32_STEP = 2.0**-24
+"""The least loss that a model in float32 tells from none: half the distance from 1 to the next number below it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that an attacker without shadows of the record itself ("offline") looks at.
+
+    `target_N` and `population_Z` are losses under the attacked prompt, `shadow_SN` and `shadow_SZ` under S prompts tuned
+    as it was. No shadow saw any of the N records; neither the prompt nor, if it can be had, a shadow saw the Z.
+    `likelihood`: a loss is -log of a probability (classification), hence never below 0. False: any number, the lower the
+    better the fit. Arrays and tensors are taken, and kept as float64 arrays.
+    """
+
+    target_N: np.ndarray
+    shadow_SN: np.ndarray
+    member_N: np.ndarray
+    population_Z: np.ndarray
+    shadow_SZ: np.ndarray
+    likelihood: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "member_N", np.asarray(self.member_N))
+        for name in ("target_N", "shadow_SN", "population_Z", "shadow_SZ"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
+            self._check_losses(name)
+        N, Z, S = self.target_N.size, self.population_Z.size, self.shadow_SN.shape[0] if self.shadow_SN.ndim else 0
+        shapes = {"target_N": (N,), "shadow_SN": (S, N), "member_N": (N,), "population_Z": (Z,), "shadow_SZ": (S, Z)}
+        for name, expected in shapes.items():
+            given = getattr(self, name).shape
+            if given != expected or not min(expected):
+                raise PrivacyError(
+                    f"evidence {name} has shape {given}, expected {expected}, none of them 0: "
+                    "a row for each shadow prompt, a column for each record."
+                )
+        if self.member_N.dtype != bool:
+            raise PrivacyError(f"evidence member_N is {self.member_N.dtype}, expected bool: True for a member.")
+
+    def _check_losses(self, name: str) -> None:
+        losses = getattr(self, name)
+        if not np.isfinite(losses).all():
+            raise PrivacyError(f"evidence {name} holds {(~np.isfinite(losses)).sum()} losses that are not finite.")
+        if self.likelihood and (losses < -1e-6).any():
+            raise PrivacyError(
+                f"evidence {name} holds a loss of {losses.min():.3g}, expected at least 0 as for -log of a probability; "
+                "for any other loss say likelihood=False."
+            )
+
+
+def yeom(evidence: Evidence) -> np.ndarray:
+    """The prompt fits members better: minus the loss (Yeom et al., CSF 2018, arXiv 1709.01604, adversary 2). [N]
+
+    >>> yeom(Evidence([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
+    array([-0.1, -2. ])
+    """
+    return -evidence.target_N
+
+
+def lira(evidence: Evidence) -> np.ndarray:
+    """Offline LiRA (Carlini et al., S&P 2022, arXiv 2112.03570, algorithm 1 without its "in" half). [N]
+
+    How many deviations the record's logit-scaled confidence lies above its mean over the shadows. One variance for all
+    records, as the paper advises for few shadows: it scales the scores and leaves their order. The paper reports the
+    normal distribution function of this number, which orders the same and rounds to 1 for the surest members.
+    """
+    phi_N, phi_SN = _confidence(evidence.target_N, evidence), _confidence(evidence.shadow_SN, evidence)
+    variance = phi_SN.var(axis=0, ddof=1).mean() if len(phi_SN) > 1 else 0.0
+    return (phi_N - phi_SN.mean(axis=0)) / (np.sqrt(variance) or 1.0)
+
+
+def _confidence(losses: np.ndarray, evidence: Evidence) -> np.ndarray:
+    """Equation 4: log(p / (1 - p)), p = exp(-loss), which over shadows is nearly normal; or minus another loss."""
+    if not evidence.likelihood:
+        return -losses
+    losses = np.maximum(losses, FLOAT32_STEP)
+    return -losses - np.log(-np.expm1(-losses))
+
+
+def rmia(evidence: Evidence, gamma: float = 1.0, offline_scale: float = 0.3) -> np.ndarray:
+    """Offline RMIA (Zarifzadeh et al., ICML 2024, arXiv 2312.03262, algorithm 1): the share of the population that the
+    record beats. [N], in (0, 1)
+
+    x beats z if (Pr(x | prompt) / Pr(x)) / (Pr(z | prompt) / Pr(z)) >= `gamma`. The share has Z + 1 values only. Records
+    with the same share are ordered by their own ratio: an amount below 1 is added to the number beaten and the sum is
+    divided by Z + 1. So the order is the one that an endless population would give, and the population sets the scale.
+    """
+    ratio_N = _log_ratio(evidence.target_N, evidence.shadow_SN, evidence.likelihood, offline_scale)
+    ratio_Z = np.sort(_log_ratio(evidence.population_Z, evidence.shadow_SZ, evidence.likelihood, offline_scale))
+    beaten_N = np.searchsorted(ratio_Z, ratio_N - np.log(gamma), side="right")
+    tie_N = 0.5 + np.arctan(ratio_N) / np.pi
+    return (beaten_N + tie_N) / (len(ratio_Z) + 1)
+
+
+def _log_ratio(target_X: np.ndarray, shadow_SX: np.ndarray, likelihood: bool, offline_scale: float) -> np.ndarray:
+    """log Pr(x | prompt) - log Pr(x). Pr(x) is a mean over prompts; shadows that never saw x give it too low, so
+    the paper corrects it to ((1 + a) * mean + 1 - a) / 2, for z as for x. That is on the scale of a probability: other
+    losses go without."""
+    mean_X = logsumexp(-shadow_SX, axis=0) - np.log(len(shadow_SX))
+    if likelihood:
+        mean_X = np.logaddexp(np.log1p(offline_scale) + mean_X, _log(1 - offline_scale)) - np.log(2)
+    return -target_X - mean_X
+
+
+def _log(number: float) -> float:
+    return float(np.log(number)) if number > 0 else -np.inf
+
+
+def vector(name: str, values: ArrayLike) -> np.ndarray:
+    """Values as a float64 vector; PrivacyError if they are not one finite number per record, canary or run."""
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise PrivacyError(f"{name} has shape {array.shape}, expected one finite number each in one dimension.")
+    return array
+
+
+def flags(name: str, values: ArrayLike, size: int) -> np.ndarray:
+    """Values as `size` booleans; PrivacyError if they are not."""
+    array = np.asarray(values)
+    if array.shape != (size,) or array.dtype != bool:
+        raise PrivacyError(f"{name} is {array.dtype} of shape {array.shape}, expected bool of shape {(size,)}.")
+    return array
+
+
+ATTACKS: Mapping[str, Callable[[Evidence], np.ndarray]] = {"yeom": yeom, "lira": lira, "rmia": rmia}

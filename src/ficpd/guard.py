@@ -1,0 +1,147 @@
+"""What stands between one run's records and the world: its plan, mechanisms, books, and what they cost together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ficpd import seeds
+from ficpd.data.partition import Shard
+from ficpd.errors import LedgerError, PrivacyError
+from ficpd.experiment import settings
+from ficpd.federate import Schedule, cohort_of
+from ficpd.privacy import accountant
+from ficpd.privacy.ledger import Book, Budget, Ledger
+from ficpd.privacy.noise import Cryptographic, Simulated
+from ficpd.seams import Mechanism, Method, Noise
+from ficpd.server.central import NoisedSum
+from ficpd.types import JSON, Plan, State
+
+NONE = {"name": "none"}
+NOTHING_LEAVES = {"mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0}
+LEDGER = "ledger.sqlite"
+SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """`mechanisms` and `books` by client; `central` is the server's noise where it adds any."""
+
+    mechanisms: Mapping[str, Mechanism]
+    books: Mapping[str, Book]
+    ledger: Ledger | None
+    central: NoisedSum | None
+    releases: bool
+
+    def block(self) -> dict[str, JSON]:
+        """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
+        if not self.releases:
+            return {**NOTHING_LEAVES, "noise": None}
+        first = next(iter(self.mechanisms.values()))
+        if first.unit == "none":
+            return {**first.guarantee(), "noise": None}
+        books = [self.central.book] if self.central else list(self.books.values())
+        spent = {book.site: book.epsilon() for book in books}
+        worst = max(books, key=lambda book: spent[book.site])
+        noisy = {book.site: book.spent() for book in books}
+        multipliers = [line.noise_multiplier for lines in noisy.values() for line in lines]
+        delta = first.guarantee()["delta"]
+        return {
+            **first.guarantee(),
+            "epsilon": spent[worst.site],
+            "noise_multiplier": [min(multipliers, default=None), max(multipliers, default=None)],
+            "noise": first.noise,
+            "site_that_spent_most": worst.site,
+            "epsilon_of_sites": spent,
+            "lines": accountant.shares(noisy[worst.site], delta) if noisy[worst.site] else [],
+        }
+
+
+def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The privacy settings that apply to a method: none where nothing leaves, or where all records are one client's.
+
+    Raises `PrivacyError` where the method cannot have the guarantee.
+    """
+    if not method.releases:
+        return NONE
+    if part.get("placement") is not None and method.pools_data:
+        return NONE
+    if part.get("placement") == "central" and not method.sums:
+        raise PrivacyError(
+            f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
+            "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox)"
+        )
+    return part
+
+
+def build_guard(
+    part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule,
+    seed: int, folder: Path, run: str, rounds_done: int,
+) -> Guard:  # fmt: skip
+    """Plans the run, chooses the noise, opens the ledger. Raises `LedgerError` if rounds were run and it is gone."""
+    part = part_for(method, part)
+    module, config = settings("privacy", part)
+    plans = planned(method, state, shards, schedule)
+    mechanisms = {name: module.build(config, plans[name]) for name in shards}
+    first = next(iter(mechanisms.values()))
+    if first.unit == "none":
+        return Guard(mechanisms, {}, None, None, method.releases)
+    if rounds_done and not (folder / LEDGER).exists():
+        raise LedgerError(
+            f"{folder / LEDGER} is gone, and {rounds_done} rounds were run: what was spent is not known. Restore the file, "
+            "or begin in a new directory (what was released stays released)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / LEDGER, run)
+
+    def book(site: str, mechanism: Mechanism) -> Book:
+        return ledger.book(site, Budget.of(config.epsilon, config.delta, mechanism.planned()))
+
+    price = first.price("sum")
+    if price is None:
+        return Guard(mechanisms, {n: book(n, m) for n, m in mechanisms.items()}, ledger, None, True)
+
+    def stream(round: int) -> Noise:
+        simulated = Simulated(seed, "private", SERVER, "noise", round)
+        return Cryptographic() if first.noise == "cryptographic" else simulated
+
+    expected = price.sampling_rate * len(shards)
+    central = NoisedSum(price, config.clip_norm, expected, stream, book(SERVER, first))
+    unpaid = {name: ledger.book(name, Budget(None, config.delta)) for name in mechanisms}
+    return Guard(mechanisms, unpaid, ledger, central, True)
+
+
+def planned(method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule) -> dict[str, Plan]:
+    """What the run will ask of each client. Cohorts come from a public seed, so everybody can count them ahead."""
+    steps, batch_size = method.work(state)
+    counts = participations(schedule, list(shards))
+    return {
+        name: Plan(
+            num_records=len(shard.train),
+            sampling_rate=min(batch_size, len(shard.train)) / len(shard.train),
+            steps=steps,
+            participations=counts[name],
+            num_clients=len(shards),
+            cohort_rate=min(schedule.cohort / len(shards), 1.0),
+            num_rounds=schedule.num_rounds,
+        )
+        for name, shard in shards.items()
+    }
+
+
+def participations(schedule: Schedule, names: Sequence[str]) -> dict[str, int]:
+    """In how many rounds each client is asked."""
+    counts = dict.fromkeys(names, 0)
+    for round in range(1, schedule.num_rounds + 1):
+        for name in cohort_of(schedule, names, round):
+            counts[name] += 1
+    return counts
+
+
+def public_seed(seed: int) -> int:
+    """The seed that the server's half may know: no private stream can be derived from it."""
+    return seeds.derive(seed, "public")
+
+
+def private_seed(seed: int, client: str) -> int:
+    return seeds.derive(seed, "private", client)

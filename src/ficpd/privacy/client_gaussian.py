@@ -1,0 +1,101 @@
+"""Client-level privacy: all of one client's records together are the unit (McMahan et al., ICLR 2018, arXiv 1710.06963).
+
+`local`: each update carries noise enough on its own, so nobody has to be trusted (the seed design's mechanism). With few
+clients it drowns what they learned. `central`: clients clip, and the server, which sees the clipped updates and is trusted
+to add the noise, adds it once to their sum over a Poisson cohort.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ficpd.errors import PrivacyError
+from ficpd.privacy import accountant, settings
+from ficpd.privacy.clip import clipped_sum
+from ficpd.privacy.none import in_epochs
+from ficpd.seams import Noise
+from ficpd.types import JSON, ClientUpdate, Plan, Spend
+
+RELATION = {
+    "local": "all records of one client replaced by any others; who takes part is known",
+    "central": "one client more or less",
+}
+
+
+class Config(settings.Guarantee):
+    placement: Literal["local", "central"] = "local"
+
+
+def build(config: Config, plan: Plan) -> "ClientGaussian":
+    """Raises `PrivacyError` if no noise keeps the plan within the budget."""
+    settings.warn_of_delta(config.delta, plan.num_clients, "clients")
+
+    def priced(multiplier: float) -> list[Spend]:
+        if config.placement == "central":
+            return [Spend("sum", plan.cohort_rate, multiplier, plan.num_rounds)]
+        return [Spend("update", 1.0, multiplier, plan.participations)]
+
+    multiplier = settings.chosen_noise(config, priced)
+    return ClientGaussian(config, multiplier, priced(multiplier))
+
+
+class ClientGaussian:
+    """Guarantees:
+
+    - what leaves has an L2 norm of at most `clip_norm` over all its arrays, before any noise; an update with a value that
+      is not finite counts zero (`tests/contracts/test_mechanism.py`);
+    - local: the noise on it has deviation `noise_multiplier · 2 clip_norm`: two clips are the distance between any two
+      clients' updates;
+    - central: nothing is added here, and `server.central` adds `noise_multiplier · clip_norm` to every sum;
+    - the weight that leaves is 1.
+    """
+
+    unit: Literal["client"] = "client"
+
+    def __init__(self, config: Config, multiplier: float, whole: list[Spend]):
+        self.config, self.noise, self.clip_norm = config, config.noise, config.clip_norm
+        self.noise_multiplier, self._whole = multiplier, whole
+
+    def price(self, door: str) -> Spend | None:
+        wanted = "sum" if self.config.placement == "central" else "release"
+        return self._whole[0]._replace(count=1) if door == wanted else None
+
+    def planned(self) -> Sequence[Spend]:
+        return self._whole
+
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
+        return in_epochs(num_records, expected_batch, steps, noise)
+
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+        return values_KB.sum(1) / expected_batch
+
+    def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
+        raise PrivacyError(
+            f"client-level privacy has no release for the total {name!r}; leave it out, or use record_gaussian"
+        )
+
+    def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate:
+        names = sorted(update.arrays)
+        if not names:
+            return ClientUpdate(update.client, {})
+        flat = clipped_sum(torch.cat([update.arrays[name].flatten() for name in names])[None], self.clip_norm).cpu()
+        if self.config.placement == "local":
+            flat = noise.gaussian(flat, self.noise_multiplier * 2 * self.clip_norm)
+        parts = flat.split([update.arrays[name].numel() for name in names])
+        arrays = {name: part.view(update.arrays[name].shape) for name, part in zip(names, parts, strict=True)}
+        return ClientUpdate(update.client, arrays)
+
+    def guarantee(self) -> Mapping[str, JSON]:
+        placement = self.config.placement
+        return {
+            "mechanism": f"client_gaussian ({placement})",
+            "unit": "client",
+            "neighbouring": RELATION[placement],
+            "delta": self.config.delta,
+            "budget": self.config.epsilon,
+            "clip_norm": self.clip_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "accountant": accountant.name(),
+        }

@@ -1,0 +1,77 @@
+"""Where randomness comes from: a derived seed in simulation, the operating system in earnest."""
+
+import math
+import os
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ficpd import seeds
+
+GRID_BITS = 24
+"""Cryptographic noise lies on a grid of 2^-GRID_BITS deviations (rounded down to a power of two)."""
+MARGIN = 1 + 1e-4
+"""The deviation is enlarged by this much: it pays for what rounding to the grid adds to the sensitivity."""
+
+
+class Simulated:
+    """A stream from a seed, so that a simulation reproduces. Whoever knows the seed can subtract the noise."""
+
+    kind: Literal["simulated"] = "simulated"
+
+    def __init__(self, *names: object):
+        self.generator = seeds.generator(*names)
+
+    def shuffled(self, number: int) -> Tensor:
+        return torch.randperm(number, generator=self.generator)
+
+    def poisson(self, number: int, rate: float) -> Tensor:
+        return torch.nonzero(torch.rand(number, generator=self.generator, dtype=torch.float64) < rate).flatten()
+
+    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+        values = values.detach().cpu().float()
+        return values + deviation * torch.randn(values.shape, generator=self.generator)
+
+
+class Cryptographic:
+    """The operating system's cryptographic source; Gaussian noise by OpenDP's sampler.
+
+    OpenDP rounds the values to a grid and adds a discrete Gaussian drawn exactly (Canonne, Kamath and Steinke, NeurIPS
+    2020, arXiv 2004.00010), so that the low bits of a floating-point sum tell nothing (Mironov, CCS 2012).
+
+    Guarantees: no seed exists that would repeat the stream; a value of sensitivity s released with deviation z·s costs
+    at most the zCDP of a Gaussian of multiplier z, 1/(2z²) (`tests/privacy/test_noise.py`).
+    """
+
+    kind: Literal["cryptographic"] = "cryptographic"
+
+    def shuffled(self, number: int) -> Tensor:
+        return torch.from_numpy(np.argsort(_words(number)))
+
+    def poisson(self, number: int, rate: float) -> Tensor:
+        chosen = np.ones(number, bool) if rate >= 1 else _words(number) < np.uint64(math.floor(rate * 2.0**64))
+        return torch.from_numpy(np.flatnonzero(chosen))
+
+    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+        flat = values.detach().cpu().double().flatten()
+        noised = gaussian_measurement(len(flat), deviation)(flat.tolist())
+        return torch.tensor(noised, dtype=torch.float64).view(values.shape).float()
+
+
+@lru_cache(maxsize=64)
+def gaussian_measurement(size: int, deviation: float) -> Any:
+    """OpenDP's Gaussian measurement for `size` real numbers; its `map` gives the zCDP for an L2 sensitivity."""
+    import opendp.prelude as dp
+
+    dp.enable_features("contrib")
+    domain = dp.vector_domain(dp.atom_domain(T=float, nan=False), size=size)
+    grid = math.floor(math.log2(deviation)) - GRID_BITS
+    return dp.m.make_gaussian(domain, dp.l2_distance(T=float), scale=deviation * MARGIN, k=grid)
+
+
+def _words(number: int) -> np.ndarray:
+    """Uniform 64-bit numbers."""
+    return np.frombuffer(os.urandom(8 * number), np.uint64)

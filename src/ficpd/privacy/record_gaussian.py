@@ -1,0 +1,115 @@
+"""Record-level privacy: DP-SGD on the prompt (Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
+
+Each step sees a Poisson sample of a client's records; every record's whole contribution (its gradient, or the vector of
+its losses under all K candidates of a zeroth-order query) is clipped to one norm, summed, noised, and divided by the
+*expected* batch. All that follows (Adam, projection, averaging, clustering) is post-processing and costs nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ficpd.errors import PrivacyError
+from ficpd.privacy import accountant, settings
+from ficpd.privacy.clip import clipped_sum
+from ficpd.seams import Noise
+from ficpd.types import JSON, ClientUpdate, Plan, Spend
+
+RELATION = "one record more or less at one site; how many records a site has is taken as known"
+
+
+class Config(settings.Guarantee):
+    """`statistics`: named totals over a client's records (such as `weight`, its record count) that leave once, each
+    with the share of the budget that it may take; the prompt gets the rest."""
+
+    statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
+
+
+def build(config: Config, plan: Plan) -> "RecordGaussian":
+    """Raises `PrivacyError` if the shares do not leave the prompt any, or no noise keeps the plan in the budget."""
+    taken = sum(config.statistics.values())
+    if any(not 0 < share < 1 for share in config.statistics.values()) or taken >= 1:
+        raise PrivacyError(
+            f"privacy.statistics = {config.statistics}: each share must lie above 0, and together below 1"
+        )
+    settings.warn_of_delta(config.delta, plan.num_records, "records of a site")
+
+    def statistics(multiplier: float) -> dict[str, Spend]:
+        """A share s of the budget: noise larger by √((1-s_all)/s) than one full-batch prompt release would need."""
+        whole = multiplier / max(plan.sampling_rate, 1e-6) / (plan.steps * plan.participations) ** 0.5
+        return {n: Spend(n, 1.0, whole * ((1 - taken) / s) ** 0.5) for n, s in config.statistics.items()}
+
+    def priced(multiplier: float) -> list[Spend]:
+        steps = Spend("prompt", plan.sampling_rate, multiplier, plan.steps * plan.participations)
+        return [steps, *statistics(multiplier).values()]
+
+    multiplier = settings.chosen_noise(config, priced)
+    return RecordGaussian(config, plan, multiplier, statistics(multiplier), priced(multiplier))
+
+
+class RecordGaussian:
+    """Guarantees:
+
+    - one record more or less moves what `mean` sums by at most `clip_norm`, jointly over all K candidates, also if its
+      values are not finite (`tests/contracts/test_mechanism.py`);
+    - the noise on that sum has deviation `noise_multiplier · clip_norm`, and `price("step")` states that multiplier;
+    - records join a step independently with probability `sampling_rate`; an empty sample is an ordinary one;
+    - the mean divides by the expected batch, never by the number of records that came;
+    - `release` adds nothing of the records: the weight that leaves is 1, or the noised total of that name.
+    """
+
+    unit: Literal["record"] = "record"
+
+    def __init__(self, config: Config, plan: Plan, multiplier: float, totals: Mapping[str, Spend], whole: list[Spend]):
+        self.config, self.plan, self.noise = config, plan, config.noise
+        self.noise_multiplier, self.clip_norm = multiplier, config.clip_norm
+        self._totals, self._whole = totals, whole
+
+    def price(self, door: str) -> Spend | None:
+        if door == "step":
+            return Spend("prompt", self.plan.sampling_rate, self.noise_multiplier)
+        return self._totals.get(door)
+
+    def planned(self) -> Sequence[Spend]:
+        return self._whole
+
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
+        """Raises `PrivacyError` for a rate above the one the noise was chosen for."""
+        if expected_batch > self.plan.sampling_rate * num_records * (1 + 1e-9):
+            raise PrivacyError(
+                f"a batch of {expected_batch} of {num_records} records was asked for; the noise was chosen for a sampling "
+                f"rate of {self.plan.sampling_rate:.4g}. A method states its batches in `work`; draw no larger ones"
+            )
+        return [noise.poisson(num_records, self.plan.sampling_rate) for _ in range(steps)]
+
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+        K, B, *rest = values_KB.shape
+        rows_BN = values_KB.transpose(0, 1).reshape(B, K * math.prod(rest))
+        summed = noise.gaussian(clipped_sum(rows_BN, self.clip_norm), self.noise_multiplier * self.clip_norm)
+        return summed.view(K, *rest) / expected_batch
+
+    def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
+        price = self.price(name)
+        if price is None:
+            raise PrivacyError(
+                f"the total {name!r} has no share of the budget; give it one: privacy.statistics = {{ {name} = 0.1 }}"
+            )
+        return noise.gaussian(clipped_sum(values_BN, 1.0), price.noise_multiplier)
+
+    def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate:
+        return update
+
+    def guarantee(self) -> Mapping[str, JSON]:
+        return {
+            "mechanism": "record_gaussian",
+            "unit": "record",
+            "neighbouring": RELATION,
+            "delta": self.config.delta,
+            "budget": self.config.epsilon,
+            "clip_norm": self.clip_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "accountant": accountant.name(),
+        }

@@ -1,0 +1,51 @@
+"""What all mechanisms with a guarantee have in common: the settings that state it, and how noise is chosen from them."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ficpd.errors import PrivacyWarning
+from ficpd.privacy import accountant
+from ficpd.types import Spend
+
+
+class Guarantee(BaseModel):
+    """`epsilon`: the budget; without `noise_multiplier` the noise is the least that keeps the planned run within it.
+    `noise_multiplier` alone: the run costs what it costs, and says so; with both, the run ends where the budget does.
+    `clip_norm`: the L2 norm that one unit's contribution is clipped to.
+    `noise`: "simulated" reproduces from the experiment's seed; "cryptographic" is what a real site uses.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    noise_multiplier: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    clip_norm: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    noise: Literal["simulated", "cryptographic"] = "simulated"
+
+    @model_validator(mode="after")
+    def _stated(self) -> "Guarantee":
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("state epsilon (the budget, such as 2) or noise_multiplier, or both")
+        return self
+
+
+def chosen_noise(config: Guarantee, priced: Callable[[float], Sequence[Spend]]) -> float:
+    """The noise multiplier that was given, or the least that keeps `priced(multiplier)` within the budget."""
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    assert config.epsilon is not None, "one of both is given"
+    return accountant.calibrate(config.epsilon, config.delta, priced)
+
+
+def warn_of_delta(delta: float, units: int, what: str) -> None:
+    """Warns with the reason where δ is so large that publishing one whole record at random would satisfy it."""
+    if units and delta > 1 / units:
+        warnings.warn(
+            f"privacy.delta = {delta:g} is larger than 1/{units} {what}: a mechanism that publishes one of them "
+            f"whole would satisfy it; set delta below {0.1 / units:.0e}",
+            PrivacyWarning,
+            stacklevel=2,
+        )
