@@ -23,9 +23,9 @@ def canaries(noise: float, seed: int, m: int = 1000) -> tuple[np.ndarray, np.nda
     return included + noise * random.standard_normal(m), included
 
 
-@pytest.mark.parametrize(("noise", "delta"), [(1.0, 0.01), (2.0, 0.01), (4.0, 0.0)])
+@pytest.mark.parametrize(("noise", "delta"), [(1.0, 0.01), (2.0, 0.01)])
 def test_two_worlds_are_below_epsilon(noise, delta):
-    stated = get_epsilon_gaussian(noise, delta) if delta else np.inf
+    stated = get_epsilon_gaussian(noise, delta)
     bounds = [two_worlds(*worlds(noise, seed), delta) for seed in range(40)]
     assert sum(bound > stated for bound in bounds) <= 2
     assert np.median(bounds) > 0
@@ -60,9 +60,10 @@ def test_two_worlds_are_what_clopper_and_pearson_say():
 
 
 def test_both_kinds_of_error_are_used():
-    """A canary whose absence is what shows gives as much as one whose presence does."""
-    without, with_ = worlds(1.0, seed=0)
-    assert two_worlds(-with_, -without, 0.01) == pytest.approx(two_worlds(without, with_, 0.01), rel=1e-6)
+    """A tenth of the runs give the canary's presence away, or its absence: either tells as much."""
+    without, with_ = np.zeros(1000), np.arange(1000) % 10 == 0
+    assert two_worlds(without, with_, 0.01) > 2
+    assert two_worlds(~with_, 1 - without, 0.01) == pytest.approx(two_worlds(without, with_, 0.01))
 
 
 def test_the_threshold_is_chosen_on_other_runs():
@@ -76,7 +77,7 @@ def test_the_threshold_is_chosen_on_other_runs():
 @pytest.mark.parametrize(("noise", "delta"), [(1.0, 1e-5), (2.0, 1e-5), (0.5, 1e-3)])
 def test_one_run_is_below_epsilon_and_above_zero(noise, delta):
     stated = get_epsilon_gaussian(noise, delta)
-    bounds = [one_run(*canaries(noise, seed), delta) for seed in range(40)]
+    bounds = [one_run(*canaries(noise, seed), delta) for seed in range(20)]
     assert max(bounds) < stated
     assert min(bounds) > 0
 
@@ -86,13 +87,13 @@ def test_one_run_holds_where_it_is_tight(guesses):
     """Randomised response on each canary: the number of right guesses is binomial, as the theorem's worst case is."""
     random, epsilon = np.random.default_rng(0), 1.0
     truth, bounds, loose = 1 / (1 + np.exp(-epsilon)), [], []
-    for _ in range(120):
+    for _ in range(400):
         included = random.random(1000) < 0.5
         answer = np.where(random.random(1000) < truth, included, ~included)
         bounds.append(one_run(answer, included, 0.0, guesses=guesses))
         loose.append(one_run(answer, included, 0.0, confidence=0.2, guesses=guesses))
-    assert 0 < sum(bound > epsilon for bound in bounds) <= binom.ppf(0.999, 120, 0.05)
-    assert binom.ppf(0.001, 120, 0.7) < sum(bound > epsilon for bound in loose) <= binom.ppf(0.999, 120, 0.8)
+    assert 0 < sum(bound > epsilon for bound in bounds) <= binom.ppf(0.999, 400, 0.05)
+    assert binom.ppf(0.001, 400, 0.7) < sum(bound > epsilon for bound in loose) <= binom.ppf(0.999, 400, 0.8)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def test_separated_members_are_all_found():
 
 
 def test_known_normal_scores():
-    found = outcome(*scores(shift=1.0, seed=1, each=20000), seed=1)
+    found = outcome(*scores(shift=1.0, seed=1, each=10000), seed=1)
     assert found.auc == pytest.approx(norm.cdf(1 / np.sqrt(2)), abs=0.01)
-    assert found.advantage == pytest.approx(2 * norm.cdf(0.5) - 1, abs=0.015)
-    assert found.tpr[0.01] == pytest.approx(norm.sf(norm.isf(0.01) - 1), abs=0.015)
+    assert found.advantage == pytest.approx(2 * norm.cdf(0.5) - 1, abs=0.02)
+    assert found.tpr[0.01] == pytest.approx(norm.sf(norm.isf(0.01) - 1), abs=0.02)
     low, high = found.tpr_interval[0.01]
     assert low < found.tpr[0.01] < high
 

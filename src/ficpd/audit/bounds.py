@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv
+from scipy.special import bdtrc, betaincinv
 from scipy.stats import binom
 
 from ficpd.audit.attacks import flags, vector
@@ -89,7 +89,7 @@ def _highest(successes_T: np.ndarray, trials: int, error: float) -> np.ndarray:
     return np.where(failures_T == 0, 1.0, betaincinv(successes_T + 1, np.maximum(failures_T, 1), 1 - error))
 
 
-def _largest_rejected(m: int, r: int, correct: int, delta: float, error: float, steps: int = 50) -> float:
+def _largest_rejected(m: int, r: int, correct: int, delta: float, error: float, steps: int = 40) -> float:
     """Bisection. A mechanism that is private at epsilon is so at every larger one, so that rejecting any epsilon rejects
     all below it: the error stays the test's even where the p-value is not monotone."""
     low, high = 0.0, 1.0
@@ -104,7 +104,7 @@ def _largest_rejected(m: int, r: int, correct: int, delta: float, error: float, 
 def _p_value(m: int, r: int, correct: int, epsilon: float, delta: float) -> float:
     """Theorem 5.2: how likely at least so many correct guesses of r are under (epsilon, delta)."""
     accuracy = 1 / (1 + math.exp(-epsilon))
-    tail = float(binom.sf(correct - 1, r, accuracy))
+    tail = float(bdtrc(correct - 1, r, accuracy))
     if not correct or not delta:
         return tail
     below = np.cumsum(binom.pmf(np.arange(correct), r, accuracy)[::-1])  # P[correct > W >= correct - i], i = 1, 2, ...

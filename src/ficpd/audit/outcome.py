@@ -137,8 +137,8 @@ def _auc_interval(score_N: np.ndarray, member_N: np.ndarray, seed: int, resample
     random, size = np.random.default_rng(seed), int(place_N.max()) + 1
     aucs = []
     for _ in range(resamples):
-        true = np.bincount(random.choice(members, len(members)), minlength=size)
-        false = np.bincount(random.choice(others, len(others)), minlength=size)
+        true = np.bincount(members[random.integers(len(members), size=len(members))], minlength=size)
+        false = np.bincount(others[random.integers(len(others), size=len(others))], minlength=size)
         aucs.append(true @ (np.cumsum(false) - false / 2) / (len(members) * len(others)))
     low, high = np.quantile(aucs, [0.025, 0.975])
     return float(low), float(high)

@@ -1,0 +1,104 @@
+"""No method lets anything of a record out but through `Mechanism.mean` and `Mechanism.total`.
+
+Every method runs under a mechanism that is deaf: its averages are the same whatever the records say. Then two clients
+with different records must send the same bytes. A method that averages records by itself, sends a loss, or weighs by
+a count does not.
+"""
+
+import pytest
+import torch
+
+import small
+from ficpd import codec
+from ficpd.clients import participate
+from ficpd.compute import drive
+from ficpd.methods.fedavg import FedAvg
+from ficpd.privacy.none import NoPrivacy
+from ficpd.registry import names
+from ficpd.types import ClientUpdate, Query
+
+
+class Deaf(NoPrivacy):
+    """Averages are noise and nothing else; every client is asked about its first four records."""
+
+    unit = "record"
+
+    def sample(self, num_records, expected_batch, steps, noise):
+        return [torch.arange(4) for _ in range(steps)]
+
+    def mean(self, values_KB, expected_batch, noise):
+        return noise.gaussian(torch.zeros(len(values_KB), *values_KB.shape[2:]), 1.0)
+
+    def total(self, name, values_BN, noise):
+        return noise.gaussian(torch.zeros(values_BN.shape[1:]), 1.0)
+
+
+def sent(method, model, count: int, seed: int) -> list[bytes]:
+    """What one client sends in three rounds, as the server gets it."""
+    members = small.clients(model, method, 1, mechanism=Deaf())
+    client = next(iter(members.values()))
+    client.train = small.records(count, seed)
+    state, bodies = small.first_state(method, members, 3), []
+    for round in (1, 2, 3):
+        update = drive(model, participate(method, client, method.assign(state, client.card, round)))
+        bodies.append(codec.encode_update(update, round, model.backbone.fingerprint))
+        state = method.aggregate(state, [update], round, model)
+    return bodies
+
+
+def leaks(method, model) -> bool:
+    whole = sent(method, model, 12, seed=1)
+    return any(sent(method, model, *other) != whole for other in ((12, 2), (15, 3), (9, 4)))
+
+
+@pytest.mark.parametrize("name", names("methods"))
+def test_a_method_lets_out_only_what_the_mechanism_averaged(name, model):
+    assert not leaks(small.method(name), model)
+
+
+@pytest.mark.parametrize("name", names("methods"))
+def test_a_method_that_says_nothing_leaves_sends_nothing(name, model):
+    method = small.method(name)
+    if not method.releases:
+        assert dict(method.layout(small.first_state(method, small.clients(model, method)))) == {}
+
+
+class AveragesByItself(FedAvg):
+    """The mean of the batch's gradients, past the mechanism."""
+
+    def train(self, client, order):
+        prompt = order.arrays["prompt"]
+        for batch in client.batches(1, 4):
+            answer = yield Query(prompt[None], batch, grad=True)
+            client.mean(answer.grad_KBPD)
+            return ClientUpdate(client.id, {"delta": -answer.grad_KBPD[0].mean(0)})
+
+
+class SendsItsLoss(FedAvg):
+    def train(self, client, order):
+        update = yield from super().train(client, order)
+        for batch in client.batches(1, 4):
+            answer = yield Query(order.arrays["prompt"][None], batch)
+            return ClientUpdate(client.id, update.arrays, float(answer.loss_KB.sum()))
+
+
+class WeighsByCount(FedAvg):
+    def train(self, client, order):
+        update = yield from super().train(client, order)
+        return ClientUpdate(client.id, update.arrays, float(len(client.client.train)))
+
+
+class KeepsAndSendsLater(FedAvg):
+    """What stays at the client may depend on records; what is sent of it later may not."""
+
+    def train(self, client, order):
+        kept = client.kept.get("x", torch.zeros_like(order.arrays["prompt"]))
+        for batch in client.batches(1, 4):
+            answer = yield Query(order.arrays["prompt"][None], batch, grad=True)
+            client.kept["x"] = answer.grad_KBPD[0, 0]
+        return ClientUpdate(client.id, {"delta": kept})
+
+
+@pytest.mark.parametrize("bad", [AveragesByItself, SendsItsLoss, WeighsByCount, KeepsAndSendsLater])
+def test_a_method_that_lets_records_out_is_found(bad, model):
+    assert leaks(bad(small.TRAINING), model)
