@@ -36,7 +36,8 @@ world = build_world(parse(RECIPE, "example"))
 method, clients = build(Config(), world.experiment.training), world.clients()
 engine = in_process.build(in_process.Config(), method, clients, world.model)
 state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
-for after, done in federate(method, engine, world.model, state, Schedule(num_rounds=3, cohort=5, seed=0)):
+schedule = Schedule(num_rounds=3, cohort=5, seed=0)
+for after, done in federate(method, engine, world.model, state, schedule, world.compression):
     state = after
     print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
 print(evaluate(method, state, clients, world.model, 4).everyone)

@@ -23,7 +23,7 @@ from ficpd.run import run as run_experiment
 from ficpd.seams import Compression, Engine, Method, Task
 from ficpd.tasks import classification, regression
 from ficpd.tuners import Training
-from ficpd.types import ClientCard, Prompt, Record, Setup, State
+from ficpd.types import ArrayKind, ClientCard, Prompt, Record, Setup, State
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]
@@ -92,6 +92,11 @@ def clients(
 def whole(begin: Prompt) -> Compression:
     """No compression."""
     return none.build(none.Config(), begin, 0)
+
+
+def wire(layout: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayKind]:
+    """How arrays of this layout travel without compression."""
+    return {name: ArrayKind(tuple(shape)) for name, shape in layout.items()}
 
 
 def method(name: str, training: Training = TRAINING, **config: Any) -> Method:

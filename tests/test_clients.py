@@ -40,10 +40,16 @@ def test_a_batch_is_never_larger_than_the_records(client):
 
 
 def test_a_mean_divides_by_the_expected_batch_not_by_what_came(client):
+    class Poisson(NoPrivacy):
+        def sample(self, num_records, expected_batch, steps, noise):
+            return [torch.arange(3), torch.arange(0)]
+
+    client.mechanism = Poisson()
     visit = Visit(client, 1)
-    next(iter(visit.batches(1, 4)))
-    values = torch.ones(2, 3, 5, 6)
+    batches, values = visit.batches(2, 4), torch.ones(2, 3, 5, 6)
+    assert len(next(batches)) == 3
     assert torch.equal(visit.mean(values), torch.full((2, 5, 6), 0.75))
+    assert len(next(batches)) == 0
     assert torch.equal(visit.mean(values[:, :0]), torch.zeros(2, 5, 6))
 
 

@@ -8,7 +8,7 @@ import torch
 import small
 from ficpd import codec
 from ficpd.federate import Schedule, cohort_of, federate
-from ficpd.types import ClientUpdate, Reply
+from ficpd.types import ArrayKind, ClientUpdate, Reply
 
 NAMES = [f"site-{i}" for i in range(5)]
 
@@ -37,9 +37,10 @@ def rewritten(change: Callable[[ClientUpdate], ClientUpdate], round: int | None 
     """Decode a reply's update, change it, encode it again."""
 
     def apply(reply: Reply) -> list[Reply]:
-        arrays, header = codec._unpack(reply.body, ("c", "r", "b", "w"))
-        update = change(ClientUpdate(header["c"], arrays, header["w"]))
-        return [Reply(reply.client, codec.encode_update(update, round or header["r"], header["b"]))]
+        number = int.from_bytes(reply.body[3:7], "little")  # after the magic and the version
+        expected = codec.Expected(reply.client, number, "tiny:16x2", {"delta": ArrayKind((3, 16))})
+        update = change(codec.decode_update(reply.body, expected))
+        return [Reply(reply.client, codec.encode_update(update, round or number, "tiny:16x2"))]
 
     return apply
 
@@ -55,9 +56,9 @@ BAD = {
     "another name": (rewritten(lambda u: ClientUpdate("site-0", u.arrays, u.weight)), "client"),
     "another round": (rewritten(lambda u: u, 99), "round"),
     "another shape": (rewritten(lambda u: ClientUpdate(u.client, {"delta": torch.ones(2, 2)})), "expected"),
-    "nothing in it": (rewritten(lambda u: ClientUpdate(u.client, {})), "expected ['delta']"),
-    "truncated": (lambda reply: [Reply(reply.client, reply.body[:-7])], "not a whole message"),
-    "empty": (lambda reply: [Reply(reply.client, b"")], "not a whole message"),
+    "nothing in it": (rewritten(lambda u: ClientUpdate(u.client, {})), "for client 'site-3' and delta"),
+    "truncated": (lambda reply: [Reply(reply.client, reply.body[:-7])], "bytes, expected"),
+    "empty": (lambda reply: [Reply(reply.client, b"")], "bytes, expected"),
     "an error": (lambda reply: [Reply(reply.client, None, "OSError: disk full")], "OSError: disk full"),
     "no body": (lambda reply: [Reply(reply.client, None)], "no update"),
     "no reply": (lambda reply: [], "no reply"),
@@ -83,7 +84,7 @@ def test_a_bad_update_is_dropped_counted_and_named(model, kind):
         assert (report.round, report.clients, report.updates) == (number, 5, 4)
         assert list(report.dropped) == ["site-3"]
         assert words in report.dropped["site-3"]
-        layout = method.layout(state)
+        layout = small.wire(method.layout(state))
         good = [
             codec.decode_update(r.body, codec.Expected(r.client, number, model.backbone.fingerprint, layout))
             for r in engine.came[number - 1]

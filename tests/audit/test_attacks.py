@@ -95,6 +95,12 @@ def test_rmia_is_the_share_of_the_population_that_is_beaten(gamma):
     assert np.array_equal(np.argsort(rmia(given, gamma)), np.argsort(ratio_N))  # by the ratio
 
 
+def test_rmia_counts_an_equal_as_beaten():
+    given = evidence(effect=0.0, difficulty=2.0, records=80)
+    same = dataclasses.replace(given, population_Z=given.target_N, shadow_SZ=given.shadow_SN)
+    assert np.array_equal(np.sort(np.floor(rmia(same) * 81)), np.arange(1, 81))
+
+
 def test_rmia_takes_the_whole_scale():
     given = evidence(effect=1.0, difficulty=2.0)
     assert np.isfinite(rmia(given, offline_scale=1.0)).all()

@@ -227,6 +227,16 @@ def test_an_update_of_zeros_comes_back_as_zeros(name, bits):
     assert torch.equal(back, torch.zeros(P, D))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, 1e-37, 3.4e38])
+def test_the_smallest_and_largest_numbers_have_a_step(bits, largest):
+    values = torch.tensor([largest, -largest / 3])
+    whole, scale = quantise(values, bits)
+    assert float(scale) >= torch.finfo(torch.float32).tiny
+    error = (dequantise(whole, scale).double() - values.double()).abs()
+    assert float(error.max()) <= float(scale) / 2 + largest * 2**-23
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_still_seen_by_the_codec(name, value):
     compression = build(name, 8)

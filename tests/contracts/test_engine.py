@@ -57,7 +57,7 @@ def orders_for(method, members, model, round: int = 1) -> dict[str, bytes]:
 
 
 def updates(method, members, model, replies, round: int = 1) -> dict:
-    layout, fingerprint = method.layout(small.first_state(method, members)), model.backbone.fingerprint
+    layout, fingerprint = small.wire(method.layout(small.first_state(method, members))), model.backbone.fingerprint
     return {
         reply.client: codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, layout))
         for reply in replies

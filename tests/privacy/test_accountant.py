@@ -1,0 +1,186 @@
+"""What releases cost, against published values and formulas, and what has to hold of any accountant."""
+
+import math
+import warnings
+
+import pytest
+from absl import logging
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.special import log_ndtr, ndtr
+
+from ficpd.errors import PrivacyError
+from ficpd.privacy import accountant
+from ficpd.privacy.accountant import COARSE, FINE, calibrate, covers, epsilon, epsilon_rdp, merged, shares
+from ficpd.types import Spend
+
+DELTA = 1e-5
+PLANS = {
+    "one step": [Spend("prompt", 0.1, 1.0)],
+    "a short run": [Spend("prompt", 0.05, 0.8, 60)],
+    "much noise": [Spend("prompt", 0.2, 4.0, 200)],
+    "with a total": [Spend("prompt", 0.1, 1.2, 40), Spend("weight", 1.0, 15.0)],
+}
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    """The Rényi accountant logs the orders it cannot evaluate."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    yield
+    logging.set_verbosity(before)
+
+
+def test_the_published_example_of_dpsgd():
+    """60,000 records, batches of 256, noise 1.1, 60 epochs: 3.0 by Rényi DP (Mironov's bound), less by what came after."""
+    run = [Spend("prompt", 256 / 60_000, 1.1, 60 * 60_000 // 256)]
+    assert 2.3 < epsilon(run, DELTA) < epsilon_rdp(run, DELTA) < 3.01
+    assert epsilon_rdp(run, DELTA) > 2.5
+
+
+def analytic(multiplier: float, delta: float) -> float:
+    """ε of one Gaussian release (Balle and Wang, ICML 2018, arXiv 1805.06530, theorem 8)."""
+
+    def excess(e: float) -> float:
+        half = 1 / (2 * multiplier)
+        return ndtr(half - e * multiplier) - math.exp(e + log_ndtr(-half - e * multiplier)) - delta
+
+    return brentq(excess, 0.0, 200.0, xtol=1e-10)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
+@pytest.mark.parametrize("multiplier", [0.5, 1.0, 3.0, 20.0])
+def test_one_release_costs_what_the_analytic_gaussian_says(multiplier, delta):
+    exact = analytic(multiplier, delta)
+    assert exact - 1e-6 <= epsilon([Spend("update", 1.0, multiplier)], delta) <= exact + 1e-3
+
+
+@pytest.mark.parametrize("count", [4, 25])
+def test_releases_on_all_records_add_up_as_gaussians_do(count):
+    """k releases of noise z are one of noise z/√k."""
+    exact = analytic(3.0 / count**0.5, DELTA)
+    assert exact - 1e-6 <= epsilon([Spend("update", 1.0, 3.0, count)], DELTA) <= exact + 2e-3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_loss_distribution_never_costs_more_than_renyi(plan):
+    assert 0 < epsilon(PLANS[plan], DELTA) <= epsilon_rdp(PLANS[plan], DELTA)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_coarse_grid_never_reads_lower(plan):
+    exact, fine, coarse = (epsilon(PLANS[plan], DELTA, grid) for grid in (FINE / 4, FINE, COARSE))
+    assert exact <= fine + 1e-9 <= coarse + 2e-9
+    assert fine <= exact * 1.01 + 1e-3
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([0.02, 0.1, 0.5, 1.0]), st.floats(0.7, 4.0), st.integers(1, 40), st.sampled_from([1e-3, 1e-5, 1e-7])
+)
+def test_more_steps_a_larger_sample_less_noise_or_a_smaller_delta_cost_more(rate, multiplier, count, delta):
+    def cost(rate=rate, multiplier=multiplier, count=count, delta=delta) -> float:
+        return epsilon([Spend("prompt", rate, multiplier, count)], delta, COARSE)
+
+    assert 0 <= cost() <= cost(count=2 * count)
+    assert cost() <= cost(rate=min(1.0, 1.5 * rate)) <= cost(rate=1.0)
+    assert cost() <= cost(multiplier=0.8 * multiplier)
+    assert cost() <= cost(delta=delta / 10)
+
+
+def test_names_and_order_cost_nothing():
+    lines = [Spend("a", 0.1, 1.0, 3), Spend("b", 1.0, 9.0), Spend("c", 0.1, 1.0, 2)]
+    assert epsilon(lines, DELTA) == epsilon(lines[::-1], DELTA)
+    assert epsilon(lines, DELTA) == epsilon([Spend("x", 0.1, 1.0, 5), Spend("x", 1.0, 9.0)], DELTA)
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything():
+    assert epsilon([], DELTA) == epsilon([Spend("prompt", 0.1, 1.0, 0)], DELTA) == 0.0
+    assert epsilon([Spend("prompt", 0.1, 1.0), Spend("update", 1.0, 0.0)], DELTA) == math.inf
+
+
+# ---------------------------------------------------------------- noise for a budget
+
+
+@pytest.mark.parametrize(("target", "rate", "count"), [(2.0, 0.1, 60), (0.5, 1.0, 3), (8.0, 0.05, 200)])
+def test_the_noise_that_a_budget_pays_for_is_the_least(target, rate, count):
+    def priced(multiplier: float) -> list[Spend]:
+        return [Spend("prompt", rate, multiplier, count), Spend("weight", 1.0, 20 * multiplier)]
+
+    multiplier = calibrate(target, DELTA, priced)
+    assert epsilon(priced(multiplier), DELTA) <= target
+    assert epsilon(priced(0.99 * multiplier), DELTA) > 0.995 * target
+
+
+def test_the_noise_of_a_long_plan_is_nearly_the_least():
+    def priced(multiplier: float) -> list[Spend]:
+        return [Spend("prompt", 0.01, multiplier, 10_000)]
+
+    multiplier = calibrate(2.0, DELTA, priced)
+    assert 0.98 * 2.0 < epsilon(priced(multiplier), DELTA) <= 2.0
+
+
+def test_equal_plans_are_calibrated_once(monkeypatch):
+    first = calibrate(3.0, DELTA, lambda z: [Spend("prompt", 0.3, z, 7)])
+    monkeypatch.setattr(accountant, "epsilon", None)
+    assert calibrate(3.0, DELTA, lambda z: [Spend("prompt", 0.3, z, 7)]) == first
+
+
+def test_a_plan_that_no_noise_makes_cheap_enough_says_so():
+    with pytest.raises(PrivacyError, match=r"no noise multiplier up to 10,000 gives epsilon = 0.001.*fewer rounds"):
+        calibrate(1e-3, 1e-9, lambda z: [Spend("update", 1.0, min(z, 5.0))])
+
+
+# ---------------------------------------------------------------- lines
+
+
+def test_shares_name_each_line_and_sum_to_one():
+    found = shares([*PLANS["with a total"], Spend("prompt", 0.1, 1.2, 2)], DELTA)
+    assert [(s["name"], s["releases"]) for s in found] == [("prompt", 42), ("weight", 1)]
+    assert [(s["sampling_rate"], s["noise_multiplier"]) for s in found] == [(0.1, 1.2), (1.0, 15.0)]
+    assert sum(s["share"] for s in found) == pytest.approx(1.0)
+    assert found[1]["epsilon_alone"] == epsilon([Spend("weight", 1.0, 15.0)], DELTA)
+    assert found[0]["share"] > found[1]["share"] > 0
+
+
+def test_shares_of_releases_that_cost_nothing_at_this_delta():
+    (only,) = shares([Spend("prompt", 0.01, 1e5)], 1e-3)
+    assert (only["name"], only["epsilon_alone"]) == ("prompt", 0.0)
+
+
+def test_equal_lines_are_merged_and_unequal_ones_are_not():
+    lines = [Spend("b", 0.1, 1.0), Spend("a", 0.1, 1.0, 2), Spend("b", 0.1, 1.0, 4), Spend("b", 0.2, 1.0)]
+    assert merged(lines) == [Spend("a", 0.1, 1.0, 2), Spend("b", 0.1, 1.0, 5), Spend("b", 0.2, 1.0)]
+
+
+def test_a_certified_plan_covers_its_parts_and_no_more():
+    plan = [Spend("prompt", 0.1, 1.0, 5), Spend("weight", 1.0, 9.0)]
+    assert covers(plan, plan)
+    assert covers(plan, [])
+    assert covers(plan, [Spend("prompt", 0.1, 1.0, 2), Spend("prompt", 0.1, 1.0, 3)])
+    assert not covers([], plan)
+    for extra in [plan[1], Spend("prompt", 0.1, 1.0), Spend("prompt", 0.1, 1.1), Spend("prompt", 0.09, 1.0)]:
+        assert not covers(plan, [*plan, extra])
+
+
+# ---------------------------------------------------------------- an independent oracle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["a short run", "much noise", "the published example", "one full release"])
+def test_opacus_agrees(plan):
+    others = {
+        "the published example": [Spend("prompt", 256 / 60_000, 1.1, 14_062)],
+        "one full release": [Spend("update", 0.999999, 2.0, 4)],
+    }
+    (line,) = (PLANS | others)[plan]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus.accountants import create_accountant
+
+        oracle = create_accountant("prv")
+        oracle.history = [(line.noise_multiplier, line.sampling_rate, line.count)]
+        theirs = oracle.get_epsilon(DELTA, eps_error=0.005)
+    assert epsilon([line], DELTA) == pytest.approx(theirs, rel=0.02)
