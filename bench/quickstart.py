@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from ficpd.experiment import read
-from ficpd.run import rows, run
+from ficpd.report import rows
+from ficpd.run import run
 from ficpd.world import build_world
 from measure import save, spread
 

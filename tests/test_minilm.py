@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ficpd.run import rows
+from ficpd.report import rows
 
 pytestmark = pytest.mark.slow
 

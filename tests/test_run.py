@@ -18,7 +18,7 @@ from ficpd.errors import DataError, RunError
 from ficpd.experiment import parse
 from ficpd.federate import Round
 from ficpd.library import PromptLibrary
-from ficpd.run import rows
+from ficpd.report import rows
 from ficpd.run import run as run_experiment
 from ficpd.rundir import RunDir
 from ficpd.types import State

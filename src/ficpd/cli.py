@@ -42,7 +42,7 @@ def run(
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd import experiment as experiments
-    from ficpd.run import rows
+    from ficpd.report import rows
     from ficpd.run import run as run_experiment
 
     experiment = experiments.read(recipe, changes or ())
@@ -204,7 +204,7 @@ def _progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    from ficpd.run import table
+    from ficpd.report import table
 
     heads, cells = table(results)
     drawn = Table(*heads)

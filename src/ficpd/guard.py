@@ -33,6 +33,10 @@ class Guard:
     central: NoisedSum | None
     releases: bool
 
+    def close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+
     def block(self) -> dict[str, JSON]:
         """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
         if not self.releases:

@@ -172,18 +172,23 @@ def model_card(library: PromptLibrary) -> str:
         f"- {tokens} virtual tokens of width {start.vectors_PD.shape[1]}, entering at layer {start.enters_at}\n"
         f"- task: {card.get('task', {}).get('name', '?')}\n"
         f"- made by: {made_by(card)}\n"
-        f"- privacy: {guarantee(card)}\n\n"
+        f"- privacy: {guarantee(card.get('privacy', {}))}\n\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
 
 
-def guarantee(card: Mapping[str, Any]) -> str:
-    """The privacy a card states, in one phrase."""
-    privacy = card.get("privacy", {})
+def guarantee(privacy: Mapping[str, Any]) -> str:
+    """A run's `privacy` block in one phrase.
+
+    >>> guarantee({"unit": "record", "epsilon": 1.987, "delta": 1e-5, "noise": "simulated"})
+    'ε = 1.99 per record, simulated noise'
+    """
     if privacy.get("epsilon") is None:
         return "none"
-    return f"ε={privacy['epsilon']}, δ={privacy['delta']}, per {privacy['unit']}"
+    if privacy.get("noise") is None:
+        return "nothing leaves"
+    return f"ε = {privacy['epsilon']:.2f} per {privacy['unit']}, {privacy['noise']} noise"
 
 
 def made_by(card: Mapping[str, Any]) -> str:

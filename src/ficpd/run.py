@@ -19,6 +19,7 @@ from ficpd.guard import NONE, build_guard, public_seed
 from ficpd.library import PromptLibrary
 from ficpd.metrics.evaluate import Evaluation, evaluate
 from ficpd.registry import load
+from ficpd.report import report
 from ficpd.rundir import RunDir
 from ficpd.seams import Method
 from ficpd.speed import machine
@@ -113,6 +114,7 @@ def one_method(
     totals["evaluate"] = time.perf_counter() - began
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
     result |= {"privacy": guard.block(), "stopped": stopped}
+    guard.close()
     _library(world, method, state, result).save(directory.path / "library")
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
@@ -212,59 +214,3 @@ def _library(world: World, method: Method, state: State, result: Mapping[str, An
     card["data"] = {"source": Path(world.experiment.data.source).name}
     card["training"] = world.experiment.training.model_dump()
     return PromptLibrary(start, prompts, card)
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    """The results in a run directory, zero-shot first, the method itself last."""
-    directory = RunDir(out)
-    folders = sorted((directory.path / "baselines").glob("*/result.json"))
-    results = [json.loads(file.read_text()) for file in folders]
-    own = directory.result()
-    order = ["zero_shot", "local", "centralized"]
-    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["label"]))
-    return results + ([own] if own and own["label"] not in {r["label"] for r in results} else [])
-
-
-def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: accuracy in percent, errors in the target's unit, bytes as encoded."""
-    first = results[0]["metrics"]["per_client_mean"]
-    main = "accuracy" if "accuracy" in first else "rmse"
-    unit = " %" if main == "accuracy" else ""
-
-    def shown(score: Mapping[str, float] | None) -> str:
-        if not score:
-            return "–"
-        return f"{100 * score[main]:.1f}" if main == "accuracy" else f"{score[main]:.3f}"
-
-    heads = ["method", f"everyone's test {main}{unit}", f"own test, mean client{unit}", f"worst client{unit}",
-             "bytes up / client / round", "seconds"]  # fmt: skip
-    cells = [
-        [
-            r["method"],
-            shown(r["metrics"]["global"]),
-            shown(r["metrics"]["per_client_mean"]),
-            shown(r["metrics"]["per_client_worst"]),
-            f"{r['bytes']['up_per_client_round']:,.0f}",
-            f"{sum(r['seconds'].values()):.0f}",
-        ]
-        for r in results
-    ]
-    return heads, cells
-
-
-def report(directory: RunDir) -> str:
-    """`report.md`: the table, and what it is a table of."""
-    results = rows(directory.path)
-    own = directory.result() or results[-1]
-    heads, cells = table(results)
-    lines = ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]]
-    backbone = own["backbone"]
-    return (
-        f"# {own['method']} on {backbone['name']}: {own['task']}\n\n"
-        f"{own['num_clients']} clients, {own['num_rounds']} rounds, seed {own['seed']}, "
-        f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
-        f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
-        + "\n".join(lines)
-        + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
-        "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n"
-    )

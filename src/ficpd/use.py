@@ -110,7 +110,7 @@ def library_facts(path: Path) -> dict[str, Any]:
         f"entering at layer {start.enters_at}",
         "task": card["task"],
         "made by": made_by(card),
-        "privacy": guarantee(card),
+        "privacy": guarantee(card.get("privacy", {})),
         "adapted": card.get("adapted", "no"),
     }
 

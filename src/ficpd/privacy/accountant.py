@@ -5,11 +5,14 @@ AISTATS 2020, arXiv 1906.03049; Doroshenko et al., PoPETs 2022, arXiv 2207.04380
 coarse grid reads too high, never too low). RDP (Mironov et al., 2019, arXiv 1908.10530) only to cross-check.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
+
+from scipy.optimize import brentq
 
 from ficpd.errors import PrivacyError
 from ficpd.types import JSON, Spend
@@ -63,19 +66,25 @@ class _Priced:
 
 @lru_cache(maxsize=4096)
 def _calibrated(target: float, delta: float, plan: _Priced) -> float:
-    grid = min(COARSE, target / 500)
-    low, high = 0.05, 0.1
+    grid, high = min(COARSE, target / 500), 1.0
     while epsilon(plan.priced(high), delta, grid) > target:
-        low, high = high, 2 * high
+        high *= 2
         if high > 1e4:
             raise PrivacyError(
                 f"no noise multiplier up to 10,000 gives epsilon = {target} at delta = {delta} for this plan; "
                 "plan fewer rounds or steps, or allow a larger epsilon"
             )
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if epsilon(plan.priced(middle), delta, grid) <= target else (middle, high)
-    return high
+    low = high / 2  # from above: a distribution for far too little noise would fill the memory
+    while low > 0.05 and epsilon(plan.priced(low), delta, grid) <= target:
+        low, high = low / 2, low
+
+    def excess(log_multiplier: float) -> float:
+        return math.log(epsilon(plan.priced(math.exp(log_multiplier)), delta, grid) / target)
+
+    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-4)) * 1.0004  # type: ignore[arg-type]
+    while epsilon(plan.priced(found), delta, grid) > target:
+        found *= 1.001
+    return found
 
 
 def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:

@@ -1,0 +1,93 @@
+"""What a run shows a person: the table on the screen, and `report.md`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ficpd.library import guarantee
+from ficpd.rundir import RunDir
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The results in a run directory, zero-shot first, the method itself last."""
+    directory = RunDir(out)
+    folders = sorted((directory.path / "baselines").glob("*/result.json"))
+    results = [json.loads(file.read_text()) for file in folders]
+    own = directory.result()
+    order = ["zero_shot", "local", "centralized"]
+    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["label"]))
+    return results + ([own] if own and own["label"] not in {r["label"] for r in results} else [])
+
+
+def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: accuracy in percent, errors in the target's unit, bytes as encoded."""
+    first = results[0]["metrics"]["per_client_mean"]
+    main = "accuracy" if "accuracy" in first else "rmse"
+    unit = " %" if main == "accuracy" else ""
+
+    def shown(score: Mapping[str, float] | None) -> str:
+        if not score:
+            return "–"
+        return f"{100 * score[main]:.1f}" if main == "accuracy" else f"{score[main]:.3f}"
+
+    heads = ["method", "privacy", f"everyone's test {main}{unit}", f"own test, mean client{unit}",
+             f"worst client{unit}", "bytes up / client / round", "seconds"]  # fmt: skip
+    cells = [
+        [
+            r["label"],
+            guarantee(r["privacy"]),
+            shown(r["metrics"]["global"]),
+            shown(r["metrics"]["per_client_mean"]),
+            shown(r["metrics"]["per_client_worst"]),
+            f"{r['bytes']['up_per_client_round']:,.0f}",
+            f"{sum(r['seconds'].values()):.0f}",
+        ]
+        for r in results
+    ]
+    return heads, cells
+
+
+def paid(own: Mapping[str, Any]) -> str:
+    """The guarantee in words, with the ledger's lines."""
+    privacy = own["privacy"]
+    if not privacy.get("lines"):
+        return "What left the clients carries no guarantee.\n" if privacy["epsilon"] is None else ""
+    lines = "".join(
+        f"| {line['name']} | {line['releases']} | {line['sampling_rate']:.3g} | {line['noise_multiplier']:.3g} "
+        f"| {line['epsilon_alone']:.3f} | {100 * line['share']:.0f} % |\n"
+        for line in privacy["lines"]
+    )
+    budget = "no budget was set" if privacy["budget"] is None else f"of a budget of {privacy['budget']:g}"
+    return (
+        f"Privacy ({privacy['mechanism']}): ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}; the unit is "
+        f"one {privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise "
+        f"{privacy['noise']}; counted by {privacy['accountant']}. The member that spent most "
+        f"({privacy['site_that_spent_most']}) released:\n\n"
+        "| line | releases | sampling rate | noise multiplier | ε alone | share |\n|---|---|---|---|---|---|\n" + lines +
+        "\nEach row of the first table is a run of its own: a member that took part in several would pay for each. "
+        "Test scores are the simulation's own view; they do not leave a site.\n"
+        + ("**Simulated noise**: drawn from the experiment's seed; whoever knows the seed can take it off. A real "
+           "site uses `privacy.noise = \"cryptographic\"`.\n" if privacy["noise"] == "simulated" else "")
+    )  # fmt: skip
+
+
+def report(directory: RunDir) -> str:
+    """`report.md`: the table, and what it is a table of."""
+    results = rows(directory.path)
+    own = directory.result() or results[-1]
+    heads, cells = table(results)
+    lines = ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]]
+    backbone = own["backbone"]
+    stopped = f"**Stopped early.** {own['stopped']}\n\n" if own["stopped"] else ""
+    return (
+        f"# {own['method']} on {backbone['name']}: {own['task']}\n\n"
+        f"{own['num_clients']} clients, {own['num_rounds']} rounds, seed {own['seed']}, "
+        f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
+        f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
+        "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n\n"
+        + stopped
+        + paid(own)
+    )

@@ -1,0 +1,221 @@
+"""Whole private runs: what the result states, the ledger beside it, kills, walls, and what cannot be had."""
+
+import json
+import sqlite3
+import warnings
+
+import pytest
+import torch
+
+import small
+from ficpd.errors import LedgerError, PrivacyError
+from ficpd.guard import LEDGER, private_seed, public_seed
+from ficpd.privacy import accountant
+from ficpd.report import rows
+from ficpd.run import run as run_experiment
+from ficpd.seeds import derive, generator
+from ficpd.types import Spend
+
+RECORD = ("privacy.name=record_gaussian", "privacy.clip_norm=0.1", "privacy.delta=1e-3")
+TWO = (*RECORD, "privacy.epsilon=2")
+CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.clip_norm=0.1")
+
+
+def lines(folder) -> list[tuple]:
+    with sqlite3.connect(folder / "run" / LEDGER) as file:
+        return file.execute("select site, round, name, sampling_rate, noise_multiplier, count from lines").fetchall()
+
+
+def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
+    result = small.run(tmp_path, "fedavg", *TWO)
+    block = result["privacy"]
+    assert (block["unit"], block["budget"], block["delta"], block["noise"]) == ("record", 2.0, 1e-3, "simulated")
+    assert 1.9 < block["epsilon"] <= 2.0
+    assert "one record more or less" in block["neighbouring"]
+    assert block["accountant"].startswith("dp-accounting") and block["accountant"].endswith("PLD")
+    (line,) = block["lines"]
+    assert (line["name"], line["releases"], line["share"]) == ("prompt", 6, 1.0)
+    assert max(block["epsilon_of_sites"].values()) == block["epsilon"]
+    assert "simulated noise" in (tmp_path / "run" / "library" / "README.md").read_text()
+
+
+def test_the_ledger_has_what_the_block_counts(tmp_path):
+    block = small.run(tmp_path, "ficpd", *TWO)["privacy"]
+    for site, epsilon in block["epsilon_of_sites"].items():
+        spends = [Spend(*rest) for name, _, *rest in lines(tmp_path) if name == site]
+        assert accountant.epsilon(spends, 1e-3) == epsilon
+    assert {round for _, round, *_ in lines(tmp_path)} == {1, 2, 3}
+
+
+def test_a_noise_multiplier_states_what_it_costs(tmp_path):
+    block = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=3.0")["privacy"]
+    assert block["budget"] is None
+    assert block["noise_multiplier"] == [3.0, 3.0]
+    (line,) = block["lines"]
+    assert block["epsilon"] == accountant.epsilon([Spend("prompt", line["sampling_rate"], 3.0, 6)], 1e-3)
+
+
+def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
+    """Two steps a round at multiplier 3: the budget pays for two rounds of three at the site that pays least."""
+    fixed = (*RECORD, "privacy.noise_multiplier=3.0")
+    small.run(tmp_path / "free", "fedavg", *fixed)
+    least = min(rate for _, _, _, rate, _, _ in lines(tmp_path / "free"))
+    two_rounds = accountant.epsilon([Spend("prompt", least, 3.0, 4)], 1e-3)
+    result = small.run(tmp_path, "fedavg", *fixed, f"privacy.epsilon={two_rounds + 1e-6}")
+    assert result["num_rounds"] == 2
+    assert "round 3 does not take place" in result["stopped"]
+    assert result["privacy"]["epsilon"] <= two_rounds + 1e-6
+    assert {round for _, round, *_ in lines(tmp_path)} <= {1, 2}
+    assert "Stopped early" in (tmp_path / "run" / "report.md").read_text()
+    assert result["dropped_updates"] > 0  # sites with less to spend went home a round earlier
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["fedavg", "centralized", "ficpd"])
+@pytest.mark.parametrize("when", ["after the ledger, before the checkpoint", "before the ledger"])
+def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypatch, when, method):
+    """Between the noise and the sending, or after: the same library, the same ledger."""
+    from ficpd.privacy.ledger import Book
+    from ficpd.rundir import RunDir
+
+    whole = small.run(tmp_path / "whole", method, *TWO)
+    experiment = small.experiment(tmp_path / "cut", method, *TWO)
+    cut, calls = (Book, "settle") if when == "before the ledger" else (RunDir, "save"), []
+    original = getattr(*cut)
+
+    def dies(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise Killed
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*cut, dies)
+        with pytest.raises(Killed):
+            run_experiment(experiment, tmp_path / "cut" / "run")
+    result = run_experiment(experiment, tmp_path / "cut" / "run", resume=True)
+    assert result["privacy"] == whole["privacy"]
+    assert result["metrics"] == whole["metrics"]
+    assert sorted(lines(tmp_path / "cut")) == sorted(lines(tmp_path / "whole"))
+    ours, theirs = small.library(tmp_path / "cut"), small.library(tmp_path / "whole")
+    assert all(small.close(ours[name], theirs[name]) for name in theirs)
+
+
+def interrupted(tmp_path, monkeypatch, *changes):
+    """A run that stopped after its first round."""
+    from ficpd.rundir import RunDir
+
+    experiment, original = small.experiment(tmp_path, "fedavg", *changes), RunDir.save
+
+    def once(*given):
+        original(*given)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save", once)
+        with pytest.raises(Killed):
+            run_experiment(experiment, tmp_path / "run")
+    return experiment
+
+
+def test_a_ledger_that_is_gone_is_no_clean_slate(tmp_path, monkeypatch):
+    experiment = interrupted(tmp_path, monkeypatch, *TWO)
+    for file in (tmp_path / "run").glob(LEDGER + "*"):
+        file.unlink()
+    with pytest.raises(LedgerError, match="1 rounds were run"):
+        run_experiment(experiment, tmp_path / "run", resume=True)
+
+
+def test_another_runs_ledger_is_refused(tmp_path, monkeypatch):
+    experiment = interrupted(tmp_path, monkeypatch, *TWO)
+    (tmp_path / "run" / "run-id").write_text("0123456789abcdef\n")
+    with pytest.raises(LedgerError, match="this is run 0123456789abcdef"):
+        run_experiment(experiment, tmp_path / "run", resume=True)
+
+
+def test_cryptographic_noise_is_never_the_same_twice_and_resumes_with_what_was_sent(tmp_path):
+    secure = (*TWO, "privacy.noise=cryptographic")
+    block = small.run(tmp_path / "a", "fedavg", *secure)["privacy"]
+    small.run(tmp_path / "b", "fedavg", *secure)
+    assert block["noise"] == "cryptographic"
+    assert not small.same(small.library(tmp_path / "a"), small.library(tmp_path / "b"))
+
+
+def test_central_noise_takes_only_methods_that_sum(tmp_path):
+    result = small.run(tmp_path / "sum", "fedavg", *CLIENT, "privacy.placement=central")
+    assert result["privacy"]["mechanism"] == "client_gaussian (central)"
+    assert result["privacy"]["epsilon_of_sites"].keys() == {"server"}
+    assert 7.8 < result["privacy"]["epsilon"] <= 8
+    with pytest.raises(PrivacyError, match="ficpd looks at each client's update by itself"):
+        small.run(tmp_path / "each", "ficpd", *CLIENT, "privacy.placement=central")
+
+
+def test_local_client_noise_takes_every_method(tmp_path):
+    block = small.run(tmp_path, "ficpd", *CLIENT)["privacy"]
+    assert (block["unit"], [line["name"] for line in block["lines"]]) == ("client", ["update"])
+    assert block["lines"][0]["releases"] == 3
+
+
+@pytest.mark.parametrize("name", ["subspace", "projected"])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_private_and_compressed(tmp_path, name, bits):
+    size = "compression.dimension=8" if name == "subspace" else "compression.num_tokens=2"
+    changes = (*TWO, f"compression.name={name}", size, f"compression.bits={bits}")
+    result = small.run(tmp_path, "ficpd", *changes)
+    numbers = 8 if name == "subspace" else 2 * 16
+    assert result["bytes"]["up_per_client_round"] < numbers * bits / 8 + 50
+    assert result["dropped_updates"] == 0
+    assert not torch.equal(*list(small.library(tmp_path).values())[:2])
+
+
+def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
+    small.run(tmp_path, "fedavg", *TWO, 'baselines=["local", "fedavg:none"]')
+    found = {row["label"]: row["privacy"] for row in rows(tmp_path / "run")}
+    assert found.keys() == {"zero_shot", "local", "fedavg, no privacy", "fedavg"}
+    assert found["fedavg, no privacy"]["epsilon"] is None
+    assert found["local"]["epsilon"] == 0
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "per record, simulated noise" in text
+    assert "ε alone" in text
+
+
+def test_a_statistic_has_its_own_line(tmp_path):
+    block = small.run(tmp_path, "fedavg", *TWO, "privacy.statistics={ weight = 0.2 }")["privacy"]
+    found = {line["name"]: line for line in block["lines"]}
+    assert found.keys() == {"prompt", "weight"}
+    assert found["weight"]["releases"] == 1
+    assert sum(line["share"] for line in found.values()) == pytest.approx(1)
+    assert block["epsilon"] <= 2
+
+
+def test_a_warning_names_the_reason(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small.run(tmp_path, "fedavg", "privacy.name=record_gaussian", "privacy.epsilon=4", "privacy.delta=0.2")
+    assert any("publishes one of them whole" in str(warning.message) for warning in caught)
+
+
+# ---------------------------------------------------------------- the private stream
+
+
+def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
+    """The server's half sees a seed of its own. From it, and all other numbers it sees, no noise can be had again."""
+    from ficpd.rundir import RunDir
+
+    small.run(tmp_path, "ficpd", *TWO, seed=7)
+    state, _, _, _ = RunDir(tmp_path / "run").load()
+    known: set[int] = {public_seed(7), *range(-3, 4)}
+    known |= {value for value in state.facts.values() if isinstance(value, int)}
+    known |= {int(line["round"]) for line in map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())}
+    assert 7 not in known
+    names = ["private", "public", "noise", "site-0", "site-1", "cohort", "server", 1, 2, 3]
+    noise = torch.randn(8, generator=generator(private_seed(7, "site-0"), "noise", 1))
+    for seed in known:
+        tries = [derive(seed, *names[:i], *names[i:j]) for i in range(len(names)) for j in range(i, len(names))]
+        tries += [seed, private_seed(seed, "site-0")]
+        for guess in tries:
+            for stream in (generator(guess), generator(guess, "noise", 1)):
+                assert not torch.equal(torch.randn(8, generator=stream), noise)
