@@ -15,7 +15,7 @@ FLOORS = [
     {"methods"},
     {"engines", "site"},
     {"federate", "metrics", "audit"},
-    {"cli", "experiment", "guard", "world", "run", "rundir", "use", "compare", "report", "peft", "__main__"},
+    {"cli", "experiment", "guard", "world", "run", "rundir", "use", "compare", "report", "peft", "attack", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCE = Path(ficpd.__file__).parent

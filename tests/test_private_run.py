@@ -32,7 +32,8 @@ def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
     assert (block["unit"], block["budget"], block["delta"], block["noise"]) == ("record", 2.0, 1e-3, "simulated")
     assert 1.9 < block["epsilon"] <= 2.0
     assert "one record more or less" in block["neighbouring"]
-    assert block["accountant"].startswith("dp-accounting") and block["accountant"].endswith("PLD")
+    assert block["accountant"].startswith("dp-accounting")
+    assert block["accountant"].endswith("PLD")
     (line,) = block["lines"]
     assert (line["name"], line["releases"], line["share"]) == ("prompt", 6, 1.0)
     assert max(block["epsilon_of_sites"].values()) == block["epsilon"]
@@ -209,7 +210,9 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     state, _, _, _ = RunDir(tmp_path / "run").load()
     known: set[int] = {public_seed(7), *range(-3, 4)}
     known |= {value for value in state.facts.values() if isinstance(value, int)}
-    known |= {int(line["round"]) for line in map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())}
+    known |= {
+        int(line["round"]) for line in map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
+    }
     assert 7 not in known
     names = ["private", "public", "noise", "site-0", "site-1", "cohort", "server", 1, 2, 3]
     noise = torch.randn(8, generator=generator(private_seed(7, "site-0"), "noise", 1))

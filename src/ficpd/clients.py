@@ -96,7 +96,9 @@ class Visit:
     def mean(self, values_KB: Tensor) -> Tensor:
         """[K, B, ...] to [K, ...] on the CPU, by the client's mechanism: the only way records are averaged."""
         if self._open != values_KB.shape[1]:
-            given = f"{values_KB.shape[1]} records where the last batch has {self._open}" if self._open is not None else ""
+            given = (
+                f"{values_KB.shape[1]} records where the last batch has {self._open}" if self._open is not None else ""
+            )
             raise PrivacyError(
                 f"a method averages {given or 'a batch twice, or none that was drawn'}; each batch is paid for once: "
                 "average it once, whole, before the next is drawn"

@@ -57,6 +57,10 @@ class Backbone(Protocol):
         """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer."""
         ...
 
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        """Texts of words drawn from the vocabulary: public, and nobody's."""
+        ...
+
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         """The layers under the prompt's entry, [T, D] per item, unpadded: no prompt, no gradient, computed once, kept."""
         ...
@@ -74,6 +78,11 @@ class Task(Protocol):
     """What a record means: how it is encoded, what is lost, predicted and scored."""
 
     head_rows: int
+
+    @property
+    def possible(self) -> Sequence:
+        """Targets that a record may have, as its owner would write them."""
+        ...
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch: ...
 
@@ -196,10 +205,13 @@ class ClientSide(Protocol):
     """What a method sees of the client it runs at, for the length of one order (`clients.Visit`)."""
 
     id: str
-    weight: float
-    """Its share in an average: the record count where no privacy is asked, else 1."""
     kept: dict[str, Tensor]
     """What stays at the client between rounds; written back only if the order is carried out to its end."""
+
+    @property
+    def weight(self) -> float:
+        """Its share in an average: the record count where no privacy is asked, its noised total if paid for, else 1."""
+        ...
 
     @property
     def coordinates(self) -> Coordinates | None: ...

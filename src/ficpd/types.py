@@ -193,7 +193,7 @@ class Spend(NamedTuple):
     name: str
     sampling_rate: float
     noise_multiplier: float
-    count: int = 1
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 @dataclass(frozen=True)

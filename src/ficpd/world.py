@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.seams import Backbone, Compression, Task
 from ficpd.speed import DTYPES, Choice, choose
-from ficpd.types import ClientCard, Prompt
+from ficpd.types import ClientCard, Prompt, Query, Record
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,23 @@ def build_world(experiment: Experiment) -> World:
     engine, first = experiment.engine, next(iter(shards.values())).train[:1]
     task.encode(first, backbone, start)  # a prompt that leaves no room for a text is an error now, not in a client
     module, config = settings("compression", experiment.compression)
-    compression = module.build(config, start, seeds.derive(experiment.seed, "compression"))
-    model = Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens)
+    model, seed = Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), seeds.derive(experiment.seed, "public")
+    gradients = partial(public_gradients, model, task, start, seed) if backbone.gives_gradients else None
+    compression = module.build(config, start, seed, gradients)
     return World(experiment, task, model, start, compression, shards)
+
+
+def public_gradients(model: Compute, task: Task, start: Prompt, seed: int, number: int) -> torch.Tensor:
+    """[number, P, D]: gradients at the start prompt on made-up records, every possible answer in turn; nobody's data."""
+    texts = model.backbone.nonsense(number, seed)
+    made_up = [
+        Record(f"made-up {i}", {"text": text, "target": task.possible[i % len(task.possible)]})
+        for i, text in enumerate(texts)
+    ]
+    query = Query(start.vectors_PD[None], task.encode(made_up, model.backbone, start), grad=True)
+    answer = Compute(model.backbone, 0, model.chunk_tokens).answer([query])[0]  # nothing of them is worth keeping
+    assert answer.grad_KBPD is not None
+    return answer.grad_KBPD[0].cpu()
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:

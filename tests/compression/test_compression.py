@@ -12,23 +12,29 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 from ficpd import codec
 from ficpd.compression.projected import Rows, orthonormal_rows
 from ficpd.compression.quantised import Bits, Quantised, dequantise, quantise
-from ficpd.compression.subspace import Buckets
+from ficpd.compression.subspace import Buckets, Directions
 from ficpd.errors import ConfigError
 from ficpd.registry import load, names
 from ficpd.seams import Compression
 from ficpd.types import ArrayKind, ClientUpdate, Prompt
 
 P, D, HEADS = 8, 6, 2
-CONFIGS: dict[str, dict[str, Any]] = {"none": {}, "projected": {"num_tokens": 3}, "subspace": {"dimension": 13}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "projected": {"num_tokens": 3},
+    "subspace": {"dimension": 13, "directions": "random"},
+    "subspace, gradient": {"dimension": 13, "directions": "gradient"},
+}
 LAYOUT = {"delta": (P, D), "counts": (4,), "prototypes": (2, P, D)}
 BITS = get_args(Bits)
 VALUES = st.floats(-1e4, 1e4, width=32)
 
 
 def build(name: str, bits: int = 32, seed: int = 0, heads: int = HEADS, **changed: Any) -> Compression:
-    module = load("compression", name)
+    module = load("compression", name.partition(",")[0])
     start = Prompt(torch.zeros(P, D), "tiny", 0, heads)
-    return module.build(module.Config(bits=bits, **{**CONFIGS[name], **changed}), start, seed)
+    config = module.Config(bits=bits, **{**CONFIGS[name], **changed})
+    return module.build(config, start, seed, lambda number: drawn(number, P, D, seed=seed))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -49,7 +55,7 @@ def dense(compression: Any) -> torch.Tensor:
     return compression.projection.down(units).flatten(1).T
 
 
-@pytest.fixture(params=names("compression"))
+@pytest.fixture(params=CONFIGS)
 def name(request) -> str:
     return request.param
 
@@ -58,7 +64,8 @@ def name(request) -> str:
 
 
 def test_every_compression_is_tested_here():
-    assert set(names("compression")) == set(CONFIGS), "add the new one to CONFIGS, so that this contract covers it"
+    cases = {case.partition(",")[0] for case in CONFIGS}
+    assert set(names("compression")) == cases, "add the new one to CONFIGS, so that this contract covers it"
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -114,7 +121,7 @@ def test_what_comes_back_is_the_orthogonal_projection(name):
 
 @given(delta=numpy_arrays("float32", (P, D), elements=VALUES), seed=st.integers(0, 20))
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("named", names("compression"))
+@pytest.mark.parametrize("named", CONFIGS)
 def test_nothing_is_lengthened(named, delta, seed):
     arrays = {"delta": torch.from_numpy(delta), "counts": torch.ones(4)}
     projected = build(named, seed=seed).project(arrays)
@@ -140,7 +147,7 @@ def test_going_up_and_down_again_changes_nothing(name):
     assert torch.allclose(projection.down(projection.up(z)), z, atol=1e-6)
 
 
-@pytest.mark.parametrize("named", ["projected", "subspace"])
+@pytest.mark.parametrize("named", list(CONFIGS)[1:])
 def test_the_seed_is_the_basis(named):
     first, again, other = (dense(build(named, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -161,12 +168,12 @@ def test_doubles_become_floats(name):
 @pytest.mark.parametrize("changed", [{"bits": 4}, {"bits": 64}, {"rank": 3}])
 def test_a_config_that_is_none_is_refused(name, changed):
     with pytest.raises(ValueError, match=r"bits|rank"):
-        load("compression", name).Config(**changed)
+        load("compression", name.partition(",")[0]).Config(**changed)
 
 
 def test_a_config_is_frozen(name):
     with pytest.raises(ValueError, match="frozen"):
-        load("compression", name).Config().bits = 8
+        load("compression", name.partition(",")[0]).Config().bits = 8
 
 
 @pytest.mark.parametrize(("named", "shape"), [("projected", (5, D)), ("subspace", (13,))])
@@ -339,3 +346,25 @@ def test_projections_are_small_in_memory():
     assert held == 2 * 20 * 384
     assert rows.matrix.shape == (5, 20)
     assert isinstance(build("none"), Quantised)
+
+
+# ---------------------------------------------------------------- directions of gradients
+
+
+def test_the_leading_directions_of_the_gradients_are_the_subspace():
+    low_rank = drawn(40, 5, seed=1) @ drawn(5, P * D, seed=2)
+    found = Directions(low_rank.unflatten(1, (P, D)), 5)
+    inside = (drawn(1, 5, seed=3) @ drawn(5, P * D, seed=2)).unflatten(1, (P, D))
+    assert torch.allclose(found.up(found.down(inside)), inside, atol=1e-4)
+
+
+def test_fewer_gradients_than_dimensions_are_filled_up_to_orthonormal_rows():
+    found = Directions(drawn(4, P, D), 13)
+    assert torch.allclose(found.rows @ found.rows.T, torch.eye(13), atol=1e-6)
+    assert Directions(drawn(4, P, D), P * D).rows.shape == (P * D, P * D)
+
+
+def test_gradients_that_cannot_be_had_are_an_error():
+    module, start = load("compression", "subspace"), Prompt(torch.zeros(P, D), "tiny", 0, 0)
+    with pytest.raises(ConfigError, match="needs a backbone with gradients"):
+        module.build(module.Config(dimension=4), start, 0)

@@ -398,3 +398,11 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
         assert "cannot write" in str(written)
     else:
         assert [type(text) for text in written] == [str] * len(TEXTS)
+
+
+def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):
+    texts = backbone.nonsense(20, 3)
+    assert len(texts) == 20
+    assert all(text.strip() for text in texts)
+    assert len(set(texts)) > 15
+    assert backbone.nonsense(20, 3) == texts != backbone.nonsense(20, 4)

@@ -129,7 +129,7 @@ def test_records_join_each_step_by_themselves():
 
 
 def test_a_larger_batch_than_planned_is_refused():
-    with pytest.raises(PrivacyError, match="sampling rate of 0.1"):
+    with pytest.raises(PrivacyError, match=r"sampling rate of 0\.1"):
         record().sample(100, 11, 1, Silent())
 
 

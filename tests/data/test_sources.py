@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ficpd import cache
 from ficpd.data import ratings as built_in
-from ficpd.data.sources import Config, Dataset, read
+from ficpd.data.sources import Config, Dataset, read, unused
 from ficpd.errors import DataError
 
 ROWS = [{"text": f"sentence {i}", "target": ["good", "bad"][i % 2], "site": "north"} for i in range(20)]
@@ -139,6 +139,24 @@ def test_max_records_is_a_seeded_sample(tmp_path):
     assert one == same
     assert one != other
     assert len(everything(read(Config(source=path, max_records=100), 1))) == 20
+
+
+def test_unused_is_what_max_records_left_out(tmp_path):
+    config = Config(source=str(csv(tmp_path / "a.csv")), max_records=12)
+    for seed in (1, 2):
+        used, rest = [r.key for r in everything(read(config, seed))], [r.key for r in unused(config, seed)]
+        assert len(rest) == 8
+        assert sorted(used + rest) == sorted(f"a.csv row {i}" for i in range(1, 21))
+        assert rest == sorted(rest, key=lambda key: int(key.split()[-1]))
+    assert unused(config, 1)[0].fields["text"].startswith("sentence")
+    assert unused(Config(source=str(tmp_path / "a.csv"), max_records=20), 1) == []
+    assert unused(Config(source=str(tmp_path / "a.csv")), 1) == []
+
+
+def test_unused_rows_are_checked_too(tmp_path):
+    path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("good", "", "bad")])
+    with pytest.raises(DataError, match=r"a\.csv row 2"):
+        unused(Config(source=str(path), max_records=2), 0)
 
 
 def test_one_row_cannot_be_split(tmp_path):

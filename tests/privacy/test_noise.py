@@ -95,7 +95,7 @@ def test_a_stream_goes_on():
 
 @pytest.mark.parametrize("rate", [0.003, 0.3, 0.9])
 def test_simulated_samples_have_the_rate(rate):
-    check_poisson(Simulated("rate", rate), rate, 0.01)
+    check_poisson(Simulated("sampled", rate), rate, 0.01)
 
 
 @pytest.mark.parametrize(("deviation", "centre"), [(1.0, 0.0), (0.02, 0.0), (30.0, 1000.0)])

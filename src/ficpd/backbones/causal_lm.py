@@ -22,6 +22,7 @@ from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NONSENSE = 8  # words of a nonsense text
 TOGETHER = 16
 """How many texts are continued at once."""
 
@@ -163,6 +164,12 @@ class CausalLM:
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
         led = torch.tensor([*(self._first or ids[-1:]), *ids], dtype=torch.long)
         return self.below([Item(led, len(led))], enters_at)[0][-num_tokens:].float().cpu()
+
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        ids = self._vocabulary(seed)
+        return [
+            self.tokenizer.decode([ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)]) for i in range(number)
+        ]
 
     def _vocabulary(self, seed: int) -> list[int]:
         """All ordinary words of the vocabulary, in an order drawn from the seed."""

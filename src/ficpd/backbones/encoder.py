@@ -22,6 +22,7 @@ from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
 SCALE = 20.0
+NONSENSE = 8  # words of a nonsense text
 
 
 class Config(BaseModel):
@@ -108,6 +109,12 @@ class Encoder:
         item = Item(torch.tensor(ids), len(ids))
         states_TD = self.below([item], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
+
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        ids = self._words(NONSENSE * number, seed)
+        return [
+            self.tokenizer.decode([ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)]) for i in range(number)
+        ]
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():

@@ -95,6 +95,10 @@ class Tiny:
         states_TD = self.below([Item(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        drawn = torch.randint(10**6, (number, 8), generator=seeds.generator(seed, "nonsense")).tolist()
+        return [" ".join(f"w{word}" for word in words) for words in drawn]
+
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():
             hidden = Hidden.of([self.words[item.content.to(self.device)] for item in items])

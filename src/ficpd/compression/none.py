@@ -1,5 +1,7 @@
 """No compression: the whole update travels, at 8 or 16 bits a number if asked for."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -14,7 +16,7 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int) -> Quantised:
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Quantised:
     shape = outer_shape(start)
     return Quantised(Whole(shape), shape, config.bits)
 

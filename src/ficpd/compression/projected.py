@@ -5,6 +5,8 @@ A sketched update (Konečný et al., "Federated Learning: Strategies for Improvi
 back by the transpose. The seed is one for the run: what lies outside the L' directions is lost in every round.
 """
 
+from typing import Any
+
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -23,7 +25,7 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int) -> Quantised:
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Quantised:
     """Raises `ConfigError` unless the prompt has more virtual tokens than travel."""
     outer, given = outer_shape(start), config.num_tokens
     tokens = outer[0] - start.head_rows

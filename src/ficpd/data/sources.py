@@ -77,7 +77,15 @@ def read(config: Config, seed: int) -> Dataset:
 
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
     """
-    return _split(_sample(_checked_rows(config), config.max_records, seed), config, seed)
+    rows = _checked_rows(config)
+    return _split([rows[i] for i in _sample(len(rows), config.max_records, seed)], config, seed)
+
+
+def unused(config: Config, seed: int) -> list[Record]:
+    """The rows that `max_records` left out of `read`, in the order in which they lie; none if it left none out."""
+    rows = _checked_rows(config)
+    used = set(_sample(len(rows), config.max_records, seed))
+    return [Record(row.key, row.fields) for i, row in enumerate(rows) if i not in used]
 
 
 def read_all(config: Config) -> list[Record]:
@@ -225,11 +233,11 @@ def _kind(row: Row, column: str) -> str:
     raise DataError(f"{row.key}, column {column!r}: {given}; expected text or a number: fill or drop the row")
 
 
-def _sample(rows: list[Row], size: int | None, seed: int) -> list[Row]:
-    if size is None or size >= len(rows):
-        return rows
-    chosen = np.random.default_rng(derive(seed, "sample")).choice(len(rows), size, replace=False)
-    return [rows[i] for i in sorted(chosen)]
+def _sample(number: int, size: int | None, seed: int) -> list[int]:
+    """Which of `number` rows are used, ascending."""
+    if size is None or size >= number:
+        return list(range(number))
+    return sorted(np.random.default_rng(derive(seed, "sample")).choice(number, size, replace=False).tolist())
 
 
 def _split(rows: list[Row], config: Config, seed: int) -> Dataset:

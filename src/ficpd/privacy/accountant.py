@@ -89,7 +89,7 @@ def _calibrated(target: float, delta: float, plan: _Priced) -> float:
 
 def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:
     """Each line with what it would cost alone, and its share of the sum of those."""
-    lines = [Spend(name, *rest) for name, *rest in merged(spends)]
+    lines = merged(spends)
     alone = [epsilon([line], delta) for line in lines]
     return [
         {
@@ -109,7 +109,7 @@ def merged(spends: Iterable[Spend]) -> list[Spend]:
     counts: Counter[tuple[str, float, float]] = Counter()
     for spend in spends:
         counts[spend.name, spend.sampling_rate, spend.noise_multiplier] += spend.count
-    return [Spend(*key, count) for key, count in sorted(counts.items())]
+    return [Spend(name, rate, multiplier, count) for (name, rate, multiplier), count in sorted(counts.items())]
 
 
 def _key(spends: Iterable[Spend]) -> Key:

@@ -64,8 +64,9 @@ class Cryptographic:
 @lru_cache(maxsize=64)
 def gaussian_measurement(size: int, deviation: float) -> Any:
     """OpenDP's Gaussian measurement for `size` real numbers; its `map` gives the zCDP for an L2 sensitivity."""
-    import opendp.prelude as dp
+    import opendp.prelude as prelude
 
+    dp: Any = prelude  # its names are not typed as exported
     dp.enable_features("contrib")
     domain = dp.vector_domain(dp.atom_domain(T=float, nan=False), size=size)
     grid = math.floor(math.log2(deviation)) - GRID_BITS

@@ -28,7 +28,7 @@ class NoisedSum:
         self.stream, self.book = stream, book
         self._noise: Noise | None = None
 
-    def cohort(self, names: Sequence[str], round: int) -> list[str]:
+    def cohort(self, names: list[str], round: int) -> list[str]:
         """Each client independently. Raises `BudgetError` before anybody is asked if the budget has no more rounds."""
         self.book.afford([self.price])
         self._noise = self.stream(round)

@@ -36,6 +36,10 @@ class Classification:
         self.head_rows = len(self.names) if config.tuned_head else 0
         self.answers = Answers(config.instruction, list(config.labels.values()))
 
+    @property
+    def possible(self) -> Sequence[str]:
+        return self.names
+
     def readout(self, backbone: Backbone) -> Tensor | None:
         return self.answers.readout(backbone)
 

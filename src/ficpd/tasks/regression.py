@@ -48,6 +48,10 @@ class Regression:
         self.head_rows = len(self.values_C) if config.tuned_head else 0
         self.answers = Answers(config.instruction, list(config.anchors))
 
+    @property
+    def possible(self) -> Sequence[float]:
+        return self.values_C.tolist()
+
     def readout(self, backbone: Backbone) -> Tensor | None:
         return self.answers.readout(backbone)
 

@@ -1,0 +1,417 @@
+"""The one door out: what leaves was released and paid for, once; what was not paid for is not even computed."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+import small
+from ficpd.clients import Client, Visit, participate
+from ficpd.compute import Compute, drive
+from ficpd.errors import BudgetError, LedgerError, PrivacyError
+from ficpd.privacy import client_gaussian, record_gaussian
+from ficpd.privacy.ledger import Book, Budget, Ledger
+from ficpd.privacy.none import NoPrivacy
+from ficpd.types import Answer, Assignment, ClientUpdate, Plan, Query, Spend
+
+DELTA = 1e-5
+RECORDS = 9  # of site-2
+PLAN = Plan(RECORDS, 4 / RECORDS, steps=2, participations=3, num_clients=5, cohort_rate=1.0, num_rounds=3)
+STEPS = Spend("prompt", 4 / RECORDS, 2.0, 2)
+
+
+def record_level(plan: Plan = PLAN, **config):
+    return record_gaussian.build(record_gaussian.Config(noise_multiplier=2.0, clip_norm=0.5, **config), plan)
+
+
+def client_level(**config):
+    return client_gaussian.build(client_gaussian.Config(noise_multiplier=2.0, clip_norm=0.5, **config), PLAN)
+
+
+@pytest.fixture
+def member(model):
+    """A client of nine records with a mechanism, and a ledger of its own."""
+
+    def made(mechanism=None, epsilon: float | None = None) -> Client:
+        client = small.clients(model, small.method("fedavg"), 3, mechanism=mechanism or record_level())["site-2"]
+        if client.book is not None:
+            client.book = Ledger(":memory:", "a run").book("site-2", Budget(epsilon, DELTA))
+        return client
+
+    return made
+
+
+class Counting:
+    """The model, and how often it was asked."""
+
+    def __init__(self, model: Compute):
+        self.model, self.asked = model, 0
+
+    def answer(self, queries):
+        self.asked += 1
+        return self.model.answer(queries)
+
+
+class Written:
+    """A method made of one function of the visit, after which it sends what the function returned."""
+
+    name = "written"
+
+    def __init__(self, work):
+        self.work = work
+
+    def train(self, client, order: Assignment):
+        yield from ()
+        arrays = self.work(client)
+        client.kept["trace"] = torch.ones(1)
+        return ClientUpdate(client.id, arrays if arrays is not None else {"delta": torch.zeros(2)}, client.weight)
+
+
+def order_of(client: Client, round: int = 1, method: str = "fedavg") -> Assignment:
+    return Assignment(method, round, {"prompt": client.start.vectors_PD}, {"rate": 0.1})
+
+
+def carried_out(client: Client, model, round: int = 1, method=None) -> ClientUpdate:
+    method = method or small.method("fedavg")
+    return drive(model, participate(method, client, order_of(client, round, method.name)))
+
+
+def same(left: ClientUpdate, right: ClientUpdate) -> bool:
+    return (left.client, left.weight) == (right.client, right.weight) and small.same(left.arrays, right.arrays)
+
+
+def averages(values: torch.Tensor, times: int = 1):
+    """A method's work: draw one batch of four, and average so many of these rows."""
+
+    def work(client):
+        next(iter(client.batches(1, 4)))
+        for _ in range(times):
+            client.mean(values)
+
+    return Written(work)
+
+
+# ---------------------------------------------------------------- paid for before it leaves
+
+
+@pytest.mark.parametrize("mechanism", [record_level, client_level])
+def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member, model, mechanism, monkeypatch):
+    client = member(mechanism())
+    client.kept = {"old": torch.zeros(1)}
+    written = []
+    settle = Book.settle
+
+    def watched(book, round, method, spends, body):
+        assert client.kept.keys() == {"old"}
+        settle(book, round, method, spends, body)
+        written.append((book.spent(), book.answered(round, method)))
+
+    monkeypatch.setattr(Book, "settle", watched)
+    carried_out(client, model)
+    price = [STEPS] if mechanism is record_level else [Spend("update", 1.0, 2.0)]
+    assert written == [(price, client.book.answered(1, "fedavg"))]
+    assert written[0][1]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), BudgetError("spent"), KeyboardInterrupt()])
+def test_without_the_commit_nothing_leaves_and_nothing_is_kept(member, model, error, monkeypatch):
+    client = member()
+    client.kept = {"old": torch.zeros(1)}
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(client.book, "settle", refuse)
+    with pytest.raises(type(error)):
+        carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
+    assert client.kept.keys() == {"old"}
+    assert client.book.spent() == []
+
+
+@pytest.mark.parametrize("mechanism", [record_level, client_level])
+def test_what_a_round_costs_is_what_its_releases_cost(member, model, mechanism):
+    client = member(mechanism())
+    for round in (1, 2, 3):
+        carried_out(client, model, round)
+    assert client.book.spent() == list(mechanism().planned())
+
+
+def test_a_method_that_fails_on_the_way_owes_nothing(member, model):
+    def work(client):
+        list(client.batches(2, 4))
+        raise RuntimeError("out of memory")
+
+    client = member()
+    with pytest.raises(RuntimeError):
+        carried_out(client, model, method=Written(work))
+    assert client.book.spent() == []
+    assert client.kept == {}
+
+
+# ---------------------------------------------------------------- an order that was carried out before
+
+KINDS: Mapping[str, object] = {
+    "record, simulated": lambda: record_level(),
+    "record, cryptographic": lambda: record_level(noise="cryptographic"),
+    "client, cryptographic": lambda: client_level(noise="cryptographic"),
+    "record with a total": lambda: record_level(noise="cryptographic", statistics={"weight": 0.1}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_order_carried_out_before_is_answered_as_it_was_and_costs_nothing(member, model, kind):
+    client, counting = member(KINDS[kind]()), Counting(model)
+    first = carried_out(client, counting)
+    asked, spent, kept = counting.asked, client.book.spent(), dict(client.kept)
+    assert asked == 2
+    for _ in range(2):
+        client.kept = {}  # as after a kill between the commit and the answer
+        assert same(carried_out(client, counting), first)
+        assert small.same(client.kept, kept)
+    assert (counting.asked, client.book.spent()) == (asked, spent)
+    later = carried_out(client, counting, 2)
+    assert not torch.equal(later.arrays["delta"], first.arrays["delta"])
+    assert counting.asked == 2 * asked
+
+
+def test_an_order_carried_out_before_is_answered_when_the_budget_is_spent(member, model):
+    client = member()
+    first = carried_out(client, model)
+    client.book.budget = Budget(1e-6, DELTA)
+    assert same(carried_out(client, model), first)
+    with pytest.raises(BudgetError):
+        carried_out(client, model, 2)
+
+
+def test_another_order_in_the_same_round_changes_no_answer(member, model):
+    """Whatever the server sends the second time, the round is answered as it was."""
+    client = member()
+    first = carried_out(client, model)
+    other = Assignment("fedavg", 1, {"prompt": client.start.vectors_PD + 1}, {"rate": 5.0})
+    assert same(drive(model, participate(small.method("fedavg"), client, other)), first)
+
+
+def test_what_the_client_kept_then_it_keeps_again(member, model):
+    client = member()
+    carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
+    client.kept = {"other": torch.zeros(3)}
+    carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
+    assert small.same(client.kept, {"trace": torch.ones(1)})
+
+
+def test_a_stored_answer_that_cannot_be_read_is_an_error_not_a_second_release(member, model):
+    client, counting = member(), Counting(model)
+    client.book.settle(1, "fedavg", [STEPS], b"torn")
+    with pytest.raises(LedgerError, match="stored answer of site-2"):
+        carried_out(client, counting)
+    assert counting.asked == 0
+
+
+# ---------------------------------------------------------------- the budget
+
+
+def test_a_budget_that_does_not_pay_for_the_steps_refuses_before_a_query_is_asked(member, model):
+    client, counting = member(epsilon=0.01), Counting(model)
+    with pytest.raises(BudgetError, match=r"site-2 has spent epsilon = 0 of 0.01"):
+        carried_out(client, counting)
+    assert counting.asked == 0
+    assert client.book.spent() == []
+    assert client.book.answered(1, "fedavg") is None
+
+
+def test_one_order_counts_all_that_it_has_spent_so_far(member):
+    """Each draw alone would be within the budget, both together are not."""
+    client = member()
+    client.book.settle(1, "fedavg", [STEPS], b"")
+    client.book = Ledger(":memory:", "a run").book("site-2", Budget(1.01 * client.book.epsilon(), DELTA))
+    visit = Visit(client, 2)
+    list(visit.batches(2, 4))
+    with pytest.raises(BudgetError):
+        next(visit.batches(2, 4))
+    assert visit.spends == [STEPS]
+
+
+# ---------------------------------------------------------------- one mean per batch
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (lambda client, rows: client.mean(torch.ones(1, 4, 2)), "none that was drawn"),
+        (lambda client, rows: [client.mean(rows), client.mean(rows)], "a batch twice"),
+        (lambda client, rows: client.mean(rows[:, :-1]), "records where the last batch has"),
+        (lambda client, rows: client.mean(torch.cat([rows, rows[:, :1]], 1)), "records where the last batch has"),
+    ],
+    ids=["without a batch", "twice", "too few", "too many"],
+)
+def test_a_batch_is_averaged_once_and_whole(member, work, words):
+    visit = Visit(member(record_level(noise="simulated")), 3)
+    rows = torch.ones(1, 1, 2)
+    if "none" not in words:
+        batch = next(batch for batch in visit.batches(20, 4) if len(batch))
+        rows = torch.ones(1, len(batch), 2)
+    with pytest.raises(PrivacyError, match=words):
+        work(visit, rows)
+
+
+def test_a_mean_of_an_earlier_batch_is_refused(member):
+    """Only the last batch that was drawn may be averaged, and drawing another forgoes it."""
+    visit = Visit(member(), 1)
+    lengths = [len(batch) for batch in visit.batches(20, 4)]
+    other = next(length for length in lengths if length != lengths[-1])
+    with pytest.raises(PrivacyError):
+        visit.mean(torch.ones(1, other, 2))
+    assert visit.mean(torch.ones(1, lengths[-1], 2)).shape == (1, 2)
+
+
+def test_a_method_that_breaks_the_rule_sends_nothing(member, model):
+    client = member(NoPrivacy())
+    for times in (0, 1):
+        assert carried_out(client, model, method=averages(torch.ones(1, 4, 2), times)).arrays
+    client.kept = {}
+    with pytest.raises(PrivacyError):
+        carried_out(client, model, method=averages(torch.ones(1, 4, 2), 2))
+    assert client.kept == {}
+
+
+def test_an_empty_sample_is_an_ordinary_one(member):
+    client = member(record_level(Plan(RECORDS, 1e-9, 3, 3, 5, 1.0, 3)))
+    client.mechanism.sample = lambda *_: [torch.zeros(0, dtype=torch.long)] * 3
+    visit = Visit(client, 1)
+    means = [visit.mean(torch.ones(2, len(batch), 3)) for batch in visit.batches(3, 4)]
+    assert [mean.shape for mean in means] == [(2, 3)] * 3
+    assert all(bool(mean.all()) for mean in means)  # nothing but noise
+
+
+def test_a_larger_batch_than_was_planned_is_refused(member):
+    visit = Visit(member(), 1)
+    with pytest.raises(PrivacyError, match="a batch of 5 of 9 records"):
+        next(visit.batches(1, 5))
+
+
+# ---------------------------------------------------------------- who needs a book
+
+
+@pytest.mark.parametrize("mechanism", [record_level, client_level])
+def test_a_client_with_a_guarantee_and_no_book_is_refused(member, mechanism):
+    client = member(NoPrivacy())
+    assert client.book is None
+    settings = {name: value for name, value in vars(client).items() if not name.startswith("_")}
+    with pytest.raises(PrivacyError, match=r"site-2 has a .*-level mechanism and no ledger"):
+        Client(**settings | {"mechanism": mechanism()})
+
+
+# ---------------------------------------------------------------- weight and totals
+
+
+def test_the_weight_is_the_record_count_only_where_no_privacy_is_asked(member, model):
+    assert carried_out(member(NoPrivacy()), model).weight == RECORDS
+    assert carried_out(member(record_level()), model).weight == 1.0
+    assert carried_out(member(client_level()), model).weight == 1.0
+
+
+@pytest.mark.parametrize("stated", [9.0, 4.0])
+def test_a_weight_that_the_method_made_up_does_not_leave(member, model, stated):
+    """It may count what came, such as the records of a batch: what leaves is 1, or the noised total."""
+
+    class Counts(Written):
+        def train(self, client, order):
+            update = yield from super().train(client, order)
+            return ClientUpdate(update.client, update.arrays, stated)
+
+    for mechanism in (record_level(), client_level()):
+        assert carried_out(member(mechanism), model, method=Counts(lambda client: None)).weight == 1.0
+
+
+def test_a_noised_weight_is_released_once_and_kept(member, model):
+    mechanism = record_level(noise="cryptographic", statistics={"weight": 0.1})
+    client = member(mechanism)
+    weights = [carried_out(client, model, round).weight for round in (1, 2, 3)]
+    assert len(set(weights)) == 1
+    assert weights[0] >= 1.0
+    assert weights[0] != RECORDS
+    lines = [line for line in client.book.spent() if line.name == "weight"]
+    assert lines == [mechanism.price("weight")]
+    assert client.book.spent() == sorted(mechanism.planned())
+    assert carried_out(member(mechanism), model).weight != weights[0]
+
+
+def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
+    mechanism = record_level(statistics={"weight": 0.1})
+    visit = Visit(member(mechanism), 1)
+    seen = []
+    visit.noise.gaussian = lambda values, deviation: seen.append(deviation) or values
+    assert visit.weight == pytest.approx(RECORDS, rel=1e-5)
+    assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("weight").noise_multiplier]
+    assert visit.spends[0].sampling_rate == 1.0
+
+
+def test_each_record_counts_at_most_one_in_a_total(member):
+    visit = Visit(member(record_level(statistics={"sizes": 0.1})), 1)
+    visit.noise.gaussian = lambda values, deviation: values
+    rows = torch.zeros(RECORDS, 2)
+    rows[0, 0], rows[1, 1] = 1e6, float("nan")
+    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([1.0, 0.0]).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 8, 10])
+def test_a_total_of_another_number_of_rows_is_refused_and_free(member, count):
+    visit = Visit(member(record_level(statistics={"weight": 0.1})), 1)
+    with pytest.raises(PrivacyError, match=f"was given {count} rows"):
+        visit.total("weight", torch.ones(count, 1))
+    assert visit.spends == []
+
+
+@pytest.mark.parametrize("mechanism", [record_level, client_level])
+@pytest.mark.parametrize("name", ["sizes", "step", "release", "sum", "prompt"])
+def test_a_total_without_a_share_of_the_budget_is_refused(member, name, mechanism):
+    """Also one that is called like a door: a full sum at a step's price would cost far more than it states."""
+    visit = Visit(member(mechanism()), 1)
+    with pytest.raises(PrivacyError, match=name):
+        visit.total(name, torch.ones(RECORDS, 1))
+
+
+@pytest.mark.parametrize("name", ["step", "release", "sum"])
+def test_a_share_for_a_total_that_is_called_like_a_door_is_refused(name):
+    """`price` is asked by door and by total alike; "sum" would make the run a central one, whose clients pay nothing."""
+    with pytest.raises((PrivacyError, ValueError), match=name):
+        record_level(statistics={name: 0.1})
+
+
+@pytest.mark.parametrize("shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.2}])
+def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
+    with pytest.raises(PrivacyError, match="each share must lie above 0"):
+        record_level(statistics=shares)
+
+
+def test_a_client_that_is_never_asked_has_a_mechanism_too():
+    """Small cohorts and few rounds leave some out."""
+    never = Plan(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
+    for config in ({}, {"statistics": {"weight": 0.1}}):
+        assert record_level(never, **config).price("step") is not None
+
+
+# ---------------------------------------------------------------- what leaves
+
+
+def test_what_a_method_returns_is_noised_at_client_level(member, model):
+    secret = torch.full((40,), 7.0)
+    sent = carried_out(member(client_level(noise="cryptographic")), model, method=Written(lambda c: {"delta": secret}))
+    assert not torch.isclose(sent.arrays["delta"], secret).any()
+    clean = member(client_level(placement="central"))
+    left = carried_out(clean, model, method=Written(lambda c: {"a": secret, "b": secret})).arrays
+    assert float(torch.cat(list(left.values())).double().norm()) <= 0.5
+
+
+def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
+    """The first query of an order comes after its charge."""
+    client = member()
+    work = participate(small.method("fedavg"), client, order_of(client))
+    charged = []
+    client.book.afford = lambda spends: charged.append(list(spends))
+    query = next(work)
+    assert isinstance(query, Query)
+    assert charged == [[STEPS]]
+    assert isinstance(model.answer([query])[0], Answer)
+    work.close()
+    assert client.book.spent() == []
