@@ -5,8 +5,10 @@ gradient), seen by an adversary who is given every release. What is audited is c
 deviation asked for; the noise comes from seeded streams, whatever source the run drew from.
 """
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +18,13 @@ from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.noise import Simulated
 from ficpd.seams import Mechanism, Noise
 from ficpd.server.central import NoisedSum
-from ficpd.types import ClientUpdate, Plan
+from ficpd.types import ClientUpdate, Plan, Spend
 
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far beyond any clip norm; and everybody else's, in turns above and below zero."""
-RELEASES = 80_000
-"""Trials times releases in one world: longer runs are played fewer times, so that an audit takes seconds."""
 CANARY = "canary"
+AFFORDED = {"step": 80_000, "release": 80_000, "sum": 16_000}
+"""Releases of one door played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
 Scores = tuple[list[float], list[float]]
 Streams = Callable[[int], Noise]
 
@@ -32,15 +34,12 @@ def lower_bound(
 ) -> float:
     """What the mechanism's epsilon at `delta` is at least, for a run of this plan; 0 when nothing can be said.
 
-    `affordable(mechanism, plan, trials)` runs are played in each world. Raises `PrivacyError` for a mechanism without a
-    guarantee.
+    As many runs are played as `affordable` says. Raises `PrivacyError` for a mechanism without a guarantee.
 
     Guarantees: if the mechanism does what it says, the number is above its epsilon with probability at most
     1 - `confidence` over the streams (`tests/audit/test_canaries.py`).
     """
-    if mechanism.unit == "none":
-        raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
-    play = record_scores if mechanism.unit == "record" else client_scores
+    play = record_scores if door(mechanism) == "step" else client_scores
 
     def stream(trial: int) -> Noise:
         return Simulated(seed, CANARY, trial)
@@ -50,77 +49,116 @@ def lower_bound(
 
 
 def affordable(mechanism: Mechanism, plan: Plan, trials: int) -> int:
-    """How many runs of this plan are played in each world when `trials` are asked for: at least 200."""
-    return min(trials, max(200, RELEASES // max(_releases(mechanism, plan), 1)))
+    """How many runs of this plan are played when `trials` are asked for; at least 200."""
+    passed = door(mechanism)
+    releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
+    return min(trials, max(200, AFFORDED[passed] // max(releases[passed], 1)))
 
 
-def _releases(mechanism: Mechanism, plan: Plan) -> int:
-    if mechanism.unit == "record":
-        return plan.steps * plan.participations
-    return plan.num_rounds if mechanism.price("sum") else plan.participations
+def door(mechanism: Mechanism) -> str:
+    """Through which door the unit's contribution leaves, as in `Mechanism.price`: "step", "release" or "sum"."""
+    if mechanism.unit == "none":
+        raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
+    return "step" if mechanism.unit == "record" else "release" if mechanism.price("sum") is None else "sum"
 
 
 def record_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
-    """The scores of `trials` runs on `num_records` ordinary records, and of as many on these and the canary.
+    """Each run's score on `num_records` ordinary records, and on these and the canary, which joins steps as they do.
 
-    A run's score is the sum of what it released. The ordinary records' contributions cancel, so that a mechanism that
-    clips the batch's mean and not each record lets the canary through. Streams 0, 1, ... are each used once.
+    The ordinary records' contributions cancel, so that a mechanism that clips the batch's mean and not each record lets
+    the canary through. A trial is one run in both worlds: they share the steps that the canary did not join, so within
+    a world all runs are independent, and between worlds nothing has to be.
     """
-    ordinary_N = _in_turns(plan.num_records)
-    with_canary_N = torch.cat([ordinary_N, torch.tensor([HUGE])])
-    without = [_record_run(mechanism, plan, ordinary_N, stream(trial)) for trial in range(trials)]
-    with_ = [_record_run(mechanism, plan, with_canary_N, stream(trials + trial)) for trial in range(trials)]
-    return without, with_
+    canary, expected = plan.num_records, max(1, round(plan.sampling_rate * plan.num_records))
+    contribution_N = torch.cat([_in_turns(canary), torch.tensor([HUGE])])
 
+    def released(rows: Tensor, noise: Noise) -> float:
+        return float(mechanism.mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
 
-def _record_run(mechanism: Mechanism, plan: Plan, contribution_N: Tensor, noise: Noise) -> float:
-    expected, released = max(1, round(plan.sampling_rate * plan.num_records)), []
-    for _ in range(plan.participations):
-        for rows in mechanism.sample(len(contribution_N), expected, plan.steps, noise):
-            released.append(mechanism.mean(contribution_N[rows].view(1, -1, 1), expected, noise))
-    return float(torch.cat(released).double().sum()) * expected
+    def run(noise: Noise) -> tuple[float, float]:
+        sums = []
+        for _ in range(plan.participations):
+            for rows in mechanism.sample(canary + 1, expected, plan.steps, noise):
+                others = rows[rows != canary]
+                sums.append((released(others, noise),) * 2)
+                if len(others) < len(rows):
+                    sums[-1] = sums[-1][0], released(rows, noise)
+        return _scored(sums, mechanism, "step")
+
+    return _in_both_worlds(run, trials, stream)
 
 
 def client_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
-    """The scores of `trials` runs in each of two worlds that differ in one client, as the placement's guarantee says.
+    """Each run's score in two worlds that differ in one client, as the placement's guarantee says.
 
-    Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is, and
+    Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is and
     joins rounds as all clients do.
     """
-    if mechanism.price("sum") is None:
-        without = [_local_run(mechanism, plan, -HUGE, stream(trial)) for trial in range(trials)]
-        return without, [_local_run(mechanism, plan, HUGE, stream(trials + trial)) for trial in range(trials)]
-    ledger = Ledger(":memory:", "audit")
+    if door(mechanism) == "sum":
+        return _central_scores(mechanism, plan, trials, stream)
+    low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
+
+    def sent(update: ClientUpdate, noise: Noise) -> float:
+        released = [mechanism.release(update, noise).arrays["delta"] for _ in range(plan.participations)]
+        return float(torch.cat(released).double().sum())
+
+    return _in_both_worlds(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
+
+
+def _central_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+    """What the clients send is the same in every round; trials are kept apart in the ledger by the site's name."""
+    price, ledger = _price(mechanism, "sum"), Ledger(":memory:", "audit")
+    expected, silent = price.sampling_rate * plan.num_clients, Simulated("audit")
+    values = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())} | {CANARY: HUGE}
+    updates = {n: mechanism.release(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()}
+    names, clip_norm = sorted(values), mechanism.guarantee()["clip_norm"]
+    books = (ledger.book(f"run {number}", Budget(None, 0.5)) for number in range(trials))
+
+    def run(noise: Noise) -> tuple[float, float]:
+        server, sums = NoisedSum(price, clip_norm, expected, lambda round: noise, next(books)), []
+
+        def released(cohort: list[str], round: int, world: str) -> float:
+            mean = server.mean([updates[name] for name in cohort], {"delta": (1,)}, round, world)
+            return float(mean.arrays["delta"]) * expected
+
+        for round in range(1, plan.num_rounds + 1):
+            cohort = server.cohort(names, round)
+            others = [name for name in cohort if name != CANARY]
+            sums.append((released(others, round, "without"),) * 2)
+            if CANARY in cohort:
+                sums[-1] = sums[-1][0], released(cohort, round, "with")
+        return _scored(sums, mechanism, "sum")
+
     try:
-        without = [_central_run(mechanism, plan, False, stream, trial, ledger) for trial in range(trials)]
-        return without, [_central_run(mechanism, plan, True, stream, trials + t, ledger) for t in range(trials)]
+        return _in_both_worlds(run, trials, stream)
     finally:
         ledger.close()
 
 
-def _local_run(mechanism: Mechanism, plan: Plan, value: float, noise: Noise) -> float:
-    update = ClientUpdate(CANARY, {"delta": torch.tensor([value])})
-    return sum(float(mechanism.release(update, noise).arrays["delta"]) for _ in range(plan.participations))
+def _in_both_worlds(run: Callable[[Noise], tuple[float, float]], trials: int, stream: Streams) -> Scores:
+    pairs = [run(stream(trial)) for trial in range(trials)]
+    return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 
 
-def _central_run(
-    mechanism: Mechanism, plan: Plan, canary: bool, stream: Streams, trial: int, ledger: Ledger
-) -> float:  # fmt: skip
-    noise, price, settings = stream(trial), mechanism.price("sum"), mechanism.guarantee()
-    assert price is not None, "the placement is central"
-    contributions = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())}
-    contributions |= {CANARY: HUGE} if canary else {}
-    book, expected = (
-        ledger.book(f"run {trial}", Budget(None, settings["delta"])),
-        price.sampling_rate * plan.num_clients,
-    )
-    server, score = NoisedSum(price, settings["clip_norm"], expected, lambda round: noise, book), 0.0
-    for round in range(1, plan.num_rounds + 1):
-        cohort = server.cohort(sorted(contributions), round)
-        sent = [ClientUpdate(name, {"delta": torch.tensor([contributions[name]])}) for name in cohort]
-        updates = [mechanism.release(update, noise) for update in sent]
-        score += float(server.mean(updates, {"delta": (1,)}, round, "audit").arrays["delta"]) * expected
-    return score
+def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, passed: str) -> tuple[float, float]:
+    """Each world's log likelihood ratio, with the canary to without, if the mechanism did as its price says.
+
+    A release x, in clip norms, is N(0, z²) without, and with it a mixture of that and N(1, z²) in the share q.
+    """
+    if not sums_T2:
+        return 0.0, 0.0
+    q, z = _price(mechanism, passed).sampling_rate, max(_price(mechanism, passed).noise_multiplier, 1e-3)
+    x_T2 = np.array(sums_T2) / mechanism.guarantee()["clip_norm"]
+    absent = math.log1p(-q) if q < 1 else -math.inf
+    without, with_ = np.logaddexp(absent, math.log(q) + (2 * x_T2 - 1) / (2 * z**2)).sum(0).tolist()
+    return without, with_
+
+
+def _price(mechanism: Mechanism, passed: str) -> Spend:
+    price = mechanism.price(passed)
+    if price is None:
+        raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and no price for the door {passed!r}; state it")
+    return price
 
 
 def _in_turns(number: int) -> Tensor:

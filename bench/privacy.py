@@ -1,0 +1,230 @@
+"""What a guarantee costs: accuracy by ε at record and client level, bytes by compression. MiniLM, three seeds.
+
+python bench/privacy.py record|client|bytes [--seeds 0 1 2] [--data ../shared/data]
+
+`record`: polarity and medical abstracts, 10 sites, ε in {none, 8, 4, 2, 1}. `client`: the same ε for whole clients, local
+and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. Polarity is built in; the abstracts
+(CC BY-SA 3.0, see README) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ficpd import seeds
+from ficpd.experiment import parse, part, settings
+from ficpd.run import one_method, silent
+from ficpd.rundir import RunDir
+from ficpd.world import World, build_world, public_gradients
+from measure import save, spread
+
+POLARITY = """
+[backbone]
+name = "minilm"
+options = { max_tokens = 48 }
+[prompt]
+num_tokens = 10
+enters_at = 4
+[task]
+name = "classification"
+instruction = "The sentiment of this sentence is"
+labels = { negative = "negative", positive = "positive" }
+[data]
+source = "ratings"
+columns = { text = "text", target = "polarity", domain = "domain" }
+max_records = 4000
+test_fraction = 0.25
+[partition]
+kind = "iid"
+num_clients = 10
+[method]
+name = "fedavg"
+[training]
+local_steps = 2
+batch_size = 20
+[federation]
+num_rounds = 12
+"""
+DISEASES = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
+            "general pathological conditions"]  # fmt: skip
+ABSTRACTS = """
+[backbone]
+name = "minilm"
+options = { max_tokens = 64 }
+[prompt]
+num_tokens = 10
+enters_at = 4
+[task]
+name = "classification"
+instruction = "This abstract is about"
+labels = { LABELS }
+[data]
+source = "DATA/medical_abstracts.parquet"
+columns = { text = "text", target = "label_name" }
+split_column = "split"
+[partition]
+kind = "iid"
+num_clients = 10
+[method]
+name = "fedavg"
+[training]
+local_steps = 2
+batch_size = 20
+[federation]
+num_rounds = 8
+""".replace("LABELS", ", ".join(f'"{name}" = "{name}"' for name in DISEASES))
+SUBSPACE = {"name": "subspace", "dimension": 64}
+NONE = {"name": "none"}
+BUDGETS = (None, 8.0, 4.0, 2.0, 1.0)
+RATE = 0.5
+"""Of the backbone's default rate, in the leading directions: the best of the few tried."""
+
+
+def world_of(recipe: str, seed: int, data: str, changes: tuple[str, ...] = ()) -> World:
+    built = build_world(parse(recipe.replace("DATA", data), "bench", [f"seed={seed}", *changes]))
+    training = built.experiment.training
+    slower = training.model_copy(update={"learning_rate": RATE * (training.learning_rate or 0)})
+    return replace(built, experiment=built.experiment.model_copy(update={"training": slower}))
+
+
+def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **training: Any) -> dict[str, Any]:
+    """One run of the world's method under these settings; its result."""
+    tuned = world.experiment.training.model_copy(update=training)
+    experiment = world.experiment.model_copy(
+        update={
+            "privacy": part("privacy", privacy, "bench"),
+            "compression": part("compression", compression, "bench"),
+            "training": tuned,
+        }
+    )
+    module, config = settings("compression", experiment.compression)
+    seed = seeds.derive(experiment.seed, "public")
+    gradients = partial(public_gradients, world.model, world.task, world.start, seed)
+    changed = replace(world, experiment=experiment, compression=module.build(config, world.start, seed, gradients))
+    with tempfile.TemporaryDirectory() as folder:
+        return one_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, silent)
+
+
+def figures(result: dict[str, Any]) -> dict[str, float]:
+    return {
+        "accuracy": 100 * result["metrics"]["global"]["accuracy"],
+        "macro F1": 100 * result["metrics"]["global"]["f1"],
+        "bytes up": result["bytes"]["up_per_client_round"],
+        "epsilon": result["privacy"]["epsilon"] or 0.0,
+    }
+
+
+def tabled(cells: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Mean and spread of every figure over seeds."""
+    return {name: {key: spread([r[key] for r in runs]) for key in runs[0]} for name, runs in cells.items()}
+
+
+def add(cells: dict[str, list], name: str, result: dict[str, Any], began: float) -> None:
+    cells.setdefault(name, []).append(figures(result))
+    print(f"{name:44} {cells[name][-1]} {time.time() - began:.0f} s", flush=True)
+
+
+def zero_shot(world: World, cells: dict[str, list], name: str) -> None:
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        add(cells, name, one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent), began)
+
+
+def record(args: argparse.Namespace) -> dict[str, Any]:
+    cells: dict[str, list] = {}
+    for seed in args.seeds:
+        for name, recipe in (("polarity", POLARITY), ("abstracts", ABSTRACTS)):
+            world = world_of(recipe, seed, args.data)
+            zero_shot(world, cells, f"{name}, zero-shot")
+            for epsilon in BUDGETS:
+                privacy = {"name": "record_gaussian", "epsilon": epsilon, "clip_norm": CLIP} if epsilon else NONE
+                began = time.time()
+                add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, SUBSPACE), began)
+    return {
+        "setting": "10 sites, iid, fedavg, subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20 records",
+        "cells": tabled(cells),
+    }
+
+
+CLIP = 0.05
+"""Below the typical gradient norm (0.2 on polarity, 1 on abstracts): nearly every record is scaled to it."""
+CROWDS = {10: (10, 10), 100: (20, 5), 500: (50, 2)}
+"""Clients: how many of them a round, and records a step. A round has about 200 records in each."""
+
+
+def client(args: argparse.Namespace) -> dict[str, Any]:
+    cells: dict[str, list] = {}
+    for seed in args.seeds:
+        for clients, (cohort, batch) in CROWDS.items():
+            changes = (
+                f"partition.num_clients={clients}",
+                f"federation.clients_per_round={cohort}",
+                "federation.num_rounds=8",
+            )
+            world = world_of(POLARITY, seed, args.data, changes)
+            if clients == 10:
+                zero_shot(world, cells, "zero-shot")
+            for placement in ("local", "central"):
+                for epsilon in BUDGETS:
+                    if epsilon is None and placement == "central":
+                        continue
+                    privacy = {"name": "client_gaussian", "placement": placement, "epsilon": epsilon,
+                               "clip_norm": UPDATE_CLIP}  # fmt: skip
+                    began = time.time()
+                    name = f"{clients} clients, {placement if epsilon else 'no'} noise, epsilon {epsilon}"
+                    add(cells, name, trial(world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch), began)
+    return {"setting": "polarity, iid, fedavg, subspace 64, 8 rounds of 2 steps", "cells": tabled(cells)}
+
+
+UPDATE_CLIP = 0.5
+"""About the length of one round's update in the 64 coordinates at this rate."""
+
+
+def travelling(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes against accuracy at ε = 2 and without privacy; 20 virtual tokens, so that 5 of 20 may travel."""
+    forms = {
+        "whole prompt, 32 bit": NONE,
+        "whole prompt, 8 bit": {"name": "none", "bits": 8},
+        "projected 5 of 20, 32 bit": {"name": "projected", "num_tokens": 5},
+        "projected 5 of 20, 8 bit": {"name": "projected", "num_tokens": 5, "bits": 8},
+        "subspace 16, 32 bit": {"name": "subspace", "dimension": 16},
+        "subspace 64, 32 bit": {"name": "subspace", "dimension": 64},
+        "subspace 256, 32 bit": {"name": "subspace", "dimension": 256},
+        "subspace 256, 8 bit": {"name": "subspace", "dimension": 256, "bits": 8},
+        "subspace 256, random directions, 32 bit": {"name": "subspace", "dimension": 256, "directions": "random"},
+    }
+    cells: dict[str, list] = {}
+    for seed in args.seeds:
+        world = world_of(POLARITY, seed, args.data, ("prompt.num_tokens=20", "training.batch_size=10"))
+        whole = {"learning_rate": (world.experiment.training.learning_rate or 0) / RATE}
+        for name, form in forms.items():
+            for epsilon in (None, 2.0) if name in ALSO_PRIVATE else (None,):
+                privacy = {"name": "record_gaussian", "epsilon": epsilon, "clip_norm": CLIP} if epsilon else NONE
+                began = time.time()
+                at_full_rate = whole if form["name"] != "subspace" or "directions" in form else {}
+                add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, form, **at_full_rate), began)
+    return {
+        "setting": "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records",
+        "cells": tabled(cells),
+    }
+
+
+ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")
+PARTS = {"record": record, "client": client, "bytes": travelling}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", default="../shared/data")
+    args = parser.parse_args()
+    save(f"privacy_{args.part}", PARTS[args.part](args))
+
+
+if __name__ == "__main__":
+    main()
