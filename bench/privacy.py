@@ -180,7 +180,7 @@ def client(args: argparse.Namespace) -> dict[str, Any]:
     return {"setting": "polarity, iid, fedavg, subspace 64, 8 rounds of 2 steps", "cells": tabled(cells)}
 
 
-UPDATE_CLIP = 0.5
+UPDATE_CLIP = 2.0
 """About the length of one round's update in the 64 coordinates at this rate."""
 
 
