@@ -215,10 +215,10 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     }
     assert 7 not in known
     names = ["private", "public", "noise", "site-0", "site-1", "cohort", "server", 1, 2, 3]
-    noise = torch.randn(8, generator=generator(private_seed(7, "site-0"), "noise", 1))
+    noise = torch.randn(8, generator=generator(private_seed(7, "site-0"), "noise", "ficpd", 1))
     for seed in known:
         tries = [derive(seed, *names[:i], *names[i:j]) for i in range(len(names)) for j in range(i, len(names))]
         tries += [seed, private_seed(seed, "site-0")]
         for guess in tries:
-            for stream in (generator(guess), generator(guess, "noise", 1)):
+            for stream in (generator(guess), generator(guess, "noise", "ficpd", 1)):
                 assert not torch.equal(torch.randn(8, generator=stream), noise)

@@ -124,6 +124,39 @@ def predict(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
+    prompt: Annotated[str | None, typer.Option(help="the prompt attacked; none: global, else the first")] = None,
+    shadows: Annotated[int, typer.Option(help="prompts tuned for comparison", min=1)] = 4,
+    members: Annotated[int, typer.Option(help="training records attacked, at most", min=2)] = 1000,
+    canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
+    seed: int = 0, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Attack a run: who was in the training data, and whether its ε holds. Exit status 2 if it does not.
+
+    Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
+    """
+    from ficpd.attack import audit_run
+    from ficpd.audit.report import table, verdict
+
+    found = audit_run(run, prompt, shadows, members, canaries, seed, device)
+    screen.print(
+        f"[bold]{escape(found.prompt)}[/] of {escape(str(run))}: {found.num_members:,} records that were trained on, "
+        f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
+    )
+    _print_lines(*table(found))
+    for name, bound in found.bounds.items():
+        stated = "none stated" if bound.stated is None else f"{bound.stated:.2f} stated"
+        screen.print(
+            f"{name}: ε is at least {bound.epsilon:.2f} ({stated}; {bound.runs:,} could show {bound.reach:.2f})"
+        )
+    screen.print(f"[bold red]{escape(verdict(found))}[/]" if found.alarm else escape(verdict(found)))
+    typer.echo(f"report:  {run / 'audit.md'}")
+    if found.alarm:
+        raise typer.Exit(2)
+
+
+@app.command()
 def info(
     path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
 ) -> None:
@@ -206,8 +239,11 @@ def _progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
 def _print_table(results: list[dict[str, Any]]) -> None:
     from ficpd.report import table
 
-    heads, cells = table(results)
+    _print_lines(*table(results))
+
+
+def _print_lines(heads: list[str], cells: list[list[str]]) -> None:
     drawn = Table(*heads)
     for line in cells:
-        drawn.add_row(*line)
+        drawn.add_row(*map(escape, line))
     screen.print(drawn)

@@ -10,7 +10,7 @@ from ficpd import codec
 from ficpd.errors import CodecError, LedgerError, PrivacyError
 from ficpd.privacy.ledger import Book
 from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.seams import Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
+from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
 
@@ -50,20 +50,20 @@ class Client:
             self._encoded[part] = self.task.encode(records, self.backbone, self.start)
         return self._encoded[part]
 
-    def stream(self, round: int) -> Noise:
-        """The private stream of one round."""
+    def stream(self, method: str, round: int) -> Noise:
+        """The private stream of one method's round: two methods' noises do not cancel."""
         if self.mechanism.noise == "cryptographic":
             return Cryptographic()
-        return Simulated(self.private_seed, "noise", round)
+        return Simulated(self.private_seed, "noise", method, round)
 
 
 class Visit:
     """One client carrying out one order: what a method sees (`ClientSide`). Nothing is kept until the order is done."""
 
-    def __init__(self, client: Client, round: int):
+    def __init__(self, client: Client, round: int, method: str = ""):
         self.client, self.id = client, client.name
         self.kept = dict(client.kept)
-        self.noise = client.stream(round)
+        self.noise = client.stream(method, round)
         self.expected_batch = 1
         self.spends: list[Spend] = []
         self._open: int | None = None
@@ -77,7 +77,7 @@ class Visit:
         """The record count where no privacy is asked; its noised total where it has a share of the budget; else 1."""
         if self.client.mechanism.unit == "none":
             return float(len(self.client.train))
-        if self.client.mechanism.price("weight") is None:
+        if self.client.mechanism.price(TOTAL + "weight") is None:
             return 1.0
         if "weight" not in self.kept:
             self.kept["weight"] = self.total("weight", torch.ones(len(self.client.train), 1)).clamp(min=1.0)
@@ -88,7 +88,7 @@ class Visit:
         before the first is drawn: `BudgetError` if the budget does not allow them."""
         records = self.client.encoded()
         self.expected_batch = min(batch_size, len(records))
-        self._charge("step", steps)
+        self.charge("step", steps)
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
             self._open = len(rows)
             yield records.take(rows)
@@ -110,18 +110,21 @@ class Visit:
         """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
-        self._charge(name, 1)
+        self.charge(TOTAL + name, 1)
         return self.client.mechanism.total(name, values_BN, self.noise).cpu()
 
     def release(self, update: ClientUpdate) -> ClientUpdate:
-        """Projected, then clipped and noised as the mechanism does, then packed for the wire."""
-        self._charge("release", 1)
+        """Projected, then clipped and noised as the mechanism does, then packed for the wire. With privacy, the weight
+        is this visit's own, whatever the method made up."""
+        if self.client.mechanism.unit != "none":
+            update = replace(update, weight=self.weight)
         compression = self.client.compression
         projected = replace(update, arrays=compression.project(update.arrays))
         released = self.client.mechanism.release(projected, self.noise)
         return replace(released, arrays=compression.pack(released.arrays))
 
-    def _charge(self, door: str, count: int) -> None:
+    def charge(self, door: str, count: int) -> None:
+        """Put a passage on this visit's bill, before it takes place. Raises `BudgetError` if it cannot be paid."""
         price = self.client.mechanism.price(door)
         if price is not None and self.client.book is not None:
             self.client.book.afford([*self.spends, price._replace(count=count)])
@@ -134,7 +137,8 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
     """
     if client.book is not None and (stored := client.book.answered(order.round, order.method)) is not None:
         return _restored(client, stored)
-    visit = Visit(client, order.round)
+    visit = Visit(client, order.round, order.method)
+    visit.charge("release", 1)
     update = yield from method.train(visit, order)
     released = visit.release(update)
     if client.book is not None:

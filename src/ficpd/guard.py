@@ -80,9 +80,10 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def build_guard(
     part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule,
-    seed: int, folder: Path, run: str, rounds_done: int,
+    seed: int, folder: Path, run: str, rounds_paid: int,
 ) -> Guard:  # fmt: skip
-    """Plans the run, chooses the noise, opens the ledger. Raises `LedgerError` if rounds were run and it is gone."""
+    """Plans the run, chooses the noise, opens the ledger. `rounds_paid`: the last round that released anything; raises
+    `LedgerError` if the ledger does not reach it."""
     part = part_for(method, part)
     module, config = settings("privacy", part)
     plans = planned(method, state, shards, schedule)
@@ -90,13 +91,13 @@ def build_guard(
     first = next(iter(mechanisms.values()))
     if first.unit == "none":
         return Guard(mechanisms, {}, None, None, method.releases)
-    if rounds_done and not (folder / LEDGER).exists():
+    if rounds_paid and not (folder / LEDGER).exists():
         raise LedgerError(
-            f"{folder / LEDGER} is gone, and {rounds_done} rounds were run: what was spent is not known. Restore the file, "
+            f"{folder / LEDGER} is gone, and {rounds_paid} rounds were run: what was spent is not known. Restore the file, "
             "or begin in a new directory (what was released stays released)"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(folder / LEDGER, run)
+    ledger = Ledger(folder / LEDGER, run, rounds_paid)
 
     def book(site: str, mechanism: Mechanism) -> Book:
         return ledger.book(site, Budget.of(config.epsilon, config.delta, mechanism.planned()))

@@ -82,7 +82,7 @@ def one_method(
     state, kept, rounds, totals = saved or _beginning(world, method, holders)
     guard = build_guard(
         experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
-        directory.run_id(), len(rounds),
+        directory.run_id(), max((done.round for done in rounds if done.updates), default=0),
     )  # fmt: skip
     clients = world.clients(guard, method.pools_data)
     restore_kept(clients, kept)

@@ -125,6 +125,10 @@ class Noise(Protocol):
         ...
 
 
+TOTAL = "total:"
+"""The door of a named total is this and its name."""
+
+
 class Mechanism(Protocol):
     """Noise and its price in one object. `mean` is where records meet; `release` is where a client meets the world."""
 
@@ -136,7 +140,7 @@ class Mechanism(Protocol):
         ...
 
     def price(self, door: str) -> Spend | None:
-        """What one passage costs: door "step" (a `mean`), "release", "sum" (at the server), or a total's name."""
+        """What one passage costs: door "step" (a `mean`), "release", "sum" (at the server), or `TOTAL` + name."""
         ...
 
     def planned(self) -> Sequence[Spend]:
@@ -152,7 +156,7 @@ class Mechanism(Protocol):
         ...
 
     def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
-        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `price(name)`."""
+        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `price(TOTAL + name)`."""
         ...
 
     def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate: ...

@@ -200,9 +200,8 @@ class Spend(NamedTuple):
 class Plan:
     """What a whole run asks of one client, as far as its privacy is concerned.
 
-    `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its
-    `num_records` records; `clients` clients, of whom each joins a round with probability `cohort_rate`, for `num_rounds`.
-    `statistics` are the named totals that the method wants once from every client.
+    `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its `num_records`
+    records; `num_clients` clients, of whom each joins one of `num_rounds` rounds with probability `cohort_rate`.
     """
 
     num_records: int
@@ -212,7 +211,6 @@ class Plan:
     num_clients: int
     cohort_rate: float
     num_rounds: int
-    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,13 @@ class SendsItsLoss(FedAvg):
         update = yield from super().train(client, order)
         for batch in client.batches(1, 4):
             answer = yield Query(order.arrays["prompt"][None], batch)
-            return ClientUpdate(client.id, update.arrays, float(answer.loss_KB.sum()))
+            return ClientUpdate(client.id, {"delta": update.arrays["delta"] + answer.loss_KB.sum()})
 
 
-class WeighsByCount(FedAvg):
+class ScalesByCount(FedAvg):
     def train(self, client, order):
         update = yield from super().train(client, order)
-        return ClientUpdate(client.id, update.arrays, float(len(client.client.train)))
+        return ClientUpdate(client.id, {"delta": update.arrays["delta"] * len(client.client.train)})
 
 
 class KeepsAndSendsLater(FedAvg):
@@ -99,6 +99,20 @@ class KeepsAndSendsLater(FedAvg):
         return ClientUpdate(client.id, {"delta": kept})
 
 
-@pytest.mark.parametrize("bad", [AveragesByItself, SendsItsLoss, WeighsByCount, KeepsAndSendsLater])
+@pytest.mark.parametrize("bad", [AveragesByItself, SendsItsLoss, ScalesByCount, KeepsAndSendsLater])
 def test_a_method_that_lets_records_out_is_found(bad, model):
     assert leaks(bad(small.TRAINING), model)
+
+
+class WeighsByLoss(FedAvg):
+    """The weight is the door's, whatever the method makes up."""
+
+    def train(self, client, order):
+        update = yield from super().train(client, order)
+        for batch in client.batches(1, 4):
+            answer = yield Query(order.arrays["prompt"][None], batch)
+            return ClientUpdate(client.id, update.arrays, float(answer.loss_KB.sum()))
+
+
+def test_a_weight_that_a_method_made_up_does_not_leave(model):
+    assert not leaks(WeighsByLoss(small.TRAINING), model)

@@ -143,8 +143,8 @@ def test_a_total_clips_rows_to_one_and_has_its_own_price():
     mechanism, silent = record(statistics={"weight": 0.1, "counts": 0.2}), Silent()
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
     assert torch.allclose(mechanism.total("counts", rows, silent), torch.tensor([0.6, 1.3]), rtol=1e-5)
-    assert silent.deviations == [mechanism.price("counts").noise_multiplier]
-    assert mechanism.price("weight").noise_multiplier > mechanism.price("counts").noise_multiplier
+    assert silent.deviations == [mechanism.price("total:counts").noise_multiplier]
+    assert mechanism.price("total:weight").noise_multiplier > mechanism.price("total:counts").noise_multiplier
     assert {line.name for line in mechanism.planned()} == {"prompt", "weight", "counts"}
     with pytest.raises(PrivacyError, match="no share of the budget"):
         mechanism.total("signature", rows, silent)

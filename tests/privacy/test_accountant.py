@@ -129,7 +129,7 @@ def test_equal_plans_are_calibrated_once(monkeypatch):
 
 
 def test_a_plan_that_no_noise_makes_cheap_enough_says_so():
-    with pytest.raises(PrivacyError, match=r"no noise multiplier up to 10,000 gives epsilon = 1.0.*fewer rounds"):
+    with pytest.raises(PrivacyError, match=r"no noise multiplier up to a million gives epsilon = 1.0.*fewer rounds"):
         calibrate(1.0, DELTA, lambda z: [Spend("update", 1.0, min(z, 2.0))])
 
 

@@ -331,7 +331,7 @@ def test_a_noised_weight_is_released_once_and_kept(member, model):
     assert weights[0] >= 1.0
     assert weights[0] != RECORDS
     lines = [line for line in client.book.spent() if line.name == "weight"]
-    assert lines == [mechanism.price("weight")]
+    assert lines == [mechanism.price("total:weight")]
     assert client.book.spent() == sorted(mechanism.planned())
     assert carried_out(member(mechanism), model).weight != weights[0]
 
@@ -342,7 +342,7 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     seen = []
     visit.noise.gaussian = lambda values, deviation: seen.append(deviation) or values
     assert visit.weight == pytest.approx(RECORDS, rel=1e-5)
-    assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("weight").noise_multiplier]
+    assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("total:weight").noise_multiplier]
     assert visit.spends[0].sampling_rate == 1.0
 
 
@@ -372,10 +372,12 @@ def test_a_total_without_a_share_of_the_budget_is_refused(member, name, mechanis
 
 
 @pytest.mark.parametrize("name", ["step", "release", "sum"])
-def test_a_share_for_a_total_that_is_called_like_a_door_is_refused(name):
-    """`price` is asked by door and by total alike; "sum" would make the run a central one, whose clients pay nothing."""
-    with pytest.raises((PrivacyError, ValueError), match=name):
-        record_level(statistics={name: 0.1})
+def test_a_total_that_is_called_like_a_door_is_a_total_all_the_same(name):
+    """ "sum" would make the run a central one, whose clients pay nothing; "step" would be underpaid."""
+    mechanism = record_level(statistics={name: 0.1})
+    assert mechanism.price("release") is mechanism.price("sum") is None
+    assert mechanism.price("step")[0] == "prompt"
+    assert mechanism.price(f"total:{name}")[:2] == (name, 1.0)
 
 
 @pytest.mark.parametrize("shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.2}])

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ficpd.clients import Client, participate
 from ficpd.codec import decode_assignment, encode_update
 from ficpd.compute import Compute, drive_many
-from ficpd.errors import BudgetError
+from ficpd.errors import BudgetError, PrivacyError
 from ficpd.seams import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
 
@@ -43,4 +43,11 @@ class InProcess:
                 if isinstance(result, ClientUpdate):
                     yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
                 else:
-                    yield Reply(name, None, f"{type(result).__name__}: {result}", isinstance(result, BudgetError))
+                    yield Reply(name, None, told(self.members[name], result), isinstance(result, BudgetError))
+
+
+def told(client: Client, error: Exception) -> str:
+    """What the server may hear of a client's error: with privacy, no words that may quote a record."""
+    if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__} (what it says stays at the client)"

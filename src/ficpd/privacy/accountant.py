@@ -44,9 +44,9 @@ def epsilon_rdp(spends: Iterable[Spend], delta: float) -> float:
 
 
 def calibrate(target: float, delta: float, priced: Callable[[float], Sequence[Spend]]) -> float:
-    """The smallest noise multiplier (within 0.1 %) at which `priced(multiplier)` costs at most `target`.
+    """A noise multiplier at which `priced(multiplier)` costs at most `target`, and at least 99 % of it.
 
-    Raises `PrivacyError` if no multiplier up to 10,000 does.
+    Raises `PrivacyError` if no multiplier up to a million does.
     """
     return _calibrated(target, delta, _Priced(priced))
 
@@ -66,25 +66,43 @@ class _Priced:
 
 @lru_cache(maxsize=4096)
 def _calibrated(target: float, delta: float, plan: _Priced) -> float:
-    grid, high = min(COARSE, target / 500), 1.0
-    while epsilon(plan.priced(high), delta, grid) > target:
-        high *= 2
-        if high > 1e4:
+    high = found = _guess(target, delta, plan.priced(1.0))
+    for grid in (min(COARSE, target / 500) / 4**finer for finer in range(5)):
+        found = _solved(target, plan, lambda spends, grid=grid: epsilon(spends, delta, grid), high)
+        if epsilon(plan.priced(found), delta, min(FINE, grid)) >= 0.99 * target:
+            break
+        high = found  # a finer grid is less pessimistic: it needs no more noise than this
+    return found
+
+
+def _solved(target: float, plan: _Priced, cost: Callable[[Sequence[Spend]], float], high: float) -> float:
+    """The multiplier that costs the target, from a guess; never one that costs more."""
+    while cost(plan.priced(high)) > target:
+        high *= 1.5
+        if high > 1e6:
             raise PrivacyError(
-                f"no noise multiplier up to 10,000 gives epsilon = {target} at delta = {delta} for this plan; "
-                "plan fewer rounds or steps, or allow a larger epsilon"
+                f"no noise multiplier up to a million gives epsilon = {target} for this plan; plan fewer rounds or "
+                "steps, or allow a larger epsilon or delta"
             )
-    low = high / 2  # from above: a distribution for far too little noise would fill the memory
-    while low > 0.05 and epsilon(plan.priced(low), delta, grid) <= target:
-        low, high = low / 2, low
+    low = high / 1.5  # from above: a distribution for far too little noise would fill the memory
+    while low > 0.02 and cost(plan.priced(low)) <= target:
+        low, high = low / 1.5, low
 
     def excess(log_multiplier: float) -> float:
-        return math.log(epsilon(plan.priced(math.exp(log_multiplier)), delta, grid) / target)
+        return math.log(cost(plan.priced(math.exp(log_multiplier))) / target)
 
+    if low <= 0.02:
+        return high
     found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-4)) * 1.0004  # type: ignore[arg-type]
-    while epsilon(plan.priced(found), delta, grid) > target:
+    while cost(plan.priced(found)) > target:
         found *= 1.001
     return found
+
+
+def _guess(target: float, delta: float, unit: Sequence[Spend]) -> float:
+    """Rather too much noise: the classical bound for one Gaussian release as sensitive as all of the plan's together."""
+    sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in unit))
+    return max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
 
 
 def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:
@@ -98,7 +116,7 @@ def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:
             "sampling_rate": line.sampling_rate,
             "noise_multiplier": line.noise_multiplier,
             "epsilon_alone": cost,
-            "share": cost / sum(alone),
+            "share": cost / sum(alone) if sum(alone) else 1 / len(alone),
         }
         for line, cost in zip(lines, alone, strict=True)
     ]

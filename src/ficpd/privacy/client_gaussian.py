@@ -20,7 +20,7 @@ from ficpd.types import JSON, ClientUpdate, Plan, Spend
 
 RELATION = {
     "local": "all records of one client replaced by any others; who takes part is known",
-    "central": "one client more or less",
+    "central": "one client more or less; how many there are is taken as known",
 }
 
 
@@ -80,7 +80,8 @@ class ClientGaussian:
         names = sorted(update.arrays)
         if not names:
             return ClientUpdate(update.client, {})
-        flat = clipped_sum(torch.cat([update.arrays[name].flatten() for name in names])[None], self.clip_norm).cpu()
+        flat = clipped_sum(torch.cat([update.arrays[name].flatten() for name in names])[None], self.clip_norm)
+        flat = flat.float().cpu()
         if self.config.placement == "local":
             flat = noise.gaussian(flat, self.noise_multiplier * 2 * self.clip_norm)
         parts = flat.split([update.arrays[name].numel() for name in names])

@@ -7,7 +7,8 @@ the stored bytes, which costs nothing again. So the ledger never states less tha
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,22 +45,51 @@ class Budget:
 
 
 class Ledger:
-    """Raises `LedgerError` for a file that is no ledger, or another run's."""
+    """`rounds_paid`: the last round known to have released anything; a ledger that does not reach it has lost lines.
 
-    def __init__(self, path: Path | str, run: str):
+    Raises `LedgerError` for a file that is no ledger, another run's, or behind.
+    """
+
+    def __init__(self, path: Path | str, run: str, rounds_paid: int = 0):
         self.path, self.run = path, run
-        try:
+        with self.readable():
             self.file = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
-            self._claim()
+            try:
+                self._open(rounds_paid)
+            except BaseException:
+                self.file.close()
+                raise
+
+    def _open(self, rounds_paid: int) -> None:
+        tables = {name for (name,) in self.file.execute("select name from sqlite_master where type = 'table'")}
+        if tables and "meta" not in tables:
+            raise LedgerError(f"{self.path} is a database of something else ({', '.join(sorted(tables))})")
+        self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
+        self._claim()
+        (last,) = self.file.execute("select coalesce(max(round), 0) from lines").fetchone()
+        if last < rounds_paid:
+            raise LedgerError(
+                f"{self.path} ends with round {last}, and round {rounds_paid} was released: it is an older copy, or "
+                "its -wal file is missing. Restore the newest copy of both, or begin in a new directory"
+            )
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """SQLite's own errors in our words."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise LedgerError(
+                f"{self.path}: {error}. Nothing was released; free the file or the disk, and resume"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"{path} cannot be read as a ledger: {error}. What was spent is not known: restore the file from a copy"
+                f"{self.path} cannot be read as a ledger: {error}. What was spent is not known: restore the file from a copy"
             ) from error
 
     def _claim(self) -> None:
         """The file is this run's, or becomes it if it is new."""
-        with _Transaction(self.file):
+        with self.transaction():
             found = self.file.execute("select run, version from meta").fetchone()
             if found is None:
                 self.file.execute("insert into meta values (?, ?)", (self.run, VERSION))
@@ -68,6 +98,18 @@ class Ledger:
                     f"{self.path} is the ledger of run {found[0]} (version {found[1]}), this is run {self.run} (version "
                     f"{VERSION}); put this run's own ledger there, or begin in a new directory"
                 )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, holding the write lock from the start."""
+        with self.readable():
+            self.file.execute("begin immediate")
+            try:
+                yield
+            except BaseException:
+                self.file.execute("rollback")
+                raise
+            self.file.execute("commit")
 
     def book(self, site: str, budget: Budget) -> "Book":
         return Book(self, site, budget)
@@ -122,7 +164,7 @@ class Book:
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         spends = accountant.merged(spends)
-        with _Transaction(self.ledger.file):
+        with self.ledger.transaction():
             self.afford(spends)
             self.ledger.file.executemany(
                 "insert into lines values (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -140,16 +182,3 @@ class Book:
             f"select {', '.join(names)} from lines where site = ? order by rowid", (self.site,)
         )
         return json.dumps([dict(zip(names, row, strict=True)) for row in rows])
-
-
-class _Transaction:
-    """All or nothing, holding the write lock from the start."""
-
-    def __init__(self, file: sqlite3.Connection):
-        self.file = file
-
-    def __enter__(self) -> None:
-        self.file.execute("begin immediate")
-
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        self.file.execute("commit" if kind is None else "rollback")

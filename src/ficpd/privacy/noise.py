@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ficpd import seeds
 
-GRID_BITS = 24
+GRID_BITS = 40
 """Cryptographic noise lies on a grid of 2^-GRID_BITS deviations (rounded down to a power of two)."""
 MARGIN = 1 + 1e-4
 """The deviation is enlarged by this much: it pays for what rounding to the grid adds to the sensitivity."""
@@ -32,8 +32,8 @@ class Simulated:
         return torch.nonzero(torch.rand(number, generator=self.generator, dtype=torch.float64) < rate).flatten()
 
     def gaussian(self, values: Tensor, deviation: float) -> Tensor:
-        values = values.detach().cpu().float()
-        return values + deviation * torch.randn(values.shape, generator=self.generator)
+        values = values.detach().cpu().double()  # rounded to float32 only after the noise, as post-processing
+        return (values + deviation * torch.randn(values.shape, generator=self.generator)).float()
 
 
 class Cryptographic:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ficpd.errors import PrivacyError
 from ficpd.privacy import accountant, settings
 from ficpd.privacy.clip import clipped_sum
-from ficpd.seams import Noise
+from ficpd.seams import TOTAL, Noise
 from ficpd.types import JSON, ClientUpdate, Plan, Spend
 
 RELATION = "one record more or less at one site; how many records a site has is taken as known"
@@ -39,7 +39,7 @@ def build(config: Config, plan: Plan) -> "RecordGaussian":
 
     def statistics(multiplier: float) -> dict[str, Spend]:
         """A share s of the budget: noise larger by √((1-s_all)/s) than one full-batch prompt release would need."""
-        whole = multiplier / max(plan.sampling_rate, 1e-6) / (plan.steps * plan.participations) ** 0.5
+        whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * plan.participations, 1) ** 0.5
         return {n: Spend(n, 1.0, whole * ((1 - taken) / s) ** 0.5) for n, s in config.statistics.items()}
 
     def priced(multiplier: float) -> list[Spend]:
@@ -58,7 +58,7 @@ class RecordGaussian:
     - the noise on that sum has deviation `noise_multiplier · clip_norm`, and `price("step")` states that multiplier;
     - records join a step independently with probability `sampling_rate`; an empty sample is an ordinary one;
     - the mean divides by the expected batch, never by the number of records that came;
-    - `release` adds nothing of the records: the weight that leaves is 1, or the noised total of that name.
+    - the noise on a total has the multiplier that its price states, for rows clipped to norm 1.
     """
 
     unit: Literal["record"] = "record"
@@ -71,19 +71,19 @@ class RecordGaussian:
     def price(self, door: str) -> Spend | None:
         if door == "step":
             return Spend("prompt", self.plan.sampling_rate, self.noise_multiplier)
-        return self._totals.get(door)
+        return self._totals.get(door.removeprefix(TOTAL)) if door.startswith(TOTAL) else None
 
     def planned(self) -> Sequence[Spend]:
         return self._whole
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
-        """Raises `PrivacyError` for a rate above the one the noise was chosen for."""
+        """Raises `PrivacyError` for a rate above the one the noise was chosen for; a lower one costs as much."""
         if expected_batch > self.plan.sampling_rate * num_records * (1 + 1e-9):
             raise PrivacyError(
                 f"a batch of {expected_batch} of {num_records} records was asked for; the noise was chosen for a sampling "
                 f"rate of {self.plan.sampling_rate:.4g}. A method states its batches in `work`; draw no larger ones"
             )
-        return [noise.poisson(num_records, self.plan.sampling_rate) for _ in range(steps)]
+        return [noise.poisson(num_records, expected_batch / num_records) for _ in range(steps)]
 
     def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
         K, B, *rest = values_KB.shape
@@ -92,7 +92,7 @@ class RecordGaussian:
         return summed.view(K, *rest) / expected_batch
 
     def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
-        price = self.price(name)
+        price = self.price(TOTAL + name)
         if price is None:
             raise PrivacyError(
                 f"the total {name!r} has no share of the budget; give it one: privacy.statistics = {{ {name} = 0.1 }}"

@@ -1,0 +1,323 @@
+"""`ficpd audit` on whole runs: it finds what an overfitted prompt tells, nothing where noise is enough, and a broken
+mechanism; and it leaves its page, or one sentence of why not."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import small
+from ficpd import cli, seeds
+from ficpd.attack import audit_run, mislabelled, open_run, plant, planted_bound, split_records
+from ficpd.audit import canaries
+from ficpd.audit.report import Audit, LowerBound, markdown, table, verdict
+from ficpd.data.partition import Shard
+from ficpd.errors import LibraryError, PrivacyError, RunError
+from ficpd.experiment import parse
+from ficpd.run import run as run_experiment
+
+OVERFITTED = ("backbone.options={ width = 64 }", "prompt.num_tokens=8", "task.tuned_head=true", "data.max_records=50",
+              "training.local_steps=5", "training.batch_size=20", "training.learning_rate=0.3")  # fmt: skip
+NOISED = ("privacy.epsilon=2", "privacy.clip_norm=0.1", "privacy.delta=1e-3")
+
+
+def random_labels(path: Path, count: int = 500) -> Path:
+    """Different sentences of one site, each with a label that nothing in it tells."""
+    random, words, found = seeds.generator("random labels"), small.OTHER + small.GOOD + small.BAD, {}
+    while len(found) < count:
+        text = " ".join(words[int(i)] for i in torch.randint(len(words), (6,), generator=random))
+        found[text] = "good" if bool(torch.randint(2, (1,), generator=random)) else "bad"
+    path.write_text("text,target,site\n" + "".join(f"{text},{label},one\n" for text, label in found.items()))
+    return path
+
+
+def federation(folder: Path, *changes: str, rounds: int) -> Path:
+    """A run on random labels; its directory."""
+    recipe = small.toml(random_labels(folder / "records.csv"), "fedavg", rounds)
+    run_experiment(parse(recipe, "small.toml", [*OVERFITTED, *changes]), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setitem(canaries.AFFORDED, "step", 2000)
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory) -> Path:
+    return federation(tmp_path_factory.mktemp("overfitted"), rounds=40)
+
+
+@pytest.fixture(scope="module")
+def modest(tmp_path_factory) -> Path:
+    """Three sites with labels that the sentences tell; two rounds."""
+    folder = tmp_path_factory.mktemp("modest")
+    small.run(folder, "ficpd", "data.max_records=48", rounds=2)
+    return folder / "run"
+
+
+@pytest.fixture
+def unsound(monkeypatch) -> str:
+    """The broken mechanism's dotted path."""
+    monkeypatch.syspath_prepend(Path(small.__file__).parents[1])
+    return "privacy.name=tests.broken"
+
+
+# ---------------------------------------------------------------- what is found
+
+
+def test_an_overfitted_prompt_tells_its_members(overfitted):
+    found = audit_run(overfitted, canaries=0, shadows=2)
+    assert found.advantage >= 0.3
+    assert found.advantage_interval[0] > 0.2
+    assert max(attack.auc for attack in found.attacks.values()) > 0.7
+    assert (found.num_members, found.prompt, found.epsilon) == (40, "global", None)
+    assert not found.alarm
+    assert "no upper bound to compare" in verdict(found)
+
+
+def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
+    run = federation(tmp_path, "privacy.name=record_gaussian", *NOISED, rounds=4)
+    found = audit_run(run, canaries=30, shadows=2)
+    assert abs(found.advantage) < 0.2
+    assert found.mechanism is not None
+    assert found.planted is not None
+    assert found.mechanism.stated == found.epsilon <= 2.0
+    assert found.planted.runs == 30
+    assert not found.alarm
+    assert "this is no proof" in (run / "audit.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["clips_the_mean", "noise_off_by_the_batch"])
+def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, ficpd, how):
+    run = federation(tmp_path, unsound, f"privacy.how={how}", *NOISED, rounds=2)
+    status, out, err = ficpd("audit", run, "--canaries", 0, "--shadows", 1)
+    assert (status, err) == (2, "")
+    assert "ALARM: the privacy that was stated does not hold" in out
+    assert json.loads((run / "audit.json").read_text())["alarm"] is True
+    assert "**ALARM" in (run / "audit.md").read_text()
+
+
+def test_planted_records_show_where_they_are_learned_by_heart(overfitted):
+    """No privacy, and a prompt that learns its records: the coins are guessed better than by chance."""
+    run = open_run(overfitted, "cpu")
+    split = split_records(run, 1000, 0)
+    start = run.world.start.vectors_PD[None]
+    found = planted_bound(run, "global", start, split.pool, 60, 0)
+    assert found is not None
+    assert found.stated is None
+    assert 0.3 < found.epsilon <= found.reach
+
+
+@pytest.mark.parametrize("placement", ["local", "central"])
+def test_client_level_runs_are_audited_at_their_own_door(tmp_path, placement):
+    changes = ("privacy.name=client_gaussian", f"privacy.placement={placement}", "privacy.epsilon=8")
+    small.run(tmp_path, "fedavg", *changes, "privacy.delta=1e-3", "privacy.clip_norm=0.1", rounds=2)
+    found = audit_run(tmp_path / "run", canaries=8, shadows=1)
+    assert found.mechanism is not None
+    assert found.planted is not None
+    assert 0 < found.mechanism.epsilon <= 8
+    times = 2 if placement == "central" else 1
+    assert found.planted.stated == pytest.approx(times * found.epsilon, rel=1e-6)
+    assert found.planted.delta == pytest.approx(1e-3 if times == 1 else 1e-3 * (1 + np.exp(found.epsilon)), rel=1e-6)
+
+
+def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
+    from ficpd.attack import mechanism_bound
+
+    changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
+    run = open_run(federation(tmp_path, *changes, rounds=8), "cpu")
+    assert run.result["stopped"]
+    (line,) = run.result["privacy"]["lines"]
+    played = []
+    original = canaries.lower_bound
+
+    def watched(mechanism, plan, *rest, **more):
+        played.append(plan.steps * plan.participations)
+        return original(mechanism, plan, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canaries, "lower_bound", watched)
+        bound = mechanism_bound(run, 0, trials=200)
+    assert played == [line["releases"]]
+    assert played[0] < 40
+    assert bound is not None
+    assert bound.stated == run.result["privacy"]["epsilon"]
+
+
+def test_a_regression_is_attacked_without_labels(tmp_path):
+    rows = "".join(f"{r.fields['text']},{r.fields['target']},one\n" for r in small.records(60, 1, real=True))
+    (tmp_path / "records.csv").write_text("text,target,site\n" + rows)
+    task = 'task={ name = "regression", anchors = { "bad dull" = 1.0, "good fine" = 5.0 } }'
+    recipe = small.toml(tmp_path / "records.csv", "fedavg", 2)
+    run_experiment(parse(recipe, "small.toml", [task, "data.max_records=40"]), tmp_path / "run")
+    found = audit_run(tmp_path / "run", canaries=6, shadows=1)
+    assert found.planted is not None
+    assert 0 <= found.attacks["yeom"].auc <= 1
+
+
+# ---------------------------------------------------------------- who is a member
+
+
+def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
+    run = open_run(modest, "cpu")
+    split = split_records(run, 1000, 0)
+
+    def contents(records):
+        return {(r.fields["text"], r.fields["target"]) for r in records}
+
+    train = [record for shard in run.world.shards.values() for record in shard.train]
+    mine = [*split.population, *split.pool]
+    assert {r.key for r in split.members} == {r.key for r in train}
+    assert not contents(train) & contents([*mine, *split.outside])
+    assert not contents(mine) & contents(split.outside)
+    share = [np.mean([r.fields["target"] == "good" for r in part]) for part in (split.members, split.outside)]
+    assert share[0] == pytest.approx(share[1], abs=0.5 / len(split.outside) + 1e-9)
+    assert len(split_records(run, 5, 0).members) == 5
+
+
+def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
+    records = small.records(30)
+    shards = {"one": Shard(records, [], {})}
+    wrong = mislabelled(small.classes(), records, shards, 0)
+    assert all(a.fields["target"] != b.fields["target"] for a, b in zip(records, wrong, strict=True))
+    assert all(record.fields["target"] in small.LABELS for record in wrong)
+    real = small.records(30, real=True)
+    mirrored = mislabelled(small.numbers(), real, {"one": Shard(real, [], {})}, 0)
+    low, high = min(r.fields["target"] for r in real), max(r.fields["target"] for r in real)
+    pairs = zip(real, mirrored, strict=True)
+    assert all(a.fields["target"] + b.fields["target"] == pytest.approx(low + high) for a, b in pairs)
+    one = [record for record in records if record.fields["target"] == "good"]
+    assert mislabelled(small.classes(), records, {"one": Shard(one, [], {})}, 0) == []
+
+
+def test_planting_adds_and_takes_nothing_away():
+    shards = {name: Shard(small.records(5, i, name), small.records(2), {}) for i, name in enumerate("abc")}
+    planted = plant(shards, small.records(20, 9, "canaries"), 0)
+    assert sum(len(shard.train) for shard in planted.values()) == 35
+    assert all(planted[name].train[:5] == shard.train for name, shard in shards.items())
+    assert all(len(shard.train) > 5 for shard in planted.values())
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+@pytest.fixture
+def ficpd(monkeypatch, capsys):
+    """Run the command in this process: its exit status, what it printed, its errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ficpd", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def test_the_command_prints_the_table_and_leaves_both_files(ficpd, modest):
+    before = {file.name for file in modest.iterdir()}
+    status, out, err = ficpd("audit", modest, "--prompt", "prototype-0", "--shadows", 1, "--canaries", 6, "--seed", 3)
+    assert (status, err) == (0, "")
+    for words in (
+        "prototype-0 of",
+        "yeom",
+        "lira",
+        "rmia",
+        "best of them",
+        "planted records: ε is at least",
+        "audit.md",
+    ):
+        assert words in out
+    assert {file.name for file in modest.iterdir()} - before == {"audit.json", "audit.md"}
+    kept = json.loads((modest / "audit.json").read_text())
+    assert (kept["prompt"], kept["seed"], kept["alarm"], kept["mechanism"]) == ("prototype-0", 3, False, None)
+    page = (modest / "audit.md").read_text()
+    assert "prototype-0" in page
+    assert "Few non-members" in page
+
+
+def test_a_seed_fixes_the_audit(modest):
+    one, same = (audit_run(modest, canaries=6, shadows=1, seed=1) for _ in range(2))
+    assert one == same
+    assert one != audit_run(modest, canaries=6, shadows=1, seed=2)
+
+
+def test_an_audit_that_breaks_leaves_the_old_page(modest, monkeypatch):
+    audit_run(modest, canaries=0, shadows=1)
+    old = {name: (modest / name).read_bytes() for name in ("audit.json", "audit.md")}
+    files = {file.name for file in modest.iterdir()}
+    monkeypatch.setattr("ficpd.attack.planted_bound", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        audit_run(modest, shadows=1, seed=9)
+    assert {name: (modest / name).read_bytes() for name in old} == old
+    assert {file.name for file in modest.iterdir()} == files
+
+
+# ---------------------------------------------------------------- what cannot be audited
+
+
+def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
+    with pytest.raises(RunError, match="holds no run"):
+        audit_run(tmp_path)
+    (tmp_path / "resolved.toml").write_bytes((modest / "resolved.toml").read_bytes())
+    with pytest.raises(RunError, match="has not finished"):
+        audit_run(tmp_path)
+    status, _, err = ficpd("audit", tmp_path)
+    assert status == 1
+    assert err.startswith("error: the run in")
+
+
+@pytest.mark.parametrize("method", ["local", "zero_shot"])
+def test_where_nothing_leaves_nothing_is_attacked(tmp_path, method):
+    small.run(tmp_path, method, rounds=1)
+    with pytest.raises(PrivacyError, match="nothing was left to attack"):
+        audit_run(tmp_path / "run")
+
+
+def test_an_unknown_prompt_and_too_few_records_are_said(modest, tmp_path):
+    with pytest.raises(LibraryError, match="no prompt 'globl'"):
+        audit_run(modest, "globl")
+    lines = [f"{word} film,{label},a" for word, label in (("good", "good"), ("bad", "bad")) for _ in range(10)]
+    (tmp_path / "records.csv").write_text("\n".join(["text,target,site", *lines]) + "\n")
+    run_experiment(parse(small.toml(tmp_path / "records.csv", "fedavg", 1), "small.toml"), tmp_path / "run")
+    with pytest.raises(PrivacyError, match="0 records that no client trained on"):
+        audit_run(tmp_path / "run")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def bound(epsilon: float, stated: float | None) -> LowerBound:
+    return LowerBound(epsilon, stated, 1e-5, 5.0, 2000)
+
+
+def page(mechanism: LowerBound | None, planted: LowerBound | None, epsilon: float | None) -> Audit:
+    return Audit("run", "fedavg", "global", "ε = 2.00 per record", epsilon, 1e-5, 1000, 1000, 4, 500, {}, 0.0,
+                 (-0.1, 0.1), mechanism, planted, 0)  # fmt: skip
+
+
+def test_the_verdict_is_what_the_bounds_say():
+    assert not page(bound(1.9, 2.0), bound(0.0, 2.0), 2.0).alarm
+    assert page(bound(2.1, 2.0), None, 2.0).alarm
+    assert page(bound(0.0, 2.0), bound(2.1, 2.0), 2.0).alarm
+    assert "mechanism alone: ε is at least 2.10, 2.00 was stated" in verdict(page(bound(2.1, 2.0), None, 2.0))
+    assert not page(None, bound(4.0, None), None).alarm
+    assert "not put to the test" in verdict(page(None, None, 2.0))
+    assert "no proof" in verdict(page(bound(0.0, 2.0), None, 2.0))
+
+
+def test_the_page_has_every_column_explained():
+    text = markdown(page(bound(1.0, 2.0), bound(0.5, 2.0), 2.0))
+    for column in (*table(page(None, None, 2.0))[0][1:], "ε is at least", "most that could be shown"):
+        assert f"{column.partition(',')[0]}" in text.partition("- AUC:")[2]
+    assert "Few non-members" not in text
+    assert "None" not in text

@@ -1,0 +1,43 @@
+"""A mechanism as `record_gaussian` that keeps its price and breaks its promise: what an audit has to find."""
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from ficpd.privacy import record_gaussian
+from ficpd.privacy.clip import clipped_sum
+from ficpd.privacy.record_gaussian import RecordGaussian
+from ficpd.seams import Noise
+from ficpd.types import Plan
+
+
+class Config(record_gaussian.Config):
+    how: Literal["clips_the_mean", "noise_off_by_the_batch"] = "clips_the_mean"
+
+
+class ClipsTheMean(RecordGaussian):
+    """The batch's mean is clipped and not each record, and the noise is that of a clipped record."""
+
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+        K, B, *rest = values_KB.shape
+        mean = clipped_sum(values_KB.sum(1).reshape(1, -1) / expected_batch, self.clip_norm)
+        return noise.gaussian(mean, self.noise_multiplier * self.clip_norm / expected_batch).view(K, *rest)
+
+
+class NoiseOffByTheBatch(RecordGaussian):
+    """The noise is divided by the batch once for itself and once with the sum."""
+
+    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+        K, B, *rest = values_KB.shape
+        summed = clipped_sum(values_KB.transpose(0, 1).reshape(B, K * math.prod(rest)), self.clip_norm)
+        noised = noise.gaussian(summed, self.noise_multiplier * self.clip_norm / expected_batch)
+        return noised.view(K, *rest) / expected_batch
+
+
+MECHANISMS = {"clips_the_mean": ClipsTheMean, "noise_off_by_the_batch": NoiseOffByTheBatch}
+
+
+def build(config: Config, plan: Plan) -> RecordGaussian:
+    sound = record_gaussian.build(config, plan)
+    return MECHANISMS[config.how](config, plan, sound.noise_multiplier, sound._totals, sound._whole)
