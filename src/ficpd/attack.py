@@ -302,5 +302,6 @@ def _for_a_record(block: Mapping[str, Any]) -> tuple[float | None, float]:
     if epsilon is None:
         return None, DELTA
     if (block["unit"], block["site_that_spent_most"]) == ("client", SERVER):
-        return 2 * epsilon, min((1 + math.exp(epsilon)) * delta, 0.5)
+        delta = (1 + math.exp(epsilon)) * delta
+        return (2 * epsilon, delta) if delta < 1 else (None, DELTA)
     return epsilon, delta

@@ -104,7 +104,11 @@ class Visit:
                 "average it once, whole, before the next is drawn"
             )
         self._open = None
-        return self.client.mechanism.mean(values_KB, self.expected_batch, self.noise).cpu()
+        units = self.coordinates.weights if self.coordinates else torch.ones(())
+        if values_KB.shape[2:] != units.shape:  # losses, or the whole prompt
+            units = torch.ones(())
+        units = units.to(values_KB.device)
+        return self.client.mechanism.mean(values_KB * units, self.expected_batch, self.noise).cpu() / units.cpu()
 
     def total(self, name: str, values_BN: Tensor) -> Tensor:
         """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""

@@ -111,7 +111,7 @@ def build_guard(
         return Cryptographic() if first.noise == "cryptographic" else simulated
 
     expected = price.sampling_rate * len(shards)
-    central = NoisedSum(price, config.clip_norm, expected, stream, book(SERVER, first))
+    central = NoisedSum(price, first.guarantee()["clip_norm"], expected, stream, book(SERVER, first))
     unpaid = {name: ledger.book(name, Budget(None, config.delta)) for name in mechanisms}
     return Guard(mechanisms, unpaid, ledger, central, True)
 

@@ -171,6 +171,11 @@ class Coordinates(Protocol):
 
     @property
     def size(self) -> int: ...
+    @property
+    def weights(self) -> Tensor:
+        """[size], positive and public: contributions are clipped and noised in these units (`Visit.mean`)."""
+        ...
+
     def down(self, values: Tensor) -> Tensor:
         """[..., P, D] to [..., size]."""
         ...

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from ficpd import seeds
 from ficpd.backbones import catalog, weights
 from ficpd.clients import Client
+from ficpd.compression.subspace import Gradients
 from ficpd.compute import Compute
 from ficpd.data import sources
 from ficpd.data.partition import Shard, partition
@@ -72,9 +73,29 @@ def build_world(experiment: Experiment) -> World:
     task.encode(first, backbone, start)  # a prompt that leaves no room for a text is an error now, not in a client
     module, config = settings("compression", experiment.compression)
     model, seed = Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), seeds.derive(experiment.seed, "public")
-    gradients = partial(public_gradients, model, task, start, seed) if backbone.gives_gradients else None
+    gradients = lru_cache(partial(public_gradients, model, task, start, seed)) if backbone.gives_gradients else None
     compression = module.build(config, start, seed, gradients)
+    experiment = experiment.model_copy(update={"privacy": open_clip(experiment, start, compression, gradients)})
     return World(experiment, task, model, start, compression, shards)
+
+
+def open_clip(
+    experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None
+) -> dict[str, Any]:
+    """The privacy settings with a clip norm: the median norm of the gradients on made-up records, in the units that the
+    tuner sees; for whole clients, half of the longest way that Adam can go in one order. No record is looked at."""
+    privacy = dict(experiment.privacy)
+    if privacy.get("clip_norm", 0) is not None:
+        return privacy
+    if "placement" in privacy:
+        training = experiment.training
+        longest = training.local_steps * (training.learning_rate or 0) * start.vectors_PD.numel() ** 0.5
+        return privacy | {"clip_norm": longest / 2}
+    if gradients is None:
+        raise ConfigError("privacy.clip_norm is open, and this backbone gives no gradients to find one from; state it")
+    found, coordinates = gradients(256), compression.coordinates
+    flat = coordinates.down(found) * coordinates.weights if coordinates else found.flatten(1)
+    return privacy | {"clip_norm": float(flat.norm(dim=1).median())}
 
 
 def public_gradients(model: Compute, task: Task, start: Prompt, seed: int, number: int) -> torch.Tensor:

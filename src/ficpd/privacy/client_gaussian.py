@@ -55,7 +55,7 @@ class ClientGaussian:
     unit: Literal["client"] = "client"
 
     def __init__(self, config: Config, multiplier: float, whole: list[Spend]):
-        self.config, self.noise, self.clip_norm = config, config.noise, config.clip_norm
+        self.config, self.noise, self.clip_norm = config, config.noise, settings.clip_norm(config)
         self.noise_multiplier, self._whole = multiplier, whole
 
     def price(self, door: str) -> Spend | None:

@@ -65,7 +65,7 @@ class RecordGaussian:
 
     def __init__(self, config: Config, plan: Plan, multiplier: float, totals: Mapping[str, Spend], whole: list[Spend]):
         self.config, self.plan, self.noise = config, plan, config.noise
-        self.noise_multiplier, self.clip_norm = multiplier, config.clip_norm
+        self.noise_multiplier, self.clip_norm = multiplier, settings.clip_norm(config)
         self._totals, self._whole = totals, whole
 
     def price(self, door: str) -> Spend | None:

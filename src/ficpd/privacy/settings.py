@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ficpd.errors import PrivacyWarning
+from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.privacy import accountant
 from ficpd.types import Spend
 
@@ -14,7 +14,8 @@ from ficpd.types import Spend
 class Guarantee(BaseModel):
     """`epsilon`: the budget; without `noise_multiplier` the noise is the least that keeps the planned run within it.
     `noise_multiplier` alone: the run costs what it costs, and says so; with both, the run ends where the budget does.
-    `clip_norm`: the L2 norm that one unit's contribution is clipped to.
+    `clip_norm`: the L2 norm that one unit's contribution is clipped to. None: found without any record, for the record
+    level from gradients on made-up texts, for the client level from the learning rate.
     `noise`: "simulated" reproduces from the experiment's seed; "cryptographic" is what a real site uses.
     """
 
@@ -22,7 +23,7 @@ class Guarantee(BaseModel):
     epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     noise_multiplier: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     delta: float = Field(default=1e-5, gt=0, lt=1)
-    clip_norm: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     noise: Literal["simulated", "cryptographic"] = "simulated"
 
     @model_validator(mode="after")
@@ -49,3 +50,10 @@ def warn_of_delta(delta: float, units: int, what: str) -> None:
             PrivacyWarning,
             stacklevel=2,
         )
+
+
+def clip_norm(config: Guarantee) -> float:
+    """The clip norm, which whoever built the world has filled in by now. Raises `PrivacyError` if nobody did."""
+    if config.clip_norm is None:
+        raise PrivacyError("privacy.clip_norm is open; state it (the norm that a record's gradient is clipped to)")
+    return config.clip_norm
