@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ficpd.clients import kept_arrays, restore_kept
+from ficpd.compression import none
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
@@ -76,6 +78,9 @@ def one_method(
         return finished
     experiment, module = world.experiment, load("methods", part["name"])
     method = module.build(settings("methods", part)[1], experiment.training)
+    if not method.releases:  # what stays at home need not be made small
+        whole = none.build(none.Config(), world.start, 0)
+        world = replace(world, compression=whole)
     label = method.name if private else f"{method.name}, no privacy"
     schedule = _schedule(world, method)
     holders, saved = world.holders(method.pools_data), directory.load()
