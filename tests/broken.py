@@ -20,9 +20,9 @@ class ClipsTheMean(RecordGaussian):
     """The batch's mean is clipped and not each record, and the noise is that of a clipped record."""
 
     def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
-        K, B, *rest = values_KB.shape
-        mean = clipped_sum(values_KB.sum(1).reshape(1, -1) / expected_batch, self.clip_norm)
-        return noise.gaussian(mean, self.noise_multiplier * self.clip_norm / expected_batch).view(K, *rest)
+        mean = values_KB.sum(1) / expected_batch
+        clipped = clipped_sum(mean.reshape(1, -1), self.clip_norm)
+        return noise.gaussian(clipped, self.noise_multiplier * self.clip_norm / expected_batch).view(mean.shape)
 
 
 class NoiseOffByTheBatch(RecordGaussian):

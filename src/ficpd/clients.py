@@ -104,11 +104,11 @@ class Visit:
                 "average it once, whole, before the next is drawn"
             )
         self._open = None
-        units = self.coordinates.weights if self.coordinates else torch.ones(())
-        if values_KB.shape[2:] != units.shape:  # losses, or the whole prompt
-            units = torch.ones(())
-        units = units.to(values_KB.device)
-        return self.client.mechanism.mean(values_KB * units, self.expected_batch, self.noise).cpu() / units.cpu()
+        units = torch.ones(())
+        if self.coordinates and values_KB.shape[2:] == self.coordinates.typical.shape:
+            units = clip_units(self.coordinates)
+        values_KB = values_KB * units.to(values_KB.device)
+        return self.client.mechanism.mean(values_KB, self.expected_batch, self.noise).cpu() / units
 
     def total(self, name: str, values_BN: Tensor) -> Tensor:
         """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""
@@ -133,6 +133,14 @@ class Visit:
         if price is not None and self.client.book is not None:
             self.client.book.afford([*self.spends, price._replace(count=count)])
             self.spends.append(price._replace(count=count))
+
+
+def clip_units(coordinates: Coordinates) -> Tensor:
+    """[size]: what contributions are multiplied by before they are clipped and noised, and divided by after it.
+
+    1/√typical: of isotropic noise each direction then gets a share that makes the sum of their relative errors least.
+    """
+    return (coordinates.typical.max() / coordinates.typical).sqrt()
 
 
 def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:

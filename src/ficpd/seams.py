@@ -172,8 +172,8 @@ class Coordinates(Protocol):
     @property
     def size(self) -> int: ...
     @property
-    def weights(self) -> Tensor:
-        """[size], positive and public: contributions are clipped and noised in these units (`Visit.mean`)."""
+    def typical(self) -> Tensor:
+        """[size], positive and public: about how long a record's gradient is in each direction (ones: not known)."""
         ...
 
     def down(self, values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from ficpd import seeds
 from ficpd.backbones import catalog, weights
-from ficpd.clients import Client
+from ficpd.clients import Client, clip_units
 from ficpd.compression.subspace import Gradients
 from ficpd.compute import Compute
 from ficpd.data import sources
@@ -94,7 +94,7 @@ def open_clip(
     if gradients is None:
         raise ConfigError("privacy.clip_norm is open, and this backbone gives no gradients to find one from; state it")
     found, coordinates = gradients(256), compression.coordinates
-    flat = coordinates.down(found) * coordinates.weights if coordinates else found.flatten(1)
+    flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
     return privacy | {"clip_norm": float(flat.norm(dim=1).median())}
 
 

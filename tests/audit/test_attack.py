@@ -8,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import small
 from ficpd import cli, seeds
 from ficpd.attack import audit_run, mislabelled, open_run, plant, planted_bound, split_records
 from ficpd.audit import canaries
+from ficpd.audit.attacks import Evidence
+from ficpd.audit.bounds import one_run
 from ficpd.audit.report import Audit, LowerBound, markdown, table, verdict
+from ficpd.audit.shadows import losses, shadow_prompts
 from ficpd.data.partition import Shard
 from ficpd.errors import LibraryError, PrivacyError, RunError
 from ficpd.experiment import parse
 from ficpd.run import run as run_experiment
+from ficpd.types import Query
 
 OVERFITTED = ("backbone.options={ width = 64 }", "prompt.num_tokens=8", "task.tuned_head=true", "data.max_records=50",
               "training.local_steps=5", "training.batch_size=20", "training.learning_rate=0.3")  # fmt: skip
@@ -43,7 +48,9 @@ def federation(folder: Path, *changes: str, rounds: int) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setitem(canaries.AFFORDED, "step", 2000)
+    """As many releases as a test has time for."""
+    for door, releases in {"step": 2000, "sum": 1000, "release": 1000}.items():
+        monkeypatch.setitem(canaries.AFFORDED, door, releases)
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +108,31 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, fic
     assert "**ALARM" in (run / "audit.md").read_text()
 
 
-def test_planted_records_show_where_they_are_learned_by_heart(overfitted):
-    """No privacy, and a prompt that learns its records: the coins are guessed better than by chance."""
-    run = open_run(overfitted, "cpu")
-    split = split_records(run, 1000, 0)
-    start = run.world.start.vectors_PD[None]
-    found = planted_bound(run, "global", start, split.pool, 60, 0)
+def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
+    """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
+    run, guessed = open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"), []
+    pool, start_SPD = split_records(run, 1000, 0).pool, run.world.start.vectors_PD[None]
+
+    def watched(score_M, coin_M, delta):
+        guessed.append(float(roc_auc_score(coin_M, score_M)))
+        return one_run(score_M, coin_M, delta)
+
+    monkeypatch.setattr("ficpd.attack.one_run", watched)
+    found = planted_bound(run, "global", start_SPD, pool, 60, 0)
     assert found is not None
-    assert found.stated is None
-    assert 0.3 < found.epsilon <= found.reach
+    assert (found.stated, found.runs) == (None, 60)
+    assert 0 <= found.epsilon < found.reach
+    assert min(guessed) > 0.62
 
 
 @pytest.mark.parametrize("placement", ["local", "central"])
 def test_client_level_runs_are_audited_at_their_own_door(tmp_path, placement):
-    changes = ("privacy.name=client_gaussian", f"privacy.placement={placement}", "privacy.epsilon=8")
+    changes = ("privacy.name=client_gaussian", f"privacy.placement={placement}", "privacy.epsilon=4")
     small.run(tmp_path, "fedavg", *changes, "privacy.delta=1e-3", "privacy.clip_norm=0.1", rounds=2)
     found = audit_run(tmp_path / "run", canaries=8, shadows=1)
     assert found.mechanism is not None
     assert found.planted is not None
-    assert 0 < found.mechanism.epsilon <= 8
+    assert 0 < found.mechanism.epsilon <= 4
     times = 2 if placement == "central" else 1
     assert found.planted.stated == pytest.approx(times * found.epsilon, rel=1e-6)
     assert found.planted.delta == pytest.approx(1e-3 if times == 1 else 1e-3 * (1 + np.exp(found.epsilon)), rel=1e-6)
@@ -148,7 +161,9 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     assert bound.stated == run.result["privacy"]["epsilon"]
 
 
-def test_a_regression_is_attacked_without_labels(tmp_path):
+def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
+    likelihood = []
+    monkeypatch.setattr("ficpd.attack.Evidence", lambda *given: likelihood.append(given[-1]) or Evidence(*given))
     rows = "".join(f"{r.fields['text']},{r.fields['target']},one\n" for r in small.records(60, 1, real=True))
     (tmp_path / "records.csv").write_text("text,target,site\n" + rows)
     task = 'task={ name = "regression", anchors = { "bad dull" = 1.0, "good fine" = 5.0 } }'
@@ -156,7 +171,7 @@ def test_a_regression_is_attacked_without_labels(tmp_path):
     run_experiment(parse(recipe, "small.toml", [task, "data.max_records=40"]), tmp_path / "run")
     found = audit_run(tmp_path / "run", canaries=6, shadows=1)
     assert found.planted is not None
-    assert 0 <= found.attacks["yeom"].auc <= 1
+    assert likelihood == [False]
 
 
 # ---------------------------------------------------------------- who is a member
@@ -200,6 +215,47 @@ def test_planting_adds_and_takes_nothing_away():
     assert sum(len(shard.train) for shard in planted.values()) == 35
     assert all(planted[name].train[:5] == shard.train for name, shard in shards.items())
     assert all(len(shard.train) > 5 for shard in planted.values())
+
+
+# ---------------------------------------------------------------- shadows
+
+
+def tuned(model, number: int, size: int = 12, seed: int = 0, batch_size: int = 8) -> torch.Tensor:
+    task = small.classes()
+    start, pool = small.start(model, task), small.records(20)
+    return shadow_prompts(
+        model, task, start, small.whole(start), small.TRAINING, pool, size, 4, batch_size, number, seed
+    )
+
+
+def test_each_shadow_has_records_and_a_stream_of_its_own(model):
+    three = tuned(model, 3)
+    assert three.shape == (3, *small.start(model, small.classes()).vectors_PD.shape)
+    assert not small.close(three[0], three[1])
+    assert all(small.close(three[s], tuned(model, s + 1)[s]) for s in range(3))
+    assert small.close(three, tuned(model, 3))
+    assert not small.close(three, tuned(model, 3, seed=1))
+    assert not small.close(*tuned(model, 2, size=12, batch_size=12)), "other records, in whatever order"
+    assert small.close(*tuned(model, 2, size=20, batch_size=20)), "all records in one batch"
+
+
+def test_no_shadows_or_too_large_ones_are_refused(model):
+    for number, size in ((0, 12), (2, 21), (2, 0)):
+        with pytest.raises(PrivacyError, match="shadow prompts on"):
+            tuned(model, number, size)
+
+
+def test_losses_are_the_same_in_batches_of_any_size(model):
+    task, records = small.classes(), small.records(10)
+    start = small.start(model, task)
+    prompts_SPD = torch.stack([start.vectors_PD, start.vectors_PD * 1.5])
+    whole, parts = (losses(model, task, prompts_SPD, records, start, at_once) for at_once in (256, 3))
+    assert whole.shape == (2, 10)
+    assert whole == pytest.approx(parts, abs=1e-5)
+    batch = task.encode(records, model.backbone, start)
+    (answer,) = model.answer([Query(prompts_SPD, batch)])
+    assert whole == pytest.approx(answer.loss_KB.numpy(), abs=1e-5)
+    assert losses(model, task, prompts_SPD, [], start).shape == (2, 0)
 
 
 # ---------------------------------------------------------------- what is left behind

@@ -59,8 +59,8 @@ class Directions:
     """The `size` leading right singular vectors of gradients [M, P, D], as A [k, P·D].
 
     One direction is often ten times longer than the rest together (for a classification: towards one answer). It would
-    fill the clip norm, and the noise would drown the others; so `weights` are 1/√singular value: of the isotropic noise,
-    each direction then gets what makes the sum of all relative errors least.
+    fill the clip norm, and the noise would drown the others; `typical`, the gradients' root mean square along each
+    direction, tells how long each is, so that clipping and tuning can do justice to all.
 
     Guarantees: rows are orthonormal; none of it depends on a record. The factorisation may differ between machines in
     its last bits, and where singular values are equal: who starts a federation computes A once, and hands it to all.
@@ -71,11 +71,8 @@ class Directions:
         flat = gradients_MPD.flatten(1).double()
         _, sizes, rows = torch.linalg.svd(flat, full_matrices=False)
         sizes, rows = sizes[:size], rows[:size]
-        self.weights = (
-            (sizes[0] / torch.cat([sizes, sizes[-1:].expand(size - len(sizes))]).clamp(min=1e-3 * sizes[0]))
-            .sqrt()
-            .float()
-        )
+        sizes = torch.cat([sizes, sizes[-1:].expand(size - len(sizes))]).clamp(min=1e-3 * sizes[0])
+        self.typical = (sizes / len(flat) ** 0.5).float()
         if len(rows) < size:  # fewer gradients than dimensions: a short prompt, all of whose directions are wanted
             rows = torch.linalg.qr(torch.cat([rows, torch.eye(flat.shape[1], dtype=rows.dtype)]).T)[0].T[:size]
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
@@ -97,7 +94,7 @@ class Buckets:
     """
 
     def __init__(self, size: int, outer: tuple[int, int], seed: int):
-        self.size, self.shape, self.outer, self.weights = size, (size,), outer, torch.ones(size)
+        self.size, self.shape, self.outer, self.typical = size, (size,), outer, torch.ones(size)
         numbers, random = outer[0] * outer[1], seeds.generator(seed, "subspace")
         self.bucket = torch.empty(numbers, dtype=torch.long)
         self.bucket[torch.randperm(numbers, generator=random)] = torch.arange(numbers) * size // numbers
