@@ -26,7 +26,7 @@ from ficpd.errors import PrivacyError, RunError
 from ficpd.experiment import parse, settings
 from ficpd.guard import SERVER, part_for, planned
 from ficpd.library import PromptLibrary, guarantee
-from ficpd.run import _schedule, one_method, silent
+from ficpd.run import one_method, schedule_of, silent
 from ficpd.rundir import RunDir
 from ficpd.seams import Method, Task
 from ficpd.types import Plan, Record, State
@@ -229,7 +229,7 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
         return None
     module, config = settings("privacy", part_for(run.method, run.world.experiment.privacy))
     holders = run.world.holders(run.method.pools_data)
-    plans = planned(run.method, run.state, holders, _schedule(run.world, run.method))
+    plans = planned(run.method, run.state, holders, schedule_of(run.world, run.method))
     plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
     door = mechanism_canaries.door(mechanism)

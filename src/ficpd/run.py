@@ -4,7 +4,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from ficpd.clients import kept_arrays, restore_kept
-from ficpd.compression import none
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
@@ -78,11 +76,8 @@ def one_method(
         return finished
     experiment, module = world.experiment, load("methods", part["name"])
     method = module.build(settings("methods", part)[1], experiment.training)
-    if not method.releases:  # what stays at home need not be made small
-        whole = none.build(none.Config(), world.start, 0)
-        world = replace(world, compression=whole)
     label = method.name if private else f"{method.name}, no privacy"
-    schedule = _schedule(world, method)
+    schedule = schedule_of(world, method)
     holders, saved = world.holders(method.pools_data), directory.load()
     state, kept, rounds, totals = saved or _beginning(world, method, holders)
     guard = build_guard(
@@ -137,7 +132,7 @@ def _beginning(
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
 
 
-def _schedule(world: World, method: Method) -> Schedule:
+def schedule_of(world: World, method: Method) -> Schedule:
     federation, clients = world.experiment.federation, 1 if method.pools_data else len(world.shards)
     return Schedule(
         federation.num_rounds if method.trains else 0,
