@@ -164,7 +164,7 @@ def client(args: argparse.Namespace) -> dict[str, Any]:
             changes = (
                 f"partition.num_clients={clients}",
                 f"federation.clients_per_round={cohort}",
-                "federation.num_rounds=8",
+                "federation.num_rounds=6",
             )
             world = world_of(POLARITY, seed, args.data, changes)
             if clients == 10:
@@ -177,7 +177,7 @@ def client(args: argparse.Namespace) -> dict[str, Any]:
                     began = time.time()
                     name = f"{clients} clients, {placement if epsilon else 'no'} noise, epsilon {epsilon}"
                     add(cells, name, trial(world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch), began)
-    return {"setting": "polarity, iid, fedavg, subspace 64, 8 rounds of 2 steps", "cells": tabled(cells)}
+    return {"setting": "polarity, iid, fedavg, subspace 64, 6 rounds of 2 steps", "cells": tabled(cells)}
 
 
 def travelling(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A client: what it draws, what it keeps, and that its records are read once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,3 +90,12 @@ def test_what_clients_keep_goes_to_a_checkpoint_and_back(model):
         client.kept = {"prompt": torch.full((2,), float(place)), "adam_step": torch.tensor(place)}
     restore_kept(theirs, kept_arrays(ours))
     assert all(small.same(client.kept, theirs[name].kept) for name, client in ours.items())
+
+
+def test_members_under_two_methods_share_what_they_encoded_but_not_others_records(client, model):
+    again = replace(client, kept={})
+    assert again.encoded() is client.encoded()
+    other = replace(client, train=list(client.train[:3]))
+    assert len(other.encoded()) == 3
+    longer = replace(client, start=small.start(model, small.classes(), 5), encodings=dict(client.encodings))
+    assert longer.encoded() is not client.encoded()

@@ -13,6 +13,8 @@ from ficpd.privacy.noise import Cryptographic, Simulated
 from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
+Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
+
 
 @dataclass(eq=False)
 class Client:
@@ -33,7 +35,7 @@ class Client:
     private_seed: int
     book: Book | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
-    _encoded: dict[str, Batch] = field(default_factory=dict, repr=False)
+    encodings: Encodings = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.mechanism.unit != "none" and self.book is None:
@@ -44,11 +46,21 @@ class Client:
         return self.card.name
 
     def encoded(self, part: str = "train") -> Batch:
-        """All records of a part, encoded once: their items' identity is what the kept lower layers go by."""
-        if part not in self._encoded:
-            records = self.train if part == "train" else self.test
-            self._encoded[part] = self.task.encode(records, self.backbone, self.start)
-        return self._encoded[part]
+        """All records of a part, encoded once: their items' identity is what the kept lower layers go by. Clients that
+        share `encodings` (the same member under another method) share them where it is the very same list of records."""
+        key, records = self._encoding(part)
+        if key not in self.encodings or self.encodings[key][0] is not records:
+            self.encodings[key] = records, self.task.encode(records, self.backbone, self.start)
+        return self.encodings[key][1]
+
+    def take_encoding(self, part: str, batch: Batch) -> None:
+        """Use these encoded records, which somebody has already, for a part's own."""
+        key, records = self._encoding(part)
+        self.encodings[key] = records, batch
+
+    def _encoding(self, part: str) -> tuple[tuple, Sequence[Record]]:
+        start, records = self.start, self.train if part == "train" else self.test
+        return (self.name, part, len(start.vectors_PD), start.head_rows, start.enters_at), records
 
     def stream(self, method: str, round: int) -> Noise:
         """The private stream of one method's round: two methods' noises do not cancel."""

@@ -1,7 +1,7 @@
 """Everything an experiment describes, built: the backbone, the task, the start prompt, the clients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from ficpd import seeds
 from ficpd.backbones import catalog, weights
-from ficpd.clients import Client, clip_units
+from ficpd.clients import Client, Encodings, clip_units
 from ficpd.compression.subspace import Gradients
 from ficpd.compute import Compute
 from ficpd.data import sources
@@ -35,6 +35,7 @@ class World:
     start: Prompt
     compression: Compression
     shards: Mapping[str, Shard]
+    encodings: Encodings = field(default_factory=dict, repr=False, compare=False)
 
     def holders(self, pooled: bool = False) -> Mapping[str, Shard]:
         """Who holds which records; `pooled`: one client holds everybody's."""
@@ -54,6 +55,7 @@ class World:
                 self.start,
                 private_seed(self.experiment.seed, name),
                 guard.books.get(name) if guard else None,
+                encodings=self.encodings,
             )
             for name, shard in self.holders(pooled).items()
         }

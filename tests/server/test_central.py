@@ -257,7 +257,7 @@ def test_a_client_that_sends_nothing_good_still_leaves_a_noised_round(model):
     method, members, engine, central = federation(model, rate=1.0)
     for client in members.values():
         client.task = None  # none of them can work
-        client._encoded.clear()
+        client.encodings.clear()
     first, done = rounds(model, method, members, engine, central, 1)
     assert (done[0][1].updates, len(done[0][1].dropped)) == (0, 5)
     assert not small.close(done[0][0].arrays["prompt"], first.arrays["prompt"])

@@ -36,9 +36,9 @@ def shadow_prompts(
         places = torch.randperm(len(pool), generator=seeds.generator(seed, "shadow", name))[:size].tolist()
         mine, private = [pool[i] for i in places], seeds.derive(seed, "private", name)
         client = Client(
-            ClientCard(name), mine, [], task, model.backbone, NoPrivacy(), compression, start, private,
-            _encoded={"train": encoded.take(places)},
+            ClientCard(name), mine, [], task, model.backbone, NoPrivacy(), compression, start, private
         )  # fmt: skip
+        client.take_encoding("train", encoded.take(places))
         visit = Visit(client, 1)
         works[name] = tune(training, visit, order, start.vectors_PD, steps=steps, batch_size=min(batch_size, size))
     tuned = dict(drive_many(model, works))

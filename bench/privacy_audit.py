@@ -1,0 +1,86 @@
+"""How far attacks get: one small site whose prompt knows its records by heart, without privacy and at ε = 2.
+
+python bench/privacy_audit.py [--seeds 0 1 2]      MiniLM; ten minutes on two cores
+
+200 members, 1,000 label-matched non-members, four shadow prompts; the library's prompt is attacked, as a thief would.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ficpd.attack import audit_run
+from ficpd.experiment import parse
+from ficpd.run import run
+from measure import save, spread
+
+RECIPE = """
+name = "overfitted"
+[backbone]
+name = "minilm"
+options = { max_tokens = 48 }
+[prompt]
+num_tokens = 20
+enters_at = 4
+[task]
+name = "classification"
+instruction = "The sentiment of this sentence is"
+labels = { negative = "negative", positive = "positive" }
+tuned_head = true
+[data]
+source = "ratings"
+columns = { text = "text", target = "polarity" }
+max_records = 250
+test_fraction = 0.2
+[partition]
+kind = "iid"
+num_clients = 1
+[method]
+name = "fedavg"
+[training]
+local_steps = 10
+batch_size = 40
+decay = 0.3
+[federation]
+num_rounds = 16
+"""
+PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=2")
+
+
+def one(seed: int, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Train, attack; the figures of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(parse(RECIPE, "bench", [f"seed={seed}", *changes]), Path(folder) / "run")
+        audit = audit_run(Path(folder) / "run", shadows=4, members=1000, canaries=100, seed=seed)
+    attacks = {
+        name: {"auc": a.auc, "advantage": a.advantage, "tpr at 1 %": a.tpr[0.01]} for name, a in audit.attacks.items()
+    }
+    return {
+        "accuracy on test": result["metrics"]["global"]["accuracy"],
+        "best advantage": audit.advantage,
+        "interval": audit.advantage_interval,
+        "attacks": attacks,
+        "epsilon": result["privacy"]["epsilon"],
+        "lower bounds": {name: bound.epsilon for name, bound in audit.bounds.items()},
+        "alarm": audit.alarm,
+        "members": audit.num_members,
+        "non-members": audit.num_nonmembers,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in (("no privacy", ()), ("epsilon 2", PRIVATE)):
+        for seed in seeds:
+            cells.setdefault(name, []).append(one(seed, changes))
+            print(name, seed, cells[name][-1], flush=True)
+    summary = {name: spread([run["best advantage"] for run in runs]) for name, runs in cells.items()}
+    save("privacy_audit", {"best attack's advantage": summary, "runs": cells})
+
+
+if __name__ == "__main__":
+    main()
