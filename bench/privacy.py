@@ -10,6 +10,7 @@ and central, with 10, 100 and 500 clients. `bytes`: what travels against what it
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,7 +137,7 @@ def zero_shot(world: World, cells: dict[str, list], name: str) -> None:
         add(cells, name, one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent), began)
 
 
-def record(args: argparse.Namespace) -> dict[str, Any]:
+def record(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cells: dict[str, list] = {}
     for seed in args.seeds:
         for name, recipe in (("polarity", POLARITY), ("abstracts", ABSTRACTS)):
@@ -147,17 +148,17 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
                 began, full = time.time(), (world.experiment.training.learning_rate or 0) / RATE
                 found = trial(world, privacy, SUBSPACE, tuner="sgd", learning_rate=full)
                 add(cells, f"{name}, epsilon {epsilon}", found, began)
-    return {
-        "setting": "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20",
-        "cells": tabled(cells),
-    }
+        yield {
+            "setting": "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20",
+            "cells": tabled(cells),
+        }
 
 
 CROWDS = {10: (10, 10), 100: (20, 5), 500: (50, 2)}
 """Clients: how many of them a round, and records a step. A round has about 200 records in each."""
 
 
-def client(args: argparse.Namespace) -> dict[str, Any]:
+def client(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cells: dict[str, list] = {}
     for seed in args.seeds:
         for clients, (cohort, batch) in CROWDS.items():
@@ -177,10 +178,10 @@ def client(args: argparse.Namespace) -> dict[str, Any]:
                     began = time.time()
                     name = f"{clients} clients, {placement if epsilon else 'no'} noise, epsilon {epsilon}"
                     add(cells, name, trial(world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch), began)
-    return {"setting": "polarity, iid, fedavg, subspace 64, 6 rounds of 2 steps", "cells": tabled(cells)}
+        yield {"setting": "polarity, iid, fedavg, subspace 64, 6 rounds of 2 steps", "cells": tabled(cells)}
 
 
-def travelling(args: argparse.Namespace) -> dict[str, Any]:
+def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Bytes against accuracy at ε = 2 and without privacy; 20 virtual tokens, so that 5 of 20 may travel."""
     forms = {
         "whole prompt, 32 bit": NONE,
@@ -208,10 +209,10 @@ def travelling(args: argparse.Namespace) -> dict[str, Any]:
                 began = time.time()
                 at_full_rate = whole if form["name"] != "subspace" or "directions" in form else {}
                 add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, form, **at_full_rate), began)
-    return {
-        "setting": "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records",
-        "cells": tabled(cells),
-    }
+        yield {
+            "setting": "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records",
+            "cells": tabled(cells),
+        }
 
 
 ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")
@@ -224,7 +225,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="../shared/data")
     args = parser.parse_args()
-    save(f"privacy_{args.part}", PARTS[args.part](args))
+    for result in PARTS[args.part](args):  # saved after each seed
+        save(f"privacy_{args.part}", result)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from ficpd.audit import canaries as mechanism_canaries
 from ficpd.audit.attacks import ATTACKS, Evidence
 from ficpd.audit.bounds import one_run, two_worlds
 from ficpd.audit.outcome import best_advantage, label_matched, outcome
+from ficpd.audit.planting import has_labels, mislabelled, plant
 from ficpd.audit.report import FEW, Audit, LowerBound, markdown
 from ficpd.audit.shadows import losses, shadow_prompts
 from ficpd.data import sources
-from ficpd.data.partition import Shard
 from ficpd.errors import PrivacyError, RunError
 from ficpd.experiment import parse, settings
 from ficpd.guard import SERVER, part_for, planned
@@ -165,7 +165,7 @@ def _contents(record: Record) -> str:
 
 def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limit: int, seed: int) -> list[Record]:
     """At most about `limit` of the others, with the members' share of each label. Numbers are not matched."""
-    if not _has_labels(task, members) or not others:
+    if not has_labels(task, members) or not others:
         return list(others[:limit])
     wanted, labels, room, kept = task.targets(members), task.targets(others), Counter(), []
     for label, count in Counter(wanted).items():
@@ -175,11 +175,6 @@ def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limi
             room[label] -= 1
             kept.append(record)
     return [kept[i] for i in label_matched(wanted, task.targets(kept), seed)]
-
-
-def _has_labels(task: Task, records: Sequence[Record]) -> bool:
-    """Whether the truths are names (classes) and not numbers."""
-    return isinstance(task.targets(records[:1])[0], str)
 
 
 def _shuffled(things: Any, seed: int, what: str) -> list:
@@ -208,7 +203,7 @@ def _evidence(run: Finished, target_PD: Tensor, shadow_SPD: Tensor, split: Split
     loss_SN = _losses(run, every_SPD, [*split.members, *split.outside])
     loss_SZ = _losses(run, every_SPD, split.population)
     member_N = np.arange(loss_SN.shape[1]) < len(split.members)
-    likelihood = _has_labels(run.world.task, split.members)
+    likelihood = has_labels(run.world.task, split.members)
     return Evidence(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
 
 
@@ -271,29 +266,6 @@ def planted_bound(
     score_M = loss_SM[1:].mean(0) - loss_SM[0]
     reach = one_run(coin_M.astype(float), coin_M, delta)
     return LowerBound(one_run(score_M, coin_M, delta), stated, delta, reach, len(planted))
-
-
-def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shard], seed: int) -> list[Record]:
-    """The same records with another label of those seen, or the number mirrored within the range seen."""
-    train = [record for shard in shards.values() for record in shard.train]
-    seen = sorted(set(task.targets(train)))
-    if len(seen) < 2:
-        return []
-    random, truths = np.random.default_rng(seeds.derive(seed, "labels")), task.targets(records) if records else []
-    if _has_labels(task, train):
-        wrong = [random.choice([label for label in seen if label != truth]).item() for truth in truths]
-    else:
-        wrong = [seen[0] + seen[-1] - truth for truth in truths]
-    return [replace(r, fields={**r.fields, "target": target}) for r, target in zip(records, wrong, strict=True)]
-
-
-def plant(shards: Mapping[str, Shard], records: Sequence[Record], seed: int) -> dict[str, Shard]:
-    """Each record goes to the training records of a client drawn at random."""
-    names, random = list(shards), np.random.default_rng(seeds.derive(seed, "sites"))
-    given: dict[str, list[Record]] = {name: [] for name in names}
-    for record in records:
-        given[names[random.integers(len(names))]].append(record)
-    return {name: replace(shard, train=[*shard.train, *given[name]]) for name, shard in shards.items()}
 
 
 def _for_a_record(block: Mapping[str, Any]) -> tuple[float | None, float]:
