@@ -23,7 +23,8 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
         found = rows(Path(folder) / "run")
     main = "rmse" if experiment.task["name"] == "regression" else "accuracy"
     figures = {
-        r["method"]: {
+        r["label"]: {
+            "epsilon": r["privacy"]["epsilon"],
             f"global {main}": r["metrics"]["global"][main] if r["metrics"]["global"] else None,
             f"own {main}, mean client": r["metrics"]["per_client_mean"][main],
             "bytes up per client and round": r["bytes"]["up_per_client_round"],
