@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,11 +172,17 @@ def main() -> None:
     """Entry point: errors that a user can mend are one red paragraph and exit status 1, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = _warn
     try:
         app()
     except FicpdError as error:
         errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """A warning as one yellow paragraph, without the line of code that raised it."""
+    errors.print("[bold yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
