@@ -88,6 +88,7 @@ def adapt_library(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [records[i] for i in order[: shots or len(order)]]
     training = checked(Training, opened.library.card.get("training", {}), "card.json: training")
+    training = training.model_copy(update={"tuner": "adam"})  # at home: the whole prompt, and no noise
     if training.learning_rate is None:
         raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
     adapted = opened.library.adapt(chosen, opened.task, opened.model, training, steps, seed)
