@@ -254,7 +254,9 @@ def test_the_page_says_what_it_is_and_what_it_cost(model):
 
 
 def test_a_guarantee_is_told_with_its_unit():
-    assert guarantee({"privacy": {"epsilon": 3.5, "delta": 1e-5, "unit": "record"}}) == "ε=3.5, δ=1e-05, per record"
+    block = {"epsilon": 3.5, "delta": 1e-5, "unit": "record", "noise": "cryptographic"}
+    assert guarantee(block) == "ε = 3.50 per record, cryptographic noise"
+    assert guarantee({"epsilon": 0.0, "unit": "record", "noise": None}) == "nothing leaves"
     assert guarantee({}) == "none"
 
 

@@ -45,8 +45,10 @@ def left_by(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """To 1e-4: lower layers are kept, and computed with other records beside them they differ in their last bits."""
     assert left.keys() == right.keys()
-    assert [name for name in left if not small.close(left[name].float(), right[name].float(), 1e-6)] == []
+    apart = {name: float((left[name].float() - right[name].float()).abs().max()) for name in left}
+    assert {name: gap for name, gap in apart.items() if gap > 1e-4 * (1 + float(right[name].float().abs().max()))} == {}
 
 
 # ---------------------------------------------------------------- what a run leaves

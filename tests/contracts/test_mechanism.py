@@ -236,12 +236,12 @@ def test_a_guarantee_has_to_be_stated(module):
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
 def test_a_large_delta_is_warned_of_with_the_reason(module):
     with pytest.warns(PrivacyWarning, match="publishes one of them whole"):
-        module.build(module.Config(noise_multiplier=1.0, delta=0.1), PLAN)
+        module.build(module.Config(noise_multiplier=1.0, delta=0.1, clip_norm=1.0), PLAN)
 
 
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
 def test_epsilon_chooses_the_noise_for_the_whole_plan(module):
-    built = module.build(module.Config(epsilon=2.0), PLAN)
+    built = module.build(module.Config(epsilon=2.0, clip_norm=1.0), PLAN)
     assert 1.95 < accountant.epsilon(built.planned(), 1e-5) <= 2.0
     assert built.guarantee()["budget"] == 2.0
 
@@ -250,3 +250,9 @@ def test_shares_that_leave_nothing_are_refused():
     for statistics in ({"weight": 1.0}, {"weight": 0.6, "counts": 0.5}, {"weight": 0.0}):
         with pytest.raises(PrivacyError, match=r"privacy\.statistics"):
             record(statistics=statistics)
+
+
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+def test_a_clip_norm_that_nobody_chose_is_an_error(module):
+    with pytest.raises(PrivacyError, match=r"clip_norm is open; state it"):
+        module.build(module.Config(epsilon=2.0), PLAN)
