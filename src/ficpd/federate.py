@@ -1,8 +1,9 @@
 """The round loop: orders out, updates in, checked, aggregated. It knows a method and an engine's one verb, no more."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -76,27 +77,10 @@ def federate(
         orders = {
             name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint) for name in cohort
         }
-        updates: list[ClientUpdate] = []
-        dropped: dict[str, str] = {}
-        refused: dict[str, str] = {}
-        bytes_up = 0
-        for reply in engine.exchange(orders):
-            bytes_up += len(reply.body or b"")
-            if reply.client not in orders:
-                dropped[reply.client] = "answered without having been asked"
-                continue
-            if any(update.client == reply.client for update in updates):
-                continue  # a message that came twice counts once
-            try:
-                update = _checked(reply, round, fingerprint, wire, schedule.max_norm)
-                updates.append(replace(update, arrays=compression.unpack(update.arrays)))
-            except CodecError as error:
-                dropped[reply.client] = str(error)
-                if reply.refused:
-                    refused[reply.client] = str(error)
-        if refused and len(refused) == len(orders):
-            raise BudgetError(f"round {round} does not take place: {next(iter(refused.values()))}")
-        dropped |= {name: "no reply" for name in orders if name not in dropped | {u.client: "" for u in updates}}
+        came = _collect(engine, orders, partial(_checked, round, fingerprint, wire, schedule.max_norm))
+        if orders and len(came.refused) == len(orders):
+            raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
+        updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
         answered = len(updates)
         if central:
             mean = known or central.mean(updates, layout, round, method.name)
@@ -111,8 +95,8 @@ def federate(
                 round,
                 len(orders),
                 answered,
-                dropped,
-                bytes_up,
+                came.dropped,
+                came.bytes_up,
                 sum(map(len, orders.values())),
                 trained - started,
                 time.perf_counter() - trained,
@@ -120,7 +104,38 @@ def federate(
         )
 
 
-def _checked(reply: Reply, round: int, fingerprint: str, wire: Wire, max_norm: float) -> ClientUpdate:
+@dataclass
+class Came:
+    """What came back in a round. `refused` are those of `dropped` whose budget did not allow it."""
+
+    updates: list[ClientUpdate] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+
+
+def _collect(engine: Engine, orders: Mapping[str, bytes], checked: Callable[[Reply], ClientUpdate]) -> Came:
+    """Every reply counted; the first good update of each client that was asked, and why the others were dropped."""
+    came = Came()
+    for reply in engine.exchange(orders):
+        came.bytes_up += len(reply.body or b"")
+        if reply.client not in orders:
+            came.dropped[reply.client] = "answered without having been asked"
+            continue
+        if any(update.client == reply.client for update in came.updates):
+            continue  # a message that came twice counts once
+        try:
+            came.updates.append(checked(reply))
+        except CodecError as error:
+            came.dropped[reply.client] = str(error)
+            if reply.refused:
+                came.refused[reply.client] = str(error)
+    good = {update.client for update in came.updates}
+    came.dropped |= {name: "no reply" for name in orders if name not in good and name not in came.dropped}
+    return came
+
+
+def _checked(round: int, fingerprint: str, wire: Wire, max_norm: float, reply: Reply) -> ClientUpdate:
     if reply.body is None:
         raise CodecError(reply.error or "no update")
     return codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, wire, max_norm))
