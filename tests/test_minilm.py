@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ficpd.attack import audit_run
 from ficpd.report import rows
 
 pytestmark = pytest.mark.slow
@@ -11,16 +12,27 @@ pytestmark = pytest.mark.slow
 
 def test_tuning_beats_zero_shot(minilm_run):
     """A short run of the centralised line gains at least three points on everyone's test records."""
-    accuracy = {r["method"]: r["metrics"]["global"]["accuracy"] for r in rows(minilm_run)}
-    assert accuracy["centralized"] >= accuracy["zero_shot"] + 0.03
+    accuracy = {r["label"]: r["metrics"]["global"]["accuracy"] for r in rows(minilm_run)}
+    assert accuracy["centralized, no privacy"] >= accuracy["zero_shot"] + 0.03
 
 
 def test_what_a_run_says_of_itself(minilm_run):
     result = json.loads((minilm_run / "result.json").read_text())
     assert result["backbone"]["fingerprint"] == "encoder:53aa51172d142c89"
-    assert result["bytes"]["up_per_client_round"] < 16_000
-    assert result["privacy"] == {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None, "noise": None}
+    assert result["bytes"]["up_per_client_round"] < 300
+    assert (result["privacy"]["unit"], result["privacy"]["budget"], result["privacy"]["delta"]) == ("record", 2.0, 1e-5)
+    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
     assert result["dropped_updates"] == 0
+
+
+def test_an_audit_finds_no_contradiction(minilm_run):
+    """Against the real prompt of a private run: nobody is told apart, and no canary shows more than was stated."""
+    found = audit_run(minilm_run, shadows=2, members=400, canaries=0)
+    assert not found.alarm
+    assert found.mechanism.epsilon > 0.2
+    assert found.num_nonmembers >= 400
+    assert found.advantage_interval[0] < 0.1
+    assert "No contradiction found" in (minilm_run / "audit.md").read_text()
 
 
 def test_the_start_is_chosen_where_it_trains(minilm_run):
