@@ -1,13 +1,15 @@
 """Tuners in coordinates: what they ask, how far they go, and that steps are linear where they say so."""
 
+import pytest
 import torch
 
 import small
 from ficpd.clients import Visit, clip_units
 from ficpd.compression import subspace
 from ficpd.compute import drive
+from ficpd.privacy import record_gaussian
 from ficpd.tuners import Training, tune
-from ficpd.types import Assignment, Query
+from ficpd.types import Assignment, Plan, Query
 from ficpd.world import public_gradients
 
 
@@ -88,3 +90,25 @@ def test_public_gradients_see_no_record(model):
     assert torch.equal(first, again)
     assert first.shape == (12, *start.vectors_PD.shape)
     assert not torch.equal(first, public_gradients(model, task, start, 5, 12))
+
+
+@pytest.mark.parametrize("candidates", [2, 6])
+def test_zeroth_order_queries_pay_one_step_for_all_candidates(model, candidates):
+    """Two points (Spall, 1992) or a population: a record's losses under all candidates are one contribution."""
+    plan = Plan(9, 4 / 9, 3, 1, 3, 1.0, 1)
+    mechanism = record_gaussian.build(record_gaussian.Config(noise_multiplier=1.0, clip_norm=1.0), plan)
+    client = small.clients(model, small.method("fedavg"), 3, mechanism=mechanism)["site-2"]
+    seen = Visit(client, 1)
+
+    def tuned():
+        prompt = client.start.vectors_PD
+        for batch in seen.batches(3, 4):
+            shifts = torch.randn(candidates, *prompt.shape, generator=torch.Generator().manual_seed(len(batch)))
+            answer = yield Query(prompt + 0.1 * shifts, batch)
+            loss_K = seen.mean(answer.loss_KB)
+            prompt = prompt - 0.01 * torch.einsum("k,kpd->pd", loss_K - loss_K.mean(), shifts)
+        return prompt
+
+    after = drive(model, tuned())
+    assert torch.isfinite(after).all()
+    assert [(spend.name, spend.count) for spend in seen.spends] == [("prompt", 3)]

@@ -43,7 +43,8 @@ def run(
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd import experiment as experiments
-    from ficpd.report import rows
+    from ficpd.library import guarantee
+    from ficpd.report import chosen, rows
     from ficpd.run import run as run_experiment
 
     experiment = experiments.read(recipe, changes or ())
@@ -57,7 +58,10 @@ def run(
     except KeyboardInterrupt:
         errors.print("stopped; `--resume` goes on from the last finished round")
         raise typer.Exit(130) from None
-    _print_table(rows(out))
+    results = rows(out)
+    _print_table(results)
+    if results[-1]["privacy"].get("lines"):
+        typer.echo(f"privacy: {guarantee(results[-1]['privacy'])}; noise multipliers {chosen(results[-1]['privacy'])}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"report:  {out / 'report.md'}")
 

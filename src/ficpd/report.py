@@ -62,7 +62,7 @@ def paid(own: Mapping[str, Any]) -> str:
     return (
         f"Privacy ({privacy['mechanism']}): ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}; the unit is "
         f"one {privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise "
-        f"{privacy['noise']}; counted by {privacy['accountant']}. The member that spent most "
+        f"{privacy['noise']}, multipliers {chosen(privacy)}; counted by {privacy['accountant']}. The member that spent most "
         f"({privacy['site_that_spent_most']}) released:\n\n"
         "| line | releases | sampling rate | noise multiplier | ε alone | share |\n|---|---|---|---|---|---|\n" + lines +
         "\nEach row of the first table is a run of its own: a member that took part in several would pay for each. "
@@ -70,6 +70,16 @@ def paid(own: Mapping[str, Any]) -> str:
         + ("**Simulated noise**: drawn from the experiment's seed; whoever knows the seed can take it off. A real "
            "site uses `privacy.noise = \"cryptographic\"`.\n" if privacy["noise"] == "simulated" else "")
     )  # fmt: skip
+
+
+def chosen(privacy: Mapping[str, Any]) -> str:
+    """The noise multipliers of all members: each has its own, because each has its own sampling rate.
+
+    >>> chosen({"noise_multiplier": [0.561, 0.904]})
+    '0.561 to 0.904'
+    """
+    least, most = privacy["noise_multiplier"]
+    return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
 
 
 def report(directory: RunDir) -> str:
