@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ficpd.clients import kept_arrays, restore_kept
+from ficpd.clients import Client, kept_arrays, restore_kept
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
@@ -21,7 +21,7 @@ from ficpd.metrics.evaluate import Evaluation, evaluate
 from ficpd.registry import load
 from ficpd.report import report
 from ficpd.rundir import RunDir
-from ficpd.seams import Method
+from ficpd.seams import Engine, Method
 from ficpd.speed import machine
 from ficpd.types import ClientCard, Setup, State
 from ficpd.world import World, build_world
@@ -87,13 +87,12 @@ def one_method(
     clients = world.clients(guard, method.pools_data)
     restore_kept(clients, kept)
     directory.write_rounds(rounds)
-    engine_module = load("engines", experiment.engine.name)
-    options = checked(engine_module.Config, experiment.engine.options, "engine.options")
-    engine = engine_module.build(options, method, clients, world.model)
-    progress(label, len(rounds), schedule.num_rounds, {})
-    stopped, going = None, federate(
-        method, engine, world.model, state, schedule, world.compression, len(rounds) + 1, guard.central
+    going = federate(
+        method, _engine(world, method, clients), world.model, state, schedule, world.compression, len(rounds) + 1,
+        guard.central,
     )  # fmt: skip
+    progress(label, len(rounds), schedule.num_rounds, {})
+    stopped = None
     try:
         for after, done in going:
             state = after
@@ -108,10 +107,8 @@ def one_method(
     except BudgetError as error:
         stopped = str(error)
         progress(label, len(rounds), schedule.num_rounds, {"stopped: the budget is spent": 1})
-    began = time.perf_counter()
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
-    evaluation = evaluate(method, state, tested, world.model, schedule.num_rounds + 1)
-    totals["evaluate"] = time.perf_counter() - began
+    evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
     result |= {"privacy": guard.block(), "stopped": stopped}
     guard.close()
@@ -119,6 +116,19 @@ def one_method(
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
+
+
+def _engine(world: World, method: Method, clients: Mapping[str, Client]) -> Engine:
+    config = world.experiment.engine
+    module = load("engines", config.name)
+    return module.build(checked(module.Config, config.options, "engine.options"), method, clients, world.model)
+
+
+def _evaluated(world, method, state, clients, round: int, totals: dict[str, Any]) -> Evaluation:
+    began = time.perf_counter()
+    evaluation = evaluate(method, state, clients, world.model, round)
+    totals["evaluate"] = time.perf_counter() - began
+    return evaluation
 
 
 def _beginning(
