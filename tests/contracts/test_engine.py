@@ -7,6 +7,7 @@ from ficpd import codec
 from ficpd.clients import participate
 from ficpd.compute import Compute, drive
 from ficpd.engines import in_process
+from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 
 BUILDERS = {
@@ -157,3 +158,17 @@ def test_an_order_for_another_backbone_is_refused(model):
 
 def test_a_known_engine_has_settings():
     assert all(load("engines", name).Config() for name in names("engines"))
+
+
+def test_with_privacy_an_error_does_not_quote_a_record(model):
+    """The server hears what kind it was, and the budget's and the mechanism's own words, which quote none."""
+    from ficpd.errors import BudgetError, DataError
+
+    method = small.method("fedavg")
+    open_one = small.clients(model, method)["site-0"]
+    record_level = type("Record", (NoPrivacy,), {"unit": "record"})()
+    private = small.clients(model, method, mechanism=record_level)["site-0"]
+    error = DataError("row 7: the patient's name is Ada")
+    assert "Ada" in in_process.told(open_one, error)
+    assert in_process.told(private, error) == "DataError (what it says stays at the client)"
+    assert in_process.told(private, BudgetError("spent")) == "BudgetError: spent"

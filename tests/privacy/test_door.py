@@ -417,3 +417,11 @@ def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
     assert isinstance(model.answer([query])[0], Answer)
     work.close()
     assert client.book.spent() == []
+
+
+def test_two_methods_of_one_round_do_not_share_their_noise(model):
+    client = small.clients(model, small.method("fedavg"), 1)["site-0"]
+    zeros = torch.zeros(6)
+    first, again, other = (client.stream(name, 1).gaussian(zeros, 1.0) for name in ("fedavg", "fedavg", "ficpd"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
