@@ -192,6 +192,9 @@ def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "subspace 64, 32 bit": {"name": "subspace", "dimension": 64},
         "subspace 256, 32 bit": {"name": "subspace", "dimension": 256},
         "subspace 256, 8 bit": {"name": "subspace", "dimension": 256, "bits": 8},
+        "subspace 256, 32 bit, sgd": {"name": "subspace", "dimension": 256},
+        "subspace 256, 8 bit, sgd": {"name": "subspace", "dimension": 256, "bits": 8},
+        "subspace 64, 8 bit, sgd": {"name": "subspace", "dimension": 64, "bits": 8},
         "subspace 256, random directions, 32 bit": {"name": "subspace", "dimension": 256, "directions": "random"},
     }
     cells: dict[str, list] = {}
@@ -204,11 +207,12 @@ def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         whole = {"learning_rate": (world.experiment.training.learning_rate or 0) / RATE}
         for name, form in forms.items():
-            for epsilon in (None, 2.0) if name in ALSO_PRIVATE else (None,):
+            for epsilon in (None, 2.0) if name in ALSO_PRIVATE or "sgd" in name else (None,):
                 privacy = {"name": "record_gaussian", "epsilon": epsilon} if epsilon else NONE
                 began = time.time()
-                at_full_rate = whole if form["name"] != "subspace" or "directions" in form else {}
-                add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, form, **at_full_rate), began)
+                training = whole if form["name"] != "subspace" or "directions" in form or "sgd" in name else {}
+                training = training | ({"tuner": "sgd"} if "sgd" in name else {})
+                add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, form, **training), began)
         yield {
             "setting": "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records",
             "cells": tabled(cells),
