@@ -1,10 +1,10 @@
 """What a guarantee costs: accuracy by ε at record and client level, bytes by compression. MiniLM, three seeds.
 
-python bench/privacy.py record|client|bytes [--seeds 0 1 2] [--data ../shared/data]
+python bench/privacy.py record|client|bytes [--seeds 0 1 2] [--data FOLDER]
 
 `record`: polarity and medical abstracts, 10 sites, ε in {none, 8, 4, 2, 1}. `client`: the same ε for whole clients, local
 and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. Polarity is built in; the abstracts
-(CC BY-SA 3.0, see README) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
+(CC BY-SA 3.0, see bench/README.md) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data", default="../shared/data")
+    parser.add_argument("--data", default="data", help="folder of medical_abstracts.parquet (bench/README.md)")
     args = parser.parse_args()
     for result in PARTS[args.part](args):  # saved after each seed
         save(f"privacy_{args.part}", result)
