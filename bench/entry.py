@@ -12,6 +12,7 @@ import argparse
 import time
 
 from ficpd.clients import Client, Visit
+from ficpd.compression import none
 from ficpd.compute import drive
 from ficpd.experiment import read
 from ficpd.metrics.evaluate import score_prompt
@@ -26,7 +27,10 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
     update = {"prompt": built.experiment.prompt.model_copy(update={"enters_at": layer})}
     start, _ = start_prompt(built.experiment.model_copy(update=update), built.task, built.model.backbone)
     pooled = built.clients(pooled=True)["everyone"]
-    client = Client(ClientCard("one"), pooled.train, (), built.task, built.model.backbone, pooled.mechanism, start, 1)
+    whole = none.build(none.Config(), start, 0)
+    client = Client(
+        ClientCard("one"), pooled.train, (), built.task, built.model.backbone, pooled.mechanism, whole, start, 1
+    )
     records = pooled.test[:tested]
     test, targets = built.task.encode(records, built.model.backbone, start), built.task.targets(records)
     built.model.kept.states.clear()

@@ -51,7 +51,7 @@ def overhead(rounds: int = 24) -> dict:
     cards = [client.card for client in clients.values()]
     state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
     milliseconds, memory, began = [], [], time.perf_counter()
-    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0)):
+    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0), built.compression):
         milliseconds.append(1000 * (time.perf_counter() - began - model.seconds) / len(cards))
         gc.collect()
         memory.append(resident_mb())

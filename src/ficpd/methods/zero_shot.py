@@ -33,7 +33,7 @@ class ZeroShot:
         return Assignment(self.name, round, state.arrays)
 
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        return ClientUpdate(client.id, {}, client.weight)
+        return ClientUpdate(client.id, {})
         yield
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
