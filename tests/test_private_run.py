@@ -40,6 +40,14 @@ def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
     assert "simulated noise" in (tmp_path / "run" / "library" / "README.md").read_text()
 
 
+def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
+    """A sampling rate is batch over records, and the noise follows from it: both stay out of what is handed on."""
+    small.run(tmp_path, "fedavg", *TWO)
+    privacy = json.loads((tmp_path / "run" / "library" / "card.json").read_text())["privacy"]
+    assert {"mechanism", "unit", "neighbouring", "epsilon", "delta", "noise"} <= privacy.keys()
+    assert not {"lines", "noise_multiplier", "site_that_spent_most", "epsilon_of_sites"} & privacy.keys()
+
+
 def test_the_ledger_has_what_the_block_counts(tmp_path):
     block = small.run(tmp_path, "ficpd", *TWO)["privacy"]
     for site, epsilon in block["epsilon_of_sites"].items():

@@ -30,6 +30,8 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (method, rounds done, rounds planned, figures to show)."""
 
 
+OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
+"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has."""
 VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
@@ -213,6 +215,7 @@ def _library(world: World, method: Method, state: State, result: Mapping[str, An
     start = world.start
     prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
     card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
+    card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
     card["task"] = dict(world.task.describe())
     card["backbone"] = {
         "enters_at": start.enters_at,
