@@ -47,6 +47,25 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": round(statistics.mean(values), 4), "sd": round(deviation, 4), "n": len(values)}
 
 
+Runs = dict[str, dict[str, dict[str, float]]]
+"""Cell to seed to figures: what a bench keeps of every single run, so that seeds can be added to it later."""
+
+
+def before(name: str, setting: str) -> Runs:
+    """The runs that `results/NAME.json` holds of this very setting; none of another."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found.get("runs", {}) if found.get("setting") == setting else {}
+
+
+def table(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and spread of every figure of every cell over its seeds."""
+    return {
+        cell: {key: spread([figures[key] for figures in seeds.values()]) for key in next(iter(seeds.values()))}
+        for cell, seeds in runs.items()
+    }
+
+
 def save(name: str, result: Mapping[str, Any], device: str = "cpu") -> Path:
     """`results/NAME.json`, with machine, commit and date."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -5,12 +5,13 @@ python bench/privacy.py record|client|bytes [--seeds 0 1 2] [--data FOLDER]
 `record`: polarity and medical abstracts, 10 sites, ε in {none, 8, 4, 2, 1}. `client`: the same ε for whole clients, local
 and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. Polarity is built in; the abstracts
 (CC BY-SA 3.0, see bench/README.md) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
+A cell of a seed that the result file has already, in the same setting, is not run again; delete the file to begin anew.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ficpd.experiment import parse, part, settings
 from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir
 from ficpd.world import World, build_world, open_clip, public_gradients
-from measure import save, spread
+from measure import before, save, table
 
 POLARITY = """
 [backbone]
@@ -121,45 +122,49 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def tabled(cells: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Mean and spread of every figure over seeds."""
-    return {name: {key: spread([r[key] for r in runs]) for key in runs[0]} for name, runs in cells.items()}
+class Cells:
+    """The runs of one bench: each is run once, and saved as soon as it is there."""
+
+    def __init__(self, name: str, setting: str):
+        self.name, self.setting, self.runs = name, setting, before(name, setting)
+
+    def add(self, cell: str, seed: int, run: Callable[[], dict[str, Any]]) -> None:
+        of_cell = self.runs.setdefault(cell, {})
+        if str(seed) in of_cell:
+            return
+        began = time.time()
+        of_cell[str(seed)] = figures(run())
+        print(f"{seed} {cell:44} {of_cell[str(seed)]} {time.time() - began:.0f} s", flush=True)
+        save(self.name, {"setting": self.setting, "cells": table(self.runs), "runs": self.runs})
 
 
-def add(cells: dict[str, list], name: str, result: dict[str, Any], began: float) -> None:
-    cells.setdefault(name, []).append(figures(result))
-    print(f"{name:44} {cells[name][-1]} {time.time() - began:.0f} s", flush=True)
-
-
-def zero_shot(world: World, cells: dict[str, list], name: str) -> None:
-    began = time.time()
+def zero_shot(world: World) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        add(cells, name, one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent), began)
+        return one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent)
 
 
-def record(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    cells: dict[str, list] = {}
+def record(args: argparse.Namespace) -> None:
+    """Record level by ε."""
+    setting = "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20"
+    cells = Cells("privacy_record", setting)
     for seed in args.seeds:
         for name, recipe in (("polarity", POLARITY), ("abstracts", ABSTRACTS)):
             world = world_of(recipe, seed, args.data)
-            zero_shot(world, cells, f"{name}, zero-shot")
+            cells.add(f"{name}, zero-shot", seed, partial(zero_shot, world))
+            full = (world.experiment.training.learning_rate or 0) / RATE
             for epsilon in BUDGETS:
                 privacy = {"name": "record_gaussian", "epsilon": epsilon} if epsilon else NONE
-                began, full = time.time(), (world.experiment.training.learning_rate or 0) / RATE
-                found = trial(world, privacy, SUBSPACE, tuner="sgd", learning_rate=full)
-                add(cells, f"{name}, epsilon {epsilon}", found, began)
-        yield {
-            "setting": "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20",
-            "cells": tabled(cells),
-        }
+                run = partial(trial, world, privacy, SUBSPACE, tuner="sgd", learning_rate=full)
+                cells.add(f"{name}, epsilon {epsilon}", seed, run)
 
 
 CROWDS = {10: (10, 10), 100: (20, 5), 500: (50, 2)}
 """Clients: how many of them a round, and records a step. A round has about 200 records in each."""
 
 
-def client(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    cells: dict[str, list] = {}
+def client(args: argparse.Namespace) -> None:
+    """Client level by ε, number of clients and where the noise is added."""
+    cells = Cells("privacy_client", "polarity, iid, fedavg, subspace 64, 6 rounds of 2 steps")
     for seed in args.seeds:
         for clients, (cohort, batch) in CROWDS.items():
             changes = (
@@ -169,19 +174,19 @@ def client(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             )
             world = world_of(POLARITY, seed, args.data, changes)
             if clients == 10:
-                zero_shot(world, cells, "zero-shot")
+                cells.add("zero-shot", seed, partial(zero_shot, world))
             for placement in ("local", "central"):
                 for epsilon in BUDGETS:
                     if epsilon is None and placement == "central":
                         continue
                     privacy = {"name": "client_gaussian", "placement": placement, "epsilon": epsilon}
-                    began = time.time()
                     name = f"{clients} clients, {placement if epsilon else 'no'} noise, epsilon {epsilon}"
-                    add(cells, name, trial(world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch), began)
-        yield {"setting": "polarity, iid, fedavg, subspace 64, 6 rounds of 2 steps", "cells": tabled(cells)}
+                    cells.add(
+                        name, seed, partial(trial, world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch)
+                    )
 
 
-def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def travelling(args: argparse.Namespace) -> None:
     """Bytes against accuracy at ε = 2 and without privacy; 20 virtual tokens, so that 5 of 20 may travel."""
     forms = {
         "whole prompt, 32 bit": NONE,
@@ -197,7 +202,7 @@ def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "subspace 64, 8 bit, sgd": {"name": "subspace", "dimension": 64, "bits": 8},
         "subspace 256, random directions, 32 bit": {"name": "subspace", "dimension": 256, "directions": "random"},
     }
-    cells: dict[str, list] = {}
+    cells = Cells("privacy_bytes", "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records")
     for seed in args.seeds:
         world = world_of(
             POLARITY,
@@ -209,14 +214,9 @@ def travelling(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, form in forms.items():
             for epsilon in (None, 2.0) if name in ALSO_PRIVATE or "sgd" in name else (None,):
                 privacy = {"name": "record_gaussian", "epsilon": epsilon} if epsilon else NONE
-                began = time.time()
                 training = whole if form["name"] != "subspace" or "directions" in form or "sgd" in name else {}
                 training = training | ({"tuner": "sgd"} if "sgd" in name else {})
-                add(cells, f"{name}, epsilon {epsilon}", trial(world, privacy, form, **training), began)
-        yield {
-            "setting": "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records",
-            "cells": tabled(cells),
-        }
+                cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, world, privacy, form, **training))
 
 
 ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")
@@ -229,8 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="data", help="folder of medical_abstracts.parquet (bench/README.md)")
     args = parser.parse_args()
-    for result in PARTS[args.part](args):  # saved after each seed
-        save(f"privacy_{args.part}", result)
+    PARTS[args.part](args)
 
 
 if __name__ == "__main__":
