@@ -1,9 +1,8 @@
-"""`ficpd audit`: attack a finished run, as somebody could who has its library, and as the worst record could."""
+"""`ficpd audit`: attack a prompt, as somebody could who has its library, and a run, as its worst record could."""
 
 import json
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,10 +16,13 @@ from ficpd import seeds
 from ficpd.audit import canaries as mechanism_canaries
 from ficpd.audit.attacks import ATTACKS, Evidence
 from ficpd.audit.bounds import one_run, two_worlds
-from ficpd.audit.outcome import best_advantage, label_matched, outcome
+from ficpd.audit.outcome import best_advantage, outcome
 from ficpd.audit.planting import has_labels, mislabelled, plant
-from ficpd.audit.report import FEW, Audit, LowerBound, markdown
+from ficpd.audit.report import Audit, LowerBound, markdown
 from ficpd.audit.shadows import losses, shadow_prompts
+from ficpd.audit.split import Split, split_records
+from ficpd.compression import none
+from ficpd.compute import Compute
 from ficpd.data import sources
 from ficpd.errors import PrivacyError, RunError
 from ficpd.experiment import parse, settings
@@ -28,12 +30,12 @@ from ficpd.guard import SERVER, part_for, planned
 from ficpd.library import PromptLibrary, guarantee
 from ficpd.run import one_method, schedule_of, silent
 from ficpd.rundir import RunDir
-from ficpd.seams import Method, Task
-from ficpd.types import Plan, Record, State
-from ficpd.use import PREFERRED, pick
+from ficpd.seams import Compression, Method, Task
+from ficpd.tuners import Training
+from ficpd.types import Plan, Prompt, Record, State
+from ficpd.use import PREFERRED, open_library, pick, training_at_home
 from ficpd.world import World, build_world
 
-POPULATION = 500
 SHADOW_BATCH = 32
 DELTA = 1e-5
 """At which a bound is given for a run that states no δ."""
@@ -52,14 +54,16 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Split:
-    """`members` were trained on; nobody trained on the others. `outside` are scored beside the members, `population` and
-    `pool` are the attacker's own: the pool trains the shadows."""
+class Target:
+    """A prompt under attack, and what shadows of it are tuned with: settings, and for how many `steps`."""
 
-    members: Sequence[Record]
-    outside: Sequence[Record]
-    population: Sequence[Record]
-    pool: Sequence[Record]
+    model: Compute
+    task: Task
+    start: Prompt
+    compression: Compression
+    training: Training
+    steps: int
+    vectors_PD: Tensor
 
 
 def audit_run(
@@ -73,34 +77,75 @@ def audit_run(
     left to attack.
     """
     run = open_run(Path(folder), device)
-    target = _target(run, prompt)
-    split = split_records(run, members, seed)
-    shadow_SPD = _shadows(run, split.pool, shadows, seed)
-    evidence = _evidence(run, run.library.prompts[target].vectors_PD, shadow_SPD, split)
+    name = _named(run.library, prompt)
+    experiment, shards = run.world.experiment, run.world.shards.values()
+    train = [record for shard in shards for record in shard.train]
+    spare = [record for shard in shards for record in shard.test] + sources.unused(experiment.data, experiment.seed)
+    target, split = _target(run, name), split_records(run.world.task, train, spare, members, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed)
+    planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
+    card, block = {**run.result, "method": run.method.name}, run.result["privacy"]
+    found = _audit(run.directory.path.name, name, card, block, target, split, shadow_SPD, seed)
+    found = replace(found, mechanism=mechanism_bound(run, seed), planted=planted)
+    _leave(found, run.directory)
+    return found
+
+
+def audit_library(
+    folder: Path, members: Sequence[Record], others: Sequence[Record], out: Path, prompt: str | None = None,
+    shadows: int = 4, limit: int = 1000, seed: int = 0, device: str = "cpu",
+) -> Audit:  # fmt: skip
+    """Attack a library's prompt, given records that it was tuned on (`members`) and `others` that it was not; leaves
+    `audit.json` and `audit.md` in `out`. Without the run there are no canaries, and so no bound on ε.
+
+    Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
+    """
+    opened = open_library(Path(folder), device)
+    library, card = opened.library, opened.library.card
+    name = _named(library, prompt)
+    training = training_at_home(library)
+    steps = max(int(card.get("num_rounds", 1)) * training.local_steps, 1)
+    whole = none.build(none.Config(), library.start, 0)
+    vectors_PD = library.prompts[name].vectors_PD
+    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
+    split = split_records(opened.task, members, others, limit, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed)
+    found = _audit(Path(folder).name, name, card, card.get("privacy", {}), target, split, shadow_SPD, seed)
+    _leave(found, RunDir(Path(out)))
+    return found
+
+
+def _audit(
+    of: str, prompt: str, card: Mapping[str, Any], block: Mapping[str, Any], target: Target, split: Split,
+    shadow_SPD: Tensor, seed: int,
+) -> Audit:  # fmt: skip
+    """The attacks on one prompt, without canaries."""
+    evidence = _evidence(target, shadow_SPD, split)
     scores = {name: attack(evidence) for name, attack in ATTACKS.items()}
     advantage, interval = best_advantage(scores, evidence.member_N, seed)
-    block = run.result["privacy"]
-    found = Audit(
-        run=run.directory.path.name,
-        method=run.method.name,
-        prompt=target,
+    return Audit(
+        run=of,
+        method=str(card.get("method", "?")),
+        prompt=prompt,
         guarantee=guarantee(block),
-        epsilon=block["epsilon"],
-        delta=block["delta"],
+        epsilon=block.get("epsilon"),
+        delta=block.get("delta"),
         num_members=len(split.members),
         num_nonmembers=len(split.outside),
         num_shadows=len(shadow_SPD),
-        shadow_records=_shadow_size(run, split.pool),
+        shadow_records=split.shadow_size,
         attacks={name: outcome(score, evidence.member_N, seed) for name, score in scores.items()},
         advantage=advantage,
         advantage_interval=interval,
-        mechanism=mechanism_bound(run, seed),
-        planted=planted_bound(run, target, shadow_SPD, [*split.pool, *split.population], canaries, seed),
+        mechanism=None,
+        planted=None,
         seed=seed,
     )
-    run.directory.write("audit.json", json.dumps({**asdict(found), "alarm": found.alarm}, indent=2) + "\n")
-    run.directory.write("audit.md", markdown(found))
-    return found
+
+
+def _leave(found: Audit, directory: RunDir) -> None:
+    directory.write("audit.json", json.dumps({**asdict(found), "alarm": found.alarm}, indent=2) + "\n")
+    directory.write("audit.md", markdown(found))
 
 
 def open_run(folder: Path, device: str) -> Finished:
@@ -125,90 +170,42 @@ def open_run(folder: Path, device: str) -> Finished:
     return Finished(directory, world, method, saved[0], library, result)
 
 
-def _target(run: Finished, name: str | None) -> str:
+def _named(library: PromptLibrary, name: str | None) -> str:
     """Which prompt is attacked. Raises `LibraryError` if the library lacks it."""
-    target = name or next((n for n in PREFERRED if n in run.library.prompts), next(iter(run.library.prompts)))
-    pick(run.library, target)
-    return target
-
-
-# ---------------------------------------------------------------- who is a member
-
-
-def split_records(run: Finished, limit: int, seed: int) -> Split:
-    """At most `limit` members; of the records that nobody trained on, one half to score, the other for the attacker.
-
-    A record that reads like a training record, or like another, is left out of the halves. Raises `PrivacyError` if too
-    few are left.
-    """
-    experiment, shards = run.world.experiment, run.world.shards.values()
-    train = [record for shard in shards for record in shard.train]
-    spare = [record for shard in shards for record in shard.test] + sources.unused(experiment.data, experiment.seed)
-    seen = {_contents(record) for record in train}
-    fresh = _shuffled({_contents(r): r for r in spare if _contents(r) not in seen}.values(), seed, "halves")
-    mine, outside = fresh[: len(fresh) // 2], fresh[len(fresh) // 2 :]
-    members = _shuffled(train, seed, "members")[:limit]
-    outside = _alike(run.world.task, members, outside, max(limit, FEW), seed)
-    if min(len(members), len(outside), len(mine)) < 2:
-        raise PrivacyError(
-            f"{len(members)} members and {len(fresh)} records that no client trained on were found, expected at least 2 "
-            "and 4 that differ from them; a larger data.test_fraction, or data.max_records, sets more aside"
-        )
-    rest = mine[POPULATION:]
-    return Split(members, outside, mine[:POPULATION], rest if len(rest) >= len(train) else mine)
-
-
-def _contents(record: Record) -> str:
-    """What a record says, whoever holds it."""
-    return repr([record.fields.get(role) for role in sources.ROLES if role != "client"])
-
-
-def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limit: int, seed: int) -> list[Record]:
-    """At most about `limit` of the others, with the members' share of each label. Numbers are not matched."""
-    if not has_labels(task, members) or not others:
-        return list(others[:limit])
-    wanted, labels, room, kept = task.targets(members), task.targets(others), Counter(), []
-    for label, count in Counter(wanted).items():
-        room[label] = math.ceil(count / len(wanted) * limit)
-    for record, label in zip(others, labels, strict=True):
-        if room[label] > 0:
-            room[label] -= 1
-            kept.append(record)
-    return [kept[i] for i in label_matched(wanted, task.targets(kept), seed)]
-
-
-def _shuffled(things: Any, seed: int, what: str) -> list:
-    kept = list(things)
-    return [kept[i] for i in torch.randperm(len(kept), generator=seeds.generator(seed, "audit", what)).tolist()]
+    name = name or next((n for n in PREFERRED if n in library.prompts), next(iter(library.prompts), None))
+    pick(library, name)
+    return str(name)
 
 
 # ---------------------------------------------------------------- the attack on one prompt
 
 
-def _shadow_size(run: Finished, pool: Sequence[Record]) -> int:
-    return min(sum(len(shard.train) for shard in run.world.shards.values()), len(pool))
+def _target(run: Finished, name: str) -> Target:
+    """Shadows take as many steps as a client in the whole run."""
+    world, steps = run.world, max(run.method.work(run.state)[0] * run.result["num_rounds"], 1)
+    training, vectors_PD = world.experiment.training, run.library.prompts[name].vectors_PD
+    return Target(world.model, world.task, world.start, world.compression, training, steps, vectors_PD)
 
 
-def _shadows(run: Finished, pool: Sequence[Record], number: int, seed: int) -> Tensor:
-    """Prompts tuned for as many steps as a client's in the whole run, in batches as large as a cohort's together."""
-    world, steps = run.world, run.method.work(run.state)[0] * run.result["num_rounds"]
+def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
+    """In batches as large as a cohort's together."""
     return shadow_prompts(
-        world.model, world.task, world.start, world.compression, world.experiment.training, pool,
-        _shadow_size(run, pool), max(steps, 1), SHADOW_BATCH, number, seed,
+        target.model, target.task, target.start, target.compression, target.training, split.pool, split.shadow_size,
+        target.steps, SHADOW_BATCH, number, seed,
     )  # fmt: skip
 
 
-def _evidence(run: Finished, target_PD: Tensor, shadow_SPD: Tensor, split: Split) -> Evidence:
-    every_SPD = torch.cat([target_PD[None], shadow_SPD])
-    loss_SN = _losses(run, every_SPD, [*split.members, *split.outside])
-    loss_SZ = _losses(run, every_SPD, split.population)
+def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> Evidence:
+    every_SPD = torch.cat([target.vectors_PD[None], shadow_SPD])
+    loss_SN = _losses(target, every_SPD, [*split.members, *split.outside])
+    loss_SZ = _losses(target, every_SPD, split.population)
     member_N = np.arange(loss_SN.shape[1]) < len(split.members)
-    likelihood = has_labels(run.world.task, split.members)
+    likelihood = has_labels(target.task, split.members)
     return Evidence(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
 
 
-def _losses(run: Finished, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:
-    return losses(run.world.model, run.world.task, prompts_SPD, records, run.world.start)
+def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:
+    return losses(target.model, target.task, prompts_SPD, records, target.start)
 
 
 # ---------------------------------------------------------------- the mechanism, and planted records
@@ -244,7 +241,7 @@ def _played(plan: Plan, door: str, released: int) -> Plan:
 
 
 def planted_bound(
-    run: Finished, target: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
+    run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
 ) -> LowerBound | None:
     """Train the federation again with mislabelled records, each put in by the flip of a coin, and guess which were.
 
@@ -260,8 +257,11 @@ def planted_bound(
         again = RunDir(Path(folder) / "run")
         result = one_method(replace(run.world, shards=shards), run.world.experiment.method, again, None, silent)
         library = PromptLibrary.load(again.path)
-    name = target if target in library.prompts else _target(replace(run, library=library), None)
-    loss_SM = _losses(run, torch.cat([library.prompts[name].vectors_PD[None], shadow_SPD]), planted)
+    trained_again = replace(run, library=library)
+    name = name if name in library.prompts else _named(library, None)
+    loss_SM = _losses(
+        _target(trained_again, name), torch.cat([library.prompts[name].vectors_PD[None], shadow_SPD]), planted
+    )
     stated, delta = _for_a_record(result["privacy"])
     score_M = loss_SM[1:].mean(0) - loss_SM[0]
     reach = one_run(coin_M.astype(float), coin_M, delta)

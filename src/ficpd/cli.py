@@ -130,8 +130,12 @@ def predict(
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(help="the directory of a finished run")],
+    run: Annotated[Path, typer.Argument(help="the directory of a finished run; with --trained, any library")],
     prompt: Annotated[str | None, typer.Option(help="the prompt attacked; none: global, else the first")] = None,
+    trained: Annotated[str | None, typer.Option(help="a file of records that the library was tuned on")] = None,
+    others: Annotated[str | None, typer.Option(help="a file of like records that it was not tuned on")] = None,
+    columns: Columns = None,
+    out: Annotated[Path | None, typer.Option(help="with --trained: where the page goes; none: LIBRARY-audit")] = None,
     shadows: Annotated[int, typer.Option(help="prompts tuned for comparison", min=1)] = 4,
     members: Annotated[int, typer.Option(help="training records attacked, at most", min=2)] = 1000,
     canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
@@ -139,12 +143,23 @@ def audit(
 ) -> None:  # fmt: skip
     """Attack a run: who was in the training data, and whether its ε holds. Exit status 2 if it does not.
 
+    Without the run, attack a library's prompt by its members: `--trained` and `--others`.
+
     Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
     """
-    from ficpd.attack import audit_run
+    from ficpd.attack import audit_library, audit_run
     from ficpd.audit.report import table, verdict
+    from ficpd.use import read_records
 
-    found = audit_run(run, prompt, shadows, members, canaries, seed, device)
+    if bool(trained) != bool(others):
+        raise typer.BadParameter("give --trained and --others together: members, and records to tell them from")
+    if trained and others:
+        folder = out or run.with_name(run.resolve().name + "-audit")
+        known, unknown = (read_records(file, _roles(columns), labelled=True) for file in (trained, others))
+        found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device)
+    else:
+        folder = run
+        found = audit_run(run, prompt, shadows, members, canaries, seed, device)
     screen.print(
         f"[bold]{escape(found.prompt)}[/] of {escape(str(run))}: {found.num_members:,} records that were trained on, "
         f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
@@ -156,7 +171,7 @@ def audit(
             f"{name}: ε is at least {bound.epsilon:.2f} ({stated}; {bound.runs:,} could show {bound.reach:.2f})"
         )
     screen.print(f"[bold red]{escape(verdict(found))}[/]" if found.alarm else escape(verdict(found)))
-    typer.echo(f"report:  {run / 'audit.md'}")
+    typer.echo(f"report:  {folder / 'audit.md'}")
     if found.alarm:
         raise typer.Exit(2)
 

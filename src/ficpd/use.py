@@ -87,17 +87,24 @@ def adapt_library(
         raise LibraryError(f"{out} exists already; choose another --out")
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [records[i] for i in order[: shots or len(order)]]
-    training = checked(Training, opened.library.card.get("training", {}), "card.json: training")
-    training = training.model_copy(update={"tuner": "adam"})  # at home: the whole prompt, and no noise
-    if training.learning_rate is None:
-        raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
-    adapted = opened.library.adapt(chosen, opened.task, opened.model, training, steps, seed)
+    adapted = opened.library.adapt(chosen, opened.task, opened.model, training_at_home(opened.library), steps, seed)
     card = {
         **opened.library.card,
         "adapted": {"began_from": adapted.began_from, "tuned": adapted.tuned, "shots": len(chosen)},
     }
     PromptLibrary(opened.library.start, {**opened.library.prompts, "adapted": adapted.prompt}, card).save(out)
     return adapted, len(chosen)
+
+
+def training_at_home(library: PromptLibrary) -> Training:
+    """How the library's prompts were tuned, as it is done on one's own records: the whole prompt by Adam, no noise.
+
+    Raises `LibraryError` if the card states no learning rate.
+    """
+    training = checked(Training, library.card.get("training", {}), "card.json: training")
+    if training.learning_rate is None:
+        raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
+    return training.model_copy(update={"tuner": "adam"})
 
 
 def library_facts(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 mechanism; and it leaves its page, or one sentence of why not."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from sklearn.metrics import roc_auc_score
 
 import small
 from ficpd import cli, seeds
-from ficpd.attack import audit_run, mislabelled, open_run, plant, planted_bound, split_records
+from ficpd.attack import audit_run, mislabelled, open_run, plant, planted_bound
 from ficpd.audit import canaries
 from ficpd.audit.attacks import Evidence
 from ficpd.audit.bounds import one_run
 from ficpd.audit.report import Audit, LowerBound, markdown, table, verdict
 from ficpd.audit.shadows import losses, shadow_prompts
+from ficpd.audit.split import split_records
+from ficpd.data import sources
 from ficpd.data.partition import Shard
 from ficpd.errors import LibraryError, PrivacyError, RunError
 from ficpd.experiment import parse
@@ -111,7 +114,9 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, fic
 def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
     """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
     run, guessed = open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"), []
-    pool, start_SPD = split_records(run, 1000, 0).pool, run.world.start.vectors_PD[None]
+    (shard,), start_SPD = run.world.shards.values(), run.world.start.vectors_PD[None]
+    spare = [*shard.test, *sources.unused(run.world.experiment.data, 0)]
+    pool = split_records(run.world.task, shard.train, spare, 1000, 0).pool
 
     def watched(score_M, coin_M, delta):
         guessed.append(float(roc_auc_score(coin_M, score_M)))
@@ -179,19 +184,20 @@ def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
 
 def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
     run = open_run(modest, "cpu")
-    split = split_records(run, 1000, 0)
+    train = [record for shard in run.world.shards.values() for record in shard.train]
+    spare = [record for shard in run.world.shards.values() for record in shard.test]
+    split = split_records(run.world.task, train, [*spare, *train, *small.records(60, 7)], 1000, 0)
 
     def contents(records):
         return {(r.fields["text"], r.fields["target"]) for r in records}
 
-    train = [record for shard in run.world.shards.values() for record in shard.train]
     mine = [*split.population, *split.pool]
     assert {r.key for r in split.members} == {r.key for r in train}
     assert not contents(train) & contents([*mine, *split.outside])
     assert not contents(mine) & contents(split.outside)
     share = [np.mean([r.fields["target"] == "good" for r in part]) for part in (split.members, split.outside)]
     assert share[0] == pytest.approx(share[1], abs=0.5 / len(split.outside) + 1e-9)
-    assert len(split_records(run, 5, 0).members) == 5
+    assert len(split_records(run.world.task, train, spare, 5, 0).members) == 5
 
 
 def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
@@ -318,6 +324,47 @@ def test_an_audit_that_breaks_leaves_the_old_page(modest, monkeypatch):
     assert {file.name for file in modest.iterdir()} == files
 
 
+# ---------------------------------------------------------------- a library and its members, without the run
+
+
+@pytest.fixture(scope="module")
+def given_away(overfitted, tmp_path_factory) -> Path:
+    """The overfitted run's library alone, with its members in `in.csv` and as good others in `out.csv`."""
+    folder, world = tmp_path_factory.mktemp("given away"), open_run(overfitted, "cpu").world
+    shutil.copytree(overfitted / "library", folder / "library")
+    members = [record for shard in world.shards.values() for record in shard.train]
+    for name, records in (("in", members), ("out", sources.unused(world.experiment.data, 0))):
+        lines = [f"{r.fields['text']},{r.fields['target']}" for r in records]
+        (folder / f"{name}.csv").write_text("\n".join(["sentence,target", *lines]) + "\n")
+    return folder
+
+
+def test_a_library_is_attacked_by_its_members(given_away, ficpd):
+    words = ("audit", given_away / "library", "--trained", given_away / "in.csv", "--others", given_away / "out.csv")
+    status, out, err = ficpd(*words, "-c", "text=sentence", "--shadows", 2)
+    assert (status, err) == (0, "")
+    kept = json.loads((given_away / "library-audit" / "audit.json").read_text())
+    assert kept["advantage"] >= 0.3
+    assert (kept["num_members"], kept["mechanism"], kept["planted"]) == (40, None, None)
+    assert "no upper bound to compare" in out
+    assert "library-audit/audit.md" in out
+    assert {file.name for file in (given_away / "library").iterdir()} == {
+        "README.md",
+        "card.json",
+        "prompts.safetensors",
+    }
+
+
+def test_members_and_others_come_together_and_differ(given_away, ficpd):
+    one = ("audit", given_away / "library", "-c", "text=sentence", "--trained", given_away / "in.csv")
+    status, _, err = ficpd(*one)
+    assert status == 2
+    assert "--trained and --others together" in err
+    status, _, err = ficpd(*one, "--others", given_away / "in.csv")
+    assert status == 1
+    assert "0 records that nobody trained on were found" in err
+
+
 # ---------------------------------------------------------------- what cannot be audited
 
 
@@ -345,7 +392,7 @@ def test_an_unknown_prompt_and_too_few_records_are_said(modest, tmp_path):
     lines = [f"{word} film,{label},a" for word, label in (("good", "good"), ("bad", "bad")) for _ in range(10)]
     (tmp_path / "records.csv").write_text("\n".join(["text,target,site", *lines]) + "\n")
     run_experiment(parse(small.toml(tmp_path / "records.csv", "fedavg", 1), "small.toml"), tmp_path / "run")
-    with pytest.raises(PrivacyError, match="0 records that no client trained on"):
+    with pytest.raises(PrivacyError, match="0 records that nobody trained on"):
         audit_run(tmp_path / "run")
 
 
