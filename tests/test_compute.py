@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import decoders
 import small
 from ficpd.compute import Compute, Kept, chunked, drive, drive_many
 from ficpd.errors import BackboneError
 from ficpd.types import Answer, Item, Query, Record
+from ficpd.world import build_task
 
 
 def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torch.Tensor:
@@ -165,6 +167,78 @@ def test_an_own_loss_needs_no_target(model):
     assert answer.grad_KBPD.abs().max() > 0
 
 
+# ---------------------------------------------------------------- writing
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory) -> Compute:
+    return Compute(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
+
+
+def writing(writer: Compute, enters_at: int = 1) -> list[Query]:
+    """Questions that write, longer and shorter, several candidates, one with a head, beside one that does not."""
+    labels = {"good": "positive", "bad": "negative"}
+    head = build_task({"name": "classification", "labels": labels, "tuned_head": True})
+    bare, sentences = build_task({"name": "classification", "labels": labels}), small.records(5)
+    starts = {task: small.start(writer, task, 4, enters_at) for task in (head, bare)}
+    batches = {task: task.encode(sentences, writer.backbone, start) for task, start in starts.items()}
+    return [
+        Query(prompts(3, 4, width=32), batches[bare], write=6),
+        Query(prompts(1, 4, seed=1, width=32), batches[bare].take([4, 0]), write=6),
+        Query(prompts(1, 4, width=32), batches[bare], write=2),
+        Query(prompts(1, 4, width=32), batches[bare], outputs=True, write=6),
+        Query(prompts(2, 6, width=32), batches[head], write=3),
+        Query(prompts(2, 4, width=32), batches[bare], outputs=True),
+        Query(prompts(1, 4, width=32), batches[bare], grad=True),
+        Query(prompts(2, 0, width=32), batches[bare], write=6),
+        Query(prompts(2, 4, width=32), batches[bare].take([]), write=6),
+    ]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 60, 10_000])
+def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chunk_tokens):
+    queries = writing(writer)
+    answers = Compute(writer.backbone, chunk_tokens=chunk_tokens).answer(queries)
+    for query, answer in zip(queries, answers, strict=True):
+        assert (answer.texts_KB is None) == (query.write == 0)
+        assert answer.loss_KB.shape == (len(query.prompts_KPD), len(query.batch))
+        assert (answer.outputs_KB is None) == (not query.outputs)
+        if answer.texts_KB is None:
+            continue
+        assert len(answer.texts_KB) == len(query.prompts_KPD)
+        virtual = query.prompts_KPD.shape[1] - query.batch.task.head_rows
+        for prompt, texts in zip(query.prompts_KPD[:, :virtual], answer.texts_KB, strict=True):
+            alone = [writer.backbone.write(prompt[None], [items[0]], 1, query.write)[0] for items in query.batch.items]
+            assert texts == alone
+    assert len({text for texts in answers[0].texts_KB for text in texts}) > 3
+    assert answers[-1].texts_KB == [[], []]
+    losses = writer.answer([query._replace(write=0) for query in queries])
+    assert all(small.close(ours.loss_KB, theirs.loss_KB) for ours, theirs in zip(answers, losses, strict=True))
+
+
+def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
+    seen, write = [], writer.backbone.write
+
+    def watched(prompts_SPD, items, layer, max_tokens):
+        seen.append(len(items) * (prompts_SPD.shape[1] + max(item.length for item in items) + max_tokens))
+        return write(prompts_SPD, items, layer, max_tokens)
+
+    monkeypatch.setattr(writer.backbone, "write", watched)
+    Compute(writer.backbone, chunk_tokens=60).answer(writing(writer)[:1])
+    assert 1 < len(seen) < 15
+    assert max(seen) <= 60
+
+
+def test_writing_that_cannot_be_is_refused(model, writer):
+    query = Query(prompts(1), batch_of(model, small.classes()), write=4)
+    with pytest.raises(BackboneError, match="tiny cannot write"):
+        model.answer([query])
+    with pytest.raises(BackboneError, match=r"gradients and for 4 written tokens.*ask twice"):
+        writer.answer([writing(writer)[0]._replace(grad=True, write=4)])
+    with pytest.raises(BackboneError, match="cannot write -1 tokens"):
+        writer.answer([writing(writer)[0]._replace(write=-1)])
+
+
 # ---------------------------------------------------------------- edges
 
 
@@ -185,10 +259,10 @@ def test_an_empty_batch_has_empty_outputs(model, beside):
     task = small.classes()
     whole = batch_of(model, task)
     others = [Query(prompts(1), whole, outputs=True)] if beside else []
-    outputs = model.answer([Query(prompts(2), whole.take([]), outputs=True), *others])[0].outputs_KB
-    assert outputs is not None
-    assert outputs.features_RD.shape == (0, 16)
-    assert task.predict(outputs, whole.take([])) == []
+    answer = model.answer([Query(prompts(2), whole.take([]), outputs=True), *others])[0]
+    assert answer.outputs_KB is not None
+    assert answer.outputs_KB.features_RD.shape == (0, 16)
+    assert task.predict(answer, whole.take([])) == []
 
 
 def test_no_question_has_no_answer(model):

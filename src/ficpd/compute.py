@@ -91,6 +91,7 @@ class Compute:
 
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
         """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
+        _check_writing(queries[0])
         if queries[0].grad and not self.backbone.gives_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box tuner (spsa, cma_es)")
         rows = [
@@ -100,31 +101,32 @@ class Compute:
             for b, items in enumerate(query.batch.items)
         ]
         if not rows:  # an empty Poisson batch is a question too
-            return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing()) for query in queries]
+            return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         P = queries[0].prompts_KPD.shape[1]
-        losses, grads, outputs = [], [], []
-        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=P):
+        losses, grads, outputs, texts = [], [], [], []
+        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=P + queries[0].write):
             loss, grad, output = self._forward(queries, part)
             losses.append(loss)
             grads.append(grad)
             outputs.append(output)
+            texts += self._written(queries, part)
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
         output_R = _joined(outputs).take(back) if queries[0].outputs else None
+        text_R = [texts[place] for place in back.tolist()] if texts else []
         answers, first = [], 0
         for query in queries:
-            answers.append(_split(query, first, loss_R, grad_RPD, output_R))
+            answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
 
     def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:
         """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""
         grad = queries[0].grad
-        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part])
-        prompts_RPD = prompts_RPD.detach().to(self.backbone.device, torch.float32).requires_grad_(grad)
+        prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
         with nullcontext() if grad else torch.no_grad():
             outputs = self._outputs(queries, part, prompts_RPD)
             loss_R = self._losses(queries, part, outputs)
@@ -132,6 +134,21 @@ class Compute:
                 loss_R.sum().backward()
         detached = Outputs(*(None if t is None else t.detach() for t in outputs.parts()))  # type: ignore[arg-type]
         return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
+
+    def _prompts(self, queries: list[Query], part: list[Row]) -> Tensor:
+        """[R, P, D]: each row's own copy, on the backbone's device."""
+        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part])
+        return prompts_RPD.detach().to(self.backbone.device, torch.float32)
+
+    def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
+        """[R] texts that follow each record's first sequence; none at all where the queries do not write."""
+        batch, tokens = queries[0].batch, queries[0].write
+        if not tokens:
+            return []
+        prompts_RPD = self._prompts(queries, part)
+        items = [queries[row.query].batch.items[row.record][0] for row in part]
+        virtual = prompts_RPD.shape[1] - batch.task.head_rows
+        return self.backbone.write(prompts_RPD[:, :virtual], items, batch.enters_at, tokens)
 
     def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> Outputs:
         """The backbone on each row's sequences, candidates of one record put side by side again."""
@@ -183,7 +200,16 @@ class Compute:
 def _kind(query: Query) -> tuple:
     """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
     batch = query.batch
-    return batch.enters_at, query.prompts_KPD.shape[1], batch.task.head_rows, query.grad, query.outputs
+    return batch.enters_at, query.prompts_KPD.shape[1], batch.task.head_rows, query.grad, query.outputs, query.write
+
+
+def _check_writing(query: Query) -> None:
+    if query.write < 0:
+        raise BackboneError(f"a query cannot write {query.write} tokens; expected 0 (nothing is written) or more")
+    if query.write and query.grad:
+        raise BackboneError(
+            f"a query asks for gradients and for {query.write} written tokens; what is written has none: ask twice"
+        )
 
 
 def _loss_key(query: Query) -> tuple:
@@ -229,14 +255,18 @@ def _joined(parts: list[Outputs | None]) -> Outputs:
     return Outputs(features, scores, readout)
 
 
-def _split(query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: Outputs | None) -> Answer:
+def _split(
+    query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: Outputs | None, text_R: list[str]
+) -> Answer:
     """This query's rows out of all, as [K, B, ...]."""
     K, B = len(query.prompts_KPD), len(query.batch)
+    texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.write else None
     rows = slice(first, first + K * B)
     return Answer(
         loss_R[rows].view(K, B),
         None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
         None if outputs is None or not query.outputs else outputs.take(torch.arange(first, first + K * B)),
+        texts,
     )
 
 

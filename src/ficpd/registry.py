@@ -10,7 +10,7 @@ from types import ModuleType
 
 from ficpd.errors import ConfigError, unknown
 
-NOT_ENTRIES = {"weights", "catalog", "quantised", "noise", "accountant", "ledger", "settings", "clip"}
+NOT_ENTRIES = {"weights", "catalog", "decoding", "quantised", "noise", "accountant", "ledger", "settings", "clip"}
 """Modules that stand in a registry's folder and are no entry of it."""
 
 

@@ -36,12 +36,17 @@ class Backbone(Protocol):
     depth: int
     max_tokens: int
     gives_gradients: bool
+    writes: bool
     device: torch.device
 
-    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
         """Encode one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
 
-        Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut.
+        Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut. `writes` > 0:
+        the answer is a text that will be written in at most so many tokens, its end token among them; it is cut to them,
+        and the room is kept free also without an answer. Raises `BackboneError` where the backbone cannot write.
         """
         ...
 
@@ -69,15 +74,27 @@ class Backbone(Protocol):
         """The prompt and the rest, one row per item (`scores_RN` has one column)."""
         ...
 
-    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Continue texts with the prompt in front. Raises `BackboneError` where the backbone cannot write."""
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        """One text per item behind its own prompt: what follows the part before the scored tail, the likeliest token at
+        every step. Raises `BackboneError` where the backbone cannot write."""
+        ...
+
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Continue texts with the prompt in front: the likeliest tokens, or (temperature > 0) drawn ones. The same seed
+        gives the same texts, whatever texts stand beside them. Raises `BackboneError` where the backbone cannot write."""
         ...
 
 
 class Task(Protocol):
-    """What a record means: how it is encoded, what is lost, predicted and scored."""
+    """What a record means: how it is encoded, what is lost, predicted and scored.
+
+    `writes`: how many tokens `predict` wants written after each record; 0 where it reads the outputs instead.
+    """
 
     head_rows: int
+    writes: int
 
     @property
     def possible(self) -> Sequence:
@@ -90,10 +107,12 @@ class Task(Protocol):
         """[R]: one loss per row, never reduced."""
         ...
 
-    def predict(self, outputs: Outputs, batch: Batch) -> list: ...
+    def predict(self, answer: Answer, batch: Batch) -> list:
+        """One prediction per record from the answer for one candidate prompt."""
+        ...
 
     def targets(self, records: Sequence[Record]) -> list:
-        """The truths to score predictions against, in `predict`'s own form."""
+        """The truths to score predictions against, in `predict`'s own form (of a text: all its references)."""
         ...
 
     def score(self, predictions: Sequence, targets: Sequence) -> Score: ...
@@ -247,7 +266,8 @@ class Method(Protocol):
 
     `pools_data`: it is the centralised upper line. `trains`: it has rounds. `releases`: something that depends on
     records leaves its clients. `sums`: `aggregate` depends on the updates only through their weighted sum, so that one
-    noised sum may stand for all of them (client-level privacy at the server).
+    noised sum may stand for all of them (client-level privacy at the server). `gathers`: everybody is asked in the
+    first round.
     """
 
     name: str
@@ -255,6 +275,7 @@ class Method(Protocol):
     trains: bool
     releases: bool
     sums: bool
+    gathers: bool
 
     def init(self, setup: Setup) -> State: ...
     def work(self, state: State) -> tuple[int, int]:

@@ -142,7 +142,8 @@ class Prompt:
 class Query(NamedTuple):
     """A question to the backbone: K candidate prompts on B records. The only thing a client ever asks.
 
-    `loss` is a per-row loss of one's own, `(Outputs, Batch) -> [R]`; None means the task's.
+    `loss` is a per-row loss of one's own, `(Outputs, Batch) -> [R]`; None means the task's. `write` > 0 asks for a text
+    of at most so many tokens after each record, the likeliest token at every step; such a query gives no gradients.
     """
 
     prompts_KPD: Tensor
@@ -150,14 +151,16 @@ class Query(NamedTuple):
     grad: bool = False
     outputs: bool = False
     loss: Callable[[Outputs, Batch], Tensor] | None = None
+    write: int = 0
 
 
 class Answer(NamedTuple):
-    """One loss per candidate and record and, if asked for, one gradient or one output. Never reduced over records."""
+    """One loss per candidate and record and, if asked for, one gradient, output or text. Never reduced over records."""
 
     loss_KB: Tensor
     grad_KBPD: Tensor | None = None
     outputs_KB: Outputs | None = None  # K x B rows, candidate by candidate
+    texts_KB: list[list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,71 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ficpd.backbones import catalog, causal_lm, weights
+from decoders import CPU, FAMILY, SIZES, WORDS, load, write
+from ficpd.backbones import catalog, causal_lm, decoding, weights
 from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.errors import BackboneError
 from ficpd.types import Item, Prompt
 
-CPU = torch.device("cpu")
-WORDS = ["a", "the", "film", "was", "very", "good", "bad", "and", "long", "sentiment", "is", "positive", "negative"]
-WORDS += ["not", "dull", "story", "but", "fine"]
 TEXTS = ["the film was very good", "bad", "the story was long and dull but not bad"]
 ASK = "the sentiment is"
-SIZES = {
-    "vocab_size": 4 + len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "initializer_range": 0.3,
-}
-FAMILY = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 40}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-}
-
-
-def write(folder: Path, family: str = "llama", begins: bool = False) -> Path:
-    config, model, more = FAMILY[family]
-    torch.manual_seed(3)
-    model(config(**SIZES, **more)).save_pretrained(folder)
-    names = ["<unk>", "<s>", "</s>", "\n", *WORDS]
-    words = Tokenizer(models.WordLevel(dict(zip(names, range(99), strict=False)), unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    if begins:
-        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, attention: str = "eager", **config) -> CausalLM:
-    source = weights.Weights(folder, "ab" * 32, "here")
-    return causal_lm.build(Config(**config), source, dtype=torch.float32, attention=attention, device=CPU, name="small")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +109,19 @@ def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
     torch.testing.assert_close(lengths, lengths[:1].expand(len(rows)))
     cosine = torch.nn.functional.cosine_similarity(small.as_readout(rows * 7), rows, dim=-1)
     torch.testing.assert_close(cosine, torch.ones(len(rows)))
+
+
+def test_an_answer_to_be_written_ends_with_the_end_token_and_keeps_its_room(folder):
+    backbone = load(folder, max_tokens=16)
+    item = backbone.read("the film " * 30, None, ASK, "good", room=3, writes=5)
+    assert words(backbone, item) == "the film the film \n the sentiment is good </s>"
+    assert (item.length, item.scored) == (10, 2)
+    bare = backbone.read("the film " * 30, None, ASK, None, room=3, writes=5)
+    assert words(backbone, bare) == "the film the film \n the sentiment is"
+    cut = backbone.read("bad", None, ASK, "the film was very long", room=3, writes=2)
+    assert (words(backbone, cut), cut.scored) == ("bad \n the sentiment is the film", 2)
+    with pytest.raises(BackboneError, match="9 of the answer leave nothing"):
+        backbone.read("bad", None, ASK, None, room=3, writes=9)
 
 
 # ---------------------------------------------------------------- layers
@@ -311,6 +270,81 @@ def test_generation_keeps_the_end_of_a_long_text_and_drops_the_head_rows(folder,
 def test_generation_wants_a_prompt_of_this_backbone(small):
     with pytest.raises(BackboneError, match="encoder:1234"):
         small.generate(Prompt(prompts(1, 4)[0], "encoder:1234"), ["bad"], 3)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("length", [0, 4])
+def test_each_row_is_written_behind_its_own_prompt_and_before_its_scored_tail(small, layer, length):
+    items = [*read(small), *read(small, answer="very good"), *read(small, answer="not bad")]
+    prompts_SPD = prompts(len(items), length)
+    written = small.write(prompts_SPD, items, layer, 6)
+    for row, said in enumerate(written):
+        item = Item(items[row % 3].content, items[row % 3].length)
+        assert small.write(prompts_SPD[row : row + 1], [item], layer, 6) == [said]
+        text = f"{TEXTS[row % 3]}\n{ASK}"
+        assert small.generate(Prompt(prompts_SPD[row], small.fingerprint, layer), [text], 6) == [said]
+    assert (len(set(written)) > 3) == (length > 0)
+    assert small.write(prompts(0, length), [], layer, 6) == []
+    assert small.write(prompts_SPD[:2], items[:2], layer, 0) == ["", ""]
+
+
+def test_what_does_not_fit_is_not_written(folder, small):
+    items = read(small)
+    longest = max(item.length for item in items)
+    room = SIZES["max_position_embeddings"] - longest - 4
+    assert len(small.write(prompts(3, 4), items, 0, room)) == 3
+    with pytest.raises(BackboneError, match=f"4 virtual tokens, {longest} read and {room + 1} to write"):
+        small.write(prompts(3, 4), items, 0, room + 1)
+    with pytest.raises(BackboneError, match="expected 0 to 2"):
+        small.write(prompts(3, 4), items, 3, 1)
+    for asked in (lambda: small.write(prompts(3, 4), items, 0, -1), lambda: generate(small, ["bad"], max_tokens=-1)):
+        with pytest.raises(BackboneError, match="max_tokens = -1: expected 0 or more"):
+            asked()
+
+
+def generate(backbone: CausalLM, texts: list[str], layer: int = 0, max_tokens: int = 8, **how) -> list[str]:
+    return backbone.generate(Prompt(prompts(1, 4)[0], backbone.fingerprint, layer), texts, max_tokens, **how)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_drawn_texts_come_from_the_seed_and_their_own_text_alone(small, layer):
+    texts = [f"{text} {word}" for text in TEXTS for word in WORDS[:7]]
+    drawn = generate(small, texts, layer, temperature=1.5, seed=1)
+    assert drawn == generate(small, texts, layer, temperature=1.5, seed=1)
+    assert drawn[::-1] == generate(small, texts[::-1], layer, temperature=1.5, seed=1)
+    assert [drawn[5]] == generate(small, texts[5:6], layer, temperature=1.5, seed=1)
+    assert drawn != generate(small, texts, layer, temperature=1.5, seed=2)
+    assert drawn != generate(small, texts, layer)
+    assert generate(small, texts, layer, temperature=1e-4, seed=3) == generate(small, texts, layer)
+
+
+def test_equal_texts_are_drawn_differently(small):
+    drawn = generate(small, ["the film was"] * 20, temperature=2.0)
+    assert len(set(drawn)) > 10
+    assert drawn[:3] == generate(small, ["the film was"] * 3, temperature=2.0)
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_an_error(small, temperature):
+    with pytest.raises(BackboneError, match=r"temperature = .*: expected 0"):
+        generate(small, ["bad"], temperature=temperature)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_from_the_tail():
+    probability = torch.tensor([0.03, 0.5, 0.2, 0.25, 0.02])
+    uniform = torch.arange(10_000) / 10_000
+    ids = decoding.from_nucleus(probability.log().expand(10_000, -1), uniform)
+    found = ids.bincount(minlength=5) / 10_000
+    torch.testing.assert_close(found, torch.tensor([0, 0.5, 0.2, 0.25, 0]) / 0.95, atol=1e-3, rtol=0)
+    sure = torch.tensor([[0.0, 200.0, 0.0]]).expand(2, -1)
+    assert decoding.from_nucleus(sure, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 1]
+    streams = decoding.streams(["a", "b", "a"], 7)
+    draw = decoding.picker(streams, 0.5)(probability.log().expand(3, -1))
+    assert draw.shape == (3,)
+    again = [torch.rand((), generator=stream) for stream in decoding.streams(["a", "b", "a"], 7)]
+    expected = decoding.from_nucleus((2 * probability.log()).expand(3, -1), torch.stack(again))
+    assert torch.equal(draw, expected)
+    assert len({float(value) for value in again}) == 3
 
 
 # ---------------------------------------------------------------- weights that are not a decoder

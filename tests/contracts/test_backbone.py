@@ -394,10 +394,16 @@ def test_an_answer_without_tokens_is_refused(backbone, answer):
 def test_a_backbone_writes_or_says_that_it_cannot(backbone):
     prompt = Prompt(backbone.start("good", TOKENS, 0, 0), backbone.fingerprint)
     written = outcome(lambda: backbone.generate(prompt, TEXTS, 3))
+    drawn = outcome(lambda: backbone.generate(prompt, TEXTS, 3, temperature=1.0, seed=1))
+    read = outcome(lambda: [backbone.read(text, None, "", "good", TOKENS, writes=3) for text in TEXTS])
+    items = [backbone.read(text, None, "", None, TOKENS) for text in TEXTS]
+    after = outcome(lambda: backbone.write(prompt.vectors_PD.expand(len(items), -1, -1), items, 0, 3))
     if isinstance(written, BackboneError):
-        assert "cannot write" in str(written)
+        assert all("cannot write" in str(refusal) for refusal in (written, drawn, read, after))
     else:
-        assert [type(text) for text in written] == [str] * len(TEXTS)
+        assert [type(text) for text in [*written, *drawn, *after]] == [str] * 3 * len(TEXTS)
+        assert after == written
+        assert [item.scored > 0 for item in read] == [True] * len(TEXTS)
 
 
 def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):

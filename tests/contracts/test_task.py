@@ -18,7 +18,11 @@ BUILDERS = {"classification": small.classes, "regression": small.numbers}
 PERFECT = {"classification": {"accuracy": 1.0, "f1": 1.0}, "regression": {"rmse": 0.0, "pearson": 1.0}}
 
 
-@pytest.fixture(params=names("tasks"))
+WRITE = {"generation"}
+"""Tasks that the tiny backbone cannot do: tests/tasks holds them to the same on a small decoder."""
+
+
+@pytest.fixture(params=sorted({*names("tasks")} - WRITE))
 def name(request) -> str:
     if request.param not in BUILDERS:
         pytest.fail(f"task {request.param!r} has no entry in BUILDERS of tests/contracts/test_task.py: add one")
@@ -65,7 +69,7 @@ def test_a_loss_is_lower_where_the_prediction_is_right(name, model):
     task = BUILDERS[name]()
     batch, prompt = batch_of(task, model), small.start(model, task)
     asked = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0]
-    predicted = task.predict(asked.outputs_KB, batch)
+    predicted = task.predict(asked, batch)
     right = [Record(r.key, {**r.fields, "target": p}) for r, p in zip(records(task), predicted, strict=True)]
     best = model.answer([Query(prompt.vectors_PD[None], task.encode(right, model.backbone, prompt))])[0].loss_KB
     assert (best <= asked.loss_KB + 1e-6).all()
@@ -76,8 +80,8 @@ def test_a_loss_is_lower_where_the_prediction_is_right(name, model):
 def test_predictions_targets_and_scores_are_of_one_form(task, model):
     given = records(task)
     batch, prompt = batch_of(task, model), small.start(model, task)
-    outputs = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
-    predicted, targets = task.predict(outputs, batch), task.targets(given)
+    answer = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0]
+    predicted, targets = task.predict(answer, batch), task.targets(given)
     assert len(predicted) == len(targets) == 7
     assert {type(value) for value in predicted} == {type(value) for value in targets}
     json.dumps(predicted)
@@ -106,7 +110,7 @@ def test_records_without_a_target_are_predicted(task, model):
     assert batch.targets is None
     answer = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0]
     known = model.answer([Query(prompt.vectors_PD[None], batch_of(task, model), outputs=True)])[0]
-    assert task.predict(answer.outputs_KB, batch) == task.predict(known.outputs_KB, batch)
+    assert task.predict(answer, batch) == task.predict(known, batch)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +182,14 @@ def test_without_virtual_tokens_it_works_too(task, model):
     answer = model.answer([Query(bare[None], batch, grad=True, outputs=True)])[0]
     assert torch.isfinite(answer.loss_KB).all()
     assert answer.grad_KBPD.shape == (1, 7, task.head_rows, model.backbone.width)
-    assert len(task.predict(answer.outputs_KB, batch)) == 7
+    assert len(task.predict(answer, batch)) == 7
 
 
 def test_regression_stays_between_its_anchors_in_their_own_unit(model):
     task = small.numbers()
     batch, prompt = batch_of(task, model, 20), small.start(model, task)
-    outputs = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
-    predicted = task.predict(outputs, batch)
+    answer = model.answer([Query(prompt.vectors_PD[None], batch, outputs=True)])[0]
+    predicted = task.predict(answer, batch)
     assert all(1.0 <= value <= 5.0 for value in predicted)
     assert max(predicted) - min(predicted) > 0.1
     assert task.score([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == pytest.approx({"rmse": 1.0, "pearson": 1.0})

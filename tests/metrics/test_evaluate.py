@@ -5,6 +5,7 @@ import torch
 
 import small
 from ficpd.clients import personal_prompt
+from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import evaluate, score_prompt, summary, worst_of
 
 
@@ -59,3 +60,17 @@ def test_each_client_counts_once_and_the_worst_is_the_worst():
     numbers = {"a": {"rmse": 1.0, "pearson": 0.9}, "b": {"rmse": 3.0}, "c": {"rmse": 2.0, "pearson": -0.5}}
     assert summary(numbers) == {"rmse": 2.0, "pearson": pytest.approx(0.2)}
     assert worst_of(numbers) == {"rmse": 3.0, "pearson": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        ({"f1": 0.5, "accuracy": 0.8125}, "accuracy % 81.2"),
+        ({"pearson": 0.1, "rmse": 0.8125}, "rmse 0.812"),
+        ({"bleu": 41.26, "chrf": 60.0}, "bleu 41.3"),
+        ({"regret": 0.5}, "regret 0.500"),
+    ],
+)
+def test_a_task_is_known_by_its_main_figure(score, shown):
+    main = main_metric(score)
+    assert f"{main.name}{main.unit} {main.shown(score[main.name])}" == shown

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from ficpd import seeds
+from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
@@ -80,7 +81,7 @@ class CausalLM:
     """A frozen decoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer
     n it joins the input of the n-th block."""
 
-    gives_gradients = True
+    gives_gradients, writes = True, True
 
     def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -99,20 +100,26 @@ class CausalLM:
 
     # ------------------------------------------------------------ text to items
 
-    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
         """`text`, `pair` and `instruction` on a line each, then the answer, whose tokens are the scored ones.
 
-        The text is cut first, a pair only down to half of the space. Raises `BackboneError` if none is left.
+        The text is cut first, a pair only down to half of the space. With `writes` the end token closes the answer, which
+        is cut to so many tokens, and the text is cut as if it had them all. Raises `BackboneError` if none of it is left.
         """
         words = self._ids(text)
         line = [] if pair is None else self._after(f"\n{pair}")
         frame = self._after(f"\n{instruction}") if instruction else []
         tail = [] if answer is None else self._answer(answer)
-        space = self.max_tokens - room - len(self._first) - len(frame) - len(tail)
+        if tail and writes:
+            tail = [*tail, *self._end()][:writes]
+        kept_free = writes or len(tail)
+        space = self.max_tokens - room - len(self._first) - len(frame) - kept_free
         if space < 1:
             raise BackboneError(
                 f"a prompt length longer than the context: {room} virtual tokens, {len(frame)} of the instruction and "
-                f"{len(tail)} of the answer leave nothing of {self.name}'s {self.max_tokens} tokens for the text. Take "
+                f"{kept_free} of the answer leave nothing of {self.name}'s {self.max_tokens} tokens for the text. Take "
                 f"fewer virtual tokens, a shorter instruction or a larger max_tokens (at most {self.context})."
             )
         line = line[: max(space - len(words), space // 2)]
@@ -144,6 +151,11 @@ class CausalLM:
         if not ids:
             raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
         return ids
+
+    def _end(self) -> list[int]:
+        """The token that ends a text, if the tokeniser has one."""
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
 
     def _bos(self) -> list[int]:
         """The token that begins every sequence, if the tokeniser sets one by itself."""
@@ -238,8 +250,28 @@ class CausalLM:
     # ------------------------------------------------------------ writing
 
     @torch.no_grad()
-    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Greedy continuations, up to `max_tokens` tokens or the end token. Of a long text the end is kept."""
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        """Greedy texts of up to `max_tokens` tokens or the end token. Raises `BackboneError` where they do not fit."""
+        self._check(layer)
+        openings = [Item(i.content[: i.length - i.scored], i.length - i.scored) for i in items]
+        if not openings:
+            return []
+        longest = max(item.length for item in openings)
+        if prompts_SPD.shape[1] + longest + max_tokens > self.context:
+            raise BackboneError(
+                f"a prompt length longer than the context: {prompts_SPD.shape[1]} virtual tokens, {longest} read and "
+                f"{max_tokens} to write are more than {self.name}'s {self.context}; write fewer or read less."
+            )
+        return self._texts(prompts_SPD, openings, layer, max_tokens, greedy)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Continuations of up to `max_tokens` tokens or the end token. Of a long text the end is kept.
+
+        With a temperature each is drawn from the likeliest `decoding.TOP_P`, by a stream of its own (`streams`).
+        """
         self._check(prompt.enters_at)
         tokens_PD = prompt.vectors_PD[: len(prompt.vectors_PD) - prompt.head_rows]
         if prompt.backbone != self.fingerprint or tokens_PD.shape[1] != self.width:
@@ -248,10 +280,10 @@ class CausalLM:
                 f"{self.name} is {self.fingerprint}, width {self.width}. Use the backbone that it was tuned on."
             )
         items = [self._opening(text, len(tokens_PD), max_tokens) for text in texts]
-        written: list[str] = []
+        drawn_from, written = streams(texts, seed), []
         for at in range(0, len(items), TOGETHER):
-            ids = self._continue(tokens_PD, items[at : at + TOGETHER], prompt.enters_at, max_tokens)
-            written += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            part, pick = items[at : at + TOGETHER], picker(drawn_from[at : at + TOGETHER], temperature)
+            written += self._texts(tokens_PD.expand(len(part), -1, -1), part, prompt.enters_at, max_tokens, pick)
         return written
 
     def _opening(self, text: str, room: int, max_tokens: int) -> Item:
@@ -266,30 +298,32 @@ class CausalLM:
             raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
         return Item(torch.tensor(ids), len(ids))
 
-    def _continue(self, tokens_PD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[list[int]]:
+    def _texts(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int, pick: Pick) -> list[str]:
+        ids = decode(self._steps(prompts_SPD, items, layer), pick, len(items), self._ends(), max_tokens)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _steps(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int) -> Step:
         """The layers below `layer` never see the prompt, those above always do: the cache's lengths differ by P."""
         embed, cache = self.model.get_input_embeddings(), DynamicCache()
-        hidden = Hidden.of([embed(item.content.to(self.device)) for item in items], left=True)
-        states, mask = hidden.states_STD, hidden.mask_ST
-        front = tokens_PD.to(self.device, self.dtype).expand(len(items), -1, -1)
-        done, ends, written = torch.zeros(len(items), dtype=torch.bool), self._ends(), []
-        for _ in range(max_tokens):
-            states = torch.cat([front, self._run(states, mask, 0, layer, cache)], dim=1)
-            seen = torch.cat([mask.new_ones(len(items), len(tokens_PD)), mask], dim=1)
-            states = self._run(states, seen, layer, self.depth, cache)
-            ids = self.model.lm_head(self.model.model.norm(states[:, -1])).argmax(-1).cpu()
-            done |= torch.isin(ids, ends)
-            if done.all():
-                break
-            written.append(ids.masked_fill(done, -1))
-            states, mask = embed(ids[:, None].to(self.device)), torch.cat([mask, mask.new_ones(len(items), 1)], dim=1)
-            front = front[:, :0]
-        return (
-            [[i for i in row if i >= 0] for row in torch.stack(written, 1).tolist()] if written else [[]] * len(items)
-        )
+        front = prompts_SPD.to(self.device, self.dtype)
+        before = torch.ones(front.shape[:2], dtype=torch.bool, device=self.device)
+        text = Hidden.of([embed(item.content.to(self.device)) for item in items], left=True)
+        mask = text.mask_ST
+
+        def step(ids_S: Tensor | None) -> Tensor:
+            nonlocal mask
+            if ids_S is None:
+                states = torch.cat([front, self._run(text.states_STD, mask, 0, layer, cache)], dim=1)
+            else:
+                mask = torch.cat([mask, mask.new_ones(len(items), 1)], dim=1)
+                states = self._run(embed(ids_S[:, None].to(self.device)), mask, 0, layer, cache)
+            states = self._run(states, torch.cat([before, mask], dim=1), layer, self.depth, cache)
+            return self.model.lm_head(self.model.model.norm(states[:, -1]))
+
+        return step
 
     def _ends(self) -> Tensor:
         """Tokens that end a text: the model's own, and the tokeniser's."""
         own = self.model.generation_config.eos_token_id
-        ends = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        ends = [*(own if isinstance(own, list) else [own]), *self._end()]
         return torch.tensor([i for i in ends if i is not None], dtype=torch.long)

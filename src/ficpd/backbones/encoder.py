@@ -64,7 +64,7 @@ class Encoder:
     """A frozen BERT-like encoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT);
     at layer n it joins the input of the n-th block."""
 
-    gives_gradients = True
+    gives_gradients, writes = True, False
 
     def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
         if not hasattr(getattr(model, "encoder", None), "layer"):
@@ -78,8 +78,12 @@ class Encoder:
         self.max_tokens = min(config.max_tokens, _positions(model.config))
         self.device, self.dtype = model.device, model.dtype
 
-    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
         """The instruction is not read with the text: it frames the answers (`readout`)."""
+        if writes:
+            raise self._cannot_write()
         limit = self.max_tokens - room
         if limit < 8:
             raise BackboneError(
@@ -132,8 +136,16 @@ class Encoder:
         pooled_STD, weight = states[:, prompts_SPD.shape[1] :].float(), text.mask_ST[..., None].float()
         return Outputs(F.normalize((pooled_STD * weight).sum(1) / weight.sum(1), dim=-1))
 
-    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
-        raise BackboneError(f"{self.name} is a sentence encoder and cannot write; use a causal_lm backbone for text")
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        raise self._cannot_write()
+
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        raise self._cannot_write()
+
+    def _cannot_write(self) -> BackboneError:
+        return BackboneError(f"{self.name} is a sentence encoder and cannot write; use a causal_lm backbone for text")
 
     def _embed(self, states_STD: Tensor) -> Tensor:
         first = _positions_start(self.model.config)

@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Tiny:
-    gives_gradients = True
+    gives_gradients, writes = True, False
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
@@ -67,7 +67,11 @@ class Tiny:
         self.blocks.to(device, dtype).eval().requires_grad_(False)
         self.fingerprint = f"tiny:{config.width}x{config.depth}"
 
-    def read(self, text: str, pair: str | None, instruction: str, answer: str | None, room: int) -> Item:
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
+        if writes:
+            raise self._cannot_write()
         limit = self.max_tokens - room
         if limit < 1:
             raise BackboneError(
@@ -112,8 +116,16 @@ class Tiny:
         weight = text.mask_ST[..., None].float()
         return Outputs(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
 
-    def generate(self, prompt: Prompt, texts: Sequence[str], max_tokens: int) -> list[str]:
-        raise BackboneError(f"{self.name} cannot write; use a causal_lm backbone for text")
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        raise self._cannot_write()
+
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        raise self._cannot_write()
+
+    def _cannot_write(self) -> BackboneError:
+        return BackboneError(f"{self.name} cannot write; use a causal_lm backbone for text")
 
     def _run(self, states: Tensor, mask_ST: Tensor, first: int, last: int) -> Tensor:
         for block in self.blocks[first:last]:

@@ -8,21 +8,22 @@ from torch import Tensor
 
 from ficpd.clients import Client, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
-from ficpd.seams import Method, Task
+from ficpd.metrics import less_is_better
+from ficpd.seams import Method
 from ficpd.types import Answer, Batch, Query, Score, State
 
 
 def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
     """The task's predictions under one prompt, in the records' order."""
-    answer = yield Query(prompt_PD[None], batch, outputs=True)
-    assert answer.outputs_KB is not None
-    return batch.task.predict(answer.outputs_KB, batch)
+    writes = batch.task.writes
+    answer = yield Query(prompt_PD[None], batch, outputs=not writes, write=writes)
+    return batch.task.predict(answer, batch)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`everyone`: one prompt on all test records (None if the method shares none). `own`: each client's prompt on its
-    own test records; `mean` and `worst` are over clients that have any."""
+    """`everyone`: one prompt on all test records, the mean over tasks if there are several (None if the method shares
+    none). `own`: each client's prompt on its own test records; `mean` and `worst` are over clients that have any."""
 
     everyone: Score | None
     own: Mapping[str, Score]
@@ -44,11 +45,16 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
         everyone = _predicted({name: (shared, tested[name].encoded("test")) for name in tested}, model)
     else:
         everyone = None
-    task = next(iter(tested.values())).task
-    scores = {name: task.score(own[name], task.targets(client.test)) for name, client in tested.items()}
+    scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
-        None if everyone is None else _pooled(task, everyone, tested), scores, summary(scores), worst_of(scores)
+        None if everyone is None else _pooled(everyone, tested), scores, summary(scores), worst_of(scores)
     )
+
+
+def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: Compute) -> Score:
+    """One prompt on everybody's test records; of several tasks, each counts once."""
+    tested = {name: client for name, client in clients.items() if client.test}
+    return _pooled(_predicted({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested)
 
 
 def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: Compute) -> Score:
@@ -64,9 +70,11 @@ def summary(scores: Mapping[str, Score]) -> Score:
 
 
 def worst_of(scores: Mapping[str, Score]) -> Score:
-    """Each metric of the client that does worst in it (`rmse`: the highest)."""
+    """Each metric of the client that does worst in it: the lowest, or of an error the highest."""
     names = sorted({name for score in scores.values() for name in score})
-    return {name: (max if name == "rmse" else min)(s[name] for s in scores.values() if name in s) for name in names}
+    return {
+        name: (max if less_is_better(name) else min)(s[name] for s in scores.values() if name in s) for name in names
+    }
 
 
 def _predicted(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict[str, list]:
@@ -77,6 +85,11 @@ def _predicted(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict
     return results  # type: ignore[return-value]
 
 
-def _pooled(task: Task, predicted: Mapping[str, list], clients: Mapping[str, Client]) -> Score:
-    flat = [p for name in clients for p in predicted[name]]
-    return task.score(flat, [t for client in clients.values() for t in task.targets(client.test)])
+def _pooled(predicted: Mapping[str, list], clients: Mapping[str, Client]) -> Score:
+    """All test records of a task together; of several tasks, each counts once."""
+    scores: dict[str, Score] = {}
+    for place, task in enumerate(dict.fromkeys(client.task for client in clients.values())):
+        own = {name: client for name, client in clients.items() if client.task is task}
+        truth = [target for client in own.values() for target in task.targets(client.test)]
+        scores[str(place)] = task.score([p for name in own for p in predicted[name]], truth)
+    return summary(scores)

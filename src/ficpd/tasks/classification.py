@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ficpd.errors import DataError, unknown
 from ficpd.seams import Backbone
 from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Batch, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
 
 
 class Config(BaseModel):
@@ -31,6 +31,8 @@ def build(config: Config) -> "Classification":
 
 
 class Classification:
+    writes = 0
+
     def __init__(self, config: Config):
         self.config, self.names = config, list(config.labels)
         self.head_rows = len(self.names) if config.tuned_head else 0
@@ -55,8 +57,9 @@ class Classification:
         assert batch.targets is not None
         return F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
 
-    def predict(self, outputs: Outputs, batch: Batch) -> list[str]:
-        return [self.names[i] for i in self.logits(outputs, batch).argmax(-1).tolist()]
+    def predict(self, answer: Answer, batch: Batch) -> list[str]:
+        assert answer.outputs_KB is not None
+        return [self.names[i] for i in self.logits(answer.outputs_KB, batch).argmax(-1).tolist()]
 
     def targets(self, records: Sequence[Record]) -> list[str]:
         return [self.names[self._index(record)] for record in records]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ficpd.errors import DataError
 from ficpd.seams import Backbone
 from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Batch, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
 
 
 class Config(BaseModel):
@@ -41,6 +41,8 @@ def build(config: Config) -> "Regression":
 
 
 class Regression:
+    writes = 0
+
     def __init__(self, config: Config):
         self.config = config
         self.values_C = torch.tensor(list(config.anchors.values()))
@@ -69,8 +71,9 @@ class Regression:
         assert batch.targets is not None
         return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
 
-    def predict(self, outputs: Outputs, batch: Batch) -> list[float]:
-        return self.values(outputs, batch).tolist()
+    def predict(self, answer: Answer, batch: Batch) -> list[float]:
+        assert answer.outputs_KB is not None
+        return self.values(answer.outputs_KB, batch).tolist()
 
     def targets(self, records: Sequence[Record]) -> list[float]:
         return [self._number(record) for record in records]

@@ -1,0 +1,80 @@
+"""Writing one token after another: which token comes next, and when a text ends. Any decoder that gives logits will do."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ficpd import seeds
+from ficpd.errors import BackboneError
+
+TOP_P = 0.95
+"""Tokens are drawn from the smallest set that holds so much of the probability (Holtzman et al., ICLR 2020, arXiv
+1904.09751): the long tail of unlikely tokens would derail a text sooner or later."""
+
+Step = Callable[[Tensor | None], Tensor]
+"""Takes the S tokens chosen last (None at first), gives the logits [S, V] of the next."""
+Pick = Callable[[Tensor], Tensor]
+"""Takes logits [S, V], gives the chosen tokens [S] on the CPU."""
+
+
+def greedy(logits_SV: Tensor) -> Tensor:
+    return logits_SV.argmax(-1).cpu()
+
+
+def streams(texts: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One per text, from the seed, the text and how many equal texts stand before it: other texts beside a row do not
+    change what it draws, and equal texts still go on differently."""
+    before, found = Counter(), []
+    for text in texts:
+        found.append(seeds.generator(seed, "writing", text, before[text]))
+        before[text] += 1
+    return found
+
+
+def picker(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
+    """The likeliest token (temperature 0), or one drawn from each row's own stream.
+
+    Raises `BackboneError` for a temperature below 0.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise BackboneError(f"temperature = {temperature}: expected 0 (the likeliest token) or a positive number")
+    if temperature == 0:
+        return greedy
+
+    def drawn(logits_SV: Tensor) -> Tensor:
+        uniform_S = torch.stack([torch.rand((), generator=stream) for stream in drawn_from])
+        return from_nucleus(logits_SV / temperature, uniform_S)
+
+    return drawn
+
+
+def from_nucleus(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
+    """[S]: of each row, the token at this place (0 to 1) of the likeliest `TOP_P` of the probability, likeliest first."""
+    sorted_SV, ids_SV = logits_SV.float().cpu().softmax(-1).sort(dim=-1, descending=True)
+    below_SV = sorted_SV.cumsum(-1) - sorted_SV
+    kept_SV = sorted_SV * (below_SV < TOP_P)
+    place_S = uniform_S * kept_SV.sum(-1)
+    reached_S = (kept_SV.cumsum(-1) <= place_S[:, None]).sum(-1)
+    last_S = (kept_SV > 0).sum(-1) - 1
+    return ids_SV.gather(1, reached_S.minimum(last_S)[:, None])[:, 0]
+
+
+def decode(step: Step, pick: Pick, rows: int, ends: Tensor, max_tokens: int) -> list[list[int]]:
+    """The tokens written in each row: at most `max_tokens`, and none from the first end token on.
+
+    Raises `BackboneError` if `max_tokens` is below 0.
+    """
+    if max_tokens < 0:
+        raise BackboneError(f"max_tokens = {max_tokens}: expected 0 or more tokens to write")
+    done, chosen, written = torch.zeros(rows, dtype=torch.bool), None, []
+    for _ in range(max_tokens):
+        chosen = pick(step(chosen))
+        done |= torch.isin(chosen, ends)
+        if done.all():
+            break
+        written.append(chosen.masked_fill(done, -1))
+    table = torch.stack(written, 1).tolist() if written else [[]] * rows
+    return [[token for token in row if token >= 0] for row in table]
