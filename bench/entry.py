@@ -25,7 +25,7 @@ from measure import save
 def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, tested: int) -> dict:
     """Accuracy after each `every` steps, with the seconds spent on the steps (not on the evaluations)."""
     update = {"prompt": built.experiment.prompt.model_copy(update={"enters_at": layer})}
-    start, _ = start_prompt(built.experiment.model_copy(update=update), built.task, built.model.backbone)
+    start, _ = start_prompt(built.experiment.model_copy(update=update), [built.task], built.model.backbone)
     pooled = built.clients(pooled=True)["everyone"]
     whole = none.build(none.Config(), start, 0)
     client = Client(

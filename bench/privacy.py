@@ -105,7 +105,7 @@ def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **
     )
     module, config = settings("compression", experiment.compression)
     seed = seeds.derive(experiment.seed, "public")
-    gradients = partial(public_gradients, world.model, world.task, world.start, seed)
+    gradients = partial(public_gradients, world.model, [world.task], world.start, seed)
     compression = module.build(config, world.start, seed, gradients)
     clip = open_clip(experiment, world.start, compression, gradients)
     changed = replace(world, experiment=experiment.model_copy(update={"privacy": clip}), compression=compression)
@@ -145,7 +145,10 @@ def zero_shot(world: World) -> dict[str, Any]:
 
 def record(args: argparse.Namespace) -> None:
     """Record level by ε."""
-    setting = "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20"
+    setting = (
+        "10 sites, iid, fedavg with sgd in subspace 64; polarity 12, abstracts 8 rounds of 2 steps of 20; clip norm twice "
+        "the median of made-up records"
+    )
     cells = Cells("privacy_record", setting)
     for seed in args.seeds:
         for name, recipe in (("polarity", POLARITY), ("abstracts", ABSTRACTS)):
@@ -202,7 +205,8 @@ def travelling(args: argparse.Namespace) -> None:
         "subspace 64, 8 bit, sgd": {"name": "subspace", "dimension": 64, "bits": 8},
         "subspace 256, random directions, 32 bit": {"name": "subspace", "dimension": 256, "directions": "random"},
     }
-    cells = Cells("privacy_bytes", "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10 records")
+    setting = "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10; clip norm twice the median"
+    cells = Cells("privacy_bytes", setting)
     for seed in args.seeds:
         world = world_of(
             POLARITY,

@@ -7,6 +7,7 @@ import torch
 
 import small
 from ficpd import codec
+from ficpd.engines import in_process
 from ficpd.federate import Schedule, cohort_of, federate
 from ficpd.types import ArrayKind, ClientUpdate, Reply
 
@@ -177,3 +178,84 @@ def test_only_the_cohort_is_asked(model):
     _, _, engine, done = run(model, {}, schedule)
     assert [sorted(orders) for orders in engine.sent] == [cohort_of(schedule, NAMES, round) for round in (1, 2, 3)]
     assert [report.clients for _, report in done] == [2, 2, 2]
+
+
+# ---------------------------------------------------------------- everyone first, lost and late
+
+
+def test_everybody_is_asked_in_the_first_round_if_the_schedule_says_so():
+    schedule = Schedule(3, 2, 0, everyone_first=True)
+    assert cohort_of(schedule, NAMES, 1) == NAMES
+    assert all(len(cohort_of(schedule, NAMES, round)) == 2 for round in (2, 3))
+
+
+def unreliable(model, **options):
+    method = small.method("fedavg")
+    members = small.clients(model, method)
+    engine = in_process.build(in_process.Config(**options), method, members, model)
+    return method, members, engine
+
+
+def test_the_share_that_is_lost_never_arrives(model):
+    method, members, engine = unreliable(model, lost=0.5, seed=3)
+    schedule = Schedule(6, 5, 0)
+    _, reports = small.rounds(method, members, model, schedule, engine)
+    gone = sum(len(report.dropped) for report in reports)
+    assert 5 < gone < 25
+    assert {why for report in reports for why in report.dropped.values()} == {"no reply"}
+    assert sum(report.updates for report in reports) == 30 - gone
+
+
+def test_a_late_update_is_dropped_unless_late_ones_are_accepted(model):
+    method, members, engine = unreliable(model, late=0.5, seed=3)
+    _, strict = small.rounds(method, members, model, Schedule(4, 5, 0), engine)
+    assert any("round" in why for report in strict for why in report.dropped.values())
+    method, members, engine = unreliable(model, late=0.5, seed=3)
+    _, patient = small.rounds(method, members, model, Schedule(4, 5, 0, accept_late=1), engine)
+    assert sum(r.updates for r in patient) > sum(r.updates for r in strict)
+    assert not any("round" in why for report in patient for why in report.dropped.values())
+
+
+class Watched:
+    """A method whose aggregate is looked at: the weights that came, by round and client."""
+
+    def __init__(self, method):
+        self.method, self.weights = method, {}
+
+    def __getattr__(self, name):
+        return getattr(self.method, name)
+
+    def aggregate(self, state, updates, round, model):
+        self.weights |= {(round, update.client): update.weight for update in updates}
+        return self.method.aggregate(state, updates, round, model)
+
+
+def test_a_late_update_weighs_less_and_counts_once(model):
+    method, members, engine = unreliable(model)
+    held: list[Reply] = []
+
+    class Slow(Tampering):
+        def exchange(self, orders):
+            late, held[:] = list(held), []
+            for reply in super().exchange(orders):
+                if reply.client == "site-2" and len(self.sent) == 1:
+                    held.append(reply)
+                else:
+                    yield reply
+            yield from [*late, *late]
+
+    watched = Watched(method)
+    schedule = Schedule(2, 5, 0, accept_late=1)
+    state, asked = small.first_state(method, members), []
+    orders = iter([NAMES, [n for n in NAMES if n != "site-2"]])
+    cohort_for = lambda schedule, names, round: next(orders)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ficpd.federate.cohort_of", cohort_for)
+        for _, report in federate(
+            watched, Slow(engine, {}), model, state, schedule, small.whole(small.start(model, small.classes()))
+        ):
+            asked.append(report)
+    assert asked[0].dropped == {"site-2": "no reply"}
+    assert (asked[1].updates, asked[1].dropped) == (5, {})
+    assert watched.weights[2, "site-2"] == pytest.approx(len(members["site-2"].train) / 2**0.5)
+    assert watched.weights[2, "site-1"] == len(members["site-1"].train)

@@ -18,7 +18,7 @@ def visit(model, directions: str = "gradient", dimension: int = 5) -> Visit:
     start = small.start(model, task)
     compression = subspace.build(
         subspace.Config(dimension=dimension, directions=directions),  # type: ignore[arg-type]
-        start, 0, lambda number: public_gradients(model, task, start, 0, number),
+        start, 0, lambda number: public_gradients(model, [task], start, 0, number),
     )  # fmt: skip
     members = small.clients(model, small.method("fedavg"), 3, compression=compression)
     return Visit(members["site-2"], 1)
@@ -86,10 +86,10 @@ def test_public_gradients_see_no_record(model):
     """From the task's answers and the vocabulary alone: the same whatever anybody's records are."""
     task = small.classes()
     start = small.start(model, task)
-    first, again = (public_gradients(model, task, start, 4, 12) for _ in range(2))
+    first, again = (public_gradients(model, [task], start, 4, 12) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == (12, *start.vectors_PD.shape)
-    assert not torch.equal(first, public_gradients(model, task, start, 5, 12))
+    assert not torch.equal(first, public_gradients(model, [task], start, 5, 12))
 
 
 @pytest.mark.parametrize("candidates", [2, 6])

@@ -78,10 +78,11 @@ def audit_run(
     """
     run = open_run(Path(folder), device)
     name = _named(run.library, prompt)
-    experiment, shards = run.world.experiment, run.world.shards.values()
+    experiment, shards, task = run.world.experiment, run.world.shards.values(), run.world.task
+    (party,) = experiment.parties.values()
     train = [record for shard in shards for record in shard.train]
-    spare = [record for shard in shards for record in shard.test] + sources.unused(experiment.data, experiment.seed)
-    target, split = _target(run, name), split_records(run.world.task, train, spare, members, seed)
+    spare = [record for shard in shards for record in shard.test] + sources.unused(party.data, experiment.seed)
+    target, split = _target(run, name), split_records(task, train, spare, members, seed)
     shadow_SPD = _shadows(target, split, shadows, seed)
     planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
     card, block = {**run.result, "method": run.method.name}, run.result["privacy"]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ficpd.data import partition, sources
+from ficpd.data.partition import Config as Partition
+from ficpd.data.sources import Config as Source
 from ficpd.errors import ConfigError, unknown
 from ficpd.registry import load
 from ficpd.tuners import Training
@@ -40,21 +41,54 @@ class BackboneConfig(Frozen):
 
 class PromptConfig(Frozen):
     """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
-    "vocabulary": from words drawn from the backbone's vocabulary."""
+    "vocabulary": from words drawn from the backbone's vocabulary; "library": from the prompt `of` the saved `library`."""
 
     num_tokens: int = Field(default=10, ge=1)
     enters_at: int | None = Field(default=None, ge=0)
-    init: Literal["text", "vocabulary"] = "text"
+    init: Literal["text", "vocabulary", "library"] = "text"
     text: str | None = None
+    library: str | None = None
+    of: str = "global"
+
+    @model_validator(mode="after")
+    def _whole(self) -> "PromptConfig":
+        if (self.init == "library") != (self.library is not None):
+            raise ValueError('init = "library" and library = "FOLDER" go together')
+        return self
 
 
 class FederationConfig(Frozen):
-    """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end."""
+    """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end. `accept_late`: how many rounds late an
+    update may arrive and still count."""
 
     num_rounds: int = Field(default=10, ge=0)
     clients_per_round: int | None = Field(default=None, ge=1)
     max_update_norm: float = Field(default=1e6, gt=0)
     evaluate_every: int = Field(default=0, ge=0)
+    accept_late: int = Field(default=0, ge=0)
+
+
+class DistillationConfig(Frozen):
+    """What the server does when the rounds of a method with prototypes are over. `how`: "squared" or "kl" distil one prompt
+    from them, "reptile" or "maml" find one that each task is soon learned from; all on examples that are nobody's.
+
+    `writer`: a backbone that writes (such as smollm2), or `texts`: a file of public texts, one a line; with neither, the
+    backbone itself, or words of its vocabulary if it cannot write. `per_label` drafts each; `least_agreement` of the votes.
+    """
+
+    how: Literal["none", "squared", "kl", "reptile", "maml"] = "none"
+    writer: str | None = None
+    texts: str | None = None
+    per_label: int = Field(default=20, ge=1)
+    least_agreement: float = Field(default=0.75, gt=0, le=1)
+    steps: int = Field(default=60, ge=1)
+    inner_steps: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> "DistillationConfig":
+        if self.writer and self.texts:
+            raise ValueError("give a writer or texts, one of them")
+        return self
 
 
 class EngineConfig(Frozen):
@@ -67,11 +101,20 @@ class EngineConfig(Frozen):
     options: dict[str, Any] = {}
 
 
+class Group(Frozen):
+    """Clients that share a task: what it is, where their records are, who holds which."""
+
+    task: dict[str, Any]
+    data: Source
+    partition: Partition
+
+
 class Experiment(Frozen):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
     `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end;
-    "fedavg:none" is fedavg without any.
+    "fedavg:none" is fedavg without any. A federation of several tasks has `groups.NAME` with a task, data and partition
+    each, instead of the one of its own.
     """
 
     name: str = "experiment"
@@ -79,17 +122,31 @@ class Experiment(Frozen):
     baselines: tuple[str, ...] = ()
     backbone: BackboneConfig = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
-    task: dict[str, Any]
-    data: sources.Config
-    partition: partition.Config
+    task: dict[str, Any] | None = None
+    data: Source | None = None
+    partition: Partition | None = None
+    groups: dict[str, Group] = {}
     method: dict[str, Any] = {"name": "ficpd"}
     training: Training = Training()
     federation: FederationConfig = FederationConfig()
     privacy: dict[str, Any] = {"name": "none"}
     compression: dict[str, Any] = {"name": "none", "bits": 32}
+    distillation: DistillationConfig = DistillationConfig()
     engine: EngineConfig = EngineConfig()
 
+    @property
+    def parties(self) -> dict[str, Group]:
+        """The groups by name; a federation of one task is one group without a name."""
+        if self.groups:
+            return self.groups
+        return {"": Group.model_validate({key: getattr(self, key) for key in Group.model_fields})}
 
+
+PARTS: dict[str, type[BaseModel]] = {
+    "backbone": BackboneConfig, "prompt": PromptConfig, "data": Source, "partition": Partition,
+    "training": Training, "federation": FederationConfig, "distillation": DistillationConfig,
+    "engine": EngineConfig,
+}  # fmt: skip
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
 
 
@@ -110,10 +167,16 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
         if key not in Experiment.model_fields:
             raise ConfigError(f"{where}: {unknown('part', key, Experiment.model_fields)}")
     parts: dict[str, Any] = dict(tree)
-    for key in ("backbone", "prompt", "data", "partition", "training", "federation", "engine"):
-        model = Experiment.model_fields[key].annotation
+    own = [key for key in Group.model_fields if key in tree]
+    if tree.get("groups") and own:
+        raise ConfigError(f"{where}: {own[0]!r} stands beside groups; move it into each group that it is for")
+    if tree.get("groups"):
+        parts["groups"] = {name: _group(group, f"{where}: groups.{name}") for name, group in tree["groups"].items()}
+    elif missing := [key for key in Group.model_fields if key not in tree]:
+        raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
+    for key, model in PARTS.items():
         if key in parts:
-            parts[key] = checked(model, parts[key], f"{where}: {key}")  # type: ignore[arg-type]
+            parts[key] = checked(model, parts[key], f"{where}: {key}")
     for key, registry in REGISTRIES.items():
         if key in parts:
             parts[key] = part(registry, parts[key], f"{where}: {key}")
@@ -126,6 +189,18 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
     load("tuners", built.training.tuner)
     load("engines", built.engine.name)
     return built
+
+
+def _group(tree: Any, where: str) -> Group:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where}: expected task, data and partition")
+    parts: dict[str, Any] = dict(tree)
+    if "task" in parts:
+        parts["task"] = part("tasks", parts["task"], f"{where}.task")
+    for key in ("data", "partition"):
+        if key in parts:
+            parts[key] = checked(PARTS[key], parts[key], f"{where}.{key}")
+    return checked(Group, parts, where)
 
 
 def part(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:

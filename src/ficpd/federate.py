@@ -33,16 +33,24 @@ class Round:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run goes. `cohort` clients a round, drawn anew each round; `max_norm` bounds every update's L2 norm."""
+    """How a run goes. `cohort` clients a round, drawn anew each round; `max_norm` bounds every update's L2 norm.
+
+    `everyone_first`: all are asked in the first round. `accept_late`: how many rounds late an update may come; it counts
+    with its weight over √(1 + rounds late) (Xie et al., 2019, arXiv 1903.03934).
+    """
 
     num_rounds: int
     cohort: int
     seed: int
     max_norm: float = 1e6
+    everyone_first: bool = False
+    accept_late: int = 0
 
 
 def cohort_of(schedule: Schedule, names: Sequence[str], round: int) -> list[str]:
     """The clients of a round: `cohort` of them, drawn without replacement from a seed of the round's own."""
+    if round == 1 and schedule.everyone_first:
+        return sorted(names)
     drawn = torch.randperm(len(names), generator=seeds.generator(schedule.seed, "cohort", round)).tolist()
     return sorted(str(names[i]) for i in drawn[: schedule.cohort])
 
@@ -64,7 +72,7 @@ def federate(
     it does not take place.
     """
     cards = {card.name: card for card in engine.clients()}
-    fingerprint = model.backbone.fingerprint
+    fingerprint, asked = model.backbone.fingerprint, {}
     for round in range(first_round, schedule.num_rounds + 1):
         started = time.perf_counter()
         layout = method.layout(state)
@@ -77,7 +85,9 @@ def federate(
         orders = {
             name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint) for name in cohort
         }
-        came = _collect(engine, orders, partial(_checked, round, fingerprint, wire, schedule.max_norm))
+        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late} | {round: set(orders)}
+        check = partial(_checked, asked, fingerprint, wire, schedule.max_norm)
+        came = _collect(engine, orders, asked, check)
         if orders and len(came.refused) == len(orders):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -114,16 +124,18 @@ class Came:
     bytes_up: int = 0
 
 
-def _collect(engine: Engine, orders: Mapping[str, bytes], checked: Callable[[Reply], ClientUpdate]) -> Came:
+def _collect(
+    engine: Engine, orders: Mapping[str, bytes], asked: Mapping[int, set[str]], checked: Callable[[Reply], ClientUpdate]
+) -> Came:
     """Every reply counted; the first good update of each client that was asked, and why the others were dropped."""
     came = Came()
     for reply in engine.exchange(orders):
         came.bytes_up += len(reply.body or b"")
-        if reply.client not in orders:
-            came.dropped[reply.client] = "answered without having been asked"
-            continue
         if any(update.client == reply.client for update in came.updates):
             continue  # a message that came twice counts once
+        if not any(reply.client in names for names in asked.values()):
+            came.dropped[reply.client] = "answered without having been asked"
+            continue
         try:
             came.updates.append(checked(reply))
         except CodecError as error:
@@ -135,7 +147,20 @@ def _collect(engine: Engine, orders: Mapping[str, bytes], checked: Callable[[Rep
     return came
 
 
-def _checked(round: int, fingerprint: str, wire: Wire, max_norm: float, reply: Reply) -> ClientUpdate:
+def _checked(
+    asked: Mapping[int, set[str]], fingerprint: str, wire: Wire, max_norm: float, reply: Reply
+) -> ClientUpdate:
+    """The update, of this round or of an earlier one that the client still owes; a late one weighs less."""
     if reply.body is None:
         raise CodecError(reply.error or "no update")
-    return codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, wire, max_norm))
+    newest, complaint = max(asked), CodecError("no update")
+    for round in sorted((r for r, names in asked.items() if reply.client in names), reverse=True):
+        expected = codec.Expected(reply.client, round, fingerprint, wire, max_norm)
+        try:
+            update = codec.decode_update(reply.body, expected)
+        except CodecError as error:
+            complaint = error if round == newest else complaint
+            continue
+        asked[round].discard(reply.client)
+        return replace(update, weight=update.weight / (1 + newest - round) ** 0.5)
+    raise complaint

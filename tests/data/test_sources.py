@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ficpd import cache
 from ficpd.data import ratings as built_in
-from ficpd.data.sources import Config, Dataset, read, unused
+from ficpd.data.sources import Config, Dataset, read, read_all, unused
 from ficpd.errors import DataError
 
 ROWS = [{"text": f"sentence {i}", "target": ["good", "bad"][i % 2], "site": "north"} for i in range(20)]
@@ -459,3 +459,23 @@ def test_the_cache_folder(monkeypatch):
     assert cache.folder() == Path("/b/ficpd")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.folder() == Path.home() / ".cache" / "ficpd"
+
+
+# ---------------------------------------------------------------- a part of a table
+
+
+def test_where_takes_the_rows_that_hold_one_of_the_values(tmp_path):
+    lines = [f"text {i},{'ab'[i % 2]},{('en', 'de', 'fr')[i % 3]}" for i in range(12)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,target,lang", *lines]) + "\n")
+    config = Config(source=str(tmp_path / "t.csv"), where={"lang": ("en", "fr")}, keep=("lang",))
+    records = read_all(config)
+    assert {r.fields["lang"] for r in records} == {"en", "fr"}
+    assert [r.key for r in records] == [f"t.csv row {i + 1}" for i in range(12) if i % 3 != 1]
+
+
+def test_where_with_a_value_that_no_row_has_or_a_column_that_is_none_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("text,target,lang\none,a,en\ntwo,b,en\n")
+    with pytest.raises(DataError, match="t.csv, column 'lang': unknown value 'eng'; did you mean 'en'"):
+        read_all(Config(source=str(tmp_path / "t.csv"), where={"lang": ("eng",)}))
+    with pytest.raises(DataError, match="unknown column 'language'"):
+        read_all(Config(source=str(tmp_path / "t.csv"), where={"language": ("en",)}))

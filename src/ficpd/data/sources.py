@@ -26,8 +26,9 @@ class Config(BaseModel):
     `source`: "ratings"; a CSV, TSV, JSON Lines or Parquet file, or a folder of them; or "hf:DATASET_ID". "ratings" has
     the columns text, rating, polarity and domain; rows without the target (the neutral ones, for polarity) are dropped.
     `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
-    own names. `split_column` says train, test or dev (dropped) in each row; else a folder's train and test files
-    or the hub's splits are taken as they are; else `test_fraction` is drawn.
+    own names. `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
+    dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
+    `test_fraction` is drawn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class Config(BaseModel):
     source: str
     columns: dict[str, str] = {"text": "text", "target": "target"}
     keep: tuple[str, ...] = ()
+    where: dict[str, tuple[str, ...]] = {}
     split_column: str | None = None
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_records: int | None = Field(default=None, ge=2, description="a random sample of all records")
@@ -96,6 +98,7 @@ def read_all(config: Config) -> list[Record]:
 def _checked_rows(config: Config) -> list[Row]:
     tables = _tables(config)
     _check_columns(tables, config)
+    tables = [_chosen(table, config) for table in tables]
     rows = [row for table in tables for row in _rows(table, config) if row.split != "dropped"]
     _check_texts(rows, config)
     if "target" in config.wanted:
@@ -156,9 +159,24 @@ def _check_columns(tables: list[Table], config: Config) -> None:
                 f"{table.name} and {first.name} have different columns ({', '.join(differing)} only in one of them); "
                 f"all files of one source need the same"
             )
-    for column in [*config.wanted.values(), *([config.split_column] if config.split_column else [])]:
+    split = [config.split_column] if config.split_column else []
+    for column in [*config.wanted.values(), *config.where, *split]:
         if column not in first.columns:
             raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
+
+
+def _chosen(table: Table, config: Config) -> Table:
+    """The rows that `where` asks for. Raises `DataError` for a value that no row has."""
+    for column, values in config.where.items():
+        present = {str(cells.get(column)) for cells in table.rows.values()}
+        if missing := [value for value in values if value not in present]:
+            raise DataError(f"{table.name}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
+    rows = {
+        number: cells
+        for number, cells in table.rows.items()
+        if all(str(cells.get(column)) in values for column, values in config.where.items())
+    }
+    return table._replace(rows=rows)
 
 
 def _rows(table: Table, config: Config) -> Iterable[Row]:

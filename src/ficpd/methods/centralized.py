@@ -1,6 +1,7 @@
 """Centralised: one prompt tuned on everybody's records in one place. The upper line that no federation may draw.
 
-It sees as many records a round as the whole cohort does, in batches of `batch_size`.
+It sees as many records a round as the whole cohort does, in batches of `batch_size`. Of several tasks each is one pool, and
+the pools' prompts are averaged every round.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.seams import ClientSide, Model
+from ficpd.server.averaging import weighted_mean
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
@@ -23,7 +25,7 @@ def build(config: Config, training: Training) -> "Centralized":
 
 
 class Centralized:
-    name, pools_data, trains, releases, sums = "centralized", True, True, True, False
+    name, pools_data, trains, releases, sums, gathers = "centralized", True, True, True, False, False
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training
@@ -49,8 +51,7 @@ class Centralized:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        (update,) = updates
-        return State({"prompt": state.arrays["prompt"] + update.arrays["delta"]}, state.facts)
+        return State({"prompt": state.arrays["prompt"] + weighted_mean(updates, "delta")}, state.facts)
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]

@@ -21,7 +21,7 @@ def build(config: Config, training: Training) -> "FedAvg":
 
 
 class FedAvg:
-    name, pools_data, trains, releases, sums = "fedavg", False, True, True, True
+    name, pools_data, trains, releases, sums, gathers = "fedavg", False, True, True, True, False
 
     def __init__(self, training: Training):
         self.training = training

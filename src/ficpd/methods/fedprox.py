@@ -27,7 +27,7 @@ def build(config: Config, training: Training) -> "FedProx":
 
 
 class FedProx:
-    name, pools_data, trains, releases, sums = "fedprox", False, True, True, True
+    name, pools_data, trains, releases, sums, gathers = "fedprox", False, True, True, True, False
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training

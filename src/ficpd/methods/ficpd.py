@@ -1,16 +1,18 @@
-"""FICPD, first form: clients' prompts are clustered into prototypes, and each client goes on from its own.
+"""FICPD: clients' prompts are clustered into prototypes, and each client goes on from its own.
 
 Per round a client tunes from the prompt it was sent and returns the difference (with L2 and proximal terms). On the server
 
-    global     <- global + Σ w_c δ_c                          the weighted mean of what came, as in FedAvg
-    clusters   <- cosine K-means of (sent_c + δ_c - start)    the way each client has come from the shared start
-    prototype_k = global + (1 - shrinkage) · mean over k of (sent_c + δ_c - global)
+    global      <- global + server step on Σ w_c δ_c             the weighted mean of what came, as in FedAvg
+    clusters    <- cosine K-means of the clients' signatures     drawn when all have been heard once
+    prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)
 
 so that clients of one kind share what sets them apart from the rest, and a small cluster is drawn towards the global
-prompt. Synthetic examples and meta-learning come with the prompt library.
+prompt. What signatures are is `space`; `gather` asks everybody in the first round, when all start from one prompt and what
+they learned can be compared best. Synthetic examples and distillation follow when the rounds are over (`distillation.*`).
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,19 +20,37 @@ from torch import Tensor
 
 from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of, weighted_mean
-from ficpd.server.prototypes import cosine_kmeans
+from ficpd.server.optimiser import ServerStep
+from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
+from ficpd.server.signatures import Probes
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+
+FIRST = "signature/"
 
 
 class Config(BaseModel):
-    """`num_prototypes`: clusters at most. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them
-    the global prompt."""
+    """`num_prototypes`: clusters at most, or "auto" (best silhouette). `space` of the signatures: "delta", what a client
+    learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the prompt it
+    reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at all: the
+    clients' public `by` (the oracle, where that is the task).
+
+    `redraw_every` rounds clusters are drawn anew (0: once); a client then moves only if that is nearer by `stay` in
+    cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt, "auto" goes by
+    the members' scatter.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    num_prototypes: int = Field(default=5, ge=1)
-    shrinkage: float = Field(default=0.5, ge=0, le=1)
+    num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
+    space: Literal["delta", "way", "prompt", "function", "metadata"] = "delta"
+    by: str = "group"
+    gather: bool = True
+    redraw_every: int = Field(default=0, ge=0)
+    stay: float = Field(default=0.05, ge=0, le=2)
+    least_members: int = Field(default=1, ge=1)
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
+    server: ServerStep = ServerStep()
 
 
 def build(config: Config, training: Training) -> "Ficpd":
@@ -41,11 +61,19 @@ class Ficpd:
     name, pools_data, trains, releases, sums = "ficpd", False, True, True, False
 
     def __init__(self, config: Config, training: Training):
-        self.config, self.training = config, training
+        self.config, self.training, self.gathers = config, training, config.gather
 
     def init(self, setup: Setup) -> State:
-        start = setup.start.vectors_PD
-        facts = {"num_rounds": setup.num_rounds, "seed": setup.seed, "nearest": {}, "weights": {}}
+        start, by = setup.start.vectors_PD, self.config.by
+        facts = {
+            "num_rounds": setup.num_rounds,
+            "seed": setup.seed,
+            "shape": [setup.start.enters_at, setup.start.head_rows],
+            "clusters": {},
+            "drawn": 0,
+            "weights": {},
+            "metadata": {card.name: card.metadata.get(by, "") for card in setup.clients},
+        }
         return State({"start": start, "global": start, "prototypes_KPD": start[None]}, facts)
 
     def work(self, state: State) -> tuple[int, int]:
@@ -64,23 +92,20 @@ class Ficpd:
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A client that did not take part keeps the way it had come and how it stood off the global prompt then."""
-        start, shared = state.arrays["start"], state.arrays["global"] + weighted_mean(updates, "delta")
+        """A client that did not take part keeps its signature and how it stood off the global prompt then."""
+        move, moments = self.config.server.moved(weighted_mean(updates, "delta"), state.arrays)
+        shared = state.arrays["global"] + move
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
-        ways = _of_clients(state, "way/") | {name: prompt - start for name, prompt in reached.items()}
+        signatures = _of_clients(state, FIRST) | self._signatures(state, reached, model)
         offsets = _of_clients(state, "offset/") | {name: prompt - shared for name, prompt in reached.items()}
         weights = state.facts["weights"] | {u.client: u.weight for u in updates}
-        clusters = cosine_kmeans(ways, self.config.num_prototypes, state.facts["seed"])
-        prototypes = [
-            shared
-            + (1 - self.config.shrinkage)
-            * mean_of({n: offsets[n] for n in offsets if clusters.member[n] == k}, weights)
-            for k in range(clusters.number)
-        ]
-        arrays = {"start": start, "global": shared, "prototypes_KPD": torch.stack(prototypes)}
-        arrays |= {f"way/{name}": way for name, way in ways.items()}
+        clusters, drawn = self._clusters(state, signatures, round)
+        arrays = {"start": state.arrays["start"], "global": shared, **moments}
+        arrays["prototypes_KPD"] = self._prototypes(shared, offsets, weights, clusters)
+        arrays |= {FIRST + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
-        return State(arrays, {**state.facts, "nearest": clusters.member, "weights": weights})
+        facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
+        return State(arrays, {**state.facts, **facts})
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
@@ -94,8 +119,49 @@ class Ficpd:
 
     def _sent(self, state: State, name: str) -> Tensor:
         """The prompt a client starts its round from: its prototype, or the global prompt for a client not yet heard."""
-        nearest = state.facts["nearest"].get(name)
+        nearest = state.facts["clusters"].get(name)
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
+
+    def _signatures(self, state: State, reached: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
+        """Of the clients that came. In "delta" the first is kept for good: later ones start from other prompts."""
+        start, known = state.arrays["start"], _of_clients(state, FIRST)
+        if self.config.space == "metadata":
+            return {}
+        if self.config.space == "delta":
+            return {n: p - self._sent(state, n) for n, p in reached.items() if n not in known}
+        if self.config.space == "function":
+            enters_at, head_rows = state.facts["shape"]
+            shared = Prompt(start, model.backbone.fingerprint, enters_at, head_rows)
+            found = Probes(model, shared, state.facts["seed"]).signatures(torch.stack(list(reached.values())))
+            return dict(zip(reached, found, strict=True))
+        return {n: p - start if self.config.space == "way" else p for n, p in reached.items()}
+
+    def _clusters(self, state: State, signatures: Mapping[str, Tensor], round: int) -> tuple[Clusters, int]:
+        """As they were, newcomers joining the nearest; drawn anew when it is time. And the round they were drawn in."""
+        before, drawn, metadata = state.facts["clusters"], state.facts["drawn"], state.facts["metadata"]
+        if self.config.space == "metadata":
+            values = sorted(set(metadata.values()))
+            return Clusters({name: values.index(value) for name, value in metadata.items()}, len(values)), round
+        every, new = self.config.redraw_every, [name for name in signatures if name not in before]
+        if not drawn or new or (every and round - drawn >= every):
+            found = cosine_kmeans(
+                signatures, self.config.num_prototypes, state.facts["seed"], least_members=self.config.least_members
+            )
+            return followed(before, found, signatures, self.config.stay), round
+        return Clusters(before, max(before.values()) + 1), drawn
+
+    def _prototypes(
+        self, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float], clusters: Clusters
+    ) -> Tensor:
+        """[K, P, D]; the global prompt for a cluster of which nobody has been heard yet."""
+        of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
+        heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
+        given = self.config.shrinkage
+        drawn_back = shrinkage(heard) if given == "auto" else dict.fromkeys(heard, given)
+        return torch.stack([
+            shared + (1 - drawn_back[k]) * mean_of({n: offsets[n] for n in names}, weights) if names else shared
+            for k, names in of_cluster.items()
+        ])  # fmt: skip
 
 
 def _of_clients(state: State, prefix: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def build(config: Config, training: Training) -> "Local":
 
 
 class Local:
-    name, pools_data, trains, releases, sums = "local", False, True, False, False
+    name, pools_data, trains, releases, sums, gathers = "local", False, True, False, False, False
 
     def __init__(self, training: Training):
         self.training = training

@@ -19,7 +19,7 @@ def build(config: Config, training: Training) -> "ZeroShot":
 
 
 class ZeroShot:
-    name, pools_data, trains, releases, sums = "zero_shot", False, False, False, False
+    name, pools_data, trains, releases, sums, gathers = "zero_shot", False, False, False, False, False
 
     def init(self, setup: Setup) -> State:
         """No virtual tokens; the head rows, if the task has any, as they start."""

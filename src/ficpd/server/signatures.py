@@ -1,0 +1,41 @@
+"""A prompt in function space. Computed on the server from released updates, so it costs no privacy."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ficpd import seeds
+from ficpd.seams import Model
+from ficpd.tasks import classification
+from ficpd.types import Prompt, Query, Record
+
+NUM_PROBES, SIZE = 24, 64
+READING = classification.build(classification.Config(labels={"yes": "yes", "no": "no"}))
+"""Any task will do: probes are read, and never scored."""
+
+
+class Probes:
+    """How prompts move the backbone's features of public texts, against the shared start.
+
+    `NUM_PROBES` texts of words drawn from the vocabulary; the movement [probes, D] is brought to `SIZE` numbers by a random
+    orthogonal projection (Johnson and Lindenstrauss, 1984), all from a public seed. Head rows have no say in features.
+    """
+
+    def __init__(self, model: Model, start: Prompt, seed: int):
+        tokens = len(start.vectors_PD) - start.head_rows
+        bare = replace(start, vectors_PD=start.vectors_PD[:tokens], head_rows=0)
+        records = [Record(f"probe {i}", {"text": t}) for i, t in enumerate(model.backbone.nonsense(NUM_PROBES, seed))]
+        self.model, self.tokens, self.batch = model, tokens, READING.encode(records, model.backbone, bare)
+        random = torch.randn(NUM_PROBES * start.vectors_PD.shape[1], SIZE, generator=seeds.generator(seed, "probes"))
+        self.projection = torch.linalg.qr(random).Q
+        self.still = self._features(start.vectors_PD[None])
+
+    def signatures(self, prompts_KPD: Tensor) -> Tensor:
+        """[K, P, D] to [K, SIZE]."""
+        return (self._features(prompts_KPD) - self.still) @ self.projection
+
+    def _features(self, prompts_KPD: Tensor) -> Tensor:
+        answer = self.model.answer([Query(prompts_KPD[:, : self.tokens], self.batch, outputs=True)])[0]
+        assert answer.outputs_KB is not None
+        return answer.outputs_KB.features_RD.cpu().reshape(len(prompts_KPD), -1)

@@ -1,0 +1,144 @@
+"""Federations of several tasks: one prompt shape, many label sets; who shares a prototype with whom."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import small
+from ficpd.errors import ConfigError
+from ficpd.experiment import parse, to_toml
+from ficpd.library import PromptLibrary
+from ficpd.run import run as run_experiment
+from ficpd.world import build_world
+
+OPPOSED = {"up": "bad dull", "down": "good fine"}
+"""The labels of the second task: the same words, meant the other way round."""
+
+
+def toml(folder: Path, method: str = "ficpd", rounds: int = 3, more: str = "") -> str:
+    """Two tasks of three clients each that pull a prompt in opposite directions."""
+    small.table(folder / "a.csv", 90)
+    swapped = (folder / "a.csv").read_text().replace(",good,", ",up,").replace(",bad,", ",down,")
+    (folder / "b.csv").write_text(swapped)
+    groups = [
+        f"""
+[groups.{name}]
+task = {{ name = "classification", instruction = "it was", labels = {labels} }}
+data = {{ source = {json.dumps(str(folder / file))}, keep = ["site"] }}
+partition = {{ kind = "column", column = "site" }}
+"""
+        for name, file, labels in (
+            ("plain", "a.csv", '{ good = "good fine", bad = "bad dull" }'),
+            ("opposed", "b.csv", '{ up = "bad dull", down = "good fine" }'),
+        )
+    ]
+    return f"""
+backbone = {{ name = "tiny", attention = "eager", dtype = "float32", options = {{ width = 16 }} }}
+prompt = {{ num_tokens = 3 }}
+training = {{ local_steps = 6, batch_size = 16, learning_rate = 0.3 }}
+federation = {{ num_rounds = {rounds} }}
+method = {{ name = "{method}"{more} }}
+""" + "".join(groups)
+
+
+def run(folder: Path, *changes: str, **kinds) -> dict:
+    return run_experiment(parse(toml(folder, **kinds), "groups.toml", changes), folder / "run")
+
+
+def test_every_client_has_its_own_groups_task(tmp_path):
+    world = build_world(parse(toml(tmp_path), "x"))
+    assert sorted(world.shards) == [f"{g}.site-{i}" for g in ("opposed", "plain") for i in range(3)]
+    assert world.shards["plain.site-0"].metadata == {"site": "site-0", "group": "plain"}
+    clients = world.clients()
+    assert clients["plain.site-1"].task is world.tasks["plain"]
+    assert clients["opposed.site-1"].task.possible == ["up", "down"]
+    pooled = world.clients(pooled=True)
+    assert {name: len(c.train) for name, c in pooled.items()} == {
+        f"{g}.everyone": sum(len(c.train) for n, c in clients.items() if n.startswith(g)) for g in ("plain", "opposed")
+    }
+    with pytest.raises(ConfigError, match="several tasks"):
+        _ = world.task
+
+
+def test_prototypes_part_what_opposes_and_beat_one_prompt_for_all(tmp_path):
+    (tmp_path / "f").mkdir()
+    found = run(tmp_path, "method.num_prototypes=2", rounds=8)
+    naive = run(tmp_path / "f", method="fedavg", rounds=8)
+    assert found["clusters"]["agreement"]["group"] == 1.0
+    assert found["clusters"]["number"] == 2
+    own, all_alike = (r["metrics"]["per_client_mean"]["accuracy"] for r in (found, naive))
+    assert own > all_alike + 0.05
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert ": opposed.site-0, opposed.site-1, opposed.site-2\n" in page
+    assert "group 1.00" in page
+
+
+def test_the_library_knows_every_task_and_whose_each_prototype_is(tmp_path):
+    run(tmp_path, "method.num_prototypes=2", rounds=2)
+    library = PromptLibrary.load(tmp_path / "run")
+    assert list(library.card["tasks"]) == ["plain", "opposed"]
+    assert library.card["tasks"]["opposed"]["labels"] == OPPOSED
+    assert set(library.prompts) == {"global", "prototype-0", "prototype-1"}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local", "centralized", "zero_shot"])
+def test_every_method_runs_and_scores_each_task_by_its_own_labels(tmp_path, method):
+    found = run(tmp_path, method=method, rounds=2)
+    assert len(found["metrics"]["per_client"]) == 6
+    assert 0.0 <= found["metrics"]["per_client_mean"]["accuracy"] <= 1.0
+    if method == "zero_shot":
+        assert found["clusters"] is None
+
+
+def test_the_oracle_goes_by_the_public_group(tmp_path):
+    found = run(tmp_path, more=', space = "metadata"', rounds=2)
+    assert found["clusters"]["agreement"]["group"] == 1.0
+    by_site = run_experiment(parse(toml(tmp_path, more=', space = "metadata", by = "site"'), "x"), tmp_path / "by site")
+    assert by_site["clusters"]["agreement"]["site"] == 1.0
+
+
+def test_groups_survive_being_written_down(tmp_path):
+    experiment = parse(toml(tmp_path), "x")
+    assert parse(to_toml(experiment), "y") == experiment
+
+
+def test_what_cannot_be_a_federation_of_groups_is_said(tmp_path):
+    text = toml(tmp_path)
+    with pytest.raises(ConfigError, match="'task' stands beside groups"):
+        parse(text + '\n[task]\nname = "classification"\nlabels = { a = "a", b = "b" }\n', "x")
+    with pytest.raises(ConfigError, match=r"x: groups.plain.task: unknown key 'label'"):
+        parse(text, "x", ["groups.plain.task.label=3"])
+    with pytest.raises(ConfigError, match="partition is missing"):
+        parse(
+            '[groups.a]\ntask = { name = "classification", labels = { a = "a", b = "b" } }\ndata = { source = "x" }',
+            "x",
+        )
+    with pytest.raises(ConfigError, match="task is missing; it has no default"):
+        parse('[data]\nsource = "ratings"\n', "x")
+    with pytest.raises(ConfigError, match="a head fits one label set, and this federation has 2 tasks"):
+        build_world(parse(text, "x", ["groups.plain.task.tuned_head=true"]))
+
+
+# ---------------------------------------------------------------- a start that was saved
+
+
+def test_a_run_goes_on_from_a_saved_prompt(tmp_path):
+    small.run(tmp_path, "fedavg", rounds=3)
+    kept = PromptLibrary.load(tmp_path / "run").prompts["global"]
+    changes = ("prompt.init=library", f"prompt.library={tmp_path / 'run'}")
+    world = build_world(small.experiment(tmp_path, "fedavg", *changes))
+    assert torch.equal(world.start.vectors_PD, kept.vectors_PD)
+    assert (world.start.enters_at, world.experiment.prompt.num_tokens) == (kept.enters_at, 3)
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    small.run(tmp_path, "fedavg", rounds=1)
+    given = f"prompt.library={tmp_path / 'run'}"
+    with pytest.raises(ConfigError, match="go together"):
+        small.experiment(tmp_path, "fedavg", given)
+    with pytest.raises(ConfigError, match="did you mean 'global'"):
+        build_world(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.of=globl"))
+    with pytest.raises(ConfigError, match="enters at 1; leave it out"):
+        build_world(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.enters_at=0"))
