@@ -11,11 +11,26 @@ import ficpd
 FLOORS = [
     {"types", "seams", "errors", "seeds", "registry", "cache"},
     {"backbones", "tasks", "data", "privacy", "compression", "tuners"},
-    {"compute", "speed", "codec", "clients", "library", "server"},
+    {"compute", "speed", "codec", "clients", "library", "demonstrations", "adapt", "auto", "server"},
     {"methods"},
     {"engines", "site"},
     {"federate", "metrics", "audit"},
-    {"cli", "experiment", "guard", "world", "run", "rundir", "use", "compare", "report", "peft", "attack", "__main__"},
+    {
+        "cli",
+        "experiment",
+        "guard",
+        "world",
+        "run",
+        "rundir",
+        "use",
+        "compare",
+        "report",
+        "peft",
+        "reentry",
+        "refine",
+        "attack",
+        "__main__",
+    },
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCE = Path(ficpd.__file__).parent

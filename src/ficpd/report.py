@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.library import guarantee
+from ficpd.metrics import main_metric
 from ficpd.rundir import RunDir
 
 
@@ -21,18 +22,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: accuracy in percent, errors in the target's unit, bytes as encoded."""
-    first = results[0]["metrics"]["per_client_mean"]
-    main = "accuracy" if "accuracy" in first else "rmse"
-    unit = " %" if main == "accuracy" else ""
+    """Headings and cells: the task's main figure (`metrics.MAIN`), bytes as encoded."""
+    main = main_metric(results[0]["metrics"]["per_client_mean"])
 
     def shown(score: Mapping[str, float] | None) -> str:
-        if not score:
-            return "–"
-        return f"{100 * score[main]:.1f}" if main == "accuracy" else f"{score[main]:.3f}"
+        return main.shown(score[main.name]) if score else "–"
 
-    heads = ["method", "privacy", f"everyone's test {main}{unit}", f"own test, mean client{unit}",
-             f"worst client{unit}", "bytes up / client / round", "seconds"]  # fmt: skip
+    heads = ["method", "privacy", f"everyone's test {main.name}{main.unit}", f"own test, mean client{main.unit}",
+             f"worst client{main.unit}", "bytes up / client / round", "seconds"]  # fmt: skip
     cells = [
         [
             r["label"],
@@ -72,6 +69,37 @@ def paid(own: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def grouped(own: Mapping[str, Any]) -> str:
+    """Who shares a prototype with whom, and how that fits what is publicly known of the clients."""
+    clusters = own.get("clusters")
+    if not clusters:
+        return ""
+    members: dict[int, list[str]] = {}
+    for name, cluster in sorted(clusters["member"].items()):
+        members.setdefault(cluster, []).append(name)
+    lines = "".join(f"- prototype {k}: {', '.join(names)}\n" for k, names in sorted(members.items()))
+    fits = [f"{key} {value:.2f}" for key, value in clusters["agreement"].items() if value is not None]
+    rand = (
+        f"Agreement with what is known of them (adjusted Rand index, 1: the same): {', '.join(fits)}.\n" if fits else ""
+    )
+    return f"Prototypes and their clients:\n\n{lines}\n{rand}\n{distilled(own)}"
+
+
+def distilled(own: Mapping[str, Any]) -> str:
+    """What the server's last step came to."""
+    facts = own.get("distillation")
+    if not facts:
+        return ""
+    main = main_metric(own["metrics"]["distilled"])
+    made = "".join(f"- {group}: {said}\n" for group, said in facts["examples"].items())
+    both = [main.shown(own["metrics"][name][main.name]) for name in ("global", "distilled")]
+    outcome = "kept" if facts["gained"] else "nothing was gained on examples held back, so the global prompt is kept"
+    return (
+        f"Synthetic examples by {facts['writer']} (`synthetic.jsonl`):\n\n{made}\nDistilled ({facts['how']}): {outcome}; "
+        f"everyone's test {main.name}{main.unit} {both[1]}, the global prompt {both[0]}.\n\n"
+    )
+
+
 def chosen(privacy: Mapping[str, Any]) -> str:
     """The noise multipliers of all members: each has its own, because each has its own sampling rate.
 
@@ -99,5 +127,6 @@ def report(directory: RunDir) -> str:
         + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
         "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n\n"
         + stopped
+        + grouped(own)
         + paid(own)
     )

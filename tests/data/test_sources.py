@@ -475,7 +475,7 @@ def test_where_takes_the_rows_that_hold_one_of_the_values(tmp_path):
 
 def test_where_with_a_value_that_no_row_has_or_a_column_that_is_none_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("text,target,lang\none,a,en\ntwo,b,en\n")
-    with pytest.raises(DataError, match="t.csv, column 'lang': unknown value 'eng'; did you mean 'en'"):
+    with pytest.raises(DataError, match=r"t\.csv, column 'lang': unknown value 'eng'; did you mean 'en'"):
         read_all(Config(source=str(tmp_path / "t.csv"), where={"lang": ("eng",)}))
     with pytest.raises(DataError, match="unknown column 'language'"):
         read_all(Config(source=str(tmp_path / "t.csv"), where={"language": ("en",)}))

@@ -1,0 +1,128 @@
+"""After the rounds: examples that are nobody's, written under the prototypes, and one prompt distilled from all of them.
+
+The server's last step. It sees prototypes, public label texts and what a frozen backbone writes: post-processing of what
+clients released. A simulation also holds the examples against the training records and counts copies; it drops them only
+where no privacy was asked, for to choose by looking at records is no post-processing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ficpd import seeds
+from ficpd.experiment import BackboneConfig, DistillationConfig, EngineConfig
+from ficpd.guard import public_seed
+from ficpd.rundir import RunDir
+from ficpd.seams import Backbone, Task
+from ficpd.server import examples as nobodys
+from ficpd.server import synthesis
+from ficpd.server.distillation import Learned, Lesson, distil
+from ficpd.server.examples import Example, Made
+from ficpd.server.meta import Inner, first_order_maml, reptile
+from ficpd.types import Prompt, Record
+from ficpd.world import World, load_backbone
+
+SYNTHETIC = "synthetic.jsonl"
+DISTILLED = "distilled"
+
+
+@dataclass(frozen=True)
+class Refined:
+    """`prompt`: the distilled one, or the global one where nothing was gained; `facts` for the result."""
+
+    prompt: Prompt
+    facts: Mapping[str, Any]
+
+
+def refine(
+    world: World, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]], sizes: Mapping[str, int],
+    directory: RunDir,
+) -> Refined:  # fmt: skip
+    """Write, vote, keep, distil; the examples lie in the run's `synthetic.jsonl`.
+
+    `basis` holds the global prompt and the prototypes; `tasks_of` the groups that each prototype serves and `sizes` how many
+    clients it has. A task for which no example survives teaches nothing, and the facts say so.
+    """
+    config, seed = world.experiment.distillation, public_seed(world.experiment.seed)
+    writer = _writer(config, world)
+    made = {group: _examples(world, group, task, basis, tasks_of, writer, seed) for group, task in world.tasks.items()}
+    directory.path.mkdir(parents=True, exist_ok=True)
+    nobodys.save([example for found in made.values() for example in found.examples], directory.path / SYNTHETIC)
+    facts: dict[str, Any] = {
+        "how": config.how,
+        "writer": writer.name if writer else config.texts or "words of the vocabulary",
+        "examples": {group or "all": found.said() for group, found in made.items()},
+        "memorised": {g or "all": len(nobodys.memorised(m.examples, _records(world, g))) for g, m in made.items()},
+    }
+    taught = {group: found.examples for group, found in made.items() if len(found.examples) > 1}
+    if not taught:
+        return Refined(basis["global"], {**facts, "gained": False})
+    learned = _learned(world, config, basis, tasks_of, sizes, taught, seed)
+    facts |= {"gained": learned.gained, "loss_before": learned.before, "loss_after": learned.after}
+    return Refined(basis["global"].with_vectors(learned.vectors_PD) if learned.gained else basis["global"], facts)
+
+
+def _writer(config: DistillationConfig, world: World) -> Backbone | None:
+    """Who writes: the configured writer, else the federation's own backbone if it can; None if nobody does."""
+    if config.texts:
+        return None
+    if config.writer:
+        return load_backbone(BackboneConfig(name=config.writer), EngineConfig(device=world.experiment.engine.device))[0]
+    return world.model.backbone if world.model.backbone.writes else None
+
+
+def _examples(
+    world: World, group: str, task: Task, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
+    writer: Backbone | None, seed: int,
+) -> Made:  # fmt: skip
+    """Of one task: drafts, labelled by vote of the prototypes that serve it and the global prompt, without copies."""
+    config, own = world.experiment.distillation, seeds.derive(seed, "synthetic", group)
+    mine = {name: prompt for name, prompt in basis.items() if name == "global" or group in tasks_of.get(name, ())}
+    if writer:
+        drafts = synthesis.write(writer, mine, task, config.per_label, own)
+    elif config.texts:
+        drafts = synthesis.from_texts(synthesis.read_texts(Path(config.texts).expanduser()))
+    else:
+        drafts = synthesis.from_nonsense(world.model.backbone, config.per_label * len(task.possible), own)
+
+    def voted(drafts: list[Example]) -> Made:
+        return synthesis.vote(world.model, mine, task, drafts, config.least_agreement)
+
+    def unremembered(kept: list[Example]) -> Made:
+        return nobodys.unremembered(kept, _records(world, group))
+
+    found = drafts.then(voted)
+    return (found if world.experiment.privacy["name"] != "none" else found.then(unremembered)).then(nobodys.balanced)
+
+
+def _records(world: World, group: str) -> list[Record]:
+    return [record for name, shard in world.shards.items() if world.group_of[name] == group for record in shard.train]
+
+
+def _learned(
+    world: World, config: DistillationConfig, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int], taught: Mapping[str, Sequence[Example]], seed: int,
+) -> Learned:  # fmt: skip
+    model, start, rate = world.model, basis["global"], world.experiment.training.learning_rate or 0.0
+    encoded = {
+        group: world.tasks[group].encode(nobodys.records(found), model.backbone, start)
+        for group, found in taught.items()
+    }
+    if config.how in ("squared", "kl"):
+        lessons = []
+        for group, batch in encoded.items():
+            teachers = [name for name in basis if group in tasks_of.get(name, ())] or ["global"]
+            stacked = torch.stack([basis[name].vectors_PD for name in teachers])
+            lessons.append(Lesson(batch, stacked, weights=[sizes.get(name, 1) for name in teachers]))
+        return distil(
+            model, start.vectors_PD, lessons, steps=config.steps, learning_rate=rate, seed=seed, loss=config.how
+        )
+    episodes, inner = list(encoded.values()), Inner(config.inner_steps, rate)
+    if config.how == "reptile":
+        return reptile(model, episodes, start.vectors_PD, inner, outer_rate=0.3, outer_steps=config.steps, seed=seed)
+    return first_order_maml(
+        model, episodes, start.vectors_PD, inner, outer_rate=rate, outer_steps=config.steps, seed=seed
+    )
