@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,17 +189,211 @@ def test_evaluate_reads_the_columns_that_are_named(ficpd, folder, tmp_path):
 
 
 def test_adapt_saves_a_library_with_one_prompt_more(ficpd, folder, tmp_path):
-    call = ("adapt", folder / "run", "--data", folder / "records.csv", "--out", tmp_path / "mine", "--shots", 24)
-    status, out, err = ficpd(*call, "--steps", 10, "--seed", 1)
+    call = ("adapt", folder / "run", "--data", folder / "records.csv", "--out", tmp_path / "mine", "--shots", 12)
+    status, out, err = ficpd(*call, "--seed", 1)
     assert (status, err) == (0, "")
-    assert "began from" in out
-    assert "24 records" in out
+    for words in (
+        "task classification, for all targets are its own",
+        "way, on records held back",
+        "leave",
+        "12 records.",
+    ):
+        assert words in out
     mine, old = PromptLibrary.load(tmp_path / "mine"), PromptLibrary.load(folder / "run")
     assert mine.prompts.keys() == {*old.prompts, "adapted"}
-    assert mine.card["adapted"]["shots"] == 24
+    assert mine.card["tasks"] == old.card["tasks"]
+    facts = mine.card["adapted"]
+    assert (facts["shots"], facts["task"], facts["how"]) == (12, "classification", "auto")
+    assert facts["table"][facts["way"]]["loss"] <= facts["table"]["leave"]["loss"]
     assert all(torch.equal(mine.prompts[name].vectors_PD, prompt.vectors_PD) for name, prompt in old.prompts.items())
+    assert small.same({n: k for n, k in mine.keys.items() if n != "adapted"}, dict(old.keys))
     assert "exists already; choose another --out" in failed(ficpd(*call))
-    assert "'shots': 24" in ficpd("info", tmp_path / "mine")[1]
+    told = ficpd("info", tmp_path / "mine")[1]
+    assert "'shots': 12" in told
+    assert "table" not in told
+
+
+@pytest.fixture(scope="module")
+def moods(folder) -> Path:
+    """Twelve sentences with labels that the library has never seen, in JSON Lines."""
+    path = folder / "moods.jsonl"
+    names = {"good": "very_happy", "bad": "sad"}
+    lines = [{"text": r.fields["text"], "target": names[r.fields["target"]]} for r in small.records(40, 5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def adapted(ficpd, folder, moods, out, *words: str) -> tuple[str, PromptLibrary]:
+    status, told, err = ficpd("adapt", folder / "run", "--data", moods, "--out", out, *words)
+    assert (status, err) == (0, "")
+    return told, PromptLibrary.load(out)
+
+
+def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tmp_path):
+    told, mine = adapted(
+        ficpd, folder, moods, tmp_path / "mine", "--how", "demonstrations", "--shots", "4", "--per-class"
+    )
+    assert "a new task, own: which of sad, very_happy" in told
+    assert "8 records" in told
+    assert "it holds your records" in told
+    assert mine.card["tasks"]["own"]["labels"] == {"sad": "sad", "very_happy": "very happy"}
+    assert mine.card["adapted"]["shots"] == 8
+    assert mine.readouts["adapted"].shape == (2, 16)
+    assert "demonstrations beside it" in (tmp_path / "mine" / "README.md").read_text()
+    answer = json.loads(ficpd("predict", tmp_path / "mine", "--text", "the film was lovely")[1])
+    assert answer["prediction"] in ("very_happy", "sad")
+    known = ficpd("predict", tmp_path / "mine", "--text", "the film was lovely", "--task", "classification")[1]
+    assert json.loads(known)["prediction"] in small.LABELS
+    assert known == ficpd("predict", folder / "run", "--text", "the film was lovely", "--prompt", "global")[1]
+
+
+def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path):
+    """The readout of the demonstrations is saved and used, and beside the adapted prompt only."""
+    from ficpd.metrics.evaluate import score_prompt
+    from ficpd.use import adapt_library, draw_shots, open_library, own_task, read_records
+
+    opened = open_library(folder / "run")
+    records = read_records(str(moods), {}, labelled=True)
+    own = own_task(opened, records, None, {"sad": "one", "very_happy": "two"}, None)
+    shots = draw_shots(records, 0, False, 0)
+    found = adapt_library(opened, own, shots, tmp_path / "mine", "demonstrations")
+    batch = found.fitted.encode(own.task, records, opened.model.backbone)
+    fitted = score_prompt(found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
+    _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
+    lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}
+    assert lines["adapted"] == pytest.approx(fitted["accuracy"], abs=6e-4)
+    assert lines["adapted"] != lines["global"]
+    answers = [
+        json.loads(line)["prediction"] for line in ficpd("predict", tmp_path / "mine", "--data", moods)[1].splitlines()
+    ]
+    right = sum(answer == record.fields["target"] for answer, record in zip(answers, records, strict=True))
+    assert right / len(records) == pytest.approx(fitted["accuracy"], abs=6e-4)
+
+
+def test_a_label_that_no_record_has_stays_possible(ficpd, folder, moods, tmp_path):
+    labels = [word for name in ("sad=sad", "very_happy=glad", "bored=it was dull") for word in ("--label", name)]
+    told, mine = adapted(
+        ficpd, folder, moods, tmp_path / "mine", *labels, "--instruction", "it was", "--how", "compose"
+    )
+    assert "none of the 16 records is: bored" in told
+    about = mine.card["tasks"]["own"]
+    assert (about["labels"]["very_happy"], about["instruction"]) == ("glad", "it was")
+    assert list(about["labels"]) == ["sad", "very_happy", "bored"]
+    assert ficpd("evaluate", tmp_path / "mine", "--data", moods)[0] == 0
+    unknown = (
+        "adapt",
+        folder / "run",
+        "--data",
+        moods,
+        "--out",
+        tmp_path / "other",
+        "--label",
+        "sad=a",
+        "--label",
+        "glad=b",
+    )
+    assert "unknown label 'very_happy'" in failed(ficpd(*unknown))
+
+
+def test_adapting_again_takes_the_place_of_the_first(ficpd, folder, moods, tmp_path):
+    adapted(ficpd, folder, moods, tmp_path / "one", "--how", "demonstrations")
+    two = (
+        "adapt",
+        tmp_path / "one",
+        "--data",
+        moods,
+        "--out",
+        tmp_path / "two",
+        "--how",
+        "nearest",
+        "--instruction",
+        "it is",
+    )
+    assert ficpd(*two)[0] == 0
+    mine = PromptLibrary.load(tmp_path / "two")
+    assert list(mine.card["tasks"]) == ["classification", "own"]
+    assert mine.card["tasks"]["own"]["instruction"] == "it is"
+    assert mine.readouts == {}
+    told = ficpd(
+        "adapt", tmp_path / "one", "--data", folder / "records.csv", "--out", tmp_path / "three", "--how", "leave"
+    )[1]
+    assert "task classification" in told
+
+
+def test_a_library_without_data_goes_by_what_the_task_is(ficpd, folder, tmp_path):
+    call = ("adapt", folder / "run", "--label", "a=good fine", "--label", "b=bad dull", "--out", tmp_path / "mine")
+    status, out, _ = ficpd(*call)
+    assert status == 0
+    assert "0 records are too few" in out
+    assert "made for the most similar task" in out
+    assert json.loads(ficpd("predict", tmp_path / "mine", "--text", "dull")[1])["prediction"] in "ab"
+    assert "there is no record to adapt to" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
+
+
+def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):
+    (tmp_path / "one.csv").write_text("text,target\nthe film was dull,sad\n")
+    call = ("adapt", folder / "run", "--data", tmp_path / "one.csv", "--out", tmp_path / "mine")
+    assert "all targets are 'sad', and one label makes no classification" in failed(ficpd(*call))
+    status, out, _ = ficpd(*call, "--label", "sad=sad", "--label", "glad=glad")
+    assert status == 0
+    assert "1 records are too few" in out
+    (tmp_path / "real.csv").write_text("text,target\na,0.5\nb,1.5\n")
+    real = ("adapt", folder / "run", "--data", tmp_path / "real.csv", "--out", tmp_path / "other")
+    assert "the targets are real numbers, which are no labels" in failed(ficpd(*real))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--task", "classification", "--label", "a=b"), "--task is one that the library knows"),
+        (("--label", "sad"), "--label takes label=text"),
+        (("--shots", "-1"), "--shots"),
+    ],
+)
+def test_options_of_adapt_that_do_not_go_together(ficpd, folder, moods, tmp_path, words, told):
+    status, _, err = ficpd("adapt", folder / "run", "--data", moods, "--out", tmp_path / "mine", *words)
+    assert status == 2
+    assert told in err
+
+
+@pytest.fixture(scope="module")
+def several(folder, tmp_path_factory) -> Path:
+    """The same library, said to be of two tasks."""
+    library = PromptLibrary.load(folder / "run")
+    about = library.card["tasks"]["classification"]
+    other = {**about, "labels": {"good": "good", "bad": "bad", "odd": "odd"}}
+    path = tmp_path_factory.mktemp("several") / "lib"
+    replace(library, card={**library.card, "tasks": {"mood": about, "moods": other}}).save(path)
+    return path
+
+
+def test_of_several_tasks_one_is_named(ficpd, folder, several, tmp_path):
+    for call in (("predict", several, "--text", "fine"), ("evaluate", several, "--data", folder / "records.csv")):
+        assert "this library has several tasks; name one of them with --task: mood, moods" in failed(ficpd(*call))
+        assert "unknown task 'mod'; did you mean 'mood'" in failed(ficpd(*call, "--task", "mod"))
+        assert ficpd(*call, "--task", "moods")[0] == 0
+    assert "mood (classification, 2 labels), moods (classification, 3 labels)" in ficpd("info", several)[1]
+    call = ("adapt", several, "--data", folder / "records.csv", "--how", "nearest", "--out")
+    assert "task mood, for all targets are its own" in ficpd(*call, tmp_path / "a")[1]
+    assert "task moods" in ficpd(*call, tmp_path / "b", "--task", "moods")[1]
+    assert ficpd("predict", tmp_path / "b", "--text", "fine")[0] == 0  # what it was adapted to needs no name
+    assert "unknown task 'mod'" in failed(ficpd(*call, tmp_path / "c", "--task", "mod"))
+
+
+def test_a_library_without_a_global_prompt_answers_by_the_nearest_key(ficpd, folder, tmp_path):
+    library = PromptLibrary.load(folder / "run")
+    apart = dict.fromkeys(("east", "west"), library.prompts["global"])
+    key = library.keys["global"]
+    given = replace(library, prompts=apart, keys={"east": -key, "west": key})
+    given.save(tmp_path / "lib")
+    from ficpd.use import open_library, usual
+
+    assert usual(open_library(tmp_path / "lib")) == "west"
+    assert ficpd("predict", tmp_path / "lib", "--text", "fine")[0] == 0
+    replace(given, keys={}).save(tmp_path / "old")
+    assert "no prompt None in this library; it has east, west" in failed(
+        ficpd("predict", tmp_path / "old", "--text", "fine")
+    )
 
 
 def test_predict_answers_texts_in_their_order(ficpd, folder):

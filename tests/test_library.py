@@ -1,7 +1,8 @@
-"""Prompt libraries: kept whole, found by the way a prompt has come, fitted to few records."""
+"""Prompt libraries: kept whole, found by key or by the way a prompt has come, composed. Fitting: `test_adapt.py`."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +10,19 @@ import torch
 import small
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
-from ficpd.library import PromptLibrary, guarantee, model_card
-from ficpd.tuners import Training
+from ficpd.library import FORMAT, PromptLibrary, guarantee, keys_of, model_card, task_key
+from ficpd.tasks import classification, generation
 from ficpd.types import Prompt, Query
 
 CARD = {
     "backbone": {"name": "tiny", "kind": "tiny", "options": {}},
-    "task": {"name": "classification"},
+    "tasks": {"mood": {"name": "classification"}},
     "method": "ficpd",
     "num_clients": 3,
     "num_rounds": 2,
     "privacy": {"unit": "none", "epsilon": None, "delta": None},
 }
-TRAINING = Training(learning_rate=0.05, batch_size=8)
+KEYS = {"global": torch.eye(16)[0], "prototype-0": torch.eye(16)[1]}
 
 
 def library(model: Compute, task=None, **ways: torch.Tensor) -> PromptLibrary:
@@ -48,10 +49,12 @@ def axis(model: Compute, place: int, length: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("head", [False, True])
 def test_a_library_comes_back_as_it_was_saved(tmp_path, model, head):
-    given = library(model, small.classes(tuned_head=head))
+    given = replace(library(model, small.classes(tuned_head=head)), keys=KEYS, readouts={"global": torch.ones(2, 16)})
     given.save(tmp_path / "lib")
     back = PromptLibrary.load(tmp_path / "lib")
     assert same(back.start, given.start)
+    assert small.same(back.keys, KEYS)
+    assert small.same(back.readouts, given.readouts)
     assert back.prompts.keys() == given.prompts.keys()
     assert all(same(prompt, given.prompts[name]) for name, prompt in back.prompts.items())
     assert back.card == CARD
@@ -106,6 +109,7 @@ def rewrite(folder, **parts) -> None:
     save_file(tensors, folder / "prompts.safetensors", parts.get("metadata"))
 
 
+META = {"format": str(FORMAT), "backbone": "tiny:16x2", "enters_at": "1", "head_rows": "0"}
 DAMAGE = {
     "cut": lambda f: (f / "prompts.safetensors").write_bytes((f / "prompts.safetensors").read_bytes()[:-9]),
     "empty": lambda f: (f / "prompts.safetensors").write_bytes(b""),
@@ -114,13 +118,24 @@ DAMAGE = {
     "a card that is no text": lambda f: (f / "card.json").write_bytes(b"\xff\xfe\x00"),
     "a card that is no object": lambda f: (f / "card.json").write_text("[1, 2]"),
     "no metadata": lambda f: rewrite(f),
-    "a layer that is no number": lambda f: rewrite(f, metadata={"backbone": "x", "enters_at": "top", "head_rows": "0"}),
+    "a layer that is no number": lambda f: rewrite(f, metadata={**META, "enters_at": "top"}),
     "no start": lambda f: rewrite(
-        f, tensors={"global": torch.ones(3, 16)}, metadata={"backbone": "x", "enters_at": "0", "head_rows": "0"}
+        f, tensors={"global": torch.ones(3, 16)}, metadata=META
     ),
+    "another version's": lambda f: rewrite(
+        f, metadata={"format": "3", "backbone": "tiny:16x2", "enters_at": "1", "head_rows": "0"}
+    ),
+    "a key of no prompt": lambda f: rewrite(
+        f, tensors={"start": torch.ones(3, 16), "key/global": torch.ones(16)}, metadata=META
+    ),
+    "a key of another width": lambda f: rewrite(
+        f, tensors={"start": torch.ones(3, 16), "global": torch.ones(3, 16), "key/global": torch.ones(8)}, metadata=META
+    ),
+    "a task of no kind": lambda f: (f / "card.json").write_text('{"backbone": {"name": "tiny"}, "tasks": {"a": {}}}'),
+    "no task": lambda f: (f / "card.json").write_text('{"backbone": {"name": "tiny"}, "tasks": {}}'),
+    "an adaptation that is no object": lambda f: (f / "card.json").write_text(json.dumps({**CARD, "adapted": "yes"})),
     "prompts of two shapes": lambda f: rewrite(
-        f, tensors={"start": torch.ones(3, 16), "global": torch.ones(4, 16)},
-        metadata={"backbone": "tiny:16x2", "enters_at": "1", "head_rows": "0"},
+        f, tensors={"start": torch.ones(3, 16), "global": torch.ones(4, 16)}, metadata=META
     ),
 }  # fmt: skip
 
@@ -140,29 +155,103 @@ def test_a_library_of_another_backbone_is_refused(model):
     library(model).check(model.backbone)
     with pytest.raises(LibraryError, match="mean nothing here"):
         library(model).losses(small.records(3), small.classes(), other)
-    with pytest.raises(LibraryError, match="mean nothing here"):
-        library(model).adapt(small.records(3), small.classes(), other, TRAINING)
 
 
-# ---------------------------------------------------------------- found and composed
+def test_a_library_of_the_first_format_still_loads(tmp_path, model):
+    """Its card has one `task`, and it has no keys."""
+    library(model).save(tmp_path / "lib")
+    task = {"name": "classification", "labels": {"good": "good"}}
+    old = {key: value for key, value in CARD.items() if key != "tasks"} | {"task": task, "adapted": {"shots": 3}}
+    (tmp_path / "lib" / "card.json").write_text(json.dumps(old))
+    rewrite(tmp_path / "lib", metadata={**META, "format": "1"})
+    back = PromptLibrary.load(tmp_path / "lib")
+    assert back.card["tasks"] == {"classification": task}
+    assert "task" not in back.card
+    with pytest.raises(LibraryError, match=r"has no keys .* find prompts by their loss"):
+        back.nearest(torch.ones(16))
+    back.save(tmp_path / "new")
+    assert PromptLibrary.load(tmp_path / "new").card == back.card
+
+
+@pytest.mark.parametrize("name", ["start", "key/a", "readout/a"])
+def test_a_name_that_the_file_needs_is_no_prompts(tmp_path, model, name):
+    begin = small.start(model, small.classes())
+    with pytest.raises(LibraryError, match=f"cannot be named '{name}'"):
+        PromptLibrary(begin, {name: begin}, CARD).save(tmp_path / "lib")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_five_hundred_prompts(tmp_path, model):
+    random = torch.Generator().manual_seed(1)
+    begin = small.start(model, small.classes())
+    names = [f"site-{i}" for i in range(500)]
+    keys = dict(zip(names, torch.nn.functional.normalize(torch.randn(500, 16, generator=random)), strict=True))
+    ways = torch.randn(500, *begin.vectors_PD.shape, generator=random)
+    prompts = {name: begin.with_vectors(begin.vectors_PD + way) for name, way in zip(names, ways, strict=True)}
+    PromptLibrary(begin, prompts, CARD, keys).save(tmp_path / "lib")
+    back = PromptLibrary.load(tmp_path / "lib")
+    assert back.prompts.keys() == set(names)
+    assert small.same(back.keys, keys)
+    assert [back.nearest(keys[name]) for name in names[:9]] == [[name] for name in names[:9]]
+    assert len(back.losses(small.records(2), small.classes(), model)) == 501
+    page = model_card(back)
+    assert "and 492 more" in page
+    assert len(page) < 1000
+    with pytest.raises(LibraryError, match="and 480 more"):
+        back.compose({"south": 1.0})
+
+
+# ---------------------------------------------------------------- found by key
+
+
+def task_of(**labels: str):
+    return classification.build(classification.Config(labels=labels, instruction="it was"))
+
+
+def test_a_key_is_the_mean_of_the_answers_and_of_length_one(model):
+    task = task_of(good="good fine", bad="bad dull")
+    rows = model.backbone.readout("it was", ["good fine.", "bad dull."])
+    assert small.close(task_key(task, model.backbone), torch.nn.functional.normalize(rows.mean(0), dim=0))
+    assert float(task_key(small.numbers(), model.backbone).norm()) == pytest.approx(1, abs=1e-5)
+    assert small.close(task_key(small.classes(tuned_head=True), model.backbone), task_key(task, model.backbone))
+
+
+def test_a_task_without_answers_has_the_key_of_its_instruction(model):
+    keys = [task_key(generation.build(generation.Config(instruction=text)), model.backbone) for text in ("", "sum up")]
+    assert small.close(keys[1], torch.nn.functional.normalize(model.backbone.readout("sum", ["up"])[0], dim=0))
+    assert small.close(keys[0], torch.nn.functional.normalize(model.backbone.readout("", ["generation"])[0], dim=0))
+
+
+def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
+    tasks = {"mood": task_of(a="good fine", b="bad dull"), "heat": task_of(a="hot warm", b="cold icy")}
+    keys = keys_of(["global", "one", "two"], tasks, {"one": ["mood"], "two": ["heat"]}, model.backbone)
+    given = PromptLibrary(small.start(model, small.classes()), {}, CARD, keys)
+    assert given.nearest(task_key(task_of(x="bad dull", y="good fine"), model.backbone), 2) == ["one", "global"]
+    assert given.nearest(task_key(task_of(x="cold icy", y="hot warm"), model.backbone))[0] == "two"
+    between = torch.nn.functional.normalize(keys["one"] + keys["two"], dim=0)
+    assert small.close(keys["global"], between)
+    assert small.same(keys_of(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
+
+
+# ---------------------------------------------------------------- found by way and composed
 
 
 def test_the_nearest_is_the_one_of_the_same_direction(model):
     given = library(model, east=axis(model, 0, 0.1), north=axis(model, 1, 50.0), west=axis(model, 0, -1.0))
-    assert given.nearest(axis(model, 0, 0.01) + axis(model, 1, 0.005), 3) == ["east", "north", "west"]
-    assert given.nearest(axis(model, 1, 9.0)) == ["north"]
-    assert given.nearest(axis(model, 0, -9.0), 1) == ["west"]
-    assert len(given.nearest(axis(model, 5), 99)) == 3
+    assert given.nearest_ways(axis(model, 0, 0.01) + axis(model, 1, 0.005), 3) == ["east", "north", "west"]
+    assert given.nearest_ways(axis(model, 1, 9.0)) == ["north"]
+    assert given.nearest_ways(axis(model, 0, -9.0), 1) == ["west"]
+    assert len(given.nearest_ways(axis(model, 5), 99)) == 3
 
 
 def test_each_is_nearest_to_its_own_way(model):
     given = library(model)
-    assert all(given.nearest(given.way(name)) == [name] for name in given.prompts)
+    assert all(given.nearest_ways(given.way(name)) == [name] for name in given.prompts)
 
 
 def test_ties_go_by_name(model):
     given = library(model, b=axis(model, 0), a=axis(model, 0, 2.0))
-    assert given.nearest(axis(model, 0), 2) == ["a", "b"]
+    assert given.nearest_ways(axis(model, 0), 2) == ["a", "b"]
 
 
 def test_a_composition_is_the_start_and_the_weighted_ways(model):
@@ -179,7 +268,7 @@ def test_a_composition_of_what_is_not_there_is_refused(model):
         library(model).compose({"south": 1.0})
 
 
-# ---------------------------------------------------------------- fitted
+# ---------------------------------------------------------------- asked
 
 
 def loss_of(prompt: Prompt, records, task, model: Compute) -> float:
@@ -194,52 +283,6 @@ def test_losses_are_those_of_every_prompt(model):
     assert all(
         losses[n] == pytest.approx(loss_of(p, records, task, model), abs=1e-5) for n, p in given.candidates().items()
     )
-
-
-@pytest.mark.parametrize("head", [False, True])
-def test_adapting_improves_on_every_prompt_of_the_library(model, head):
-    task = small.classes(tuned_head=head)
-    given, records = library(model, task), small.records(48, 3)
-    adapted = given.adapt(records, task, model, TRAINING, steps=20)
-    assert adapted.tuned
-    assert adapted.began_from == min(adapted.losses, key=adapted.losses.get)
-    best = min(loss_of(prompt, records, task, model) for prompt in given.candidates().values())
-    assert loss_of(adapted.prompt, records, task, model) < best - 0.02
-    assert same(given.start.with_vectors(adapted.prompt.vectors_PD), adapted.prompt)
-
-
-def test_the_best_of_the_library_is_begun_from(model):
-    task, records = small.classes(), small.records(32, 3)
-    fitted = library(model).adapt(records, task, model, TRAINING, steps=40).prompt
-    begin = small.start(model, task)
-    away = begin.with_vectors(begin.vectors_PD * -3)
-    given = PromptLibrary(begin, {"away": away, "fitted": fitted}, CARD)
-    assert given.adapt(records, task, model, TRAINING, steps=1).began_from == "fitted"
-
-
-def test_tuning_that_does_not_help_is_not_kept(model):
-    given, task, records = library(model), small.classes(), small.records(24, 3)
-    wild = Training(learning_rate=1e4, batch_size=4)
-    adapted = given.adapt(records, task, model, wild, steps=3)
-    assert not adapted.tuned
-    assert same(adapted.prompt, given.candidates()[adapted.began_from])
-
-
-@pytest.mark.parametrize("count", [1, 7])
-def test_with_few_records_the_best_is_taken_as_it_is(model, count):
-    given, task, records = library(model), small.classes(), small.records(count)
-    adapted = given.adapt(records, task, model, TRAINING)
-    assert not adapted.tuned
-    losses = {name: loss_of(prompt, records, task, model) for name, prompt in given.candidates().items()}
-    assert adapted.began_from == min(losses, key=losses.get)
-    assert same(adapted.prompt, given.candidates()[adapted.began_from])
-
-
-def test_a_seed_fixes_an_adaptation(model):
-    given, task, records = library(model), small.classes(), small.records(48, 3)
-    one, two, other = (given.adapt(records, task, model, TRAINING, 20, seed).prompt for seed in (1, 1, 2))
-    assert torch.equal(one.vectors_PD, two.vectors_PD)
-    assert not torch.equal(one.vectors_PD, other.vectors_PD)
 
 
 # ---------------------------------------------------------------- told
@@ -258,6 +301,18 @@ def test_a_guarantee_is_told_with_its_unit():
     assert guarantee(block) == "ε = 3.50 per record, cryptographic noise"
     assert guarantee({"epsilon": 0.0, "unit": "record", "noise": None}) == "nothing leaves"
     assert guarantee({}) == "none"
+
+
+def test_the_page_says_when_somebody_elses_records_are_in_it(model):
+    given = library(model)
+    facts = {"task": "own", "shots": 5, "way": "compose"}
+    told = model_card(replace(given, card={**CARD, "adapted": facts}))
+    assert "adapted: to 5 records of its owner by compose" in told
+    assert "no guarantee covers those records" in told
+    assert "demonstrations" not in told
+    shown = model_card(replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}))
+    assert "demonstrations beside it" in shown
+    assert "adapted" not in model_card(given).split("Use it")[0]
 
 
 def test_the_card_is_plain_json(tmp_path, model):

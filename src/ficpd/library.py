@@ -1,9 +1,9 @@
-"""What the federation leaves behind: a basis of prompts, and a card that says what they are and how they were made."""
+"""What the federation leaves behind: a basis of prompts, keys to find them by, and a card that says what they are."""
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +13,60 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd import seeds
-from ficpd.clients import Client, Visit
-from ficpd.compression import none
-from ficpd.compute import Compute, drive
+from ficpd.compute import Compute
 from ficpd.errors import LibraryError
-from ficpd.privacy.none import NoPrivacy
 from ficpd.seams import Backbone, Task
-from ficpd.tuners import Training, tune
-from ficpd.types import Assignment, ClientCard, Prompt, Query, Record
+from ficpd.types import Batch, Prompt, Query, Record
 
-FORMAT = 1
+FORMAT = 2
+"""1: the card has one `task` and there are no keys. Still read."""
 START = "start"
-CARD = ("backbone", "task")
+ADAPTED = "adapted"
+"""The name of the prompt that somebody fitted to records of their own, and of the card's part that says how."""
+KEY, READOUT = "key/", "readout/"
+CARD = ("backbone", "tasks")
 """The parts of a card that a library cannot be used without."""
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A prompt for one's own records: which of the library it began from, and whether tuning it helped."""
-
-    prompt: Prompt
-    began_from: str
-    tuned: bool
-    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class PromptLibrary:
     """`prompts` by name (`global`, `prototype-0`, ...), all of one shape, layer and backbone; `start` is where all of
-    them came from. `card` is JSON: the backbone's name, the task, privacy spent, how it was made."""
+    them came from. `card` is JSON: the backbone's name, the tasks by name, privacy spent, how it was made.
+
+    `keys`: by prompt, the unit vector [D] of the tasks it was made for (see `task_key`). `readouts`: by prompt, the
+    [C, D] that answers are scored by instead of the task's own, where demonstrations joined it.
+    """
 
     start: Prompt
     prompts: Mapping[str, Prompt]
     card: Mapping[str, Any]
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
+    readouts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def way(self, name: str) -> Tensor:
-        """[P, D]: how far a prompt has come from the start; the key it is found by."""
+        """[P, D]: how far a prompt has come from the start."""
         return self.prompts[name].vectors_PD - self.start.vectors_PD
 
-    def nearest(self, key_PD: Tensor, n: int = 1) -> list[str]:
-        """The n prompts whose way has the highest cosine to `key_PD`, best first."""
-        cosine = {
-            name: float(F.cosine_similarity(self.way(name).flatten(), key_PD.flatten(), dim=0)) for name in self.prompts
-        }
-        return sorted(cosine, key=lambda name: (-cosine[name], name))[:n]
+    def nearest(self, key_D: Tensor, n: int = 1) -> list[str]:
+        """The n prompts made for what is most like `key_D` (a `task_key`), best first.
+
+        Raises `LibraryError` if the library has no keys.
+        """
+        if not self.keys:
+            raise LibraryError(
+                "this library has no keys (it is of an older version); find prompts by their loss on shots"
+            )
+        return _closest(self.keys, key_D)[:n]
+
+    def nearest_ways(self, way_PD: Tensor, n: int = 1) -> list[str]:
+        """The n prompts whose way from the start has the highest cosine to `way_PD`, best first."""
+        return _closest({name: self.way(name) for name in self.prompts}, way_PD)[:n]
 
     def compose(self, weights: Mapping[str, float]) -> Prompt:
         """start + Σ w_j (prompt_j - start). Raises `LibraryError` for a name the library lacks."""
         for name in weights:
             if name not in self.prompts:
-                raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(self.prompts)}")
+                raise LibraryError(f"no prompt {name!r} in this library; it has {listed(self.prompts)}")
         moved = sum((weight * self.way(name) for name, weight in weights.items()), torch.zeros(()))
         return self.start.with_vectors(self.start.vectors_PD + moved)
 
@@ -78,37 +81,6 @@ class PromptLibrary:
         loss_KB = model.answer([Query(stacked_KPD, batch)])[0].loss_KB
         return dict(zip(self.candidates(), loss_KB.mean(1).tolist(), strict=True))
 
-    def adapt(
-        self, records: Sequence[Record], task: Task, model: Compute, training: Training, steps: int = 30, seed: int = 0
-    ) -> Adapted:
-        """Take the prompt that fits the records best and tune it on them, if that helps on a quarter held back.
-
-        With fewer than eight records nothing is held back and the best prompt is taken as it is.
-        """
-        order = torch.randperm(len(records), generator=seeds.generator(seed, "adapt")).tolist()
-        held = [records[i] for i in order[: len(records) // 4]] if len(records) >= 8 else []
-        rest = [records[i] for i in order[len(held) :]]
-        losses = self.losses(rest, task, model)
-        best = min(losses, key=lambda name: (losses[name], name))
-        prompt = self.candidates()[best]
-        if not held:
-            return Adapted(prompt, best, False, losses)
-        tried = self._tuned(prompt, rest, task, model, training, steps, seed)
-        batch = task.encode(held, model.backbone, prompt)
-        both_KPD = torch.stack([prompt.vectors_PD, tried.vectors_PD])
-        before, after = model.answer([Query(both_KPD, batch)])[0].loss_KB.mean(1).tolist()
-        if after >= before:
-            return Adapted(prompt, best, False, losses)
-        return Adapted(self._tuned(prompt, records, task, model, training, steps, seed), best, True, losses)
-
-    def _tuned(self, prompt, records, task, model, training, steps, seed) -> Prompt:
-        whole = none.build(none.Config(), prompt, seed)
-        client = Client(ClientCard("me"), records, [], task, model.backbone, NoPrivacy(), whole, prompt, seed)
-        order = Assignment("adapt", 1, {}, {"rate": training.rate(1, 1)})
-        return prompt.with_vectors(
-            drive(model, tune(training, Visit(client, 1), order, prompt.vectors_PD, steps=steps))
-        )
-
     def check(self, backbone: Backbone) -> None:
         """Raises `LibraryError` if the library was made on another backbone."""
         if self.start.backbone != backbone.fingerprint:
@@ -120,13 +92,18 @@ class PromptLibrary:
 
     def save(self, folder: Path) -> None:
         """One folder: `prompts.safetensors`, `card.json`, `README.md`. Written beside, then renamed."""
+        self._check_names()
         folder = Path(folder)
         beside = folder.with_name(folder.name + ".writing")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         meta = {"format": str(FORMAT), "backbone": self.start.backbone, "enters_at": str(self.start.enters_at),
                 "head_rows": str(self.start.head_rows)}  # fmt: skip
-        save_file({n: p.vectors_PD.clone() for n, p in self.candidates().items()}, beside / "prompts.safetensors", meta)
+        tensors = {name: prompt.vectors_PD for name, prompt in self.candidates().items()}
+        tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
+        tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
+        whole = {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
+        save_file(whole, beside / "prompts.safetensors", meta)
         (beside / "card.json").write_text(json.dumps(self.card, indent=2) + "\n")
         (beside / "README.md").write_text(model_card(self))
         old = folder.with_name(folder.name + ".old")
@@ -135,6 +112,12 @@ class PromptLibrary:
             folder.rename(old)
         beside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _check_names(self) -> None:
+        """Raises `LibraryError` for a prompt whose name a key, a readout or the start would have in the file."""
+        for name in self.prompts:
+            if name == START or name.startswith((KEY, READOUT)):
+                raise LibraryError(f"a prompt cannot be named {name!r}: that is taken in the file; name it otherwise")
 
     @staticmethod
     def load(folder: Path) -> "PromptLibrary":
@@ -149,17 +132,92 @@ class PromptLibrary:
         try:
             with safe_open(path, "pt") as file:
                 meta = file.metadata()
-                vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            card = json.loads((folder / "card.json").read_text())
-            if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) for part in CARD):
-                raise ValueError(f"card.json is no object with {', '.join(CARD)}")
-            if len({vector.shape for vector in vectors.values()}) != 1:
-                raise ValueError("its prompts have different shapes")
-            shape = int(meta["enters_at"]), int(meta["head_rows"])
-            prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
-            return PromptLibrary(prompts.pop(START), prompts, card)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _assembled(meta, tensors, _read_card(folder / "card.json", int(meta["format"])))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise LibraryError(f"{folder} is damaged or of another version: {error}; save the library again") from error
+
+
+def _closest(vectors: Mapping[str, Tensor], wanted: Tensor) -> list[str]:
+    """All names by falling cosine to `wanted`, those of equal cosine by name."""
+    names = list(vectors)
+    stacked = torch.stack([vectors[name].flatten() for name in names]) if names else torch.zeros(0, wanted.numel())
+    cosine = dict(zip(names, F.cosine_similarity(stacked, wanted.flatten()[None]).tolist(), strict=True))
+    return sorted(names, key=lambda name: (-cosine[name], name))
+
+
+def _read_card(path: Path, format: int) -> dict[str, Any]:
+    """Raises `ValueError` or `OSError` if it is none. A card of format 1 has one task, named by its kind."""
+    if format not in (1, FORMAT):
+        raise ValueError(f"format {format}, and this version of ficpd reads 1 to {FORMAT}")
+    card = json.loads(path.read_text())
+    if isinstance(card, dict) and format == 1 and isinstance(card.get("task"), dict):
+        task = card.pop("task")
+        card["tasks"] = {str(task.get("name", "task")): task}
+    if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) and card[part] for part in CARD):
+        raise ValueError(f"card.json is no object with {', '.join(CARD)}")
+    if wrong := [name for name, task in card["tasks"].items() if not isinstance(task, dict) or "name" not in task]:
+        raise ValueError(f"card.json: tasks: {wrong[0]} does not say which kind of task it is (`name`)")
+    if not isinstance(card.get(ADAPTED, {}), dict):
+        raise ValueError(f"card.json: {ADAPTED} is no object")
+    return card
+
+
+def _assembled(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:
+    """The library from what lay in its files. Raises `KeyError` or `ValueError` if parts do not fit."""
+    keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
+    readouts = {name.removeprefix(READOUT): t for name, t in tensors.items() if name.startswith(READOUT)}
+    vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT))}
+    if len({vector.shape for vector in vectors.values()}) != 1:
+        raise ValueError("its prompts have different shapes")
+    width = vectors[START].shape[1]
+    if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in [*keys.values(), *readouts.values()]):
+        raise ValueError("a key or readout belongs to no prompt, or is of another width")
+    shape = int(meta["enters_at"]), int(meta["head_rows"])
+    prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
+    return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts)
+
+
+def task_key(task: Task, backbone: Backbone) -> Tensor:
+    """[D], of length 1: where a task lies among others, from nothing but its public description.
+
+    The mean feature that the bare backbone gives the task's answers, each framed by the instruction (an encoder's readout
+    rows); the instruction's alone where a task has no fixed answers.
+    """
+    items = tuple((backbone.read(text, None, "", None, 0),) for text in _framed(task.describe()))
+    nothing = torch.zeros(1, task.head_rows, backbone.width)
+    query = Query(nothing, Batch(task, items, None, None, 0), outputs=True)
+    outputs = Compute(backbone, 0).answer([query])[0].outputs_KB
+    assert outputs is not None
+    return F.normalize(outputs.features_RD.float().mean(0), dim=0).cpu()
+
+
+def keys_of(
+    names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
+) -> dict[str, Tensor]:
+    """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known."""
+    names = list(names)
+    keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
+    mine = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
+    return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in mine.items()}
+
+
+def _framed(described: Mapping[str, Any]) -> list[str]:
+    """What is embedded of a task: each answer behind the instruction, else the instruction, else the kind's name."""
+    instruction = described.get("instruction", "")
+    answers = [*described.get("labels", {}).values()] or [*described.get("anchors", {})]
+    return [f"{instruction} {answer}".strip() + "." for answer in answers] or [instruction or str(described["name"])]
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names for a sentence.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def model_card(library: PromptLibrary) -> str:
@@ -167,14 +225,27 @@ def model_card(library: PromptLibrary) -> str:
     card, start = library.card, library.start
     tokens = len(start.vectors_PD) - start.head_rows
     return (
-        f"# Prompt library: {', '.join(library.prompts) or 'start only'}\n\n"
+        f"# Prompt library: {listed(library.prompts, 8)}\n\n"
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
         f"- {tokens} virtual tokens of width {start.vectors_PD.shape[1]}, entering at layer {start.enters_at}\n"
-        f"- task: {card.get('task', {}).get('name', '?')}\n"
+        f"- tasks: {listed(card.get('tasks', {}))}\n"
         f"- made by: {made_by(card)}\n"
-        f"- privacy: {guarantee(card.get('privacy', {}))}\n\n"
+        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_adapted_line(library)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
+    )
+
+
+def _adapted_line(library: PromptLibrary) -> str:
+    """What the page says of a prompt that somebody fitted to records of their own: no guarantee covers those."""
+    facts = library.card.get(ADAPTED)
+    if facts is None:
+        return ""
+    holds = bool(facts.get("demonstrations")) or ADAPTED in library.readouts
+    beside = " and the demonstrations beside it, which are such records or made of them" if holds else ""
+    return (
+        f"- adapted: to {facts.get('shots', '?')} records of its owner by {facts.get('way', '?')}. The prompt "
+        f"`{ADAPTED}`{beside}: no guarantee covers those records; pass this on only to who may see them\n"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,14 +17,17 @@ from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
 from ficpd.federate import Round, Schedule, federate
 from ficpd.guard import NONE, build_guard, public_seed
-from ficpd.library import PromptLibrary
-from ficpd.metrics.evaluate import Evaluation, evaluate
+from ficpd.library import PromptLibrary, keys_of
+from ficpd.metrics import main_metric
+from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
+from ficpd.refine import DISTILLED, Refined, refine
 from ficpd.registry import load
 from ficpd.report import report
 from ficpd.rundir import RunDir
 from ficpd.seams import Engine, Method
+from ficpd.server.prototypes import agreement
 from ficpd.speed import machine
-from ficpd.types import ClientCard, Setup, State
+from ficpd.types import ClientCard, Prompt, Setup, State
 from ficpd.world import World, build_world
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -112,9 +116,16 @@ def one_method(
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
+    result["clusters"] = _clusters(world, state)
+    refined = _refined(world, method, state, directory) if result["clusters"] else None
+    if refined:
+        result["distillation"] = refined.facts
+        result["metrics"]["distilled"] = score_everyone(refined.prompt.vectors_PD, tested, world.model)
     result |= {"privacy": guard.block(), "stopped": stopped}
     guard.close()
-    _library(world, method, state, result).save(directory.path / "library")
+    _library(world, method, state, result, {DISTILLED: refined.prompt} if refined else {}).save(
+        directory.path / "library"
+    )
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
@@ -151,6 +162,8 @@ def schedule_of(world: World, method: Method) -> Schedule:
         min(federation.clients_per_round or clients, clients),
         public_seed(world.experiment.seed),
         federation.max_update_norm,
+        method.gathers,
+        federation.accept_late,
     )
 
 
@@ -162,7 +175,7 @@ def _headline(evaluation: Evaluation) -> dict[str, float]:
 
 def _shown(evaluation: Evaluation) -> dict[str, float]:
     """The one figure that a progress line ends with: on everyone's test records and on each client's own."""
-    main = "accuracy" if "accuracy" in evaluation.mean else "rmse"
+    main = main_metric(evaluation.mean).name
     own = {f"{main}, own test": evaluation.mean[main]}
     return own if evaluation.everyone is None else {f"{main}, everyone's test": evaluation.everyone[main], **own}
 
@@ -182,7 +195,10 @@ def _result(world, method, label, clients, rounds, totals, evaluation: Evaluatio
             "attention": experiment.backbone.attention,
             "enters_at": world.start.enters_at,
         },
-        "task": experiment.task["name"],
+        "task": ", ".join(
+            f"{group}: {party.task['name']}" if group else party.task["name"]
+            for group, party in experiment.parties.items()
+        ),
         "num_clients": len(clients),
         "num_records": {
             "train": sum(len(c.train) for c in clients.values()),
@@ -211,12 +227,15 @@ def _result(world, method, label, clients, rounds, totals, evaluation: Evaluatio
     }
 
 
-def _library(world: World, method: Method, state: State, result: Mapping[str, Any]) -> PromptLibrary:
+def _library(
+    world: World, method: Method, state: State, result: Mapping[str, Any], more: Mapping[str, Prompt]
+) -> PromptLibrary:
     start = world.start
-    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
+    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()} | dict(more)
     card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
     card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
-    card["task"] = dict(world.task.describe())
+    tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
+    card["tasks"] = {name: dict(task.describe()) for name, task in tasks.items()}
     card["backbone"] = {
         "enters_at": start.enters_at,
         "name": world.experiment.backbone.name,
@@ -224,6 +243,36 @@ def _library(world: World, method: Method, state: State, result: Mapping[str, An
         "options": world.experiment.backbone.options,
         "fingerprint": start.backbone,
     }
-    card["data"] = {"source": Path(world.experiment.data.source).name}
+    card["data"] = {"source": ", ".join(Path(p.data.source).name for p in world.experiment.parties.values())}
     card["training"] = world.experiment.training.model_dump()
-    return PromptLibrary(start, prompts, card)
+    keys = keys_of(prompts, tasks, _tasks_of(world, state, list(tasks)), world.model.backbone)
+    return PromptLibrary(start, prompts, card, keys)
+
+
+def _clusters(world: World, state: State) -> dict[str, Any] | None:
+    """Which prototype each client has, and how well that agrees with each thing that is publicly known of clients (the
+    adjusted Rand index); None for a method without prototypes."""
+    member = state.facts.get("clusters")
+    if not member:
+        return None
+    known = sorted({key for shard in world.shards.values() for key in shard.metadata})
+    truths = {key: {n: s.metadata[key] for n, s in world.shards.items() if key in s.metadata} for key in known}
+    found = {key: agreement(member, truth) for key, truth in truths.items()}
+    return {"member": member, "number": len(set(member.values())), "agreement": found}
+
+
+def _refined(world: World, method: Method, state: State, directory: RunDir) -> Refined | None:
+    """What the server's last step made of the prototypes, if the experiment asks for it."""
+    if world.experiment.distillation.how == "none":
+        return None
+    basis = {name: world.start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
+    sizes = Counter(f"prototype-{cluster}" for cluster in state.facts["clusters"].values())
+    return refine(world, basis, _tasks_of(world, state, list(world.tasks)), sizes, directory)
+
+
+def _tasks_of(world: World, state: State, tasks: list[str]) -> dict[str, list[str]]:
+    """The tasks of each prototype's members, by the names that the card gives them."""
+    named, of_prompt = dict(zip(world.tasks, tasks, strict=True)), {}
+    for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
+        of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[world.group_of[client]])
+    return {prompt: sorted(names) for prompt, names in of_prompt.items()}

@@ -8,30 +8,69 @@ from typing import Any
 import torch
 
 from ficpd import __version__, registry
+from ficpd.auto import AUTO, Adapted
+from ficpd.auto import adapt as fit
 from ficpd.backbones.catalog import NAMED
 from ficpd.compute import Compute, drive
 from ficpd.data import sources
-from ficpd.errors import LibraryError
+from ficpd.demonstrations import Demonstrations
+from ficpd.errors import DataError, LibraryError, unknown
 from ficpd.experiment import BackboneConfig, EngineConfig, checked, recipes
-from ficpd.library import Adapted, PromptLibrary, guarantee, made_by
+from ficpd.library import ADAPTED, PromptLibrary, guarantee, listed, made_by, task_key
 from ficpd.metrics.evaluate import predictions, score_prompt
 from ficpd.seams import Task
 from ficpd.speed import machine
 from ficpd.tuners import Training
-from ficpd.types import Prompt, Record, Score
+from ficpd.types import Batch, Prompt, Record, Score
 from ficpd.world import build_task, load_backbone
 
 ZERO_SHOT = "zero-shot"
-PREFERRED = ("adapted", "global")
+PREFERRED = (ADAPTED, "global")
+OWN = "own"
+"""The name of a task that is new to the library."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A library with its backbone and task, ready to use."""
+    """A library with its backbone and tasks, ready to use."""
 
     library: PromptLibrary
     model: Compute
-    task: Task
+    tasks: Mapping[str, Task]
+
+    @property
+    def task(self) -> Task:
+        """The task where none is named. Raises `LibraryError` if there are several to choose from."""
+        return self.tasks[self.named()]
+
+    def named(self, task: str | None = None) -> str:
+        """Which task: the one named, else what the library was adapted to, else the only one."""
+        if task is not None and task not in self.tasks:
+            raise LibraryError(f"{unknown('task', task, self.tasks)} (--task)")
+        adapted = adapted_facts(self.library).get("task")
+        known = [name for name in (task, adapted) if name in self.tasks]
+        if not known and len(self.tasks) > 1:
+            raise LibraryError(f"this library has several tasks; name one of them with --task: {', '.join(self.tasks)}")
+        return str(known[0]) if known else next(iter(self.tasks))
+
+    def encode(self, records: Sequence[Record], prompt: str | None = None, task: str | None = None) -> Batch:
+        """Records as a task of the library, with what is shown beside the prompt named."""
+        task = self.named(task)
+        shown, start = self._shown(prompt, task), self.library.start
+        chosen, backbone = self.tasks[task], self.model.backbone
+        return shown.encode(chosen, records, backbone, start) if shown else chosen.encode(records, backbone, start)
+
+    def _shown(self, prompt: str | None, task: str) -> Demonstrations | None:
+        """What an adapted prompt was chosen with; it means nothing beside another prompt, or for another task."""
+        adapted, readout = adapted_facts(self.library), self.library.readouts.get(ADAPTED)
+        texts = tuple(adapted.get("demonstrations", ()))
+        mine = prompt == ADAPTED and adapted.get("task") == task and (texts or readout is not None)
+        return Demonstrations(texts, readout) if mine else None
+
+
+def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
+    """How the library was adapted; empty if it was not."""
+    return library.card.get(ADAPTED, {})
 
 
 def open_library(folder: Path, device: str = "cpu") -> Opened:
@@ -42,7 +81,8 @@ def open_library(folder: Path, device: str = "cpu") -> Opened:
     config = checked(BackboneConfig, named, f"{folder}: card.json: backbone")
     backbone, _ = load_backbone(config, checked(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)
-    return Opened(library, Compute(backbone), build_task(library.card["task"]))
+    tasks = {name: build_task(about) for name, about in library.card["tasks"].items()}
+    return Opened(library, Compute(backbone), tasks)
 
 
 def read_records(data: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
@@ -55,45 +95,150 @@ def texts_as_records(texts: Sequence[str]) -> list[Record]:
     return [Record(f"text {place}", {"text": text}) for place, text in enumerate(texts, 1)]
 
 
-def scores(opened: Opened, records: Sequence[Record], name: str | None) -> dict[str, Score]:
+def scores(opened: Opened, records: Sequence[Record], name: str | None, task: str | None = None) -> dict[str, Score]:
     """The score of the named prompt (or all), beside the backbone without any."""
-    library, task = opened.library, opened.task
+    library, chosen = opened.library, opened.tasks[opened.named(task)]
     prompts = library.prompts if name is None else {name: pick(library, name)}
-    bare = replace(library.start, vectors_PD=library.start.vectors_PD[len(library.start.vectors_PD) - task.head_rows :])
-    batch = task.encode(records, opened.model.backbone, library.start)
-    targets = task.targets(records)
-    wanted = {ZERO_SHOT: bare, **prompts}
-    return {key: score_prompt(prompt.vectors_PD, batch, targets, opened.model) for key, prompt in wanted.items()}
+    bare = replace(
+        library.start, vectors_PD=library.start.vectors_PD[len(library.start.vectors_PD) - chosen.head_rows :]
+    )
+    batch, targets = opened.encode(records, None, task), chosen.targets(records)
+    found = {ZERO_SHOT: score_prompt(bare.vectors_PD, batch, targets, opened.model)}
+    for key, prompt in prompts.items():
+        own = opened.encode(records, key, task) if key == ADAPTED else batch
+        found[key] = score_prompt(prompt.vectors_PD, own, targets, opened.model)
+    return found
 
 
-def predicted(opened: Opened, records: Sequence[Record], name: str | None) -> list:
-    """One prediction per record, by the named prompt, else the adapted, else the global one."""
-    prompt = pick(opened.library, name or next((n for n in PREFERRED if n in opened.library.prompts), None))
-    batch = opened.task.encode(records, opened.model.backbone, prompt)
-    return drive(opened.model, predictions(prompt.vectors_PD, batch))
+def predicted(opened: Opened, records: Sequence[Record], name: str | None, task: str | None = None) -> list:
+    """One prediction per record, by the named prompt, else by `usual`."""
+    name = name or usual(opened, task)
+    prompt = pick(opened.library, name)
+    return drive(opened.model, predictions(prompt.vectors_PD, opened.encode(records, name, task)))
+
+
+def usual(opened: Opened, task: str | None = None) -> str | None:
+    """The prompt for a task where none is named: the one adapted to it, the global one, else that of the nearest key."""
+    library, task = opened.library, opened.named(task)
+    for name in PREFERRED:
+        if name in library.prompts and (name != ADAPTED or adapted_facts(library).get("task", task) == task):
+            return name
+    return library.nearest(task_key(opened.tasks[task], opened.model.backbone))[0] if library.keys else None
 
 
 def pick(library: PromptLibrary, name: str | None) -> Prompt:
     if name is None or name not in library.prompts:
-        raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
+        raise LibraryError(f"no prompt {name!r} in this library; it has {listed(library.prompts)}")
     return library.prompts[name]
 
 
+@dataclass(frozen=True)
+class Own:
+    """A task to adapt to: its name in the adapted library, and what is to be said of it."""
+
+    name: str
+    task: Task
+    said: str
+
+
+def own_task(
+    opened: Opened, records: Sequence[Record], name: str | None, labels: Mapping[str, str], instruction: str | None
+) -> Own:
+    """The task named; else a new classification into `labels`; else the task of the library that all targets are of;
+    else a new classification whose labels are the targets found.
+
+    Raises `LibraryError` if the targets make no classification.
+    """
+    if name is not None or not (records or labels):
+        name = opened.named(name)
+        return Own(name, opened.tasks[name], f"task {name}")
+    if not labels and instruction is None and (known := _task_of(opened, records)) is not None:
+        return Own(known, opened.tasks[known], f"task {known}, for all targets are its own")
+    labels = labels or _labels_of(records)
+    task = build_task({"name": "classification", "labels": dict(labels), "instruction": instruction or ""})
+    task.targets(records)
+    taken = {key for key in opened.tasks if key != adapted_facts(opened.library).get("task")}
+    free = next(key for key in (OWN, *(f"{OWN}-{i}" for i in range(2, len(taken) + 3))) if key not in taken)
+    return Own(free, task, f"a new task, {free}: which of {listed(labels)}")
+
+
+def _task_of(opened: Opened, records: Sequence[Record]) -> str | None:
+    """The library's task that all targets are of: of several, the one with the fewest answers. A task without fixed answers
+    takes any text, and is meant only if it is the only one."""
+    fitting = {}
+    for name, task in opened.tasks.items():
+        about = task.describe()
+        if (about.get("labels") or about.get("anchors") or len(opened.tasks) == 1) and _fits(task, records):
+            fitting[name] = len(task.possible)
+    return min(fitting, key=fitting.__getitem__) if fitting else None
+
+
+def _fits(task: Task, records: Sequence[Record]) -> bool:
+    try:
+        task.targets(records)
+    except DataError:
+        return False
+    return True
+
+
+def _labels_of(records: Sequence[Record]) -> dict[str, str]:
+    """Each target found, with the text that stands for it: underscores are blanks."""
+    found = sorted({str(record.fields["target"]) for record in records})
+    if any(isinstance(record.fields["target"], float) for record in records):
+        raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
+    if len(found) < 2:
+        raise LibraryError(
+            f"all targets are {found[0]!r}, and one label makes no classification; name the others as well: "
+            f"--label {found[0]}=TEXT --label OTHER=TEXT"
+        )
+    return {label: label.replace("_", " ").strip() or label for label in found}
+
+
+def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
+    """The first `shots` of the records in a seeded order (0: all), or of each class."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    if not shots or not per_class:
+        return [records[i] for i in order[: shots or len(order)]]
+    taken: dict[str, int] = {}
+    chosen = []
+    for i in order:
+        label = str(records[i].fields["target"])
+        taken[label] = taken.get(label, 0) + 1
+        if taken[label] <= shots:
+            chosen.append(records[i])
+    return chosen
+
+
+def missing(task: Task, records: Sequence[Record]) -> list[str]:
+    """The labels of a classification that no record has."""
+    seen = {str(record.fields.get("target")) for record in records}
+    return [label for label in task.describe().get("labels", {}) if label not in seen]
+
+
 def adapt_library(
-    opened: Opened, records: Sequence[Record], shots: int, steps: int, seed: int, out: Path
-) -> tuple[Adapted, int]:
-    """Adapt to the first `shots` of the records in a seeded order (0: all); saves a library with one more prompt."""
+    opened: Opened, own: Own, shots: Sequence[Record], out: Path, how: str = AUTO, seed: int = 0
+) -> Adapted:
+    """Fit the library to these records; saves a library with one prompt more, `adapted`, and the task it is for."""
     if out.exists():
         raise LibraryError(f"{out} exists already; choose another --out")
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [records[i] for i in order[: shots or len(order)]]
-    adapted = opened.library.adapt(chosen, opened.task, opened.model, training_at_home(opened.library), steps, seed)
+    library = opened.library
+    found = fit(library, shots, own.task, opened.model, training_at_home(library), how, seed)
+    shown = found.fitted.demonstrations
+    facts = {
+        "task": own.name, "how": how, "way": found.way, "made_of": found.fitted.note, "why": found.said,
+        "shots": len(shots), "seed": seed, "table": found.table, "demonstrations": list(shown.texts) if shown else [],
+    }  # fmt: skip
     card = {
-        **opened.library.card,
-        "adapted": {"began_from": adapted.began_from, "tuned": adapted.tuned, "shots": len(chosen)},
+        **library.card,
+        "tasks": {**library.card["tasks"], own.name: dict(own.task.describe())},
+        ADAPTED: facts,
     }
-    PromptLibrary(opened.library.start, {**opened.library.prompts, "adapted": adapted.prompt}, card).save(out)
-    return adapted, len(chosen)
+    keys = {**library.keys, ADAPTED: task_key(own.task, opened.model.backbone)} if library.keys else {}
+    readouts = {name: readout for name, readout in library.readouts.items() if name != ADAPTED}
+    if shown is not None and shown.readout_CD is not None:
+        readouts[ADAPTED] = shown.readout_CD
+    PromptLibrary(library.start, {**library.prompts, ADAPTED: found.fitted.prompt}, card, keys, readouts).save(out)
+    return found
 
 
 def training_at_home(library: PromptLibrary) -> Training:
@@ -112,15 +257,27 @@ def library_facts(path: Path) -> dict[str, Any]:
     library = PromptLibrary.load(path)
     card, start = library.card, library.start
     return {
-        "prompts": ", ".join(library.prompts) or "none",
+        "prompts": listed(library.prompts),
         "backbone": f"{card['backbone'].get('name', '?')} ({start.backbone})",
         "shape": f"{len(start.vectors_PD) - start.head_rows} virtual tokens x {start.vectors_PD.shape[1]}, "
         f"entering at layer {start.enters_at}",
-        "task": card["task"],
+        "tasks": _tasks(card["tasks"]),
         "made by": made_by(card),
         "privacy": guarantee(card.get("privacy", {})),
-        "adapted": card.get("adapted", "no"),
+        "adapted": {k: v for k, v in adapted_facts(library).items() if k not in ("table", "demonstrations")} or "no",
     }
+
+
+def _tasks(tasks: Mapping[str, Any]) -> str:
+    """Tasks in a line or a few: whole where there is one, else their names and kinds.
+
+    >>> _tasks({"a": {"name": "classification", "labels": {"x": "x", "y": "y"}}, "b": {"name": "generation"}})
+    'a (classification, 2 labels), b (generation)'
+    """
+    if len(tasks) == 1:
+        return "; ".join(f"{name}: {about}" for name, about in tasks.items())
+    counts = {name: f", {len(about['labels'])} labels" if about.get("labels") else "" for name, about in tasks.items()}
+    return listed(f"{name} ({about['name']}{counts[name]})" for name, about in tasks.items())
 
 
 def installed() -> dict[str, Any]:
