@@ -71,7 +71,7 @@ def test_an_unknown_module_lists_the_known(change, words):
         ("federation.clients_per_round=0", "federation.clients_per_round = 0"),
         ("prompt.num_tokens=0", "prompt.num_tokens = 0"),
         ("prompt.enters_at=-1", "prompt.enters_at = -1"),
-        ("prompt.init=noise", "prompt.init = 'noise': Input should be 'text' or 'vocabulary'"),
+        ("prompt.init=noise", "prompt.init = 'noise': Input should be 'text', 'vocabulary' or 'library'"),
         ("backbone.dtype=float64", "backbone.dtype = 'float64'"),
         ("data.test_fraction=1", "data.test_fraction = 1"),
         ("partition.kind=dirichlet", "kind 'dirichlet'"),

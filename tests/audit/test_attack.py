@@ -25,7 +25,8 @@ from ficpd.data.partition import Shard
 from ficpd.errors import LibraryError, PrivacyError, RunError
 from ficpd.experiment import parse
 from ficpd.run import run as run_experiment
-from ficpd.types import Query
+from ficpd.tasks import generation
+from ficpd.types import Query, Record
 
 OVERFITTED = ("backbone.options={ width = 64 }", "prompt.num_tokens=8", "task.tuned_head=true", "data.max_records=50",
               "training.local_steps=5", "training.batch_size=20", "training.learning_rate=0.3")  # fmt: skip
@@ -213,6 +214,14 @@ def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
     assert all(a.fields["target"] + b.fields["target"] == pytest.approx(low + high) for a, b in pairs)
     one = [record for record in records if record.fields["target"] == "good"]
     assert mislabelled(small.classes(), records, {"one": Shard(one, [], {})}, 0) == []
+
+
+def test_where_texts_are_written_another_records_target_is_the_wrong_one():
+    records = [Record(f"row {i}", {"text": f"colour {i}", "target": f"it is {i}"}) for i in range(4)]
+    wrong = mislabelled(generation.build(generation.Config()), records, {"one": Shard(records, [], {})}, 0)
+    assert [r.fields["text"] for r in wrong] == [r.fields["text"] for r in records]
+    assert [r.fields["target"] for r in wrong] == ["it is 1", "it is 2", "it is 3", "it is 0"]
+    assert mislabelled(generation.build(generation.Config()), records[:1], {"one": Shard(records, [], {})}, 0) == []
 
 
 def test_planting_adds_and_takes_nothing_away():

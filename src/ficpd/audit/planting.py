@@ -12,8 +12,14 @@ from ficpd.types import Record
 
 
 def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shard], seed: int) -> list[Record]:
-    """The same records with another label of those seen, or the number mirrored within the range seen."""
+    """The same records with another label of those seen, the number mirrored within the range seen, or, where texts are to
+    be written, the target of another record."""
     train = [record for shard in shards.values() for record in shard.train]
+    if task.writes:
+        turned = [*records[1:], *records[:1]] if len(records) > 1 else []
+        return [
+            replace(r, fields={**r.fields, **_targets_of(other)}) for r, other in zip(records, turned, strict=False)
+        ]
     seen = sorted(set(task.targets(train)))
     if len(seen) < 2:
         return []
@@ -23,6 +29,10 @@ def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shar
     else:
         wrong = [seen[0] + seen[-1] - truth for truth in truths]
     return [replace(r, fields={**r.fields, "target": target}) for r, target in zip(records, wrong, strict=True)]
+
+
+def _targets_of(record: Record) -> dict[str, object]:
+    return {name: record.fields.get(name) for name in ("target", "references")}
 
 
 def plant(shards: Mapping[str, Shard], records: Sequence[Record], seed: int) -> dict[str, Shard]:
