@@ -230,3 +230,10 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
         for guess in tries:
             for stream in (generator(guess), generator(guess, "noise", "ficpd", 1)):
                 assert not torch.equal(torch.randn(8, generator=stream), noise)
+
+
+def test_noise_on_a_rounds_sum_takes_no_late_updates(tmp_path):
+    central = ("privacy.name=client_gaussian", "privacy.placement=central", "privacy.noise_multiplier=1")
+    with pytest.raises(PrivacyError, match="a late update joins another"):
+        small.run(tmp_path, "fedavg", *central, "federation.accept_late=1", rounds=1)
+    small.run(tmp_path / "local", "fedavg", *central[:1], *central[2:], "federation.accept_late=1", rounds=1)

@@ -85,6 +85,11 @@ def build_guard(
     """Plans the run, chooses the noise, opens the ledger. `rounds_paid`: the last round that released anything; raises
     `LedgerError` if the ledger does not reach it."""
     part = part_for(method, part)
+    if part.get("placement") == "central" and schedule.accept_late:
+        raise PrivacyError(
+            f"federation.accept_late = {schedule.accept_late}: noise on a round's sum is accounted for its own sample, "
+            "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
+        )
     module, config = settings("privacy", part)
     plans = planned(method, state, shards, schedule)
     mechanisms = {name: module.build(config, plans[name]) for name in shards}
