@@ -66,6 +66,22 @@ def table(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+class Cells:
+    """The runs of one bench: each is made once, and saved as soon as it is there."""
+
+    def __init__(self, name: str, setting: str):
+        self.name, self.setting, self.runs = name, setting, before(name, setting)
+
+    def add(self, cell: str, seed: int, run: Callable[[], dict[str, float]]) -> None:
+        of_cell = self.runs.setdefault(cell, {})
+        if str(seed) in of_cell:
+            return
+        began = time.time()
+        of_cell[str(seed)] = run()
+        print(f"{seed} {cell:44} {of_cell[str(seed)]} {time.time() - began:.0f} s", flush=True)
+        save(self.name, {"setting": self.setting, "cells": table(self.runs), "runs": self.runs})
+
+
 def save(name: str, result: Mapping[str, Any], device: str = "cpu") -> Path:
     """`results/NAME.json`, with machine, commit and date."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -10,8 +10,6 @@ A cell of a seed that the result file has already, in the same setting, is not r
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from ficpd.experiment import parse, part, settings
 from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir
 from ficpd.world import World, build_world, open_clip, public_gradients
-from measure import before, save, table
+from measure import Cells
 
 POLARITY = """
 [backbone]
@@ -93,8 +91,8 @@ def world_of(recipe: str, seed: int, data: str, changes: tuple[str, ...] = ()) -
     return replace(built, experiment=built.experiment.model_copy(update={"training": slower}))
 
 
-def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **training: Any) -> dict[str, Any]:
-    """One run of the world's method under these settings; its result."""
+def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **training: Any) -> dict[str, float]:
+    """One run of the world's method under these settings; its figures."""
     tuned = world.experiment.training.model_copy(update=training)
     experiment = world.experiment.model_copy(
         update={
@@ -110,7 +108,7 @@ def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **
     clip = open_clip(experiment, world.start, compression, gradients)
     changed = replace(world, experiment=experiment.model_copy(update={"privacy": clip}), compression=compression)
     with tempfile.TemporaryDirectory() as folder:
-        return one_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, silent)
+        return figures(one_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, silent))
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
@@ -122,25 +120,9 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class Cells:
-    """The runs of one bench: each is run once, and saved as soon as it is there."""
-
-    def __init__(self, name: str, setting: str):
-        self.name, self.setting, self.runs = name, setting, before(name, setting)
-
-    def add(self, cell: str, seed: int, run: Callable[[], dict[str, Any]]) -> None:
-        of_cell = self.runs.setdefault(cell, {})
-        if str(seed) in of_cell:
-            return
-        began = time.time()
-        of_cell[str(seed)] = figures(run())
-        print(f"{seed} {cell:44} {of_cell[str(seed)]} {time.time() - began:.0f} s", flush=True)
-        save(self.name, {"setting": self.setting, "cells": table(self.runs), "runs": self.runs})
-
-
-def zero_shot(world: World) -> dict[str, Any]:
+def zero_shot(world: World) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent)
+        return figures(one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent))
 
 
 def record(args: argparse.Namespace) -> None:
