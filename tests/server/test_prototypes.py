@@ -112,7 +112,9 @@ def test_a_client_far_away_owns_a_prototype_unless_it_is_too_small():
 
 def test_members_of_a_cluster_given_up_go_to_the_nearest():
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    vectors = {f"e{i}": east + 0.01 * i * north for i in range(4)} | {f"n{i}": north + 0.01 * i * east for i in range(4)}
+    vectors = {f"e{i}": east + 0.01 * i * north for i in range(4)} | {
+        f"n{i}": north + 0.01 * i * east for i in range(4)
+    }
     vectors["almost north"] = torch.tensor([0.6, 1.0])
     found = cosine_kmeans(vectors, 3, 0, least_members=2)
     assert found.number == 2
