@@ -6,7 +6,7 @@ Thirty clients of about 100 records: polarity in four domains (8 clients), medic
 (6), SIB-200 in English (4), Banking77 (8). `mixed`: methods side by side. `ablation`: prototypes by number and space.
 `unseen`: one task left out in turn, then 0 to 64 shots of it. `clients`: the same records among 10 to 500. The sets lie in
 `--data` (README.md here); polarity is built in. A cell of a seed that the result file has, in the same setting, is not run
-again.
+again (`unseen` makes its libraries anew).
 """
 
 import argparse

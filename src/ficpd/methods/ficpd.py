@@ -3,7 +3,7 @@
 Per round a client tunes from the prompt it was sent and returns the difference (with L2 and proximal terms). On the server
 
     global      <- global + server step on Σ w_c δ_c             the weighted mean of what came, as in FedAvg
-    clusters    <- cosine K-means of the clients' signatures     drawn when all have been heard once
+    clusters    <- cosine K-means of the clients' signatures     drawn first, and when somebody new is heard
     prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)
 
 so that clients of one kind share what sets them apart from the rest, and a small cluster is drawn towards the global
@@ -26,7 +26,7 @@ from ficpd.server.signatures import Probes
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
-FIRST = "signature/"
+SIGNATURE = "signature/"
 
 
 class Config(BaseModel):
@@ -92,17 +92,18 @@ class Ficpd:
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A client that did not take part keeps its signature and how it stood off the global prompt then."""
+        """A client that did not take part keeps its signature and how it stood off the global prompt then. What a late
+        update learned is added to the prompt that its client would be sent now."""
         move, moments = self.config.server.moved(weighted_mean(updates, "delta"), state.arrays)
         shared = state.arrays["global"] + move
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
-        signatures = _of_clients(state, FIRST) | self._signatures(state, reached, model)
+        signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
         offsets = _of_clients(state, "offset/") | {name: prompt - shared for name, prompt in reached.items()}
         weights = state.facts["weights"] | {u.client: u.weight for u in updates}
         clusters, drawn = self._clusters(state, signatures, round)
         arrays = {"start": state.arrays["start"], "global": shared, **moments}
         arrays["prototypes_KPD"] = self._prototypes(shared, offsets, weights, clusters)
-        arrays |= {FIRST + name: signature for name, signature in signatures.items()}
+        arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
         return State(arrays, {**state.facts, **facts})
@@ -124,7 +125,7 @@ class Ficpd:
 
     def _signatures(self, state: State, reached: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
         """Of the clients that came. In "delta" the first is kept for good: later ones start from other prompts."""
-        start, known = state.arrays["start"], _of_clients(state, FIRST)
+        start, known = state.arrays["start"], _of_clients(state, SIGNATURE)
         if self.config.space == "metadata":
             return {}
         if self.config.space == "delta":
@@ -137,7 +138,7 @@ class Ficpd:
         return {n: p - start if self.config.space == "way" else p for n, p in reached.items()}
 
     def _clusters(self, state: State, signatures: Mapping[str, Tensor], round: int) -> tuple[Clusters, int]:
-        """As they were, newcomers joining the nearest; drawn anew when it is time. And the round they were drawn in."""
+        """As they were; drawn anew when somebody new was heard, or it is time. And the round they were drawn in."""
         before, drawn, metadata = state.facts["clusters"], state.facts["drawn"], state.facts["metadata"]
         if self.config.space == "metadata":
             values = sorted(set(metadata.values()))
