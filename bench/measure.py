@@ -72,12 +72,15 @@ class Cells:
     def __init__(self, name: str, setting: str):
         self.name, self.setting, self.runs = name, setting, before(name, setting)
 
+    def has(self, cell: str, seed: int) -> bool:
+        return str(seed) in self.runs.get(cell, {})
+
     def add(self, cell: str, seed: int, run: Callable[[], dict[str, float]]) -> None:
-        of_cell = self.runs.setdefault(cell, {})
-        if str(seed) in of_cell:
+        if self.has(cell, seed):
             return
+        of_cell = self.runs.setdefault(cell, {})
         began = time.time()
-        of_cell[str(seed)] = run()
+        of_cell[str(seed)] = {name: round(value, 4) for name, value in run().items()}
         print(f"{seed} {cell:44} {of_cell[str(seed)]} {time.time() - began:.0f} s", flush=True)
         save(self.name, {"setting": self.setting, "cells": table(self.runs), "runs": self.runs})
 

@@ -189,8 +189,8 @@ def test_tuning_goes_on_from_the_composition(library, model):
     task, given = mixture()
     shots = gather(library, given, task, model, TRAINING)
     begin, found = fit("compose", shots, model)["compose"], fit("tune", shots, model)
-    assert list(found) == ["tune 5", "tune 20"]
-    losses = [loss(one, task, given, model) for one in (begin, found["tune 5"], found["tune 20"])]
+    assert list(found) == ["tune 4", "tune 20"]
+    losses = [loss(one, task, given, model) for one in (begin, found["tune 4"], found["tune 20"])]
     assert losses[0] - 0.01 > losses[1] > losses[2]
     far = [float((one.prompt.vectors_PD - begin.prompt.vectors_PD).abs().max()) for one in found.values()]
     assert far[0] < far[1] < 1.2 * 20 * ways.TUNE_RATE * 0.1
@@ -398,11 +398,20 @@ def test_a_seed_fixes_an_adaptation(library, model):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_with_too_few_records_the_prompt_of_the_nearest_key_is_taken(library, model, count):
+def test_with_too_few_records_the_prompt_made_for_the_task_is_taken(library, model, count):
     found = auto.adapt(library, records("size", count, 3), task_of("size"), model, TRAINING)
     assert (found.way, found.fitted.note, found.table) == ("nearest", "size", {})
     assert f"{count} records are too few" in found.said
-    assert "took size, made for the most similar task" in found.said
+    assert "took size, made for such a task (1.00)" in found.said
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_with_too_few_records_of_a_task_unlike_all_the_start_is_left(library, model, count):
+    far = {name: -key_D for name, key_D in library.keys.items()}
+    found = auto.adapt(replace(library, keys=far), records("size", count, 3), task_of("size"), model, TRAINING)
+    assert (found.way, found.fitted.note) == ("leave", "start")
+    assert torch.equal(found.fitted.prompt.vectors_PD, library.start.vectors_PD)
+    assert "no prompt was made for such a task" in found.said
 
 
 def test_with_one_class_nothing_is_tried(library, model):

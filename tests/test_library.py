@@ -233,25 +233,7 @@ def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
     assert small.same(keys_of(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
 
 
-# ---------------------------------------------------------------- found by way and composed
-
-
-def test_the_nearest_is_the_one_of_the_same_direction(model):
-    given = library(model, east=axis(model, 0, 0.1), north=axis(model, 1, 50.0), west=axis(model, 0, -1.0))
-    assert given.nearest_ways(axis(model, 0, 0.01) + axis(model, 1, 0.005), 3) == ["east", "north", "west"]
-    assert given.nearest_ways(axis(model, 1, 9.0)) == ["north"]
-    assert given.nearest_ways(axis(model, 0, -9.0), 1) == ["west"]
-    assert len(given.nearest_ways(axis(model, 5), 99)) == 3
-
-
-def test_each_is_nearest_to_its_own_way(model):
-    given = library(model)
-    assert all(given.nearest_ways(given.way(name)) == [name] for name in given.prompts)
-
-
-def test_ties_go_by_name(model):
-    given = library(model, b=axis(model, 0), a=axis(model, 0, 2.0))
-    assert given.nearest_ways(axis(model, 0), 2) == ["a", "b"]
+# ---------------------------------------------------------------- composed
 
 
 def test_a_composition_is_the_start_and_the_weighted_ways(model):

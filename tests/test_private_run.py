@@ -10,6 +10,7 @@ import torch
 import small
 from ficpd.errors import LedgerError, PrivacyError
 from ficpd.guard import LEDGER, private_seed, public_seed
+from ficpd.methods import ficpd
 from ficpd.privacy import accountant
 from ficpd.report import rows
 from ficpd.run import run as run_experiment
@@ -237,3 +238,24 @@ def test_noise_on_a_rounds_sum_takes_no_late_updates(tmp_path):
     with pytest.raises(PrivacyError, match="a late update joins another"):
         small.run(tmp_path, "fedavg", *central, "federation.accept_late=1", rounds=1)
     small.run(tmp_path / "local", "fedavg", *central[:1], *central[2:], "federation.accept_late=1", rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        (("privacy.name=none",), 0.0),
+        (TWO, None),
+        ((*CLIENT, "privacy.noise_multiplier=0.5", "privacy.epsilon=1000"), 16 * (2 * 0.5 * 0.1) ** 2),
+    ],
+)
+def test_prototypes_are_drawn_back_by_the_noise_that_the_server_knows(tmp_path, monkeypatch, settings, known):
+    told, true = [], ficpd.shrinkage
+
+    def heard(members, noise):
+        told.append(noise)
+        return true(members, noise)
+
+    monkeypatch.setattr(ficpd, "shrinkage", heard)
+    small.run(tmp_path, "ficpd", *settings, "compression.name=subspace", "compression.dimension=16")
+    assert told == [known if known is None else pytest.approx(known)] * len(told)
+    assert told

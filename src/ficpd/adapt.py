@@ -26,7 +26,7 @@ WEIGHT_RATE, WEIGHT_STEPS, WEIGHT_PULL = 0.05, 20, 0.5
 """Adam's rate on a composition's weights, its steps, and the L2 pull to where they began."""
 GENERATIONS, CANDIDATES, SPREAD = 20, 8, 0.3
 """CMA-ES on the same weights: 20 queries of 8 candidates, drawn this wide at first."""
-TUNE_RATE, TUNE_STEPS = 0.2, (5, 20)
+TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """Of the library's learning rate, which is for many records, and the numbers of steps that are tried. With 16 records at
 the whole rate MiniLM fell from 0.90 to 0.80 on eight intents of BANKING77."""
 TUNE_PULL = 0.005

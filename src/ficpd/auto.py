@@ -16,7 +16,7 @@ from ficpd.adapt import WAYS, Fitted, Shots, as_it_is
 from ficpd.compute import Compute, drive, drive_many
 from ficpd.demonstrations import possible
 from ficpd.errors import LibraryError, unknown
-from ficpd.library import PromptLibrary, listed, task_key
+from ficpd.library import START, PromptLibrary, listed, task_key
 from ficpd.seams import Backbone, Task
 from ficpd.tuners import Training
 from ficpd.types import Answer, Query, Record, Score
@@ -28,6 +28,9 @@ FOLDS = 5
 FEW = 12
 """With fewer shots than these the folds are drawn several times."""
 REPEATS = 3
+SAME = 0.9
+"""The cosine of two tasks' keys from which on a prompt is taken unseen: the same labels in another domain or language have
+1.0, intents of one bank in parts 0.91 to 0.98, different tasks up to 0.82 (`bench/unseen.py`)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def adapt(
     """Fit a library to somebody's own records of any task, in the way named, or (`auto`) in the one that does best.
 
     With fewer than four records, or all of one class, nothing can be tried: `auto` then takes the prompt that was made for
-    the most similar task. Raises `LibraryError` if the way is not known or not for this task, or the prompts do not fit.
+    the same task, or leaves the start as it is if there is none. Raises `LibraryError` if the way is not known or not for
+    this task, or the prompts do not fit.
     """
     _check(library, records, task, model.backbone, how)
     lack = _lacking(task, records)
@@ -204,11 +208,21 @@ def _lacking(task: Task, records: Sequence[Record]) -> str:
 
 
 def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -> Adapted:
-    """The prompt made for the most similar task; where that is not known, the global one or the start as it is."""
+    """The prompt made for the same task; the start as it is where no task is that similar: a prompt of another task leans
+    to that one's answers. Without keys nothing is known, and the global prompt is left."""
     if library.keys:
-        name = library.nearest(task_key(task, backbone))[0]
-        return Adapted("nearest", as_it_is(library, name), {}, f"{lack}; took {name}, made for the most similar task")
-    name = "global" if "global" in library.prompts else "start"
+        key_D = task_key(task, backbone)
+        name = library.nearest(key_D)[0]
+        cosine = float(library.keys[name] @ key_D)
+        if cosine >= SAME:
+            return Adapted(
+                "nearest", as_it_is(library, name), {}, f"{lack}; took {name}, made for such a task ({cosine:.2f})"
+            )
+        said = (
+            f"{lack}; no prompt was made for such a task (the nearest is {name}, {cosine:.2f}); left the start as it is"
+        )
+        return Adapted("leave", as_it_is(library, START), {}, said)
+    name = "global" if "global" in library.prompts else START
     return Adapted("leave", as_it_is(library, name), {}, f"{lack}; took {name} as it is")
 
 

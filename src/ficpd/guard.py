@@ -37,6 +37,11 @@ class Guard:
         if self.ledger is not None:
             self.ledger.close()
 
+    def noise_on(self, size: int) -> float | None:
+        """What `Mechanism.noise_on` says of one client's update, the mean over clients."""
+        known = [mechanism.noise_on(size) for mechanism in self.mechanisms.values()]
+        return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]
+
     def block(self) -> dict[str, JSON]:
         """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
         if not self.releases:

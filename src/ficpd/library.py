@@ -58,10 +58,6 @@ class PromptLibrary:
             )
         return _closest(self.keys, key_D)[:n]
 
-    def nearest_ways(self, way_PD: Tensor, n: int = 1) -> list[str]:
-        """The n prompts whose way from the start has the highest cosine to `way_PD`, best first."""
-        return _closest({name: self.way(name) for name in self.prompts}, way_PD)[:n]
-
     def compose(self, weights: Mapping[str, float]) -> Prompt:
         """start + Σ w_j (prompt_j - start). Raises `LibraryError` for a name the library lacks."""
         for name in weights:

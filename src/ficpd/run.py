@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ficpd.clients import Client, kept_arrays, restore_kept
@@ -16,7 +17,7 @@ from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, settings, to_toml
 from ficpd.federate import Round, Schedule, federate
-from ficpd.guard import NONE, build_guard, public_seed
+from ficpd.guard import NONE, Guard, build_guard, public_seed
 from ficpd.library import PromptLibrary, keys_of
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
@@ -90,6 +91,7 @@ def one_method(
         experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
         directory.run_id(), max((done.round for done in rounds if done.updates), default=0),
     )  # fmt: skip
+    state = _knowing_the_noise(world, method, state, guard)
     clients = world.clients(guard, method.pools_data)
     restore_kept(clients, kept)
     directory.write_rounds(rounds)
@@ -153,6 +155,13 @@ def _beginning(
     cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
     setup = Setup(world.start, cards, federation.num_rounds, cohort, public_seed(world.experiment.seed))
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+
+
+def _knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:
+    """With the fact `noise`, so that a method can tell what clients learned from what a mechanism added."""
+    arrays = world.compression.project({name: torch.zeros(shape) for name, shape in method.layout(state).items()})
+    noise = guard.noise_on(sum(array.numel() for array in arrays.values()))
+    return State(state.arrays, {**state.facts, "noise": noise})
 
 
 def schedule_of(world: World, method: Method) -> Schedule:

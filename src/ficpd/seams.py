@@ -180,6 +180,11 @@ class Mechanism(Protocol):
 
     def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate: ...
 
+    def noise_on(self, size: int) -> float | None:
+        """The expected squared length of the noise in an update of `size` numbers, as the server may know it. None: it may
+        not, because that noise goes by how many records there are."""
+        ...
+
     def guarantee(self) -> Mapping[str, JSON]:
         """For the run's `privacy` block: mechanism, unit, neighbouring relation, delta, settings."""
         ...

@@ -214,6 +214,17 @@ def test_only_mechanisms_without_a_guarantee_are_free(mechanism):
         assert {"neighbouring", "delta", "budget", "accountant", "clip_norm"} <= block.keys()
 
 
+def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism):
+    """None where it goes by the number of records, and so must not be known."""
+    size = 40_000
+    released = mechanism.release(ClientUpdate("one", {"x": torch.zeros(size)}), Simulated("a test"))
+    known = mechanism.noise_on(size)
+    if mechanism.unit == "record":
+        assert known is None
+    else:
+        assert float(released.arrays["x"].double().square().sum()) == pytest.approx(known, rel=0.03)
+
+
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
 @pytest.mark.parametrize(
     ("name", "value"),

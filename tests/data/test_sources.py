@@ -473,6 +473,15 @@ def test_where_takes_the_rows_that_hold_one_of_the_values(tmp_path):
     assert [r.key for r in records] == [f"t.csv row {i + 1}" for i in range(12) if i % 3 != 1]
 
 
+def test_where_may_ask_for_what_only_some_of_the_files_have(tmp_path):
+    for name in ("en", "fr"):
+        (tmp_path / f"{name}.csv").write_text(f"text,target,lang\nsome words,a,{name}\nmore words,b,{name}\n")
+    config = Config(source=str(tmp_path), where={"lang": ("fr",)}, keep=("lang",))
+    assert {record.fields["lang"] for record in read_all(config)} == {"fr"}
+    with pytest.raises(DataError, match=r"2 files of .*'lang'.*'de'"):
+        read_all(Config(source=str(tmp_path), where={"lang": ("fr", "de")}))
+
+
 def test_where_with_a_value_that_no_row_has_or_a_column_that_is_none_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("text,target,lang\none,a,en\ntwo,b,en\n")
     with pytest.raises(DataError, match=r"t\.csv, column 'lang': unknown value 'eng'; did you mean 'en'"):

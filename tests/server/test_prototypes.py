@@ -169,10 +169,14 @@ def test_shrinkage_is_the_share_of_noise_in_a_mean():
         assert mean == pytest.approx((100 / size) / (4 + 100 / size), abs=0.06)
 
 
-def test_known_noise_is_the_least_that_is_assumed():
+def test_where_the_noise_is_known_scatter_does_not_count():
     alone = {0: [torch.tensor([3.0, 4.0])], 1: [torch.tensor([0.3, 0.4])]}
     assert shrinkage(alone) == {0: 0.0, 1: 0.0}
-    assert shrinkage(alone, known_noise=5.0) == {0: pytest.approx(0.2), 1: 1.0}
+    assert shrinkage(alone, 5.0) == {0: pytest.approx(0.2), 1: 1.0}
+    apart = {0: [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])]}
+    assert shrinkage(apart) == {0: 1.0}
+    assert shrinkage(apart, 0.0) == {0: 0.0}
+    assert shrinkage(apart, 1.0) == {0: pytest.approx(0.5)}
     assert shrinkage({0: [torch.zeros(2), torch.zeros(2)]}) == {0: 1.0}
 
 

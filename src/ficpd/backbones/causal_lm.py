@@ -5,6 +5,7 @@ scored by their rows of the language head; longer ones by their mean log-likelih
 front of the whole sequence. Rotary positions count from the first real token of each row and skip the padding.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,8 @@ class CausalLM:
         self.max_tokens = min(config.max_tokens, self.context)
         self.device, self.dtype = model.device, model.dtype
         self._first = self._bos()
+        known = inspect.signature(model.model.layers[0].forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
         self._head_norm = float(
             model.lm_head.weight[:: max(1, model.config.vocab_size // 1024)].float().norm(dim=1).mean()
         )
@@ -235,8 +238,8 @@ class CausalLM:
                 attention_mask=bias,
                 position_ids=places,
                 position_embeddings=rotations,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             )
         return states
 

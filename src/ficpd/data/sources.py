@@ -98,6 +98,7 @@ def read_all(config: Config) -> list[Record]:
 def _checked_rows(config: Config) -> list[Row]:
     tables = _tables(config)
     _check_columns(tables, config)
+    _check_values(tables, config)
     tables = [_chosen(table, config) for table in tables]
     rows = [row for table in tables for row in _rows(table, config) if row.split != "dropped"]
     _check_texts(rows, config)
@@ -165,12 +166,17 @@ def _check_columns(tables: list[Table], config: Config) -> None:
             raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
 
 
-def _chosen(table: Table, config: Config) -> Table:
-    """The rows that `where` asks for. Raises `DataError` for a value that no row has."""
+def _check_values(tables: list[Table], config: Config) -> None:
+    """Raises `DataError` for a value that `where` asks for and no row of any file has."""
     for column, values in config.where.items():
-        present = {str(cells.get(column)) for cells in table.rows.values()}
+        present = {str(cells.get(column)) for table in tables for cells in table.rows.values()}
         if missing := [value for value in values if value not in present]:
-            raise DataError(f"{table.name}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
+            of = tables[0].name if len(tables) == 1 else f"{len(tables)} files of {config.source}"
+            raise DataError(f"{of}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
+
+
+def _chosen(table: Table, config: Config) -> Table:
+    """The rows that `where` asks for."""
     rows = {
         number: cells
         for number, cells in table.rows.items()

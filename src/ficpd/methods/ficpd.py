@@ -36,8 +36,9 @@ class Config(BaseModel):
     clients' public `by` (the oracle, where that is the task).
 
     `redraw_every` rounds clusters are drawn anew (0: once); a client then moves only if that is nearer by `stay` in
-    cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt, "auto" goes by
-    the members' scatter.
+    cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt; "auto" goes by the
+    noise of the updates (none without privacy; where its size would tell record counts, by the members' scatter), "scatter"
+    by the scatter always.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +49,7 @@ class Config(BaseModel):
     redraw_every: int = Field(default=0, ge=0)
     stay: float = Field(default=0.05, ge=0, le=2)
     least_members: int = Field(default=1, ge=1)
-    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerStep = ServerStep()
 
@@ -102,7 +103,7 @@ class Ficpd:
         weights = state.facts["weights"] | {u.client: u.weight for u in updates}
         clusters, drawn = self._clusters(state, signatures, round)
         arrays = {"start": state.arrays["start"], "global": shared, **moments}
-        arrays["prototypes_KPD"] = self._prototypes(shared, offsets, weights, clusters)
+        arrays["prototypes_KPD"] = self._prototypes(shared, offsets, weights, clusters, state.facts.get("noise", 0.0))
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
@@ -152,13 +153,17 @@ class Ficpd:
         return Clusters(before, max(before.values()) + 1), drawn
 
     def _prototypes(
-        self, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float], clusters: Clusters
-    ) -> Tensor:
+        self, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float], clusters: Clusters,
+        noise: float | None,
+    ) -> Tensor:  # fmt: skip
         """[K, P, D]; the global prompt for a cluster of which nobody has been heard yet."""
         of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
         heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
         given = self.config.shrinkage
-        drawn_back = shrinkage(heard) if given == "auto" else dict.fromkeys(heard, given)
+        if isinstance(given, str):
+            drawn_back = shrinkage(heard, noise if given == "auto" else None)
+        else:
+            drawn_back = dict.fromkeys(heard, given)
         return torch.stack([
             shared + (1 - drawn_back[k]) * mean_of({n: offsets[n] for n in names}, weights) if names else shared
             for k, names in of_cluster.items()

@@ -88,6 +88,11 @@ class ClientGaussian:
         arrays = {name: part.view(update.arrays[name].shape) for name, part in zip(names, parts, strict=True)}
         return ClientUpdate(update.client, arrays)
 
+    def noise_on(self, size: int) -> float:
+        """Participations are public, and so is the multiplier. Central: none on any one update."""
+        local = self.config.placement == "local"
+        return size * (self.noise_multiplier * 2 * self.clip_norm) ** 2 if local else 0.0
+
     def guarantee(self) -> Mapping[str, JSON]:
         placement = self.config.placement
         return {

@@ -43,6 +43,9 @@ class NoPrivacy:
     def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate:
         return update
 
+    def noise_on(self, size: int) -> float:
+        return 0.0
+
     def guarantee(self) -> Mapping[str, JSON]:
         return {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
 

@@ -102,6 +102,9 @@ class RecordGaussian:
     def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate:
         return update
 
+    def noise_on(self, size: int) -> None:
+        """The multiplier goes by the sampling rate, and that tells how many records there are."""
+
     def guarantee(self) -> Mapping[str, JSON]:
         return {
             "mechanism": "record_gaussian",

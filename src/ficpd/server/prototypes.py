@@ -115,18 +115,19 @@ def followed(before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str
     return Clusters({name: used[k] for name, k in member.items()}, len(used))
 
 
-def shrinkage(members: Mapping[int, Sequence[Tensor]], known_noise: float = 0.0) -> dict[int, float]:
+def shrinkage(members: Mapping[int, Sequence[Tensor]], noise: float | None = None) -> dict[int, float]:
     """How far each cluster's mean offset from the global prompt is to be drawn back to zero, in 0..1.
 
-    Positive-part empirical Bayes (Efron and Morris, J. Amer. Statist. Assoc. 68, 1973): λ_k = min(1, s² / (n_k |mean_k|²)),
-    where s² is how much one member's offset scatters around its cluster's mean (pooled over clusters, in squared length),
-    and at least `known_noise`, the squared length of the noise that a mechanism put on one client's update. Without
-    any cluster of two and no known noise nothing can be estimated, and nothing is drawn back.
+    Positive-part empirical Bayes (Efron and Morris, J. Amer. Statist. Assoc. 68, 1973): λ_k = min(1, s² / (n_k |mean_k|²)).
+    s² is `noise`, the squared length of the noise that a mechanism put on one client's update. None: it is not known, and
+    all of the scatter of members around their cluster's mean (pooled over clusters) is taken for noise; without any cluster
+    of two nothing can be estimated then, and nothing is drawn back.
     """
     means = {k: torch.stack(list(offsets)).double().mean(0) for k, offsets in members.items()}
-    scatter = sum(float((o.double() - means[k]).square().sum()) for k, offsets in members.items() for o in offsets)
-    degrees = sum(len(offsets) - 1 for offsets in members.values())
-    noise = max(scatter / degrees if degrees else 0.0, known_noise)
+    if noise is None:
+        scatter = sum(float((o.double() - means[k]).square().sum()) for k, offsets in members.items() for o in offsets)
+        degrees = sum(len(offsets) - 1 for offsets in members.values())
+        noise = scatter / degrees if degrees else 0.0
     lengths = {k: float(mean.square().sum()) for k, mean in means.items()}
     return {k: min(1.0, noise / len(offsets) / lengths[k]) if lengths[k] > 0 else 1.0 for k, offsets in members.items()}
 

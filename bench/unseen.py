@@ -1,0 +1,270 @@
+"""What a library is worth to somebody whom no site resembles: a task, a domain or a language that was left out.
+
+python bench/unseen.py tasks|fine|domains|languages|keys [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER]
+
+A federation without it leaves a library; few records of what was left out are then fitted to it by every way of `adapt`,
+and scored on test records. Beside it stand the same ways without a library: no prompt, a prompt of the task's own words,
+demonstrations, and tuning from the federation's average.
+
+`tasks`: each task of `library.py`'s mix in turn. `fine`: the same with CLINC150 and Banking77 as many small tasks, and a
+prompt meta-learned on public texts. `domains`: polarity without one of its four. `languages`: SIB-200 in 16 languages on
+multilingual E5, and four of the eight others. `keys`: how similar tasks are by their keys. Figures are accuracies in
+percent; shots are records in all.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tomli_w
+import torch
+
+from ficpd.adapt import WAYS, Fitted
+from ficpd.auto import adapt, gather
+from ficpd.compute import drive
+from ficpd.experiment import parse, part
+from ficpd.library import PromptLibrary, task_key
+from ficpd.metrics.evaluate import score_prompt
+from ficpd.run import one_method, silent
+from ficpd.rundir import RunDir
+from ficpd.seams import Task
+from ficpd.types import Record
+from ficpd.world import World, build_world, start_text
+from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, world_of
+from measure import Cells, save
+
+SHOTS = (0, 4, 16, 64)
+MOST_TESTED = 400
+DOMAINS = ("tweets", "films", "products", "editorials")
+LEFT = ("swh_Latn", "tha_Thai", "fin_Latn", "urd_Arab")
+"""Of the eight languages that nobody has: four scripts and families."""
+NOBODYS = (*LEFT, "bul_Cyrl", "pol_Latn", "ukr_Cyrl", "vie_Latn")
+FINE = {"clinc": ("domain", 10), "banking": ("label_name", 7)}
+"""Group: the column that it is cut up by, and into how many small tasks."""
+
+
+# ---------------------------------------------------------------- the library, and those who come to it
+
+
+def library_of(world: World, method: dict[str, Any], distillation: dict[str, Any] | None = None) -> PromptLibrary:
+    experiment = world.experiment.model_copy(update={"method": part("methods", {"name": "ficpd", **method}, "bench")})
+    if distillation:
+        asked = experiment.distillation.model_copy(update=distillation)
+        experiment = experiment.model_copy(update={"distillation": asked})
+    with tempfile.TemporaryDirectory() as folder:
+        one_method(replace(world, experiment=experiment), experiment.method, RunDir(Path(folder) / "run"), None, silent)
+        return PromptLibrary.load(Path(folder) / "run")
+
+
+class Newcomer:
+    """Somebody with records of a task, come to a library of this world's backbone."""
+
+    def __init__(self, world: World, task: Task, train: Sequence[Record], test: Sequence[Record], seed: int):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.world, self.task, self.seed = world, task, seed
+        self.train, self.test = [train[i] for i in order], list(test)[:MOST_TESTED]
+
+    def score(self, fitted: Fitted) -> float:
+        batch = fitted.encode(self.task, self.test, self.world.model.backbone)
+        truths = self.task.targets(self.test)
+        return 100 * score_prompt(fitted.prompt.vectors_PD, batch, truths, self.world.model)["accuracy"]
+
+    def alone(self, library: PromptLibrary) -> PromptLibrary:
+        """No library: a start of this task's own words."""
+        start, text = library.start, start_text([self.task])
+        vectors_PD = self.world.model.backbone.start(text, len(start.vectors_PD), start.enters_at, self.seed)
+        return PromptLibrary(start.with_vectors(vectors_PD), {}, library.card)
+
+    def zero_shot(self, library: PromptLibrary) -> float:
+        bare = replace(library.start, vectors_PD=torch.zeros(0, library.start.vectors_PD.shape[1]))
+        return self.score(Fitted(bare, "no prompt"))
+
+    def unfitted(self, library: PromptLibrary) -> dict[str, float]:
+        """Without a record: every prompt as it is, and what `auto` takes."""
+        named = {name: Fitted(prompt, name) for name, prompt in {"start": library.start, **library.prompts}.items()}
+        found = {name: self.score(fitted) for name, fitted in named.items()}
+        if library.keys:
+            key_D = task_key(self.task, self.world.model.backbone)
+            found["nearest key"] = found[library.nearest(key_D)[0]]
+        return found | {"auto": self.score(self._adapted(library, 0, "auto"))}
+
+    def fitted(self, library: PromptLibrary, shots: int, ways: Sequence[str], auto: bool) -> dict[str, float]:
+        """Every variant of these ways, and what `auto` chooses among all."""
+        records, world = self.train[:shots], self.world
+        given = gather(library, records, self.task, world.model, world.experiment.training, self.seed)
+        found = {}
+        for way in ways:
+            found |= {variant: self.score(one) for variant, one in drive(world.model, WAYS[way](given)).items()}
+        return found | ({"auto": self.score(self._adapted(library, shots, "auto"))} if auto else {})
+
+    def _adapted(self, library: PromptLibrary, shots: int, how: str) -> Fitted:
+        world = self.world
+        records = self.train[:shots]
+        return adapt(library, records, self.task, world.model, world.experiment.training, how, self.seed).fitted
+
+
+ALONE = ("leave", "tune", "demonstrations")
+
+
+def measured(
+    cells: Cells, name: str, seed: int, newcomer: Newcomer, library: PromptLibrary, shots: Sequence[int] = SHOTS,
+    autos: Sequence[int] = SHOTS,
+) -> None:  # fmt: skip
+    """The cells of one newcomer: with the library, with the federation's average alone, with neither."""
+    alone, average = newcomer.alone(library), {"global": library.prompts["global"]}
+    averaged = PromptLibrary(library.start, average, library.card)
+    for few in shots:
+        said, auto = f"{name}, {few} shots", few in autos
+        if not few:
+            cells.add(f"{said}, library", seed, partial(newcomer.unfitted, library))
+            cells.add(
+                f"{said}, none", seed, lambda: {"zero-shot": newcomer.zero_shot(library)} | newcomer.unfitted(alone)
+            )
+            continue
+        cells.add(f"{said}, library", seed, partial(newcomer.fitted, library, few, list(WAYS), auto))
+        cells.add(f"{said}, average", seed, partial(newcomer.fitted, averaged, few, ["leave", "tune"], False))
+        cells.add(f"{said}, none", seed, partial(newcomer.fitted, alone, few, ALONE, auto))
+
+
+def held_by(world: World, task: Task, among: World, seed: int) -> Newcomer:
+    """All records of another world's only task, brought to the library of this one."""
+    shards = among.shards.values()
+    return Newcomer(world, task, [r for s in shards for r in s.train], [r for s in shards for r in s.test], seed)
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+def tasks(args: argparse.Namespace) -> None:
+    cells = Cells("unseen_tasks", f"library of four tasks, 5 prototypes, {setting(args)}")
+    for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
+        if cells.has(f"{left}, {SHOTS[-1]} shots, none", seed):
+            continue
+        world = world_of(args, seed, {name: n for name, n in CLIENTS.items() if name != left})
+        library = library_of(world, {})
+        other = world_of(args, seed, {left: CLIENTS[left]})
+        measured(cells, left, seed, held_by(world, other.task, other, seed), library)
+
+
+def fine(args: argparse.Namespace) -> None:
+    """As `tasks`, at 16 shots; `meta` is Reptile's prompt."""
+    cells = Cells(
+        "unseen_fine", f"library of many small tasks, 20 prototypes, Reptile on {args.texts}, {setting(args)}"
+    )
+    meta = {"how": "reptile", "texts": args.texts, "steps": 30}
+    for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
+        if cells.has(f"{left}, 16 shots, meta", seed):
+            continue
+        world = world_of(args, seed, groups=dict(cut_up(args, left)))
+        library = library_of(world, {"num_prototypes": 20}, meta)
+        other = world_of(args, seed, {left: CLIENTS[left]})
+        newcomer = held_by(world, other.task, other, seed)
+        learned = PromptLibrary(library.prompts["distilled"], {}, library.card)
+        cells.add(f"{left}, 0 shots, library", seed, partial(newcomer.unfitted, library))
+        cells.add(f"{left}, 16 shots, library", seed, partial(newcomer.fitted, library, 16, list(WAYS), True))
+        cells.add(f"{left}, 16 shots, meta", seed, partial(newcomer.fitted, learned, 16, ALONE, False))
+
+
+def cut_up(args: argparse.Namespace, left: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The groups of the mix but one, two of them as many small tasks with a client each."""
+    for name, number in CLIENTS.items():
+        if name == left:
+            continue
+        yield name, group(name, args.data, number, RECORDS)
+        if name not in FINE:
+            continue
+        column, parts = FINE[name]
+        table = pd.read_parquet(Path(args.data) / f"{'clinc150' if name == 'clinc' else 'banking77'}.parquet")
+        values = sorted(table[column].unique())
+        for place in range(parts):
+            mine = group(name, args.data, 1, RECORDS)
+            mine["data"]["where"] = {column: values[place::parts]}
+            mine["data"]["columns"]["target"] = "label_name"
+            labels = sorted(table[table[column].isin(values[place::parts])].label_name.unique())
+            mine["task"]["labels"] = {label: label.replace("_", " ").lower() for label in labels}
+            yield f"{name}{place}", mine
+
+
+def domains(args: argparse.Namespace) -> None:
+    cells = Cells(
+        "unseen_domains", f"polarity in three domains, 3 prototypes, 24 clients of 100 records, {setting(args)}"
+    )
+    for seed, left in ((seed, left) for seed in args.seeds for left in DOMAINS):
+        if cells.has(f"{left}, {SHOTS[-1]} shots, none", seed):
+            continue
+        world, other = (polarity(args, seed, where) for where in ([d for d in DOMAINS if d != left], [left]))
+        library = library_of(world, {"num_prototypes": 3, "by": "domain"})
+        measured(cells, left, seed, held_by(world, world.task, other, seed), library)
+
+
+def polarity(args: argparse.Namespace, seed: int, where: Sequence[str]) -> World:
+    parts = {key: dict(value) for key, value in POLARITY.items()}
+    parts["data"] |= {"where": {"domain": list(where)}, "max_records": round(800 * len(where) / 0.7)}
+    parts["partition"]["num_clients"] = 8 * len(where)
+    return world_of(args, seed, groups={"polarity": parts})
+
+
+def languages(args: argparse.Namespace) -> None:
+    cells = Cells(
+        "unseen_languages", f"SIB-200, multilingual E5, 16 clients of a language and 100 records, {setting(args)}"
+    )
+    for seed in args.seeds:
+        if cells.has(f"{LEFT[-1]}, {SHOTS[-1]} shots, none", seed):
+            continue
+        table = pd.read_parquet(Path(args.data) / "sib200.parquet")
+        world = sib(args, seed, [lang for lang in sorted(table.lang.unique()) if lang not in NOBODYS])
+        library = library_of(world, {"num_prototypes": 5, "by": "lang"})
+        for left in LEFT:
+            other = sib(args, seed, (left,))
+            measured(cells, left, seed, held_by(world, world.task, other, seed), library, autos=(0, 16))
+
+
+def sib(args: argparse.Namespace, seed: int, where: Sequence[str]) -> World:
+    parts = group("sib", args.data, len(where), RECORDS)
+    parts["data"] |= {
+        "where": {"lang": list(where)},
+        "columns": {"text": "text", "target": "label_name", "lang": "lang"},
+    }
+    parts["partition"] = {"kind": "column", "column": "lang"}
+    tree = {
+        "seed": seed,
+        "backbone": {"name": str(args.e5), "kind": "encoder", "options": {"max_tokens": 64, "prefix": "query: "}},
+        "prompt": {"num_tokens": 10, "enters_at": 6, "init": "vocabulary"},
+        "training": {"local_steps": 5, "batch_size": 16},
+        "federation": {"num_rounds": args.rounds},
+        "groups": {"sib": parts},
+    }
+    return faster(build_world(parse(tomli_w.dumps(tree), "bench")))
+
+
+def keys(args: argparse.Namespace) -> None:
+    """The cosine of every two tasks' keys."""
+    groups = dict(cut_up(args, ""))
+    world = world_of(args, 0, groups=groups)
+    found = {name: task_key(task, world.model.backbone) for name, task in world.tasks.items()}
+    pairs = [(a, b) for a in found for b in found if a < b]
+    save("unseen_keys", {"cosine": {f"{a}, {b}": round(float(found[a] @ found[b]), 3) for a, b in pairs}})
+
+
+PARTS = {"tasks": tasks, "fine": fine, "domains": domains, "languages": languages, "keys": keys}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", default="data", help="folder of the sets")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--texts", help="fine: public texts to meta-learn on, one a line")
+    parser.add_argument("--e5", type=Path, help="languages: folder of multilingual-e5-small")
+    args = parser.parse_args()
+    PARTS[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
