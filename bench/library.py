@@ -1,12 +1,14 @@
 """Many tasks, one federation: who clusters right, and what it is worth. MiniLM.
 
-python bench/library.py mixed|private|ablation|clients [--seeds 0 1 2] [--data FOLDER] [--rounds 10]
+python bench/library.py mixed|private|ablation|clients|texts [--seeds 0 1 2] [--data FOLDER] [--rounds 10]
 
 Thirty clients of about 100 records: polarity in four domains (8 clients), medical abstracts (4), the domains of CLINC150
 (6), SIB-200 in English (4), Banking77 (8). `mixed`: methods side by side. `private`: the main row in 64 numbers, with and
 without ε = 2. `ablation`: prototypes by number and space, and what is distilled from them. `clients`: the same records
-among 10 to 500. The sets lie in `--data` (README.md here); polarity is built in. A cell of a seed that the result file has,
-in the same setting, is not run again.
+among 10 to 500. `texts`: what SmolLM2 writes for the labels of all tasks, to distil on.
+
+The sets lie in `--data` (README.md here); polarity is built in. A cell of a seed that the result file has, in the same
+setting, is not run again.
 """
 
 import argparse
@@ -20,10 +22,11 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.experiment import parse, part
+from ficpd.experiment import BackboneConfig, EngineConfig, parse, part
 from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir
-from ficpd.world import World, build_world
+from ficpd.server.synthesis import write
+from ficpd.world import World, build_task, build_world, load_backbone
 from measure import Cells
 
 POLARITY = {
@@ -130,7 +133,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ficpd, 5 prototypes": {"name": "ficpd"},
     "ficpd, oracle": {"name": "ficpd", "space": "metadata"},
     "local": {"name": "local"},
-    "ficpd, K by silhouette": {"name": "ficpd", "num_prototypes": "auto"},
+    "ficpd, K found": {"name": "ficpd", "num_prototypes": "auto"},
 }
 
 
@@ -187,7 +190,18 @@ def clients(args: argparse.Namespace) -> None:
                 cells.add(f"{number} clients, {name}", seed, partial(alone, world, METHODS[name], federation=cohort))
 
 
-PARTS = {"mixed": mixed, "private": private, "ablation": ablation, "clients": clients}
+def texts(args: argparse.Namespace) -> None:
+    """Four drafts for every label, into the file `--texts`: public, for the writer is, and the labels' texts are."""
+    writer, _ = load_backbone(BackboneConfig(name="smollm2"), EngineConfig())
+    found = []
+    for name in CLIENTS:
+        made = write(writer, {}, build_task(group(name, args.data, 1, RECORDS)["task"]), 4, 0)
+        print(name, made.said(), flush=True)
+        found += [example.text for example in made.examples]
+    Path(args.texts).write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
+
+
+PARTS = {"mixed": mixed, "private": private, "ablation": ablation, "clients": clients, "texts": texts}
 
 
 def main() -> None:
@@ -196,9 +210,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="data", help="folder of the sets")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument(
-        "--texts", help="ablation: public texts to distil on, one a line; none: words of the vocabulary"
-    )
+    parser.add_argument("--texts", help="public texts to distil on, one a line; none: words of the vocabulary")
     args = parser.parse_args()
     PARTS[args.part](args)
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import small
-from ficpd.server.prototypes import Clusters, agreement, cosine_kmeans, followed, shrinkage
+from ficpd.server.prototypes import Clusters, _kmeans, _stability, agreement, cosine_kmeans, followed, shrinkage
 
 
 def planted(clusters: int = 3, each: int = 5, noise: float = 0.1, seed: int = 0) -> tuple[dict, dict]:
@@ -94,6 +94,22 @@ def test_the_number_is_found_by_the_silhouette(clusters):
     found = cosine_kmeans(vectors, "auto", 0)
     assert found.number == clusters
     assert agreement(found.member, {name: str(k) for name, k in truth.items()}) == 1.0
+
+
+def test_clusters_that_are_there_are_found_again_among_four_fifths_and_others_are_not():
+    vectors, _ = planted(4, 6, noise=0.3)
+    unit = torch.stack([torch.nn.functional.normalize(vectors[n].flatten().double(), dim=0) for n in sorted(vectors)])
+    assert _stability(unit, _kmeans(unit, 4, 0, 20), 0) == 1.0
+    assert _stability(unit, _kmeans(unit, 8, 0, 20), 0) < 0.9
+    assert _stability(unit, _kmeans(unit, 4, 0, 20), 1) == _stability(unit, _kmeans(unit, 4, 0, 20), 1)
+
+
+def test_a_number_is_found_for_as_many_clients_as_there_are_numbers_or_fewer():
+    vectors, truth = planted(3, 4)
+    for names in (sorted(vectors)[:2], sorted(vectors)[:3], sorted(vectors)):
+        found = cosine_kmeans({name: vectors[name] for name in names}, "auto", 0)
+        assert found.number <= 3
+    assert found.number == len(set(truth.values()))
 
 
 def test_noise_alone_is_one_prototype():

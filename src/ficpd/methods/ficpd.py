@@ -30,10 +30,10 @@ SIGNATURE = "signature/"
 
 
 class Config(BaseModel):
-    """`num_prototypes`: clusters at most, or "auto" (best silhouette). `space` of the signatures: "delta", what a client
-    learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the prompt it
-    reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at all: the
-    clients' public `by` (the oracle, where that is the task).
+    """`num_prototypes`: clusters at most, or "auto" (see `cosine_kmeans`). `space` of the signatures: "delta", what a
+    client learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the
+    prompt it reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at
+    all: the clients' public `by` (the oracle, where that is the task).
 
     `redraw_every` rounds clusters are drawn anew (0: once); a client then moves only if that is nearer by `stay` in
     cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt; "auto" goes by the

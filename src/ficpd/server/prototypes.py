@@ -13,7 +13,9 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 from torch.nn import functional as F
 
-AUTO_MOST = 20
+from ficpd import seeds
+
+AUTO_MOST, STABLE = 20, 10
 ALIKE = 0.1
 """A best silhouette below this is no structure at all: one prototype (Kaufman and Rousseeuw, 1990, call 0.25 none)."""
 
@@ -32,9 +34,10 @@ def cosine_kmeans(
     """Cluster vectors by their direction: K-means on the unit sphere (Hornik et al., J. Stat. Software 50(10), 2012).
 
     At most as many clusters as there are different directions; a zero vector (nothing learned) has none and joins the
-    largest cluster. "auto": the number of best mean silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987), one if none
-    is better than `ALIKE`. scikit-learn's K-means fills a cluster that falls empty with the farthest vector. Clusters of
-    fewer than `least_members` are given up, the smallest first, their members going to the nearest of the others.
+    largest cluster. "auto": the number of best mean silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987) times
+    `_stability`, one if no silhouette is better than `ALIKE`. scikit-learn's K-means fills a cluster that falls empty with
+    the farthest vector. Clusters of fewer than `least_members` are given up, the smallest first, their members going to
+    the nearest of the others.
     """
     names = sorted(signatures)
     stacked = torch.stack([signatures[name].flatten().double() for name in names])
@@ -44,7 +47,7 @@ def cosine_kmeans(
     unit = F.normalize(stacked[moved], dim=1)
     different = len(torch.unique(unit.round(decimals=9), dim=0))
     if num_prototypes == "auto":
-        labels = _best_by_silhouette(unit, min(AUTO_MOST, different), seed, restarts)
+        labels = _best_of_all(unit, min(AUTO_MOST, different), seed, restarts)
     else:
         labels = _kmeans(unit, min(num_prototypes, different), seed, restarts)
     labels = _dissolved(unit, labels, least_members)
@@ -60,14 +63,30 @@ def _kmeans(unit_ND: Tensor, number: int, seed: int, restarts: int) -> list[int]
     return kmeans.fit_predict(unit_ND.numpy()).tolist()
 
 
-def _best_by_silhouette(unit_ND: Tensor, most: int, seed: int, restarts: int) -> list[int]:
-    best, labels = ALIKE, [0] * len(unit_ND)
+def _best_of_all(unit_ND: Tensor, most: int, seed: int, restarts: int) -> list[int]:
+    """Silhouettes alone are not enough: with nearly the best one, four clusters of thirty clients once had a Rand index of
+    0.63 to their five tasks, in a draw that the next seed did not repeat."""
+    if len(unit_ND) < unit_ND.shape[1]:  # the same distances in fewer numbers
+        left, sizes, _ = torch.linalg.svd(unit_ND, full_matrices=False)
+        unit_ND = left * sizes
+    best, labels = 0.0, [0] * len(unit_ND)
     for number in range(2, min(most, len(unit_ND) - 1) + 1):
         tried = _kmeans(unit_ND, number, seed, restarts)
         score = float(silhouette_score(unit_ND.numpy(), tried, metric="cosine"))
-        if score > best:
+        if score > max(best, ALIKE) and (score := score * _stability(unit_ND, tried, seed)) > best:
             best, labels = score, tried
     return labels
+
+
+def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
+    """The mean adjusted Rand index of these clusters and those of four fifths of the vectors, over `STABLE` draws (Ben-Hur,
+    Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
+    found, random = 0.0, seeds.generator(seed, "stability")
+    for draw in range(STABLE):
+        kept = torch.randperm(len(unit_ND), generator=random)[: max(len(unit_ND) * 4 // 5, len(set(labels)))]
+        again = _kmeans(unit_ND[kept], len(set(labels)), seeds.derive(seed, "stability", draw), 3)
+        found += adjusted_rand_score([labels[i] for i in kept.tolist()], again)
+    return found / STABLE
 
 
 def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
