@@ -22,7 +22,6 @@ from typing import Any
 
 import pandas as pd
 import tomli_w
-import torch
 
 from ficpd.adapt import WAYS, Fitted
 from ficpd.auto import adapt, gather
@@ -39,11 +38,10 @@ from ficpd.world import World, build_world, start_text
 from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, world_of
 from measure import Cells, save
 
-SHOTS = (0, 4, 16, 64)
 MOST_TESTED = 300
 DOMAINS = ("tweets", "films", "products", "editorials")
 LEFT = ("swh_Latn", "tha_Thai", "fin_Latn", "urd_Arab")
-"""Of the eight languages that nobody has: four scripts and families."""
+"""Of the eight languages that nobody has: three scripts, four families."""
 NOBODYS = (*LEFT, "bul_Cyrl", "pol_Latn", "ukr_Cyrl", "vie_Latn")
 E5_RATE = 10.0
 """Of the default rate: 50 steps of 32 in one place reach 76.9 in languages left out, 73.8 at it and thrice it."""
@@ -70,9 +68,10 @@ class Newcomer:
     def __init__(self, world: World, task: Task, train: Sequence[Record], test: Sequence[Record], seed: int):
         self.world, self.task, self.seed = world, task, seed
         self.train, self.test = draw_shots(train, 0, False, seed), draw_shots(test, MOST_TESTED, False, seed)
+        self.encoded = task.encode(self.test, world.model.backbone, world.start)
 
     def score(self, fitted: Fitted) -> float:
-        batch = fitted.encode(self.task, self.test, self.world.model.backbone)
+        batch = fitted.encode(self.task, self.test, self.world.model.backbone, self.encoded)
         truths = self.task.targets(self.test)
         return 100 * score_prompt(fitted.prompt.vectors_PD, batch, truths, self.world.model)["accuracy"]
 
@@ -82,9 +81,9 @@ class Newcomer:
         vectors_PD = self.world.model.backbone.start(text, len(start.vectors_PD), start.enters_at, self.seed)
         return PromptLibrary(start.with_vectors(vectors_PD), {}, library.card)
 
-    def zero_shot(self, library: PromptLibrary) -> float:
-        bare = replace(library.start, vectors_PD=torch.zeros(0, library.start.vectors_PD.shape[1]))
-        return self.score(Fitted(bare, "no prompt"))
+    def bare(self, library: PromptLibrary) -> PromptLibrary:
+        """Not even a start: a prompt of no vectors."""
+        return PromptLibrary(library.start.with_vectors(library.start.vectors_PD[:0]), {}, library.card)
 
     def unfitted(self, library: PromptLibrary) -> dict[str, float]:
         """Without a record: every prompt as it is, and what `auto` takes."""
@@ -114,23 +113,22 @@ ALONE = ("leave", "tune", "demonstrations")
 
 
 def measured(
-    cells: Cells, name: str, seed: int, newcomer: Newcomer, library: PromptLibrary, shots: Sequence[int] = SHOTS,
-    autos: Sequence[int] = (0, 4, 16),
-) -> None:  # fmt: skip
-    """The cells of one newcomer: with the library, with the federation's average alone, with neither."""
-    alone, average = newcomer.alone(library), {"global": library.prompts["global"]}
+    cells: Cells, name: str, seed: int, newcomer: Newcomer, library: PromptLibrary, shots: Sequence[int]
+) -> None:
+    """The cells of one newcomer: with the library; with the federation's average alone; with a start of its own words
+    (none); with no prompt at all."""
+    alone, bare, average = newcomer.alone(library), newcomer.bare(library), {"global": library.prompts["global"]}
     averaged = PromptLibrary(library.start, average, library.card)
     for few in shots:
-        said, auto = f"{name}, {few} shots", few in autos
+        said, auto = f"{name}, {few} shots", few == 16
         if not few:
-            cells.add(f"{said}, library", seed, partial(newcomer.unfitted, library))
-            cells.add(
-                f"{said}, none", seed, lambda: {"zero-shot": newcomer.zero_shot(library)} | newcomer.unfitted(alone)
-            )
+            for basis, of in ((library, "library"), (alone, "none"), (bare, "no prompt")):
+                cells.add(f"{said}, {of}", seed, partial(newcomer.unfitted, basis))
             continue
         cells.add(f"{said}, library", seed, partial(newcomer.fitted, library, few, list(WAYS), auto))
         cells.add(f"{said}, average", seed, partial(newcomer.fitted, averaged, few, ["leave", "tune"], False))
         cells.add(f"{said}, none", seed, partial(newcomer.fitted, alone, few, ALONE, auto))
+        cells.add(f"{said}, no prompt", seed, partial(newcomer.fitted, bare, few, ["leave", "demonstrations"], False))
 
 
 def held_by(world: World, task: Task, among: World, seed: int) -> Newcomer:
@@ -145,12 +143,12 @@ def held_by(world: World, task: Task, among: World, seed: int) -> Newcomer:
 def tasks(args: argparse.Namespace) -> None:
     cells = Cells("unseen_tasks", f"library of four tasks, 5 prototypes, {setting(args)}")
     for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
-        if cells.has(f"{left}, {SHOTS[-1]} shots, none", seed):
+        if cells.has(f"{left}, {args.shots[-1]} shots, no prompt", seed):
             continue
         world = world_of(args, seed, {name: n for name, n in CLIENTS.items() if name != left})
         library = library_of(world, {})
         other = whole(args, seed, left)
-        measured(cells, left, seed, held_by(world, other.task, other, seed), library)
+        measured(cells, left, seed, held_by(world, other.task, other, seed), library, args.shots)
 
 
 def whole(args: argparse.Namespace, seed: int, name: str) -> World:
@@ -204,11 +202,11 @@ def domains(args: argparse.Namespace) -> None:
         "unseen_domains", f"polarity in three domains, 3 prototypes, 24 clients of 100 records, {setting(args)}"
     )
     for seed, left in ((seed, left) for seed in args.seeds for left in DOMAINS):
-        if cells.has(f"{left}, {SHOTS[-1]} shots, none", seed):
+        if cells.has(f"{left}, {args.shots[-1]} shots, no prompt", seed):
             continue
         world, other = (polarity(args, seed, where) for where in ([d for d in DOMAINS if d != left], [left]))
         library = library_of(world, {"num_prototypes": 3, "by": "domain"})
-        measured(cells, left, seed, held_by(world, world.task, other, seed), library)
+        measured(cells, left, seed, held_by(world, world.task, other, seed), library, args.shots)
 
 
 def polarity(args: argparse.Namespace, seed: int, where: Sequence[str]) -> World:
@@ -223,14 +221,14 @@ def languages(args: argparse.Namespace) -> None:
         "unseen_languages", f"SIB-200, multilingual E5, 16 clients of a language and 100 records, rate {E5_RATE:g}"
     )
     for seed in args.seeds:
-        if cells.has(f"{LEFT[-1]}, {SHOTS[-1]} shots, none", seed):
+        if cells.has(f"{LEFT[-1]}, {args.shots[-1]} shots, no prompt", seed):
             continue
         table = pd.read_parquet(Path(args.data) / "sib200.parquet")
         world = sib(args, seed, [lang for lang in sorted(table.lang.unique()) if lang not in NOBODYS])
         library = library_of(world, {"num_prototypes": 5, "by": "lang"})
         for left in LEFT:
             other = sib(args, seed, (left,), records=0)
-            measured(cells, left, seed, held_by(world, world.task, other, seed), library, autos=(0, 16))
+            measured(cells, left, seed, held_by(world, world.task, other, seed), library, args.shots)
 
 
 def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int = RECORDS) -> World:
@@ -268,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 4, 16, 64])
     parser.add_argument("--data", default="data", help="folder of the sets")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--texts", help="fine: public texts to meta-learn on, one a line")

@@ -43,10 +43,11 @@ class Fitted:
     note: str
     demonstrations: Demonstrations | None = None
 
-    def encode(self, task: Task, records: Sequence[Record], backbone: Backbone) -> Batch:
+    def encode(self, task: Task, records: Sequence[Record], backbone: Backbone, encoded: Batch | None = None) -> Batch:
+        """As `Demonstrations.encode`."""
         if self.demonstrations is None:
-            return task.encode(records, backbone, self.prompt)
-        return self.demonstrations.encode(task, records, backbone, self.prompt)
+            return encoded or task.encode(records, backbone, self.prompt)
+        return self.demonstrations.encode(task, records, backbone, self.prompt, encoded)
 
 
 @dataclass(frozen=True)

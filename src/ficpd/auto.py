@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ficpd import seeds
 from ficpd.adapt import WAYS, Fitted, Shots, as_it_is
@@ -18,6 +19,7 @@ from ficpd.demonstrations import possible
 from ficpd.errors import LibraryError, unknown
 from ficpd.library import START, PromptLibrary, listed, task_key
 from ficpd.seams import Backbone, Task
+from ficpd.server.distillation import logits
 from ficpd.tuners import Training
 from ficpd.types import Answer, Query, Record, Score
 
@@ -28,6 +30,7 @@ FOLDS = 5
 FEW = 12
 """With fewer shots than these the folds are drawn several times."""
 REPEATS = 3
+TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SAME = 0.9
 """The cosine of two tasks' keys from which on a prompt is taken unseen: the same labels in another domain or language have
 1.0, intents of one bank in parts 0.91 to 0.98, different tasks up to 0.82 (`bench/unseen.py`)."""
@@ -47,10 +50,12 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Held:
-    """What one variant did on the records that were held back from it: losses [b], predictions."""
+    """What one variant did on the records that were held back from it: losses [b], predictions, and the logits [b, C] of a
+    task with labels."""
 
     loss_B: Tensor
     predicted: list
+    logits_BC: Tensor | None = None
 
 
 def adapt(
@@ -92,7 +97,10 @@ def tried(shots: Shots, ways: Sequence[str], model: Compute) -> dict[str, Score]
     """The table of `Adapted`: every variant of these ways, in their order, on records held back from it."""
     repeats = 1 if len(shots.records) >= FEW else REPEATS
     draws = [_tried_once(shots, ways, model, seeds.derive(shots.seed, "folds", repeat)) for repeat in range(repeats)]
-    losses = {variant: torch.stack([draw[variant].loss_B for draw in draws]).mean(0) for variant in draws[0]}
+    targets_B = shots.batch.targets
+    losses = {
+        variant: torch.stack([_comparable(draw[variant], targets_B) for draw in draws]).mean(0) for variant in draws[0]
+    }
     return _table(losses, {variant: [_scored(shots, draw[variant]) for draw in draws] for variant in draws[0]})
 
 
@@ -109,11 +117,24 @@ def _tried_once(shots: Shots, ways: Sequence[str], model: Compute, seed: int) ->
         if isinstance(found, Exception):
             raise found
         for variant, held in found.items():
-            whole.setdefault(variant, Held(torch.zeros(number), [None] * number))
+            none = None if held.logits_BC is None else torch.zeros(number, held.logits_BC.shape[1])
+            whole.setdefault(variant, Held(torch.zeros(number), [None] * number, none))
             whole[variant].loss_B[part] = held.loss_B
+            if none is not None:
+                whole[variant].logits_BC[part] = held.logits_BC
             for i, value in zip(part, held.predicted, strict=True):
                 whole[variant].predicted[i] = value
     return whole
+
+
+def _comparable(held: Held, targets_B: Tensor | None) -> Tensor:
+    """[B] losses that do not depend on how sure a way is: with labels the cross entropy at the temperature of `TEMPERATURES`
+    that is best for this way (Guo et al., ICML 2017, arXiv 1706.04599). Demonstrations spread the logits, and so would win
+    by their losses alone where an encoder is timid."""
+    if held.logits_BC is None or targets_B is None:
+        return held.loss_B
+    tried = [F.cross_entropy(held.logits_BC / t, targets_B, reduction="none") for t in TEMPERATURES]
+    return min(tried, key=lambda loss_B: float(loss_B.mean()))
 
 
 def _scored(shots: Shots, held: Held) -> Score:
@@ -139,12 +160,13 @@ def _tried_on(train: Shots, held: Shots, ways: Sequence[str]) -> Generator[Query
         fitted |= yield from WAYS[way](train)
     found = {}
     for variant, one in fitted.items():
-        batch = held.batch
-        if one.demonstrations is not None:
-            batch = one.encode(held.task, held.records, held.backbone)
+        batch = one.encode(held.task, held.records, held.backbone, held.batch)
         answer = yield Query(one.prompt.vectors_PD[None], batch, outputs=True)
         told = [None] * len(batch) if held.task.writes else held.task.predict(answer, batch)
-        found[variant] = Held(answer.loss_KB[0].cpu(), told)
+        labelled = bool(held.task.describe().get("labels"))
+        found[variant] = Held(
+            answer.loss_KB[0].cpu(), told, logits(answer.outputs_KB, batch).cpu() if labelled else None
+        )
     return found
 
 

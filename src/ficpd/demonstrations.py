@@ -30,10 +30,12 @@ class Demonstrations:
     texts: tuple[str, ...] = ()
     readout_CD: Tensor | None = None
 
-    def encode(self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        """Records as the task encodes them, with the demonstrations beside each. Where only some fit into the context,
-        the later ones are left out; a text is never cut for them."""
-        batch = task.encode(records, backbone, prompt)
+    def encode(
+        self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
+    ) -> Batch:
+        """Records as the task encodes them (`encoded`, if that was done before), with the demonstrations beside each. Where
+        only some fit into the context, the later ones are left out; a text is never cut for them."""
+        batch = encoded or task.encode(records, backbone, prompt)
         if self.readout_CD is not None:
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
         room = len(prompt.vectors_PD) - prompt.head_rows
