@@ -340,6 +340,24 @@ def test_the_error_is_that_of_the_difference_to_the_best():
     assert chosen(table) == "tune"
 
 
+def test_how_sure_a_way_is_counts_for_nothing():
+    """The same answers with logits twice as far apart are as good; better answers are better, however timid."""
+    random, targets_B = torch.Generator().manual_seed(0), torch.arange(30) % 3
+    logits_BC = torch.nn.functional.one_hot(targets_B, 3) + torch.randn(30, 3, generator=random)
+
+    def mean(logits_BC: torch.Tensor) -> float:
+        return float(auto._comparable(auto.Held(torch.full((30,), 9.0), [], logits_BC), targets_B).mean())
+
+    assert mean(2 * logits_BC) == pytest.approx(mean(logits_BC))
+    timid = 0.2 * (logits_BC + torch.nn.functional.one_hot(targets_B, 3))
+    assert float(torch.nn.functional.cross_entropy(timid, targets_B)) > mean(logits_BC) > mean(timid)
+
+
+def test_losses_of_tasks_without_labels_are_compared_as_they_are():
+    held = auto.Held(torch.tensor([1.0, 2.0]), [])
+    assert torch.equal(auto._comparable(held, torch.tensor([0.3, 0.4])), held.loss_B)
+
+
 def test_folds_part_the_records_and_deal_out_each_class(library, model):
     shots = shots_of(library, model, count=16)
     parts = folds(shots, 1)

@@ -163,6 +163,7 @@ def _tried_on(train: Shots, held: Shots, ways: Sequence[str]) -> Generator[Query
         batch = one.encode(held.task, held.records, held.backbone, held.batch)
         answer = yield Query(one.prompt.vectors_PD[None], batch, outputs=True)
         told = [None] * len(batch) if held.task.writes else held.task.predict(answer, batch)
+        assert answer.outputs_KB is not None
         labelled = bool(held.task.describe().get("labels"))
         found[variant] = Held(
             answer.loss_KB[0].cpu(), told, logits(answer.outputs_KB, batch).cpu() if labelled else None
