@@ -105,6 +105,8 @@ def test_a_task_without_labels_cannot_be_written_for(writer):
         ("Very good.", "Very good.", "too short"),
         ("<a href='x1'>#1</a> {3: 4}", "<a href='x1'>#1</a> {3: 4}", "no text"),
         ("Write one sentence. It was bad dull!", "Write one sentence. It was bad dull!", "repeats the request"),
+        ("I'm sorry, but I cannot do that.", "I'm sorry, but I cannot do that.", "speaks of itself"),
+        ("I'm sorry that I bought it.", "I'm sorry that I bought it.", None),
         ("Das Spiel war zu lang.", "Das Spiel war zu lang.", None),
     ],
 )

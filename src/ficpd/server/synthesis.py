@@ -28,6 +28,10 @@ WRITER, PUBLIC, NONSENSE = "writer", "public text", "nonsense"
 SHORTEST, MOST_SIGNS, MOST_REPEATED = 3, 0.4, 0.5
 """A text has at least three words, at most two signs in five that are no letters, and less than half of its runs of three
 words are the request's."""
+OF_ITSELF = re.compile(
+    r"\b(i['’]m sorry,? (but|for any)|as an ai|i['’]m an ai|language model|not able to assist)\b", re.I
+)
+"""A small assistant that was asked for a text often answers the asker instead."""
 SHOWN = (
     ("This text is about the weather", "Dark clouds rolled in over the harbour, and by noon it was pouring."),
     ("The writer is tired", "I slept three hours last night and can hardly keep my eyes open."),
@@ -135,6 +139,8 @@ def cleaned(text: str, asked: str) -> tuple[str, str | None]:
         return line, "no text"
     if len(words_of(line)) < SHORTEST:
         return line, "too short"
+    if OF_ITSELF.search(line):
+        return line, "speaks of itself"
     if len(grams_of(line) & grams_of(asked)) > MOST_REPEATED * len(grams_of(line)):
         return line, "repeats the request"
     return line, None
