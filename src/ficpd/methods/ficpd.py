@@ -4,7 +4,7 @@ Per round a client tunes from the prompt it was sent and returns the difference 
 
     global      <- global + server step on Σ w_c δ_c             the weighted mean of what came, as in FedAvg
     clusters    <- cosine K-means of the clients' signatures     drawn first, and when somebody new is heard
-    prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)
+    prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)     of those who came; as it was if nobody did
 
 so that clients of one kind share what sets them apart from the rest, and a small cluster is drawn towards the global
 prompt. What signatures are is `space`; `gather` asks everybody in the first round, when all start from one prompt and what
@@ -93,8 +93,9 @@ class Ficpd:
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A client that did not take part keeps its signature and how it stood off the global prompt then. What a late
-        update learned is added to the prompt that its client would be sent now."""
+        """A client that did not take part keeps its signature, and how it stood off the global prompt then: that counts
+        again only when clusters are drawn anew, because it ages. What a late update learned is added to the prompt that its
+        client would be sent now."""
         move, moments = self.config.server.moved(weighted_mean(updates, "delta"), state.arrays)
         shared = state.arrays["global"] + move
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
@@ -103,7 +104,12 @@ class Ficpd:
         weights = state.facts["weights"] | {u.client: u.weight for u in updates}
         clusters, drawn = self._clusters(state, signatures, round)
         arrays = {"start": state.arrays["start"], "global": shared, **moments}
-        arrays["prototypes_KPD"] = self._prototypes(shared, offsets, weights, clusters, state.facts.get("noise", 0.0))
+        newly = drawn == round
+        counted = offsets if newly else {name: offsets[name] for name in reached}
+        before = None if newly else state.arrays["prototypes_KPD"]
+        arrays["prototypes_KPD"] = self._prototypes(
+            shared, counted, weights, clusters, state.facts.get("noise", 0.0), before
+        )
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
@@ -143,7 +149,8 @@ class Ficpd:
         before, drawn, metadata = state.facts["clusters"], state.facts["drawn"], state.facts["metadata"]
         if self.config.space == "metadata":
             values = sorted(set(metadata.values()))
-            return Clusters({name: values.index(value) for name, value in metadata.items()}, len(values)), round
+            member = {name: values.index(value) for name, value in metadata.items()}
+            return Clusters(member, len(values)), drawn or round
         every, new = self.config.redraw_every, [name for name in signatures if name not in before]
         if not drawn or new or (every and round - drawn >= every):
             found = cosine_kmeans(
@@ -154,9 +161,9 @@ class Ficpd:
 
     def _prototypes(
         self, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float], clusters: Clusters,
-        noise: float | None,
+        noise: float | None, before_KPD: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """[K, P, D]; the global prompt for a cluster of which nobody has been heard yet."""
+        """[K, P, D]; a cluster of which nobody counts stays as it was before, or has the global prompt if it is new."""
         of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
         heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
         given = self.config.shrinkage
@@ -165,7 +172,8 @@ class Ficpd:
         else:
             drawn_back = dict.fromkeys(heard, given)
         return torch.stack([
-            shared + (1 - drawn_back[k]) * mean_of({n: offsets[n] for n in names}, weights) if names else shared
+            shared + (1 - drawn_back[k]) * mean_of({n: offsets[n] for n in names}, weights) if names
+            else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip
 

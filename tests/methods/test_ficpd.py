@@ -1,0 +1,73 @@
+"""The server's half of FICPD on made-up updates: what moves a prototype, and what does not."""
+
+import pytest
+import torch
+
+import small
+from ficpd.methods import ficpd
+from ficpd.tuners import Training
+from ficpd.types import ClientCard, ClientUpdate, Prompt, Setup, State
+
+NORTH, EAST = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+NAMES = ("a", "b", "c", "d")
+SPACES = ("delta", "metadata")
+
+
+def method(**config) -> ficpd.Ficpd:
+    return ficpd.build(ficpd.Config(num_prototypes=2, **config), Training(learning_rate=0.1))
+
+
+def begun(of: ficpd.Ficpd) -> State:
+    """Two clients went north in the first round, two went east."""
+    cards = [ClientCard(name, {"group": "north" if name in "ab" else "east"}) for name in NAMES]
+    state = of.init(Setup(Prompt(torch.zeros(1, 2), "none"), cards, 5, 4, 0))
+    return after(of, state, 1, a=NORTH, b=NORTH, c=EAST, d=EAST)
+
+
+def after(of: ficpd.Ficpd, state: State, round: int, **deltas: torch.Tensor) -> State:
+    updates = [ClientUpdate(name, {"delta": delta}) for name, delta in sorted(deltas.items())]
+    return of.aggregate(state, updates, round, None)  # type: ignore[arg-type]  # these spaces ask the model nothing
+
+
+def prompt_of(of: ficpd.Ficpd, state: State, name: str) -> torch.Tensor:
+    return of.assign(state, ClientCard(name), 2).arrays["prompt"]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_each_goes_on_from_what_its_own_kind_learned(space):
+    of = method(space=space)
+    state = begun(of)
+    for name in NAMES:
+        assert small.close(prompt_of(of, state, name), NORTH if name in "ab" else EAST)
+    assert small.close(of.prompt(state), (NORTH + EAST) / 2)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_prototype_is_moved_by_those_who_came_and_by_nobody_else(space):
+    """b stays away: where it stood in the first round must not hold a back."""
+    of = method(space=space)
+    state = after(of, begun(of), 2, a=2 * NORTH)
+    assert small.close(prompt_of(of, state, "b"), 3 * NORTH)
+    assert small.close(prompt_of(of, state, "c"), EAST)
+
+
+def test_where_clusters_are_drawn_anew_everybody_counts_as_last_heard():
+    of = method(redraw_every=1, shrinkage=0.0)
+    state = after(of, begun(of), 2, a=2 * NORTH)
+    stood = {
+        "a": 3 * NORTH,
+        "b": NORTH,
+    }  # off the global prompt of their round, (N + E) / 2, and of this one, (5 N + E) / 2
+    now, then = of.prompt(state), (NORTH + EAST) / 2
+    assert small.close(prompt_of(of, state, "b"), now + ((stood["a"] - now) + (stood["b"] - then)) / 2)
+
+
+def test_a_small_cluster_is_drawn_back_by_the_noise_that_is_known():
+    of = method()
+    state = begun(of)
+    noisy = State(state.arrays, {**state.facts, "noise": 0.5})
+    alone, together = after(of, noisy, 2, a=NORTH), after(of, noisy, 2, a=NORTH, b=NORTH)
+    for state, came in ((alone, 1), (together, 2)):
+        offset = 2 * NORTH - of.prompt(state)
+        drawn = 0.5 / came / float(offset.square().sum())
+        assert small.close(prompt_of(of, state, "a"), of.prompt(state) + (1 - drawn) * offset)
