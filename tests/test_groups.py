@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import small
-from ficpd.errors import ConfigError
+from ficpd import guard
+from ficpd.errors import ConfigError, PrivacyError
 from ficpd.experiment import parse, to_toml
 from ficpd.library import PromptLibrary
+from ficpd.privacy import record_gaussian
 from ficpd.run import run as run_experiment
 from ficpd.world import build_world
 
@@ -97,6 +99,38 @@ def test_the_oracle_goes_by_the_public_group(tmp_path):
     assert found["clusters"]["agreement"]["group"] == 1.0
     by_site = run_experiment(parse(toml(tmp_path, more=', space = "metadata", by = "site"'), "x"), tmp_path / "by site")
     assert by_site["clusters"]["agreement"]["site"] == 1.0
+
+
+PRIVATE = ("privacy.name=record_gaussian", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3")
+
+
+def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(tmp_path):
+    """Texts for the second task's answers that lie close to one another make its gradients short."""
+    given = toml(tmp_path, "fedavg", 1).replace(
+        'up = "bad dull", down = "good fine"', 'up = "good fine", down = "good"'
+    )
+    built = build_world(parse(given, "groups.toml", PRIVATE))
+    norms = built.experiment.privacy["clip_norms"]
+    assert set(norms) == {"plain", "opposed"}
+    assert norms["plain"] > 1.5 * norms["opposed"] > 0
+    again = build_world(parse(to_toml(built.experiment), "resolved.toml"))
+    assert again.experiment.privacy["clip_norms"] == norms
+    part = {**built.experiment.privacy}
+    for name in built.holders(pooled=True) | built.shards:
+        config = guard.clipping(record_gaussian.Config(**{k: v for k, v in part.items() if k != "name"}), part, name)
+        assert config.clip_norm == norms[built.group_of.get(name, name.partition(".")[0])]
+
+
+@pytest.mark.parametrize("method", ["ficpd", "centralized"])
+def test_a_private_federation_of_groups_states_the_norm_of_who_spent_most(tmp_path, method):
+    result = run(tmp_path, *PRIVATE, method=method, rounds=1)
+    norms = parse((tmp_path / "run" / "resolved.toml").read_text(), "x").privacy["clip_norms"]
+    assert result["privacy"]["clip_norm"] == norms[result["privacy"]["site_that_spent_most"].partition(".")[0]]
+
+
+def test_a_group_without_a_clip_norm_is_named(tmp_path):
+    with pytest.raises(PrivacyError, match=r"clip_norms has none for 'opposed'"):
+        run(tmp_path, *PRIVATE, "privacy.clip_norms={plain = 0.1}")
 
 
 def test_groups_survive_being_written_down(tmp_path):

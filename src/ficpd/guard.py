@@ -56,7 +56,7 @@ class Guard:
         multipliers = [line.noise_multiplier for lines in noisy.values() for line in lines]
         delta = first.guarantee()["delta"]
         return {
-            **first.guarantee(),
+            **self.mechanisms.get(worst.site, first).guarantee(),
             "epsilon": spent[worst.site],
             "noise_multiplier": [min(multipliers, default=None), max(multipliers, default=None)],
             "noise": first.noise,
@@ -97,7 +97,7 @@ def build_guard(
         )
     module, config = settings("privacy", part)
     plans = planned(method, state, shards, schedule)
-    mechanisms = {name: module.build(config, plans[name]) for name in shards}
+    mechanisms = {name: module.build(clipping(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     if first.unit == "none":
         return Guard(mechanisms, {}, None, None, method.releases)
@@ -124,6 +124,19 @@ def build_guard(
     central = NoisedSum(price, first.guarantee()["clip_norm"], expected, stream, book(SERVER, first))
     unpaid = {name: ledger.book(name, Budget(None, config.delta)) for name in mechanisms}
     return Guard(mechanisms, unpaid, ledger, central, True)
+
+
+def clipping(config: Any, part: Mapping[str, Any], name: str) -> Any:
+    """The settings of one client's mechanism: with its group's clip norm, where groups have their own."""
+    norms = part.get("clip_norms")
+    if not norms:
+        return config
+    group = name.partition(".")[0]
+    if group not in norms:
+        raise PrivacyError(
+            f"privacy.clip_norms has none for {group!r}; it has {', '.join(norms)}. State one for each group"
+        )
+    return config.model_copy(update={"clip_norm": norms[group]})
 
 
 def planned(method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule) -> dict[str, Plan]:

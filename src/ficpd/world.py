@@ -133,10 +133,10 @@ def open_clip(
     experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None
 ) -> dict[str, Any]:
     """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
-    units that the tuner sees; for whole clients, half of the longest way that Adam can go in one order. No record is
-    looked at."""
+    units that the tuner sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
+    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at."""
     privacy = dict(experiment.privacy)
-    if privacy.get("clip_norm", 0) is not None:
+    if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
         return privacy
     if "placement" in privacy:
         training = experiment.training
@@ -144,9 +144,13 @@ def open_clip(
         return privacy | {"clip_norm": longest / 2}
     if gradients is None:
         raise ConfigError("privacy.clip_norm is open, and this backbone gives no gradients to find one from; state it")
-    found, coordinates = gradients(256), compression.coordinates
+    groups = list(experiment.parties)
+    number = max(256, 8 * len(groups))
+    found, coordinates = gradients(number), compression.coordinates
     flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
-    return privacy | {"clip_norm": HEADROOM * float(flat.norm(dim=1).median())}
+    norms = flat.norm(dim=1).split([len(range(place, number, len(groups))) for place in range(len(groups))])
+    clips = {group: HEADROOM * float(own.median()) for group, own in zip(groups, norms, strict=True)}
+    return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
 
 
 def public_gradients(model: Compute, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ its losses under all K candidates of a zeroth-order query) is clipped to one nor
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -23,8 +23,10 @@ RELATION = "one record more or less at one site; how many records a site has is 
 
 class Config(settings.Guarantee):
     """`statistics`: named totals over a client's records (such as `weight`, its record count) that leave once, each
-    with the share of the budget that it may take; the prompt gets the rest."""
+    with the share of the budget that it may take; the prompt gets the rest. `clip_norms`: by group, in the place of one
+    `clip_norm` for all; found like that where it is open in a federation of several tasks."""
 
+    clip_norms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
 
 
