@@ -53,7 +53,7 @@ SITES = {"polarity": 4, "abstracts": 4, "clinc": 4, "sib": 2, "banking": 4}
 RATE = 3.0
 """Of the catalog's learning rate: 8 rounds then reach what 20 reach at the rate itself (70.9 and 71.6, one seed)."""
 PRIVATE: dict[str, Any] = {
-    "training": {"tuner": "sgd", "local_steps": 2, "batch_size": 64},
+    "training": {"local_steps": 2, "batch_size": 64},
     "compression": {"name": "subspace", "dimension": 64},
 }
 
@@ -154,13 +154,13 @@ def private(args: argparse.Namespace) -> None:
     """Record level, at sites of 400 records; steps are fewer and larger, because each one's noise is paid for. Who has which
     task is public, so that prototypes go by it."""
     cells = Cells(
-        "library_private", f"18 clients of about 400 records, {args.rounds} rounds of 2 steps of 64, sgd in 64 numbers"
+        "library_private", f"18 clients of about 400 records, {args.rounds} rounds of 2 steps of 64, Adam in 64 numbers"
     )
     groups = {name: group(name, args.data, number, 400) for name, number in SITES.items()}
     budgets = {"no privacy": {"name": "none"}, "ε = 2": {"name": "record_gaussian", "epsilon": 2.0}}
     for seed in args.seeds:
         for said, budget in budgets.items():
-            world = world_of(args, seed, privacy=budget, groups=groups, **PRIVATE)
+            world = world_of(args, seed, rate=1.0, privacy=budget, groups=groups, **PRIVATE)
             for name in ("zero-shot", "fedavg", "ficpd, oracle"):
                 cells.add(f"{name}, {said}", seed, partial(alone, world, METHODS[name]))
 

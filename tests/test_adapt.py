@@ -323,7 +323,8 @@ def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
     ("table", "way"),
     [
         (rows(leave=(1.0, 0.1), nearest=(0.9, 0.0)), "leave"),
-        (rows(leave=(1.0, 0.1), nearest=(0.8, 0.0)), "nearest"),
+        (rows(leave=(1.0, 0.11), nearest=(0.8, 0.0)), "leave"),
+        (rows(leave=(1.0, 0.09), nearest=(0.8, 0.0)), "nearest"),
         (rows(leave=(1.0, 0.1), nearest=(0.7, 0.3), tune=(0.5, 0.0)), "nearest"),
         (rows(leave=(1.0, 0.1), nearest=(1.2, 0.9), tune=(0.5, 0.0)), "tune"),  # too uncertain to count, and worse
         (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),

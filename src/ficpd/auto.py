@@ -1,8 +1,8 @@
 """Which way of fitting a library to few records is best: tried on the records themselves, by cross-validation.
 
 The simplest way within one standard error of the best is taken (Breiman et al., Classification and Regression Trees, 1984,
-section 3.4.3). The standard error is that of the difference to the best, record by record, for all ways are tried on the
-same records. To leave the library as it is is one of the ways, so the choice is never worse than that on its own measure.
+section 3.4.3); to leave the library as it is, if that is within two. The standard error is that of the difference to the
+best, record by record, for all ways are tried on the same records. To leave the library as it is is one of the ways, so the choice is never worse than that on its own measure.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -30,6 +30,9 @@ FOLDS = 5
 FEW = 12
 """With fewer shots than these the folds are drawn several times."""
 REPEATS = 3
+SURE = 2.0
+"""With one error, as among the others, 16 shots of a language that nobody had moved a prompt that was better left: 73.6 %
+where it had 76.0 (SIB-200 on E5, seven newcomers); the best of nine ways looks better than it is."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SAME = 0.9
 """The cosine of two tasks' keys from which on a prompt is taken unseen: the same labels in another domain or language have
@@ -184,10 +187,13 @@ def folds(shots: Shots, seed: int) -> list[list[int]]:
 
 
 def chosen(table: Mapping[str, Score]) -> str:
-    """The first variant whose loss is within its error of the lowest, and no higher than the first of all's."""
+    """The first variant whose loss is within its error of the lowest, and no higher than the first of all's; the first of
+    all (to leave the prompt as it is) where it is within `SURE` errors."""
     lowest = min(row["loss"] for row in table.values())
-    first = next(iter(table.values()))["loss"]
-    return next(v for v, row in table.items() if row["loss"] <= lowest + row["error"] and row["loss"] <= first)
+    first, row = next(iter(table.items()))
+    if row["loss"] <= lowest + SURE * row["error"]:
+        return first
+    return next(v for v, other in table.items() if other["loss"] <= min(lowest + other["error"], row["loss"]))
 
 
 # ---------------------------------------------------------------- what can be tried
@@ -261,4 +267,8 @@ def _said(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
     if how != AUTO:
         return f"{way} as asked" + (f", the best of {listed(table)}" if len(table) > 1 else "")
     best = min(table, key=lambda variant: table[variant]["loss"])
-    return f"{way}: the simplest within a standard error of the best ({best})" if way != best else f"{way}: the best"
+    if way == best:
+        return f"{way}: the best"
+    if way == next(iter(table)):
+        return f"{way}: nothing is surely better ({best} looked best)"
+    return f"{way}: the simplest within a standard error of the best ({best})"
