@@ -2,7 +2,8 @@
 
 The simplest way within one standard error of the best is taken (Breiman et al., Classification and Regression Trees, 1984,
 section 3.4.3); to leave the library as it is, if that is within two. The standard error is that of the difference to the
-best, record by record, for all ways are tried on the same records. To leave the library as it is is one of the ways, so the choice is never worse than that on its own measure.
+best, record by record, for all ways are tried on the same records. So the choice is never worse than to leave the library
+as it is, on its own measure.
 """
 
 from collections.abc import Generator, Mapping, Sequence
