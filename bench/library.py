@@ -142,6 +142,10 @@ def setting(args: argparse.Namespace) -> str:
     return f"{args.rounds} rounds of 5 steps of 16, entry 4, {RATE:g} times the catalog's rate"
 
 
+def told(texts: str | None) -> str:
+    return Path(texts).name if texts else "words of the vocabulary"
+
+
 def mixed(args: argparse.Namespace) -> None:
     cells = Cells("library_mixed", f"30 clients of about {RECORDS} records, {setting(args)}")
     for seed in args.seeds:
@@ -167,7 +171,7 @@ def private(args: argparse.Namespace) -> None:
 
 def ablation(args: argparse.Namespace) -> None:
     """Each federation is run once; the prompt distilled from its prototypes is scored beside its global one."""
-    cells = Cells("library_ablation", f"as library_mixed, {setting(args)}; squared distillation on {args.texts}")
+    cells = Cells("library_ablation", f"as library_mixed, {setting(args)}; squared distillation on {told(args.texts)}")
     distillation = {"how": "squared", "texts": args.texts} if args.texts else {"how": "squared", "per_label": 5}
     for seed in args.seeds:
         world = world_of(args, seed)

@@ -35,7 +35,7 @@ from ficpd.seams import Task
 from ficpd.types import Record
 from ficpd.use import draw_shots
 from ficpd.world import World, build_world, start_text
-from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, world_of
+from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, told, world_of
 from measure import Cells, save
 
 MOST_TESTED = 300
@@ -161,7 +161,7 @@ def whole(args: argparse.Namespace, seed: int, name: str) -> World:
 def fine(args: argparse.Namespace) -> None:
     """As `tasks`, at 16 shots; `meta` is Reptile's prompt."""
     cells = Cells(
-        "unseen_fine", f"library of many small tasks, 20 prototypes, Reptile on {args.texts}, {setting(args)}"
+        "unseen_fine", f"library of many small tasks, 20 prototypes, Reptile on {told(args.texts)}, {setting(args)}"
     )
     meta = {"how": "reptile", "texts": args.texts, "steps": 30}
     for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
