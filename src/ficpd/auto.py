@@ -33,7 +33,7 @@ FEW = 12
 REPEATS = 3
 SURE = 2.0
 """With one error, as among the others, 16 shots of a language that nobody had moved a prompt that was better left: 73.6 %
-where it had 76.0 (SIB-200 on E5, seven newcomers); the best of nine ways looks better than it is."""
+where it had 76.0 (SIB-200 on E5, five newcomers); the best of nine ways looks better than it is."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SAME = 0.9
 """The cosine of two tasks' keys from which on a prompt is taken unseen: the same labels in another domain or language have
