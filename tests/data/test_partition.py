@@ -220,3 +220,44 @@ def test_nothing_to_partition():
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValidationError):
         Config(**wrong)
+
+
+# ---------------------------------------------------------------- what is public of a client
+
+
+def carded(folder, text: str, **more) -> dict[str, Shard]:
+    (folder / "cards.csv").write_text(text)
+    return partition(
+        Config(kind="column", column="domain", cards=str(folder / "cards.csv"), **more), data(), "target", 0
+    )
+
+
+def test_cards_are_handed_out_with_words_and_numbers(tmp_path):
+    found = carded(tmp_path, "client,country,beds\ntweets,fr,120\nfilms,de,\n")
+    assert found["tweets"].metadata == {"domain": "tweets", "country": "fr", "beds": 120}
+    assert found["films"].metadata == {"domain": "films", "country": "de"}
+    assert found["products"].metadata == {"domain": "products"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("client,country\ntweet,fr\n", "client 'tweet'"),
+        ("name,country\ntweets,fr\n", "column 'client'"),
+        ("client,country\ntweets,fr\ntweets,de\n", "row 2: client 'tweets' has a card already"),
+    ],
+)
+def test_a_card_of_nobody_or_of_somebody_twice_is_refused(tmp_path, text, said):
+    with pytest.raises(DataError, match=said):
+        carded(tmp_path, text)
+
+
+def test_only_what_all_of_a_clients_records_agree_in_is_published():
+    whole = data()
+    for record in [*whole.train, *whole.test]:
+        record.fields["country"] = {"tweets": "fr", "films": "de", "products": "it"}[record.fields["domain"]]
+    config = Config(kind="column", column="domain", publish=("country",))
+    assert partition(config, whole, "target", 0)["films"].metadata == {"domain": "films", "country": "de"}
+    whole.train[3].fields["country"] = "at"
+    with pytest.raises(DataError, match=r"partition.publish: client 'tweets' has 'fr' and 'at' \(train 3\)"):
+        partition(config, whole, "target", 0)

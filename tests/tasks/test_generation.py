@@ -204,7 +204,7 @@ def test_a_backbone_that_cannot_write_is_refused_before_anything_is_tuned():
 
 
 def test_records_can_be_made_up(model):
-    """`world.public_gradients` gives made-up texts every possible target in turn."""
+    """`beginning.public_gradients` gives made-up texts every possible target in turn."""
     task = build()
     assert task.possible[0] == "the sentiment is"
     assert len(build(instruction=" ").possible) == len(task.possible) - 1 >= 4

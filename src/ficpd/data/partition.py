@@ -8,12 +8,14 @@ arXiv 1909.06335) draw it the other way round, a mixture of labels for every cli
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ficpd.errors import DataError
+from ficpd.data.tables import number_of, read_files
+from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
 from ficpd.types import Record
 
@@ -29,6 +31,9 @@ class Config(BaseModel):
 
     `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
     smaller `concentration`. `column_dirichlet`: every value of a column becomes several clients with label skew.
+
+    What is public of a client (its card): the column it was made by; `publish`, columns that all of its records agree
+    in; and `cards`, a table with a column `client` and one for each public fact (language, specialty, beds, ...).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +43,8 @@ class Config(BaseModel):
     num_clients: int | None = Field(default=None, ge=1)
     concentration: float = Field(default=0.5, gt=0, le=1e6)
     min_records: int = Field(default=1, ge=1, description="train records that every client has at least")
+    publish: tuple[str, ...] = ()
+    cards: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "Config":
@@ -49,11 +56,11 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's records. `metadata` is public: `{column: value}` for the kinds that go by a column."""
+    """One client's records. `metadata` is public: what its card says."""
 
     train: list[Record]
     test: list[Record]
-    metadata: dict[str, str]
+    metadata: dict[str, str | float]
 
 
 class Data(Protocol):
@@ -90,7 +97,53 @@ def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, S
         dealt = [_deal(config, name, group, counts[name], target, seed) for name, group in groups.items()]
         shards = {name: shard for part in dealt for name, shard in part.items()}
     _check(config, {name: len(shard.train) for name, shard in shards.items()})
+    for name, shard in shards.items():
+        shard.metadata.update({column: _agreed(name, shard, column) for column in config.publish})
+    if config.cards is not None:
+        _hand_out(read_cards(config.cards), shards, config.cards)
     return dict(sorted(shards.items()))
+
+
+def _agreed(client: str, shard: Shard, column: str) -> str | float:
+    """The one value of a column in all of a client's records. What only most of them have would tell of the records."""
+    records = [*shard.train, *shard.test]
+    first = _field(records[0], column)
+    for record in records:
+        if _field(record, column) != first:
+            raise DataError(
+                f"partition.publish: client {client!r} has {first!r} and {record.fields[column]!r} ({record.key}) in "
+                f"{column!r}; only what all of a client's records agree in is a public fact of the client: partition by "
+                "that column, or state the fact in partition.cards"
+            )
+    return first if isinstance(first, (int, float)) else str(first)
+
+
+def read_cards(path: str) -> dict[str, dict[str, str | float]]:
+    """Client to public facts; an empty cell is a fact that is not stated. Raises `DataError` for a table that is none."""
+    cards: dict[str, dict[str, str | float]] = {}
+    for table in read_files(Path(path).expanduser()):
+        if "client" not in table.columns:
+            raise DataError(
+                f"{table.name}: {unknown('column', 'client', table.columns)}; cards need one that names the client"
+            )
+        for number, row in table.rows.items():
+            name = str(row["client"])
+            if name in cards:
+                raise DataError(
+                    f"{table.name} row {number}: client {name!r} has a card already; give each client one row"
+                )
+            facts = {key: number_of(value) for key, value in row.items() if key != "client"}
+            cards[name] = {key: v for key, v in facts.items() if v is not None and v == v and str(v).strip()}
+    return cards
+
+
+def _hand_out(cards: Mapping[str, Mapping[str, str | float]], shards: Mapping[str, Shard], path: str) -> None:
+    """To each client its card. A client without one has nothing public to go by."""
+    for name in cards:
+        if name not in shards:
+            raise DataError(f"{path}: {unknown('client', name, shards)}; cards name the clients of the partition")
+    for name, facts in cards.items():
+        shards[name].metadata.update(facts)
 
 
 def _by_column(column: str, data: Shard) -> dict[str, Shard]:

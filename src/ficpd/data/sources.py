@@ -1,18 +1,19 @@
 """Records from where they lie: the user's table, the Hugging Face hub, or the built-in sentence ratings."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ficpd.data import hub, images, layouts
 from ficpd.data.ratings import read_ratings
-from ficpd.data.tables import SPLITS, Table, read_files
+from ficpd.data.tables import SPLITS, Table, number_of, read_files
 from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
 from ficpd.types import Record
@@ -23,28 +24,49 @@ ROLES = ("text", "text_pair", "target", "client", "options", "image", "reference
 class Config(BaseModel):
     """Where the records are and which column plays which role.
 
-    `source`: "ratings"; a CSV, TSV, JSON Lines or Parquet file, or a folder of them; or "hf:DATASET_ID". "ratings" has
-    the columns text, rating, polarity and domain; rows without the target (the neutral ones, for polarity) are dropped.
+    `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
+    "hf:DATASET_ID". "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
+    for polarity) are dropped.
     `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
     own names. `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
     dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
-    `test_fraction` is drawn.
+    `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
+    `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     columns: dict[str, str] = {"text": "text", "target": "target"}
+    layout: str | None = None
+    options: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     where: dict[str, tuple[str, ...]] = {}
     split_column: str | None = None
+    dev_as_train: bool = False
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_records: int | None = Field(default=None, ge=2, description="a random sample of all records")
     subset: str | None = Field(default=None, description="the hub data set's configuration")
     hf_split: str | None = Field(default=None, description="the one split of the hub's data set to read")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _laid_out(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("layout") in layouts.LAYOUTS and "columns" not in given:
+            return {**given, "columns": layouts.columns(given["layout"])}
+        return given
+
+    @field_validator("layout")
+    @classmethod
+    def _known(cls, layout: str | None) -> str | None:
+        if layout is not None and layout not in layouts.LAYOUTS:
+            raise ValueError(unknown("layout", layout, layouts.LAYOUTS))
+        return layout
+
     @model_validator(mode="after")
     def _roles(self) -> "Config":
+        if self.options and "options" in self.columns:
+            raise ValueError("options: a column holds them already (columns.options); state one of the two")
         for role, column in self.columns.items():
             if role not in ROLES and role != column:
                 raise ValueError(f"columns: {unknown('role', role, ROLES)}")
@@ -80,7 +102,7 @@ def read(config: Config, seed: int) -> Dataset:
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
     """
     rows = _checked_rows(config)
-    return _split([rows[i] for i in _sample(len(rows), config.max_records, seed)], config, seed)
+    return _split(_seen([rows[i] for i in _sample(len(rows), config.max_records, seed)], config), config, seed)
 
 
 def unused(config: Config, seed: int) -> list[Record]:
@@ -92,7 +114,7 @@ def unused(config: Config, seed: int) -> list[Record]:
 
 def read_all(config: Config) -> list[Record]:
     """All records in the order in which they lie, undivided: to evaluate, adapt or predict on."""
-    return [Record(row.key, row.fields) for row in _checked_rows(config)]
+    return [Record(row.key, row.fields) for row in _seen(_checked_rows(config), config)]
 
 
 def _checked_rows(config: Config) -> list[Row]:
@@ -100,56 +122,33 @@ def _checked_rows(config: Config) -> list[Row]:
     _check_columns(tables, config)
     _check_values(tables, config)
     tables = [_chosen(table, config) for table in tables]
-    rows = [row for table in tables for row in _rows(table, config) if row.split != "dropped"]
+    rows = [row for table in tables for row in _rows(table, config)]
+    rows = _dev_as_train(rows, config.source) if config.dev_as_train else [r for r in rows if r.split != "dropped"]
     _check_texts(rows, config)
     if "target" in config.wanted:
         _check_targets(rows, config.wanted["target"])
     return rows
 
 
+def _dev_as_train(rows: list[Row], source: str) -> list[Row]:
+    if not any(row.split == "dropped" for row in rows):
+        raise DataError(
+            f"{source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file beside train "
+            "and test, or the hub's validation split"
+        )
+    return [row._replace(split="train") if row.split == "dropped" else row for row in rows]
+
+
 def _tables(config: Config) -> list[Table]:
     if config.source == "ratings":
         return read_ratings(config.columns.get("target"))
-    if config.source.startswith("hf:"):
-        return _hub(config)
-    return read_files(Path(config.source).expanduser())
-
-
-def _hub(config: Config) -> list[Table]:
-    """The data set's train and test splits, or one split to be divided; class numbers become their names."""
-    name = config.source.removeprefix("hf:")
-    splits = _load(name, config)
-    if {"train", "test"} <= splits.keys():
-        return [_hub_table(f"{name} {split}", splits[split], split) for split in ("train", "test")]
-    only = config.hf_split or "train"
-    if only not in splits:
-        raise DataError(f"{config.source}: splits are {', '.join(splits)}; say which to read with hf_split")
-    return [_hub_table(f"{name} {only}", splits[only])]
-
-
-def _load(name: str, config: Config) -> dict[str, Any]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config.subset, split=config.hf_split)
-    except Exception as error:  # the hub's client raises a dozen kinds, offline ones among them
-        raise DataError(
-            f"hf:{name}: cannot be loaded ({type(error).__name__}: {error}); check the id, subset and hf_split and "
-            f"that the hub can be reached, or download the data and name a local file as source"
-        ) from error
-    return {config.hf_split: loaded} if config.hf_split else dict(loaded)  # type: ignore[arg-type]
-
-
-def _hub_table(name: str, dataset: Any, split: str | None = None) -> Table:
-    from datasets import ClassLabel
-
-    named = {column: feature for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
-
-    def words(row: dict[str, Any]) -> dict[str, Any]:
-        numbers = {column: row[column] for column in named}
-        return row | {c: None if n is None or n < 0 else named[c].int2str(n) for c, n in numbers.items()}
-
-    return Table(name, list(dataset.features), {i: words(row) for i, row in enumerate(dataset, 1)}, split=split)
+    path, on_hub = Path(config.source).expanduser(), config.source.startswith("hf:")
+    of_hub = partial(hub.read, config.source, config.subset, config.hf_split, config.dev_as_train)
+    if config.layout:
+        return layouts.arranged(config.layout, of_hub() if on_hub else layouts.read(config.layout, path))
+    if on_hub:
+        return of_hub()
+    return images.read_tables(path, config.columns["image"]) if "image" in config.columns else read_files(path)
 
 
 def _check_columns(tables: list[Table], config: Config) -> None:
@@ -161,7 +160,7 @@ def _check_columns(tables: list[Table], config: Config) -> None:
                 f"all files of one source need the same"
             )
     split = [config.split_column] if config.split_column else []
-    for column in [*config.wanted.values(), *config.where, *split]:
+    for column in [*config.wanted.values(), *config.options, *config.where, *split]:
         if column not in first.columns:
             raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
 
@@ -189,8 +188,10 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
     for number, cells in table.rows.items():
         key = f"{table.name} row {number}"
         fields = {name: _cell(cells.get(column)) for name, column in config.wanted.items()}
+        if config.options:
+            fields["options"] = [_cell(cells.get(column)) for column in config.options]
         if table.untyped and "target" in fields:
-            fields["target"] = _number(fields["target"])
+            fields["target"] = number_of(fields["target"])
         yield Row(key, fields, _side(key, cells, config.split_column) or table.split)
 
 
@@ -198,17 +199,6 @@ def _cell(value: Any) -> Any:
     """The value, or None where nothing is written."""
     empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
     return None if empty else value
-
-
-def _number(cell: str | None) -> str | int | float | None:
-    """A CSV cell as the number it spells, else as it is.
-
-    >>> _number("-3"), _number("2.50"), _number("1_0"), _number("nan")
-    (-3, 2.5, '1_0', 'nan')
-    """
-    if cell is None or not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell, re.ASCII):
-        return cell
-    return int(cell) if cell.strip().lstrip("+-").isdigit() else float(cell)
 
 
 def _side(key: str, cells: Mapping[str, Any], column: str | None) -> str | None:
@@ -229,6 +219,13 @@ def _check_texts(rows: list[Row], config: Config) -> None:
                 raise DataError(
                     f"{row.key}, column {config.columns[role]!r}: {given}; expected text: fill or drop the row"
                 )
+
+
+def _seen(rows: list[Row], config: Config) -> list[Row]:
+    """The same rows, each of which has an image if images are asked for."""
+    if "image" in config.columns:
+        images.check_all(((row.key, row.fields["image"]) for row in rows), config.columns["image"])
+    return rows
 
 
 KINDS = {str: "text", int: "a number", float: "a number", bool: "true/false"}

@@ -1,7 +1,8 @@
-"""Files as tables: CSV, TSV, JSON Lines and Parquet, every cell as it was written."""
+"""Files as tables: CSV, TSV, JSON Lines, JSON and Parquet, every cell as it was written."""
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -26,16 +27,29 @@ class Table(NamedTuple):
     split: str | None = None
 
 
-def read_files(path: Path) -> list[Table]:
-    """One table per readable file, by name; what has another ending is passed over in a folder."""
+def number_of(cell: Any) -> Any:
+    """A CSV cell as the number it spells, else as it is.
+
+    >>> number_of("-3"), number_of("2.50"), number_of("1_0"), number_of("nan")
+    (-3, 2.5, '1_0', 'nan')
+    """
+    if not isinstance(cell, str) or not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell, re.ASCII):
+        return cell
+    return int(cell) if cell.strip().lstrip("+-").isdigit() else float(cell)
+
+
+def read_files(path: Path, images: str | None = None) -> list[Table]:
+    """One table per readable file, by name; what has another ending is passed over in a folder. Of a Parquet file the
+    column `images` is not read, unless it holds paths."""
     if path.is_dir():
         paths = sorted((p for p in path.iterdir() if p.suffix.lower() in READERS and p.is_file()), key=lambda p: p.name)
+        paths = [p for p in paths if p.suffix.lower() != ".json"] or paths  # beside tables JSON is about them
         if not paths:
             raise DataError(
                 f"folder {path} holds no file ending in {', '.join(READERS)}; name another folder or a file"
             )
         named = {"train", "test"} <= {p.stem.lower() for p in paths} <= SPLITS.keys()
-        return [_file(p)._replace(split=SPLITS[p.stem.lower()] if named else None) for p in paths]
+        return [_file(p, images)._replace(split=SPLITS[p.stem.lower()] if named else None) for p in paths]
     if not path.is_file():
         raise DataError(
             f"there is no file or folder {str(path)!r}; source is 'ratings', the path of a table (seen from "
@@ -43,12 +57,13 @@ def read_files(path: Path) -> list[Table]:
         )
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path.name}: unknown ending {path.suffix!r}; save it as one of {', '.join(READERS)}")
-    return [_file(path)]
+    return [_file(path, images)]
 
 
-def _file(path: Path) -> Table:
+def _file(path: Path, images: str | None) -> Table:
+    reader = READERS[path.suffix.lower()]
     try:
-        table = READERS[path.suffix.lower()](path)
+        table = _parquet(path, images) if reader is _parquet else reader(path)
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error}); check that it is whole and readable") from error
     if not table.rows:
@@ -60,7 +75,8 @@ def _table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]
     return Table(path.name, [str(c) for c in columns], dict(enumerate(rows, 1)), untyped)
 
 
-def _utf8(path: Path) -> str:
+def utf8(path: Path) -> str:
+    """The file's text. Raises `DataError` with the line that is not UTF-8."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
@@ -76,7 +92,7 @@ def _delimited(path: Path, separator: str) -> Table:
     """Every cell as text: "NA" and "null" are words like any other. Only a target that spells a number becomes one."""
     import pandas as pd
 
-    text = io.StringIO(_utf8(path))
+    text = io.StringIO(utf8(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -92,7 +108,7 @@ def _delimited(path: Path, separator: str) -> Table:
 
 
 def _json_lines(path: Path) -> Table:
-    rows = [_json_object(f"{path.name} line {n}", line) for n, line in enumerate(_utf8(path).split("\n"), 1)]
+    rows = [_json_object(f"{path.name} line {n}", line) for n, line in enumerate(utf8(path).split("\n"), 1)]
     rows = [row for row in rows if row is not None]
     return _table(path, rows, dict.fromkeys(name for row in rows for name in row))
 
@@ -109,16 +125,42 @@ def _json_object(place: str, line: str) -> dict[str, Any] | None:
     return value
 
 
-def _parquet(path: Path) -> Table:
+def _json(path: Path) -> Table:
+    """A list of objects; one object of objects, whose keys become the column `id`; or JSON Lines under another ending."""
+    try:
+        whole = json.loads(utf8(path).strip() or "[]")
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _json_lines(path)
+        raise DataError(f"{path.name} line {error.lineno}: not JSON ({error.msg}); copy or write it again") from error
+    if isinstance(whole, dict):
+        if not all(isinstance(row, dict) for row in whole.values()):
+            return _json_lines(path)  # of one line
+        whole = [{"id": key} | row for key, row in whole.items()]
+    if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
+        raise DataError(f"{path.name}: no table; expected a list of objects, an object of objects, or an object a line")
+    return _table(path, whole, dict.fromkeys(name for row in whole for name in row))
+
+
+def _parquet(path: Path, images: str | None = None) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read()
+            fields = {field.name: field.type for field in file.schema_arrow}
+            read = [name for name, kind in fields.items() if name != images or not holds_bytes(kind)]
+            rows = file.read(columns=read).to_pylist() if read else [{} for _ in range(file.metadata.num_rows)]
     except pa.ArrowInvalid as error:
         raise DataError(f"{path.name}: no whole Parquet file ({error}); copy or write it again") from error
-    return _table(path, table.to_pylist(), table.column_names)
+    return _table(path, rows, fields)
+
+
+def holds_bytes(kind: Any) -> bool:
+    """Whether an Arrow column of this type holds files (or the hub's `{"bytes", "path"}`) and not their paths."""
+    import pyarrow.types as of
+
+    return of.is_binary(kind) or of.is_large_binary(kind) or of.is_struct(kind)
 
 
 READERS = {
@@ -127,4 +169,5 @@ READERS = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".parquet": _parquet,
+    ".json": _json,
 }

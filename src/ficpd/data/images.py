@@ -1,0 +1,208 @@
+"""Images where they lie: beside a table, in a folder for each label, or in a column of a Parquet file.
+
+Only the place of an image is kept. Its header is looked at when the data are read, so that a missing or foreign file
+costs no run; pixels are decoded where a backbone looks at them, and one that is damaged further in is an error only then.
+"""
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ficpd.data.tables import READERS, SPLITS, Table, holds_bytes, read_files
+from ficpd.errors import DataError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+KEEP_BYTES = 256 << 20
+"""Of encoded images out of Parquet files: so much is held in memory, or one row group, if that is larger."""
+Place = Path | bytes | Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, not yet decoded. `key`: of the record it belongs to. `place`: a file, the bytes of one, or what gives either
+    when it is called."""
+
+    key: str
+    place: Place = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.place) if isinstance(self.place, Path) else self.key
+
+    def open(self) -> Image.Image:
+        """The whole image in RGB: turned as its camera says, transparent parts white, 16 bits as 8. Raises `DataError`."""
+        return self._opened(_rgb)
+
+    def check(self) -> None:
+        """Raises `DataError` if there is no image: the header is read, not the pixels."""
+        self._opened(lambda image: image)
+
+    def _opened(self, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+        try:
+            place = self.place() if callable(self.place) else self.place
+            with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
+                return use(image)
+        except Exception as error:  # each of Pillow's decoders raises kinds of its own
+            where = f", file {self.place}" if isinstance(self.place, Path) else ""
+            raise DataError(
+                f"{self.key}{where}: no image that can be read ({type(error).__name__}: {str(error)[:200]}); save it again "
+                "as PNG or JPEG, or leave the record out"
+            ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode} are neither 8 nor 16 bits")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
+    """Raises `DataError` for a row, given by key and cell, in which there is no image."""
+    for key, cell in cells:
+        if not isinstance(cell, Picture):
+            given = "is empty" if cell is None else f"holds {str(cell)[:60]!r}"
+            raise DataError(
+                f"{key}, column {column!r}: {given}; expected an image: its path, or in Parquet its bytes; fill or drop "
+                "the row"
+            )
+        cell.check()
+
+
+# ---------------------------------------------------------------- tables with a column of images
+
+
+def read_tables(path: Path, column: str) -> list[Table]:
+    """As `read_files`, the cells of `column` being `Picture`s (None where nothing is written); or a folder of images.
+
+    In CSV, TSV and JSON Lines the column holds paths, seen from the table's folder; in Parquet paths, bytes, or the hub's
+    `{"bytes", "path"}`. A folder without tables holds images, in a folder for each label, and above these, if it likes, in
+    `train` and `test`: its columns are `image` and `target`.
+    """
+    if path.is_dir() and not any(p.suffix.lower() in READERS for p in path.iterdir()):
+        return list(_folders(path))
+    folder = path if path.is_dir() else path.parent
+    return [_with_pictures(folder / table.name, table, column) for table in read_files(path, column)]
+
+
+def _with_pictures(file: Path, table: Table, column: str) -> Table:
+    if column not in table.columns:
+        return table
+    stored = _cells(file, column) if file.suffix.lower() == ".parquet" else {}
+    rows = {}
+    for number, cells in table.rows.items():
+        place = stored.get(number) or _path(file.parent, cells.get(column))
+        rows[number] = {**cells, column: place and Picture(f"{table.name} row {number}", place)}
+    return table._replace(rows=rows)
+
+
+def _path(folder: Path, cell: Any) -> Path | None:
+    return folder / Path(cell.strip()).expanduser() if isinstance(cell, str) and cell.strip() else None
+
+
+def _folders(path: Path) -> Iterator[Table]:
+    inner = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    sides = {name.lower() for name in inner}
+    if {"train", "test"} <= sides <= SPLITS.keys():
+        for name, folder in inner.items():
+            yield _labelled(folder)._replace(split=SPLITS[name.lower()])
+    else:
+        yield _labelled(path)
+
+
+def _labelled(path: Path) -> Table:
+    """One row per image; the folder it is in is its target. Images without such folders have none."""
+    labels = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(image, label.name) for label in labels for image in _images(label)] or [(i, None) for i in _images(path)]
+    if empty := [label.name for label in labels if not _images(label)] or ([] if found else [path.name]):
+        raise DataError(
+            f"folder {path}: no image in {empty[0]!r}; expected a folder for each label with files ending in "
+            f"{', '.join(ENDINGS)} directly in it, or train and test with such folders"
+        )
+    rows = {}
+    for number, (image, label) in enumerate(found, 1):
+        rows[number] = {"image": Picture(f"{path.name} row {number}", image)} | ({"target": label} if labels else {})
+    return Table(path.name, ["image", "target"] if labels else ["image"], rows)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file() and not p.name.startswith(".")
+    )
+
+
+# ---------------------------------------------------------------- bytes in Parquet and on the hub
+
+
+def _cells(file: Path, column: str) -> dict[int, Place]:
+    """By row: what reads its image. Nothing for a column of paths, which the table holds itself."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        if not holds_bytes(opened.schema_arrow.field(column).type):
+            return {}
+        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+    places = ((group, row) for group, size in enumerate(sizes) for row in range(size))
+    return {number: partial(_stored, file, column, *place) for number, place in enumerate(places, 1)}
+
+
+def _stored(file: Path, column: str, group: int, row: int) -> Place:
+    return given(_groups.fetch(file, column, group)[row].as_py(), file.parent)
+
+
+def given(value: Any, folder: Path) -> Place:
+    """The bytes or path in a cell. Raises `ValueError` if it holds neither."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not value or not isinstance(value, str):
+        raise ValueError("the cell is empty")
+    return folder / value
+
+
+class _Groups:
+    """The row groups that were read last. Images of a set are asked for in any order, and never all of them held."""
+
+    def __init__(self, limit: int):
+        self.limit, self.kept = limit, OrderedDict[tuple[Path, str, int], Any]()
+
+    def fetch(self, file: Path, column: str, group: int) -> Any:
+        import pyarrow.parquet as pq
+
+        key = file, column, group
+        if key not in self.kept:
+            with pq.ParquetFile(file) as opened:
+                self.kept[key] = opened.read_row_group(group, columns=[column]).column(column)
+            while len(self.kept) > 1 and sum(values.nbytes for values in self.kept.values()) > self.limit:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+
+_groups = _Groups(KEEP_BYTES)
+
+
+def of_hub(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[str, Picture]]:
+    """Of the n-th row (from 1) of a hub's data set: its images, which stay where the data set lies."""
+    from datasets import Image as Feature
+
+    for column in columns:
+        dataset = dataset.cast_column(column, Feature(decode=False))
+
+    def place(number: int, column: str) -> Place:
+        return given(dataset[number - 1][column], Path())
+
+    return lambda number: {c: Picture(f"{name} row {number}", partial(place, number, c)) for c in columns}

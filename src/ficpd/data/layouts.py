@@ -1,0 +1,279 @@
+"""Public data sets as they are handed out: who reads one by its layout's name need not say which column is what.
+
+| layout | official files, or the hub's rows | text, text_pair | target | further columns |
+|---|---|---|---|---|
+| medqa | JSON Lines of jind11/MedQA (4 or 5 options) | question | options, place | step |
+| medmcqa | train.json, dev.json (JSON Lines) | question | options, place | subject, topic, choice_type, id |
+| pubmedqa | ori_pqal.json | context, question | yes, no, maybe | year, id |
+| xglue-nc | XGLUE's folder NC | title, body | foodanddrink, sports, ... (10) | lang |
+| xglue-xnli | XNLI | premise, hypothesis | entailment, neutral, contradiction | lang |
+| xglue-pawsx | PAWSX | two sentences | different, same | lang |
+| xglue-qam | QAM | question, passage | False, True | lang |
+| xglue-qadsm | QADSM | query, advertisement | Bad, Good | lang |
+| xglue-wpr | WPR | query, web page | Bad, Fair, Good, Excellent, Perfect | lang |
+| xglue-qg | QG | passage | question | lang |
+| xglue-ntg | NTG | news | title | lang |
+
+A column `split` (train, dev, test, or empty where the files do not say) is there for `where`. MedQA: Jin et al., 2020, arXiv
+2009.13081; MedMCQA: Pal et al., CHIL 2022, arXiv 2203.14371; PubMedQA: Jin et al., EMNLP 2019, arXiv 1909.06146; XGLUE:
+Liang et al., EMNLP 2020, arXiv 2004.01401.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ficpd.data import tables
+from ficpd.data.tables import SPLITS, Table, utf8
+from ficpd.errors import DataError, unknown
+
+Cells = Mapping[str, Any]
+OPTIONS = ("opa", "opb", "opc", "opd")
+WITHOUT = (
+    "; official test files have no answers: leave them out (a dev file may be named test instead), or say which split of "
+    "the hub's to read (hf_split)"
+)
+
+
+class Xglue(NamedTuple):
+    """One of XGLUE's tasks. `files`: a path below its folder, {lang} and {split} (and {side}) open. `columns`: as the hub
+    names them, the text first, the target last. `labels`: as the files spell them, or the hub, to what they stand for."""
+
+    folder: str
+    files: tuple[str, ...]
+    columns: tuple[str, ...]
+    languages: str
+    labels: Mapping[str, str] | None = None
+
+
+def _same(*labels: str, **others: str) -> dict[str, str]:
+    return {label: label for label in labels} | others
+
+
+def _numbered(*labels: str) -> dict[str, str]:
+    return _same(*labels) | {str(number): label for number, label in enumerate(labels)}
+
+
+OWN, SIDES = ("xglue.{task}.{lang}.{split}",), ("xglue.{task}.{lang}.{side}.{split}",)
+XGLUE = {
+    "nc": Xglue("NC", OWN, ("news_title", "news_body", "news_category"), "en de es fr ru",
+                _same("foodanddrink", "sports", "travel", "finance", "lifestyle", "news", "entertainment", "health",
+                      "video", "autos")),
+    "xnli": Xglue("XNLI", ("multinli.{split}.{lang}.tsv", "{lang}.{split}"), ("premise", "hypothesis", "label"),
+                  "en ar bg de el es fr hi ru sw th tr ur vi zh",
+                  _same("entailment", "neutral", "contradiction", contradictory="contradiction")),
+    "pawsx": Xglue("PAWSX", ("{lang}/{split}.tsv", "{lang}/{split}_2k.tsv"), ("sentence1", "sentence2", "label"),
+                   "en de es fr", _numbered("different", "same")),
+    "qam": Xglue("QAM", OWN, ("question", "answer", "label"), "en de fr", _numbered("False", "True")),
+    "qadsm": Xglue("QADSM", OWN, ("query", "ad_title", "ad_description", "relevance_label"), "en de fr",
+                   _same("Bad", "Good")),
+    "wpr": Xglue("WPR", OWN, ("query", "web_page_title", "web_page_snippet", "relavance_label"), "en de es fr it pt zh",
+                 _numbered("Bad", "Fair", "Good", "Excellent", "Perfect")),
+    "qg": Xglue("QG", SIDES, ("answer_passage", "question"), "en de es fr it pt"),
+    "ntg": Xglue("NTG", SIDES, ("news_body", "news_title"), "en de es fr ru"),
+}  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """`columns` of every row that `row` makes of a place (for errors) and a row of the files."""
+
+    columns: tuple[str, ...]
+    row: Callable[..., dict[str, Any]]
+
+
+def columns(layout: str) -> dict[str, str]:
+    """What `data.columns` is unless it is stated: all that the layout has."""
+    return {column: column for column in LAYOUTS[layout].columns}
+
+
+def read(layout: str, path: Path) -> list[Table]:
+    """The files as they are; those of XGLUE with the hub's column names and `lang`."""
+    if layout.startswith("xglue-"):
+        return _xglue_files(layout.removeprefix("xglue-"), path)
+    return tables.read_files(path)
+
+
+def arranged(layout: str, found: Sequence[Table]) -> list[Table]:
+    """The same tables in our roles. Raises `DataError` with the row that is not of this layout."""
+    of = LAYOUTS[layout]
+    row = partial(of.row, first=_first_option(found)) if layout == "medmcqa" else of.row
+    arranged = []
+    for table in found:
+        split = {"dropped": "dev"}.get(str(table.split), table.split)
+        spoken = {"lang": _language(table.name)} if "lang" in of.columns else {}
+        rows = {n: row(f"{table.name} row {n}", {**spoken, **c}) | {"split": split} for n, c in table.rows.items()}
+        arranged.append(Table(table.name, [*of.columns, "split"], rows, split=table.split))
+    return arranged
+
+
+def _get(place: str, cells: Cells, *names: str) -> Any:
+    """The value of the column that a copy of the data calls one of these names."""
+    found = next((name for name in names if name in cells), None)
+    if found is None:
+        raise DataError(f"{place}: {unknown('column', names[0], cells)}; is it the right layout for this file?")
+    return cells[found]
+
+
+# ---------------------------------------------------------------- medicine
+
+
+def _medqa(place: str, cells: Cells) -> dict[str, Any]:
+    options = _get(place, cells, "options")
+    if isinstance(options, list) and all(isinstance(option, Mapping) for option in options):
+        options = {option.get("key"): option.get("value") for option in options}
+    if not isinstance(options, Mapping):
+        raise DataError(f"{place}: options {options!r} are no mapping of letters to texts, as MedQA has them")
+    options = {letter: text for letter, text in options.items() if text}
+    right = cells.get("answer_idx") or next((k for k, text in options.items() if text == cells.get("answer")), None)
+    if right not in options:
+        given = right or cells.get("answer")
+        raise DataError(f"{place}: the answer {given!r} is none of the options {', '.join(map(str, options))}{WITHOUT}")
+    return {
+        "text": _get(place, cells, "question"),
+        "options": list(options.values()),
+        "target": list(options).index(right),
+        "step": cells.get("meta_info"),
+    }
+
+
+def _medmcqa(place: str, cells: Cells, first: int = 0) -> dict[str, Any]:
+    said = str(_get(place, cells, "cop") if "cop" in cells else "").strip().lower()
+    right = int(said) - first if said.isdigit() else "abcd".find(said) if len(said) == 1 else -1
+    if right not in range(len(OPTIONS)):
+        raise DataError(f"{place}: cop {cells.get('cop')!r} names no option{WITHOUT}")
+    return {
+        "text": _get(place, cells, "question"),
+        "options": [_get(place, cells, option) for option in OPTIONS],
+        "target": right,
+        "subject": cells.get("subject_name"),
+        "topic": cells.get("topic_name"),
+        "choice_type": cells.get("choice_type"),
+        "id": cells.get("id"),
+    }
+
+
+def _first_option(found: Sequence[Table]) -> int:
+    """Whether the files count options from 0 (a 0 is found) or from 1 (a 4 is found)."""
+    said = {str(cells.get("cop")).strip() for table in found for cells in table.rows.values()}
+    numbers = {word for word in said if word.isdigit()}
+    if numbers and ("0" in numbers) == ("4" in numbers):
+        raise DataError(
+            f"{found[0].name}: cop is one of {', '.join(sorted(numbers))} throughout, which does not tell whether the first "
+            "option is 0 or 1; write letters (a to d), or read more of the data"
+        )
+    return int("4" in numbers)
+
+
+def _pubmedqa(place: str, cells: Cells) -> dict[str, Any]:
+    contexts = _get(place, cells, "CONTEXTS", "context")
+    contexts = contexts.get("contexts") if isinstance(contexts, Mapping) else contexts
+    said = cells.get("final_decision")
+    if said not in ("yes", "no", "maybe"):
+        raise DataError(f"{place}: final_decision is {said!r}; expected yes, no or maybe (ori_pqal.json, pqa_labeled)")
+    return {
+        "text": " ".join(contexts) if isinstance(contexts, list) else contexts,
+        "text_pair": _get(place, cells, "QUESTION", "question"),
+        "target": said,
+        "year": cells.get("YEAR"),
+        "id": cells.get("id", cells.get("pubid")),
+    }
+
+
+# ---------------------------------------------------------------- XGLUE
+
+
+def _pair(task: str, place: str, cells: Cells) -> dict[str, Any]:
+    first, *others, last = XGLUE[task].columns
+    said, labels = _get(place, cells, last), XGLUE[task].labels
+    if labels is not None and said not in labels:
+        raise DataError(f"{place}: {unknown('label', str(said), labels)}")
+    paired = [_get(place, cells, name, *TYPING_ERRORS.get(name, ())) for name in others]
+    return {
+        "text": _get(place, cells, first),
+        **({"text_pair": "\n".join(text for text in paired if text and text.strip())} if others else {}),
+        "target": labels[said] if labels else said,
+        "lang": cells["lang"],
+    }
+
+
+TYPING_ERRORS = {"web_page_title": ("wed_page_title",), "answer": ("annswer",)}
+"""Of the hub's own copy."""
+
+
+def _xglue_files(task: str, path: Path) -> list[Table]:
+    """One table per language and split, from the task's folder or the one that holds all of them."""
+    of = XGLUE[task]
+    folder = path / of.folder if (path / of.folder).is_dir() else path
+    known, found = of.languages.split(), []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []:
+        match = next((m for p in of.files if (m := _matched(p, task, file.relative_to(folder).as_posix()))), None)
+        if match is None or match.get("side") == "tgt":
+            continue
+        if match["lang"] not in known:
+            raise DataError(f"{file}: {unknown('language', match['lang'], known)} (in XGLUE's {of.folder})")
+        rows = {n: cells | {"lang": match["lang"]} for n, cells in enumerate(_lines(file, of, match), 1)}
+        if not rows:
+            raise DataError(f"{file.name}: no rows; copy it again")
+        name = file.relative_to(folder).as_posix()
+        found.append(Table(name, [*of.columns, "lang"], rows, split=SPLITS[match["split"]]))
+    if not found:
+        names = " or ".join(pattern.format(task=task, lang="en", split="train", side="src") for pattern in of.files)
+        raise DataError(f"{folder} holds no file of XGLUE's {of.folder} ({names}); give the task's folder as source")
+    return found
+
+
+def _matched(pattern: str, task: str, name: str) -> dict[str, str] | None:
+    """What stands in a file's name where the pattern is open."""
+    lang, split, side = "(?P<lang>[A-Za-z_-]+)", "(?P<split>train|dev|test)", "(?P<side>src|tgt)"
+    match = re.fullmatch(pattern.replace(".", r"\.").format(task=task, lang=lang, split=split, side=side), name)
+    return match.groupdict() if match else None
+
+
+def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A file's rows. Quotes are signs like others; `.tsv` files begin with a header, and PAWS-X's rows with a number."""
+    if "side" in match:
+        target = file.with_name(file.name.replace(".src.", ".tgt."))
+        yield from (dict(zip(of.columns, both, strict=True)) for both in _parallel(file, target))
+        return
+    numbered, header = file.suffix == ".tsv" and of.folder == "PAWSX", file.suffix == ".tsv"
+    for number, line in _numbered_lines(file):
+        cells = line.split("\t")[numbered:]
+        if len(cells) != len(of.columns):
+            raise DataError(
+                f"{file.name} line {number}: {len(cells)} columns, not {len(of.columns)} ({', '.join(of.columns)})"
+                + ("; a pair column or the label is missing" if len(cells) < len(of.columns) else "")
+            )
+        if not (header and number == 1):
+            yield dict(zip(of.columns, cells, strict=True))
+
+
+def _parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
+    if not target.is_file():
+        raise DataError(f"{source.name}: there is no {target.name} beside it; every text needs its target")
+    texts, targets = ([line for _, line in _numbered_lines(file)] for file in (source, target))
+    if len(texts) != len(targets):
+        raise DataError(f"{source.name} has {len(texts)} lines, {target.name} {len(targets)}; each line has its own")
+    yield from zip(texts, targets, strict=True)
+
+
+def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+    lines = utf8(file).split("\n")
+    yield from ((number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line or number < len(lines))
+
+
+def _language(table: str) -> str:
+    """The language of one of the hub's splits (`validation.de`; train is English)."""
+    return table.rpartition(" ")[2].partition(".")[2] or "en"
+
+
+LAYOUTS = {
+    "medqa": Layout(("text", "options", "target", "step"), _medqa),
+    "medmcqa": Layout(("text", "options", "target", "subject", "topic", "choice_type", "id"), _medmcqa),
+    "pubmedqa": Layout(("text", "text_pair", "target", "year", "id"), _pubmedqa),
+    **{
+        f"xglue-{task}": Layout(("text", *["text_pair"][: len(of.columns) - 2], "target", "lang"), partial(_pair, task))
+        for task, of in XGLUE.items()
+    },
+}
