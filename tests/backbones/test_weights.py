@@ -322,6 +322,7 @@ def test_named_weights_are_uris_that_can_be_read(name):
     [
         ({"model_type": "bert", "architectures": ["BertModel"]}, "encoder"),
         ({"model_type": "xlm-roberta"}, "encoder"),
+        ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "masked_lm"),
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "causal_lm"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every backbone: rows never see each other, layers below are computed once, starts are real activations.
 
 A new module of `backbones/` is found by itself; it needs one entry in `BUILDERS`: a small random model, no download.
+What is read here are texts; a backbone that sees is shown an image made of each.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import sights
 import small
-from ficpd.backbones import causal_lm, encoder, tiny
+from ficpd.backbones import causal_lm, encoder, masked_lm, tiny, vision
 from ficpd.backbones.weights import Weights
 from ficpd.compute import Compute
 from ficpd.errors import BackboneError
@@ -30,13 +32,13 @@ WIDTH, TOKENS = 32, 4
 # ---------------------------------------------------------------- small ones of every kind
 
 
-def write_encoder(folder: Path) -> Path:
+def write_encoder(folder: Path, model: Any = BertModel) -> Path:
     torch.manual_seed(5)
     config = BertConfig(
         vocab_size=5 + len(WORDS), hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=48, initializer_range=0.3,
     )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    model(config).save_pretrained(folder)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: place for place, word in enumerate([*special, *WORDS])}
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -77,7 +79,7 @@ class Builder(NamedTuple):
 
     write: Callable[[Path], Path]
     build: Callable[..., Any]
-    words: Callable[[Any], torch.Tensor]
+    words: Callable[[Any], torch.Tensor] = lambda backbone: torch.zeros(0, backbone.width)
     led: Callable[[torch.Tensor], torch.Tensor] = lambda ids: ids[:0]
 
 
@@ -96,7 +98,10 @@ def embeddings(backbone: Any) -> torch.Tensor:
 BUILDERS = {
     "tiny": Builder(lambda folder: folder, loader(tiny), lambda backbone: backbone.words),
     "encoder": Builder(write_encoder, loader(encoder), embeddings),
+    "masked_lm": Builder(lambda folder: write_encoder(folder, BertForMaskedLM), loader(masked_lm), embeddings),
     "causal_lm": Builder(write_causal_lm, loader(causal_lm), embeddings, lambda ids: ids[-1:]),
+    "vision": Builder(sights.write_dinov2, loader(vision)),
+    "vision (clip)": Builder(sights.write_clip, loader(vision)),
 }
 
 
@@ -121,7 +126,7 @@ def two_word_labels() -> Task:
 TASKS = {"words": one_word_labels, "phrases": two_word_labels, "head": lambda: one_word_labels(tuned_head=True)}
 
 
-@pytest.fixture(scope="module", params=names("backbones"))
+@pytest.fixture(scope="module", params=sorted({*names("backbones"), *BUILDERS}))
 def kind(request, tmp_path_factory) -> tuple[str, Path, Any]:
     if request.param not in BUILDERS:
         pytest.fail(f"backbone {request.param!r} has no entry in BUILDERS of tests/contracts/test_backbone.py: add one")
@@ -135,8 +140,17 @@ def backbone(kind) -> Any:
     return kind[2]
 
 
+@pytest.fixture
+def reader(backbone) -> Any:
+    if backbone.sees:
+        pytest.skip("it reads no texts")
+    return backbone
+
+
 @pytest.fixture(params=TASKS)
 def case(request, kind) -> Case:
+    if not kind[2].knows_words and request.param != "head":
+        pytest.skip("it knows no words: only a head can be tuned")
     return Case(*kind, TASKS[request.param]())
 
 
@@ -151,15 +165,18 @@ def prompts(case: Case, rows: int, seed: int = 0, scale: float = 0.5) -> torch.T
 
 def batch_of(case: Case, layer: int, texts: list[str] = TEXTS):
     records = [
-        small.Record(f"row {i}", {"text": text, "target": ("good", "bad")[i % 2]}) for i, text in enumerate(texts)
+        small.Record(f"row {i}", {"text": text, "image": sights.Seen(text), "target": ("good", "bad")[i % 2]})
+        for i, text in enumerate(texts)
     ]
     empty = torch.zeros(TOKENS + case.task.head_rows, case.backbone.width)
     prompt = Prompt(empty, case.backbone.fingerprint, layer, case.task.head_rows)
     return case.task.encode(records, case.backbone, prompt)
 
 
-def items_of(backbone: Any, texts: list[str] = TEXTS) -> list[Item]:
-    return [backbone.read(text, None, "", None, TOKENS) for text in texts]
+def items_of(backbone: Any, texts: list[str] = TEXTS, room: int = TOKENS) -> list[Item]:
+    if backbone.sees:
+        return [backbone.look(sights.Seen(text), room) for text in texts]
+    return [backbone.read(text, None, "", None, room) for text in texts]
 
 
 def outcome(ask: Callable[[], Any]) -> Any:
@@ -171,7 +188,8 @@ def outcome(ask: Callable[[], Any]) -> Any:
 
 
 def test_a_new_backbone_needs_an_entry_here():
-    assert set(names("backbones")) == set(BUILDERS), "add the new backbone to BUILDERS, so that this contract covers it"
+    covered = {name.partition(" ")[0] for name in BUILDERS}
+    assert set(names("backbones")) == covered, "add the new backbone to BUILDERS, so that this contract covers it"
 
 
 # ---------------------------------------------------------------- rows never see each other
@@ -180,7 +198,7 @@ def test_a_new_backbone_needs_an_entry_here():
 def test_a_row_alone_answers_as_in_a_padded_batch(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 2)
-        assert len({item.length for items in batch.items for item in items}) > 2
+        assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.sees
         model = Compute(case.backbone)
         together = model.answer([Query(stacked, batch, grad=True, outputs=True)])[0]
         for k in range(2):
@@ -279,7 +297,8 @@ def test_an_all_zero_prompt_has_finite_gradients(case):
 
 def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
     name, folder, _ = kind
-    case = Case(name, folder, BUILDERS[name].build(folder, torch.bfloat16), one_word_labels())
+    built = BUILDERS[name].build(folder, torch.bfloat16)
+    case = Case(name, folder, built, one_word_labels(tuned_head=not built.knows_words))
     query = Query(prompts(case, 1), batch_of(case, 0), grad=True, outputs=True)
     answer = Compute(case.backbone).answer([query])[0]
     dtypes = {answer.loss_KB.dtype, answer.grad_KBPD.dtype, answer.outputs_KB.features_RD.dtype}
@@ -294,6 +313,9 @@ def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
 def test_a_start_is_the_activations_of_words(kind, text):
     """At layer 0 each vector is a word's own; further up it is what the layers below make of those very words."""
     name, _, backbone = kind
+    if backbone.sees:
+        check_a_start_of_patches(backbone, text)
+        return
     table = BUILDERS[name].words(backbone).float()
     bottom = backbone.start(text, TOKENS, 0, 7)
     distances = (bottom[:, None] - table).abs().amax(-1)
@@ -307,11 +329,27 @@ def test_a_start_is_the_activations_of_words(kind, text):
         assert small.close(vectors, backbone.below([Item(whole, len(whole))], layer)[0][-TOKENS:])
 
 
+def check_a_start_of_patches(backbone: Any, text: str | None) -> None:
+    """At every layer each vector is one and the same patch of a made-up image, as it is there; no class token is."""
+    items = [backbone.look(image, TOKENS) for image in backbone.nonsense(8, 7)]
+    patches = [torch.cat([state[1:] for state in backbone.below(items, layer)]).float() for layer in layers(backbone)]
+    distances = (backbone.start(text, TOKENS, 0, 7)[:, None] - patches[0]).abs().amax(-1)
+    ids = distances.argmin(1)
+    assert len(set(ids.tolist())) == TOKENS
+    for layer in layers(backbone):
+        vectors = backbone.start(text, TOKENS, layer, 7)
+        assert (vectors.shape, vectors.dtype, vectors.device) == ((TOKENS, backbone.width), torch.float32, small.CPU)
+        assert small.close(vectors, patches[layer][ids])
+
+
 def test_a_start_comes_from_its_text_or_seed_alone(backbone):
     for layer in layers(backbone):
         text = backbone.start("the film was good", TOKENS, layer, 0)
-        assert torch.equal(text, backbone.start("the film was good", TOKENS, layer, 1))
-        assert not small.close(text, backbone.start("we saw it twice", TOKENS, layer, 0), 0.01)
+        if backbone.sees:  # a text says nothing to it
+            assert torch.equal(text, backbone.start(None, TOKENS, layer, 0))
+        else:
+            assert torch.equal(text, backbone.start("the film was good", TOKENS, layer, 1))
+            assert not small.close(text, backbone.start("we saw it twice", TOKENS, layer, 0), 0.01)
         drawn = backbone.start(None, TOKENS, layer, 0)
         assert torch.equal(drawn, backbone.start(None, TOKENS, layer, 0))
         assert not small.close(drawn, backbone.start(None, TOKENS, layer, 1), 0.01)
@@ -355,39 +393,53 @@ def test_it_leaves_the_global_random_state_alone(kind):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_long_text_is_cut_so_that_the_prompt_fits(backbone):
+def test_a_long_text_is_cut_so_that_the_prompt_fits(reader):
     for pair in (None, "bad story " * 200):
-        item = backbone.read("the film was good " * 200, pair, "", None, TOKENS)
-        assert item.length == len(item.content) <= backbone.max_tokens - TOKENS
-        answered = backbone.above(torch.zeros(1, TOKENS, backbone.width), backbone.below([item], 0), [item], 0)
+        item = reader.read("the film was good " * 200, pair, "", None, TOKENS)
+        assert item.length == len(item.content) <= reader.max_tokens - TOKENS
+        answered = reader.above(torch.zeros(1, TOKENS, reader.width), reader.below([item], 0), [item], 0)
         assert torch.isfinite(answered.features_RD).all()
 
 
-def test_a_pair_is_read(backbone):
-    one, other = (backbone.read("the film", pair, "", None, TOKENS) for pair in ("was good", "was bad"))
-    assert one.length > backbone.read("the film", None, "", None, TOKENS).length
+def test_the_share_of_a_text_that_is_unknown_is_told(kind):
+    name, _, backbone = kind
+    assert backbone.unknown_share([]) == backbone.unknown_share(TEXTS) == 0.0
+    told = backbone.unknown_share(["the film ภาพยนตร์", "was ፊልም"])
+    assert told == (0.0 if name == "tiny" or backbone.sees else 0.4)
+
+
+def test_images_are_looked_at_and_texts_read_never_the_other(backbone):
+    image = outcome(lambda: backbone.look(sights.Seen("a"), 0))
+    text = outcome(lambda: backbone.read("a", None, "", None, 0))
+    assert isinstance(text if backbone.sees else image, BackboneError)
+    assert isinstance(image if backbone.sees else text, Item)
+
+
+def test_a_pair_is_read(reader):
+    one, other = (reader.read("the film", pair, "", None, TOKENS) for pair in ("was good", "was bad"))
+    assert one.length > reader.read("the film", None, "", None, TOKENS).length
     assert one.content.tolist() != other.content.tolist()
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
-def test_a_text_without_words_is_read_or_refused(backbone, text):
-    item = outcome(lambda: backbone.read(text, None, "", None, TOKENS))
+def test_a_text_without_words_is_read_or_refused(reader, text):
+    item = outcome(lambda: reader.read(text, None, "", None, TOKENS))
     if isinstance(item, BackboneError):
         assert "empty" in str(item)
         return
-    answered = backbone.above(torch.ones(1, TOKENS, backbone.width), backbone.below([item], 0), [item], 0)
+    answered = reader.above(torch.ones(1, TOKENS, reader.width), reader.below([item], 0), [item], 0)
     assert torch.isfinite(answered.features_RD).all()
 
 
 @pytest.mark.parametrize("more", [0, 1, 1000])
 def test_a_prompt_that_leaves_no_room_is_refused(backbone, more):
     with pytest.raises(BackboneError, match="virtual tokens"):
-        backbone.read("the film", None, "", None, backbone.max_tokens + more)
+        items_of(backbone, room=backbone.max_tokens + more)
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\t"])
 def test_an_answer_without_tokens_is_refused(backbone, answer):
-    with pytest.raises(BackboneError, match="has no tokens"):
+    with pytest.raises(BackboneError, match="has no tokens" if backbone.knows_words else "task.tuned_head"):
         backbone.readout("is", ["good", answer])
 
 
@@ -396,7 +448,7 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
     written = outcome(lambda: backbone.generate(prompt, TEXTS, 3))
     drawn = outcome(lambda: backbone.generate(prompt, TEXTS, 3, temperature=1.0, seed=1))
     read = outcome(lambda: [backbone.read(text, None, "", "good", TOKENS, writes=3) for text in TEXTS])
-    items = [backbone.read(text, None, "", None, TOKENS) for text in TEXTS]
+    items = items_of(backbone)
     after = outcome(lambda: backbone.write(prompt.vectors_PD.expand(len(items), -1, -1), items, 0, 3))
     if isinstance(written, BackboneError):
         assert all("cannot write" in str(refusal) for refusal in (written, drawn, read, after))
@@ -409,6 +461,7 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
 def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):
     texts = backbone.nonsense(20, 3)
     assert len(texts) == 20
-    assert all(text.strip() for text in texts)
-    assert len(set(texts)) > 15
+    said = [(text.open().mode, text.open().tobytes()) if backbone.sees else text.strip() for text in texts]
+    assert all(said)
+    assert len(set(said)) > 15
     assert backbone.nonsense(20, 3) == texts != backbone.nonsense(20, 4)

@@ -38,8 +38,10 @@ NAMED: dict[str, Named] = {
 KINDS: dict[str, str] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "causal_lm"),
+    **dict.fromkeys(("dinov2", "vit", "clip"), "vision"),
 }
-"""`model_type` of a config.json, and the backbone module that runs it."""
+"""`model_type` of a config.json, and the backbone module that runs it: the encoder of a BERT saved as nothing but
+*ForMaskedLM (bert-base-uncased, xlm-roberta-base) was never trained to embed sentences, and a masked_lm it is."""
 
 
 def kind_of(folder: Path) -> str:
@@ -53,6 +55,8 @@ def kind_of(folder: Path) -> str:
     kind = KINDS.get(model_type)
     if kind is None:
         raise BackboneError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(KINDS)}.")
+    if kind == "encoder" and architectures and all(a.endswith("ForMaskedLM") for a in architectures):
+        return "masked_lm"
     if kind == "causal_lm" and architectures and not any(a.endswith("ForCausalLM") for a in architectures):
         raise BackboneError(
             f"{file}: a {model_type} without a language head ({', '.join(architectures)}): use *ForCausalLM."
@@ -75,6 +79,6 @@ MEASURED: dict[str, Defaults] = {"minilm": Defaults(3, 0.06), "smollm2": Default
 
 
 def defaults(name: str, kind: str | None, depth: int) -> Defaults:
-    """Measured where there is a measurement (`bench/entry.py`), else by kind: the middle of an encoder, the input of
-    anything else."""
-    return MEASURED.get(name, Defaults(depth // 2 if kind == "encoder" else 0, 0.06))
+    """Measured where there is a measurement (`bench/entry.py`), else by kind: the middle of an
+    encoder or vision transformer, the input of anything else."""
+    return MEASURED.get(name, Defaults(depth // 2 if kind in ("encoder", "vision") else 0, 0.06))

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from ficpd import seeds
+from ficpd.backbones import Reads, unknown_share
 from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
+from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
@@ -78,7 +80,7 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class CausalLM:
+class CausalLM(Reads):
     """A frozen decoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer
     n it joins the input of the n-th block."""
 
@@ -94,6 +96,7 @@ class CausalLM:
         )
         self.max_tokens = min(config.max_tokens, self.context)
         self.device, self.dtype = model.device, model.dtype
+        self.adapters = Adapters(model, self.width)
         self._first = self._bos()
         known = inspect.signature(model.model.layers[0].forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
@@ -185,6 +188,9 @@ class CausalLM:
         return [
             self.tokenizer.decode([ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)]) for i in range(number)
         ]
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return unknown_share(self.tokenizer, texts)
 
     def _vocabulary(self, seed: int) -> list[int]:
         """All ordinary words of the vocabulary, in an order drawn from the seed."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ficpd import seeds
+from ficpd.backbones import Reads
+from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
@@ -47,7 +49,7 @@ class Block(nn.Module):
         return states_STD + self.narrow(F.gelu(self.wide(self.norm2(states_STD))))
 
 
-class Tiny:
+class Tiny(Reads):
     gives_gradients, writes = True, False
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
@@ -66,6 +68,7 @@ class Tiny:
             nn.init.ones_(block.norm1.weight), nn.init.ones_(block.norm2.weight)  # type: ignore[union-attr]
         self.blocks.to(device, dtype).eval().requires_grad_(False)
         self.fingerprint = f"tiny:{config.width}x{config.depth}"
+        self.adapters = Adapters(self.blocks, self.width)
 
     def read(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
@@ -102,6 +105,9 @@ class Tiny:
     def nonsense(self, number: int, seed: int) -> list[str]:
         drawn = torch.randint(10**6, (number, 8), generator=seeds.generator(seed, "nonsense")).tolist()
         return [" ".join(f"w{word}" for word in words) for words in drawn]
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return 0.0
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():

@@ -1,0 +1,114 @@
+"""LoRA, a change of the weights for every row: Hu et al., ICLR 2022, arXiv 2106.09685.
+
+On the query and value projections of all blocks W x becomes W x + `SCALE` B A x, with A [rank, in] and B [out, rank]. All A
+and B are one matrix of rows of the backbone's width, as a prompt is: module by module A and the transpose of B, flattened;
+where that does not come out even, the last row ends in zeros that nothing reads. Every row of a batch may have weights of
+its own, so that their gradients are per record after one ordinary backward.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ficpd import seeds
+from ficpd.errors import BackboneError
+from ficpd.seams import Backbone
+from ficpd.types import LORA
+
+SCALE = 2.0
+"""PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
+
+TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
+
+
+class Adapters:
+    """Where a model's weights can be changed: its linear modules that bear one of the names in `TARGETS`, in its order."""
+
+    def __init__(self, model: nn.Module, width: int):
+        self.modules: Mapping[str, Any] = {
+            name: module for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS
+        }
+        self.width = width
+        self.per_rank = sum(module.in_features + module.out_features for module in self.modules.values())
+
+    def parameters(self, rank: int) -> int:
+        """How many numbers A and B have together, as PEFT counts them: those of the rows without the zeros at their end."""
+        return rank * self.per_rank
+
+    def start(self, rank: int, seed: int) -> Tensor:
+        """[P, D] float32 that change nothing yet, as PEFT begins: A uniform within 1/√in (kaiming), B zero."""
+        random, parts = seeds.generator(seed, "lora"), []
+        for module in self.modules.values():
+            drawn = 2 * torch.rand(rank, module.in_features, generator=random) - 1
+            parts += [drawn.flatten() / module.in_features**0.5, torch.zeros(rank * module.out_features)]
+        flat = torch.cat(parts)
+        return F.pad(flat, (0, -len(flat) % self.width)).view(-1, self.width)
+
+    def rank(self, rows: Tensor) -> int:
+        """The rank of weights [..., P, D]. Raises `BackboneError` if they are of another model."""
+        P, D = rows.shape[-2:]
+        rank = P * D // self.per_rank
+        if self.width != D or -(-self.parameters(rank) // D) != P:
+            raise BackboneError(
+                f"{P} rows of {D} numbers are no LoRA weights of this backbone, which has {self.per_rank} for each rank, in "
+                f"rows of {self.width}; use the backbone that they were tuned on"
+            )
+        return rank
+
+    def split(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """By module: A [..., rank, in] and the transpose of B, [..., rank, out]."""
+        rank, flat, place, found = self.rank(rows), rows.flatten(-2), 0, {}
+        for name, module in self.modules.items():
+            parts = []
+            for size in (module.in_features, module.out_features):
+                parts.append(flat[..., place : place + rank * size].unflatten(-1, (rank, size)))
+                place += rank * size
+            found[name] = parts[0], parts[1]
+        return found
+
+    @contextmanager
+    def changed(self, rows_SPD: Tensor) -> Iterator[None]:
+        """Meanwhile each sequence of a forward runs with the weights of its own row; no rows at all change nothing. For one
+        forward at a time: two threads on one model would add to each other's."""
+        with ExitStack() as hooks:
+            if rows_SPD.shape[1]:
+                for name, (down, up) in self.split(rows_SPD).items():
+                    hooks.enter_context(self.modules[name].register_forward_hook(_adding(down, up)))
+            yield
+
+
+def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
+    """A forward hook that adds each sequence's own `SCALE` B A x."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output_STN: Tensor) -> Tensor:
+        states = inputs[0]
+        lower = states @ down_SRN.to(states.device, states.dtype).mT
+        return output_STN + SCALE * (lower @ up_SRN.to(states.device, states.dtype))
+
+    return hook
+
+
+def of(backbone: Backbone) -> Adapters:
+    """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
+    found = getattr(backbone, "adapters", None)
+    if found is None:
+        raise BackboneError(
+            f"{backbone.name} has no LoRA: its kind of backbone names no query and value projections. Use an encoder, a "
+            "masked_lm or a causal_lm, or a method that tunes prompts (fedavg, ficpd, ...)"
+        )
+    return found
+
+
+@contextmanager
+def entered(backbone: Backbone, rows_SPD: Tensor, layer: int) -> Iterator[tuple[Tensor, int]]:
+    """The virtual tokens of each sequence and the layer they enter at: of LoRA weights none, at the input, and meanwhile the
+    backbone runs with them."""
+    if layer != LORA:
+        yield rows_SPD, layer
+        return
+    with of(backbone).changed(rows_SPD):
+        yield rows_SPD[:, :0], 0

@@ -1,0 +1,188 @@
+"""Masked language models (BERT, RoBERTa, XLM-RoBERTa): which of the answers' words stands at the mask?
+
+A text is read with a cloze behind it, the instruction with a mask, as in pattern-exploiting training (Schick and Schütze,
+EACL 2021, arXiv 2001.07676). Answers of one token each are scored by their rows of the language head; for others each
+answer is read with as many masks as it has tokens, and its score is their mean log-likelihood, all masks filled at once
+(Schick and Schütze, NAACL 2021, arXiv 2009.07118).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM
+
+from ficpd.backbones.bert import Bert, load
+from ficpd.errors import BackboneError
+from ficpd.types import Item, Outputs
+
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+MASK = "[MASK]"
+"""Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
+
+
+class Config(BaseModel):
+    """`max_tokens`: longest input, prompt included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_tokens: int = Field(default=256, ge=8)
+
+
+def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
+    """Load a masked language model from a `from_pretrained` folder.
+
+    Raises `BackboneError` if it is not of the BERT family or its weights lack a part, such as the language head.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    model, tokenizer, missing = load(AutoModelForMaskedLM, Path(weights.folder), name, MaskedLM.about, **options)
+    if missing:
+        raise BackboneError(
+            f"backbone {name!r}: {weights.folder} lacks {len(missing)} weights of a masked language model, among them "
+            f"{min(missing)}; without its trained language head it cannot fill a mask. Use weights saved as *ForMaskedLM, "
+            'or backbone.kind = "encoder"'
+        )
+    return MaskedLM(config, model.to(device), tokenizer, weights.sha256, name)
+
+
+class MaskedLM(Bert):
+    """A frozen masked language model with its head."""
+
+    kind, about = "masked_lm", "a masked language model"
+
+    def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
+        super().__init__(config.max_tokens, model, tokenizer, sha256, name)
+        if model.config.model_type not in FAMILIES or tokenizer.mask_token_id is None:
+            raise BackboneError(
+                f"backbone {name!r} is a {type(model).__name__} with the mask token {tokenizer.mask_token!r}; the masked_lm "
+                f"kind runs {', '.join(FAMILIES)} with a mask token. Use one of those, or another kind."
+            )
+        self.roberta = "roberta" in model.config.model_type
+        self.head = model.lm_head if self.roberta else model.cls.predictions
+        self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._constant(self.head.layer_norm if self.roberta else self.head.transform.LayerNorm)
+        some = range(0, model.config.vocab_size, max(1, model.config.vocab_size // 1024))
+        self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
+
+    def _constant(self, norm: torch.nn.LayerNorm) -> None:
+        """What a layer norm gives, γ·n + β with a mean of n of 0, always has one and the same part along 1/γ. A feature has
+        there what the vocabulary's bias is multiplied with, so that a readout of the same width holds the bias exactly."""
+        gamma = norm.weight.double()
+        across = F.normalize(1 / torch.where(gamma.abs() < 1e-9, 1e-9, gamma), dim=0)
+        self._across_D, self._was = across.float(), float(across @ norm.bias.double())
+        self._one = float(gamma.square().mean().sqrt())  # as long as any other coordinate
+
+    # ------------------------------------------------------------ text to items
+
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
+        """`[CLS] text cloze [SEP]`, or `[CLS] text [SEP] pair cloze [SEP]`; with an answer, whose tokens follow the item's
+        `length`, the cloze has a mask for each. The text is cut first, a pair only down to half of the space."""
+        if writes:
+            raise self._cannot_write()
+        tail = [] if answer is None else self._answer(answer)
+        cloze, sep = self._ids(" " + self._cloze(instruction, max(1, len(tail)))), [self.tokenizer.sep_token_id]
+        between = [] if pair is None else sep * (2 if self.roberta else 1)
+        space = self.max_tokens - room - len(cloze) - len(between) - 2
+        if space < 1:
+            raise BackboneError(
+                f"{room} virtual tokens and {len(cloze)} of the instruction and its mask leave nothing of {self.name}'s "
+                f"{self.max_tokens} tokens for the text; take fewer virtual tokens (prompt.num_tokens), a shorter "
+                "instruction or a larger backbone.max_tokens"
+            )
+        words, line = self._plain(text), self._plain(pair or "")
+        line = line[: max(space - len(words), space // 2)]
+        ids = [self.tokenizer.cls_token_id, *words[: space - len(line)], *between, *line, *cloze, *sep]
+        return Item(torch.tensor(ids + tail), len(ids), len(tail))
+
+    def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
+        """[C, D]: each answer's row of the language head and its bias; None if one has several tokens."""
+        ids = [self._answer(answer) for answer in answers]
+        for place, answer in enumerate(answers):
+            if not set(self.tokenizer.all_special_ids).isdisjoint(ids[place]):
+                raise BackboneError(
+                    f"the answer text {answer!r} is {self._pieces(ids[place])} to {self.name}, which cannot stand at a "
+                    "mask; choose a word that its vocabulary has, or a backbone made for this language"
+                )
+            if ids[place] in ids[:place]:
+                raise BackboneError(
+                    f"{self.name} reads the answers {answers[ids.index(ids[place])]!r} and {answer!r} as the same tokens "
+                    f"({self._pieces(ids[place])}); choose another word for one"
+                )
+        return None if any(len(i) > 1 for i in ids) else self._rows([i[0] for i in ids])
+
+    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+        """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
+        return F.normalize(rows_RCD.float(), dim=-1) * self._head_norm
+
+    def _cloze(self, instruction: str, masks: int) -> str:
+        mask = self.tokenizer.mask_token
+        parts = instruction.replace(MASK, mask).split(mask)
+        if len(parts) > 2:
+            raise BackboneError(f"the instruction {instruction!r} has {len(parts) - 1} masks; leave one of them")
+        return f"{instruction} {mask * masks}" if len(parts) < 2 else parts[0] + mask * masks + parts[1]
+
+    def _plain(self, text: str) -> list[int]:
+        """A text's own tokens: a mask or separator written in it is nobody's to answer, and dropped."""
+        return [i for i in self._ids(text) if i not in self._unread]
+
+    def _answer(self, answer: str) -> list[int]:
+        """The tokens of a word within a text. One that the vocabulary has only without a blank before it, as in a script
+        without blanks, stands without."""
+        ids = self._ids(f" {answer}") if answer.strip() else []
+        if len(ids) > 1 and not self.tokenizer.decode(ids[:1]).strip():
+            ids = ids[1:]
+        if not ids:
+            raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
+        return ids
+
+    def _pieces(self, ids: Sequence[int]) -> str:
+        return " ".join(self.tokenizer.convert_ids_to_tokens(ids))
+
+    # ------------------------------------------------------------ layers
+
+    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+        """Features at the (first) mask; scores of items with an answer, mean log-likelihoods of its tokens at the masks."""
+        states_STD, _ = self._top(prompts_SPD, hidden, layer)
+        masks = [(i.content[: i.length] == self.tokenizer.mask_token_id).nonzero()[:, 0] for i in items]
+        counts = [len(places) for places in masks]
+        rows = torch.arange(len(items)).repeat_interleave(torch.tensor(counts))
+        words_ND = self._transformed(states_STD[rows.to(self.device), torch.cat(masks).to(self.device)])
+        words = words_ND.split(counts)
+        firsts_SD = torch.stack([word[0] for word in words]).float()
+        along_S = self._one - firsts_SD @ self._across_D
+        features_SD = firsts_SD + along_S[:, None] * self._across_D
+        if not any(item.scored for item in items):
+            return Outputs(features_SD)
+        scores = [self._likelihood(word, item) for word, item in zip(words, items, strict=True)]
+        return Outputs(features_SD, torch.stack(scores)[:, None])
+
+    def _likelihood(self, words_ND: Tensor, item: Item) -> Tensor:
+        if not item.scored:
+            return words_ND.new_full((), -torch.inf, dtype=torch.float32)
+        wanted = item.content[item.length :].to(self.device)
+        return -F.cross_entropy(self.head.decoder(words_ND).float(), wanted)
+
+    def _transformed(self, states_ND: Tensor) -> Tensor:
+        if self.roberta:
+            return self.head.layer_norm(F.gelu(self.head.dense(states_ND)))
+        return self.head.transform(states_ND)
+
+    def _rows(self, ids: Sequence[int]) -> Tensor:
+        """[N, D] so that features @ rows.T are the head's logits of these tokens, its bias included."""
+        rows_ND, bias_N = self.head.decoder.weight[ids].float(), self.head.decoder.bias[ids].float()
+        along_N = rows_ND @ self._across_D
+        return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
+
+    def _word_vectors(self, item: Item) -> Tensor:
+        """What BERT adds to the words of a second segment is added here; a prompt is of the first."""
+        vectors_TD, kinds = super()._word_vectors(item), self.model.embeddings.token_type_embeddings.weight
+        if len(kinds) < 2:
+            return vectors_TD
+        ends = (item.content[: item.length] == self.tokenizer.sep_token_id).to(self.device)
+        second_T = (ends.cumsum(0) - ends.long()) > 0
+        return vectors_TD + second_T[:, None] * (kinds[1] - kinds[0])
