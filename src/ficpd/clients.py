@@ -10,6 +10,7 @@ from ficpd import codec
 from ficpd.errors import CodecError, LedgerError, PrivacyError
 from ficpd.privacy.ledger import Book
 from ficpd.privacy.noise import Cryptographic, Simulated
+from ficpd.privacy.none import NoPrivacy
 from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
@@ -73,7 +74,7 @@ class Visit:
     """One client carrying out one order: what a method sees (`ClientSide`). Nothing is kept until the order is done."""
 
     def __init__(self, client: Client, round: int, method: str = ""):
-        self.client, self.id = client, client.name
+        self.client, self.id, self._order = client, client.name, (round, method)
         self.kept = dict(client.kept)
         self.noise = client.stream(method, round)
         self.expected_batch = 1
@@ -139,12 +140,29 @@ class Visit:
         released = self.client.mechanism.release(projected, self.noise)
         return replace(released, arrays=compression.pack(released.arrays))
 
+    def home(self) -> "Home":
+        return Home(self, *self._order)
+
     def charge(self, door: str, count: int) -> None:
         """Put a passage on this visit's bill, before it takes place. Raises `BudgetError` if it cannot be paid."""
         price = self.client.mechanism.price(door)
         if price is not None and self.client.book is not None:
             self.client.book.afford([*self.spends, price._replace(count=count)])
             self.spends.append(price._replace(count=count))
+
+
+class Home(Visit):
+    """The same records without mechanism, ledger or compression: for what a client tunes for itself. Whatever was made with
+    it may only go into `kept`, never into an update, nor into a prompt that is asked about with records that will.
+    """
+
+    def __init__(self, visit: Visit, round: int, method: str):
+        super().__init__(replace(visit.client, mechanism=NoPrivacy(), book=None), round, f"{method} at home")
+        self.kept = visit.kept
+
+    @property
+    def coordinates(self) -> None:
+        return None
 
 
 def clip_units(coordinates: Coordinates) -> Tensor:

@@ -23,12 +23,14 @@ def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, lis
 @dataclass(frozen=True)
 class Evaluation:
     """`everyone`: one prompt on all test records, the mean over tasks if there are several (None if the method shares
-    none). `own`: each client's prompt on its own test records; `mean` and `worst` are over clients that have any."""
+    none). `own`: each client's prompt on its own test records; `mean` and `worst` are over clients that have any.
+    `predicted`: what it predicts of each of them, by client."""
 
     everyone: Score | None
     own: Mapping[str, Score]
     mean: Score
     worst: Score
+    predicted: Mapping[str, list]
 
 
 def evaluate(method: Method, state: State, clients: Mapping[str, Client], model: Compute, round: int) -> Evaluation:
@@ -37,24 +39,26 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
     personal = {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}
     shared = method.prompt(state)
-    own = _predicted({name: (personal[name], tested[name].encoded("test")) for name in tested}, model)
+    own = predicted_by({name: (personal[name], tested[name].encoded("test")) for name in tested}, model)
     same = shared is not None and all(torch.equal(prompt, shared) for prompt in personal.values())
     if same:
         everyone = own
     elif shared is not None:
-        everyone = _predicted({name: (shared, tested[name].encoded("test")) for name in tested}, model)
+        everyone = predicted_by({name: (shared, tested[name].encoded("test")) for name in tested}, model)
     else:
         everyone = None
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
-        None if everyone is None else _pooled(everyone, tested), scores, summary(scores), worst_of(scores)
+        None if everyone is None else _pooled(everyone, tested), scores, summary(scores), worst_of(scores), own
     )
 
 
 def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: Compute) -> Score:
     """One prompt on everybody's test records; of several tasks, each counts once."""
     tested = {name: client for name, client in clients.items() if client.test}
-    return _pooled(_predicted({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested)
+    return _pooled(
+        predicted_by({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested
+    )
 
 
 def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: Compute) -> Score:
@@ -77,7 +81,8 @@ def worst_of(scores: Mapping[str, Score]) -> Score:
     }
 
 
-def _predicted(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict[str, list]:
+def predicted_by(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict[str, list]:
+    """What each prompt predicts of its own batch, all in lock step."""
     results = dict(drive_many(model, {name: predictions(*given) for name, given in work.items()}))
     for result in results.values():
         if isinstance(result, Exception):

@@ -47,6 +47,10 @@ class NoisedSum:
         self.book.settle(round, method, [self.price], codec.encode_state(State(arrays), {}))
         return ClientUpdate(EVERYBODY, arrays)
 
+    def noise_on(self, size: int) -> float:
+        """The expected squared length of the noise in `size` numbers of a round's sum, before it is divided."""
+        return size * (self.price.noise_multiplier * self.clip_norm) ** 2
+
     def answered(self, round: int, method: str) -> ClientUpdate | None:
         """The mean of a round that was paid for before: it is used again, and nobody is asked."""
         stored = self.book.answered(round, method)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ficpd import seeds
 from ficpd.seams import Model
-from ficpd.tasks import classification
-from ficpd.types import Prompt, Query, Record
+from ficpd.tasks import classification, item_of, made_up
+from ficpd.types import Batch, Prompt, Query
 
 NUM_PROBES, SIZE = 24, 64
 READING = classification.build(classification.Config(labels={"yes": "yes", "no": "no"}))
@@ -18,15 +18,17 @@ READING = classification.build(classification.Config(labels={"yes": "yes", "no":
 class Probes:
     """How prompts move the backbone's features of public texts, against the shared start.
 
-    `NUM_PROBES` texts of words drawn from the vocabulary; the movement [probes, D] is brought to `SIZE` numbers by a random
-    orthogonal projection (Johnson and Lindenstrauss, 1984), all from a public seed. Head rows have no say in features.
+    `NUM_PROBES` texts of words drawn from the vocabulary, or images of colours; the movement [probes, D] is brought to
+    `SIZE` numbers by a random orthogonal projection (Johnson and Lindenstrauss, 1984), all from a public seed. Head rows
+    have no say in features.
     """
 
     def __init__(self, model: Model, start: Prompt, seed: int):
         tokens = len(start.vectors_PD) - start.head_rows
         bare = replace(start, vectors_PD=start.vectors_PD[:tokens], head_rows=0)
-        records = [Record(f"probe {i}", {"text": t}) for i, t in enumerate(model.backbone.nonsense(NUM_PROBES, seed))]
-        self.model, self.tokens, self.batch = model, tokens, READING.encode(records, model.backbone, bare)
+        probes = made_up(model.backbone, NUM_PROBES, seed, "probe")
+        items = tuple((item_of(probe, model.backbone, bare.room),) for probe in probes)
+        self.model, self.tokens, self.batch = model, tokens, Batch(READING, items, None, None, start.enters_at)
         random = torch.randn(NUM_PROBES * start.vectors_PD.shape[1], SIZE, generator=seeds.generator(seed, "probes"))
         self.projection = torch.linalg.qr(random).Q
         self.still = self._features(start.vectors_PD[None])

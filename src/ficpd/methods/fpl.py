@@ -1,0 +1,222 @@
+"""FPL: every client has a prompt of its own, of a part that all share, a part of its cluster and a part nobody else sees.
+
+    p_c = global + cluster_k + residual_c
+
+Clusters come from the clients' public cards before anything is learned. Each round
+
+    shared    δ_c = what the client's mechanism lets it learn from prompt s_k = global + cluster_k   (released)
+    personal  residual_c, tuned on the client's own records from s_k + residual_c                    (never leaves)
+    cluster   s_k <- s_k + mean of δ_c over the members that came
+    global    <- global + mean of those means, by members; small clusters are drawn to it by the noise they carry
+
+The shared gradient is taken at s_k and never at p_c: the residual is a function of the records that no mechanism has seen,
+and a gradient at p_c would carry it out past the noise. Clusters are disjoint and public, so the noise on them is paid once
+(parallel composition), and the global prompt, made of them, costs nothing more.
+
+`contrast` keeps a personal prompt near its cluster's prototype and the frozen start and away from other clusters (InfoNCE,
+van den Oord et al., 2018, arXiv 1807.03748): against prototypes that are already released, so it needs no other client. The
+split into a shared and a low-rank private part is that of DP-FPL (Tran et al., ICLR 2025, arXiv 2501.13904).
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd.personal import Contrast, personalised
+from ficpd.seams import ClientSide, Model
+from ficpd.server.averaging import mean_of
+from ficpd.server.metadata import clusters_of_cards, nearest_card
+from ficpd.server.optimiser import ServerStep
+from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
+from ficpd.tuners import Training, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+
+SIGNATURE, SUM = "signature/", "delta/"
+
+
+class Config(BaseModel):
+    """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
+    the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
+    client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
+    `residual_weight`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clusters: Literal["metadata", "given", "signatures", "none"] = "metadata"
+    by: tuple[str, ...] = ()
+    num_clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    distance: Literal["gower", "one_hot"] = "gower"
+    residual: Literal["full", "low_rank", "none"] = "full"
+    rank: int = Field(default=4, ge=1)
+    personal_steps: int | None = Field(default=None, ge=1)
+    residual_weight: float = Field(default=0.0, ge=0)
+    contrast: Contrast = Contrast()
+    proximal_weight: float = Field(default=0.0, ge=0)
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    server: ServerStep = ServerStep()
+
+
+def build(config: Config, training: Training) -> "Fpl":
+    return Fpl(config, training)
+
+
+class Fpl:
+    name, pools_data, trains, releases = "fpl", False, True, True
+
+    def __init__(self, config: Config, training: Training):
+        self.config, self.training = config, training
+        self.gathers = config.clusters == "signatures"
+        self.sums = not self.gathers
+
+    def init(self, setup: Setup) -> State:
+        start = setup.start.vectors_PD
+        cards = {card.name: dict(card.metadata) for card in setup.clients}
+        drawn = self._clusters_of(cards, setup.seed)
+        facts = {
+            "num_rounds": setup.num_rounds,
+            "seed": setup.seed,
+            "heard": [],
+            "cards": cards,
+            "clusters": drawn.member,
+            "cohort_rate": min(setup.cohort / max(len(cards), 1), 1.0),
+        }
+        arrays = {"start": start, "global": start, "prototypes_KPD": start.repeat(drawn.number, 1, 1)}
+        return State(arrays, facts)
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        """Its cluster's prompt; until it has answered once, the start; other clusters' prompts if they are contrasted."""
+        number, facts = state.facts["num_rounds"], {}
+        facts["rate"] = self.training.rate(round, number)
+        facts["contrast"] = self.config.contrast.weight * max(0.0, 1 - (round - 1) / max(number, 1))
+        own = self._cluster(state, client)
+        arrays = {"prompt": state.arrays["global"] if own is None else state.arrays["prototypes_KPD"][own]}
+        if self.config.residual != "none":
+            if client.name not in state.facts["heard"]:
+                arrays["start"] = state.arrays["start"]
+            if facts["contrast"] > 0 and own is not None:
+                others = [k for k in range(len(state.arrays["prototypes_KPD"])) if k != own]
+                arrays["others_KPD"] = state.arrays["prototypes_KPD"][others]
+        return Assignment(self.name, round, arrays, facts)
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        """First what will leave, from a prompt that everybody may know; only then what stays."""
+        prompt, weight = order.arrays["prompt"], self.config.proximal_weight
+        tuned = yield from tune(self.training, client, order, prompt, proximal_weight=weight)
+        update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
+        if self.config.residual != "none":
+            client.kept.setdefault("start", order.arrays.get("start", prompt))
+            yield from personalised(self.config, self.training, client.home(), order)
+        return update
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {"delta": tuple(state.arrays["start"].shape)}
+
+    def parts(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        shape = tuple(state.arrays["start"].shape)
+        return {f"{SUM}{k}": shape for k in range(len(state.arrays["prototypes_KPD"]))}
+
+    def in_its_part(self, state: State, update: ClientUpdate) -> ClientUpdate:
+        own, delta = state.facts["clusters"][update.client], update.arrays["delta"]
+        arrays = {name: torch.zeros_like(delta) for name in self.parts(state)} | {f"{SUM}{own}": delta}
+        return ClientUpdate(update.client, arrays, update.weight)
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        """A cluster of which nobody came stays where it is."""
+        clusters, signatures = self._redrawn(state, updates)
+        before = state.arrays["prototypes_KPD"]
+        if len(before) != clusters.number:  # signatures: all have been at the global prompt so far
+            before = state.arrays["global"].repeat(clusters.number, 1, 1)
+        moved = self._moves(updates, clusters)
+        sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
+        weights = {str(k): sizes[k] for k in moved}
+        step, moments = self.config.server.moved(
+            mean_of({str(k): delta for k, (delta, _) in moved.items()}, weights), state.arrays
+        )
+        shared = state.arrays["global"] + step
+        offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
+        drawn_back = self._drawn_back(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
+        prototypes = [
+            shared + (1 - drawn_back[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
+        ]
+        heard = sorted({*state.facts["heard"], *(u.client for u in updates if u.client in clusters.member)})
+        arrays = {"start": state.arrays["start"], "global": shared, **moments, **signatures}
+        facts = {**state.facts, "heard": heard, "clusters": clusters.member}
+        return State(arrays | {"prototypes_KPD": torch.stack(prototypes)}, facts)
+
+    def prompt(self, state: State) -> Tensor:
+        return state.arrays["global"]
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        """The cluster's prompt as it is now, and the client's residual."""
+        prompt = order.arrays["prompt"]
+        return prompt + client.kept["residual"] if "residual" in client.kept else prompt
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}
+        return {"global": state.arrays["global"], **prototypes}
+
+    def _clusters_of(self, cards: Mapping[str, Mapping], seed: int) -> Clusters:
+        kind, by = self.config.clusters, self.config.by
+        if kind in ("none", "signatures"):
+            return Clusters(dict.fromkeys(cards, 0), 1)
+        number = len(cards) if kind == "given" else self.config.num_clusters
+        return clusters_of_cards(cards, by, number, self.config.distance, seed)
+
+    def _cluster(self, state: State, client: ClientCard) -> int | None:
+        """Of a client that was not there when clusters were drawn: that of the nearest card, where cards tell."""
+        member = state.facts["clusters"]
+        if client.name in member:
+            return member[client.name]
+        if self.config.clusters not in ("metadata", "given") or len(state.arrays["prototypes_KPD"]) == 1:
+            return None
+        return member[nearest_card(state.facts["cards"], client.metadata, self.config.by)]
+
+    def _redrawn(self, state: State, updates: Sequence[ClientUpdate]) -> tuple[Clusters, dict[str, Tensor]]:
+        """The clusters, and the signatures that they were drawn by, if they are."""
+        member = state.facts["clusters"]
+        if self.config.clusters != "signatures":
+            return Clusters(member, len(state.arrays["prototypes_KPD"])), {}
+        known = {n: array for n, array in state.arrays.items() if n.startswith(SIGNATURE)}
+        new = {SIGNATURE + u.client: u.arrays["delta"] for u in updates if SIGNATURE + u.client not in known}
+        if not new:
+            return Clusters(member, len(state.arrays["prototypes_KPD"])), known
+        signatures = known | new
+        by_client = {name.removeprefix(SIGNATURE): array for name, array in signatures.items()}
+        drawn = cosine_kmeans(by_client, self.config.num_clusters, state.facts["seed"])
+        before = {name: member[name] for name in by_client if SIGNATURE + name in known}
+        clusters = followed(before, drawn, by_client, 0.05)
+        return Clusters(dict.fromkeys(member, 0) | clusters.member, clusters.number), signatures
+
+    def _moves(self, updates: Sequence[ClientUpdate], clusters: Clusters) -> dict[int, tuple[Tensor, float]]:
+        """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
+        if len(updates) == 1 and f"{SUM}0" in updates[0].arrays:
+            sizes = {k: sum(own == k for own in clusters.member.values()) for k in range(clusters.number)}
+            everybody = sum(sizes.values())
+            return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
+        of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
+        return {
+            k: (mean_of({u.client: u.arrays["delta"] for u in came}, {u.client: u.weight for u in came}), len(came))
+            for k, came in of.items()
+            if came
+        }
+
+    def _drawn_back(
+        self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]
+    ) -> dict[int, float]:
+        """The share of each cluster's distance from the global prompt that is given up, in 0..1: what of it is noise, as far
+        as the server may know it."""
+        if self.config.shrinkage != "auto":
+            return dict.fromkeys(offsets, self.config.shrinkage)
+        found = {}
+        for k, offset in offsets.items():
+            noise = state.facts.get("noise") or 0.0
+            if not came[k]:  # one noised sum: its noise falls on the cluster's expected members alone
+                noise = state.facts.get("noise_of_sum", 0.0) / max(sizes[k] * state.facts["cohort_rate"], 1e-9) ** 2
+            found |= {k: shrinkage({0: [offset] * max(int(came[k]), 1)}, noise)[0]}
+        return found

@@ -1,0 +1,157 @@
+"""What a client tunes for itself: a residual on the prompt that it shares, kept near what is public. Nothing here leaves."""
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd import seeds
+from ficpd.seams import ClientSide
+from ficpd.tuners import Training, tune
+from ficpd.types import Answer, Assignment, Batch, Outputs, Query
+
+TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
+
+
+class Contrast(BaseModel):
+    """`weight` in the first round, falling to nothing over the rounds (constant, it takes personalisation back). `space`:
+    "prompt" costs no forward, "output" one for each prototype and the start. `temperature` divides cosines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weight: float = Field(default=0.0, ge=0)
+    space: Literal["prompt", "output", "both"] = "prompt"
+    temperature: float = Field(default=0.5, gt=0)
+
+
+class Personal(Protocol):
+    """The settings of a method whose clients have a residual."""
+
+    @property
+    def residual(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def personal_steps(self) -> int | None: ...
+    @property
+    def residual_weight(self) -> float: ...
+    @property
+    def contrast(self) -> Contrast: ...
+
+
+def personalised(
+    config: Personal, training: Training, home: ClientSide, order: Assignment
+) -> Generator[Query, Answer, None]:
+    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the tuner's moments are kept, too.
+
+    The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrast. "low_rank": the residual is U V with
+    U [P, r] and V [r, D], both tuned, V zero at first.
+    """
+    base, steps = order.arrays["prompt"], config.personal_steps or training.local_steps
+    if config.residual == "low_rank":
+        begin = home.kept.get("factors", _factors(base, config.rank, home.id))
+        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
+        work = _multiplied(work, base)
+    else:
+        begin = base + home.kept.get("residual", torch.zeros_like(base))
+        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
+    found = yield from _kept_near(work, config, home, order)
+    if config.residual == "low_rank":
+        home.kept["factors"] = found
+        found = base + _product(found, len(base))
+    home.kept["residual"] = found - base
+
+
+def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:
+    """[r, P + D]: U beside V. A step of V then moves the product about as far as one of the whole prompt would."""
+    random = torch.randn(rank, len(base_PD), generator=seeds.generator("residual", client)) / rank**0.5
+    return torch.cat([random, torch.zeros(rank, base_PD.shape[1])], dim=1)
+
+
+def _product(factors: Tensor, num_tokens: int) -> Tensor:
+    """[..., r, P + D] to [..., P, D]."""
+    return factors[..., :num_tokens].transpose(-1, -2) @ factors[..., num_tokens:]
+
+
+def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
+    """Ask for the prompts base + U V where the tuner asks for U and V, and hand back gradients with respect to those."""
+    num_tokens = len(base_PD)
+    try:
+        query = next(work)
+        while True:
+            factors = query.prompts_KPD
+            answer = yield query._replace(prompts_KPD=base_PD + _product(factors, num_tokens))
+            grad = answer.grad_KBPD
+            if grad is not None:
+                left_KPr, right_KrD = factors[..., :num_tokens].transpose(-1, -2), factors[..., num_tokens:]
+                for_left = (grad @ right_KrD[:, None].to(grad.device).transpose(-1, -2)).transpose(-1, -2)
+                for_right = left_KPr[:, None].to(grad.device).transpose(-1, -2) @ grad
+                grad = torch.cat([for_left, for_right], dim=-1)
+            query = work.send(answer._replace(grad_KBPD=grad))
+    except StopIteration as end:
+        return end.value
+
+
+def _kept_near(
+    work: Generator[Query, Answer, Tensor], config: Personal, home: ClientSide, order: Assignment
+) -> Generator[Query, Answer, Tensor]:
+    """The tuner's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
+    base, start, others = order.arrays["prompt"], home.kept["start"], order.arrays.get("others_KPD")
+    contrast, weight = config.contrast, order.facts["contrast"]
+    alone = others is None or not len(others) or weight == 0
+    in_outputs, in_prompts = contrast.space != "prompt" and not alone, contrast.space != "output" and not alone
+    try:
+        query = next(work)
+        while True:
+            if in_outputs and len(query.batch):
+                seen = yield Query(torch.stack([base, start, *others]), query.batch, outputs=True)  # type: ignore[misc]
+                query = _towards(query, seen, weight, contrast.temperature)
+            answer = yield query
+            assert answer.grad_KBPD is not None
+            prompt = query.prompts_KPD[0]
+            pull = config.residual_weight * (prompt - base)
+            if in_prompts:
+                pull = pull + weight * _pull(prompt - start, base - start, others - start, contrast.temperature)  # type: ignore[operator]
+            query = work.send(answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device)))
+    except StopIteration as end:
+        return end.value
+
+
+def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
+    """[P, D], the gradient of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over `towards` and all of `away`.
+
+    Ways are counted from the shared start: whole prompts all point where the start does. Zero where there is no way yet.
+    """
+    if way_PD.abs().max() < 1e-12 or towards_PD.abs().max() < 1e-12:
+        return torch.zeros_like(way_PD)
+    way = way_PD.clone().requires_grad_()
+    targets = torch.stack([towards_PD, *away_KPD]).flatten(1)
+    cosines = F.cosine_similarity(way.flatten()[None], targets, dim=1) / temperature
+    (-cosines.log_softmax(0)[0]).backward()
+    assert way.grad is not None
+    return way.grad
+
+
+def _towards(query: Query, seen: Answer, weight: float, temperature: float) -> Query:
+    """The same question under a loss that compares each record's features with those of `seen`: [cluster, start, others]."""
+    assert seen.outputs_KB is not None
+    features = seen.outputs_KB.features_RD.cpu()
+    towards_BND = features.view(len(features) // len(query.batch), len(query.batch), -1).transpose(0, 1)
+    scale = torch.full((len(query.batch), 2), weight)
+    scale[:, 1] = temperature
+    extra = {**query.batch.extra, TOWARDS: towards_BND, WEIGHT: scale}
+    return query._replace(batch=replace(query.batch, extra=extra), loss=aligned_loss)
+
+
+def aligned_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    """[R]: the task's loss plus weight · InfoNCE in the space of features; the cluster's prompt and the frozen start are
+    the positives, other clusters' prompts the negatives (after FedPGP, Cui et al., ICML 2024, arXiv 2405.09771)."""
+    weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
+    cosines_RN = F.cosine_similarity(outputs.features_RD[:, None], batch.extra[TOWARDS], dim=-1)
+    scores_RN = cosines_RN / temperature_R[:, None]
+    apart_R1 = scores_RN[:, 2:].logsumexp(1, keepdim=True)
+    misses_R2 = torch.logaddexp(scores_RN[:, :2], apart_R1) - scores_RN[:, :2]
+    return batch.task.loss(outputs, batch) + weight_R * misses_R2.mean(1)

@@ -1,0 +1,295 @@
+"""FPL: three levels of one prompt, and nothing of the third that leaves."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+
+import small
+from contracts.test_leak import Deaf
+from ficpd.clients import Client, participate, personal_prompt
+from ficpd.compute import drive
+from ficpd.federate import Schedule
+from ficpd.methods.fpl import Fpl
+from ficpd.metrics.levels import levels
+from ficpd.personal import TOWARDS, WEIGHT, Contrast, _factors, _multiplied, _product, _pull, aligned_loss
+from ficpd.privacy import record_gaussian
+from ficpd.types import ClientCard, ClientUpdate, Outputs, Plan, Query, Setup
+
+EXACT = small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
+"""Every step sees all records, so that what two methods do can be compared."""
+
+
+def members(model, method, count=5, cards: Mapping[str, Mapping] | None = None, **more) -> dict[str, Client]:
+    found = small.clients(model, method, count, **more)
+    for name, client in found.items():
+        client.card = ClientCard(name, (cards or {}).get(name, {}))
+    return found
+
+
+def two_kinds(count=5) -> dict[str, dict[str, str]]:
+    return {f"site-{i}": {"kind": "ab"[i % 2]} for i in range(count)}
+
+
+def fpl(**config) -> Fpl:
+    return small.method("fpl", EXACT, **config)
+
+
+# ---------------------------------------------------------------- what the levels are
+
+
+def test_without_clusters_and_residuals_it_is_fedavg(model):
+    bare, plain = fpl(clusters="none", residual="none"), small.method("fedavg", EXACT)
+    ours, _ = small.rounds(bare, members(model, bare), model, Schedule(3, 5, 0))
+    theirs, _ = small.rounds(plain, members(model, plain), model, Schedule(3, 5, 0))
+    assert small.close(bare.prompt(ours), plain.prompt(theirs))
+
+
+def test_a_cluster_is_fedavg_of_its_members(model):
+    method = fpl(residual="none")
+    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, Schedule(3, 5, 0))
+    plain = small.method("fedavg", EXACT)
+    own = {n: c for n, c in members(model, plain).items() if int(n[-1]) % 2 == 0}
+    alone, _ = small.rounds(plain, own, model, Schedule(3, 3, 0))
+    assert small.close(method.basis(state)["prototype-0"], plain.prompt(alone))
+
+
+def test_the_global_prompt_is_the_mean_over_members_of_clusters(model):
+    method = fpl(residual="none")
+    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, Schedule(2, 5, 0))
+    three, two = method.basis(state)["prototype-0"], method.basis(state)["prototype-1"]
+    assert small.close(method.prompt(state), 0.6 * three + 0.4 * two)
+
+
+@pytest.mark.parametrize("residual", ["full", "low_rank"])
+def test_a_personal_prompt_is_better_at_home(model, residual):
+    method = fpl(residual=residual, clusters="none")
+    own = members(model, method)
+    state, _ = small.rounds(method, own, model, Schedule(6, 5, 0))
+    shared, personal = [], []
+    for client in own.values():
+        mine = personal_prompt(method, client, method.assign(state, client.card, 7))
+        asked = Query(torch.stack([method.prompt(state), mine]), client.encoded())
+        at_shared, at_mine = model.answer([asked])[0].loss_KB.mean(1)
+        shared.append(at_shared)
+        personal.append(at_mine)
+    assert sum(personal) < 0.9 * sum(shared)
+    if residual == "low_rank":
+        assert torch.linalg.matrix_rank(own["site-0"].kept["residual"], atol=1e-5) <= 4
+
+
+def test_a_low_rank_residual_tunes_its_factors_by_their_own_gradients(model):
+    """The gradients of U and V, by the chain rule and by autograd."""
+    client = small.clients(model, small.method("local"), 1)["site-0"]
+    base, batch = client.start.vectors_PD, client.encoded()
+    factors = _factors(base, 2, "x") + 0.1 * torch.randn(2, sum(base.shape), generator=torch.Generator().manual_seed(0))
+
+    def ask():
+        answer = yield Query(factors[None], batch, grad=True)
+        return answer.grad_KBPD[0].mean(0)
+
+    found, free = drive(model, _multiplied(ask(), base)), factors.clone().requires_grad_()
+    answer = model.answer([Query((base + _product(factors, len(base)))[None], batch, grad=True)])[0]
+    (_product(free, len(base)) * answer.grad_KBPD[0].mean(0)).sum().backward()
+    assert found.abs().max() > 1e-3
+    assert small.close(found / found.abs().max(), free.grad / found.abs().max())
+
+
+# ---------------------------------------------------------------- what leaves
+
+
+class Listening:
+    """A model that remembers which prompts it was asked about."""
+
+    def __init__(self, model):
+        self.model, self.backbone, self.asked = model, model.backbone, []
+
+    def answer(self, queries):
+        self.asked += [query.prompts_KPD.clone() for query in queries]
+        return self.model.answer(queries)
+
+
+def test_the_shared_gradient_is_never_taken_at_a_residual(model):
+    """A residual is a function of the records that no mechanism has seen: under a mechanism that is deaf to them, all that
+    is asked before the update stands must be the same whoever's records they are."""
+
+    heard = []
+    for seed in (1, 2):
+        method = small.method("fpl", contrast=Contrast(weight=0.5, space="both"))
+        client = members(model, method, 1, mechanism=Deaf())["site-0"]
+        client.train = small.records(12, seed)
+        state, rounds = small.first_state(method, {"site-0": client}, 3), []
+        for round in (1, 2, 3):
+            listening = Listening(model)
+            update = drive(listening, participate(method, client, method.assign(state, client.card, round)))
+            state = method.aggregate(state, [update], round, model)
+            rounds.append(listening.asked)
+        heard.append(rounds)
+        assert client.kept["residual"].abs().max() > 0
+    steps = small.TRAINING.local_steps
+    for first, second in zip(*heard, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first[:steps], second[:steps], strict=True))
+    assert not torch.equal(heard[0][2][-1], heard[1][2][-1])  # at home they differ
+
+
+def test_what_is_tuned_at_home_costs_nothing_and_the_rest_what_fedavg_does(model):
+    spent = {}
+    for name in ("fpl", "fedavg"):
+        method = small.method(name)
+        plan = Plan(12, 1 / 3, small.TRAINING.local_steps, 2, 1, 1.0, 2)
+        mechanism = record_gaussian.build(record_gaussian.Config(epsilon=8.0, clip_norm=1.0), plan)
+        own = members(model, method, 1, mechanism=mechanism)
+        own["site-0"].train = small.records(12)
+        small.rounds(method, own, model)
+        spent[name] = own["site-0"].book.spent()
+        assert ("residual" in own["site-0"].kept) == (name == "fpl")
+    assert spent["fpl"] == spent["fedavg"]
+
+
+def test_one_noised_sum_has_a_part_for_each_cluster_and_each_client_is_in_one(model):
+    method = fpl()
+    own = members(model, method, cards=two_kinds())
+    state = small.first_state(method, own)
+    delta = torch.ones_like(state.arrays["start"])
+    placed = {n: method.in_its_part(state, ClientUpdate(n, {"delta": delta})) for n in own}
+    assert all(set(update.arrays) == set(method.parts(state)) for update in placed.values())
+    summed = {part: sum(update.arrays[part] for update in placed.values()) for part in method.parts(state)}
+    assert [float(total.mean()) for _, total in sorted(summed.items())] == [3.0, 2.0]
+    mean = ClientUpdate("everybody", {part: total / len(own) for part, total in summed.items()})
+    after = method.aggregate(state, [mean], 1, model)
+    for prototype in after.arrays["prototypes_KPD"]:
+        assert small.close(prototype, state.arrays["start"] + delta)
+
+
+def test_a_small_cluster_is_drawn_back_by_the_noise_of_the_sum(model):
+    method = fpl()
+    state = small.first_state(method, members(model, method, 5, cards=two_kinds()))
+    start, facts = state.arrays["start"], state.facts
+    mean = ClientUpdate(
+        "everybody", {"delta/0": 0.6 * torch.ones_like(start), "delta/1": -0.4 * torch.ones_like(start)}
+    )
+    apart = {}
+    for noise in (0.0, 40.0):
+        noisy = type(state)(state.arrays, {**facts, "noise_of_sum": noise})
+        after = method.aggregate(noisy, [mean], 1, model)
+        apart[noise] = [(p - after.arrays["global"]).norm() for p in after.arrays["prototypes_KPD"]]
+    for k, members_of in enumerate((3, 2)):
+        kept = 1 - 40.0 / members_of**2 / apart[0.0][k] ** 2
+        assert small.close(apart[40.0][k] / apart[0.0][k], kept)
+
+
+# ---------------------------------------------------------------- who comes when
+
+
+def test_a_client_first_heard_in_round_seven(model):
+    method = small.method("fpl", contrast=Contrast(weight=0.1))
+    own = members(model, method, cards=two_kinds())
+    state = small.first_state(method, own, 9)
+    early = [n for n in own if n != "site-4"]
+    for round in range(1, 10):
+        came = early if round < 7 else [*early, "site-4"]
+        updates = [drive(model, participate(method, own[n], method.assign(state, own[n].card, round))) for n in came]
+        state = method.aggregate(state, updates, round, model)
+    assert small.close(own["site-4"].kept["start"], state.arrays["start"])
+    assert "start" not in method.assign(state, own["site-4"].card, 10).arrays
+
+
+def test_a_client_nobody_knew_is_sent_the_prompt_of_the_nearest_card(model):
+    method = fpl(residual="none")
+    own = members(model, method, cards=two_kinds())
+    state, _ = small.rounds(method, own, model, Schedule(2, 5, 0))
+    sent = method.assign(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"]
+    assert torch.equal(sent, method.basis(state)["prototype-1"])
+    plain = fpl(clusters="none")
+    state, _ = small.rounds(plain, members(model, plain), model, Schedule(2, 5, 0))
+    assert torch.equal(plain.assign(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"], plain.prompt(state))
+
+
+def test_a_cluster_nobody_came_of_stays_where_it_is(model):
+    method = fpl(residual="none")
+    own = members(model, method, cards=two_kinds())
+    state = small.first_state(method, own)
+    some = {n: own[n] for n in ("site-0", "site-2")}
+    updates = [drive(model, participate(method, c, method.assign(state, c.card, 1))) for c in some.values()]
+    after = method.aggregate(state, updates, 1, model)
+    assert torch.equal(after.arrays["prototypes_KPD"][1], state.arrays["prototypes_KPD"][1])
+    assert not torch.equal(after.arrays["prototypes_KPD"][0], state.arrays["prototypes_KPD"][0])
+
+
+def test_clusters_by_signatures_are_drawn_from_the_first_round(model):
+    method = fpl(clusters="signatures", num_clusters=2, residual="none")
+    assert method.gathers
+    assert not method.sums
+    state, _ = small.rounds(method, members(model, method), model, Schedule(3, 5, 0))
+    assert sorted(set(state.facts["clusters"].values())) == [0, 1]
+    assert len(state.arrays["prototypes_KPD"]) == 2
+
+
+# ---------------------------------------------------------------- contrast
+
+
+def test_the_contrast_pulls_to_the_own_prototype_and_pushes_from_others():
+    random = torch.Generator().manual_seed(0)
+    own, other, way = (torch.randn(3, 8, generator=random) for _ in range(3))
+    step = way - 0.05 * _pull(way, own, other[None], 0.5)
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+    assert cosine(step, own) - cosine(step, other) > cosine(way, own) - cosine(way, other)
+    assert _pull(torch.zeros(3, 8), own, other[None], 0.5).abs().max() == 0
+
+
+def test_the_contrast_in_outputs_is_least_at_the_cluster_and_the_start(model):
+    task = small.classes()
+    batch = task.encode(small.records(2), model.backbone, small.start(model, task))
+    own, start, other = torch.eye(3)
+    extra = {TOWARDS: torch.stack([own, start, other]).repeat(2, 1, 1), WEIGHT: torch.tensor([[1.0, 0.1]] * 2)}
+
+    class Silent:
+        def loss(self, outputs, batch):
+            return torch.zeros(2)
+
+    quiet = replace(batch, extra=extra, task=Silent())
+    near = aligned_loss(Outputs(torch.stack([own + start, own + start])), quiet)
+    far = aligned_loss(Outputs(torch.stack([other, other])), quiet)
+    assert near.max() < 0.1 < 5 < far.min()
+    between = aligned_loss(Outputs(torch.stack([own, own])), quiet)
+    assert near.max() < between.min() < far.min()
+
+
+@pytest.mark.parametrize("space", ["prompt", "output", "both"])
+def test_a_contrast_keeps_personal_prompts_nearer(model, space):
+    distance = {}
+    for weight in (0.0, 5.0):
+        method = fpl(contrast=Contrast(weight=weight, space=space, temperature=0.2))
+        own = members(model, method, cards=two_kinds())
+        small.rounds(method, own, model, Schedule(4, 5, 0))
+        distance[weight] = sum(float(c.kept["residual"].norm()) for c in own.values())
+    assert distance[5.0] != distance[0.0]
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def test_levels_at_home_and_elsewhere(model):
+    method = fpl()
+    own = members(model, method, cards=two_kinds())
+    state, _ = small.rounds(method, own, model, Schedule(3, 5, 0))
+    found = levels(method, state, own, model, 4, 0)
+    assert list(found) == ["personal", "cluster", "global"]
+    assert all(score and 0 <= score["accuracy"] <= 1 for level in found.values() for score in level.values())
+    plain = small.method("fedavg", EXACT)
+    average = members(model, plain)
+    state, _ = small.rounds(plain, average, model)
+    assert list(levels(plain, state, average, model, 3, 0)) == ["global"]
+
+
+def test_cards_of_words_and_numbers_make_a_state_that_can_be_kept(model):
+    """Cards are public and may hold numbers; a state with them is JSON."""
+    method = fpl()
+    cards = [ClientCard("a", {"beds": 3, "country": "fr"}), ClientCard("b", {"beds": 90.5, "country": "fr"})]
+    start = small.start(model, small.classes())
+    json.dumps(method.init(Setup(start, cards, 2, 2, 0)).facts)
