@@ -11,6 +11,7 @@ One prompt, all records in one place, Adam; accuracy on held-back records as ste
 import argparse
 import time
 
+from ficpd.beginning import start_prompt
 from ficpd.clients import Client, Visit
 from ficpd.compression import none
 from ficpd.compute import drive
@@ -18,7 +19,7 @@ from ficpd.experiment import read
 from ficpd.metrics.evaluate import score_prompt
 from ficpd.tuners import Training, tune
 from ficpd.types import Assignment, ClientCard
-from ficpd.world import build_world, start_prompt
+from ficpd.world import build_world
 from measure import save
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import seeds
+from ficpd.beginning import open_clip, public_gradients
 from ficpd.experiment import parse, part, settings
 from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir
-from ficpd.world import World, build_world, open_clip, public_gradients
+from ficpd.world import World, build_world
 from measure import Cells
 
 POLARITY = """

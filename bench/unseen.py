@@ -25,6 +25,7 @@ import tomli_w
 
 from ficpd.adapt import WAYS, Fitted
 from ficpd.auto import adapt, gather
+from ficpd.beginning import start_text
 from ficpd.compute import drive
 from ficpd.experiment import parse, part
 from ficpd.library import PromptLibrary, task_key
@@ -34,7 +35,7 @@ from ficpd.rundir import RunDir
 from ficpd.seams import Task
 from ficpd.types import Record
 from ficpd.use import draw_shots
-from ficpd.world import World, build_world, start_text
+from ficpd.world import World, build_world
 from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, told, world_of
 from measure import Cells, save
 

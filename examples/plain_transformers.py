@@ -19,6 +19,7 @@ library = Path(sys.argv[1])
 texts = sys.argv[2:] or ["a quiet, lovely film", "the battery died within a week"]
 card = json.loads((library / "card.json").read_text())
 prompt, layer = load_file(library / "prompts.safetensors")["global"], card["backbone"]["enters_at"]
+assert layer >= 0, "these are LoRA weights and no prompt: `ficpd export` makes a PEFT folder of them"
 name, kind = card["backbone"]["name"], card["backbone"]["kind"]
 folder, task = resolve(NAMED[name].weights if name in NAMED else name).folder, next(iter(card["tasks"].values()))
 load = AutoModel if kind == "encoder" else AutoModelForCausalLM

@@ -20,8 +20,8 @@ from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.run import run as run_experiment
-from ficpd.seams import Compression, Engine, Method, Task
-from ficpd.tasks import classification, regression
+from ficpd.seams import Compression, Engine, Method, StartsElsewhere, Task
+from ficpd.tasks import choice, classification, regression
 from ficpd.tuners import Training
 from ficpd.types import ArrayKind, ClientCard, Prompt, Record, Setup, State
 
@@ -60,6 +60,21 @@ def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = Fals
     return found
 
 
+def choices(**more: Any) -> choice.Choice:
+    return choice.build(choice.Config(instruction="it was", **more))
+
+
+def questions(count: int, seed: int = 0, name: str = "file.jsonl") -> list[Record]:
+    """The same sentences, each with two, three or five options of its own, in changing order."""
+    found = []
+    for place, record in enumerate(records(count, seed, name)):
+        options = ["good fine", "bad dull", "a story", "we saw it", "twice"][: (2, 5, 3)[place % 3]]
+        options = options[place % 2 :] + options[: place % 2]
+        right = options.index(LABELS[record.fields["target"]])
+        found.append(Record(record.key, {**record.fields, "options": options, "target": right}))
+    return found
+
+
 def start(model: Compute, task: Task, num_tokens: int = 3, enters_at: int = 1) -> Prompt:
     """Activations of a text, and as many rows of a readout as the task tunes."""
     tokens_PD = model.backbone.start("it was good and bad", num_tokens, enters_at, 0)
@@ -77,6 +92,8 @@ def clients(
     if method.pools_data:
         shares = {"everyone": [record for share in shares.values() for record in share]}
     begin = start(model, task)
+    if isinstance(method, StartsElsewhere):
+        begin = method.start(begin, model.backbone, 0)
     compression = compression or whole(begin)
     ledger = ledger or (Ledger(":memory:", "a run") if mechanism.unit != "none" else None)
     budget = Budget(None, 1e-5)

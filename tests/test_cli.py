@@ -466,7 +466,7 @@ def test_info_tells_what_a_run_and_an_installation_are(ficpd, folder):
     for words in (
         "global, prototype-0",
         "tiny:16x2",
-        "3 virtual tokens x 16, entering at layer 1",
+        "3 virtual tokens of width 16, entering at layer 1",
         "ficpd, 3 clients, 6 rounds",
     ):
         assert words in out

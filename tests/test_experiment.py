@@ -50,8 +50,8 @@ def test_a_misspelt_key_in_the_file_is_named_too():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("method.name=fedavgg", "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, fedavg, fedprox"),
-        ("task.name=clasification", "did you mean 'classification'? Known: classification, generation, regression"),
+        ("method.name=fedavgg", "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, fedavg, fedlora"),
+        ("task.name=clasification", "did you mean 'classification'? Known: choice, classification, generation"),
         ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
         ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
         ("method.name=my.module", "'my.module': No module named 'my'. A dotted name must be an importable module."),

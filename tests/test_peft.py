@@ -19,13 +19,14 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel,
 import decoders
 import small
 from ficpd import cli
+from ficpd.backbones.lora import entered
 from ficpd.compute import Compute
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig
 from ficpd.library import PromptLibrary
 from ficpd.peft import export, imported, own_base, read_folder
 from ficpd.tasks import classification
-from ficpd.types import Prompt, Query, Record
+from ficpd.types import LORA, Prompt, Query, Record
 from ficpd.world import load_backbone
 
 pytestmark = [
@@ -154,6 +155,35 @@ def test_padding_is_safe_on_the_right_only(llama, tmp_path):
         left = model(input_ids=torch.cat([none, ids], 1), attention_mask=torch.cat([none, mask], 1)).logits[0, -1]
     assert torch.allclose(alone_V, right, atol=1e-4)
     assert not torch.allclose(alone_V, left, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
+    """The numbers of `library`, in PEFT's own names; loaded by the page's lines, it gives our features."""
+    base = request.getfixturevalue(kind)
+    backbone = backbone_of(base)
+    rows_PD = backbone.adapters.start(8, 0)
+    rows_PD = torch.randn(rows_PD.shape, generator=torch.Generator().manual_seed(1)) / 4
+    export(library(base, rows_PD, LORA), "global", tmp_path / "out", str(base))
+    config, arrays = (
+        peft.PeftConfig.from_pretrained(tmp_path / "out"),
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+    )
+    assert (config.peft_type, config.r, config.lora_alpha, config.inference_mode) == ("LORA", 8, 16, True)
+    assert sum(array.numel() for array in arrays.values()) == backbone.adapters.parameters(8)
+    model = in_peft(AutoModelForCausalLM if kind == "llama" else AutoModel, base, tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "# LoRA weights `global`, for PEFT" in page
+    assert "virtual tokens" not in page
+    for text in TEXTS:
+        item = backbone.read(text, None, "", None, 0)
+        with entered(backbone, rows_PD[None], LORA) as (none, layer), torch.no_grad():
+            ours_D = backbone.above(none, backbone.below([item], 0), [item], layer).features_RD[0]
+            ids = item.content[None]
+            said = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        last_TD = said.hidden_states[-1][0]
+        theirs_D = last_TD[-1] if kind == "llama" else F.normalize(last_TD.mean(0), dim=0)
+        assert torch.allclose(ours_D, theirs_D, atol=1e-4)
 
 
 def test_what_lies_in_the_folder(llama, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 import decoders
 import small
+from ficpd.beginning import start_text
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
 from ficpd.library import PromptLibrary
@@ -15,7 +16,6 @@ from ficpd.peft import reentry_lines
 from ficpd.reentry import Texts, centred, find_texts, logits, reenter, reenter_from
 from ficpd.tasks import classification, generation
 from ficpd.types import Outputs, Prompt, Record
-from ficpd.world import start_text
 
 LONG = {"good": "very good", "bad": "bad and dull", "so": "fine"}
 

@@ -14,7 +14,7 @@ import torch
 
 import small
 from ficpd import codec
-from ficpd.errors import DataError, RunError
+from ficpd.errors import ConfigError, DataError, RunError
 from ficpd.experiment import parse
 from ficpd.federate import Round
 from ficpd.library import PromptLibrary
@@ -109,7 +109,7 @@ def test_every_round_has_its_line_and_bytes_add_up(finished):
 
 
 def test_the_report_has_a_row_for_each_method(finished):
-    report = (finished / "run" / "report.md").read_text()
+    report = (finished / "run" / "report.md").read_text().split("\n## ")[0]
     names = [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")]
     assert names == ["method", "---", "zero_shot", "local", "centralized", "ficpd"]
     assert [result["method"] for result in rows(finished / "run")] == names[2:]
@@ -418,3 +418,35 @@ def test_a_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     RunDir(tmp_path / "new" / "folder").write("a", "text")
     assert steps == ["flushed", "renamed"]
     assert (tmp_path / "new" / "folder" / "a").read_text() == "text"
+
+
+def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):
+    text = small.toml(small.table(tmp_path / "table.csv"), "fpl")
+    text = text.replace('kind = "column"\ncolumn = "site"', 'kind = "iid"\nnum_clients = 4')
+    result = run_experiment(parse(text, "x", ["federation.unseen_clients=1"]), tmp_path / "run")
+    assert result["num_clients"] == 3
+    assert len(result["metrics"]["per_client"]) == 3
+    assert set(result["unseen"]) == {"global", "assigned"}
+    assert "Clients that took no part" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_taking_everybody_out_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="unseen_clients = 3 of 3"):
+        small.run(tmp_path, "fedavg", "federation.unseen_clients=3")
+
+
+def test_a_personal_prompt_outlives_a_run_that_was_cut_off(tmp_path):
+    """What a client keeps is in the checkpoint: a run that goes on ends as one that never stopped."""
+    whole = small.run(tmp_path, "fpl", rounds=4)
+
+    def cut(method: str, done: int, planned: int, figures: dict) -> None:
+        if method == "fpl" and done == 2:
+            raise KeyboardInterrupt
+
+    experiment, out = small.experiment(tmp_path, "fpl", rounds=4), tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, out, progress=cut)
+    again = run_experiment(experiment, out, resume=True)
+    assert again["levels"] == whole["levels"]
+    assert set(again["levels"]) == {"personal", "global"}
+    assert any(name.endswith("/residual") for name in RunDir(out).load()[1])

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import small
+from ficpd.beginning import public_gradients
 from ficpd.clients import Visit, clip_units
 from ficpd.compression import subspace
 from ficpd.compute import drive
 from ficpd.privacy import record_gaussian
 from ficpd.tuners import Training, tune
 from ficpd.types import Assignment, Plan, Query
-from ficpd.world import public_gradients
 
 
 def visit(model, directions: str = "gradient", dimension: int = 5) -> Visit:

@@ -166,7 +166,7 @@ def open_run(folder: Path, device: str) -> Finished:
             f"{method.name} left no prompt that depends on records in {folder}: nothing was left to attack. Audit a run "
             "of a method that shares one (fedavg, ficpd, ...)"
         )
-    world = build_world(experiment)
+    world = build_world(experiment).starting(method)
     library.check(world.model.backbone)
     return Finished(directory, world, method, saved[0], library, result)
 

@@ -146,7 +146,8 @@ def predict(
     records = texts_as_records(text) if text else read_records(str(data), _roles(columns), labelled=False)
     answers = predicted(open_library(library, device), records, prompt, task)
     for record, answer in zip(records, answers, strict=True):
-        typer.echo(json.dumps({"text": record.fields["text"], "prediction": answer}, ensure_ascii=False))
+        role = "image" if "image" in record.fields else "text"
+        typer.echo(json.dumps({role: str(record.fields[role]), "prediction": answer}, ensure_ascii=False))
 
 
 @app.command()

@@ -15,9 +15,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ficpd.backbones.lora import entered
 from ficpd.errors import BackboneError
 from ficpd.seams import Backbone
-from ficpd.types import Answer, Batch, Item, Outputs, Query
+from ficpd.types import LORA, Answer, Batch, Item, Outputs, Query
 
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 131072}
@@ -103,9 +104,9 @@ class Compute:
         if not rows:  # an empty Poisson batch is a question too
             return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
-        P = queries[0].prompts_KPD.shape[1]
+        virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
         losses, grads, outputs, texts = [], [], [], []
-        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=P + queries[0].write):
+        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=virtual + queries[0].write):
             loss, grad, output = self._forward(queries, part)
             losses.append(loss)
             grads.append(grad)
@@ -148,7 +149,8 @@ class Compute:
         prompts_RPD = self._prompts(queries, part)
         items = [queries[row.query].batch.items[row.record][0] for row in part]
         virtual = prompts_RPD.shape[1] - batch.task.head_rows
-        return self.backbone.write(prompts_RPD[:, :virtual], items, batch.enters_at, tokens)
+        with entered(self.backbone, prompts_RPD[:, :virtual], batch.enters_at) as (front_RPD, layer):
+            return self.backbone.write(front_RPD, items, layer, tokens)
 
     def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> Outputs:
         """The backbone on each row's sequences, candidates of one record put side by side again."""
@@ -158,13 +160,12 @@ class Compute:
         readout = self.backbone.as_readout(prompts_RPD[:, prompts_RPD.shape[1] - heads :]) if heads else None
         groups = [queries[row.query].batch.items[row.record] for row in part]
         items = [item for group in groups for item in group]
-        hidden = self.kept.fetch(items, batch.enters_at, self.backbone)
         if len(items) == len(part):
-            outputs = self.backbone.above(tokens_RPD, hidden, items, batch.enters_at)
+            outputs = self._run(tokens_RPD, items, batch.enters_at)
             return Outputs(outputs.features_RD, outputs.scores_RN, readout)
         counts = torch.tensor([len(group) for group in groups], device=device)
         row_S = torch.arange(len(part), device=device).repeat_interleave(counts)
-        outputs = self.backbone.above(tokens_RPD[row_S], hidden, items, batch.enters_at)
+        outputs = self._run(tokens_RPD[row_S], items, batch.enters_at)
         first_R = counts.cumsum(0) - counts
         scores = None
         if outputs.scores_RN is not None:
@@ -172,6 +173,11 @@ class Compute:
             scores = outputs.scores_RN.new_full((len(part), int(counts.max())), -torch.inf)
             scores = scores.index_put((row_S, column_S), outputs.scores_RN[:, 0])
         return Outputs(outputs.features_RD[first_R], scores, readout)
+
+    def _run(self, rows_SPD: Tensor, items: Sequence[Item], enters_at: int) -> Outputs:
+        """One sequence each, behind its own virtual tokens or with its own weights."""
+        with entered(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
+            return self.backbone.above(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
 
     def _losses(self, queries: list[Query], part: list[Row], outputs: Outputs) -> Tensor:
         """[R]: the task's loss, or each query's own, on the rows it belongs to. NaN where the target is not known."""

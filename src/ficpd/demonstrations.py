@@ -38,7 +38,7 @@ class Demonstrations:
         batch = encoded or task.encode(records, backbone, prompt)
         if self.readout_CD is not None:
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
-        room = len(prompt.vectors_PD) - prompt.head_rows
+        room = prompt.room
         lengths = [backbone.read(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
         for record, items in zip(records, batch.items, strict=True):
@@ -63,6 +63,8 @@ def possible(task: Task) -> bool:
 
 def reads_context(backbone: Backbone) -> bool:
     """Whether what stands before or behind a text is read with it: whether an instruction makes it longer."""
+    if backbone.sees:
+        return False
     return backbone.read("a", None, "a", None, 0).length > backbone.read("a", None, "", None, 0).length
 
 

@@ -64,6 +64,10 @@ class PrivacyWarning(UserWarning):
     """A guarantee that holds as stated and says less than it seems to."""
 
 
+class BackboneWarning(UserWarning):
+    """A backbone that runs, and reads less than was written."""
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest one that does.
 

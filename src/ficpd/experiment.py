@@ -41,7 +41,10 @@ class BackboneConfig(Frozen):
 
 class PromptConfig(Frozen):
     """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
-    "vocabulary": from words drawn from the backbone's vocabulary; "library": from the prompt `of` the saved `library`."""
+    "vocabulary": from words drawn from the backbone's vocabulary; "library": from the prompt `of` the saved `library`.
+
+    `head_examples`: a file or folder of a few public labelled records, in the columns of the clients' own; a tuned head
+    starts from their classes' means, and not from the answers' texts, which some backbones do not know."""
 
     num_tokens: int = Field(default=10, ge=1)
     enters_at: int | None = Field(default=None, ge=0)
@@ -49,6 +52,7 @@ class PromptConfig(Frozen):
     text: str | None = None
     library: str | None = None
     of: str = "global"
+    head_examples: str | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "PromptConfig":
@@ -59,13 +63,15 @@ class PromptConfig(Frozen):
 
 class FederationConfig(Frozen):
     """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end. `accept_late`: how many rounds late an
-    update may arrive and still count."""
+    update may arrive and still count. `unseen_clients`: so many of all take no part, drawn by the seed; what the others
+    leave is tried on them at the end."""
 
     num_rounds: int = Field(default=10, ge=0)
     clients_per_round: int | None = Field(default=None, ge=1)
     max_update_norm: float = Field(default=1e6, gt=0)
     evaluate_every: int = Field(default=0, ge=0)
     accept_late: int = Field(default=0, ge=0)
+    unseen_clients: int = Field(default=0, ge=0)
 
 
 class DistillationConfig(Frozen):
@@ -89,6 +95,12 @@ class DistillationConfig(Frozen):
         if self.writer and self.texts:
             raise ValueError("give a writer or texts, one of them")
         return self
+
+
+class FairnessConfig(Frozen):
+    """`group`: a public column of every test record, named in `data.keep` too, by whose values accuracy is compared."""
+
+    group: str | None = None
 
 
 class EngineConfig(Frozen):
@@ -132,6 +144,7 @@ class Experiment(Frozen):
     privacy: dict[str, Any] = {"name": "none"}
     compression: dict[str, Any] = {"name": "none", "bits": 32}
     distillation: DistillationConfig = DistillationConfig()
+    fairness: FairnessConfig = FairnessConfig()
     engine: EngineConfig = EngineConfig()
 
     @property
@@ -145,7 +158,7 @@ class Experiment(Frozen):
 PARTS: dict[str, type[BaseModel]] = {
     "backbone": BackboneConfig, "prompt": PromptConfig, "data": Source, "partition": Partition,
     "training": Training, "federation": FederationConfig, "distillation": DistillationConfig,
-    "engine": EngineConfig,
+    "fairness": FairnessConfig, "engine": EngineConfig,
 }  # fmt: skip
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
 

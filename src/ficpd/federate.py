@@ -9,7 +9,7 @@ import torch
 
 from ficpd import codec, seeds
 from ficpd.errors import BudgetError, CodecError
-from ficpd.seams import Compression, Engine, Method, Model
+from ficpd.seams import Compression, Engine, Method, Model, SumsByPart
 from ficpd.server.central import NoisedSum
 from ficpd.types import ArrayKind, ClientUpdate, Reply, State
 
@@ -93,6 +93,9 @@ def federate(
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
         answered = len(updates)
         if central:
+            if isinstance(method, SumsByPart):
+                layout = method.parts(state)
+                updates = [method.in_its_part(state, update) for update in updates]
             mean = known or central.mean(updates, layout, round, method.name)
             arrays = compression.unpack(compression.project(mean.arrays))  # noise outside the subspace is dropped
             updates = [replace(mean, arrays=arrays)]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
 from ficpd.seams import Backbone, Task
-from ficpd.types import Batch, Prompt, Query, Record
+from ficpd.types import LORA, Batch, Prompt, Query, Record
 
 FORMAT = 2
 """1: the card has one `task` and there are no keys. Still read."""
@@ -54,7 +54,8 @@ class PromptLibrary:
         """
         if not self.keys:
             raise LibraryError(
-                "this library has no keys (it is of an older version); find prompts by their loss on shots"
+                "this library has no keys (it is of an older version, or its backbone knows no words); find prompts by "
+                "their loss on shots"
             )
         return _closest(self.keys, key_D)[:n]
 
@@ -180,6 +181,10 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
     The mean feature that the bare backbone gives the task's answers, each framed by the instruction (an encoder's readout
     rows); the instruction's alone where a task has no fixed answers.
     """
+    if backbone.sees:
+        readout_CD = task.readout(backbone)
+        assert readout_CD is not None
+        return F.normalize(readout_CD.float().mean(0), dim=0).cpu()
     items = tuple((backbone.read(text, None, "", None, 0),) for text in _framed(task.describe()))
     nothing = torch.zeros(1, task.head_rows, backbone.width)
     query = Query(nothing, Batch(task, items, None, None, 0), outputs=True)
@@ -191,8 +196,9 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
 def keys_of(
     names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
 ) -> dict[str, Tensor]:
-    """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known."""
-    names = list(names)
+    """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known. None where
+    the backbone knows no words to describe a task by."""
+    names = list(names) if backbone.knows_words else []
     keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
     mine = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
     return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in mine.items()}
@@ -216,14 +222,22 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
+def shape_of(prompt: Prompt) -> str:
+    """A prompt's size and where it goes in, for a sentence."""
+    width = prompt.vectors_PD.shape[1]
+    if prompt.enters_at == LORA:
+        rows = len(prompt.vectors_PD) - prompt.head_rows
+        return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
+    return f"{prompt.room} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
+
+
 def model_card(library: PromptLibrary) -> str:
     """A page for people: what the library is, for which backbone, what it cost in privacy."""
     card, start = library.card, library.start
-    tokens = len(start.vectors_PD) - start.head_rows
     return (
         f"# Prompt library: {listed(library.prompts, 8)}\n\n"
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
-        f"- {tokens} virtual tokens of width {start.vectors_PD.shape[1]}, entering at layer {start.enters_at}\n"
+        f"- {shape_of(start)}\n"
         f"- tasks: {listed(card.get('tasks', {}))}\n"
         f"- made by: {made_by(card)}\n"
         f"- privacy: {guarantee(card.get('privacy', {}))}\n{_adapted_line(library)}\n"

@@ -2,6 +2,7 @@
 
 PEFT puts virtual tokens in front of the word embeddings and knows nothing else: no later layer, no tuned readout. A
 prompt that has one of those is imitated first (`reentry`). PEFT itself writes the folder, on a base without weights.
+LoRA weights become a LoRA folder, and are not read back.
 """
 
 import json
@@ -16,13 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ficpd.backbones import catalog, weights
+from ficpd.backbones import catalog, lora, weights
+from ficpd.beginning import start_text
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked
-from ficpd.library import PromptLibrary, guarantee, keys_of, made_by
+from ficpd.library import PromptLibrary, guarantee, keys_of, made_by, shape_of
 from ficpd.tuners import Training
-from ficpd.types import Prompt, Record
-from ficpd.world import build_task, load_backbone, locate, start_text
+from ficpd.types import LORA, Prompt, Record
+from ficpd.world import build_task, load_backbone, locate
 
 IMPORTED = "imported"
 VECTORS = "prompt_embeddings"
@@ -31,11 +33,12 @@ VECTORS = "prompt_embeddings"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of backbone is for PEFT and transformers, and how its answers are read."""
+    """What a kind of backbone is for PEFT and transformers, and how its answers are read, with a prompt or with LoRA."""
 
     task_type: str
     auto: str
     reading: str
+    reading_lora: str
 
 
 KINDS = {
@@ -45,6 +48,8 @@ KINDS = {
         "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
         "`model.generate` write. Texts of one batch are padded on the right, or given one at a time: PEFT counts the\n"
         "positions of padding on the left.",
+        "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
+        "`model.generate` write.",
     ),
     "encoder": Kind(
         "FEATURE_EXTRACTION",
@@ -52,6 +57,8 @@ KINDS = {
         "PEFT does not pool, and `last_hidden_state` begins with the {tokens} virtual tokens: leave them out, take the\n"
         "mean over the text's own positions and scale it to length 1. Answers are embedded without the prompt, as\n"
         '"INSTRUCTION ANSWER.", and compared by cosine.',
+        "Take the mean of `last_hidden_state` over a text's positions and scale it to length 1. Answers are embedded\n"
+        'without LoRA (`with model.disable_adapter()`), as "INSTRUCTION ANSWER.", and compared by cosine.',
     ),
 }
 
@@ -81,7 +88,7 @@ def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
     prompt = library.prompts[name]
     reasons = []
-    if prompt.enters_at:
+    if prompt.enters_at not in (0, LORA):
         reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT puts virtual tokens at the input only")
     if prompt.head_rows or name in library.readouts:
         reasons.append("its answers are scored by a tuned readout, for which PEFT has no place")
@@ -143,31 +150,53 @@ def _configuration(folder: Path) -> Mapping[str, Any]:
 
 
 def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
-    """Let PEFT save the prompt, joined to a model of the right form that has no weights."""
-    import peft
+    """Let PEFT save the prompt, or LoRA weights, joined to a model of the right form that has no weights."""
     import transformers
 
-    tuning = peft.PromptTuningConfig(
-        task_type=kind.task_type, num_virtual_tokens=len(prompt.vectors_PD), inference_mode=True
-    )
+    common = {"task_type": kind.task_type, "inference_mode": True}
     with warnings.catch_warnings():  # PEFT asks transformers for what it has renamed
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             empty = getattr(transformers, kind.auto).from_config(config)
-        model: Any = peft.get_peft_model(empty, tuning)
-        tuning.base_model_name_or_path = base
-        model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(prompt.vectors_PD.clone())
+        model = (_with_lora if prompt.enters_at == LORA else _with_prompt)(empty, prompt.vectors_PD, common)
+        model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _with_prompt(empty: Any, vectors_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
+    import peft
+
+    model: Any = peft.get_peft_model(empty, peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common))
+    model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
+    return model
+
+
+def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
+    import peft
+
+    places = lora.Adapters(empty, rows_PD.shape[1])
+    rank, names = places.rank(rows_PD), sorted({name.rpartition(".")[2] for name in places.modules})
+    parts = places.split(rows_PD)
+    tuning = peft.LoraConfig(r=rank, lora_alpha=round(lora.SCALE * rank), target_modules=names, **common)
+    model: Any = peft.get_peft_model(empty, tuning)
+    for name, (down_RN, up_RN) in parts.items():
+        changed = model.base_model.model.get_submodule(name)
+        changed.lora_A["default"].weight = torch.nn.Parameter(down_RN.contiguous())
+        changed.lora_B["default"].weight = torch.nn.Parameter(up_RN.mT.contiguous())
+    return model
 
 
 def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
     """The folder's README.md: what it is, what it cost in privacy, how it is loaded and read."""
     card, prompt = library.card, library.prompts[name]
     tokens, width = prompt.vectors_PD.shape
-    head = ["library_name: peft", *([] if Path(base).is_dir() else [f"base_model: {base}"]), "tags: [prompt-tuning]"]
+    changes = prompt.enters_at == LORA
+    what, tag = ("LoRA weights", "lora") if changes else ("Soft prompt", "prompt-tuning")
+    size = shape_of(prompt) if changes else f"{tokens} virtual tokens of width {width} in front of the input"
+    head = ["library_name: peft", *([] if Path(base).is_dir() else [f"base_model: {base}"]), f"tags: [{tag}]"]
     tasks = "; ".join(f"{task}: {json.dumps(about, ensure_ascii=False)}" for task, about in card["tasks"].items())
     lines = [
-        f"- {tokens} virtual tokens of width {width} in front of the input, for `{base}`",
+        f"- {size}, for `{base}`",
         f"- tuned on the frozen backbone {card['backbone'].get('name', '?')} (`{prompt.backbone}`)",
         f"- task: {tasks}",
         f"- made by: {made_by(card)}",
@@ -177,11 +206,11 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         lines += [f"- {line}" for line in reentry_lines(card)]
         lines.append("- the privacy above is of the federation's records; texts that it was imitated on have none")
     return (
-        "---\n" + "\n".join(head) + f"\n---\n# Soft prompt `{name}`, for PEFT\n\n" + "\n".join(lines) + "\n\n"
+        "---\n" + "\n".join(head) + f"\n---\n# {what} `{name}`, for PEFT\n\n" + "\n".join(lines) + "\n\n"
         "```python\n"
         f"from peft import PeftModel\nfrom transformers import {kind.auto}\n"
         f'model = PeftModel.from_pretrained({kind.auto}.from_pretrained("{base}", dtype="float32"), "THIS_FOLDER")\n'
-        "```\n\n" + kind.reading.format(tokens=tokens) + "\n"
+        "```\n\n" + (kind.reading_lora if changes else kind.reading.format(tokens=tokens)) + "\n"
     )  # fmt: skip
 
 

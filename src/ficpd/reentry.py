@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ficpd import seeds
+from ficpd.beginning import start_text
 from ficpd.clients import Client, Visit
 from ficpd.compression import none
 from ficpd.compute import Compute, drive
@@ -25,9 +26,10 @@ from ficpd.library import PromptLibrary
 from ficpd.peft import backbone_config
 from ficpd.privacy.none import NoPrivacy
 from ficpd.seams import Task
+from ficpd.tasks import made_up
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, Batch, ClientCard, Outputs, Prompt, Query, Record
-from ficpd.world import build_task, load_backbone, start_text
+from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, Outputs, Prompt, Query, Record
+from ficpd.world import build_task, load_backbone
 
 Result = TypeVar("Result")
 FEWEST = 8
@@ -96,6 +98,8 @@ def reenter(
     If tuning brings it no closer on a quarter held back, the untuned start is taken. `learning_rate` is Adam's, in
     units of the start's root mean square. Raises `LibraryError` for fewer than `FEWEST` texts.
     """
+    if prompt.enters_at == LORA:
+        raise LibraryError("LoRA weights are no prompt and need none: export them as they are (without --reenter)")
     if len(texts.records) < FEWEST:
         raise LibraryError(
             f"{len(texts.records)} texts ({texts.source}) are too few to imitate a prompt on; give at least {FEWEST}, "
@@ -156,8 +160,7 @@ def find_texts(folder: Path, model: Compute, seed: int = 0) -> Texts:
     for file in (folder / "library" / SYNTHETIC, folder / SYNTHETIC):
         if file.is_file():
             return Texts(_synthetic(file), f"the library's synthetic examples, {file.name}")
-    made_up = model.backbone.nonsense(MADE_UP, seed)
-    return Texts([Record(f"made-up {i}", {"text": text}) for i, text in enumerate(made_up)], "made-up words", weak=True)
+    return Texts(made_up(model.backbone, MADE_UP, seed), "made-up words", weak=True)
 
 
 def _synthetic(file: Path) -> list[Record]:

@@ -10,7 +10,10 @@ from types import ModuleType
 
 from ficpd.errors import ConfigError, unknown
 
-NOT_ENTRIES = {"weights", "catalog", "decoding", "quantised", "noise", "accountant", "ledger", "settings", "clip"}
+NOT_ENTRIES = {
+    "weights", "bert", "catalog", "decoding", "lora", "quantised",
+    "noise", "accountant", "ledger", "settings", "clip",
+}  # fmt: skip
 """Modules that stand in a registry's folder and are no entry of it."""
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.library import guarantee
-from ficpd.metrics import main_metric
+from ficpd.metrics import Metric, main_metric
 from ficpd.rundir import RunDir
+from ficpd.types import LORA
+
+PERCENT = Metric("share", 100, 1)
+GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -22,19 +26,26 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the task's main figure (`metrics.MAIN`), bytes as encoded."""
-    main = main_metric(results[0]["metrics"]["per_client_mean"])
+    """Headings and cells: the task's main figure (`metrics.MAIN`), bytes as encoded. One task that can be guessed at has its
+    95 % interval and chance beside it."""
+    main, first = main_metric(results[0]["metrics"]["per_client_mean"]), results[0]["metrics"]["zero_shot"] or {}
+    guessed = "chance" in first and ":" not in results[0]["task"]
+    beside = f" [95 %], chance {main.shown(first['chance'])}" if guessed else ""
 
     def shown(score: Mapping[str, float] | None) -> str:
         return main.shown(score[main.name]) if score else "–"
 
-    heads = ["method", "privacy", f"everyone's test {main.name}{main.unit}", f"own test, mean client{main.unit}",
+    def whole(score: Mapping[str, float] | None) -> str:
+        ends = [score[f"{main.name}_{end}"] for end in ("low", "high")] if guessed and score else None
+        return shown(score) + within(ends, main)
+
+    heads = ["method", "privacy", f"everyone's test {main.name}{main.unit}{beside}", f"own test, mean client{main.unit}",
              f"worst client{main.unit}", "bytes up / client / round", "seconds"]  # fmt: skip
     cells = [
         [
             r["label"],
             guarantee(r["privacy"]),
-            shown(r["metrics"]["global"]),
+            whole(r["metrics"]["global"]),
             shown(r["metrics"]["per_client_mean"]),
             shown(r["metrics"]["per_client_worst"]),
             f"{r['bytes']['up_per_client_round']:,.0f}",
@@ -100,6 +111,91 @@ def distilled(own: Mapping[str, Any]) -> str:
     )
 
 
+def clients_section(own: Mapping[str, Any]) -> str:
+    """How evenly the clients are served."""
+    fairness = own.get("fairness", {})
+    if "clients" not in fairness:
+        return ""
+    main = main_metric(own["metrics"]["per_client_mean"])
+    found, worse = fairness["clients"][main.name], fairness.get("worse_off_than_local", {}).get(main.name)
+    deviation = "" if found["deviation"] is None else f", standard deviation {main.shown(found['deviation'])}"
+    few = " Of so few clients the intervals are too narrow." if 1 < found["clients"] < 10 else ""
+    alone = (
+        f" Worse off than alone (`local`): {len(worse['worse'])} of {worse['clients']}, "
+        f"{PERCENT.shown(worse['share'])} %{within(worse['interval'], PERCENT)}." if worse else ""
+    )  # fmt: skip
+    return (
+        f"\n## Clients\n\nOwn test {main.name}{main.unit} of {found['clients']} clients (95 % intervals in brackets): mean "
+        f"{main.shown(found['mean'])}{within(found['mean_interval'], main)}{deviation}, worst {main.shown(found['worst'])} "
+        f"({found['worst_client']}), worst tenth {main.shown(found['worst_tenth'])}"
+        f"{within(found['worst_tenth_interval'], main)}, best {main.shown(found['best'])}.{few}{alone}\n"
+    )
+
+
+def levels_section(own: Mapping[str, Any]) -> str:
+    """What each level of the prompts is worth at home and elsewhere, and to clients that took no part."""
+    levels, unseen = own.get("levels") or {}, own.get("unseen") or {}
+    if len(levels) < 2 and not unseen:
+        return ""
+    main = main_metric(own["metrics"]["per_client_mean"])
+
+    def shown(score: Mapping[str, float] | None) -> str:
+        return main.shown(score[main.name]) if score else "–"
+
+    elsewhere = "other clusters" if own.get("clusters") and own["clusters"]["number"] > 1 else "other clients"
+    lines = "".join(f"| {name} | {shown(of['own'])} | {shown(of['others'])} |\n" for name, of in levels.items())
+    table = f"| prompt | own test | test of {elsewhere} |\n|---|---|---|\n{lines}" if len(levels) > 1 else ""
+    newcomers = (
+        f"\nClients that took no part: {shown(unseen['global'])} with the global prompt, {shown(unseen['assigned'])} with "
+        "the one that their card gets them.\n" if unseen else ""
+    )  # fmt: skip
+    return f"\n## Levels\n\nMean client {main.name}{main.unit}:\n\n{table}{newcomers}"
+
+
+def groups_section(own: Mapping[str, Any]) -> str:
+    """How evenly the groups of a public column are served, task by task."""
+    fairness = own.get("fairness", {})
+    if "groups" not in fairness:
+        return ""
+    parts = []
+    for task, found in fairness["groups"].items():
+        lines = "".join(
+            f"| {name} | {one['records']}{' (few)' if name in found['few'] else ''} "
+            f"| {PERCENT.shown(one['accuracy'])}{within(one['interval'], PERCENT)} |\n"
+            for name, one in found["groups"].items()
+        )
+        table = f"| {fairness['column']} | test records | accuracy % |\n|---|---|---|\n{lines}\n" if lines else ""
+        said = f"{found['said'].capitalize()}.\n" if "said" in found else "".join(
+            f"- {gap}: {gap_in_words(found[key])}\n" for key, gap in GAPS.items()
+        )  # fmt: skip
+        parts.append(f"{task}:\n\n{table}{said}\n")
+    return (
+        f"\n## Groups\n\nThe largest gaps between groups by {fairness['column']}, in points; own prompts, own test records. "
+        "An interval is of the two groups named: they were picked for differing most, so of many groups or answers it is "
+        "too narrow. Where base rates differ, demographic parity contradicts accuracy: read it beside equalised odds.\n\n"
+        + "".join(parts)
+    )
+
+
+def gap_in_words(gap: Mapping[str, Any] | None) -> str:
+    """A gap between groups, with its interval or why there is none."""
+    if gap is None:
+        return "no two groups to compare"
+    what = f"; answer {gap['label']!r}" + (f" among {gap['among']}" if "among" in gap else "") if "label" in gap else ""
+    most, least = gap["between"]
+    interval = within(gap["interval"], PERCENT) or " (no interval: too few records, or all of them alike)"
+    records = " and ".join(map(str, gap["records"]))
+    return f"{PERCENT.shown(gap['gap'])}{interval}, {most} over {least} ({records} records{what})"
+
+
+def within(interval: list[float] | None, metric: Metric) -> str:
+    """
+    >>> within([0.5, 0.75], PERCENT), within(None, PERCENT)
+    (' [50.0, 75.0]', '')
+    """
+    return f" [{', '.join(map(metric.shown, interval))}]" if interval else ""
+
+
 def chosen(privacy: Mapping[str, Any]) -> str:
     """The noise multipliers of all members: each has its own, because each has its own sampling rate.
 
@@ -117,16 +213,21 @@ def report(directory: RunDir) -> str:
     heads, cells = table(results)
     lines = ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]]
     backbone = own["backbone"]
+    layer = backbone["enters_at"]
+    where = "LoRA weights of all layers" if layer == LORA else f"prompt enters at layer {layer}"
     stopped = f"**Stopped early.** {own['stopped']}\n\n" if own["stopped"] else ""
     return (
         f"# {own['method']} on {backbone['name']}: {own['task']}\n\n"
         f"{own['num_clients']} clients, {own['num_rounds']} rounds, seed {own['seed']}, "
         f"{own['num_records']['train']:,} training and {own['num_records']['test']:,} test records; "
-        f"prompt enters at layer {backbone['enters_at']}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
+        f"{where}; {backbone['dtype']}, {backbone['attention']} attention.\n\n"
         + "\n".join(lines)
         + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
         "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n\n"
         + stopped
         + grouped(own)
         + paid(own)
+        + levels_section(own)
+        + clients_section(own)
+        + groups_section(own)
     )

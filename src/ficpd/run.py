@@ -21,6 +21,8 @@ from ficpd.guard import NONE, Guard, build_guard, public_seed
 from ficpd.library import PromptLibrary, keys_of
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
+from ficpd.metrics.fairness import over_clients, over_groups, worse_off
+from ficpd.metrics.levels import at_newcomers, levels
 from ficpd.refine import DISTILLED, Refined, refine
 from ficpd.registry import load
 from ficpd.report import report
@@ -58,6 +60,8 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         return done
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
     world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
+    for part in (world.experiment.method, *({"name": name.partition(":")[0]} for name in experiment.baselines)):
+        world.start_of(_method(world, part))
     directory.write("experiment.toml", to_toml(experiment))  # only now: a mistake in it leaves no directory behind
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")
@@ -69,6 +73,11 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         method, _, private = name.partition(":")
         beside = RunDir(out / "baselines" / name.replace(":", "-"))
         one_method(world, {"name": method}, beside, floor, progress, private=not private)
+    alone = RunDir(out / "baselines" / "local").result()
+    if alone:
+        scores = [found["metrics"]["per_client"] for found in (result, alone)]
+        result.setdefault("fairness", {})["worse_off_than_local"] = worse_off(*scores)
+        directory.write("result.json", json.dumps(result, indent=2) + "\n")
     directory.write("report.md", report(directory))
     return result
 
@@ -81,8 +90,9 @@ def one_method(
     finished = directory.result()
     if finished is not None:
         return finished
-    experiment, module = world.experiment, load("methods", part["name"])
-    method = module.build(settings("methods", part)[1], experiment.training)
+    method = _method(world, part)
+    world = world.starting(method)
+    experiment = world.experiment
     label = method.name if private else f"{method.name}, no privacy"
     schedule = schedule_of(world, method)
     holders, saved = world.holders(method.pools_data), directory.load()
@@ -119,6 +129,11 @@ def one_method(
     evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
     result["clusters"] = _clusters(world, state)
+    if method.trains:
+        asked = (method, state, clients, world.model, schedule.num_rounds + 1)
+        result["levels"] = None if method.pools_data else levels(*asked, seed=experiment.seed)
+        result["unseen"] = at_newcomers(method, state, world.newcomers(), *asked[3:]) if world.unseen else None
+    result["fairness"] = _fairness(world, tested, evaluation)
     refined = _refined(world, method, state, directory) if result["clusters"] else None
     if refined:
         result["distillation"] = refined.facts
@@ -131,6 +146,11 @@ def one_method(
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
+
+
+def _method(world: World, part: Mapping[str, Any]) -> Method:
+    module, config = settings("methods", part)
+    return module.build(config, world.experiment.training)
 
 
 def _engine(world: World, method: Method, clients: Mapping[str, Client]) -> Engine:
@@ -158,10 +178,12 @@ def _beginning(
 
 
 def _knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:
-    """With the fact `noise`, so that a method can tell what clients learned from what a mechanism added."""
+    """With the facts `noise` (on one update) and `noise_of_sum` (on a whole round's), squared lengths, so that a method can
+    tell what clients learned from what a mechanism added."""
     arrays = world.compression.project({name: torch.zeros(shape) for name, shape in method.layout(state).items()})
-    noise = guard.noise_on(sum(array.numel() for array in arrays.values()))
-    return State(state.arrays, {**state.facts, "noise": noise})
+    size = sum(array.numel() for array in arrays.values())
+    of_sum = guard.central.noise_on(size) if guard.central else 0.0
+    return State(state.arrays, {**state.facts, "noise": guard.noise_on(size), "noise_of_sum": of_sum})
 
 
 def schedule_of(world: World, method: Method) -> Schedule:
@@ -258,6 +280,16 @@ def _library(
     return PromptLibrary(start, prompts, card, keys)
 
 
+def _fairness(world: World, clients: Mapping[str, Client], evaluation: Evaluation) -> dict[str, Any]:
+    """Over clients and, if the experiment asks for them, over the groups of a public column, task by task."""
+    column, seed = world.experiment.fairness.group, world.experiment.seed
+    found: dict[str, Any] = {"clients": over_clients(evaluation.own, seed)}
+    if column:
+        tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
+        found |= {"column": column, "groups": over_groups(evaluation.predicted, clients, tasks, column, seed)}
+    return found
+
+
 def _clusters(world: World, state: State) -> dict[str, Any] | None:
     """Which prototype each client has, and how well that agrees with each thing that is publicly known of clients (the
     adjusted Rand index); None for a method without prototypes."""
@@ -265,7 +297,7 @@ def _clusters(world: World, state: State) -> dict[str, Any] | None:
     if not member:
         return None
     known = sorted({key for shard in world.shards.values() for key in shard.metadata})
-    truths = {key: {n: s.metadata[key] for n, s in world.shards.items() if key in s.metadata} for key in known}
+    truths = {key: {n: str(s.metadata[key]) for n, s in world.shards.items() if key in s.metadata} for key in known}
     found = {key: agreement(member, truth) for key, truth in truths.items()}
     return {"member": member, "number": len(set(member.values())), "agreement": found}
 

@@ -1,7 +1,7 @@
 """The seams: what a backbone, task, mechanism, method and engine have to be. Protocols of a few methods each, no trees."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Backbone(Protocol):
     max_tokens: int
     gives_gradients: bool
     writes: bool
+    sees: bool
+    """It looks at images (`look`) and reads no texts; else it reads (`read`)."""
+    knows_words: bool
+    """It can score answers by their texts; else a task on it has to tune a head."""
     device: torch.device
 
     def read(
@@ -50,8 +54,14 @@ class Backbone(Protocol):
         """
         ...
 
+    def look(self, image: Any, room: int) -> Item:
+        """One image, anything whose `open()` gives a PIL image in RGB; it is opened in `below`, and no pixels are kept.
+        Raises `BackboneError` where the backbone sees nothing, or if `room` virtual tokens do not fit."""
+        ...
+
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens)."""
+        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens).
+        Raises `BackboneError` where the backbone knows no words."""
         ...
 
     def as_readout(self, rows_RCD: Tensor) -> Tensor:
@@ -59,11 +69,17 @@ class Backbone(Protocol):
         ...
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer."""
+        """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer. Where
+        images are seen the text says nothing: those of made-up images."""
         ...
 
-    def nonsense(self, number: int, seed: int) -> list[str]:
-        """Texts of words drawn from the vocabulary: public, and nobody's."""
+    def nonsense(self, number: int, seed: int) -> list[Any]:
+        """Texts of words drawn from the vocabulary, or images of colours: public, and nobody's."""
+        ...
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Which share of the tokens of these texts stands for what it cannot read, 0 to 1; 0.0 where nothing does (bytes
+        or hashes for a vocabulary, or no texts at all: images)."""
         ...
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
@@ -123,6 +139,15 @@ class Task(Protocol):
 
     def describe(self) -> Mapping[str, JSON]:
         """The task's configuration, enough to build it again for a library's user."""
+        ...
+
+
+@runtime_checkable
+class MakesUp(Protocol):
+    """A task whose records are more than a text and a target."""
+
+    def beside(self, place: int) -> Mapping[str, JSON]:
+        """The further fields of the place-th record that is made up: public, and nobody's."""
         ...
 
 
@@ -257,6 +282,11 @@ class ClientSide(Protocol):
         """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
         ...
 
+    def home(self) -> "ClientSide":
+        """The same client without privacy, for what never leaves: nothing made with it may enter an update, or a prompt
+        that is asked about with records whose average will."""
+        ...
+
 
 class Model(Protocol):
     """The one place where the backbone runs, as the server's half of a method may call it."""
@@ -304,6 +334,30 @@ class Method(Protocol):
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         """The prompts worth keeping in a library, each [P, D], by name."""
+        ...
+
+
+@runtime_checkable
+class SumsByPart(Protocol):
+    """A method whose `sums` holds of each of several parts: a client's update counts in one of them, which is public."""
+
+    def parts(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the one sum over all clients."""
+        ...
+
+    def in_its_part(self, state: State, update: ClientUpdate) -> ClientUpdate:
+        """The update as it enters that sum: zero in all parts but its own."""
+        ...
+
+
+@runtime_checkable
+class StartsElsewhere(Protocol):
+    """A method that does not start from the experiment's prompt, nor at its learning rate."""
+
+    learning_rate: float
+
+    def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+        """What everybody starts from instead, given the experiment's prompt; of what it has returned, the same again."""
         ...
 
 

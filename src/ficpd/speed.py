@@ -74,10 +74,13 @@ class _Sum:
 
 
 def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
-    """Least seconds of a training step of 8 rows x 32 tokens with 10 virtual tokens entering at the bottom."""
-    text = " ".join(["word"] * TOKENS)
+    """Least seconds of a training step of 8 rows x 32 tokens, or 8 images, with 10 virtual tokens entering at the bottom."""
     start = Prompt(backbone.start("word", 10, 0, 0), backbone.fingerprint)
-    items = tuple((backbone.read(text, None, "", None, 10),) for _ in range(ROWS))
+    text = " ".join(["word"] * TOKENS)
+    items = tuple(
+        (backbone.look(it, 10) if backbone.sees else backbone.read(text, None, "", None, 10),)
+        for it in backbone.nonsense(ROWS, 0)
+    )
     query = Query(start.vectors_PD[None], Batch(_Sum(), items, torch.zeros(ROWS), None, 0), grad=True)  # type: ignore[arg-type]
     model = Compute(backbone)
     model.answer([query])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 JSON = Any
 Score = dict[str, float]
+LORA = -1
+"""In the place of a layer (`enters_at`): the rows are no virtual tokens but low-rank changes of the weights."""
 
 # ---------------------------------------------------------------- values: records and what a backbone reads of them
 
@@ -37,10 +39,11 @@ class Record:
 class Item:
     """One sequence that a backbone reads. Its identity is the key under which its lower layers' output is kept.
 
-    `scored` > 0 asks for the likelihood of the last `scored` positions instead of a feature at the reading position.
+    `content` is the backbone's own: token ids, or an image that can be opened. Nothing between task and backbone looks
+    inside. `scored` > 0 asks for the likelihood of the last `scored` positions instead of a feature at the reading position.
     """
 
-    content: Tensor
+    content: Any
     length: int
     scored: int = 0
 
@@ -127,13 +130,19 @@ class Prompt:
 
     `backbone` is a fingerprint: prompts of different backbones or layers never mix. `enters_at` is the layer whose
     input the virtual tokens join (0: ordinary prompt tuning). The last `head_rows` rows are no virtual tokens but the
-    readout of a task that tunes one; they travel, are clipped and noised like the rest.
+    readout of a task that tunes one; they travel, are clipped and noised like the rest. Where `enters_at` is `LORA`, the
+    other rows are weights (`backbones/lora.py`).
     """
 
     vectors_PD: Tensor
     backbone: str
     enters_at: int = 0
     head_rows: int = 0
+
+    @property
+    def room(self) -> int:
+        """How many virtual tokens a text must leave room for."""
+        return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
         return replace(self, vectors_PD=vectors_PD.detach().to(torch.float32))
@@ -221,7 +230,7 @@ class ClientCard:
     """What everybody may know of a client: its name and public metadata, nothing that depends on records."""
 
     name: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ficpd.data import sources
 from ficpd.demonstrations import Demonstrations
 from ficpd.errors import DataError, LibraryError, unknown
 from ficpd.experiment import BackboneConfig, EngineConfig, checked, recipes
-from ficpd.library import ADAPTED, PromptLibrary, guarantee, listed, made_by, task_key
+from ficpd.library import ADAPTED, PromptLibrary, guarantee, listed, made_by, shape_of, task_key
 from ficpd.metrics.evaluate import predictions, score_prompt
 from ficpd.seams import Task
 from ficpd.speed import machine
@@ -86,9 +86,15 @@ def open_library(folder: Path, device: str = "cpu") -> Opened:
 
 
 def read_records(data: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
-    """All records of a file, in its order. Without labels only `text` (and `text_pair`, if named) is read."""
-    roles = {"text": "text", **({"target": "target"} if labelled else {}), **columns}
-    return sources.read_all(checked(sources.Config, {"source": data, "columns": roles}, "--data"))
+    """All records of a file, in its order. Without labels only `text` (or `image`, if that is named) and what else is named
+    are read. Options may be in several columns (`options=a,b,c`)."""
+    roles = {
+        **({} if "image" in columns else {"text": "text"}),
+        **({"target": "target"} if labelled else {}),
+        **columns,
+    }
+    options = roles.pop("options").split(",") if "," in roles.get("options", "") else []
+    return sources.read_all(checked(sources.Config, {"source": data, "columns": roles, "options": options}, "--data"))
 
 
 def texts_as_records(texts: Sequence[str]) -> list[Record]:
@@ -168,7 +174,8 @@ def _task_of(opened: Opened, records: Sequence[Record]) -> str | None:
     fitting = {}
     for name, task in opened.tasks.items():
         about = task.describe()
-        if (about.get("labels") or about.get("anchors") or len(opened.tasks) == 1) and _fits(task, records):
+        told = about.get("labels") or about.get("anchors") or about["name"] == "choice"
+        if (told or len(opened.tasks) == 1) and _fits(task, records):
             fitting[name] = len(task.possible)
     return min(fitting, key=fitting.__getitem__) if fitting else None
 
@@ -259,8 +266,7 @@ def library_facts(path: Path) -> dict[str, Any]:
     return {
         "prompts": listed(library.prompts),
         "backbone": f"{card['backbone'].get('name', '?')} ({start.backbone})",
-        "shape": f"{len(start.vectors_PD) - start.head_rows} virtual tokens x {start.vectors_PD.shape[1]}, "
-        f"entering at layer {start.enters_at}",
+        "shape": shape_of(start),
         "tasks": _tasks(card["tasks"]),
         "made by": made_by(card),
         "privacy": guarantee(card.get("privacy", {})),

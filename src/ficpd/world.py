@@ -1,39 +1,35 @@
 """Everything an experiment describes, built: the backbone, the task, the start prompt, the clients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ficpd import seeds
-from ficpd.backbones import catalog, weights
-from ficpd.clients import Client, Encodings, clip_units
-from ficpd.compression.subspace import Gradients
+from ficpd.backbones import catalog, warn_of_unknown, weights
+from ficpd.beginning import measured, start_prompt
+from ficpd.clients import Client, Encodings
 from ficpd.compute import Compute
 from ficpd.data import sources
 from ficpd.data.partition import Shard, partition
-from ficpd.errors import BackboneError, ConfigError, unknown
-from ficpd.experiment import BackboneConfig, EngineConfig, Experiment, Group, PromptConfig, checked, settings
+from ficpd.errors import BackboneError, ConfigError
+from ficpd.experiment import BackboneConfig, EngineConfig, Experiment, Group, checked, settings
 from ficpd.guard import Guard, private_seed
-from ficpd.library import PromptLibrary
+from ficpd.metrics.fairness import groups_of
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.seams import Backbone, Compression, Task
+from ficpd.seams import Backbone, Compression, Method, StartsElsewhere, Task
 from ficpd.speed import DTYPES, Choice, choose
-from ficpd.types import ClientCard, Prompt, Query, Record
-
-HEADROOM = 2.0
-"""At the median norm itself half of the records are clipped, those that are answered wrongly most of all, and the most
-frequent answer wins: 72.5 and 69.6 % (two noise seeds, ε = 2) where twice the norm gave 76.4 and 77.9 %, thrice 75.3."""
+from ficpd.types import ClientCard, Prompt
 
 
 @dataclass(frozen=True)
 class World:
     """`experiment` has every "auto" and every default resolved to what is really used. `tasks` by group (see
-    `Experiment.parties`); `group_of` says to which one each client belongs."""
+    `Experiment.parties`); `group_of` says to which one each client belongs. `unseen`: clients that take
+    no part."""
 
     experiment: Experiment
     tasks: Mapping[str, Task]
@@ -42,6 +38,7 @@ class World:
     start: Prompt
     compression: Compression
     shards: Mapping[str, Shard]
+    unseen: Mapping[str, Shard] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -66,6 +63,33 @@ class World:
 
     def task_of(self, client: str) -> Task:
         return self.tasks[self.group_of.get(client, client.removesuffix("everyone").removesuffix("."))]
+
+    def start_of(self, method: Method) -> Prompt:
+        """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts."""
+        if not isinstance(method, StartsElsewhere):
+            return self.start
+        if self.experiment.compression["name"] != "none":
+            raise ConfigError(
+                f"compression.name = {self.experiment.compression['name']!r} is for prompts, and {method.name} tunes "
+                'something else; set compression.name = "none" (with compression.bits = 8 or 16, if bytes matter)'
+            )
+        return method.start(self.start, self.model.backbone, seeds.derive(self.experiment.seed, "public"))
+
+    def starting(self, method: Method) -> "World":
+        """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
+        if not isinstance(method, StartsElsewhere):
+            return self
+        training = self.experiment.training.model_copy(update={"learning_rate": method.learning_rate})
+        privacy = dict(self.experiment.privacy)
+        privacy |= {key: value for key, value in {"clip_norm": None, "clip_norms": {}}.items() if key in privacy}
+        experiment = self.experiment.model_copy(update={"training": training, "privacy": privacy})
+        start = self.start_of(method)
+        experiment, compression = measured(experiment, list(self.tasks.values()), self.model, start)
+        return replace(self, experiment=experiment, start=start, compression=compression)
+
+    def newcomers(self) -> dict[str, Client]:
+        """The clients that take no part."""
+        return replace(self, shards=self.unseen).clients()
 
     def clients(self, guard: Guard | None = None, pooled: bool = False) -> dict[str, Client]:
         """Fresh clients with nothing kept. Without a guard nothing of them may leave: they are for looking at."""
@@ -94,22 +118,42 @@ def build_world(experiment: Experiment) -> World:
         tasks[group] = build_task(party.task)
         dealt = _dealt(group, party, experiment.seed)
         _check_targets(tasks[group], dealt)
+        if experiment.fairness.group:
+            groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
+    shards, unseen = _set_apart(shards, group_of, experiment)
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
+    if backbone.sees and experiment.distillation.how != "none":
+        raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
     start, experiment = start_prompt(experiment, list(tasks.values()), backbone)
     for name, shard in shards.items():
         tasks[group_of[name]].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
-    engine = experiment.engine
-    module, config = settings("compression", experiment.compression)
-    model, seed = Compute(backbone, engine.keep_mb << 20, engine.chunk_tokens), seeds.derive(experiment.seed, "public")
-    public = lru_cache(partial(public_gradients, model, list(tasks.values()), start, seed))
-    gradients = public if backbone.gives_gradients else None
-    compression = module.build(config, start, seed, gradients)
-    experiment = experiment.model_copy(update={"privacy": open_clip(experiment, start, compression, gradients)})
-    return World(experiment, tasks, group_of, model, start, compression, shards)
+    for group in tasks:
+        warn_of_unknown(backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
+    model = Compute(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
+    experiment, compression = measured(experiment, list(tasks.values()), model, start)
+    return World(experiment, tasks, group_of, model, start, compression, shards, unseen)
+
+
+def _set_apart(
+    shards: Mapping[str, Shard], group_of: Mapping[str, str], experiment: Experiment
+) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    """Those who take part, and those who do not. Every group keeps a client."""
+    number, names = experiment.federation.unseen_clients, sorted(shards)
+    random = seeds.generator(seeds.derive(experiment.seed, "public"), "unseen")
+    apart: set[str] = set()
+    for place in torch.randperm(len(names), generator=random).tolist():
+        group = [name for name in names if group_of[name] == group_of[names[place]]]
+        if len(apart) < number and len(apart.intersection(group)) < len(group) - 1:
+            apart.add(names[place])
+    if len(apart) < number:
+        raise ConfigError(
+            f"federation.unseen_clients = {number} of {len(names)} clients leaves a task without any; at most {len(apart)}"
+        )
+    return {n: shards[n] for n in names if n not in apart}, {n: shards[n] for n in names if n in apart}
 
 
 def _dealt(group: str, party: Group, seed: int) -> dict[str, Shard]:
@@ -120,6 +164,12 @@ def _dealt(group: str, party: Group, seed: int) -> dict[str, Shard]:
     return {f"{group}.{name}": replace(s, metadata={**s.metadata, "group": group}) for name, s in shards.items()}
 
 
+def _who(name: str, shard: Shard) -> str:
+    """A client and what its card says, for a sentence."""
+    facts = ", ".join(f"{key} {value}" for key, value in shard.metadata.items() if key != "group")
+    return f"client {name!r} ({facts})" if facts else f"client {name!r}"
+
+
 def _check_heads(tasks: Mapping[str, Task]) -> None:
     """Prompts of one federation have one shape: with several tasks no head can be tuned."""
     if len(tasks) > 1 and (heads := [name for name, task in tasks.items() if task.head_rows]):
@@ -127,46 +177,6 @@ def _check_heads(tasks: Mapping[str, Task]) -> None:
             f"groups.{heads[0]}.task.tuned_head: a head fits one label set, and this federation has {len(tasks)} tasks; "
             "leave it false"
         )
-
-
-def open_clip(
-    experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None
-) -> dict[str, Any]:
-    """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
-    units that the tuner sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
-    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at."""
-    privacy = dict(experiment.privacy)
-    if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
-        return privacy
-    if "placement" in privacy:
-        training = experiment.training
-        longest = training.local_steps * (training.learning_rate or 0) * start.vectors_PD.numel() ** 0.5
-        return privacy | {"clip_norm": longest / 2}
-    if gradients is None:
-        raise ConfigError("privacy.clip_norm is open, and this backbone gives no gradients to find one from; state it")
-    groups = list(experiment.parties)
-    number = max(256, 8 * len(groups))
-    found, coordinates = gradients(number), compression.coordinates
-    flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
-    norms = flat.norm(dim=1).split([len(range(place, number, len(groups))) for place in range(len(groups))])
-    clips = {group: HEADROOM * float(own.median()) for group, own in zip(groups, norms, strict=True)}
-    return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
-
-
-def public_gradients(model: Compute, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
-    """[number, P, D]: gradients at the start prompt on made-up records, every task and every possible answer in turn;
-    nobody's data."""
-    texts, compute, found = model.backbone.nonsense(number, seed), Compute(model.backbone, 0, model.chunk_tokens), []
-    for place, task in enumerate(tasks[:number]):
-        made_up = [
-            Record(f"made-up {i}", {"text": text, "target": task.possible[i % len(task.possible)]})
-            for i, text in enumerate(texts[place :: len(tasks)])
-        ]
-        query = Query(start.vectors_PD[None], task.encode(made_up, model.backbone, start), grad=True)
-        answer = compute.answer([query])[0]  # nothing below the prompt's layer is worth keeping
-        assert answer.grad_KBPD is not None
-        found.append(answer.grad_KBPD[0].cpu())
-    return torch.cat(found)
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
@@ -195,77 +205,10 @@ def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
     return config.kind or (named.kind if named else catalog.kind_of(Path(found.folder))), found
 
 
-def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
-    """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
-    config, defaults = (
-        experiment.prompt,
-        catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth),
-    )
-    saved = _saved_prompt(config, backbone, tasks[0].head_rows) if config.library else None
-    enters_at = saved.enters_at if saved else defaults.enters_at if config.enters_at is None else config.enters_at
-    if enters_at >= backbone.depth:
-        raise ConfigError(
-            f"prompt.enters_at = {enters_at}: {backbone.name} has {backbone.depth} layers, so 0 to {backbone.depth - 1}"
-        )
-    text = None if config.init == "vocabulary" else config.text or start_text(tasks)
-    tokens_PD = saved.vectors_PD if saved else backbone.start(text, config.num_tokens, enters_at, experiment.seed)
-    rms = float(tokens_PD.square().mean().sqrt())
-    vectors_PD = torch.cat([tokens_PD, _head_rows(tasks[0], backbone, rms)])
-    training = experiment.training
-    if training.learning_rate is None:
-        training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
-    prompt = config.model_copy(update={"enters_at": enters_at, "num_tokens": len(tokens_PD)})
-    return (
-        Prompt(vectors_PD, backbone.fingerprint, enters_at, tasks[0].head_rows),
-        experiment.model_copy(update={"prompt": prompt, "training": training}),
-    )
-
-
-def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> Prompt:
-    """A library's prompt as the start. It was made by a federation: what that spent is stated in its own card."""
-    library = PromptLibrary.load(Path(str(config.library)).expanduser())
-    library.check(backbone)
-    if config.of not in library.prompts:
-        raise ConfigError(f"prompt.{unknown('of', config.of, library.prompts)}")
-    found = library.prompts[config.of]
-    if found.head_rows or head_rows:
-        raise ConfigError(
-            "prompt.init = 'library': a prompt with a tuned head cannot be started from; leave tuned_head false"
-        )
-    if config.enters_at not in (None, found.enters_at):
-        raise ConfigError(
-            f"prompt.enters_at = {config.enters_at}, but {config.of!r} enters at {found.enters_at}; leave it out"
-        )
-    return found
-
-
-def start_text(tasks: Sequence[Task]) -> str | None:
-    """The task's own words: its instruction and its answers' texts. Of several tasks the instructions; None if there
-    are none."""
-    configs = [task.describe() for task in tasks]
-    words = list(dict.fromkeys(config.get("instruction", "") for config in configs))
-    if len(tasks) == 1:
-        words += configs[0].get("labels", {}).values() or configs[0].get("anchors", {}).keys()
-    return " ".join(words).strip() or None
-
-
 def build_task(description: Mapping[str, Any]) -> Task:
     """A task from what `Task.describe` said of it."""
     module, config = settings("tasks", description)
     return module.build(config)
-
-
-def _head_rows(task: Task, backbone: Backbone, rms: float) -> torch.Tensor:
-    """The tuned readout's first rows: the answers' own, scaled to the prompt's RMS so that one rate fits both."""
-    if not task.head_rows:
-        return torch.zeros(0, backbone.width)
-    readout_CD = task.readout(backbone)
-    if readout_CD is None:
-        raise ConfigError(
-            "task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts"
-        )
-    rows_CD = readout_CD.float().cpu()
-    return rows_CD / rows_CD.square().mean(1, keepdim=True).sqrt() * rms
 
 
 def _pool(shards: Mapping[str, Shard]) -> Shard:

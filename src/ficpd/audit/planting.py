@@ -8,6 +8,7 @@ import numpy as np
 from ficpd import seeds
 from ficpd.data.partition import Shard
 from ficpd.seams import Task
+from ficpd.tasks.choice import Option
 from ficpd.types import Record
 
 
@@ -25,7 +26,7 @@ def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shar
         return []
     random, truths = np.random.default_rng(seeds.derive(seed, "labels")), task.targets(records) if records else []
     if has_labels(task, train):
-        wrong = [random.choice([label for label in seen if label != truth]).item() for truth in truths]
+        wrong = [random.choice([label for label in _labels(truth, seen) if label != truth]).item() for truth in truths]
     else:
         wrong = [seen[0] + seen[-1] - truth for truth in truths]
     return [replace(r, fields={**r.fields, "target": target}) for r, target in zip(records, wrong, strict=True)]
@@ -45,5 +46,10 @@ def plant(shards: Mapping[str, Shard], records: Sequence[Record], seed: int) -> 
 
 
 def has_labels(task: Task, records: Sequence[Record]) -> bool:
-    """Whether the truths are names (classes) and not numbers."""
-    return isinstance(task.targets(records[:1])[0], str)
+    """Whether the truths are names (classes) or one of several options, and not numbers."""
+    return isinstance(task.targets(records[:1])[0], (str, Option))
+
+
+def _labels(truth: str | Option, seen: Sequence[str]) -> Sequence:
+    """What might be said instead of a truth: another class, another of the record's own options."""
+    return range(truth.of) if isinstance(truth, Option) else seen

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ficpd.errors import DataError
 from ficpd.seams import Backbone, Task
-from ficpd.types import Batch, Outputs, Prompt, Record
+from ficpd.types import Batch, Item, Outputs, Prompt, Record
 
 
 class Answers:
@@ -26,14 +27,11 @@ class Answers:
         self, task: Task, records: Sequence[Record], targets: Tensor | None, backbone: Backbone, prompt: Prompt
     ) -> Batch:
         """One item per record, or one per record and answer where likelihoods are needed."""
-        readout, room = self.readout(backbone), len(prompt.vectors_PD) - prompt.head_rows
-        asked: list[str | None] = [None] if readout is not None else [*self.texts]
+        readout = None if prompt.head_rows and not backbone.knows_words else self.readout(backbone)
+        asked: list[str | None] = [None] if readout is not None or prompt.head_rows else [*self.texts]
         items = tuple(
-            tuple(
-                backbone.read(r.fields["text"], r.fields.get("text_pair"), self.instruction, answer, room)
-                for answer in asked
-            )
-            for r in records
+            tuple(item_of(record, backbone, prompt.room, self.instruction, answer) for answer in asked)
+            for record in records
         )
         return Batch(task, items, targets, readout, prompt.enters_at)
 
@@ -45,6 +43,36 @@ class Answers:
             return outputs.features_RD @ batch.readout_CD.T
         assert outputs.scores_RN is not None
         return outputs.scores_RN[:, : len(self.texts)]
+
+
+def item_of(
+    record: Record, backbone: Backbone, room: int, instruction: str = "", answer: str | None = None, writes: int = 0
+) -> Item:
+    """What the backbone reads, or looks at, of a record, as `Backbone.read` and `look` do it.
+
+    Raises `DataError` for a record that has no image where the backbone sees, or no text where it reads.
+    """
+    text, image = record.fields.get("text"), record.fields.get("image")
+    if backbone.sees and answer is None and not writes:
+        if image is None:
+            raise DataError(
+                f"{record.key}: no image, and {backbone.name} sees nothing else; name the column of images in data.columns "
+                "(image), or take a backbone that reads texts"
+            )
+        return backbone.look(image, room)
+    if text is None and not backbone.sees:
+        has = "an image and no text" if image is not None else "no text"
+        raise DataError(
+            f"{record.key}: {has}, and {backbone.name} reads nothing else; name the column of texts in data.columns (text)"
+            + (", or take a vision backbone (DINOv2, ViT, CLIP)" if image is not None else "")
+        )
+    return backbone.read(text or "", record.fields.get("text_pair"), instruction, answer, room, writes)
+
+
+def made_up(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
+    """Records without targets of what the backbone calls nonsense: public, and nobody's."""
+    role = "image" if backbone.sees else "text"
+    return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.nonsense(number, seed))]
 
 
 def known(records: Sequence[Record]) -> bool:

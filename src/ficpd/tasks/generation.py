@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ficpd.errors import DataError
 from ficpd.seams import Backbone
+from ficpd.tasks import item_of
 from ficpd.types import JSON, Answer, Batch, Item, Outputs, Prompt, Record, Score
 
 MADE_UP = (
@@ -68,7 +69,7 @@ class Generation:
 
         The batch's targets are the tails' lengths, in tokens.
         """
-        items = [self._item(record, backbone, len(prompt.vectors_PD) - prompt.head_rows) for record in records]
+        items = [self._item(record, backbone, prompt.room) for record in records]
         lengths_B = torch.tensor([item.scored for item in items], dtype=torch.long)
         targets = lengths_B if lengths_B.any() else None
         return Batch(self, tuple((item,) for item in items), targets, None, prompt.enters_at)
@@ -107,8 +108,7 @@ class Generation:
 
     def _item(self, record: Record, backbone: Backbone, room: int) -> Item:
         answer = None if record.fields.get("target") is None else self._target(record)
-        text, pair = record.fields["text"], record.fields.get("text_pair")
-        return backbone.read(text, pair, self.config.instruction, answer, room, self.writes)
+        return item_of(record, backbone, room, self.config.instruction, answer, self.writes)
 
     def _target(self, record: Record) -> str:
         return _text(record, "target", record.fields.get("target")).strip()

@@ -1,0 +1,80 @@
+"""FedAvg on LoRA weights, the line that prompts are compared with: McMahan et al., AISTATS 2017, arXiv 1602.05629, with
+low-rank changes of the model's weights (Hu et al., ICLR 2022, arXiv 2106.09685) as the only parameters.
+
+A and B are averaged each by itself (as in FedIT, Zhang et al., 2023, arXiv 2305.05644), which is not the mean of the
+products B A. They stand in the prompt's place, so that they are tuned, clipped, noised and sent as one is. What was chosen
+for a prompt does not fit them: `training.learning_rate` and `privacy.clip_norm` are not used, the clip norm is found anew.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd.backbones import lora
+from ficpd.seams import Backbone, ClientSide, Model
+from ficpd.server.averaging import weighted_mean
+from ficpd.tuners import Training, tune
+from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+
+
+class Config(BaseModel):
+    """`rank` of the change of each query and value projection, whose scale alpha/rank is `lora.SCALE`. `learning_rate` is
+    Adam's, as it is; it falls over the rounds as `training.decay` says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rank: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+
+
+def build(config: Config, training: Training) -> "FedLora":
+    return FedLora(config, training)
+
+
+class FedLora:
+    name, pools_data, trains, releases, sums, gathers = "fedlora", False, True, True, True, False
+
+    def __init__(self, config: Config, training: Training):
+        self.rank, self.learning_rate = config.rank, config.learning_rate
+        self.training = training.model_copy(update={"learning_rate": config.learning_rate})
+
+    def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+        """Weights that change nothing yet, and a tuned head's rows as large as A's. `BackboneError` if it has no LoRA."""
+        if prompt.enters_at == LORA:
+            return prompt
+        rows_PD = lora.of(backbone).start(self.rank, seed)
+        head_CD = prompt.vectors_PD[len(prompt.vectors_PD) - prompt.head_rows :]
+        head_CD = head_CD / head_CD.square().mean().sqrt() / (3 * backbone.width) ** 0.5
+        return replace(prompt, vectors_PD=torch.cat([rows_PD, head_CD]), enters_at=LORA)
+
+    def init(self, setup: Setup) -> State:
+        return State({"weights": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        rate = self.training.rate(round, state.facts["num_rounds"])
+        return Assignment(self.name, round, {"weights": state.arrays["weights"]}, {"rate": rate})
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        weights = order.arrays["weights"]
+        tuned = yield from tune(self.training, client, order, weights)
+        return ClientUpdate(client.id, {"delta": tuned - weights}, client.weight)
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {"delta": tuple(state.arrays["weights"].shape)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        return State({"weights": state.arrays["weights"] + weighted_mean(updates, "delta")}, state.facts)
+
+    def prompt(self, state: State) -> Tensor:
+        return state.arrays["weights"]
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return order.arrays["weights"]
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": state.arrays["weights"]}
