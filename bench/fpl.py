@@ -47,6 +47,7 @@ PRIVATE: dict[str, Any] = {
 }
 CONTRAST = {"weight": 0.1, "space": "both", "temperature": 0.1}
 PUBLIC = 5
+ALONE = "alone, "
 
 
 def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path, more: dict[str, Any]) -> World:
@@ -116,11 +117,11 @@ def trial(world: World, method: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def figures(result: dict[str, Any], local: dict[str, float]) -> dict[str, float]:
     """`local`: accuracy of each client alone."""
-    own = {name: 100 * score["accuracy"] for name, score in result["metrics"]["per_client"].items()}
+    own = {name: round(100 * score["accuracy"], 4) for name, score in result["metrics"]["per_client"].items()}
     worst = sorted(own.values())[: -(-len(own) // 10)]
     found = {"own": sum(own.values()) / len(own), "worst decile": sum(worst) / len(worst)}
     if local:
-        found["worse than local"] = 100 * sum(own[name] < 100 * local[name] for name in own) / len(own)
+        found["worse than local"] = 100 * sum(own[name] < local[name] for name in own) / len(own)
     for level, scores in (result.get("levels") or {}).items():
         found |= {f"{level}, {where}": 100 * score["accuracy"] for where, score in scores.items() if score}
     for level, score in (result.get("unseen") or {}).items():
@@ -128,7 +129,7 @@ def figures(result: dict[str, Any], local: dict[str, float]) -> dict[str, float]
     found |= {"bytes up": result["bytes"]["up_per_client_round"], "seconds": sum(result["seconds"].values())}
     if result["clusters"]:
         found["clusters"] = result["clusters"]["number"]
-    return found
+    return found | ({ALONE + name: value for name, value in own.items()} if result["method"] == "local" else {})
 
 
 def compared(cells: Cells, args: argparse.Namespace, seed: int, name: str, methods: dict[str, dict[str, Any]],
@@ -137,13 +138,12 @@ def compared(cells: Cells, args: argparse.Namespace, seed: int, name: str, metho
     if all(cells.has(label, seed) for label in methods):
         return
     with tempfile.TemporaryDirectory() as folder:
-        world, alone = world_of(args, seed, name, Path(folder), more), {}
+        world = world_of(args, seed, name, Path(folder), more)
 
         def run(method: dict[str, Any], place: int) -> dict[str, float]:
-            result = trial(world, method, Path(folder) / str(place))
-            if method["name"] == "local":
-                alone.update({n: s["accuracy"] for n, s in result["metrics"]["per_client"].items()})
-            return figures(result, alone)
+            known = cells.runs.get("local", {}).get(str(seed), {})
+            alone = {key.removeprefix(ALONE): value for key, value in known.items() if key.startswith(ALONE)}
+            return figures(trial(world, method, Path(folder) / str(place)), alone)
 
         for place, (label, method) in enumerate(methods.items()):
             cells.add(label, seed, partial(run, method, place))

@@ -59,9 +59,13 @@ def before(name: str, setting: str) -> Runs:
 
 
 def table(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and spread of every figure of every cell over its seeds."""
+    """Mean and spread over its seeds of every figure that all of a cell's runs have."""
     return {
-        cell: {key: spread([figures[key] for figures in seeds.values()]) for key in next(iter(seeds.values()))}
+        cell: {
+            key: spread([figures[key] for figures in seeds.values()])
+            for key in next(iter(seeds.values()))
+            if all(key in figures for figures in seeds.values())
+        }
         for cell, seeds in runs.items()
     }
 

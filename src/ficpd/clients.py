@@ -15,6 +15,8 @@ from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Me
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
+FEW = 20
+"""Of fewer records none can be spared to choose by."""
 
 
 @dataclass(eq=False)
@@ -140,8 +142,8 @@ class Visit:
         released = self.client.mechanism.release(projected, self.noise)
         return replace(released, arrays=compression.pack(released.arrays))
 
-    def home(self) -> "Home":
-        return Home(self, *self._order)
+    def home(self, held_back: float = 0.0) -> "Home":
+        return Home(self, *self._order, held_back)
 
     def charge(self, door: str, count: int) -> None:
         """Put a passage on this visit's bill, before it takes place. Raises `BudgetError` if it cannot be paid."""
@@ -154,11 +156,28 @@ class Visit:
 class Home(Visit):
     """The same records without mechanism, ledger or compression: for what a client tunes for itself. Whatever was made with
     it may only go into `kept`, never into an update, nor into a prompt that is asked about with records that will.
+
+    `held_back`: the share of the records, the same in every order, that `batches` leaves out and `unlearnt` gives; of fewer
+    than `FEW` records none.
     """
 
-    def __init__(self, visit: Visit, round: int, method: str):
+    def __init__(self, visit: Visit, round: int, method: str, held_back: float):
         super().__init__(replace(visit.client, mechanism=NoPrivacy(), book=None), round, f"{method} at home")
         self.kept = visit.kept
+        records = len(self.client.train)
+        order = Simulated(self.client.private_seed, "held back").shuffled(records)
+        held = int(records * held_back + 0.5) if records >= FEW else 0
+        self._unlearnt, self._learnt = order[:held], order[held:]
+
+    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        records = self.client.encoded().take(self._learnt)
+        self.expected_batch = min(batch_size, len(records))
+        for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
+            self._open = len(rows)
+            yield records.take(rows)
+
+    def unlearnt(self) -> Batch:
+        return self.client.encoded().take(self._unlearnt)
 
     @property
     def coordinates(self) -> None:

@@ -1,6 +1,6 @@
 """What a client tunes for itself: a residual on the prompt that it shares, kept near what is public. Nothing here leaves."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import seeds
-from ficpd.seams import ClientSide
+from ficpd.seams import AtHome
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, Batch, Outputs, Query
 
@@ -39,13 +39,16 @@ class Personal(Protocol):
     @property
     def residual_weight(self) -> float: ...
     @property
+    def held_back(self) -> float: ...
+    @property
     def contrast(self) -> Contrast: ...
 
 
 def personalised(
-    config: Personal, training: Training, home: ClientSide, order: Assignment
+    config: Personal, training: Training, home: AtHome, order: Assignment
 ) -> Generator[Query, Answer, None]:
-    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the tuner's moments are kept, too.
+    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the tuner's moments are kept, too. Then
+    choose how much of it is worth having (`_chosen`).
 
     The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrast. "low_rank": the residual is U V with
     U [P, r] and V [r, D], both tuned, V zero at first.
@@ -63,6 +66,35 @@ def personalised(
         home.kept["factors"] = found
         found = base + _product(found, len(base))
     home.kept["residual"] = found - base
+    yield from _chosen(home, order)
+
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+def own_prompt(kept: Mapping[str, Tensor], order: Assignment) -> Tensor:
+    """[P, D]: the client's own, given the prompts that it would be sent now."""
+    base = order.arrays["global"] if "global" in order.arrays and kept.get("global", ZERO) else order.arrays["prompt"]
+    return base + kept["share"] * kept["residual"] if "share" in kept else base
+
+
+ZERO = torch.zeros(())
+
+
+def _chosen(home: AtHome, order: Assignment) -> Generator[Query, Answer, None]:
+    """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual: the one of least loss on
+    the records held back. Where none could be, the whole residual."""
+    held, base = home.unlearnt(), order.arrays["prompt"]
+    home.kept |= {"share": torch.ones(()), "global": ZERO}
+    if not len(held):
+        return
+    tried = [base + share * home.kept["residual"] for share in SHARES]
+    if "global" in order.arrays:
+        tried.append(order.arrays["global"])
+    answer = yield Query(torch.stack(tried), held)
+    best = int(answer.loss_KB.mean(1).argmin())
+    without = best == len(SHARES)
+    home.kept |= {"share": torch.tensor(0.0 if without else SHARES[best]), "global": torch.tensor(float(without))}
 
 
 def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:
@@ -96,7 +128,7 @@ def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Gene
 
 
 def _kept_near(
-    work: Generator[Query, Answer, Tensor], config: Personal, home: ClientSide, order: Assignment
+    work: Generator[Query, Answer, Tensor], config: Personal, home: AtHome, order: Assignment
 ) -> Generator[Query, Answer, Tensor]:
     """The tuner's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
     base, start, others = order.arrays["prompt"], home.kept["start"], order.arrays.get("others_KPD")

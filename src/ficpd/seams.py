@@ -282,9 +282,17 @@ class ClientSide(Protocol):
         """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
         ...
 
-    def home(self) -> "ClientSide":
+    def home(self, held_back: float = 0.0) -> "AtHome":
         """The same client without privacy, for what never leaves: nothing made with it may enter an update, or a prompt
         that is asked about with records whose average will."""
+        ...
+
+
+class AtHome(ClientSide, Protocol):
+    """A client among its own: what it learns here stays here."""
+
+    def unlearnt(self) -> Batch:
+        """The records that are held back from `batches`, to choose by; none of too few."""
         ...
 
 

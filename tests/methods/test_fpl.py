@@ -9,7 +9,7 @@ import torch
 
 import small
 from contracts.test_leak import Deaf
-from ficpd.clients import Client, participate, personal_prompt
+from ficpd.clients import FEW, Client, Visit, participate, personal_prompt
 from ficpd.compute import drive
 from ficpd.federate import Schedule
 from ficpd.methods.fpl import Fpl
@@ -293,3 +293,47 @@ def test_cards_of_words_and_numbers_make_a_state_that_can_be_kept(model):
     cards = [ClientCard("a", {"beds": 3, "country": "fr"}), ClientCard("b", {"beds": 90.5, "country": "fr"})]
     start = small.start(model, small.classes())
     json.dumps(method.init(Setup(start, cards, 2, 2, 0)).facts)
+
+
+# ---------------------------------------------------------------- how much of its own a client uses
+
+
+def test_records_are_held_back_from_what_is_tuned_and_are_the_same_in_every_round(model):
+    client = members(model, small.method("fpl"), 1)["site-0"]
+    client.train = small.records(40)
+    seen = []
+    for round in (1, 2, 3):
+        home = Visit(client, round, "fpl").home(0.25)
+        held = set(home.unlearnt().items)
+        learnt = {items for batch in home.batches(8, 10) for items in batch.items}
+        assert len(held) == 10
+        assert len(learnt) == 30
+        assert not held & learnt
+        seen.append(held)
+    assert seen[0] == seen[1] == seen[2]
+    assert len(Visit(client, 1, "fpl").home(0.0).unlearnt()) == 0
+    client.train = small.records(FEW - 1)
+    assert len(Visit(client, 1, "fpl").home(0.25).unlearnt()) == 0
+
+
+def test_a_client_takes_what_is_best_on_what_it_held_back(model):
+    """The one of five prompts with the least loss on those records, and nothing else."""
+    method = small.method("fpl", small.Training(local_steps=4, batch_size=16, learning_rate=0.3), held_back=0.5)
+    own = members(model, method, 4, cards=two_kinds(4))
+    for place, client in enumerate(own.values()):
+        client.train = small.records(40, place)
+        if place == 3:  # here all labels are the wrong way round
+            swap = {"good": "bad", "bad": "good"}
+            client.train = [replace(r, fields={**r.fields, "target": swap[r.fields["target"]]}) for r in client.train]
+    state, _ = small.rounds(method, own, model, Schedule(4, 4, 0))
+    shares = set()
+    for client in own.values():
+        order = method.assign(state, client.card, 5)
+        drive(model, participate(method, client, order))
+        kept, base = client.kept, order.arrays["prompt"]
+        tried = [base + share * kept["residual"] for share in (0.0, 0.25, 0.5, 1.0)] + [order.arrays["global"]]
+        held = Visit(client, 5, "fpl").home(0.5).unlearnt()
+        losses = model.answer([Query(torch.stack(tried), held)])[0].loss_KB.mean(1)
+        assert torch.equal(personal_prompt(method, client, order), tried[int(losses.argmin())])
+        shares.add(int(losses.argmin()))
+    assert len(shares) > 1

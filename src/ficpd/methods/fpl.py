@@ -5,7 +5,8 @@
 Clusters come from the clients' public cards before anything is learned. Each round
 
     shared    δ_c = what the client's mechanism lets it learn from prompt s_k = global + cluster_k   (released)
-    personal  residual_c, tuned on the client's own records from s_k + residual_c                    (never leaves)
+    personal  residual_c, tuned on the client's own records from s_k + residual_c                    (never leaves);
+              how much of it is used, or of the cluster, the client chooses on records that it held back
     cluster   s_k <- s_k + mean of δ_c over the members that came
     global    <- global + mean of those means, by members; small clusters are drawn to it by the noise they carry
 
@@ -25,7 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.personal import Contrast, personalised
+from ficpd.personal import Contrast, own_prompt, personalised
 from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of
 from ficpd.server.metadata import clusters_of_cards, nearest_card
@@ -41,7 +42,7 @@ class Config(BaseModel):
     """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
-    `residual_weight`.
+    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use (0: all of it).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class Config(BaseModel):
     rank: int = Field(default=4, ge=1)
     personal_steps: int | None = Field(default=None, ge=1)
     residual_weight: float = Field(default=0.0, ge=0)
+    held_back: float = Field(default=0.25, ge=0, lt=1)
     contrast: Contrast = Contrast()
     proximal_weight: float = Field(default=0.0, ge=0)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
@@ -99,6 +101,8 @@ class Fpl:
         if self.config.residual != "none":
             if client.name not in state.facts["heard"]:
                 arrays["start"] = state.arrays["start"]
+            if len(state.arrays["prototypes_KPD"]) > 1:
+                arrays["global"] = state.arrays["global"]
             if facts["contrast"] > 0 and own is not None:
                 others = [k for k in range(len(state.arrays["prototypes_KPD"])) if k != own]
                 arrays["others_KPD"] = state.arrays["prototypes_KPD"][others]
@@ -111,7 +115,7 @@ class Fpl:
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
             client.kept.setdefault("start", order.arrays.get("start", prompt))
-            yield from personalised(self.config, self.training, client.home(), order)
+            yield from personalised(self.config, self.training, client.home(self.config.held_back), order)
         return update
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
@@ -153,9 +157,8 @@ class Fpl:
         return state.arrays["global"]
 
     def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        """The cluster's prompt as it is now, and the client's residual."""
-        prompt = order.arrays["prompt"]
-        return prompt + client.kept["residual"] if "residual" in client.kept else prompt
+        """Of the prompts as they are now, and the client's residual, what it chose."""
+        return own_prompt(client.kept, order)
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}

@@ -1,0 +1,136 @@
+"""One honest row each: medical exams and pairs of sentences in many languages, with chance, zero-shot and an interval.
+
+python bench/exams.py [medqa medmcqa pubmedqa xnli pawsx] [--data FOLDER] [--e5 FOLDER] [--seeds 0]
+
+FedAvg on ten virtual tokens, 5 rounds of 4 steps of 16 records at each of 6 clients, 300 test records; multilingual E5, but
+MedMCQA on SmolLM2 (2 rounds of 3 steps of 8: it reads every question once for each option). Clients: MedMCQA by specialty,
+XNLI and PAWS-X by language, the others iid. A small model is near chance on these, and the table is to say so.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tomli_w
+from scipy.stats import binomtest
+
+from ficpd.experiment import parse
+from ficpd.run import one_method, silent
+from ficpd.rundir import RunDir
+from ficpd.world import World, build_world
+from library import faster
+from measure import Cells
+
+TESTED = 300
+SUBJECTS = ("Dental", "Surgery", "Pathology", "Medicine")
+OPTIONS = ["opt_a", "opt_b", "opt_c", "opt_d"]
+NLI = {"entailment": "yes, the second follows from the first", "neutral": "maybe",
+       "contradiction": "no, the second contradicts the first"}  # fmt: skip
+SETS: dict[str, dict[str, Any]] = {
+    "medqa": {
+        "task": {"name": "choice"},
+        "data": {"source": "medqa_usmle4", "columns": {"text": "question", "target": "answer_idx"}, "options": OPTIONS},
+        "partition": {"kind": "iid", "num_clients": 6},
+    },
+    "medmcqa": {
+        "task": {"name": "choice", "instruction": "Answer:"},
+        "data": {
+            "source": "medmcqa",
+            "columns": {"text": "question", "target": "label", "subject": "subject"},
+            "options": OPTIONS,
+            "where": {"subject": list(SUBJECTS)},
+        },
+        "partition": {"kind": "column", "column": "subject"},
+        "backbone": {"name": "smollm2", "options": {"max_tokens": 128}},
+        "training": {"local_steps": 3, "batch_size": 8},
+        "federation": {"num_rounds": 2},
+    },
+    "pubmedqa": {
+        "task": {
+            "name": "classification", "instruction": "The answer is", "labels": {"yes": "yes", "no": "no", "maybe": "maybe"}
+        },
+        "data": {
+            "source": "pubmedqa", "columns": {"text": "question", "text_pair": "context", "target": "label_name"}
+        },
+        "partition": {"kind": "iid", "num_clients": 6},
+    },
+    "xnli": {
+        "task": {"name": "classification", "instruction": "premise and hypothesis:", "labels": NLI},
+        "data": {
+            "source": "xnli",
+            "columns": {"text": "text", "text_pair": "text_pair", "target": "label_name", "lang": "lang"},
+        },
+        "partition": {"kind": "column", "column": "lang"},
+    },
+    "pawsx": {
+        "task": {"name": "classification", "instruction": "these two sentences have", "labels": {}},
+        "data": {
+            "source": "pawsx",
+            "columns": {"text": "text", "text_pair": "text_pair", "target": "label_name", "lang": "lang"},
+        },
+        "partition": {"kind": "column", "column": "lang"},
+    },
+}  # fmt: skip
+
+
+def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> World:
+    """The test records are cut to `TESTED`, the train records to twice of what is trained on."""
+    parts = {key: dict(value) for key, value in SETS[name].items()}
+    table = pd.read_parquet(Path(args.data) / f"{parts['data']['source']}.parquet")
+    for column, values in parts["data"].get("where", {}).items():
+        table = table[table[column].isin(values)]
+    some = [table[table.split == side].sample(frac=1, random_state=seed)[:most] for side, most in
+            (("train", 1500), ("test", TESTED))]  # fmt: skip
+    pd.concat(some).to_parquet(folder / "set.parquet")
+    if name == "pawsx":
+        words = sorted(table.label_name.unique())
+        texts = {word: "different" if word.startswith(("diff", "not", "no")) else "equal" for word in words}
+        parts["task"]["labels"] = texts
+    parts["data"] |= {"source": str(folder / "set.parquet"), "split_column": "split"}
+    tree: dict[str, Any] = {
+        "seed": seed,
+        "backbone": {"name": str(args.e5), "kind": "encoder", "options": {"max_tokens": 128, "prefix": "query: "}},
+        "prompt": {"num_tokens": 10, "init": "vocabulary"},
+        "training": {"local_steps": 4, "batch_size": 16},
+        "federation": {"num_rounds": 5, "clients_per_round": 6},
+    }
+    world = build_world(parse(tomli_w.dumps(tree | parts), "bench"))
+    return world if "backbone" in parts else faster(world, 10.0)
+
+
+def row(world: World, method: str, folder: Path) -> dict[str, float]:
+    """Accuracy on everybody's test records, in percent, the ends of its 95 % interval (Wilson), and chance."""
+    result = one_method(world, {"name": method}, RunDir(folder), None, silent)
+    score, tested = result["metrics"]["global"], result["num_records"]["test"]
+    low, high = binomtest(round(score["accuracy"] * tested), tested).proportion_ci(method="wilson")
+    labels = world.task.describe().get("labels")
+    chance = score.get("chance") or 1 / len(labels)
+    figures = {"accuracy": score["accuracy"], "low": low, "high": high, "chance": chance}
+    truths = [t for c in world.clients().values() for t in world.task.targets(c.test)]
+    figures["most frequent"] = max(truths.count(t) for t in set(truths)) / len(truths)
+    return {name: 100 * float(value) for name, value in figures.items()} | {"tested": tested}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", default=list(SETS), help=" ".join(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", default="data", help="folder of the sets")
+    parser.add_argument("--e5", type=Path, help="folder of multilingual-e5-small")
+    args = parser.parse_args()
+    cells = Cells("exams", f"FedAvg, 10 virtual tokens, {TESTED} test records")
+    for name in args.sets:
+        for seed in args.seeds:
+            if cells.has(f"{name}, fedavg", seed):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                world = world_of(args, seed, name, Path(folder))
+                for method in ("zero_shot", "fedavg"):
+                    cells.add(f"{name}, {method}", seed, partial(row, world, method, Path(folder) / method))
+
+
+if __name__ == "__main__":
+    main()
