@@ -11,6 +11,7 @@ import small
 from contracts.test_leak import Deaf
 from ficpd.clients import FEW, Client, Visit, participate, personal_prompt
 from ficpd.compute import drive
+from ficpd.errors import PrivacyError
 from ficpd.federate import Schedule
 from ficpd.methods.fpl import Fpl
 from ficpd.metrics.levels import levels
@@ -337,3 +338,25 @@ def test_a_client_takes_what_is_best_on_what_it_held_back(model):
         assert torch.equal(personal_prompt(method, client, order), tried[int(losses.argmin())])
         shares.add(int(losses.argmin()))
     assert len(shares) > 1
+
+
+CENTRAL = [
+    "privacy.name=client_gaussian", "privacy.placement=central", "privacy.epsilon=8.0", "privacy.clip_norm=0.5",
+    "federation.clients_per_round=2",
+]  # fmt: skip
+
+
+def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
+    spent = {}
+    for name, more in (("fpl", ['method.clusters="given"', 'method.by=["site"]']), ("fedavg", [])):
+        result = small.run(tmp_path / name, name, *CENTRAL, *more)
+        spent[name] = [
+            (line["name"], line["releases"], line["noise_multiplier"]) for line in result["privacy"]["lines"]
+        ]
+    assert spent["fpl"] == spent["fedavg"]
+    assert spent["fpl"][0][:2] == ("sum", 3)
+
+
+def test_clusters_by_signatures_cannot_be_noised_as_one_sum(tmp_path):
+    with pytest.raises(PrivacyError, match="fpl looks at each client's update"):
+        small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="signatures"')
