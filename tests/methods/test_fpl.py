@@ -228,6 +228,26 @@ def test_clusters_by_signatures_are_drawn_from_the_first_round(model):
     assert len(state.arrays["prototypes_KPD"]) == 2
 
 
+def test_a_client_first_heard_after_clusters_were_drawn_joins_one_and_moves_none(model):
+    method = fpl(clusters="signatures", num_clusters="auto", residual="none")
+    own = members(model, method)
+    state, one = small.first_state(method, own), torch.ones(small.start(model, small.classes()).vectors_PD.shape)
+    sent = {"site-0": one, "site-1": one * 0.9, "site-2": -one, "site-3": -0.9 * one}
+    state = method.aggregate(state, [ClientUpdate(n, {"delta": d}) for n, d in sent.items()], 1, model)
+    before = state.arrays["prototypes_KPD"]
+    assert len(before) == 2
+    late = [
+        ClientUpdate(
+            "site-4", {"delta": -one + 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(0))}
+        )
+    ]
+    after = method.aggregate(state, late, 2, model)
+    clusters = after.facts["clusters"]
+    assert clusters["site-4"] == clusters["site-2"] != clusters["site-0"]
+    assert torch.equal(after.arrays["prototypes_KPD"][clusters["site-0"]], before[clusters["site-0"]])
+    assert {n: clusters[n] for n in sent} == {n: state.facts["clusters"][n] for n in sent}
+
+
 # ---------------------------------------------------------------- contrast
 
 
@@ -261,15 +281,33 @@ def test_the_contrast_in_outputs_is_least_at_the_cluster_and_the_start(model):
     assert near.max() < between.min() < far.min()
 
 
-@pytest.mark.parametrize("space", ["prompt", "output", "both"])
-def test_a_contrast_keeps_personal_prompts_nearer(model, space):
-    distance = {}
+def test_a_contrast_in_prompts_turns_personal_prompts_towards_their_cluster(model):
+    """The cosine of the way from the start to the own prototype, less that to the other."""
+    lead = {}
     for weight in (0.0, 5.0):
-        method = fpl(contrast=Contrast(weight=weight, space=space, temperature=0.2))
+        method = fpl(contrast=Contrast(weight=weight, space="prompt", temperature=0.2), held_back=0.0)
         own = members(model, method, cards=two_kinds())
-        small.rounds(method, own, model, Schedule(4, 5, 0))
-        distance[weight] = sum(float(c.kept["residual"].norm()) for c in own.values())
-    assert distance[5.0] != distance[0.0]
+        state, _ = small.rounds(method, own, model, Schedule(4, 5, 0))
+        ways = state.arrays["prototypes_KPD"] - state.arrays["start"]
+        lead[weight] = 0.0
+        for name, client in own.items():
+            k = state.facts["clusters"][name]
+            way = personal_prompt(method, client, method.assign(state, client.card, 5)) - state.arrays["start"]
+            cosines = torch.cosine_similarity(way.flatten()[None], ways.flatten(1))
+            lead[weight] += float(cosines[k] - cosines[1 - k])
+    assert lead[5.0] > lead[0.0] + 0.1
+
+
+@pytest.mark.parametrize("space", ["output", "both"])
+def test_a_contrast_in_outputs_is_part_of_what_is_tuned_at_home_and_of_nothing_else(model, space):
+    left = {}
+    for weight in (0.0, 1.0):
+        method = fpl(contrast=Contrast(weight=weight, space=space))
+        own = members(model, method, cards=two_kinds())
+        state, _ = small.rounds(method, own, model, Schedule(3, 5, 0))
+        left[weight] = (method.basis(state), {n: c.kept["residual"] for n, c in own.items()})
+    assert small.same(left[0.0][0], left[1.0][0])
+    assert not small.same(left[0.0][1], left[1.0][1])
 
 
 # ---------------------------------------------------------------- what is measured

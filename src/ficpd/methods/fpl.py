@@ -25,13 +25,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from ficpd.personal import Contrast, own_prompt, personalised
 from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of
 from ficpd.server.metadata import clusters_of_cards, nearest_card
 from ficpd.server.optimiser import ServerStep
-from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
+from ficpd.server.prototypes import Clusters, cosine_kmeans, shrinkage
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
@@ -134,7 +135,7 @@ class Fpl:
         """A cluster of which nobody came stays where it is."""
         clusters, signatures = self._redrawn(state, updates)
         before = state.arrays["prototypes_KPD"]
-        if len(before) != clusters.number:  # signatures: all have been at the global prompt so far
+        if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
         moved = self._moves(updates, clusters)
         sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
@@ -187,14 +188,17 @@ class Fpl:
             return Clusters(member, len(state.arrays["prototypes_KPD"])), {}
         known = {n: array for n, array in state.arrays.items() if n.startswith(SIGNATURE)}
         new = {SIGNATURE + u.client: u.arrays["delta"] for u in updates if SIGNATURE + u.client not in known}
-        if not new:
-            return Clusters(member, len(state.arrays["prototypes_KPD"])), known
-        signatures = known | new
-        by_client = {name.removeprefix(SIGNATURE): array for name, array in signatures.items()}
+        if known:  # drawn once: a client that is first heard later joins those it is most like
+            number = len(state.arrays["prototypes_KPD"])
+            centres = {
+                k: _direction([known[SIGNATURE + n] for n in names]) for k, names in _by_cluster(member, known)
+            }
+            placed = {n: max(centres, key=lambda k: float(centres[k] @ _direction([x]))) for n, x in new.items()}
+            joined = {name.removeprefix(SIGNATURE): k for name, k in placed.items()}
+            return Clusters(member | joined, number), known | new
+        by_client = {name.removeprefix(SIGNATURE): array for name, array in new.items()}
         drawn = cosine_kmeans(by_client, self.config.num_clusters, state.facts["seed"])
-        before = {name: member[name] for name in by_client if SIGNATURE + name in known}
-        clusters = followed(before, drawn, by_client, 0.05)
-        return Clusters(dict.fromkeys(member, 0) | clusters.member, clusters.number), signatures
+        return Clusters(dict.fromkeys(member, 0) | drawn.member, drawn.number), new
 
     def _moves(self, updates: Sequence[ClientUpdate], clusters: Clusters) -> dict[int, tuple[Tensor, float]]:
         """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
@@ -223,3 +227,14 @@ class Fpl:
                 noise = state.facts.get("noise_of_sum", 0.0) / max(sizes[k] * state.facts["cohort_rate"], 1e-9) ** 2
             found |= {k: shrinkage({0: [offset] * max(int(came[k]), 1)}, noise)[0]}
         return found
+
+
+def _by_cluster(member: Mapping[str, int], known: Mapping[str, Tensor]) -> list[tuple[int, list[str]]]:
+    """Each cluster's clients whose signature is known; a cluster without any is left out."""
+    heard = [name.removeprefix(SIGNATURE) for name in known]
+    return [(k, [name for name in heard if member[name] == k]) for k in sorted({member[name] for name in heard})]
+
+
+def _direction(signatures: Sequence[Tensor]) -> Tensor:
+    """[N]: the mean direction of these."""
+    return F.normalize(torch.stack([F.normalize(x.flatten(), dim=0) for x in signatures]).mean(0), dim=0)
