@@ -4,9 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.seams import Backbone
-from ficpd.types import Item, Record
+from ficpd.types import Item, Prompt, Record
 
 MOST_UNKNOWN = 0.05
 """Above this share of unknown tokens somebody's texts are not read as they were written."""
@@ -22,6 +24,24 @@ class Reads:
 
     def look(self, image: Any, room: int) -> Item:
         raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
+
+
+class Silent:
+    """What all backbones that cannot write have in common; `about` says what such a one is."""
+
+    writes, about = False, "a backbone that reads"
+    name: str
+
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        raise self._cannot_write()
+
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        raise self._cannot_write()
+
+    def _cannot_write(self) -> BackboneError:
+        return BackboneError(f"{self.name} is {self.about} and cannot write; use a causal_lm backbone for text")
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:

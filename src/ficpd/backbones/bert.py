@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ficpd import seeds
-from ficpd.backbones import Reads, unknown_share
+from ficpd.backbones import Reads, Silent, unknown_share
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
-from ficpd.types import Hidden, Item, Prompt
+from ficpd.types import Hidden, Item
 
 NONSENSE = 8  # words of a nonsense text
 
@@ -45,11 +45,11 @@ def _quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class Bert(Reads):
+class Bert(Silent, Reads):
     """The frozen blocks. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer n
     it joins the input of the n-th block. A subclass says what is read (`kind`, `about`) and where."""
 
-    gives_gradients, writes = True, False
+    gives_gradients = True
     kind: str
     about: str
 
@@ -89,17 +89,6 @@ class Bert(Reads):
             hidden = Hidden.of(embedded)
             states = self._run(self._embed(hidden.states_STD), hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
-
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
-        raise self._cannot_write()
-
-    def generate(
-        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        raise self._cannot_write()
-
-    def _cannot_write(self) -> BackboneError:
-        return BackboneError(f"{self.name} is {self.about} and cannot write; use a causal_lm backbone for text")
 
     def _word_vectors(self, item: Item) -> Tensor:
         """[T, D]: what a prompt at layer 0 stands beside."""

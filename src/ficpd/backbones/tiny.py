@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ficpd import seeds
-from ficpd.backbones import Reads
+from ficpd.backbones import Reads, Silent
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
-from ficpd.types import Hidden, Item, Outputs, Prompt
+from ficpd.types import Hidden, Item, Outputs
 
 SCALE = 20.0
 VOCABULARY = 4096
@@ -49,8 +49,8 @@ class Block(nn.Module):
         return states_STD + self.narrow(F.gelu(self.wide(self.norm2(states_STD))))
 
 
-class Tiny(Reads):
-    gives_gradients, writes = True, False
+class Tiny(Silent, Reads):
+    gives_gradients = True
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
@@ -121,17 +121,6 @@ class Tiny(Reads):
         states = self._run(states, mask, layer, self.depth)[:, prompts_SPD.shape[1] :].float()
         weight = text.mask_ST[..., None].float()
         return Outputs(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
-
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
-        raise self._cannot_write()
-
-    def generate(
-        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        raise self._cannot_write()
-
-    def _cannot_write(self) -> BackboneError:
-        return BackboneError(f"{self.name} cannot write; use a causal_lm backbone for text")
 
     def _run(self, states: Tensor, mask_ST: Tensor, first: int, last: int) -> Tensor:
         for block in self.blocks[first:last]:

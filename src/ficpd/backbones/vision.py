@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import seeds
+from ficpd.backbones import Silent
 from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
-from ficpd.types import Item, Outputs, Prompt
+from ficpd.types import Item, Outputs
 
 MODELS = ("dinov2", "vit", "clip")
 SCALE = 40.0
@@ -78,10 +79,10 @@ class Colours:
         return Image.fromarray(drawn.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-class Vision:
+class Vision(Silent):
     """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
 
-    gives_gradients, writes, sees = True, False, True
+    gives_gradients, sees, about = True, True, "a vision transformer"
 
     def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.processor, self.tokenizer, self.name = (
@@ -179,17 +180,6 @@ class Vision:
         if self.projection_ND is None:
             return Outputs(F.normalize(states_SD, dim=-1))
         return Outputs(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
-
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
-        raise self._cannot_write()
-
-    def generate(
-        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        raise self._cannot_write()
-
-    def _cannot_write(self) -> BackboneError:
-        return BackboneError(f"{self.name} is a vision transformer and cannot write; use a causal_lm backbone for text")
 
     def _pixels(self, items: Sequence[Item]) -> Tensor:
         """[S, 3, height, width]: decoded here and nowhere kept."""

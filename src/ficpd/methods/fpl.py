@@ -190,9 +190,7 @@ class Fpl:
         new = {SIGNATURE + u.client: u.arrays["delta"] for u in updates if SIGNATURE + u.client not in known}
         if known:  # drawn once: a client that is first heard later joins those it is most like
             number = len(state.arrays["prototypes_KPD"])
-            centres = {
-                k: _direction([known[SIGNATURE + n] for n in names]) for k, names in _by_cluster(member, known)
-            }
+            centres = {k: _direction([known[SIGNATURE + n] for n in names]) for k, names in _by_cluster(member, known)}
             placed = {n: max(centres, key=lambda k: float(centres[k] @ _direction([x]))) for n, x in new.items()}
             joined = {name.removeprefix(SIGNATURE): k for name, k in placed.items()}
             return Clusters(member | joined, number), known | new
