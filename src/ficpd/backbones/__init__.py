@@ -27,9 +27,9 @@ class Reads:
 
 
 class Silent:
-    """What all backbones that cannot write have in common; `about` says what such a one is."""
+    """What all backbones that cannot write have in common; `about` says what such a one is, if there is more to say."""
 
-    writes, about = False, "a backbone that reads"
+    writes, about = False, ""
     name: str
 
     def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
@@ -41,7 +41,8 @@ class Silent:
         raise self._cannot_write()
 
     def _cannot_write(self) -> BackboneError:
-        return BackboneError(f"{self.name} is {self.about} and cannot write; use a causal_lm backbone for text")
+        said = f" is {self.about} and" if self.about else ""
+        return BackboneError(f"{self.name}{said} cannot write; use a causal_lm backbone for text")
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
