@@ -82,19 +82,27 @@ ZERO = torch.zeros(())
 
 
 def _chosen(home: AtHome, order: Assignment) -> Generator[Query, Answer, None]:
-    """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual: the one of least loss on
-    the records held back. Where none could be, the whole residual."""
+    """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual, so in this order from
+    what most share to what nobody does: the first whose loss on the records held back is within a standard error of the
+    least (of the difference, record by record). With none held back the choice stays as it was, at first the whole residual.
+    """
     held, base = home.unlearnt(), order.arrays["prompt"]
-    home.kept |= {"share": torch.ones(()), "global": ZERO}
+    home.kept.setdefault("share", torch.ones(()))
+    home.kept.setdefault("global", ZERO)
     if not len(held):
         return
-    tried = [base + share * home.kept["residual"] for share in SHARES]
-    if "global" in order.arrays:
-        tried.append(order.arrays["global"])
+    tried = [order.arrays["global"]] if "global" in order.arrays else []
+    tried += [base + share * home.kept["residual"] for share in SHARES]
     answer = yield Query(torch.stack(tried), held)
-    best = int(answer.loss_KB.mean(1).argmin())
-    without = best == len(SHARES)
-    home.kept |= {"share": torch.tensor(0.0 if without else SHARES[best]), "global": torch.tensor(float(without))}
+    best = _simplest(answer.loss_KB.cpu()) - (len(tried) - len(SHARES))
+    home.kept |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
+
+
+def _simplest(loss_KB: Tensor) -> int:
+    """The first candidate that the best one does not beat by more than a standard error."""
+    worse_KB = loss_KB - loss_KB[loss_KB.mean(1).argmin()]
+    error_K = worse_KB.std(1, correction=0) / max(loss_KB.shape[1] - 1, 1) ** 0.5
+    return int((worse_KB.mean(1) <= error_K).int().argmax())
 
 
 def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:

@@ -43,7 +43,8 @@ class Config(BaseModel):
     """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
-    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use (0: all of it).
+    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first two thirds
+    of the rounds (0: all of it); then they are learnt from, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,6 +97,7 @@ class Fpl:
         """Its cluster's prompt; until it has answered once, the start; other clusters' prompts if they are contrasted."""
         number, facts = state.facts["num_rounds"], {}
         facts["rate"] = self.training.rate(round, number)
+        facts["choosing"] = 3 * round <= 2 * number
         facts["contrast"] = self.config.contrast.weight * max(0.0, 1 - (round - 1) / max(number, 1))
         own = self._cluster(state, client)
         arrays = {"prompt": state.arrays["global"] if own is None else state.arrays["prototypes_KPD"][own]}
@@ -116,7 +118,9 @@ class Fpl:
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
             client.kept.setdefault("start", order.arrays.get("start", prompt))
-            yield from personalised(self.config, self.training, client.home(self.config.held_back), order)
+            choosing = order.facts["choosing"] or "share" not in client.kept
+            home = client.home(self.config.held_back if choosing else 0.0)
+            yield from personalised(self.config, self.training, home, order)
         return update
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
