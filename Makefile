@@ -1,4 +1,5 @@
 # make demo   a virtual environment, the package, and the quick start: a federation of 20 clients on a real model
+# make deploy-demo   a coordinator and three sites with processes, keys and ledgers of their own, on this machine
 # make test   the same environment and the whole quick suite
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo deploy-demo test test-slow lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,11 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/ficpd run quickstart --out runs/demo
+
+deploy-demo: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[flower]"
+	rm -rf runs/deploy-demo
+	$(BIN)/ficpd deploy demo --out runs/deploy-demo
 
 test: $(VENV)/installed
 	$(BIN)/pytest -m "not slow"

@@ -29,7 +29,7 @@ class SignAvg(FedAvg):
 
 
 def build(config: Config, training: Training) -> SignAvg:
-    return SignAvg(training)
+    return SignAvg(training, config.robust)
 
 
 world = build_world(parse(RECIPE, "example"))

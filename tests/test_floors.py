@@ -9,7 +9,7 @@ from pathlib import Path
 import ficpd
 
 FLOORS = [
-    {"types", "seams", "errors", "seeds", "registry", "cache"},
+    {"types", "seams", "errors", "seeds", "registry", "cache", "files"},
     {"backbones", "tasks", "data", "privacy", "compression", "tuners"},
     {
         "compute",
@@ -25,7 +25,7 @@ FLOORS = [
         "server",
     },
     {"methods"},
-    {"engines", "site"},
+    {"engines"},
     {"federate", "metrics", "audit"},
     {
         "cli",
@@ -42,6 +42,11 @@ FLOORS = [
         "reentry",
         "refine",
         "attack",
+        "terms",
+        "site",
+        "serve",
+        "outcome",
+        "deploy",
         "__main__",
     },
 ]

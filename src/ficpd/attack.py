@@ -28,7 +28,8 @@ from ficpd.errors import PrivacyError, RunError
 from ficpd.experiment import parse, settings
 from ficpd.guard import SERVER, part_for, planned
 from ficpd.library import PromptLibrary, guarantee
-from ficpd.run import one_method, schedule_of, silent
+from ficpd.outcome import schedule_of
+from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir
 from ficpd.seams import Compression, Method, Task
 from ficpd.tuners import Training
@@ -81,7 +82,7 @@ def audit_run(
     experiment, shards, task = run.world.experiment, run.world.shards.values(), run.world.task
     (party,) = experiment.parties.values()
     train = [record for shard in shards for record in shard.train]
-    spare = [record for shard in shards for record in shard.test] + sources.unused(party.data, experiment.seed)
+    spare = [record for shard in shards for record in shard.test] + sources.unused(party.held[0], experiment.seed)
     target, split = _target(run, name), split_records(task, train, spare, members, seed)
     shadow_SPD = _shadows(target, split, shadows, seed)
     planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
@@ -222,7 +223,7 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
         return None
     module, config = settings("privacy", part_for(run.method, run.world.experiment.privacy))
     holders = run.world.holders(run.method.pools_data)
-    plans = planned(run.method, run.state, holders, schedule_of(run.world, run.method))
+    plans = planned(run.method, run.state, {n: len(s.train) for n, s in holders.items()}, schedule_of(run.world, run.method))
     plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
     door = mechanism_canaries.door(mechanism)

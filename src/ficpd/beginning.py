@@ -87,7 +87,7 @@ def _head(experiment: Experiment, task: Task, backbone: Backbone) -> torch.Tenso
         if place is not None:
             raise ConfigError("prompt.head_examples: no head is tuned; set task.tuned_head = true, or leave it out")
         return heads.start(task, backbone, None, experiment.seed)
-    data = next(iter(experiment.parties.values())).data
+    data, _ = next(iter(experiment.parties.values())).held
     return heads.start(task, backbone, heads.examples(place, data), experiment.seed)
 
 

@@ -14,12 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ficpd import __version__
+from ficpd.deploy.cli import deploy
 from ficpd.errors import FicpdError
+from ficpd.site.cli import site
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="Adapt one frozen foundation model together; share only soft prompts.",
 )  # fmt: skip
+app.add_typer(deploy, name="deploy")
+app.add_typer(site, name="site")
 screen, errors = Console(), Console(stderr=True)
 
 Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]

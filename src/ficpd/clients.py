@@ -194,10 +194,17 @@ def clip_units(coordinates: Coordinates) -> Tensor:
 
 def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
     """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned,
-    and only after its price stands in the ledger. An order that was carried out before is answered as it was then.
+    and only after its price stands in the ledger. An order that was carried out before is answered as it was then; one of
+    an earlier round, whose answer is not kept any more, is refused with `PrivacyError`: it would be paid for twice.
     """
-    if client.book is not None and (stored := client.book.answered(order.round, order.method)) is not None:
-        return _restored(client, stored)
+    if client.book is not None:
+        if (stored := client.book.answered(order.round, order.method)) is not None:
+            return restored(client, stored)
+        if order.round < (newest := client.book.newest(order.method)):
+            raise PrivacyError(
+                f"{client.name} was asked for round {order.round} of {order.method} after round {newest} was answered; that "
+                "round is over, and nothing was spent on it. Ask for the next one"
+            )
     visit = Visit(client, order.round, order.method)
     visit.charge("release", 1)
     update = yield from method.train(visit, order)
@@ -214,7 +221,7 @@ def _stored(update: ClientUpdate, kept: Mapping[str, Tensor]) -> bytes:
     return codec.encode_state(State(arrays), {"weight": update.weight})
 
 
-def _restored(client: Client, body: bytes) -> ClientUpdate:
+def restored(client: Client, body: bytes) -> ClientUpdate:
     """The update that was released then; the client keeps what it kept then."""
     try:
         state, extra = codec.decode_state(body)

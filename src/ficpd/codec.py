@@ -99,6 +99,41 @@ def decode_update(body: bytes, expected: Expected) -> ClientUpdate:
     return ClientUpdate(expected.client, arrays, weight)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a server asks of a real site, whatever carries it: `what` is "hello", "train" or "evaluate". `terms` (what the
+    run asks for, as bytes of `encode_state`) go along until the site has them."""
+
+    what: str
+    run: str = ""
+    order: bytes = b""
+    terms: bytes = b""
+
+
+def encode_call(call: Call) -> bytes:
+    """4 bytes: the header's length; the header, JSON; the order; the terms."""
+    header = json.dumps({"w": call.what, "r": call.run, "o": len(call.order), "t": len(call.terms)}).encode()
+    return b"".join([struct.pack("<I", len(header)), header, call.order, call.terms])
+
+
+def decode_call(body: bytes) -> Call:
+    """Raises `CodecError` for anything but a whole call."""
+    try:
+        (length,) = struct.unpack_from("<I", body)
+        if length > HEADER_LIMIT:
+            raise ValueError(f"its header has {length} bytes")
+        header = json.loads(body[4 : 4 + length])
+        what, run, order, terms = header["w"], header["r"], int(header["o"]), int(header["t"])
+        if not isinstance(what, str) or not isinstance(run, str) or min(order, terms) < 0:
+            raise ValueError("its header says something else")
+        if len(body) != 4 + length + order + terms:
+            raise ValueError(f"{4 + length + order + terms} bytes were announced")
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CodecError(f"not a whole call of this version ({len(body)} bytes): {error}") from error
+    place = 4 + length
+    return Call(what, run, body[place : place + order], body[place + order :])
+
+
 def encode_state(state: State, extra: Mapping[str, JSON]) -> bytes:
     """A server state with whatever else a checkpoint must know (`extra`, JSON)."""
     return _pack(state.arrays, {"f": dict(state.facts), "x": dict(extra)})

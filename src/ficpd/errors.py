@@ -9,8 +9,10 @@ FicpdError
 ├── LibraryError       a prompt library that cannot be read or used here
 ├── PrivacyError       a guarantee that cannot be given: a method, plan or noise that does not fit the mechanism
 │   ├── BudgetError    a release that the budget does not pay for; nothing was released
+│   ├── PolicyError    what a site's own policy does not allow; nothing was released
 │   └── LedgerError    a ledger that is another run's, or cannot be read
-└── RunError           a run directory that cannot be started or resumed
+├── RunError           a run directory that cannot be started or resumed
+└── SiteError          a site's file, socket or process; a federation whose sites do not come
 ```
 
 Each message says what was given, what was expected, and what to do.
@@ -52,11 +54,19 @@ class BudgetError(PrivacyError):
     pass
 
 
+class PolicyError(PrivacyError):
+    pass
+
+
 class LedgerError(PrivacyError):
     pass
 
 
 class RunError(FicpdError):
+    pass
+
+
+class SiteError(FicpdError):
     pass
 
 

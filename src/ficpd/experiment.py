@@ -114,11 +114,18 @@ class EngineConfig(Frozen):
 
 
 class Group(Frozen):
-    """Clients that share a task: what it is, where their records are, who holds which."""
+    """Clients that share a task: what it is, where their records are, who holds which. Real sites hold their own."""
 
     task: dict[str, Any]
-    data: Source
-    partition: Partition
+    data: Source | None = None
+    partition: Partition | None = None
+
+    @property
+    def held(self) -> tuple[Source, Partition]:
+        """Records and who holds them, which a simulation has."""
+        if self.data is None or self.partition is None:
+            raise ConfigError(f"{'data' if self.data is None else 'partition'} is missing; it has no default")
+        return self.data, self.partition
 
 
 class Experiment(Frozen):
@@ -163,18 +170,20 @@ PARTS: dict[str, type[BaseModel]] = {
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
 
 
-def parse(text: str, where: str, changes: Iterable[str] = ()) -> Experiment:
-    """An experiment from TOML text, with `a.b=c` changes applied. Raises `ConfigError` naming key, value and file."""
+def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = True) -> Experiment:
+    """An experiment from TOML text, with `a.b=c` changes applied. Raises `ConfigError` naming key, value and file.
+
+    Not `records`: it may leave out data and partition, for its sites hold their own."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
     for change in changes:
         _change(tree, change)
-    return build(tree, where)
+    return build(tree, where, records)
 
 
-def build(tree: Mapping[str, Any], where: str) -> Experiment:
+def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experiment:
     """Check each part against its own model, so that every error names `part.key`."""
     for key in tree:
         if key not in Experiment.model_fields:
@@ -184,8 +193,10 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
     if tree.get("groups") and own:
         raise ConfigError(f"{where}: {own[0]!r} stands beside groups; move it into each group that it is for")
     if tree.get("groups"):
-        parts["groups"] = {name: _group(group, f"{where}: groups.{name}") for name, group in tree["groups"].items()}
-    elif missing := [key for key in Group.model_fields if key not in tree]:
+        parts["groups"] = {
+            name: _group(group, f"{where}: groups.{name}", records) for name, group in tree["groups"].items()
+        }
+    elif missing := [key for key in Group.model_fields if key not in tree and (records or key == "task")]:
         raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     for key, model in PARTS.items():
         if key in parts:
@@ -204,9 +215,11 @@ def build(tree: Mapping[str, Any], where: str) -> Experiment:
     return built
 
 
-def _group(tree: Any, where: str) -> Group:
+def _group(tree: Any, where: str, records: bool) -> Group:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where}: expected task, data and partition")
+    if records and (missing := [key for key in Group.model_fields if key not in tree]):
+        raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     parts: dict[str, Any] = dict(tree)
     if "task" in parts:
         parts["task"] = part("tasks", parts["task"], f"{where}.task")

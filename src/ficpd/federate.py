@@ -18,7 +18,10 @@ Wire = Mapping[str, ArrayKind]
 
 @dataclass(frozen=True)
 class Round:
-    """One finished round, as `rounds.jsonl` has it. Bytes are those of the encoded messages; seconds are wall time."""
+    """One finished round, as `rounds.jsonl` has it. Bytes are those of the encoded messages; seconds are wall time.
+
+    `dropped` did not pass the checks; `set_aside` did, and the method left them out or cut them (by client, why);
+    `too_few` are means of fewer updates than their rule needs (`server/robust`)."""
 
     round: int
     clients: int
@@ -29,6 +32,8 @@ class Round:
     seconds_train: float
     seconds_aggregate: float
     metrics: dict[str, float] = field(default_factory=dict)
+    set_aside: dict[str, str] = field(default_factory=dict)
+    too_few: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def federate(
         trained = time.perf_counter()
         if updates:
             state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
+        noted = state.facts if updates else {}
         yield (
             state,
             Round(
@@ -113,6 +119,8 @@ def federate(
                 sum(map(len, orders.values())),
                 trained - started,
                 time.perf_counter() - trained,
+                set_aside=dict(noted.get("set_aside", {})),
+                too_few=dict(noted.get("too_few", {})),
             ),
         )
 

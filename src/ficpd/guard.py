@@ -78,7 +78,8 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
     if part.get("placement") == "central" and not method.sums:
         raise PrivacyError(
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
-            "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox)"
+            "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
+            "with method.robust.rule = 'mean', for one sum hides who sent what)"
         )
     return part
 
@@ -96,7 +97,7 @@ def build_guard(
             "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
     module, config = settings("privacy", part)
-    plans = planned(method, state, shards, schedule)
+    plans = planned(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
     mechanisms = {name: module.build(clipping(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     if first.unit == "none":
@@ -107,7 +108,7 @@ def build_guard(
             "or begin in a new directory (what was released stays released)"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(folder / LEDGER, run, rounds_paid)
+    ledger = Ledger(folder / LEDGER, f"run {run}", rounds_paid)
 
     def book(site: str, mechanism: Mechanism) -> Book:
         return ledger.book(site, Budget.of(config.epsilon, config.delta, mechanism.planned()))
@@ -139,21 +140,22 @@ def clipping(config: Any, part: Mapping[str, Any], name: str) -> Any:
     return config.model_copy(update={"clip_norm": norms[group]})
 
 
-def planned(method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule) -> dict[str, Plan]:
-    """What the run will ask of each client. Cohorts come from a public seed, so everybody can count them ahead."""
+def planned(method: Method, state: State, records: Mapping[str, int], schedule: Schedule) -> dict[str, Plan]:
+    """What the run will ask of each client, given how many `records` it has. Cohorts come from a public seed, so everybody
+    can count them ahead."""
     steps, batch_size = method.work(state)
-    counts = participations(schedule, list(shards))
+    counts = participations(schedule, list(records))
     return {
         name: Plan(
-            num_records=len(shard.train),
-            sampling_rate=min(batch_size, len(shard.train)) / len(shard.train),
+            num_records=number,
+            sampling_rate=min(batch_size, number) / number,
             steps=steps,
             participations=counts[name],
-            num_clients=len(shards),
-            cohort_rate=min(schedule.cohort / len(shards), 1.0),
+            num_clients=len(records),
+            cohort_rate=min(schedule.cohort / len(records), 1.0),
             num_rounds=schedule.num_rounds,
         )
-        for name, shard in shards.items()
+        for name, number in records.items()
     }
 
 

@@ -111,6 +111,17 @@ def distilled(own: Mapping[str, Any]) -> str:
     )
 
 
+def set_aside(own: Mapping[str, Any]) -> str:
+    """Whom a robust rule left out or cut, and which means had too few updates for it: how is in `rounds.jsonl`."""
+    said = ""
+    for key, what in (("set_aside", "Left out or cut"), ("too_few", "Means of fewer updates than the rule needs")):
+        most_first = sorted(own.get(key, {}).items(), key=lambda item: (-item[1], item[0]))
+        if most_first:
+            rounds = ", ".join(f"{name} in {count}" for name, count in most_first)
+            said += f"{what} (`method.robust`), in how many of {own['num_rounds']} rounds: {rounds}.\n\n"
+    return said
+
+
 def clients_section(own: Mapping[str, Any]) -> str:
     """How evenly the clients are served."""
     fairness = own.get("fairness", {})
@@ -224,6 +235,7 @@ def report(directory: RunDir) -> str:
         + "\n".join(lines)
         + f"\n\n{own['dropped_updates']} updates were dropped. Everyone's test: one prompt for all test records. "
         "Own test: each client's prompt on its own test records, the mean over clients and the worst client.\n\n"
+        + set_aside(own)
         + stopped
         + grouped(own)
         + paid(own)

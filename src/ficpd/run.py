@@ -9,37 +9,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ficpd.clients import Client, kept_arrays, restore_kept
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
-from ficpd.experiment import Experiment, checked, parse, settings, to_toml
-from ficpd.federate import Round, Schedule, federate
-from ficpd.guard import NONE, Guard, build_guard, public_seed
-from ficpd.library import PromptLibrary, keys_of
+from ficpd.experiment import Experiment, checked, parse, to_toml
+from ficpd.federate import Round, federate
+from ficpd.guard import NONE, build_guard, public_seed
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
 from ficpd.metrics.fairness import over_clients, over_groups, worse_off
 from ficpd.metrics.levels import at_newcomers, levels
-from ficpd.refine import DISTILLED, Refined, refine
+from ficpd.outcome import VERSIONS, clusters_of, knowing_the_noise, library_of, method_of, refined_of, schedule_of
+from ficpd.refine import DISTILLED
 from ficpd.registry import load
 from ficpd.report import report
 from ficpd.rundir import RunDir
 from ficpd.seams import Engine, Method
-from ficpd.server.prototypes import agreement
 from ficpd.speed import machine
-from ficpd.types import ClientCard, Prompt, Setup, State
+from ficpd.types import ClientCard, Setup, State
 from ficpd.world import World, build_world
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (method, rounds done, rounds planned, figures to show)."""
-
-
-OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
-"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has."""
-VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
 def silent(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
@@ -61,7 +54,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
     world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
     for part in (world.experiment.method, *({"name": name.partition(":")[0]} for name in experiment.baselines)):
-        world.start_of(_method(world, part))
+        world.start_of(method_of(world, part))
     directory.write("experiment.toml", to_toml(experiment))  # only now: a mistake in it leaves no directory behind
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")
@@ -90,7 +83,7 @@ def one_method(
     finished = directory.result()
     if finished is not None:
         return finished
-    method = _method(world, part)
+    method = method_of(world, part)
     world = world.starting(method)
     experiment = world.experiment
     label = method.name if private else f"{method.name}, no privacy"
@@ -101,7 +94,7 @@ def one_method(
         experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
         directory.run_id(), max((done.round for done in rounds if done.updates), default=0),
     )  # fmt: skip
-    state = _knowing_the_noise(world, method, state, guard)
+    state = knowing_the_noise(world, method, state, guard)
     clients = world.clients(guard, method.pools_data)
     restore_kept(clients, kept)
     directory.write_rounds(rounds)
@@ -128,29 +121,24 @@ def one_method(
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
-    result["clusters"] = _clusters(world, state)
+    result["clusters"] = clusters_of(world, state)
     if method.trains:
         asked = (method, state, clients, world.model, schedule.num_rounds + 1)
         result["levels"] = None if method.pools_data else levels(*asked, seed=experiment.seed)
         result["unseen"] = at_newcomers(method, state, world.newcomers(), *asked[3:]) if world.unseen else None
     result["fairness"] = _fairness(world, tested, evaluation)
-    refined = _refined(world, method, state, directory) if result["clusters"] else None
+    refined = refined_of(world, method, state, directory) if result["clusters"] else None
     if refined:
         result["distillation"] = refined.facts
         result["metrics"]["distilled"] = score_everyone(refined.prompt.vectors_PD, tested, world.model)
     result |= {"privacy": guard.block(), "stopped": stopped}
     guard.close()
-    _library(world, method, state, result, {DISTILLED: refined.prompt} if refined else {}).save(
+    library_of(world, method, state, result, {DISTILLED: refined.prompt} if refined else {}).save(
         directory.path / "library"
     )
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     progress(label, schedule.num_rounds, schedule.num_rounds, _shown(evaluation))
     return result
-
-
-def _method(world: World, part: Mapping[str, Any]) -> Method:
-    module, config = settings("methods", part)
-    return module.build(config, world.experiment.training)
 
 
 def _engine(world: World, method: Method, clients: Mapping[str, Client]) -> Engine:
@@ -175,27 +163,6 @@ def _beginning(
     cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
     setup = Setup(world.start, cards, federation.num_rounds, cohort, public_seed(world.experiment.seed))
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-
-
-def _knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:
-    """With the facts `noise` (on one update) and `noise_of_sum` (on a whole round's), squared lengths, so that a method can
-    tell what clients learned from what a mechanism added."""
-    arrays = world.compression.project({name: torch.zeros(shape) for name, shape in method.layout(state).items()})
-    size = sum(array.numel() for array in arrays.values())
-    of_sum = guard.central.noise_on(size) if guard.central else 0.0
-    return State(state.arrays, {**state.facts, "noise": guard.noise_on(size), "noise_of_sum": of_sum})
-
-
-def schedule_of(world: World, method: Method) -> Schedule:
-    federation, clients = world.experiment.federation, 1 if method.pools_data else len(world.shards)
-    return Schedule(
-        federation.num_rounds if method.trains else 0,
-        min(federation.clients_per_round or clients, clients),
-        public_seed(world.experiment.seed),
-        federation.max_update_norm,
-        method.gathers,
-        federation.accept_late,
-    )
 
 
 def _headline(evaluation: Evaluation) -> dict[str, float]:
@@ -252,32 +219,12 @@ def _result(world, method, label, clients, rounds, totals, evaluation: Evaluatio
         },
         "seconds": dict(totals),
         "dropped_updates": sum(len(done.dropped) for done in rounds),
+        "set_aside": Counter(name for done in rounds for name in done.set_aside),
+        "too_few": Counter(name for done in rounds for name in done.too_few),
         "compression": experiment.compression,
         "machine": {**machine(world.model.backbone.device), "system": platform.system()},
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }
-
-
-def _library(
-    world: World, method: Method, state: State, result: Mapping[str, Any], more: Mapping[str, Prompt]
-) -> PromptLibrary:
-    start = world.start
-    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()} | dict(more)
-    card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
-    card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
-    tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
-    card["tasks"] = {name: dict(task.describe()) for name, task in tasks.items()}
-    card["backbone"] = {
-        "enters_at": start.enters_at,
-        "name": world.experiment.backbone.name,
-        "kind": world.experiment.backbone.kind,
-        "options": world.experiment.backbone.options,
-        "fingerprint": start.backbone,
-    }
-    card["data"] = {"source": ", ".join(Path(p.data.source).name for p in world.experiment.parties.values())}
-    card["training"] = world.experiment.training.model_dump()
-    keys = keys_of(prompts, tasks, _tasks_of(world, state, list(tasks)), world.model.backbone)
-    return PromptLibrary(start, prompts, card, keys)
 
 
 def _fairness(world: World, clients: Mapping[str, Client], evaluation: Evaluation) -> dict[str, Any]:
@@ -288,32 +235,3 @@ def _fairness(world: World, clients: Mapping[str, Client], evaluation: Evaluatio
         tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
         found |= {"column": column, "groups": over_groups(evaluation.predicted, clients, tasks, column, seed)}
     return found
-
-
-def _clusters(world: World, state: State) -> dict[str, Any] | None:
-    """Which prototype each client has, and how well that agrees with each thing that is publicly known of clients (the
-    adjusted Rand index); None for a method without prototypes."""
-    member = state.facts.get("clusters")
-    if not member:
-        return None
-    known = sorted({key for shard in world.shards.values() for key in shard.metadata})
-    truths = {key: {n: str(s.metadata[key]) for n, s in world.shards.items() if key in s.metadata} for key in known}
-    found = {key: agreement(member, truth) for key, truth in truths.items()}
-    return {"member": member, "number": len(set(member.values())), "agreement": found}
-
-
-def _refined(world: World, method: Method, state: State, directory: RunDir) -> Refined | None:
-    """What the server's last step made of the prototypes, if the experiment asks for it."""
-    if world.experiment.distillation.how == "none":
-        return None
-    basis = {name: world.start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
-    sizes = Counter(f"prototype-{cluster}" for cluster in state.facts["clusters"].values())
-    return refine(world, basis, _tasks_of(world, state, list(world.tasks)), sizes, directory)
-
-
-def _tasks_of(world: World, state: State, tasks: list[str]) -> dict[str, list[str]]:
-    """The tasks of each prototype's members, by the names that the card gives them."""
-    named, of_prompt = dict(zip(world.tasks, tasks, strict=True)), {}
-    for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
-        of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[world.group_of[client]])
-    return {prompt: sorted(names) for prompt, names in of_prompt.items()}

@@ -12,7 +12,6 @@ baselines/NAME/   the same for each baseline
 """
 
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from torch import Tensor
 from ficpd import codec
 from ficpd.errors import CodecError, RunError
 from ficpd.federate import Round
+from ficpd.files import write
 from ficpd.types import State
 
 KEPT = "kept:"
@@ -46,16 +46,7 @@ class RunDir:
             )
 
     def write(self, name: str, content: str | bytes) -> Path:
-        """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(target.name + ".writing")
-        with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-        return target
+        return write(self.path / name, content)
 
     def run_id(self) -> str:
         """This run's own name, drawn when it begins."""

@@ -1,6 +1,6 @@
 """Everything an experiment describes, built: the backbone, the task, the start prompt, the clients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,18 +124,34 @@ def build_world(experiment: Experiment) -> World:
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
     shards, unseen = _set_apart(shards, group_of, experiment)
+    world = _begun(experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks})
+    for group in tasks:
+        warn_of_unknown(world.model.backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
+    return replace(world, group_of=group_of, shards=shards, unseen=unseen)
+
+
+def served_world(experiment: Experiment) -> World:
+    """A world without records: the coordinator's, whose sites hold their own."""
+    tasks = {group: build_task(party.task) for group, party in experiment.parties.items()}
+    _check_heads(tasks)
+    if experiment.federation.unseen_clients:
+        raise ConfigError("federation.unseen_clients is for simulations; a site that shall not take part is not asked")
+    return _begun(experiment, tasks, {})
+
+
+def _begun(experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]]) -> World:
+    """Backbone, start prompt and compression, for clients that are yet to come."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
     if backbone.sees and experiment.distillation.how != "none":
         raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
     start, experiment = start_prompt(experiment, list(tasks.values()), backbone)
-    for name, shard in shards.items():
-        tasks[group_of[name]].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
-    for group in tasks:
-        warn_of_unknown(backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
+    for group, of_group in shards.items():
+        for shard in of_group:
+            tasks[group].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
     model = Compute(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
     experiment, compression = measured(experiment, list(tasks.values()), model, start)
-    return World(experiment, tasks, group_of, model, start, compression, shards, unseen)
+    return World(experiment, tasks, {}, model, start, compression, {})
 
 
 def _set_apart(
@@ -158,7 +174,8 @@ def _set_apart(
 
 def _dealt(group: str, party: Group, seed: int) -> dict[str, Shard]:
     """A group's clients; in a federation of several they bear its name, and it is public which group each is of."""
-    shards = partition(party.partition, sources.read(party.data, seed), "target", seed)
+    source, how = party.held
+    shards = partition(how, sources.read(source, seed), "target", seed)
     if not group:
         return shards
     return {f"{group}.{name}": replace(s, metadata={**s.metadata, "group": group}) for name, s in shards.items()}

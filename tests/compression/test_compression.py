@@ -353,15 +353,15 @@ def test_projections_are_small_in_memory():
 
 def test_the_leading_directions_of_the_gradients_are_the_subspace():
     low_rank = drawn(40, 5, seed=1) @ drawn(5, P * D, seed=2)
-    found = Directions(low_rank.unflatten(1, (P, D)), 5)
+    found = Directions.of(low_rank.unflatten(1, (P, D)), 5)
     inside = (drawn(1, 5, seed=3) @ drawn(5, P * D, seed=2)).unflatten(1, (P, D))
     assert torch.allclose(found.up(found.down(inside)), inside, atol=1e-4)
 
 
 def test_fewer_gradients_than_dimensions_are_filled_up_to_orthonormal_rows():
-    found = Directions(drawn(4, P, D), 13)
+    found = Directions.of(drawn(4, P, D), 13)
     assert torch.allclose(found.rows @ found.rows.T, torch.eye(13), atol=1e-6)
-    assert Directions(drawn(4, P, D), P * D).rows.shape == (P * D, P * D)
+    assert Directions.of(drawn(4, P, D), P * D).rows.shape == (P * D, P * D)
 
 
 def test_gradients_that_cannot_be_had_are_an_error():

@@ -123,16 +123,16 @@ def test_equal_spends_are_one_line_and_nothing_spent_is_none(path):
 
 
 def test_another_runs_ledger_is_refused_by_name_and_left_alone(path):
-    Ledger(path, "monday").book("north", FREE).settle(1, "fedavg", [STEPS], b"")
+    Ledger(path, "run monday").book("north", FREE).settle(1, "fedavg", [STEPS], b"")
     with pytest.raises(LedgerError, match=r"is the ledger of run monday .*this is run tuesday"):
-        Ledger(path, "tuesday")
-    assert Ledger(path, "monday").book("north", FREE).spent() == [STEPS]
+        Ledger(path, "run tuesday")
+    assert Ledger(path, "run monday").book("north", FREE).spent() == [STEPS]
 
 
 def test_another_versions_ledger_is_refused(path):
-    Ledger(path, "monday").file.execute("update meta set version = 99")
+    Ledger(path, "run monday").file.execute("update meta set version = 99")
     with pytest.raises(LedgerError, match=r"version 99"):
-        Ledger(path, "monday")
+        Ledger(path, "run monday")
 
 
 @pytest.mark.parametrize("content", [b"no database " * 100, b"SQLite format 3\0" + bytes(200)])

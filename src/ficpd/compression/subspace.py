@@ -38,8 +38,9 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int, gradients: Gradients | None = None) -> Quantised:
-    """Raises `ConfigError` unless the prompt has at least as many numbers as the subspace has dimensions."""
+def build(config: Config, start: Prompt, seed: int, gradients: "Gradients | Directions | None" = None) -> Quantised:
+    """`gradients`: where to get them, or directions that were found already. Raises `ConfigError` unless the prompt has at
+    least as many numbers as the subspace has dimensions."""
     outer = outer_shape(start)
     if not 1 <= config.dimension <= outer[0] * outer[1]:
         raise ConfigError(
@@ -48,10 +49,12 @@ def build(config: Config, start: Prompt, seed: int, gradients: Gradients | None 
         )
     if config.directions == "random":
         basis = Buckets(config.dimension, outer, seed)
+    elif isinstance(gradients, Directions):
+        basis = gradients
     elif gradients is None:
         raise ConfigError('compression.directions = "gradient" needs a backbone with gradients; use "random"')
     else:
-        basis = Directions(gradients(max(256, 2 * config.dimension)), config.dimension)
+        basis = Directions.of(gradients(max(256, 2 * config.dimension)), config.dimension)
     return Quantised(basis, outer, config.bits, basis)
 
 
@@ -66,17 +69,21 @@ class Directions:
     its last bits, and where singular values are equal: who starts a federation computes A once, and hands it to all.
     """
 
-    def __init__(self, gradients_MPD: Tensor, size: int):
-        self.size, self.shape, self.outer = size, (size,), tuple(gradients_MPD.shape[1:])
+    def __init__(self, rows: Tensor, typical: Tensor, outer: tuple[int, ...]):
+        self.size, self.shape, self.outer = len(rows), (len(rows),), outer
+        self.rows, self.typical = rows, typical
+
+    @staticmethod
+    def of(gradients_MPD: Tensor, size: int) -> "Directions":
         flat = gradients_MPD.flatten(1).double()
         _, sizes, rows = torch.linalg.svd(flat, full_matrices=False)
         sizes, rows = sizes[:size], rows[:size]
         sizes = torch.cat([sizes, sizes[-1:].expand(size - len(sizes))]).clamp(min=1e-3 * sizes[0])
-        self.typical = (sizes / len(flat) ** 0.5).float()
+        typical = (sizes / len(flat) ** 0.5).float()
         if len(rows) < size:  # fewer gradients than dimensions: a short prompt, all of whose directions are wanted
             rows = torch.linalg.qr(torch.cat([rows, torch.eye(flat.shape[1], dtype=rows.dtype)]).T)[0].T[:size]
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-        self.rows = (rows * largest.sign()).float()
+        return Directions((rows * largest.sign()).float(), typical, tuple(gradients_MPD.shape[1:]))
 
     def down(self, values: Tensor) -> Tensor:
         return values.flatten(-2) @ self.rows.T.to(values.device, values.dtype)

@@ -7,24 +7,25 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ficpd.seams import ClientSide, Model
-from ficpd.server.averaging import weighted_mean
+from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+    robust: Robust = MEAN
 
 
 def build(config: Config, training: Training) -> "FedAvg":
-    return FedAvg(training)
+    return FedAvg(training, config.robust)
 
 
 class FedAvg:
-    name, pools_data, trains, releases, sums, gathers = "fedavg", False, True, True, True, False
+    name, pools_data, trains, releases, gathers = "fedavg", False, True, True, False
 
-    def __init__(self, training: Training):
-        self.training = training
+    def __init__(self, training: Training, robust: Robust = MEAN):
+        self.training, self.robust, self.sums = training, robust, robust.sums
 
     def init(self, setup: Setup) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
@@ -45,8 +46,9 @@ class FedAvg:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        prompt = state.arrays["prompt"] + weighted_mean(updates, "delta")  # w_{t+1} <- Σ n_k/n w_k
-        return State({"prompt": prompt}, state.facts)
+        means = Means(self.robust, updates)
+        prompt = state.arrays["prompt"] + means.everyone()  # w_{t+1} <- Σ n_k/n w_k
+        return State({"prompt": prompt}, {**state.facts, **means.facts})
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]

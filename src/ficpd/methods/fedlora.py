@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ficpd.backbones import lora
 from ficpd.seams import Backbone, ClientSide, Model
-from ficpd.server.averaging import weighted_mean
+from ficpd.server.robust import Means, Robust
 from ficpd.tuners import Training, tune
 from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
@@ -27,6 +27,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
+    robust: Robust = Robust()
 
 
 def build(config: Config, training: Training) -> "FedLora":
@@ -34,10 +35,11 @@ def build(config: Config, training: Training) -> "FedLora":
 
 
 class FedLora:
-    name, pools_data, trains, releases, sums, gathers = "fedlora", False, True, True, True, False
+    name, pools_data, trains, releases, gathers = "fedlora", False, True, True, False
 
     def __init__(self, config: Config, training: Training):
         self.rank, self.learning_rate = config.rank, config.learning_rate
+        self.robust, self.sums = config.robust, config.robust.sums
         self.training = training.model_copy(update={"learning_rate": config.learning_rate})
 
     def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
@@ -68,7 +70,8 @@ class FedLora:
         return {"delta": tuple(state.arrays["weights"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        return State({"weights": state.arrays["weights"] + weighted_mean(updates, "delta")}, state.facts)
+        means = Means(self.robust, updates)
+        return State({"weights": state.arrays["weights"] + means.everyone()}, {**state.facts, **means.facts})
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["weights"]

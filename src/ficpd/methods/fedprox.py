@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.seams import ClientSide, Model
-from ficpd.server.averaging import weighted_mean
+from ficpd.server.robust import Means, Robust
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
@@ -20,6 +20,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     proximal_weight: float = Field(default=0.01, ge=0)
+    robust: Robust = Robust()
 
 
 def build(config: Config, training: Training) -> "FedProx":
@@ -27,10 +28,10 @@ def build(config: Config, training: Training) -> "FedProx":
 
 
 class FedProx:
-    name, pools_data, trains, releases, sums, gathers = "fedprox", False, True, True, True, False
+    name, pools_data, trains, releases, gathers = "fedprox", False, True, True, False
 
     def __init__(self, config: Config, training: Training):
-        self.config, self.training = config, training
+        self.config, self.training, self.sums = config, training, config.robust.sums
 
     def init(self, setup: Setup) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
@@ -52,7 +53,8 @@ class FedProx:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        return State({"prompt": state.arrays["prompt"] + weighted_mean(updates, "delta")}, state.facts)
+        means = Means(self.config.robust, updates)
+        return State({"prompt": state.arrays["prompt"] + means.everyone()}, {**state.facts, **means.facts})
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]

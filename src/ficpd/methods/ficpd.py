@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.seams import ClientSide, Model
-from ficpd.server.averaging import mean_of, weighted_mean
 from ficpd.server.optimiser import ServerStep
 from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
+from ficpd.server.robust import Means, Robust
 from ficpd.server.signatures import Probes
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
@@ -52,6 +52,7 @@ class Config(BaseModel):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerStep = ServerStep()
+    robust: Robust = Robust()
 
 
 def build(config: Config, training: Training) -> "Ficpd":
@@ -96,7 +97,9 @@ class Ficpd:
         """A client that did not take part keeps its signature, and how it stood off the global prompt then: that counts
         again only when clusters are drawn anew, because it ages. What a late update learned is added to the prompt that its
         client would be sent now."""
-        move, moments = self.config.server.moved(weighted_mean(updates, "delta"), state.arrays)
+        means = Means(self.config.robust, updates)
+        updates = means.updates
+        move, moments = self.config.server.moved(means.everyone(), state.arrays)
         shared = state.arrays["global"] + move
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
         signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
@@ -108,12 +111,12 @@ class Ficpd:
         counted = offsets if newly else {name: offsets[name] for name in reached}
         before = None if newly else state.arrays["prototypes_KPD"]
         arrays["prototypes_KPD"] = self._prototypes(
-            shared, counted, weights, clusters, state.facts.get("noise", 0.0), before
+            means, shared, counted, weights, clusters, state.facts.get("noise", 0.0), before
         )
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
-        return State(arrays, {**state.facts, **facts})
+        return State(arrays, {**state.facts, **facts, **means.facts})
 
     def prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
@@ -160,8 +163,8 @@ class Ficpd:
         return Clusters(before, max(before.values()) + 1), drawn
 
     def _prototypes(
-        self, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float], clusters: Clusters,
-        noise: float | None, before_KPD: Tensor | None,
+        self, means: Means, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],
+        clusters: Clusters, noise: float | None, before_KPD: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """[K, P, D]; a cluster of which nobody counts stays as it was before, or has the global prompt if it is new."""
         of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
@@ -172,7 +175,7 @@ class Ficpd:
         else:
             drawn_back = dict.fromkeys(heard, given)
         return torch.stack([
-            shared + (1 - drawn_back[k]) * mean_of({n: offsets[n] for n in names}, weights) if names
+            shared + (1 - drawn_back[k]) * means.of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
             else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip

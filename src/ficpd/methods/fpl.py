@@ -33,6 +33,7 @@ from ficpd.server.averaging import mean_of
 from ficpd.server.metadata import clusters_of_cards, nearest_card
 from ficpd.server.optimiser import ServerStep
 from ficpd.server.prototypes import Clusters, cosine_kmeans, shrinkage
+from ficpd.server.robust import Means, Robust
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
@@ -43,8 +44,8 @@ class Config(BaseModel):
     """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
-    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first two thirds
-    of the rounds (0: all of it); then they are learnt from, too.
+    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first two
+    thirds of the rounds (0: all of it); then they are learnt from, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +62,7 @@ class Config(BaseModel):
     proximal_weight: float = Field(default=0.0, ge=0)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     server: ServerStep = ServerStep()
+    robust: Robust = Robust()
 
 
 def build(config: Config, training: Training) -> "Fpl":
@@ -73,7 +75,7 @@ class Fpl:
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training
         self.gathers = config.clusters == "signatures"
-        self.sums = not self.gathers
+        self.sums = config.robust.sums and not self.gathers
 
     def init(self, setup: Setup) -> State:
         start = setup.start.vectors_PD
@@ -136,17 +138,20 @@ class Fpl:
         return ClientUpdate(update.client, arrays, update.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A cluster of which nobody came stays where it is."""
+        """A cluster of which nobody came stays where it is. By another rule than the mean, the global prompt goes by the
+        updates and not by their clusters: a few poisoned ones may be all of a cluster, but not of everybody."""
+        means = Means(self.config.robust, updates)
+        updates = means.updates
         clusters, signatures = self._redrawn(state, updates)
         before = state.arrays["prototypes_KPD"]
         if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
-        moved = self._moves(updates, clusters)
+        moved = self._moves(means, clusters)
         sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
         weights = {str(k): sizes[k] for k in moved}
-        step, moments = self.config.server.moved(
-            mean_of({str(k): delta for k, (delta, _) in moved.items()}, weights), state.arrays
-        )
+        of_clusters = {str(k): delta for k, (delta, _) in moved.items()}
+        whole = mean_of(of_clusters, weights) if self.config.robust.sums else means.everyone()
+        step, moments = self.config.server.moved(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
         drawn_back = self._drawn_back(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
@@ -155,7 +160,7 @@ class Fpl:
         ]
         heard = sorted({*state.facts["heard"], *(u.client for u in updates if u.client in clusters.member)})
         arrays = {"start": state.arrays["start"], "global": shared, **moments, **signatures}
-        facts = {**state.facts, "heard": heard, "clusters": clusters.member}
+        facts = {**state.facts, "heard": heard, "clusters": clusters.member, **means.facts}
         return State(arrays | {"prototypes_KPD": torch.stack(prototypes)}, facts)
 
     def prompt(self, state: State) -> Tensor:
@@ -202,18 +207,20 @@ class Fpl:
         drawn = cosine_kmeans(by_client, self.config.num_clusters, state.facts["seed"])
         return Clusters(dict.fromkeys(member, 0) | drawn.member, drawn.number), new
 
-    def _moves(self, updates: Sequence[ClientUpdate], clusters: Clusters) -> dict[int, tuple[Tensor, float]]:
+    def _moves(self, means: Means, clusters: Clusters) -> dict[int, tuple[Tensor, float]]:
         """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
+        updates = means.updates
         if len(updates) == 1 and f"{SUM}0" in updates[0].arrays:
             sizes = {k: sum(own == k for own in clusters.member.values()) for k in range(clusters.number)}
             everybody = sum(sizes.values())
             return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
-            k: (mean_of({u.client: u.arrays["delta"] for u in came}, {u.client: u.weight for u in came}), len(came))
+            k: (means.of(f"prototype-{k}", {u.client: u.arrays["delta"] for u in came}, {u.client: u.weight for u in came}),
+                len(came))
             for k, came in of.items()
             if came
-        }
+        }  # fmt: skip
 
     def _drawn_back(
         self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]

@@ -1,4 +1,5 @@
-"""The ledger: what has been released, in SQLite, written before it is sent. One file a run, one book a site.
+"""The ledger: what has been released, in SQLite, written before it is sent. A simulated run has one file with a book for
+each client; a real site has one file with a book for each run, and pays for all of them from one budget.
 
 An order's price, the released update and what the client keeps are committed in one transaction *before* the update
 leaves. Killed before the commit, nothing has left and nothing is owed; killed after it, the same order is answered with
@@ -17,15 +18,18 @@ from ficpd.errors import BudgetError, LedgerError
 from ficpd.privacy import accountant
 from ficpd.types import Spend
 
-VERSION = 1
+VERSION = 2
 SCHEMA = """
-create table if not exists meta (run text not null, version integer not null);
+create table if not exists meta (owner text not null, version integer not null);
 create table if not exists lines (
-    site text not null, round integer not null, method text not null, name text not null,
+    run text not null, site text not null, round integer not null, method text not null, name text not null,
     sampling_rate real not null, noise_multiplier real not null, count integer not null, at text not null);
+create table if not exists orders (
+    run text not null, site text not null, round integer not null, method text not null, at text not null,
+    primary key (run, site, round, method));
 create table if not exists answers (
-    site text not null, round integer not null, method text not null, body blob not null,
-    primary key (site, round, method));
+    run text not null, site text not null, round integer not null, method text not null, body blob not null,
+    primary key (run, site, round, method));
 """
 
 
@@ -45,15 +49,16 @@ class Budget:
 
 
 class Ledger:
-    """`rounds_paid`: the last round known to have released anything; a ledger that does not reach it has lost lines.
+    """`owner`: the run or the site that it is the ledger of. `rounds_paid`: the last round known to have released
+    anything; a ledger that does not reach it has lost lines.
 
-    Raises `LedgerError` for a file that is no ledger, another run's, or behind.
+    Raises `LedgerError` for a file that is no ledger, another owner's, or behind.
     """
 
-    def __init__(self, path: Path | str, run: str, rounds_paid: int = 0):
-        self.path, self.run = path, run
+    def __init__(self, path: Path | str, owner: str, rounds_paid: int = 0):
+        self.path, self.owner = path, owner
         with self.readable():
-            self.file = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self.file = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
             try:
                 self._open(rounds_paid)
             except BaseException:
@@ -88,15 +93,21 @@ class Ledger:
             ) from error
 
     def _claim(self) -> None:
-        """The file is this run's, or becomes it if it is new."""
+        """The file is this owner's, or becomes it if it is new."""
         with self.transaction():
-            found = self.file.execute("select run, version from meta").fetchone()
-            if found is None:
-                self.file.execute("insert into meta values (?, ?)", (self.run, VERSION))
-            elif found != (self.run, VERSION):
+            columns = {name for _, name, *_ in self.file.execute("pragma table_info(meta)")}
+            if "owner" not in columns:
                 raise LedgerError(
-                    f"{self.path} is the ledger of run {found[0]} (version {found[1]}), this is run {self.run} (version "
-                    f"{VERSION}); put this run's own ledger there, or begin in a new directory"
+                    f"{self.path} is a ledger of an earlier version, this is version {VERSION}: what was spent on it stays "
+                    "spent; keep it, and begin in a new directory"
+                )
+            found = self.file.execute("select owner, version from meta").fetchone()
+            if found is None:
+                self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
+            elif found != (self.owner, VERSION):
+                raise LedgerError(
+                    f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
+                    f"{VERSION}); put its own ledger there, or begin in a new directory"
                 )
 
     @contextmanager
@@ -111,24 +122,40 @@ class Ledger:
                 raise
             self.file.execute("commit")
 
-    def book(self, site: str, budget: Budget) -> "Book":
-        return Book(self, site, budget)
+    def orders(self) -> int:
+        """How many were carried out, in all."""
+        with self.readable():
+            (count,) = self.file.execute("select count(*) from orders").fetchone()
+        return count
+
+    def book(self, site: str, budget: Budget, run: str = "") -> "Book":
+        """`run`: which of several runs, in a site's own ledger."""
+        return Book(self, site, budget, run)
 
     def close(self) -> None:
         self.file.close()
 
 
 class Book:
-    """One site's pages of a ledger, and its budget."""
+    """One site's pages of a ledger, and its budget. The budget is the site's, over all runs; answers are the run's."""
 
-    def __init__(self, ledger: Ledger, site: str, budget: Budget):
-        self.ledger, self.site, self.budget = ledger, site, budget
+    def __init__(self, ledger: Ledger, site: str, budget: Budget, run: str = ""):
+        self.ledger, self.site, self.budget, self.run = ledger, site, budget, run
 
     def spent(self) -> list[Spend]:
-        """All that this site has released, equal lines added up."""
+        """All that this site has released in any run, equal lines added up."""
         rows = self.ledger.file.execute(
             "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? group by 1, 2, 3",
             (self.site,),
+        )
+        return accountant.merged(Spend(*row) for row in rows)
+
+    def spent_by_others(self) -> list[Spend]:
+        """What this site has released in runs other than this one."""
+        rows = self.ledger.file.execute(
+            "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? and run <> ? "
+            "group by 1, 2, 3",
+            (self.site, self.run),
         )
         return accountant.merged(Spend(*row) for row in rows)
 
@@ -153,9 +180,31 @@ class Book:
     def answered(self, round: int, method: str) -> bytes | None:
         """The stored answer to an order that was carried out before."""
         row = self.ledger.file.execute(
-            "select body from answers where site = ? and round = ? and method = ?", (self.site, round, method)
+            "select body from answers where run = ? and site = ? and round = ? and method = ?",
+            (self.run, self.site, round, method),
         ).fetchone()
         return row and row[0]
+
+    def newest(self, method: str) -> int:
+        """The last round that was carried out; 0 if none was."""
+        (round,) = self.ledger.file.execute(
+            "select coalesce(max(round), 0) from orders where run = ? and site = ? and method = ?",
+            (self.run, self.site, method),
+        ).fetchone()
+        return round
+
+    def carried_out(self) -> int:
+        """How many orders of this run."""
+        (count,) = self.ledger.file.execute(
+            "select count(*) from orders where run = ? and site = ?", (self.run, self.site)
+        ).fetchone()
+        return count
+
+    def last_order(self) -> str | None:
+        """When the newest was carried out (ISO 8601, UTC)."""
+        return self.ledger.file.execute(
+            "select max(at) from orders where run = ? and site = ?", (self.run, self.site)
+        ).fetchone()[0]
 
     def settle(self, round: int, method: str, spends: Iterable[Spend], body: bytes) -> None:
         """Commit an order's price and its answer together, then forget the answers of earlier rounds.
@@ -163,21 +212,22 @@ class Book:
         Checks the budget once more under the lock, for two processes may have asked at the same time.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        spends = accountant.merged(spends)
+        spends, order = accountant.merged(spends), (self.run, self.site, round, method)
         with self.ledger.transaction():
             self.afford(spends)
             self.ledger.file.executemany(
-                "insert into lines values (?, ?, ?, ?, ?, ?, ?, ?)",
-                [(self.site, round, method, *spend, now) for spend in spends],
+                "insert into lines values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(*order, *spend, now) for spend in spends]
             )
-            self.ledger.file.execute("insert into answers values (?, ?, ?, ?)", (self.site, round, method, body))
+            self.ledger.file.execute("insert into orders values (?, ?, ?, ?, ?)", (*order, now))
+            self.ledger.file.execute("insert into answers values (?, ?, ?, ?, ?)", (*order, body))
             self.ledger.file.execute(
-                "delete from answers where site = ? and method = ? and round < ?", (self.site, method, round)
+                "delete from answers where run = ? and site = ? and method = ? and round < ?",
+                (self.run, self.site, method, round),
             )
 
     def lines(self) -> str:
         """All lines as JSON, for a person who checks them."""
-        names = ("round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
+        names = ("run", "round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
         rows = self.ledger.file.execute(
             f"select {', '.join(names)} from lines where site = ? order by rowid", (self.site,)
         )

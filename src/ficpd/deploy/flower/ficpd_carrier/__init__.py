@@ -1,0 +1,1 @@
+"""FICPD's Flower app."""

@@ -1,0 +1,64 @@
+"""The site's half of the app: it carries bytes to the site's own process and back, and looks at none of them.
+
+Flower starts a new process for every message, so nothing heavy is imported, and no record or model is ever here.
+"""
+
+import json
+import os
+
+import httpx
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+CONNECT_SECONDS = 5.0
+"""How long a socket may take to accept. An answer may take as long as the message lives."""
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    return carried(message, context, "train")
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    return carried(message, context, "query")
+
+
+def carried(message: Message, context: Context, what: str) -> Message:
+    """The site's status and body as they are; 503 and the reason where there is no site to ask."""
+    body = message.content.config_records["call"]["body"]
+    assert isinstance(body, bytes), "the server's half sends bytes"
+    status, answer = posted(socket_of(context), what, body)
+    return Message(RecordDict({"answer": ConfigRecord({"status": status, "body": answer})}), reply_to=message)
+
+
+def socket_of(context: Context) -> str | None:
+    """The path that this machine's owner gave the SuperNode; the server has no say in it.
+
+    A simulation has no SuperNodes to give it to: there `$FICPD_SOCKETS` is a folder of sockets named by partition.
+    """
+    given = context.node_config
+    if "socket" in given:
+        return str(given["socket"])
+    folder = given.get("sockets-folder") or os.environ.get("FICPD_SOCKETS")
+    return f"{folder}/{given['partition-id']}.sock" if folder and "partition-id" in given else None
+
+
+def posted(socket: str | None, what: str, body: bytes) -> tuple[int, bytes]:
+    if socket is None:
+        return _absent("the SuperNode was started without --node-config 'socket=\"/run/ficpd/NAME.sock\"'")
+    timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+    transport = httpx.HTTPTransport(uds=socket)
+    try:
+        # trust_env: a machine's HTTP_PROXY would take the call away from the socket
+        with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
+            answer = client.post(f"http://site/{what}", content=body)
+    except httpx.TransportError as error:
+        return _absent(f"no answer at {socket} ({error}); is ficpd-site running, and may this user open the socket?")
+    return answer.status_code, answer.content
+
+
+def _absent(why: str) -> tuple[int, bytes]:
+    return 503, json.dumps({"error": why}).encode()

@@ -1,0 +1,108 @@
+"""Keys and certificates, all on the curve P-384: a private authority, the server's certificate, the SuperNodes' keys.
+
+Needs `cryptography`, which Flower brings along.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CA_YEARS, SERVER_YEARS = 10, 2
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""The coordinator's own programs and its proxy reach SuperLink by these."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @property
+    def key_pem(self) -> bytes:
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
+    def ends(self) -> str:
+        """The last day on which it is valid, such as 2036-01-31."""
+        return self.certificate.not_valid_after_utc.date().isoformat()
+
+
+def authority() -> Signed:
+    """A certificate authority of this federation alone; it signs servers and no further authorities."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _named("FICPD federation authority")
+    usage = _usage(key_cert_sign=True, crl_sign=True)
+    built = (
+        _begun(name, key.public_key(), CA_YEARS)
+        .issuer_name(name)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return Signed(key, built.sign(key, hashes.SHA384()))
+
+
+def server(ca: Signed, host: str) -> Signed:
+    """A server's certificate for `host` (a DNS name or an IP address) and for this machine's own names."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    names = [_alternative(name) for name in dict.fromkeys((host, *LOCAL))]
+    of_ca = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
+    built = (
+        _begun(_named("FICPD coordinator"), key.public_key(), SERVER_YEARS)
+        .issuer_name(ca.certificate.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(of_ca, critical=False)
+    )
+    return Signed(key, built.sign(ca.key, hashes.SHA384()))
+
+
+def node(comment: str) -> tuple[bytes, bytes]:
+    """A SuperNode's private and public key in OpenSSH's formats, as `ssh-keygen -t ecdsa -b 384` writes them."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), public + f" {comment}\n".encode()
+
+
+def _begun(subject: x509.Name, public: ec.EllipticCurvePublicKey, years: int) -> x509.CertificateBuilder:
+    """Valid from an hour ago, for clocks that are a little slow."""
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=365 * years))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    )
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _usage(**given: bool) -> x509.KeyUsage:
+    uses = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+        "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**{use: given.get(use, False) for use in uses})

@@ -1,0 +1,58 @@
+"""`ficpd deploy run`: hand a recipe to the coordinator's SuperLink and follow the rounds."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import tomli_w
+
+from ficpd.errors import ConfigError
+from ficpd.experiment import parse
+
+APP = Path(__file__).parent / "flower"
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Nobody is told that Flower runs here, and nothing is fetched while it does."""
+
+
+def run(recipe: Path, out: Path, resume: bool, connection: str, more: Mapping[str, str] | None = None) -> int:
+    """`flwr run` of our app with this recipe until it ends: 0 if it left its result, for Flower does not tell.
+
+    `connection` is a name in `$FLWR_HOME/config.toml`. `out` is the run directory on the coordinator's machine; SuperLink's user writes it. `more` goes into the environment.
+    Raises `ConfigError` for a recipe that could not run.
+    """
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {recipe}: {error}; expected a TOML file") from error
+    parse(text, recipe.name, records=False)
+    given = {"recipe": text, "recipe-name": recipe.name, "out": str(out.absolute()), "resume": resume}
+    with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
+        config = Path(folder) / "run.toml"
+        config.write_text(tomli_w.dumps(given), encoding="utf-8")
+        command = [flower("flwr"), "run", str(APP), connection, "--run-config", str(config), "--stream"]
+        status = subprocess.run(command, env=environment(more), check=False).returncode
+    return status or int(not (out / "result.json").exists())
+
+
+def flower(program: str) -> str:
+    """The path of one of Flower's programs, beside this Python. Raises `ConfigError` where Flower is not installed."""
+    path = Path(sys.executable).parent / program
+    if find_spec("flwr") is None or not path.exists():
+        raise ConfigError(f"{path} does not exist; install Flower: pip install 'ficpd[flower]'")
+    return str(path)
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's own, silent, and with this Python's programs first: Flower starts its helpers by name."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "PATH": path, **(more or {})}

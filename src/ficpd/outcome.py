@@ -1,0 +1,100 @@
+"""What runs have in common, simulated or among real sites: how they are set up, and what they leave behind."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ficpd.experiment import settings
+from ficpd.federate import Schedule
+from ficpd.guard import Guard, public_seed
+from ficpd.library import PromptLibrary, keys_of
+from ficpd.refine import Refined, refine
+from ficpd.rundir import RunDir
+from ficpd.seams import Method
+from ficpd.server.prototypes import agreement
+from ficpd.types import Prompt, State
+from ficpd.world import World
+
+OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
+"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has."""
+VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
+
+
+def method_of(world: World, part: Mapping[str, Any]) -> Method:
+    module, config = settings("methods", part)
+    return module.build(config, world.experiment.training)
+
+
+def knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:
+    """With the facts `noise` (on one update) and `noise_of_sum` (on a whole round's), squared lengths, so that a method can
+    tell what clients learned from what a mechanism added."""
+    arrays = world.compression.project({name: torch.zeros(shape) for name, shape in method.layout(state).items()})
+    size = sum(array.numel() for array in arrays.values())
+    of_sum = guard.central.noise_on(size) if guard.central else 0.0
+    return State(state.arrays, {**state.facts, "noise": guard.noise_on(size), "noise_of_sum": of_sum})
+
+
+def schedule_of(world: World, method: Method) -> Schedule:
+    federation, clients = world.experiment.federation, 1 if method.pools_data else len(world.shards)
+    return Schedule(
+        federation.num_rounds if method.trains else 0,
+        min(federation.clients_per_round or clients, clients),
+        public_seed(world.experiment.seed),
+        federation.max_update_norm,
+        method.gathers,
+        federation.accept_late,
+    )
+
+
+def library_of(
+    world: World, method: Method, state: State, result: Mapping[str, Any], more: Mapping[str, Prompt]
+) -> PromptLibrary:
+    start = world.start
+    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()} | dict(more)
+    card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
+    card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
+    tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
+    card["tasks"] = {name: dict(task.describe()) for name, task in tasks.items()}
+    card["backbone"] = {
+        "enters_at": start.enters_at,
+        "name": world.experiment.backbone.name,
+        "kind": world.experiment.backbone.kind,
+        "options": world.experiment.backbone.options,
+        "fingerprint": start.backbone,
+    }
+    card["data"] = {"source": ", ".join(Path(p.data.source).name for p in world.experiment.parties.values() if p.data)}
+    card["training"] = world.experiment.training.model_dump()
+    keys = keys_of(prompts, tasks, tasks_of(world, state, list(tasks)), world.model.backbone)
+    return PromptLibrary(start, prompts, card, keys)
+
+
+def clusters_of(world: World, state: State) -> dict[str, Any] | None:
+    """Which prototype each client has, and how well that agrees with each thing that is publicly known of clients (the
+    adjusted Rand index); None for a method without prototypes."""
+    member = state.facts.get("clusters")
+    if not member:
+        return None
+    known = sorted({key for shard in world.shards.values() for key in shard.metadata})
+    truths = {key: {n: str(s.metadata[key]) for n, s in world.shards.items() if key in s.metadata} for key in known}
+    found = {key: agreement(member, truth) for key, truth in truths.items()}
+    return {"member": member, "number": len(set(member.values())), "agreement": found}
+
+
+def tasks_of(world: World, state: State, tasks: list[str]) -> dict[str, list[str]]:
+    """The tasks of each prototype's members, by the names that the card gives them."""
+    named, of_prompt = dict(zip(world.tasks, tasks, strict=True)), {}
+    for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
+        of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[world.group_of[client]])
+    return {prompt: sorted(names) for prompt, names in of_prompt.items()}
+
+
+def refined_of(world: World, method: Method, state: State, directory: RunDir) -> Refined | None:
+    """What the server's last step made of the prototypes, if the experiment asks for it."""
+    if world.experiment.distillation.how == "none":
+        return None
+    basis = {name: world.start.with_vectors(vectors) for name, vectors in method.basis(state).items()}
+    sizes = Counter(f"prototype-{cluster}" for cluster in state.facts["clusters"].values())
+    return refine(world, basis, tasks_of(world, state, list(world.tasks)), sizes, directory)

@@ -1,0 +1,104 @@
+"""Looking at a site from its own side: what would leave, what was spent."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from ficpd import codec
+from ficpd.data.partition import Shard
+from ficpd.errors import SiteError
+from ficpd.experiment import parse
+from ficpd.experiment import settings as of_part
+from ficpd.guard import clipping, part_for
+from ficpd.outcome import method_of, schedule_of
+from ficpd.privacy import accountant
+from ficpd.privacy.ledger import Ledger
+from ficpd.site import policy, settings
+from ficpd.site.open import records_of
+from ficpd.site.site import LEDGER, ledger_status
+from ficpd.terms import Terms, group_of
+from ficpd.types import ClientUpdate, State
+from ficpd.world import load_backbone, served_world
+
+
+def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
+    """What a person wants to read before the first run. Raises whatever is wrong, in words."""
+    config = settings.read(file)
+    task, shard = records_of(config)
+    yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
+    if recipe is None:
+        backbone, _ = load_backbone(config.backbone, config.engine)
+        yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
+    card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
+    yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
+    yield f"leaves    once a round, an update: {_mechanisms(config)}"
+    scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
+    yield f"leaves    scores on the test records: {scores}"
+    yield "stays     records, their number, personal prompts, the ledger, every error that may quote a record"
+    spent = status(file)["epsilon"]
+    yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
+    if recipe is not None:
+        yield from _of_recipe(config, file, recipe, clients, len(shard.train))
+
+
+def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: int, records: int) -> Iterator[str]:
+    """Whether the policy allows it, what one update is, what the whole run costs."""
+    text = recipe.read_text(encoding="utf-8")
+    world = served_world(parse(text, recipe.name, records=False))
+    method = method_of(world, world.experiment.method)
+    world = world.starting(method)
+    names = [config.name, *(f"another {place}" for place in range(1, clients))]
+    world = replace(world, shards={name: Shard([], [], {}) for name in names})
+    schedule = schedule_of(world, method)
+    terms = Terms(world.experiment, text, recipe.name, names, schedule, world.start, world.compression.coordinates)
+    yield f"backbone  {world.experiment.backbone.name}: {world.start.backbone}"
+    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms)
+    yield f"recipe    {recipe.name}: the policy allows it"
+    state = State({"start": world.start.vectors_PD}, {})
+    zeros = {name: torch.zeros(shape) for name, shape in method.layout(state).items()}
+    update = ClientUpdate(config.name, world.compression.pack(world.compression.project(zeros)))
+    body = codec.encode_update(update, 1, world.start.backbone)
+    yield f"update    {len(body)} bytes a round: " + ", ".join(
+        f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
+    )
+    module, settled = of_part("privacy", part_for(method, world.experiment.privacy))
+    group = group_of(config.name, world.experiment.groups)
+    plan = terms.plan(config.name, records)
+    mechanism = module.build(clipping(settled, world.experiment.privacy, group), plan)
+    costs = list(mechanism.planned())
+    if costs:
+        whole = accountant.epsilon(costs, config.policy.delta)
+        yield f"cost      epsilon {whole:.4g} for {plan.participations} rounds, with noise multiplier " + ", ".join(
+            f"{cost.noise_multiplier:.3g} ({cost.name})" for cost in costs
+        )
+
+
+def _mechanisms(config: settings.SiteConfig) -> str:
+    allowed = config.policy.mechanisms
+    return "NOT PROTECTED where a recipe asks for none" if "none" in allowed else f"noised by {' or '.join(allowed)}"
+
+
+def status(file: Path) -> dict[str, Any]:
+    """From the process on the socket; where none answers, from the state folder. `running` says which."""
+    config = settings.read(file)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.socket)), timeout=10, trust_env=False) as client:
+            return {**client.get("http://site/status").raise_for_status().json(), "running": True}
+    except httpx.ConnectError:
+        return {**at_rest(config), "running": False}
+    except httpx.HTTPError as error:
+        raise SiteError(f"the process on {config.socket} does not answer as a site ({error}); what is it?") from error
+
+
+def at_rest(config: settings.SiteConfig) -> dict[str, Any]:
+    """Status of a site that is not running; of one that never ran, from no ledger at all."""
+    known = (config.state / LEDGER).exists()
+    ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
+    try:
+        return ledger_status(ledger, config)
+    finally:
+        ledger.close()

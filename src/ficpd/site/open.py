@@ -1,0 +1,31 @@
+"""From a site's TOML file to a site: records read and divided, backbone loaded, labels checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ficpd.compute import Compute
+from ficpd.data import sources
+from ficpd.data.partition import Shard
+from ficpd.seams import Task
+from ficpd.site import settings
+from ficpd.site.site import Site
+from ficpd.world import build_task, load_backbone
+
+
+def records_of(config: settings.SiteConfig) -> tuple[Task, Shard]:
+    """Task and records, once it is known that they fit. The division into train and test is the same at every start."""
+    task = build_task(config.task)
+    data = sources.read(config.data, 0)
+    task.targets([*data.train, *data.test])
+    return task, Shard(list(data.train), list(data.test), dict(config.card))
+
+
+def open_site(file: Path, say: Callable[[str], None]) -> Site:
+    """Data first: a wrong column should not cost a download."""
+    config = settings.read(file)
+    task, shard = records_of(config)
+    say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
+    backbone, _ = load_backbone(config.backbone, config.engine)
+    say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
+    model = Compute(backbone, config.engine.keep_mb << 20, config.engine.chunk_tokens)
+    return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)

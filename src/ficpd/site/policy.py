@@ -1,0 +1,70 @@
+"""Whether a run's terms are within what a site's owner allows. Every objection names the line of both files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ficpd.errors import PolicyError
+from ficpd.site.settings import SiteConfig, where
+from ficpd.terms import Terms, group_of
+
+
+def check(config: SiteConfig, own: str, own_name: str, terms: Terms) -> None:
+    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written."""
+    objections = [
+        f"{where(terms.recipe_name, terms.recipe, theirs)}: {given}; {where(own_name, own, ours)}: {allowed}"
+        for theirs, given, ours, allowed in _objections(config, terms)
+    ]
+    if objections:
+        raise PolicyError(
+            f"{config.name} does not take part, and nothing was spent: "
+            + ". ".join(objections)
+            + ". Agree on one of both"
+        )
+
+
+def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, str, str]]:
+    """The recipe's key and value, the site's key and what it allows."""
+    policy, experiment = config.policy, terms.experiment
+    method, mechanism = experiment.method["name"], mechanism_of(experiment.privacy)
+    if method not in policy.methods:
+        yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
+    if mechanism not in policy.mechanisms:
+        yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
+    training, rounds = experiment.training, terms.schedule.num_rounds
+    for theirs, given, ours, most in (
+        ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
+        ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
+        ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
+        *(("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm) for clip in _clips(config, terms)),
+    ):
+        if most is not None and given > most:
+            yield theirs, f"{theirs} = {given:g}", ours, f"at most {most:g}"
+    group = group_of(config.name, experiment.groups)
+    asked = experiment.parties[group].task if group in experiment.parties else None
+    prefix = f"groups.{group}." if group else ""
+    if asked is None:
+        yield (
+            "groups",
+            f"groups are {_list(experiment.groups)}",
+            "name",
+            f"name = {config.name!r} begins with none of them",
+        )
+    elif differing := [key for key in {**asked, **config.task} if asked.get(key) != config.task.get(key)]:
+        key = sorted(differing)[0]
+        yield f"{prefix}task.{key}", f"task.{key} = {asked.get(key)!r}", f"task.{key}", f"{config.task.get(key)!r}"
+
+
+def mechanism_of(privacy: dict[str, Any]) -> str:
+    """A mechanism's name as policies write it: with "central", where the server is trusted with the noise."""
+    return privacy["name"] + (":central" if privacy.get("placement") == "central" else "")
+
+
+def _clips(config: SiteConfig, terms: Terms) -> list[float]:
+    privacy = terms.experiment.privacy
+    norms = privacy.get("clip_norms") or {}
+    clip = norms.get(group_of(config.name, terms.experiment.groups), privacy.get("clip_norm"))
+    return [] if clip is None else [clip]
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -1,0 +1,93 @@
+"""What a run asks of the sites that take part, as bytes that each of them keeps: all of the experiment that a client's half
+depends on, so that a site can carry out orders, and count before the first one what the whole run will cost it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ficpd import codec
+from ficpd.compression.subspace import Directions
+from ficpd.errors import CodecError, ConfigError
+from ficpd.experiment import Experiment, parse, settings, to_toml
+from ficpd.federate import Schedule
+from ficpd.guard import planned
+from ficpd.seams import Compression, Coordinates, Method
+from ficpd.types import Plan, Prompt, State
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`experiment` with every "auto" resolved at the coordinator; `recipe` is the text as it was written, `recipe_name` its
+    file. `names`: all clients, because cohorts are drawn from them by a public seed."""
+
+    experiment: Experiment
+    recipe: str
+    recipe_name: str
+    names: Sequence[str]
+    schedule: Schedule
+    start: Prompt
+    coordinates: Coordinates | None
+
+    def method(self) -> Method:
+        module, config = settings("methods", self.experiment.method)
+        return module.build(config, self.experiment.training)
+
+    def compression(self) -> Compression:
+        """The same as the coordinator's: directions that were found there are taken from there."""
+        module, config = settings("compression", self.experiment.compression)
+        return module.build(config, self.start, self.schedule.seed, self.coordinates)
+
+    def plan(self, client: str, num_records: int) -> Plan:
+        """What this client will be asked in the whole run."""
+        if client not in self.names:
+            raise ConfigError(f"the run's terms know no client {client!r}, but {', '.join(sorted(self.names))}")
+        return planned(self.method(), State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
+
+
+def encode(terms: Terms) -> bytes:
+    arrays: dict[str, Tensor] = {"start": terms.start.vectors_PD}
+    if isinstance(terms.coordinates, Directions):
+        arrays |= {"rows": terms.coordinates.rows, "typical": terms.coordinates.typical}
+    facts = {
+        "experiment": to_toml(terms.experiment),
+        "recipe": terms.recipe,
+        "recipe_name": terms.recipe_name,
+        "names": list(terms.names),
+        "schedule": asdict(terms.schedule),
+        "prompt": [terms.start.backbone, terms.start.enters_at, terms.start.head_rows],
+    }
+    return codec.encode_state(State(arrays, facts), {})
+
+
+def decode(body: bytes) -> Terms:
+    """Raises `CodecError` for anything but whole terms of this version."""
+    state, _ = codec.decode_state(body)
+    facts, arrays = state.facts, state.arrays
+    try:
+        start = Prompt(arrays["start"], *facts["prompt"])
+        coordinates = None
+        if "rows" in arrays:
+            _check_rows(arrays["rows"], arrays["typical"], start)
+            coordinates = Directions(arrays["rows"], arrays["typical"], tuple(start.vectors_PD.shape))
+        experiment = parse(facts["experiment"], "the run's terms", records=False)
+        schedule = Schedule(**facts["schedule"])
+        return Terms(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CodecError(f"these are no terms of this version: {error}") from error
+
+
+def _check_rows(rows: Tensor, typical: Tensor, start: Prompt) -> None:
+    """A basis that stretched would let more out than the clip norm says."""
+    wanted = (len(rows), start.vectors_PD.numel())
+    if rows.dim() != 2 or tuple(rows.shape) != wanted or typical.shape != rows.shape[:1]:
+        raise ValueError(f"directions of {tuple(rows.shape)} where {wanted} were expected")
+    if not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3) or not bool((typical > 0).all()):
+        raise ValueError("directions that are not orthonormal, or not of positive length")
+
+
+def group_of(client: str, groups: Mapping[str, object]) -> str:
+    """The group that a client's name begins with; in a federation of one task there is one without a name."""
+    group = client.partition(".")[0]
+    return group if group in groups else ""

@@ -1,0 +1,297 @@
+"""A site guards its own: what it answers, refuses, stores and survives."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grids
+import small
+from ficpd import codec, serve, terms
+from ficpd.codec import Call
+from ficpd.compute import Compute
+from ficpd.data.partition import partition
+from ficpd.data.sources import read
+from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError, SiteError
+from ficpd.experiment import parse
+from ficpd.guard import private_seed
+from ficpd.library import PromptLibrary
+from ficpd.outcome import method_of, schedule_of
+from ficpd.privacy.noise import Cryptographic
+from ficpd.run import run
+from ficpd.site import settings
+from ficpd.site.site import LEDGER, Site, TermsWantedError
+from ficpd.terms import Terms
+from ficpd.types import ClientCard, Setup
+from ficpd.world import World, build_world
+
+pytest.importorskip("flwr")
+pytestmark = [  # httpx does not close a socket that nobody answers
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+NOISED = ('privacy.name="record_gaussian"', "privacy.epsilon=4.0", "privacy.delta=1e-3")
+POLICY: dict[str, Any] = {"epsilon": 10.0, "delta": 1e-3, "mechanisms": ["record_gaussian", "none"]}
+
+
+def world(folder: Path, method: str = "fedavg", *changes: str) -> World:
+    return build_world(small.experiment(folder, method, *changes))
+
+
+def site(world: World, name: str, folder: Path, simulated: bool = True, **policy: Any) -> Site:
+    """One of the world's clients as a site of its own."""
+    experiment = world.experiment
+    tree = {
+        "name": name, "socket": folder / f"{name}.sock", "state": folder / name, "task": experiment.task,
+        "data": experiment.data, "policy": POLICY | policy, "card": world.shards[name].metadata,
+        "simulation": {"private_seed": private_seed(experiment.seed, name)} if simulated else None,
+    }  # fmt: skip
+    config = settings.SiteConfig.model_validate(tree)
+    return Site(config, world.shards[name], world.task, world.model)
+
+
+@contextmanager
+def sites(world: World, **policy: Any) -> Iterator[dict[str, Site]]:
+    with grids.short_folder() as folder, ExitStack() as stack:
+        found = {name: site(world, name, folder, **policy) for name in world.shards}
+        for one in found.values():
+            stack.enter_context(grids.answering(one))
+        yield found
+
+
+def engine(found: dict[str, Site], **options: Any) -> Any:
+    from ficpd.engines.flower import Config, Flower
+
+    grid = grids.Loopback({place: one.config.socket for place, one in enumerate(found.values(), 1)})
+    config = Config.model_validate({"poll_seconds": 0.01, "wait_seconds": 5, "sites": list(found), **options})
+    return Flower(config, grid, "")  # type: ignore[arg-type]
+
+
+def recipe(world: World) -> str:
+    """The experiment without records."""
+    from ficpd.experiment import to_toml
+
+    bare = world.experiment.model_copy(update={"data": None, "partition": None})
+    return to_toml(bare)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ficpd", "fpl"])
+@pytest.mark.parametrize("changes", [(), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")])
+def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes):
+    experiment = small.experiment(tmp_path, method, *changes)
+    run(experiment, tmp_path / "run")
+    expected = small.library(tmp_path)
+    world = build_world(experiment)
+    with sites(world) as found:
+        result = serve.serve(recipe(world), "small.toml", tmp_path / "served", engine(found), say=lambda line: None)
+    served = PromptLibrary.load(tmp_path / "served").candidates()
+    assert served.keys() == expected.keys()
+    for name, prompt in served.items():
+        assert small.close(prompt.vectors_PD, expected[name], 1e-5)
+    assert result["num_rounds"] == 3
+    assert result["dropped_updates"] == 0
+    known = json.loads((tmp_path / "run" / "result.json").read_text())["bytes"]
+    assert (result["bytes"]["up_total"], result["bytes"]["down_total"]) == (known["up_total"], known["down_total"])
+
+
+# ---------------------------------------------------------------- one site, called by hand
+
+
+def begun(world: World, rounds: int | None = None, run: str = "a" * 32) -> tuple[list[bytes], bytes]:
+    """The orders of each round for site-0, from where everybody starts, and the run's terms."""
+    method = method_of(world, world.experiment.method)
+    schedule = schedule_of(world, method)
+    cards = [ClientCard(name, shard.metadata) for name, shard in world.shards.items()]
+    state = method.init(Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed))
+    fingerprint = world.model.backbone.fingerprint
+    orders = [
+        codec.encode_assignment(method.assign(state, cards[0], round), fingerprint)
+        for round in range(1, (rounds or schedule.num_rounds) + 1)
+    ]
+    said = Terms(world.experiment, recipe(world), "small.toml", list(world.shards), schedule, world.start, None)
+    return orders, terms.encode(said)
+
+
+def train(order: bytes, said: bytes = b"", run: str = "a" * 32) -> bytes:
+    return codec.encode_call(Call("train", run, order, said))
+
+
+@pytest.fixture
+def noised(tmp_path: Path) -> World:
+    return world(tmp_path, "fedavg", *NOISED)
+
+
+def test_the_same_order_is_answered_with_the_same_bytes_and_costs_nothing(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path, simulated=False), begun(noised)
+    first = own.answer(train(orders[0], said))
+    spent = own.status()["epsilon"]["spent"]
+    assert spent > 0
+    assert own.answer(train(orders[0])) == first
+    own.close()
+    again = site(noised, "site-0", tmp_path, simulated=False)  # after a restart, without the terms
+    assert again.answer(train(orders[0])) == first
+    assert again.status()["epsilon"]["spent"] == spent
+    second = again.answer(train(orders[1]))
+    assert second != first
+    assert again.status()["epsilon"]["spent"] > spent
+    with pytest.raises(PrivacyError, match="round 1 of fedavg after round 2"):  # out of order: over, and not paid again
+        again.answer(train(orders[0]))
+    again.close()
+
+
+def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(noised, tmp_path):
+    orders, said = begun(noised)
+    bodies = []
+    for place in range(2):
+        own = site(noised, "site-0", tmp_path / str(place), simulated=False)
+        bodies.append(own.answer(train(orders[0], said)))
+        (one,) = own.runs.values()
+        assert isinstance(one.client.stream("fedavg", 1), Cryptographic)
+        own.close()
+    assert bodies[0] != bodies[1]
+    seeds = {(tmp_path / str(place) / "site-0" / "seed").read_text() for place in range(2)}
+    assert len(seeds) == 2
+
+
+def test_terms_are_asked_for_and_then_kept(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    with pytest.raises(TermsWantedError):
+        own.answer(train(orders[0]))
+    own.answer(train(orders[0], said))
+    own.answer(train(orders[1]))
+    own.close()
+
+
+def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised, rounds=4)
+    for order in orders[:3]:
+        own.answer(train(order, said))
+    spent = own.status()["epsilon"]["spent"]
+    assert spent <= 4.0
+    with pytest.raises(BudgetError, match="not in the run's terms"):
+        own.answer(train(orders[3]))
+    assert own.status()["epsilon"]["spent"] == spent
+    own.close()
+
+
+def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path, epsilon=5.0), begun(noised)
+    for order in orders:
+        own.answer(train(order, said))
+    spent = own.status()["epsilon"]["spent"]
+    assert 3.0 < spent <= 4.0
+    with pytest.raises(BudgetError, match=r"on other runs, and this one would make it .* allows 5"):
+        own.answer(train(orders[0], said, run="b" * 32))
+    assert own.status()["epsilon"]["spent"] == spent
+    own.close()
+    wider = site(noised, "site-0", tmp_path, epsilon=9.0)
+    wider.answer(train(orders[0], said, run="b" * 32))
+    assert spent < wider.status()["epsilon"]["spent"] < 9.0
+    assert [r["rounds_served"] for r in wider.status()["runs"].values()] == [3, 1]
+    wider.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"methods": ["ficpd"]}, r"small.toml line \d+: method.name = 'fedavg'.*policy.methods|methods are 'ficpd'"),
+        ({"mechanisms": ["none"]}, r"small.toml line \d+: privacy is 'record_gaussian'"),
+        ({"max_local_steps": 1}, r"small.toml line \d+: training.local_steps = 2; site.toml, by default: at most 1"),
+        ({"max_batch_size": 2}, r"training.batch_size = 4"),
+        ({"max_rounds": 2}, r"federation.num_rounds = 3"),
+        ({"max_clip_norm": 1e-6}, r"privacy.clip_norm = "),
+    ],
+)
+def test_what_the_policy_does_not_allow_is_refused_by_line_and_spends_nothing(noised, tmp_path, policy, words):
+    own, (orders, said) = site(noised, "site-0", tmp_path, **policy), begun(noised)
+    with pytest.raises(PolicyError, match=words):
+        own.answer(train(orders[0], said))
+    assert own.status()["epsilon"]["spent"] == 0
+    assert not own.runs
+    own.close()
+
+
+def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own.answer(train(orders[0], said))
+    own.close()
+    ledger = tmp_path / "site-0" / LEDGER
+    copy = {file.name: file.read_bytes() for file in ledger.parent.glob(LEDGER + "*")}
+    own = site(noised, "site-0", tmp_path)
+    own.answer(train(orders[1]))
+    own.close()
+    for file in ledger.parent.glob(LEDGER + "*"):
+        file.unlink()
+    for name, body in copy.items():
+        (ledger.parent / name).write_bytes(body)
+    with pytest.raises(LedgerError, match="knows of 1 orders, and 2 were carried out"):
+        site(noised, "site-0", tmp_path)
+
+
+def test_a_half_written_ledger_is_refused_and_left_as_it_is(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own.answer(train(orders[0], said))
+    own.close()
+    ledger = tmp_path / "site-0" / LEDGER
+    half = ledger.read_bytes()[: ledger.stat().st_size // 2]
+    ledger.write_bytes(half)
+    with pytest.raises(LedgerError, match="restore the file"):
+        site(noised, "site-0", tmp_path).answer(train(orders[1]))
+    assert ledger.read_bytes() == half
+
+
+def test_one_process_at_a_time(noised, tmp_path):
+    own = site(noised, "site-0", tmp_path)
+    with pytest.raises(SiteError, match="two would spend one budget"):
+        site(noised, "site-0", tmp_path)
+    assert (tmp_path / "site-0").stat().st_mode & 0o777 == 0o700
+    own.close()
+
+
+def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path):
+    own = site(noised, "site-0", tmp_path)
+    assert "epsilon" in own.failed(BudgetError("epsilon"))
+    assert "secret" not in own.failed(ValueError("secret words of a record"))
+    assert "secret words" in own.status()["last_error"]["error"]
+    own.close()
+
+
+def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_path):
+    for changes, shares, told in (((), True, True), ((), False, False), (NOISED, True, False)):
+        where = tmp_path / f"{len(changes)}{shares}"
+        one = world(where, "fedavg", *changes)
+        own, (orders, said) = site(one, "site-0", where, share_metrics=shares), begun(one)
+        own.answer(train(orders[0], said))
+        found = json.loads(own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0]))))
+        assert bool(found) == told
+        assert "accuracy" in own.status()["runs"]["a" * 32]["scores"]["personal"]
+        own.close()
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
+    one = world(tmp_path, "fpl", *NOISED)
+    with sites(one) as found:
+        whole = serve.serve(recipe(one), "small.toml", tmp_path / "whole", engine(found), say=lambda line: None)
+    spent = {}
+    with sites(one) as found:
+        lines: list[str] = []
+
+        def stops(line: str) -> None:
+            lines.append(line)
+            if line.startswith("round 2/"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            serve.serve(recipe(one), "small.toml", tmp_path / "cut", engine(found), say=stops)
+        checkpoint = tmp_path / "cut" / "checkpoint"
+        serve.serve(recipe(one), "small.toml", tmp_path / "cut", engine(found), resume=True, say=lines.append)
+        spent = {name: own.status()["epsilon"]["spent"] for name, own in found.items()}
+        assert checkpoint.exists()
+    assert all(0 < epsilon <= 4.0 for epsilon in spent.values())
+    left, right = (PromptLibrary.load(tmp_path / name).candidates() for name in ("whole", "cut"))
+    assert all(torch.equal(left[name].vectors_PD, right[name].vectors_PD) for name in left)
+    assert whole["num_rounds"] == 3
