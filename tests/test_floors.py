@@ -46,6 +46,7 @@ FLOORS = [
         "site",
         "serve",
         "outcome",
+        "simulated",
         "deploy",
         "__main__",
     },

@@ -42,6 +42,7 @@ def run(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+    engine: Annotated[str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")] = None,
 ) -> None:
     """Run an experiment and leave its results, its library and a report in a run directory.
 
@@ -52,11 +53,16 @@ def run(
     from ficpd.report import chosen, rows
     from ficpd.run import run as run_experiment
 
-    experiment = experiments.read(recipe, changes or ())
+    changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
+    experiment = experiments.read(recipe, changed, records=engine != "flower")
     out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
     screen.print(
         f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
     )
+    if experiment.engine.name == "flower":
+        from ficpd.deploy.start import over_flower
+
+        raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))
     try:
         with _progress() as progress:
             run_experiment(experiment, out, resume, progress)

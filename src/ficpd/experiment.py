@@ -253,7 +253,7 @@ def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
         raise ConfigError("\n".join(lines)) from None
 
 
-def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
+def read(recipe: str | None, changes: Iterable[str] = (), records: bool = True) -> Experiment:
     """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
     name = recipe or QUICKSTART
     path = Path(name)
@@ -264,11 +264,11 @@ def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-        return parse(text, path.name, changes)
+        return parse(text, path.name, changes, records)
     if name not in recipes():
         raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
     text = (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse(text, f"{name}.toml", changes)
+    return parse(text, f"{name}.toml", changes, records)
 
 
 def recipes() -> list[str]:

@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import tomli_w
 
 from ficpd.errors import ConfigError
-from ficpd.experiment import parse
+from ficpd.experiment import Experiment, checked, parse, to_toml
 
 APP = Path(__file__).parent / "flower"
 QUIET = {
@@ -25,9 +25,9 @@ QUIET = {
 
 
 def run(recipe: Path, out: Path, resume: bool, connection: str, more: Mapping[str, str] | None = None) -> int:
-    """`flwr run` of our app with this recipe until it ends: 0 if it left its result, for Flower does not tell.
+    """`flwr run` of our app with this recipe; its exit status. `connection` is a name in `$FLWR_HOME/config.toml`.
 
-    `connection` is a name in `$FLWR_HOME/config.toml`. `out` is the run directory on the coordinator's machine; SuperLink's user writes it. `more` goes into the environment.
+    `out` is the run directory on the coordinator's machine; SuperLink's user writes it. `more` goes into the environment.
     Raises `ConfigError` for a recipe that could not run.
     """
     try:
@@ -35,13 +35,35 @@ def run(recipe: Path, out: Path, resume: bool, connection: str, more: Mapping[st
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {recipe}: {error}; expected a TOML file") from error
     parse(text, recipe.name, records=False)
-    given = {"recipe": text, "recipe-name": recipe.name, "out": str(out.absolute()), "resume": resume}
+    return submit(text, recipe.name, out, resume, [connection], more)
+
+
+def submit(
+    text: str, name: str, out: Path, resume: bool, where: Sequence[str], more: Mapping[str, str] | None = None
+) -> int:
+    """`where`: the connection, or what a local simulation is told."""
+    given = {"recipe": text, "recipe-name": name, "out": str(out.absolute()), "resume": resume}
     with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
         config = Path(folder) / "run.toml"
         config.write_text(tomli_w.dumps(given), encoding="utf-8")
-        command = [flower("flwr"), "run", str(APP), connection, "--run-config", str(config), "--stream"]
-        status = subprocess.run(command, env=environment(more), check=False).returncode
-    return status or int(not (out / "result.json").exists())
+        command = [flower("flwr"), "run", str(APP), *where, "--run-config", str(config), "--stream"]
+        return subprocess.run(command, env=environment(more), check=False).returncode
+
+
+def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
+    """What `ficpd run --engine flower` does: with `engine.options.superlink` among real sites, else a simulation. `recipe`:
+    the file that the experiment was read from unchanged, so that a site can name its lines."""
+    from ficpd import simulated
+    from ficpd.engines.flower import Config
+
+    config = checked(Config, experiment.engine.options, "engine.options")
+    if config.superlink is None:
+        simulated.run(experiment, out, resume)
+        return 0
+    text, name = to_toml(experiment), f"{experiment.name}.toml"
+    if recipe and Path(recipe).is_file():
+        text, name = Path(recipe).read_text(encoding="utf-8"), Path(recipe).name
+    return submit(text, name, out, resume, [config.superlink])
 
 
 def flower(program: str) -> str:
