@@ -223,7 +223,9 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
         return None
     module, config = settings("privacy", part_for(run.method, run.world.experiment.privacy))
     holders = run.world.holders(run.method.pools_data)
-    plans = planned(run.method, run.state, {n: len(s.train) for n, s in holders.items()}, schedule_of(run.world, run.method))
+    plans = planned(
+        run.method, run.state, {n: len(s.train) for n, s in holders.items()}, schedule_of(run.world, run.method)
+    )
     plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
     door = mechanism_canaries.door(mechanism)

@@ -42,7 +42,9 @@ def run(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
-    engine: Annotated[str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")
+    ] = None,
 ) -> None:
     """Run an experiment and leave its results, its library and a report in a run directory.
 
@@ -54,7 +56,7 @@ def run(
     from ficpd.run import run as run_experiment
 
     changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
-    experiment = experiments.read(recipe, changed, records=engine != "flower")
+    experiment = experiments.read(recipe, changed)
     out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
     screen.print(
         f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"

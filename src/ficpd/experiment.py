@@ -185,6 +185,9 @@ def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = Tr
 
 def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experiment:
     """Check each part against its own model, so that every error names `part.key`."""
+    engine = tree.get("engine")
+    if isinstance(engine, Mapping) and engine.get("name") == "flower":
+        records = False  # its sites hold their own
     for key in tree:
         if key not in Experiment.model_fields:
             raise ConfigError(f"{where}: {unknown('part', key, Experiment.model_fields)}")
@@ -253,7 +256,7 @@ def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
         raise ConfigError("\n".join(lines)) from None
 
 
-def read(recipe: str | None, changes: Iterable[str] = (), records: bool = True) -> Experiment:
+def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
     name = recipe or QUICKSTART
     path = Path(name)
@@ -264,11 +267,11 @@ def read(recipe: str | None, changes: Iterable[str] = (), records: bool = True) 
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-        return parse(text, path.name, changes, records)
+        return parse(text, path.name, changes)
     if name not in recipes():
         raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
     text = (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse(text, f"{name}.toml", changes, records)
+    return parse(text, f"{name}.toml", changes)
 
 
 def recipes() -> list[str]:

@@ -124,7 +124,9 @@ def build_world(experiment: Experiment) -> World:
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
     shards, unseen = _set_apart(shards, group_of, experiment)
-    world = _begun(experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks})
+    world = _begun(
+        experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks}
+    )
     for group in tasks:
         warn_of_unknown(world.model.backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
     return replace(world, group_of=group_of, shards=shards, unseen=unseen)

@@ -196,7 +196,8 @@ def site(python: Interpreter) -> Iterator[Running]:
 
 def bound_as_the_unit_says(path: Path) -> socket.socket:
     says = unit("ficpd-site.socket")["Socket"]
-    path.parent.mkdir(mode=int(says["DirectoryMode"], 8))
+    path.parent.mkdir()
+    path.parent.chmod(int(says["DirectoryMode"], 8))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     users = {

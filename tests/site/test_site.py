@@ -11,47 +11,21 @@ import torch
 
 import grids
 import small
-from ficpd import codec, serve, terms
+from ficpd import codec, serve
 from ficpd.codec import Call
-from ficpd.compute import Compute
-from ficpd.data.partition import partition
-from ficpd.data.sources import read
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError, SiteError
-from ficpd.experiment import parse
-from ficpd.guard import private_seed
 from ficpd.library import PromptLibrary
-from ficpd.outcome import method_of, schedule_of
 from ficpd.privacy.noise import Cryptographic
 from ficpd.run import run
-from ficpd.site import settings
 from ficpd.site.site import LEDGER, Site, TermsWantedError
-from ficpd.terms import Terms
-from ficpd.types import ClientCard, Setup
 from ficpd.world import World, build_world
+from site_of import NOISED, begun, recipe, site, train, world
 
 pytest.importorskip("flwr")
 pytestmark = [  # httpx does not close a socket that nobody answers
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-NOISED = ('privacy.name="record_gaussian"', "privacy.epsilon=4.0", "privacy.delta=1e-3")
-POLICY: dict[str, Any] = {"epsilon": 10.0, "delta": 1e-3, "mechanisms": ["record_gaussian", "none"]}
-
-
-def world(folder: Path, method: str = "fedavg", *changes: str) -> World:
-    return build_world(small.experiment(folder, method, *changes))
-
-
-def site(world: World, name: str, folder: Path, simulated: bool = True, **policy: Any) -> Site:
-    """One of the world's clients as a site of its own."""
-    experiment = world.experiment
-    tree = {
-        "name": name, "socket": folder / f"{name}.sock", "state": folder / name, "task": experiment.task,
-        "data": experiment.data, "policy": POLICY | policy, "card": world.shards[name].metadata,
-        "simulation": {"private_seed": private_seed(experiment.seed, name)} if simulated else None,
-    }  # fmt: skip
-    config = settings.SiteConfig.model_validate(tree)
-    return Site(config, world.shards[name], world.task, world.model)
 
 
 @contextmanager
@@ -69,14 +43,6 @@ def engine(found: dict[str, Site], **options: Any) -> Any:
     grid = grids.Loopback({place: one.config.socket for place, one in enumerate(found.values(), 1)})
     config = Config.model_validate({"poll_seconds": 0.01, "wait_seconds": 5, "sites": list(found), **options})
     return Flower(config, grid, "")  # type: ignore[arg-type]
-
-
-def recipe(world: World) -> str:
-    """The experiment without records."""
-    from ficpd.experiment import to_toml
-
-    bare = world.experiment.model_copy(update={"data": None, "partition": None})
-    return to_toml(bare)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ficpd", "fpl"])
@@ -99,25 +65,6 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
 
 
 # ---------------------------------------------------------------- one site, called by hand
-
-
-def begun(world: World, rounds: int | None = None, run: str = "a" * 32) -> tuple[list[bytes], bytes]:
-    """The orders of each round for site-0, from where everybody starts, and the run's terms."""
-    method = method_of(world, world.experiment.method)
-    schedule = schedule_of(world, method)
-    cards = [ClientCard(name, shard.metadata) for name, shard in world.shards.items()]
-    state = method.init(Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed))
-    fingerprint = world.model.backbone.fingerprint
-    orders = [
-        codec.encode_assignment(method.assign(state, cards[0], round), fingerprint)
-        for round in range(1, (rounds or schedule.num_rounds) + 1)
-    ]
-    said = Terms(world.experiment, recipe(world), "small.toml", list(world.shards), schedule, world.start, None)
-    return orders, terms.encode(said)
-
-
-def train(order: bytes, said: bytes = b"", run: str = "a" * 32) -> bytes:
-    return codec.encode_call(Call("train", run, order, said))
 
 
 @pytest.fixture

@@ -28,22 +28,6 @@ def init(
 
 
 @deploy.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="the recipe's TOML file")],
-    out: Annotated[Path, typer.Option(help="run directory; SuperLink's user writes it")],
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
-    connection: Annotated[str, typer.Option(help="a SuperLink named in $FLWR_HOME/config.toml")] = "ficpd",
-) -> None:
-    """At the coordinator: run a recipe with the sites that are connected, and show the log until it ends.
-
-    Example: `ficpd deploy run recipe.toml --out /var/lib/ficpd-coordinator/runs/first`
-    """
-    from ficpd.deploy.start import run as submit
-
-    raise typer.Exit(submit(recipe, out, resume, connection))
-
-
-@deploy.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
     rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,

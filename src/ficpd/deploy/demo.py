@@ -22,7 +22,7 @@ from typing import Any
 import tomli_w
 
 from ficpd.deploy.init import INNER_PORT, init
-from ficpd.deploy.start import environment, flower, run
+from ficpd.deploy.start import environment, flower, submit
 from ficpd.errors import RunError
 
 SITES = {"north": "tweets", "south": "films", "east": "products"}
@@ -69,7 +69,8 @@ def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack
     _wait(lambda: _online(home) == len(SITES), link, folder / "superlink.log")
     say(f"{len(SITES)} sites are connected after {time.monotonic() - began:.1f} s")
     began = time.monotonic()
-    status = run(folder / "recipe.toml", out, False, "ficpd", {"FLWR_HOME": str(home)})
+    recipe = folder / "recipe.toml"
+    status = submit(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], {"FLWR_HOME": str(home)})
     if status:
         raise RunError(f"the run ended without a result in {out}:\n{_tail(folder / 'superlink.log')}")
     say(f"{rounds} rounds, and what comes before and after them: {time.monotonic() - began:.1f} s")

@@ -1,4 +1,4 @@
-"""`ficpd deploy run`: hand a recipe to the coordinator's SuperLink and follow the rounds."""
+"""A recipe handed to the coordinator's SuperLink, or to Flower's simulation, and its log followed to the end."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 
 from ficpd.errors import ConfigError
-from ficpd.experiment import Experiment, checked, parse, to_toml
+from ficpd.experiment import Experiment, checked, to_toml
 
 APP = Path(__file__).parent / "flower"
 QUIET = {
@@ -24,24 +24,13 @@ QUIET = {
 """Nobody is told that Flower runs here, and nothing is fetched while it does."""
 
 
-def run(recipe: Path, out: Path, resume: bool, connection: str, more: Mapping[str, str] | None = None) -> int:
-    """`flwr run` of our app with this recipe; its exit status. `connection` is a name in `$FLWR_HOME/config.toml`.
-
-    `out` is the run directory on the coordinator's machine; SuperLink's user writes it. `more` goes into the environment.
-    Raises `ConfigError` for a recipe that could not run.
-    """
-    try:
-        text = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {recipe}: {error}; expected a TOML file") from error
-    parse(text, recipe.name, records=False)
-    return submit(text, recipe.name, out, resume, [connection], more)
-
-
 def submit(
     text: str, name: str, out: Path, resume: bool, where: Sequence[str], more: Mapping[str, str] | None = None
 ) -> int:
-    """`where`: the connection, or what a local simulation is told."""
+    """`flwr run` of our app with a recipe; its exit status. `where`: a connection's name in `$FLWR_HOME/config.toml`, or
+    what a local simulation is told. `out`: the run directory on the coordinator's machine; SuperLink's user writes it.
+    `more` goes into the environment.
+    """
     given = {"recipe": text, "recipe-name": name, "out": str(out.absolute()), "resume": resume}
     with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
         config = Path(folder) / "run.toml"

@@ -44,8 +44,8 @@ class Config(BaseModel):
     """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
-    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first two
-    thirds of the rounds (0: all of it); then they are learnt from, too.
+    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first
+    two thirds of the rounds (0: all of it); then they are learnt from, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -21,14 +21,14 @@ from ficpd.site import policy, settings
 from ficpd.site.open import records_of
 from ficpd.site.site import LEDGER, ledger_status
 from ficpd.terms import Terms, group_of
-from ficpd.types import ClientUpdate, State
+from ficpd.types import ClientCard, ClientUpdate, Setup
 from ficpd.world import load_backbone, served_world
 
 
 def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
     """What a person wants to read before the first run. Raises whatever is wrong, in words."""
     config = settings.read(file)
-    task, shard = records_of(config)
+    _, shard = records_of(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
     if recipe is None:
         backbone, _ = load_backbone(config.backbone, config.engine)
@@ -58,7 +58,8 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     yield f"backbone  {world.experiment.backbone.name}: {world.start.backbone}"
     policy.check(config, file.read_text(encoding="utf-8"), file.name, terms)
     yield f"recipe    {recipe.name}: the policy allows it"
-    state = State({"start": world.start.vectors_PD}, {})
+    cards = [ClientCard(name) for name in names]
+    state = method.init(Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed))
     zeros = {name: torch.zeros(shape) for name, shape in method.layout(state).items()}
     update = ClientUpdate(config.name, world.compression.pack(world.compression.project(zeros)))
     body = codec.encode_update(update, 1, world.start.backbone)

@@ -18,11 +18,9 @@ def run(file: File) -> None:
     Example: `ficpd site run north.toml`
     """
     from ficpd.site.open import open_site
-    from ficpd.site.service import handed_over, serve
+    from ficpd.site.service import serve
 
-    opened = open_site(file, _say)
-    _say(f"answers on {'the socket it was handed' if handed_over() else opened.config.socket}")
-    serve(opened)
+    serve(open_site(file, _say))
 
 
 @site.command()

@@ -9,7 +9,6 @@ Errors are JSON `{"error", "refused"}`. A body above `LARGEST` is refused with 4
 import os
 import socket
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -73,12 +72,14 @@ async def _body(request: Request) -> bytes | None:
 
 def serve(site: Site) -> None:
     """Until it is told to stop (SIGTERM or Ctrl-C; a call under way is finished)."""
-    sock = handed_over() or bound(site.config.socket)
+    given = handed_over()
+    sock = given or bound(site.config.socket)
+    site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
     try:
         server_of(site).run(sockets=[sock])
     finally:
         site.close()
-        if sock.fileno() != FIRST_HANDED_OVER:
+        if not given:
             sock.close()
             site.config.socket.unlink(missing_ok=True)
 
@@ -134,8 +135,3 @@ def _take_away(path: Path) -> None:
             path.unlink()
             return
     raise SiteError(f"another process answers on {path}; stop it first (`ficpd site status` says who it is)")
-
-
-def sockets_of(folder: Path, sites: Sequence[Site]) -> list[tuple[Site, socket.socket]]:
-    """A socket for each of several sites of one process, `0.sock`, `1.sock`, ...: a simulation's."""
-    return [(site, bound(folder / f"{place}.sock")) for place, site in enumerate(sites)]
