@@ -1,10 +1,13 @@
 """Sites on real sockets, and a Flower grid in this process that carries messages with the app's own client half."""
 
+import json
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import ficpd
+from ficpd.codec import UPDATE_HEADER
 from ficpd.site.service import bound, server_of
 from ficpd.site.site import Site
 
@@ -56,16 +60,27 @@ def client_app() -> Any:
 
 @dataclass
 class Loopback:
-    """A grid of nodes with sockets. Messages are carried one at a time when replies are pulled; `lost` are dropped, `held`
-    come at the pull after they were let go, `twice` come two times."""
+    """A grid of nodes with sockets. As a SuperNode does, each carries its messages one after the other, while the server
+    waits; `gone` are not connected. `fates`: what befalls a node's n-th order, from 1.
+
+    "lost": it never arrives. "unanswered": it arrives, and its answer is lost. "twice": both copies arrive, and both
+    answers. "late": its answer comes with the node's next order. "after": it arrives once more, after the next order.
+
+    `journal`: a file that says of every update that a site let out: node, round and body, one JSON line each.
+    """
 
     sockets: Mapping[int, Path]
+    fates: Mapping[tuple[int, int], str] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
-    held: set[int] = field(default_factory=set)
-    twice: set[int] = field(default_factory=set)
-    pushed: dict[str, Any] = field(default_factory=dict)
-    carried: list[tuple[int, str]] = field(default_factory=list)
+    journal: Path | None = None
     app: Any = field(default_factory=client_app)
+
+    def __post_init__(self) -> None:
+        self._orders: Counter[int] = Counter()
+        self._nodes = {node: ThreadPoolExecutor(1) for node in self.sockets}
+        self._replies: dict[str, list[Any]] = {}
+        self._held: dict[int, list[Any]] = {node: [] for node in self.sockets}
+        self._again: dict[int, list[Any]] = {node: [] for node in self.sockets}
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node in self.sockets if node not in self.gone]
@@ -74,22 +89,51 @@ class Loopback:
         ids = []
         for message in messages:
             message.metadata._message_id = str(uuid4())
-            self.pushed[message.metadata.message_id] = message
             ids.append(message.metadata.message_id)
+            self._push(message, message.metadata.dst_node_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]:
+        return [reply for id in message_ids for reply in self._replies.pop(id, [])]
+
+    def _push(self, message: Any, node: int) -> None:
+        if message.metadata.message_type != "train":
+            self._nodes[node].submit(self._carry, message, node, "")
+            return
+        self._orders[node] += 1
+        fate = self.fates.get((node, self._orders[node]), "")
+        held, self._held[node] = self._held[node], []
+        again, self._again[node] = self._again[node], []
+        self._arrive(held)
+        self._nodes[node].submit(self._carry, message, node, fate)
+        for old in again:
+            self._nodes[node].submit(self._carry, old, node, "unanswered")
+
+    def _carry(self, message: Any, node: int, fate: str) -> None:
         from flwr.app import Context, RecordDict
 
+        if fate == "lost" or node in self.gone:
+            return
         replies = []
-        for id in message_ids:
-            message = self.pushed.get(id)
-            if message is None or message.metadata.dst_node_id in self.held | self.gone:
-                continue
-            del self.pushed[id]
-            node = message.metadata.dst_node_id
-            self.carried.append((node, message.metadata.message_type))
-            for _ in range(2 if node in self.twice else 1):
-                context = Context(1, node, {"socket": str(self.sockets[node])}, RecordDict(), {})
-                replies.append(self.app(message, context))
-        return replies
+        for _ in range(2 if fate == "twice" else 1):
+            context = Context(1, node, {"socket": str(self.sockets[node])}, RecordDict(), {})
+            replies.append(self.app(message, context))
+            self._note(node, message, replies[-1])
+        if fate == "after":
+            self._again[node].append(message)
+        if fate == "late":
+            self._held[node] += replies
+        elif fate != "unanswered":
+            self._arrive(replies)
+
+    def _arrive(self, replies: list[Any]) -> None:
+        for reply in replies:
+            self._replies.setdefault(reply.metadata.reply_to_message_id, []).append(reply)
+
+    def _note(self, node: int, message: Any, reply: Any) -> None:
+        answer = reply.content["answer"]
+        if self.journal and message.metadata.message_type == "train" and answer["status"] == 200:
+            body = bytes(answer["body"])
+            line = json.dumps([node, UPDATE_HEADER.unpack_from(body)[2], body.hex()]) + "\n"
+            with open(self.journal, "a") as file:
+                file.write(line)

@@ -142,17 +142,23 @@ def _collect(
     came = Came()
     for reply in engine.exchange(orders):
         came.bytes_up += len(reply.body or b"")
-        if any(update.client == reply.client for update in came.updates):
-            continue  # a message that came twice counts once
-        if not any(reply.client in names for names in asked.values()):
+        counted = any(update.client == reply.client for update in came.updates)
+        if not counted and not any(reply.client in names for names in asked.values()):
             came.dropped[reply.client] = "answered without having been asked"
             continue
         try:
-            came.updates.append(checked(reply))
+            update = checked(reply)
         except CodecError as error:
+            if counted:
+                continue  # a message that came twice counts once
             came.dropped[reply.client] = str(error)
             if reply.refused:
                 came.refused[reply.client] = str(error)
+            continue
+        if counted:
+            came.dropped[reply.client] = "two of its updates came together; the first one counts"
+        else:
+            came.updates.append(update)
     good = {update.client for update in came.updates}
     came.dropped |= {name: "no reply" for name in orders if name not in good and name not in came.dropped}
     return came

@@ -1,8 +1,10 @@
 """What a run asks of the sites that take part, as bytes that each of them keeps: all of the experiment that a client's half
 depends on, so that a site can carry out orders, and count before the first one what the whole run will cost it."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +63,13 @@ def encode(terms: Terms) -> bytes:
     return codec.encode_state(State(arrays, facts), {})
 
 
-def decode(body: bytes) -> Terms:
-    """Raises `CodecError` for anything but whole terms of this version."""
+def decode(body: bytes, known: Sequence[str] = ()) -> Terms:
+    """Raises `CodecError` for anything but whole terms of this version. A module outside the package is loaded only if it is
+    `known`: whoever sends terms shall not choose what a site imports."""
     state, _ = codec.decode_state(body)
     facts, arrays = state.facts, state.arrays
     try:
+        _check_modules(tomllib.loads(facts["experiment"]), known)
         start = Prompt(arrays["start"], *facts["prompt"])
         coordinates = None
         if "rows" in arrays:
@@ -74,8 +78,21 @@ def decode(body: bytes) -> Terms:
         experiment = parse(facts["experiment"], "the run's terms", records=False)
         schedule = Schedule(**facts["schedule"])
         return Terms(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CodecError(f"these are no terms of this version: {error}") from error
+
+
+def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Everything in the experiment that names a module."""
+    tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
+    parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
+    named = [part.get("name") for part in (*parts, *tasks)]
+    named += [tree.get("training", {}).get("tuner"), tree.get("backbone", {}).get("kind"), *tree.get("baselines", ())]
+    for name in named:
+        if "." in str(name or "") and name not in known:
+            raise ValueError(
+                f"{name!r} is a module of somebody's own; a site loads it only if its policy.methods name it"
+            )
 
 
 def _check_rows(rows: Tensor, typical: Tensor, start: Prompt) -> None:

@@ -257,9 +257,6 @@ def test_what_a_caller_gets_is_public(site: Running):
     assert not any(CANARY.encode() in body for body in answers)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="GET /status answers whoever may connect: record counts, scores, the last error in full"
-)
 def test_the_sites_own_figures_are_not_told(site: Running):
     """How many records there are, scores on them, what is spent, and errors in full are for the site's own people."""
     status, body = site.ask(SUPERNODE_USER, "GET", "/status")

@@ -1,6 +1,5 @@
 """The site's socket: who may reach it, how large a call may be, and what each answer's status says."""
 
-import json
 import os
 import socket
 import stat
@@ -16,7 +15,7 @@ from ficpd import codec
 from ficpd.codec import Call
 from ficpd.errors import ConfigError, SiteError
 from ficpd.site import service, settings
-from ficpd.site.check import at_rest, status
+from ficpd.site.check import _as_owner, status
 from site_of import NOISED, begun, recipe, site, train, world
 
 pytestmark = [  # httpx does not close a socket that nobody answers
@@ -46,12 +45,6 @@ def test_every_answer_has_a_status_of_its_own(tmp_path, monkeypatch):
         monkeypatch.setattr(service, "LARGEST", 1000)
         assert asked(path, b"x" * 1001).status_code == 413
         assert asked(path, codec.encode_call(Call("hello")), "records").status_code == 404
-        assert json.loads(asked_status(path))["epsilon"]["spent"] == 0
-
-
-def asked_status(path: Path) -> str:
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), trust_env=False) as client:
-        return client.get("http://site/status").text
 
 
 def test_the_socket_is_its_owners_alone_and_goes_when_the_site_goes():
@@ -146,26 +139,48 @@ def test_lines_are_found_in_every_way_of_writing_toml():
     assert settings.where("site.toml", text, "policy.delta") == "site.toml, by default"
 
 
-def test_status_reads_the_running_site_or_its_ledger(tmp_path):
+def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_path):
     one = world(tmp_path, "fedavg", *NOISED)
     orders, said = begun(one)
     with grids.short_folder() as folder:
+        file = folder / "site.toml"
+        file.write_text(
+            f'name = "site-0"\nsocket = "site-0.sock"\nstate = "site-0"\n[task]\nname = "classification"\n'
+            f'labels = {{ a = "a", b = "b" }}\n[data]\nsource = "{tmp_path / "records.csv"}"\n[policy]\nepsilon = 1.0\n'
+        )
+        before = status(file)
+        assert (before["running"], before["epsilon"]["spent"], before["runs"], before["last_error"]) == (
+            False,
+            0,
+            {},
+            None,
+        )
         own = site(one, "site-0", folder)
         with grids.answering(own):
             asked(own.config.socket, train(orders[0], said))
-            running = json.loads(asked_status(own.config.socket))
-        rest = at_rest(own.config)
-        assert rest["epsilon"] == running["epsilon"]
+            running = status(file)
+        rest = status(file)
+        assert (running.pop("running"), rest.pop("running")) == (True, False)
+        assert rest == running
         assert rest["epsilon"]["spent"] > 0
-        assert rest["runs"] == running["runs"]
-    file = tmp_path / "site.toml"
-    file.write_text(
-        f'name = "new"\nsocket = "new.sock"\nstate = "new"\n[task]\nname = "classification"\n'
-        f'labels = {{ a = "a", b = "b" }}\n[data]\nsource = "{tmp_path / "records.csv"}"\n[policy]\nepsilon = 1.0\n'
+        assert [run["rounds_served"] for run in rest["runs"].values()] == [1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as somebody else")
+def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
+    code = (
+        "import os, sys; from ficpd.site.check import _as_owner; from pathlib import Path; os.setuid(54322)\n"
+        "_as_owner(Path(sys.argv[1])).__enter__()"
     )
-    assert status(file) == {
-        "name": "new", "epsilon": {"spent": 0.0, "of": 1.0, "delta": 1e-5}, "runs": {}, "last_error": None, "running": False,
-    }  # fmt: skip
+    with grids.short_folder() as folder:
+        folder.chmod(0o755)
+        (folder / "state").mkdir()
+        os.chown(folder / "state", 54321, 54321)
+        with _as_owner(folder / "state"):
+            (folder / "state" / "file").touch()
+        assert (folder / "state" / "file").stat().st_uid == 54321
+        run = subprocess.run([sys.executable, "-c", code, str(folder / "state")], capture_output=True, text=True)
+        assert "is user 54321's alone" in run.stderr
 
 
 def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_path):

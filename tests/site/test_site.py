@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 
 import grids
 import small
-from ficpd import codec, serve
+from ficpd import codec, serve, terms
 from ficpd.codec import Call
-from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError, SiteError
+from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.library import PromptLibrary
 from ficpd.privacy.noise import Cryptographic
 from ficpd.run import run
@@ -119,7 +120,7 @@ def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
         own.answer(train(order, said))
     spent = own.status()["epsilon"]["spent"]
     assert spent <= 4.0
-    with pytest.raises(BudgetError, match="not in the run's terms"):
+    with pytest.raises(PolicyError, match="not in the run's terms"):
         own.answer(train(orders[3]))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
@@ -201,7 +202,9 @@ def test_one_process_at_a_time(noised, tmp_path):
 
 def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path):
     own = site(noised, "site-0", tmp_path)
-    assert "epsilon" in own.failed(BudgetError("epsilon"))
+    assert "round 3" in own.failed(PrivacyError("round 3"))
+    assert "1.987" not in own.failed(BudgetError("epsilon = 1.987, which tells the number of records"))
+    assert "1.987" in own.status()["last_error"]["error"]
     assert "secret" not in own.failed(ValueError("secret words of a record"))
     assert "secret words" in own.status()["last_error"]["error"]
     own.close()
@@ -242,3 +245,15 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     left, right = (PromptLibrary.load(tmp_path / name).candidates() for name in ("whole", "cut"))
     assert all(torch.equal(left[name].vectors_PD, right[name].vectors_PD) for name in left)
     assert whole["num_rounds"] == 3
+
+
+def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    found = terms.decode(said)
+    for part, module in (("method", "antigravity.x"), ("privacy", "this.module"), ("compression", "os.path")):
+        tree = noised.experiment.model_copy(update={part: {"name": module}})
+        body = terms.encode(replace(found, experiment=tree))
+        with pytest.raises(CodecError, match="module of somebody's own"):
+            own.answer(train(orders[0], body))
+    assert not own.runs
+    own.close()

@@ -28,6 +28,20 @@ def init(
 
 
 @deploy.command()
+def check(
+    address: Annotated[str, typer.Argument(help="the coordinator's HOST:PORT")],
+    ca: Annotated[Path | None, typer.Option(help="ca.crt of the coordinator")] = None,
+) -> None:
+    """From a site or the coordinator: is the address there, and is its certificate the right one?
+
+    Example: `ficpd deploy check federation.example.org:9443 --ca /etc/ficpd/ca.crt`
+    """
+    from ficpd.deploy.reach import reach
+
+    typer.echo(reach(address, ca))
+
+
+@deploy.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
     rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,

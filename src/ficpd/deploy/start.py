@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import tomli_w
 
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, unknown
 from ficpd.experiment import Experiment, checked, to_toml
 
 APP = Path(__file__).parent / "flower"
@@ -52,7 +53,30 @@ def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: b
     text, name = to_toml(experiment), f"{experiment.name}.toml"
     if recipe and Path(recipe).is_file():
         text, name = Path(recipe).read_text(encoding="utf-8"), Path(recipe).name
+    reachable(config.superlink)
     return submit(text, name, out, resume, [config.superlink])
+
+
+def reachable(connection: str) -> None:
+    """Raises `SiteError` within ten seconds, in words, for a SuperLink that does not answer as it should; `ConfigError` for
+    a connection that Flower's configuration does not know."""
+    from ficpd.deploy.reach import reach
+
+    file = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
+    try:
+        known = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    named = {name: place for name, place in known.items() if isinstance(place, dict)}
+    if connection not in named or "address" not in named[connection]:
+        raise ConfigError(
+            f"{file}: {unknown('superlink', connection, named)}. engine.options.superlink names one with an address; "
+            "`ficpd deploy init` writes such a file"
+        )
+    place = named[connection]
+    if not place.get("insecure", False):
+        ca = place.get("root-certificates")
+        reach(str(place["address"]), Path(ca) if ca else None)
 
 
 def flower(program: str) -> str:

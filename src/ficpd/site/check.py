@@ -1,11 +1,13 @@
 """Looking at a site from its own side: what would leave, what was spent."""
 
+import fcntl
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from ficpd import codec
@@ -84,22 +86,40 @@ def _mechanisms(config: settings.SiteConfig) -> str:
 
 
 def status(file: Path) -> dict[str, Any]:
-    """From the process on the socket; where none answers, from the state folder. `running` says which."""
+    """From the state folder, which only the site's own user and root may read. `running`: a process holds it."""
     config = settings.read(file)
-    try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.socket)), timeout=10, trust_env=False) as client:
-            return {**client.get("http://site/status").raise_for_status().json(), "running": True}
-    except httpx.ConnectError:
-        return {**at_rest(config), "running": False}
-    except httpx.HTTPError as error:
-        raise SiteError(f"the process on {config.socket} does not answer as a site ({error}); what is it?") from error
+    with _as_owner(config.state):
+        known = (config.state / LEDGER).exists()
+        ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
+        try:
+            return {**ledger_status(ledger, config), "running": _held(config.state)}
+        finally:
+            ledger.close()
 
 
-def at_rest(config: settings.SiteConfig) -> dict[str, Any]:
-    """Status of a site that is not running; of one that never ran, from no ledger at all."""
-    known = (config.state / LEDGER).exists()
-    ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
+@contextmanager
+def _as_owner(folder: Path) -> Iterator[None]:
+    """Root looks with the owner's eyes, or SQLite's files beside the ledger would be root's. `SiteError` for others."""
+    mine = os.geteuid()
+    owner = folder.stat().st_uid if folder.exists() else mine
+    if mine not in (0, owner):
+        raise SiteError(
+            f"{folder} is user {owner}'s alone, and this process is user {mine}; ask as that user, or as root"
+        )
+    os.seteuid(owner)
     try:
-        return ledger_status(ledger, config)
+        yield
     finally:
-        ledger.close()
+        os.seteuid(mine)
+
+
+def _held(state: Path) -> bool:
+    """Whether a process works with this state folder."""
+    if not (state / "lock").exists():
+        return False
+    with open(state / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

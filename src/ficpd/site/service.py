@@ -1,12 +1,13 @@
 """The site's socket: HTTP on a Unix socket of mode 0600, or on one that systemd hands over. Bytes in, bytes out.
 
     POST /train, /query   a call (`codec.encode_call`)   200 the answer; 428 terms wanted; 409 refused; 422 not readable; 500
-    GET  /status          for the site's own people      200 JSON
 
-Errors are JSON `{"error", "refused"}`. A body above `LARGEST` is refused with 413 before it is read to its end.
+Whoever may connect is not trusted: what the site's own people want to know is read from its state folder. Errors are JSON
+`{"error", "refused"}`. A body above `LARGEST` is refused with 413 before it is read to its end.
 """
 
 import os
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -36,10 +37,6 @@ def app_of(site: Site) -> FastAPI:
         if body is None:
             return JSONResponse({"error": f"a call has at most {LARGEST} bytes", "refused": False}, 413)
         return await run_in_threadpool(answered, site, body)
-
-    @app.get("/status")
-    async def status() -> Response:
-        return JSONResponse(await run_in_threadpool(site.status))
 
     return app
 
@@ -72,6 +69,7 @@ async def _body(request: Request) -> bytes | None:
 
 def serve(site: Site) -> None:
     """Until it is told to stop (SIGTERM or Ctrl-C; a call under way is finished)."""
+    signal.signal(signal.SIGTERM, _ended)  # uvicorn raises it again when it has stopped
     given = handed_over()
     sock = given or bound(site.config.socket)
     site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
@@ -82,6 +80,10 @@ def serve(site: Site) -> None:
         if not given:
             sock.close()
             site.config.socket.unlink(missing_ok=True)
+
+
+def _ended(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def server_of(site: Site) -> uvicorn.Server:

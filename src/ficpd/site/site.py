@@ -17,7 +17,7 @@ from ficpd.clients import Client, participate, personal_prompt, restored
 from ficpd.codec import Call
 from ficpd.compute import Compute, drive
 from ficpd.data.partition import Shard
-from ficpd.errors import BudgetError, CodecError, ConfigError, LedgerError, PrivacyError, SiteError
+from ficpd.errors import BudgetError, CodecError, ConfigError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.experiment import settings
 from ficpd.files import write
 from ficpd.guard import clipping, part_for
@@ -109,9 +109,9 @@ class Site:
         again = book.answered(order.round, order.method) is not None
         if not again and order.round > run.terms.schedule.num_rounds:
             last = run.terms.schedule.num_rounds
-            raise BudgetError(f"round {order.round} is not in the run's terms, which end with {last}")
+            raise PolicyError(f"round {order.round} is not in the run's terms, which end with {last}")
         if not again and (done := book.carried_out()) >= run.participations:
-            raise BudgetError(
+            raise PolicyError(
                 f"{self.config.name} has carried out {done} orders of this run, which is all that its terms plan; nothing "
                 "was spent on this one. A longer run needs terms of its own"
             )
@@ -147,7 +147,7 @@ class Site:
         if not kept.exists() and not call.terms:
             raise TermsWantedError
         body = kept.read_bytes() if kept.exists() else call.terms
-        found = terms.decode(body)
+        found = terms.decode(body, self.config.policy.methods)
         run = self._begun(call.run, found)
         if not kept.exists():
             write(kept, body)
@@ -203,11 +203,7 @@ class Site:
 
     def status(self) -> dict[str, JSON]:
         """For the site's own people; nothing of it goes to a server."""
-        return {
-            "backbone": self.model.backbone.fingerprint,
-            "records": {"train": len(self.shard.train), "test": len(self.shard.test)},
-            **ledger_status(self.ledger, self.config),
-        }
+        return ledger_status(self.ledger, self.config)
 
     def failed(self, error: Exception) -> str:
         """What may be said of an error to whoever called; all of it is kept here."""
@@ -217,6 +213,8 @@ class Site:
             write(self.folder / LAST_ERROR, json.dumps(kept, indent=2) + "\n")
         except OSError:
             self.say("and this could not be written down: the disk may be full")
+        if isinstance(error, BudgetError):  # an exact epsilon would tell how many records there are
+            return f"BudgetError: the budget of {self.config.name} does not pay for it; its owner sees by how much"
         if isinstance(error, TELLS) and not isinstance(error, LedgerError):
             return f"{type(error).__name__}: {error}"
         return f"{type(error).__name__} (what it says stays at the site)"
@@ -236,8 +234,14 @@ class Site:
         write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
 
     def _check_witness(self) -> None:
-        file = self.folder / WITNESS
-        if file.exists() and (known := int(file.read_text())) > (found := self.ledger.orders()):
+        file, found = self.folder / WITNESS, self.ledger.orders()
+        written = file.read_text().strip() if file.exists() else "0"
+        if not written.isdecimal():
+            self.ledger.close()
+            raise LedgerError(
+                f"{file} cannot be read: {written[:20]!r} is no number of orders. Restore it, and the ledger, from one copy"
+            )
+        if (known := int(written)) > found:
             self.ledger.close()
             raise LedgerError(
                 f"{self.folder / LEDGER} knows of {found} orders, and {known} were carried out: it is an older copy, or "

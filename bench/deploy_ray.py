@@ -1,0 +1,130 @@
+"""A simulation in one process against Flower's on Ray, as an ordinary app (`ray_app/`) runs it: the same work on random
+records, whole processes, from their start to their end. `deploy.py ray` calls it.
+
+    python bench/deploy_ray.py ours --rows 16 --lock-step 64 --rounds 10 --times FILE     one of ours, alone
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from ray_app.plain.records import CLASSES, RECORDS, VIRTUAL, records_of
+from watched import watched
+
+CLIENTS, COHORT, STEPS = 100, 20, 5
+APP = Path(__file__).parent / "ray_app"
+OURS = f"""
+[backbone]
+name = "minilm"
+dtype = "bfloat16"
+attention = "eager"
+[prompt]
+num_tokens = {VIRTUAL}
+enters_at = 0
+[task]
+name = "classification"
+labels = {{ negative = "negative", positive = "positive" }}
+[training]
+local_steps = {STEPS}
+"""
+
+
+def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
+    from ficpd.engines import in_process
+    from ficpd.experiment import parse
+    from ficpd.federate import Schedule, federate
+    from ficpd.methods import fedavg
+    from ficpd.types import Setup
+    from ficpd.world import served_world
+
+    world = served_world(parse(OURS, "bench", [f"training.batch_size={rows}"], records=False))
+    clients = _clients(world)
+    method = fedavg.build(fedavg.Config(), world.experiment.training)
+    engine = in_process.build(in_process.Config(lock_step=lock_step), method, clients, world.model)
+    cards = [client.card for client in clients.values()]
+    state, found, began = method.init(Setup(world.start, cards, rounds, COHORT, 0)), [], time.time()
+    for _, done in federate(method, engine, world.model, state, Schedule(rounds, COHORT, 0), world.compression):
+        found.append([began, time.time(), done.updates])
+        began = time.time()
+    times.write_text(json.dumps(found))
+
+
+def _clients(world) -> dict:
+    """Clients whose records are the plain app's."""
+    from ficpd.data.partition import Shard
+    from ficpd.types import Item, Record
+
+    record = Record("random", {"text": "random", "target": "positive"})
+    shards = {f"client-{i:02}": Shard([record] * RECORDS, [], {}) for i in range(CLIENTS)}
+    clients = replace(world, shards=shards, group_of=dict.fromkeys(shards, "")).clients()
+    encoded = world.task.encode([record], world.model.backbone, world.start)
+    assert encoded.readout_CD is not None
+    assert len(encoded.readout_CD) == CLASSES
+    for number, client in enumerate(clients.values()):
+        tokens, targets = records_of(number)
+        items = tuple((Item(ids, len(ids)),) for ids in tokens)
+        client.take_encoding("train", replace(encoded, items=items, targets=targets))
+    return clients
+
+
+def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
+    """One run of a cell: wall seconds, peak memory, and the seconds of its rounds."""
+    times = folder / "times.json"
+    times.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        if cell.startswith("ours"):
+            command = [sys.executable, __file__, "ours", "--rows", str(rows), "--rounds", str(rounds)]
+            command += ["--times", str(times), "--lock-step", "1" if cell == "ours, one by one" else "64"]
+            more = {"HF_HUB_OFFLINE": "1"}
+        else:
+            command, more = _flower(cell, rows, rounds, times, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        found = watched(command, {**os.environ, **more}, folder / "log")
+    marks = json.loads(times.read_text())
+    assert [answered for _, _, answered in marks] == [COHORT] * rounds, marks
+    later = [end - begin for begin, end, _ in marks[1:]]
+    return {
+        **found,
+        "first round": round(marks[0][1] - marks[0][0], 2),
+        "later rounds": round(sum(later) / len(later), 2) if later else 0.0,
+    }
+
+
+def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple[list[str], dict[str, str]]:
+    from ficpd.backbones import catalog, weights
+    from ficpd.deploy.start import environment, flower
+    from ficpd.simulated import _free_ports
+
+    bfloat16 = "bf16" in cell
+    federation = f"num-supernodes={CLIENTS}" + (" client-resources-num-cpus=1" if bfloat16 else "")
+    given = {
+        "folder": json.dumps(str(weights.resolve(catalog.NAMED["minilm"].weights).folder)),
+        "times": json.dumps(str(times)), "bfloat16": str(bfloat16).lower(), "rounds": rounds, "cohort": COHORT,
+        "rows": rows, "steps": STEPS,
+    }  # fmt: skip
+    config = home / "run.toml"
+    config.write_text("".join(f"{key} = {value}\n" for key, value in given.items()))
+    ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
+    more = {"FLWR_HOME": str(home / "flower")} | dict(zip(ports, map(str, _free_ports(2)), strict=True))
+    command = [flower("flwr"), "run", str(APP), "--federation-config", federation, "--run-config", str(config)]
+    return [*command, "--stream"], environment(more)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("what", choices=["ours"])
+    options.add_argument("--rows", type=int, default=16)
+    options.add_argument("--lock-step", type=int, default=64)
+    options.add_argument("--rounds", type=int, default=10)
+    options.add_argument("--times", type=Path, required=True)
+    given = options.parse_args()
+    ours(given.rows, given.lock_step, given.rounds, given.times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prompt tuning as an ordinary Flower app."""
