@@ -110,7 +110,10 @@ def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple
     config = home / "run.toml"
     config.write_text("".join(f"{key} = {value}\n" for key, value in given.items()))
     ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
-    more = {"FLWR_HOME": str(home / "flower")} | dict(zip(ports, map(str, _free_ports(2)), strict=True))
+    # Ray's workers are 15 nicer than whoever starts them, which on a busy machine would slow this cell alone.
+    more = {"FLWR_HOME": str(home / "flower"), "RAY_worker_niceness": "0"} | dict(
+        zip(ports, map(str, _free_ports(2)), strict=True)
+    )
     command = [flower("flwr"), "run", str(APP), "--federation-config", federation, "--run-config", str(config)]
     return [*command, "--stream"], environment(more)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARK = "FICPD_BENCH"
-EVERY = 0.5
+EVERY = 1.5
 """Seconds between two looks at memory."""
 
 

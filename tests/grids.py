@@ -78,6 +78,7 @@ class Loopback:
     def __post_init__(self) -> None:
         self._orders: Counter[int] = Counter()
         self._nodes = {node: ThreadPoolExecutor(1) for node in self.sockets}
+        self._lock = threading.Lock()
         self._replies: dict[str, list[Any]] = {}
         self._held: dict[int, list[Any]] = {node: [] for node in self.sockets}
         self._again: dict[int, list[Any]] = {node: [] for node in self.sockets}
@@ -94,7 +95,8 @@ class Loopback:
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]:
-        return [reply for id in message_ids for reply in self._replies.pop(id, [])]
+        with self._lock:
+            return [reply for id in message_ids for reply in self._replies.pop(id, [])]
 
     def _push(self, message: Any, node: int) -> None:
         if message.metadata.message_type != "train":
@@ -127,8 +129,9 @@ class Loopback:
             self._arrive(replies)
 
     def _arrive(self, replies: list[Any]) -> None:
-        for reply in replies:
-            self._replies.setdefault(reply.metadata.reply_to_message_id, []).append(reply)
+        with self._lock:
+            for reply in replies:
+                self._replies.setdefault(reply.metadata.reply_to_message_id, []).append(reply)
 
     def _note(self, node: int, message: Any, reply: Any) -> None:
         answer = reply.content["answer"]

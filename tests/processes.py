@@ -1,173 +1,31 @@
-"""Real processes of sites and of the coordinator, forked from one warm process, each with the fault that a test plants."""
+"""A federation of real processes on the tiny backbone: sites, the server's half, and what each ledger says afterwards."""
 
-import importlib
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
-from itertools import count
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import grids
 import small
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.privacy.noise import Cryptographic
 from ficpd.serve import serve
 from ficpd.site import check, settings
 from ficpd.site.site import LEDGER
 from ficpd.types import Spend
+from warm import Warm
 
 DELTA = 1e-3
 PRIVACY = f'\n[privacy]\nname = "record_gaussian"\nnoise_multiplier = 2.0\nclip_norm = 0.5\ndelta = {DELTA}\n'
 ORDER = Spend("prompt", 4 / 16, 2.0, 2)
 """What one order costs a site: two steps of four of its 16 training records."""
-
-
-def kill(at: str, call: int = 1, after: bool = False) -> dict[str, Any]:
-    """SIGKILL before (or after) the `call`-th call of `module:name`."""
-    return {"at": at, "call": call, "after": after, "seconds": None}
-
-
-def slow(at: str, seconds: float, call: int = 1) -> dict[str, Any]:
-    return {"at": at, "call": call, "after": False, "seconds": seconds}
-
-
-def clock(seconds: float) -> dict[str, Any]:
-    """All that this process can read of the calendar is so much ahead."""
-    return {"clock": seconds}
-
-
-def _planted(fault: Mapping[str, Any]) -> None:
-    if "clock" in fault:
-        return _shifted(fault["clock"])
-    module, _, path = fault["at"].partition(":")
-    *outer, name = path.split(".")
-    owner = reduce(getattr, outer, importlib.import_module(module))
-    whole, calls = getattr(owner, name), count(1)
-
-    def faulty(*args: Any, **named: Any) -> Any:
-        mine = next(calls) == fault["call"]
-        if mine and not fault["after"]:
-            _befalls(fault["seconds"])
-        found = whole(*args, **named)
-        if mine and fault["after"]:
-            _befalls(fault["seconds"])
-        return found
-
-    return setattr(owner, name, faulty)
-
-
-def _befalls(seconds: float | None) -> None:
-    if seconds is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        time.sleep(seconds)
-
-
-def _shifted(seconds: float) -> None:
-    from datetime import datetime, timedelta
-
-    from ficpd.privacy import ledger
-
-    now, written = time.time, time.strftime
-
-    class Shifted(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + timedelta(seconds=seconds)
-
-    time.time = lambda: now() + seconds
-    time.strftime = lambda form, when=None: written(form, when or time.localtime(now() + seconds))
-    ledger.datetime = Shifted  # type: ignore[misc]
-
-
-# ---------------------------------------------------------------- the warm process
-
-
-class Warm:
-    """Forks processes that have imported everything: 0.1 s instead of 3 s each. They end with it."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, __file__], **pipes, text=True, env=environment)
-
-    def ask(self, **what: Any) -> int:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(what, default=str) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def ended(self, pid: int) -> int:
-        """The exit status, or the negative signal, once the process has ended."""
-        return os.waitstatus_to_exitcode(self.ask(wait=pid))
-
-    def close(self) -> None:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
-
-
-def _forking() -> None:
-    children: set[int] = set()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            answer = os.waitpid(asked["wait"], 0)[1]
-            children.discard(asked["wait"])
-        elif not (answer := os.fork()):
-            _child(asked)
-        else:
-            children.add(answer)
-        print(answer, flush=True)
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _child(asked: Mapping[str, Any]) -> None:
-    """Never returns."""
-    with open(asked["log"], "a") as log, open(os.devnull) as nothing:
-        for place, file in enumerate((nothing, log, log)):
-            os.dup2(file.fileno(), place)
-    status: Any = 1
-    try:
-        for fault in asked["faults"]:
-            _planted(fault)
-        if "site" in asked:
-            from ficpd.cli import main
-
-            sys.argv = ["ficpd", "site", "run", asked["site"]]
-            main()
-        else:
-            coordinate(**asked["coordinate"])
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)
-
-
-# ---------------------------------------------------------------- a federation of them
 
 
 @dataclass
@@ -230,8 +88,9 @@ def _site(folder: Path, name: str, seed: int) -> Path:
     return file
 
 
-def recipe(method: str = "fedavg", rounds: int = 3, accept_late: int = 0) -> str:
-    parts = _parts(small.toml(Path("none.csv"), method, rounds))
+def recipe(rounds: int = 3, accept_late: int = 0) -> str:
+    """As a coordinator has it: `tests/small`'s experiment without records, with noise at record level."""
+    parts = _parts(small.toml(Path("none.csv"), rounds=rounds))
     kept = "".join(text for name, text in parts.items() if name not in ("data", "partition"))
     return f"{kept}accept_late = {accept_late}\n{PRIVACY}"
 
@@ -243,7 +102,7 @@ def _parts(text: str) -> dict[str, str]:
 
 
 @contextmanager
-def places(warm: Warm, number: int = 3) -> Iterator[list[Place]]:
+def places(warm: Warm, number: int) -> Iterator[list[Place]]:
     """Sites, not yet started."""
     with grids.short_folder() as folder:
         found = [Place(warm, _site(folder, f"site-{place}", place), place + 1) for place in range(number)]
@@ -288,9 +147,48 @@ def rounds(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
-def paid(place: Place, out: Path) -> list[int]:
-    """The rounds that the ledger of a stopped site has paid for. Raises `AssertionError` if any that left is not among them,
-    if one has left in two versions, or if the ledger says anything but one price for each."""
+def served(
+    places: list[Place], out: Path, at: Mapping[str, Callable[[], object]] | None = None, num_rounds: int = 3,
+    accept_late: int = 0, fates: Mapping[tuple[int, int], str] | None = None, gone: set[int] | None = None,
+    **options: float,
+) -> dict[str, Any]:  # fmt: skip
+    """A whole run in this process. `at`: what to do at the server's line that begins so; all have to come."""
+    sockets = {place.node: place.config.socket for place in places}
+    grid = grids.Loopback(sockets, fates or {}, gone if gone is not None else set(), journal(out))
+    doing = dict(at or {})
+
+    def say(line: str) -> None:
+        for begins in [begins for begins in doing if line.startswith(begins)]:
+            doing.pop(begins)()
+
+    text = recipe(rounds=num_rounds, accept_late=accept_late)
+    result = coordinate(text, out, sockets, say=say, grid=grid, **options)
+    assert not doing, f"never said: {', '.join(doing)}"
+    return result
+
+
+@dataclass
+class Account:
+    """A site's ledger after a run: rounds carried out, the round of every price, and what left by round, in how many
+    versions."""
+
+    orders: list[int]
+    prices: list[tuple[int, Spend]]
+    left: dict[int, int]
+
+    @property
+    def twice(self) -> int:
+        """Prices beyond one for each order, and updates beyond one for each price."""
+        return len(self.prices) - len(self.orders) + sum(self.left.values()) - len(self.left)
+
+    @property
+    def missing(self) -> set[int]:
+        """Rounds whose update left, and that the ledger knows nothing of."""
+        return self.left.keys() - set(self.orders)
+
+
+def account(place: Place, out: Path) -> Account:
+    """Of a site that is stopped."""
     assert not place.pid
     config = place.config
     ledger = Ledger(config.state / LEDGER, f"site {config.name}")
@@ -299,20 +197,19 @@ def paid(place: Place, out: Path) -> list[int]:
         lines = json.loads(ledger.book(config.name, Budget(None, DELTA)).lines())
     finally:
         ledger.close()
-    spends = [(line["round"], Spend(*(line[name] for name in Spend._fields))) for line in lines]
-    assert spends == [(round, ORDER) for round in orders], "a price for each order, and only one"
+    prices = [(line["round"], Spend(*(line[name] for name in Spend._fields))) for line in lines]
     gone = left(out, place.node)
-    assert gone.keys() <= set(orders), "more has left than was paid for"
-    assert all(len(bodies) == 1 for bodies in gone.values()), "one payment, two different updates"
-    epsilon = accountant.epsilon([ORDER._replace(count=len(orders) * ORDER.count)], DELTA) if orders else 0.0
+    return Account(orders, prices, {round: len(bodies) for round, bodies in gone.items()})
+
+
+def paid(place: Place, out: Path) -> list[int]:
+    """The rounds that the ledger of a stopped site has paid for. Raises `AssertionError` if it lacks any that left, if one
+    has left in two versions, or if it says, or adds up, anything but one price for each."""
+    found = account(place, out)
+    assert found.prices == [(round, ORDER) for round in found.orders], "a price for each order, and only one"
+    assert not found.missing, "more has left than was paid for"
+    assert not found.twice, "one payment, two different updates"
+    count = len(found.orders) * ORDER.count
+    epsilon = accountant.epsilon([ORDER._replace(count=count)], DELTA) if count else 0.0
     assert check.status(place.file)["epsilon"]["spent"] == epsilon
-    return orders
-
-
-if __name__ == "__main__":
-    for name in ("site.open", "site.service", "cli", "methods.fedavg", "methods.fpl", "privacy.record_gaussian"):
-        importlib.import_module(f"ficpd.{name}")
-    accountant.epsilon([ORDER], DELTA)
-    Cryptographic().gaussian(torch.zeros(1), 1.0)
-    grids.client_app()
-    _forking()
+    return found.orders

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ficpd import codec
-from ficpd.errors import CodecError, LedgerError, PrivacyError
+from ficpd.errors import CodecError, LedgerError, PolicyError, PrivacyError
 from ficpd.privacy.ledger import Book
 from ficpd.privacy.noise import Cryptographic, Simulated
 from ficpd.privacy.none import NoPrivacy
@@ -195,34 +195,45 @@ def clip_units(coordinates: Coordinates) -> Tensor:
 def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
     """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned,
     and only after its price stands in the ledger. An order that was carried out before is answered as it was then; one of
-    an earlier round, whose answer is not kept any more, is refused with `PrivacyError`: it would be paid for twice.
+    an earlier round, whose answer is not kept any more, is refused with `PolicyError`: it would be paid for twice. One that
+    fails once records were drawn is paid for and not tried again: that it failed may tell of the records.
     """
     if client.book is not None:
         if (stored := client.book.answered(order.round, order.method)) is not None:
             return restored(client, stored)
         if order.round < (newest := client.book.newest(order.method)):
-            raise PrivacyError(
+            raise PolicyError(
                 f"{client.name} was asked for round {order.round} of {order.method} after round {newest} was answered; that "
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
     visit = Visit(client, order.round, order.method)
     visit.charge("release", 1)
-    update = yield from method.train(visit, order)
-    released = visit.release(update)
+    try:
+        update = yield from method.train(visit, order)
+        released = visit.release(update)
+    except (
+        PrivacyError
+    ):  # a price that is too high, or a method that is not sound: found before anything was drawn, or sent
+        raise
+    except Exception:
+        if client.book is not None and client.mechanism.unit != "none":
+            failed = _stored(ClientUpdate(client.name, {}), client.kept, failed=True)
+            client.book.settle(order.round, order.method, visit.spends, failed)
+        raise
     if client.book is not None:
         client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept))
     client.kept = visit.kept
     return released
 
 
-def _stored(update: ClientUpdate, kept: Mapping[str, Tensor]) -> bytes:
+def _stored(update: ClientUpdate, kept: Mapping[str, Tensor], failed: bool = False) -> bytes:
     arrays = {f"sent/{name}": array for name, array in update.arrays.items()}
     arrays |= {f"kept/{name}": array for name, array in kept.items()}
-    return codec.encode_state(State(arrays), {"weight": update.weight})
+    return codec.encode_state(State(arrays), {"weight": update.weight, "failed": failed})
 
 
 def restored(client: Client, body: bytes) -> ClientUpdate:
-    """The update that was released then; the client keeps what it kept then."""
+    """The update that was released then; the client keeps what it kept then. Raises `PolicyError` if it failed."""
     try:
         state, extra = codec.decode_state(body)
     except CodecError as error:
@@ -232,6 +243,8 @@ def restored(client: Client, body: bytes) -> ClientUpdate:
         part, _, name = path.partition("/")
         parts[part][name] = array
     client.kept = parts["kept"]
+    if extra["failed"]:
+        raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
     return ClientUpdate(client.name, parts["sent"], extra["weight"])
 
 

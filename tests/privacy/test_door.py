@@ -8,7 +8,7 @@ import torch
 import small
 from ficpd.clients import Client, Visit, participate
 from ficpd.compute import Compute, drive
-from ficpd.errors import BudgetError, LedgerError, PrivacyError
+from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
 from ficpd.privacy import client_gaussian, record_gaussian
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
@@ -136,7 +136,9 @@ def test_what_a_round_costs_is_what_its_releases_cost(member, model, mechanism):
     assert client.book.spent() == list(mechanism().planned())
 
 
-def test_a_method_that_fails_on_the_way_owes_nothing(member, model):
+def test_an_order_that_fails_on_the_way_is_paid_and_not_tried_again(member, model):
+    """Whether it fails may depend on which records were drawn; tried again and again for nothing, it would tell."""
+
     def work(client):
         list(client.batches(2, 4))
         raise RuntimeError("out of memory")
@@ -144,8 +146,11 @@ def test_a_method_that_fails_on_the_way_owes_nothing(member, model):
     client = member()
     with pytest.raises(RuntimeError):
         carried_out(client, model, method=Written(work))
-    assert client.book.spent() == []
+    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
     assert client.kept == {}
+    with pytest.raises(PolicyError, match="is not tried again"):
+        carried_out(client, model, method=Written(work))
+    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
 
 
 # ---------------------------------------------------------------- an order that was carried out before

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 import grids
 import processes
 from ficpd.site.site import LEDGER, WITNESS
-from processes import Place, Warm, clock, kill, left, paid, recipe, rounds, slow
+from processes import Place, left, paid, recipe, rounds, served
+from warm import Warm, clock, kill, slow
 
 pytest.importorskip("flwr")
 pytestmark = [  # httpx does not close a socket that nobody answers
@@ -40,25 +42,6 @@ def places(warm: Warm) -> Iterator[list[Place]]:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def served(
-    places: list[Place], out: Path, at: dict[str, Callable[[], object]] | None = None, accept_late: int = 0,
-    fates: dict[tuple[int, int], str] | None = None, **options: float,
-) -> grids.Loopback:  # fmt: skip
-    """A whole run in this process. `at`: what to do when a line begins with this."""
-    sockets = {place.node: place.config.socket for place in places}
-    grid, doing = grids.Loopback(sockets, fates or {}, journal=processes.journal(out)), dict(at or {})
-
-    def say(line: str) -> None:
-        for begins in [begins for begins in doing if line.startswith(begins)]:
-            doing.pop(begins)()
-
-    text = recipe(accept_late=accept_late)
-    result = processes.coordinate(text, out, sockets, say=say, grid=grid, **options)
-    assert result["num_rounds"] == 3, "every round ends"
-    assert not doing
-    return grid
 
 
 def ledgers(places: list[Place], out: Path) -> list[list[int]]:
@@ -167,18 +150,32 @@ def test_a_site_as_its_owner_starts_it_is_killed_and_started_again(places, out):
 # ---------------------------------------------------------------- slow and cut off
 
 
+LATE = ["the update's round is 2, expected 3", "two of its updates came together"]
+"""Why an update is dropped in the next round where late ones do not count, and where they do: one of a site counts."""
+
+
 @pytest.mark.parametrize("accept_late", [0, 1])
 def test_what_comes_after_the_deadline_is_dropped_and_counted_or_counts(places, out, accept_late):
-    """One update of a site counts in a round: with `accept_late` the late one came first, and its own is named."""
+    for place in places:
+        place.start()
+    served(places, out, accept_late=accept_late, fates={(2, 2): "late"}, deadline_seconds=1.5)
+    assert counted(out) == [2, 1, 2]
+    *before, after = [done["dropped"] for done in rounds(out)]
+    assert before == [{}, {"site-1": "no reply"}]
+    assert LATE[accept_late] in after["site-1"]
+    assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accept_late", [0, 1])
+def test_a_slow_site_is_waited_for_until_the_deadline(places, out, accept_late):
     first, second = places
     first.start()
-    second.start(slow(SETTLE, 1.4, 2))
-    served(places, out, accept_late=accept_late, deadline_seconds=1.0)
+    second.start(slow(SETTLE, 6.0, 2))
+    served(places, out, accept_late=accept_late, deadline_seconds=4.0)
     assert counted(out) == [2, 1, 2]
-    dropped = [done["dropped"] for done in rounds(out)]
-    assert dropped[:2] == [{}, {"site-1": "no reply"}]
-    why = "two of its updates came together" if accept_late else "the update's round is 2, expected 3"
-    assert why in dropped[2]["site-1"]
+    assert LATE[accept_late] in rounds(out)[2]["dropped"]["site-1"]
+    assert 4.0 <= rounds(out)[1]["seconds_train"] < 6.0
     assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
 
 
@@ -186,11 +183,7 @@ def test_a_site_whose_line_is_cut_is_left_out_and_found_again(places, out):
     for place in places:
         place.start()
     gone: set[int] = set()
-    cut, back = lambda: gone.add(2), gone.clear
-    sockets = {place.node: place.config.socket for place in places}
-    grid = grids.Loopback(sockets, gone=gone, journal=processes.journal(out))
-    say = lambda line: cut() if line.startswith("round 1/") else back() if line.startswith("round 2/") else None  # noqa: E731
-    processes.coordinate(recipe(), out, sockets, say=say, grid=grid)
+    served(places, out, {"round 1/": lambda: gone.add(2), "round 2/": gone.clear}, gone=gone)
     assert [done["dropped"] for done in rounds(out)] == [{}, {"site-1": "site-1 is not connected"}, {}]
     assert ledgers(places, out) == [[1, 2, 3], [1, 3]]
 
@@ -199,7 +192,7 @@ def test_messages_that_come_twice_late_or_never_are_paid_for_once(places, out):
     """Site 0 gets two of its orders twice; site 1 an old one after the next one, and the last one never."""
     for place in places:
         place.start()
-    served(places, out, fates={(1, 1): "twice", (2, 1): "after", (1, 3): "twice", (2, 3): "lost"}, deadline_seconds=1.2)
+    served(places, out, fates={(1, 1): "twice", (2, 1): "after", (1, 3): "twice", (2, 3): "lost"}, deadline_seconds=1.5)
     assert counted(out) == [2, 2, 1]
     assert ledgers(places, out) == [[1, 2, 3], [1, 2]]
     assert "again, from store" in places[0].log.read_text()
@@ -209,7 +202,7 @@ def test_messages_that_come_twice_late_or_never_are_paid_for_once(places, out):
 def test_an_answer_that_is_lost_is_paid_for_and_the_run_goes_on(places, out):
     for place in places:
         place.start()
-    served(places, out, fates={(2, 2): "unanswered"}, deadline_seconds=1.2)
+    served(places, out, fates={(2, 2): "unanswered"}, deadline_seconds=1.5)
     assert counted(out) == [2, 1, 2]
     assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
 
@@ -311,3 +304,24 @@ def labels(place: Place) -> list[str]:
         found = [at for (at,) in file.execute("select at from lines order by rowid")]
     file.close()
     return found
+
+
+@pytest.mark.parametrize(("ahead", "refused"), [(-86400, False), (19 * 60, False), (21 * 60, True)])
+def test_flower_takes_answers_while_a_clock_is_less_than_two_deadlines_ahead(monkeypatch, ahead, refused):
+    """The one clock that counts: a deadline of ten minutes, and messages that live twice as long."""
+    from flwr.app import Message, RecordDict
+    from flwr.app.message import message as flowers
+    from flwr.server.utils import validate_message
+
+    from ficpd.codec import Call
+    from ficpd.engines.flower import Config, Flower
+
+    grid = grids.Loopback({7: Path("none.sock")})
+    order = Flower(Config(deadline_seconds=600), grid, "")._message(7, Call("hello"))  # type: ignore[arg-type]
+    order.metadata._message_id = "order"
+    now = flowers.now
+    with monkeypatch.context() as patch:
+        patch.setattr(flowers, "now", lambda: now() + timedelta(seconds=ahead))
+        answer = Message(RecordDict(), reply_to=order)
+    answer.metadata._message_id = "answer"
+    assert any("ttl" in objection for objection in validate_message(answer, is_reply_message=True)) == refused

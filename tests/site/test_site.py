@@ -14,11 +14,23 @@ import grids
 import small
 from ficpd import codec, serve, terms
 from ficpd.codec import Call
-from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
+from ficpd.errors import (
+    BackboneError,
+    BudgetError,
+    CodecError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    PolicyError,
+    PrivacyError,
+    SiteError,
+)
 from ficpd.library import PromptLibrary
+from ficpd.outcome import method_of, schedule_of
 from ficpd.privacy.noise import Cryptographic
 from ficpd.run import run
 from ficpd.site.site import LEDGER, Site, TermsWantedError
+from ficpd.terms import Terms
 from ficpd.world import World, build_world
 from site_of import NOISED, begun, recipe, site, train, world
 
@@ -202,10 +214,12 @@ def test_one_process_at_a_time(noised, tmp_path):
 
 def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path):
     own = site(noised, "site-0", tmp_path)
-    assert "round 3" in own.failed(PrivacyError("round 3"))
+    assert "round 3" in own.failed(PolicyError("round 3"))
+    kinds = (ValueError, DataError, BackboneError, PrivacyError, LedgerError, ConfigError, KeyError)
+    assert len({own.failed(kind("secret words")) for kind in kinds}) == 1
     assert "1.987" not in own.failed(BudgetError("epsilon = 1.987, which tells the number of records"))
     assert "1.987" in own.status()["last_error"]["error"]
-    assert "secret" not in own.failed(ValueError("secret words of a record"))
+    assert "secret" not in own.failed(DataError("secret words of a record"))
     assert "secret words" in own.status()["last_error"]["error"]
     own.close()
 
@@ -256,4 +270,104 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
         with pytest.raises(CodecError, match="module of somebody's own"):
             own.answer(train(orders[0], body))
     assert not own.runs
+    own.close()
+
+
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
+    """Whether it could be carried out would depend on the records that were drawn, or on what the site chose by them."""
+    one = world(tmp_path, "fpl", *NOISED)
+    own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
+    own.answer(train(orders[0], said))
+    spent, fingerprint = own.status()["epsilon"]["spent"], one.model.backbone.fingerprint
+    good = codec.decode_assignment(orders[1], fingerprint)
+    prompt = good.arrays["prompt"]
+    longer = torch.cat([prompt, prompt])
+    bad = [
+        replace(good, arrays={**good.arrays, "prompt": longer}),
+        replace(good, arrays={**good.arrays, "global": longer}),
+        replace(good, arrays={**good.arrays, "more": prompt}),
+        replace(good, arrays={**good.arrays, "prompt": prompt.double()}),
+        replace(good, arrays={**good.arrays, "prompt": 1e4 * prompt}),
+        replace(good, arrays={}),
+        replace(good, facts={}),
+        replace(good, facts={**good.facts, "rate": -1.0}),
+        replace(good, facts={**good.facts, "choosing": "yes"}),
+        replace(good, facts={**good.facts, "more": 1}),
+        replace(good, method="fedavg"),
+        replace(good, round=1.5),
+        replace(good, round=0),
+        replace(good, round=5),
+    ]
+    for order in bad:
+        with pytest.raises(CodecError):
+            own.answer(codec.encode_call(Call(what, "a" * 32, codec.encode_assignment(order, fingerprint))))
+    assert own.status()["epsilon"]["spent"] == spent
+    assert own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[1]))) == b"{}"
+    own.close()
+
+
+def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    with pytest.raises(CodecError, match="begins with its first order"):
+        own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0], said)))
+    own.answer(train(orders[0], said))
+    (kept,) = (tmp_path / "site-0" / "runs").glob("*/terms")
+    first, found = kept.read_bytes(), terms.decode(said)
+    other = terms.encode(replace(found, schedule=replace(found.schedule, num_rounds=100)))
+    own.close()
+    again = site(noised, "site-0", tmp_path)
+    again.answer(train(orders[1], other))
+    assert kept.read_bytes() == first
+    assert again.runs["a" * 32].participations == 3
+    for name in ("", "../x", "A" * 32, "a" * 65):
+        with pytest.raises(CodecError, match="hexadecimal"):
+            again.answer(train(orders[1], said, run=name))
+    again.close()
+
+
+def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path):
+    one = world(tmp_path, "fedavg", *NOISED, "federation.num_rounds=6", "federation.clients_per_round=1")
+    own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
+    own.answer(train(orders[0], said))
+    (run,) = own.runs.values()
+    assert 1 <= run.participations < 6
+    for order in orders[1 : run.participations]:
+        own.answer(train(order))
+    with pytest.raises(PolicyError, match="all that its terms plan"):
+        own.answer(train(orders[run.participations]))
+    assert own.status()["epsilon"]["spent"] <= 4.0
+    own.close()
+
+
+def test_what_would_tell_how_many_records_there_are_by_being_refused_is_refused_always(noised, tmp_path):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    found = terms.decode(said)
+    for more in ({"noise_multiplier": 5.0}, {"statistics": {"weight": 0.1}}):
+        privacy = {**found.experiment.privacy, **more}
+        body = terms.encode(replace(found, experiment=found.experiment.model_copy(update={"privacy": privacy})))
+        with pytest.raises(PolicyError, match=next(iter(more))):
+            own.answer(train(orders[0], body))
+    own.close()
+
+
+def test_a_state_folder_that_others_may_look_into_is_closed_to_them(noised, tmp_path):
+    (tmp_path / "site-0").mkdir(mode=0o755)
+    (tmp_path / "site-0").chmod(0o755)
+    own = site(noised, "site-0", tmp_path)
+    assert (tmp_path / "site-0").stat().st_mode & 0o777 == 0o700
+    own.close()
+
+
+def test_directions_that_stretch_are_refused(tmp_path):
+    one = world(tmp_path, "fedavg", *NOISED, 'compression.name="subspace"', "compression.dimension=8")
+    own, (orders, _) = site(one, "site-0", tmp_path), begun(one)
+    method = method_of(one, one.experiment.method)
+    coordinates = one.compression.coordinates
+    said = Terms(
+        one.experiment, recipe(one), "small.toml", list(one.shards), schedule_of(one, method), one.start, coordinates
+    )
+    coordinates.rows = 3 * coordinates.rows
+    with pytest.raises(CodecError, match="not orthonormal"):
+        own.answer(train(orders[0], terms.encode(said)))
     own.close()

@@ -7,7 +7,7 @@ here and not by `Grid.send_and_receive`, which sleeps three seconds between look
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -27,6 +27,7 @@ class Config(BaseModel):
 
     `sites`: who has to come before the run begins (none named: whoever comes within `wait_seconds`, `least_sites` at least).
     `deadline_seconds`: how long a round waits; what comes later is dropped and counted, or kept (`federation.accept_late`).
+    Messages live twice as long, so no site's clock may be further ahead than that: Flower would call its answers expired.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,6 @@ class Sent:
 
     site: str
     what: str
-    round_of: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Flower:

@@ -21,7 +21,8 @@ from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Ledger
 from ficpd.site import policy, settings
 from ficpd.site.open import records_of
-from ficpd.site.site import LEDGER, ledger_status
+from ficpd.site.site import LEDGER
+from ficpd.site.status import ledger_status
 from ficpd.terms import Terms, group_of
 from ficpd.types import ClientCard, ClientUpdate, Setup
 from ficpd.world import load_backbone, served_world

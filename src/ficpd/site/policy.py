@@ -30,11 +30,22 @@ def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, st
         yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
     if mechanism not in policy.mechanisms:
         yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
+    if experiment.privacy.get("noise_multiplier") is not None:  # what it costs, and so whether it is refused, tells n
+        yield "privacy.noise_multiplier", "privacy.noise_multiplier is stated", "policy.epsilon", "sites go by epsilon"
+    if experiment.privacy.get("statistics"):
+        yield (
+            "privacy.statistics",
+            "privacy.statistics are asked for",
+            "policy.mechanisms",
+            "sites release updates only",
+        )
+    personal = experiment.method.get("personal_steps") or 0
     training, rounds = experiment.training, terms.schedule.num_rounds
     for theirs, given, ours, most in (
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
+        ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
         *(("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm) for clip in _clips(config, terms)),
     ):
         if most is not None and given > most:

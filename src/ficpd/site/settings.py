@@ -30,6 +30,7 @@ class Policy(Frozen):
     max_local_steps: int = Field(default=50, ge=1)
     max_batch_size: int = Field(default=128, ge=1)
     max_rounds: int = Field(default=1000, ge=1)
+    max_runs: int = Field(default=1000, ge=1)
     max_clip_norm: float | None = Field(default=None, gt=0)
     share_metrics: bool = False
 

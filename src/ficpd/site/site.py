@@ -3,12 +3,13 @@
 import fcntl
 import json
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ficpd.clients import Client, participate, personal_prompt, restored
 from ficpd.codec import Call
 from ficpd.compute import Compute, drive
 from ficpd.data.partition import Shard
-from ficpd.errors import BudgetError, CodecError, ConfigError, LedgerError, PolicyError, PrivacyError, SiteError
+from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, SiteError
 from ficpd.experiment import settings
 from ficpd.files import write
 from ficpd.guard import clipping, part_for
@@ -27,17 +28,20 @@ from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.settings import Guarantee
 from ficpd.seams import Mechanism, Method, Task
 from ficpd.site import policy
+from ficpd.site.orders import check_order
 from ficpd.site.settings import SiteConfig
+from ficpd.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.terms import Terms, group_of
-from ficpd.types import JSON, ClientCard
+from ficpd.types import JSON, Assignment, ClientCard
 
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
-LEDGER, SEED, WITNESS, RUNS, LAST_ERROR = "ledger.sqlite", "seed", "orders", "runs", "last-error.json"
+LEDGER, SEED, WITNESS = "ledger.sqlite", "seed", "orders"
 
 
-TELLS = (PrivacyError, CodecError, ConfigError, SiteError)
-"""Errors whose words are about terms, budgets and messages, and never quote a record. A ledger's name a path."""
+TELLS = (PolicyError, CodecError, SiteError)
+"""Errors whose words are about terms and messages, and that come whatever the records are."""
+MOST_CLIENTS = 100_000
 
 
 class TermsWantedError(Exception):
@@ -97,13 +101,12 @@ class Site:
             began = time.perf_counter()
             run = self._run(call)
             order = codec.decode_assignment(call.order, self.model.backbone.fingerprint)
-            if order.method != run.method.name:
-                raise CodecError(f"the order is of {order.method!r}, and the run of {run.method.name!r}")
+            check_order(order, run.method, run.client.start, run.terms.schedule.num_rounds)
             if call.what == "evaluate":
                 return self._evaluated(call.run, run, order)
             return self._trained(call.run, run, order, began)
 
-    def _trained(self, name: str, run: Run, order: codec.Assignment, began: float) -> bytes:
+    def _trained(self, name: str, run: Run, order: Assignment, began: float) -> bytes:
         book = run.client.book
         assert book is not None
         again = book.answered(order.round, order.method) is not None
@@ -126,17 +129,27 @@ class Site:
         self.say(f"run {name[:8]} round {order.round} {order.method}: {len(body)} bytes, {how}; {spent}")
         return body
 
-    def _evaluated(self, name: str, run: Run, order: codec.Assignment) -> bytes:
-        """Scores on the site's own test records stay here; what is shared is told, and only where nothing was promised."""
+    def _evaluated(self, name: str, run: Run, order: Assignment) -> bytes:
+        """Scores on the site's own test records stay here; they are told only where nothing was promised. Where they are
+        not, the answer is the same whatever comes of it: prompts are the caller's, the choice among them is the records'."""
         client = run.client
-        if client.test:
-            batch, targets = client.encoded("test"), client.task.targets(client.test)
-            prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, order)}
-            prompts |= {key: order.arrays[key] for key in ("prompt", "global") if key in order.arrays}
-            run.scores = {key: score_prompt(prompt, batch, targets, self.model) for key, prompt in prompts.items()}
-            write(self._run_folder(name) / "scores.json", json.dumps(run.scores, indent=2) + "\n")
         share = self.config.policy.share_metrics and client.mechanism.unit == "none"
+        try:
+            if client.test:
+                run.scores = self._scores(run, order)
+                write(self._run_folder(name) / "scores.json", json.dumps(run.scores, indent=2) + "\n")
+        except Exception as error:
+            if share:
+                raise
+            self.failed(error)
         return json.dumps(run.scores if share else {}).encode()
+
+    def _scores(self, run: Run, order: Assignment) -> dict[str, JSON]:
+        client = run.client
+        batch, targets = client.encoded("test"), client.task.targets(client.test)
+        prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, order)}
+        prompts |= {key: order.arrays[key] for key in ("prompt", "global") if key in order.arrays}
+        return {key: score_prompt(prompt, batch, targets, self.model) for key, prompt in prompts.items()}
 
     def _run(self, call: Call) -> Run:
         """The run of a call: known, kept from before a restart, or new and within the policy."""
@@ -144,8 +157,14 @@ class Site:
             return self.runs[call.run]
         folder = self._run_folder(call.run)
         kept = folder / "terms"
+        if not kept.exists() and call.what != "train":
+            raise CodecError("a run begins with its first order, and this site has carried out none of it")
         if not kept.exists() and not call.terms:
             raise TermsWantedError
+        if not kept.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
+            raise PolicyError(
+                f"{self.config.name} has taken part in {self.config.policy.max_runs} runs, its policy's max_runs"
+            )
         body = kept.read_bytes() if kept.exists() else call.terms
         found = terms.decode(body, self.config.policy.methods)
         run = self._begun(call.run, found)
@@ -166,14 +185,14 @@ class Site:
         method, compression = found.method(), found.compression()
         plan = found.plan(config.name, len(self.shard.train))
         mechanism = self._mechanism(found, method, plan)
-        name = self._run_folder(name).name
         book = self.ledger.book(config.name, self._budget(name, mechanism), name)
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
             found.start, self.seed, book,
         )  # fmt: skip
         if (newest := book.newest(method.name)) and (stored := book.answered(newest, method.name)):
-            restored(client, stored)
+            with suppress(PolicyError):  # it failed, and is kept as such
+                restored(client, stored)
         return Run(found, method, client, plan.participations)
 
     def _mechanism(self, found: Terms, method: Method, plan: Any) -> Mechanism:
@@ -215,9 +234,9 @@ class Site:
             self.say("and this could not be written down: the disk may be full")
         if isinstance(error, BudgetError):  # an exact epsilon would tell how many records there are
             return f"BudgetError: the budget of {self.config.name} does not pay for it; its owner sees by how much"
-        if isinstance(error, TELLS) and not isinstance(error, LedgerError):
+        if isinstance(error, TELLS):
             return f"{type(error).__name__}: {error}"
-        return f"{type(error).__name__} (what it says stays at the site)"
+        return "the order could not be carried out; the site's own people see why (ficpd site status)"
 
     def close(self) -> None:
         self.ledger.close()
@@ -225,9 +244,9 @@ class Site:
 
     def _run_folder(self, name: str) -> Path:
         """Of a run; its name comes from outside, and no path does."""
-        if not name.isalnum():
-            name = sha256(name.encode()).hexdigest()[:32]
-        return self.folder / RUNS / name[:64]
+        if not re.fullmatch(r"[0-9a-f]{1,64}", name):
+            raise CodecError(f"the run's name is {name[:80]!r}, expected at most 64 hexadecimal digits")
+        return self.folder / RUNS / name
 
     def _witness(self) -> None:
         """How many orders were carried out, told beside the ledger: an older copy of the ledger would not know."""
@@ -247,25 +266,6 @@ class Site:
                 f"{self.folder / LEDGER} knows of {found} orders, and {known} were carried out: it is an older copy, or "
                 "its -wal file is missing. What was spent since is spent: restore the newest copy of both"
             )
-
-
-def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
-    """Budget, runs and the last error, as ledger and state folder have them."""
-    allowed = config.policy
-    book, runs, error = ledger.book(config.name, Budget(None, allowed.delta)), {}, config.state / LAST_ERROR
-    for folder in sorted((config.state / RUNS).glob("*")):
-        of_run, scores = ledger.book(config.name, book.budget, folder.name), folder / "scores.json"
-        runs[folder.name] = {
-            "rounds_served": of_run.carried_out(),
-            "last_order": of_run.last_order(),
-            "scores": json.loads(scores.read_text()) if scores.exists() else {},
-        }
-    return {
-        "name": config.name,
-        "epsilon": {"spent": book.epsilon() if book.spent() else 0.0, "of": allowed.epsilon, "delta": allowed.delta},
-        "runs": runs,
-        "last_error": json.loads(error.read_text()) if error.exists() else None,
-    }
 
 
 def _owned(folder: Path) -> None:
