@@ -41,7 +41,8 @@ def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[
     yield f"leaves    once a round, an update: {_mechanisms(config)}"
     scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
     yield f"leaves    scores on the test records: {scores}"
-    yield "stays     records, their number, personal prompts, the ledger, every error that may quote a record"
+    yield "stays     records, personal prompts, the ledger, every error that may quote a record"
+    yield "roughly   told by the noise, which is larger the fewer there are: how many records you have"
     spent = status(file)["epsilon"]
     yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
     if recipe is not None:
