@@ -21,7 +21,6 @@ demo: $(VENV)/installed
 	$(BIN)/ficpd run quickstart --out runs/demo
 
 deploy-demo: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable ".[flower]"
 	rm -rf runs/deploy-demo
 	$(BIN)/ficpd deploy demo --out runs/deploy-demo
 

@@ -18,8 +18,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -30,7 +31,7 @@ from measure import save
 from processes import Place, account, recipe, rounds, served
 from warm import Warm, clock, kill, slow
 
-SITES, ROUNDS, AT_ONCE = 2, 4, 3
+SITES, ROUNDS, AT_ONCE = 2, 4, 4
 SETTLE, SEND = "ficpd.privacy.ledger:Book.settle", "ficpd.site.site:Site._witness"
 Fault = Callable[[Random, Warm, list[Place], Path], None]
 
@@ -203,7 +204,7 @@ def tried(fault: Fault, seed: int, warm: Warm) -> Counter[str]:
         for place in places:
             place.stop()
         books = [account(place, out) for place in places]
-        done = rounds(out)
+        done = rounds(out) if (out / "rounds.jsonl").exists() else []
     counted = sum(round["updates"] for round in done)
     return Counter(
         {
@@ -229,14 +230,17 @@ def all_tries(name: str, tries: int) -> dict[str, int]:
 
 def main(tries: int) -> None:
     names = [name for name, fault in FAULTS.items() if fault is not disk_full or os.geteuid() == 0]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        table = dict(zip(names, pool.map(all_tries, names, [tries] * len(names)), strict=True))
     setting = f"{SITES} sites, {ROUNDS} rounds, tiny backbone, over sockets; {AT_ONCE} federations at once"
-    save("faults", {"setting": setting, "faults": table})
+    table: dict[str, dict[str, int]] = {}
+    with ProcessPoolExecutor(AT_ONCE, get_context("spawn")) as pool:
+        works = {pool.submit(all_tries, name, tries): name for name in names}
+        for work in as_completed(works):
+            table[works[work]] = work.result()
+            save("faults", {"setting": setting, "faults": {name: table[name] for name in names if name in table}})
     columns = list(next(iter(table.values())))
     print("\n".join(["| fault | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]))
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
+    for name in names:
+        print(f"| {name} | " + " | ".join(str(table[name][column]) for column in columns) + " |")
 
 
 if __name__ == "__main__":

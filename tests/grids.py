@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,7 @@ class Loopback:
         self._orders: Counter[int] = Counter()
         self._nodes = {node: ThreadPoolExecutor(1) for node in self.sockets}
         self._lock = threading.Lock()
+        self._under_way: list[Future[None]] = []
         self._replies: dict[str, list[Any]] = {}
         self._held: dict[int, list[Any]] = {node: [] for node in self.sockets}
         self._again: dict[int, list[Any]] = {node: [] for node in self.sockets}
@@ -95,21 +96,27 @@ class Loopback:
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]:
+        for carried in [one for one in self._under_way if one.done()]:
+            self._under_way.remove(carried)
+            carried.result()
         with self._lock:
             return [reply for id in message_ids for reply in self._replies.pop(id, [])]
 
     def _push(self, message: Any, node: int) -> None:
         if message.metadata.message_type != "train":
-            self._nodes[node].submit(self._carry, message, node, "")
+            self._submit(message, node, "")
             return
         self._orders[node] += 1
         fate = self.fates.get((node, self._orders[node]), "")
         held, self._held[node] = self._held[node], []
         again, self._again[node] = self._again[node], []
         self._arrive(held)
-        self._nodes[node].submit(self._carry, message, node, fate)
+        self._submit(message, node, fate)
         for old in again:
-            self._nodes[node].submit(self._carry, old, node, "unanswered")
+            self._submit(old, node, "unanswered")
+
+    def _submit(self, message: Any, node: int, fate: str) -> None:
+        self._under_way.append(self._nodes[node].submit(self._carry, message, node, fate))
 
     def _carry(self, message: Any, node: int, fate: str) -> None:
         from flwr.app import Context, RecordDict

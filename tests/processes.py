@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from ficpd.site.site import LEDGER
 from ficpd.types import Spend
 from warm import Warm
 
-DELTA = 1e-3
-PRIVACY = f'\n[privacy]\nname = "record_gaussian"\nnoise_multiplier = 2.0\nclip_norm = 0.5\ndelta = {DELTA}\n'
-ORDER = Spend("prompt", 4 / 16, 2.0, 2)
-"""What one order costs a site: two steps of four of its 16 training records."""
+EPSILON, DELTA = 4.0, 1e-3
+PRIVACY = f'\n[privacy]\nname = "record_gaussian"\nepsilon = {EPSILON}\nclip_norm = 0.5\ndelta = {DELTA}\n'
+
+
+@cache
+def order(num_rounds: int) -> Spend:
+    """What one order costs a site: two steps of four of its 16 training records, noised for a run of so many rounds."""
+    planned = Spend("prompt", 4 / 16, 1.0, 2 * num_rounds)
+    noise = accountant.calibrate(EPSILON, DELTA, lambda multiplier: [planned._replace(noise_multiplier=multiplier)])
+    return planned._replace(noise_multiplier=noise, count=2)
 
 
 @dataclass
@@ -124,7 +131,7 @@ def coordinate(
     grid = grid or grids.Loopback({int(node): Path(path) for node, path in sockets.items()}, journal=journal(out))
     named = {"sites": [f"site-{place}" for place in range(len(sockets))]}
     config = Config.model_validate(
-        {"poll_seconds": 0.01, "wait_seconds": 5.0, "deadline_seconds": 20.0} | named | options
+        {"poll_seconds": 0.01, "wait_seconds": 60.0, "deadline_seconds": 60.0} | named | options
     )
     return serve(text, "small.toml", out, Flower(config, grid, ""), resume, say)  # type: ignore[arg-type]
 
@@ -205,11 +212,11 @@ def account(place: Place, out: Path) -> Account:
 def paid(place: Place, out: Path) -> list[int]:
     """The rounds that the ledger of a stopped site has paid for. Raises `AssertionError` if it lacks any that left, if one
     has left in two versions, or if it says, or adds up, anything but one price for each."""
-    found = account(place, out)
-    assert found.prices == [(round, ORDER) for round in found.orders], "a price for each order, and only one"
+    found, price = account(place, out), order(len(rounds(out)))
+    assert found.prices == [(round, price) for round in found.orders], "a price for each order, and only one"
     assert not found.missing, "more has left than was paid for"
     assert not found.twice, "one payment, two different updates"
-    count = len(found.orders) * ORDER.count
-    epsilon = accountant.epsilon([ORDER._replace(count=count)], DELTA) if count else 0.0
+    count = len(found.orders) * price.count
+    epsilon = accountant.epsilon([price._replace(count=count)], DELTA) if count else 0.0
     assert check.status(place.file)["epsilon"]["spent"] == epsilon
     return found.orders

@@ -158,7 +158,8 @@ def _imported() -> None:
     processes = importlib.import_module("processes")
     for name in ("site.open", "site.service", "cli", "methods.fedavg", "privacy.record_gaussian"):
         importlib.import_module(f"ficpd.{name}")
-    accountant.epsilon([processes.ORDER], processes.DELTA)
+    for num_rounds in (3, 4):
+        accountant.epsilon([processes.order(num_rounds)], processes.DELTA)
     Cryptographic().gaussian(torch.zeros(1), 1.0)
     processes.grids.client_app()
 

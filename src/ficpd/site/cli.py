@@ -1,6 +1,5 @@
 """`ficpd site`: the commands of one organisation. Their work is one import away."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +55,10 @@ def _print(found: dict[str, Any]) -> None:
     typer.echo(f"site     {found['name']} ({'running' if found['running'] else 'not running'})")
     typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent (delta {spent['delta']:g})")
     for name, run in found["runs"].items():
-        scores = "; ".join(f"{kind} {json.dumps(score)}" for kind, score in run["scores"].items())
+        scores = "; ".join(
+            f"{kind} " + ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+            for kind, score in run["scores"].items()
+        )
         typer.echo(
             f"run      {name[:12]}  {run['rounds_served']} rounds served, the last {run['last_order'] or 'never'}"
         )
