@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.experiment import Experiment, parse
-from measure import ratio, save
+from measure import Runs, before, ratio, save
 
 DOMAINS = ["editorials", "films", "products", "tweets"]
 RATED = """
@@ -109,34 +109,43 @@ def _apart(found: dict, known: dict) -> float:
 RAY_CELLS = ("Ray fp32, defaults", "Ray bf16, 2 actors", "ours, lock step bf16", "ours, one by one bf16")
 
 
-def ray(folder: Path, repeats: int, rounds: dict[int, int]) -> dict[str, Any]:
-    """All cells in turn, `repeats` times; `whole`: the seconds that 10 rounds would take, from the rounds that were run."""
+WHOLE = (("whole", "seconds", "later rounds"), ("whole cpu", "cpu", "cpu of later rounds"))
+
+
+def ray(folder: Path, repeats: int, rounds: dict[int, int]) -> None:
+    """All cells in turn, `repeats` times, saved as they come: a later call goes on. `whole` and `whole cpu`: what 10 rounds
+    would take, from the rounds that were run."""
     from deploy_ray import CLIENTS, COHORT, STEPS, one
 
-    found: dict[str, Any] = {"clients": CLIENTS, "a round": COHORT, "steps": STEPS}
-    for rows, number in rounds.items():
-        runs: dict[str, list[dict[str, float]]] = {cell: [] for cell in RAY_CELLS}
-        for turn in range(repeats):
+    setting = (
+        f"{CLIENTS} clients, {COHORT} a round, {STEPS} steps of random rows of 42 tokens; rounds by rows: {rounds}"
+    )
+    runs = before("deploy_ray", setting)
+    for turn in map(str, range(repeats)):
+        for rows, number in rounds.items():
             for cell in RAY_CELLS:
+                of_cell = runs.setdefault(f"{rows} rows, {cell}", {})
+                if turn in of_cell:
+                    continue
                 done = one(cell, rows, number, folder)
-                runs[cell].append(done | {"whole": round(done["seconds"] + (10 - number) * done["later rounds"], 2)})
-                print(f"{turn} {rows} rows, {number} rounds, {cell:24} {runs[cell][-1]}", flush=True)
-        found[f"{rows} rows"] = {"rounds": number, "runs": runs, "over lock step": _over(runs, RAY_CELLS[2])}
-        save("deploy_ray", found)
-    return found
+                of_cell[turn] = done | {
+                    whole: round(done[of] + (10 - number) * done[later], 2) for whole, of, later in WHOLE
+                }
+                print(f"{turn} {rows} rows, {number} rounds, {cell:24} {of_cell[turn]}", flush=True)
+                over = {f"{r} rows": _over(runs, f"{r} rows, ", RAY_CELLS[2]) for r in rounds}
+                save("deploy_ray", {"setting": setting, "over lock step": over, "runs": runs})
 
 
-def _over(runs: dict[str, list[dict[str, float]]], under: str) -> dict[str, Any]:
+def _over(runs: Runs, rows: str, under: str) -> dict[str, Any]:
     """Each cell over one of them, turn by turn."""
-    kinds = ("whole", "seconds", "cpu", "later rounds", "peak_mb")
-    return {
-        kind: {
-            cell: ratio({c: [run[kind] for run in runs[c]] for c in (cell, under)}, cell, under)
-            for cell in runs
-            if cell != under
-        }
-        for kind in kinds
-    }
+    whole = {cell: runs.get(rows + cell, {}) for cell in RAY_CELLS}
+    kinds = ("whole", "whole cpu", "later rounds", "cpu of later rounds", "peak_mb")
+    found: dict[str, Any] = {kind: {} for kind in kinds}
+    for cell in RAY_CELLS:
+        turns = sorted(whole[cell].keys() & whole[under].keys())
+        for kind in kinds if turns and cell != under else ():
+            found[kind][cell] = ratio({c: [whole[c][t][kind] for t in turns] for c in (cell, under)}, cell, under)
+    return found
 
 
 def crowd() -> dict[str, Any]:
@@ -273,7 +282,7 @@ def main() -> None:
         if "same" in given.parts:
             save("deploy_same", same(folder))
         if "ray" in given.parts:
-            ray(folder, given.repeats, {16: given.rounds, 2: given.rounds_small})
+            ray(folder, given.repeats, {2: given.rounds_small, 16: given.rounds})
         if "crowd" in given.parts:
             save("deploy_crowd", crowd())
         if {"bytes", "round"} & set(given.parts):

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ray_app.plain.records import CLASSES, RECORDS, VIRTUAL, records_of
 from watched import watched
 
@@ -80,7 +82,7 @@ def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
     with ExitStack() as stack:
         if cell.startswith("ours"):
             command = [sys.executable, __file__, "ours", "--rows", str(rows), "--rounds", str(rounds)]
-            command += ["--times", str(times), "--lock-step", "1" if cell == "ours, one by one" else "64"]
+            command += ["--times", str(times), "--lock-step", "1" if "one by one" in cell else "64"]
             more = {"HF_HUB_OFFLINE": "1"}
         else:
             command, more = _flower(cell, rows, rounds, times, Path(stack.enter_context(tempfile.TemporaryDirectory())))
@@ -88,11 +90,14 @@ def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
         found = watched(command, {**os.environ, **more, "OMP_WAIT_POLICY": "passive"}, folder / "log")
     marks = json.loads(times.read_text())
     assert [answered for _, _, answered in marks] == [COHORT] * rounds, marks
-    later = [end - begin for begin, end, _ in marks[1:]]
+    times_of, used = zip(*found.pop("looks"), strict=True)
+    (begun, first), last, number = marks[0][:2], marks[-1][1], max(rounds - 1, 1)
     return {
         **found,
-        "first round": round(marks[0][1] - marks[0][0], 2),
-        "later rounds": round(sum(later) / len(later), 2) if later else 0.0,
+        "first round": round(first - begun, 2),
+        "later rounds": round((last - first) / number, 2),
+        "cpu of later rounds": round(float(np.diff(np.interp([first, last], times_of, used))[0]) / number, 2),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -1,6 +1,6 @@
 """What processes, disks, clocks and lines do in practice: each fault many times, at random places and moments.
 
-python bench/faults.py [tries]      20 tries each, ten minutes on two busy cores; as root, or the full disk is left out
+python bench/faults.py [tries]      20 tries each, 15 min on two busy cores; as root, or the full disk is left out
 
 Two sites and a coordinator's half on the tiny backbone, four rounds, every process one that can really be killed
 (tests/processes.py). An update is lost if it does not count in a round; it is paid and lost if the site's ledger has paid

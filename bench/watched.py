@@ -19,9 +19,10 @@ EVERY = 1.5
 
 def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -> dict:
     """Run it: seconds until it ends, seconds of CPU, the largest sum of proportional set sizes (MB) of it and whatever it
-    started, and how many processes that were. What it leaves behind is ended. Raises `RuntimeError` if it fails."""
-    mark = uuid.uuid4().hex
-    peak, most, cpu, began = 0.0, 0, 0.0, time.perf_counter()
+    started, and how many processes that were; `looks`: CPU seconds by time. What it leaves behind is ended. Raises
+    `RuntimeError` if it fails."""
+    mark, looks = uuid.uuid4().hex, [(time.time(), 0.0)]
+    peak, most, began = 0.0, 0, time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, env={**environment, MARK: mark}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -30,7 +31,7 @@ def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             while process.poll() is None:
                 here = marked(mark)
                 sizes = [pss_mb(pid) for pid in here]
-                cpu = max(cpu, sum(cpu_seconds(pid) for pid in here))
+                looks.append((time.time(), max(looks[-1][1], sum(cpu_seconds(pid) for pid in here))))
                 if sum(sizes) > peak:
                     peak, most = sum(sizes), len(sizes)
                 with suppress(subprocess.TimeoutExpired):
@@ -40,7 +41,8 @@ def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -
             end(mark)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-    return {"seconds": round(seconds, 2), "cpu": round(cpu, 2), "peak_mb": round(peak), "processes": most}
+    cpu = round(looks[-1][1], 2)
+    return {"seconds": round(seconds, 2), "cpu": cpu, "peak_mb": round(peak), "processes": most, "looks": looks}
 
 
 def marked(mark: str) -> list[int]:
