@@ -10,6 +10,7 @@ Needs `pip install "ficpd[simulation]"`. Each part saves `results/deploy_PART.js
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -157,7 +158,8 @@ def crowd() -> dict[str, Any]:
         found[backbone] = {}
         for clients in (50, 100, 200, 500):
             command = [sys.executable, __file__, "crowd-of", "--backbone", backbone, "--clients", str(clients)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            patient = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+            done = subprocess.run(command, env=patient, capture_output=True, text=True, check=True)
             found[backbone][clients] = json.loads(done.stdout.splitlines()[-1])
             print(backbone, clients, found[backbone][clients], flush=True)
     return found
