@@ -158,8 +158,8 @@ def crowd() -> dict[str, Any]:
         found[backbone] = {}
         for clients in (50, 100, 200, 500):
             command = [sys.executable, __file__, "crowd-of", "--backbone", backbone, "--clients", str(clients)]
-            patient = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-            done = subprocess.run(command, env=patient, capture_output=True, text=True, check=True)
+            env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
             found[backbone][clients] = json.loads(done.stdout.splitlines()[-1])
             print(backbone, clients, found[backbone][clients], flush=True)
     return found
@@ -180,8 +180,7 @@ def crowd_of(backbone: str, clients: int, rounds: int = 4) -> dict[str, float]:
     engine = in_process.build(in_process.Config(lock_step=64), method, members, world.model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     state = method.init(Setup(world.start, [c.card for c in members.values()], rounds, clients, 0))
-    seconds, began, cpu = [], time.perf_counter(), []
-    used = time.process_time()
+    seconds, cpu, began, used = [], [], time.perf_counter(), time.process_time()
     for _ in federate(method, engine, world.model, state, Schedule(rounds, clients, 0), world.compression):
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - used)
