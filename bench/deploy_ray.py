@@ -103,8 +103,7 @@ def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
 
 def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple[list[str], dict[str, str]]:
     from ficpd.backbones import catalog, weights
-    from ficpd.deploy.start import environment, flower
-    from ficpd.simulated import _free_ports
+    from ficpd.deploy.start import environment, flower, free_ports
 
     bfloat16 = "bf16" in cell
     federation = f"num-supernodes={CLIENTS}" + (" client-resources-num-cpus=1" if bfloat16 else "")
@@ -118,7 +117,7 @@ def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple
     ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
     # Ray's workers are 15 nicer than whoever starts them, which on a busy machine would slow this cell alone.
     more = {"FLWR_HOME": str(home / "flower"), "RAY_worker_niceness": "0"} | dict(
-        zip(ports, map(str, _free_ports(2)), strict=True)
+        zip(ports, map(str, free_ports(2)), strict=True)
     )
     command = [flower("flwr"), "run", str(APP), "--federation-config", federation, "--run-config", str(config)]
     return [*command, "--stream"], environment(more)

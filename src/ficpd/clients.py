@@ -211,9 +211,7 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
     try:
         update = yield from method.train(visit, order)
         released = visit.release(update)
-    except (
-        PrivacyError
-    ):  # a price that is too high, or a method that is not sound: found before anything was drawn, or sent
+    except PrivacyError:  # a price that is too high, or a method that is not sound: so for any records
         raise
     except Exception:
         if client.book is not None and client.mechanism.unit != "none":

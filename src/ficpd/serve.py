@@ -213,8 +213,6 @@ def _guard(world: World, method: Method, state: State, directory: RunDir, rounds
     part = part_for(method, world.experiment.privacy)
     if "placement" not in part:
         part = NONE
-    elif part["placement"] == "local":
-        part = {**part, "epsilon": part.get("epsilon") or 1e9} if part.get("noise_multiplier") else part
     _, batch_size = method.work(state)
     nobody = {name: Shard([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
     paid = max((done.round for done in rounds if done.updates), default=0) if part.get("placement") == "central" else 0

@@ -3,7 +3,6 @@ that real sites run. For conformance; the in-process engine does the same work s
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ficpd.deploy.start import submit
+from ficpd.deploy.start import free_ports, submit
 from ficpd.engines.flower import Config
 from ficpd.errors import RunError
 from ficpd.experiment import Experiment, checked, to_toml
@@ -92,7 +91,7 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
     home = folder / "flower"
     more: dict[str, str] = {"FICPD_SOCKETS": str(folder), "FLWR_HOME": str(home)}
     ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
-    more |= dict(zip(ports, map(str, _free_ports(2)), strict=True))
+    more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
     federation = f"num-supernodes={clients} client-resources-num-cpus={config.actor_cpus:g}"
     try:
         return submit(
@@ -100,15 +99,6 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
         )
     finally:
         _stop(home)  # Flower leaves its local SuperLink running
-
-
-def _free_ports(number: int) -> list[int]:
-    """Of this machine; another user's SuperLink on Flower's usual port would be taken for ours."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _stop(home: Path) -> None:

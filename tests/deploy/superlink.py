@@ -53,7 +53,7 @@ class Coordinator:
     @contextmanager
     def supernode(self, name: str, key: Path, address: str, ca: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         """The process and its log."""
-        (port,) = demo._free_ports(1)
+        (port,) = start.free_ports(1)
         command = [
             start.flower("flower-supernode"), "--superlink", address, "--root-certificates", str(ca),
             "--auth-supernode-private-key", str(key), "--host", "127.0.0.1", "--port", str(port),
@@ -64,7 +64,7 @@ class Coordinator:
     @contextmanager
     def proxy(self) -> Iterator[int]:
         """The port of an nginx with the configuration that `deploy init` wrote, but for ports and places."""
-        (port,) = demo._free_ports(1)
+        (port,) = start.free_ports(1)
         text = (self.written / "coordinator" / "nginx.conf").read_text()
         kept = [line for line in text.splitlines() if "listen [::]" not in line]
         text = "\n".join(kept).replace("/etc/ficpd", str(self.written / "coordinator"))
@@ -88,7 +88,7 @@ class Coordinator:
 def coordinating(folder: Path) -> Iterator[Coordinator]:
     """A SuperLink with TLS and the keys of two sites registered."""
     init.init(folder / "deploy", SITES, f"localhost:{PUBLISHED}")
-    (port,) = demo._free_ports(1)
+    (port,) = start.free_ports(1)
     home = demo._coordinator(folder, port, rounds=1)
     with ExitStack() as running:
         running.callback(left_alone, folder)

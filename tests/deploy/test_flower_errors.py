@@ -17,8 +17,9 @@ pytest.importorskip("flwr")
 from secured import certificate, serving, tls
 from superlink import Coordinator
 
-from ficpd.deploy import demo, keys
+from ficpd.deploy import keys
 from ficpd.deploy.reach import reach
+from ficpd.deploy.start import free_ports
 from ficpd.errors import SiteError
 
 pytestmark = pytest.mark.slow
@@ -79,7 +80,7 @@ def test_an_unregistered_key(coordinator: Coordinator, tmp_path: Path):
 
 def test_nobody_there(coordinator: Coordinator):
     """A SuperNode waits for ever and does not say for whom. That is right for a service, and no answer to a person."""
-    (port,) = demo._free_ports(1)
+    (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
     with pytest.raises(SiteError, match=f"nobody listens at {address}"):
         reach(address, coordinator.ca)

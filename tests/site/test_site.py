@@ -371,3 +371,13 @@ def test_directions_that_stretch_are_refused(tmp_path):
     with pytest.raises(CodecError, match="not orthonormal"):
         own.answer(train(orders[0], terms.encode(said)))
     own.close()
+
+
+def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(tmp_path):
+    """`local` releases nothing by its own word, and so gets no noise; what leaves would still carry a count of records."""
+    one = world(tmp_path, "local", *NOISED)
+    own, (orders, said) = site(one, "site-0", tmp_path, methods=["local"], mechanisms=["record_gaussian"]), begun(one)
+    with pytest.raises(PolicyError, match="local runs without any guarantee"):
+        own.answer(train(orders[0], said))
+    assert own.status()["runs"] == {}
+    own.close()

@@ -22,7 +22,7 @@ from typing import Any
 import tomli_w
 
 from ficpd.deploy.init import INNER_PORT, init
-from ficpd.deploy.start import environment, flower, submit
+from ficpd.deploy.start import environment, flower, free_ports, submit
 from ficpd.errors import RunError
 
 SITES = {"north": "tweets", "south": "films", "east": "products"}
@@ -47,7 +47,7 @@ def demo(out: Path, rounds: int, say: Say) -> None:
 
 
 def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack) -> None:
-    inner, *outer = _free_ports(1 + len(SITES))
+    inner, *outer = free_ports(1 + len(SITES))
     init(folder / "deploy", list(SITES), f"127.0.0.1:{inner}")
     home = _coordinator(folder, inner, rounds)
     ca = folder / "deploy" / "ca" / "ca.crt"
@@ -202,14 +202,6 @@ def _tail(log: Path) -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as asking:
         return asking.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as kept:
-        sockets = [kept.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

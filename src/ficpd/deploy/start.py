@@ -1,11 +1,13 @@
 """A recipe handed to the coordinator's SuperLink, or to Flower's simulation, and its log followed to the end."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,3 +93,12 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's own, silent, and with this Python's programs first: Flower starts its helpers by name."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "PATH": path, **(more or {})}
+
+
+def free_ports(number: int) -> list[int]:
+    """Of this machine: on Flower's usual one another user's SuperLink would be taken for ours."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

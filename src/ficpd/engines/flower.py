@@ -6,7 +6,7 @@ here and not by `Grid.send_and_receive`, which sleeps three seconds between look
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ class Flower:
     def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[Sent, tuple[int, bytes]]]:
         """As they come, also to what was asked earlier, until all of `waiting` is answered or the time is over."""
         while waiting & self.underway.keys():
-            for message in self._pulled(self.underway):
+            for message in self.grid.pull_messages(list(self.underway)):
                 sent = self.underway.pop(message.metadata.reply_to_message_id, None)
                 if sent:
                     yield sent, _answer_of(message)
@@ -155,9 +155,6 @@ class Flower:
                 return
             if waiting & self.underway.keys():
                 time.sleep(self.config.poll_seconds)
-
-    def _pulled(self, ids: Iterable[str]) -> Iterable[Message]:
-        return self.grid.pull_messages(list(ids))
 
     def _strangers(self) -> set[int]:
         """Nodes that are there and have not been asked who they are."""

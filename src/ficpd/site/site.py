@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,6 @@ from ficpd.types import JSON, Assignment, ClientCard
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
 LEDGER, SEED, WITNESS = "ledger.sqlite", "seed", "orders"
-
-
 TELLS = (PolicyError, CodecError, SiteError)
 """Errors whose words are about terms and messages, and that come whatever the records are."""
 MOST_CLIENTS = 100_000
@@ -56,8 +54,6 @@ class Run:
     method: Method
     client: Client
     participations: int
-    seconds: float = 0.0
-    scores: dict[str, JSON] = field(default_factory=dict)
 
 
 class Site:
@@ -121,7 +117,6 @@ class Site:
         update = drive(self.model, participate(run.method, run.client, order))
         body = codec.encode_update(update, order.round, self.model.backbone.fingerprint)
         self._witness()
-        run.seconds += time.perf_counter() - began
         spent = (
             f"epsilon {book.epsilon():.3g} of {self.config.policy.epsilon:g}" if book.spent() else "no epsilon spent"
         )
@@ -133,16 +128,16 @@ class Site:
         """Scores on the site's own test records stay here; they are told only where nothing was promised. Where they are
         not, the answer is the same whatever comes of it: prompts are the caller's, the choice among them is the records'."""
         client = run.client
-        share = self.config.policy.share_metrics and client.mechanism.unit == "none"
+        share, scores = self.config.policy.share_metrics and client.mechanism.unit == "none", {}
         try:
             if client.test:
-                run.scores = self._scores(run, order)
-                write(self._run_folder(name) / "scores.json", json.dumps(run.scores, indent=2) + "\n")
+                scores = self._scores(run, order)
+                write(self._run_folder(name) / "scores.json", json.dumps(scores, indent=2) + "\n")
         except Exception as error:
             if share:
                 raise
             self.failed(error)
-        return json.dumps(run.scores if share else {}).encode()
+        return json.dumps(scores if share else {}).encode()
 
     def _scores(self, run: Run, order: Assignment) -> dict[str, JSON]:
         client = run.client
@@ -201,7 +196,15 @@ class Site:
         if isinstance(settled, Guarantee) and not self.config.simulation:
             settled = settled.model_copy(update={"noise": "cryptographic"})
         group = group_of(self.config.name, found.experiment.groups)
-        return module.build(clipping(settled, found.experiment.privacy, group), plan)
+        mechanism = module.build(clipping(settled, found.experiment.privacy, group), plan)
+        if (
+            mechanism.unit == "none" and "none" not in self.config.policy.mechanisms
+        ):  # of some methods, whatever was asked
+            raise PolicyError(
+                f"{method.name} runs without any guarantee, and the mechanisms that {self.config.name} allows are "
+                f"{', '.join(self.config.policy.mechanisms)}"
+            )
+        return mechanism
 
     def _budget(self, run: str, mechanism: Mechanism) -> Budget:
         """The policy's, over all runs. The whole of this run has to fit into what is left before any of it is paid."""
