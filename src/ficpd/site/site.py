@@ -197,9 +197,8 @@ class Site:
             settled = settled.model_copy(update={"noise": "cryptographic"})
         group = group_of(self.config.name, found.experiment.groups)
         mechanism = module.build(clipping(settled, found.experiment.privacy, group), plan)
-        if (
-            mechanism.unit == "none" and "none" not in self.config.policy.mechanisms
-        ):  # of some methods, whatever was asked
+        # Whatever was asked for, a method that says it releases nothing gets no noise.
+        if mechanism.unit == "none" and "none" not in self.config.policy.mechanisms:
             raise PolicyError(
                 f"{method.name} runs without any guarantee, and the mechanisms that {self.config.name} allows are "
                 f"{', '.join(self.config.policy.mechanisms)}"
