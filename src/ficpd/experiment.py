@@ -179,7 +179,7 @@ def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = Tr
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
     for change in changes:
-        _change(tree, change)
+        changed(tree, change)
     return build(tree, where, records)
 
 
@@ -258,20 +258,22 @@ def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
 
 def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
-    name = recipe or QUICKSTART
+    return parse(*text_of(recipe or QUICKSTART), changes)
+
+
+def text_of(name: str) -> tuple[str, str]:
+    """The text of a TOML file or of a recipe that comes with the package, and what to call it in a message."""
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
             raise ConfigError(f"no recipe file {name}; the ones that come with ficpd: {', '.join(recipes())}")
         try:
-            text = path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8"), path.name
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-        return parse(text, path.name, changes)
     if name not in recipes():
         raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
-    text = (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse(text, f"{name}.toml", changes)
+    return (resources.files("ficpd") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml"
 
 
 def recipes() -> list[str]:
@@ -291,7 +293,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _change(tree: dict[str, Any], change: str) -> None:
+def changed(tree: dict[str, Any], change: str) -> None:
     """Apply `a.b=c`; c is read as TOML, and as plain text if it is none."""
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")
