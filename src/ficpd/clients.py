@@ -5,16 +5,31 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ficpd import codec
-from ficpd.errors import CodecError, LedgerError, PolicyError, PrivacyError
+from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
 from ficpd.privacy.ledger import Book
 from ficpd.privacy.noise import Cryptographic, Simulated
 from ficpd.privacy.none import NoPrivacy
-from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task
+from ficpd.seams import (
+    TOTAL,
+    Backbone,
+    Calibrates,
+    Classifies,
+    Compression,
+    Coordinates,
+    Mechanism,
+    Method,
+    Noise,
+    Task,
+    Words,
+)  # fmt: skip
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
+LABELS = "labels"
+"""The name of the total that `label_prior` is made of."""
 FEW = 20
 """Of fewer records none can be spared to choose by."""
 
@@ -98,6 +113,26 @@ class Visit:
             self.kept["weight"] = self.total("weight", torch.ones(len(self.client.train), 1)).clamp(min=1.0)
         return float(self.kept["weight"])
 
+    @property
+    def label_prior(self) -> Tensor:
+        """[C]: see `ClientSide`. Under a record-level mechanism the noised counts are kept and not paid for again."""
+        batch = self.client.encoded()
+        assert isinstance(batch.task, Classifies), "checked before the run"
+        assert batch.targets is not None
+        counts_BC = F.one_hot(batch.targets, batch.task.num_labels).float()
+        if self.client.mechanism.unit != "record":
+            return smoothed(counts_BC.sum(0))
+        if LABELS not in self.kept:
+            self.kept[LABELS] = self.total(LABELS, counts_BC).clamp(min=0.0)
+        return smoothed(self.kept[LABELS])
+
+    @property
+    def words(self) -> Words:
+        words = self.client.backbone.words
+        if words is None:
+            raise BackboneError(f"{self.client.backbone.name} knows no words for a prompt to be made of")
+        return words
+
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
         """`steps` batches of `batch_size` records in expectation (all records, if there are fewer). All are paid for
         before the first is drawn: `BudgetError` if the budget does not allow them."""
@@ -131,6 +166,9 @@ class Visit:
             raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
         self.charge(TOTAL + name, 1)
         return self.client.mechanism.total(name, values_BN, self.noise).cpu()
+
+    def whole(self) -> Batch:
+        return self.client.encoded()
 
     def release(self, update: ClientUpdate) -> ClientUpdate:
         """Projected, then clipped and noised as the mechanism does, then packed for the wire. With privacy, the weight
@@ -182,6 +220,11 @@ class Home(Visit):
     @property
     def coordinates(self) -> None:
         return None
+
+
+def smoothed(counts_C: Tensor) -> Tensor:
+    """[C]: logarithms of shares, with half a record more for each label."""
+    return ((counts_C + 0.5) / (counts_C + 0.5).sum()).log()
 
 
 def clip_units(coordinates: Coordinates) -> Tensor:
@@ -249,6 +292,11 @@ def restored(client: Client, body: bytes) -> ClientUpdate:
 def personal_prompt(method: Method, client: Client, order: Assignment) -> Tensor:
     """[P, D] this client would use now; a question to the client, nothing leaves."""
     return method.personal(Visit(client, order.round), order)
+
+
+def at_home(method: Method, client: Client, batch: Batch) -> Batch:
+    """Records of its own as this client would ask about them, by a method that knows more of it than a prompt."""
+    return method.at_home(Visit(client, 0).home(), batch) if isinstance(method, Calibrates) else batch
 
 
 def kept_arrays(clients: Mapping[str, Client]) -> dict[str, Tensor]:

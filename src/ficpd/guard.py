@@ -13,7 +13,7 @@ from ficpd.federate import Schedule, cohort_of
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.seams import Mechanism, Method, Noise
+from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals
 from ficpd.server.central import NoisedSum
 from ficpd.types import JSON, Plan, State
 
@@ -100,8 +100,19 @@ def build_guard(
     plans = planned(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
     mechanisms = {name: module.build(clipping(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
+    for name in method.statistics if first.unit == "record" and isinstance(method, Calibrates) else ():
+        if first.price(TOTAL + name) is None:
+            raise PrivacyError(
+                f"{method.name} asks every client for the total {name!r}, which has no share of the budget; give it one, "
+                f"such as privacy.statistics = {{ {name} = 0.05 }}"
+            )
     if first.unit == "none":
         return Guard(mechanisms, {}, None, None, method.releases)
+    if first.unit == "client" and not method.layout(state):
+        raise PrivacyError(
+            f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have no "
+            "guarantee; use privacy.name = 'record_gaussian'"
+        )
     if rounds_paid and not (folder / LEDGER).exists():
         raise LedgerError(
             f"{folder / LEDGER} is gone, and {rounds_paid} rounds were run: what was spent is not known. Restore the file, "
@@ -154,6 +165,7 @@ def planned(method: Method, state: State, records: Mapping[str, int], schedule: 
             num_clients=len(records),
             cohort_rate=min(schedule.cohort / len(records), 1.0),
             num_rounds=schedule.num_rounds,
+            totals=method.totals if isinstance(method, ReleasesTotals) else {},
         )
         for name, number in records.items()
     }

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from ficpd.clients import LABELS
+from ficpd.errors import ConfigError
 from ficpd.experiment import settings
 from ficpd.federate import Schedule
 from ficpd.guard import Guard, public_seed
 from ficpd.library import PromptLibrary, keys_of
 from ficpd.refine import Refined, refine
 from ficpd.rundir import RunDir
-from ficpd.seams import Method
+from ficpd.seams import Calibrates, Classifies, Method, Particular
 from ficpd.server.prototypes import agreement
 from ficpd.types import Prompt, State
 from ficpd.world import World
@@ -24,8 +26,22 @@ VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "
 
 
 def method_of(world: World, part: Mapping[str, Any]) -> Method:
+    """Raises `ConfigError` where the method wants of a task or backbone what it does not have."""
     module, config = settings("methods", part)
-    return module.build(config, world.experiment.training)
+    method: Method = module.build(config, world.experiment.training)
+    unfit = [name or "its task" for name, task in world.tasks.items() if not isinstance(task, Classifies)]
+    if isinstance(method, Calibrates) and LABELS in method.statistics and unfit:
+        raise ConfigError(
+            f"method.label_prior = true goes by how frequent each label is, and {', '.join(unfit)} has none; set it to false"
+        )
+    if isinstance(method, Particular):
+        method.fits(list(world.tasks.values()), world.model.backbone)
+    return method
+
+
+def labels_of(world: World) -> dict[str, int]:
+    """How many labels the task of each group has; 0 where it has none."""
+    return {group: task.num_labels if isinstance(task, Classifies) else 0 for group, task in world.tasks.items()}
 
 
 def knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +14,7 @@ from ficpd.seams import AtHome
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, Batch, Outputs, Query
 
+Result = TypeVar("Result")
 TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
 
 
@@ -156,6 +157,23 @@ def _kept_near(
             if in_prompts:
                 pull = pull + weight * _pull(prompt - start, base - start, others - start, contrast.temperature)  # type: ignore[operator]
             query = work.send(answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device)))
+    except StopIteration as end:
+        return end.value
+
+
+def calibrated(work: Generator[Query, Answer, Result], log_shares_C: Tensor | None) -> Generator[Query, Answer, Result]:
+    """The same questions, of records of which it is known how frequent their labels are (None: as they are).
+
+    Training under softmax(logits + log shares) leaves what sets labels apart in the prompt and how frequent they are out of
+    it: logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang
+    et al., ICML 2022, arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
+    """
+    if log_shares_C is None:
+        return (yield from work)
+    try:
+        query = next(work)
+        while True:
+            query = work.send((yield query._replace(batch=query.batch.with_prior(log_shares_C))))
     except StopIteration as end:
         return end.value
 

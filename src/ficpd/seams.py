@@ -15,6 +15,7 @@ from ficpd.types import (
     ClientCard,
     ClientUpdate,
     Item,
+    Layout,
     Outputs,
     Prompt,
     Query,
@@ -25,6 +26,29 @@ from ficpd.types import (
     Spend,
     State,
 )
+
+
+class Words(Protocol):
+    """A vocabulary that a prompt can be made of: one token id a place."""
+
+    @property
+    def size(self) -> int:
+        """Ids are 0 to `size` - 1."""
+        ...
+
+    def ids(self, text: str) -> list[int]: ...
+    def text(self, ids: Sequence[int]) -> str: ...
+    def vectors(self, ids: Tensor) -> Tensor:
+        """[...] to [..., D], float32: the words' own vectors. Raises `BackboneError` for an id out of range."""
+        ...
+
+    def entering(self, ids_RP: Tensor) -> Tensor:
+        """[R, P] to what `Backbone.above` takes at layer 0 for prompts of these words."""
+        ...
+
+    def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
+        """At most `number` different ids of whole words that might stand at a place of a prompt instead of the one there."""
+        ...
 
 
 class Backbone(Protocol):
@@ -41,7 +65,14 @@ class Backbone(Protocol):
     """It looks at images (`look`) and reads no texts; else it reads (`read`)."""
     knows_words: bool
     """It can score answers by their texts; else a task on it has to tune a head."""
+    gives_features: bool
+    """`Outputs.features_RD` tell of the text; else of a text there is nothing but likelihoods and what is written."""
     device: torch.device
+
+    @property
+    def words(self) -> Words | None:
+        """What a prompt of words is made of; None: it takes none."""
+        ...
 
     def read(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
@@ -151,6 +182,17 @@ class MakesUp(Protocol):
         ...
 
 
+@runtime_checkable
+class Classifies(Protocol):
+    """A task whose records have one of a few labels, and whose logits heed `LABEL_PRIOR`; `Batch.targets` are places."""
+
+    @property
+    def num_labels(self) -> int: ...
+    def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """[R, C] in the labels' order."""
+        ...
+
+
 class Noise(Protocol):
     """A client's private stream: which records, what noise. Never derivable from anything the server knows."""
 
@@ -254,7 +296,7 @@ class Compression(Protocol):
         """At the server: float32 arrays of the method's own layout."""
         ...
 
-    def wire(self, layout: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayKind]:
+    def wire(self, layout: Layout) -> dict[str, ArrayKind]:
         """What `pack` makes of arrays of this layout."""
         ...
 
@@ -272,7 +314,18 @@ class ClientSide(Protocol):
         ...
 
     @property
+    def label_prior(self) -> Tensor:
+        """[C], the logarithms of its labels' shares, each counted half a record more than it is: exact where no privacy or
+        a client's whole update is asked for, else from a noised total, which is paid once. Of a task that `Classifies`."""
+        ...
+
+    @property
     def coordinates(self) -> Coordinates | None: ...
+    @property
+    def words(self) -> Words:
+        """The backbone's, which are public. Raises `BackboneError` if it has none."""
+        ...
+
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def mean(self, values_KB: Tensor) -> Tensor:
         """Once per batch, before the next is drawn."""
@@ -280,6 +333,10 @@ class ClientSide(Protocol):
 
     def total(self, name: str, values_BN: Tensor) -> Tensor:
         """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
+        ...
+
+    def whole(self) -> Batch:
+        """All of the client's records, to make the rows of a `total` of."""
         ...
 
     def home(self, held_back: float = 0.0) -> "AtHome":
@@ -327,7 +384,7 @@ class Method(Protocol):
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment: ...
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def layout(self, state: State) -> Layout:
         """Names and shapes of the arrays of every update: what the codec checks arriving bytes against."""
         ...
 
@@ -362,14 +419,51 @@ class SumsByPart(Protocol):
 
 
 @runtime_checkable
-class StartsElsewhere(Protocol):
-    """A method that does not start from the experiment's prompt, nor at its learning rate."""
+class Calibrates(Protocol):
+    """A method by which a client may use more than a prompt: what it knows of its own records."""
 
-    learning_rate: float
+    statistics: Sequence[str]
+    """The totals that its clients ask for; at the record level each needs a share of the budget."""
+
+    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+        """Records of the client's own as it asks about them."""
+        ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """A method that is not for every task and backbone."""
+
+    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        """Raises `ConfigError` where it is not for these."""
+        ...
+
+
+@runtime_checkable
+class ReleasesTotals(Protocol):
+    """A method whose clients release totals over their records in every order."""
+
+    totals: Mapping[str, float]
+    """By name, the share of a record-level budget that each takes over all orders."""
+
+
+@runtime_checkable
+class StartsElsewhere(Protocol):
+    """A method that does not start from the experiment's prompt, nor at its learning rate (None: at that)."""
+
+    learning_rate: float | None
 
     def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
         """What everybody starts from instead, given the experiment's prompt; of what it has returned, the same again."""
         ...
+
+
+@runtime_checkable
+class TunesWords(StartsElsewhere, Protocol):
+    """One whose prompts are token ids, int64 [P, 1], at layer 0: without a tuned head, and nothing that noise may be added to."""
+
+    clip_norm: float
+    """What a record's contribution to `mean` is clipped to, where `privacy.clip_norm` is open: there are no gradients."""
 
 
 class Engine(Protocol):

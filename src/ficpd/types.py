@@ -20,6 +20,9 @@ Score = dict[str, float]
 LORA = -1
 """In the place of a layer (`enters_at`): the rows are no virtual tokens but low-rank changes of the weights."""
 
+LABEL_PRIOR = "label_prior"
+"""In `Batch.extra`: [B, C], the logarithm of each label's share, which a classification adds to its logits."""
+
 # ---------------------------------------------------------------- values: records and what a backbone reads of them
 
 
@@ -78,6 +81,10 @@ class Batch:
             extra={name: value[rows] for name, value in self.extra.items()},
         )
 
+    def with_prior(self, log_shares_C: Tensor) -> "Batch":
+        """The same records of a client whose labels are known to have these shares."""
+        return replace(self, extra={**self.extra, LABEL_PRIOR: log_shares_C.expand(len(self), -1)})
+
 
 @dataclass(frozen=True)
 class Hidden:
@@ -126,7 +133,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is tuned, sent, clustered, kept: float32 [P, D].
+    """What is tuned, sent, clustered, kept: float32 [P, D]; of words int64 [P, 1], their token ids.
 
     `backbone` is a fingerprint: prompts of different backbones or layers never mix. `enters_at` is the layer whose
     input the virtual tokens join (0: ordinary prompt tuning). The last `head_rows` rows are no virtual tokens but the
@@ -145,11 +152,13 @@ class Prompt:
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
-        return replace(self, vectors_PD=vectors_PD.detach().to(torch.float32))
+        floats = vectors_PD.to(torch.float32) if vectors_PD.is_floating_point() else vectors_PD
+        return replace(self, vectors_PD=floats.detach())
 
 
 class Query(NamedTuple):
-    """A question to the backbone: K candidate prompts on B records. The only thing a client ever asks.
+    """A question to the backbone: K candidate prompts, [K, P, D] or of words [K, P, 1], on B records. The only thing a
+    client ever asks.
 
     `loss` is a per-row loss of one's own, `(Outputs, Batch) -> [R]`; None means the task's. `write` > 0 asks for a text
     of at most so many tokens after each record, the likeliest token at every step; such a query gives no gradients.
@@ -198,6 +207,10 @@ class ArrayKind(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+Layout = Mapping[str, tuple[int, ...] | ArrayKind]
+"""Arrays by name: the shape of one of numbers, or what travels as it is, such as token ids."""
+
+
 class Spend(NamedTuple):
     """What a release costs: `count` Gaussian releases, each on a Poisson sample of rate `sampling_rate` (1: on all),
     with noise of `noise_multiplier` times the sensitivity. One line of a ledger; `name` says what was released."""
@@ -213,7 +226,8 @@ class Plan:
     """What a whole run asks of one client, as far as its privacy is concerned.
 
     `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its `num_records`
-    records; `num_clients` clients, of whom each joins one of `num_rounds` rounds with probability `cohort_rate`.
+    records; `num_clients` clients, of whom each joins one of `num_rounds` rounds with probability `cohort_rate`. `totals`:
+    those that every order releases, and the share of the budget that each takes over all orders.
     """
 
     num_records: int
@@ -223,6 +237,7 @@ class Plan:
     num_clients: int
     cohort_rate: float
     num_rounds: int
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,13 +258,15 @@ class State:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method starts from: the shared start (from public text and seed), clients, rounds, clients a round."""
+    """What a method starts from: the shared start (from public text and seed), clients, rounds, clients a round; how many
+    labels the task of each group has (0: it has none; the group of a federation with one task is called "")."""
 
     start: Prompt
     clients: Sequence[ClientCard]
     num_rounds: int
     cohort: int
     seed: int
+    num_labels: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.personal import Contrast, own_prompt, personalised
+from ficpd.clients import LABELS
+from ficpd.personal import Contrast, calibrated, own_prompt, personalised
 from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of
 from ficpd.server.metadata import clusters_of_cards, nearest_card
@@ -35,7 +36,7 @@ from ficpd.server.optimiser import ServerStep
 from ficpd.server.prototypes import Clusters, cosine_kmeans, shrinkage
 from ficpd.server.robust import Means, Robust
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Query, Setup, State
 
 SIGNATURE, SUM = "signature/", "delta/"
 
@@ -45,7 +46,9 @@ class Config(BaseModel):
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
     `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first
-    two thirds of the rounds (0: all of it); then they are learnt from, too.
+    two thirds of the rounds (0: all of it); then they are learnt from, too. `label_prior`: prompts need not learn how
+    frequent each label is at each client; a client adds it to the logits itself (classifications only; at the record level
+    it costs the total `labels`, which `privacy.statistics` gives a share of the budget).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +61,7 @@ class Config(BaseModel):
     personal_steps: int | None = Field(default=None, ge=1)
     residual_weight: float = Field(default=0.0, ge=0)
     held_back: float = Field(default=0.25, ge=0, lt=1)
+    label_prior: bool = False
     contrast: Contrast = Contrast()
     proximal_weight: float = Field(default=0.0, ge=0)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
@@ -74,6 +78,7 @@ class Fpl:
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training = config, training
+        self.statistics = (LABELS,) if config.label_prior else ()
         self.gathers = config.clusters == "signatures"
         self.sums = config.robust.sums and not self.gathers
 
@@ -116,14 +121,22 @@ class Fpl:
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         """First what will leave, from a prompt that everybody may know; only then what stays."""
         prompt, weight = order.arrays["prompt"], self.config.proximal_weight
-        tuned = yield from tune(self.training, client, order, prompt, proximal_weight=weight)
+        tuned = yield from calibrated(
+            tune(self.training, client, order, prompt, proximal_weight=weight), self._prior(client)
+        )
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
             client.kept.setdefault("start", order.arrays.get("start", prompt))
             choosing = order.facts["choosing"] or "share" not in client.kept
             home = client.home(self.config.held_back if choosing else 0.0)
-            yield from personalised(self.config, self.training, home, order)
+            yield from calibrated(personalised(self.config, self.training, home, order), self._prior(home))
         return update
+
+    def _prior(self, client: ClientSide) -> Tensor | None:
+        return client.label_prior if self.config.label_prior else None
+
+    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+        return batch.with_prior(client.label_prior) if self.config.label_prior else batch
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ficpd.clients import Client, personal_prompt
+from ficpd.clients import Client, at_home, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
 from ficpd.metrics import less_is_better
 from ficpd.seams import Method
@@ -39,12 +39,16 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
     personal = {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}
     shared = method.prompt(state)
-    own = predicted_by({name: (personal[name], tested[name].encoded("test")) for name in tested}, model)
-    same = shared is not None and all(torch.equal(prompt, shared) for prompt in personal.values())
+    batches = {name: client.encoded("test") for name, client in tested.items()}
+    at_their = {name: at_home(method, tested[name], batch) for name, batch in batches.items()}
+    own = predicted_by({name: (personal[name], batch) for name, batch in at_their.items()}, model)
+    same = shared is not None and all(
+        torch.equal(prompt, shared) and at_their[name] is batches[name] for name, prompt in personal.items()
+    )
     if same:
         everyone = own
     elif shared is not None:
-        everyone = predicted_by({name: (shared, tested[name].encoded("test")) for name in tested}, model)
+        everyone = predicted_by({name: (shared, batch) for name, batch in batches.items()}, model)
     else:
         everyone = None
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ficpd import seeds
-from ficpd.clients import Client, personal_prompt
+from ficpd.clients import Client, at_home, personal_prompt
 from ficpd.compute import Compute
 from ficpd.metrics.evaluate import predicted_by, summary
-from ficpd.seams import Method
+from ficpd.seams import Calibrates, Method
 from ficpd.types import Batch, Record, Score, State
 
+PERSONAL = "personal"
 ELSEWHERE = 64
 """Test records of other clusters that each client's prompts are tried on, at most."""
 
@@ -36,6 +37,8 @@ def levels(
     for level, prompts in _prompts(method, state, tested, round, member).items():
         own = {name: (prompt, tested[name].encoded("test"), tested[name].test) for name, prompt in prompts.items()}
         others = {name: (prompt, *found_away) for name, prompt in prompts.items() if (found_away := away[name])}
+        if level == PERSONAL:
+            own, others = _at_home(method, own, tested), _at_home(method, others, tested)
         found[level] = {"own": _mean(own, tested, model), "others": _mean(others, tested, model)}
     return found
 
@@ -60,19 +63,29 @@ def at_newcomers(
     }
 
 
+def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
+    """With what each client knows of itself, which may be of no use elsewhere."""
+    return {
+        name: (prompt, at_home(method, clients[name], batch), records)
+        for name, (prompt, batch, records) in work.items()
+    }
+
+
 def _prompts(
     method: Method, state: State, tested: Mapping[str, Client], round: int, member: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
     """Level to client to prompt; a level that is the same as the one above it for everybody is left out."""
     orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
     basis, shared = method.basis(state), method.prompt(state)
-    found = {"personal": {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}}
+    found = {PERSONAL: {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}}
     if member and "prototype-0" in basis:
         found["cluster"] = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
     if shared is not None:
         found["global"] = dict.fromkeys(tested, shared)
     order = list(found)
     for above, below in pairwise(order):
+        if above == PERSONAL and isinstance(method, Calibrates) and method.statistics:
+            continue
         if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
             del found[above]
     return found

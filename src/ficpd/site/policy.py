@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ficpd.clients import LABELS
 from ficpd.errors import PolicyError
 from ficpd.site.settings import SiteConfig, where
 from ficpd.terms import Terms, group_of
@@ -32,7 +33,7 @@ def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, st
         yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
     if experiment.privacy.get("noise_multiplier") is not None:  # what it costs, and so whether it is refused, tells n
         yield "privacy.noise_multiplier", "privacy.noise_multiplier is stated", "policy.epsilon", "sites go by epsilon"
-    if experiment.privacy.get("statistics"):
+    if set(experiment.privacy.get("statistics") or ()) - {LABELS}:  # those stay here, and are paid for
         yield (
             "privacy.statistics",
             "privacy.statistics are asked for",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ficpd.errors import DataError, unknown
 from ficpd.seams import Backbone
 from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, Outputs, Prompt, Record, Score
 
 
 class Config(BaseModel):
@@ -49,9 +49,14 @@ class Classification:
         targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if known(records) else None
         return self.answers.encode(self, records, targets, backbone, prompt)
 
+    @property
+    def num_labels(self) -> int:
+        return len(self.names)
+
     def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """[R, C] in the labels' order."""
-        return self.answers.scores(outputs, batch)
+        """[R, C] in the labels' order, shifted by what the batch knows of how frequent each is."""
+        scores_RC = self.answers.scores(outputs, batch)
+        return scores_RC + batch.extra[LABEL_PRIOR] if LABEL_PRIOR in batch.extra else scores_RC
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         assert batch.targets is not None
