@@ -96,6 +96,7 @@ def one_method(
     )  # fmt: skip
     state = knowing_the_noise(world, method, state, guard)
     clients = world.clients(guard, method.pools_data)
+    tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     restore_kept(clients, kept)
     directory.write_rounds(rounds)
     going = federate(
@@ -109,7 +110,7 @@ def one_method(
             state = after
             every = experiment.federation.evaluate_every
             if every and done.round % every == 0 and done.round < schedule.num_rounds:
-                done.metrics.update(_headline(evaluate(method, state, clients, world.model, done.round)))
+                done.metrics.update(_headline(evaluate(method, state, tested, world.model, done.round)))
             rounds.append(done)
             totals["train"] += done.seconds_train
             totals["aggregate"] += done.seconds_aggregate
@@ -118,7 +119,6 @@ def one_method(
     except BudgetError as error:
         stopped = str(error)
         progress(label, len(rounds), schedule.num_rounds, {"stopped: the budget is spent": 1})
-    tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
     result["clusters"] = clusters_of(world, state)
@@ -161,7 +161,8 @@ def _beginning(
     federation = world.experiment.federation
     cards = [ClientCard(name, shard.metadata) for name, shard in holders.items()]
     cohort = min(federation.clients_per_round or len(world.shards), len(world.shards))
-    setup = Setup(world.start, cards, federation.num_rounds, cohort, public_seed(world.experiment.seed))
+    seed = public_seed(world.experiment.seed)
+    setup = Setup(world.start, cards, federation.num_rounds, cohort, seed, labels_of(world))
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
 
 

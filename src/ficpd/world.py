@@ -141,17 +141,33 @@ def served_world(experiment: Experiment) -> World:
     return _begun(experiment, tasks, {})
 
 
+def another_start(world: World, experiment: Experiment) -> World:
+    """The same records on the same backbone, both in memory already, for an experiment that differs in neither: another
+    prompt, training, privacy, compression or number of rounds."""
+    by_group = {group: [s for n, s in world.shards.items() if world.group_of[n] == group] for group in world.tasks}
+    experiment = experiment.model_copy(update={"backbone": world.experiment.backbone})
+    begun = _started(experiment, world.tasks, by_group, world.model)
+    return replace(world, experiment=begun.experiment, start=begun.start, compression=begun.compression)
+
+
 def _begun(experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]]) -> World:
     """Backbone, start prompt and compression, for clients that are yet to come."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
+    model = Compute(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
+    return _started(experiment, tasks, shards, model)
+
+
+def _started(
+    experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]], model: Compute
+) -> World:
+    backbone = model.backbone
     if backbone.sees and experiment.distillation.how != "none":
         raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
     start, experiment = start_prompt(experiment, list(tasks.values()), backbone)
     for group, of_group in shards.items():
         for shard in of_group:
             tasks[group].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
-    model = Compute(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
     experiment, compression = measured(experiment, list(tasks.values()), model, start)
     return World(experiment, tasks, {}, model, start, compression, {})
 
