@@ -21,7 +21,16 @@ from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
 from ficpd.metrics.fairness import over_clients, over_groups, worse_off
 from ficpd.metrics.levels import at_newcomers, levels
-from ficpd.outcome import VERSIONS, clusters_of, knowing_the_noise, library_of, method_of, refined_of, schedule_of
+from ficpd.outcome import (
+    VERSIONS,
+    clusters_of,
+    knowing_the_noise,
+    labels_of,
+    library_of,
+    method_of,
+    refined_of,
+    schedule_of,
+)
 from ficpd.refine import DISTILLED
 from ficpd.registry import load
 from ficpd.report import report

@@ -439,12 +439,50 @@ class Particular(Protocol):
         ...
 
 
+class Shown(Protocol):
+    """Examples that stand beside every text."""
+
+    def encode(
+        self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
+    ) -> Batch:
+        """Records as they are asked about with the examples beside them; `encoded`: without them, if that was done."""
+        ...
+
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """A method whose clients show examples of their own beside each text that they ask about."""
+
+    def demonstrate(
+        self, task: Task, records: Sequence[Record], batch: Batch, prompt: Prompt, backbone: Backbone
+    ) -> Generator[Query, Answer, Shown]:
+        """What a client shows of its training records; `batch` is all of them, encoded."""
+        ...
+
+
 @runtime_checkable
 class ReleasesTotals(Protocol):
     """A method whose clients release totals over their records in every order."""
 
     totals: Mapping[str, float]
     """By name, the share of a record-level budget that each takes over all orders."""
+
+
+@runtime_checkable
+class Rebuilds(Protocol):
+    """A method whose clients send numbers that its server makes a prompt of, in the run's coordinates."""
+
+    coordinates: Coordinates | None
+    """Those that the clients have; whoever builds the method says which."""
+
+
+@runtime_checkable
+class ChecksOrders(Protocol):
+    """A method whose orders are no prompts."""
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` for an order that the server's half would not make, before a record is touched."""
+        ...
 
 
 @runtime_checkable

@@ -20,7 +20,16 @@ from ficpd.federate import Round, federate
 from ficpd.guard import NONE, Guard, build_guard, part_for, public_seed
 from ficpd.library import guarantee
 from ficpd.metrics.evaluate import summary
-from ficpd.outcome import VERSIONS, clusters_of, knowing_the_noise, library_of, method_of, refined_of, schedule_of
+from ficpd.outcome import (
+    VERSIONS,
+    clusters_of,
+    knowing_the_noise,
+    labels_of,
+    library_of,
+    method_of,
+    refined_of,
+    schedule_of,
+)
 from ficpd.refine import DISTILLED
 from ficpd.rundir import RunDir
 from ficpd.seams import Method
@@ -203,7 +212,8 @@ def _beginning(
     federation, number = world.experiment.federation, len(world.shards)
     cohort = min(federation.clients_per_round or number, number)
     cards = sorted(engine.clients(), key=lambda card: card.name)
-    setup = Setup(world.start, cards, federation.num_rounds, cohort, public_seed(world.experiment.seed))
+    seed = public_seed(world.experiment.seed)
+    setup = Setup(world.start, cards, federation.num_rounds, cohort, seed, labels_of(world))
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0}
 
 

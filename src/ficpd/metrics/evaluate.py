@@ -9,7 +9,7 @@ from torch import Tensor
 from ficpd.clients import Client, at_home, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
 from ficpd.metrics import less_is_better
-from ficpd.seams import Method
+from ficpd.seams import Demonstrates, Method
 from ficpd.types import Answer, Batch, Query, Score, State
 
 
@@ -40,7 +40,7 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     personal = {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}
     shared = method.prompt(state)
     batches = {name: client.encoded("test") for name, client in tested.items()}
-    at_their = {name: at_home(method, tested[name], batch) for name, batch in batches.items()}
+    at_their = {name: _asked(method, tested[name], personal[name], batch, model) for name, batch in batches.items()}
     own = predicted_by({name: (personal[name], batch) for name, batch in at_their.items()}, model)
     same = shared is not None and all(
         torch.equal(prompt, shared) and at_their[name] is batches[name] for name, prompt in personal.items()
@@ -55,6 +55,15 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     return Evaluation(
         None if everyone is None else _pooled(everyone, tested), scores, summary(scores), worst_of(scores), own
     )
+
+
+def _asked(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: Compute) -> Batch:
+    """A client's test records as it asks about them: with what it knows of its own, and what it shows beside them."""
+    if not isinstance(method, Demonstrates):
+        return at_home(method, client, batch)
+    prompt = client.start.with_vectors(prompt_PD)
+    known = client.task, client.train, client.encoded(), prompt, client.backbone
+    return drive(model, method.demonstrate(*known)).encode(client.task, client.test, client.backbone, prompt, batch)
 
 
 def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: Compute) -> Score:

@@ -29,7 +29,12 @@ class Config(settings.Guarantee):
 
 
 def build(config: Config, plan: Plan) -> "ClientGaussian":
-    """Raises `PrivacyError` if no noise keeps the plan within the budget."""
+    """Raises `PrivacyError` if no noise keeps the plan within the budget, or it has totals: they are of records."""
+    if plan.totals:
+        raise PrivacyError(
+            f"the method's clients release totals over their records ({', '.join(plan.totals)}), which client-level privacy "
+            "has no noise for; use privacy.name = 'record_gaussian'"
+        )
     settings.warn_of_delta(config.delta, plan.num_clients, "clients")
 
     def priced(multiplier: float) -> list[Spend]:

@@ -23,8 +23,9 @@ RELATION = "one record more or less at one site; how many records a site has is 
 
 class Config(settings.Guarantee):
     """`statistics`: named totals over a client's records (such as `weight`, its record count) that leave once, each
-    with the share of the budget that it may take; the prompt gets the rest. `clip_norms`: by group, in the place of one
-    `clip_norm` for all; found like that where it is open in a federation of several tasks."""
+    with the share of the budget that it may take; the prompt gets the rest. Those that a method releases in every order
+    have a share of its own making, unless one is stated here. `clip_norms`: by group, in the place of one `clip_norm` for
+    all; found like that where it is open in a federation of several tasks."""
 
     clip_norms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
@@ -32,17 +33,18 @@ class Config(settings.Guarantee):
 
 def build(config: Config, plan: Plan) -> "RecordGaussian":
     """Raises `PrivacyError` if the shares do not leave the prompt any, or no noise keeps the plan in the budget."""
-    taken = sum(config.statistics.values())
-    if any(not 0 < share < 1 for share in config.statistics.values()) or taken >= 1:
-        raise PrivacyError(
-            f"privacy.statistics = {config.statistics}: each share must lie above 0, and together below 1"
-        )
+    shares = {**plan.totals, **config.statistics}
+    taken = sum(shares.values())
+    if any(not 0 < share < 1 for share in shares.values()) or taken >= 1:
+        raise PrivacyError(f"privacy.statistics = {shares}: each share must lie above 0, and together below 1")
     settings.warn_of_delta(config.delta, plan.num_records, "records of a site")
 
     def statistics(multiplier: float) -> dict[str, Spend]:
-        """A share s of the budget: noise larger by √((1-s_all)/s) than one full-batch prompt release would need."""
+        """A share s of the budget: noise larger by √((1-s_all)/s) than one full-batch prompt release would need, and by √n
+        where it leaves n times."""
         whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * plan.participations, 1) ** 0.5
-        return {n: Spend(n, 1.0, whole * ((1 - taken) / s) ** 0.5) for n, s in config.statistics.items()}
+        times = {name: max(plan.participations, 1) if name in plan.totals else 1 for name in shares}
+        return {n: Spend(n, 1.0, whole * ((1 - taken) / s * times[n]) ** 0.5, times[n]) for n, s in shares.items()}
 
     def priced(multiplier: float) -> list[Spend]:
         steps = Spend("prompt", plan.sampling_rate, multiplier, plan.steps * plan.participations)
@@ -73,7 +75,8 @@ class RecordGaussian:
     def price(self, door: str) -> Spend | None:
         if door == "step":
             return Spend("prompt", self.plan.sampling_rate, self.noise_multiplier)
-        return self._totals.get(door.removeprefix(TOTAL)) if door.startswith(TOTAL) else None
+        total = self._totals.get(door.removeprefix(TOTAL)) if door.startswith(TOTAL) else None
+        return total and total._replace(count=1)
 
     def planned(self) -> Sequence[Spend]:
         return self._whole
