@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import small
 from contracts.test_leak import Deaf
 from ficpd.clients import FEW, Client, Visit, participate, personal_prompt
 from ficpd.compute import drive
-from ficpd.errors import PrivacyError
+from ficpd.errors import ConfigError, PrivacyError
 from ficpd.federate import Schedule
 from ficpd.methods.fpl import Fpl
+from ficpd.metrics.evaluate import evaluate
 from ficpd.metrics.levels import levels
+from ficpd.outcome import method_of
 from ficpd.personal import TOWARDS, WEIGHT, Contrast, _factors, _multiplied, _product, _pull, aligned_loss
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, Outputs, Plan, Query, Setup
@@ -413,3 +416,77 @@ def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
 def test_clusters_by_signatures_cannot_be_noised_as_one_sum(tmp_path):
     with pytest.raises(PrivacyError, match="fpl looks at each client's update"):
         small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="signatures"')
+
+
+# ---------------------------------------------------------------- how frequent labels are
+
+
+def skewed(model, method, count=4, **more) -> dict[str, Client]:
+    """Clients of whose records nine in ten have one label, a different one at every other client."""
+    found = members(model, method, count, **more)
+    for place, client in enumerate(found.values()):
+        some, label = small.records(80, place), ("good", "bad")[place % 2]
+        often = [record for record in some if record.fields["target"] == label][:18]
+        rare = [record for record in some if record.fields["target"] != label][:2]
+        client.train = client.test = [*often, *rare]
+    return found
+
+
+def test_a_prompt_tuned_with_priors_favours_nobodys_label(model):
+    """Eighteen good ones to two bad ones: a plain prompt learns that good is frequent, and with priors it need not."""
+    favoured = {}
+    for prior in (False, True):
+        method = fpl(clusters="none", residual="none", label_prior=prior)
+        own = dict(list(skewed(model, method).items())[:1])
+        state, _ = small.rounds(method, own, model, Schedule(6, 1, 0))
+        batch = small.classes().encode(small.records(60, 9), model.backbone, next(iter(own.values())).start)
+        logits = batch.task.logits(
+            model.answer([Query(method.prompt(state)[None], batch, outputs=True)])[0].outputs_KB, batch
+        )
+        favoured[prior] = float((logits[:, 0] - logits[:, 1]).mean())
+    assert favoured[False] > favoured[True] + 0.5
+
+
+def test_what_a_client_knows_of_its_labels_decides_where_the_prompt_does_not(model):
+    method = fpl(clusters="none", residual="none", label_prior=True)
+    own = skewed(model, method)
+    state = method.init(Setup(next(iter(own.values())).start, [c.card for c in own.values()], 1, 4, 0))
+    evaluation = evaluate(method, state, own, model, 1)
+    plain = evaluate(fpl(clusters="none", residual="none"), state, own, model, 1)
+    assert evaluation.mean["accuracy"] > plain.mean["accuracy"] + 0.1
+    assert evaluation.everyone == plain.everyone, "the prompt that all share knows no prior"
+    found = levels(method, state, own, model, 1, seed=0)
+    assert found["personal"]["own"]["accuracy"] > found["global"]["own"]["accuracy"]
+    assert found["personal"]["others"]["accuracy"] <= found["global"]["others"]["accuracy"] + 0.1
+
+
+def test_label_counts_are_a_noised_total_that_is_paid_once_and_exact_at_home(model):
+    method = fpl(clusters="none", label_prior=True)
+    plan = Plan(20, 1.0, EXACT.local_steps, 2, 1, 1.0, 2)
+    config = record_gaussian.Config(epsilon=8.0, clip_norm=1.0, statistics={"labels": 0.1})
+    own = dict(list(skewed(model, method, mechanism=record_gaussian.build(config, plan)).items())[:1])
+    small.rounds(method, own, model, Schedule(2, 1, 0))
+    client = own["site-0"]
+    assert [(line.name, line.count) for line in client.book.spent()] == [("labels", 1), ("prompt", 6)]
+    exact = torch.tensor([18.5, 2.5]).log() - torch.tensor(21.0).log()
+    visit = Visit(client, 3, "fpl")
+    assert small.close(visit.home().label_prior, exact)
+    assert not torch.allclose(visit.label_prior, exact, atol=1e-3), "what enters an update is noised"
+    assert torch.equal(visit.label_prior, visit.label_prior)
+    assert not visit.spends
+
+
+def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
+    asked = ["privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.clip_norm=0.5", "method.label_prior=true"]
+    with pytest.raises(
+        PrivacyError, match=r"the total 'labels', which has no share .*statistics = \{ labels = 0.05 \}"
+    ):
+        small.run(tmp_path / "a", "fpl", *asked)
+    result = small.run(tmp_path / "b", "fpl", *asked, "privacy.statistics={ labels = 0.1 }")
+    assert {line["name"] for line in result["privacy"]["lines"]} == {"prompt", "labels"}
+    assert result["privacy"]["epsilon"] <= 8.0
+    ratings = SimpleNamespace(tasks={"": small.numbers()}, experiment=SimpleNamespace(training=EXACT))
+    with pytest.raises(
+        ConfigError, match="label_prior = true goes by how frequent each label is, and its task has none"
+    ):
+        method_of(ratings, {"name": "fpl", "label_prior": True})
