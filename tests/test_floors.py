@@ -38,6 +38,7 @@ FLOORS = [
         "use",
         "compare",
         "report",
+        "page",
         "peft",
         "reentry",
         "refine",

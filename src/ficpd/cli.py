@@ -16,6 +16,7 @@ from rich.table import Table
 from ficpd import __version__
 from ficpd.deploy.cli import deploy
 from ficpd.errors import FicpdError
+from ficpd.page.cli import report
 from ficpd.site.cli import site
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ def run(
     """
     from ficpd import experiment as experiments
     from ficpd.library import guarantee
+    from ficpd.page.build import write_page
     from ficpd.report import chosen, rows
     from ficpd.run import run as run_experiment
 
@@ -77,6 +79,10 @@ def run(
         typer.echo(f"privacy: {guarantee(results[-1]['privacy'])}; noise multipliers {chosen(results[-1]['privacy'])}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"report:  {out / 'report.md'}")
+    typer.echo(f"page:    {write_page(out)}")
+
+
+app.command()(report)
 
 
 @app.command()

@@ -1,0 +1,245 @@
+"""Figures as plotly.js draws them: plain mappings, so that plotly itself is only read as a file.
+
+Colours are names of the page's CSS properties (`--c0`): the page puts in what they are in light or dark. Whatever comes
+from data goes through `safe`, because plotly reads a little HTML in its texts. Numbers are rounded to six digits.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+Plot = dict[str, Any]
+
+COLOURS = [f"--c{i}" for i in range(8)]
+SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "star-triangle-up"]
+INK, SOFT, LINE, PANEL = "--ink", "--soft", "--line", "--panel"
+ROW = 46
+"""Pixels for a line of names."""
+
+
+def safe(text: object) -> str:
+    """Text that plotly shows as it is, shortened to what a figure has room for.
+
+    >>> safe("<b>north</b>")
+    '&lt;b&gt;north&lt;/b&gt;'
+    """
+    words = " ".join(str(text).split())
+    return escape(words if len(words) <= 48 else f"{words[:30]}…{words[-17:]}", quote=False)
+
+
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else float(f"{value:.6g}") for value in values]
+
+
+def colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def symbol(place: int) -> str:
+    """Another one when colours come round again, too."""
+    return SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)]
+
+
+def plot(data: list[Plot], height: int, x: str = "", y: str = "", **layout: Any) -> Plot:
+    """`x`, `y`: what the axes are called. Nested settings of `layout` are added to ours."""
+    own: Plot = {
+        "height": height,
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+        "xaxis": {"title": {"text": x}, "automargin": True, **layout.pop("xaxis", {})},
+        "yaxis": {"title": {"text": y}, "automargin": True, **layout.pop("yaxis", {})},
+        "showlegend": False,
+    }
+    return {"data": data, "layout": {**own, **layout}}
+
+
+ABOVE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+"""Where a legend stands."""
+
+
+def dots(
+    names: Sequence[str], series: Mapping[str, Sequence[float | None]], x: str, ends: Sequence[Any] = (),
+    line: float | None = None, shown: str = ".1f",
+) -> Plot:  # fmt: skip
+    """A line for each name and a dot for each figure of it. `ends`: (low, high) or None for the first series; `line`: a
+    value to compare with."""
+    rows = [safe(name) for name in names]
+    data = []
+    for place, (of, values) in enumerate(series.items()):
+        trace: Plot = {
+            "type": "scatter", "mode": "markers", "name": safe(of), "x": rounded(values), "y": rows,
+            "marker": {"color": colour(place), "symbol": symbol(place), "size": 12},
+            "hovertemplate": f"%{{y}}<br>{safe(of)}: %{{x:{shown}}}<extra></extra>",
+        }  # fmt: skip
+        if place == 0 and any(ends):
+            trace["error_x"] = whiskers(values, ends) | {"color": colour(0)}
+        data.append(trace)
+    shapes = [] if line is None else [upright(line)]
+    return plot(
+        data, 90 + ROW * len(rows), x, shapes=shapes, showlegend=len(series) > 1, legend=ABOVE,
+        yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": rows},
+    )  # fmt: skip
+
+
+def whiskers(values: Sequence[float | None], ends: Sequence[Any]) -> Plot:
+    up = [None if v is None or e is None else e[1] - v for v, e in zip(values, ends, strict=True)]
+    down = [None if v is None or e is None else v - e[0] for v, e in zip(values, ends, strict=True)]
+    return {
+        "type": "data", "symmetric": False, "array": rounded(up), "arrayminus": rounded(down), "thickness": 1.5, "width": 5
+    }  # fmt: skip
+
+
+def upright(value: float) -> Plot:
+    """A dashed line at a value of the x axis."""
+    return {"type": "line", "x0": value, "x1": value, "yref": "paper", "y0": 0, "y1": 1,
+            "line": {"color": SOFT, "width": 1.5, "dash": "dash"}}  # fmt: skip
+
+
+def level(value: float) -> Plot:
+    """A dashed line at a value of the y axis."""
+    return {"type": "line", "y0": value, "y1": value, "xref": "paper", "x0": 0, "x1": 1,
+            "line": {"color": SOFT, "width": 1.5, "dash": "dash"}}  # fmt: skip
+
+
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, zero_shot: float | None
+) -> Plot:
+    """Curves by name, each (x, y)."""
+    data = [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": safe(name), "x": rounded(xs), "y": rounded(ys),
+            "line": {"color": colour(place), "width": 2}, "marker": {"symbol": symbol(place), "size": 7},
+            "hovertemplate": f"{safe(name)}<br>%{{x}}: %{{y:,.4~g}}<extra></extra>",
+        }
+        for place, (name, (xs, ys)) in enumerate(curves.items())
+    ]  # fmt: skip
+    shapes = [] if zero_shot is None else [level(zero_shot)]
+    return plot(data, 380, x, y, shapes=shapes, showlegend=len(curves) > 1, legend=ABOVE)
+
+
+def bubbles(
+    names: Sequence[str], xs: Sequence[float], ys: Sequence[float], sizes: Sequence[float], texts: Sequence[str],
+    x: str, y: str, places: Sequence[int], xaxis: Plot | None = None,
+) -> Plot:  # fmt: skip
+    """A bubble for each name, `sizes` in pixels across. `places`: which colour and symbol each has."""
+    data = [
+        {
+            "type": "scatter", "mode": "markers", "name": safe(name), "x": rounded([xs[i]]), "y": rounded([ys[i]]),
+            "marker": {"size": sizes[i], "color": colour(places[i]), "symbol": symbol(places[i]), "opacity": 0.8,
+                       "line": {"color": PANEL, "width": 1}},
+            "hovertemplate": f"{safe(name)}<br>{safe(texts[i])}<extra></extra>",
+        }
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    return plot(data, 400, x, y, showlegend=True, legend=ABOVE, xaxis=xaxis or {})
+
+
+def spread(
+    values: Mapping[str, Mapping[str, float]], tails: Mapping[str, float | None], x: str, shown: str = ".1f"
+) -> Plot:
+    """A box and all its dots for each method: `values` by method and client; `tails`: the mean of the worst tenth."""
+    data: list[Plot] = []
+    for place, (method, of) in enumerate(values.items()):
+        data.append({
+            "type": "box", "orientation": "h", "name": safe(method), "x": rounded(list(of.values())),
+            "y": [safe(method)] * len(of), "text": [safe(client) for client in of],
+            "boxpoints": "all", "jitter": 0.6, "pointpos": 0, "hoveron": "points", "fillcolor": "--wash",
+            "line": {"color": colour(place), "width": 1.5},
+            "marker": {"color": colour(place), "size": 6, "opacity": 0.75},
+            "hovertemplate": f"%{{text}}: %{{x:{shown}}}<extra></extra>",
+        })  # fmt: skip
+    marked = {method: tail for method, tail in tails.items() if tail is not None}
+    data.append({
+        "type": "scatter", "mode": "markers", "name": "worst tenth", "x": rounded(list(marked.values())),
+        "y": [safe(method) for method in marked],
+        "marker": {"symbol": "line-ns-open", "size": 26, "color": INK, "line": {"width": 2.5}},
+        "hovertemplate": f"worst tenth, mean: %{{x:{shown}}}<extra></extra>",
+    })  # fmt: skip
+    rows = [safe(method) for method in values]
+    return plot(
+        data, 70 + 62 * len(rows), x, boxgap=0.45,
+        yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": rows},
+    )  # fmt: skip
+
+
+def against(xs: Mapping[str, float], ys: Mapping[str, float], x: str, y: str, shown: str = ".1f") -> Plot:
+    """A dot for each client, and the line on which both are equal."""
+    names = [name for name in ys if name in xs]
+    ends = [min([*xs.values(), *ys.values()]), max([*xs.values(), *ys.values()])]
+    dot = {
+        "type": "scatter", "mode": "markers", "x": rounded([xs[n] for n in names]), "y": rounded([ys[n] for n in names]),
+        "text": [safe(name) for name in names],
+        "marker": {"color": colour(0), "size": 10, "opacity": 0.75, "line": {"color": PANEL, "width": 1}},
+        "hovertemplate": f"%{{text}}<br>alone %{{x:{shown}}}, together %{{y:{shown}}}<extra></extra>",
+    }  # fmt: skip
+    line = {"type": "line", "x0": ends[0], "y0": ends[0], "x1": ends[1], "y1": ends[1],
+            "line": {"color": SOFT, "width": 1.5, "dash": "dash"}}  # fmt: skip
+    return plot([dot], 400, x, y, shapes=[line])
+
+
+def plane(
+    at: Mapping[str, tuple[float, float]],
+    member: Mapping[str, int],
+    prompts: Mapping[str, tuple[float, float]],
+    x: str,
+    y: str,
+) -> Plot:
+    """Clients (`at`), each tied to its prototype; `prompts` are drawn large and named."""
+    data: list[Plot] = []
+    for k in sorted(set(member.values())):
+        own = [name for name in at if member.get(name) == k]
+        centre = prompts.get(f"prototype-{k}")
+        if centre and own:
+            tied = [(*at[name], *centre) for name in own]
+            data.append({
+                "type": "scatter", "mode": "lines", "hoverinfo": "skip", "line": {"color": LINE, "width": 1},
+                "x": [v for a in tied for v in (*rounded([a[0], a[2]]), None)],
+                "y": [v for a in tied for v in (*rounded([a[1], a[3]]), None)],
+            })  # fmt: skip
+        data.append({
+            "type": "scatter", "mode": "markers", "name": f"clients of prototype-{k}",
+            "x": rounded([at[n][0] for n in own]), "y": rounded([at[n][1] for n in own]), "text": [safe(n) for n in own],
+            "marker": {"color": colour(k), "symbol": symbol(k), "size": 9, "opacity": 0.85},
+            "hovertemplate": f"%{{text}}<br>prototype-{k}<extra></extra>",
+        })  # fmt: skip
+    names = list(prompts)
+    data.append({
+        "type": "scatter", "mode": "markers+text", "x": rounded([prompts[n][0] for n in names]),
+        "y": rounded([prompts[n][1] for n in names]), "text": [safe(n) for n in names], "textposition": "top center",
+        "marker": {"symbol": "star", "size": 17, "color": [_of_prompt(n) for n in names],
+                   "line": {"color": INK, "width": 1.2}},
+        "textfont": {"color": INK, "size": 12}, "cliponaxis": False, "hovertemplate": "%{text}<extra></extra>",
+    })  # fmt: skip
+    return plot(data, 480, x, y)
+
+
+def _of_prompt(name: str) -> str:
+    """A prototype has its clients' colour."""
+    number = name.rpartition("-")[2]
+    return colour(int(number)) if name.startswith("prototype-") and number.isdigit() else PANEL
+
+
+def heat(names: Sequence[str], cosine_NN: Sequence[Sequence[float]]) -> Plot:
+    """Similarities between everything named, with their numbers where there is room for them."""
+    rows = [safe(name) for name in names]
+    trace: Plot = {
+        "type": "heatmap", "x": rows, "y": rows, "z": [[round(v, 3) for v in line] for line in cosine_NN],
+        "zmin": min(0.0, *(min(line) for line in cosine_NN)), "zmax": 1, "colorscale": [[0, "--heat0"], [1, "--heat1"]],
+        "xgap": 2, "ygap": 2, "colorbar": {"thickness": 10, "outlinewidth": 0}, "showscale": len(names) > 12,
+        "hovertemplate": "%{x}, %{y}: %{z:.2f}<extra></extra>",
+    }  # fmt: skip
+    if len(names) <= 12:
+        trace |= {"texttemplate": "%{z:.2f}"}
+    height = 140 + min(34 * len(names), 560)
+    return plot([trace], height, xaxis={"type": "category"}, yaxis={"type": "category", "autorange": "reversed"})
+
+
+def bars(names: Sequence[str], values: Sequence[float], x: str, shown: str = ".1f") -> Plot:
+    rows = [safe(name) for name in names]
+    data: list[Plot] = [{
+        "type": "bar", "orientation": "h", "x": rounded(values), "y": rows, "marker": {"color": colour(0)},
+        "hovertemplate": f"%{{y}}: %{{x:{shown}}}<extra></extra>",
+    }]  # fmt: skip
+    return plot(
+        data, 70 + ROW * len(rows), x, bargap=0.35,
+        yaxis={"type": "category", "autorange": "reversed"},
+    )  # fmt: skip
