@@ -32,6 +32,7 @@ FLOORS = [
         "experiment",
         "guard",
         "world",
+        "queries",
         "beginning",
         "run",
         "rundir",
@@ -49,6 +50,7 @@ FLOORS = [
         "outcome",
         "simulated",
         "deploy",
+        "track",
         "__main__",
     },
 ]

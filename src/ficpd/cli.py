@@ -14,10 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ficpd import __version__
+from ficpd.compare.cli import compare
 from ficpd.deploy.cli import deploy
 from ficpd.errors import FicpdError
 from ficpd.page.cli import report
 from ficpd.site.cli import site
+from ficpd.track import Track
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -25,6 +27,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
+app.command()(compare)
 screen, errors = Console(), Console(stderr=True)
 
 Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]
@@ -46,6 +49,7 @@ def run(
     engine: Annotated[
         str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")
     ] = None,
+    track: Track = None,
 ) -> None:
     """Run an experiment and leave its results, its library and a report in a run directory.
 
@@ -56,6 +60,7 @@ def run(
     from ficpd.page.build import write_page
     from ficpd.report import chosen, rows
     from ficpd.run import run as run_experiment
+    from ficpd.track import followed
 
     changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
     experiment = experiments.read(recipe, changed)
@@ -66,10 +71,16 @@ def run(
     if experiment.engine.name == "flower":
         from ficpd.deploy.start import over_flower
 
-        raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))
+        with followed(track, out):
+            raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))
     try:
-        with _progress() as progress:
-            run_experiment(experiment, out, resume, progress)
+        with followed(track, out) as look, _progress() as progress:
+
+            def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+                progress(method, done, planned, figures)
+                look()
+
+            run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
         errors.print("stopped; `--resume` goes on from the last finished round")
         raise typer.Exit(130) from None

@@ -1,0 +1,115 @@
+"""`ficpd compare`: the command. Its work is one import away."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ficpd.track import Track
+
+SWEEP = re.compile(r"[a-z_]+(\.\w+)+=")
+FAILED = 3
+
+
+def compare(
+    words: Annotated[
+        list[str], typer.Argument(metavar="TARGET", help="a TOML file or a comparison's name; with --table, a folder")
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder of the comparison; none: runs/compare-NAME")] = None,
+    ablate: Annotated[
+        list[str] | None, typer.Option("--ablate", help="part.key=value,value: one more axis; several may follow")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="runs at a time; none: one for each core, one on a GPU", min=1)
+    ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="delete results of another version, and run them again")] = False,
+    table: Annotated[str | None, typer.Option(help="print a folder's overview again: markdown, csv or latex")] = None,
+    track: Track = None,
+) -> None:
+    """Run methods on the same tasks at the same budgets, and leave figures, tests, fronts and tables.
+
+    What is finished is not run again. Exit status 3: some runs failed; the tables say which, and why.
+
+    Example: `ficpd compare quick --out runs/quick --ablate privacy.epsilon=1,2,4 method.num_prototypes=5,10`
+    """
+    target, sweeps = _target(words, ablate or [])
+    if table is not None:
+        if sweeps or out:
+            raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate and no --out")
+        typer.echo(_printed(Path(target), table), nl=False)
+        return
+    _run(target, sweeps, out, jobs, redo, track)
+
+
+def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
+    """What to compare, and the sweeps that followed the first one behind `--ablate`.
+
+    >>> _target(["quick", "method.k=5,10"], ["privacy.epsilon=1,2"])
+    ('quick', ['privacy.epsilon=1,2', 'method.k=5,10'])
+    """
+    more = [word for word in words if ablate and SWEEP.match(word)]
+    targets = [word for word in words if word not in more]
+    if len(targets) != 1:
+        raise typer.BadParameter(f"expected one file or name, and got {', '.join(targets) or 'none'}")
+    return targets[0], [*ablate, *more]
+
+
+def _printed(path: Path, how: str) -> str:
+    from ficpd.compare.drawn import as_csv, as_latex, as_markdown
+    from ficpd.compare.tables import overviews
+    from ficpd.compare.whole import read_comparison
+
+    if how not in ("markdown", "csv", "latex"):
+        raise typer.BadParameter(f"--table {how!r}: expected markdown, csv or latex")
+    tables = overviews(read_comparison(path))
+    if how == "csv":
+        return as_csv(tables)
+    return "\n".join(as_markdown(one) if how == "markdown" else as_latex(one) for one in tables)
+
+
+def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, redo: bool, track: str | None) -> None:
+    from rich.console import Console
+
+    from ficpd.compare.plan import read_plan
+    from ficpd.compare.screen import screened
+    from ficpd.compare.whole import compare as run_comparison
+    from ficpd.track import followed
+
+    console, errors = Console(), Console(stderr=True)
+    plan = read_plan(target, sweeps)
+    out = out or Path("runs") / f"compare-{plan.spec.name}"
+    console.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
+    try:
+        with screened(console, errors) as screen, followed(track, out / "cells") as look:
+
+            def seen(event: Any) -> None:
+                screen.seen(event)
+                look()
+
+            found = run_comparison(plan, out, jobs, redo, screen.planned, seen)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on with what is missing")
+        raise typer.Exit(130) from None
+    _say(console, found, out)
+    if found["counts"].get("failed"):
+        raise typer.Exit(FAILED)
+
+
+def _say(console: Any, found: dict[str, Any], out: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ficpd.compare.tables import overviews
+
+    for one in overviews(found):
+        drawn = Table(
+            *one.heads, title=escape(one.title), title_justify="left", caption=escape(one.note), caption_justify="left"
+        )
+        for row in one.rows:
+            drawn.add_row(*map(escape, row))
+        console.print(drawn)
+    for cell in found["cells"]:
+        if cell["reason"]:
+            console.print(escape(f"{cell['key']}: {cell['status']}: {cell['reason']}"), highlight=False, soft_wrap=True)
+    typer.echo(f"tables: {out / 'compare.md'}, {out / 'tables'}")

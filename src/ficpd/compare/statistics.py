@@ -1,0 +1,109 @@
+"""Means, intervals, paired tests and ranks, over seeds and tasks."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Spread(NamedTuple):
+    mean: float | None
+    sd: float | None
+    interval: list[float] | None
+
+
+class Pairs(NamedTuple):
+    """Figures of a method and of the reference, place by place of the same seed (and task)."""
+
+    own: list[float]
+    other: list[float]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation (n - 1), and Student's interval of the mean.
+
+    >>> found = spread([1.0, 2.0, 3.0])
+    >>> found.mean, found.sd, [round(end, 3) for end in found.interval]
+    (2.0, 1.0, [-0.484, 4.484])
+    """
+    if not values:
+        return Spread(None, None, None)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Spread(mean, None, None)
+    sd = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
+    return Spread(mean, sd, [mean - half, mean + half])
+
+
+def against(pairs: Pairs, test: str, reference: str) -> dict[str, Any]:
+    """AGAINST of the schema, with `p_holm` still open."""
+    differences = [own - other for own, other in zip(*pairs, strict=True)]
+    found = spread(differences)
+    p, why = p_of(pairs, test) if differences else (None, f"no pair of finished cells with {reference}")
+    return {
+        "pairs": len(differences), "difference": found.mean, "interval": found.interval, "p": p, "p_holm": None, "why": why,
+    }  # fmt: skip
+
+
+def p_of(pairs: Pairs, test: str) -> tuple[float | None, str | None]:
+    """The two-sided p of a paired test, or why there is none."""
+    differences = np.subtract(pairs.own, pairs.other)
+    if len(differences) < 2:
+        return None, "one pair is too few"
+    if not differences.any():
+        return None, "no pair differs"
+    if test == "t" and np.ptp(differences) <= 1e-12 * np.abs(differences).max():
+        return None, "all pairs differ by the same"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few or tied pairs the result is as it is
+        ran = stats.ttest_rel(pairs.own, pairs.other) if test == "t" else stats.wilcoxon(pairs.own, pairs.other)
+    return float(ran.pvalue), None  # type: ignore[attr-defined]
+
+
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979) of p values by name.
+
+    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    corrected, largest = {}, 0.0
+    for place, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(values) - place) * p))
+        corrected[name] = largest
+    return corrected
+
+
+def corrected(found: Mapping[str, dict[str, Any] | None], lines: Sequence[str]) -> None:
+    """Fill `p_holm` over the methods that were tested; a line is none of them."""
+    for label, entry in found.items():
+        if entry is not None and label in lines and entry["p"] is not None:
+            entry |= {"p": None, "why": "a line, and no method that is compared"}
+    open_ = {label: entry["p"] for label, entry in found.items() if entry is not None and entry["p"] is not None}
+    for label, p in holm(open_).items():
+        entry = found[label]
+        assert entry is not None
+        entry["p_holm"] = p
+
+
+def mean_ranks(
+    by_task: Mapping[str, Mapping[str, float]], less_is_better: Callable[[str], bool]
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Mean rank of each method over tasks (1: best, ties share), and Friedman's test of whether they differ at all; None of
+    fewer than three methods or two tasks, or where nothing differs. Every task has a figure of every method."""
+    if not by_task:
+        return {}, None
+    methods = list(next(iter(by_task.values())))
+    signs = {task: 1 if less_is_better(task) else -1 for task in by_task}
+    table = [[signs[task] * values[m] for m in methods] for task, values in by_task.items()]
+    ranks = np.mean([stats.rankdata(line) for line in table], axis=0)
+    friedman = None
+    if len(methods) > 2 and len(table) > 1 and any(len({*line}) > 1 for line in table):
+        ran = stats.friedmanchisquare(*zip(*table, strict=True))
+        friedman = {"statistic": float(ran.statistic), "p": float(ran.pvalue)}
+    return {m: float(rank) for m, rank in zip(methods, ranks, strict=True)}, friedman
