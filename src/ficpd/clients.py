@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd import codec
+from ficpd import codec, seeds
 from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
 from ficpd.privacy.ledger import Book
 from ficpd.privacy.noise import Cryptographic, Simulated
@@ -25,6 +25,8 @@ from ficpd.seams import (
     Task,
     Words,
 )  # fmt: skip
+from ficpd.tasks import masked
+from ficpd.tuners.space import clip_units
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
@@ -54,6 +56,9 @@ class Client:
     book: Book | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False)
+    asked: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    """By round: how many forward queries and how many gradients (one candidate on one record each) its orders asked for. It
+    never leaves: how many records a Poisson sample has is private."""
 
     def __post_init__(self) -> None:
         if self.mechanism.unit != "none" and self.book is None:
@@ -97,6 +102,12 @@ class Visit:
         self.expected_batch = 1
         self.spends: list[Spend] = []
         self._open: int | None = None
+        self._drawn: Tensor | None = None
+        self._masked: dict[float, Batch] = {}
+
+    @property
+    def start(self) -> Tensor:
+        return self.client.start.vectors_PD
 
     @property
     def coordinates(self) -> Coordinates | None:
@@ -140,8 +151,17 @@ class Visit:
         self.expected_batch = min(batch_size, len(records))
         self.charge("step", steps)
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
-            self._open = len(rows)
+            self._open, self._drawn = len(rows), rows
             yield records.take(rows)
+
+    def masked(self, share: float) -> Batch:
+        """See `ClientSide`. All records' twins are made once for each visit."""
+        assert self._drawn is not None, "of the batch that was drawn last"
+        if share not in self._masked:
+            client, words = self.client, seeds.derive(self.client.private_seed, "masked", *self._order)
+            twins = masked(client.train, share, client.backbone, words)
+            self._masked[share] = client.task.encode(twins, client.backbone, client.start)
+        return self._masked[share].take(self._drawn)
 
     def mean(self, values_KB: Tensor) -> Tensor:
         """[K, B, ...] to [K, ...] on the CPU, by the client's mechanism: the only way records are averaged."""
@@ -211,7 +231,7 @@ class Home(Visit):
         records = self.client.encoded().take(self._learnt)
         self.expected_batch = min(batch_size, len(records))
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
-            self._open = len(rows)
+            self._open, self._drawn = len(rows), self._learnt[rows]
             yield records.take(rows)
 
     def unlearnt(self) -> Batch:
@@ -227,14 +247,6 @@ def smoothed(counts_C: Tensor) -> Tensor:
     return ((counts_C + 0.5) / (counts_C + 0.5).sum()).log()
 
 
-def clip_units(coordinates: Coordinates) -> Tensor:
-    """[size]: what contributions are multiplied by before they are clipped and noised, and divided by after it.
-
-    1/√typical: of isotropic noise each direction then gets a share that makes the sum of their relative errors least.
-    """
-    return (coordinates.typical.max() / coordinates.typical).sqrt()
-
-
 def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
     """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned,
     and only after its price stands in the ledger. An order that was carried out before is answered as it was then; one of
@@ -243,38 +255,50 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
     """
     if client.book is not None:
         if (stored := client.book.answered(order.round, order.method)) is not None:
-            return restored(client, stored)
+            return restored(client, stored, order.round)
         if order.round < (newest := client.book.newest(order.method)):
             raise PolicyError(
                 f"{client.name} was asked for round {order.round} of {order.method} after round {newest} was answered; that "
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
-    visit = Visit(client, order.round, order.method)
+    visit, asked = Visit(client, order.round, order.method), client.asked.setdefault(order.round, [0, 0])
     visit.charge("release", 1)
     try:
-        update = yield from method.train(visit, order)
+        update = yield from counted(method.train(visit, order), asked)
         released = visit.release(update)
     except PrivacyError:  # a price that is too high, or a method that is not sound: so for any records
         raise
     except Exception:
         if client.book is not None and client.mechanism.unit != "none":
-            failed = _stored(ClientUpdate(client.name, {}), client.kept, failed=True)
+            failed = _stored(ClientUpdate(client.name, {}), client.kept, asked, failed=True)
             client.book.settle(order.round, order.method, visit.spends, failed)
         raise
     if client.book is not None:
-        client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept))
+        client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept, asked))
     client.kept = visit.kept
     return released
 
 
-def _stored(update: ClientUpdate, kept: Mapping[str, Tensor], failed: bool = False) -> bytes:
+def counted(work: Generator[Query, Answer, ClientUpdate], asked: list[int]) -> Generator[Query, Answer, ClientUpdate]:
+    """The same work; what it asks for is added to `asked`: forward queries, gradients."""
+    try:
+        query = next(work)
+        while True:
+            asked[query.grad] += len(query.prompts_KPD) * len(query.batch)
+            query = work.send((yield query))
+    except StopIteration as end:
+        return end.value
+
+
+def _stored(update: ClientUpdate, kept: Mapping[str, Tensor], asked: list[int], failed: bool = False) -> bytes:
     arrays = {f"sent/{name}": array for name, array in update.arrays.items()}
     arrays |= {f"kept/{name}": array for name, array in kept.items()}
-    return codec.encode_state(State(arrays), {"weight": update.weight, "failed": failed})
+    return codec.encode_state(State(arrays), {"weight": update.weight, "failed": failed, "asked": asked})
 
 
-def restored(client: Client, body: bytes) -> ClientUpdate:
-    """The update that was released then; the client keeps what it kept then. Raises `PolicyError` if it failed."""
+def restored(client: Client, body: bytes, round: int | None = None) -> ClientUpdate:
+    """The update that was released then; the client keeps what it kept then, and has asked in its `round` what it asked
+    then. Raises `PolicyError` if it failed."""
     try:
         state, extra = codec.decode_state(body)
     except CodecError as error:
@@ -284,6 +308,8 @@ def restored(client: Client, body: bytes) -> ClientUpdate:
         part, _, name = path.partition("/")
         parts[part][name] = array
     client.kept = parts["kept"]
+    if round is not None:
+        client.asked[round] = list(extra.get("asked", (0, 0)))
     if extra["failed"]:
         raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
     return ClientUpdate(client.name, parts["sent"], extra["weight"])

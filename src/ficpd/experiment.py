@@ -64,7 +64,8 @@ class PromptConfig(Frozen):
 class FederationConfig(Frozen):
     """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end. `accept_late`: how many rounds late an
     update may arrive and still count. `unseen_clients`: so many of all take no part, drawn by the seed; what the others
-    leave is tried on them at the end."""
+    leave is tried on them at the end. `max_queries`, in simulations: how many queries (one candidate prompt on one record,
+    with a gradient or without) a client may ask in the whole run; it ends before a round that could ask more of anybody."""
 
     num_rounds: int = Field(default=10, ge=0)
     clients_per_round: int | None = Field(default=None, ge=1)
@@ -72,6 +73,7 @@ class FederationConfig(Frozen):
     evaluate_every: int = Field(default=0, ge=0)
     accept_late: int = Field(default=0, ge=0)
     unseen_clients: int = Field(default=0, ge=0)
+    max_queries: int | None = Field(default=None, ge=1)
 
 
 class DistillationConfig(Frozen):

@@ -21,7 +21,8 @@ class Round:
     """One finished round, as `rounds.jsonl` has it. Bytes are those of the encoded messages; seconds are wall time.
 
     `dropped` did not pass the checks; `set_aside` did, and the method left them out or cut them (by client, why);
-    `too_few` are means of fewer updates than their rule needs (`server/robust`)."""
+    `too_few` are means of fewer updates than their rule needs (`server/robust`). `queries`, in simulations: how many forward
+    queries and how many gradients each client asked for."""
 
     round: int
     clients: int
@@ -34,6 +35,7 @@ class Round:
     metrics: dict[str, float] = field(default_factory=dict)
     set_aside: dict[str, str] = field(default_factory=dict)
     too_few: dict[str, str] = field(default_factory=dict)
+    queries: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ def federate(
     compression: Compression,
     first_round: int = 1,
     central: NoisedSum | None = None,
+    before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
 ) -> Iterator[tuple[State, Round]]:
     """Yields the state after each round. An update that does not pass the checks is dropped, counted and named.
 
     A round without a single good update leaves the state as it was. With `central`, every round ends in one noised mean,
-    also one to which nobody came. Raises `BudgetError` for a round that no member's, or the server's, budget allows:
-    it does not take place.
+    also one to which nobody came. Raises `BudgetError` for a round that no member's, or the server's, budget allows, or that
+    `before`, told its clients, does not want: it does not take place.
     """
     cards = {card.name: card for card in engine.clients()}
     fingerprint, asked = model.backbone.fingerprint, {}
@@ -87,6 +90,7 @@ def federate(
             cohort = cohort_of(schedule, list(cards), round)
         else:
             cohort = [] if known else central.cohort(sorted(cards), round)
+        before(round, cohort)
         orders = {
             name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint) for name in cohort
         }

@@ -12,7 +12,7 @@ from ficpd.errors import ConfigError, unknown
 
 NOT_ENTRIES = {
     "weights", "bert", "catalog", "decoding", "lora", "quantised",
-    "noise", "accountant", "ledger", "settings", "clip",
+    "noise", "accountant", "ledger", "settings", "clip", "space",
 }  # fmt: skip
 """Modules that stand in a registry's folder and are no entry of it."""
 

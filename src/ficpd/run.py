@@ -31,6 +31,7 @@ from ficpd.outcome import (
     refined_of,
     schedule_of,
 )
+from ficpd.queries import Queries
 from ficpd.refine import DISTILLED
 from ficpd.registry import load
 from ficpd.report import report
@@ -108,15 +109,17 @@ def one_method(
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records
     restore_kept(clients, kept)
     directory.write_rounds(rounds)
+    queries = Queries(method, state, clients, rounds, experiment.federation.max_queries)
     going = federate(
         method, _engine(world, method, clients), world.model, state, schedule, world.compression, len(rounds) + 1,
-        guard.central,
+        guard.central, queries.before,
     )  # fmt: skip
     progress(label, len(rounds), schedule.num_rounds, {})
     stopped = None
     try:
         for after, done in going:
             state = after
+            queries.after(done)
             every = experiment.federation.evaluate_every
             if every and done.round % every == 0 and done.round < schedule.num_rounds:
                 done.metrics.update(_headline(evaluate(method, state, tested, world.model, done.round)))
@@ -140,7 +143,7 @@ def one_method(
     if refined:
         result["distillation"] = refined.facts
         result["metrics"]["distilled"] = score_everyone(refined.prompt.vectors_PD, tested, world.model)
-    result |= {"privacy": guard.block(), "stopped": stopped}
+    result |= {"privacy": guard.block(), "queries": queries.block(), "stopped": stopped}
     guard.close()
     library_of(world, method, state, result, {DISTILLED: refined.prompt} if refined else {}).save(
         directory.path / "library"

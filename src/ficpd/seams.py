@@ -326,7 +326,17 @@ class ClientSide(Protocol):
         """The backbone's, which are public. Raises `BackboneError` if it has none."""
         ...
 
+    @property
+    def start(self) -> Tensor:
+        """[P, D] that the whole run began with: public, and known to everybody."""
+        ...
+
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
+    def masked(self, share: float) -> Batch:
+        """The batch that was drawn last, with this share of its texts' words replaced by random ones; the same in every
+        step of an order. Raises `BackboneError` for images."""
+        ...
+
     def mean(self, values_KB: Tensor) -> Tensor:
         """Once per batch, before the next is drawn."""
         ...
@@ -466,6 +476,14 @@ class ReleasesTotals(Protocol):
 
     totals: Mapping[str, float]
     """By name, the share of a record-level budget that each takes over all orders."""
+
+
+@runtime_checkable
+class Unprotected(Protocol):
+    """A method that runs without a guarantee only."""
+
+    unprotected: str
+    """Why, and what to do instead."""
 
 
 @runtime_checkable

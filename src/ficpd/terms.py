@@ -15,7 +15,7 @@ from ficpd.errors import CodecError, ConfigError
 from ficpd.experiment import Experiment, parse, settings, to_toml
 from ficpd.federate import Schedule
 from ficpd.guard import planned
-from ficpd.seams import Compression, Coordinates, Method
+from ficpd.seams import Compression, Coordinates, Method, Rebuilds
 from ficpd.types import Plan, Prompt, State
 
 
@@ -34,7 +34,10 @@ class Terms:
 
     def method(self) -> Method:
         module, config = settings("methods", self.experiment.method)
-        return module.build(config, self.experiment.training)
+        method: Method = module.build(config, self.experiment.training)
+        if isinstance(method, Rebuilds):
+            method.coordinates = self.compression().coordinates
+        return method
 
     def compression(self) -> Compression:
         """The same as the coordinator's: directions that were found there are taken from there."""

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ficpd.errors import CodecError
-from ficpd.seams import Method
+from ficpd.seams import ChecksOrders, Method
 from ficpd.types import Assignment, Prompt
 
 MOST_PROTOTYPES, FARTHEST = 1000, 10.0
@@ -17,11 +17,14 @@ FACTS = {"rate": (float, int), "contrast": (float, int), "choosing": (bool,)}
 def check_order(order: Assignment, method: Method, start: Prompt, last: int) -> None:
     """Raises `CodecError` for an order of another shape than the run's (`start`, `last` round). What passes cannot fail by
     its own doing, so that no failure tells of the records that were drawn for it."""
-    shape = start.vectors_PD.shape
     if order.method != method.name:
         raise CodecError(f"the order is of {order.method!r}, and the run of {method.name!r}")
     if type(order.round) is not int or not 1 <= order.round <= last + 1:
         raise CodecError(f"the order's round is {order.round!r}, expected 1 to {last}")
+    if isinstance(method, ChecksOrders):
+        method.check_order(order, start)
+        return
+    shape = start.vectors_PD.shape
     longest = FARTHEST * max(float(start.vectors_PD.norm(dim=1).max()), 1e-6)
     for name, array in order.arrays.items():
         rows = array.shape[1:] if name == "others_KPD" else array.shape

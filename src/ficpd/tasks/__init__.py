@@ -1,11 +1,13 @@
 """Tasks: what a record means. Those whose answers are texts share how they are asked and scored: `Answers`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ficpd.errors import DataError
+from ficpd import seeds
+from ficpd.errors import BackboneError, DataError
 from ficpd.seams import Backbone, Task
 from ficpd.types import Batch, Item, Outputs, Prompt, Record
 
@@ -73,6 +75,27 @@ def made_up(backbone: Backbone, number: int, seed: int, name: str = "made-up") -
     """Records without targets of what the backbone calls nonsense: public, and nobody's."""
     role = "image" if backbone.sees else "text"
     return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.nonsense(number, seed))]
+
+
+def masked(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
+    """The same records with a share of their words (what stands between spaces) in other words' place, drawn from what the
+    backbone calls nonsense; each word falls by itself. Raises `BackboneError` where records are images."""
+    if backbone.sees:
+        raise BackboneError(f"{backbone.name} sees images, and only words can be masked; do without masked records")
+    random = seeds.generator(seed, "which words")
+    known = [word for text in backbone.nonsense(64, seed) for word in str(text).split()]
+
+    def other(word: str) -> str:
+        falls = float(torch.rand((), generator=random)) < share
+        return known[int(torch.randint(len(known), (1,), generator=random))] if falls else word
+
+    def changed(text: str) -> str:
+        return " ".join(other(word) for word in text.split())
+
+    return [
+        replace(r, fields={k: changed(v) if k in ("text", "text_pair") and v else v for k, v in r.fields.items()})
+        for r in records
+    ]
 
 
 def known(records: Sequence[Record]) -> bool:

@@ -16,6 +16,11 @@ class Training(BaseModel):
 
     `decay` ends the run at this share of the learning rate (cosine over the rounds). `l2_weight` pulls to zero,
     a method's own proximal weight to where the round began.
+
+    The rest is for tuners and methods that see losses alone. `directions`: how many a step of spsa tries (two candidates
+    each). `population`: candidates of a generation of cma_es. `perturbation`: how far from where they are they try, per
+    number of the prompt, as in `learning_rate`; None: the rate of the round. `search_dimension`: so many numbers cma_es
+    searches in where no subspace is configured. `seed`: of the public draws that clients share; None: the experiment's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +30,26 @@ class Training(BaseModel):
     learning_rate: float | None = Field(default=None, gt=0)
     decay: float = Field(default=0.1, gt=0, le=1)
     l2_weight: float = Field(default=0.0, ge=0)
+    directions: int = Field(default=4, ge=1)
+    population: int = Field(default=16, ge=4)
+    perturbation: float | None = Field(default=None, gt=0)
+    search_dimension: int = Field(default=500, ge=2)
+    seed: int | None = None
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates the tuner asks about each record of a step."""
+        tuner = load("tuners", self.tuner)
+        return tuner.asked(self) if getattr(tuner, "black_box", False) else 1
+
+    @property
+    def public_seed(self) -> int:
+        """Of what all clients draw alike. Nothing private is derived from it."""
+        return self.seed or 0
+
+    def apart(self, order: Assignment) -> float:
+        """How far away candidates are tried, per number of the prompt."""
+        return self.perturbation or order.facts["rate"]
 
     def rate(self, round: int, num_rounds: int) -> float:
         """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.
@@ -53,17 +78,15 @@ def tune(
     Where the client tunes in coordinates z of a subspace, the tuner sees z [k] for the prompt, and the rate grows by
     √(PD/k): a step then moves the prompt as far as one in all its numbers would.
     """
-    coordinates = client.coordinates
+    tuner, coordinates = load("tuners", training.tuner), client.coordinates
+    batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
+    weights = {"l2_weight": training.l2_weight, "proximal_weight": proximal_weight}
+    if getattr(tuner, "black_box", False):  # it asks for losses alone, and knows coordinates by itself
+        tuned = yield from tuner.tune(client, start_PD, batches, training=training, order=order, **weights)
+        return tuned
     begin = start_PD if coordinates is None else coordinates.down(start_PD)
-    work = load("tuners", training.tuner).tune(
-        client,
-        begin,
-        client.batches(steps or training.local_steps, batch_size or training.batch_size),
-        learning_rate=order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5,
-        l2_weight=training.l2_weight,
-        proximal_weight=proximal_weight,
-        memory=memory,
-    )
+    rate = order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
+    work = tuner.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
         tuned = yield from work
         return tuned

@@ -1,0 +1,120 @@
+"""DP-CMA-ES: the server searches, clients say how good its candidates are, and all that a client sends is one noised
+vector.
+
+Our own specification, after what FedBPT (Sun et al., ICML 2024, arXiv 2310.01467) sends: clients that search by themselves
+upload means, losses and step sizes that no noise fits, and are sent a covariance of d² numbers. Here
+
+    server  candidates y_1..λ ~ m + σ N(0, C)                 one generation a round; m, σ, C and the paths stay here
+    client  f_k = mean_b clip(l_b(y_k) - mean_k l_b) + noise   λ numbers up: a record's λ losses are clipped together
+    server  (m, σ, C) <- CMA-ES told the mean of f             post-processing (Hansen, 2016, arXiv 1604.00772; pycma)
+
+That a record's losses are taken around their own mean changes no ranking, and ranks are all that CMA-ES goes by; it leaves
+the clip norm to what tells candidates apart. In units of the candidates' spread, such a vector is about as long as the
+record's gradient, and the clip norm that is found for gradients is used (`tuners/cma_es.width`).
+
+An order asks about `training.local_steps` times `training.batch_size` records at once. Candidates lie in the coordinates of
+a subspace, if one is configured, else in `training.search_dimension` random ones; the first spread is
+`training.perturbation`, or the learning rate. They are sent as they are: another machine's factorisation of C would make
+others from the same seed."""
+
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ficpd import seeds
+from ficpd.errors import CodecError
+from ficpd.seams import ClientSide, Coordinates, Model
+from ficpd.server.robust import MEAN, Means, Robust
+from ficpd.tuners import Training
+from ficpd.tuners.cma_es import Search, begun, centred, width
+from ficpd.tuners.space import Space
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+
+SEARCH = "search/"
+FARTHEST = 100.0
+"""An order may ask about prompts that are so many times as far from the start as the start is from zero."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    robust: Robust = MEAN
+
+
+def build(config: Config, training: Training) -> "DpCmaEs":
+    return DpCmaEs(config, training)
+
+
+class DpCmaEs:
+    name, pools_data, trains, releases, gathers = "dp_cma_es", False, True, True, False
+
+    def __init__(self, config: Config, training: Training):
+        self.training, self.robust, self.sums = training, config.robust, config.robust.sums
+        self.coordinates: Coordinates | None = None
+        self.candidates = training.population
+
+    def init(self, setup: Setup) -> State:
+        start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
+        search = begun(space.size, (self.training.perturbation or self.training.rate(1, setup.num_rounds)) * space.unit)
+        return self._state(start, search, {})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return 1, self.training.local_steps * self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        arrays = {"candidates_KN": state.arrays["candidates_KN"], "mean": state.arrays[SEARCH + "mean"].float()}
+        return Assignment(self.name, round, arrays)
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        candidates_KN, sent = order.arrays["candidates_KN"], []
+        scale = width(candidates_KN) * len(candidates_KN) ** 0.5
+        for batch in client.batches(*self.work(State({}))):
+            answer = yield Query(client.start + self._space(client.start).up(candidates_KN), batch)
+            sent.append(client.mean(centred(answer.loss_KB) / scale))
+        return ClientUpdate(client.id, {"losses_1K": torch.stack(sent)}, client.weight)
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {"losses_1K": (1, self.training.population)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        means = Means(self.robust, updates)
+        weights = {update.client: update.weight for update in means.updates}
+        losses_K = means.of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, weights)[0]
+        search = {n.removeprefix(SEARCH): array for n, array in state.arrays.items() if n.startswith(SEARCH)}
+        told = Search(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
+        return self._state(state.arrays["start"], told.state, {**state.facts, **means.facts})
+
+    def prompt(self, state: State) -> Tensor:
+        start = state.arrays["start"]
+        return start + self._space(start).up(state.arrays[SEARCH + "mean"].float())
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(order.arrays["mean"])
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.prompt(state)}
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless it has a population and its mean, not too far away."""
+        space, K = self._space(start.vectors_PD), self.training.population
+        wanted = {"candidates_KN": (K, space.size), "mean": (space.size,)}
+        given = {name: tuple(array.shape) for name, array in order.arrays.items()}
+        if given != wanted or order.facts or any(array.dtype != torch.float32 for array in order.arrays.values()):
+            raise CodecError(f"the order has {given} and {sorted(order.facts)}, expected float32 {wanted} and no facts")
+        for array in order.arrays.values():
+            away = float(space.up(array).flatten(-2).norm(dim=-1).max())
+            if away > FARTHEST * float(start.vectors_PD.norm()):
+                raise CodecError(
+                    f"the order asks about prompts more than {FARTHEST:g} times as far away as the start is long"
+                )
+
+    def _space(self, start_PD: Tensor) -> Space:
+        return Space(tuple(start_PD.shape), self.coordinates, self.training.search_dimension, self.training.public_seed)
+
+    def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
+        """With the candidates of the next generation."""
+        random = seeds.generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
+        candidates_KN = Search(search, self.training.population).ask(random)
+        arrays = {"start": start_PD, "candidates_KN": candidates_KN}
+        return State(arrays | {SEARCH + name: array for name, array in search.items()}, dict(facts))

@@ -1,0 +1,163 @@
+"""DP-ZO: zeroth-order tuning whose updates are a few noised numbers, for models that tell nothing but losses.
+
+Zhang et al., "DPZero: Private Fine-Tuning of Language Models without Backpropagation", ICML 2024, arXiv 2310.09639 (and
+Tang et al., "Private Fine-tuning of Large Language Models with Zeroth-order Optimization", 2024, arXiv 2401.04343), in a
+federation as in DeComFL (Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order
+Optimization", ICLR 2025, arXiv 2405.15861): directions come from a public seed, so that nobody has to send them.
+
+    client  s_jk = mean_b clip((l_b(p + c u_jk) - l_b(p - c u_jk)) / 2c) + noise   step j, direction k (DPZero, algorithm 1)
+            p <- p - η Σ_k s_jk u_jk                                                  and sends s alone: steps x K numbers
+    server  p <- p - η Σ_jk (mean over clients of s_jk) u_jk                          (DeComFL, algorithm 2)
+
+The server's step is linear in s, so it is the mean of what the clients' own steps came to. A record's K slopes are clipped
+together, by `Mechanism.mean`. Down goes the shorter one: all that was sent so far, averaged, from which anybody who knows
+the start rebuilds the prompt, or the prompt.
+
+Ours: signs for directions (DPZero: the sphere, MeZO: Gaussian); K directions a step, in the coordinates of a subspace if one
+is configured; the step's length. η is such that a step goes as far as one of Adam's at the same rate, projected on K of the
+prompt's numbers (`tuners/spsa`), for slopes that are as large as they have been: their root mean square is followed by the
+server, on what it was sent, and is not known before the first answers: in the first round clients do not move. Tuned by
+`training.directions` and `training.perturbation`; `training.tuner` is not used.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ficpd.errors import CodecError
+from ficpd.seams import ClientSide, Coordinates, Model
+from ficpd.server.robust import MEAN, Means, Robust
+from ficpd.tuners import Training
+from ficpd.tuners.space import Space
+from ficpd.tuners.spsa import slopes, stride
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+
+MEMORY = 0.9
+"""How much of the mean squared slope is that of the rounds before."""
+FARTHEST = 100.0
+"""An order may ask about prompts that are so many times as far from the start as the start is from zero."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    robust: Robust = MEAN
+
+
+def build(config: Config, training: Training) -> "DpZo":
+    return DpZo(config, training)
+
+
+class DpZo:
+    name, pools_data, trains, releases, gathers = "dp_zo", False, True, True, False
+
+    def __init__(self, config: Config, training: Training):
+        self.training, self.robust, self.sums = training, config.robust, config.robust.sums
+        self.coordinates: Coordinates | None = None
+        self.candidates = 2 * training.directions
+
+    def init(self, setup: Setup) -> State:
+        """`moves_TK`: by how much of each direction of each step the prompt was moved, since the start."""
+        start = setup.start.vectors_PD
+        arrays = {"start": start, "y": torch.zeros(self._space(start).size), "moves_TK": self._moves(0)}
+        return State(arrays, {"num_rounds": setup.num_rounds, "slope": 0.0})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        rate = self.training.rate(round, state.facts["num_rounds"])
+        moves, y = state.arrays["moves_TK"], state.arrays["y"]
+        arrays = {"moves_TK": moves} if moves.numel() <= y.numel() else {"y": y}
+        facts = {"rate": rate, "step": self._step(rate, state.facts["slope"], self._space(state.arrays["start"]))}
+        return Assignment(self.name, round, arrays, facts)
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        space, sent = self._space(client.start), []
+        apart, y = self.training.apart(order) * space.unit, self._place(client.start, order)
+        batches = client.batches(self.training.local_steps, self.training.batch_size)
+        for step, batch in enumerate(batches):
+            signs_KN = self._signs(space, order.round, step)
+            both = torch.cat([y + apart * signs_KN, y - apart * signs_KN])
+            answer = yield Query(client.start + space.up(both), batch)
+            sent.append(client.mean(slopes(answer.loss_KB, apart)))
+            y = y - order.facts["step"] * (sent[-1] @ signs_KN)
+        return ClientUpdate(client.id, {"slopes_SK": torch.stack(sent)}, client.weight)
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {"slopes_SK": (self.training.local_steps, self.training.directions)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        means, start = Means(self.robust, updates), state.arrays["start"]
+        weights = {update.client: update.weight for update in means.updates}
+        slopes_SK = means.of("global", {u.client: u.arrays["slopes_SK"] for u in means.updates}, weights)
+        space, before = self._space(start), state.facts["slope"]
+        square = float(slopes_SK.square().mean())
+        slope = (MEMORY * before**2 + (1 - MEMORY) * square if before else square) ** 0.5
+        rate = self.training.rate(round, state.facts["num_rounds"])
+        moves_SK = -self._step(rate, before or slope, space) * slopes_SK  # as long as the clients' own, if they moved
+        done = (round - 1) * self.training.local_steps  # a round that nobody answered moved nothing
+        moves_TK = torch.cat([state.arrays["moves_TK"], self._moves(done - len(state.arrays["moves_TK"])), moves_SK])
+        y = self._walked(state.arrays["y"], space, moves_SK, done)
+        return State({"start": start, "y": y, "moves_TK": moves_TK}, {**state.facts, "slope": slope, **means.facts})
+
+    def prompt(self, state: State) -> Tensor:
+        start = state.arrays["start"]
+        return start + self._space(start).up(state.arrays["y"])
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(self._place(client.start, order))
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.prompt(state)}
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless it has one of both arrays, a rate and a step."""
+        space, K = self._space(start.vectors_PD), self.training.directions
+        if order.arrays.keys() not in ({"y"}, {"moves_TK"}) or order.facts.keys() != {"rate", "step"}:
+            raise CodecError(
+                f"the order has {sorted(order.arrays)} and {sorted(order.facts)}, which no order of dp_zo has"
+            )
+        ((name, array),) = order.arrays.items()
+        fits = tuple(array.shape) == (space.size,) if name == "y" else array.dim() == 2 and array.shape[1] == K
+        if not fits or array.dtype != torch.float32 or array.numel() > space.size:
+            raise CodecError(
+                f"the order's array {name!r} is {array.dtype} {tuple(array.shape)}, expected at most {space.size}"
+            )
+        for fact, value in order.facts.items():
+            if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise CodecError(f"the order's {fact!r} is {value!r}, expected a number of 0 or more")
+        away = space.up(self._place(start.vectors_PD, order)).norm()
+        if not float(away) <= FARTHEST * float(start.vectors_PD.norm()) or order.facts["rate"] == 0:
+            raise CodecError(
+                f"the order asks about prompts more than {FARTHEST:g} times as far away as the start is long"
+            )
+
+    def _space(self, start_PD: Tensor) -> Space:
+        return Space(tuple(start_PD.shape), self.coordinates)
+
+    def _signs(self, space: Space, round: int, step: int) -> Tensor:
+        return space.signs(self.training.directions, self.training.public_seed, self.name, round, step)
+
+    def _step(self, rate: float, slope: float, space: Space) -> float:
+        """η, for slopes of this root mean square; 0 where it is not known."""
+        K = self.training.directions
+        return rate * space.unit * stride(K, space.size) / slope if slope else 0.0
+
+    def _place(self, start_PD: Tensor, order: Assignment) -> Tensor:
+        """[size]: where the order's prompt is, from the prompt or by replaying all moves."""
+        if "y" in order.arrays:
+            return order.arrays["y"]
+        space = self._space(start_PD)
+        return self._walked(torch.zeros(space.size), space, order.arrays["moves_TK"], 0)
+
+    def _walked(self, y: Tensor, space: Space, moves_TK: Tensor, first: int) -> Tensor:
+        """[size]: y after these moves along their directions; `first` is the step, of all rounds, of the first of them."""
+        steps = self.training.local_steps
+        for place, moves_K in enumerate(moves_TK, first):
+            y = y + moves_K @ self._signs(space, place // steps + 1, place % steps)
+        return y
+
+    def _moves(self, steps: int) -> Tensor:
+        return torch.zeros(steps, self.training.directions)

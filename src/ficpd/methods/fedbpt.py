@@ -1,0 +1,161 @@
+"""FedBPT: Sun et al., "FedBPT: Efficient Federated Black-box Prompt Tuning for Large Language Models", ICML 2024, arXiv
+2310.01467. Clients search with CMA-ES by themselves, and the server takes what they found for a population of its own.
+
+    client k  from (m, C, σ): `iterations` generations of `population` candidates y, prompt = p0 + A y, fitness
+                  F(y) = mean_i L(f(y; x_i), t_i) / L(f(y; x'_i), t_i)                     (equation 7, x' = x masked)
+              sends its mean m_k, F(m_k), and the σ_kj of its generations j
+    server    σ' = 2 √( Σ_{k in the better half} Σ_j σ_kj² / (|S| population) )            (equation 6)
+              (m, C, σ') <- CMA-ES told the m_k and their F(m_k)
+
+A masked record x' has random words in the place of a share of its own: a prompt that answers from few words, right or not,
+has both losses small, and gains nothing by it. All of a client's records are asked about in each generation. All clients
+try candidates of the same random numbers.
+
+Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1 where A gives candidates the spread of what
+they stand beside); `masked` is its code's (the paper finds 0.4 and 0.6 best). From its code, too, is what σ clients begin
+with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open. Ours: a subspace that is
+configured is A; fewer than four updates are averaged, for pycma takes no smaller population; no mirrored candidates, which
+pycma's default adds to populations below six; C travels as its lower triangle in float32. `training.*` is not used but for
+its seed.
+
+Without privacy only: see `unprotected`.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd import seeds
+from ficpd.errors import ConfigError
+from ficpd.seams import Backbone, ClientSide, Coordinates, Model, Task
+from ficpd.server.averaging import weighted_mean
+from ficpd.tuners import Training
+from ficpd.tuners.cma_es import Search, begun
+from ficpd.tuners.space import Space
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Query, Setup, State
+
+SEARCH = "search/"
+FEWEST = 4
+EVERYTHING = 1 << 30
+"""A batch of all records, however many."""
+
+
+class Config(BaseModel):
+    """`spread`: the first σ, in units of the start prompt's root mean square (the paper's α). `ratio`: false takes the
+    plain loss for fitness. `masked`: the share of words that fall."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    iterations: int = Field(default=8, ge=1)
+    population: int = Field(default=5, ge=4)
+    dimension: int = Field(default=500, ge=2)
+    spread: float = Field(default=1.0, gt=0)
+    ratio: bool = True
+    masked: float = Field(default=0.5, gt=0, le=1)
+
+
+def build(config: Config, training: Training) -> "FedBpt":
+    return FedBpt(config, training.public_seed)
+
+
+class FedBpt:
+    name, pools_data, trains, releases, sums, gathers = "fedbpt", False, True, True, False, False
+    unprotected = (
+        "its clients send means, losses and step sizes of a search of their own, by a ratio of losses in which no "
+        "record's share is bounded; use dp_cma_es, or run it without privacy"
+    )
+
+    def __init__(self, config: Config, seed: int):
+        self.config, self.seed = config, seed
+        self.coordinates: Coordinates | None = None
+        passes = config.iterations * config.population + 1
+        self.candidates = passes * (2 if config.ratio else 1) / (config.iterations + 1)
+
+    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        if self.config.ratio and backbone.sees:
+            raise ConfigError(
+                f"method.ratio = true masks words, and {backbone.name} sees images; set it to false (the plain loss)"
+            )
+
+    def init(self, setup: Setup) -> State:
+        start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
+        sigma = self.config.spread * float(start.square().mean().sqrt()) * space.unit
+        return self._state(start, begun(space.size, sigma, full=True), {"sigma": sigma})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.config.iterations + 1, EVERYTHING
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        search = _search(state)
+        lower = search["shape"][*torch.tril_indices(*search["shape"].shape)]
+        arrays = {"mean": search["mean"].float(), "shape_lower": lower.float()}
+        return Assignment(self.name, round, arrays, {"sigma": state.facts["sigma"]})
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        search, sigmas = Search(self._begun_at(order), self.config.population), []
+        batches = client.batches(*self.work(State({})))
+        for j in range(self.config.iterations):
+            random = seeds.generator("candidates", self.seed, self.name, order.round, j)
+            candidates_KN = search.ask(random)
+            fitness_K = yield from self._fitness(client, candidates_KN, next(batches))
+            sigmas.append(search.sigma)
+            search.tell(candidates_KN, fitness_K)
+        mean_1N = search.mean[None]
+        fitness_1 = yield from self._fitness(client, mean_1N, next(batches))
+        arrays = {"mean_1N": mean_1N, "loss": fitness_1.float(), "sigmas": torch.tensor(sigmas)}
+        return ClientUpdate(client.id, arrays, client.weight)
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        size = self._space(state.arrays["start"]).size
+        return {"mean_1N": (1, size), "loss": (1,), "sigmas": (self.config.iterations,)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        search, sigma, start = _search(state), state.facts["sigma"], state.arrays["start"]
+        updates = sorted(updates, key=lambda update: update.client)
+        if len(updates) < FEWEST:
+            mean = weighted_mean(updates, "mean_1N")[0].double()
+            return self._state(start, search | {"mean": mean}, state.facts)
+        losses_S = torch.cat([update.arrays["loss"] for update in updates])
+        means_SN = torch.cat([update.arrays["mean_1N"] for update in updates])
+        squares_S = torch.stack([update.arrays["sigmas"].double().square().sum() for update in updates])
+        better = losses_S.argsort(stable=True)[: len(updates) // 2]
+        wide = 2 * (squares_S[better].sum() / (len(updates) * self.config.population)).sqrt()  # equation 6
+        told = Search(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
+        return self._state(start, told.state, {**state.facts, "sigma": sigma * told.sigma / float(wide)})
+
+    def prompt(self, state: State) -> Tensor:
+        start = state.arrays["start"]
+        return start + self._space(start).up(_search(state)["mean"].float())
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(order.arrays["mean"])
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.prompt(state)}
+
+    def _fitness(self, client: ClientSide, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
+        """[K]: the mean ratio of both losses, or the mean loss."""
+        prompts_KPD = client.start + self._space(client.start).up(candidates_KN)
+        answer = yield Query(prompts_KPD, batch)
+        if not self.config.ratio:
+            return client.mean(answer.loss_KB)
+        masked = yield Query(prompts_KPD, client.masked(self.config.masked))
+        return client.mean(answer.loss_KB / masked.loss_KB.clamp(min=1e-6))
+
+    def _begun_at(self, order: Assignment) -> dict[str, Tensor]:
+        mean = order.arrays["mean"].double()
+        shape = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        shape[*torch.tril_indices(*shape.shape)] = order.arrays["shape_lower"].double()
+        whole = shape + shape.tril(-1).T
+        return begun(len(mean), order.facts["sigma"], full=True) | {"mean": mean, "shape": whole}
+
+    def _space(self, start_PD: Tensor) -> Space:
+        return Space(tuple(start_PD.shape), self.coordinates, self.config.dimension, self.seed)
+
+    def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
+        return State({"start": start_PD, **{SEARCH + name: array for name, array in search.items()}}, dict(facts))
+
+
+def _search(state: State) -> dict[str, Tensor]:
+    return {n.removeprefix(SEARCH): array for n, array in state.arrays.items() if n.startswith(SEARCH)}
