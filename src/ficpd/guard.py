@@ -13,7 +13,7 @@ from ficpd.federate import Schedule, cohort_of
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals
+from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals, Unprotected
 from ficpd.server.central import NoisedSum
 from ficpd.types import JSON, Plan, State
 
@@ -73,6 +73,8 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not method.releases:
         return NONE
+    if part["name"] != "none" and isinstance(method, Unprotected):
+        raise PrivacyError(f"{method.name} has no private form: {method.unprotected}")
     if part.get("placement") is not None and method.pools_data:
         return NONE
     if part.get("placement") == "central" and not method.sums:

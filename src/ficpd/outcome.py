@@ -15,7 +15,7 @@ from ficpd.guard import Guard, public_seed
 from ficpd.library import PromptLibrary, keys_of
 from ficpd.refine import Refined, refine
 from ficpd.rundir import RunDir
-from ficpd.seams import Calibrates, Classifies, Method, Particular
+from ficpd.seams import Calibrates, Classifies, Method, Particular, Rebuilds
 from ficpd.server.prototypes import agreement
 from ficpd.types import Prompt, State
 from ficpd.world import World
@@ -34,6 +34,8 @@ def method_of(world: World, part: Mapping[str, Any]) -> Method:
         raise ConfigError(
             f"method.label_prior = true goes by how frequent each label is, and {', '.join(unfit)} has none; set it to false"
         )
+    if isinstance(method, Rebuilds):
+        method.coordinates = world.compression.coordinates
     if isinstance(method, Particular):
         method.fits(list(world.tasks.values()), world.model.backbone)
     return method

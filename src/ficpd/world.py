@@ -151,6 +151,10 @@ def another_start(world: World, experiment: Experiment) -> World:
 
 
 def _begun(experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]]) -> World:
+    if experiment.federation.max_queries:
+        raise ConfigError(
+            "federation.max_queries is for simulations; what a site asks of its own model, it does not tell"
+        )
     """Backbone, start prompt and compression, for clients that are yet to come."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
