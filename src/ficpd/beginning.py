@@ -1,6 +1,6 @@
 """Where a run begins: the prompt that all start from, and what is measured at it on records that are nobody's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 
 from ficpd import heads, seeds
 from ficpd.backbones import catalog
-from ficpd.clients import clip_units
 from ficpd.compression.subspace import Gradients
 from ficpd.compute import Compute
 from ficpd.errors import ConfigError, unknown
@@ -17,11 +16,15 @@ from ficpd.experiment import Experiment, PromptConfig, settings
 from ficpd.library import PromptLibrary
 from ficpd.seams import Backbone, Compression, MakesUp, Task
 from ficpd.tasks import made_up
-from ficpd.types import LORA, Prompt, Query, Record
+from ficpd.tuners.space import Space, clip_units
+from ficpd.types import LORA, Batch, Prompt, Query, Record
 
 HEADROOM = 2.0
 """At the median norm itself half of the records are clipped, those that are answered wrongly most of all, and the most
 frequent answer wins: 72.5 and 69.6 % (two noise seeds, ε = 2) where twice the norm gave 76.4 and 77.9 %, thrice 75.3."""
+SLOPES, APART = 32, 0.05
+Norms = Callable[[int], torch.Tensor]
+"""How many, to the lengths of that many public gradients."""
 
 
 def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
@@ -43,6 +46,8 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
     training = experiment.training
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
+    if training.seed is None:
+        training = training.model_copy(update={"seed": seeds.derive(experiment.seed, "public", "training")})
     prompt = config.model_copy(update={"enters_at": enters_at, "num_tokens": len(tokens_PD)})
     return (
         Prompt(vectors_PD, backbone.fingerprint, enters_at, tasks[0].head_rows),
@@ -100,16 +105,18 @@ def measured(
     public = lru_cache(partial(public_gradients, model, tasks, start, seed))
     gradients = public if model.backbone.gives_gradients else None
     compression = module.build(config, start, seed, gradients)
-    privacy = open_clip(experiment, start, compression, gradients)
+    norms = partial(slopes_for_norms, model, tasks, start, compression, seed)
+    privacy = open_clip(experiment, start, compression, gradients, norms)
     return experiment.model_copy(update={"privacy": privacy}), compression
 
 
 def open_clip(
-    experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None
+    experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None, norms_of: Norms
 ) -> dict[str, Any]:
     """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
     units that the tuner sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
-    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at."""
+    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at. Where
+    there are no gradients, `norms_of` so many made-up records are taken instead."""
     privacy = dict(experiment.privacy)
     if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
         return privacy
@@ -117,13 +124,17 @@ def open_clip(
         training = experiment.training
         longest = training.local_steps * (training.learning_rate or 0) * start.vectors_PD.numel() ** 0.5
         return privacy | {"clip_norm": longest / 2}
-    if gradients is None:
-        raise ConfigError("privacy.clip_norm is open, and this backbone gives no gradients to find one from; state it")
+    if not start.vectors_PD.is_floating_point():  # words: left open, a method may have one of its own
+        return privacy
     groups = list(experiment.parties)
     number = max(256, 8 * len(groups))
-    found, coordinates = gradients(number), compression.coordinates
-    flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
-    norms = flat.norm(dim=1).split([len(range(place, number, len(groups))) for place in range(len(groups))])
+    if gradients is None:
+        lengths = norms_of(number)
+    else:
+        found, coordinates = gradients(number), compression.coordinates
+        flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
+        lengths = flat.norm(dim=1)
+    norms = lengths.split([len(range(place, number, len(groups))) for place in range(len(groups))])
     clips = {group: HEADROOM * float(own.median()) for group, own in zip(groups, norms, strict=True)}
     return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
 
@@ -131,17 +142,41 @@ def open_clip(
 def public_gradients(model: Compute, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
     """[number, P, D]: gradients at the start prompt on made-up records, every task and every possible answer in turn;
     nobody's data."""
-    records, compute, found = made_up(model.backbone, number, seed), Compute(model.backbone, 0, model.chunk_tokens), []
+    compute, found = Compute(model.backbone, 0, model.chunk_tokens), []
+    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+        answer = compute.answer([Query(start.vectors_PD[None], batch, grad=True)])[0]  # nothing below is worth keeping
+        assert answer.grad_KBPD is not None
+        found.append(answer.grad_KBPD[0].cpu())
+    return torch.cat(found)
+
+
+def slopes_for_norms(
+    model: Compute, tasks: Sequence[Task], start: Prompt, compression: Compression, seed: int, number: int
+) -> torch.Tensor:
+    """[number]: about how long these gradients would be, from losses alone: along `SLOPES` directions of random signs a
+    gradient's slope is as large as it is long, in root mean square. Tried at a distance of `APART` of the start's root mean
+    square, per number of the prompt."""
+    space = Space(tuple(start.vectors_PD.shape), compression.coordinates)
+    apart = APART * float(start.vectors_PD.square().mean().sqrt()) * space.unit
+    signs_KN, compute, found = space.signs(SLOPES, seed, "norms"), Compute(model.backbone, 0, model.chunk_tokens), []
+    prompts_KPD = start.vectors_PD + space.up(torch.cat([apart * signs_KN, -apart * signs_KN]))
+    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+        up_KB, down_KB = compute.answer([Query(prompts_KPD, batch)])[0].loss_KB.cpu().chunk(2)
+        found.append(((up_KB - down_KB) / (2 * apart)).square().mean(0).sqrt())
+    return torch.cat(found)
+
+
+def made_up_batches(
+    backbone: Backbone, tasks: Sequence[Task], start: Prompt, seed: int, number: int
+) -> Iterator[Batch]:
+    """`number` records that are nobody's, one batch a task, every possible answer in turn."""
+    records = made_up(backbone, number, seed)
     for place, task in enumerate(tasks[:number]):
         own = [
             Record(r.key, {**r.fields, "target": task.possible[i % len(task.possible)], **_beside(task, i)})
             for i, r in enumerate(records[place :: len(tasks)])
         ]
-        query = Query(start.vectors_PD[None], task.encode(own, model.backbone, start), grad=True)
-        answer = compute.answer([query])[0]  # nothing below the prompt's layer is worth keeping
-        assert answer.grad_KBPD is not None
-        found.append(answer.grad_KBPD[0].cpu())
-    return torch.cat(found)
+        yield task.encode(own, backbone, start)
 
 
 def _beside(task: Task, place: int) -> Mapping[str, Any]:
