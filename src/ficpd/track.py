@@ -18,7 +18,7 @@ from ficpd.errors import ConfigError
 Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
 KINDS = ("tensorboard", "mlflow")
 PAUSE = 2.0
-FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "queries", "seconds_train", "seconds_aggregate")
+FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
 
 
 class Writer(Protocol):

@@ -51,13 +51,14 @@ CELL          method, task, partition, budget: labels
                             allowed; 0 for a method without rounds
               rounds        how many were run
               bytes         {up, down, total}, all clients and rounds up to `at_round`, as encoded
-              queries       up to `at_round`; null if they were not counted
+              queries       of all clients up to `at_round`: candidate prompts times records; null if they were not counted
+              gradients     how many queries of the whole run asked for a gradient, which no black box answers; or null
               seconds       of training and aggregating up to `at_round`
               epsilon       spent in the whole run; 0 where nothing leaves; null where there is no guarantee
               guarantee     the same in words
               stopped       null, or why the run ended early
               per_client    {client: own figure} at the end of the run
-              data          SHA-256 of who holds which records: equal in all cells of one task, partition and seed
+              data          SHA-256 of who holds which records: equal in all cells of one condition and seed
               curve         [POINT], every round that was evaluated, the last one included
 POINT         round, own, everyone, bytes_up, bytes_down, queries, seconds; the last four are sums from the first round on.
               The figures before the first round are not measured

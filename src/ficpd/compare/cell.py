@@ -24,8 +24,8 @@ from ficpd.world import World, another_start, build_world
 
 Outcome = dict[str, Any]
 """Of `cells/KEY.json`: schema, ficpd, key, status ("done", "refused", "failed"), reason; and of one that is done metric,
-task, backbone, figures, rounds, bytes, queries, seconds, epsilon, guarantee, stopped, per_client, data, curve, each as
-`compare.json` has it, for the whole run."""
+task, backbone, figures, rounds, bytes, queries, gradients, seconds, epsilon, guarantee, stopped, per_client, data, curve,
+each as `compare.json` has it, for the whole run."""
 
 
 class Worlds:
@@ -85,6 +85,7 @@ def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Ou
         "rounds": len(rounds),
         "bytes": {"up": last["bytes_up"], "down": last["bytes_down"], "total": last["bytes_up"] + last["bytes_down"]},
         "queries": last["queries"],
+        "gradients": (result.get("queries") or {}).get("gradient"),
         "seconds": last["seconds"],
         "epsilon": result["privacy"].get("epsilon"),
         "guarantee": guarantee(result["privacy"]),
@@ -100,7 +101,8 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
     up = [0, *accumulate(line["bytes_up"] for line in rounds)]
     down = [0, *accumulate(line["bytes_down"] for line in rounds)]
     seconds = [0.0, *accumulate(line["seconds_train"] + line["seconds_aggregate"] for line in rounds)]
-    queries = _queries(result, rounds)
+    asked = [_asked(line) for line in rounds]
+    queries = [0, *accumulate(asked)] if None not in asked else [None] * (len(rounds) + 1)  # type: ignore[arg-type]
 
     def point(place: int, own: float, everyone: float | None) -> dict[str, Any]:
         spent = {"bytes_up": up[place], "bytes_down": down[place], "queries": queries[place], "seconds": seconds[place]}
@@ -115,13 +117,10 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
     return [*points, point(len(rounds), scores["per_client_mean"][metric], everyone)]
 
 
-def _queries(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> list[int | None]:
-    """Sums after each round, from before the first on; None where they were not counted."""
-    total = result.get("queries")
-    whole = total.get("total") if isinstance(total, Mapping) else total
-    if all(line.get("queries") is not None for line in rounds) and (rounds or whole is not None):
-        return [0, *accumulate(line["queries"] for line in rounds)]
-    return [*([None] * len(rounds)), whole]
+def _asked(line: Mapping[str, Any]) -> int | None:
+    """All queries of a round, with gradients and without; None where they were not counted."""
+    queries = line.get("queries")
+    return None if queries is None else sum(sum(kinds) for kinds in queries.values())
 
 
 def data_of(world: World) -> str:

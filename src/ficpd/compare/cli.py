@@ -100,7 +100,7 @@ def _say(console: Any, found: dict[str, Any], out: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ficpd.compare.tables import overviews
+    from ficpd.compare.tables import overviews, without_figure
 
     for one in overviews(found):
         drawn = Table(
@@ -109,7 +109,6 @@ def _say(console: Any, found: dict[str, Any], out: Path) -> None:
         for row in one.rows:
             drawn.add_row(*map(escape, row))
         console.print(drawn)
-    for cell in found["cells"]:
-        if cell["reason"]:
-            console.print(escape(f"{cell['key']}: {cell['status']}: {cell['reason']}"), highlight=False, soft_wrap=True)
+    for why in without_figure(found):
+        console.print(escape(why), highlight=False, soft_wrap=True)
     typer.echo(f"tables: {out / 'compare.md'}, {out / 'tables'}")

@@ -10,9 +10,11 @@ from ficpd.errors import RunError
 Row = dict[str, Any]
 """A CELL of the schema."""
 NOTHING: Row = {
-    "figures": None, "at_round": None, "rounds": None, "bytes": None, "queries": None, "seconds": None, "epsilon": None,
-    "guarantee": None, "stopped": None, "per_client": {}, "data": None, "curve": [],
-}  # fmt: skip
+    **dict.fromkeys(
+        ("figures", "at_round", "rounds", "bytes", "queries", "gradients", "seconds", "epsilon", "guarantee")
+    ),
+    **{"stopped": None, "per_client": {}, "data": None, "curve": []},
+}
 
 
 def rows(cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mapping[str, Outcome | None]) -> list[Row]:

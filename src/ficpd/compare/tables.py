@@ -81,7 +81,7 @@ def _condition(found: Found, condition: Found) -> Table:
             *(NONE if s[key] is None else metric.shown(s[key]) for key in ("everyone", "worst")),
             str(s["n"]), _difference(s["against"], metric), _p(s["against"], "p"), _p(s["against"]), _bytes(s["bytes"]),
             *([NONE if s["queries"] is None else f"{s['queries']:,.0f}"] if counted else []),
-            NONE if s["seconds"] is None else f"{s['seconds']:.0f}",
+            NONE if s["seconds"] is None else _few(s["seconds"]),
         ])  # fmt: skip
     whose = "own test" if found["figure"] == "own" else "everyone's test"
     why = sorted({s["against"]["why"] for s in condition["methods"].values() if s["against"] and s["against"]["why"]})
@@ -120,7 +120,7 @@ def _needed(method: Found, key: str) -> str:
     value = method[key]
     if value is None:
         return "not reached" if method["reached"] < len(method["of"]) else NONE
-    return _bytes(value) if key == "bytes" else f"{value:,.0f}"
+    return _bytes(value) if key == "bytes" else _few(value)
 
 
 def _front(found: Found, front: Found) -> Table:
@@ -215,6 +215,14 @@ def _bytes(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def _few(number: float) -> str:
+    """
+    >>> _few(0.25), _few(2.5), _few(3), _few(1234.5)
+    ('0.25', '2.5', '3', '1,234')
+    """
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
+
+
 def _epsilon(found: Found, condition: Found, label: str) -> str:
     """As its finished cells say."""
     own = [c for c in found["cells"] if c["method"] == label and _same(c, condition) and c["task"] == condition["task"]]
@@ -242,8 +250,7 @@ def write_tables(found: Found, out: Path) -> None:
 def page(found: Found, tables: Sequence[Table]) -> str:
     methods = ", ".join(label for label in found["methods"] if label not in found["lines"])
     said = ", ".join(f"{number} {status}" for status, number in found["counts"].items())
-    without = [c for c in found["cells"] if c["reason"]]
-    whys = "".join(f"- {_at(found, c)}: {c['status']}: {c['reason']}\n" for c in without)
+    whys = "".join(f"- {why}\n" for why in without_figure(found))
     return (
         f"# {found['name']}\n\n{methods}; beside {', '.join(found['lines'])}. Seeds {', '.join(map(str, found['seeds']))}; "
         f"cells: {said}. Made by ficpd {found['ficpd']}; docs/compare.md says how to read it.\n\n"
@@ -252,9 +259,16 @@ def page(found: Found, tables: Sequence[Table]) -> str:
     )
 
 
-def _at(found: Found, cell: Found) -> str:
-    labels = {key: value for key, value in cell.items() if key != "method"}
-    return f"{cell['method']} ({_title(found, labels)}, seed {cell['seed']})"
+def without_figure(found: Found) -> list[str]:
+    """One sentence for each method and condition that has cells with a reason, with the first of them: seeds fail alike."""
+    seeds: dict[str, list[int]] = {}
+    first: dict[str, str] = {}
+    for cell in found["cells"]:
+        if cell["reason"]:
+            at = f"{cell['method']} ({_title(found, {k: v for k, v in cell.items() if k != 'method'})})"
+            seeds.setdefault(f"{at} {cell['status']}", []).append(cell["seed"])
+            first.setdefault(f"{at} {cell['status']}", cell["reason"])
+    return [f"{at}, seeds {', '.join(map(str, seeds[at]))}: {first[at]}" for at in seeds]
 
 
 def cells_csv(found: Found) -> str:
