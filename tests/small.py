@@ -23,7 +23,7 @@ from ficpd.run import run as run_experiment
 from ficpd.seams import Compression, Engine, Method, StartsElsewhere, Task
 from ficpd.tasks import choice, classification, regression
 from ficpd.tuners import Training
-from ficpd.types import ArrayKind, ClientCard, Prompt, Record, Setup, State
+from ficpd.types import Answer, ArrayKind, ClientCard, Prompt, Query, Record, Setup, State
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]
@@ -128,7 +128,8 @@ def engine(chosen: Method, members: Mapping[str, Client], model: Compute, lock_s
 def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0) -> State:
     cards = [client.card for client in members.values()]
     begin = next(iter(members.values())).start
-    return chosen.init(Setup(begin, cards, rounds, len(cards), seed))
+    labels = {"": getattr(next(iter(members.values())).task, "num_labels", 0)}
+    return chosen.init(Setup(begin, cards, rounds, len(cards), seed, labels))
 
 
 def rounds(
@@ -144,6 +145,17 @@ def rounds(
         state = after
         reports.append(report)
     return state, reports
+
+
+class Listening:
+    """A model that remembers which prompts it was asked about."""
+
+    def __init__(self, model: Compute):
+        self.model, self.backbone, self.asked = model, model.backbone, []
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        self.asked += [query.prompts_KPD.clone() for query in queries]
+        return self.model.answer(queries)
 
 
 def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
@@ -171,6 +183,15 @@ def table(path: Path, count: int = 60, sites: int = 3) -> Path:
     lines += [f"{r.fields['text']},{r.fields['target']},site-{i % sites}" for i, r in enumerate(records(count, 1))]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+NUMBERS = "task={name='regression',anchors={'bad dull'=1.0,'good fine'=5.0}}"
+"""A change of an experiment's task, for the table once it is `numbered`."""
+
+
+def numbered(path: Path) -> None:
+    """The table's labels as numbers."""
+    path.write_text(path.read_text().replace(",good,", ",4.5,").replace(",bad,", ",1.5,"))
 
 
 def toml(data: Path, method: str = "fedavg", rounds: int = 3, seed: int = 0) -> str:

@@ -9,11 +9,12 @@ import small
 from ficpd import codec
 from ficpd.clients import Client, participate, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
+from ficpd.errors import LibraryError
 from ficpd.federate import Schedule
 from ficpd.metrics.evaluate import evaluate
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.seams import Method
+from ficpd.seams import Demonstrates, Method
 from ficpd.types import Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
@@ -103,6 +104,10 @@ def test_a_task_with_a_tuned_head(method, model):
     begin = next(iter(members.values())).start
     for name, prompt in outcome(method, members, state).items():
         assert len(prompt) in (len(begin.vectors_PD), begin.head_rows), name
+    if isinstance(method, Demonstrates):
+        with pytest.raises(LibraryError, match="without a tuned head"):
+            evaluate(method, state, members, model, 3)
+        return
     assert evaluate(method, state, members, model, 3).own.keys() == members.keys()
 
 

@@ -23,7 +23,9 @@ from ficpd.server.robust import Means, Robust
 from ficpd.types import ClientCard, ClientUpdate, Query, State
 
 RULES = ("trimmed_mean", "norm_bound", "multi_krum")
-AVERAGING = [name for name in names("methods") if (m := small.method(name)).releases and not m.pools_data]
+APART = {"fedbpt", "feddtpt", "fedhpl", "prompt_dpsgd"}
+"""What their clients send is a search's population, words, logits kept by client, nothing: no mean is taken of it."""
+AVERAGING = [n for n in names("methods") if n not in APART and (m := small.method(n)).releases and not m.pools_data]
 POISONED = "site-3"
 
 

@@ -1,0 +1,186 @@
+"""FedHPL: prompts stay at home, and what clients tell each other is what they answer (Ma et al., 2024, arXiv 2405.17267).
+
+Only the paper's abstract could be read, so this is our own specification of what it describes, and no reproduction:
+
+    client k   prompt p_k, tuned on   CE(f, y) + γ τ² KL(softmax(Ẑ_k^y / τ) ‖ softmax(f / τ)),   f the record's logits
+    upload     of each class c the sum of the logits of k's correctly classified records, and their number n_k^c
+    server     z̄_k^c = sum_k^c / n_k^c, everybody else's z̄^c = Σ_{j≠k} sum_j^c / Σ_{j≠k} n_j^c (weighted by counts), and
+               Ẑ_k^c = α z̄_k^c + (1 - α) z̄^c: the own share stands apart, so Ẑ_k is for client k alone
+
+A mean of less than one record, or one whose largest logit is another class's, is noise: the means of right answers are right
+answers. Its class goes without. Logits are centred, for softmax does not see the difference and a clip does. In a federation
+of several tasks, clients of one task tell each other.
+
+With a record-level mechanism two things have to be private, not one. The sums that leave are totals over records
+(`ClientSide.total`), clipped and noised in every round anew. But that bounds what one record does to a sum *at a given
+prompt*, and the prompt is a function of all records: one record more moves it, and with it everybody's logits. So the
+prompt is tuned by DP-SGD (`batches`, `mean`) although it never leaves; then it is as good as public, and the sums are one
+release more (adaptive composition). A record's logits and the one that it adds to a count are clipped as one row.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd.errors import ConfigError
+from ficpd.seams import Backbone, Classifies, ClientSide, Model, Task
+from ficpd.tuners import Training, tune
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Query, Setup, State
+
+LOGITS, KNOWN, SENT = "logits", "known", "sent/"
+TARGET, WEIGHT = "distilled/target", "distilled/weight"
+HALF = 0.5**0.5
+"""Logits and count have half each of a row's squared norm."""
+
+
+class Config(BaseModel):
+    """`weight` is γ, `temperature` τ, `own_share` α; all defaults are ours. `logit_norm`: how long centred logits may be
+    beside a count of one; a record with longer ones counts for less (without privacy it changes nothing). `share`: of a
+    record-level mechanism's budget, what the sums of all rounds take; the prompt gets the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weight: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=4.0, gt=0)
+    own_share: float = Field(default=0.25, ge=0, le=1)
+    logit_norm: float = Field(default=10.0, gt=0)
+    share: float = Field(default=0.25, gt=0, lt=1)
+
+
+def build(config: Config, training: Training) -> "FedHpl":
+    return FedHpl(config, training)
+
+
+class FedHpl:
+    """Guarantees (`tests/methods/test_fedhpl.py`): every prompt that is asked about depends on the records only through
+    `ClientSide.mean`; a record's row in the total, logits and count together, is as long as `logit_norm` says and clipped
+    to norm 1; the ledger has a line of the logits for each round that the client answered."""
+
+    name, pools_data, trains, releases, sums, gathers = "fedhpl", False, True, True, False, False
+
+    def __init__(self, config: Config, training: Training):
+        self.config, self.training = config, training
+        self.totals = {LOGITS: config.share}
+
+    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        if not all(isinstance(task, Classifies) for task in tasks):
+            kinds = ", ".join(str(task.describe()["name"]) for task in tasks)
+            raise ConfigError(f"fedhpl compares logits label by label, and not every task here has labels ({kinds})")
+
+    def init(self, setup: Setup) -> State:
+        facts = {"num_rounds": setup.num_rounds, "started": [], "num_labels": dict(setup.num_labels)}
+        facts["group"] = {card.name: _group(card) for card in setup.clients}
+        return State({"start": setup.start.vectors_PD}, facts)
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        """The start travels until the client has answered once, logits as soon as there are any."""
+        arrays = {} if client.name in state.facts["started"] else {"start": state.arrays["start"]}
+        own, facts = _group(client), state.facts
+        sent = {n: state.arrays[SENT + n] for n in facts["started"] if facts["group"].get(n) == own}
+        if sent:
+            number = facts["num_labels"][own]
+            of_label = {name: array[:number, : number + 1] for name, array in sent.items()}
+            arrays[LOGITS], arrays[KNOWN] = for_client(of_label, client.name, self.config.own_share)
+        rate = self.training.rate(round, facts["num_rounds"])
+        return Assignment(self.name, round, arrays, {"rate": rate, "most_labels": max(facts["num_labels"].values())})
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        tuning = tune(self.training, client, order, self.personal(client, order), memory=client.kept)
+        client.kept["prompt"] = yield from self._distilled(tuning, order)
+        records = client.whole()
+        answer = yield Query(client.kept["prompt"][None], records, outputs=True)
+        assert answer.outputs_KB is not None
+        rows_BCN = rows_of(answer.outputs_KB, records, self.config.logit_norm)
+        summed = client.total(LOGITS, rows_BCN.flatten(1)).view(rows_BCN.shape[1:]) / HALF
+        summed[:, 1:] *= self.config.logit_norm
+        missing = order.facts["most_labels"] - len(summed)  # another task may have more labels
+        return ClientUpdate(client.id, {LOGITS: F.pad(summed, (0, missing, 0, missing))})
+
+    def _distilled(self, work: Generator[Query, Answer, Tensor], order: Assignment) -> Generator[Query, Answer, Tensor]:
+        """The tuner's questions, each record's loss with its class's global logits to be like."""
+        if LOGITS not in order.arrays or not self.config.weight:
+            return (yield from work)
+        logits_CC, known_C, temperature = order.arrays[LOGITS], order.arrays[KNOWN], self.config.temperature
+        try:
+            query = next(work)
+            while True:
+                labels_B = query.batch.targets
+                assert labels_B is not None
+                weight_B = self.config.weight * temperature**2 * known_C[labels_B]
+                weights_B2 = torch.stack([weight_B, torch.full_like(weight_B, temperature)], dim=1)
+                extra = {**query.batch.extra, TARGET: logits_CC[labels_B], WEIGHT: weights_B2}
+                query = work.send((yield query._replace(batch=replace(query.batch, extra=extra), loss=distilling)))
+        except StopIteration as end:
+            return end.value
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        most = max(state.facts["num_labels"].values())
+        return {LOGITS: (most, most + 1)}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        """What each client sent last."""
+        sent = {SENT + update.client: update.arrays[LOGITS] for update in updates}
+        started = sorted({*state.facts["started"], *(update.client for update in updates)})
+        return State({**state.arrays, **sent}, {**state.facts, "started": started})
+
+    def prompt(self, state: State) -> None:
+        return None
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return client.kept["prompt"] if "prompt" in client.kept else order.arrays["start"]
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        """Nothing that anybody shares."""
+        return {}
+
+
+def rows_of(outputs: Outputs, batch: Batch, logit_norm: float) -> Tensor:
+    """[B, C, 1 + C]: in the row of its class, each correctly classified record's one and its centred logits over
+    `logit_norm`, so that a record with logits of that length has norm 1; nothing of a record that is misclassified."""
+    assert isinstance(batch.task, Classifies)
+    assert batch.targets is not None
+    logits_BC = batch.task.logits(outputs, batch).float().cpu()
+    right_B = logits_BC.argmax(1) == batch.targets
+    centred_BC = (logits_BC - logits_BC.mean(1, keepdim=True)) / logit_norm
+    told_BN = HALF * right_B[:, None] * F.pad(centred_BC, (1, 0), value=1.0)
+    return F.one_hot(batch.targets, logits_BC.shape[1])[:, :, None] * told_BN[:, None]
+
+
+def for_client(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:
+    """Ẑ_k [C, C] and whether there is one of each class ([C], 1 or 0), of all clients' counts beside sums [C, 1 + C]. Of a
+    class that only the client itself has answered for, or only the others, theirs counts whole."""
+    nothing = torch.zeros_like(next(iter(sent.values())))
+    own_CC, own_known_C = _means(sent.get(client, nothing))
+    others = torch.stack([nothing, *(array for name, array in sorted(sent.items()) if name != client)])
+    others_CC, others_known_C = _means(others.sum(0))
+    share_C = torch.where(own_known_C & others_known_C, own_share, own_known_C.float())[:, None]
+    return share_C * own_CC + (1 - share_C) * others_CC, (own_known_C | others_known_C).float()
+
+
+def _means(summed_CN: Tensor) -> tuple[Tensor, Tensor]:
+    """z̄ [C, C], zero where it is not known, and whether it is: there is a record, and its class has the largest logit."""
+    count_C, classes_C = summed_CN[:, 0], torch.arange(len(summed_CN))
+    means_CC = summed_CN[:, 1:] / count_C.clamp(min=1.0)[:, None]
+    known_C = (count_C > 0.5) & (means_CC.argmax(1) == classes_C)
+    return means_CC * known_C[:, None], known_C
+
+
+def distilling(outputs: Outputs, batch: Batch) -> Tensor:
+    """[R]: the task's loss plus γ τ² KL(softmax(Ẑ/τ) ‖ softmax(f/τ)) (Hinton et al., 2015, arXiv 1503.02531, section 2: τ²
+    keeps the gradient's size as τ changes)."""
+    assert isinstance(batch.task, Classifies)
+    weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
+    own_RC = (batch.task.logits(outputs, batch) / temperature_R[:, None]).log_softmax(1)
+    wanted_RC = (batch.extra[TARGET] / temperature_R[:, None]).log_softmax(1)
+    apart_R = F.kl_div(own_RC, wanted_RC, reduction="none", log_target=True).sum(1)
+    return batch.task.loss(outputs, batch) + weight_R * apart_R
+
+
+def _group(card: ClientCard) -> str:
+    return str(card.metadata.get("group", ""))

@@ -1,0 +1,85 @@
+"""In-context learning: the client's own records stand before each of its texts, and nothing is tuned (Brown et al., NeurIPS
+2020, arXiv 2005.14165).
+
+    reads a context (a decoder, a cloze)   x_1, instruction y_1; ...; x_n, instruction y_n; x, instruction _
+    reads none (a sentence or image encoder)   readout row of each label  <-  mixed with its examples' mean feature
+
+The second is what untuned examples mean to an encoder (Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; see
+`demonstrations`). Examples are taken label by label in turn, in the records' order, as many as fit before a text. Nothing
+leaves; but whoever is answered with them is told of records, so this has no guarantee to give.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd.demonstrations import MIXES, Demonstrations, demonstrate, possible
+from ficpd.errors import ConfigError
+from ficpd.seams import Backbone, ClientSide, Model, Task
+from ficpd.tuners import Training
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Setup, State
+
+
+class Config(BaseModel):
+    """`examples`: how many are shown in a context, at most (the paper: as many as fit, 10 to 100). A readout takes all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    examples: int = Field(default=32, ge=1)
+
+
+def build(config: Config, training: Training) -> "Icl":
+    return Icl(config)
+
+
+class Icl:
+    name, pools_data, trains, releases, sums, gathers = "icl", False, False, False, False, False
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        unfit = [str(task.describe()["name"]) for task in tasks if not possible(task)]
+        if unfit:
+            raise ConfigError(
+                f"icl shows examples with their labels' texts, and {', '.join(unfit)} has no labels, or a head that is "
+                "tuned; take a classification with task.tuned_head = false, or another method"
+            )
+
+    def init(self, setup: Setup) -> State:
+        """No virtual tokens; the head rows, if there are any, as they start."""
+        start = setup.start
+        return State({"prompt": start.vectors_PD[len(start.vectors_PD) - start.head_rows :]})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return 0, 1
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        return Assignment(self.name, round, state.arrays)
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        return ClientUpdate(client.id, {})
+        yield
+
+    def demonstrate(
+        self, task: Task, records: Sequence[Record], batch: Batch, prompt: Prompt, backbone: Backbone
+    ) -> Generator[Query, Answer, Demonstrations]:
+        found = yield from demonstrate(task, records, batch, prompt, backbone)
+        shown = found.get("") or found[f"{MIXES[-1]:g}"]
+        return replace(shown, texts=shown.texts[: self.config.examples])
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        return state
+
+    def prompt(self, state: State) -> None:
+        """Nothing that all share: each has examples of its own."""
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return order.arrays["prompt"]
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        return {}

@@ -1,0 +1,73 @@
+"""PromptDPSGD: every client tunes a prompt of its own by DP-SGD, and nobody hears of it (Duan et al., "Flocks of Stochastic
+Parrots", NeurIPS 2023, arXiv 2305.15594).
+
+    per step  Poisson sample -> gradient of each record with respect to the prompt -> clip to C -> sum + N(0, σ²C²) -> step
+
+`local` with the mechanism: no record is hidden from the server by it, for nothing leaves either way, but from whoever uses
+the prompt. A service that answers with a prompt in front tells of the records that the prompt was tuned on (the paper's
+membership inference); of this one it tells within (ε, δ), as if the prompt had been published. So its `releases` is true:
+the prompt is what is paid for. Only a record-level mechanism makes it private; one on updates has nothing to noise.
+
+The paper has one party and settings of its own for each task; here the experiment's start, tuner and rates are used, as
+in all methods, so that they can be compared.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ficpd.seams import ClientSide, Model
+from ficpd.tuners import Training, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def build(config: Config, training: Training) -> "PromptDpsgd":
+    return PromptDpsgd(training)
+
+
+class PromptDpsgd:
+    """Guarantees (`tests/methods/test_prompt_dpsgd.py`): the prompt and the tuner's moments depend on the records only
+    through `ClientSide.mean`; each step is paid for; nothing leaves but that an order was carried out."""
+
+    name, pools_data, trains, releases, sums, gathers = "prompt_dpsgd", False, True, True, False, False
+
+    def __init__(self, training: Training):
+        self.training = training
+
+    def init(self, setup: Setup) -> State:
+        return State({"start": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds, "started": []})
+
+    def work(self, state: State) -> tuple[int, int]:
+        return self.training.local_steps, self.training.batch_size
+
+    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+        """The start travels until the client has answered once."""
+        arrays = {} if client.name in state.facts["started"] else {"start": state.arrays["start"]}
+        return Assignment(self.name, round, arrays, {"rate": self.training.rate(round, state.facts["num_rounds"])})
+
+    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt = self.personal(client, order)
+        client.kept["prompt"] = yield from tune(self.training, client, order, prompt, memory=client.kept)
+        return ClientUpdate(client.id, {})
+
+    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        started = sorted({*state.facts["started"], *(update.client for update in updates)})
+        return State(state.arrays, {**state.facts, "started": started})
+
+    def prompt(self, state: State) -> None:
+        return None
+
+    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+        return client.kept["prompt"] if "prompt" in client.kept else order.arrays["start"]
+
+    def basis(self, state: State) -> Mapping[str, Tensor]:
+        """Nothing that anybody shares."""
+        return {}

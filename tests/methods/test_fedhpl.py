@@ -1,0 +1,280 @@
+"""FedHPL: what a client tells of its answers, what the server makes of it for each, and what both cost."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+
+import small
+from contracts.test_leak import Deaf
+from ficpd import seeds
+from ficpd.clients import participate, personal_prompt
+from ficpd.compute import Compute, drive
+from ficpd.errors import ConfigError, PrivacyError
+from ficpd.experiment import parse
+from ficpd.federate import Schedule
+from ficpd.methods.fedhpl import LOGITS, TARGET, WEIGHT, Config, distilling, for_client, rows_of
+from ficpd.metrics.evaluate import evaluate
+from ficpd.privacy import accountant, client_gaussian, record_gaussian
+from ficpd.run import run as run_experiment
+from ficpd.types import Batch, ClientCard, Outputs, Plan, Query, Record
+from test_groups import toml as groups_toml
+
+RECORD = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
+
+
+def answered(logits: list[list[float]], targets: list[int]) -> tuple[Outputs, Batch]:
+    """Three labels, and these logits of each record."""
+    task = small.classification.build(small.classification.Config(labels={"a": "a", "b": "b", "c": "c"}))
+    batch = Batch(task, ((),) * len(targets), torch.tensor(targets), torch.eye(3), 0)
+    return Outputs(torch.tensor(logits)), batch
+
+
+# ---------------------------------------------------------------- what a client tells
+
+
+def test_a_row_is_one_and_the_centred_logits_of_a_record_that_is_right():
+    rows = rows_of(*answered([[6.0, 0.0, 0.0], [0.0, 3.0, 0.0], [9.0, 1.0, 2.0]], [0, 1, 2]), logit_norm=4.0)
+    assert rows.shape == (3, 3, 4)
+    half = 0.5**0.5
+    assert small.close(rows[0], half * torch.tensor([[1.0, 1.0, -0.5, -0.5], [0.0] * 4, [0.0] * 4]))
+    assert small.close(rows[1, 1], half * torch.tensor([1.0, -0.25, 0.5, -0.25]))
+    assert rows[2].abs().max() == 0  # misclassified
+
+
+@pytest.mark.parametrize("length", [0.5, 4.0])
+def test_logits_up_to_the_stated_norm_and_the_one_have_together_norm_one(length):
+    centred = F.normalize(torch.tensor([2.0, -1.0, -1.0]), dim=0) * length
+    rows = rows_of(*answered([centred.tolist()], [0]), logit_norm=4.0)
+    assert float(rows.norm()) == pytest.approx((0.5 + 0.5 * (length / 4.0) ** 2) ** 0.5)
+    assert float(rows.norm()) <= 1 + 1e-6
+
+
+def test_an_update_has_counts_beside_sums_of_logits(model):
+    method = small.method("fedhpl", logit_norm=0.01)
+    client = small.clients(model, method, 1)["site-0"]
+    state = small.first_state(method, {"site-0": client})
+    sent = drive(model, participate(method, client, method.assign(state, client.card, 1))).arrays[LOGITS]
+    prompt, batch = client.kept["prompt"], client.encoded()
+    answer = model.answer([Query(prompt[None], batch, outputs=True)])[0]
+    logits = batch.task.logits(answer.outputs_KB, batch)
+    for label in (0, 1):
+        right = (batch.targets == label) & (logits.argmax(1) == label)
+        centred = logits[right] - logits[right].mean(1, keepdim=True)
+        assert float(sent[label, 0]) == pytest.approx(float(right.sum()), abs=1e-4)
+        assert small.close(sent[label, 1:], centred.sum(0), 1e-4)
+
+
+# ---------------------------------------------------------------- what the server makes of it
+
+
+def summed(*rows: tuple[float, list[float]]) -> torch.Tensor:
+    """[C, 1 + C] of each class's count and mean logits."""
+    return torch.tensor([[count, *(count * value for value in mean)] for count, mean in rows])
+
+
+def test_others_are_weighed_by_counts_and_the_own_share_stands_apart():
+    sent = {
+        "a": summed((3.0, [2.0, -2.0]), (1.0, [-1.0, 1.0])),
+        "b": summed((1.0, [6.0, -6.0]), (0.0, [0.0, 0.0])),
+        "c": summed((2.0, [1.0, -1.0]), (0.0, [0.0, 0.0])),
+    }
+    logits, known = for_client(sent, "b", 0.25)
+    of_others = (3 * 2 + 2 * 1) / 5
+    assert small.close(logits[0], torch.tensor([1.0, -1.0]) * (0.25 * 6 + 0.75 * of_others))
+    assert small.close(logits[1], torch.tensor([-1.0, 1.0]))  # only others have answered for it
+    assert known.tolist() == [1.0, 1.0]
+    alone, _ = for_client({"b": sent["b"]}, "b", 0.25)
+    assert small.close(alone[0], torch.tensor([6.0, -6.0]))  # only it has
+    stranger, _ = for_client(sent, "z", 0.25)
+    assert small.close(stranger[0], torch.tensor([1.0, -1.0]) * (3 * 2 + 6 + 2) / 6)
+
+
+@pytest.mark.parametrize(
+    "noise", [summed((0.2, [5.0, -5.0]), (4.0, [-1.0, 1.0])), summed((5.0, [-1.0, 2.0]), (4.0, [-1.0, 1.0]))]
+)
+def test_a_class_without_records_or_whose_logits_are_wrong_is_left_out(noise):
+    """The mean of right answers is a right answer: what is none is noise."""
+    logits, known = for_client({"a": noise}, "b", 0.5)
+    assert known.tolist() == [0.0, 1.0]
+    assert logits[0].abs().max() == 0
+
+
+def test_the_loss_is_the_tasks_and_what_is_between_softened_answers():
+    outputs, batch = answered([[2.0, 0.0, -1.0], [2.0, 0.0, -1.0], [0.5, 0.0, 1.0]], [0, 0, 2])
+    wanted, tau, gamma = torch.tensor([3.0, 1.0, -4.0]), 2.0, 0.7
+    weights = torch.tensor([[gamma * tau**2, tau], [0.0, tau], [gamma * tau**2, tau]])
+    batch = replace(batch, extra={TARGET: torch.stack([wanted, wanted, outputs.features_RD[2]]), WEIGHT: weights})
+    loss, plain = distilling(outputs, batch), batch.task.loss(outputs, batch)
+    p, q = (wanted / tau).softmax(0), (outputs.features_RD[0] / tau).softmax(0)
+    assert float(loss[0] - plain[0]) == pytest.approx(float(gamma * tau**2 * (p * (p / q).log()).sum()), rel=1e-4)
+    assert loss[1] == plain[1]  # a class of which nothing is known
+    assert float(loss[2] - plain[2]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("weight", "rounds", "alike"), [(1.0, 1, True), (1.0, 2, False), (0.0, 3, True)])
+def test_the_first_round_and_all_without_weight_are_local(model, weight, rounds, alike):
+    """Every step sees all records, so that what two methods do can be compared."""
+    kept, exact = [], small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
+    for method in (small.method("fedhpl", exact, weight=weight), small.method("local", exact)):
+        members = small.clients(model, method)
+        small.rounds(method, members, model, Schedule(rounds, 5, 0))
+        kept.append({n: c.kept["prompt"] for n, c in members.items()})
+    assert all(small.close(kept[0][name], prompt, 1e-4) == alike for name, prompt in kept[1].items())
+
+
+def test_a_client_nobody_knew_is_sent_what_the_others_answer(model):
+    method = small.method("fedhpl")
+    state, _ = small.rounds(method, small.clients(model, method), model)
+    order = method.assign(state, ClientCard("new"), 3)
+    assert order.arrays[LOGITS].shape == (2, 2)
+    new = small.clients(model, method, 1)["site-0"]
+    assert torch.equal(personal_prompt(method, new, order), new.start.vectors_PD)
+
+
+# ---------------------------------------------------------------- what it is good for
+
+
+MEANT = {"good": ["good", "fine"], "bad": ["bad", "dull"], "warm": ["warm", "sunny"], "cold": ["cold", "icy"]}
+
+
+def skewed(shares: list[float], count: int, seed: str) -> list[Record]:
+    """Short sentences of four labels, in these shares."""
+    random, found = seeds.generator("skewed", seed), []
+    for place in range(count):
+        label = list(MEANT)[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
+        words = [small.OTHER[int(torch.randint(10, (1,), generator=random))] for _ in range(1 + place % 2)]
+        words.insert(1, MEANT[label][int(torch.randint(2, (1,), generator=random))])
+        found.append(Record(f"{seed} {place}", {"text": " ".join(words), "target": label}))
+    return found
+
+
+def test_where_labels_are_skewed_it_is_better_than_everybody_alone():
+    """Seven tenths of a client's records have one label; asked is about all alike."""
+    labels = {label: " ".join(words) for label, words in MEANT.items()}
+    task = small.classification.build(small.classification.Config(labels=labels, instruction="it was"))
+    training, model = small.Training(local_steps=4, batch_size=8, learning_rate=0.3), Compute(small.backbone(width=32))
+    accuracy = {"local": 0.0, "fedhpl": 0.0}
+    for name in accuracy:
+        for seed in (0, 1, 2):
+            method = small.method(name, training)
+            members = small.clients(model, method, 8, seed=seed, task=task)
+            for k, client in enumerate(members.values()):
+                shares = [0.7 if label == k % 4 else 0.1 for label in range(4)]
+                client.train = skewed(shares, 24, f"{seed} train {k}")
+                client.test = skewed([0.25] * 4, 60, f"{seed} test {k}")
+            state, _ = small.rounds(method, members, model, Schedule(8, 8, seed))
+            accuracy[name] += evaluate(method, state, members, model, 9).mean["accuracy"] / 3
+    assert accuracy["fedhpl"] > accuracy["local"] + 0.015
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def private(records: int, rounds: int, **more):
+    plan = Plan(records, 4 / records, small.TRAINING.local_steps, rounds, 1, 1.0, rounds, {LOGITS: 0.25})
+    return record_gaussian.build(record_gaussian.Config(epsilon=2.0, delta=1e-3, clip_norm=1.0, **more), plan)
+
+
+def test_the_ledger_has_a_line_of_each_release_and_the_noise_that_was_added(model):
+    method, mechanism = small.method("fedhpl"), private(12, 3)
+    members = small.clients(model, method, 1, mechanism=mechanism)
+    client = members["site-0"]
+    client.train = small.records(12)
+    noised, total = [], mechanism.total
+
+    def watched(name, values, noise):
+        drawn = noise.gaussian
+        noise.gaussian = lambda v, deviation: noised.append((name, deviation)) or drawn(v, deviation)
+        try:
+            return total(name, values, noise)
+        finally:
+            noise.gaussian = drawn
+
+    mechanism.total = watched
+    small.rounds(method, members, model, Schedule(3, 1, 0))
+    price = mechanism.price("total:logits")
+    assert noised == [(LOGITS, price.noise_multiplier)] * 3
+    assert price.count == 1
+    spent = client.book.spent()
+    assert spent == sorted(mechanism.planned())
+    assert [line for line in spent if line.name == LOGITS] == [price._replace(count=3)]
+    assert 1.9 < accountant.epsilon(spent, 1e-3) <= 2.0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_share_is_about_what_the_logits_take_of_the_budget(share):
+    lines = {line.name: line for line in private(200, 10, statistics={LOGITS: share}).planned()}
+    cost = {n: line.count * (line.sampling_rate / line.noise_multiplier) ** 2 for n, line in lines.items()}
+    assert cost[LOGITS] / sum(cost.values()) == pytest.approx(share)
+
+
+def test_logits_are_those_of_a_prompt_that_is_private_itself(model):
+    """Under a deaf mechanism all prompts that are asked about are the same, whoever's records they are: else one record
+    would move everybody's logits through the prompt, and no clip of its own row could bound that."""
+    heard = []
+    for seed in (1, 2):
+        method, listening = small.method("fedhpl"), small.Listening(model)
+        client = small.clients(model, method, 1, mechanism=Deaf())["site-0"]
+        client.train = small.records(12, seed)
+        state = small.first_state(method, {"site-0": client}, 3)
+        for round in (1, 2, 3):
+            update = drive(listening, participate(method, client, method.assign(state, client.card, round)))
+            state = method.aggregate(state, [update], round, model)
+        heard.append(listening.asked)
+    assert len(heard[0]) == 3 * (small.TRAINING.local_steps + 1)
+    assert all(torch.equal(a, b) for a, b in zip(*heard, strict=True))
+
+
+def test_client_level_privacy_is_refused(tmp_path):
+    with pytest.raises(PrivacyError, match="record_gaussian"):
+        small.run(
+            tmp_path, "fedhpl", "privacy.name=client_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3",
+            "privacy.clip_norm=1",
+        )  # fmt: skip
+    with pytest.raises(PrivacyError, match="logits"):
+        client_gaussian.build(
+            client_gaussian.Config(epsilon=2.0, clip_norm=1.0), Plan(9, 1.0, 1, 1, 40, 1.0, 1, {LOGITS: 0.5})
+        )
+
+
+@pytest.mark.parametrize("shares", [{LOGITS: 0.5, "weight": 0.5}, {"weight": 0.8}])
+def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
+    with pytest.raises(PrivacyError, match=r"together below 1"):
+        private(12, 3, statistics=shares)
+
+
+# ---------------------------------------------------------------- whom it is for
+
+
+def test_tasks_without_labels_are_refused_before_anything_is_written(tmp_path):
+    given = small.experiment(tmp_path, "fedhpl", small.NUMBERS)
+    small.numbered(tmp_path / "records.csv")
+    with pytest.raises(ConfigError, match=r"not every task here has labels \(regression\)"):
+        run_experiment(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_several_tasks_each_tells_its_own(tmp_path):
+    """The second task has the same two words the other way round: mixed up, every class's logits would be wrong ones."""
+    text = groups_toml(tmp_path, "fedhpl", 2).replace('{ up = "bad dull",', '{ odd = "twice", up = "bad dull",')
+    result = run_experiment(parse(text, "groups.toml"), tmp_path / "run")
+    assert result["num_clients"] == 6
+    assert result["dropped_updates"] == 0
+    assert result["metrics"]["global"] is None
+
+
+def test_a_private_run_says_what_its_logits_cost(tmp_path):
+    result = small.run(tmp_path, "fedhpl", *RECORD)
+    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
+    assert {line["name"] for line in result["privacy"]["lines"]} == {"prompt", LOGITS}
+
+
+@pytest.mark.parametrize(
+    "bad", [{"weight": -1}, {"temperature": 0}, {"own_share": 1.1}, {"logit_norm": 0}, {"share": 0}, {"share": 1}]
+)
+def test_settings_that_mean_nothing_are_refused(bad):
+    with pytest.raises(ValidationError):
+        Config(**bad)

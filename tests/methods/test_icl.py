@@ -1,0 +1,119 @@
+"""In-context learning: a client's own examples beside its texts, nothing tuned, nothing sent."""
+
+import pytest
+
+import decoders
+import small
+from ficpd.compute import Compute
+from ficpd.errors import ConfigError
+from ficpd.metrics.evaluate import evaluate, predicted_by
+from ficpd.run import run as run_experiment
+from ficpd.tasks import classification
+from ficpd.types import Record
+
+LABELS = {"good": "positive", "bad": "negative"}
+"""Both are one token of the small decoder."""
+
+
+@pytest.fixture
+def decoder(tmp_path) -> Compute:
+    return Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=64))
+
+
+def task() -> classification.Classification:
+    return classification.build(classification.Config(labels=LABELS, instruction="sentiment is"))
+
+
+def members(model, method, **more):
+    found = small.clients(model, method, 2, task=task(), **more)
+    for client in found.values():
+        client.train = [
+            Record("a", {"text": "the film was fine", "target": "good"}),
+            Record("b", {"text": "very good", "target": "good"}),
+            Record("c", {"text": "dull and long", "target": "bad"}),
+        ]
+        client.test = [
+            Record("x", {"text": "not bad", "target": "good"}),
+            Record("y", {"text": "bad", "target": "bad"}),
+        ]
+    return found
+
+
+FIRST = "the film was fine\nsentiment is positive"
+SECOND = "dull and long\nsentiment is negative"
+THIRD = "very good\nsentiment is positive"
+
+
+@pytest.mark.parametrize(("examples", "shown"), [(1, [FIRST]), (2, [FIRST, SECOND]), (32, [FIRST, SECOND, THIRD])])
+def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monkeypatch, examples, shown):
+    method = small.method("icl", examples=examples)
+    clients, read = members(decoder, method), []
+    monkeypatch.setattr(
+        "ficpd.metrics.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+    )
+    evaluate(method, small.first_state(method, clients), clients, decoder, 1)
+    (work,) = read
+    for prompt, batch in work.values():
+        assert prompt.shape == (0, decoder.backbone.width)
+        texts = [decoder.backbone.tokenizer.decode(items[0].content) for items in batch.items]
+        for text, own in zip(texts, ("not bad", "bad"), strict=True):
+            whole = "\n\n".join([*shown, f"{own}\nsentiment is"])
+            assert text.split() == decoder.backbone.tokenizer.decode(decoder.backbone._ids(whole)).split()
+
+
+def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path):
+    model = Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+    method = small.method("icl")
+    clients = members(model, method)
+    client = clients["site-0"]
+    client.test = [Record("x", {"text": "the film was not very good but fine and long", "target": "good"})]
+    evaluation = evaluate(method, small.first_state(method, clients), clients, model, 1)
+    assert len(evaluation.own) == 2
+    assert evaluation.everyone is None
+
+
+def test_examples_help_where_the_labels_texts_say_nothing():
+    """An encoder: each text is compared with the examples' own features, too."""
+    model = Compute(small.backbone(width=32))
+    labels = classification.build(classification.Config(labels={"good": "twice", "bad": "story"}, instruction="it was"))
+    accuracy = {}
+    for name in ("icl", "zero_shot"):
+        method = small.method(name)
+        clients = small.clients(model, method, 3, task=labels)
+        for place, client in enumerate(clients.values()):
+            client.train, client.test = small.records(60, place), small.records(60, 100 + place)
+        accuracy[name] = evaluate(method, small.first_state(method, clients), clients, model, 1).mean["accuracy"]
+    assert accuracy["icl"] > accuracy["zero_shot"] + 0.1
+
+
+def test_a_client_is_shown_its_own_examples_and_no_others(model):
+    """Its predictions do not change with what others have."""
+    method, said = small.method("icl"), []
+    for others in (1, 2):
+        clients = small.clients(model, method, 2)
+        clients["site-1"].train = small.records(9, others)
+        said.append(evaluate(method, small.first_state(method, clients), clients, model, 1).predicted["site-0"])
+    assert said[0] == said[1]
+
+
+def test_a_run_is_scored_on_each_clients_own_and_sends_nothing(tmp_path):
+    result = small.run(tmp_path, "icl")
+    assert (result["num_rounds"], result["bytes"]["up_total"], result["bytes"]["down_total"]) == (0, 0, 0)
+    assert result["metrics"]["global"] is None
+    assert result["metrics"]["per_client_mean"] != result["metrics"]["zero_shot"]
+    assert result["privacy"]["epsilon"] == 0.0
+
+
+@pytest.mark.parametrize("what", ["task.tuned_head=true", small.NUMBERS])
+def test_what_has_no_labels_texts_is_refused_before_anything_is_written(tmp_path, what):
+    given = small.experiment(tmp_path, "icl", what)
+    if what == small.NUMBERS:
+        small.numbered(tmp_path / "records.csv")
+    with pytest.raises(ConfigError, match="has no labels, or a head that is tuned"):
+        run_experiment(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_examples_is_no_setting():
+    with pytest.raises(ValueError, match="examples"):
+        small.method("icl", examples=0)
