@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,9 +77,8 @@ class Crew:
             if not self._carried_out(process, job):
                 self._grounds.pop(place, None)
                 process = None
-        if process is not None and process.stdin:
-            process.stdin.close()
-            process.wait()
+        if process is not None:
+            _ended(process)
 
     def _next(self, place: int) -> Job | None:
         with self._guard:
@@ -126,7 +126,7 @@ class Crew:
         return False
 
     def _died(self, process: subprocess.Popen[str], job: Job) -> bool:
-        code = process.wait()
+        code = _ended(process)
         with self._guard:
             if self._stopped:
                 return False
@@ -137,6 +137,13 @@ class Crew:
             write(self.folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
             self.seen(outcome)
         return False
+
+
+def _ended(process: subprocess.Popen[str]) -> int:
+    """The end of its input is the end of a worker; its exit status."""
+    with suppress(BrokenPipeError), process:
+        pass
+    return process.wait()
 
 
 def chosen(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | None:

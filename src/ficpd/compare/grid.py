@@ -13,7 +13,10 @@ NOTHING: Row = {
     **dict.fromkeys(
         ("figures", "at_round", "rounds", "bytes", "queries", "gradients", "seconds", "epsilon", "guarantee")
     ),
-    **{"stopped": None, "per_client": {}, "data": None, "curve": []},
+    "stopped": None,
+    "per_client": {},
+    "data": None,
+    "curve": [],
 }
 
 
