@@ -64,10 +64,16 @@ def run(folder: Path, clients: int = 12) -> Path:
 def write_result(folder: Path, one: Mapping[str, Any]) -> None:
     directory = RunDir(folder)
     directory.write("result.json", json.dumps(one))
+    directory.write_rounds(rounds_of(one["num_rounds"]))
+
+
+def rounds_of(number: int) -> list[Round]:
+    """Scored but for the last, as a run is."""
     scored = {"own_accuracy": 0.7, "global_accuracy": 0.65}
-    directory.write_rounds([
-        Round(r, 12, 11, {HOSTILE: "no reply"}, 1000, 2000, 1.5, 0.5, scored if r < 3 else {}) for r in (1, 2, 3)
-    ] if one["num_rounds"] else [])  # fmt: skip
+    return [
+        Round(r, 12, 11, {HOSTILE: "no reply"}, 1000, 2000, 1.5, 0.5, scored if r < number else {})
+        for r in range(1, number + 1)
+    ]
 
 
 def result(method: str, names: list[str], accuracy: float, epsilon: float | None) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def left(folder: Path, names: list[str]) -> None:
     of_clients = {
         f"offset/{n}": prompts[f"prototype-{i % 2}"].vectors_PD - shared + 0.3 * drawn(n) for i, n in enumerate(names)
     }
-    RunDir(folder).save(State({"global": shared, **of_clients}, {}), {}, [], {})
+    RunDir(folder).save(State({"global": shared, **of_clients}, {}), {}, rounds_of(3), {})
 
 
 def audit() -> dict[str, Any]:

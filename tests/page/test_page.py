@@ -79,7 +79,7 @@ def tables_of(page: Page) -> list[Table]:
 def test_the_first_screen_says_the_result_in_one_sentence(folder):
     page = page_of(folder)
     assert page.headline == (
-        "ficpd: 80.0 % accuracy on everyone's test records with one prompt, 20.0 points above no prompt at all."
+        "With one prompt for all, ficpd has 80.0 % accuracy on everyone's test: 20.0 points above no prompt at all."
     )
 
 
@@ -223,6 +223,8 @@ def test_colours_of_figures_are_those_of_the_style(both):
 def test_names_in_figures_are_short_and_plain():
     assert figures.safe("a <i>b</i>\n c") == "a &lt;i&gt;b&lt;/i&gt; c"
     assert len(figures.safe("x" * 1000)) == 48
+    rows = figures.named_rows(["x" * 100, "x" * 101])
+    assert len(set(rows["ticktext"])) == 1 < len(set(rows["tickvals"]))
 
 
 # ---------------------------------------------------------------- the command, and what it refuses

@@ -55,6 +55,12 @@ def same_setting(at: Tree, other: Tree) -> bool:
     return all(at[key] == other[key] for key in ("partition", "budget", "sweep"))
 
 
+def places_of(tree: Tree) -> dict[str, int]:
+    """Which colour and symbol each method has in every figure: the reference the first."""
+    others = [label for label in tree["methods"] if label != tree["reference"]]
+    return {label: place for place, label in enumerate([tree["reference"], *others])}
+
+
 def metric_of(tree: Tree, task: str) -> Metric | None:
     found = tree["tasks"][task]["metric"]
     return Metric(**found) if found else None

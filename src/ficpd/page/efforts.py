@@ -6,7 +6,16 @@ from statistics import fmean
 from ficpd.metrics import Metric
 from ficpd.page import figures
 from ficpd.page.blocks import Block, Figure, Fold, Section, Table, Text
-from ficpd.page.comparison import MOST_FIGURES, Tree, condition_name, finished, metric_of, named, same_setting
+from ficpd.page.comparison import (
+    MOST_FIGURES,
+    Tree,
+    condition_name,
+    finished,
+    metric_of,
+    named,
+    places_of,
+    same_setting,
+)
 from ficpd.page.costs import logarithmic
 from ficpd.page.overview import number, of_curves, paired
 
@@ -29,8 +38,8 @@ def fronts(tree: Tree) -> Section:
 
 def _front(tree: Tree, place: int, front: Tree) -> Figure:
     metric = metric_of(tree, front["task"]) or Metric("figure")
-    points, labels = front["points"], list(tree["methods"])
-    places = [labels.index(p["method"]) if p["method"] in labels else 0 for p in points]
+    points, of_methods = front["points"], places_of(tree)
+    places = [of_methods[p["method"]] for p in points]
     ys = [metric.scale * p["value"] for p in points]
     names = [named({**p, "task": p["method"]}, "task", "budget") for p in points]
     where = named({**front, "sweep": {}}, "task", "partition")
@@ -100,7 +109,7 @@ def _curves(tree: Tree, place: int, at: Tree, metric: Metric) -> list[Figure]:
         Figure(
             f"way-{place}", where, f"{metric.name.capitalize()}{metric.unit} by round, mean over seeds.",
             f"Line chart of {metric.name} by round. {ends}.",
-            figures.lines(curves, "round", metric.name + metric.unit, None),
+            figures.lines(curves, metric.name + metric.unit, None, places_of(tree)),
             of_curves(f"{metric.name}{metric.unit} by round: {where}", curves, metric.digits),
         )
     ]  # fmt: skip

@@ -17,14 +17,26 @@ ROW = 46
 """Pixels for a line of names."""
 
 
-def safe(text: object) -> str:
-    """Text that plotly shows as it is, shortened to what a figure has room for.
+def safe(text: object, most: int = 48) -> str:
+    """Text that plotly shows as it is, shortened in its middle.
 
     >>> safe("<b>north</b>")
     '&lt;b&gt;north&lt;/b&gt;'
     """
     words = " ".join(str(text).split())
-    return escape(words if len(words) <= 48 else f"{words[:30]}…{words[-17:]}", quote=False)
+    end = most // 3
+    return escape(words if len(words) <= most else f"{words[: most - end - 1]}…{words[-end:]}", quote=False)
+
+
+def label(text: object) -> str:
+    """What an axis or a legend has room for, on a telephone too."""
+    return safe(text, 24)
+
+
+def named_rows(names: Sequence[str], marked: str | None = None) -> Plot:
+    """An axis with a line for each name, from the top; two names that are shortened alike are two lines all the same."""
+    shown = [f"<b>{label(name)}</b>" if name == marked else label(name) for name in names]
+    return {"tickvals": list(range(len(names))), "ticktext": shown, "range": [len(names) - 0.5, -0.5]}
 
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:
@@ -58,25 +70,25 @@ ABOVE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "b
 
 def dots(
     names: Sequence[str], series: Mapping[str, Sequence[float | None]], x: str, ends: Sequence[Any] = (),
-    line: float | None = None, shown: str = ".1f",
+    line: float | None = None, shown: str = ".1f", marked: str | None = None,
 ) -> Plot:  # fmt: skip
     """A line for each name and a dot for each figure of it. `ends`: (low, high) or None for the first series; `line`: a
-    value to compare with."""
-    rows = [safe(name) for name in names]
+    value to compare with; `marked`: the name that the page is about."""
     data = []
     for place, (of, values) in enumerate(series.items()):
         trace: Plot = {
-            "type": "scatter", "mode": "markers", "name": safe(of), "x": rounded(values), "y": rows,
+            "type": "scatter", "mode": "markers", "name": label(of), "x": rounded(values),
+            "y": list(range(len(names))), "text": [safe(name) for name in names],
             "marker": {"color": colour(place), "symbol": symbol(place), "size": 12},
-            "hovertemplate": f"%{{y}}<br>{safe(of)}: %{{x:{shown}}}<extra></extra>",
+            "hovertemplate": f"%{{text}}<br>%{{fullData.name}}: %{{x:{shown}}}<extra></extra>",
         }  # fmt: skip
         if place == 0 and any(ends):
             trace["error_x"] = whiskers(values, ends) | {"color": colour(0)}
         data.append(trace)
     shapes = [] if line is None else [upright(line)]
     return plot(
-        data, 90 + ROW * len(rows), x, shapes=shapes, showlegend=len(series) > 1, legend=ABOVE,
-        yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": rows},
+        data, 90 + ROW * len(names), x, shapes=shapes, showlegend=len(series) > 1, legend=ABOVE,
+        yaxis=named_rows(names, marked),
     )  # fmt: skip
 
 
@@ -101,19 +113,22 @@ def level(value: float) -> Plot:
 
 
 def lines(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, zero_shot: float | None
-) -> Plot:
-    """Curves by name, each (x, y)."""
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], y: str, level_at: float | None,
+    places: Mapping[str, int],
+) -> Plot:  # fmt: skip
+    """Curves by name over the rounds, each (rounds, values). `places`: which colour and symbol each has."""
+    most = max((xs[-1] for xs, _ in curves.values()), default=1)
     data = [
         {
-            "type": "scatter", "mode": "lines+markers", "name": safe(name), "x": rounded(xs), "y": rounded(ys),
-            "line": {"color": colour(place), "width": 2}, "marker": {"symbol": symbol(place), "size": 7},
-            "hovertemplate": f"{safe(name)}<br>%{{x}}: %{{y:,.4~g}}<extra></extra>",
+            "type": "scatter", "mode": "lines+markers", "name": label(name), "x": rounded(xs), "y": rounded(ys),
+            "line": {"color": colour(places[name]), "width": 2}, "marker": {"symbol": symbol(places[name]), "size": 7},
+            "hovertemplate": "%{fullData.name}<br>round %{x}: %{y:,.4~g}<extra></extra>",
         }
-        for place, (name, (xs, ys)) in enumerate(curves.items())
+        for name, (xs, ys) in curves.items()
     ]  # fmt: skip
-    shapes = [] if zero_shot is None else [level(zero_shot)]
-    return plot(data, 380, x, y, shapes=shapes, showlegend=len(curves) > 1, legend=ABOVE)
+    shapes = [] if level_at is None else [level(level_at)]
+    axis = {"dtick": max(1, round(most / 8)), "tick0": 0, "tickformat": "d"}
+    return plot(data, 380, "round", y, shapes=shapes, showlegend=len(curves) > 1, legend=ABOVE, xaxis=axis)
 
 
 def bubbles(
@@ -123,10 +138,10 @@ def bubbles(
     """A bubble for each name, `sizes` in pixels across. `places`: which colour and symbol each has."""
     data = [
         {
-            "type": "scatter", "mode": "markers", "name": safe(name), "x": rounded([xs[i]]), "y": rounded([ys[i]]),
+            "type": "scatter", "mode": "markers", "name": label(name), "x": rounded([xs[i]]), "y": rounded([ys[i]]),
             "marker": {"size": sizes[i], "color": colour(places[i]), "symbol": symbol(places[i]), "opacity": 0.8,
                        "line": {"color": PANEL, "width": 1}},
-            "hovertemplate": f"{safe(name)}<br>{safe(texts[i])}<extra></extra>",
+            "text": [f"{safe(name)}<br>{safe(texts[i])}"], "hovertemplate": "%{text}<extra></extra>",
         }
         for i, name in enumerate(names)
     ]  # fmt: skip
@@ -134,37 +149,37 @@ def bubbles(
 
 
 def spread(
-    values: Mapping[str, Mapping[str, float]], tails: Mapping[str, float | None], x: str, shown: str = ".1f"
-) -> Plot:
+    values: Mapping[str, Mapping[str, float]], tails: Mapping[str, float | None], x: str, shown: str,
+    places: Mapping[str, int],
+) -> Plot:  # fmt: skip
     """A box and all its dots for each method: `values` by method and client; `tails`: the mean of the worst tenth."""
     data: list[Plot] = []
-    for place, (method, of) in enumerate(values.items()):
+    for row, (method, of) in enumerate(values.items()):
+        place = places[method]
         data.append({
-            "type": "box", "orientation": "h", "name": safe(method), "x": rounded(list(of.values())),
-            "y": [safe(method)] * len(of), "text": [safe(client) for client in of],
+            "type": "box", "orientation": "h", "name": label(method), "x": rounded(list(of.values())),
+            "y": [row] * len(of), "text": [safe(client) for client in of],
             "boxpoints": "all", "jitter": 0.6, "pointpos": 0, "hoveron": "points", "fillcolor": "--wash",
             "line": {"color": colour(place), "width": 1.5},
             "marker": {"color": colour(place), "size": 6, "opacity": 0.75},
             "hovertemplate": f"%{{text}}: %{{x:{shown}}}<extra></extra>",
         })  # fmt: skip
-    marked = {method: tail for method, tail in tails.items() if tail is not None}
+    marked = {row: tails[method] for row, method in enumerate(values) if tails.get(method) is not None}
     data.append({
         "type": "scatter", "mode": "markers", "name": "worst tenth", "x": rounded(list(marked.values())),
-        "y": [safe(method) for method in marked],
+        "y": list(marked),
         "marker": {"symbol": "line-ns-open", "size": 26, "color": INK, "line": {"width": 2.5}},
         "hovertemplate": f"worst tenth, mean: %{{x:{shown}}}<extra></extra>",
     })  # fmt: skip
-    rows = [safe(method) for method in values]
-    return plot(
-        data, 70 + 62 * len(rows), x, boxgap=0.45,
-        yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": rows},
-    )  # fmt: skip
+    return plot(data, 70 + 62 * len(values), x, boxgap=0.45, yaxis=named_rows(list(values)))  # fmt: skip
 
 
 def against(xs: Mapping[str, float], ys: Mapping[str, float], x: str, y: str, shown: str = ".1f") -> Plot:
     """A dot for each client, and the line on which both are equal."""
     names = [name for name in ys if name in xs]
     ends = [min([*xs.values(), *ys.values()]), max([*xs.values(), *ys.values()])]
+    room = 0.06 * (ends[1] - ends[0] or 1)
+    ends = [ends[0] - room, ends[1] + room]
     dot = {
         "type": "scatter", "mode": "markers", "x": rounded([xs[n] for n in names]), "y": rounded([ys[n] for n in names]),
         "text": [safe(name) for name in names],
@@ -173,7 +188,7 @@ def against(xs: Mapping[str, float], ys: Mapping[str, float], x: str, y: str, sh
     }  # fmt: skip
     line = {"type": "line", "x0": ends[0], "y0": ends[0], "x1": ends[1], "y1": ends[1],
             "line": {"color": SOFT, "width": 1.5, "dash": "dash"}}  # fmt: skip
-    return plot([dot], 400, x, y, shapes=[line])
+    return plot([dot], 440, x, y, shapes=[line], xaxis={"range": ends}, yaxis={"range": ends})
 
 
 def plane(
@@ -204,7 +219,7 @@ def plane(
     names = list(prompts)
     data.append({
         "type": "scatter", "mode": "markers+text", "x": rounded([prompts[n][0] for n in names]),
-        "y": rounded([prompts[n][1] for n in names]), "text": [safe(n) for n in names], "textposition": "top center",
+        "y": rounded([prompts[n][1] for n in names]), "text": [label(n) for n in names], "textposition": "top center",
         "marker": {"symbol": "star", "size": 17, "color": [_of_prompt(n) for n in names],
                    "line": {"color": INK, "width": 1.2}},
         "textfont": {"color": INK, "size": 12}, "cliponaxis": False, "hovertemplate": "%{text}<extra></extra>",
@@ -220,26 +235,25 @@ def _of_prompt(name: str) -> str:
 
 def heat(names: Sequence[str], cosine_NN: Sequence[Sequence[float]]) -> Plot:
     """Similarities between everything named, with their numbers where there is room for them."""
-    rows = [safe(name) for name in names]
+    full = [safe(name) for name in names]
     trace: Plot = {
-        "type": "heatmap", "x": rows, "y": rows, "z": [[round(v, 3) for v in line] for line in cosine_NN],
+        "type": "heatmap", "z": [[round(v, 3) for v in line] for line in cosine_NN],
+        "hovertext": [[f"{a}, {b}" for b in full] for a in full],
         "zmin": min(0.0, *(min(line) for line in cosine_NN)), "zmax": 1, "colorscale": [[0, "--heat0"], [1, "--heat1"]],
         "xgap": 2, "ygap": 2, "colorbar": {"thickness": 10, "outlinewidth": 0}, "showscale": len(names) > 12,
-        "hovertemplate": "%{x}, %{y}: %{z:.2f}<extra></extra>",
+        "hovertemplate": "%{hovertext}: %{z:.2f}<extra></extra>",
     }  # fmt: skip
     if len(names) <= 12:
         trace |= {"texttemplate": "%{z:.2f}"}
-    height = 140 + min(34 * len(names), 560)
-    return plot([trace], height, xaxis={"type": "category"}, yaxis={"type": "category", "autorange": "reversed"})
+    height = 70 + min(34 * len(names), 560)
+    rows = named_rows(names)
+    return plot([trace], height, xaxis={**rows, "range": rows["range"][::-1]}, yaxis=rows)
 
 
-def bars(names: Sequence[str], values: Sequence[float], x: str, shown: str = ".1f") -> Plot:
-    rows = [safe(name) for name in names]
+def bars(names: Sequence[str], values: Sequence[float], x: str, shown: str, most: float) -> Plot:
     data: list[Plot] = [{
-        "type": "bar", "orientation": "h", "x": rounded(values), "y": rows, "marker": {"color": colour(0)},
-        "hovertemplate": f"%{{y}}: %{{x:{shown}}}<extra></extra>",
+        "type": "bar", "orientation": "h", "x": rounded(values), "y": list(range(len(names))),
+        "text": [safe(name) for name in names], "textposition": "none", "marker": {"color": colour(0)},
+        "hovertemplate": f"%{{text}}: %{{x:{shown}}}<extra></extra>",
     }]  # fmt: skip
-    return plot(
-        data, 70 + ROW * len(rows), x, bargap=0.35,
-        yaxis={"type": "category", "autorange": "reversed"},
-    )  # fmt: skip
+    return plot(data, 70 + ROW * len(names), x, bargap=0.35, xaxis={"range": [0, most]}, yaxis=named_rows(names))

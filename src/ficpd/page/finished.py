@@ -40,6 +40,13 @@ class Finished:
         return labels.index(self.own["label"]) if self.own["label"] in labels else len(labels) - 1
 
     @property
+    def places(self) -> dict[str, int]:
+        """Which colour and symbol each method has in every figure: the first is that of the page's own."""
+        known = [*(result["label"] for result in self.results), *self.rounds]
+        others = [label for label in dict.fromkeys(known) if label != self.own["label"]]
+        return {label: place for place, label in enumerate([self.own["label"], *others])}
+
+    @property
     def alone(self) -> Result | None:
         """The clients that never share anything, if they were run."""
         return next((r for r in self.results if r["method"] == "local" and r is not self.own), None)

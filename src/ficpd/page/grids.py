@@ -51,7 +51,7 @@ def _dots(tree: Tree, place: int, at: Tree, metric: Metric) -> Figure:
     own = at["methods"].get(tree["reference"], {}).get("mean")
     plot = figures.dots(
         names, {metric.name: values}, metric.name + metric.unit, ends, None if own is None else metric.scale * own,
-        f".{metric.digits}f",
+        f".{metric.digits}f", tree["reference"],
     )  # fmt: skip
     cells = [[label, mean_of(at["methods"][label], metric)] for label in names]
     return Figure(
@@ -112,7 +112,7 @@ def ranks(tree: Tree) -> Section | None:
             blocks.append(Figure(
                 f"rank-{place}", f"Mean rank: {where}", said,
                 "Dot plot of mean ranks: " + "; ".join(f"{n} {v:.2f}" for n, v in zip(order, values, strict=True)) + ".",
-                figures.dots(order, {"mean rank": values}, "mean rank over tasks", shown=".2f"),
+                figures.dots(order, {"mean rank": values}, "mean rank over tasks", shown=".2f", marked=tree["reference"]),
                 Table(f"Mean rank: {where}", ["method", "mean rank", "p (Holm), over seeds and tasks"], cells),
             ))  # fmt: skip
     return Section("ranks", "Ranks over the tasks", blocks)

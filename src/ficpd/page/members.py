@@ -62,10 +62,10 @@ def _spread(run: Finished) -> Figure:
     more = f" (the {MOST} lowest of {len(ranked)})" if len(ranked) > MOST else ""
     said = f"Each dot is a client's own test {main.name}{main.unit}; the box holds the middle half."
     return Figure(
-        "spread", "How clients differ", said + (" The black stroke is the mean of the worst tenth." if tails else ""),
+        "spread", "How clients differ", said + (" The upright stroke is the mean of the worst tenth." if tails else ""),
         f"Box plot of {len(own)} clients by method. {run.own['label']}: from {number(own[ranked[0]], main.digits)} "
         f"({ranked[0]}) to {number(own[ranked[-1]], main.digits)} ({ranked[-1]}).",
-        figures.spread(values, tails, f"own test {main.name}{main.unit}", digits(main)),
+        figures.spread(values, tails, f"own test {main.name}{main.unit}", digits(main), run.places),
         Table(f"own test {main.name}{main.unit} by client{more}", ["client", *values], cells),
     )  # fmt: skip
 

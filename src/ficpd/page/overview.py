@@ -28,12 +28,11 @@ def headline(run: Finished) -> str:
     if not everyone:
         mean = own["metrics"]["per_client_mean"][main.name]
         return f"{own['label']}: {with_unit(main, mean)} {main.name} for the mean client on its own test records."
-    said = (
-        f"{own['label']}: {with_unit(main, everyone[main.name])} {main.name} on everyone's test records with one prompt"
-    )
+    score = f"{with_unit(main, everyone[main.name])} {main.name}"
+    said = f"With one prompt for all, {own['label']} has {score} on everyone's test"
     if not zero or run.own["method"] == "zero_shot":
         return f"{said}."
-    return f"{said}, {apart(main, everyone[main.name], zero[main.name])} no prompt at all."
+    return f"{said}: {apart(main, everyone[main.name], zero[main.name])} no prompt at all."
 
 
 def apart(main: Metric, value: float, other: float) -> str:
@@ -65,7 +64,8 @@ def lead(run: Finished) -> list[Block]:
             of_alone = run.alone["metrics"]["per_client_mean"][main.name]
             pairs.append(("own test, each client alone", with_unit(main, of_alone)))
     at_most = "at most " if own["privacy"].get("at_most") and own["privacy"].get("epsilon") is not None else ""
-    pairs.append(("privacy", at_most + guarantee(own["privacy"])))
+    strength, _, kind = guarantee(own["privacy"]).partition(" per ")
+    pairs.append((f"per {kind}" if kind else "privacy", at_most + strength))
     pairs.append(("bytes up, a client and round", f"{own['bytes']['up_per_client_round']:,.0f}"))
     blocks: list[Block] = [Facts(pairs, large=True)]
     if own.get("stopped"):
@@ -111,7 +111,7 @@ def _at_a_glance(run: Finished) -> Figure:
     return Figure(
         "glance", "At a glance", f"{main.name.capitalize()}{main.unit} of each method, three views of the same records.",
         f"Dot plot of {main.name} by method. The best mean client on its own test records has {top}.",
-        figures.dots(names, series, main.name + main.unit, shown=digits(main)),
+        figures.dots(names, series, main.name + main.unit, shown=digits(main), marked=run.own["label"]),
         Table(f"{main.name}{main.unit} by method", ["method", *series], cells, frozenset({run.place})),
     )  # fmt: skip
 
@@ -178,7 +178,7 @@ def over_rounds(run: Finished) -> Section | None:
     if not told:
         return None
     curves = [figure for way in WAYS for figure in _curves(run, way)] if "metrics" in run.own else []
-    costs = [_traffic(told), _seconds(told)]
+    costs = [_traffic(told, run.places), _seconds(told, run.places)]
     lines = told.get(run.own["label"], [])
     heads = ["round", "updates", "bytes up", "bytes down", "seconds", "dropped"]
     cells = [
@@ -216,7 +216,7 @@ def _curves(run: Finished, way: str) -> list[Figure]:
         Figure(
             f"curve-{way}", f"{main.name.capitalize()} over the rounds: {WAYS[way]}", f"{main.name}{main.unit}.{said}",
             f"Line chart of {main.name} by round; " + _from_to(curves, main.digits),
-            figures.lines(curves, "round", main.name + main.unit, main.scale * zero[main.name] if said else None),
+            figures.lines(curves, main.name + main.unit, main.scale * zero[main.name] if said else None, run.places),
             of_curves(f"{main.name}{main.unit} by round", curves, main.digits),
         )
     ]  # fmt: skip
@@ -235,24 +235,24 @@ def of_curves(caption: str, curves: Mapping[str, tuple[Sequence[float], Sequence
     return Table(caption, ["round", *curves], cells)
 
 
-def _traffic(told: Mapping[str, list[dict[str, Any]]]) -> Figure:
+def _traffic(told: Mapping[str, list[dict[str, Any]]], places: Mapping[str, int]) -> Figure:
     curves = {
         label: _summed([(r["bytes_up"] + r["bytes_down"]) / 1000 for r in lines]) for label, lines in told.items()
     }
     return Figure(
         "traffic", "What travelled", "Kilobytes of all clients together, up and down, summed over the rounds.",
         "Line chart of kilobytes by round; " + _from_to(curves, 1),
-        figures.lines(curves, "round", "kB, up and down", None),
+        figures.lines(curves, "kB, up and down", None, places),
         of_curves("kilobytes by round, up and down", curves, 1),
     )  # fmt: skip
 
 
-def _seconds(told: Mapping[str, list[dict[str, Any]]]) -> Figure:
+def _seconds(told: Mapping[str, list[dict[str, Any]]], places: Mapping[str, int]) -> Figure:
     curves = {label: _summed([r["seconds_train"] + r["seconds_aggregate"] for r in rs]) for label, rs in told.items()}
     return Figure(
         "seconds", "How long it took", "Seconds of training and aggregation on this machine, summed over the rounds.",
         "Line chart of seconds by round; " + _from_to(curves, 1),
-        figures.lines(curves, "round", "seconds", None), of_curves("seconds by round", curves, 1),
+        figures.lines(curves, "seconds", None, places), of_curves("seconds by round", curves, 1),
     )  # fmt: skip
 
 

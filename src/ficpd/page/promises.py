@@ -74,7 +74,7 @@ def _shares(privacy: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "shares", "What the budget was spent on", "Share of each line in the sum of what each would cost alone.",
             "Bar chart: " + "; ".join(f"{n} {s:.0f} %" for n, s in zip(names, shares, strict=True)) + ".",
-            figures.bars(names, shares, "share %", ".0f"),
+            figures.bars(names, shares, "share %", ".0f", 100),
             Table("share of each line", ["line", "share %"], [[n, f"{s:.0f}"] for n, s in zip(names, shares, strict=True)]),
         )
     ]  # fmt: skip
