@@ -16,7 +16,7 @@ from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError
 from ficpd.experiment import Experiment, checked, parse, to_toml
 from ficpd.federate import Round, federate
-from ficpd.guard import NONE, build_guard, public_seed
+from ficpd.guard import NONE, build_guard, part_for, public_seed
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import Evaluation, evaluate, score_everyone
 from ficpd.metrics.fairness import over_clients, over_groups, worse_off
@@ -63,8 +63,10 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         return done
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
     world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
-    for part in (world.experiment.method, *({"name": name.partition(":")[0]} for name in experiment.baselines)):
-        world.start_of(method_of(world, part))
+    for place, name in enumerate(names):
+        method = method_of(world, {"name": name.partition(":")[0]} if place else world.experiment.method)
+        world.start_of(method)
+        part_for(method, NONE if ":" in name else world.experiment.privacy)
     directory.write("experiment.toml", to_toml(experiment))  # only now: a mistake in it leaves no directory behind
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")

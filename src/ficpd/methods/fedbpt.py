@@ -8,15 +8,15 @@
               (m, C, σ') <- CMA-ES told the m_k and their F(m_k)
 
 A masked record x' has random words in the place of a share of its own: a prompt that answers from few words, right or not,
-has both losses small, and gains nothing by it. All of a client's records are asked about in each generation. All clients
-try candidates of the same random numbers.
+has both losses small, and gains nothing by it. All of a client's records are asked about in each generation.
 
 Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1 where A gives candidates the spread of what
 they stand beside); `masked` is its code's (the paper finds 0.4 and 0.6 best). From its code, too, is what σ clients begin
-with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open. Ours: a subspace that is
-configured is A; fewer than four updates are averaged, for pycma takes no smaller population; no mirrored candidates, which
-pycma's default adds to populations below six; C travels as its lower triangle in float32. `training.*` is not used but for
-its seed.
+with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open. Unlike its code, each client
+draws candidates of its own: of one seed, clients that are alike would send the server a population of equals, whose spread
+tells nothing. Ours: a subspace that is configured is A; fewer than four updates are averaged, for pycma takes no smaller
+population; no mirrored candidates, which pycma's default adds to populations below six; C travels as its lower triangle in
+float32. `training.*` is not used but for its seed.
 
 Without privacy only: see `unprotected`.
 """
@@ -28,13 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd import seeds
-from ficpd.errors import ConfigError
+from ficpd.errors import CodecError, ConfigError
 from ficpd.seams import Backbone, ClientSide, Coordinates, Model, Task
 from ficpd.server.averaging import weighted_mean
 from ficpd.tuners import Training
 from ficpd.tuners.cma_es import Search, begun
 from ficpd.tuners.space import Space
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SEARCH = "search/"
 FEWEST = 4
@@ -96,7 +96,7 @@ class FedBpt:
         search, sigmas = Search(self._begun_at(order), self.config.population), []
         batches = client.batches(*self.work(State({})))
         for j in range(self.config.iterations):
-            random = seeds.generator("candidates", self.seed, self.name, order.round, j)
+            random = seeds.generator("candidates", self.seed, self.name, client.id, order.round, j)
             candidates_KN = search.ask(random)
             fitness_K = yield from self._fitness(client, candidates_KN, next(batches))
             sigmas.append(search.sigma)
@@ -133,6 +133,17 @@ class FedBpt:
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         return {"global": self.prompt(state)}
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless it has a mean, half a covariance and a step size, none of them out of the world."""
+        size = self._space(start.vectors_PD).size
+        wanted = {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)}
+        given = {name: tuple(array.shape) for name, array in order.arrays.items()}
+        if given != wanted or any(array.dtype != torch.float32 for array in order.arrays.values()):
+            raise CodecError(f"the order has {given}, expected float32 {wanted}")
+        sigma = order.facts.get("sigma")
+        if order.facts.keys() != {"sigma"} or not isinstance(sigma, float) or not 0 < sigma < 1e6:
+            raise CodecError(f"the order's facts are {dict(order.facts)}, expected a sigma above 0 and below 1e6")
 
     def _fitness(self, client: ClientSide, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
         """[K]: the mean ratio of both losses, or the mean loss."""

@@ -1,0 +1,157 @@
+"""DP-CMA-ES: the search stays at the server; what leaves a client is one clipped and noised vector."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import small
+from ficpd import codec
+from ficpd.clients import Client, participate, personal_prompt
+from ficpd.compute import drive
+from ficpd.errors import CodecError
+from ficpd.federate import Schedule
+from ficpd.methods.dp_cma_es import DpCmaEs
+from ficpd.privacy import record_gaussian
+from ficpd.privacy.clip import clipped_sum
+from ficpd.site.orders import check_order
+from ficpd.tuners import Training
+from ficpd.types import ClientUpdate, Plan, Query
+
+TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, population=9, search_dimension=12, seed=3)
+PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
+
+
+def method(**more) -> DpCmaEs:
+    return small.method("dp_cma_es", TRAINING.model_copy(update=more))  # type: ignore[return-value]
+
+
+def test_one_vector_goes_up_and_no_covariance_comes_down(model):
+    of = method()
+    members = small.clients(model, of)
+    state, reports = small.rounds(of, members, model, Schedule(3, 5, 0))
+    header = len(codec.encode_update(ClientUpdate("site-0", {}), 1, model.backbone.fingerprint))
+    assert [report.bytes_up for report in reports] == [5 * (header + 9 * 4)] * 3
+    order = of.assign(state, members["site-0"].card, 4)
+    assert {name: tuple(array.shape) for name, array in order.arrays.items()} == {
+        "candidates_KN": (9, 12),
+        "mean": (12,),
+    }
+    assert state.arrays["search/shape"].shape == (12, 12)
+
+
+def test_an_order_asks_once_about_all_its_records(model):
+    of = method()
+    client = small.clients(model, of)["site-4"]
+    order = of.assign(small.first_state(of, {"site-4": client}), client.card, 1)
+    drive(model, participate(of, client, order))
+    assert client.asked == {1: [9 * 2 * 4, 0]}
+    assert of.work(small.first_state(of, {"site-4": client})) == (1, 8)
+
+
+def test_it_learns(model):
+    of = method(batch_size=8, population=16)
+    members = small.clients(model, of)
+    state, _ = small.rounds(of, members, model, Schedule(30, 5, 0))
+    both = torch.stack([members["site-0"].start.vectors_PD, of.prompt(state)])
+    losses = torch.cat([model.answer([Query(both, client.encoded())])[0].loss_KB for client in members.values()], 1)
+    first, last = losses.mean(1)
+    assert last < 0.95 * first
+    assert torch.equal(
+        personal_prompt(of, members["site-0"], of.assign(state, members["site-0"].card, 31)), of.prompt(state)
+    )
+
+
+def test_a_search_that_is_read_from_a_checkpoint_asks_what_it_would_have_asked(model):
+    of, members = method(), small.clients(model, method())
+    state = small.first_state(of, members)
+    for round in (1, 2, 3):
+        updates = [
+            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+        ]
+        read, _ = codec.decode_state(codec.encode_state(state, {}))
+        state = of.aggregate(state, updates, round, model)
+        again = method().aggregate(read, updates, round, model)  # another object, as after a restart
+        assert small.same(state.arrays, again.arrays)
+
+
+class Silent:
+    """All records, no noise."""
+
+    kind = "simulated"
+
+    def gaussian(self, values, deviation):
+        return values.detach().cpu().float()
+
+    def poisson(self, number, rate):
+        return torch.arange(number)
+
+    shuffled = staticmethod(torch.randperm)
+
+
+CLIP = 0.02
+
+
+def farthest(model, monkeypatch, number: int = 7) -> float:
+    """How far a client's summed losses move with one record less, at most."""
+    monkeypatch.setattr(Client, "stream", lambda *_: Silent())
+    of, records, found = method(local_steps=1, batch_size=number), small.records(number, 4), []
+    config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
+    mechanism = record_gaussian.build(config, Plan(number, 1.0, 1, 1, 1, 1.0, 1))
+    for left_out in (None, *range(number)):
+        client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
+        client.train = [record for place, record in enumerate(records) if place != left_out]
+        order = of.assign(small.first_state(of, {"site-0": client}), client.card, 1)
+        found.append(drive(model, participate(of, client, order)).arrays["losses_1K"].double() * len(client.train))
+    return max(float((found[0] - other).norm()) for other in found[1:])
+
+
+def test_one_record_more_or_less_moves_what_leaves_by_at_most_the_clip_norm_over_all_candidates(model, monkeypatch):
+    assert 0.9 * CLIP < farthest(model, monkeypatch) <= CLIP * (1 + 1e-4)
+
+
+def test_clipping_each_loss_by_itself_would_not_hold(model, monkeypatch):
+    def each(rows_BN, clip_norm):
+        return torch.cat([clipped_sum(rows_BN[:, k : k + 1], clip_norm) for k in range(rows_BN.shape[1])])
+
+    monkeypatch.setattr(record_gaussian, "clipped_sum", each)
+    assert farthest(model, monkeypatch) > 1.2 * CLIP
+
+
+def test_a_generation_is_paid_once(tmp_path):
+    result = small.run(tmp_path, "dp_cma_es", *PRIVATE, "training.population=6")
+    (line,) = result["privacy"]["lines"]
+    assert (line["name"], line["releases"]) == ("prompt", 3)
+    assert 7.5 < result["privacy"]["epsilon"] <= 8
+    assert result["dropped_updates"] == 0
+
+
+@pytest.mark.parametrize("changes", [
+    ("compression.name=subspace", "compression.dimension=8", "training.population=8"),
+    ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.placement=central"),
+    ("method.robust={ rule = 'trimmed_mean', poisoned = 1 }",),
+])  # fmt: skip
+def test_whole_runs(tmp_path, changes):
+    result = small.run(tmp_path, "dp_cma_es", *changes)
+    assert result["dropped_updates"] == 0
+    assert result["levels"].keys() == {"global"}
+
+
+def test_a_site_takes_the_servers_own_orders_and_no_others(model):
+    of = method()
+    members = small.clients(model, of)
+    start, state = members["site-0"].start, small.first_state(of, members)
+    good = of.assign(state, members["site-0"].card, 1)
+    check_order(good, of, start, 5)
+    candidates, mean = good.arrays["candidates_KN"], good.arrays["mean"]
+    for bad in (
+        replace(good, arrays={}),
+        replace(good, arrays={"prompt": start.vectors_PD}),
+        replace(good, arrays={"candidates_KN": candidates}),
+        replace(good, arrays={"candidates_KN": candidates[:-1], "mean": mean}),
+        replace(good, arrays={"candidates_KN": candidates.double(), "mean": mean}),
+        replace(good, arrays={"candidates_KN": 1e4 * candidates, "mean": mean}),
+        replace(good, facts={"rate": 0.1}),
+    ):
+        with pytest.raises(CodecError):
+            check_order(bad, of, start, 5)

@@ -1,0 +1,260 @@
+"""DP-ZO: what leaves is a few numbers, what is made of them is what the clients did, and what a record can do to them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import small
+from ficpd import codec
+from ficpd.clients import Client, participate, personal_prompt
+from ficpd.compression import subspace
+from ficpd.compute import drive
+from ficpd.errors import CodecError
+from ficpd.federate import Schedule
+from ficpd.methods import dp_zo
+from ficpd.methods.dp_zo import DpZo
+from ficpd.privacy import record_gaussian
+from ficpd.privacy.clip import clipped_sum
+from ficpd.site.orders import check_order
+from ficpd.tuners import Training
+from ficpd.types import Assignment, ClientUpdate, Plan, Query
+
+TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, directions=4, seed=3)
+PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
+
+
+def method(**more) -> DpZo:
+    return small.method("dp_zo", TRAINING.model_copy(update=more))  # type: ignore[return-value]
+
+
+def ran(model, of: DpZo, members, rounds: int):
+    return small.rounds(of, members, model, Schedule(rounds, len(members), 0))[0]
+
+
+# ---------------------------------------------------------------- what leaves
+
+
+def test_tens_of_bytes_go_up_and_fewer_than_a_prompts_come_down(model):
+    of = method()
+    members = small.clients(model, of)
+    _, reports = small.rounds(of, members, model, Schedule(4, 5, 0))
+    header = len(codec.encode_update(ClientUpdate("site-0", {}), 1, model.backbone.fingerprint))
+    assert [report.bytes_up for report in reports] == [5 * (header + 2 * 4 * 4)] * 4
+    assert header + 2 * 4 * 4 < 80
+    empty = len(codec.encode_assignment(Assignment("dp_zo", 1, {"moves_TK": torch.zeros(0, 4)}), "x"))
+    assert all(report.bytes_down / 5 < empty + 3 * 2 * 4 * 4 + 100 for report in reports)
+
+
+def test_a_long_history_gives_way_to_the_prompt_and_nothing_changes(model):
+    """48 numbers are tuned, and each round makes 8 of history."""
+    of = method()
+    members = small.clients(model, of)
+    state, kinds = small.first_state(of, members, 9), []
+    for round in range(1, 10):
+        order = of.assign(state, members["site-0"].card, round)
+        kinds.append(*order.arrays)
+        both = [replace(order, arrays={name: state.arrays[name]}) for name in ("moves_TK", "y")]
+        at = [personal_prompt(of, members["site-0"], one) for one in both]
+        assert torch.equal(*at)
+        assert torch.equal(at[0], of.prompt(state))
+        updates = [
+            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+        ]
+        state = of.aggregate(state, updates, round, model)
+    assert kinds == ["moves_TK"] * 7 + ["y"] * 2
+
+
+def test_a_round_without_answers_moves_nothing_and_the_next_is_replayed_right(model):
+    of = method()
+    members = small.clients(model, of)
+    state = small.first_state(of, members, 5)
+    for round in (1, 2, 4):  # nobody came in the third
+        order = of.assign(state, members["site-2"].card, round)
+        state = of.aggregate(state, [drive(model, participate(of, members["site-2"], order))], round, model)
+    replayed = personal_prompt(of, members["site-2"], Assignment("dp_zo", 5, {"moves_TK": state.arrays["moves_TK"]}))
+    assert len(state.arrays["moves_TK"]) == 8
+    assert torch.equal(state.arrays["moves_TK"][4:6], torch.zeros(2, 4))
+    assert torch.equal(replayed, of.prompt(state))
+
+
+# ---------------------------------------------------------------- what is made of it
+
+
+class Watched(DpZo):
+    """Notes where each client's last candidates lay: halfway between them is where it stood."""
+
+    def train(self, client, order):
+        work, answer = super().train(client, order), None
+        try:
+            while True:
+                query = work.send(answer)  # type: ignore[arg-type]
+                signs = self._signs(self._space(client.start), order.round, len(client.kept.get("seen", ())))
+                answer = yield query
+                slopes = (answer.loss_KB[:4] - answer.loss_KB[4:]).mean(1) / (2 * order.facts["rate"] * 4**0.5)
+                stood = (query.prompts_KPD[:4] + query.prompts_KPD[4:]).mean(0) / 2
+                moved = stood.flatten() - order.facts["step"] * (slopes @ signs)
+                seen = client.kept.get("seen", moved[:0].view(0, len(moved)))
+                client.kept["seen"] = torch.cat([seen, moved[None]])
+        except StopIteration as end:
+            return end.value
+
+
+def test_the_servers_replay_is_the_mean_of_the_clients_own_steps(model):
+    of = Watched(dp_zo.Config(), TRAINING.model_copy(update={"batch_size": 99}))
+    members = small.clients(model, of, 2)
+    state = small.first_state(of, members, 4)
+    for round in (1, 2, 3):
+        for client in members.values():
+            client.kept = {}
+        updates = [
+            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+        ]
+        state = of.aggregate(state, updates, round, model)
+        if round > 1:  # in the first they do not know how far to go
+            weights = torch.tensor([float(len(client.train)) for client in members.values()])
+            stood = torch.stack([client.kept["seen"][-1] for client in members.values()])
+            mean = (weights / weights.sum()) @ stood
+            assert small.close(of.prompt(state).flatten(), mean, 1e-5)
+
+
+def test_it_learns(model):
+    of = method(local_steps=5, directions=8, batch_size=16)
+    members = small.clients(model, of)
+    state = ran(model, of, members, 12)
+    start = members["site-0"].start.vectors_PD
+    both = torch.stack([start, of.prompt(state)])
+    losses = torch.cat([model.answer([Query(both, client.encoded())])[0].loss_KB for client in members.values()], 1)
+    first, last = losses.mean(1)
+    assert last < 0.9 * first
+
+
+def test_all_clients_try_the_same_directions(model):
+    of = method()
+    members = small.clients(model, of)
+    state = small.first_state(of, members)
+    queries = [next(participate(of, client, of.assign(state, client.card, 1))) for client in members.values()]
+    assert all(torch.equal(queries[0].prompts_KPD, query.prompts_KPD) for query in queries)
+
+
+# ---------------------------------------------------------------- what a record can do
+
+
+class Silent:
+    """All records, no noise."""
+
+    kind = "simulated"
+
+    def gaussian(self, values, deviation):
+        return values.detach().cpu().float()
+
+    def poisson(self, number, rate):
+        return torch.arange(number)
+
+    shuffled = staticmethod(torch.randperm)
+
+
+CLIP = 0.02
+
+
+def sums(model, monkeypatch, number: int) -> list[torch.Tensor]:
+    """What a client sums over its records in the first step, with all of them and with each one left out."""
+    monkeypatch.setattr(Client, "stream", lambda *_: Silent())
+    of, records = method(local_steps=1, batch_size=number), small.records(number, 4)
+    config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
+    mechanism, found = record_gaussian.build(config, Plan(number, 1.0, 1, 1, 1, 1.0, 1)), []
+    for left_out in (None, *range(number)):
+        client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
+        client.train = [record for place, record in enumerate(records) if place != left_out]
+        order = of.assign(small.first_state(of, {"site-0": client}), client.card, 1)
+        update = drive(model, participate(of, client, order))
+        found.append(update.arrays["slopes_SK"].double() * len(client.train))
+    return found
+
+
+def farthest(found: list[torch.Tensor]) -> float:
+    return max(float((found[0] - other).norm()) for other in found[1:])
+
+
+def test_one_record_more_or_less_moves_what_leaves_by_at_most_the_clip_norm_over_all_directions(model, monkeypatch):
+    moved = farthest(sums(model, monkeypatch, 7))
+    assert 0.9 * CLIP < moved <= CLIP * (1 + 1e-4)
+
+
+def test_clipping_each_direction_by_itself_would_not_hold(model, monkeypatch):
+    def each(rows_BN, clip_norm):
+        return torch.cat([clipped_sum(rows_BN[:, k : k + 1], clip_norm) for k in range(rows_BN.shape[1])])
+
+    monkeypatch.setattr(record_gaussian, "clipped_sum", each)
+    assert farthest(sums(model, monkeypatch, 7)) > 1.2 * CLIP
+
+
+def test_a_step_is_paid_once_for_all_directions_and_eps_is_kept(tmp_path):
+    block = small.run(tmp_path, "dp_zo", *PRIVATE)["privacy"]
+    (line,) = block["lines"]
+    assert (line["name"], line["releases"]) == ("prompt", 6)
+    assert 7.5 < block["epsilon"] <= 8
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("directions", ["gradient", "random"])
+def test_in_a_subspace_both_halves_know_where_they_are(tmp_path, directions):
+    changes = ("compression.name=subspace", "compression.dimension=8", f"compression.directions={directions}")
+    result = small.run(tmp_path, "dp_zo", *changes, "training.directions=3")
+    assert result["dropped_updates"] == 0
+    assert result["levels"].keys() == {"global"}  # what clients rebuild is the server's prompt, bit for bit
+
+
+def test_what_it_leaves_lies_in_the_subspace(model):
+    task = small.classes()
+    start = small.start(model, task)
+    compression = subspace.build(subspace.Config(dimension=6, directions="random"), start, 0)
+    of = method()
+    of.coordinates = compression.coordinates
+    members = small.clients(model, of, compression=compression)
+    delta = of.prompt(ran(model, of, members, 3)) - start.vectors_PD
+    assert float(delta.norm()) > 1e-3
+    assert small.close(compression.coordinates.up(compression.coordinates.down(delta)), delta, 1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["local", "central"])
+def test_client_level_noise(tmp_path, how):
+    level = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", f"privacy.placement={how}")
+    result = small.run(tmp_path, "dp_zo", *level)
+    assert result["privacy"]["unit"] == "client"
+    assert result["dropped_updates"] == 0
+
+
+def test_a_robust_mean_of_slopes(tmp_path):
+    result = small.run(tmp_path, "dp_zo", "method.robust={ rule = 'trimmed_mean', poisoned = 1 }")
+    assert result["dropped_updates"] == 0
+
+
+# ---------------------------------------------------------------- orders at a site
+
+
+def test_a_site_takes_the_servers_own_orders_and_no_others(model):
+    of = method()
+    members = small.clients(model, of)
+    start, state = members["site-0"].start, ran(model, of, members, 3)
+    good = of.assign(state, members["site-0"].card, 4)
+    check_order(good, of, start, 5)
+    y, moves = state.arrays["y"], good.arrays["moves_TK"]
+    for bad in (
+        replace(good, arrays={}),
+        replace(good, arrays={"prompt": start.vectors_PD}),
+        replace(good, arrays={"y": y, "moves_TK": moves}),
+        replace(good, arrays={"y": y[:-1]}),
+        replace(good, arrays={"y": y.double()}),
+        replace(good, arrays={"y": y + 1e4}),
+        replace(good, arrays={"moves_TK": moves[:, :-1]}),
+        replace(good, arrays={"moves_TK": torch.zeros(99, 4)}),
+        replace(good, facts={"rate": 0.1}),
+        replace(good, facts={**good.facts, "step": float("nan")}),
+        replace(good, facts={**good.facts, "rate": 0.0}),
+        replace(good, facts={**good.facts, "rate": True}),
+    ):
+        with pytest.raises(CodecError):
+            check_order(bad, of, start, 5)
