@@ -4,10 +4,12 @@ Nothing of it is needed to run: a tracker reads `rounds.jsonl` and `result.json`
 """
 
 import json
+import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -19,6 +21,10 @@ Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflo
 KINDS = ("tensorboard", "mlflow")
 PAUSE = 2.0
 FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
+
+
+class TrackWarning(UserWarning):
+    """A tracker that failed while a run went on."""
 
 
 class Writer(Protocol):
@@ -39,15 +45,22 @@ def followed(kind: str | None, folder: Path) -> Iterator[Callable[[], None]]:
         return
     follower, last = Follower(opener(kind, folder), folder), [0.0]
 
-    def look() -> None:
-        if time.monotonic() - last[0] > PAUSE:
+    def look(pause: float = PAUSE) -> None:
+        if time.monotonic() - last[0] <= pause:
+            return
+        try:
             follower.look()
             last[0] = time.monotonic()
+        except Exception as error:  # whatever a tracker's own code raises: a run is worth more than its picture
+            last[0] = math.inf
+            warnings.warn(
+                f"--track {kind}: {error}; nothing more is sent, and the run goes on", TrackWarning, stacklevel=2
+            )
 
     try:
         yield look
     finally:
-        follower.look()
+        look(-1.0)
         follower.close()
 
 
@@ -61,6 +74,8 @@ def opener(kind: str, folder: Path) -> Callable[[str, Path], Writer]:
         raise ConfigError(
             f"--track {kind} needs {kind}, which is not installed ({error}); pip install {kind}, or leave --track out"
         ) from error
+    except Exception as error:  # a server that is not there, a store that is refused
+        raise ConfigError(f"--track {kind} cannot begin: {error}") from error
 
 
 class Follower:
@@ -99,7 +114,8 @@ class Follower:
 
     def close(self) -> None:
         for writer in self.writers.values():
-            writer.close()
+            with suppress(Exception):
+                writer.close()
 
 
 def end_of(result: Mapping[str, Any]) -> dict[str, float]:
