@@ -23,7 +23,7 @@ from ficpd.run import run as run_experiment
 from ficpd.seams import Compression, Engine, Method, StartsElsewhere, Task
 from ficpd.tasks import choice, classification, regression
 from ficpd.tuners import Training
-from ficpd.types import Answer, ArrayKind, ClientCard, Prompt, Query, Record, Setup, State
+from ficpd.types import Answer, ArrayKind, ClientCard, Layout, Prompt, Query, Record, Setup, State
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]
@@ -111,9 +111,9 @@ def whole(begin: Prompt) -> Compression:
     return none.build(none.Config(), begin, 0)
 
 
-def wire(layout: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayKind]:
+def wire(layout: Layout) -> dict[str, ArrayKind]:
     """How arrays of this layout travel without compression."""
-    return {name: ArrayKind(tuple(shape)) for name, shape in layout.items()}
+    return {n: kind if isinstance(kind, ArrayKind) else ArrayKind(tuple(kind)) for n, kind in layout.items()}
 
 
 def method(name: str, training: Training = TRAINING, **config: Any) -> Method:

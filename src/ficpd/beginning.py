@@ -9,6 +9,7 @@ import torch
 
 from ficpd import heads, seeds
 from ficpd.backbones import catalog
+from ficpd.backbones.words import prompt_of
 from ficpd.compression.subspace import Gradients
 from ficpd.compute import Compute
 from ficpd.errors import ConfigError, unknown
@@ -41,8 +42,9 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
         )
     text = None if config.init == "vocabulary" else config.text or start_text(tasks)
     tokens_PD = saved.vectors_PD if saved else backbone.start(text, config.num_tokens, enters_at, experiment.seed)
-    rms = float(tokens_PD.square().mean().sqrt())
-    vectors_PD = torch.cat([tokens_PD, _head(experiment, tasks[0], backbone) * rms])
+    rms = float(tokens_PD.float().square().mean().sqrt())
+    head_CD = _head(experiment, tasks[0], backbone)
+    vectors_PD = torch.cat([tokens_PD, head_CD * rms]) if len(head_CD) else tokens_PD
     training = experiment.training
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
@@ -53,6 +55,19 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
         Prompt(vectors_PD, backbone.fingerprint, enters_at, tasks[0].head_rows),
         experiment.model_copy(update={"prompt": prompt, "training": training}),
     )
+
+
+def start_words(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> Prompt:
+    """The same start as token ids, [P, 1]. `ConfigError` where it would be a library's vectors, or a head is tuned."""
+    config = experiment.prompt
+    if config.library or tasks[0].head_rows:
+        what = (
+            "task.tuned_head = true: it" if tasks[0].head_rows else "prompt.init = 'library': what was tuned as vectors"
+        )
+        raise ConfigError(f"{what} is no words, and this method's prompts are; leave it out")
+    text = None if config.init == "vocabulary" else config.text or start_text(tasks)
+    ids_P1 = prompt_of(backbone.words, backbone.name, text, config.num_tokens, experiment.seed)
+    return Prompt(ids_P1, backbone.fingerprint)
 
 
 def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> Prompt:

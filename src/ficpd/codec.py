@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ficpd.errors import CodecError
-from ficpd.types import JSON, ArrayKind, Assignment, ClientUpdate, State
+from ficpd.types import IDS, JSON, ArrayKind, Assignment, ClientUpdate, State
 
 HEADER_LIMIT = 1 << 20
 UPDATE_HEADER = struct.Struct("<2sBIf8sIB")
@@ -238,10 +238,12 @@ def _little(flat: Tensor, size: int) -> Tensor:
 
 
 def _norm(arrays: Mapping[str, Tensor]) -> float:
-    """L2 over all arrays, integers times their scale. Raises `CodecError` for a scale below zero."""
+    """L2 over all arrays, integers times their scale; token ids are no lengths. `CodecError` for a scale below zero."""
     scales = {name: f"{name}.scale" for name, array in arrays.items() if not array.is_floating_point()}
     total = 0.0
     for name in arrays.keys() - scales.values():
+        if arrays[name].dtype == IDS:
+            continue
         values = arrays[name].double()
         if (scale := arrays.get(scales.get(name, ""))) is not None:
             if bool((scale < 0).any()):

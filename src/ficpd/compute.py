@@ -93,6 +93,7 @@ class Compute:
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
         """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
         _check_writing(queries[0])
+        _check_words(queries[0], self.backbone)
         if queries[0].grad and not self.backbone.gives_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box tuner (spsa, cma_es)")
         rows = [
@@ -137,9 +138,12 @@ class Compute:
         return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
 
     def _prompts(self, queries: list[Query], part: list[Row]) -> Tensor:
-        """[R, P, D]: each row's own copy, on the backbone's device."""
-        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part])
-        return prompts_RPD.detach().to(self.backbone.device, torch.float32)
+        """[R, P, D]: each row's own copy, on the backbone's device; of words what the backbone takes for them."""
+        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part]).detach()
+        if not prompts_RPD.is_floating_point():
+            assert self.backbone.words is not None, "checked before"
+            return self.backbone.words.entering(prompts_RPD[..., 0])
+        return prompts_RPD.to(self.backbone.device, torch.float32)
 
     def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
         """[R] texts that follow each record's first sequence; none at all where the queries do not write."""
@@ -206,7 +210,8 @@ class Compute:
 def _kind(query: Query) -> tuple:
     """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
     batch = query.batch
-    return batch.enters_at, query.prompts_KPD.shape[1], batch.task.head_rows, query.grad, query.outputs, query.write
+    prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
+    return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.write
 
 
 def _check_writing(query: Query) -> None:
@@ -215,6 +220,22 @@ def _check_writing(query: Query) -> None:
     if query.write and query.grad:
         raise BackboneError(
             f"a query asks for gradients and for {query.write} written tokens; what is written has none: ask twice"
+        )
+
+
+def _check_words(query: Query, backbone: Backbone) -> None:
+    """Raises `BackboneError` for token ids where they mean nothing."""
+    if query.prompts_KPD.is_floating_point():
+        return
+    if backbone.words is None:
+        raise BackboneError(
+            f"{backbone.name} knows no words for a prompt to be made of; use a backbone that reads texts"
+        )
+    if query.grad or query.batch.enters_at != 0 or query.batch.task.head_rows or query.prompts_KPD.shape[-1] != 1:
+        raise BackboneError(
+            f"a prompt of words is [K, P, 1] and enters {backbone.name} at layer 0, without gradients or a tuned head; "
+            f"given {tuple(query.prompts_KPD.shape)}, layer {query.batch.enters_at}, {query.batch.task.head_rows} head "
+            f"rows, gradients {query.grad}"
         )
 
 

@@ -13,7 +13,7 @@ from ficpd.federate import Schedule, cohort_of
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals, Unprotected
+from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals, TunesWords, Unprotected
 from ficpd.server.central import NoisedSum
 from ficpd.types import JSON, Plan, State
 
@@ -82,6 +82,11 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
             "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
             "with method.robust.rule = 'mean', for one sum hides who sent what)"
+        )
+    if part.get("placement") is not None and isinstance(method, TunesWords):
+        raise PrivacyError(
+            f"client-level noise is on what a client sends, and {method.name} sends words, which no noise can be added to; "
+            "use privacy.name = 'record_gaussian'"
         )
     return part
 

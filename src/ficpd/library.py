@@ -23,6 +23,8 @@ FORMAT = 2
 START = "start"
 ADAPTED = "adapted"
 """The name of the prompt that somebody fitted to records of their own, and of the card's part that says how."""
+WORDS = "words"
+"""The card's part that says how prompts of words read: by name."""
 KEY, READOUT = "key/", "readout/"
 CARD = ("backbone", "tasks")
 """The parts of a card that a library cannot be used without."""
@@ -60,7 +62,11 @@ class PromptLibrary:
         return _closest(self.keys, key_D)[:n]
 
     def compose(self, weights: Mapping[str, float]) -> Prompt:
-        """start + Σ w_j (prompt_j - start). Raises `LibraryError` for a name the library lacks."""
+        """start + Σ w_j (prompt_j - start). Raises `LibraryError` for a name the library lacks, or prompts of words."""
+        if not self.start.vectors_PD.is_floating_point():
+            raise LibraryError(
+                "this library's prompts are words of a remote model, which cannot be mixed; use one of them"
+            )
         for name in weights:
             if name not in self.prompts:
                 raise LibraryError(f"no prompt {name!r} in this library; it has {listed(self.prompts)}")
@@ -99,7 +105,7 @@ class PromptLibrary:
         tensors = {name: prompt.vectors_PD for name, prompt in self.candidates().items()}
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
-        whole = {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
+        whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         save_file(whole, beside / "prompts.safetensors", meta)
         (beside / "card.json").write_text(json.dumps(self.card, indent=2) + "\n")
         (beside / "README.md").write_text(model_card(self))
@@ -197,8 +203,8 @@ def keys_of(
     names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
 ) -> dict[str, Tensor]:
     """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known. None where
-    the backbone knows no words to describe a task by."""
-    names = list(names) if backbone.knows_words else []
+    the backbone knows no words to describe a task by, or gives no features of them."""
+    names = list(names) if backbone.knows_words and backbone.gives_features else []
     keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
     mine = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
     return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in mine.items()}
@@ -228,6 +234,8 @@ def shape_of(prompt: Prompt) -> str:
     if prompt.enters_at == LORA:
         rows = len(prompt.vectors_PD) - prompt.head_rows
         return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
+    if not prompt.vectors_PD.is_floating_point():
+        return f"{prompt.room} words, in front of every text"
     return f"{prompt.room} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
 
 
@@ -240,10 +248,15 @@ def model_card(library: PromptLibrary) -> str:
         f"- {shape_of(start)}\n"
         f"- tasks: {listed(card.get('tasks', {}))}\n"
         f"- made by: {made_by(card)}\n"
-        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_adapted_line(library)}\n"
+        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_words_lines(card)}{_adapted_line(library)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
+
+
+def _words_lines(card: Mapping[str, Any]) -> str:
+    """Prompts that were made of words, as they read."""
+    return "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
 
 
 def _adapted_line(library: PromptLibrary) -> str:

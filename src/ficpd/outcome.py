@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ficpd.clients import LABELS
 from ficpd.errors import ConfigError
 from ficpd.experiment import settings
 from ficpd.federate import Schedule
 from ficpd.guard import Guard, public_seed
-from ficpd.library import PromptLibrary, keys_of
+from ficpd.library import WORDS, PromptLibrary, keys_of
 from ficpd.refine import Refined, refine
 from ficpd.rundir import RunDir
-from ficpd.seams import Calibrates, Classifies, Method, Particular, Rebuilds
+from ficpd.seams import Backbone, Calibrates, Classifies, Method, Particular, Rebuilds, TunesWords
 from ficpd.server.prototypes import agreement
-from ficpd.types import Prompt, State
+from ficpd.types import IDS, Prompt, State, zeros_of
 from ficpd.world import World
 
 OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
@@ -49,8 +49,8 @@ def labels_of(world: World) -> dict[str, int]:
 def knowing_the_noise(world: World, method: Method, state: State, guard: Guard) -> State:
     """With the facts `noise` (on one update) and `noise_of_sum` (on a whole round's), squared lengths, so that a method can
     tell what clients learned from what a mechanism added."""
-    arrays = world.compression.project({name: torch.zeros(shape) for name, shape in method.layout(state).items()})
-    size = sum(array.numel() for array in arrays.values())
+    arrays = world.compression.project(zeros_of(method.layout(state)))
+    size = sum(array.numel() for array in arrays.values() if array.dtype != IDS)
     of_sum = guard.central.noise_on(size) if guard.central else 0.0
     return State(state.arrays, {**state.facts, "noise": guard.noise_on(size), "noise_of_sum": of_sum})
 
@@ -70,8 +70,9 @@ def schedule_of(world: World, method: Method) -> Schedule:
 def library_of(
     world: World, method: Method, state: State, result: Mapping[str, Any], more: Mapping[str, Prompt]
 ) -> PromptLibrary:
-    start = world.start
-    prompts = {name: start.with_vectors(vectors) for name, vectors in method.basis(state).items()} | dict(more)
+    backbone, basis = world.model.backbone, method.basis(state)
+    start = world.start.with_vectors(_kept_as(world.start.vectors_PD, backbone))
+    prompts = {name: start.with_vectors(_kept_as(vectors, backbone)) for name, vectors in basis.items()} | dict(more)
     card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
     card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
     tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
@@ -85,8 +86,17 @@ def library_of(
     }
     card["data"] = {"source": ", ".join(Path(p.data.source).name for p in world.experiment.parties.values() if p.data)}
     card["training"] = world.experiment.training.model_dump()
-    keys = keys_of(prompts, tasks, tasks_of(world, state, list(tasks)), world.model.backbone)
+    if backbone.words is not None and isinstance(method, TunesWords):
+        card[WORDS] = {name: backbone.words.text(ids_P1[:, 0].tolist()) for name, ids_P1 in basis.items()}
+    keys = keys_of(prompts, tasks, tasks_of(world, state, list(tasks)), backbone)
     return PromptLibrary(start, prompts, card, keys)
+
+
+def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:
+    """A prompt as a library keeps it: of words their vectors, where the backbone takes them, and so like any other."""
+    if vectors_PD.is_floating_point() or backbone.words is None or not backbone.gives_features:
+        return vectors_PD
+    return backbone.words.entering(vectors_PD[:, 0][None])[0].cpu()
 
 
 def clusters_of(world: World, state: State) -> dict[str, Any] | None:

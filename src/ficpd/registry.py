@@ -11,7 +11,7 @@ from types import ModuleType
 from ficpd.errors import ConfigError, unknown
 
 NOT_ENTRIES = {
-    "weights", "bert", "catalog", "decoding", "lora", "quantised",
+    "weights", "bert", "catalog", "completions", "decoding", "http", "lora", "words", "quantised",
     "noise", "accountant", "ledger", "settings", "clip", "space",
 }  # fmt: skip
 """Modules that stand in a registry's folder and are no entry of it."""

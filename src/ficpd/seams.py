@@ -516,7 +516,7 @@ class StartsElsewhere(Protocol):
 
 @runtime_checkable
 class TunesWords(StartsElsewhere, Protocol):
-    """One whose prompts are token ids, int64 [P, 1], at layer 0: without a tuned head, and nothing that noise may be added to."""
+    """One whose prompts are token ids, int64 [P, 1], at layer 0: without a tuned head, and no noise can be added to them."""
 
     clip_norm: float
     """What a record's contribution to `mean` is clipped to, where `privacy.clip_norm` is open: there are no gradients."""

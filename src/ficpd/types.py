@@ -207,8 +207,16 @@ class ArrayKind(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+IDS = torch.int32
+"""As what token ids travel: no compression touches them."""
 Layout = Mapping[str, tuple[int, ...] | ArrayKind]
 """Arrays by name: the shape of one of numbers, or what travels as it is, such as token ids."""
+
+
+def zeros_of(layout: Layout) -> dict[str, Tensor]:
+    """An update's arrays, all zero."""
+    kinds = {name: kind if isinstance(kind, ArrayKind) else ArrayKind(tuple(kind)) for name, kind in layout.items()}
+    return {name: torch.zeros(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
 
 
 class Spend(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 
 from ficpd import seeds
 from ficpd.backbones import catalog, warn_of_unknown, weights
-from ficpd.beginning import measured, start_prompt
+from ficpd.beginning import measured, start_prompt, start_words
 from ficpd.clients import Client, Encodings
 from ficpd.compute import Compute
 from ficpd.data import sources
@@ -20,9 +20,12 @@ from ficpd.guard import Guard, private_seed
 from ficpd.metrics.fairness import groups_of
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.seams import Backbone, Compression, Method, StartsElsewhere, Task
+from ficpd.seams import Backbone, Compression, Method, StartsElsewhere, Task, TunesWords
 from ficpd.speed import DTYPES, Choice, choose
 from ficpd.types import ClientCard, Prompt
+
+ENDPOINT = "endpoint"
+"""The name of the backbone that is somewhere else (`backbones/endpoint`)."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,33 @@ class World:
         return self.tasks[self.group_of.get(client, client.removesuffix("everyone").removesuffix("."))]
 
     def start_of(self, method: Method) -> Prompt:
-        """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts."""
+        """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts, or
+        the backbone takes prompts of words and the method tunes vectors."""
         if not isinstance(method, StartsElsewhere):
+            if method.trains and not self.start.vectors_PD.is_floating_point():
+                raise ConfigError(
+                    f"{self.experiment.backbone.name} takes prompts of words, and {method.name} tunes vectors (soft "
+                    'prompts); use method.name = "feddtpt", or a backbone whose weights are here'
+                )
             return self.start
         if self.experiment.compression["name"] != "none":
             raise ConfigError(
                 f"compression.name = {self.experiment.compression['name']!r} is for prompts, and {method.name} tunes "
                 'something else; set compression.name = "none" (with compression.bits = 8 or 16, if bytes matter)'
             )
-        return method.start(self.start, self.model.backbone, seeds.derive(self.experiment.seed, "public"))
+        given, backbone = self.start, self.model.backbone
+        if isinstance(method, TunesWords):
+            given = start_words(self.experiment, list(self.tasks.values()), backbone)
+        return method.start(given, backbone, seeds.derive(self.experiment.seed, "public"))
 
     def starting(self, method: Method) -> "World":
         """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
         if not isinstance(method, StartsElsewhere):
             return self
-        training = self.experiment.training.model_copy(update={"learning_rate": method.learning_rate})
-        privacy = dict(self.experiment.privacy)
-        privacy |= {key: value for key, value in {"clip_norm": None, "clip_norms": {}}.items() if key in privacy}
+        rate = method.learning_rate or self.experiment.training.learning_rate
+        training = self.experiment.training.model_copy(update={"learning_rate": rate})
+        privacy, clip = dict(self.experiment.privacy), method.clip_norm if isinstance(method, TunesWords) else None
+        privacy |= {key: value for key, value in {"clip_norm": clip, "clip_norms": {}}.items() if key in privacy}
         experiment = self.experiment.model_copy(update={"training": training, "privacy": privacy})
         start = self.start_of(method)
         experiment, compression = measured(experiment, list(self.tasks.values()), self.model, start)
@@ -221,6 +234,8 @@ def _check_heads(tasks: Mapping[str, Task]) -> None:
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
     """The backbone, and its configuration with dtype and attention as chosen for this machine."""
     device = _device(engine.device)
+    if device.type == "cpu":
+        one_thread_a_forward()
     kind, found = locate(config)
     module = load("backbones", kind)
     options = checked(module.Config, config.options, "backbone.options")
@@ -229,6 +244,8 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
         dtype = DTYPES[choice.dtype]
         return module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
 
+    if kind == ENDPOINT:  # nothing runs here
+        return build(Choice("float32", "eager")), config.model_copy(update={"kind": kind})
     identity = config.name if found is None else found.sha256
     choice = choose(build, identity, device, Choice(config.dtype, config.attention))
     update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
@@ -237,8 +254,8 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
 def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
     """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
-    if config.name == "tiny":
-        return "tiny", None
+    if config.name in ("tiny", ENDPOINT):
+        return config.name, None
     named = catalog.NAMED.get(config.name)
     found = weights.resolve(named.weights if named else config.name)
     return config.kind or (named.kind if named else catalog.kind_of(Path(found.folder))), found

@@ -9,13 +9,13 @@ import small
 from ficpd import codec
 from ficpd.clients import Client, participate, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
-from ficpd.errors import LibraryError
+from ficpd.errors import ConfigError, LibraryError
 from ficpd.federate import Schedule
 from ficpd.metrics.evaluate import evaluate
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.seams import Demonstrates, Method
-from ficpd.types import Assignment, ClientUpdate, Query, State
+from ficpd.seams import Demonstrates, Method, TunesWords
+from ficpd.types import IDS, ArrayKind, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
 MARK, MARKED_WEIGHT = 0.125, 42.0
@@ -29,7 +29,7 @@ class Marking(NoPrivacy):
 
     def release(self, update, noise):
         self.released.append(update.client)
-        arrays = {name: torch.full_like(array, MARK) for name, array in update.arrays.items()}
+        arrays = {name: torch.full(a.shape, MARK).to(a.dtype) for name, a in update.arrays.items()}
         return ClientUpdate(update.client, arrays, MARKED_WEIGHT)
 
 
@@ -85,7 +85,7 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
         assert not small.close(first, last, 1e-3)
         losses.append(model.answer([Query(torch.stack([first, last]), client.encoded())])[0].loss_KB)
     first, last = torch.cat(losses, 1).mean(1)
-    assert last < first
+    assert last < first or isinstance(method, TunesWords), "a random backbone heeds no words (tests/methods/test_feddtpt.py)"
 
 
 def test_two_of_five_clients_a_round(method, model):
@@ -98,6 +98,10 @@ def test_two_of_five_clients_a_round(method, model):
 
 
 def test_a_task_with_a_tuned_head(method, model):
+    if isinstance(method, TunesWords):
+        with pytest.raises(ConfigError, match="tuned_head"):
+            small.clients(model, method, task=small.classes(tuned_head=True))
+        return
     members = small.clients(model, method, task=small.classes(tuned_head=True))
     state, reports = small.rounds(method, members, model)
     assert not any(report.dropped for report in reports)
@@ -162,8 +166,9 @@ def test_the_layout_is_that_of_every_update(method, model):
     for round in (1, 2):
         updates = updates_of(method, members, model, state, round)
         for update in updates:
-            assert {name: tuple(array.shape) for name, array in update.arrays.items()} == dict(method.layout(state))
-            assert {array.dtype for array in update.arrays.values()} <= {torch.float32}
+            kinds = {name: ArrayKind(tuple(array.shape), array.dtype) for name, array in update.arrays.items()}
+            assert kinds == small.wire(method.layout(state))
+            assert {kind.dtype for kind in kinds.values()} <= {torch.float32, IDS}
         state = method.aggregate(state, updates, round, model)
 
 
@@ -179,7 +184,7 @@ def test_what_leaves_is_exactly_what_was_released(method, model):
     replies = list(small.engine(method, members, model).exchange(bodies))
     assert sorted(mechanism.released) == sorted(reply.client for reply in replies) == sorted(members)
     for reply in replies:
-        marks = {name: torch.full(shape, MARK) for name, shape in method.layout(state).items()}
+        marks = {name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.layout(state)).items()}
         assert reply.body == codec.encode_update(ClientUpdate(reply.client, marks, MARKED_WEIGHT), 1, fingerprint)
 
 

@@ -19,7 +19,7 @@ LOOKED_AT = 50
 class Reads:
     """What all backbones of texts have in common: they see no images."""
 
-    sees, knows_words = False, True
+    sees, knows_words, gives_features = False, True, True
     name: str
 
     def look(self, image: Any, room: int) -> Item:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from ficpd import seeds
 from ficpd.backbones import Reads, Silent, unknown_share
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.words import Vocabulary
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item
 
@@ -65,6 +66,7 @@ class Bert(Silent, Reads):
         self.max_tokens = min(max_tokens, _positions(model.config))
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.model, self.width)
+        self.words = Vocabulary(tokenizer, self._embedded, model.config.vocab_size)
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         ids = self._words(min(num_tokens, self.max_tokens), seed) if text is None else self._start_ids(text)
@@ -92,7 +94,10 @@ class Bert(Silent, Reads):
 
     def _word_vectors(self, item: Item) -> Tensor:
         """[T, D]: what a prompt at layer 0 stands beside."""
-        return self.model.get_input_embeddings()(item.content[: item.length].to(self.device))
+        return self._embedded(item.content[: item.length])
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids.to(self.device))
 
     def _top(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
         """[S, T, D] behind the prompt after the last block, and which of them are tokens [S, T]."""

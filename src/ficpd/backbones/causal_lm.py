@@ -22,6 +22,7 @@ from ficpd import seeds
 from ficpd.backbones import Reads, unknown_share
 from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.words import Vocabulary
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
@@ -97,6 +98,7 @@ class CausalLM(Reads):
         self.max_tokens = min(config.max_tokens, self.context)
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(model, self.width)
+        self.words = Vocabulary(tokenizer, self._word_vectors, model.config.vocab_size)
         self._first = self._bos()
         known = inspect.signature(model.model.layers[0].forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
@@ -203,12 +205,15 @@ class CausalLM(Reads):
     @torch.no_grad()
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         self._check(layer)
-        embedded = [self.model.get_input_embeddings()(item.content.to(self.device)) for item in items]
+        embedded = [self._word_vectors(item.content) for item in items]
         if layer == 0:
             return embedded
         hidden = Hidden.of(embedded)
         states_STD = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
         return [states_TD[: item.length].clone() for states_TD, item in zip(states_STD, items, strict=True)]
+
+    def _word_vectors(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids.to(self.device))
 
     def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
         """Features are the last position's state after the final norm; scores mean log-likelihoods of scored tokens."""

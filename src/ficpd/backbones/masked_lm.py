@@ -64,6 +64,7 @@ class MaskedLM(Bert):
         self.head = model.lm_head if self.roberta else model.cls.predictions
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._constant(self.head.layer_norm if self.roberta else self.head.transform.LayerNorm)
+        self.words.likely = self._likely
         some = range(0, model.config.vocab_size, max(1, model.config.vocab_size // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 
@@ -171,6 +172,15 @@ class MaskedLM(Bert):
         if self.roberta:
             return self.head.layer_norm(F.gelu(self.head.dense(states_ND)))
         return self.head.transform(states_ND)
+
+    @torch.no_grad()
+    def _likely(self, ids: Sequence[int], place: int) -> Tensor:
+        """[V]: which token might stand at a place of these ids."""
+        mask = self.tokenizer.mask_token_id
+        whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
+        item = Item(torch.tensor(whole), len(whole))
+        states_STD, _ = self._top(torch.zeros(1, 0, self.width, device=self.device), [self._word_vectors(item)], 0)
+        return self.head.decoder(self._transformed(states_STD[0, place + 1]))
 
     def _rows(self, ids: Sequence[int]) -> Tensor:
         """[N, D] so that features @ rows.T are the head's logits of these tokens, its bias included."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ficpd import seeds
 from ficpd.backbones import Reads, Silent
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.words import checked
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs
 
@@ -32,6 +33,32 @@ class Config(BaseModel):
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """`weights` is ignored: there are none to load."""
     return Tiny(config, dtype, device, name)
+
+
+class Hashed:
+    """Its words, each by its hash: no vocabulary file, and no spelling but the number."""
+
+    size = VOCABULARY
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    def ids(self, text: str) -> list[int]:
+        words = text.lower().split() or ["[empty]"]
+        return [int.from_bytes(hashlib.md5(w.encode()).digest()[:4], "big") % VOCABULARY for w in words]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return " ".join(f"#{i}" for i in ids)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return self.table[checked(ids, VOCABULARY).to(self.table.device)].float()
+
+    def entering(self, ids_RP: Tensor) -> Tensor:
+        return self.vectors(ids_RP)
+
+    def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
+        drawn = torch.randperm(VOCABULARY, generator=seeds.generator(seed, "proposals")).tolist()
+        return [i for i in drawn[: number + 1] if i != ids[place]][:number]
 
 
 class Block(nn.Module):
@@ -56,7 +83,8 @@ class Tiny(Silent, Reads):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
         self.device, self.dtype = device, dtype
         random = seeds.generator("tiny", config.width, config.depth)
-        self.words = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
+        self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
+        self.words = Hashed(self.table)
         with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
             self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
         for weight in self.blocks.parameters():
@@ -81,7 +109,7 @@ class Tiny(Silent, Reads):
                 f"a prompt of {room} virtual tokens leaves {limit} of {self.name}'s {self.max_tokens} positions for "
                 "the text; take fewer virtual tokens (prompt.num_tokens)"
             )
-        ids = self._ids(text if pair is None else f"{text} | {pair}")[:limit]
+        ids = self.words.ids(text if pair is None else f"{text} | {pair}")[:limit]
         return Item(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
@@ -98,7 +126,7 @@ class Tiny(Silent, Reads):
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         drawn = torch.randint(VOCABULARY, (num_tokens,), generator=seeds.generator(seed, "vocabulary")).tolist()
-        ids = drawn if text is None else self._ids(text)
+        ids = drawn if text is None else self.words.ids(text)
         states_TD = self.below([Item(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 
@@ -111,7 +139,7 @@ class Tiny(Silent, Reads):
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():
-            hidden = Hidden.of([self.words[item.content.to(self.device)] for item in items])
+            hidden = Hidden.of([self.table[item.content.to(self.device)] for item in items])
             states = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
@@ -126,8 +154,3 @@ class Tiny(Silent, Reads):
         for block in self.blocks[first:last]:
             states = block(states, mask_ST)
         return states
-
-    def _ids(self, text: str) -> list[int]:
-        """Each word by its hash: no vocabulary file."""
-        words = text.lower().split() or ["[empty]"]
-        return [int.from_bytes(hashlib.md5(w.encode()).digest()[:4], "big") % VOCABULARY for w in words]

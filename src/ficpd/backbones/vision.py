@@ -82,7 +82,7 @@ class Colours:
 class Vision(Silent):
     """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
 
-    gives_gradients, sees, about = True, True, "a vision transformer"
+    gives_gradients, gives_features, sees, about, words = True, True, True, "a vision transformer", None
 
     def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.processor, self.tokenizer, self.name = (

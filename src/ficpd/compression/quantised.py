@@ -1,6 +1,6 @@
 """What every compression does: a public linear map at the client, then few bits a number; both undone at the server.
 
-Only arrays of the prompt's own shape are mapped and quantised; a method's other arrays travel as they are.
+Only arrays of the prompt's own shape are mapped and quantised; a method's other arrays travel as they are, token ids, too.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.seams import Coordinates
-from ficpd.types import ArrayKind, Prompt
+from ficpd.types import IDS, ArrayKind, Layout, Prompt
 
 Bits = Literal[8, 16, 32]
 INTEGERS = {8: torch.int8, 16: torch.int16}
@@ -79,34 +79,37 @@ class Quantised:
     coordinates: Coordinates | None = None
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._check({name: tuple(array.shape) for name, array in arrays.items()})
-        floats = {name: array.float() for name, array in arrays.items()}
-        return {name: self.projection.down(a) if a.shape == self.outer else a for name, a in floats.items()}
+        ids, numbers = _apart(arrays)
+        self._check({name: tuple(array.shape) for name, array in numbers.items()})
+        floats = {name: array.float() for name, array in numbers.items()}
+        return ids | {name: self.projection.down(a) if a.shape == self.outer else a for name, a in floats.items()}
 
     def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed = dict(arrays)
         if self.bits != 32:
-            for name, array in arrays.items():
+            for name, array in _apart(arrays)[1].items():
                 if array.shape == self.projection.shape:
                     packed[name], packed[name + SCALE] = quantise(array, self.bits)
         return packed
 
     def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = {name for name, array in arrays.items() if not array.is_floating_point()}
+        ids, numbers = _apart(arrays)
+        whole = {name for name, array in numbers.items() if not array.is_floating_point()}
         scales = {name + SCALE for name in whole}
         floats = {
             name: dequantise(array, arrays[name + SCALE]) if name in whole else array.float()
-            for name, array in arrays.items()
+            for name, array in numbers.items()
             if name not in scales
         }
         inner = self.projection.shape
-        return {name: self.projection.up(a) if a.shape == inner else a for name, a in floats.items()}
+        return ids | {name: self.projection.up(a) if a.shape == inner else a for name, a in floats.items()}
 
-    def wire(self, layout: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayKind]:
+    def wire(self, layout: Layout) -> dict[str, ArrayKind]:
         """Raises `ConfigError` for a layout that cannot be told apart on the way."""
-        self._check(layout)
-        kinds = {}
-        for name, shape in layout.items():
+        kinds = {name: kind for name, kind in layout.items() if isinstance(kind, ArrayKind)}
+        numbers = {name: shape for name, shape in layout.items() if not isinstance(shape, ArrayKind)}
+        self._check(numbers)
+        for name, shape in numbers.items():
             if tuple(shape) != self.outer:
                 kinds[name] = ArrayKind(tuple(shape))
                 continue
@@ -129,6 +132,12 @@ class Quantised:
                     f"array {name + SCALE!r} has the name that the scale of {name!r} travels under at {self.bits} bits; "
                     "call it something else, or set compression.bits = 32"
                 )
+
+
+def _apart(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Token ids, and what is made of numbers."""
+    ids = {name: array for name, array in arrays.items() if array.dtype == IDS}
+    return ids, {name: array for name, array in arrays.items() if name not in ids}
 
 
 def outer_shape(start: Prompt) -> tuple[int, int]:

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ficpd import codec
 from ficpd.data.partition import Shard
 from ficpd.errors import SiteError
 from ficpd.experiment import parse
 from ficpd.experiment import settings as of_part
 from ficpd.guard import clipping, part_for
-from ficpd.outcome import method_of, schedule_of
+from ficpd.outcome import labels_of, method_of, schedule_of
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Ledger
 from ficpd.site import policy, settings
@@ -24,7 +22,7 @@ from ficpd.site.open import records_of
 from ficpd.site.site import LEDGER
 from ficpd.site.status import ledger_status
 from ficpd.terms import Terms, group_of
-from ficpd.types import ClientCard, ClientUpdate, Setup
+from ficpd.types import ClientCard, ClientUpdate, Setup, zeros_of
 from ficpd.world import load_backbone, served_world
 
 
@@ -63,9 +61,10 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     policy.check(config, file.read_text(encoding="utf-8"), file.name, terms)
     yield f"recipe    {recipe.name}: the policy allows it"
     cards = [ClientCard(name) for name in names]
-    state = method.init(Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed))
-    zeros = {name: torch.zeros(shape) for name, shape in method.layout(state).items()}
-    update = ClientUpdate(config.name, world.compression.pack(world.compression.project(zeros)))
+    setup = Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, labels_of(world))
+    state = method.init(setup)
+    arrays = world.compression.pack(world.compression.project(zeros_of(method.layout(state))))
+    update = ClientUpdate(config.name, arrays)
     body = codec.encode_update(update, 1, world.start.backbone)
     yield f"update    {len(body)} bytes a round: " + ", ".join(
         f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
