@@ -5,7 +5,8 @@ python bench/fpl.py abstracts|languages|digits|ablation [--seeds 0 1 2] [--data 
 Twenty clients take part and four do not. `abstracts`: medical abstracts, labels by Dirichlet 0.3, MiniLM. `languages`:
 SIB-200, a client of 100 records for each of 24 languages on multilingual E5; cards state family and script. `digits`:
 MNIST, two groups of writers, labels by Dirichlet 0.3 within each, DINOv2-small at 56 pixels with a tuned head. `ablation`:
-clusters, contrast and residual, each on and off, on abstracts with and without ε = 2.
+clusters, contrast and residual, each on and off, and label priors, on abstracts with and without ε = 2 (of which label
+counts have a twentieth).
 
 Figures in percent, of the clients' own test records ("own"), of other clusters' ("others"), and of those who took no part
 ("unseen"). Beside them: the share of clients that are worse off than alone, and the mean of the worst tenth.
@@ -37,12 +38,20 @@ FAMILIES = {
     "Turkic": "tur", "Bantu": "swh", "Kra-Dai": "tha", "Austroasiatic": "vie", "Malayic": "ind",
 }  # fmt: skip
 FPL: dict[str, dict[str, Any]] = {
-    "abstracts": {"name": "fpl", "clusters": "signatures", "num_clusters": "auto"},
+    "abstracts": {"name": "fpl", "clusters": "none", "label_prior": True},
     "languages": {"name": "fpl", "by": ["family", "script"], "num_clusters": 6},
-    "digits": {"name": "fpl", "clusters": "given", "by": ["writer_group"]},
+    "digits": {"name": "fpl", "clusters": "given", "by": ["writer_group"], "label_prior": True},
 }
+BARE: dict[str, Any] = {"name": "fpl", "clusters": "none", "residual": "none"}
+"""What the ablation adds to."""
 PRIVATE: dict[str, Any] = {
-    "privacy": {"name": "record_gaussian", "epsilon": 2.0, "delta": 1e-5, "clip_norm": None},
+    "privacy": {
+        "name": "record_gaussian",
+        "epsilon": 2.0,
+        "delta": 1e-5,
+        "clip_norm": None,
+        "statistics": {"labels": 0.05},
+    },
     "compression": {"name": "subspace", "dimension": 64},
 }
 CONTRAST = {"weight": 0.1, "space": "both", "temperature": 0.1}
@@ -162,12 +171,14 @@ def ablation(args: argparse.Namespace) -> None:
         cells = Cells(f"fpl_ablation {label}".replace(" ", "_"), f"abstracts, {args.rounds} rounds of 5 steps of 16")
         methods: dict[str, dict[str, Any]] = {"local": {"name": "local"}}
         for clusters, contrast, residual in product((True, False), repeat=3):
-            method = FPL["abstracts"] | ({} if clusters else {"clusters": "none"})
+            method = BARE | ({"clusters": "signatures", "num_clusters": "auto"} if clusters else {})
             method |= {"contrast": CONTRAST} if contrast else {}
-            method |= {} if residual else {"residual": "none"}
+            method |= {"residual": "full"} if residual else {}
             on = {"clusters": clusters, "contrast": contrast, "residual": residual}
             if residual or not contrast:  # a contrast is of the residual
                 methods[", ".join(key for key, value in on.items() if value) or "nothing"] = method
+        methods |= {"label prior": BARE | {"label_prior": True}}
+        methods |= {"label prior, residual": BARE | {"label_prior": True, "residual": "full"}}
         for seed in args.seeds:
             compared(cells, args, seed, "abstracts", methods, more)
 

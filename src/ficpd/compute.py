@@ -5,10 +5,13 @@ with its own copy of its prompt; so the prompt's gradient is per record after on
 client's generator, `drive_many` holds many and answers one query of each in lock step.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -21,8 +24,20 @@ from ficpd.seams import Backbone
 from ficpd.types import LORA, Answer, Batch, Item, Outputs, Query
 
 Result = TypeVar("Result")
-CHUNK_TOKENS = {"cpu": 1536, "cuda": 131072}
+CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
 """Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
+THREADS = torch.get_num_threads()
+"""As many as torch had when this was imported."""
+
+
+def one_thread_a_forward() -> None:
+    """From now on a forward on a CPU has one thread, and `Compute` works on `THREADS` of them at a time.
+
+    Chunks are small matrices: two threads with a forward each do twice the work of two threads on one (MiniLM, bfloat16).
+    And what comes out is then the same on any number of cores. To be called before the first forward: kernels that were
+    chosen for two threads stay slow in one.
+    """
+    torch.set_num_threads(1)
 
 
 class Kept:
@@ -31,22 +46,27 @@ class Kept:
     def __init__(self, limit_bytes: int):
         self.limit, self.size = limit_bytes, 0
         self.states: OrderedDict[tuple[Item, int], Tensor] = OrderedDict()
+        self.lock = threading.Lock()
 
     def fetch(self, items: Sequence[Item], layer: int, backbone: Backbone) -> list[Tensor]:
         """[T, D] of each item, computed only where it is not kept."""
         found: dict[Item, Tensor] = {}
-        for item in items:
-            if (item, layer) in self.states:
-                self.states.move_to_end((item, layer))
-                found[item] = self.states[item, layer]
+        with self.lock:
+            for item in items:
+                if (item, layer) in self.states:
+                    self.states.move_to_end((item, layer))
+                    found[item] = self.states[item, layer]
         missing = [item for item in dict.fromkeys(items) if item not in found]
         for part in chunked(sorted(missing, key=lambda i: i.length), CHUNK_TOKENS[backbone.device.type]):
             for item, state in zip(part, backbone.below(part, layer), strict=True):
                 found[item] = state
-                self._keep(item, layer, state)
+                with self.lock:
+                    self._keep(item, layer, state)
         return [found[item] for item in items]
 
     def _keep(self, item: Item, layer: int, state: Tensor) -> None:
+        if (item, layer) in self.states:
+            return
         self.states[item, layer] = state
         self.size += state.nbytes
         while self.size > self.limit and self.states:
@@ -80,6 +100,7 @@ class Compute:
     def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
         self.backbone, self.kept = backbone, Kept(keep_bytes)
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[backbone.device.type]
+        self.workers = THREADS if backbone.device.type == "cpu" and torch.get_num_threads() == 1 else 1
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """One `Answer` per query, whatever the chunks: rows never see each other."""
@@ -106,13 +127,10 @@ class Compute:
             return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
-        losses, grads, outputs, texts = [], [], [], []
-        for part in chunked([rows[r] for r in order], self.chunk_tokens, overhead=virtual + queries[0].write):
-            loss, grad, output = self._forward(queries, part)
-            losses.append(loss)
-            grads.append(grad)
-            outputs.append(output)
-            texts += self._written(queries, part)
+        overhead = virtual + queries[0].write
+        parts = list(chunked([rows[r] for r in order], self.chunk_tokens, overhead))
+        losses, grads, outputs = zip(*self._each(partial(self._forward, queries), parts, queries[0].batch), strict=True)
+        texts = [text for part in parts for text in self._written(queries, part)]
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
@@ -124,6 +142,13 @@ class Compute:
             answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
+
+    def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
+        """Every chunk's result, `workers` at a time. LoRA's weights are the model's own for a while: one after the other."""
+        if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
+            return [work(part) for part in parts]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(work, parts))
 
     def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:
         """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ficpd import cache
-from ficpd.compute import Compute
+from ficpd.compute import THREADS, Compute
 from ficpd.seams import Backbone
 from ficpd.types import Batch, Outputs, Prompt, Query
 
@@ -39,7 +39,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
             (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
         )
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"device": f"{cpu} {capability}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"device": f"{cpu} {capability}", "threads": THREADS, "torch": torch.__version__}
 
 
 def choose(load: Callable[[Choice], Backbone], identity: str, device: torch.device, fixed: Choice) -> Choice:

@@ -11,7 +11,7 @@ from ficpd import seeds
 from ficpd.backbones import catalog, warn_of_unknown, weights
 from ficpd.beginning import measured, start_prompt, start_words
 from ficpd.clients import Client, Encodings
-from ficpd.compute import Compute
+from ficpd.compute import Compute, one_thread_a_forward
 from ficpd.data import sources
 from ficpd.data.partition import Shard, partition
 from ficpd.errors import BackboneError, ConfigError
@@ -151,6 +151,10 @@ def served_world(experiment: Experiment) -> World:
     _check_heads(tasks)
     if experiment.federation.unseen_clients:
         raise ConfigError("federation.unseen_clients is for simulations; a site that shall not take part is not asked")
+    if experiment.federation.max_queries:
+        raise ConfigError(
+            "federation.max_queries is for simulations; what a site asks of its own model, it does not tell"
+        )
     return _begun(experiment, tasks, {})
 
 
@@ -164,10 +168,6 @@ def another_start(world: World, experiment: Experiment) -> World:
 
 
 def _begun(experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]]) -> World:
-    if experiment.federation.max_queries:
-        raise ConfigError(
-            "federation.max_queries is for simulations; what a site asks of its own model, it does not tell"
-        )
     """Backbone, start prompt and compression, for clients that are yet to come."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
