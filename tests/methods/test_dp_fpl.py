@@ -9,6 +9,7 @@ from contracts.test_leak import Deaf
 from contracts.test_mechanism import Silent
 from ficpd.clients import participate, personal_prompt
 from ficpd.compute import drive
+from ficpd.errors import ConfigError
 from ficpd.federate import Schedule
 from ficpd.methods.dp_fpl import Carried, Config, factorised, rebuilt
 from ficpd.privacy import record_gaussian
@@ -171,6 +172,13 @@ def test_a_newcomer_uses_the_global_prompt(model):
 def test_a_rank_that_is_none_is_refused(rank):
     with pytest.raises(ValidationError):
         Config(rank=rank)
+
+
+@pytest.mark.parametrize("tuner", ["spsa", "cma_es"])
+def test_losses_alone_have_nothing_to_carry(tmp_path, tuner):
+    with pytest.raises(ConfigError, match=f"training.tuner = '{tuner}' on tiny has none"):
+        small.run(tmp_path, "dp_fpl", f"training.tuner={tuner}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_whole_run_at_record_level(tmp_path):

@@ -19,7 +19,7 @@ from ficpd.methods.fedhpl import LOGITS, TARGET, WEIGHT, Config, distilling, for
 from ficpd.metrics.evaluate import evaluate
 from ficpd.privacy import accountant, client_gaussian, record_gaussian
 from ficpd.run import run as run_experiment
-from ficpd.types import Batch, ClientCard, Outputs, Plan, Query, Record
+from ficpd.types import Batch, ClientCard, ClientUpdate, Outputs, Plan, Query, Record, Setup
 from test_groups import toml as groups_toml
 
 RECORD = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
@@ -257,8 +257,22 @@ def test_tasks_without_labels_are_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_clients_of_another_task_do_not_count(model):
+    """Its answers lie in a corner of what is sent, as large as the task with most labels needs."""
+    method, start = small.method("fedhpl"), small.start(model, small.classes())
+    cards = [ClientCard(name, {"group": name[0]}) for name in ("a.1", "a.2", "b.1")]
+    state = method.init(Setup(start, cards, 3, 3, 0, {"a": 2, "b": 3}))
+    assert dict(method.layout(state)) == {LOGITS: (3, 4)}
+    of_a = F.pad(summed((2.0, [1.0, -1.0]), (2.0, [-3.0, 3.0])), (0, 1, 0, 1))
+    of_b = summed((9.0, [8.0, -4.0, -4.0]), (9.0, [-4.0, 8.0, -4.0]), (9.0, [-4.0, -4.0, 8.0]))
+    sent = {"a.1": of_a, "b.1": of_b}
+    state = method.aggregate(state, [ClientUpdate(n, {LOGITS: array}) for n, array in sent.items()], 1, model)
+    of_second = method.assign(state, cards[1], 2).arrays
+    assert torch.equal(of_second[LOGITS], torch.tensor([[1.0, -1.0], [-3.0, 3.0]]))
+    assert method.assign(state, cards[2], 2).arrays[LOGITS].shape == (3, 3)
+
+
 def test_of_several_tasks_each_tells_its_own(tmp_path):
-    """The second task has the same two words the other way round: mixed up, every class's logits would be wrong ones."""
     text = groups_toml(tmp_path, "fedhpl", 2).replace('{ up = "bad dull",', '{ odd = "twice", up = "bad dull",')
     result = run_experiment(parse(text, "groups.toml"), tmp_path / "run")
     assert result["num_clients"] == 6

@@ -32,8 +32,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd import seeds
+from ficpd.errors import ConfigError
 from ficpd.registry import load
-from ficpd.seams import ClientSide, Model
+from ficpd.seams import Backbone, ClientSide, Model, Task
 from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
@@ -63,6 +64,14 @@ class DpFpl:
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training, self.sums = config, training, config.robust.sums
+
+    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        tuner = self.training.tuner
+        if not backbone.gives_gradients or getattr(load("tuners", tuner), "black_box", False):
+            raise ConfigError(
+                f"dp_fpl carries gradients in few numbers, and training.tuner = {tuner!r} on {backbone.name} has none; take "
+                "adam or sgd and a backbone that gives them, or another method (dp_zo, dp_cma_es)"
+            )
 
     def init(self, setup: Setup) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
