@@ -12,7 +12,7 @@ from typing import Any
 
 from ficpd.deploy import demo
 from ficpd.deploy.init import init
-from ficpd.deploy.start import submit
+from ficpd.deploy.start import free_ports, submit
 from ficpd.experiment import EngineConfig, Experiment, to_toml
 from ficpd.simulated import _answering, served
 from ficpd.world import build_world
@@ -103,7 +103,7 @@ class Network:
 @contextmanager
 def network(names: Sequence[str], folder: Path) -> Iterator[Network]:
     """All SuperNodes are connected. `folder` has a short path, for its sockets."""
-    inner, outer, *ports = demo._free_ports(2 + len(names))
+    inner, outer, *ports = free_ports(2 + len(names))
     init(folder / "deploy", list(names), f"127.0.0.1:{outer}")
     home = demo._coordinator(folder, inner, rounds=1)
     ca = folder / "deploy" / "ca" / "ca.crt"
