@@ -121,6 +121,24 @@ def test_a_real_run_of_prototypes_is_drawn_with_its_clients(tmp_path):
     assert last[0][list(by_id["curve-own"].numbers.heads).index("ficpd")] == own[3]
 
 
+def test_clients_are_drawn_around_their_prototype_where_no_more_is_known(tmp_path):
+    folder = made_up.run(tmp_path / "run", clients=4)
+    (folder / "checkpoint").unlink()
+    plane = next(figure for figure in page_of(folder).figures if figure.id == "plane")
+    at = {line[0]: (float(line[2]), float(line[3])) for line in plane.numbers.cells}
+    assert "only says which prototype is its own" in plane.said
+    centres = [at["prototype-0"], at["prototype-1"]]
+    for place, client in enumerate([made_up.HOSTILE, "site-1", "site-2", "site-3"]):
+        apart = [(at[client][0] - x) ** 2 + (at[client][1] - y) ** 2 for x, y in centres]
+        assert apart[place % 2] < apart[1 - place % 2]
+
+
+def test_a_legend_stands_beside_its_figure(html):
+    legend = html.split('id="curve-own"')[1].split("</ul>")[0]
+    assert [name in legend for name in ("ficpd", "local", "fedavg", "zero_shot")] == [True, True, True, False]
+    assert 'style="fill: var(--c0)"' in legend
+
+
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
     assert page.headline == "ficpd beats other methods in 4 of 8 comparisons, is beaten in 0, and 4 are open."

@@ -1,11 +1,13 @@
 """What a page is made of: sections of blocks. All text is plain here; the template escapes it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?$")
+from ficpd.page.figures import legend
+
+NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?\s?[▲▼]?$")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only (or dashes): they are set flush right.
 
-        >>> Table("", ["name", "share"], [["a", "81.2 [79.0, 83.1]"], ["b", "–"]]).numeric
+        >>> Table("", ["name", "share"], [["a", "81.2 [79.0, 83.1] ▲"], ["b", "–"]]).numeric
         [False, True]
         """
         return [
@@ -39,9 +41,13 @@ class Figure:
     title: str
     said: str
     alt: str
-    plot: Mapping[str, Any]
+    plot: dict[str, Any]
     numbers: Table
     kind: Literal["figure"] = "figure"
+
+    @property
+    def legend(self) -> list[tuple[str, str, str]]:
+        return legend(self.plot)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ def lead(tree: Tree) -> list[Block]:
     )
     blocks: list[Block] = [Facts(pairs, large=True), Text(said)]
     if counts.get("failed"):
-        blocks.append(Text(f"{counts['failed']} cells failed; why is said below.", alarm=True))
+        failed = "1 cell" if counts["failed"] == 1 else f"{counts['failed']} cells"
+        blocks.append(Text(f"{failed} failed; why is said below.", alarm=True))
     return blocks
 
 

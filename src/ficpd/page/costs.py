@@ -12,7 +12,7 @@ from ficpd.page.overview import number
 def costs(run: Finished) -> Section | None:
     if len(run.results) < 2:
         return None
-    said = "All methods have a prompt for each client, so the mean client's own test is what they are compared by here."
+    said = "Compared by the mean client's own test, which every method has."
     return Section("costs", "What accuracy costs", [Text(said), Pair([_against_bytes(run), _against_epsilon(run)])])
 
 

@@ -59,7 +59,7 @@ def _front(tree: Tree, place: int, front: Tree) -> Figure:
     ]
     best = ", ".join(name for name, p in zip(names, points, strict=True) if p["on_front"])
     return Figure(
-        f"front-{place}", f"{where}: against {front['cost'].replace('epsilon', 'ε')}", f"{y} against {x}.",
+        f"front-{place}", f"{where}: against {front['cost'].replace('epsilon', 'ε')}", f"{y[0].upper()}{y[1:]} against {x}.",
         f"Scatter plot of {y} against {x}. On the front: {best}.",
         plot, Table(f"{where}: {y} against {x}", ["method", y, x, "on the front"], cells),
     )  # fmt: skip

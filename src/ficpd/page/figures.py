@@ -13,6 +13,11 @@ Plot = dict[str, Any]
 COLOURS = [f"--c{i}" for i in range(8)]
 SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "star-triangle-up"]
 INK, SOFT, LINE, PANEL = "--ink", "--soft", "--line", "--panel"
+OUTLINES = {
+    "circle": "M5 0A5 5 0 1 1-5 0A5 5 0 1 1 5 0Z", "square": "M-5-5H5V5H-5Z", "diamond": "M0-6.5L6.5 0L0 6.5L-6.5 0Z",
+    "triangle-up": "M0-6L6 4.5H-6Z", "cross": "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", "triangle-down": "M0 6L6-4.5H-6Z",
+    "pentagon": "M0-6L5.7-1.9L3.5 4.9H-3.5L-5.7-1.9Z", "star-triangle-up": "M0-7Q1.5 1 6 4Q0 2 -6 4Q-1.5 1 0-7Z",
+}  # fmt: skip
 ROW = 46
 """Pixels for a line of names."""
 
@@ -64,10 +69,6 @@ def plot(data: list[Plot], height: int, x: str = "", y: str = "", **layout: Any)
     return {"data": data, "layout": {**own, **layout}}
 
 
-ABOVE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-"""Where a legend stands."""
-
-
 def dots(
     names: Sequence[str], series: Mapping[str, Sequence[float | None]], x: str, ends: Sequence[Any] = (),
     line: float | None = None, shown: str = ".1f", marked: str | None = None,
@@ -77,7 +78,7 @@ def dots(
     data = []
     for place, (of, values) in enumerate(series.items()):
         trace: Plot = {
-            "type": "scatter", "mode": "markers", "name": label(of), "x": rounded(values),
+            "type": "scatter", "mode": "markers", "name": label(of), "meta": str(of), "x": rounded(values),
             "y": list(range(len(names))), "text": [safe(name) for name in names],
             "marker": {"color": colour(place), "symbol": symbol(place), "size": 12},
             "hovertemplate": f"%{{text}}<br>%{{fullData.name}}: %{{x:{shown}}}<extra></extra>",
@@ -87,7 +88,7 @@ def dots(
         data.append(trace)
     shapes = [] if line is None else [upright(line)]
     return plot(
-        data, 90 + ROW * len(names), x, shapes=shapes, showlegend=len(series) > 1, legend=ABOVE,
+        data, 66 + ROW * len(names), x, shapes=shapes,
         yaxis=named_rows(names, marked),
     )  # fmt: skip
 
@@ -120,15 +121,16 @@ def lines(
     most = max((xs[-1] for xs, _ in curves.values()), default=1)
     data = [
         {
-            "type": "scatter", "mode": "lines+markers", "name": label(name), "x": rounded(xs), "y": rounded(ys),
-            "line": {"color": colour(places[name]), "width": 2}, "marker": {"symbol": symbol(places[name]), "size": 7},
+            "type": "scatter", "mode": "lines+markers", "name": label(name), "meta": str(name),
+            "x": rounded(xs), "y": rounded(ys), "line": {"color": colour(places[name]), "width": 2},
+            "marker": {"symbol": symbol(places[name]), "size": 7, "color": colour(places[name])},
             "hovertemplate": "%{fullData.name}<br>round %{x}: %{y:,.4~g}<extra></extra>",
         }
         for name, (xs, ys) in curves.items()
     ]  # fmt: skip
     shapes = [] if level_at is None else [level(level_at)]
     axis = {"dtick": max(1, round(most / 8)), "tick0": 0, "tickformat": "d"}
-    return plot(data, 380, "round", y, shapes=shapes, showlegend=len(curves) > 1, legend=ABOVE, xaxis=axis)
+    return plot(data, 330, "round", y, shapes=shapes, xaxis=axis)
 
 
 def bubbles(
@@ -138,14 +140,15 @@ def bubbles(
     """A bubble for each name, `sizes` in pixels across. `places`: which colour and symbol each has."""
     data = [
         {
-            "type": "scatter", "mode": "markers", "name": label(name), "x": rounded([xs[i]]), "y": rounded([ys[i]]),
+            "type": "scatter", "mode": "markers", "name": label(name), "meta": str(name),
+            "x": rounded([xs[i]]), "y": rounded([ys[i]]),
             "marker": {"size": sizes[i], "color": colour(places[i]), "symbol": symbol(places[i]), "opacity": 0.8,
                        "line": {"color": PANEL, "width": 1}},
             "text": [f"{safe(name)}<br>{safe(texts[i])}"], "hovertemplate": "%{text}<extra></extra>",
         }
-        for i, name in enumerate(names)
+        for i, name in sorted(enumerate(names), key=lambda pair: -sizes[pair[0]])
     ]  # fmt: skip
-    return plot(data, 400, x, y, showlegend=True, legend=ABOVE, xaxis=xaxis or {})
+    return plot(data, 360, x, y, xaxis=xaxis or {})
 
 
 def spread(
@@ -189,6 +192,21 @@ def against(xs: Mapping[str, float], ys: Mapping[str, float], x: str, y: str, sh
     line = {"type": "line", "x0": ends[0], "y0": ends[0], "x1": ends[1], "y1": ends[1],
             "line": {"color": SOFT, "width": 1.5, "dash": "dash"}}  # fmt: skip
     return plot([dot], 440, x, y, shapes=[line], xaxis={"range": ends}, yaxis={"range": ends})
+
+
+def legend(plot: Plot) -> list[tuple[str, str, str]]:
+    """Name, colour and outline (an SVG path around 0, 0) of each trace that has a name to be told by; none of one alone. It
+    stands beside the figure, where it has room, and is text."""
+    named = [trace for trace in plot["data"] if "meta" in trace]
+    return [
+        (trace["meta"], trace["marker"].get("color") or trace["line"]["color"], OUTLINES[trace["marker"]["symbol"]])
+        for trace in named if len(named) > 1
+    ]  # fmt: skip
+
+
+def drawn(plot: Plot) -> Plot:
+    """What the page's script is given: without the names that are the legend's."""
+    return {**plot, "data": [{key: value for key, value in trace.items() if key != "meta"} for trace in plot["data"]]}
 
 
 def plane(
@@ -239,7 +257,7 @@ def heat(names: Sequence[str], cosine_NN: Sequence[Sequence[float]]) -> Plot:
     trace: Plot = {
         "type": "heatmap", "z": [[round(v, 3) for v in line] for line in cosine_NN],
         "hovertext": [[f"{a}, {b}" for b in full] for a in full],
-        "zmin": min(0.0, *(min(line) for line in cosine_NN)), "zmax": 1, "colorscale": [[0, "--heat0"], [1, "--heat1"]],
+        "zmin": min(0.9, *(min(line) for line in cosine_NN)), "zmax": 1, "colorscale": [[0, "--heat0"], [1, "--heat1"]],
         "xgap": 2, "ygap": 2, "colorbar": {"thickness": 10, "outlinewidth": 0}, "showscale": len(names) > 12,
         "hovertemplate": "%{hovertext}: %{z:.2f}<extra></extra>",
     }  # fmt: skip

@@ -95,7 +95,7 @@ def _tested(against: Tree | None) -> str:
 
 
 def ranks(tree: Tree) -> Section | None:
-    blocks: list[Block] = []
+    drawn: list[Figure] = []
     for place, setting in enumerate(tree["settings"]):
         ranked = {label: of for label, of in setting["methods"].items() if of["rank"] is not None}
         if len(ranked) < 2 or len(setting["ranked"]) < 2:
@@ -108,14 +108,14 @@ def ranks(tree: Tree) -> Section | None:
         said = f"Over {len(setting['ranked'])} tasks; 1 is the best." + (
             f" Friedman's test: {friedman['statistic']:.2f}, p = {friedman['p']:.3g}." if friedman else ""
         )
-        if len(blocks) < MOST_FIGURES:
-            blocks.append(Figure(
+        if len(drawn) < MOST_FIGURES:
+            drawn.append(Figure(
                 f"rank-{place}", f"Mean rank: {where}", said,
                 "Dot plot of mean ranks: " + "; ".join(f"{n} {v:.2f}" for n, v in zip(order, values, strict=True)) + ".",
-                figures.dots(order, {"mean rank": values}, "mean rank over tasks", shown=".2f", marked=tree["reference"]),
+                figures.dots(order, {"mean rank": values}, "mean rank", shown=".2f", marked=tree["reference"]),
                 Table(f"Mean rank: {where}", ["method", "mean rank", "p (Holm), over seeds and tasks"], cells),
             ))  # fmt: skip
-    return Section("ranks", "Ranks over the tasks", blocks)
+    return Section("ranks", "Ranks over the tasks", paired(drawn))
 
 
 # ---------------------------------------------------------------- for other tools

@@ -65,7 +65,7 @@ def _spread(run: Finished) -> Figure:
         "spread", "How clients differ", said + (" The upright stroke is the mean of the worst tenth." if tails else ""),
         f"Box plot of {len(own)} clients by method. {run.own['label']}: from {number(own[ranked[0]], main.digits)} "
         f"({ranked[0]}) to {number(own[ranked[-1]], main.digits)} ({ranked[-1]}).",
-        figures.spread(values, tails, f"own test {main.name}{main.unit}", digits(main), run.places),
+        figures.spread(values, tails, f"{main.name}{main.unit}", digits(main), run.places),
         Table(f"own test {main.name}{main.unit} by client{more}", ["client", *values], cells),
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _against_alone(run: Finished) -> list[Block]:
         Figure(
             "alone", "Together or alone",
             f"Each dot is a client. Those {where} the line are better off in the federation than tuning a prompt alone: "
-            f"{better} of {len(both)}; {worse} are worse off.",
+            f"{better} of {len(both)}; {worse} are worse off, the rest as well off.",
             f"Scatter plot of {len(both)} clients' own test {main.name}, alone against together: {better} better off "
             f"together, {worse} worse off.",
             figures.against(xs, ys, f"alone{main.unit}", f"{run.own['label']}{main.unit}", digits(main)),

@@ -7,11 +7,11 @@ from typing import Any
 from ficpd.library import guarantee
 from ficpd.metrics import Metric
 from ficpd.page import figures
-from ficpd.page.blocks import Block, Code, Facts, Figure, Pair, Section, Table, Text
+from ficpd.page.blocks import Block, Code, Facts, Figure, Fold, Pair, Section, Table, Text
 from ficpd.page.finished import Finished
 from ficpd.report import set_aside, table
 
-WAYS = {"own": "own test, mean client", "global": "everyone's test, one prompt"}
+WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 """What the figures of `rounds.jsonl` are of (`run._headline`)."""
 
 
@@ -103,8 +103,9 @@ def _at_a_glance(run: Finished) -> Figure:
         found = [result["metrics"][score] for result in run.results]
         return [None if score is None else main.scale * score[main.name] for score in found]
 
-    series = {WAYS["global"]: of("global"), WAYS["own"]: of("per_client_mean"), "worst client": of("per_client_worst")}
-    best = series[WAYS["own"]]
+    own = "own test, mean client"
+    series = {"everyone's test": of("global"), own: of("per_client_mean"), "worst client": of("per_client_worst")}
+    best = series[own]
     good = [value for value in best if value is not None]
     top = names[best.index(min(good) if main.less_is_better else max(good))]
     cells = [[name, *(number(values[i], main.digits) for values in series.values())] for i, name in enumerate(names)]
@@ -189,7 +190,8 @@ def over_rounds(run: Finished) -> Section | None:
         ]
         for r in lines
     ]  # fmt: skip
-    each = [Table(f"Every round of {run.own['label']}", heads, cells)] if cells else []
+    title = f"Every round of {run.own['label']}"
+    each = [Fold(title, [Table(title, heads, cells)])] if cells else []
     return Section("rounds", "Round by round", [*paired(curves), *paired(costs), *each])
 
 
@@ -214,7 +216,7 @@ def _curves(run: Finished, way: str) -> list[Figure]:
     said = " Dashed: no prompt at all." if way == "global" and zero else ""
     return [
         Figure(
-            f"curve-{way}", f"{main.name.capitalize()} over the rounds: {WAYS[way]}", f"{main.name}{main.unit}.{said}",
+            f"curve-{way}", WAYS[way], f"{main.name.capitalize()}{main.unit}, round by round.{said}",
             f"Line chart of {main.name} by round; " + _from_to(curves, main.digits),
             figures.lines(curves, main.name + main.unit, main.scale * zero[main.name] if said else None, run.places),
             of_curves(f"{main.name}{main.unit} by round", curves, main.digits),

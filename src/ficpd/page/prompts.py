@@ -124,10 +124,11 @@ def library(run: Finished) -> Section | None:
          found_first(found, name)]
         for name in found.prompts
     ]  # fmt: skip
-    tasks = ", ".join(f"{name} ({about['name']})" for name, about in found.card["tasks"].items())
+    of_tasks = found.card["tasks"].items()
+    tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
     heads = ["prompt", "way from the start", "clients", "most like it"]
     return Section("library", "The prompt library", [
-        Text(f"Tasks: {tasks}. Each prompt is {shape_of(found.start)}."),
+        Text(f"Made for: {tasks}. Each prompt is {shape_of(found.start)}."),
         Table("Prompts, and how far they have come", heads, cells),
         *_similar_prompts(found), *_similar_keys(found),
     ])  # fmt: skip

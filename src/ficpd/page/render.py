@@ -13,6 +13,7 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.page.blocks import Page
+from ficpd.page.figures import drawn
 
 SCRIPT_END = re.compile(r"<(?=/script|!--)", re.IGNORECASE)
 """What would end a script's element, or hide its end."""
@@ -29,7 +30,7 @@ def render(page: Page) -> str:
     scripts = [plotly(), own("page.js")]
     return environment.get_template("template.html.jinja").render(
         page=page, version=__version__, style=own("page.css"), scripts=scripts, policy=policy(scripts),
-        plots={figure.id: figure.plot for figure in page.figures},
+        plots={figure.id: drawn(figure.plot) for figure in page.figures},
     )  # fmt: skip
 
 
