@@ -7,11 +7,13 @@ No global random state: pycma draws from the generator that it is given."""
 
 import importlib
 import warnings
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from ficpd import seeds
@@ -20,6 +22,8 @@ from ficpd.tuners import Training
 from ficpd.tuners.space import Space, pull
 from ficpd.types import Answer, Assignment, Batch, Query
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 black_box = True
 FULL = 128
 """Up to so many dimensions the covariance is a full matrix."""
@@ -88,9 +92,27 @@ def begun(size: int, sigma: float, full: bool | None = None) -> dict[str, Tensor
     }
 
 
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _one_thread(work: Callable[Given, Result]) -> Callable[Given, Result]:
+    """On matrices of this size many threads win nothing, and on a busy machine they wait for each other: 208 ms a generation
+    of 48 dimensions where one thread took 8."""
+
+    @wraps(work)
+    def alone(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with _blas().limit(limits=1, user_api="blas"):
+            return work(*args, **kwargs)
+
+    return alone
+
+
 class Search:
     """pycma at a state (see `begun`). `parents` None: the better half of a population."""
 
+    @_one_thread
     def __init__(self, state: Mapping[str, Tensor], population: int, parents: int | None = None):
         cma, size, self.full = _pycma(), len(state["mean"]), state["shape"].dim() == 2
         self.random, self.asked = torch.Generator().manual_seed(0), False
@@ -114,11 +136,13 @@ class Search:
         self.pycma.countiter = int(state["generation"])
         self.pycma.mean_old, self.pycma.timer = self.pycma.mean, cma.utilities.utils.ElapsedWCTime()  # read, never used
 
+    @_one_thread
     def ask(self, random: torch.Generator) -> Tensor:
         """[population, size], float32, as they may travel; `tell` gets these same ones."""
         self.random, self.asked = random, True
         return torch.from_numpy(np.array(self.pycma.ask())).float()
 
+    @_one_thread
     def tell(self, candidates_KN: Tensor, losses_K: Tensor) -> "Search":
         """One generation further; itself. A loss that is not finite counts like the worst."""
         if not self.asked:
