@@ -2,19 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import small
+from ficpd import cli
 from ficpd.compare import SCHEMA
-from ficpd.compare.cell import Worlds, run_cell
+from ficpd.compare.cell import Worlds, data_of, run_cell
 from ficpd.compare.folder import locked
 from ficpd.compare.plan import Cell, Plan, planned
 from ficpd.compare.whole import compare, read_comparison
@@ -203,14 +205,30 @@ def test_a_second_call_runs_only_what_failed(finished):
 # ---------------------------------------------------------------- going on
 
 
-def test_a_larger_grid_runs_only_what_is_new(tmp_path):
-    compare(plan(tmp_path), tmp_path / "out", jobs=1)
-    before = times(tmp_path / "out")
-    larger = plan(tmp_path, "[methods.fedavg]\n[methods.prox]\nmethod.name = 'fedprox'\n", "[0, 1]")
-    compare(larger, tmp_path / "out", jobs=1)
-    after = times(tmp_path / "out")
-    assert len(before) == 4
-    assert len(after) == 10
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> tuple[Plan, Path]:
+    """One method, one seed: four runs that are finished."""
+    folder = tmp_path_factory.mktemp("once")
+    given = plan(folder)
+    assert compare(given, folder / "out", jobs=1)["counts"] == {"done": 4}
+    return given, folder
+
+
+@pytest.fixture
+def again(once, tmp_path) -> tuple[Plan, Path]:
+    """The same plan, and a copy of what it left."""
+    given, folder = once
+    shutil.copytree(folder / "out", tmp_path / "out")
+    return given, tmp_path / "out"
+
+
+def test_a_larger_grid_runs_only_what_is_new(once, again):
+    _, out = again
+    before = times(out)
+    whole = plan(once[1], "[methods.fedavg]\n[methods.prox]\nmethod.name = 'fedprox'\n")
+    assert compare(whole, out, jobs=1)["counts"] == {"done": 5}
+    after = times(out)
+    assert len(after) == 5
     assert {file: after[file] for file in before} == before
 
 
@@ -232,13 +250,28 @@ def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
     assert not (tmp_path / "out" / "cells" / f"{bad['key']}.log").exists()
 
 
-def test_records_that_changed_in_between_stop_the_comparison(tmp_path):
-    compare(plan(tmp_path), tmp_path / "out", jobs=1)
-    larger = plan(tmp_path, "[methods.fedavg]\n[methods.prox]\nmethod.name = 'fedprox'\n")
-    file = tmp_path / "records.csv"
-    file.write_text(file.read_text().replace("was", "is"))
+def test_records_that_changed_in_between_stop_the_comparison(again):
+    """As if the file had been another one when this cell was run."""
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "of another file"}))
     with pytest.raises(RunError, match="should hold the same records and do not: a file was changed between them"):
-        compare(larger, tmp_path / "out", jobs=1)
+        compare(given, out, jobs=1)
+
+
+def test_the_hash_of_the_records_tells_a_changed_word_and_another_holder(tmp_path):
+    given = plan(tmp_path).cells[0].experiment
+    worlds = [build_world(given), build_world(given)]
+    file = tmp_path / "records.csv"
+    before = file.read_text()
+    file.write_text(before.replace(" was ", " is ", 1))
+    worlds.append(build_world(given))
+    lines = before.splitlines()
+    file.write_text("\n".join([lines[0], lines[1].replace("site-0", "site-1"), *lines[2:]]) + "\n")
+    worlds.append(build_world(given))
+    hashes = [data_of(world) for world in worlds]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
 
 
 def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
@@ -283,29 +316,31 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"schema": SCHEMA + 1}, {"ficpd": "0.0.9"}, None])
-def test_results_of_another_version_are_named_and_not_mixed(tmp_path, change):
-    given, out = plan(tmp_path), tmp_path / "out"
-    found = compare(given, out, jobs=1)
-    (cell,) = of(found, method="fedavg")
-    file = out / "cells" / f"{cell['key']}.json"
+def test_results_of_another_version_are_named_and_nothing_is_run(again, change):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
     file.write_text(json.dumps(json.loads(file.read_text()) | change) if change else "{")
     before = times(out)
-    with pytest.raises(
-        RunError, match=rf"results of another version than this one .*{cell['key']} \((schema|ficpd) .*--redo"
-    ):
+    named = rf"results of another version than this one .*{file.stem} \((schema|ficpd) .*--redo"
+    with pytest.raises(RunError, match=named):
         compare(given, out, jobs=1)
     assert times(out) == before
-    again = compare(given, out, jobs=1, redo=True)
-    assert again["counts"] == {"done": 4}
-    changed = {f.parent.name for f, at in times(out).items() if before[f] != at}
-    assert changed == {cell["key"]}
 
 
-def test_a_finished_run_of_another_version_without_an_outcome_is_noticed(tmp_path):
-    given, out = plan(tmp_path), tmp_path / "out"
-    (cell,) = of(compare(given, out, jobs=1), method="fedavg")
-    (out / "cells" / f"{cell['key']}.json").unlink()
-    result = out / "cells" / cell["key"] / "result.json"
+def test_redo_deletes_them_and_runs_them_again(again):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ficpd": "0.0.9"}))
+    before = times(out)
+    assert compare(given, out, jobs=1, redo=True)["counts"] == {"done": 4}
+    assert {f.parent.name for f, at in times(out).items() if before[f] != at} == {file.stem}
+
+
+def test_a_finished_run_of_another_version_without_an_outcome_is_noticed(again):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.unlink()
+    result = out / "cells" / file.stem / "result.json"
     old = json.loads(result.read_text())
     old["versions"]["ficpd"] = "0.0.1"
     result.write_text(json.dumps(old))
@@ -327,34 +362,73 @@ def test_a_comparison_of_another_schema_is_not_read(tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-def command(*words: object, **more: Any) -> subprocess.Popen[str]:
+def command(*words: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [sys.executable, "-m", "ficpd", "compare", *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **more,
+        stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
-def test_the_command_says_what_failed_and_ends_with_status_3(tmp_path):
+@pytest.fixture
+def ficpd(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit status, what it printed, its errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ficpd", "compare", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def test_the_command_says_what_failed_and_ends_with_status_3(ficpd, tmp_path):
     plan(tmp_path, troubled("error"))
-    done = command(
-        tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", "training.local_steps=1,2"
-    )
-    out, err = done.communicate(timeout=180)
-    assert (done.returncode, err) == (3, "")
+    sweep = "training.local_steps=1,2"
+    status, out, err = ficpd(tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", sweep)
+    assert (status, err) == (3, "")
     assert "bad (classification, training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
     assert "tables: " in out
-    printed = command(tmp_path / "out", "--table", "markdown").communicate(timeout=60)[0]
-    assert printed.count("| fedavg |") == 2
-    assert "**training.local_steps = 2**" in printed
-    assert r"\begin{tabular}" in command(tmp_path / "out", "--table", "latex").communicate(timeout=60)[0]
+    status, out, _ = ficpd(tmp_path / "out", "--table", "markdown")
+    assert (status, out.count("| fedavg |")) == (0, 2)
+    assert "**training.local_steps = 2**" in out
+    assert r"\begin{tabular}" in ficpd(tmp_path / "out" / "compare.json", "--table", "latex")[1]
+    assert ficpd(tmp_path / "out", "--table", "csv")[1].startswith("table,method,")
+
+
+def test_a_mistake_is_one_sentence(ficpd, tmp_path):
+    plan(tmp_path)
+    file = tmp_path / "test.toml"
+    for words, said in (
+        ((tmp_path / "none.toml",), "no comparison file"),
+        (("quikc",), "did you mean 'quick'?"),
+        ((file, "--ablate", "privacy.epsilon"), "expected part.key=value,value"),
+        ((tmp_path, "--table", "markdown"), "holds no comparison"),
+        ((file, "--track", "wandb"), "write tensorboard or mlflow"),
+    ):
+        status, _, err = ficpd(*words)
+        assert status == 1
+        assert said in err
+        assert "Traceback" not in err
+    for words in (
+        (file, "other.toml"),
+        (file, "--table", "words"),
+        (file, "--table", "csv", "--out", tmp_path / "out"),
+    ):
+        assert ficpd(*words)[0] == 2
 
 
 def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     """The interrupted run's process is gone, its lock with it, and the same command goes on."""
     plan(tmp_path, troubled("slow", tmp_path / "better"))
     out = tmp_path / "out"
-    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1, start_new_session=True)
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
     wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
     workers = children(process.pid)
     assert workers
@@ -369,11 +443,12 @@ def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     assert compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1)["counts"] == {"done": 5}
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_they_work_for(tmp_path):
     """Killed, it can stop nobody; they see the end of their input, and the folder is free again."""
     plan(tmp_path, troubled("slow"))
     out = tmp_path / "out"
-    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1, start_new_session=True)
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
     wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
     workers = children(process.pid)
     process.kill()
