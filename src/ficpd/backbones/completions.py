@@ -1,0 +1,112 @@
+"""What an OpenAI-compatible server answers, checked before it is believed; and which answer a text names."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+class Message(BaseModel):
+    content: str | None = None
+
+
+class Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    index: int | None = None
+    text: str | None = None
+    message: Message | None = None
+    logprobs: Logprobs | None = None
+
+
+class Completion(BaseModel):
+    choices: list[Choice]
+
+
+Tokens = tuple[list[int], list[float]]
+"""Where each token begins, and its log-likelihood; of the first one, which stands behind nothing, 0."""
+
+
+def choices(said: Any, number: int) -> list[Choice]:
+    """The choices in order. Raises `ValueError` with what was expected if they are not `number`, or no choices."""
+    try:
+        found = Completion.model_validate(said).choices
+    except ValidationError as error:
+        where = ".".join(str(step) for step in error.errors()[0]["loc"])
+        raise ValueError(f"an object with choices as the API has them ({where}: {error.errors()[0]['msg']})") from error
+    places = [place if choice.index is None else choice.index for place, choice in enumerate(found)]
+    if sorted(places) != list(range(number)):
+        raise ValueError(f"{number} choices with the indices 0 to {number - 1}")
+    return [choice for _, choice in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
+
+
+def text_of(choice: Choice, chat: bool) -> str:
+    text = (choice.message.content if choice.message else None) if chat else choice.text
+    if text is None:
+        raise ValueError("a choice with " + ("a message's content" if chat else "a text"))
+    return text
+
+
+def tokens_of(choice: Choice, sent: str) -> Tokens:
+    """Of a text that was sent with `echo` and `logprobs`. Raises `ValueError` if they do not cover it."""
+    told = choice.logprobs
+    if told is None:
+        raise ValueError("logprobs")
+    places, values = told.text_offset, told.token_logprobs
+    if not len(places) == len(values) == len(told.tokens) or places != sorted(places):
+        raise ValueError("one rising offset and one log-likelihood for each token")
+    if len(places) < 2 or places[0] > 0 or places[-1] + len(told.tokens[-1]) < len(sent):
+        raise ValueError(f"tokens for all {len(sent)} letters that were sent")
+    behind = [value for value in values[1:] if value is not None and math.isfinite(value) and value <= 1e-3]
+    if len(behind) < len(values) - 1:
+        raise ValueError("log-likelihoods of 0 at most")
+    return places, [0.0, *behind]
+
+
+def mean(tokens: Tokens, first: int, last: int) -> float:
+    """The mean log-likelihood of the tokens of letters [first, last) of their text, from the one that letter `first` is in.
+    A token's end is not told: a blank behind it may be nobody's.
+
+    >>> mean(([0, 3, 8, 12], [0.0, -1.0, -2.0, -9.0]), 4, 12)
+    -1.5
+    """
+    places, values = tokens
+    begin = max(place for place in places if place <= first)
+    own = [value for value, place in zip(values, places, strict=True) if begin <= place < last]
+    return sum(own) / max(1, len(own))
+
+
+def first_named(text: str, answers: Sequence[str]) -> str | None:
+    """The answer whose words stand first in a text, of those that begin there the longest; None if none does.
+
+    >>> first_named("It is not good, I think", ["good", "not good", "bad"])
+    'not good'
+    """
+    found = []
+    for answer in answers:
+        match = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)
+        if match:
+            found.append((match.start(), -len(answer), answer))
+    return min(found)[2] if found else None
+
+
+def groups(befores: Sequence[str], answers: Sequence[str]) -> Iterator[list[int]]:
+    """Places that ask about the answers of one and the same record: neighbours, until an answer comes again.
+
+    >>> list(groups(["a", "a", "a", "a"], ["yes", "no", "yes", "no"]))
+    [[0, 1], [2, 3]]
+    """
+    group: list[int] = []
+    for place, (before, answer) in enumerate(zip(befores, answers, strict=True)):
+        if group and (before != befores[group[0]] or answer in [answers[i] for i in group]):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
