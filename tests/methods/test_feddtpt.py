@@ -1,0 +1,299 @@
+"""Prompts of words: what a client's choice goes by, what many words become, and what of it leaves."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import berts
+import decoders
+import planted
+import small
+from contracts.test_leak import leaks
+from ficpd import codec
+from ficpd.clients import Visit, participate
+from ficpd.compute import Compute, drive
+from ficpd.errors import BackboneError, ConfigError, PrivacyError
+from ficpd.library import PromptLibrary
+from ficpd.methods.feddtpt import Config, FedDtpt, wrong
+from ficpd.privacy import record_gaussian
+from ficpd.tuners import Training
+from ficpd.types import IDS, Batch, ClientUpdate, Outputs, Plan, Prompt, Query
+from ficpd.use import open_library, predicted, scores
+
+TRAINING = Training(local_steps=6, batch_size=16, learning_rate=1.0)
+START = [10, 11, 12, 13, 14, 15]
+
+
+@pytest.fixture
+def model() -> Compute:
+    return Compute(planted.Planted())
+
+
+def members(model: Compute, method, mechanism=None, count: int = 4, own_kind: bool = False):
+    """Clients with records of all kinds, or each of one kind; they start from words that open nothing."""
+    found = small.clients(model, method, count, mechanism=mechanism)
+    for place, client in enumerate(found.values()):
+        kinds = planted.KINDS[place % 4 : place % 4 + 1] if own_kind else planted.KINDS
+        client.train = [record for kind in kinds for record in planted.records(kind, 16 // len(kinds), place)]
+        client.test = [record for kind in planted.KINDS for record in planted.records(kind, 4, 99)]
+        client.start = Prompt(torch.tensor(START)[:, None], model.backbone.fingerprint)
+    return found
+
+
+def accuracy(model: Compute, client, ids_P1: torch.Tensor) -> float:
+    query = Query(ids_P1[None], client.encoded("test"), loss=wrong)
+    return 1 - float(model.answer([query])[0].loss_KB.mean())
+
+
+def update_of(model: Compute, method, client, state, round: int = 1) -> ClientUpdate:
+    return drive(model, participate(method, client, method.assign(state, client.card, round)))
+
+
+# ---------------------------------------------------------------- the published behaviour
+
+
+def test_words_are_found_by_accuracy_alone_and_together_they_beat_the_average_clients(model):
+    """From 0 right: in a round the common prompt is at least as good as the clients' own are on average."""
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method)
+    client, state = next(iter(own.values())), small.first_state(method, own)
+    assert accuracy(model, client, state.arrays["prompt"]) == 0.0
+    for round in (1, 2, 3, 4):
+        updates = [update_of(model, method, c, state, round) for c in own.values()]
+        alone = [accuracy(model, client, u.arrays["words"].long()[:, None]) for u in updates]
+        state = method.aggregate(state, updates, round, model)
+        assert accuracy(model, client, state.arrays["prompt"]) >= sum(alone) / len(alone) - 0.1
+    assert accuracy(model, client, state.arrays["prompt"]) >= 0.75
+
+
+def test_clients_of_one_round_are_offered_the_same_words_and_of_another_round_others(model):
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method)
+    state = small.first_state(method, own)
+
+    def offered(client, round: int) -> list[int]:
+        work = method.train(Visit(client, round), method.assign(state, client.card, round))
+        return next(work).prompts_KPD[:, (round - 1) * TRAINING.local_steps % len(START), 0].tolist()
+
+    first, second = list(own.values())[:2]
+    assert offered(first, 1) == offered(second, 1)
+    assert offered(first, 1)[1:] != offered(first, 2)[1:]
+    assert len(set(offered(first, 1))) == 9, "eight others, and the one that stands there"
+
+
+def test_what_stands_there_stays_unless_another_word_is_better(model):
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method)
+    client = next(iter(own.values()))
+    keys = torch.tensor([0, 1, 2, 3, 14, 15])[:, None]
+    client.start = Prompt(keys, model.backbone.fingerprint)
+    state = small.first_state(method, own)
+    assert update_of(model, method, client, state).arrays["words"].tolist() == keys[:, 0].tolist()
+
+
+# ---------------------------------------------------------------- right and wrong
+
+
+def test_right_is_only_what_scores_above_all_others():
+    task, targets = small.classes(), torch.tensor([0, 0, 1])
+    batch = Batch(task, ((), (), ()), targets, torch.eye(2), 0)
+    told = Outputs(torch.tensor([[2.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+    assert wrong(told, batch).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_a_task_without_answers_to_choose_from_goes_by_its_loss():
+    task = small.numbers()
+    batch = Batch(task, ((), ()), torch.tensor([1.0, 5.0]), torch.eye(2), 0)
+    outputs = Outputs(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    assert torch.equal(wrong(outputs, batch), task.loss(outputs, batch))
+
+
+# ---------------------------------------------------------------- privacy
+
+
+def record_level(noise_multiplier: float, steps: int = 6, clip_norm: float = 1.0):
+    config = record_gaussian.Config(noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=1e-3)
+    return record_gaussian.build(config, Plan(32, 1.0, steps, 1, 1, 1.0, 1))
+
+
+class Watching:
+    """Passes all on, and keeps what it was asked to average."""
+
+    def __init__(self, mechanism):
+        self.mechanism, self.averaged = mechanism, []
+
+    def __getattr__(self, name):
+        return getattr(self.mechanism, name)
+
+    def mean(self, values_KB, expected_batch, noise):
+        self.averaged.append(values_KB.clone())
+        return self.mechanism.mean(values_KB, expected_batch, noise)
+
+
+def test_each_step_is_one_noised_sum_over_all_candidates_and_is_paid_for(model):
+    watching = Watching(record_level(2.0))
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method, watching, count=1)
+    client = next(iter(own.values()))
+    update = update_of(model, method, client, small.first_state(method, own))
+    assert [(line.name, line.noise_multiplier, line.count) for line in client.book.spent()] == [("prompt", 2.0, 6)]
+    assert [tuple(v.shape[:1]) for v in watching.averaged] == [(9,)] * 6
+    for values_KB in watching.averaged:
+        assert values_KB.sum(0).abs().max() < 1e-5, "less its own mean: a record that all answer alike weighs nothing"
+        assert values_KB.abs().max() <= 1
+    assert (update.arrays["words"].dtype, update.weight) == (IDS, 1.0)
+
+
+def test_with_little_noise_it_chooses_as_without_and_with_much_it_does_not(model):
+    chosen = {}
+    for kind, mechanism in {"none": None, "little": record_level(1e-4), "much": record_level(1e4)}.items():
+        method = small.method("feddtpt", TRAINING.model_copy(update={"batch_size": 32}))
+        own = members(model, method, mechanism, count=1)
+        state = small.first_state(method, own)
+        for round in (1, 2):
+            state = method.aggregate(
+                state, [update_of(model, method, next(iter(own.values())), state, round)], round, model
+            )
+        chosen[kind] = accuracy(model, next(iter(own.values())), state.arrays["prompt"])
+    assert chosen["little"] == chosen["none"] > 0
+    assert chosen["much"] < chosen["none"]
+
+
+def test_a_run_keeps_within_its_budget_with_a_clip_norm_of_its_own(tmp_path):
+    private = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
+    result = small.run(tmp_path, "feddtpt", *private, "method.clip_norm=0.75")
+    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
+    assert result["privacy"]["clip_norm"] == 0.75
+    (line,) = result["privacy"]["lines"]
+    assert (line["name"], line["releases"]) == ("prompt", 6)
+
+
+class ChoosesByItself(FedDtpt):
+    """By the records' own mean, past the mechanism."""
+
+    def train(self, client, order):
+        def mean(values_KB):
+            client.mean(values_KB)
+            return values_KB.mean(1)
+
+        beside = SimpleNamespace(
+            id=client.id, weight=client.weight, words=client.words, batches=client.batches, mean=mean
+        )
+        return super().train(beside, order)
+
+
+def test_a_choice_past_the_mechanism_is_seen_in_the_words_that_leave():
+    tiny = Compute(small.backbone())
+    assert leaks(ChoosesByItself(Config(), small.TRAINING), tiny)
+    assert not leaks(FedDtpt(Config(), small.TRAINING), tiny)
+
+
+@pytest.mark.parametrize("placement", ["local", "central"])
+def test_noise_on_words_is_refused(tmp_path, placement):
+    private = ("privacy.name=client_gaussian", "privacy.epsilon=2", f"privacy.placement={placement}")
+    with pytest.raises(PrivacyError, match="record_gaussian"):
+        small.run(tmp_path, "feddtpt", *private)
+
+
+# ---------------------------------------------------------------- what travels, and who lies
+
+
+def test_words_travel_as_integers_of_four_bytes_whatever_the_compression(tmp_path):
+    few = small.run(tmp_path / "a", "feddtpt", "prompt.num_tokens=3")["bytes"]["up_per_client_round"]
+    more = small.run(tmp_path / "b", "feddtpt", "prompt.num_tokens=8", "compression.name=none", "compression.bits=8")
+    assert more["bytes"]["up_per_client_round"] - few == 5 * 4
+
+
+def test_large_ids_pass_the_check_of_the_norm_and_ids_that_are_no_words_are_set_aside_by_name(model):
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method)
+    state = small.first_state(method, own)
+    layout = small.wire(method.layout(state))
+    huge = ClientUpdate("site-9", {"words": torch.full((6,), 2**31 - 1, dtype=IDS)})
+    body = codec.encode_update(huge, 1, "tiny")
+    assert codec.decode_update(body, codec.Expected("site-9", 1, "tiny", layout, 1.0)).arrays["words"][0] == 2**31 - 1
+    honest = [ClientUpdate(f"site-{i}", {"words": torch.tensor(START, dtype=IDS)}) for i in range(2)]
+    below = ClientUpdate("site-8", {"words": torch.tensor([-1, *START[1:]], dtype=IDS)})
+    after = method.aggregate(state, [*honest, below, huge], 1, model)
+    assert after.facts["set_aside"].keys() == {"site-8", "site-9"}
+    assert after.arrays["prompt"][:, 0].tolist() == START
+    assert method.aggregate(state, [huge], 1, model).arrays["prompt"][:, 0].tolist() == START
+
+
+# ---------------------------------------------------------------- backbones and libraries
+
+
+def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_read(tmp_path):
+    result = small.run(tmp_path, "feddtpt")
+    library = PromptLibrary.load(tmp_path / "run")
+    assert (library.start.enters_at, tuple(library.prompts["global"].vectors_PD.shape)) == (0, (3, 16))
+    assert (
+        "`global` reads: " + json.dumps(library.card["words"]["global"])
+        in (tmp_path / "run" / "library" / "README.md").read_text()
+    )
+    opened, experiment = open_library(tmp_path / "run"), small.experiment(tmp_path, "feddtpt")
+    from ficpd.world import build_world
+
+    test = [record for shard in build_world(experiment).shards.values() for record in shard.test]
+    assert scores(opened, test, "global")["global"]["accuracy"] == pytest.approx(
+        result["metrics"]["global"]["accuracy"]
+    )
+    assert len(predicted(opened, test, None)) == len(test)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_words_answer_as_their_vectors_do_and_are_proposed_whole(tmp_path, kind):
+    write, load = (decoders.write, decoders.load) if kind == "causal_lm" else (berts.bert, berts.load)
+    backbone = load(write(tmp_path))
+    ids = torch.tensor(backbone.words.ids("the film was good"))
+    task = small.classes()
+    start = Prompt(ids[:, None], backbone.fingerprint)
+    batch = task.encode(small.records(5), backbone, start)
+    words = Compute(backbone).answer([Query(start.vectors_PD[None], batch)])[0].loss_KB
+    vectors = backbone.start("the film was good", 4, 0, 0)
+    assert small.close(words, Compute(backbone).answer([Query(vectors[None], batch)])[0].loss_KB)
+    proposed = backbone.words.proposals(ids.tolist(), 1, 6, seed=3)
+    assert len(set(proposed)) == 6
+    assert int(ids[1]) not in proposed
+    assert all(backbone.words.ids(backbone.words.text([one])) == [one] for one in proposed)
+    assert (
+        proposed
+        == backbone.words.proposals(ids.tolist(), 1, 6, seed=3)
+        != backbone.words.proposals(ids.tolist(), 1, 6, 4)
+    )
+
+
+def test_a_masked_language_model_proposes_what_it_expects_there(tmp_path):
+    """The one word that it puts nearly all weight on comes first, whatever the seed."""
+    backbone = berts.load(berts.bert(tmp_path))
+    ids, wanted = backbone.words.ids("the film was good"), backbone.words.ids("dull")[0]
+    sharp = torch.zeros(backbone.words.size)
+    sharp[wanted] = 50.0
+    backbone.words.likely = lambda given, place: sharp
+    assert {backbone.words.proposals(ids, 2, 1, seed)[0] for seed in range(5)} == {wanted}
+    filled = berts.load(tmp_path).words.likely(ids, 2)
+    other = berts.load(tmp_path).words.likely([*ids[:2], wanted, *ids[3:]], 2)
+    assert torch.equal(filled, other), "what stands in the place is not looked at"
+    assert not small.close(filled, berts.load(tmp_path).words.likely(ids, 1), 1e-3)
+
+
+def test_what_words_cannot_be_asked_with_is_refused(model):
+    batch = small.classes().encode(small.records(2), model.backbone, small.start(model, small.classes()))
+    ids = torch.tensor(START)[None, :, None]
+    with pytest.raises(BackboneError, match="enters planted at layer 0"):
+        model.answer([Query(ids, batch)])
+    flat = small.classes().encode(small.records(2), model.backbone, small.start(model, small.classes(), enters_at=0))
+    with pytest.raises(BackboneError, match="without gradients"):
+        model.answer([Query(ids, flat, grad=True)])
+    with pytest.raises(BackboneError, match="token ids 10 to 5000"):
+        model.backbone.words.vectors(torch.tensor([10, 5000]))
+
+
+def test_a_head_and_a_librarys_vectors_are_no_words(tmp_path):
+    with pytest.raises(ConfigError, match="tuned_head = true"):
+        small.run(tmp_path, "feddtpt", "task.tuned_head=true")
+    small.run(tmp_path / "a", "fedavg")
+    with pytest.raises(ConfigError, match=r"prompt.init = 'library'"):
+        small.run(tmp_path / "b", "feddtpt", "prompt.init=library", f"prompt.library={tmp_path / 'a' / 'run'}")
