@@ -31,7 +31,7 @@
     return [255, 255, 255];
   },
 
-  /* Texts whose contrast is below AA. The numbers in a heat map are left to plotly, which picks black or white. */
+  /* Texts whose contrast is below AA. The numbers in a heat map lie on colours of their own: `heat`. */
   faint() {
     const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     for (let node; (node = walker.nextNode()); ) {
@@ -50,6 +50,13 @@
     const style = getComputedStyle(document.documentElement);
     const of = (name) => this.hex(style.getPropertyValue(name));
     return [...Array(8).keys()].map((i) => this.ratio(of("--c" + i), of("--panel")));
+  },
+
+  /* The contrast of a heat map's numbers with the two ends of its colours. */
+  heat() {
+    const style = getComputedStyle(document.documentElement);
+    const of = (name) => this.hex(style.getPropertyValue(name));
+    return ["--heat0", "--heat1"].map((end) => this.ratio(of("--ink"), of(end)));
   },
 
   stops: () => [...document.querySelectorAll('a[href], button, summary, [tabindex="0"]')].filter((e) => e.checkVisibility()).length,

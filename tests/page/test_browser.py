@@ -98,6 +98,7 @@ def test_marks_of_figures_have_contrast(browser, files, scheme):
     """At least 3 to 1 against the panel they lie on (WCAG 1.4.11), for all eight colours."""
     with View(browser, files["run"], 1280, scheme) as view:
         assert min(view.look("colours")) >= 3
+        assert min(view.look("heat")) >= 4.5
 
 
 def test_the_keyboard_reaches_everything(browser, files):
@@ -179,6 +180,8 @@ def test_it_prints_on_white_without_what_is_only_for_screens(browser, files, tmp
         page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         page.emulate_media(media="print")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        page.set_viewport_size({"width": 718, "height": 1000})  # A4 less its margins
+        assert page.evaluate("document.documentElement.scrollWidth") <= 718
         assert not page.locator("nav").is_visible()
         assert not page.locator("#theme").is_visible()
         assert max(one["wide"] for one in view.look("figures")) <= 660

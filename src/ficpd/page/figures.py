@@ -262,7 +262,7 @@ def heat(names: Sequence[str], cosine_NN: Sequence[Sequence[float]]) -> Plot:
         "hovertemplate": "%{hovertext}: %{z:.2f}<extra></extra>",
     }  # fmt: skip
     if len(names) <= 12:
-        trace |= {"texttemplate": "%{z:.2f}"}
+        trace |= {"texttemplate": "%{z:.2f}", "textfont": {"color": INK}}
     height = 70 + min(34 * len(names), 560)
     rows = named_rows(names)
     return plot([trace], height, xaxis={**rows, "range": rows["range"][::-1]}, yaxis=rows)

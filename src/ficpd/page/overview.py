@@ -154,7 +154,8 @@ def settings(run: Finished) -> Section:
 
 def _described(part: Mapping[str, Any]) -> str:
     """A part of the experiment in a line, without what is nested in it."""
-    words = [f"{key} {value}" for key, value in part.items() if key != "name" and not isinstance(value, dict | list)]
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
+    words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
 
 
