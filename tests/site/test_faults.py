@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -186,6 +188,27 @@ def test_a_site_whose_line_is_cut_is_left_out_and_found_again(places, out):
     served(places, out, {"round 1/": lambda: gone.add(2), "round 2/": gone.clear}, gone=gone)
     assert [done["dropped"] for done in rounds(out)] == [{}, {"site-1": "site-1 is not connected"}, {}]
     assert ledgers(places, out) == [[1, 2, 3], [1, 3]]
+
+
+def test_a_node_whose_site_says_nothing_holds_nobody_up(places, out):
+    """It is asked who it is, and the run neither waits for that before it begins nor in any round."""
+    for place in places:
+        place.start()
+    sockets = {place.node: place.config.socket for place in places}
+    with socket.socket(socket.AF_UNIX) as mute:
+        path = places[0].config.socket.with_name("mute.sock")
+        mute.bind(str(path))
+        mute.listen()
+        grid = grids.Loopback({**sockets, 9: path}, journal=processes.journal(out))
+        options = {"wait_seconds": 3600.0, "deadline_seconds": 3600.0}
+        running = threading.Thread(
+            target=processes.coordinate, args=(recipe(), out, sockets, False, print, grid), kwargs=options
+        )
+        running.daemon = True
+        running.start()
+        running.join(60)
+        assert not running.is_alive(), "the run waits for a node that says nothing"
+    assert counted(out) == [2, 2, 2]
 
 
 def test_messages_that_come_twice_late_or_never_are_paid_for_once(places, out):

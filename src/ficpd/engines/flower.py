@@ -7,7 +7,7 @@ here and not by `Grid.send_and_receive`, which sleeps three seconds between look
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -51,6 +51,7 @@ class Sent:
 
     site: str
     what: str
+    at: float = field(default_factory=time.monotonic)
 
 
 class Flower:
@@ -75,7 +76,8 @@ class Flower:
         wanted = set(known or self.config.sites)
         until, least = time.monotonic() + self.config.wait_seconds, len(wanted) or self.config.least_sites
         while True:
-            self._greet(until)
+            self._hello()
+            self._meet(self._greeted(), time.monotonic())
             here = set(self.cards)
             if (wanted and wanted <= here) or (not wanted and len(here) >= least and time.monotonic() > until):
                 break
@@ -92,18 +94,24 @@ class Flower:
             }
 
     def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
-        """One call a site; its first one brings the run's terms. Late answers to earlier rounds come out as they arrive."""
+        """One call a site; its first one brings the run's terms. Late answers to earlier rounds come out as they arrive.
+        New nodes are asked who they are beside it, and a site that was missed joins the round; where nobody is there yet,
+        that is waited for."""
         until = time.monotonic() + self.config.deadline_seconds
-        self._greet(min(until, time.monotonic() + self.config.wait_seconds))
-        self.underway = {id: sent for id, sent in self.underway.items() if sent.what == "train"}
-        for name in orders:
-            if name not in self.node:
-                yield Reply(name, None, f"{name} is not connected")
+        self.underway = {id: sent for id, sent in self.underway.items() if sent.what != "evaluate"}
+        self._hello()
+        if not any(name in self.node for name in orders):
+            self._meet(self._greeted(), min(until, time.monotonic() + self.config.wait_seconds))
         present = {name: order for name, order in orders.items() if name in self.node}
         waiting = self._send("train", present)
         for sent, answer in self._answers(waiting, until):
             status, body = answer
-            if status == TERMS_WANTED and sent.site in present:
+            if sent.what == "hello":
+                name = self._answered_hello(sent, status, body)
+                if name is not None and name in orders and name not in present:
+                    present[name] = orders[name]
+                    waiting |= self._send("train", {name: orders[name]})
+            elif status == TERMS_WANTED and sent.site in present:
                 self.briefed.discard(sent.site)
                 waiting |= self._send("train", {sent.site: present[sent.site]})
             elif status == 200:
@@ -111,6 +119,8 @@ class Flower:
                 yield Reply(sent.site, body)
             else:
                 yield Reply(sent.site, None, _words(status, body), status == REFUSED)
+        for name in orders.keys() - present.keys():
+            yield Reply(name, None, f"{name} is not connected")
         for id in waiting & self.underway.keys():
             self.say(f"{self.underway[id].site} has not answered within {self.config.deadline_seconds:g} s")
 
@@ -157,26 +167,37 @@ class Flower:
                 time.sleep(self.config.poll_seconds)
 
     def _strangers(self) -> set[int]:
-        """Nodes that are there and have not been asked who they are."""
-        return set(self.grid.get_node_ids()) - self._asked
+        """Nodes that are there and have not said who they are."""
+        return set(self.grid.get_node_ids()) - set(self.node.values())
 
-    def _greet(self, until: float) -> None:
-        """Ask nodes that are new for their site's name and card; forget where those are whose node is gone."""
-        here = set(self.grid.get_node_ids())
-        self._asked &= here
+    def _greeted(self) -> set[str]:
+        """The messages of those who have not said yet."""
+        return {id for id, sent in self.underway.items() if sent.what == "hello"}
+
+    def _hello(self) -> None:
+        """Ask nodes that are new, or have not answered for long, who they are; forget those that are gone."""
+        here, now = set(self.grid.get_node_ids()), time.monotonic()
+        unheard = {id for id in self._greeted() if now - self.underway[id].at > self.config.wait_seconds}
+        self._asked = (self._asked & here) - {int(self.underway.pop(id).site) for id in unheard}
         self.node = {name: node for name, node in self.node.items() if node in here}
         new = sorted(here - self._asked)
-        waiting = self._pushed([self._message(n, Call("hello")) for n in new], [Sent(str(n), "hello") for n in new])
         self._asked |= set(new)
-        answers = ((s, a) for s, a in self._answers(waiting, until) if s.what == "hello")
-        for sent, (status, body) in answers:
-            if status != 200:
-                self._asked.discard(int(sent.site))  # its site may be starting: ask again
-                self.say(f"node {sent.site}: {_words(status, body)}")
-                continue
-            self._met(int(sent.site), json.loads(body))
+        self._pushed([self._message(n, Call("hello")) for n in new], [Sent(str(n), "hello") for n in new])
 
-    def _met(self, node: int, told: dict[str, Any]) -> None:
+    def _meet(self, hellos: set[str], until: float) -> None:
+        for sent, (status, body) in self._answers(hellos, until):
+            if sent.what == "hello":
+                self._answered_hello(sent, status, body)
+
+    def _answered_hello(self, sent: Sent, status: int, body: bytes) -> str | None:
+        """The site's name; None if it does not answer, and will be asked again: it may be starting."""
+        if status == 200:
+            return self._met(int(sent.site), json.loads(body))
+        self._asked.discard(int(sent.site))
+        self.say(f"node {sent.site}: {_words(status, body)}")
+        return None
+
+    def _met(self, node: int, told: dict[str, Any]) -> str:
         name = str(told["name"])
         if name in self.node and self.node[name] != node:
             raise SiteError(
@@ -186,6 +207,7 @@ class Flower:
         self.node[name], self.told[name] = node, told
         self.cards.setdefault(name, ClientCard(name, told["card"]))
         self.say(f"site {name} is here")
+        return name
 
     def _absent(self, wanted: set[str], here: set[str], least: int) -> str:
         seconds, came = self.config.wait_seconds, ", ".join(sorted(here)) or "none"
