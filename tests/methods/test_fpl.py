@@ -447,8 +447,9 @@ def test_a_prompt_tuned_with_priors_favours_nobodys_label(model):
     assert favoured[False] > favoured[True] + 0.5
 
 
-def test_what_a_client_knows_of_its_labels_decides_where_the_prompt_does_not(model):
-    method = fpl(clusters="none", residual="none", label_prior=True)
+@pytest.mark.parametrize("name", ["fpl", "ficpd"])
+def test_what_a_client_knows_of_its_labels_decides_where_the_prompt_does_not(model, name):
+    method = small.method(name, EXACT, label_prior=True)
     own = skewed(model, method)
     state = method.init(Setup(next(iter(own.values())).start, [c.card for c in own.values()], 1, 4, 0))
     evaluation = evaluate(method, state, own, model, 1)

@@ -18,13 +18,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ficpd.clients import LABELS
+from ficpd.personal import calibrated
 from ficpd.seams import ClientSide, Model
 from ficpd.server.optimiser import ServerStep
 from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
 from ficpd.server.robust import Means, Robust
 from ficpd.server.signatures import Probes
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SIGNATURE = "signature/"
 
@@ -38,7 +40,8 @@ class Config(BaseModel):
     `redraw_every` rounds clusters are drawn anew (0: once); a client then moves only if that is nearer by `stay` in
     cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt; "auto" goes by the
     noise of the updates (none without privacy; where its size would tell record counts, by the members' scatter), "scatter"
-    by the scatter always.
+    by the scatter always. `label_prior`: prompts need not learn how frequent each label is at each client, which adds it to
+    the logits itself (as in FPL; classifications only; at the record level it costs the total `labels`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +53,7 @@ class Config(BaseModel):
     stay: float = Field(default=0.05, ge=0, le=2)
     least_members: int = Field(default=1, ge=1)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
+    label_prior: bool = False
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerStep = ServerStep()
     robust: Robust = Robust()
@@ -64,6 +68,7 @@ class Ficpd:
 
     def __init__(self, config: Config, training: Training):
         self.config, self.training, self.gathers = config, training, config.gather
+        self.statistics = (LABELS,) if config.label_prior else ()
 
     def init(self, setup: Setup) -> State:
         start, by = setup.start.vectors_PD, self.config.by
@@ -87,8 +92,12 @@ class Ficpd:
 
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = order.arrays["prompt"], self.config.proximal_weight
-        tuned = yield from tune(self.training, client, order, prompt, proximal_weight=weight)
+        work = tune(self.training, client, order, prompt, proximal_weight=weight)
+        tuned = yield from calibrated(work, client.label_prior if self.config.label_prior else None)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
+
+    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+        return batch.with_prior(client.label_prior) if self.config.label_prior else batch
 
     def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}
