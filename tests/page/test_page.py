@@ -2,16 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import made_up
 import pytest
+from typer.testing import CliRunner
 
 import small
+from ficpd.cli import app
 from ficpd.errors import RunError
 from ficpd.page import figures
 from ficpd.page.blocks import Figure, Page, Section, Table
@@ -248,16 +248,12 @@ def test_names_in_figures_are_short_and_plain():
 # ---------------------------------------------------------------- the command, and what it refuses
 
 
-def ficpd(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ficpd", *map(str, words)], capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_writes_page_and_tables(folder, tmp_path):
-    done = ficpd("report", folder, "--out", tmp_path / "page.html", "--csv", "--latex")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(tmp_path / "page.html") in done.stdout
+    words = ["report", str(folder), "--out", str(tmp_path / "page.html"), "--csv", "--latex"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert [line.split(":")[0] for line in done.output.splitlines()] == ["page", "csv", "latex"]
+    assert (tmp_path / "page.html").stat().st_size > 1_000_000
     lines = (tmp_path / "page.csv").read_text().splitlines()
     assert lines[0].startswith("method,epsilon,delta,unit,everyone_accuracy,own_accuracy_mean")
     assert lines[-1].startswith("ficpd,2.0,1e-05,record,0.8,0.69")
