@@ -62,7 +62,7 @@ def seen(rows: list[dict], reference: str = "a", metrics: dict | None = None) ->
 
 def test_a_target_is_reached_in_the_first_round_at_or_beyond_it():
     found = reached(curve([0.5, 0.75, 0.7, 0.8]), "own", 0.75, less_is_better=False)
-    assert found == {"round": 2, "bytes": 200, "queries": 20, "seconds": 1.0}
+    assert found == {"round": 2, "bytes": 200, "bytes_up": 120, "bytes_down": 80, "queries": 20, "seconds": 1.0}
     assert reached(curve([0.5, 0.7]), "own", 0.75, less_is_better=False) is None
     assert reached(curve([3.0, 2.0, 1.0]), "own", 2.5, less_is_better=True)["round"] == 2
 

@@ -250,3 +250,14 @@ def test_a_piece_of_another_name_takes_the_place_of_the_part():
         "partition": {"kind": "column", "column": "site", "min_records": 2},
     }
     assert base["partition"] == {"kind": "column", "column": "site"}
+
+
+def test_a_comparison_is_a_simulation(folder):
+    assert 'engine.name = "flower" is for real sites' in refused(folder, head="set = ['engine.name=flower']")
+
+
+def test_the_reference_is_the_exact_label_before_a_variant(folder):
+    axes = '[methods."ficpd free"]\nmethod.name = "ficpd"\nprivate = false\n[methods.ficpd]\n'
+    assert plan(folder, axes, head='reference = "ficpd"').reference == "ficpd"
+    assert plan(folder, axes).reference == "ficpd free"
+    assert plan(folder, axes, head='reference = "centralized"').reference == "centralized"

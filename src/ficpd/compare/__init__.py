@@ -68,7 +68,7 @@ CONDITION     task, partition, budget, sweep, and
 SUMMARY       n             finished seeds
               mean, sd, interval: [low, high] or null below two seeds (Student's t; over seeds)
               everyone, worst: means over seeds, or null
-              bytes, queries, seconds, epsilon: means over seeds, or null
+              bytes, bytes_up, bytes_down, queries, seconds, epsilon: means over seeds, or null
               against       null for the reference, else AGAINST (pairs: seeds)
 AGAINST       pairs         how many pairs of finished cells (this method, the reference)
               difference    mean of (this - reference) in the metric's own units; interval: [low, high] or null
@@ -89,9 +89,9 @@ FRONT         task, partition, cost: "bytes", "epsilon" or "queries", and
 TARGET        task, partition, budget, sweep, share: 0.9, 0.95 or 0.99 of the centralised line's final figure, and
               target        mean over seeds of the figure to reach (each seed has its own)
               methods       {label: {seeds: [REACHED or null for "not reached", in the order of `of`], of: [seed],
-                                     reached: how many, rounds, bytes, queries, seconds: medians over seeds if all
-                                     reached it, else null}}
-REACHED       {seed, round, bytes, queries, seconds}: the first evaluated round at or beyond the target
+                                     reached: how many, rounds, bytes, bytes_up, bytes_down, queries, seconds: medians
+                                     over seeds if all reached it, else null}}
+REACHED       {seed, round, bytes, bytes_up, bytes_down, queries, seconds}: the first evaluated round at or beyond the target
 ```
 """
 

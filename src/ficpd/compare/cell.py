@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -56,7 +57,7 @@ class Worlds:
 def run_cell(
     experiment: Experiment, key: str, ground: str, folder: Path, worlds: Worlds, progress: Progress
 ) -> Outcome:
-    """Begin or go on with the run in `folder/key`, to its end. What cannot be run raises, and leaves no directory."""
+    """Begin or go on with the run in `folder/key`, to its end. What is seen to be wrong before leaves no directory."""
     directory = RunDir(folder / key)
     directory.check(to_toml(experiment), resume=True)
     resolved = directory.path / "resolved.toml"  # a run that goes on has what was chosen when it began
@@ -68,8 +69,14 @@ def run_cell(
     result = one_method(world, world.experiment.method, directory, floor, progress)
     directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
-    return {"schema": SCHEMA, "ficpd": __version__, "key": key, "status": "done", "reason": None,
-            **figures_of(result, rounds), "data": data_of(world)}  # fmt: skip
+    figures = figures_of(result, rounds)
+    broken = figures["figures"]["own"] is None
+    said = {
+        "status": "failed",
+        "reason": "its figure is no number: the tuning went astray; try a smaller learning rate",
+    }
+    ended = said if broken else {"status": "done", "reason": None}
+    return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(world)}
 
 
 def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Outcome:
@@ -81,7 +88,11 @@ def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Ou
         "metric": main._asdict(),
         "task": result["task"],
         "backbone": result["backbone"]["name"],
-        "figures": {"own": last["own"], "everyone": last["everyone"], "worst": scores["per_client_worst"][main.name]},
+        "figures": {
+            "own": last["own"],
+            "everyone": last["everyone"],
+            "worst": finite(scores["per_client_worst"][main.name]),
+        },
         "rounds": len(rounds),
         "bytes": {"up": last["bytes_up"], "down": last["bytes_down"], "total": last["bytes_up"] + last["bytes_down"]},
         "queries": last["queries"],
@@ -90,7 +101,9 @@ def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Ou
         "epsilon": result["privacy"].get("epsilon"),
         "guarantee": guarantee(result["privacy"]),
         "stopped": result["stopped"],
-        "per_client": {name: score[main.name] for name, score in scores["per_client"].items() if main.name in score},
+        "per_client": {
+            name: finite(score[main.name]) for name, score in scores["per_client"].items() if main.name in score
+        },
         "curve": curve,
     }
 
@@ -106,7 +119,12 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
 
     def point(place: int, own: float, everyone: float | None) -> dict[str, Any]:
         spent = {"bytes_up": up[place], "bytes_down": down[place], "queries": queries[place], "seconds": seconds[place]}
-        return {"round": rounds[place - 1]["round"] if place else 0, "own": own, "everyone": everyone, **spent}
+        return {
+            "round": rounds[place - 1]["round"] if place else 0,
+            "own": finite(own),
+            "everyone": finite(everyone),
+            **spent,
+        }
 
     points = [
         point(place, line["metrics"][f"own_{metric}"], line["metrics"].get(f"global_{metric}"))
@@ -115,6 +133,11 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
     ]
     everyone = scores["global"][metric] if scores["global"] else None
     return [*points, point(len(rounds), scores["per_client_mean"][metric], everyone)]
+
+
+def finite(value: float | None) -> float | None:
+    """JSON knows no other numbers."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _asked(line: Mapping[str, Any]) -> int | None:

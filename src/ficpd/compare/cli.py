@@ -14,7 +14,8 @@ FAILED = 3
 
 def compare(
     words: Annotated[
-        list[str], typer.Argument(metavar="TARGET", help="a TOML file or a comparison's name; with --table, a folder")
+        list[str],
+        typer.Argument(metavar="TARGET", help="a TOML file or a comparison's name; or a folder, to print its overview"),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the comparison; none: runs/compare-NAME")] = None,
     ablate: Annotated[
@@ -24,7 +25,7 @@ def compare(
         int | None, typer.Option(help="runs at a time; none: one for each core, one on a GPU", min=1)
     ] = None,
     redo: Annotated[bool, typer.Option("--redo", help="delete results of another version, and run them again")] = False,
-    table: Annotated[str | None, typer.Option(help="print a folder's overview again: markdown, csv or latex")] = None,
+    table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
     track: Track = None,
 ) -> None:
     """Run methods on the same tasks at the same budgets, and leave figures, tests, fronts and tables.
@@ -34,6 +35,8 @@ def compare(
     Example: `ficpd compare quick --out runs/quick --ablate privacy.epsilon=1,2,4 method.num_prototypes=5,10`
     """
     target, sweeps = _target(words, ablate or [])
+    if table is None and (Path(target) / "compare.json").is_file():
+        table = "markdown"
     if table is not None:
         if sweeps or out:
             raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate and no --out")
@@ -92,7 +95,7 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, red
         errors.print("stopped; the same command goes on with what is missing")
         raise typer.Exit(130) from None
     _say(console, found, out)
-    if found["counts"].get("failed"):
+    if found["counts"].get("failed") or found["counts"].get("missing"):
         raise typer.Exit(FAILED)
 
 

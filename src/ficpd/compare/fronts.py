@@ -85,7 +85,7 @@ def _of_method(rows: Sequence[Row], goals: Mapping[int, float], figure: str, les
         "of": [row["seed"] for row in asked],
         "reached": len(there),
         "rounds": median("round"),
-        **{key: median(key) for key in ("bytes", "queries", "seconds")},
+        **{key: median(key) for key in ("bytes", "bytes_up", "bytes_down", "queries", "seconds")},
     }
 
 
@@ -96,6 +96,7 @@ def reached(
     for point in curve:
         value = point[figure]
         if value is not None and (value <= goal if less_is_better else value >= goal):
-            spent = point["bytes_up"] + point["bytes_down"]
-            return {"round": point["round"], "bytes": spent, "queries": point["queries"], "seconds": point["seconds"]}
+            sent = {key: point[key] for key in ("bytes_up", "bytes_down")}
+            spent = {"queries": point["queries"], "seconds": point["seconds"]}
+            return {"round": point["round"], "bytes": sum(sent.values()), **sent, **spent}
     return None

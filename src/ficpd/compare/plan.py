@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
@@ -96,14 +96,21 @@ class Plan:
     @property
     def reference(self) -> str:
         """The method that the others are tested against; of one that a sweep made several of, the first."""
-        given = self.spec.reference
-        own = [label for label in self.methods if label not in LINES]
-        if given is None:
-            return own[0]
-        return next(label for label in self.methods if label == given or label.startswith(given + " "))
+        found = _referred(self.spec.reference, self.methods)
+        assert found is not None, "the file was checked"
+        return found
 
 
-def read_plan(name: str, ablate: Iterable[str] = ()) -> Plan:
+def _referred(given: str | None, methods: Iterable[str]) -> str | None:
+    """
+    >>> _referred("a", ["local", "a k=1", "a k=2"]), _referred("a", ["a b", "a"]), _referred(None, ["local", "b"])
+    ('a k=1', 'a', 'b')
+    """
+    named = [label for label in methods if label == given or (given is None and label not in LINES)]
+    return next(iter(named or [label for label in methods if label.startswith(f"{given} ")]), None)
+
+
+def read_plan(name: str, ablate: Sequence[str] = ()) -> Plan:
     """A TOML file, or one of the comparisons that come with the package."""
     path = Path(name)
     if path.suffix == ".toml":
@@ -123,7 +130,7 @@ def comparisons() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def planned(text: str, where: str, ablate: Iterable[str] = (), beside: Path | None = None) -> Plan:
+def planned(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Plan:
     """All cells, or the `ConfigError` of the first that is no experiment: nothing is run of a file with a mistake."""
     try:
         tree = tomllib.loads(text)
@@ -135,20 +142,13 @@ def planned(text: str, where: str, ablate: Iterable[str] = (), beside: Path | No
         raise ConfigError(f"{where}: methods is missing; name those to compare, such as [methods.fedavg]")
     sweeps = pieces.parsed_sweeps([*spec.sweeps, *ablate])
     methods = pieces.methods_of(axes["methods"], sweeps, where)
-    if spec.reference is not None and not any(
-        m == spec.reference or m.startswith(spec.reference + " ") for m in methods
-    ):
-        raise ConfigError(f"{where}: {unknown('reference', spec.reference, methods)}")
+    if _referred(spec.reference, methods) is None:
+        raise ConfigError(f"{where}: {unknown('reference', str(spec.reference), methods)}")
     axes = {axis: entries or {GIVEN: {}} for axis, entries in axes.items() if axis != "methods"}
     beyond = {path: values for path, values in sweeps.items() if not path.startswith("method.")}
     cells = _cells(spec, axes, methods, beyond, where, beside)
-    return Plan(spec, _kept(tree, ablate, text), methods, axes, beyond, cells)
-
-
-def _kept(tree: Mapping[str, Any], ablate: Iterable[str], text: str) -> str:
-    """The file, with the sweeps that were given beside it."""
-    given = [*ablate]
-    return text if not given else f"# with --ablate {' '.join(given)}\n{text}"
+    beside_it = f"# with --ablate {' '.join(ablate)}\n" if ablate else ""
+    return Plan(spec, beside_it + text, methods, axes, beyond, cells)
 
 
 def _cells(
@@ -179,7 +179,12 @@ def _experiment(
     if not of_method.get("private", True):
         tree["privacy"] = {"name": "none"}
     tree |= {"seed": seed, "baselines": []}
-    return build(pieces.laid_over(tree, {"federation": {"evaluate_every": spec.evaluate_every}}), where)
+    built = build(pieces.laid_over(tree, {"federation": {"evaluate_every": spec.evaluate_every}}), where)
+    if built.engine.name == "flower":
+        raise ConfigError(
+            f'{where}: engine.name = "flower" is for real sites, and a comparison is a simulation; leave it out'
+        )
+    return built
 
 
 def _cell(cell: Cell) -> Cell:

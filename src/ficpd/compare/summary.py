@@ -92,6 +92,7 @@ def _summary(seen: Seen, rows: Sequence[Row]) -> dict[str, Any]:
         "everyone": mean_of(done, lambda row: row["figures"]["everyone"]),
         "worst": mean_of(done, lambda row: row["figures"]["worst"]),
         "bytes": mean_of(done, lambda row: row["bytes"]["total"]),
+        **{f"bytes_{way}": mean_of(done, lambda row, way=way: row["bytes"][way]) for way in ("up", "down")},
         **{key: mean_of(done, lambda row, key=key: row[key]) for key in ("queries", "seconds", "epsilon")},
     }
 

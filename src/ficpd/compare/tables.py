@@ -71,7 +71,7 @@ def _condition(found: Found, condition: Found) -> Table:
     counted = any(s["queries"] is not None for s in condition["methods"].values())
     heads = [
         "method", "ε", f"{metric.name}{metric.unit} [95 %]", "everyone's test", "worst client", "seeds",
-        f"minus {reference}", "p", "p (Holm)", "bytes", *(["queries"] if counted else []), "seconds",
+        f"minus {reference}", "p", "p (Holm)", "bytes up", "bytes down", *(["queries"] if counted else []), "seconds",
     ]  # fmt: skip
     lines = []
     for label, s in condition["methods"].items():
@@ -79,7 +79,8 @@ def _condition(found: Found, condition: Found) -> Table:
         lines.append([
             label, _epsilon(found, condition, label), mean,
             *(NONE if s[key] is None else metric.shown(s[key]) for key in ("everyone", "worst")),
-            str(s["n"]), _difference(s["against"], metric), _p(s["against"], "p"), _p(s["against"]), _bytes(s["bytes"]),
+            str(s["n"]), _difference(s["against"], metric), _p(s["against"], "p"), _p(s["against"]),
+            _bytes(s["bytes_up"]), _bytes(s["bytes_down"]),
             *([NONE if s["queries"] is None else f"{s['queries']:,.0f}"] if counted else []),
             NONE if s["seconds"] is None else _few(s["seconds"]),
         ])  # fmt: skip
@@ -103,12 +104,21 @@ def _targets(found: Found) -> list[Table]:
         metric = _metric(found, condition["task"])
         lines = [
             [label, f"{100 * target['share']:g} % ({metric.shown(target['target'])})", f"{m['reached']} of {len(m['of'])}",
-             *(_needed(m, key) for key in ("rounds", "bytes", "queries", "seconds"))]
+             *(_needed(m, key) for key in ("rounds", "bytes_up", "bytes_down", "queries", "seconds"))]
             for target in own
             for label, m in target["methods"].items()
             if m["of"]
         ]  # fmt: skip
-        heads = ["method", "of centralized", "seeds that reach it", "rounds", "bytes", "queries", "seconds"]
+        heads = [
+            "method",
+            "of centralized",
+            "seeds that reach it",
+            "rounds",
+            "bytes up",
+            "bytes down",
+            "queries",
+            "seconds",
+        ]
         note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
         tables.append(
             Table("targets", f"To reach the centralised line: {_title(found, condition)}", heads, lines, note)
@@ -120,7 +130,7 @@ def _needed(method: Found, key: str) -> str:
     value = method[key]
     if value is None:
         return "not reached" if method["reached"] < len(method["of"]) else NONE
-    return _bytes(value) if key == "bytes" else _few(value)
+    return _bytes(value) if key.startswith("bytes") else _few(value)
 
 
 def _front(found: Found, front: Found) -> Table:

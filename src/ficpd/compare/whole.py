@@ -42,7 +42,7 @@ def compare(
         missing = _missing(plan, out, names)
         if planned is not None:
             planned(len(names), len(missing))
-        cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         number = min(jobs or (1 if _on_gpu(plan) else cores), max(len(missing), 1))
         try:
             if missing:
