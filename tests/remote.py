@@ -43,6 +43,9 @@ class Served:
             said = fault.get("body", "no")
             text = said if isinstance(said, str) else json.dumps(said)
             return Response(text, fault.get("status", 200), fault.get("headers"), "application/json")
+        if "messages" in body:
+            written = self.choice(body["messages"][-1]["content"], body)["text"]
+            return Response(json.dumps({"choices": [{"message": {"role": "assistant", "content": written}}]}))
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         choices = [{"index": place, **self.choice(text, body)} for place, text in enumerate(prompts)]
         return Response(json.dumps(self.spoils({"choices": choices[::-1]})), media_type="application/json")
@@ -69,6 +72,7 @@ class Served:
 def serving(served: Served) -> Iterator[Served]:
     app = FastAPI()
 
+    @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body, headers = await request.json(), dict(request.headers)

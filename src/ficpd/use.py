@@ -10,6 +10,7 @@ import torch
 from ficpd import __version__, registry
 from ficpd.auto import AUTO, Adapted
 from ficpd.auto import adapt as fit
+from ficpd.backbones import endpoint
 from ficpd.backbones.catalog import NAMED
 from ficpd.compute import Compute, drive
 from ficpd.data import sources
@@ -22,7 +23,7 @@ from ficpd.seams import Task
 from ficpd.speed import machine
 from ficpd.tuners import Training
 from ficpd.types import Batch, Prompt, Record, Score
-from ficpd.world import build_task, load_backbone
+from ficpd.world import ENDPOINT, build_task, load_backbone
 
 ZERO_SHOT = "zero-shot"
 PREFERRED = (ADAPTED, "global")
@@ -78,6 +79,8 @@ def open_library(folder: Path, device: str = "cpu") -> Opened:
     library = PromptLibrary.load(folder)
     given = library.card["backbone"]
     named = {key: given[key] for key in ("name", "kind", "options") if key in given}
+    if ENDPOINT in (named.get("name"), named.get("kind")):
+        named["options"] = endpoint.of_card(named.get("options", {}))
     config = checked(BackboneConfig, named, f"{folder}: card.json: backbone")
     backbone, _ = load_backbone(config, checked(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)

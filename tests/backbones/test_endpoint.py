@@ -13,7 +13,7 @@ import decoders
 import small
 from ficpd.backbones import endpoint
 from ficpd.compute import Compute
-from ficpd.errors import BackboneError, ConfigError
+from ficpd.errors import BackboneError, ConfigError, LibraryError
 from ficpd.library import PromptLibrary
 from ficpd.tasks import classification
 from ficpd.types import Batch, Prompt, Query
@@ -119,6 +119,15 @@ def test_text_alone_costs_one_question_a_record_whatever_the_answers(built, serv
     assert (found == 0.0).sum(1).tolist() == [1] * len(TEXTS)
 
 
+def test_a_chat_says_what_completions_do_where_there_is_no_template(built, served):
+    served.scores = False
+    alone, chat = scores(built()), scores(built(api="chat"))
+    assert [body["messages"][0]["role"] for body, _, _ in served.asked] == ["user"] * 3
+    assert torch.equal(alone, chat)
+    with pytest.raises(BackboneError, match='needs api = "completions"'):
+        built(api="chat", answers="likelihood")
+
+
 def test_it_writes_and_says_the_same_again(built, decoder):
     backbone = built()
     prompt = Prompt(ids_of(backbone, "the story")[0], backbone.fingerprint)
@@ -166,6 +175,15 @@ def test_its_fingerprint_is_of_model_and_words_and_not_of_the_address(built, ser
     one = built()
     assert one.fingerprint == built(url=served.url + "/", timeout=3).fingerprint
     assert one.fingerprint != built(model="another").fingerprint
+
+
+@pytest.mark.parametrize(("status", "advice"), [(301, "options.url"), (404, "options.url"), (422, "options.model")])
+def test_what_no_waiting_mends_is_said_at_once(built, served, status, advice):
+    backbone = built(workers=1)
+    served.faults = [{"status": status}]
+    with pytest.raises(BackboneError, match=rf"refuses: {status} no\. Check backbone\.{advice}"):
+        scores(backbone, TEXTS[:1])
+    assert len(served.asked) == 1
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80/v1", "ftp://host/v1", "http:///v1"])
@@ -328,6 +346,18 @@ def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, 
     assert opened.model.backbone.words.text(prompt[:, 0].tolist()) == library.card["words"]["global"]
     assert len(predicted(opened, small.records(4, 7), "global")) == 4
     assert result["backbone"]["fingerprint"].startswith("endpoint:")
+
+
+def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served, words, monkeypatch):
+    card = {"url": "https://elsewhere.example/v1", "model": "small", "key_from": "SOME_KEY"}
+    monkeypatch.delenv("FICPD_ENDPOINT", raising=False)
+    with pytest.raises(
+        LibraryError, match=r"would send it your texts; .* set FICPD_ENDPOINT=https://elsewhere.example/v1"
+    ):
+        endpoint.of_card(card)
+    assert endpoint.of_card({**card, "url": served.url})["url"] == served.url
+    monkeypatch.setenv("FICPD_ENDPOINT", served.url)
+    assert endpoint.of_card(card) == {**card, "url": served.url}
 
 
 def test_methods_that_tune_vectors_are_refused_before_anything_is_written(served, words, tmp_path, monkeypatch):

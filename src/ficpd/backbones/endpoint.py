@@ -14,8 +14,9 @@ when a server moves; that the name means the same weights there is taken from wh
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,15 @@ from ficpd.backbones import Reads, catalog, weights
 from ficpd.backbones.completions import Choice, choices, first_named, groups, mean, text_of, tokens_of
 from ficpd.backbones.http import Asking, NoAnswerError, Patience
 from ficpd.backbones.words import Vocabulary, prompt_of
-from ficpd.errors import BackboneError
+from ficpd.errors import BackboneError, LibraryError
 from ficpd.registry import load
 from ficpd.types import Item, Outputs, Prompt
 
 WRONG = -10.0
 """The log-likelihood of an answer that was not named, where 0 is that of the one that was."""
 PROBE = "One two three"
+HERE = "FICPD_ENDPOINT"
+"""The environment variable with the address that libraries are used through."""
 
 
 class Config(BaseModel):
@@ -75,6 +78,18 @@ def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, dev
         )
     words, sha256 = local_words(config.words)
     return Endpoint(config, words, sha256, name)
+
+
+def of_card(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A library's options, with the address from `FICPD_ENDPOINT`, if that is set. Raises `LibraryError` for an address on
+    another machine that its user has not set: whoever made a library shall not choose where others' texts and keys go."""
+    url = os.environ.get(HERE) or str(options.get("url"))
+    if HERE not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
+        raise LibraryError(
+            f"this library asks a model at {url}, and would send it your texts; if you trust that address, set "
+            f"{HERE}={url}, else set it to one of your own that serves {options.get('model')!r}"
+        )
+    return {**options, "url": url}
 
 
 def local_words(name: str) -> tuple[Vocabulary, str]:

@@ -136,7 +136,7 @@ class Asking:
             self.sent += 1
         try:
             response = self._client.post(self.url, json=body, headers=headers)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             return None, self._said(f"{type(error).__name__}: {error}")
         return response, self._said(f"{response.status_code} {response.text}")
 
@@ -203,7 +203,7 @@ def _advice(status: int, key_from: str | None) -> str:
     if status in (401, 403):
         where = f"the key in {key_from}" if key_from else "backbone.options.key_from, the variable that holds a key"
         return f"Check {where}"
-    if status in (404, 405):
+    if status in (404, 405) or status < 400:
         return "Check backbone.options.url (it ends in /v1 with most servers), model and api"
     return "Check backbone.options.model; a text may be longer than it reads (max_words)"
 
