@@ -133,6 +133,18 @@ def test_clients_are_drawn_around_their_prototype_where_no_more_is_known(tmp_pat
         assert apart[place % 2] < apart[1 - place % 2]
 
 
+def test_a_comparison_of_one_method_says_what_it_has(tmp_path):
+    folder = made_up.comparison(tmp_path / "compared")
+    tree = json.loads((folder / "compare.json").read_text())
+    for at in tree["conditions"]:
+        at["methods"] = {name: of for name, of in at["methods"].items() if name in ("zero_shot", "ficpd")}
+    (folder / "compare.json").write_text(json.dumps(tree))
+    assert "ficpd has 80.0 % accuracy, 20.0 points above no prompt at all in the first of 4" in page_of(folder).headline
+    tree["conditions"] = []
+    (folder / "compare.json").write_text(json.dumps(tree))
+    assert page_of(folder).headline.endswith("ficpd has not finished anything yet.")
+
+
 def test_a_legend_stands_beside_its_figure(html):
     legend = html.split('id="curve-own"')[1].split("</ul>")[0]
     assert [name in legend for name in ("ficpd", "local", "fedavg", "zero_shot")] == [True, True, True, False]
@@ -141,7 +153,7 @@ def test_a_legend_stands_beside_its_figure(html):
 
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
-    assert page.headline == "ficpd beats other methods in 4 of 8 comparisons, is beaten in 0, and 4 are open."
+    assert page.headline == "ficpd beats other methods in 4 of 8 comparisons, is beaten in 0, and 4 are undecided."
     assert [s.id for s in page.sections] == ["grid", "ranks", "fronts", "curves", "targets", "failures", "compared"]
     matrix = tables_of(page)[0]
     assert next(line for line in matrix.cells if line[0] == "fedavg")[1] == "74.0 [72.0, 76.0] ▼"

@@ -1,17 +1,17 @@
 """A comparison as a page, from its `compare.json` (the schema stands in `ficpd.compare`)."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ficpd.errors import RunError
 from ficpd.metrics import Metric
 from ficpd.page.blocks import Block, Code, Facts, Section, Table, Text
-from ficpd.page.overview import apart
+from ficpd.page.overview import apart, with_unit
 
 COMPARISON, SCHEMA = "compare.json", 1
-GIVEN = "given"
+GIVEN, AS_GIVEN = "given", "as given"
 SURE = 0.05
 """Of a corrected p-value."""
 MOST_FIGURES = 12
@@ -44,7 +44,7 @@ def named(at: Tree, *keys: str) -> str:
     'abstracts, prompt.num_tokens = 5'
     """
     words = [str(at[key]) for key in keys if at.get(key, GIVEN) != GIVEN]
-    return ", ".join([*words, *(f"{path} = {value}" for path, value in at.get("sweep", {}).items())]) or "as given"
+    return ", ".join([*words, *(f"{path} = {value}" for path, value in at.get("sweep", {}).items())]) or AS_GIVEN
 
 
 def condition_name(at: Tree) -> str:
@@ -100,7 +100,7 @@ def headline(tree: Tree) -> str:
         if label != reference and label not in lines and of["against"] and of["against"]["difference"] is not None
     ]
     if not pairs:
-        return f"{tree['name']}: no two methods have finished the same cells yet."
+        return f"{tree['name']}: {_alone(reference, known)}"
     tested = [(against, metric) for against, metric in pairs if against["p_holm"] is not None]
     if not tested:
         ahead = sum((against["difference"] < 0) != metric.less_is_better for against, metric in pairs)
@@ -113,8 +113,20 @@ def headline(tree: Tree) -> str:
     verdicts = [judged(against, metric) for against, metric in tested]
     return (
         f"{reference} beats other methods in {verdicts.count(-1)} of {len(verdicts)} comparisons, is beaten in "
-        f"{verdicts.count(1)}, and {verdicts.count(0)} are open."
+        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided."
     )
+
+
+def _alone(reference: str, known: Sequence[tuple[Tree, Metric]]) -> str:
+    """What can be said of a method that is compared to nobody, but for the line without a prompt."""
+    means = [(at["methods"].get(label, {}).get("mean") for label in (reference, "zero_shot")) for at, _ in known]
+    found = [(mean, zero, metric) for (mean, zero), (_, metric) in zip(means, known, strict=True) if mean is not None]
+    if not found:
+        return f"{reference} has not finished anything yet."
+    mean, zero, metric = found[0]
+    beside = "" if zero is None else f", {apart(metric, mean, zero)} no prompt at all"
+    where = f" in the first of {len(found)} conditions" if len(found) > 1 else ""
+    return f"{reference} has {with_unit(metric, mean)} {metric.name}{beside}{where}."
 
 
 def lead(tree: Tree) -> list[Block]:

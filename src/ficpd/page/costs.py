@@ -25,15 +25,20 @@ def _against_bytes(run: Finished) -> Figure:
     sent = [r["bytes"]["up_per_client_round"] for r in run.results]
     texts = [f"{number(y, run.main.digits)}{run.main.unit} for {b:,.0f} bytes" for y, b in zip(ys, sent, strict=True)]
     xs, axis = logarithmic(sent)
-    y, places = f"own test {run.main.name}{run.main.unit}", [run.places[name] for name in names]
+    y, marks = f"own test {run.main.name}{run.main.unit}", marks_of(run)
     return Figure(
         "against-bytes", "Against bytes", f"{y[0].upper()}{y[1:]}, by the bytes that a client sends up in a round.",
         f"Bubble chart of {y} against bytes up: " + "; ".join(f"{n} {t}" for n, t in zip(names, texts, strict=True)) + ".",
-        figures.bubbles(names, xs, ys, sizes(run), texts, "bytes up, a client and round", y, places, axis),
+        figures.bubbles(names, xs, ys, sizes(run), texts, "bytes up, a client and round", y, marks, axis),
         Table(f"{y} and bytes", ["method", y, "bytes up, a client and round"],
               [[n, number(v, run.main.digits), f"{b:,.0f}"] for n, v, b in zip(names, ys, sent, strict=True)],
               frozenset({run.place})),
     )  # fmt: skip
+
+
+def marks_of(run: Finished) -> list[tuple[int, int]]:
+    places = [run.places[result["label"]] for result in run.results]
+    return list(zip(places, places, strict=True))
 
 
 def sizes(run: Finished) -> list[float]:
@@ -74,11 +79,11 @@ def _against_epsilon(run: Finished) -> Figure:
     y = f"own test {run.main.name}{run.main.unit}"
     axis = {"tickvals": list(range(len(order))), "ticktext": [kind[1] for kind in order],
             "range": [-0.5, len(order) - 0.5]}  # fmt: skip
-    xs, places = [float(order.index(kind)) for kind in kinds], [run.places[name] for name in names]
+    xs, marks = [float(order.index(kind)) for kind in kinds], marks_of(run)
     return Figure(
         "against-epsilon", "Against privacy", f"{y[0].upper()}{y[1:]}, by what is promised, the strongest on the left.",
         f"Bubble chart of {y} against privacy: " + "; ".join(f"{n} {t}" for n, t in zip(names, texts, strict=True)) + ".",
-        figures.bubbles(names, xs, ys, sizes(run), texts, "privacy", y, places, axis),
+        figures.bubbles(names, xs, ys, sizes(run), texts, "privacy", y, marks, axis),
         Table(f"{y} and privacy", ["method", y, "privacy"],
               [[n, number(v, run.main.digits), k[1]] for n, v, k in zip(names, ys, kinds, strict=True)],
               frozenset({run.place})),

@@ -7,6 +7,7 @@ from ficpd.metrics import Metric
 from ficpd.page import figures
 from ficpd.page.blocks import Block, Figure, Fold, Section, Table, Text
 from ficpd.page.comparison import (
+    AS_GIVEN,
     MOST_FIGURES,
     Tree,
     condition_name,
@@ -39,14 +40,17 @@ def fronts(tree: Tree) -> Section:
 def _front(tree: Tree, place: int, front: Tree) -> Figure:
     metric = metric_of(tree, front["task"]) or Metric("figure")
     points, of_methods = front["points"], places_of(tree)
-    places = [of_methods[p["method"]] for p in points]
+    settings = list(dict.fromkeys((p["budget"], str(p["sweep"])) for p in points))
+    marks = [(of_methods[p["method"]], settings.index((p["budget"], str(p["sweep"])))) for p in points]
     ys = [metric.scale * p["value"] for p in points]
     names = [named({**p, "task": p["method"]}, "task", "budget") for p in points]
+    against = f"against {front['cost'].replace('epsilon', 'ε')}"
     where = named({**front, "sweep": {}}, "task", "partition")
+    title = against.capitalize() if where == AS_GIVEN else f"{where}: {against}"
     x, y = COSTS[front["cost"]], f"{metric.name}{metric.unit}"
     shown = [f"{cost(p['cost'])}, {v:.{metric.digits}f}" for p, v in zip(points, ys, strict=True)]
     xs, axis = logarithmic([p["cost"] for p in points])
-    plot = figures.bubbles(names, xs, ys, [18 if p["on_front"] else 11 for p in points], shown, x, y, places, axis)
+    plot = figures.bubbles(names, xs, ys, [18 if p["on_front"] else 11 for p in points], shown, x, y, marks, axis)
     on = sorted((a, b) for a, b, p in zip(xs, ys, points, strict=True) if p["on_front"])
     plot["data"].insert(0, {
         "type": "scatter", "mode": "lines",
@@ -59,9 +63,9 @@ def _front(tree: Tree, place: int, front: Tree) -> Figure:
     ]
     best = ", ".join(name for name, p in zip(names, points, strict=True) if p["on_front"])
     return Figure(
-        f"front-{place}", f"{where}: against {front['cost'].replace('epsilon', 'ε')}", f"{y[0].upper()}{y[1:]} against {x}.",
+        f"front-{place}", title, f"{y[0].upper()}{y[1:]} against {x}. A method has its colour, a budget its shape.",
         f"Scatter plot of {y} against {x}. On the front: {best}.",
-        plot, Table(f"{where}: {y} against {x}", ["method", y, x, "on the front"], cells),
+        plot, Table(f"{title}: {y}, {x}", ["method", y, x, "on the front"], cells),
     )  # fmt: skip
 
 

@@ -135,14 +135,14 @@ def lines(
 
 def bubbles(
     names: Sequence[str], xs: Sequence[float], ys: Sequence[float], sizes: Sequence[float], texts: Sequence[str],
-    x: str, y: str, places: Sequence[int], xaxis: Plot | None = None,
+    x: str, y: str, marks: Sequence[tuple[int, int]], xaxis: Plot | None = None,
 ) -> Plot:  # fmt: skip
-    """A bubble for each name, `sizes` in pixels across. `places`: which colour and symbol each has."""
+    """A bubble for each name, `sizes` in pixels across. `marks`: which colour and which symbol each has."""
     data = [
         {
             "type": "scatter", "mode": "markers", "name": label(name), "meta": str(name),
             "x": rounded([xs[i]]), "y": rounded([ys[i]]),
-            "marker": {"size": sizes[i], "color": colour(places[i]), "symbol": symbol(places[i]), "opacity": 0.8,
+            "marker": {"size": sizes[i], "color": colour(marks[i][0]), "symbol": symbol(marks[i][1]), "opacity": 0.8,
                        "line": {"color": PANEL, "width": 1}},
             "text": [f"{safe(name)}<br>{safe(texts[i])}"], "hovertemplate": "%{text}<extra></extra>",
         }

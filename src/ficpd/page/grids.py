@@ -6,7 +6,17 @@ from typing import Any
 from ficpd.metrics import Metric
 from ficpd.page import figures
 from ficpd.page.blocks import Block, Figure, Fold, Section, Table, Text
-from ficpd.page.comparison import MOST_FIGURES, Tree, condition_name, finished, judged, mean_of, named, same_setting
+from ficpd.page.comparison import (
+    GIVEN,
+    MOST_FIGURES,
+    Tree,
+    condition_name,
+    finished,
+    judged,
+    mean_of,
+    named,
+    same_setting,
+)
 from ficpd.page.overview import number, paired
 
 # ---------------------------------------------------------------- the grid
@@ -20,7 +30,7 @@ def grid(tree: Tree) -> Section:
         if own:
             blocks.append(_matrix(tree, setting, own))
     blocks.append(Text(
-        f"Mean over seeds and its interval. ▲: better than {tree['reference']} beyond chance; ▼: worse; no sign: open."
+        f"Mean over seeds and its interval. ▲: better than {tree['reference']} beyond chance; ▼: worse; no sign: undecided."
     ))  # fmt: skip
     shown = known[:MOST_FIGURES]
     blocks += paired([_dots(tree, place, at, metric) for place, (at, metric) in enumerate(shown)])
@@ -32,7 +42,7 @@ def grid(tree: Tree) -> Section:
 
 def _matrix(tree: Tree, setting: Tree, own: Sequence[tuple[Tree, Metric]]) -> Table:
     """Methods by tasks, of one setting."""
-    heads = ["method", *(f"{at['task']}: {metric.name}{metric.unit}" for at, metric in own)]
+    heads = ["method", *(_of_task(at["task"], metric) for at, metric in own)]
     labels = [label for label in tree["methods"] if any(label in at["methods"] for at, _ in own)]
 
     def cell(label: str, at: Tree, metric: Metric) -> str:
@@ -42,6 +52,10 @@ def _matrix(tree: Tree, setting: Tree, own: Sequence[tuple[Tree, Metric]]) -> Ta
     cells = [[label, *(cell(label, at, metric) for at, metric in own)] for label in labels]
     marked = frozenset({labels.index(tree["reference"])} if tree["reference"] in labels else ())
     return Table(f"By task: {named(setting, 'partition', 'budget')}", heads, cells, marked)
+
+
+def _of_task(task: str, metric: Metric) -> str:
+    return f"{metric.name}{metric.unit}" if task == GIVEN else f"{task}: {metric.name}{metric.unit}"
 
 
 def _dots(tree: Tree, place: int, at: Tree, metric: Metric) -> Figure:
