@@ -13,11 +13,11 @@ The server's step is linear in s, so it is the mean of what the clients' own ste
 together, by `Mechanism.mean`. Down goes the shorter one: all that was sent so far, averaged, from which anybody who knows
 the start rebuilds the prompt, or the prompt.
 
-Ours: signs for directions (DPZero: the sphere, MeZO: Gaussian); K directions a step, in the coordinates of a subspace if one
-is configured; the step's length. η is such that a step goes as far as one of Adam's at the same rate, projected on K of the
-prompt's numbers (`tuners/spsa`), for slopes that are as large as they have been: their root mean square is followed by the
-server, on what it was sent, and is not known before the first answers: in the first round clients do not move. Tuned by
-`training.directions` and `training.perturbation`; `training.tuner` is not used.
+Ours: signs for directions (DPZero: the sphere, MeZO: Gaussian); K directions a step, in the coordinates of a subspace if
+one is configured; the step's length. η is such that a step goes by what one of Adam's at the same rate would, as far as K
+directions show it (`tuners/spsa.stride`), for slopes that are as large as they have been: their root mean square is
+followed by the server, on what it was sent, and is not known before the first answers: in the first round clients do not
+move. Tuned by `training.directions` and `training.perturbation`; `training.tuner` is not used.
 """
 
 from collections.abc import Generator, Mapping, Sequence

@@ -18,6 +18,10 @@ from ficpd.tuners.space import Space, pull
 from ficpd.types import Answer, Assignment, Batch, Query
 
 black_box = True
+FARTHER = 4.0
+"""Few directions of many bend less than the gradient's own, and bear a longer step: on the tiny backbone (48 numbers, 30
+steps of 4 directions, Adam's rate; loss at the start 0.883) 0.813 at 1, 0.757 at 2, 0.672 at 4; of 8 numbers 0.760, 0.737,
+0.728."""
 
 
 def asked(training: Training) -> int:
@@ -35,9 +39,9 @@ def tune(
     l2_weight: float = 0.0,
     proximal_weight: float = 0.0,
 ) -> Generator[Query, Answer, Tensor]:
-    """The tuned [P, D]. A step goes as far as one of Adam's at the same rate, projected on the directions that were tried:
-    of D numbers' gradient K of them show a share of about K/D. How long the gradient is, the slopes so far tell.
-    """
+    """The tuned [P, D]. A step goes by what one of Adam's at the same rate would, as far as the directions that were tried
+    show it: of D numbers' gradient K of them show a share of about K/D (`stride`). How long the gradient is, the slopes so
+    far tell."""
     space, K = Space(tuple(start_PD.shape), client.coordinates), training.directions
     rate, apart = order.facts["rate"] * space.unit, training.apart(order) * space.unit
     y, squares = torch.zeros(space.size), []
@@ -62,8 +66,9 @@ def slopes(loss_KB: Tensor, apart: float) -> Tensor:
 
 
 def stride(directions: int, size: int) -> float:
-    """√n / (K + n - 1): times the sum of slopes in units of the gradient's length, the projection of a step of length √n."""
-    return size**0.5 / (directions + size - 1)
+    """Times the sum of slopes in units of the gradient's length: the step, where one along the gradient has length √n. With
+    `FARTHER` = 1 it would be that one's projection."""
+    return FARTHER * size**0.5 / (FARTHER * directions + size - 1)
 
 
 def root_mean(squares: list[Tensor]) -> Tensor:
