@@ -30,7 +30,8 @@ def compare(
 ) -> None:
     """Run methods on the same tasks at the same budgets, and leave figures, tests, fronts and tables.
 
-    What is finished is not run again. Exit status 3: some runs failed; the tables say which, and why.
+    TARGET is a TOML file, a comparison that comes with ficpd (quick), or a folder, whose overview is printed again. What
+    is finished is not run again. Exit status 3: some runs failed; the tables say which, and why.
 
     Example: `ficpd compare quick --out runs/quick --ablate privacy.epsilon=1,2,4 method.num_prototypes=5,10`
     """

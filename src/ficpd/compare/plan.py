@@ -138,8 +138,11 @@ def planned(text: str, where: str, ablate: Sequence[str] = (), beside: Path | No
         raise ConfigError(f"{where} is not TOML: {error}") from error
     spec: Spec = checked(Spec, {key: value for key, value in tree.items() if key not in AXES}, where)
     axes = {axis: pieces.checked_pieces(axis, tree.get(axis, {}), where) for axis in AXES}
-    if not axes["methods"]:
-        raise ConfigError(f"{where}: methods is missing; name those to compare, such as [methods.fedavg]")
+    if not axes["methods"].keys() - LINES.keys():
+        raise ConfigError(
+            f"{where}: methods is missing, or names none but the lines that are always there; name those to compare, such "
+            "as [methods.fedavg]"
+        )
     sweeps = pieces.parsed_sweeps([*spec.sweeps, *ablate])
     methods = pieces.methods_of(axes["methods"], sweeps, where)
     if _referred(spec.reference, methods) is None:
