@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,17 @@ def engine(found: dict[str, Site], **options: Any) -> Any:
     return Flower(config, grid, "")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "ficpd", "fpl"])
-@pytest.mark.parametrize("changes", [(), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")])
+PLAIN, PRIVATE = (), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")
+WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_prior=true")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        *product(("fedavg", "ficpd", "fpl"), (PLAIN, PRIVATE)),
+        *product(("ficpd", "fpl"), (("method.label_prior=true",), WITH_PRIORS)),
+    ],
+)
 def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes):
     experiment = small.experiment(tmp_path, method, *changes)
     run(experiment, tmp_path / "run")
@@ -67,13 +77,18 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     world = build_world(experiment)
     with sites(world) as found:
         result = serve.serve(recipe(world), "small.toml", tmp_path / "served", engine(found), say=lambda line: None)
+        scores = {name: next(iter(one.status()["runs"].values()))["scores"]["personal"] for name, one in found.items()}
     served = PromptLibrary.load(tmp_path / "served").candidates()
     assert served.keys() == expected.keys()
     for name, prompt in served.items():
         assert small.close(prompt.vectors_PD, expected[name], 1e-5)
     assert result["num_rounds"] == 3
     assert result["dropped_updates"] == 0
-    known = json.loads((tmp_path / "run" / "result.json").read_text())["bytes"]
+    simulated = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {name: score["accuracy"] for name, score in scores.items()} == {
+        name: score["accuracy"] for name, score in simulated["metrics"]["per_client"].items()
+    }, "each site's own view of how it is served"
+    known = simulated["bytes"]
     assert (result["bytes"]["up_total"], result["bytes"]["down_total"]) == (known["up_total"], known["down_total"])
 
 

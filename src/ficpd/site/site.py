@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import __version__, codec, terms
-from ficpd.clients import Client, participate, personal_prompt, restored
+from ficpd.clients import Client, at_home, participate, personal_prompt, restored
 from ficpd.codec import Call
 from ficpd.compute import Compute, drive
 from ficpd.data.partition import Shard
@@ -144,7 +144,8 @@ class Site:
         batch, targets = client.encoded("test"), client.task.targets(client.test)
         prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, order)}
         prompts |= {key: order.arrays[key] for key in ("prompt", "global") if key in order.arrays}
-        return {key: score_prompt(prompt, batch, targets, self.model) for key, prompt in prompts.items()}
+        batches = dict.fromkeys(prompts, batch) | {"personal": at_home(run.method, client, batch)}
+        return {key: score_prompt(prompt, batches[key], targets, self.model) for key, prompt in prompts.items()}
 
     def _run(self, call: Call) -> Run:
         """The run of a call: known, kept from before a restart, or new and within the policy."""
