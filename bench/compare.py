@@ -1,0 +1,155 @@
+"""Methods against one another, by `ficpd compare`: the files it is given, and what came out.
+
+python bench/compare.py gradients|private|blackbox|mixed|languages|words [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER]
+                        [--out FOLDER] [--jobs N]
+
+`gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
+Dirichlet 0.3. `private`: ε = 1, 2, 4 per record, 10 clients of 200 records, in 64 numbers. `blackbox`: what losses alone are
+worth, by queries and bytes. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8 languages on multilingual E5.
+`words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is left in `--out`, and what is
+finished is not run again; `results/compare_PART.json` is `ficpd compare`'s own.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ficpd.experiment import parse
+from ficpd.world import build_world
+from library import CLIENTS, RATE, group
+from measure import RESULTS
+
+TASKS = ("polarity", "abstracts", "clinc")
+IID = {"partition": {"kind": "iid", "num_clients": 10}}
+SKEWED = {"partition": {"kind": "dirichlet", "num_clients": 10, "concentration": 0.3, "min_records": 16}}
+WAY = {"space": "way", "redraw_every": 1, "shrinkage": 0.5}
+SUBSPACE = {"name": "subspace", "dimension": 64}
+NAMED: dict[str, dict[str, Any]] = {
+    "ficpd": {"method": {"name": "ficpd", **WAY}},
+    "ficpd, label prior": {"method": {"name": "ficpd", **WAY, "label_prior": True}},
+    "fpl, label prior": {"method": {"name": "fpl", "clusters": "none", "label_prior": True}},
+    "fpl": {"method": {"name": "fpl", "clusters": "none"}},
+    "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"tuner": "spsa"}},
+    "fedbpt": {"method": {"name": "fedbpt", "iterations": 4}},
+}
+"""Methods of other settings than their defaults, by label."""
+
+
+def methods(*labels: str) -> dict[str, Any]:
+    return {label: NAMED.get(label, {}) for label in labels}
+
+
+def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rounds: int) -> dict[str, Any]:
+    """What all tasks of a part have in common, at `RATE` times the backbone's own learning rate."""
+    tree = {
+        "name": "compare",
+        "backbone": backbone,
+        "prompt": {"num_tokens": 10, "enters_at": enters_at, "init": "vocabulary"},
+        "training": {"local_steps": 5, "batch_size": 16},
+        "federation": {"num_rounds": rounds},
+        **group("polarity", args.data, 10, 100),
+    }
+    known = build_world(parse(tomli_w.dumps(tree), "bench")).experiment.training.learning_rate
+    tree["training"] |= {"learning_rate": RATE * (known or 0.0)}
+    return tree
+
+
+def gradients(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "recipe": base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8),
+        "methods": methods("ficpd", "ficpd, label prior", "fpl, label prior", "fedavg", "fedprox", "fedhpl"),
+        "tasks": {name: group(name, args.data, 10, 80) for name in TASKS},
+        "partitions": {"alike": IID, "labels by Dirichlet 0.3": SKEWED},
+    }
+
+
+def private(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8)
+    recipe["training"] = {"local_steps": 2, "batch_size": 64}
+    recipe["compression"] = SUBSPACE
+    return {
+        "recipe": recipe,
+        "methods": methods("ficpd", "fedavg", "fedhpl", "dp_fpl", "prompt_dpsgd", "dp_zo", "dp_cma_es"),
+        "tasks": {name: group(name, args.data, 10, 200) for name in ("polarity", "abstracts")},
+        "partitions": {"alike": IID},
+        "budgets": {f"ε = {e}": {"epsilon": float(e)} for e in (1, 2, 4)} | {"no privacy": {"epsilon": float("inf")}},
+    }
+
+
+def blackbox(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 16)
+    recipe["compression"] = SUBSPACE
+    return {
+        "recipe": recipe,
+        "methods": methods("dp_zo", "dp_cma_es", "ficpd, black box", "fedbpt", "fedavg"),
+        "reference": "fedbpt",
+        "figure": "everyone",
+        "tasks": {name: group(name, args.data, 10, 60) for name in ("polarity", "abstracts")},
+        "partitions": {"alike": IID},
+    }
+
+
+def mixed(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 10)
+    for part in ("task", "data", "partition"):
+        recipe.pop(part)
+    recipe["groups"] = {name: group(name, args.data, number, 100) for name, number in CLIENTS.items()}
+    named = methods("ficpd", "fedavg", "fedhpl", "fedbpt")
+    return {"recipe": recipe, "methods": named | {"ficpd": {"method": {"name": "ficpd", "num_prototypes": 5}}}}
+
+
+def languages(args: argparse.Namespace) -> dict[str, Any]:
+    options = {"max_tokens": 64, "prefix": "query: "}
+    recipe = base(args, {"name": str(args.e5), "kind": "encoder", "options": options}, 6, 8)
+    parts = group("sib", args.data, 8, 100)
+    eight = ["eng_Latn", "deu_Latn", "spa_Latn", "rus_Cyrl", "arb_Arab", "hin_Deva", "zho_Hans", "swh_Latn"]
+    parts["data"] |= {"where": {"lang": eight}, "columns": {"text": "text", "target": "label_name", "lang": "lang"}}
+    parts["partition"] = {"kind": "column", "column": "lang"}
+    return {"recipe": recipe | parts, "methods": methods("ficpd", "fedavg", "fedhpl")}
+
+
+def words(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = base(args, {"name": "smollm2", "options": {"max_tokens": 64}}, 0, 4)
+    return {
+        "recipe": recipe | group("polarity", args.data, 4, 40),
+        "methods": methods("ficpd", "fedavg", "feddtpt", "icl", "fedhpl"),
+        "partitions": {"alike": {"partition": {"kind": "iid", "num_clients": 4}}},
+    }
+
+
+PARTS = {build.__name__: build for build in (gradients, private, blackbox, mixed, languages, words)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", default="data", help="folder of the sets")
+    parser.add_argument("--e5", type=Path, help="languages: folder of multilingual-e5-small")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--jobs", default="2")
+    args = parser.parse_args()
+    out = args.out / args.part
+    out.mkdir(parents=True, exist_ok=True)
+    tree = PARTS[args.part](args)
+    recipe = out.with_suffix(".recipe.toml")
+    recipe.write_text(tomli_w.dumps(tree["recipe"]), encoding="utf-8")
+    asked = {"name": args.part, "recipe": recipe.name, "seeds": args.seeds, "reference": "ficpd"} | {
+        key: value for key, value in tree.items() if key != "recipe"
+    }
+    file = out.with_suffix(".toml")
+    file.write_text(tomli_w.dumps(asked), encoding="utf-8")
+    command = [sys.executable, "-m", "ficpd", "compare", str(file), "--out", str(out), "--jobs", args.jobs]
+    status = subprocess.run(command, check=False).returncode
+    if (out / "compare.json").exists():
+        shutil.copy(out / "compare.json", RESULTS / f"compare_{args.part}.json")
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
