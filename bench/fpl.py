@@ -49,7 +49,6 @@ PRIVATE: dict[str, Any] = {
         "name": "record_gaussian",
         "epsilon": 2.0,
         "delta": 1e-5,
-        "clip_norm": None,
         "statistics": {"labels": 0.05},
     },
     "compression": {"name": "subspace", "dimension": 64},
