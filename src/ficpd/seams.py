@@ -492,6 +492,10 @@ class Rebuilds(Protocol):
 
     coordinates: Coordinates | None
     """Those that the clients have; whoever builds the method says which."""
+    steps: int
+    """So many vectors of slopes stand side by side in what a client sends."""
+    client_clip_norm: float | None
+    """What they are clipped to together where whole clients are protected; None: found. The settings' is for prompts."""
 
 
 @runtime_checkable

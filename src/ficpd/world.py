@@ -9,7 +9,7 @@ import torch
 
 from ficpd import seeds
 from ficpd.backbones import catalog, warn_of_unknown, weights
-from ficpd.beginning import measured, start_prompt, start_words
+from ficpd.beginning import HEADROOM, measured, start_prompt, start_words
 from ficpd.clients import Client, Encodings
 from ficpd.compute import Compute, one_thread_a_forward
 from ficpd.data import sources
@@ -20,7 +20,7 @@ from ficpd.guard import Guard, private_seed
 from ficpd.metrics.fairness import groups_of
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.seams import Backbone, Compression, Method, StartsElsewhere, Task, TunesWords
+from ficpd.seams import Backbone, Compression, Method, Rebuilds, StartsElsewhere, Task, TunesWords
 from ficpd.speed import DTYPES, Choice, choose
 from ficpd.types import ClientCard, Prompt
 
@@ -89,6 +89,8 @@ class World:
 
     def starting(self, method: Method) -> "World":
         """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
+        if isinstance(method, Rebuilds) and "placement" in self.experiment.privacy:
+            return self._sending_slopes(method)
         if not isinstance(method, StartsElsewhere):
             return self
         rate = method.learning_rate or self.experiment.training.learning_rate
@@ -99,6 +101,18 @@ class World:
         start = self.start_of(method)
         experiment, compression = measured(experiment, list(self.tasks.values()), self.model, start)
         return replace(self, experiment=experiment, start=start, compression=compression)
+
+    def _sending_slopes(self, method: Rebuilds) -> "World":
+        """For whole clients, and a method whose clients send slopes and no prompts: a clip norm of the median length of a
+        record's slopes (`open_clip`), times √steps, for that many stand side by side in what a client sends."""
+        alone = self.experiment.model_copy(update={"privacy": {"clip_norm": None}})
+        found = measured(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
+        of_records = found["clip_norm"] or max(found["clip_norms"].values())
+        clip = method.client_clip_norm or of_records / HEADROOM * method.steps**0.5
+        return replace(
+            self,
+            experiment=self.experiment.model_copy(update={"privacy": {**self.experiment.privacy, "clip_norm": clip}}),
+        )
 
     def newcomers(self) -> dict[str, Client]:
         """The clients that take no part."""

@@ -23,7 +23,7 @@ move. Tuned by `training.directions` and `training.perturbation`; `training.tune
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
@@ -41,7 +41,11 @@ FARTHEST = 100.0
 
 
 class Config(BaseModel):
+    """`client_clip_norm`: in the place of `privacy.clip_norm`, which is for prompts, where whole clients are protected: the
+    norm of what one of them sends. None: found from made-up records."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+    client_clip_norm: float | None = Field(default=None, gt=0)
     robust: Robust = MEAN
 
 
@@ -55,6 +59,7 @@ class DpZo:
     def __init__(self, config: Config, training: Training):
         self.training, self.robust, self.sums = training, config.robust, config.robust.sums
         self.coordinates: Coordinates | None = None
+        self.steps, self.client_clip_norm = training.local_steps, config.client_clip_norm
         self.candidates = 2 * training.directions
 
     def init(self, setup: Setup) -> State:

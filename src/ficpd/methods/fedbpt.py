@@ -70,6 +70,7 @@ class FedBpt:
     def __init__(self, config: Config, seed: int):
         self.config, self.seed = config, seed
         self.coordinates: Coordinates | None = None
+        self.steps, self.client_clip_norm = 1, None  # nobody protects it
         passes = config.iterations * config.population + 1
         self.candidates = passes * (2 if config.ratio else 1) / (config.iterations + 1)
 
