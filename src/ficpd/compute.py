@@ -135,7 +135,7 @@ class Compute:
         back[torch.tensor(order)] = torch.arange(len(order))
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
-        output_R = _joined(outputs).take(back) if queries[0].outputs else None
+        output_R = _joined(list(outputs)).take(back) if queries[0].outputs else None
         text_R = [texts[place] for place in back.tolist()] if texts else []
         answers, first = [], 0
         for query in queries:

@@ -117,8 +117,8 @@ def build_guard(
         return Guard(mechanisms, {}, None, None, method.releases)
     if first.unit == "client" and not method.layout(state):
         raise PrivacyError(
-            f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have no "
-            "guarantee; use privacy.name = 'record_gaussian'"
+            f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have "
+            "no guarantee; use privacy.name = 'record_gaussian'"
         )
     if rounds_paid and not (folder / LEDGER).exists():
         raise LedgerError(

@@ -85,7 +85,9 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
         assert not small.close(first, last, 1e-3)
         losses.append(model.answer([Query(torch.stack([first, last]), client.encoded())])[0].loss_KB)
     first, last = torch.cat(losses, 1).mean(1)
-    assert last < first or isinstance(method, TunesWords), "a random backbone heeds no words (tests/methods/test_feddtpt.py)"
+    assert last < first or isinstance(method, TunesWords), (
+        "a random backbone heeds no words (tests/methods/test_feddtpt.py)"
+    )
 
 
 def test_two_of_five_clients_a_round(method, model):

@@ -1,6 +1,6 @@
 """Client-level privacy at the server: noise on the sum of a Poisson cohort (McMahan et al., ICLR 2018, arXiv 1710.06963)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,7 +8,7 @@ from ficpd import codec
 from ficpd.privacy.clip import clipped_sum
 from ficpd.privacy.ledger import Book
 from ficpd.seams import Noise
-from ficpd.types import ClientUpdate, Spend, State
+from ficpd.types import ClientUpdate, Layout, Spend, State, zeros_of
 
 EVERYBODY = "everybody"
 
@@ -34,16 +34,16 @@ class NoisedSum:
         self._noise = self.stream(round)
         return [names[i] for i in self._noise.poisson(len(names), self.price.sampling_rate).tolist()]
 
-    def mean(self, updates: Sequence[ClientUpdate], layout: Mapping[str, tuple[int, ...]], round: int, method: str):
+    def mean(self, updates: Sequence[ClientUpdate], layout: Layout, round: int, method: str):
         """The noised mean as one update of weight 1, in the ledger before anybody sees it."""
         assert self._noise is not None, "the cohort is drawn first, from the same stream"
-        names = sorted(layout)
-        sizes = [torch.Size(layout[name]).numel() for name in names]
+        shapes = {name: zeros.shape for name, zeros in sorted(zeros_of(layout).items())}
+        names, sizes = list(shapes), [shape.numel() for shape in shapes.values()]
         rows = [torch.cat([update.arrays[name].flatten() for name in names]) for update in updates]
         stacked = torch.stack(rows) if rows else torch.zeros(0, sum(sizes))
         summed = clipped_sum(stacked, self.clip_norm)
         noised = self._noise.gaussian(summed, self.price.noise_multiplier * self.clip_norm) / self.expected_cohort
-        arrays = {n: part.view(layout[n]) for n, part in zip(names, noised.split(sizes), strict=True)}
+        arrays = {n: part.view(shapes[n]) for n, part in zip(names, noised.split(sizes), strict=True)}
         self.book.settle(round, method, [self.price], codec.encode_state(State(arrays), {}))
         return ClientUpdate(EVERYBODY, arrays)
 
