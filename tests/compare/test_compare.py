@@ -433,7 +433,7 @@ def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     workers = children(process.pid)
     assert workers
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)
+    said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "Traceback" not in said[0] + said[1]
     assert "the same command goes on" in said[1]
@@ -452,7 +452,7 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path):
     wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
     workers = children(process.pid)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     with locked(out):
         pass
