@@ -131,13 +131,13 @@ def _alone(reference: str, known: Sequence[tuple[Tree, Metric]]) -> str:
 
 def lead(tree: Tree) -> list[Block]:
     counts = tree["counts"]
+    numbers = {
+        "method": sum(not about["line"] for about in tree["methods"].values()),
+        **{axis: len(tree[f"{axis}s"]) for axis in ("task", "partition", "budget", "seed")},
+    }
     pairs = [
         ("cells finished", f"{counts.get('done', 0):,} of {sum(counts.values()):,}"),
-        ("methods", str(sum(not about["line"] for about in tree["methods"].values()))),
-        ("tasks", str(len(tree["tasks"]))),
-        ("partitions", str(len(tree["partitions"]))),
-        ("budgets", str(len(tree["budgets"]))),
-        ("seeds", str(len(tree["seeds"]))),
+        *((axis if number == 1 else f"{axis}s", str(number)) for axis, number in numbers.items()),
     ]
     tested = {"t": "Paired t-tests", "wilcoxon": "Wilcoxon's signed-rank tests"}[tree["test"]]
     figure = {
