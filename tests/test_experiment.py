@@ -50,7 +50,10 @@ def test_a_misspelt_key_in_the_file_is_named_too():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("method.name=fedavgg", "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, dp_cma_es, dp_fpl"),
+        (
+            "method.name=fedavgg",
+            "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, dp_cma_es, dp_fpl",
+        ),
         ("task.name=clasification", "did you mean 'classification'? Known: choice, classification, generation"),
         ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
         ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
