@@ -320,6 +320,13 @@ def test_an_occupied_directory_is_refused(finished):
         run_experiment(given, finished / "run")
 
 
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(RunError, match="out is a file, and a run leaves a directory"):
+        run_experiment(small.experiment(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
     given, out = small.experiment(tmp_path), tmp_path / "thesis"
     out.mkdir()

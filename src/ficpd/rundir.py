@@ -38,6 +38,8 @@ class RunDir:
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
             raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file, and a run leaves a directory; choose another --out")
         if not file.exists() and self.path.exists() and any(f.suffix != ".writing" for f in self.path.iterdir()):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
