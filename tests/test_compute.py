@@ -1,10 +1,13 @@
 """One answer per question, whatever the chunks, the company and what is kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import decoders
 import small
+from ficpd import compute
 from ficpd.compute import Compute, Kept, chunked, drive, drive_many
 from ficpd.errors import BackboneError
 from ficpd.types import Answer, Item, Query, Record
@@ -114,6 +117,31 @@ def test_candidates_are_answered_in_their_order(model):
         assert small.close(answer.loss_KB[k], alone.loss_KB[0])
         assert small.close(answer.grad_KBPD[k], alone.grad_KBPD[0])
         assert small.close(answer.outputs_KB.features_RD[6 * k : 6 * k + 6], alone.outputs_KB.features_RD)
+
+
+@pytest.fixture
+def three_cores(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(compute, "THREADS", 3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_answers_agree_on_any_number_of_cores(model):
+    spread, alone = (Compute(model.backbone, chunk_tokens=25) for _ in range(2))
+    assert spread.workers == 3
+    alone.workers = 1
+    queries = [Query(prompts(3), batch_of(model, small.classes()), grad=True, outputs=True)]
+    assert agree(spread.answer(queries)[0], alone.answer(queries)[0])
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_a_backbone_somewhere_else_is_asked_by_one_thread(model):
+    """It bounds its own questions, and would count twice what two threads ask at once."""
+    elsewhere = SimpleNamespace(device=model.backbone.device, gives_features=False)
+    assert Compute(elsewhere).workers == 1
 
 
 def test_a_record_asked_for_twice_is_answered_twice(model):

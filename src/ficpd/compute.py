@@ -34,8 +34,8 @@ def one_thread_a_forward() -> None:
     """From now on a forward on a CPU has one thread, and `Compute` works on `THREADS` of them at a time.
 
     Chunks are small matrices: two threads with a forward each do twice the work of two threads on one (MiniLM, bfloat16).
-    And what comes out is then the same on any number of cores. To be called before the first forward: kernels that were
-    chosen for two threads stay slow in one.
+    Chunks do not depend on the number of cores, so what comes out agrees to rounding on any (which chunk computes a record's
+    lower layers first may differ). To be called before the first forward: kernels chosen for two threads stay slow in one.
     """
     torch.set_num_threads(1)
 
@@ -100,7 +100,8 @@ class Compute:
     def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
         self.backbone, self.kept = backbone, Kept(keep_bytes)
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[backbone.device.type]
-        self.workers = THREADS if backbone.device.type == "cpu" and torch.get_num_threads() == 1 else 1
+        here = backbone.device.type == "cpu" and backbone.gives_features  # an address has threads of its own
+        self.workers = THREADS if here and torch.get_num_threads() == 1 else 1
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """One `Answer` per query, whatever the chunks: rows never see each other."""

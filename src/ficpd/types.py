@@ -20,6 +20,9 @@ Score = dict[str, float]
 LORA = -1
 """In the place of a layer (`enters_at`): the rows are no virtual tokens but low-rank changes of the weights."""
 
+FARTHEST = 10.0
+"""How far from zero a site is asked about prompts, in lengths of the start's longest row. Far outside of what the backbone
+has seen, rounding alone makes one record's gradient, or loss, depend on which others share its forward."""
 LABEL_PRIOR = "label_prior"
 """In `Batch.extra`: [B, C], the logarithm of each label's share, which a classification adds to its logits."""
 
@@ -150,6 +153,11 @@ class Prompt:
     def room(self) -> int:
         """How many virtual tokens a text must leave room for."""
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
+
+    def reaches(self, rows: Tensor) -> bool:
+        """Whether no row of these [..., D] is more than `FARTHEST` times as long as this prompt's longest."""
+        longest = max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
+        return not rows.numel() or float(rows.norm(dim=-1).max()) <= FARTHEST * longest
 
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
         floats = vectors_PD.to(torch.float32) if vectors_PD.is_floating_point() else vectors_PD

@@ -150,7 +150,7 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, arrays={"candidates_KN": candidates}),
         replace(good, arrays={"candidates_KN": candidates[:-1], "mean": mean}),
         replace(good, arrays={"candidates_KN": candidates.double(), "mean": mean}),
-        replace(good, arrays={"candidates_KN": 1e4 * candidates, "mean": mean}),
+        replace(good, arrays={"candidates_KN": candidates, "mean": 40 * start.vectors_PD.flatten()[: len(mean)]}),
         replace(good, facts={"rate": 0.1}),
     ):
         with pytest.raises(CodecError):

@@ -30,11 +30,9 @@ from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training
 from ficpd.tuners.cma_es import Search, begun, centred, width
 from ficpd.tuners.space import Space
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.types import FARTHEST, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SEARCH = "search/"
-FARTHEST = 100.0
-"""An order may ask about prompts that are so many times as far from the start as the start is from zero."""
 
 
 class Config(BaseModel):
@@ -108,10 +106,9 @@ class DpCmaEs:
         if given != wanted or order.facts or any(array.dtype != torch.float32 for array in order.arrays.values()):
             raise CodecError(f"the order has {given} and {sorted(order.facts)}, expected float32 {wanted} and no facts")
         for array in order.arrays.values():
-            away = float(space.up(array).flatten(-2).norm(dim=-1).max())
-            if away > FARTHEST * float(start.vectors_PD.norm()):
+            if not start.reaches(start.vectors_PD + space.up(array)):
                 raise CodecError(
-                    f"the order asks about prompts more than {FARTHEST:g} times as far away as the start is long"
+                    f"the order asks about prompts more than {FARTHEST:g} times as long as the start of the run"
                 )
 
     def _space(self, start_PD: Tensor) -> Space:

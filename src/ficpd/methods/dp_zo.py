@@ -32,12 +32,10 @@ from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training
 from ficpd.tuners.space import Space
 from ficpd.tuners.spsa import slopes, stride
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.types import FARTHEST, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 MEMORY = 0.9
 """How much of the mean squared slope is that of the rounds before."""
-FARTHEST = 100.0
-"""An order may ask about prompts that are so many times as far from the start as the start is from zero."""
 
 
 class Config(BaseModel):
@@ -133,10 +131,14 @@ class DpZo:
         for fact, value in order.facts.items():
             if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise CodecError(f"the order's {fact!r} is {value!r}, expected a number of 0 or more")
-        away = space.up(self._place(start.vectors_PD, order)).norm()
-        if not float(away) <= FARTHEST * float(start.vectors_PD.norm()) or order.facts["rate"] == 0:
+        apart = self.training.apart(order) * space.unit * self._signs(space, order.round, 0)
+        y = self._place(start.vectors_PD, order)
+        if (
+            not start.reaches(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])))
+            or order.facts["rate"] == 0
+        ):
             raise CodecError(
-                f"the order asks about prompts more than {FARTHEST:g} times as far away as the start is long"
+                f"the order asks about prompts more than {FARTHEST:g} times as long as the start of the run"
             )
 
     def _space(self, start_PD: Tensor) -> Space:

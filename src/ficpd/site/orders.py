@@ -6,11 +6,9 @@ import torch
 
 from ficpd.errors import CodecError
 from ficpd.seams import ChecksOrders, Method
-from ficpd.types import Assignment, Prompt
+from ficpd.types import FARTHEST, Assignment, Prompt
 
-MOST_PROTOTYPES, FARTHEST = 1000, 10.0
-"""`FARTHEST`: a prompt's rows may be so many times as long as the longest of the start's. Far outside of what the backbone
-has seen, rounding alone makes one record's gradient depend on which others share its forward."""
+MOST_PROTOTYPES = 1000
 FACTS = {"rate": (float, int), "contrast": (float, int), "choosing": (bool,)}
 
 
@@ -25,7 +23,6 @@ def check_order(order: Assignment, method: Method, start: Prompt, last: int) -> 
         method.check_order(order, start)
         return
     shape = start.vectors_PD.shape
-    longest = FARTHEST * max(float(start.vectors_PD.norm(dim=1).max()), 1e-6)
     for name, array in order.arrays.items():
         rows = array.shape[1:] if name == "others_KPD" else array.shape
         if name not in ("prompt", "start", "global", "others_KPD") or rows != shape or array.dtype != torch.float32:
@@ -34,7 +31,7 @@ def check_order(order: Assignment, method: Method, start: Prompt, last: int) -> 
             )
         if name == "others_KPD" and len(array) > MOST_PROTOTYPES:
             raise CodecError(f"the order has {len(array)} other prototypes, at most {MOST_PROTOTYPES} are looked at")
-        if float(array.norm(dim=-1).max() if array.numel() else 0.0) > longest:
+        if not start.reaches(array):
             raise CodecError(
                 f"the order's array {name!r} is more than {FARTHEST:g} times as long as the start of the run"
             )
