@@ -6,8 +6,8 @@ python bench/compare.py gradients|private|blackbox|mixed|languages|words [--seed
 `gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
 Dirichlet 0.3. `private`: ε = 1, 2, 4 per record, 10 clients of 200 records, in 64 numbers. `blackbox`: what losses alone are
 worth, by queries and bytes. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8 languages on multilingual E5.
-`words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is left in `--out`, and what is
-finished is not run again; `results/compare_PART.json` is `ficpd compare`'s own.
+`words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is left in `--out`;
+`results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
 """
 
 import argparse
@@ -146,9 +146,11 @@ def main() -> None:
     file = out.with_suffix(".toml")
     file.write_text(tomli_w.dumps(asked), encoding="utf-8")
     command = [sys.executable, "-m", "ficpd", "compare", str(file), "--out", str(out), "--jobs", args.jobs]
+    known = RESULTS / f"compare_{args.part}.json"
+    command += ["--known", str(known)] if known.exists() else []
     status = subprocess.run(command, check=False).returncode
     if (out / "compare.json").exists():
-        shutil.copy(out / "compare.json", RESULTS / f"compare_{args.part}.json")
+        shutil.copy(out / "compare.json", known)
     raise SystemExit(status)
 
 

@@ -20,8 +20,9 @@ from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.run import run as run_experiment
-from ficpd.seams import Compression, Engine, Method, StartsElsewhere, Task
+from ficpd.seams import Compression, Engine, Method, Task
 from ficpd.tasks import choice, classification, regression
+from ficpd.traits import StartsElsewhere
 from ficpd.tuners import Training
 from ficpd.types import Answer, ArrayKind, ClientCard, Layout, Prompt, Query, Record, Setup, State
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import ficpd
 
 FLOORS = [
-    {"types", "seams", "errors", "seeds", "registry", "cache", "files"},
+    {"types", "seams", "traits", "errors", "seeds", "registry", "cache", "files"},
     {"backbones", "tasks", "data", "privacy", "compression", "tuners"},
     {
         "compute",

@@ -15,8 +15,9 @@ from ficpd.compute import Compute
 from ficpd.errors import ConfigError, unknown
 from ficpd.experiment import Experiment, PromptConfig, settings
 from ficpd.library import PromptLibrary
-from ficpd.seams import Backbone, Compression, MakesUp, Task
+from ficpd.seams import Backbone, Compression, Task
 from ficpd.tasks import made_up
+from ficpd.traits import MakesUp
 from ficpd.tuners.space import Space, clip_units
 from ficpd.types import LORA, Batch, Prompt, Query, Record
 

@@ -9,8 +9,9 @@ import torch
 
 from ficpd import codec, seeds
 from ficpd.errors import BudgetError, CodecError
-from ficpd.seams import Compression, Engine, Method, Model, SumsByPart
+from ficpd.seams import Compression, Engine, Method, Model
 from ficpd.server.central import NoisedSum
+from ficpd.traits import SumsByPart
 from ficpd.types import ArrayKind, ClientUpdate, Reply, State
 
 Wire = Mapping[str, ArrayKind]

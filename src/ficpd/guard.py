@@ -13,8 +13,9 @@ from ficpd.federate import Schedule, cohort_of
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.seams import TOTAL, Calibrates, Mechanism, Method, Noise, ReleasesTotals, TunesWords, Unprotected
+from ficpd.seams import TOTAL, Mechanism, Method, Noise
 from ficpd.server.central import NoisedSum
+from ficpd.traits import Calibrates, ReleasesTotals, TunesWords, Unprotected
 from ficpd.types import JSON, Plan, State
 
 NONE = {"name": "none"}

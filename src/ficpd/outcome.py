@@ -15,8 +15,9 @@ from ficpd.guard import Guard, public_seed
 from ficpd.library import WORDS, PromptLibrary, keys_of
 from ficpd.refine import Refined, refine
 from ficpd.rundir import RunDir
-from ficpd.seams import Backbone, Calibrates, Classifies, Method, Particular, Rebuilds, TunesWords
+from ficpd.seams import Backbone, Method
 from ficpd.server.prototypes import agreement
+from ficpd.traits import Calibrates, Classifies, Particular, Rebuilds, TunesWords
 from ficpd.types import IDS, Prompt, State, zeros_of
 from ficpd.world import World
 

@@ -15,7 +15,8 @@ from ficpd.errors import CodecError, ConfigError
 from ficpd.experiment import Experiment, parse, settings, to_toml
 from ficpd.federate import Schedule
 from ficpd.guard import planned
-from ficpd.seams import Compression, Coordinates, Method, Rebuilds
+from ficpd.seams import Compression, Coordinates, Method
+from ficpd.traits import Rebuilds
 from ficpd.types import Plan, Prompt, State
 
 

@@ -20,8 +20,9 @@ from ficpd.guard import Guard, private_seed
 from ficpd.metrics.fairness import groups_of
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.seams import Backbone, Compression, Method, Rebuilds, StartsElsewhere, Task, TunesWords
+from ficpd.seams import Backbone, Compression, Method, Task
 from ficpd.speed import DTYPES, Choice, choose
+from ficpd.traits import Rebuilds, StartsElsewhere, TunesWords
 from ficpd.types import ClientCard, Prompt
 
 ENDPOINT = "endpoint"

@@ -232,6 +232,36 @@ def test_a_larger_grid_runs_only_what_is_new(once, again):
     assert {file: after[file] for file in before} == before
 
 
+def test_what_an_earlier_comparison_knows_is_not_run_again(once, tmp_path):
+    """Its `compare.json` is enough: of the run directories nothing is left. Another seed is new."""
+    given, folder = once
+    shutil.copy(folder / "out" / "compare.json", tmp_path / "earlier.json")
+    before = read_comparison(tmp_path / "earlier.json")
+    found = compare(given, tmp_path / "out", jobs=1, known=tmp_path / "earlier.json")
+    assert not times(tmp_path / "out")
+    assert found == before
+    both = plan(folder, seeds="[0, 1]")
+    found = compare(both, tmp_path / "both", jobs=1, known=tmp_path / "earlier.json")
+    assert found["counts"] == {"done": 8}
+    assert len(times(tmp_path / "both")) == 4
+    assert of(found, seed=0) == before["cells"]
+
+
+@pytest.mark.parametrize("change", ["version", "budget", "failed"])
+def test_of_an_earlier_comparison_only_whole_finished_runs_of_this_version_are_taken(once, tmp_path, change):
+    given, folder = once
+    known = read_comparison(folder / "out")
+    if change == "version":
+        known["ficpd"] = "0.0.1"
+    elif change == "budget":
+        known["budgets"]["given"]["bytes"] = 1000
+    else:
+        known["cells"] = [{**cell, "status": "failed"} for cell in known["cells"]]
+    (tmp_path / "compare.json").write_text(json.dumps(known))
+    assert compare(given, tmp_path / "out", jobs=1, known=tmp_path)["counts"] == {"done": 4}
+    assert len(times(tmp_path / "out")) == 4
+
+
 def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
     """Its process is killed in the second round; the second call finds the cause gone, and the first round's checkpoint."""
     given = plan(tmp_path, troubled("killed", tmp_path / "better"))

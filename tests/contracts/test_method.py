@@ -14,7 +14,8 @@ from ficpd.federate import Schedule
 from ficpd.metrics.evaluate import evaluate
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.seams import Demonstrates, Method, TunesWords
+from ficpd.seams import Method
+from ficpd.traits import Demonstrates, TunesWords
 from ficpd.types import IDS, ArrayKind, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")

@@ -22,8 +22,8 @@ from ficpd.errors import BackboneError, DataError
 from ficpd.experiment import parse
 from ficpd.metrics.evaluate import score_prompt
 from ficpd.run import run
-from ficpd.seams import MakesUp
 from ficpd.tasks import choice
+from ficpd.traits import MakesUp
 from ficpd.types import Prompt, Query, Record
 from ficpd.use import open_library, scores
 

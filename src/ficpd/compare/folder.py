@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from ficpd import __version__
 from ficpd.compare import SCHEMA
 from ficpd.compare.cell import Outcome
+from ficpd.compare.grid import NOTHING
 from ficpd.compare.plan import Cell
 from ficpd.errors import RunError
+from ficpd.files import write
 
 CELLS = "cells"
 
@@ -69,6 +71,28 @@ def outcome(folder: Path, key: str) -> Outcome | None:
     except ValueError as error:
         return {"schema": f"unreadable ({error})"}
     return found if isinstance(found, dict) else {"schema": "unreadable"}
+
+
+def take(folder: Path, known: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Put what an earlier comparison (its `compare.json`) knows of these runs, by hash, into the folder; its KEYs.
+
+    What is there already stays. A cell whose budget has bytes or queries may tell of the run's beginning alone, and is not
+    taken; nor is one of another version. The records' hash comes along: where a file was changed since, `grid.rows` says so.
+    """
+    limited = {label for label, budget in known["budgets"].items() if budget["bytes"] or budget["queries"]}
+    taken = []
+    for row in known["cells"]:
+        key = names.get(row["key"].rsplit("-", 1)[-1])
+        if key is None or row["status"] != "done" or row["budget"] in limited or known["ficpd"] != __version__:
+            continue
+        if outcome(folder, key) is not None or (folder / CELLS / key).exists():
+            continue
+        task = known["tasks"][row["task"]]
+        found = {name: row[name] for name in ("status", "reason", *NOTHING) if name != "at_round"}
+        found |= {"metric": task["metric"], "task": task["task"], "backbone": task["backbone"]}
+        write(folder / CELLS / f"{key}.json", json.dumps({"schema": SCHEMA, "ficpd": __version__, "key": key, **found}))
+        taken.append(key)
+    return taken
 
 
 def check_versions(folder: Path, wanted: Sequence[str], redo: bool) -> list[str]:

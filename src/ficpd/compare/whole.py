@@ -11,7 +11,7 @@ from ficpd import __version__
 from ficpd.compare import SCHEMA, fronts, summary
 from ficpd.compare.cell import Outcome
 from ficpd.compare.crew import Crew, Event, Job
-from ficpd.compare.folder import CELLS, check_versions, keys, locked, outcome
+from ficpd.compare.folder import CELLS, check_versions, keys, locked, outcome, take
 from ficpd.compare.grid import rows
 from ficpd.compare.pieces import LINES
 from ficpd.compare.plan import Plan
@@ -27,16 +27,19 @@ Seen = Callable[[Event], None]
 
 def compare(
     plan: Plan, out: Path, jobs: int | None = None, redo: bool = False, planned: Callable[[int, int], None] | None = None,
-    seen: Seen = lambda event: None,
+    seen: Seen = lambda event: None, known: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing in `out`, `jobs` runs at a time (None: one for each core; one where a GPU does the work), and
     write the tables; also when it is interrupted. `planned` is told how many runs there are, and how many are missing.
 
     Raises `RunError` if another process is at work in `out`, or if it holds results of another version (`redo`: they are run
-    again).
+    again), or if `known` holds no comparison.
     """
+    earlier = read_comparison(known) if known is not None else None
     with locked(out) as lock:
         names = keys(out, plan.cells)
+        if earlier is not None:
+            take(out, earlier, names)
         check_versions(out, list(names.values()), redo)
         write(out / "compare.toml", plan.text)
         missing = _missing(plan, out, names)

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import ConfigError
-from ficpd.seams import Backbone, Classifies, ClientSide, Model, Task
+from ficpd.seams import Backbone, ClientSide, Model, Task
+from ficpd.traits import Classifies
 from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Query, Setup, State
 

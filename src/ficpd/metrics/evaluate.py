@@ -9,7 +9,8 @@ from torch import Tensor
 from ficpd.clients import Client, at_home, personal_prompt
 from ficpd.compute import Compute, drive, drive_many
 from ficpd.metrics import less_is_better
-from ficpd.seams import Demonstrates, Method
+from ficpd.seams import Method
+from ficpd.traits import Demonstrates
 from ficpd.types import Answer, Batch, Query, Score, State
 
 

@@ -12,7 +12,8 @@ from ficpd import seeds
 from ficpd.clients import Client, at_home, personal_prompt
 from ficpd.compute import Compute
 from ficpd.metrics.evaluate import predicted_by, summary
-from ficpd.seams import Calibrates, Method
+from ficpd.seams import Method
+from ficpd.traits import Calibrates
 from ficpd.types import Batch, Record, Score, State
 
 PERSONAL = "personal"

@@ -5,7 +5,8 @@ import math
 import torch
 
 from ficpd.errors import CodecError
-from ficpd.seams import ChecksOrders, Method
+from ficpd.seams import Method
+from ficpd.traits import ChecksOrders
 from ficpd.types import FARTHEST, Assignment, Prompt
 
 MOST_PROTOTYPES = 1000
