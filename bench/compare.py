@@ -4,10 +4,10 @@ python bench/compare.py gradients|private|blackbox|mixed|languages|words [--seed
                         [--out FOLDER] [--jobs N]
 
 `gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
-Dirichlet 0.3. `private`: ε = 1, 2, 4 per record, 10 clients of 200 records, in 64 numbers. `blackbox`: what losses alone are
-worth, by queries and bytes. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8 languages on multilingual E5.
-`words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is left in `--out`;
-`results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
+Dirichlet 0.3. `private`: ε = 1, 2, 4 per record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`:
+what losses alone are worth, by queries and bytes. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8
+languages on multilingual E5. `words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is
+left in `--out`; `results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
 """
 
 import argparse
@@ -75,14 +75,15 @@ def private(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "methods": methods("ficpd", "fedavg", "fedhpl", "dp_fpl", "prompt_dpsgd", "dp_zo", "dp_cma_es"),
-        "tasks": {name: group(name, args.data, 10, 200) for name in ("polarity", "abstracts")},
-        "partitions": {"alike": IID},
+        "tasks": {"polarity": group("polarity", args.data, 6, 300)},
+        "partitions": {"alike": {"partition": IID["partition"] | {"num_clients": 6}}},
+        "evaluate_every": 8,
         "budgets": {f"ε = {e}": {"epsilon": float(e)} for e in (1, 2, 4)} | {"no privacy": {"epsilon": float("inf")}},
     }
 
 
 def blackbox(args: argparse.Namespace) -> dict[str, Any]:
-    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 16)
+    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 10)
     recipe["compression"] = SUBSPACE
     recipe["training"]["learning_rate"] /= RATE  # at thrice the rate, zeroth-order steps overshoot after two rounds
     return {
@@ -90,6 +91,7 @@ def blackbox(args: argparse.Namespace) -> dict[str, Any]:
         "methods": methods("dp_zo", "dp_cma_es", "ficpd, black box", "fedbpt", "fedavg"),
         "reference": "fedbpt",
         "figure": "everyone",
+        "evaluate_every": 2,
         "tasks": {"polarity": group("polarity", args.data, 10, 60)},
         "partitions": {"alike": IID},
     }
@@ -100,14 +102,14 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     for part in ("task", "data", "partition"):
         recipe.pop(part)
     recipe["groups"] = {name: group(name, args.data, number, 100) for name, number in CLIENTS.items()}
-    named = methods("ficpd", "fedavg", "fedhpl", "fedbpt")
+    named = methods("ficpd", "fedavg", "fedhpl")
     return {"recipe": recipe, "methods": named | {"ficpd": {"method": {"name": "ficpd", "num_prototypes": 5}}}}
 
 
 def languages(args: argparse.Namespace) -> dict[str, Any]:
     options = {"max_tokens": 64, "prefix": "query: "}
-    recipe = base(args, {"name": str(args.e5), "kind": "encoder", "options": options}, 6, 8)
-    parts = group("sib", args.data, 8, 100)
+    recipe = base(args, {"name": str(args.e5), "kind": "encoder", "options": options}, 6, 6)
+    parts = group("sib", args.data, 8, 60)
     eight = ["eng_Latn", "deu_Latn", "spa_Latn", "rus_Cyrl", "arb_Arab", "hin_Deva", "zho_Hans", "swh_Latn"]
     parts["data"] |= {"where": {"lang": eight}, "columns": {"text": "text", "target": "label_name", "lang": "lang"}}
     parts["partition"] = {"kind": "column", "column": "lang"}

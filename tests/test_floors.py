@@ -15,6 +15,7 @@ FLOORS = [
         "compute",
         "speed",
         "codec",
+        "orders",
         "clients",
         "personal",
         "library",

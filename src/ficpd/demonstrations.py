@@ -38,11 +38,11 @@ class Demonstrations:
         batch = encoded or task.encode(records, backbone, prompt)
         if self.readout_CD is not None:
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
-        room = prompt.room
+        own = batch if encoded is None else task.encode(records, backbone, prompt)  # not cut for another prompt
         lengths = [backbone.read(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
-        for record, items in zip(records, batch.items, strict=True):
-            space = backbone.max_tokens - room - max(item.length for item in items)
+        for record, items in zip(records, own.items, strict=True):
+            space = backbone.max_tokens - prompt.room - max(item.length for item in items)
             shown.append(self._before(record, lengths, space))
         return task.encode(shown, backbone, prompt)
 
@@ -50,9 +50,10 @@ class Demonstrations:
         """The record with as many examples before its text as `space` tokens hold."""
         fit = []
         for text, length in zip(self.texts, lengths, strict=True):
-            if length <= space:
-                fit.append(text)
-                space -= length
+            if length > space:
+                break
+            fit.append(text)
+            space -= length
         return Record(record.key, {**record.fields, "text": "\n\n".join([*fit, record.fields["text"]])})
 
 

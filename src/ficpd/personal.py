@@ -140,7 +140,7 @@ def _kept_near(
     work: Generator[Query, Answer, Tensor], config: Personal, home: AtHome, order: Assignment
 ) -> Generator[Query, Answer, Tensor]:
     """The tuner's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
-    base, start, others = order.arrays["prompt"], home.kept["start"], order.arrays.get("others_KPD")
+    base, start, others = order.arrays["prompt"], home.start, order.arrays.get("others_KPD")
     contrast, weight = config.contrast, order.facts["contrast"]
     alone = others is None or not len(others) or weight == 0
     in_outputs, in_prompts = contrast.space != "prompt" and not alone, contrast.space != "output" and not alone

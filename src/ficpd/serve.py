@@ -223,7 +223,7 @@ def _guard(world: World, method: Method, state: State, directory: RunDir, rounds
     part = part_for(method, world.experiment.privacy)
     if "placement" not in part:
         part = NONE
-    _, batch_size = method.work(state)
+    batch_size = 1 if part is NONE else method.work(state)[1]
     nobody = {name: Shard([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
     paid = max((done.round for done in rounds if done.updates), default=0) if part.get("placement") == "central" else 0
     return build_guard(

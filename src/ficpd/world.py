@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -139,8 +139,16 @@ class World:
         }
 
 
-def build_world(experiment: Experiment) -> World:
-    """Read the data before the weights are fetched: a wrong column should not cost a download."""
+class Dealt(NamedTuple):
+    """Who holds which records, before a backbone is loaded."""
+
+    tasks: dict[str, Task]
+    shards: dict[str, Shard]
+    unseen: dict[str, Shard]
+    group_of: dict[str, str]
+
+
+def deal(experiment: Experiment) -> Dealt:
     tasks, shards, group_of = {}, {}, {}
     for group, party in experiment.parties.items():
         tasks[group] = build_task(party.task)
@@ -151,7 +159,12 @@ def build_world(experiment: Experiment) -> World:
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
-    shards, unseen = _set_apart(shards, group_of, experiment)
+    return Dealt(tasks, *_set_apart(shards, group_of, experiment), group_of)
+
+
+def build_world(experiment: Experiment) -> World:
+    """Read the data before the weights are fetched: a wrong column should not cost a download."""
+    tasks, shards, unseen, group_of = deal(experiment)
     world = _begun(
         experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks}
     )

@@ -247,19 +247,38 @@ def test_what_an_earlier_comparison_knows_is_not_run_again(once, tmp_path):
     assert of(found, seed=0) == before["cells"]
 
 
-@pytest.mark.parametrize("change", ["version", "budget", "failed"])
-def test_of_an_earlier_comparison_only_whole_finished_runs_of_this_version_are_taken(once, tmp_path, change):
+@pytest.mark.parametrize("change", ["budget", "failed"])
+def test_of_an_earlier_comparison_only_whole_finished_runs_are_taken(once, tmp_path, change):
     given, folder = once
     known = read_comparison(folder / "out")
-    if change == "version":
-        known["ficpd"] = "0.0.1"
-    elif change == "budget":
+    if change == "budget":
         known["budgets"]["given"]["bytes"] = 1000
     else:
         known["cells"] = [{**cell, "status": "failed"} for cell in known["cells"]]
     (tmp_path / "compare.json").write_text(json.dumps(known))
     assert compare(given, tmp_path / "out", jobs=1, known=tmp_path)["counts"] == {"done": 4}
     assert len(times(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ficpd": "0.0.1"}, r"is of ficpd 0\.0\.1, and this is"),
+        ({"budgets": None}, "is not as `ficpd compare` writes it"),
+        ("cell", "is not as `ficpd compare` writes it"),
+        ("data", "was run on other records than those here"),
+    ],
+)
+def test_an_earlier_comparison_of_something_else_is_refused(once, tmp_path, change, said):
+    given, folder = once
+    known = read_comparison(folder / "out")
+    if change == "data":
+        change = {"cells": [{**cell, "data": "of another file"} for cell in known["cells"]]}
+    elif change == "cell":
+        change = {"cells": [{"key": cell["key"]} for cell in known["cells"]]}
+    (tmp_path / "compare.json").write_text(json.dumps(known | change))
+    with pytest.raises(RunError, match=said):
+        compare(given, tmp_path / "out", jobs=1, known=tmp_path)
 
 
 def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
@@ -299,7 +318,7 @@ def test_the_hash_of_the_records_tells_a_changed_word_and_another_holder(tmp_pat
     lines = before.splitlines()
     file.write_text("\n".join([lines[0], lines[1].replace("site-0", "site-1"), *lines[2:]]) + "\n")
     worlds.append(build_world(given))
-    hashes = [data_of(world) for world in worlds]
+    hashes = [data_of(world.shards) for world in worlds]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
 

@@ -12,9 +12,9 @@ from ficpd.compute import drive
 from ficpd.errors import CodecError
 from ficpd.federate import Schedule
 from ficpd.methods.dp_cma_es import DpCmaEs
+from ficpd.orders import check_order
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clip import clipped_sum
-from ficpd.site.orders import check_order
 from ficpd.tuners import Training
 from ficpd.types import ClientUpdate, Plan, Query
 

@@ -14,9 +14,9 @@ from ficpd.errors import CodecError
 from ficpd.federate import Schedule
 from ficpd.methods import dp_zo
 from ficpd.methods.dp_zo import DpZo
+from ficpd.orders import check_order
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clip import clipped_sum
-from ficpd.site.orders import check_order
 from ficpd.tuners import Training
 from ficpd.types import Assignment, ClientUpdate, Plan, Query
 

@@ -13,7 +13,7 @@ from ficpd.compute import drive
 from ficpd.errors import BackboneError, CodecError, ConfigError, PrivacyError
 from ficpd.federate import Schedule
 from ficpd.methods.fedbpt import FedBpt
-from ficpd.site.orders import check_order
+from ficpd.orders import check_order
 from ficpd.tasks import masked
 from ficpd.types import Answer, ClientUpdate, Query
 
@@ -55,7 +55,7 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
     """With the same queries: those whose losses are high are not among the parents of the next generation."""
     left = {}
     for kind in (FedBpt, Averages):
-        of = kind(type(method().config)(ratio=False, dimension=48), 0)
+        of = kind(type(method().config)(ratio=False, dimension=48), 1)
         members = small.clients(model, of, 6)
         bowls, state = Bowls(model, members), small.first_state(of, members, 20)
         for round in range(1, 21):
@@ -65,7 +65,7 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
         left[kind] = float(bowls.loss(of.prompt(state)[None], "site-1")) - 1
     first = float(bowls.loss(members["site-0"].start.vectors_PD[None], "site-1")) - 1
     assert left[Averages] < first
-    assert left[FedBpt] < 0.3 * left[Averages]
+    assert left[FedBpt] < 0.6 * left[Averages]  # six seeds: 0.18 to 0.41
 
 
 def updates_of(means: dict[str, float], losses: dict[str, float], sigmas: dict[str, list[float]], size: int):
@@ -217,6 +217,16 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, facts={}),
         replace(good, facts={"sigma": 0.0}),
         replace(good, facts={"sigma": float("nan")}),
+        replace(good, arrays={**good.arrays, "mean": good.arrays["mean"] + 1e6}),
     ):
         with pytest.raises(CodecError):
             check_order(bad, of, start, 5)
+
+
+def test_a_better_half_that_never_moved_leaves_the_step_size_as_it_was(model):
+    of = method(dimension=6)
+    state = small.first_state(of, small.clients(model, of))
+    still = {"mean_1N": torch.zeros(1, 6), "loss": torch.ones(1), "sigmas": torch.zeros(of.config.iterations)}
+    after = of.aggregate(state, [ClientUpdate(f"site-{i}", dict(still)) for i in range(4)], 1, model)
+    assert 0 < after.facts["sigma"] < float("inf")
+    assert of.prompt(after).isfinite().all()

@@ -10,13 +10,14 @@ from torch.nn import functional as F
 import small
 from contracts.test_leak import Deaf
 from ficpd import seeds
-from ficpd.clients import participate, personal_prompt
+from ficpd.clients import Visit, participate, personal_prompt
 from ficpd.compute import Compute, drive
-from ficpd.errors import ConfigError, PrivacyError
+from ficpd.errors import CodecError, ConfigError, PrivacyError
 from ficpd.experiment import parse
 from ficpd.federate import Schedule
-from ficpd.methods.fedhpl import LOGITS, TARGET, WEIGHT, Config, distilling, for_client, rows_of
+from ficpd.methods.fedhpl import KNOWN, LOGITS, TARGET, WEIGHT, Config, distilling, for_client, rows_of
 from ficpd.metrics.evaluate import evaluate
+from ficpd.orders import check_order
 from ficpd.privacy import accountant, client_gaussian, record_gaussian
 from ficpd.run import run as run_experiment
 from ficpd.types import Batch, ClientCard, ClientUpdate, Outputs, Plan, Query, Record, Setup
@@ -292,3 +293,45 @@ def test_a_private_run_says_what_its_logits_cost(tmp_path):
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(ValidationError):
         Config(**bad)
+
+
+# ---------------------------------------------------------------- what a site is asked
+
+
+def test_a_site_takes_the_servers_own_orders_and_no_others(model):
+    method = small.method("fedhpl")
+    members = small.clients(model, method)
+    start = members["site-0"].start
+    state, _ = small.rounds(method, members, model, Schedule(2, len(members), 0))
+    good = method.assign(state, members["site-0"].card, 3)
+    assert {LOGITS, KNOWN} == good.arrays.keys()
+    check_order(good, method, start, 5)
+    check_order(replace(good, arrays={}), method, start, 5)
+    for bad in (
+        replace(good, arrays={LOGITS: good.arrays[LOGITS]}),
+        replace(good, arrays={KNOWN: good.arrays[KNOWN]}),
+        replace(good, arrays={**good.arrays, "prompt": start.vectors_PD}),
+        replace(good, arrays={**good.arrays, LOGITS: good.arrays[LOGITS][1:]}),
+        replace(good, arrays={**good.arrays, LOGITS: good.arrays[LOGITS].double()}),
+        replace(good, arrays={**good.arrays, KNOWN: 2 * good.arrays[KNOWN] + 1}),
+        replace(good, facts={"rate": 0.1}),
+        replace(good, facts={**good.facts, "most_labels": 1}),
+        replace(good, facts={**good.facts, "most_labels": 10**9}),
+        replace(good, facts={**good.facts, "most_labels": 2.0}),
+        replace(good, facts={**good.facts, "rate": -0.1}),
+    ):
+        with pytest.raises(CodecError):
+            check_order(bad, method, start, 5)
+
+
+def test_logits_of_other_labels_are_refused_before_a_record_is_drawn(model, monkeypatch):
+    """With fewer rows than the client has labels, whether it fails would tell which labels were drawn."""
+    method = small.method("fedhpl")
+    members = small.clients(model, method)
+    client = members["site-0"]
+    state, _ = small.rounds(method, members, model, Schedule(1, len(members), 0))
+    good = method.assign(state, client.card, 2)
+    fewer = {LOGITS: good.arrays[LOGITS][:1, :1], KNOWN: good.arrays[KNOWN][:1]}
+    monkeypatch.setattr(Visit, "batches", lambda *asked: pytest.fail("records were drawn"))
+    with pytest.raises(CodecError, match=r"logits of 1 labels, and the task here 2"):
+        drive(model, participate(method, client, replace(good, arrays=fewer)))

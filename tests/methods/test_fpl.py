@@ -12,11 +12,12 @@ import small
 from contracts.test_leak import Deaf
 from ficpd.clients import FEW, Client, Visit, participate, personal_prompt
 from ficpd.compute import drive
-from ficpd.errors import ConfigError, PrivacyError
+from ficpd.errors import CodecError, ConfigError, PrivacyError
 from ficpd.federate import Schedule
 from ficpd.methods.fpl import Fpl
 from ficpd.metrics.evaluate import evaluate
 from ficpd.metrics.levels import levels
+from ficpd.orders import check_order
 from ficpd.outcome import method_of
 from ficpd.personal import TOWARDS, WEIGHT, Contrast, _factors, _multiplied, _product, _pull, aligned_loss
 from ficpd.privacy import record_gaussian
@@ -196,8 +197,33 @@ def test_a_client_first_heard_in_round_seven(model):
         came = early if round < 7 else [*early, "site-4"]
         updates = [drive(model, participate(method, own[n], method.assign(state, own[n].card, round))) for n in came]
         state = method.aggregate(state, updates, round, model)
-    assert small.close(own["site-4"].kept["start"], state.arrays["start"])
-    assert "start" not in method.assign(state, own["site-4"].card, 10).arrays
+    assert own["site-4"].kept["residual"].abs().max() > 0
+    assert "site-4" in state.facts["clusters"]
+
+
+def test_a_site_takes_the_servers_own_orders_and_no_others(model):
+    method = small.method("fpl", contrast=Contrast(weight=0.1))
+    own = members(model, method, cards=two_kinds())
+    start, state = own["site-0"].start, small.first_state(method, own)
+    good = method.assign(state, own["site-0"].card, 1)
+    check_order(good, method, start, 5)
+    prompt, others = good.arrays["prompt"], good.arrays["others_KPD"]
+    for bad in (
+        replace(good, arrays={}),
+        replace(good, arrays={"global": prompt}),
+        replace(good, arrays={**good.arrays, "residual": prompt}),
+        replace(good, arrays={**good.arrays, "others_KPD": others[:, 1:]}),
+        replace(good, arrays={**good.arrays, "others_KPD": others.repeat(2000, 1, 1)}),
+        replace(good, arrays={**good.arrays, "global": 40 * prompt}),
+        replace(good, arrays={**good.arrays, "prompt": prompt.double()}),
+        replace(good, facts={"rate": 0.1}),
+        replace(good, facts={**good.facts, "choosing": 1}),
+        replace(good, facts={**good.facts, "contrast": float("nan")}),
+        replace(good, round=7),
+        replace(good, method="fedavg"),
+    ):
+        with pytest.raises(CodecError):
+            check_order(bad, method, start, 5)
 
 
 def test_a_client_nobody_knew_is_sent_the_prompt_of_the_nearest_card(model):

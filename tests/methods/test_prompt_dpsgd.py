@@ -1,5 +1,7 @@
 """PromptDPSGD: `local` with a mechanism: what a user of the prompt may learn is paid for, though nothing leaves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ import small
 from contracts.test_leak import Deaf
 from ficpd.clients import participate, personal_prompt
 from ficpd.compute import drive
-from ficpd.errors import PrivacyError
+from ficpd.errors import CodecError, PrivacyError
 from ficpd.federate import Schedule
+from ficpd.orders import check_order
 from ficpd.privacy import record_gaussian
 from ficpd.types import Plan, Query
 
@@ -96,3 +99,21 @@ def test_a_run_says_what_it_cost_where_local_says_that_nothing_leaves(tmp_path):
 def test_client_level_noise_has_nothing_to_be_added_to(tmp_path, placement):
     with pytest.raises(PrivacyError, match="record_gaussian"):
         small.run(tmp_path, "prompt_dpsgd", *CLIENT, f"privacy.placement={placement}")
+
+
+@pytest.mark.parametrize("name", ["prompt_dpsgd", "local"])
+def test_a_site_takes_the_servers_own_orders_and_no_others(model, name):
+    method = small.method(name)
+    members = small.clients(model, method)
+    start, state = members["site-0"].start, small.first_state(method, members)
+    good = method.assign(state, members["site-0"].card, 1)
+    check_order(good, method, start, 5)
+    for bad in (
+        replace(good, arrays={"prompt": start.vectors_PD}),
+        replace(good, facts={}),
+        replace(good, facts={"rate": float("inf")}),
+        replace(good, facts={"rate": 0.1, "steps": 1000}),
+        replace(good, round=True),
+    ):
+        with pytest.raises(CodecError):
+            check_order(bad, method, start, 5)

@@ -66,7 +66,10 @@ WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_pri
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        *product(("fedavg", "ficpd", "fpl"), (PLAIN, PRIVATE)),
+        *product(
+            ("fedavg", "ficpd", "fpl", "fedhpl", "prompt_dpsgd", "dp_fpl", "dp_zo", "dp_cma_es"), (PLAIN, PRIVATE)
+        ),
+        *product(("local", "fedbpt"), (PLAIN,)),
         *product(("ficpd", "fpl"), (("method.label_prior=true",), WITH_PRIORS)),
     ],
 )
@@ -75,7 +78,7 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     run(experiment, tmp_path / "run")
     expected = small.library(tmp_path)
     world = build_world(experiment)
-    with sites(world) as found:
+    with sites(world, methods=(method,)) as found:
         result = serve.serve(recipe(world), "small.toml", tmp_path / "served", engine(found), say=lambda line: None)
         scores = {name: next(iter(one.status()["runs"].values()))["scores"]["personal"] for name, one in found.items()}
     served = PromptLibrary.load(tmp_path / "served").candidates()

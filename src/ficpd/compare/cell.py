@@ -11,6 +11,7 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.compare import SCHEMA
+from ficpd.data.partition import Shard
 from ficpd.experiment import Experiment, parse, to_toml
 from ficpd.guard import public_seed
 from ficpd.library import guarantee
@@ -76,7 +77,7 @@ def run_cell(
         "reason": "its figure is no number: the tuning went astray; try a smaller learning rate",
     }
     ended = said if broken else {"status": "done", "reason": None}
-    return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(world)}
+    return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(world.shards)}
 
 
 def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Outcome:
@@ -146,10 +147,10 @@ def _asked(line: Mapping[str, Any]) -> int | None:
     return None if queries is None else sum(sum(kinds) for kinds in queries.values())
 
 
-def data_of(world: World) -> str:
+def data_of(shards: Mapping[str, Shard]) -> str:
     """A hash of who holds which records. Equal grounds must have equal ones, unless a file was changed in between."""
     hashed = hashlib.sha256()
-    for name, shard in sorted(world.shards.items()):
+    for name, shard in sorted(shards.items()):
         for part, records in (("train", shard.train), ("test", shard.test)):
             hashed.update(f"{name} {part}\n".encode())
             for record in records:

@@ -10,11 +10,12 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.compare import SCHEMA
-from ficpd.compare.cell import Outcome
+from ficpd.compare.cell import Outcome, data_of
 from ficpd.compare.grid import NOTHING
 from ficpd.compare.plan import Cell
 from ficpd.errors import RunError
 from ficpd.files import write
+from ficpd.world import deal
 
 CELLS = "cells"
 
@@ -73,20 +74,42 @@ def outcome(folder: Path, key: str) -> Outcome | None:
     return found if isinstance(found, dict) else {"schema": "unreadable"}
 
 
-def take(folder: Path, known: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def take(folder: Path, known: Mapping[str, Any], cells: Sequence[Cell], names: Mapping[str, str]) -> list[str]:
     """Put what an earlier comparison (its `compare.json`) knows of these runs, by hash, into the folder; its KEYs.
 
     What is there already stays. A cell whose budget has bytes or queries may tell of the run's beginning alone, and is not
-    taken; nor is one of another version. The records' hash comes along: where a file was changed since, `grid.rows` says so.
+    taken. Raises `RunError` for a comparison of another version, one that cannot be read, and one of other records: the
+    hash of a run knows the name of a file, and not what is in it.
     """
+    if known["ficpd"] != __version__:
+        raise RunError(
+            f"the known comparison is of ficpd {known['ficpd']}, and this is {__version__}: leave out --known"
+        )
+    try:
+        return _take(folder, known, {cell.hash: cell for cell in reversed(cells)}, names)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"the known comparison is not as `ficpd compare` writes it ({error!r}): leave out --known"
+        ) from error
+
+
+def _take(folder: Path, known: Mapping[str, Any], cells: Mapping[str, Cell], names: Mapping[str, str]) -> list[str]:
     limited = {label for label, budget in known["budgets"].items() if budget["bytes"] or budget["queries"]}
-    taken = []
+    taken, here = [], dict[str, str]()
     for row in known["cells"]:
-        key = names.get(row["key"].rsplit("-", 1)[-1])
-        if key is None or row["status"] != "done" or row["budget"] in limited or known["ficpd"] != __version__:
+        run = row["key"].rsplit("-", 1)[-1]
+        if run not in names or row["status"] != "done" or row["budget"] in limited:
             continue
+        key, cell = names[run], cells[run]
         if outcome(folder, key) is not None or (folder / CELLS / key).exists():
             continue
+        if cell.ground not in here:
+            here[cell.ground] = data_of(deal(cell.experiment).shards)
+        if here[cell.ground] != row["data"]:
+            raise RunError(
+                f"{key} of the known comparison was run on other records than those here: a file has changed since, or is "
+                "another one. Leave out --known"
+            )
         task = known["tasks"][row["task"]]
         found = {name: row[name] for name in ("status", "reason", *NOTHING) if name != "at_round"}
         found |= {"metric": task["metric"], "task": task["task"], "backbone": task["backbone"]}

@@ -38,9 +38,9 @@ def compare(
     earlier = read_comparison(known) if known is not None else None
     with locked(out) as lock:
         names = keys(out, plan.cells)
-        if earlier is not None:
-            take(out, earlier, names)
         check_versions(out, list(names.values()), redo)
+        if earlier is not None:
+            take(out, earlier, plan.cells, names)
         write(out / "compare.toml", plan.text)
         missing = _missing(plan, out, names)
         if planned is not None:

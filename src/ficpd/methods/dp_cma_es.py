@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd import seeds
-from ficpd.errors import CodecError
+from ficpd.orders import check_arrays, check_facts, check_reach
 from ficpd.seams import ClientSide, Coordinates, Model
 from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training
 from ficpd.tuners.cma_es import Search, begun, centred, width
 from ficpd.tuners.space import Space
-from ficpd.types import FARTHEST, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SEARCH = "search/"
 
@@ -101,15 +101,10 @@ class DpCmaEs:
     def check_order(self, order: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a population and its mean, not too far away."""
         space, K = self._space(start.vectors_PD), self.training.population
-        wanted = {"candidates_KN": (K, space.size), "mean": (space.size,)}
-        given = {name: tuple(array.shape) for name, array in order.arrays.items()}
-        if given != wanted or order.facts or any(array.dtype != torch.float32 for array in order.arrays.values()):
-            raise CodecError(f"the order has {given} and {sorted(order.facts)}, expected float32 {wanted} and no facts")
-        for array in order.arrays.values():
-            if not start.reaches(start.vectors_PD + space.up(array)):
-                raise CodecError(
-                    f"the order asks about prompts more than {FARTHEST:g} times as long as the start of the run"
-                )
+        check_facts(order, {})
+        check_arrays(order, {"candidates_KN": (K, space.size), "mean": (space.size,)})
+        for name, array in order.arrays.items():
+            check_reach(start.vectors_PD + space.up(array), start, name)
 
     def _space(self, start_PD: Tensor) -> Space:
         return Space(tuple(start_PD.shape), self.coordinates, self.training.search_dimension, self.training.public_seed)

@@ -27,12 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
+from ficpd.orders import RATE, check_arrays, check_facts, check_reach
 from ficpd.seams import ClientSide, Coordinates, Model
 from ficpd.server.robust import MEAN, Means, Robust
 from ficpd.tuners import Training
 from ficpd.tuners.space import Space
 from ficpd.tuners.spsa import slopes, stride
-from ficpd.types import FARTHEST, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 MEMORY = 0.9
 """How much of the mean squared slope is that of the rounds before."""
@@ -118,28 +119,15 @@ class DpZo:
     def check_order(self, order: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has one of both arrays, a rate and a step."""
         space, K = self._space(start.vectors_PD), self.training.directions
-        if order.arrays.keys() not in ({"y"}, {"moves_TK"}) or order.facts.keys() != {"rate", "step"}:
-            raise CodecError(
-                f"the order has {sorted(order.arrays)} and {sorted(order.facts)}, which no order of dp_zo has"
-            )
-        ((name, array),) = order.arrays.items()
-        fits = tuple(array.shape) == (space.size,) if name == "y" else array.dim() == 2 and array.shape[1] == K
-        if not fits or array.dtype != torch.float32 or array.numel() > space.size:
-            raise CodecError(
-                f"the order's array {name!r} is {array.dtype} {tuple(array.shape)}, expected at most {space.size}"
-            )
-        for fact, value in order.facts.items():
-            if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise CodecError(f"the order's {fact!r} is {value!r}, expected a number of 0 or more")
+        check_facts(order, {**RATE, "step": (float, int)})
+        moves = order.arrays["moves_TK"] if "moves_TK" in order.arrays else torch.zeros(0)
+        steps = min(len(moves), space.size // K)  # longer than the prompt, that would be sent instead
+        check_arrays(order, {"moves_TK": (steps, K)} if "moves_TK" in order.arrays else {"y": (space.size,)})
+        if order.facts["rate"] == 0:
+            raise CodecError("the order's rate is 0, which would ask about one prompt twice")
         apart = self.training.apart(order) * space.unit * self._signs(space, order.round, 0)
         y = self._place(start.vectors_PD, order)
-        if (
-            not start.reaches(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])))
-            or order.facts["rate"] == 0
-        ):
-            raise CodecError(
-                f"the order asks about prompts more than {FARTHEST:g} times as long as the start of the run"
-            )
+        check_reach(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])), start, "prompts asked about")
 
     def _space(self, start_PD: Tensor) -> Space:
         return Space(tuple(start_PD.shape), self.coordinates)

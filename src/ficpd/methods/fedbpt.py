@@ -13,11 +13,12 @@ mercy of one record whose masked twin happens to be right. All of a client's rec
 
 Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1 where A gives candidates the spread of what
 they stand beside); `masked` is its code's (the paper finds 0.4 and 0.6 best). From its code, too, is what σ clients begin
-with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open. Unlike its code, each client
-draws candidates of its own: of one seed, clients that are alike would send the server a population of equals, whose spread
-tells nothing. Ours: a subspace that is configured is A; fewer than four updates are averaged, for pycma takes no smaller
-population; no mirrored candidates, which pycma's default adds to populations below six; C travels as its lower triangle in
-float32. `training.*` is not used but for its seed.
+with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open (its code also keeps σ above
+0.5 and never lets it grow). Unlike its code, each client draws candidates of its own: of one seed, clients that are alike
+would send the server a population of equals, whose spread tells nothing. Ours: a subspace that is configured is A; fewer
+than four updates are averaged, for pycma takes no smaller population; a late update counts like the others, for a search by
+ranks knows no weights; no mirrored candidates, which pycma's default adds to populations below six; C travels as its lower
+triangle in float32. `training.*` is not used but for its seed.
 
 Without privacy only: see `unprotected`.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ficpd import seeds
 from ficpd.errors import CodecError, ConfigError
+from ficpd.orders import check_arrays, check_facts, check_reach
 from ficpd.seams import Backbone, ClientSide, Coordinates, Model, Task
 from ficpd.server.averaging import weighted_mean
 from ficpd.tuners import Training
@@ -123,6 +125,7 @@ class FedBpt:
         squares_S = torch.stack([update.arrays["sigmas"].double().square().sum() for update in updates])
         better = losses_S.argsort(stable=True)[: len(updates) // 2]
         wide = 2 * (squares_S[better].sum() / (len(updates) * self.config.population)).sqrt()  # equation 6
+        wide = wide if wide > 0 else torch.tensor(sigma)  # nobody of the better half has moved at all
         told = Search(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
         return self._state(start, told.state, {**state.facts, "sigma": sigma * told.sigma / float(wide)})
 
@@ -139,13 +142,12 @@ class FedBpt:
     def check_order(self, order: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a mean, half a covariance and a step size, none of them out of the world."""
         size = self._space(start.vectors_PD).size
-        wanted = {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)}
-        given = {name: tuple(array.shape) for name, array in order.arrays.items()}
-        if given != wanted or any(array.dtype != torch.float32 for array in order.arrays.values()):
-            raise CodecError(f"the order has {given}, expected float32 {wanted}")
-        sigma = order.facts.get("sigma")
-        if order.facts.keys() != {"sigma"} or not isinstance(sigma, float) or not 0 < sigma < 1e6:
-            raise CodecError(f"the order's facts are {dict(order.facts)}, expected a sigma above 0 and below 1e6")
+        check_facts(order, {"sigma": (float,)})
+        check_arrays(order, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})
+        space = self._space(start.vectors_PD)
+        check_reach(start.vectors_PD + space.up(order.arrays["mean"]), start, "mean")
+        if not 0 < order.facts["sigma"] < 1e6:
+            raise CodecError(f"the order's sigma is {order.facts['sigma']}, expected one above 0 and below 1e6")
 
     def _fitness(self, client: ClientSide, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
         """[K]: the ratio of both mean losses, or the mean loss."""

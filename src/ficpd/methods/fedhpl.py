@@ -26,14 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.errors import ConfigError
+from ficpd.errors import CodecError, ConfigError
+from ficpd.orders import RATE, check_arrays, check_facts
 from ficpd.seams import Backbone, ClientSide, Model, Task
 from ficpd.traits import Classifies
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Query, Setup, State
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Prompt, Query, Setup, State
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"
+MOST_LABELS = 10_000
 HALF = 0.5**0.5
 """Logits and count have half each of a row's squared norm."""
 
@@ -72,19 +74,18 @@ class FedHpl:
             raise ConfigError(f"fedhpl compares logits label by label, and not every task here has labels ({kinds})")
 
     def init(self, setup: Setup) -> State:
-        facts = {"num_rounds": setup.num_rounds, "started": [], "num_labels": dict(setup.num_labels)}
+        facts = {"num_rounds": setup.num_rounds, "num_labels": dict(setup.num_labels)}
         facts["group"] = {card.name: _group(card) for card in setup.clients}
-        return State({"start": setup.start.vectors_PD}, facts)
+        return State({}, facts)
 
     def work(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
-        """The start travels until the client has answered once, logits as soon as there are any."""
-        arrays = {} if client.name in state.facts["started"] else {"start": state.arrays["start"]}
-        own, facts = _group(client), state.facts
-        sent = {n: state.arrays[SENT + n] for n in facts["started"] if facts["group"].get(n) == own}
-        if sent:
+        """Logits as soon as there are any."""
+        own, facts, arrays = _group(client), state.facts, {}
+        known = {name.removeprefix(SENT): array for name, array in sorted(state.arrays.items())}
+        if sent := {name: array for name, array in known.items() if facts["group"].get(name) == own}:
             number = facts["num_labels"][own]
             of_label = {name: array[:number, : number + 1] for name, array in sent.items()}
             arrays[LOGITS], arrays[KNOWN] = for_client(of_label, client.name, self.config.own_share)
@@ -92,9 +93,14 @@ class FedHpl:
         return Assignment(self.name, round, arrays, {"rate": rate, "most_labels": max(facts["num_labels"].values())})
 
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        records = client.whole()
+        assert isinstance(records.task, Classifies)
+        if LOGITS in order.arrays and len(order.arrays[LOGITS]) != records.task.num_labels:
+            raise CodecError(
+                f"the order has logits of {len(order.arrays[LOGITS])} labels, and the task here {records.task.num_labels}"
+            )
         tuning = tune(self.training, client, order, self.personal(client, order), memory=client.kept)
         client.kept["prompt"] = yield from self._distilled(tuning, order)
-        records = client.whole()
         answer = yield Query(client.kept["prompt"][None], records, outputs=True)
         assert answer.outputs_KB is not None
         rows_BCN = rows_of(answer.outputs_KB, records, self.config.logit_norm)
@@ -127,14 +133,25 @@ class FedHpl:
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """What each client sent last."""
         sent = {SENT + update.client: update.arrays[LOGITS] for update in updates}
-        started = sorted({*state.facts["started"], *(update.client for update in updates)})
-        return State({**state.arrays, **sent}, {**state.facts, "started": started})
+        return State({**state.arrays, **sent}, state.facts)
 
     def prompt(self, state: State) -> None:
         return None
 
     def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.kept["prompt"] if "prompt" in client.kept else order.arrays["start"]
+        return client.kept.get("prompt", client.start)
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless it has a rate and, if any, logits that a mean of clipped ones could be. (Whether they
+        are of this client's labels, `train` sees before a record is drawn.)"""
+        check_facts(order, {**RATE, "most_labels": (int,)})
+        number = len(order.arrays[KNOWN]) if KNOWN in order.arrays else 0
+        check_arrays(order, {LOGITS: (number, number), KNOWN: (number,)} if order.arrays else {})
+        most = order.facts["most_labels"]
+        if not max(number, 1) <= most <= MOST_LABELS:
+            raise CodecError(f"the order is of {most} labels at most, and has {number}; expected at most {MOST_LABELS}")
+        if order.arrays and not torch.isin(order.arrays[KNOWN], torch.tensor([0.0, 1.0])).all():
+            raise CodecError("the order says of a label neither that it is known nor that it is not")
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         """Nothing that anybody shares."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.clients import LABELS
+from ficpd.orders import RATE, check_facts, check_prompts
 from ficpd.personal import Contrast, calibrated, own_prompt, personalised
 from ficpd.seams import ClientSide, Model
 from ficpd.server.averaging import mean_of
@@ -36,7 +37,7 @@ from ficpd.server.optimiser import ServerStep
 from ficpd.server.prototypes import Clusters, cosine_kmeans, shrinkage
 from ficpd.server.robust import Means, Robust
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SIGNATURE, SUM = "signature/", "delta/"
 
@@ -89,7 +90,6 @@ class Fpl:
         facts = {
             "num_rounds": setup.num_rounds,
             "seed": setup.seed,
-            "heard": [],
             "cards": cards,
             "clusters": drawn.member,
             "cohort_rate": min(setup.cohort / max(len(cards), 1), 1.0),
@@ -101,7 +101,7 @@ class Fpl:
         return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
-        """Its cluster's prompt; until it has answered once, the start; other clusters' prompts if they are contrasted."""
+        """Its cluster's prompt; the global one and other clusters', if it is to choose or they are contrasted."""
         number, facts = state.facts["num_rounds"], {}
         facts["rate"] = self.training.rate(round, number)
         facts["choosing"] = 3 * round <= 2 * number
@@ -109,8 +109,6 @@ class Fpl:
         own = self._cluster(state, client)
         arrays = {"prompt": state.arrays["global"] if own is None else state.arrays["prototypes_KPD"][own]}
         if self.config.residual != "none":
-            if client.name not in state.facts["heard"]:
-                arrays["start"] = state.arrays["start"]
             if len(state.arrays["prototypes_KPD"]) > 1:
                 arrays["global"] = state.arrays["global"]
             if facts["contrast"] > 0 and own is not None:
@@ -126,7 +124,6 @@ class Fpl:
         )
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
-            client.kept.setdefault("start", order.arrays.get("start", prompt))
             choosing = order.facts["choosing"] or "share" not in client.kept
             home = client.home(self.config.held_back if choosing else 0.0)
             yield from calibrated(personalised(self.config, self.training, home, order), self._prior(home))
@@ -171,9 +168,8 @@ class Fpl:
         prototypes = [
             shared + (1 - drawn_back[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
         ]
-        heard = sorted({*state.facts["heard"], *(u.client for u in updates if u.client in clusters.member)})
         arrays = {"start": state.arrays["start"], "global": shared, **moments, **signatures}
-        facts = {**state.facts, "heard": heard, "clusters": clusters.member, **means.facts}
+        facts = {**state.facts, "clusters": clusters.member, **means.facts}
         return State(arrays | {"prototypes_KPD": torch.stack(prototypes)}, facts)
 
     def prompt(self, state: State) -> Tensor:
@@ -182,6 +178,11 @@ class Fpl:
     def personal(self, client: ClientSide, order: Assignment) -> Tensor:
         """Of the prompts as they are now, and the client's residual, what it chose."""
         return own_prompt(client.kept, order)
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless it has its three facts, a prompt and, if any, the global one and other clusters'."""
+        check_facts(order, {**RATE, "contrast": (float, int), "choosing": (bool,)})
+        check_prompts(order, start, ("prompt", "global"), ("others_KPD",))
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}

@@ -8,9 +8,10 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ficpd.orders import RATE, check_arrays, check_facts
 from ficpd.seams import ClientSide, Model
 from ficpd.tuners import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 
 class Config(BaseModel):
@@ -28,15 +29,13 @@ class Local:
         self.training = training
 
     def init(self, setup: Setup) -> State:
-        return State({"start": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds, "started": []})
+        return State({}, {"num_rounds": setup.num_rounds})
 
     def work(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
     def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
-        """The start travels until the client has answered once."""
-        arrays = {} if client.name in state.facts["started"] else {"start": state.arrays["start"]}
-        return Assignment(self.name, round, arrays, {"rate": self.training.rate(round, state.facts["num_rounds"])})
+        return Assignment(self.name, round, {}, {"rate": self.training.rate(round, state.facts["num_rounds"])})
 
     def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt = self.personal(client, order)
@@ -47,14 +46,18 @@ class Local:
         return {}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        started = sorted({*state.facts["started"], *(update.client for update in updates)})
-        return State(state.arrays, {**state.facts, "started": started})
+        return state
 
     def prompt(self, state: State) -> None:
         return None
 
     def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.kept["prompt"] if "prompt" in client.kept else order.arrays["start"]
+        return client.kept.get("prompt", client.start)
+
+    def check_order(self, order: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless a rate is all that it has."""
+        check_facts(order, RATE)
+        check_arrays(order, {})
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         """Nothing that anybody shares."""

@@ -40,13 +40,14 @@ def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, st
             "policy.mechanisms",
             "sites release updates only",
         )
-    personal = experiment.method.get("personal_steps") or 0
+    personal, iterations = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations"))
     training, rounds = experiment.training, terms.schedule.num_rounds
     for theirs, given, ours, most in (
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
         ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
+        ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),
         *(("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm) for clip in _clips(config, terms)),
     ):
         if most is not None and given > most:

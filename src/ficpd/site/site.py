@@ -23,12 +23,12 @@ from ficpd.experiment import settings
 from ficpd.files import write
 from ficpd.guard import clipping, part_for
 from ficpd.metrics.evaluate import score_prompt
+from ficpd.orders import check_order
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.settings import Guarantee
 from ficpd.seams import Mechanism, Method, Task
 from ficpd.site import policy
-from ficpd.site.orders import check_order
 from ficpd.site.settings import SiteConfig
 from ficpd.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.terms import Terms, group_of
