@@ -1,0 +1,141 @@
+"""The README's tables of methods against one another, from `results/compare_*.json`.
+
+python bench/tables.py [--check]
+
+Each stands between `<!-- compare PART -->` and `<!-- end -->` and is written anew; `--check` only says whether it would be
+another one. Means over seeds of the figure in percent, in bold the best of a column's methods (lines left out); after it,
+over several seeds, the standard deviation.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+NAMES = {
+    "zero_shot": "zero-shot",
+    "local": "local only",
+    "centralized": "centralised",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedhpl": "FedHPL (answers are shared, prompts stay)",
+    "fedbpt": "FedBPT",
+    "feddtpt": "FedDTPT (prompts of words)",
+    "icl": "examples before the text",
+    "ficpd": "FICPD",
+    "ficpd, label prior": "FICPD, label priors",
+    "ficpd, black box": "FICPD by losses alone (SPSA)",
+    "fpl": "FPL",
+    "fpl, label prior": "FPL, label priors",
+    "dp_fpl": "DP-FPL",
+    "prompt_dpsgd": "PromptDPSGD (nothing leaves)",
+    "dp_zo": "DP-ZO",
+    "dp_cma_es": "DP-CMA-ES",
+}
+Column = tuple[str, Callable[[str], tuple[float | None, str]], bool]
+"""Heading; of a method the value and how it is shown; whether the best is marked."""
+
+
+def table(found: Mapping[str, Any]) -> str:
+    columns = [column for build in (accuracies, costs, reached) for column in build(found)]
+    labels = sorted(found["methods"], key=lambda label: (_place(label), list(found["methods"]).index(label)))
+    cells = {label: [show(label) for _, show, _ in columns] for label in labels}
+    for place, (_, _, marked) in enumerate(columns):
+        values = {label: row[place][0] for label, row in cells.items() if label not in found["lines"]}
+        known = [value for value in values.values() if value is not None]
+        for label, value in values.items():
+            if marked and known and value is not None and round(value, 3) == round(max(known), 3):
+                cells[label][place] = value, f"**{cells[label][place][1]}**"
+    lines = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[NAMES.get(label, label), *(text for _, text in cells[label])] for label in labels]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _place(label: str) -> int:
+    return {"zero_shot": 0, "local": 1, "centralized": 3}.get(label, 2)
+
+
+def accuracies(found: Mapping[str, Any]) -> list[Column]:
+    """A column for each condition, named by what there is more than one of."""
+    axes = [axis for axis in ("task", "partition", "budget") if len({one[axis] for one in found["conditions"]}) > 1]
+
+    def column(one: Mapping[str, Any]) -> Column:
+        def show(label: str) -> tuple[float | None, str]:
+            figure = one["methods"].get(label) or {"mean": None}
+            if figure["mean"] is None:
+                return None, "–"
+            spread = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
+            return figure["mean"], f"{100 * figure['mean']:.1f}{spread}"
+
+        return ", ".join(str(one[axis]) for axis in axes) or "accuracy", show, True
+
+    return [column(one) for one in found["conditions"]]
+
+
+def costs(found: Mapping[str, Any]) -> list[Column]:
+    """Of a whole run, over all clients and rounds; the mean over the conditions."""
+
+    def column(heading: str, key: str, shown: Callable[[float], str]) -> Column:
+        def show(label: str) -> tuple[float | None, str]:
+            values = [(one["methods"].get(label) or {}).get(key) for one in found["conditions"]]
+            known = [value for value in values if value is not None]
+            return (None, shown(sum(known) / len(known))) if known else (None, "–")
+
+        return heading, show, False
+
+    return [
+        column("bytes up", "bytes_up", _bytes),
+        column("bytes down", "bytes_down", _bytes),
+        column("queries", "queries", lambda value: f"{value / 1000:,.0f} k"),
+    ]
+
+
+def reached(found: Mapping[str, Any]) -> list[Column]:
+    """Rounds to 95 % of the centralised line, where there is one condition."""
+    if len(found["conditions"]) > 1:
+        return []
+    (target,) = [one for one in found["targets"] if one["share"] == 0.95] or [None]
+
+    def show(label: str) -> tuple[float | None, str]:
+        seen = target["methods"].get(label) if target else None
+        if not seen or not seen["of"]:
+            return None, "–"
+        rounds = [str(seed["round"]) if seed else "never" for seed in seen["seeds"]]
+        return None, ", ".join(rounds)
+
+    return [("rounds to 95 % of centralised", show, False)]
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def written(text: str, tables: Mapping[str, str]) -> str:
+    def between(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]]}\n{match[3]}" if match[2] in tables else match[0]
+
+    return re.sub(r"(<!-- compare (\w+) -->)\n.*?(<!-- end -->)", between, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is another one")
+    args = parser.parse_args(arguments)
+    files = {path.stem.removeprefix("compare_"): path for path in sorted(RESULTS.glob("compare_*.json"))}
+    before = README.read_text()
+    after = written(before, {part: table(json.loads(path.read_text())) for part, path in files.items()})
+    if args.check:
+        raise SystemExit(int(after != before))
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
