@@ -36,6 +36,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "fpl": {"method": {"name": "fpl", "clusters": "none"}},
     "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"tuner": "spsa"}},
     "fedbpt": {"method": {"name": "fedbpt", "iterations": 4}},
+    "fedbpt, plain loss": {"method": {"name": "fedbpt", "iterations": 4, "ratio": False, "spread": 0.3}},
 }
 """Methods of other settings than their defaults, by label."""
 
@@ -88,7 +89,7 @@ def blackbox(args: argparse.Namespace) -> dict[str, Any]:
     recipe["training"]["learning_rate"] /= RATE  # at thrice the rate, zeroth-order steps overshoot after two rounds
     return {
         "recipe": recipe,
-        "methods": methods("dp_zo", "dp_cma_es", "ficpd, black box", "fedbpt", "fedavg"),
+        "methods": methods("dp_zo", "dp_cma_es", "ficpd, black box", "fedbpt", "fedbpt, plain loss", "fedavg"),
         "reference": "fedbpt",
         "figure": "everyone",
         "evaluate_every": 2,

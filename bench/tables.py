@@ -25,6 +25,7 @@ NAMES = {
     "fedprox": "FedProx",
     "fedhpl": "FedHPL (answers are shared, prompts stay)",
     "fedbpt": "FedBPT",
+    "fedbpt, plain loss": "FedBPT, plain loss, first σ 0.3",
     "feddtpt": "FedDTPT (prompts of words)",
     "icl": "examples before the text",
     "ficpd": "FICPD",
