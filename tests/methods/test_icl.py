@@ -1,6 +1,7 @@
 """In-context learning: a client's own examples beside its texts, nothing tuned, nothing sent."""
 
 import pytest
+import torch
 
 import decoders
 import small
@@ -61,15 +62,41 @@ def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monke
             assert text.split() == decoder.backbone.tokenizer.decode(decoder.backbone._ids(whole)).split()
 
 
-def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path):
+def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str]:
+    """The first client's test texts as they reach the backbone."""
+    read = []
+    monkeypatch.setattr(
+        "ficpd.metrics.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+    )
+    evaluate(method, small.first_state(method, clients), clients, model, 1)
+    return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][1].items]
+
+
+def narrow(tmp_path, method, train: list[str]) -> tuple[Compute, dict]:
+    """Room for 24 tokens, a start of ten, and a text of sixteen words that fits if nothing stands beside it."""
     model = Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
-    method = small.method("icl")
     clients = members(model, method)
     client = clients["site-0"]
-    client.test = [Record("x", {"text": "the film was not very good but fine and long", "target": "good"})]
-    evaluation = evaluate(method, small.first_state(method, clients), clients, model, 1)
-    assert len(evaluation.own) == 2
-    assert evaluation.everyone is None
+    client.start = client.start.with_vectors(torch.zeros(10, model.backbone.width))
+    client.train = [Record(text, {"text": text, "target": "good"}) for text in train]
+    client.test = [Record("x", {"text": " ".join(["good", "bad", "long", "dull"] * 4), "target": "good"})]
+    return model, clients
+
+
+def test_a_text_is_not_cut_for_examples_nor_for_virtual_tokens_that_are_not_there(tmp_path, monkeypatch):
+    method = small.method("icl")
+    model, clients = narrow(tmp_path, method, ["good"])
+    (seen,) = asked(model, method, clients, monkeypatch)
+    assert seen.split()[:16] == ["good", "bad", "long", "dull"] * 4
+
+
+def test_examples_are_shown_up_to_the_first_that_does_not_fit(tmp_path, monkeypatch):
+    method = small.method("icl")
+    model, clients = narrow(tmp_path, method, ["fine", "the film was very long and very dull", "good"])
+    clients["site-0"].test = [Record("x", {"text": "bad", "target": "bad"})]
+    (seen,) = asked(model, method, clients, monkeypatch)
+    assert seen.count("positive") == 1
+    assert seen.startswith("fine")
 
 
 def test_examples_help_where_the_labels_texts_say_nothing():
