@@ -18,9 +18,11 @@ LONGEST_SOCKET = 107
 class Policy(Frozen):
     """What the owner allows, whatever a server asks.
 
-    `epsilon` and `delta`: for all runs together, for ever. `mechanisms` "none" lets updates out without a guarantee,
-    "client_gaussian:central" lets the server add the noise. `max_clip_norm` None: any. `share_metrics`: scores on the own
-    test records may be told, in runs without a guarantee; with one they stay, because it does not cover them.
+    `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
+    dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
+    updates out without a guarantee, "client_gaussian:central" lets the server add the noise. `max_clip_norm` None: any.
+    `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
+    does not cover them.
     """
 
     epsilon: float = Field(gt=0, allow_inf_nan=False)
