@@ -53,7 +53,8 @@ def table(found: Mapping[str, Any]) -> str:
             if marked and known and value is not None and round(value, 3) == round(max(known), 3):
                 cells[label][place] = value, f"**{cells[label][place][1]}**"
     lines = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[NAMES.get(label, label), *(text for _, text in cells[label])] for label in labels]
+    told = [label for label in labels if any(text != "–" for _, text in cells[label])]
+    lines += [[NAMES.get(label, label), *(text for _, text in cells[label])] for label in told]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -104,7 +105,7 @@ def reached(found: Mapping[str, Any]) -> list[Column]:
 
     def show(label: str) -> tuple[float | None, str]:
         seen = target["methods"].get(label) if target else None
-        if not seen or not seen["of"]:
+        if not seen or not seen["of"] or found["conditions"][0]["methods"][label]["mean"] is None:
             return None, "–"
         rounds = [str(seed["round"]) if seed else "never" for seed in seen["seeds"]]
         return None, ", ".join(rounds)

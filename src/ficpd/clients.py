@@ -14,7 +14,7 @@ from ficpd.privacy.noise import Cryptographic, Simulated
 from ficpd.privacy.none import NoPrivacy
 from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task, Words
 from ficpd.tasks import masked
-from ficpd.traits import Calibrates, Classifies  # fmt: skip
+from ficpd.traits import Calibrates, Classifies
 from ficpd.tuners.space import clip_units
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
 

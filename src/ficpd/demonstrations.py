@@ -35,10 +35,10 @@ class Demonstrations:
     ) -> Batch:
         """Records as the task encodes them (`encoded`, if that was done before), with the demonstrations beside each. Where
         only some fit into the context, the later ones are left out; a text is never cut for them."""
-        batch = encoded or task.encode(records, backbone, prompt)
         if self.readout_CD is not None:
+            batch = encoded or task.encode(records, backbone, prompt)
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
-        own = batch if encoded is None else task.encode(records, backbone, prompt)  # not cut for another prompt
+        own = task.encode(records, backbone, prompt)  # `encoded` may have been cut for another prompt
         lengths = [backbone.read(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
         for record, items in zip(records, own.items, strict=True):

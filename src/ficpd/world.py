@@ -149,6 +149,7 @@ class Dealt(NamedTuple):
 
 
 def deal(experiment: Experiment) -> Dealt:
+    """Raises `DataError` or `ConfigError` where the data are not what the experiment says."""
     tasks, shards, group_of = {}, {}, {}
     for group, party in experiment.parties.items():
         tasks[group] = build_task(party.task)

@@ -255,6 +255,8 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, facts={**good.facts, "rate": 1e3}),
         replace(good, arrays={"moves_TK": moves[:, :-1]}),
         replace(good, arrays={"moves_TK": torch.zeros(99, 4)}),
+        replace(good, arrays={"moves_TK": torch.zeros(())}),
+        replace(good, arrays={"moves_TK": torch.zeros(8)}),
         replace(good, facts={"rate": 0.1}),
         replace(good, facts={**good.facts, "step": float("nan")}),
         replace(good, facts={**good.facts, "rate": 0.0}),

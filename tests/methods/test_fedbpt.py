@@ -55,17 +55,17 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
     """With the same queries: those whose losses are high are not among the parents of the next generation."""
     left = {}
     for kind in (FedBpt, Averages):
-        of = kind(type(method().config)(ratio=False, dimension=48), 1)
+        of = kind(type(method().config)(ratio=False, dimension=48), 0)
         members = small.clients(model, of, 6)
-        bowls, state = Bowls(model, members), small.first_state(of, members, 20)
-        for round in range(1, 21):
+        bowls, state = Bowls(model, members), small.first_state(of, members, 40)
+        for round in range(1, 41):
             orders = {name: of.assign(state, client.card, round) for name, client in members.items()}
             updates = [drive(bowls, participate(of, client, orders[name])) for name, client in members.items()]  # type: ignore[arg-type]
             state = of.aggregate(state, updates, round, bowls)  # type: ignore[arg-type]
         left[kind] = float(bowls.loss(of.prompt(state)[None], "site-1")) - 1
     first = float(bowls.loss(members["site-0"].start.vectors_PD[None], "site-1")) - 1
     assert left[Averages] < first
-    assert left[FedBpt] < 0.6 * left[Averages]  # six seeds: 0.18 to 0.41
+    assert left[FedBpt] < 0.3 * left[Averages]
 
 
 def updates_of(means: dict[str, float], losses: dict[str, float], sigmas: dict[str, list[float]], size: int):

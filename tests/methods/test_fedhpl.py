@@ -314,6 +314,8 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, arrays={**good.arrays, LOGITS: good.arrays[LOGITS][1:]}),
         replace(good, arrays={**good.arrays, LOGITS: good.arrays[LOGITS].double()}),
         replace(good, arrays={**good.arrays, KNOWN: 2 * good.arrays[KNOWN] + 1}),
+        replace(good, arrays={**good.arrays, KNOWN: torch.ones(())}),
+        replace(good, arrays={**good.arrays, LOGITS: good.arrays[LOGITS] + 1e7}),
         replace(good, facts={"rate": 0.1}),
         replace(good, facts={**good.facts, "most_labels": 1}),
         replace(good, facts={**good.facts, "most_labels": 10**9}),

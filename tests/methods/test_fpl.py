@@ -197,8 +197,10 @@ def test_a_client_first_heard_in_round_seven(model):
         came = early if round < 7 else [*early, "site-4"]
         updates = [drive(model, participate(method, own[n], method.assign(state, own[n].card, round))) for n in came]
         state = method.aggregate(state, updates, round, model)
-    assert own["site-4"].kept["residual"].abs().max() > 0
-    assert "site-4" in state.facts["clusters"]
+    assert "start" not in method.assign(state, own["site-4"].card, 10).arrays
+    visit = Visit(own["site-4"], 10).home()
+    assert small.close(visit.start, state.arrays["start"]), "what its contrast is counted from"
+    assert not small.close(visit.start, state.arrays["global"])
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):

@@ -90,6 +90,17 @@ def test_a_text_is_not_cut_for_examples_nor_for_virtual_tokens_that_are_not_ther
     assert seen.split()[:16] == ["good", "bad", "long", "dull"] * 4
 
 
+def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path):
+    model = Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+    method = small.method("icl")
+    clients = members(model, method)
+    client = clients["site-0"]
+    client.test = [Record("x", {"text": "the film was not very good but fine and long", "target": "good"})]
+    evaluation = evaluate(method, small.first_state(method, clients), clients, model, 1)
+    assert len(evaluation.own) == 2
+    assert evaluation.everyone is None
+
+
 def test_examples_are_shown_up_to_the_first_that_does_not_fit(tmp_path, monkeypatch):
     method = small.method("icl")
     model, clients = narrow(tmp_path, method, ["fine", "the film was very long and very dull", "good"])

@@ -193,6 +193,14 @@ def test_what_the_policy_does_not_allow_is_refused_by_line_and_spends_nothing(no
     own.close()
 
 
+def test_a_search_has_no_more_generations_than_the_policy_has_steps(tmp_path):
+    searched = world(tmp_path, "fedbpt")
+    own, (orders, said) = site(searched, "site-0", tmp_path, methods=["fedbpt"], max_local_steps=7), begun(searched)
+    with pytest.raises(PolicyError, match=r"method.iterations = 8; site.toml, by default: at most 7"):
+        own.answer(train(orders[0], said))
+    own.close()
+
+
 def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
     own.answer(train(orders[0], said))

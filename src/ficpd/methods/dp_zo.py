@@ -120,9 +120,11 @@ class DpZo:
         """Raises `CodecError` unless it has one of both arrays, a rate and a step."""
         space, K = self._space(start.vectors_PD), self.training.directions
         check_facts(order, {**RATE, "step": (float, int)})
-        moves = order.arrays["moves_TK"] if "moves_TK" in order.arrays else torch.zeros(0)
-        steps = min(len(moves), space.size // K)  # longer than the prompt, that would be sent instead
-        check_arrays(order, {"moves_TK": (steps, K)} if "moves_TK" in order.arrays else {"y": (space.size,)})
+        moves = order.arrays.get("moves_TK")
+        steps = (
+            0 if moves is None else min(moves.numel(), space.size) // K
+        )  # if longer than y, that would be sent instead
+        check_arrays(order, {"y": (space.size,)} if moves is None else {"moves_TK": (steps, K)})
         if order.facts["rate"] == 0:
             raise CodecError("the order's rate is 0, which would ask about one prompt twice")
         apart = self.training.apart(order) * space.unit * self._signs(space, order.round, 0)

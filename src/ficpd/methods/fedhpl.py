@@ -35,7 +35,8 @@ from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Out
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"
-MOST_LABELS = 10_000
+MOST_LABELS, LARGEST_LOGIT = 10_000, 1e6
+"""More than noise adds to any mean; a site trusts no server."""
 HALF = 0.5**0.5
 """Logits and count have half each of a row's squared norm."""
 
@@ -145,13 +146,15 @@ class FedHpl:
         """Raises `CodecError` unless it has a rate and, if any, logits that a mean of clipped ones could be. (Whether they
         are of this client's labels, `train` sees before a record is drawn.)"""
         check_facts(order, {**RATE, "most_labels": (int,)})
-        number = len(order.arrays[KNOWN]) if KNOWN in order.arrays else 0
+        number = order.arrays[KNOWN].numel() if KNOWN in order.arrays else 0
         check_arrays(order, {LOGITS: (number, number), KNOWN: (number,)} if order.arrays else {})
         most = order.facts["most_labels"]
         if not max(number, 1) <= most <= MOST_LABELS:
             raise CodecError(f"the order is of {most} labels at most, and has {number}; expected at most {MOST_LABELS}")
         if order.arrays and not torch.isin(order.arrays[KNOWN], torch.tensor([0.0, 1.0])).all():
             raise CodecError("the order says of a label neither that it is known nor that it is not")
+        if order.arrays and not (order.arrays[LOGITS].abs() <= LARGEST_LOGIT).all():
+            raise CodecError(f"the order has logits beyond {LARGEST_LOGIT:g}, which no mean of clipped ones comes to")
 
     def basis(self, state: State) -> Mapping[str, Tensor]:
         """Nothing that anybody shares."""
