@@ -29,9 +29,11 @@ IID = {"partition": {"kind": "iid", "num_clients": 10}}
 SKEWED = {"partition": {"kind": "dirichlet", "num_clients": 10, "concentration": 0.3, "min_records": 16}}
 WAY = {"space": "way", "redraw_every": 1, "shrinkage": 0.5}
 SUBSPACE = {"name": "subspace", "dimension": 64}
+FARTHER = {"kind": "extrapolated"}
 NAMED: dict[str, dict[str, Any]] = {
     "ficpd": {"method": {"name": "ficpd", **WAY}},
     "ficpd, label prior": {"method": {"name": "ficpd", **WAY, "label_prior": True}},
+    "ficpd, label prior, extrapolated": {"method": {"name": "ficpd", **WAY, "label_prior": True, "server": FARTHER}},
     "fpl, label prior": {"method": {"name": "fpl", "clusters": "none", "label_prior": True}},
     "fpl": {"method": {"name": "fpl", "clusters": "none"}},
     "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"tuner": "spsa"}},
@@ -63,7 +65,15 @@ def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rou
 def gradients(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "recipe": base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8),
-        "methods": methods("ficpd", "ficpd, label prior", "fpl, label prior", "fedavg", "fedprox", "fedhpl"),
+        "methods": methods(
+            "ficpd",
+            "ficpd, label prior",
+            "ficpd, label prior, extrapolated",
+            "fpl, label prior",
+            "fedavg",
+            "fedprox",
+            "fedhpl",
+        ),
         "tasks": {name: group(name, args.data, 10, 80) for name in TASKS},
         "partitions": {"alike": IID, "labels by Dirichlet 0.3": SKEWED},
     }
@@ -103,8 +113,9 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     for part in ("task", "data", "partition"):
         recipe.pop(part)
     recipe["groups"] = {name: group(name, args.data, number, 100) for name, number in CLIENTS.items()}
-    named = methods("ficpd", "fedavg", "fedhpl")
-    return {"recipe": recipe, "methods": named | {"ficpd": {"method": {"name": "ficpd", "num_prototypes": 5}}}}
+    five = {"name": "ficpd", "num_prototypes": 5}
+    ours = {"ficpd": {"method": five}, "ficpd, extrapolated": {"method": five | {"server": FARTHER}}}
+    return {"recipe": recipe, "methods": ours | methods("fedavg", "fedhpl")}
 
 
 def languages(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,8 @@ NAMES = {
     "icl": "examples before the text",
     "ficpd": "FICPD",
     "ficpd, label prior": "FICPD, label priors",
+    "ficpd, extrapolated": "FICPD, extrapolated steps",
+    "ficpd, label prior, extrapolated": "FICPD, label priors, extrapolated steps",
     "ficpd, black box": "FICPD by losses alone (SPSA)",
     "fpl": "FPL",
     "fpl, label prior": "FPL, label priors",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import small
 from ficpd.methods import ficpd
@@ -71,3 +72,25 @@ def test_a_small_cluster_is_drawn_back_by_the_noise_that_is_known():
         offset = 2 * NORTH - of.prompt(state)
         drawn = 0.5 / came / float(offset.square().sum())
         assert small.close(prompt_of(of, state, "a"), of.prompt(state) + (1 - drawn) * offset)
+
+
+def test_global_prompt_and_prototypes_go_farther_where_clients_disagree():
+    """Four of one group at right angles to one another (twice their mean), a fifth of another group alone (as it went)."""
+    of = method(space="metadata", server={"kind": "extrapolated"})
+    cards = [ClientCard(name, {"group": "east" if name == "e" else "north"}) for name in "abcde"]
+    start = of.init(Setup(Prompt(torch.zeros(1, 5), "none"), cards, 5, 5, 0))
+    ways = dict(zip("abcde", torch.eye(5)[:, None], strict=True))
+    state = after(of, start, 1, **ways)
+    everybody, north = torch.full((1, 5), 0.2), torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.0]])
+    assert small.close(of.prompt(state), 2.5 * everybody)
+    assert small.close(prompt_of(of, state, "a"), 2 * north)
+    assert small.close(prompt_of(of, state, "e"), ways["e"])
+    plain = method(space="metadata")
+    assert small.close(prompt_of(plain, after(plain, start, 1, **ways), "a"), north)
+    unknown = State(start.arrays, {**start.facts, "noise": None})
+    assert small.close(of.prompt(after(of, unknown, 1, **ways)), everybody)
+
+
+def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
+    with pytest.raises(ValidationError, match="norm_bound"):
+        method(server={"kind": "extrapolated"}, robust={"rule": "trimmed_mean"})

@@ -250,6 +250,38 @@ def test_a_cluster_nobody_came_of_stays_where_it_is(model):
     assert not torch.equal(after.arrays["prototypes_KPD"][0], state.arrays["prototypes_KPD"][0])
 
 
+def test_a_step_goes_farther_where_the_clients_of_a_cluster_disagree(model):
+    """Six of one cluster at right angles to one another (three times their mean), two of another who agree."""
+    cards = {f"site-{i}": {"kind": "odd" if i > 5 else "even"} for i in range(8)}
+    found = {}
+    for kind in ("plain", "extrapolated"):
+        method = fpl(residual="none", server={"kind": kind})
+        assert method.sums == (kind == "plain")
+        state = small.first_state(method, members(model, method, 8, cards))
+        start, ways = (
+            state.arrays["global"],
+            torch.eye(state.arrays["global"].numel()).view(-1, *state.arrays["global"].shape),
+        )
+        came = [ClientUpdate(f"site-{i}", {"delta": ways[min(i, 6)]}) for i in range(8)]
+        after = method.aggregate(state, came, 1, model)
+        found[kind] = after.arrays["prototypes_KPD"] - start, method.prompt(after) - start
+    (plain, whole), (far, farther) = found["plain"], found["extrapolated"]
+    assert small.close(far[0], 3 * plain[0])
+    assert small.close(far[1], plain[1])
+    assert small.close(farther, 3.2 * whole)  # Σ|δ|² / 8 = 1, |mean|² = (6 + 4) / 64
+
+
+CENTRAL = [
+    "privacy.name=client_gaussian", "privacy.placement=central", "privacy.epsilon=8.0", "privacy.clip_norm=0.5",
+    "federation.clients_per_round=2",
+]  # fmt: skip
+
+
+def test_an_extrapolated_step_needs_each_update(tmp_path):
+    with pytest.raises(PrivacyError, match="fpl looks at each client's update"):
+        small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="none"', 'method.server.kind="extrapolated"')
+
+
 def test_clusters_by_signatures_are_drawn_from_the_first_round(model):
     method = fpl(clusters="signatures", num_clusters=2, residual="none")
     assert method.gathers
@@ -422,12 +454,6 @@ def test_a_client_takes_the_most_common_of_what_is_as_good_on_what_it_held_back(
     order = method.assign(state, late.card, 8)
     drive(model, participate(method, late, order))
     assert "share" in late.kept
-
-
-CENTRAL = [
-    "privacy.name=client_gaussian", "privacy.placement=central", "privacy.epsilon=8.0", "privacy.clip_norm=0.5",
-    "federation.clients_per_round=2",
-]  # fmt: skip
 
 
 def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ficpd.server.optimiser import FIRST, SECOND, ServerStep
+from ficpd.server.optimiser import FIRST, SECOND, ServerStep, extrapolation
+from ficpd.server.robust import Robust
 
 DELTAS = [torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 4.0]])]
 
@@ -45,3 +46,52 @@ def test_moments_are_found_again_and_no_others_kept():
 def test_what_is_no_step_is_refused(wrong):
     with pytest.raises(ValidationError):
         ServerStep(**wrong)
+
+
+def eta(deltas: torch.Tensor, weights: list[float] | None = None, noise: float | None = 0.0) -> float:
+    shares = weights or [1.0] * len(deltas)
+    mean = torch.tensordot(torch.tensor(shares) / sum(shares), deltas, dims=1)
+    named = {str(place): delta for place, delta in enumerate(deltas)}
+    return extrapolation(mean, named, dict(zip(named, shares, strict=True)), noise)
+
+
+def test_a_step_is_longer_by_as_much_as_clients_disagree():
+    eight = torch.eye(8)[:, None]
+    assert eta(torch.ones(8, 1, 3)) == 1
+    assert eta(eight) == pytest.approx(4)
+    half_way = eight + eight.mean(0)  # Σ|δ|² / 8 = 1.375, |mean|² = 0.5
+    assert eta(half_way) == pytest.approx(1.375)
+    assert eta(eight[:2]) == 1
+
+
+def test_weights_count_as_in_the_mean():
+    eight = torch.eye(8)[:, None]
+    weights = [3.0] * 4 + [1.0] * 4
+    assert eta(eight, weights) == pytest.approx(1 / (2 * 4 * (9 + 1) / 256))
+    assert eta(eight[:4], [1.0, 1.0, 1.0, 1e6]) == pytest.approx(1)
+
+
+def test_a_mean_of_nearly_nothing_is_not_followed_far():
+    """Eight who pull north and nine who pull south: the paper's η would be 144, and the step longer than any of them."""
+    opposed = torch.cat([torch.ones(8, 1, 1), -torch.ones(9, 1, 1)])
+    assert eta(opposed) == pytest.approx(8.5)
+    assert eta(torch.cat([torch.ones(8, 1, 1), -torch.ones(8, 1, 1)])) == 1
+
+
+def test_noise_is_no_disagreement():
+    """Alike but for noise: their lengths alone would make the step nearly five times as long."""
+    drawn = torch.Generator().manual_seed(0)
+    clean, noise = torch.ones(16, 1, 50) / 50**0.5, torch.randn(16, 1, 50, generator=drawn)
+    noisy = clean + noise
+    assert eta(noisy) > 4
+    assert eta(noisy, noise=50.0) < 1.05
+    assert eta(noisy, noise=None) == 1
+
+
+def test_lengths_are_not_taken_of_what_a_rule_distrusts():
+    step = ServerStep(kind="extrapolated")
+    step.check(Robust(rule="norm_bound"))
+    for rule in ("trimmed_mean", "multi_krum"):
+        with pytest.raises(ValueError, match=f'"{rule}"'):
+            step.check(Robust(rule=rule))
+        ServerStep().check(Robust(rule=rule))

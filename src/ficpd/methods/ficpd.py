@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ficpd.clients import LABELS
@@ -57,6 +57,11 @@ class Config(BaseModel):
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerStep = ServerStep()
     robust: Robust = Robust()
+
+    @model_validator(mode="after")
+    def _lengths_count(self) -> "Config":
+        self.server.check(self.robust)
+        return self
 
 
 def build(config: Config, training: Training) -> "Ficpd":
@@ -108,20 +113,22 @@ class Ficpd:
         client would be sent now."""
         means = Means(self.config.robust, updates)
         updates = means.updates
-        move, moments = self.config.server.moved(means.everyone(), state.arrays)
+        deltas, noise = {u.client: u.arrays["delta"] for u in updates}, state.facts.get("noise", 0.0)
+        came = {u.client: u.weight for u in updates}
+        whole = self.config.server.stretched(means.everyone(), deltas, came, noise)
+        move, moments = self.config.server.moved(whole, state.arrays)
         shared = state.arrays["global"] + move
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
         signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
         offsets = _of_clients(state, "offset/") | {name: prompt - shared for name, prompt in reached.items()}
-        weights = state.facts["weights"] | {u.client: u.weight for u in updates}
+        weights = state.facts["weights"] | came
         clusters, drawn = self._clusters(state, signatures, round)
         arrays = {"start": state.arrays["start"], "global": shared, **moments}
         newly = drawn == round
         counted = offsets if newly else {name: offsets[name] for name in reached}
+        counted = counted | self._farther(means, {n: (offsets[n], deltas[n]) for n in deltas}, came, clusters, noise)
         before = None if newly else state.arrays["prototypes_KPD"]
-        arrays["prototypes_KPD"] = self._prototypes(
-            means, shared, counted, weights, clusters, state.facts.get("noise", 0.0), before
-        )
+        arrays["prototypes_KPD"] = self._prototypes(means, shared, counted, weights, clusters, noise, before)
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
@@ -170,6 +177,22 @@ class Ficpd:
             )
             return followed(before, found, signatures, self.config.stay), round
         return Clusters(before, max(before.values()) + 1), drawn
+
+    def _farther(
+        self, means: Means, reached: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, float], clusters: Clusters,
+        noise: float | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """By client its offset, and by how much more the server goes than its cluster's mean delta."""
+        if self.config.server.sums:
+            return {}
+        found = {}
+        for k in range(clusters.number):
+            there = {name: delta for name, (_, delta) in reached.items() if clusters.member[name] == k}
+            if there:
+                mean = means.of(f"prototype-{k}", there, weights)
+                more = self.config.server.stretched(mean, there, weights, noise) - mean
+                found |= {name: reached[name][0] + more for name in there}
+        return found
 
     def _prototypes(
         self, means: Means, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],

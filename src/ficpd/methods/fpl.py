@@ -23,7 +23,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,6 +69,11 @@ class Config(BaseModel):
     server: ServerStep = ServerStep()
     robust: Robust = Robust()
 
+    @model_validator(mode="after")
+    def _lengths_count(self) -> "Config":
+        self.server.check(self.robust)
+        return self
+
 
 def build(config: Config, training: Training) -> "Fpl":
     return Fpl(config, training)
@@ -81,7 +86,7 @@ class Fpl:
         self.config, self.training = config, training
         self.statistics = (LABELS,) if config.label_prior else ()
         self.gathers = config.clusters == "signatures"
-        self.sums = config.robust.sums and not self.gathers
+        self.sums = config.robust.sums and config.server.sums and not self.gathers
 
     def init(self, setup: Setup) -> State:
         start = setup.start.vectors_PD
@@ -161,6 +166,8 @@ class Fpl:
         weights = {str(k): sizes[k] for k in moved}
         of_clusters = {str(k): delta for k, (delta, _) in moved.items()}
         whole = mean_of(of_clusters, weights) if self.config.robust.sums else means.everyone()
+        if not self.config.server.sums:
+            whole, moved = self._farther(means, whole, moved, clusters, sizes, state.facts.get("noise", 0.0))
         step, moments = self.config.server.moved(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
@@ -235,6 +242,19 @@ class Fpl:
             for k, came in of.items()
             if came
         }  # fmt: skip
+
+    def _farther(
+        self, means: Means, whole: Tensor, moved: Mapping[int, tuple[Tensor, float]], clusters: Clusters,
+        sizes: Mapping[int, float], noise: float | None,
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, float]]]:  # fmt: skip
+        """The global move and the clusters', each as far as its own clients' updates let it."""
+        stretched, farther, weights = self.config.server.stretched, {}, {}
+        deltas = {u.client: u.arrays["delta"] for u in means.updates}
+        for k, (delta, number) in moved.items():
+            came = {u.client: u.weight for u in means.updates if clusters.member.get(u.client) == k}
+            farther[k] = stretched(delta, {name: deltas[name] for name in came}, came, noise), number
+            weights |= {name: sizes[k] * weight / sum(came.values()) for name, weight in came.items()}
+        return stretched(whole, deltas, weights, noise), farther
 
     def _drawn_back(
         self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]
