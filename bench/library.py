@@ -138,6 +138,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+FARTHER = {"server": {"kind": "extrapolated"}}
+
+
 def setting(args: argparse.Namespace) -> str:
     return f"{args.rounds} rounds of 5 steps of 16, entry 4, {RATE:g} times the catalog's rate"
 
@@ -197,9 +200,11 @@ def clients(args: argparse.Namespace) -> None:
             shares = {name: max(1, round(number * CLIENTS[name] / 30)) for name in CLIENTS}
             shares["polarity"] = max(4, shares["polarity"])
             world = world_of(args, seed, clients=shares, **schedule)
-            for name in ("ficpd, 5 prototypes", "ficpd, oracle", "fedavg")[: 3 if number in (10, 500) else 1]:
+            named = {name: METHODS[name] for name in ("ficpd, 5 prototypes", "ficpd, oracle", "fedavg")}
+            named |= {f"{name}, extrapolated": method | FARTHER for name, method in list(named.items())[:2]}
+            for name, method in named.items() if number in (10, 500) else list(named.items())[:1]:
                 cohort = {"clients_per_round": min(20, len(world.shards))}
-                cells.add(f"{number} clients, {name}", seed, partial(alone, world, METHODS[name], federation=cohort))
+                cells.add(f"{number} clients, {name}", seed, partial(alone, world, method, federation=cohort))
 
 
 def texts(args: argparse.Namespace) -> None:

@@ -74,21 +74,37 @@ def test_a_small_cluster_is_drawn_back_by_the_noise_that_is_known():
         assert small.close(prompt_of(of, state, "a"), of.prompt(state) + (1 - drawn) * offset)
 
 
-def test_global_prompt_and_prototypes_go_farther_where_clients_disagree():
-    """Four of one group at right angles to one another (twice their mean), a fifth of another group alone (as it went)."""
-    of = method(space="metadata", server={"kind": "extrapolated"})
+def of_five(of: ficpd.Ficpd, ways: torch.Tensor, noise: float | None = 0.0) -> State:
+    """After one round of four clients of one group and a fifth of another."""
     cards = [ClientCard(name, {"group": "east" if name == "e" else "north"}) for name in "abcde"]
     start = of.init(Setup(Prompt(torch.zeros(1, 5), "none"), cards, 5, 5, 0))
-    ways = dict(zip("abcde", torch.eye(5)[:, None], strict=True))
-    state = after(of, start, 1, **ways)
-    everybody, north = torch.full((1, 5), 0.2), torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.0]])
-    assert small.close(of.prompt(state), 2.5 * everybody)
-    assert small.close(prompt_of(of, state, "a"), 2 * north)
-    assert small.close(prompt_of(of, state, "e"), ways["e"])
-    plain = method(space="metadata")
-    assert small.close(prompt_of(plain, after(plain, start, 1, **ways), "a"), north)
-    unknown = State(start.arrays, {**start.facts, "noise": None})
-    assert small.close(of.prompt(after(of, unknown, 1, **ways)), everybody)
+    return after(of, State(start.arrays, {**start.facts, "noise": noise}), 1, **dict(zip("abcde", ways, strict=True)))
+
+
+def farther(**config) -> ficpd.Ficpd:
+    return method(space="metadata", server={"kind": "extrapolated"}, **config)
+
+
+WAYS, NORTHERN, EVERYBODY = torch.eye(5)[:, None], torch.tensor([[0.25] * 4 + [0.0]]), torch.full((1, 5), 0.2)
+
+
+def test_a_prototype_goes_farther_where_its_clients_disagree_and_the_global_prompt_with_it():
+    """Four at right angles to one another (twice their mean), one alone (as it went)."""
+    of = farther(shrinkage=0.0)
+    state = of_five(of, WAYS)
+    assert small.close(prompt_of(of, state, "a"), 2 * NORTHERN)
+    assert small.close(prompt_of(of, state, "e"), WAYS[4])
+    assert small.close(of.prompt(state), 0.8 * 2 * NORTHERN + 0.2 * WAYS[4])
+    plain = method(space="metadata", shrinkage=0.0)
+    assert small.close(prompt_of(plain, of_five(plain, WAYS), "a"), NORTHERN)
+    assert small.close(of.prompt(of_five(of, WAYS, noise=None)), EVERYBODY)
+
+
+@pytest.mark.parametrize(("shrinkage", "share"), [(0.2, 0.25), (0.5, 1.0), (1.0, 1.0)])
+def test_the_global_prompt_goes_by_itself_as_far_as_prototypes_follow_it(shrinkage, share):
+    of = farther(shrinkage=shrinkage)
+    with_them = 0.8 * 2 * NORTHERN + 0.2 * WAYS[4]
+    assert small.close(of.prompt(of_five(of, WAYS)), with_them + share * (2.5 * EVERYBODY - with_them))
 
 
 def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
