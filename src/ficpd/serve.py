@@ -71,8 +71,9 @@ def _to_the_log(line: str) -> None:
 def serve(
     recipe: str, recipe_name: str, out: Path, engine: "Flower", resume: bool = False, say: Say = _to_the_log
 ) -> dict[str, Any]:
-    """Run a recipe's method among the sites that come. Raises `RunError` if `out` is taken, `SiteError` for sites that do
-    not come or have another backbone; nothing is asked of anybody before that is known."""
+    """Run a recipe's method among the sites that come. Raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError`,
+    before any site is waited for, if the method is not for sites or not private in this way, `SiteError` for sites that do
+    not come or have another backbone; nothing is asked of anybody before all of that is known."""
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
     directory.check(to_toml(experiment), resume)
     if done := directory.result():
@@ -80,10 +81,13 @@ def serve(
         return done
     resolved = out / "resolved.toml"
     world = served_world(parse(resolved.read_text(), resolved.name, records=False) if resolved.exists() else experiment)
-    say(f"{experiment.name}: {experiment.method['name']} on {world.experiment.backbone.name}, waiting for sites")
+    method = method_of(world, world.experiment.method)
+    if method.pools_data or not method.trains:
+        raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
+    part_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
+    say(f"{experiment.name}: {method.name} on {world.experiment.backbone.name}, waiting for sites")
     engine.gather(_sites_of(out))
     world = _with_sites(world, {card.name: card for card in engine.clients()}, engine.told)
-    method = method_of(world, world.experiment.method)
     world = world.starting(method)
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(world.experiment))
@@ -207,8 +211,6 @@ def _with_sites(world: World, cards: Mapping[str, ClientCard], told: Mapping[str
 def _beginning(
     world: World, method: Method, engine: "Flower"
 ) -> tuple[State, dict[str, Any], list[Round], dict[str, Any]]:
-    if method.pools_data or not method.trains:
-        raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
     federation, number = world.experiment.federation, len(world.shards)
     cohort = min(federation.clients_per_round or number, number)
     cards = sorted(engine.clients(), key=lambda card: card.name)

@@ -59,8 +59,38 @@ def engine(found: dict[str, Site], **options: Any) -> Any:
     return Flower(config, grid, "")  # type: ignore[arg-type]
 
 
+SUMMED = (
+    'privacy.name="client_gaussian"',
+    'privacy.placement="central"',
+    "privacy.epsilon=8.0",
+    "privacy.clip_norm=0.5",
+)
 PLAIN, PRIVATE = (), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")
 WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_prior=true")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "why"),
+    [
+        ("fedbpt", NOISED, "no private form"),
+        (
+            "fpl",
+            (*SUMMED, 'method.clusters="none"', 'method.server.kind="extrapolated"'),
+            "looks at each client's update",
+        ),
+        ("zero_shot", (), "for simulations"),
+        ("centralized", (), "for simulations"),
+    ],
+)
+def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, changes, why):
+    class Nobody:
+        def gather(self, known):
+            raise AssertionError("waits for sites")
+
+    world = build_world(small.experiment(tmp_path, method, *changes))
+    with pytest.raises((PrivacyError, ConfigError), match=why):
+        serve.serve(recipe(world), "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
+    assert not (tmp_path / "served" / "resolved.toml").exists()
 
 
 @pytest.mark.parametrize(
