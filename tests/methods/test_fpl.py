@@ -268,7 +268,10 @@ def test_a_step_goes_farther_where_the_clients_of_a_cluster_disagree(model):
     (plain, whole), (far, farther) = found["plain"], found["extrapolated"]
     assert small.close(far[0], 3 * plain[0])
     assert small.close(far[1], plain[1])
-    assert small.close(farther, 3.2 * whole)  # Σ|δ|² / 8 = 1, |mean|² = (6 + 4) / 64
+    assert small.close(whole, (6 * plain[0] + 2 * plain[1]) / 8)
+    assert small.close(farther, (6 * far[0] + 2 * far[1]) / 8), (
+        "with its clusters: nothing would call it back from farther"
+    )
 
 
 CENTRAL = [

@@ -5,7 +5,8 @@ import torch
 from pydantic import ValidationError
 
 from ficpd.server.optimiser import FIRST, SECOND, ServerStep, extrapolation
-from ficpd.server.robust import Robust
+from ficpd.server.robust import Means, Robust
+from ficpd.types import ClientUpdate
 
 DELTAS = [torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 4.0]])]
 
@@ -95,3 +96,13 @@ def test_lengths_are_not_taken_of_what_a_rule_distrusts():
         with pytest.raises(ValueError, match=f'"{rule}"'):
             step.check(Robust(rule=rule))
         ServerStep().check(Robust(rule=rule))
+
+
+def test_by_another_rule_than_the_mean_no_claimed_weight_makes_a_step_longer():
+    """Four at right angles; the first says that it counts a million times."""
+    claims = (1e6, 1.0, 1.0, 1.0)
+    came = [ClientUpdate(str(i), {"delta": torch.eye(4)[None, i]}, claims[i]) for i in range(4)]
+    step, member = ServerStep(kind="extrapolated"), dict.fromkeys("0123", 0)
+    more = step.farther(Means(Robust(rule="norm_bound"), came), member, 0.0)
+    torch.testing.assert_close(more["3"], torch.full((1, 4), 0.25))  # η = 2: once more the mean
+    assert ServerStep().farther(Means(Robust(), came), member, 0.0) == {}

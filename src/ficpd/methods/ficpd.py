@@ -21,7 +21,7 @@ from torch import Tensor
 from ficpd.clients import LABELS
 from ficpd.personal import calibrated
 from ficpd.seams import ClientSide, Model
-from ficpd.server.optimiser import ServerStep
+from ficpd.server.optimiser import ServerStep, extrapolation
 from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
 from ficpd.server.robust import Means, Robust
 from ficpd.server.signatures import Probes
@@ -117,7 +117,7 @@ class Ficpd:
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
         signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
         clusters, drawn = self._clusters(state, signatures, round)
-        whole, more = self._steps(means, came, clusters, noise)
+        whole, more = self._steps(means, clusters, noise)
         move, moments = self.config.server.moved(whole, state.arrays)
         shared = state.arrays["global"] + move
         offsets = _of_clients(state, "offset/") | {n: p + more.get(n, 0.0) - shared for n, p in reached.items()}
@@ -176,9 +176,7 @@ class Ficpd:
             return followed(before, found, signatures, self.config.stay), round
         return Clusters(before, max(before.values()) + 1), drawn
 
-    def _steps(
-        self, means: Means, weights: Mapping[str, float], clusters: Clusters, noise: float | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _steps(self, means: Means, clusters: Clusters, noise: float | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The global prompt's move, before the server's rate; and how much farther each client is taken to have come than it
         did, if steps are extrapolated, each cluster's by its own clients.
 
@@ -187,21 +185,14 @@ class Ficpd:
         with its prototypes, and farther by its own η as far as they are less than a round behind: min(1, λ / (1 - λ)) of
         the way.
         """
-        deltas = {u.client: u.arrays["delta"] for u in means.updates}
-        whole, server = means.everyone(), self.config.server
-        if server.sums:
+        deltas, weights, whole = {u.client: u.arrays["delta"] for u in means.updates}, means.weights, means.everyone()
+        more = self.config.server.farther(means, clusters.member, noise)
+        if not more:
             return whole, {}
-        more = {}
-        for k in range(clusters.number):
-            there = {name: delta for name, delta in deltas.items() if clusters.member[name] == k}
-            if there:
-                mean = means.of(f"prototype-{k}", there, weights)
-                more |= dict.fromkeys(there, server.stretched(mean, there, weights, noise) - mean)
         apart = means.of("global", {name: delta + more[name] for name, delta in deltas.items()}, weights)
-        drawn = self.config.shrinkage if isinstance(self.config.shrinkage, float) else 0.0
-        return apart + min(1.0, drawn / max(1 - drawn, 1e-9)) * (
-            server.stretched(whole, deltas, weights, noise) - apart
-        ), more
+        drawn = 0.0 if isinstance(self.config.shrinkage, str) else self.config.shrinkage
+        share = min(1.0, drawn / max(1 - drawn, 1e-9))
+        return apart + share * (extrapolation(whole, deltas, weights, noise) * whole - apart), more
 
     def _prototypes(
         self, means: Means, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],

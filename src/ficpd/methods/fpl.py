@@ -161,13 +161,17 @@ class Fpl:
         before = state.arrays["prototypes_KPD"]
         if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
-        moved = self._moves(means, clusters)
+        more = self.config.server.farther(means, clusters.member, state.facts.get("noise", 0.0))
+        reached = {
+            u.client: u.arrays["delta"] + more[u.client] if more else u.arrays["delta"]
+            for u in updates
+            if "delta" in u.arrays
+        }
+        moved = self._moves(means, clusters, reached)
         sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
         weights = {str(k): sizes[k] for k in moved}
         of_clusters = {str(k): delta for k, (delta, _) in moved.items()}
-        whole = mean_of(of_clusters, weights) if self.config.robust.sums else means.everyone()
-        if not self.config.server.sums:
-            whole, moved = self._farther(means, whole, moved, clusters, sizes, state.facts.get("noise", 0.0))
+        whole = mean_of(of_clusters, weights) if self.config.robust.sums else means.of("global", reached, means.weights)
         step, moments = self.config.server.moved(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
@@ -228,7 +232,9 @@ class Fpl:
         drawn = cosine_kmeans(by_client, self.config.num_clusters, state.facts["seed"])
         return Clusters(dict.fromkeys(member, 0) | drawn.member, drawn.number), new
 
-    def _moves(self, means: Means, clusters: Clusters) -> dict[int, tuple[Tensor, float]]:
+    def _moves(
+        self, means: Means, clusters: Clusters, reached: Mapping[str, Tensor]
+    ) -> dict[int, tuple[Tensor, float]]:
         """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
         updates = means.updates
         if len(updates) == 1 and f"{SUM}0" in updates[0].arrays:
@@ -237,24 +243,11 @@ class Fpl:
             return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
-            k: (means.of(f"prototype-{k}", {u.client: u.arrays["delta"] for u in came}, {u.client: u.weight for u in came}),
+            k: (means.of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, {u.client: u.weight for u in came}),
                 len(came))
             for k, came in of.items()
             if came
         }  # fmt: skip
-
-    def _farther(
-        self, means: Means, whole: Tensor, moved: Mapping[int, tuple[Tensor, float]], clusters: Clusters,
-        sizes: Mapping[int, float], noise: float | None,
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, float]]]:  # fmt: skip
-        """The global move and the clusters', each as far as its own clients' updates let it."""
-        stretched, farther, weights = self.config.server.stretched, {}, {}
-        deltas = {u.client: u.arrays["delta"] for u in means.updates}
-        for k, (delta, number) in moved.items():
-            came = {u.client: u.weight for u in means.updates if clusters.member.get(u.client) == k}
-            farther[k] = stretched(delta, {name: deltas[name] for name in came}, came, noise), number
-            weights |= {name: sizes[k] * weight / sum(came.values()) for name, weight in came.items()}
-        return stretched(whole, deltas, weights, noise), farther
 
     def _drawn_back(
         self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.server.robust import Robust
+from ficpd.server.robust import Means, Robust
 
 FIRST, SECOND = "server/first", "server/second"
 
@@ -42,11 +42,14 @@ class ServerStep(BaseModel):
                 'out what it distrusts: take the rule "norm_bound" or "mean", or another server.kind'
             )
 
-    def stretched(
-        self, mean_PD: Tensor, deltas: Mapping[str, Tensor], weights: Mapping[str, float], noise: float | None
-    ) -> Tensor:
-        """The mean of these clients' deltas, or as many times it as "extrapolated" says (see `extrapolation`)."""
-        return mean_PD if self.sums else extrapolation(mean_PD, deltas, weights, noise) * mean_PD
+    def farther(self, means: Means, member: Mapping[str, int], noise: float | None) -> dict[str, Tensor]:
+        """By client, how much farther than their mean update the clients of its cluster go; nothing if not extrapolated."""
+        deltas, more = {} if self.sums else {u.client: u.arrays["delta"] for u in means.updates}, {}
+        for k in {member.get(name) for name in deltas}:
+            there = {name: delta for name, delta in deltas.items() if member.get(name) == k}
+            mean = means.of(f"prototype-{k}", there, means.weights)
+            more |= dict.fromkeys(there, (extrapolation(mean, there, means.weights, noise) - 1) * mean)
+        return more
 
     def moved(self, delta_PD: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """How far the global prompt goes, and the moments to keep beside it (found again in `arrays`)."""

@@ -59,6 +59,11 @@ class Means:
         if robust.rule == "norm_bound" and updates:
             self._cut()
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """By client, what it counts for in a mean of these updates."""
+        return {u.client: u.weight if self.robust.rule == "mean" else 1.0 for u in self.updates}
+
     def everyone(self) -> Tensor:
         """The mean `delta` of all that came."""
         weights = {update.client: update.weight for update in self.updates}
