@@ -1,0 +1,57 @@
+"""The command line. Every command's work is one import away, so that `ficpd --help` loads neither torch nor Flower."""
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ficpd import __version__
+from ficpd.cli.libraries import adapt, evaluate, export, import_, predict
+from ficpd.cli.runs import audit, info, run
+from ficpd.cli.screen import errors
+from ficpd.compare.cli import compare
+from ficpd.deploy.cli import deploy
+from ficpd.errors import FicpdError
+from ficpd.page.cli import report
+from ficpd.site.cli import site
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="Adapt one frozen foundation model together; share only soft prompts.",
+)  # fmt: skip
+for command in (run, compare, report, audit, evaluate, adapt, predict, export, info):
+    app.command()(command)
+app.command("import")(import_)
+app.add_typer(deploy, name="deploy")
+app.add_typer(site, name="site")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one red paragraph and exit status 1, never a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = _warn
+    try:
+        app()
+    except FicpdError as error:
+        errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """A warning as one yellow paragraph, without the line of code that raised it."""
+    errors.print("[bold yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ficpd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
