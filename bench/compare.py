@@ -50,7 +50,8 @@ def methods(*labels: str) -> dict[str, Any]:
 
 
 def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rounds: int) -> dict[str, Any]:
-    """What all tasks of a part have in common, at `RATE` times the backbone's own learning rate."""
+    """What all tasks of a part have in common, at `RATE` times the backbone's own learning rate. That is found in float32:
+    one that each machine found in its own dtype would make other runs of the same seed."""
     tree = {
         "name": "compare",
         "backbone": backbone,
@@ -59,7 +60,8 @@ def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rou
         "federation": {"num_rounds": rounds},
         **group("polarity", args.data, 10, 100),
     }
-    known = build_world(parse(tomli_w.dumps(tree), "bench")).experiment.training.learning_rate
+    exact = tree | {"backbone": backbone | {"dtype": "float32", "attention": "eager"}}
+    known = build_world(parse(tomli_w.dumps(exact), "bench")).experiment.training.learning_rate
     tree["training"] |= {"learning_rate": RATE * (known or 0.0)}
     return tree
 
