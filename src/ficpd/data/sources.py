@@ -69,7 +69,9 @@ class Config(BaseModel):
             raise ValueError("options: a column holds them already (columns.options); state one of the two")
         for role, column in self.columns.items():
             if role not in ROLES and role != column:
-                raise ValueError(f"columns: {unknown('role', role, ROLES)}")
+                raise ValueError(
+                    f"columns: {unknown('role', role, ROLES)}. A column that plays none keeps its name: keep = [{column!r}]"
+                )
         if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
             raise ValueError(
                 f"keep: {taken[0]!r} is also a role, played by {self.columns[taken[0]]!r}; rename the column"
