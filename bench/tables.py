@@ -1,22 +1,24 @@
-"""The README's tables of methods against one another, from `results/compare_*.json`.
+"""The tables of methods against one another in README.md and docs/results.md, from `results/compare_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` and `<!-- end -->` and is written anew; `--check` only says whether it would be
-another one. Means over seeds of the figure in percent, in bold the best of a column's methods (lines left out); after it,
-over several seeds, the standard deviation.
+Each stands between `<!-- compare PART -->` (or `summary`) and `<!-- end -->` and is written anew; `--check` only says if
+one would be another. Means over seeds of the figure in percent, in bold the best of a column's methods (lines left out);
+after it, over several seeds, the standard deviation.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measure import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 NAMES = {
     "zero_shot": "zero-shot",
     "local": "local only",
@@ -40,24 +42,61 @@ NAMES = {
     "dp_zo": "DP-ZO",
     "dp_cma_es": "DP-CMA-ES",
 }
+SUMMED = (
+    "zero_shot",
+    "local",
+    "ficpd",
+    "ficpd, label prior",
+    "ficpd, label prior, extrapolated",
+    "fpl, label prior",
+    "fedavg",
+    "fedhpl",
+    "centralized",
+)
+SKEW = "labels by Dirichlet 0.3"
+SUMMARY: dict[str, tuple[str, dict[str, str]]] = {
+    "polarity, clients alike": ("gradients", {"task": "polarity", "partition": "alike"}),
+    "polarity, labels skewed": ("gradients", {"task": "polarity", "partition": SKEW}),
+    "abstracts, skewed": ("gradients", {"task": "abstracts", "partition": SKEW}),
+    "CLINC, skewed": ("gradients", {"task": "clinc", "partition": SKEW}),
+    "five tasks at once": ("mixed", {}),
+    "eight languages": ("languages", {}),
+    "polarity, ε = 2": ("private", {"budget": "ε = 2"}),
+}
+"""Columns of the README's table: heading, which comparison, which of its conditions."""
 Column = tuple[str, Callable[[str], tuple[float | None, str]], bool]
 """Heading; of a method the value and how it is shown; whether the best is marked."""
 
 
 def table(found: Mapping[str, Any]) -> str:
+    """All that one comparison found."""
     columns = [column for build in (accuracies, costs, reached) for column in build(found)]
     labels = sorted(found["methods"], key=lambda label: (_place(label), list(found["methods"]).index(label)))
+    return drawn(columns, labels, found["lines"])
+
+
+def summary(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """One condition of several comparisons a column."""
+    columns = []
+    for heading, (part, wanted) in SUMMARY.items():
+        (one,) = [one for one in parts[part]["conditions"] if wanted.items() <= one.items()]
+        columns.append((heading, partial(_accuracy, one), True))
+    return drawn(columns, SUMMED, {line for found in parts.values() for line in found["lines"]})
+
+
+def drawn(columns: Sequence[Column], labels: Sequence[str], lines: Container[str]) -> str:
+    """A line a method that has a figure, the best that is no line marked."""
     cells = {label: [show(label) for _, show, _ in columns] for label in labels}
     for place, (_, _, marked) in enumerate(columns):
-        values = {label: row[place][0] for label, row in cells.items() if label not in found["lines"]}
+        values = {label: row[place][0] for label, row in cells.items() if label not in lines}
         known = [value for value in values.values() if value is not None]
         for label, value in values.items():
             if marked and known and value is not None and round(value, 3) == round(max(known), 3):
                 cells[label][place] = value, f"**{cells[label][place][1]}**"
-    lines = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    rows = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
     told = [label for label in labels if any(text != "–" for _, text in cells[label])]
-    lines += [[NAMES.get(label, label), *(text for _, text in cells[label])] for label in told]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows += [[NAMES.get(label, label), *(text for _, text in cells[label])] for label in told]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _place(label: str) -> int:
@@ -68,17 +107,18 @@ def accuracies(found: Mapping[str, Any]) -> list[Column]:
     """A column for each condition, named by what there is more than one of."""
     axes = [axis for axis in ("task", "partition", "budget") if len({one[axis] for one in found["conditions"]}) > 1]
 
-    def column(one: Mapping[str, Any]) -> Column:
-        def show(label: str) -> tuple[float | None, str]:
-            figure = one["methods"].get(label) or {"mean": None}
-            if figure["mean"] is None:
-                return None, "–"
-            spread = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
-            return figure["mean"], f"{100 * figure['mean']:.1f}{spread}"
+    return [
+        (", ".join(str(one[axis]) for axis in axes) or "accuracy", partial(_accuracy, one), True)
+        for one in found["conditions"]
+    ]
 
-        return ", ".join(str(one[axis]) for axis in axes) or "accuracy", show, True
 
-    return [column(one) for one in found["conditions"]]
+def _accuracy(one: Mapping[str, Any], label: str) -> tuple[float | None, str]:
+    figure = one["methods"].get(label)
+    if not figure or figure["mean"] is None:
+        return None, "–"
+    spread = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
+    return figure["mean"], f"{100 * figure['mean']:.1f}{spread}"
 
 
 def costs(found: Mapping[str, Any]) -> list[Column]:
@@ -133,12 +173,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is another one")
     args = parser.parse_args(arguments)
-    files = {path.stem.removeprefix("compare_"): path for path in sorted(RESULTS.glob("compare_*.json"))}
-    before = README.read_text()
-    after = written(before, {part: table(json.loads(path.read_text())) for part, path in files.items()})
+    found = {
+        path.stem.removeprefix("compare_"): json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("compare_*.json"))
+    }
+    tables = {part: table(one) for part, one in found.items()} | {"summary": summary(found)}
+    before = {page: page.read_text() for page in PAGES}
+    after = {page: written(text, tables) for page, text in before.items()}
     if args.check:
         raise SystemExit(int(after != before))
-    README.write_text(after)
+    for page, text in after.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
