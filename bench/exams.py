@@ -62,7 +62,7 @@ SETS: dict[str, dict[str, Any]] = {
         "partition": {"kind": "iid", "num_clients": 6},
     },
     "medquad": {
-        "task": {"name": "generation", "instruction": "Answer:", "max_new_tokens": 40},
+        "task": {"name": "generation", "instruction": "Here is what doctors say:", "max_new_tokens": 40},
         "data": {"source": "medquad", "columns": {"text": "question", "target": "answer", "client": "client"}},
         "partition": {"kind": "column", "column": "client"},
         "backbone": {"name": "smollm2", "options": {"max_tokens": 96}},
