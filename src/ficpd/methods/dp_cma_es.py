@@ -82,8 +82,7 @@ class DpCmaEs:
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         means = Means(self.robust, updates)
-        weights = {update.client: update.weight for update in means.updates}
-        losses_K = means.of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, weights)[0]
+        losses_K = means.of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, means.weights)[0]
         search = {n.removeprefix(SEARCH): array for n, array in state.arrays.items() if n.startswith(SEARCH)}
         told = Search(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
         return self._state(state.arrays["start"], told.state, {**state.facts, **means.facts})

@@ -94,8 +94,7 @@ class DpZo:
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         means, start = Means(self.robust, updates), state.arrays["start"]
-        weights = {update.client: update.weight for update in means.updates}
-        slopes_SK = means.of("global", {u.client: u.arrays["slopes_SK"] for u in means.updates}, weights)
+        slopes_SK = means.of("global", {u.client: u.arrays["slopes_SK"] for u in means.updates}, means.weights)
         space, before = self._space(start), state.facts["slope"]
         square = float(slopes_SK.square().mean())
         slope = (MEMORY * before**2 + (1 - MEMORY) * square if before else square) ** 0.5

@@ -162,11 +162,7 @@ class Fpl:
         if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
         more = self.config.server.farther(means, clusters.member, state.facts.get("noise", 0.0))
-        reached = {
-            u.client: u.arrays["delta"] + more[u.client] if more else u.arrays["delta"]
-            for u in updates
-            if "delta" in u.arrays
-        }
+        reached = {u.client: u.arrays["delta"] + more.get(u.client, 0.0) for u in updates if "delta" in u.arrays}
         moved = self._moves(means, clusters, reached)
         sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
         weights = {str(k): sizes[k] for k in moved}
@@ -243,7 +239,7 @@ class Fpl:
             return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
-            k: (means.of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, {u.client: u.weight for u in came}),
+            k: (means.of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, means.weights),
                 len(came))
             for k, came in of.items()
             if came

@@ -66,8 +66,7 @@ class Means:
 
     def everyone(self) -> Tensor:
         """The mean `delta` of all that came."""
-        weights = {update.client: update.weight for update in self.updates}
-        return self.of("global", {update.client: update.arrays["delta"] for update in self.updates}, weights)
+        return self.of("global", {update.client: update.arrays["delta"] for update in self.updates}, self.weights)
 
     def of(self, where: str, arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         """The mean of these clients' arrays, all of one shape, whatever their order; `where` names it in the report."""
