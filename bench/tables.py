@@ -24,6 +24,7 @@ NAMES = {
     "local": "local only",
     "centralized": "centralised",
     "fedavg": "FedAvg",
+    "fedavg, label prior": "FedAvg, label priors",
     "fedprox": "FedProx",
     "fedhpl": "FedHPL (answers are shared, prompts stay)",
     "fedbpt": "FedBPT",
@@ -53,6 +54,7 @@ SUMMED = (
     "fpl",
     "fpl, label prior",
     "fedavg",
+    "fedavg, label prior",
     "fedhpl",
     "centralized",
 )
