@@ -16,7 +16,19 @@ from ficpd.seams import TOTAL, Backbone, Compression, Coordinates, Mechanism, Me
 from ficpd.tasks import masked
 from ficpd.traits import Calibrates, Classifies
 from ficpd.tuners.space import clip_units
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Spend, State
+from ficpd.types import (
+    LORA,
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    Prompt,
+    Query,
+    Record,
+    Spend,
+    State,
+)
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
 LABELS = "labels"
@@ -30,7 +42,8 @@ class Client:
     """One member of the federation. `start` tells the prompt's shape and layer; `kept` is what stays here over rounds.
 
     `private_seed` feeds record sampling and simulated noise. It must not be derivable from anything the server knows; a
-    mechanism with cryptographic noise does not use it. `book` is where releases are paid; None only without privacy.
+    mechanism with cryptographic noise does not use it. `book` is where releases are paid; None only without privacy. `owed`:
+    what the next order pays beside its own releases.
     """
 
     card: ClientCard
@@ -43,6 +56,7 @@ class Client:
     start: Prompt
     private_seed: int
     book: Book | None = None
+    owed: Sequence[Spend] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False)
     asked: dict[int, list[int]] = field(default_factory=dict, repr=False)
@@ -136,9 +150,9 @@ class Visit:
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
         """`steps` batches of `batch_size` records in expectation (all records, if there are fewer). All are paid for
         before the first is drawn: `BudgetError` if the budget does not allow them."""
-        records = self.client.encoded()
-        self.expected_batch = min(batch_size, len(records))
+        self.expected_batch = min(batch_size, len(self.client.train))
         self.charge("step", steps)
+        records = self.client.encoded()
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
             self._open, self._drawn = len(rows), rows
             yield records.take(rows)
@@ -251,9 +265,11 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
     visit, asked = Visit(client, order.round, order.method), client.asked.setdefault(order.round, [0, 0])
+    visit.spends.extend(client.owed)
     visit.charge("release", 1)
     try:
-        update = yield from counted(method.train(visit, order), asked)
+        near = client.start if client.mechanism.unit == "record" else None
+        update = yield from counted(method.train(visit, order), asked, near)
         released = visit.release(update)
     except PrivacyError:  # a price that is too high, or a method that is not sound: so for any records
         raise
@@ -261,18 +277,24 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
         if client.book is not None and client.mechanism.unit != "none":
             failed = _stored(ClientUpdate(client.name, {}), client.kept, asked, failed=True)
             client.book.settle(order.round, order.method, visit.spends, failed)
+            client.owed = ()
         raise
     if client.book is not None:
         client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept, asked))
-    client.kept = visit.kept
+    client.kept, client.owed = visit.kept, ()
     return released
 
 
-def counted(work: Generator[Query, Answer, ClientUpdate], asked: list[int]) -> Generator[Query, Answer, ClientUpdate]:
-    """The same work; what it asks for is added to `asked`: forward queries, gradients."""
+def counted(
+    work: Generator[Query, Answer, ClientUpdate], asked: list[int], near: Prompt | None = None
+) -> Generator[Query, Answer, ClientUpdate]:
+    """The same work; what it asks for is added to `asked`: forward queries, gradients. Prompts farther off than `near`
+    reaches are asked about where its reach ends."""
     try:
         query = next(work)
         while True:
+            if near is not None and near.enters_at != LORA:
+                query = query._replace(prompts_KPD=near.within_reach(query.prompts_KPD))
             asked[query.grad] += len(query.prompts_KPD) * len(query.batch)
             query = work.send((yield query))
     except StopIteration as end:
@@ -289,7 +311,7 @@ def restored(client: Client, body: bytes, round: int | None = None) -> ClientUpd
     """The update that was released then; the client keeps what it kept then, and has asked in its `round` what it asked
     then. Raises `PolicyError` if it failed."""
     try:
-        state, extra = codec.decode_state(body)
+        state, extra = codec.decode_state(body, own=True)
     except CodecError as error:
         raise LedgerError(f"the stored answer of {client.name} cannot be read: {error}") from error
     parts = {"sent": {}, "kept": {}}

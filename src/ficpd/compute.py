@@ -324,11 +324,17 @@ def _split(
 
 
 def drive(model: Compute, work: Generator[Query, Answer, Result]) -> Result:
-    """Answer one generator until it returns: what a site does."""
+    """Answer one generator until it returns: what a site does. Where the model fails, the generator hears of it at the
+    question it asked: an order has to be paid for also then."""
     try:
         query = next(work)
         while True:
-            query = work.send(model.answer([query])[0])
+            try:
+                answer = model.answer([query])[0]
+            except Exception as error:
+                query = work.throw(error)
+            else:
+                query = work.send(answer)
     except StopIteration as end:
         return end.value
 
@@ -338,7 +344,8 @@ def drive_many(
 ) -> Iterator[tuple[str, Result | Exception]]:
     """Answer many generators in lock step, one query of each a turn; yields each result as it comes.
 
-    A generator that raises yields its exception, and the others go on.
+    A generator that raises yields its exception, and the others go on. Where the model fails all of them end with it: whose
+    question it was is not known, and a simulation is begun again.
     """
     answers: dict[str, Answer | None] = dict.fromkeys(works)
     while answers:

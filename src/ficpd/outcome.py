@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ficpd.types import IDS, Prompt, State, zeros_of
 from ficpd.world import World
 
 OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
-"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has."""
+"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has, and so
+does an exact epsilon (`_told`)."""
 VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
@@ -75,7 +77,9 @@ def library_of(
     start = world.start.with_vectors(_kept_as(world.start.vectors_PD, backbone))
     prompts = {name: start.with_vectors(_kept_as(vectors, backbone)) for name, vectors in basis.items()} | dict(more)
     card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
-    card["privacy"] = {key: value for key, value in result["privacy"].items() if key not in OF_SITES}
+    card["privacy"] = _told(result["privacy"])
+    if card["privacy"].get("noise") == "simulated":  # whoever has the seed can take the noise off
+        card.pop("seed")
     tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
     card["tasks"] = {name: dict(task.describe()) for name, task in tasks.items()}
     card["backbone"] = {
@@ -91,6 +95,17 @@ def library_of(
         card[WORDS] = {name: backbone.words.text(ids_P1[:, 0].tolist()) for name, ids_P1 in basis.items()}
     keys = keys_of(prompts, tasks, tasks_of(world, state, list(tasks)), backbone)
     return PromptLibrary(start, prompts, card, keys)
+
+
+def _told(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the privacy block what a library says: for what was spent the budget that was agreed on, or, where none was, what
+    was spent rounded up to two digits."""
+    told = {key: value for key, value in privacy.items() if key not in OF_SITES}
+    if spent := told.get("epsilon"):
+        unit = 10.0 ** (floor(log10(spent)) - 1)
+        rounded = round(ceil(spent / unit * (1 - 1e-12)) * unit, 12)
+        told["epsilon"] = max(told.get("budget") or rounded, spent)
+    return told
 
 
 def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:

@@ -30,8 +30,8 @@ from ficpd.outcome import (
     refined_of,
     schedule_of,
 )
-from ficpd.refine import DISTILLED
-from ficpd.rundir import RunDir
+from ficpd.refine import DISTILLED, check_refine
+from ficpd.rundir import SITES, RunDir
 from ficpd.seams import Method
 from ficpd.speed import machine
 from ficpd.terms import Terms, group_of
@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flowe
     from ficpd.engines.flower import Flower
 
 Say = Callable[[str], None]
-SITES = "sites.json"
 
 
 def serve_app(grid: "Grid", context: "Context") -> None:
@@ -72,8 +71,9 @@ def serve(
     recipe: str, recipe_name: str, out: Path, engine: "Flower", resume: bool = False, say: Say = _to_the_log
 ) -> dict[str, Any]:
     """Run a recipe's method among the sites that come. Raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError`,
-    before any site is waited for, if the method is not for sites or not private in this way, `SiteError` for sites that do
-    not come or have another backbone; nothing is asked of anybody before all of that is known."""
+    before any site is waited for, if the method is not for sites or not private in this way, what `check_refine` raises,
+    `SiteError` for sites that do not come or have another backbone; nothing is asked of anybody before all of that is known.
+    """
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
     directory.check(to_toml(experiment), resume)
     if done := directory.result():
@@ -85,6 +85,7 @@ def serve(
     if method.pools_data or not method.trains:
         raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
     part_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
+    check_refine(world, method)
     say(f"{experiment.name}: {method.name} on {world.experiment.backbone.name}, waiting for sites")
     engine.gather(_sites_of(out))
     world = _with_sites(world, {card.name: card for card in engine.clients()}, engine.told)
@@ -100,7 +101,9 @@ def _rounds(
 ) -> dict[str, Any]:
     experiment, schedule = world.experiment, schedule_of(world, method)
     state, _, rounds, totals = directory.load() or _beginning(world, method, engine)
+    directory.check_told(len(rounds))
     guard = _guard(world, method, state, directory, rounds)
+    directory.check_books([guard.central.book] if guard.central else [], method.name, len(rounds))
     state = knowing_the_noise(world, method, state, guard)
     engine.run = directory.run_id()
     names = [card.name for card in engine.clients()]
@@ -220,11 +223,11 @@ def _beginning(
 
 
 def _guard(world: World, method: Method, state: State, directory: RunDir, rounds: list[Round]) -> Guard:
-    """What the server itself has to pay for: the noise on a sum, and the noise on an update that it may know of. What is
+    """What the server itself has to pay for: the noise on a sum, and the noise on an update that it may know of. That of a
+    sum is the operating system's: every site has the experiment's seed and could take away what comes from it. What is
     noised per record, each site plans and pays by itself, for only it knows how many it has."""
     part = part_for(method, world.experiment.privacy)
-    if "placement" not in part:
-        part = NONE
+    part = {**part, "noise": "cryptographic"} if "placement" in part else NONE
     batch_size = 1 if part is NONE else method.work(state)[1]
     nobody = {name: Shard([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
     paid = max((done.round for done in rounds if done.updates), default=0) if part.get("placement") == "central" else 0

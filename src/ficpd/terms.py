@@ -15,9 +15,9 @@ from ficpd.errors import CodecError, ConfigError
 from ficpd.experiment import Experiment, parse, settings, to_toml
 from ficpd.federate import Schedule
 from ficpd.guard import planned
-from ficpd.seams import Compression, Coordinates, Method
+from ficpd.seams import Backbone, Compression, Coordinates, Method, Task
 from ficpd.traits import Rebuilds
-from ficpd.types import Plan, Prompt, State
+from ficpd.types import FARTHEST, Plan, Prompt, State
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,31 @@ def _check_rows(rows: Tensor, typical: Tensor, start: Prompt) -> None:
     wanted = (len(rows), start.vectors_PD.numel())
     if rows.dim() != 2 or tuple(rows.shape) != wanted or typical.shape != rows.shape[:1]:
         raise ValueError(f"directions of {tuple(rows.shape)} where {wanted} were expected")
-    if not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3) or not bool((typical > 0).all()):
+    positive = bool((typical > 0).all()) and bool(torch.isfinite(typical).all())
+    if not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3) or not positive:
         raise ValueError("directions that are not orthonormal, or not of positive length")
+
+
+def check_start(start: Prompt, task: Task, backbone: Backbone) -> None:
+    """Raises `CodecError` for a start that no run on this backbone and task has: one with more or fewer rows of a readout
+    would have the site cut its texts elsewhere than it uses them, so that long records fail and tell of themselves; one far
+    outside of what the backbone knows is where rounding lets records depend on one another."""
+    vectors_PD, enters_at, head_rows = start.vectors_PD, start.enters_at, start.head_rows
+    if vectors_PD.dtype != torch.float32 or vectors_PD.dim() != 2 or vectors_PD.shape[1] != backbone.width:
+        given = f"{vectors_PD.dtype} {tuple(vectors_PD.shape)}"
+        raise CodecError(f"the run's start is {given}, expected float32 rows of {backbone.width}")
+    if type(head_rows) is not int or head_rows != task.head_rows or len(vectors_PD) < head_rows:
+        raise CodecError(
+            f"the run's start says that {head_rows} of its {len(vectors_PD)} rows are a readout, and of this task "
+            f"{task.head_rows} are"
+        )
+    if type(enters_at) is not int or not 0 <= enters_at < backbone.depth:
+        raise CodecError(f"the run's prompts enter at layer {enters_at}, expected 0 to {backbone.depth - 1}")
+    if not bool(torch.isfinite(vectors_PD).all()):
+        raise CodecError("the run's start has numbers that are not finite")
+    known_PD = backbone.start(None, max(start.room, 1), enters_at, 0)
+    if not Prompt(known_PD, backbone.fingerprint).reaches(vectors_PD[: start.room]):
+        raise CodecError(f"the run's start is more than {FARTHEST:g} times as long as words of {backbone.name}")
 
 
 def group_of(client: str, groups: Mapping[str, object]) -> str:

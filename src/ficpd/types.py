@@ -154,10 +154,20 @@ class Prompt:
         """How many virtual tokens a text must leave room for."""
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
+    @property
+    def reach(self) -> float:
+        """`FARTHEST` times as long as the longest row."""
+        return FARTHEST * max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
+
     def reaches(self, rows: Tensor) -> bool:
-        """Whether no row of these [..., D] is more than `FARTHEST` times as long as this prompt's longest."""
-        longest = max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
-        return not rows.numel() or float(rows.norm(dim=-1).max()) <= FARTHEST * longest
+        """Whether no row of these [..., D] is longer than `reach`."""
+        return not rows.numel() or float(rows.norm(dim=-1).max()) <= self.reach
+
+    def within_reach(self, rows: Tensor) -> Tensor:
+        """These [..., D], longer rows drawn back to where the reach ends; words as they are."""
+        if not rows.is_floating_point() or self.reaches(rows):
+            return rows
+        return rows * (self.reach / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
 
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
         floats = vectors_PD.to(torch.float32) if vectors_PD.is_floating_point() else vectors_PD

@@ -153,6 +153,70 @@ def test_an_order_that_fails_on_the_way_is_paid_and_not_tried_again(member, mode
     assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
 
 
+class Failing:
+    """A model that answers so many questions and then fails, as one does that has no memory for a long record."""
+
+    def __init__(self, model: Compute, answers: int):
+        self.model, self.answers = model, answers
+
+    def answer(self, queries):
+        self.answers -= 1
+        if self.answers < 0:
+            raise RuntimeError("out of memory")
+        return self.model.answer(queries)
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_an_order_that_fails_in_the_model_is_paid_and_not_tried_again(member, model, answers):
+    client = member()
+    with pytest.raises(RuntimeError):
+        carried_out(client, Failing(model, answers))
+    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+    with pytest.raises(PolicyError, match="is not tried again"):
+        carried_out(client, model)
+    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+
+
+def test_records_that_cannot_be_encoded_are_paid_for(member, model, monkeypatch):
+    client = member()
+    client.encodings.clear()
+
+    def encode(*_):
+        raise RuntimeError("too long")
+
+    monkeypatch.setattr(type(client.task), "encode", encode)
+    with pytest.raises(RuntimeError):
+        carried_out(client, model)
+    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+
+
+@pytest.mark.parametrize(("mechanism", "held"), [(record_level, True), (NoPrivacy, False)])
+def test_nobody_is_asked_about_prompts_where_records_depend_on_one_another(member, model, mechanism, held):
+    """Also if the order is a good one, and its rate takes the next step far away."""
+    client, lengths = member(mechanism()), []
+
+    class Watched(Counting):
+        def answer(self, queries):
+            lengths.extend(float(query.prompts_KPD.norm(dim=-1).max()) for query in queries)
+            return super().answer(queries)
+
+    prompt = client.start.vectors_PD
+    far = Assignment("fedavg", 1, {"prompt": prompt}, {"rate": 1e6})
+    drive(Watched(model), participate(small.method("fedavg"), client, far))
+    assert len(lengths) == 2
+    assert (max(lengths) <= client.start.reach * (1 + 1e-6)) == held
+    assert lengths[0] == pytest.approx(float(prompt.norm(dim=-1).max()))
+
+
+def test_what_is_owed_is_paid_with_the_first_order_alone(member, model):
+    client, whole = member(client_level(placement="central")), client_level(placement="central").planned()
+    client.owed = whole
+    carried_out(client, model)
+    assert client.book.spent() == list(whole)
+    carried_out(client, model, 2)
+    assert client.book.spent() == list(whole)
+
+
 # ---------------------------------------------------------------- an order that was carried out before
 
 KINDS: Mapping[str, object] = {
@@ -346,7 +410,7 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     visit = Visit(member(mechanism), 1)
     seen = []
     visit.noise.gaussian = lambda values, deviation: seen.append(deviation) or values
-    assert visit.weight == pytest.approx(RECORDS, rel=1e-5)
+    assert visit.weight == pytest.approx(RECORDS, rel=2e-4)
     assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("total:weight").noise_multiplier]
     assert visit.spends[0].sampling_rate == 1.0
 
@@ -356,7 +420,7 @@ def test_each_record_counts_at_most_one_in_a_total(member):
     visit.noise.gaussian = lambda values, deviation: values
     rows = torch.zeros(RECORDS, 2)
     rows[0, 0], rows[1, 1] = 1e6, float("nan")
-    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([1.0, 0.0]).double(), atol=1e-5)
+    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([1.0, 0.0]).double(), atol=2e-4)
 
 
 @pytest.mark.parametrize("count", [0, 8, 10])

@@ -24,12 +24,14 @@ from ficpd.errors import (
     LedgerError,
     PolicyError,
     PrivacyError,
+    RunError,
     SiteError,
 )
 from ficpd.library import PromptLibrary
 from ficpd.outcome import method_of, schedule_of
 from ficpd.privacy.noise import Cryptographic
 from ficpd.run import run
+from ficpd.site import settings
 from ficpd.site.site import LEDGER, Site, TermsWantedError
 from ficpd.terms import Terms
 from ficpd.world import World, build_world
@@ -163,6 +165,81 @@ def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(
     assert bodies[0] != bodies[1]
     seeds = {(tmp_path / str(place) / "site-0" / "seed").read_text() for place in range(2)}
     assert len(seeds) == 2
+
+
+def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_have(tmp_path):
+    one = world(tmp_path, "fedavg", *SUMMED)
+    assert one.experiment.privacy.get("noise", "simulated") == "simulated"
+    left = []
+    for place in range(2):
+        with sites(one, mechanisms=["client_gaussian:central"]) as found:
+            folder = tmp_path / f"served{place}"
+            serve.serve(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
+        left.append(PromptLibrary.load(folder).prompts["global"].vectors_PD)
+    assert not torch.equal(*left)
+    assert json.loads((folder / "result.json").read_text())["privacy"]["noise"] == "cryptographic"
+
+
+def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path):
+    one = world(tmp_path, "fedavg", *SUMMED)
+    orders, said = begun(one)
+    policy: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "epsilon": 10.0, "delta": 1e-5}
+    own = site(one, "site-0", tmp_path, **policy)
+    own.answer(train(orders[0], said))
+    spent = own.status()["epsilon"]["spent"]
+    assert 7.0 < spent <= 8.0, "all that the run plans"
+    own.close()
+    own = site(one, "site-0", tmp_path, **policy)
+    own.answer(train(orders[1]))
+    assert own.status()["epsilon"]["spent"] == spent
+    with pytest.raises(BudgetError, match="on other runs"):
+        own.answer(train(orders[0], said, run="b" * 32))
+    assert own.status()["epsilon"]["spent"] == spent
+    own.close()
+
+
+def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, tmp_path):
+    """Whoever chose how many rows are a readout would choose how long a text may be before it fails."""
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    found = terms.decode(said)
+    start = found.start
+    bad = [
+        (replace(start, head_rows=1), "are a readout"),
+        (replace(start, head_rows=-1), "are a readout"),
+        (replace(start, enters_at=noised.model.backbone.depth), "enter at layer"),
+        (replace(start, enters_at=-1), "enter at layer"),
+        (start.with_vectors(start.vectors_PD * torch.nan), "not finite"),
+        (start.with_vectors(start.vectors_PD * 1e6), "times as long"),
+        (start.with_vectors(start.vectors_PD[:, :-1]), "rows of"),
+        (replace(start, vectors_PD=start.vectors_PD.double()), "float32"),
+    ]
+    for other, why in bad:
+        with pytest.raises(CodecError, match=why):
+            own.answer(train(orders[0], terms.encode(replace(found, start=other))))
+    longer = start.with_vectors(torch.cat([start.vectors_PD] * 20))
+    with pytest.raises(PolicyError, match=r"prompt.num_tokens = 60; site.toml, by default: at most 32"):
+        own.answer(train(orders[0], terms.encode(replace(found, start=longer))))
+    assert not own.runs
+    assert own.status()["epsilon"]["spent"] == 0
+    own.answer(train(orders[0], said))
+    own.close()
+
+
+def test_a_site_whose_records_do_not_fit_beside_a_prompt_does_not_open(noised, tmp_path):
+    with pytest.raises(SiteError, match=r"fits beside a prompt of 64 virtual tokens.*max_num_tokens"):
+        site(noised, "site-0", tmp_path, max_num_tokens=64)
+    assert not (tmp_path / "site-0").exists()
+
+
+def test_a_round_is_scored_once_where_the_scores_stay(noised, tmp_path, monkeypatch):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own.answer(train(orders[0], said))
+    scored: list[int] = []
+    monkeypatch.setattr(own, "_scores", lambda run, order: scored.append(order.round) or {})
+    for place in (0, 0, 1, 0, 1):
+        assert own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[place]))) == b"{}"
+    assert scored == [1, 2]
+    own.close()
 
 
 def test_terms_are_asked_for_and_then_kept(noised, tmp_path):
@@ -317,6 +394,24 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert whole["num_rounds"] == 3
 
 
+def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_have_sent(tmp_path):
+    one, out = world(tmp_path, "fedavg", *NOISED), tmp_path / "cut"
+
+    def stops(line: str) -> None:
+        if line.startswith("round 2/"):
+            raise KeyboardInterrupt
+
+    with sites(one) as found:
+        with pytest.raises(KeyboardInterrupt):
+            serve.serve(recipe(one), "small.toml", out, engine(found), say=stops)
+        newest = (out / "checkpoint").read_bytes()
+        (out / "checkpoint").unlink()
+        with pytest.raises(RunError, match=r"tells of 2 rounds.*is gone.*restore the newest checkpoint"):
+            serve.serve(recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None)
+        (out / "checkpoint").write_bytes(newest)
+        assert serve.serve(recipe(one), "small.toml", out, engine(found), resume=True)["num_rounds"] == 3
+
+
 def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
     found = terms.decode(said)
@@ -437,3 +532,30 @@ def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(
         own.answer(train(orders[0], said))
     assert own.status()["runs"] == {}
     own.close()
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "stated", "taken"),
+    [
+        ('["record_gaussian"]', "", "float32"),
+        ('["record_gaussian"]', 'dtype = "bfloat16"', "bfloat16"),
+        ('["client_gaussian"]', "", "auto"),
+    ],
+)
+def test_a_site_computes_in_float32_where_noise_is_for_one_record(tmp_path, mechanisms, stated, taken):
+    small.table(tmp_path / "own.csv")
+    (tmp_path / "site.toml").write_text(
+        f"""name = "north"
+socket = "north.sock"
+state = "state"
+task = {{ name = "classification", labels = {{ bad = "bad", good = "good" }} }}
+data = {{ source = "own.csv" }}
+[backbone]
+name = "tiny"
+{stated}
+[policy]
+epsilon = 2
+mechanisms = {mechanisms}
+"""
+    )
+    assert settings.read(tmp_path / "site.toml").backbone.dtype == taken

@@ -29,11 +29,13 @@ from ficpd.world import load_backbone, served_world
 def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
     """What a person wants to read before the first run. Raises whatever is wrong, in words."""
     config = settings.read(file)
-    _, shard = records_of(config)
+    task, shard = records_of(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
     if recipe is None:
         backbone, _ = load_backbone(config.backbone, config.engine)
         yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
+        policy.check_room(config, shard, task, backbone)
+        yield f"prompts   of at most {policy.most_tokens(config, backbone)} virtual tokens; every record fits beside them"
     card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
     yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
     yield f"leaves    once a round, an update: {_mechanisms(config)}"
@@ -58,7 +60,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     schedule = schedule_of(world, method)
     terms = Terms(world.experiment, text, recipe.name, names, schedule, world.start, world.compression.coordinates)
     yield f"backbone  {world.experiment.backbone.name}: {world.start.backbone}"
-    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms)
+    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms, world.model.backbone)
     yield f"recipe    {recipe.name}: the policy allows it"
     cards = [ClientCard(name) for name in names]
     setup = Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, labels_of(world))

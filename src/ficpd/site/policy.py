@@ -3,17 +3,23 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ficpd.clients import LABELS
-from ficpd.errors import PolicyError
+from ficpd.data.partition import Shard
+from ficpd.errors import BackboneError, PolicyError, SiteError
+from ficpd.seams import Backbone, Task
 from ficpd.site.settings import SiteConfig, where
 from ficpd.terms import Terms, group_of
+from ficpd.types import Prompt
 
 
-def check(config: SiteConfig, own: str, own_name: str, terms: Terms) -> None:
-    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written."""
+def check(config: SiteConfig, own: str, own_name: str, terms: Terms, backbone: Backbone) -> None:
+    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was
+    written; `backbone`: the site's."""
     objections = [
         f"{where(terms.recipe_name, terms.recipe, theirs)}: {given}; {where(own_name, own, ours)}: {allowed}"
-        for theirs, given, ours, allowed in _objections(config, terms)
+        for theirs, given, ours, allowed in _objections(config, terms, most_tokens(config, backbone))
     ]
     if objections:
         raise PolicyError(
@@ -23,7 +29,7 @@ def check(config: SiteConfig, own: str, own_name: str, terms: Terms) -> None:
         )
 
 
-def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, str, str]]:
+def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple[str, str, str, str]]:
     """The recipe's key and value, the site's key and what it allows."""
     policy, experiment = config.policy, terms.experiment
     method, mechanism = experiment.method["name"], mechanism_of(experiment.privacy)
@@ -43,6 +49,7 @@ def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, st
     personal, iterations = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations"))
     training, rounds = experiment.training, terms.schedule.num_rounds
     for theirs, given, ours, most in (
+        ("prompt.num_tokens", terms.start.room, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
@@ -65,6 +72,27 @@ def _objections(config: SiteConfig, terms: Terms) -> Iterator[tuple[str, str, st
     elif differing := [key for key in {**asked, **config.task} if asked.get(key) != config.task.get(key)]:
         key = sorted(differing)[0]
         yield f"{prefix}task.{key}", f"task.{key} = {asked.get(key)!r}", f"task.{key}", f"{config.task.get(key)!r}"
+
+
+def most_tokens(config: SiteConfig, backbone: Backbone) -> int:
+    """Virtual tokens that a prompt may have at this site."""
+    return config.policy.max_num_tokens or backbone.max_tokens // 2
+
+
+def check_room(config: SiteConfig, shard: Shard, task: Task, backbone: Backbone) -> None:
+    """Raises `SiteError` if a record does not fit beside the longest prompt that the policy allows. Found by the owner, and
+    not by an order: which orders fail would tell of the longest record."""
+    tokens = most_tokens(config, backbone)
+    rows = torch.zeros(tokens + task.head_rows, backbone.width)
+    longest = Prompt(rows, backbone.fingerprint, head_rows=task.head_rows)
+    try:
+        for records in (shard.train, shard.test):
+            task.encode(records, backbone, longest)
+    except BackboneError as error:
+        raise SiteError(
+            f"not every record of {config.name} fits beside a prompt of {tokens} virtual tokens, the most that it allows: "
+            f"{error} Or allow shorter prompts only (policy.max_num_tokens)"
+        ) from error
 
 
 def mechanism_of(privacy: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from ficpd.data.sources import Config as Source
 from ficpd.errors import ConfigError, unknown
 from ficpd.experiment import BackboneConfig, EngineConfig, Frozen, checked, part
 
+EXACT = "float32"
+"""What a site computes in where noise is for one record: bfloat16 rounds the other records too much (`clip.MARGIN`)."""
 LONGEST_SOCKET = 107
 """Bytes of a Unix socket's path (Linux, sun_path)."""
 
@@ -20,7 +22,9 @@ class Policy(Frozen):
 
     `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
     dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
-    updates out without a guarantee, "client_gaussian:central" lets the server add the noise. `max_clip_norm` None: any.
+    updates out without a guarantee, "client_gaussian:central" lets the server add the noise (the site pays for the whole run
+    with its first order). `max_num_tokens`: virtual tokens of a prompt (None: half of what the backbone takes);
+    every record has to fit beside so many. `max_clip_norm` None: any.
     `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
     does not cover them.
     """
@@ -29,6 +33,7 @@ class Policy(Frozen):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     methods: tuple[str, ...] = ("fedavg", "fedprox", "ficpd", "fpl")
     mechanisms: tuple[str, ...] = ("record_gaussian",)
+    max_num_tokens: int | None = Field(default=None, ge=1)
     max_local_steps: int = Field(default=50, ge=1)
     max_batch_size: int = Field(default=128, ge=1)
     max_rounds: int = Field(default=1000, ge=1)
@@ -99,9 +104,15 @@ def read(path: Path | str) -> SiteConfig:
     if "task" in parts:
         parts["task"] = part("tasks", parts["task"], f"{path.name}: task")
     config = checked(SiteConfig, parts, path.name)
-    here = path.resolve().parent
+    here, backbone = path.resolve().parent, config.backbone
+    if backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
+        backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
-        update={"socket": here / config.socket.expanduser(), "state": here / config.state.expanduser()}
+        update={
+            "backbone": backbone,
+            "socket": here / config.socket.expanduser(),
+            "state": here / config.state.expanduser(),
+        }
         | ({"data": config.data.model_copy(update={"source": _beside(here, config.data.source)})})
     )
 

@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +32,13 @@ from ficpd.site import policy
 from ficpd.site.settings import SiteConfig
 from ficpd.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.terms import Terms, group_of
-from ficpd.types import JSON, Assignment, ClientCard
+from ficpd.types import JSON, Assignment, ClientCard, Spend
 
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
 LEDGER, SEED, WITNESS = "ledger.sqlite", "seed", "orders"
 TELLS = (PolicyError, CodecError, SiteError)
 """Errors whose words are about terms and messages, and that come whatever the records are."""
-MOST_CLIENTS = 100_000
 
 
 class TermsWantedError(Exception):
@@ -54,6 +53,8 @@ class Run:
     method: Method
     client: Client
     participations: int
+    scored: int = 0
+    """The last round whose prompts were scored where the scores stay."""
 
 
 class Site:
@@ -73,6 +74,7 @@ class Site:
         self.folder = config.state
         self.turn = lock or threading.Lock()  # one order at a time; sites that share a backbone share the lock
         self.runs: dict[str, Run] = {}
+        policy.check_room(config, shard, task, model.backbone)
         _owned(self.folder)
         self._held = _hold(self.folder)
         self.ledger = Ledger(self.folder / LEDGER, f"site {config.name}")
@@ -126,11 +128,13 @@ class Site:
 
     def _evaluated(self, name: str, run: Run, order: Assignment) -> bytes:
         """Scores on the site's own test records stay here; they are told only where nothing was promised. Where they are
-        not, the answer is the same whatever comes of it: prompts are the caller's, the choice among them is the records'."""
+        not, the answer is the same whatever comes of it, and a round is scored once, since how long that takes may tell of
+        the records: prompts are the caller's, the choice among them is the records'."""
         client = run.client
         share, scores = self.config.policy.share_metrics and client.mechanism.unit == "none", {}
+        again, run.scored = order.round <= run.scored and not share, max(run.scored, order.round)
         try:
-            if client.test:
+            if client.test and not again:
                 scores = self._scores(run, order)
                 write(self._run_folder(name) / "scores.json", json.dumps(scores, indent=2) + "\n")
         except Exception as error:
@@ -177,14 +181,15 @@ class Site:
             raise CodecError(
                 f"the run is for backbone {found.start.backbone}, this site has {fingerprint}; load the same"
             )
-        policy.check(config, *self.own, found)
+        policy.check(config, *self.own, found, self.model.backbone)
+        terms.check_start(found.start, self.task, self.model.backbone)
         method, compression = found.method(), found.compression()
         plan = found.plan(config.name, len(self.shard.train))
         mechanism = self._mechanism(found, method, plan)
         book = self.ledger.book(config.name, self._budget(name, mechanism), name)
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
-            found.start, self.seed, book,
+            found.start, self.seed, book, () if book.carried_out() else self._beforehand(mechanism),
         )  # fmt: skip
         if (newest := book.newest(method.name)) and (stored := book.answered(newest, method.name)):
             with suppress(PolicyError):  # it failed, and is kept as such
@@ -222,6 +227,12 @@ class Site:
                 f"{allowed.delta:g}). Nothing was spent. Ask for less, or agree on a larger budget"
             )
         return Budget(allowed.epsilon, allowed.delta, tuple(together))
+
+    @staticmethod
+    def _beforehand(mechanism: Mechanism) -> Sequence[Spend]:
+        """What the first order pays of a run that is noised at the server: all of it. No single release of the site has a
+        price there, and the sum costs each member the same in every round, also in those that did without it."""
+        return mechanism.planned() if mechanism.price("sum") is not None else ()
 
     def status(self) -> dict[str, JSON]:
         """For the site's own people; nothing of it goes to a server."""
