@@ -9,7 +9,7 @@ from pathlib import Path
 import ficpd
 
 FLOORS = [
-    {"types", "seams", "traits", "errors", "seeds", "registry", "cache", "files"},
+    {"types", "seams", "traits", "errors", "seeds", "registry", "cache", "files", "spelling"},
     {"backbones", "tasks", "data", "privacy", "compression", "tuners"},
     {
         "compute",

@@ -13,6 +13,7 @@ from ficpd.errors import LibraryError
 from ficpd.library import FORMAT, PromptLibrary, guarantee, keys_of, model_card, task_key
 from ficpd.tasks import classification, generation
 from ficpd.types import Prompt, Query
+from test_run import to_the_disk
 
 CARD = {
     "backbone": {"name": "tiny", "kind": "tiny", "options": {}},
@@ -87,6 +88,14 @@ def test_a_save_that_breaks_off_leaves_the_old(tmp_path, model, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         library(model, other=axis(model, 0)).save(tmp_path / "lib")
     assert PromptLibrary.load(tmp_path / "lib").prompts.keys() == given.prompts.keys()
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, model, monkeypatch):
+    """Else a run whose result is there may have a library of empty files after a power cut."""
+    steps = to_the_disk(monkeypatch)
+    library(model).save(tmp_path / "lib")
+    names = ("prompts.safetensors", "card.json", "README.md")
+    assert steps == [step for name in names for step in ("file", f"-> {name}", "folder")] + ["-> lib", "folder"]
 
 
 def test_a_run_directory_that_holds_one_will_do(tmp_path, model):

@@ -28,6 +28,7 @@ from ficpd.peft import export, imported, own_base, read_folder
 from ficpd.tasks import classification
 from ficpd.types import LORA, Prompt, Query, Record
 from ficpd.world import load_backbone
+from test_run import to_the_disk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -202,6 +203,12 @@ def test_what_lies_in_the_folder(llama, tmp_path):
                 "base_model_name_or_path": str(llama)}  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_the_folder_is_on_the_disk_before_it_has_its_name(llama, tmp_path, monkeypatch):
+    made, steps = library(llama), to_the_disk(monkeypatch)
+    export(made, "global", tmp_path / "out", str(llama))
+    assert steps[-7:] == ["file", "file", "file", "-> README.md", "folder", "-> out", "folder"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import small
-from ficpd.errors import LedgerError, PrivacyError
+from ficpd.errors import LedgerError, PrivacyError, RunError
 from ficpd.guard import LEDGER, private_seed, public_seed
 from ficpd.methods import ficpd
 from ficpd.privacy import accountant
@@ -42,11 +42,24 @@ def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
 
 
 def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
-    """A sampling rate is batch over records, and the noise follows from it: both stay out of what is handed on."""
-    small.run(tmp_path, "fedavg", *TWO)
-    privacy = json.loads((tmp_path / "run" / "library" / "card.json").read_text())["privacy"]
-    assert {"mechanism", "unit", "neighbouring", "epsilon", "delta", "noise"} <= privacy.keys()
-    assert not {"lines", "noise_multiplier", "site_that_spent_most", "epsilon_of_sites"} & privacy.keys()
+    """A sampling rate is batch over records, and the noise and the exact epsilon follow from it: they stay out of what is
+    handed on. So does a seed that the noise came from."""
+    cases = {
+        "budget": (TWO, 2.0, False),
+        "open": ((*RECORD, "privacy.noise_multiplier=3.0"), None, False),
+        "system": ((*TWO, "privacy.noise='cryptographic'"), 2.0, True),
+    }
+    for name, (changes, told, seeded) in cases.items():
+        spent = small.run(tmp_path / name, "fedavg", *changes)["privacy"]["epsilon"]
+        card = json.loads((tmp_path / name / "run" / "library" / "card.json").read_text())
+        privacy = card["privacy"]
+        assert {"mechanism", "unit", "neighbouring", "epsilon", "delta", "noise"} <= privacy.keys()
+        assert not {"lines", "noise_multiplier", "site_that_spent_most", "epsilon_of_sites"} & privacy.keys()
+        assert spent < privacy["epsilon"] < 1.1 * spent + 0.1
+        assert privacy["epsilon"] == told or (told is None and float(f"{privacy['epsilon']:.2g}") == privacy["epsilon"])
+        assert ("seed" in card) == seeded
+    small.run(tmp_path / "none", "fedavg")
+    assert "seed" in json.loads((tmp_path / "none" / "run" / "library" / "card.json").read_text())
 
 
 def test_the_ledger_has_what_the_block_counts(tmp_path):
@@ -136,6 +149,61 @@ def test_a_ledger_that_is_gone_is_no_clean_slate(tmp_path, monkeypatch):
     for file in (tmp_path / "run").glob(LEDGER + "*"):
         file.unlink()
     with pytest.raises(LedgerError, match="1 rounds were run"):
+        run_experiment(experiment, tmp_path / "run", resume=True)
+
+
+def stopped_after(rounds: int, tmp_path, *changes):
+    """A run of five rounds that was cut off after so many, and the checkpoint of the first."""
+    experiment, checkpoints = small.experiment(tmp_path, "fedavg", *changes, rounds=5), []
+
+    def stop(method, done, planned, figures):
+        checkpoints.extend([(tmp_path / "run" / "checkpoint").read_bytes()] if method == "fedavg" and done else [])
+        if (method, done) == ("fedavg", rounds):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_experiment(experiment, tmp_path / "run", progress=stop)
+    return experiment, checkpoints[0]
+
+
+def left(folder) -> dict[str, bytes]:
+    """The files of a run; of its ledger what it says."""
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in (folder / "run").rglob("*") if f.is_file()}
+    said = {name: content for name, content in found.items() if LEDGER not in name}
+    return said | {LEDGER: repr(sorted(lines(folder))).encode()}
+
+
+@pytest.mark.parametrize("privacy", [TWO, (*CLIENT, "privacy.placement=central")], ids=["each", "central"])
+@pytest.mark.parametrize("older", [False, True], ids=["gone", "older"])
+def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, privacy, older):
+    """What is paid for is not answered again: the first rounds would pass without a single update."""
+    experiment, first = stopped_after(3, tmp_path, *privacy)
+    checkpoint = tmp_path / "run" / "checkpoint"
+    newest = checkpoint.read_bytes()
+    checkpoint.unlink()
+    with sqlite3.connect(
+        tmp_path / "run" / LEDGER
+    ) as file:  # as if nobody had been drawn: the server pays all the same
+        file.execute(
+            "delete from orders where site <> 'server' and exists (select 1 from orders where site = 'server')"
+        )
+    if older:
+        checkpoint.write_bytes(first)
+    before, said = left(tmp_path), "ends with round 1: it is an older copy" if older else "checkpoint is gone"
+    with pytest.raises(
+        LedgerError, match=rf"has round 3 of .*{said}.*restore the newest checkpoint, or begin in a new"
+    ):
+        run_experiment(experiment, tmp_path / "run", resume=True)
+    assert left(tmp_path) == before
+    checkpoint.write_bytes(newest)
+    result = run_experiment(experiment, tmp_path / "run", resume=True)
+    assert (result["num_rounds"], result["dropped_updates"]) == (5, 0)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_to_be_deleted_where_rounds_are_paid_for(tmp_path):
+    experiment, _ = stopped_after(3, tmp_path, *TWO)
+    (tmp_path / "run" / "checkpoint").write_bytes(b"half")
+    with pytest.raises(RunError, match="Restore it from a copy, or begin in a new directory"):
         run_experiment(experiment, tmp_path / "run", resume=True)
 
 

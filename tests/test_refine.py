@@ -1,14 +1,22 @@
 """The server's last step: examples that are nobody's, in a file, and one prompt distilled from the prototypes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import small
 import test_groups
-from ficpd.errors import ConfigError
+from ficpd import serve
+from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiment import parse
 from ficpd.library import PromptLibrary
+from ficpd.outcome import method_of
+from ficpd.refine import check_refine
+from ficpd.run import run as run_experiment
+from ficpd.tasks import generation
+from ficpd.world import build_world
+from site_of import recipe
 
 TEXTS = "\n".join(r.fields["text"] for r in small.records(60, 77)) + "\n"
 
@@ -85,3 +93,71 @@ def test_methods_without_prototypes_have_nothing_to_distil(tmp_path):
 def test_a_writer_and_texts_are_one_too_many(tmp_path):
     with pytest.raises(ConfigError, match="one of them"):
         parse(test_groups.toml(tmp_path), "x", ["distillation.writer=smollm2", "distillation.texts=a.txt"])
+
+
+# ---------------------------------------------------------------- what could not work is refused before the first round
+
+IN_VAIN = [
+    (small.NUMBERS, ConfigError, r'distillation.how = "kl": a task of kind .regression.*; set it to "none"'),
+    ("distillation.texts=nowhere.txt", DataError, r"distillation\.texts: nowhere\.txt: cannot be read"),
+    ("distillation.writer=smolm2", BackboneError, r"distillation\.writer: weights 'smolm2'.*name a .* \(smollm2, "),
+    ("distillation.writer=tiny", BackboneError, r"distillation\.writer = 'tiny' is of kind tiny, which writes nothing"),
+]
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A name that no file has is unknown at once."""
+
+    def unknown(name: str):
+        raise BackboneError(f"weights {name!r}: no folder here, and the hub does not give it.")
+
+    monkeypatch.setattr("ficpd.backbones.weights._from_hub", unknown)
+
+
+def given(folder, change: str, method: str = "ficpd", *more: str):
+    experiment = small.experiment(folder, method, "distillation.how=kl", change, *more)
+    if change == small.NUMBERS:
+        small.numbered(folder / "records.csv")
+    return experiment
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(("change", "kind", "said"), IN_VAIN)
+def test_a_run_that_could_not_be_distilled_at_its_end_is_not_begun(tmp_path, change, kind, said):
+    with pytest.raises(kind, match=said):
+        run_experiment(given(tmp_path, change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(("change", "kind", "said"), IN_VAIN)
+def test_no_site_is_waited_for_by_a_run_that_could_not_be_distilled(tmp_path, change, kind, said):
+    class Nobody:
+        def gather(self, known):
+            raise AssertionError("waits for sites")
+
+    text = recipe(build_world(given(tmp_path, change, "fpl")))
+    with pytest.raises(kind, match=said):
+        serve.serve(text, "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_baseline_that_could_not_be_distilled_stops_the_run_before_it_begins(tmp_path):
+    experiment = given(tmp_path, "distillation.texts=nowhere.txt", "fedavg", 'baselines=["local", "fpl"]')
+    with pytest.raises(DataError, match="nowhere"):
+        run_experiment(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", [small.numbers(), small.choices(), generation.build(generation.Config())])
+def test_every_task_must_have_labels_and_the_one_that_has_none_is_named(tmp_path, task):
+    world = build_world(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
+    method = method_of(world, world.experiment.method)
+    check_refine(world, method)
+    with pytest.raises(ConfigError, match=rf'"squared" for groups\.b: a task of kind .{task.describe()["name"]}'):
+        check_refine(replace(world, tasks={"a": small.classes(), "b": task}), method)
+
+
+def test_what_is_not_used_does_not_stop_a_method_without_prototypes(tmp_path):
+    assert run_experiment(given(tmp_path, small.NUMBERS, "fedavg"), tmp_path / "run")["num_rounds"] == 3

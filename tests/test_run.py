@@ -1,8 +1,10 @@
 """A whole run on disk: what it leaves, and that no crash at any moment changes what a resumed run leaves."""
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
+from ficpd import codec, files
 from ficpd.errors import ConfigError, DataError, RunError
 from ficpd.experiment import parse
 from ficpd.federate import Round
@@ -381,6 +383,17 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, extra):
         directory.load()
 
 
+def test_among_sites_a_damaged_checkpoint_is_not_to_be_deleted(tmp_path):
+    """They answer no round again that is over."""
+    directory = RunDir(tmp_path)
+    directory.write("checkpoint", "half")
+    with pytest.raises(RunError, match="Delete it to begin anew"):
+        directory.load()
+    directory.write("sites.json", "{}")
+    with pytest.raises(RunError, match="Restore it from a copy, or begin in a new directory"):
+        directory.load()
+
+
 def test_a_damaged_result_is_refused(tmp_path):
     given, out = stopped(tmp_path)
     (out / "result.json").write_text('{"method": ')
@@ -405,6 +418,18 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_checkpoint_of_many_clients_and_rounds_comes_back(tmp_path):
+    """Its header holds every client's queries in every round, and is longer than that of a message may be."""
+    directory, state = RunDir(tmp_path), State({"prompt": torch.ones(2)})
+    queries = {f"site-{i:03}": [400, 400] for i in range(500)}
+    rounds = [Round(r, 500, 500, {}, 10, 20, 0.5, 0.25, queries=queries) for r in range(1, 101)]
+    directory.save(state, {}, rounds, {})
+    assert int.from_bytes((tmp_path / "checkpoint").read_bytes()[:8], "little") > codec.HEADER_LIMIT
+    back, _, back_rounds, _ = directory.load()
+    assert small.same(back.arrays, state.arrays)
+    assert back_rounds == rounds
+
+
 def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
     directory = RunDir(tmp_path)
     directory.write("result.json", "old")
@@ -418,13 +443,50 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    steps, fsync, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: steps.append("flushed") or fsync(number))
-    monkeypatch.setattr(Path, "replace", lambda self, target: steps.append("renamed") or replace(self, target))
+def to_the_disk(monkeypatch) -> list[str]:
+    """What is done from now on: "file" or "folder" for what is flushed, "-> NAME" for a rename."""
+    steps, fsync = [], os.fsync
+
+    def flushed(number: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    watch_renames(monkeypatch, lambda target: steps.append(f"-> {target.name}"))
+    return steps
+
+
+def test_a_file_is_on_the_disk_before_it_is_renamed_and_its_name_before_anything_else(tmp_path, monkeypatch):
+    steps = to_the_disk(monkeypatch)
     RunDir(tmp_path / "new" / "folder").write("a", "text")
-    assert steps == ["flushed", "renamed"]
+    assert steps == ["file", "-> a", "folder"]
     assert (tmp_path / "new" / "folder" / "a").read_text() == "text"
+
+
+def test_a_folder_that_the_platform_cannot_open_or_flush_is_left_to_it(tmp_path, monkeypatch):
+    opened, fsync = os.open, os.fsync
+
+    def closed(path, *given):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "a folder")
+        return opened(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", closed)
+        files.write(tmp_path / "a", "text")
+    code = errno.EINVAL
+
+    def no_folder(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(code, "a folder")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", no_folder)
+    files.write(tmp_path / "b", "text")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+    code = errno.EIO
+    with pytest.raises(OSError, match="a folder"):
+        files.write(tmp_path / "c", "text")
 
 
 def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):

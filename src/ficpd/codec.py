@@ -29,6 +29,7 @@ from ficpd.errors import CodecError
 from ficpd.types import IDS, JSON, ArrayKind, Assignment, ClientUpdate, State
 
 HEADER_LIMIT = 1 << 20
+"""Of what comes from elsewhere: a header is read whole before anything in it is checked."""
 UPDATE_HEADER = struct.Struct("<2sBIf8sIB")
 UPDATE_KIND = (b"FU", 1)
 
@@ -139,8 +140,10 @@ def encode_state(state: State, extra: Mapping[str, JSON]) -> bytes:
     return _pack(state.arrays, {"f": dict(state.facts), "x": dict(extra)})
 
 
-def decode_state(body: bytes) -> tuple[State, dict[str, JSON]]:
-    arrays, header = _unpack(body, ("f", "x"))
+def decode_state(body: bytes, own: bool = False) -> tuple[State, dict[str, JSON]]:
+    """`own`: this machine wrote it and kept it itself (a checkpoint, an answer in the ledger), so that its header may be
+    as long as the run made it."""
+    arrays, header = _unpack(body, ("f", "x"), own)
     return State(arrays, header["f"]), header["x"]
 
 
@@ -152,11 +155,11 @@ def _pack(arrays: Mapping[str, Tensor], header: Mapping[str, JSON]) -> bytes:
     return save(tensors, {"ficpd": json.dumps(header, separators=(",", ":"), allow_nan=False)})
 
 
-def _unpack(body: bytes, keys: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+def _unpack(body: bytes, keys: tuple[str, ...], own: bool = False) -> tuple[dict[str, Tensor], dict[str, JSON]]:
     try:
         arrays = load(body)
         length = int.from_bytes(body[:8], "little")
-        if length > HEADER_LIMIT:
+        if length > HEADER_LIMIT and not own:
             raise CodecError(f"the header has {length} bytes, at most {HEADER_LIMIT} are read")
         header = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["ficpd"])
         if not isinstance(header, dict):

@@ -1,5 +1,7 @@
-"""Files are whole: written beside, flushed to disk, renamed. A reader sees the old one or the new one."""
+"""Files are whole: written beside, flushed to disk, renamed, and the rename flushed as well. A reader sees the old one or
+the new one, also after a power cut."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -13,4 +15,24 @@ def write(target: Path, content: str | bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(target)
+    flush(target.parent)
     return target
+
+
+def flush(path: Path) -> None:
+    """A file's content, or which names a folder has, to the disk. A folder that cannot be opened or flushed (on Windows, on
+    some network drives) is left to the system."""
+    folder = path.is_dir()
+    try:
+        number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except OSError:
+        if folder:
+            return
+        raise
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if not folder or error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(number)

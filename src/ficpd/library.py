@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
+from ficpd.files import flush, write
 from ficpd.seams import Backbone, Task
 from ficpd.types import LORA, Batch, Prompt, Query, Record
 
@@ -106,14 +107,15 @@ class PromptLibrary:
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
-        save_file(whole, beside / "prompts.safetensors", meta)
-        (beside / "card.json").write_text(json.dumps(self.card, indent=2) + "\n")
-        (beside / "README.md").write_text(model_card(self))
+        write(beside / "prompts.safetensors", save(whole, meta))
+        write(beside / "card.json", json.dumps(self.card, indent=2) + "\n")
+        write(beside / "README.md", model_card(self))
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         beside.rename(folder)
+        flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _check_names(self) -> None:

@@ -21,6 +21,7 @@ from ficpd.backbones import catalog, lora, weights
 from ficpd.beginning import start_text
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked
+from ficpd.files import flush, write
 from ficpd.library import PromptLibrary, guarantee, keys_of, made_by, shape_of
 from ficpd.tuners import Training
 from ficpd.types import LORA, Prompt, Record
@@ -78,8 +79,11 @@ def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     _write(prompt, kind, config, base, beside)
-    (beside / "README.md").write_text(page(library, name, kind, base), encoding="utf-8")
+    for file in beside.iterdir():
+        flush(file)
+    write(beside / "README.md", page(library, name, kind, base))
     beside.rename(folder)
+    flush(folder.parent)
 
 
 def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:

@@ -13,20 +13,25 @@ from typing import Any
 import torch
 
 from ficpd import seeds
+from ficpd.backbones import catalog
+from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiment import BackboneConfig, DistillationConfig, EngineConfig
 from ficpd.guard import public_seed
 from ficpd.rundir import RunDir
-from ficpd.seams import Backbone, Task
+from ficpd.seams import Backbone, Method, Task
 from ficpd.server import examples as nobodys
 from ficpd.server import synthesis
 from ficpd.server.distillation import Learned, Lesson, distil
 from ficpd.server.examples import Example, Made
 from ficpd.server.meta import Inner, first_order_maml, reptile
-from ficpd.types import Prompt, Record
-from ficpd.world import World, load_backbone
+from ficpd.traits import Classifies
+from ficpd.types import ClientCard, Prompt, Record, Setup
+from ficpd.world import World, load_backbone, locate
 
 SYNTHETIC = "synthetic.jsonl"
 DISTILLED = "distilled"
+WRITES = "causal_lm"
+"""The one kind of backbone that `distillation.writer` can name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,48 @@ class Refined:
 
     prompt: Prompt
     facts: Mapping[str, Any]
+
+
+def check_refine(world: World, method: Method) -> None:
+    """Before the first round: raises what `refine` would raise after the last one, `ConfigError` for a task without labels,
+    `DataError` for texts that are not there, `BackboneError` for a writer that cannot be had or cannot write. A method
+    without prototypes has nothing to distil."""
+    config = world.experiment.distillation
+    if config.how == "none" or not _has_prototypes(world, method):
+        return
+    for group, task in world.tasks.items():
+        try:
+            synthesis.wishes_of(task)
+        except ConfigError as error:
+            whose = f" for groups.{group}" if group else ""
+            raise ConfigError(f'distillation.how = "{config.how}"{whose}: {error}; set it to "none"') from error
+    if config.texts:
+        try:
+            _texts(config.texts)
+        except DataError as error:
+            raise DataError(f"distillation.texts: {error}") from error
+    if config.writer:
+        _check_writer(config.writer)
+
+
+def _has_prototypes(world: World, method: Method) -> bool:
+    """Whether its state says who is alike, whoever the clients are."""
+    labels = {group: task.num_labels if isinstance(task, Classifies) else 0 for group, task in world.tasks.items()}
+    setup = Setup(world.start_of(method), [ClientCard("somebody")], 1, 1, 0, labels)
+    return "clusters" in method.init(setup).facts
+
+
+def _check_writer(name: str) -> None:
+    """Finds the weights and does not load them. Raises `BackboneError` if there are none, or they are of a kind that cannot
+    write."""
+    known = ", ".join(key for key, named in catalog.NAMED.items() if named.kind == WRITES)
+    instead = f"name a {WRITES} backbone ({known}, a folder, a hub id), or give distillation.texts in its place"
+    try:
+        kind = locate(BackboneConfig(name=name))[0]
+    except BackboneError as error:
+        raise BackboneError(f"distillation.writer: {error} For a writer {instead}") from error
+    if kind != WRITES:
+        raise BackboneError(f"distillation.writer = {name!r} is of kind {kind}, which writes nothing here; {instead}")
 
 
 def refine(
@@ -74,6 +121,10 @@ def _writer(config: DistillationConfig, world: World) -> Backbone | None:
     return world.model.backbone if world.model.backbone.writes else None
 
 
+def _texts(path: str) -> list[str]:
+    return synthesis.read_texts(Path(path).expanduser())
+
+
 def _examples(
     world: World, group: str, task: Task, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
     writer: Backbone | None, seed: int,
@@ -84,7 +135,7 @@ def _examples(
     if writer:
         drafts = synthesis.write(writer, mine, task, config.per_label, own)
     elif config.texts:
-        drafts = synthesis.from_texts(synthesis.read_texts(Path(config.texts).expanduser()))
+        drafts = synthesis.from_texts(_texts(config.texts))
     else:
         drafts = synthesis.from_nonsense(world.model.backbone, config.per_label * len(task.possible), own)
 

@@ -1,10 +1,13 @@
 """What a run shows a person: the table on the screen, and `report.md`."""
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ficpd.errors import ConfigError
+from ficpd.experiment import part
 from ficpd.library import guarantee
 from ficpd.metrics import Metric, main_metric
 from ficpd.rundir import RunDir
@@ -16,13 +19,43 @@ GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equ
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The results in a run directory, zero-shot first, the method itself last."""
-    directory = RunDir(out)
-    folders = sorted((directory.path / "baselines").glob("*/result.json"))
-    results = [json.loads(file.read_text()) for file in folders]
-    own = directory.result()
-    order = ["zero_shot", "local", "centralized"]
+    own, order = RunDir(out).result(), ["zero_shot", "local", "centralized"]
+    results = [result for _, result in beside(out, own)]
     results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["label"]))
-    return results + ([own] if own and own["label"] not in {r["label"] for r in results} else [])
+    return results + ([own] if own else [])
+
+
+def beside(out: Path, own: Mapping[str, Any] | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and result of each baseline. One that is the run's `own` method once more is left out; if the method has
+    settings of its own there, the baseline's label says that it has none."""
+    found = []
+    for file in sorted((Path(out) / "baselines").glob("*/result.json")):
+        result = json.loads(file.read_text())
+        name = result["method"]
+        if own and name == own["method"]:
+            if not _ran_as(out, file.parent.name.partition("-")[0]):
+                result["label"] = f"{name}, default settings{result['label'].removeprefix(name)}"
+            elif result["label"] == own["label"]:
+                continue
+        found.append((file.parent, result))
+    return found
+
+
+def _ran_as(out: Path, baseline: str) -> bool:
+    """Whether the run's own method had a baseline's settings, the default ones; not if that cannot be told."""
+    try:
+        given = tomllib.loads(recipe(out)).get("method", {})
+        return part("methods", given, "method") == part("methods", {"name": baseline}, "baselines")
+    except ConfigError:
+        return False
+
+
+def recipe(out: Path) -> str:
+    """The run's whole experiment, as far as it was written."""
+    for name in ("resolved.toml", "experiment.toml"):
+        if (Path(out) / name).exists():
+            return (Path(out) / name).read_text(encoding="utf-8")
+    return ""
 
 
 def table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -32,7 +32,7 @@ from ficpd.outcome import (
     schedule_of,
 )
 from ficpd.queries import Queries
-from ficpd.refine import DISTILLED
+from ficpd.refine import DISTILLED, check_refine
 from ficpd.registry import load
 from ficpd.report import report
 from ficpd.rundir import RunDir
@@ -67,6 +67,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         method = method_of(world, {"name": name.partition(":")[0]} if place else world.experiment.method)
         world.start_of(method)
         part_for(method, NONE if ":" in name else world.experiment.privacy)
+        check_refine(world, method)
     directory.write("experiment.toml", to_toml(experiment))  # only now: a mistake in it leaves no directory behind
     directory.write("resolved.toml", to_toml(world.experiment))
     zero_shot = RunDir(out / "baselines" / "zero_shot")
@@ -106,6 +107,8 @@ def one_method(
         experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
         directory.run_id(), max((done.round for done in rounds if done.updates), default=0),
     )  # fmt: skip
+    books = [*guard.books.values(), *([guard.central.book] if guard.central else [])]
+    directory.check_books(books, method.name, len(rounds))
     state = knowing_the_noise(world, method, state, guard)
     clients = world.clients(guard, method.pools_data)
     tested = world.clients() if method.pools_data else clients  # one prompt, seen by each client on its own records

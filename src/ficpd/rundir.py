@@ -3,6 +3,7 @@
 experiment.toml   the whole experiment, resolved
 run-id            which run this is; its ledger bears the same
 ledger.sqlite     what was released, where privacy was asked for
+sites.json        who takes part, where they are real sites
 checkpoint        the state after the last finished round, what clients keep, the rounds so far
 rounds.jsonl      one line a round
 result.json       the outcome; its presence says that the run is finished
@@ -13,7 +14,7 @@ baselines/NAME/   the same for each baseline
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from ficpd import codec
-from ficpd.errors import CodecError, RunError
+from ficpd.errors import CodecError, LedgerError, RunError
 from ficpd.federate import Round
 from ficpd.files import write
+from ficpd.guard import LEDGER
+from ficpd.privacy.ledger import Book
 from ficpd.types import State
 
+SITES = "sites.json"
 KEPT = "kept:"
 
 
@@ -73,14 +77,40 @@ class RunDir:
         if not file.exists():
             return None
         try:
-            state, extra = codec.decode_state(file.read_bytes())
+            state, extra = codec.decode_state(file.read_bytes(), own=True)
             rounds = [Round(**line) for line in extra["rounds"]]
             totals = dict(extra["totals"])
         except (CodecError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{file} cannot be read: {error}. Delete it to begin anew") from error
+            released = any((self.path / name).exists() for name in (LEDGER, SITES))
+            do = "Restore it from a copy, or begin in a new directory" if released else "Delete it to begin anew"
+            raise RunError(f"{file} cannot be read: {error}. {do}") from error
         kept = {name.removeprefix(KEPT): a for name, a in state.arrays.items() if name.startswith(KEPT)}
         arrays = {name: array for name, array in state.arrays.items() if not name.startswith(KEPT)}
         return State(arrays, state.facts), kept, rounds, totals
+
+    def check_told(self, rounds: int) -> None:
+        """Raises `RunError` if more rounds were written down than the checkpoint has: sites that carried them out do not
+        answer them again, and the run would go on without their updates."""
+        file = self.path / "rounds.jsonl"
+        told = len(file.read_text().splitlines()) if file.exists() else 0
+        if told > rounds:
+            raise RunError(
+                f"{file} tells of {told} rounds, and {self.path / 'checkpoint'} "
+                + (f"ends with round {rounds}: it is an older copy" if rounds else "is gone")
+                + ". Sites do not answer a round twice: restore the newest checkpoint, or begin in a new directory"
+            )
+
+    def check_books(self, books: Iterable[Book], method: str, rounds: int) -> None:
+        """Raises `LedgerError` if somebody has carried out more than the round after the checkpoint's `rounds`: earlier ones
+        are not answered again, and the run would go on without them."""
+        ahead = {book.site: newest for book in books if (newest := book.newest(method)) > rounds + 1}
+        if ahead:
+            site = max(ahead, key=lambda name: ahead[name])
+            raise LedgerError(
+                f"{self.path / LEDGER} has round {ahead[site]} of {site}, and {self.path / 'checkpoint'} "
+                + (f"ends with round {rounds}: it is an older copy" if rounds else "is gone")
+                + ". What was released is not asked for again: restore the newest checkpoint, or begin in a new directory"
+            )
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's outcome, or None."""

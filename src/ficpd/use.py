@@ -21,6 +21,7 @@ from ficpd.library import ADAPTED, PromptLibrary, guarantee, listed, made_by, sh
 from ficpd.metrics.evaluate import predictions, score_prompt
 from ficpd.seams import Task
 from ficpd.speed import machine
+from ficpd.spelling import are_real
 from ficpd.tuners import Training
 from ficpd.types import Batch, Prompt, Record, Score
 from ficpd.world import ENDPOINT, build_task, load_backbone
@@ -194,7 +195,7 @@ def _fits(task: Task, records: Sequence[Record]) -> bool:
 def _labels_of(records: Sequence[Record]) -> dict[str, str]:
     """Each target found, with the text that stands for it: underscores are blanks."""
     found = sorted({str(record.fields["target"]) for record in records})
-    if any(isinstance(record.fields["target"], float) for record in records):
+    if are_real(record.fields["target"] for record in records):
         raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
     if len(found) < 2:
         raise LibraryError(

@@ -1,6 +1,11 @@
 """A run's outcome from what it left: curves, queries, and figures that are no numbers."""
 
-from ficpd.compare.cell import curve_of, figures_of
+import pytest
+
+import small
+from ficpd.compare.cell import Worlds, curve_of, figures_of, run_cell
+from ficpd.errors import DataError
+from ficpd.run import silent
 
 
 def result(own: float = 0.8, **more) -> dict:
@@ -60,3 +65,10 @@ def test_what_is_no_number_is_none():
     assert found["figures"]["own"] is None
     assert found["per_client"] == {"a": None}
     assert found["curve"][-1]["own"] is None
+
+
+def test_a_cell_that_could_not_be_distilled_at_its_end_is_not_begun(tmp_path):
+    given = small.experiment(tmp_path, "ficpd", "distillation.how=kl", "distillation.texts=nowhere.txt")
+    with pytest.raises(DataError, match=r"distillation\.texts: nowhere\.txt"):
+        run_cell(given, "key", "ground", tmp_path / "cells", Worlds(), silent)
+    assert not (tmp_path / "cells").exists()

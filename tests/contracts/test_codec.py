@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ficpd import codec
+from ficpd import codec, terms
 from ficpd.errors import CodecError
 from ficpd.types import ArrayKind, Assignment, ClientUpdate, State
 
@@ -401,6 +401,23 @@ def test_a_message_of_another_kind_is_refused():
         codec.decode_state(codec.encode_assignment(Assignment("fedavg", 4, {}), BACKBONE))
 
 
+def test_a_header_that_is_too_long_is_refused_unless_it_is_ones_own():
+    """Orders and terms come from elsewhere; a checkpoint's header grows with clients and rounds."""
+    facts = {"long": "x" * codec.HEADER_LIMIT}
+    state = codec.encode_state(State(arrays(), facts), {})
+    order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), facts), BACKBONE)
+    call = codec.encode_call(codec.Call("train", "x" * codec.HEADER_LIMIT))
+    for read in (
+        lambda: codec.decode_assignment(order, BACKBONE),
+        lambda: codec.decode_state(state),
+        lambda: terms.decode(state),
+        lambda: codec.decode_call(call),
+    ):
+        with pytest.raises(CodecError, match=r"header has \d+ bytes"):
+            read()
+    assert codec.decode_state(state, own=True)[0].facts == facts
+
+
 def test_an_order_for_another_backbone_is_refused():
     order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), {}), BACKBONE)
     with pytest.raises(CodecError, match=r"for backbone tiny:16x2, this client has tiny:32x2"):
@@ -415,6 +432,7 @@ def only_codec_errors(message: bytes) -> None:
         lambda: codec.decode_update(message, EXPECTED),
         lambda: codec.decode_assignment(message, BACKBONE),
         lambda: codec.decode_state(message),
+        lambda: codec.decode_state(message, own=True),
     ):
         try:
             read()

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ficpd.data.partition import Config, Shard, partition
 from ficpd.errors import DataError
+from ficpd.spelling import Spelled
 from ficpd.types import Record
 
 DOMAINS = ("tweets", "films", "products")
@@ -125,6 +126,25 @@ def test_real_targets_are_skewed_by_quantile():
         return np.std(means)
 
     assert spread(0.1) > 5 * spread(1000.0)
+
+
+def names(config: Config, targets) -> dict[str, list[str]]:
+    shards = partition(config, data(300, 60, targets), "target", 1)
+    return {name: [r.key for r in shard.train + shard.test] for name, shard in shards.items()}
+
+
+def test_numbers_that_a_csv_spells_are_skewed_as_numbers_are():
+    config = Config(kind="dirichlet", num_clients=5, concentration=0.3)
+    numbers = np.linspace(-4, 4, 97).tolist()
+    as_numbers = names(config, numbers)
+    assert names(config, [Spelled(number) for number in numbers]) == as_numbers
+    assert names(config, [str(number) for number in numbers]) != as_numbers  # text of a file with types is a label
+
+
+def test_codes_that_are_not_all_numbers_are_labels():
+    config = Config(kind="dirichlet", num_clients=3, concentration=0.5)
+    codes = ["250", "250.1", "V45"]
+    assert names(config, [Spelled(code) for code in codes]) == names(config, codes)
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "column_dirichlet"])

@@ -9,10 +9,13 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+import small
 from ficpd import cache
 from ficpd.data import ratings as built_in
 from ficpd.data.sources import Config, Dataset, read, read_all, unused
 from ficpd.errors import DataError
+from ficpd.experiment import parse
+from ficpd.run import run
 
 ROWS = [{"text": f"sentence {i}", "target": ["good", "bad"][i % 2], "site": "north"} for i in range(20)]
 
@@ -74,13 +77,60 @@ def test_na_and_null_are_words(tmp_path):
     assert targets(path) == ["NA", "null", "nan", "None"]
 
 
-def test_csv_numbers_are_numbers_only_where_all_rows_are(tmp_path):
-    def column(*cells):
-        return targets(csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in cells]))
+def labels(*cells: str, ending: str = "csv", folder: Path) -> list:
+    separator = "\t" if ending == "tsv" else ","
+    return targets(csv(folder / f"a.{ending}", [{"text": "x", "target": cell} for cell in cells], sep=separator))
 
-    assert column("1", "-2", "+3") == [1, -2, 3]
-    assert [type(value) for value in column("1", "2.5", "-1e3")] == [float, float, float]
-    assert column("true", "false") == ["true", "false"]
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    "cells", [("007", "7"), ("250", "250.1"), ("250", "V45"), ("1", "-2", "+3"), ("1e5", "1e999"), ("true", "1.50")]
+)
+def test_a_csv_label_is_text_as_it_is_spelled_whatever_others_are(tmp_path, ending, cells):
+    assert labels(*cells, ending=ending, folder=tmp_path) == [*cells]
+
+
+def test_a_classification_of_codes_runs(tmp_path):
+    codes = ("007", "250", "250.1", "V45")
+    lines = [f"{word} film,{codes[i % 4]},site-{i % 2}" for i, word in enumerate(small.GOOD * 10)]
+    (tmp_path / "codes.csv").write_text("\n".join(["text,target,site", *lines]) + "\n")
+    said = ", ".join(f"'{code}' = 'good'" for code in codes)
+    text = small.toml(tmp_path / "codes.csv", rounds=1).replace('good = "good fine", bad = "bad dull"', said)
+    result = run(parse(text, "codes.toml"), tmp_path / "run")
+    assert result["num_records"]["train"] + result["num_records"]["test"] == 40
+
+
+def test_a_regression_reads_the_numbers_of_a_csv(tmp_path):
+    task = small.numbers()
+    for cells, numbers in (("1", "2.50", "-1e1"), [1.0, 2.5, -10.0]), (("3", "07"), [3.0, 7.0]):
+        path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in cells])
+        assert task.targets(read_all(Config(source=str(path)))) == numbers
+    for odd in ("good", "1e999", "1_0"):
+        path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("1", odd)])
+        with pytest.raises(DataError, match=f"a.csv row 2, column target: '{odd}' is no number"):
+            task.targets(read_all(Config(source=str(path))))
+
+
+def test_a_regression_reads_no_number_off_the_text_of_a_file_with_types(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": "2.5"}] * 2)
+    with pytest.raises(DataError, match=r"'2\.5' is no number"):
+        small.numbers().targets(read_all(Config(source=str(path))))
+
+
+def test_csv_numbers_beside_a_files_own_numbers_are_numbers(tmp_path):
+    csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("1", "2.5")])
+    jsonl(tmp_path / "b.jsonl", [{"text": "x", "target": 3}] * 2)
+    found = [record.fields["target"] for record in read_all(Config(source=str(tmp_path)))]
+    assert [(type(value), value) for value in found] == [(float, 1.0), (float, 2.5), (float, 3.0), (float, 3.0)]
+
+
+def test_of_options_a_csv_number_is_the_place(tmp_path):
+    rows = [{"text": "x", "target": place, "a": "2", "b": "1", "c": "0"} for place in (0, 2)]
+    records = read_all(Config(source=str(csv(tmp_path / "a.csv", rows)), options=("a", "b", "c")))
+    assert small.choices().targets(records) == [0, 2]
+    rows[1]["target"] = "c"
+    message = refused(csv(tmp_path / "a.csv", rows), options=("a", "b", "c"))
+    assert "a.csv row 2, column 'target': 'c' is text, but 1 other rows hold a number" in message
 
 
 def test_json_text_stays_text_and_truth_stays_truth(tmp_path):
@@ -93,7 +143,7 @@ def test_roles_rename_columns(tmp_path):
     rows = [{"premise": f"p{i}", "hypothesis": f"h{i}", "label": 1, "hospital": ""} for i in range(4)]
     columns = {"text": "premise", "text_pair": "hypothesis", "target": "label", "client": "hospital"}
     first = everything(read(Config(source=str(csv(tmp_path / "a.csv", rows)), columns=columns), 0))[0]
-    assert first.fields == {"text": "p0", "text_pair": "h0", "target": 1, "client": None}
+    assert first.fields == {"text": "p0", "text_pair": "h0", "target": "1", "client": None}
 
 
 def test_a_folder_is_read_by_name_and_passes_over_other_files(tmp_path):
@@ -179,13 +229,11 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
     assert "unknown column 'part'" in refused(csv(tmp_path / "a.csv"), split_column="part")
 
 
-@pytest.mark.parametrize("write", [csv, jsonl])
-def test_mixed_targets_name_the_first_odd_row(tmp_path, write):
+def test_mixed_targets_name_the_first_odd_row(tmp_path):
     rows = [{"text": "x", "target": i} for i in range(20)]
     rows[16]["target"] = rows[18]["target"] = "good"
-    path = write(tmp_path / f"a.{write.__name__}", rows)
-    message = refused(path)
-    assert f"{path.name} row 17, column 'target': 'good' is text, but 18 other rows hold a number" in message
+    message = refused(jsonl(tmp_path / "a.jsonl", rows))
+    assert "a.jsonl row 17, column 'target': 'good' is text, but 18 other rows hold a number" in message
 
 
 @pytest.mark.parametrize(("odd", "usual"), [("3", 3), (3, "3"), (True, 1), (False, "no")])
@@ -195,7 +243,7 @@ def test_json_kinds_do_not_mix(tmp_path, odd, usual):
 
 
 def test_targets_of_two_files_do_not_mix(tmp_path):
-    csv(tmp_path / "a.csv", [{"text": "x", "target": 1}] * 3)
+    jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": 1}] * 3)
     csv(tmp_path / "b.csv", [{"text": "x", "target": "one"}] * 2)
     assert "b.csv row 1, column 'target': 'one' is text, but 3 other rows hold a number" in refused(tmp_path)
 

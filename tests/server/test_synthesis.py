@@ -90,7 +90,7 @@ def test_a_backbone_that_cannot_write_says_what_to_configure(model):
 
 
 def test_a_task_without_labels_cannot_be_written_for(writer):
-    with pytest.raises(ConfigError, match=r"regression.*no list of labels.*from_texts"):
+    with pytest.raises(ConfigError, match=r"regression.*no list of labels.*classifications only"):
         synthesis.write(writer, {}, small.numbers(), 3, 0)
 
 

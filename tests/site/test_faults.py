@@ -97,7 +97,7 @@ def test_a_site_that_is_told_to_stop_finishes_the_order_under_way(places, out):
         kill("ficpd.rundir:RunDir.save", 1),
         kill("ficpd.engines.flower:Flower._send", 2, after=True),
         kill("ficpd.rundir:RunDir.save", 2),
-        kill("os:fsync", 7),
+        kill("os:fsync", 13),
         kill("ficpd.rundir:RunDir.write_rounds", 2),
         kill("ficpd.rundir:RunDir.save", 3, after=True),
         kill("ficpd.serve:_left", 1),

@@ -18,6 +18,7 @@ from ficpd.library import guarantee
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import evaluate
 from ficpd.outcome import method_of
+from ficpd.refine import check_refine
 from ficpd.report import report
 from ficpd.run import Progress, one_method
 from ficpd.rundir import RunDir
@@ -63,7 +64,9 @@ def run_cell(
     directory.check(to_toml(experiment), resume=True)
     resolved = directory.path / "resolved.toml"  # a run that goes on has what was chosen when it began
     world = worlds.of(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment, ground)
-    world.start_of(method_of(world, world.experiment.method))
+    method = method_of(world, world.experiment.method)
+    world.start_of(method)
+    check_refine(world, method)
     floor = worlds.zero_shot(world)
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(world.experiment))

@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ficpd.data.tables import number_of, read_files
+from ficpd.data.tables import read_files
 from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
+from ficpd.spelling import are_real, number_of, spelled
 from ficpd.types import Record
 
 NUM_BINS = 10
@@ -196,14 +197,16 @@ def _deal(config: Config, group: str, data: Shard, num_clients: int, target: str
 
 
 def _labels(config: Config, data: Shard, target: str) -> dict[str, list[str]]:
-    """What the skew goes by: the target as text, the quantile bin of a real number, or (iid) one label for all."""
+    """What the skew goes by: the target as text, the quantile bin of a real number, or (iid) one label for all. Targets of
+    a file without types are numbers if all of them spell one."""
     sides = {"train": data.train, "test": data.test}
     if config.kind == "iid":
         return {side: [""] * len(records) for side, records in sides.items()}
     values = {side: [_field(record, target) for record in records] for side, records in sides.items()}
-    if any(isinstance(value, float) for value in values["train"]):
-        edges = np.unique(np.quantile(values["train"], np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
-        values = {side: np.digitize(column, edges).tolist() for side, column in values.items()}
+    if are_real(value for column in values.values() for value in column):
+        numbers = {side: [spelled(value) for value in column] for side, column in values.items()}
+        edges = np.unique(np.quantile(numbers["train"], np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
+        values = {side: np.digitize(column, edges).tolist() for side, column in numbers.items()}
     return {side: [str(value) for value in column] for side, column in values.items()}
 
 

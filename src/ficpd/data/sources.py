@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ficpd.data import hub, images, layouts
 from ficpd.data.ratings import read_ratings
-from ficpd.data.tables import SPLITS, Table, number_of, read_files
+from ficpd.data.tables import SPLITS, Table, read_files
 from ficpd.errors import DataError, unknown
 from ficpd.seeds import derive
+from ficpd.spelling import Spelled, number_of, spelled
 from ficpd.types import Record
 
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
@@ -28,7 +29,8 @@ class Config(BaseModel):
     "hf:DATASET_ID". "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
     for polarity) are dropped.
     `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
-    own names. `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
+    own names. A target in a file without types (CSV, TSV) is text as it stands, which a regression reads as a number.
+    `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
     dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
     `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
     `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
@@ -187,13 +189,14 @@ def _chosen(table: Table, config: Config) -> Table:
 
 
 def _rows(table: Table, config: Config) -> Iterable[Row]:
+    choice = bool(config.options) or "options" in config.wanted
     for number, cells in table.rows.items():
         key = f"{table.name} row {number}"
         fields = {name: _cell(cells.get(column)) for name, column in config.wanted.items()}
         if config.options:
             fields["options"] = [_cell(cells.get(column)) for column in config.options]
-        if table.untyped and "target" in fields:
-            fields["target"] = number_of(fields["target"])
+        if table.untyped and isinstance(target := fields.get("target"), str):
+            fields["target"] = number_of(target) if choice else Spelled(target)  # of options a number is the place
         yield Row(key, fields, _side(key, cells, config.split_column) or table.split)
 
 
@@ -230,11 +233,16 @@ def _seen(rows: list[Row], config: Config) -> list[Row]:
     return rows
 
 
-KINDS = {str: "text", int: "a number", float: "a number", bool: "true/false"}
+KINDS = {str: "text", Spelled: "text", int: "a number", float: "a number", bool: "true/false"}
 
 
 def _check_targets(rows: list[Row], column: str) -> None:
-    """Text, numbers or truth values, but of one kind throughout; whole numbers among others become real ones."""
+    """Text, numbers or truth values, but of one kind throughout; whole numbers among others become real ones. What a file
+    without types spells stays text, for a label may be 007, unless a file beside it holds numbers; a task of numbers reads
+    them off it (`spelled`)."""
+    if any(type(row.fields["target"]) in (int, float) for row in rows):
+        for row in rows:
+            row.fields["target"] = spelled(row.fields["target"])
     kinds = [_kind(row, column) for row in rows]
     usual, count = Counter(kinds).most_common(1)[0] if kinds else ("", 0)
     for row, kind in zip(rows, kinds, strict=True):

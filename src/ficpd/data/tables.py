@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -25,17 +24,6 @@ class Table(NamedTuple):
     rows: Mapping[int, Mapping[str, Any]]
     untyped: bool = False
     split: str | None = None
-
-
-def number_of(cell: Any) -> Any:
-    """A CSV cell as the number it spells, else as it is.
-
-    >>> number_of("-3"), number_of("2.50"), number_of("1_0"), number_of("nan")
-    (-3, 2.5, '1_0', 'nan')
-    """
-    if not isinstance(cell, str) or not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell, re.ASCII):
-        return cell
-    return int(cell) if cell.strip().lstrip("+-").isdigit() else float(cell)
 
 
 def read_files(path: Path, images: str | None = None) -> list[Table]:
@@ -89,7 +77,7 @@ def utf8(path: Path) -> str:
 
 
 def _delimited(path: Path, separator: str) -> Table:
-    """Every cell as text: "NA" and "null" are words like any other. Only a target that spells a number becomes one."""
+    """Every cell as text: "NA" and "null" are words like any other."""
     import pandas as pd
 
     text = io.StringIO(utf8(path))

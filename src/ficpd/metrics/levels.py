@@ -30,7 +30,7 @@ def levels(
 ) -> Levels:
     """`personal`, `cluster` and `global`, as far as the method has them: scores on the client's `own` test records and on
     those of clients of `others`' clusters (of other clients, where there is one cluster or none) with the same task. Means
-    over clients; None where nobody has any."""
+    over clients, of every level over the same ones; None where nobody has any."""
     tested = {name: client for name, client in clients.items() if client.test}
     member = state.facts.get("clusters") or {}
     away = {name: _elsewhere(name, tested, member, seed) for name in tested}
@@ -75,12 +75,14 @@ def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Cli
 def _prompts(
     method: Method, state: State, tested: Mapping[str, Client], round: int, member: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
-    """Level to client to prompt; a level that is the same as the one above it for everybody is left out."""
+    """Level to client to prompt; a level that is the same as the one above it for everybody is left out. A client that no
+    cluster has yet, for it was never heard, stands in its cluster's place with the prompt that all share."""
     orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
     basis, shared = method.basis(state), method.prompt(state)
     found = {PERSONAL: {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}}
     if member and "prototype-0" in basis:
-        found["cluster"] = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
+        of_clusters = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
+        found["cluster"] = ({} if shared is None else dict.fromkeys(tested, shared)) | of_clusters
     if shared is not None:
         found["global"] = dict.fromkeys(tested, shared)
     order = list(found)

@@ -9,7 +9,7 @@ from typing import Any
 from ficpd.errors import FicpdError, RunError
 from ficpd.library import PromptLibrary
 from ficpd.metrics import Metric, main_metric
-from ficpd.report import rows
+from ficpd.report import beside, recipe, rows
 from ficpd.rundir import RunDir
 from ficpd.types import State
 
@@ -35,9 +35,8 @@ class Finished:
 
     @property
     def place(self) -> int:
-        """Which of `results` the page is about."""
-        labels = [result["label"] for result in self.results]
-        return labels.index(self.own["label"]) if self.own["label"] in labels else len(labels) - 1
+        """Which of `results` the page is about: the last."""
+        return len(self.results) - 1
 
     @property
     def places(self) -> dict[str, int]:
@@ -66,13 +65,11 @@ def opened(path: Path) -> Finished:
             f"{path / 'result.json'} has no {missing[0]!r}: it is of another version of ficpd; run the experiment again"
         )
     results = rows(path) if "metrics" in own else []
-    folders = {json.loads(file.read_text())["label"]: file.parent for file in _of_baselines(path)}
-    rounds = {label: _lines(folder / "rounds.jsonl") for label, folder in {**folders, own["label"]: path}.items()}
-    return Finished(path, own, results, rounds, _library(path), _state(directory), _recipe(path))
-
-
-def _of_baselines(path: Path) -> list[Path]:
-    return sorted((path / "baselines").glob("*/result.json"))
+    folders = {result["label"]: folder for folder, result in beside(path, own)} | {own["label"]: path}
+    rounds = {label: _lines(folder / "rounds.jsonl") for label, folder in folders.items()}
+    return Finished(
+        path, results[-1] if results else own, results, rounds, _library(path), _state(directory), recipe(path)
+    )
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -96,10 +93,3 @@ def _state(directory: RunDir) -> State | None:
     except FicpdError:
         return None
     return saved[0] if saved else None
-
-
-def _recipe(path: Path) -> str:
-    for name in ("resolved.toml", "experiment.toml"):
-        if (path / name).exists():
-            return (path / name).read_text(encoding="utf-8")
-    return ""

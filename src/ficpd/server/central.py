@@ -54,4 +54,4 @@ class NoisedSum:
     def answered(self, round: int, method: str) -> ClientUpdate | None:
         """The mean of a round that was paid for before: it is used again, and nobody is asked."""
         stored = self.book.answered(round, method)
-        return None if stored is None else ClientUpdate(EVERYBODY, codec.decode_state(stored)[0].arrays)
+        return None if stored is None else ClientUpdate(EVERYBODY, codec.decode_state(stored, own=True)[0].arrays)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ficpd.errors import DataError
+from ficpd.files import write
 from ficpd.types import Record
 
 GRAM, ALIKE = 3, 0.7
@@ -113,13 +114,9 @@ def records(examples: Sequence[Example], labelled: bool = True) -> list[Record]:
 
 
 def save(examples: Sequence[Example], path: Path) -> None:
-    """JSON Lines, one example a line, sorted by label and text; written beside, then renamed."""
-    path = Path(path)
+    """JSON Lines, one example a line, sorted by label and text."""
     ordered = sorted(examples, key=lambda e: (e.label or "", e.text, e.prototype))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in ordered), encoding="utf-8")
-    beside.replace(path)
+    write(Path(path), "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in ordered))
 
 
 def load(path: Path) -> list[Example]:

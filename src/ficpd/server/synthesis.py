@@ -106,13 +106,14 @@ def read_texts(path: Path) -> list[str]:
 
 
 def wishes_of(task: Task) -> dict[str, str]:
-    """What is wished of a text of each label: the task's instruction and the label's text."""
+    """What is wished of a text of each label: the task's instruction and the label's text. Raises `ConfigError` for a task
+    without labels: nothing can be written for it, and nothing voted on."""
     told = task.describe()
     labels: Mapping[str, str] = told.get("labels") or {}
     if not labels:
         raise ConfigError(
-            f"a task of kind {told.get('name')!r} has no list of labels to write for; use public texts (from_texts), or "
-            "a classification"
+            f"a task of kind {told.get('name')!r} has no list of labels to write for and to vote on, whoever writes the "
+            "texts; examples are made for classifications only"
         )
     return {label: f"{told.get('instruction', '')} {text}".strip() for label, text in labels.items()}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ficpd.errors import DataError
 from ficpd.seams import Backbone
+from ficpd.spelling import spelled
 from ficpd.tasks import Answers, known
 from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
 
@@ -94,7 +95,7 @@ class Regression:
         return {"name": "regression", **self.config.model_dump()}
 
     def _number(self, record: Record) -> float:
-        target = record.fields["target"]
+        target = spelled(record.fields["target"])
         if isinstance(target, bool) or not isinstance(target, (int, float)):
             raise DataError(f"{record.key}, column target: {target!r} is no number; a regression needs numbers")
         return float(target)
