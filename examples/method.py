@@ -1,6 +1,7 @@
 """A method of one's own, outside the package: a FedAvg whose clients send only the sign of what they learned.
 
-`ficpd run ... --set method.name=examples.method` finds it by its dotted name; here it is handed to the engine directly.
+`python -m ficpd run ... --set method.name=examples.method`, from the folder above, finds it by its dotted name; here it is
+handed to the engine directly.
 """
 
 from ficpd.engines import in_process
@@ -32,12 +33,13 @@ def build(config: Config, training: Training) -> SignAvg:
     return SignAvg(training, config.robust)
 
 
-world = build_world(parse(RECIPE, "example"))
-method, clients = build(Config(), world.experiment.training), world.clients()
-engine = in_process.build(in_process.Config(), method, clients, world.model)
-state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
-schedule = Schedule(num_rounds=3, cohort=5, seed=0)
-for after, done in federate(method, engine, world.model, state, schedule, world.compression):
-    state = after
-    print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
-print(evaluate(method, state, clients, world.model, 4).everyone)
+if __name__ == "__main__":
+    world = build_world(parse(RECIPE, "example"))
+    method, clients = build(Config(), world.experiment.training), world.clients()
+    engine = in_process.build(in_process.Config(), method, clients, world.model)
+    state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
+    schedule = Schedule(num_rounds=3, cohort=5, seed=0)
+    for after, done in federate(method, engine, world.model, state, schedule, world.compression):
+        state = after
+        print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
+    print(evaluate(method, state, clients, world.model, 4).everyone)

@@ -18,7 +18,7 @@ SAYS = {
 
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_an_example_runs(name, capsys):
-    runpy.run_path(str(FOLDER / f"{name}.py"))
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert SAYS[name] in capsys.readouterr().out
 
 

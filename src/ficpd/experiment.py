@@ -133,8 +133,9 @@ class Group(Frozen):
 class Experiment(Frozen):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
-    `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end;
-    "fedavg:none" is fedavg without any. A federation of several tasks has `groups.NAME` with a task, data and partition
+    `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end, each with
+    its method's default settings; "fedavg:none" is fedavg without any privacy, and with the run's settings if that is the
+    run's own method. A federation of several tasks has `groups.NAME` with a task, data and partition
     each, instead of the one of its own.
     """
 

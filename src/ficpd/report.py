@@ -33,7 +33,7 @@ def beside(out: Path, own: Mapping[str, Any] | None) -> list[tuple[Path, dict[st
         result = json.loads(file.read_text())
         name = result["method"]
         if own and name == own["method"]:
-            if not _ran_as(out, file.parent.name.partition("-")[0]):
+            if "-" not in file.parent.name and not _ran_as(out, name):
                 result["label"] = f"{name}, default settings{result['label'].removeprefix(name)}"
             elif result["label"] == own["label"]:
                 continue

@@ -64,7 +64,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     resolved = out / "resolved.toml"  # a resumed run goes on with what was chosen when it began
     world = build_world(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment)
     for place, name in enumerate(names):
-        method = method_of(world, {"name": name.partition(":")[0]} if place else world.experiment.method)
+        method = method_of(world, part_of(world.experiment, name) if place else world.experiment.method)
         world.start_of(method)
         part_for(method, NONE if ":" in name else world.experiment.privacy)
         check_refine(world, method)
@@ -76,9 +76,8 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     floor = (zero_shot.result() or {})["metrics"]["global"]
     result = one_method(world, world.experiment.method, directory, floor, progress)
     for name in names[1:]:
-        method, _, private = name.partition(":")
         beside = RunDir(out / "baselines" / name.replace(":", "-"))
-        one_method(world, {"name": method}, beside, floor, progress, private=not private)
+        one_method(world, part_of(world.experiment, name), beside, floor, progress, private=":" not in name)
     alone = RunDir(out / "baselines" / "local").result()
     if alone:
         scores = [found["metrics"]["per_client"] for found in (result, alone)]
@@ -86,6 +85,13 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         directory.write("result.json", json.dumps(result, indent=2) + "\n")
     directory.write("report.md", report(directory))
     return result
+
+
+def part_of(experiment: Experiment, baseline: str) -> Mapping[str, Any]:
+    """The settings of a baseline: its method's defaults, but of the run's own method without privacy ("ficpd:none") the
+    run's, so that the two tell what privacy costs."""
+    name, _, without = baseline.partition(":")
+    return experiment.method if without and name == experiment.method["name"] else {"name": name}
 
 
 def one_method(

@@ -82,7 +82,7 @@ def test_recipe_and_sites_agree(made):
         assert (site.name, site.socket) == (name, Path(f"/run/ficpd/{name}.sock"))
         assert site.simulation is None
         assert site.task == recipe.task
-        assert site.backbone == recipe.backbone
+        assert site.backbone == recipe.backbone.model_copy(update={"dtype": "float32"})
         assert recipe.method["name"] in site.policy.methods
         assert policy.mechanism_of(recipe.privacy) in site.policy.mechanisms
         assert recipe.privacy["epsilon"] <= site.policy.epsilon

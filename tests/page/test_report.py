@@ -43,7 +43,7 @@ def shown(folder: Path) -> dict[str, str]:
 def test_the_runs_own_row_stands_beside_a_baseline_of_its_name_with_other_settings(tmp_path, recipe):
     folder = left(tmp_path / "run", recipe)
     found = shown(folder)
-    assert list(found) == ["local", OTHER, f"{OTHER}, no privacy", "fedavg"]
+    assert list(found) == ["local", OTHER, "fedavg, no privacy", "fedavg"]
     assert (found["fedavg"], found[OTHER]) == ("77.0", "67.0")
 
 
@@ -55,7 +55,7 @@ def test_a_baseline_that_is_the_run_once_more_is_left_out(tmp_path):
 
 def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     folder = left(tmp_path / "run", OWN)
-    run, labels = opened(folder), ["local", OTHER, f"{OTHER}, no privacy", "fedavg"]
+    run, labels = opened(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
     assert [line["method"] for line in tables.lines(run)] == labels
     assert [line[0] for line in tables.shown(run).cells] == labels
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
@@ -74,16 +74,16 @@ def test_a_run_of_local_alone_is_not_compared_with_itself(tmp_path):
 
 
 def test_a_run_shows_its_own_settings_figures(tmp_path):
-    """Through the command: the baseline of the same name has a row of its own, and the run's is the last."""
+    """Through the command: the baseline of the same name has a row of its own, and the run's is the last. What is run
+    without privacy beside it has the run's settings: the two tell what privacy costs."""
     recipe = tmp_path / "small.toml"
     recipe.write_text(small.toml(small.table(tmp_path / "records.csv"), rounds=1))
-    changes = ["-s", "method.robust={rule='norm_bound',max_norm=1e-6}", "-s", "baselines=['fedavg']"]
+    changes = ["-s", "method.robust={rule='norm_bound',max_norm=1e-6}", "-s", "baselines=['fedavg','fedavg:none']"]
     done = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     results = rows(tmp_path / "run")
-    assert [result["label"] for result in results] == ["zero_shot", OTHER, "fedavg"]
+    assert [result["label"] for result in results] == ["zero_shot", OTHER, "fedavg, no privacy", "fedavg"]
     assert results[-1] == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert results[-1]["set_aside"]
-    assert not results[1]["set_aside"]
+    assert [bool(result["set_aside"]) for result in results[1:]] == [False, True, True]
     drawn = " ".join(done.output.split())
     assert "default" in drawn
