@@ -182,8 +182,10 @@ def test_a_slow_site_is_waited_for_until_the_deadline(places, out, accept_late):
 
 
 def test_a_site_whose_line_is_cut_is_left_out_and_found_again(places, out):
-    for place in places:
-        place.start()
+    """It is asked who it is while the other works on the third round, which takes long enough here."""
+    first, second = places
+    first.start(slow(SETTLE, 2.0, 3))
+    second.start()
     gone: set[int] = set()
     served(places, out, {"round 1/": lambda: gone.add(2), "round 2/": gone.clear}, gone=gone)
     assert [done["dropped"] for done in rounds(out)] == [{}, {"site-1": "site-1 is not connected"}, {}]
