@@ -104,6 +104,7 @@ class Visit:
         self.noise = client.stream(method, round)
         self.expected_batch = 1
         self.spends: list[Spend] = []
+        self.totals: list[str] = []
         self._open: int | None = None
         self._drawn: Tensor | None = None
         self._masked: dict[float, Batch] = {}
@@ -188,6 +189,7 @@ class Visit:
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
         self.charge(TOTAL + name, 1)
+        self.totals.append(name)
         return self.client.mechanism.total(name, values_BN, self.noise).cpu()
 
     def whole(self) -> Batch:
@@ -275,9 +277,10 @@ def participate(method: Method, client: Client, order: Assignment) -> Generator[
         raise
     except Exception:
         if client.book is not None and client.mechanism.unit != "none":
-            failed = _stored(ClientUpdate(client.name, {}), client.kept, asked, failed=True)
+            kept = client.kept | {name: visit.kept[name] for name in visit.totals if name in visit.kept}
+            failed = _stored(ClientUpdate(client.name, {}), kept, asked, failed=True)
             client.book.settle(order.round, order.method, visit.spends, failed)
-            client.owed = ()
+            client.kept, client.owed = kept, ()
         raise
     if client.book is not None:
         client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept, asked))

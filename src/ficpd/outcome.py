@@ -91,6 +91,8 @@ def library_of(
     }
     card["data"] = {"source": ", ".join(Path(p.data.source).name for p in world.experiment.parties.values() if p.data)}
     card["training"] = world.experiment.training.model_dump()
+    if "seed" not in card:
+        card["training"].pop("seed", None)
     if backbone.words is not None and isinstance(method, TunesWords):
         card[WORDS] = {name: backbone.words.text(ids_P1[:, 0].tolist()) for name, ids_P1 in basis.items()}
     keys = keys_of(prompts, tasks, tasks_of(world, state, list(tasks)), backbone)

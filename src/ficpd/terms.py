@@ -127,7 +127,7 @@ def check_start(start: Prompt, task: Task, backbone: Backbone) -> None:
     if not bool(torch.isfinite(vectors_PD).all()):
         raise CodecError("the run's start has numbers that are not finite")
     known_PD = backbone.start(None, max(start.room, 1), enters_at, 0)
-    if not Prompt(known_PD, backbone.fingerprint).reaches(vectors_PD[: start.room]):
+    if not Prompt(known_PD, backbone.fingerprint).reaches(vectors_PD):
         raise CodecError(f"the run's start is more than {FARTHEST:g} times as long as words of {backbone.name}")
 
 

@@ -177,6 +177,26 @@ def test_an_order_that_fails_in_the_model_is_paid_and_not_tried_again(member, mo
     assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
 
 
+def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model):
+    client = member(record_level(statistics={"weight": 0.1}))
+
+    class Weighs(Written):
+        def train(self, visit, order):
+            visit.kept["other"] = torch.ones(1)
+            assert visit.weight > 0
+            raise RuntimeError("out of memory")
+            yield
+
+    with pytest.raises(RuntimeError):
+        carried_out(client, model, method=Weighs(None))
+    assert client.kept.keys() == {"weight"}
+    carried_out(client, model, 2)
+    assert {spend.name: spend.count for spend in client.book.spent()} == {"weight": 1, "prompt": 2}
+    client.kept = {}
+    with pytest.raises(PolicyError):
+        carried_out(client, model, 1, method=Weighs(None))
+
+
 def test_records_that_cannot_be_encoded_are_paid_for(member, model, monkeypatch):
     client = member()
     client.encodings.clear()

@@ -559,3 +559,51 @@ mechanisms = {mechanisms}
 """
     )
     assert settings.read(tmp_path / "site.toml").backbone.dtype == taken
+
+
+def test_tuners_that_divide_differences_are_for_owners_who_list_them(tmp_path):
+    one = world(tmp_path, "fedavg", *NOISED, "training.tuner='spsa'")
+    orders, said = begun(one)
+    own = site(one, "site-0", tmp_path)
+    with pytest.raises(PolicyError, match=r"training.tuner = 'spsa'.*tuners are 'adam', 'sgd'"):
+        own.answer(train(orders[0], said))
+    assert own.status()["epsilon"]["spent"] == 0
+    own.close()
+    own = site(one, "site-0", tmp_path, tuners=["spsa"])
+    own.answer(train(orders[0], said))
+    own.close()
+
+
+def test_a_run_with_noise_at_the_server_asks_a_site_as_often_as_the_server_draws_it(tmp_path):
+    """Its cohorts are drawn in private, and who is in the public ones says nothing."""
+    one = world(tmp_path, "fedavg", *SUMMED, "federation.num_rounds=6", "federation.clients_per_round=1")
+    orders, said = begun(one)
+    own = site(one, "site-0", tmp_path, mechanisms=["client_gaussian:central"])
+    own.answer(train(orders[0], said))
+    for order in orders[1:]:
+        own.answer(train(order))
+    own.close()
+
+
+def test_what_was_scored_is_known_after_a_restart(noised, tmp_path, monkeypatch):
+    orders, said = begun(noised)
+    scored: list[int] = []
+    monkeypatch.setattr(Site, "_scores", lambda self, run, order: scored.append(order.round) or {})
+    for _ in range(2):
+        own = site(noised, "site-0", tmp_path)
+        own.answer(train(orders[0], said))
+        own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0])))
+        own.close()
+    assert scored == [1]
+
+
+def test_a_readout_that_is_far_too_long_does_not_lengthen_the_reach(noised):
+    start, backbone = noised.start, noised.model.backbone
+    task = small.classes(tuned_head=True)
+    rows = torch.cat([start.vectors_PD, start.vectors_PD[:1].repeat(task.head_rows, 1)])
+    legal = replace(start.with_vectors(rows), head_rows=task.head_rows)
+    terms.check_start(legal, task, backbone)
+    rows = rows.clone()
+    rows[-1] *= 1e18
+    with pytest.raises(CodecError, match="times as long"):
+        terms.check_start(legal.with_vectors(rows), task, backbone)

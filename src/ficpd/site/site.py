@@ -36,7 +36,7 @@ from ficpd.types import JSON, Assignment, ClientCard, Spend
 
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
-LEDGER, SEED, WITNESS = "ledger.sqlite", "seed", "orders"
+LEDGER, SEED, WITNESS, SCORED = "ledger.sqlite", "seed", "orders", "scored"
 TELLS = (PolicyError, CodecError, SiteError)
 """Errors whose words are about terms and messages, and that come whatever the records are."""
 
@@ -132,9 +132,11 @@ class Site:
         the records: prompts are the caller's, the choice among them is the records'."""
         client = run.client
         share, scores = self.config.policy.share_metrics and client.mechanism.unit == "none", {}
-        again, run.scored = order.round <= run.scored and not share, max(run.scored, order.round)
+        again = order.round <= run.scored and not share
         try:
             if client.test and not again:
+                run.scored = max(run.scored, order.round)
+                write(self._run_folder(name) / SCORED, f"{run.scored}\n")
                 scores = self._scores(run, order)
                 write(self._run_folder(name) / "scores.json", json.dumps(scores, indent=2) + "\n")
         except Exception as error:
@@ -194,7 +196,14 @@ class Site:
         if (newest := book.newest(method.name)) and (stored := book.answered(newest, method.name)):
             with suppress(PolicyError):  # it failed, and is kept as such
                 restored(client, stored)
-        return Run(found, method, client, plan.participations)
+        central = mechanism.price("sum") is not None  # its cohorts come from the server's private stream
+        orders = found.schedule.num_rounds if central else plan.participations
+        return Run(found, method, client, orders, self._scored(name))
+
+    def _scored(self, name: str) -> int:
+        """The last round of a run whose prompts were scored; kept over restarts."""
+        file = self._run_folder(name) / SCORED
+        return int(file.read_text()) if file.exists() else 0
 
     def _mechanism(self, found: Terms, method: Method, plan: Any) -> Mechanism:
         """As the recipe asks for it, with noise that nobody can repeat unless this is a rehearsal."""
