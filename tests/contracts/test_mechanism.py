@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
+from ficpd.privacy.clip import MARGIN
 from ficpd.privacy.noise import Simulated
 from ficpd.registry import load, names
 from ficpd.types import ClientUpdate, Plan
@@ -90,7 +91,7 @@ def test_the_losses_of_all_candidates_of_a_record_are_clipped_together():
     """[K, B] of a zeroth-order or CMA-ES query: the whole vector, not each loss by itself."""
     loss_KB = torch.tensor([[3.0], [4.0]])
     mean_K = record().mean(loss_KB, 1, Silent())
-    assert torch.allclose(mean_K, torch.tensor([0.6, 0.8]) * CLIP, rtol=2e-4)
+    assert torch.allclose(mean_K, torch.tensor([0.6, 0.8]) * MARGIN * CLIP, rtol=1e-5)
 
 
 def test_records_below_the_norm_count_as_they_are():
@@ -142,7 +143,9 @@ def test_an_empty_poisson_batch_is_noise_like_any_other():
 def test_a_total_clips_rows_to_one_and_has_its_own_price():
     mechanism, silent = record(statistics={"weight": 0.1, "counts": 0.2}), Silent()
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
-    assert torch.allclose(mechanism.total("counts", rows, silent), torch.tensor([0.6, 1.3]), rtol=2e-4)
+    assert torch.allclose(
+        mechanism.total("counts", rows, silent), torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5
+    )
     assert silent.deviations == [mechanism.price("total:counts").noise_multiplier]
     assert mechanism.price("total:weight").noise_multiplier > mechanism.price("total:counts").noise_multiplier
     assert {line.name for line in mechanism.planned()} == {"prompt", "weight", "counts"}

@@ -10,6 +10,7 @@ from ficpd.clients import Client, Visit, participate
 from ficpd.compute import Compute, drive
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
 from ficpd.privacy import client_gaussian, record_gaussian
+from ficpd.privacy.clip import MARGIN
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.types import Answer, Assignment, ClientUpdate, Plan, Query, Spend
@@ -430,7 +431,7 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     visit = Visit(member(mechanism), 1)
     seen = []
     visit.noise.gaussian = lambda values, deviation: seen.append(deviation) or values
-    assert visit.weight == pytest.approx(RECORDS, rel=2e-4)
+    assert visit.weight == pytest.approx(MARGIN * RECORDS, rel=1e-5)
     assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("total:weight").noise_multiplier]
     assert visit.spends[0].sampling_rate == 1.0
 
@@ -440,7 +441,7 @@ def test_each_record_counts_at_most_one_in_a_total(member):
     visit.noise.gaussian = lambda values, deviation: values
     rows = torch.zeros(RECORDS, 2)
     rows[0, 0], rows[1, 1] = 1e6, float("nan")
-    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([1.0, 0.0]).double(), atol=2e-4)
+    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([MARGIN, 0.0]).double(), atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 8, 10])

@@ -8,6 +8,7 @@ import small
 from ficpd.errors import BudgetError
 from ficpd.federate import Schedule, federate
 from ficpd.privacy import accountant, client_gaussian
+from ficpd.privacy.clip import MARGIN
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.noise import Cryptographic, Simulated
 from ficpd.server.central import NoisedSum
@@ -77,7 +78,7 @@ def test_one_client_more_moves_the_mean_by_at_most_its_share_of_the_norm(length,
 
 def test_the_norm_is_one_over_all_arrays_of_an_update():
     both = unnoised([ClientUpdate("site-0", {"a": torch.full((2,), 9.0), "b": torch.full((2, 3), 9.0)})])
-    assert float(both.norm()) == pytest.approx(CLIP / EXPECTED, rel=2e-4)
+    assert float(both.norm()) == pytest.approx(MARGIN * CLIP / EXPECTED, rel=1e-5)
 
 
 def test_a_clients_own_weight_counts_for_nothing():

@@ -15,8 +15,8 @@ from ficpd.types import Prompt
 
 
 def check(config: SiteConfig, own: str, own_name: str, terms: Terms, backbone: Backbone) -> None:
-    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was
-    written; `backbone`: the site's."""
+    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written;
+    `backbone`: the site's."""
     objections = [
         f"{where(terms.recipe_name, terms.recipe, theirs)}: {given}; {where(own_name, own, ours)}: {allowed}"
         for theirs, given, ours, allowed in _objections(config, terms, most_tokens(config, backbone))

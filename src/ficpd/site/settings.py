@@ -23,10 +23,9 @@ class Policy(Frozen):
     `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
     dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
     updates out without a guarantee, "client_gaussian:central" lets the server add the noise (the site pays for the whole run
-    with its first order). `tuners`: "spsa" and "cma_es" divide
-    differences of losses by a distance that the recipe states, and where that is small, rounding is what is left.
-    `max_num_tokens`: virtual tokens of a prompt (None: half of what the backbone takes);
-    every record has to fit beside so many. `max_clip_norm` None: any.
+    with its first order). `tuners`: "spsa" and "cma_es" divide differences of losses by a distance that the recipe states,
+    and where that is small, rounding is what is left. `max_num_tokens`: virtual tokens of a prompt (None: half of what the
+    backbone takes); every record has to fit beside so many. `max_clip_norm` None: any.
     `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
     does not cover them.
     """

@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from ficpd.site import policy
 from ficpd.site.settings import SiteConfig
 from ficpd.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.terms import Terms, group_of
-from ficpd.types import JSON, Assignment, ClientCard, Spend
+from ficpd.types import JSON, Assignment, ClientCard
 
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
@@ -189,14 +189,17 @@ class Site:
         plan = found.plan(config.name, len(self.shard.train))
         mechanism = self._mechanism(found, method, plan)
         book = self.ledger.book(config.name, self._budget(name, mechanism), name)
+        # Noised at the server, no single release has a price here: the first order pays for the whole plan, since the sum
+        # costs a member the same in every round; and orders come as often as the server's private cohorts have it.
+        central = mechanism.price("sum") is not None
+        owed = mechanism.planned() if central and not book.carried_out() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
-            found.start, self.seed, book, () if book.carried_out() else self._beforehand(mechanism),
+            found.start, self.seed, book, owed,
         )  # fmt: skip
         if (newest := book.newest(method.name)) and (stored := book.answered(newest, method.name)):
             with suppress(PolicyError):  # it failed, and is kept as such
                 restored(client, stored)
-        central = mechanism.price("sum") is not None  # its cohorts come from the server's private stream
         orders = found.schedule.num_rounds if central else plan.participations
         return Run(found, method, client, orders, self._scored(name))
 
@@ -236,12 +239,6 @@ class Site:
                 f"{allowed.delta:g}). Nothing was spent. Ask for less, or agree on a larger budget"
             )
         return Budget(allowed.epsilon, allowed.delta, tuple(together))
-
-    @staticmethod
-    def _beforehand(mechanism: Mechanism) -> Sequence[Spend]:
-        """What the first order pays of a run that is noised at the server: all of it. No single release of the site has a
-        price there, and the sum costs each member the same in every round, also in those that did without it."""
-        return mechanism.planned() if mechanism.price("sum") is not None else ()
 
     def status(self) -> dict[str, JSON]:
         """For the site's own people; nothing of it goes to a server."""
