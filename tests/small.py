@@ -35,9 +35,9 @@ ANCHORS = {"bad dull": 1.0, "good fine": 5.0}
 TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1)
 
 
-def backbone(width: int = 16, depth: int = 2, max_tokens: int = 64) -> tiny.Tiny:
+def backbone(width: int = 16, depth: int = 2, max_tokens: int = 64, dtype: torch.dtype = torch.float32) -> tiny.Tiny:
     config = tiny.Config(width=width, depth=depth, max_tokens=max_tokens)
-    return tiny.build(config, None, dtype=torch.float32, attention="eager", device=CPU, name="tiny")
+    return tiny.build(config, None, dtype=dtype, attention="eager", device=CPU, name="tiny")
 
 
 def classes(**more: Any) -> classification.Classification:

@@ -8,7 +8,7 @@ import torch
 import decoders
 import small
 from ficpd import compute
-from ficpd.compute import Compute, Kept, chunked, drive, drive_many
+from ficpd.compute import ONE_ROW, Compute, Kept, chunked, drive, drive_many
 from ficpd.errors import BackboneError
 from ficpd.types import Answer, Item, Query, Record
 from ficpd.world import build_task
@@ -98,6 +98,24 @@ def test_a_forward_stays_within_its_tokens(model, monkeypatch):
     seen.clear()
     Compute(model.backbone, chunk_tokens=1).answer([query])
     assert [rows for rows, _ in seen] == [1] * 36
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("enters_at", [0, 1])
+def test_a_row_that_is_alone_is_the_same_to_the_bit_whoever_else_is_asked_about(dtype, enters_at):
+    """What a clip bounds at a site: a record's own row, of which no other record is a part."""
+    backbone, task = small.backbone(width=64, dtype=dtype), small.classes()
+
+    def rows(places: list[int]) -> torch.Tensor:
+        model = Compute(backbone, chunk_tokens=ONE_ROW)
+        records = small.records(24)
+        batch = task.encode([records[p] for p in places], backbone, small.start(model, task, 3, enters_at))
+        answer = model.answer([Query(prompts(2, width=64), batch, grad=True)])[0]
+        assert answer.grad_KBPD is not None
+        return torch.cat([answer.loss_KB[..., None], answer.grad_KBPD.flatten(2)], dim=2)
+
+    everybody, without = list(range(24)), [*range(23, 9, -1), *range(9)]
+    assert torch.equal(rows(everybody)[:, without], rows(without))
 
 
 def test_chunked_splits_by_the_longest_and_loses_nothing():

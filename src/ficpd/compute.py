@@ -26,6 +26,9 @@ from ficpd.types import LORA, Answer, Batch, Item, Outputs, Query
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
 """Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
+ONE_ROW = 1
+"""So few positions that every row has a forward to itself: what comes out is a function of its record and prompt alone, to
+the last bit, whoever else is asked about. On MiniLM 1.3 to 1.4 times as long in float32, 2.6 to 2.9 times in bfloat16."""
 THREADS = torch.get_num_threads()
 """As many as torch had when this was imported."""
 

@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from ficpd import experiment
+from ficpd.compute import ONE_ROW
 from ficpd.deploy.init import checked_address, init
 from ficpd.errors import ConfigError
 from ficpd.site import policy, settings
@@ -82,7 +83,8 @@ def test_recipe_and_sites_agree(made):
         assert (site.name, site.socket) == (name, Path(f"/run/ficpd/{name}.sock"))
         assert site.simulation is None
         assert site.task == recipe.task
-        assert site.backbone == recipe.backbone.model_copy(update={"dtype": "float32"})
+        assert site.backbone == recipe.backbone
+        assert site.chunk_tokens == ONE_ROW
         assert recipe.method["name"] in site.policy.methods
         assert policy.mechanism_of(recipe.privacy) in site.policy.mechanisms
         assert recipe.privacy["epsilon"] <= site.policy.epsilon

@@ -31,9 +31,10 @@ from ficpd.library import PromptLibrary
 from ficpd.outcome import method_of, schedule_of
 from ficpd.privacy.noise import Cryptographic
 from ficpd.run import run
-from ficpd.site import settings
+from ficpd.site.open import open_site
 from ficpd.site.site import LEDGER, Site, TermsWantedError
 from ficpd.terms import Terms
+from ficpd.types import Query
 from ficpd.world import World, build_world
 from site_of import NOISED, begun, recipe, site, train, world
 
@@ -534,43 +535,47 @@ def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(
     own.close()
 
 
-@pytest.mark.parametrize(
-    ("mechanisms", "stated", "taken"),
-    [
-        ('["record_gaussian"]', "", "float32"),
-        ('["record_gaussian"]', 'dtype = "bfloat16"', "bfloat16"),
-        ('["client_gaussian"]', "", "auto"),
-    ],
-)
-def test_a_site_computes_in_float32_where_noise_is_for_one_record(tmp_path, mechanisms, stated, taken):
-    small.table(tmp_path / "own.csv")
-    (tmp_path / "site.toml").write_text(
-        f"""name = "north"
+def opened(folder: Path, mechanisms: str, dtype: str, chunk: str) -> Site:
+    """A site from its file, as its owner starts it."""
+    small.table(folder / "own.csv")
+    (folder / "site.toml").write_text(
+        f"""name = "site-0"
 socket = "north.sock"
-state = "state"
-task = {{ name = "classification", labels = {{ bad = "bad", good = "good" }} }}
+state = "site-0"
+task = {{ name = "classification", labels = {{ good = "good fine", bad = "bad dull" }}, instruction = "it was" }}
 data = {{ source = "own.csv" }}
+policy = {{ epsilon = 2, mechanisms = ["{mechanisms}"] }}
+[engine]
+{chunk}
 [backbone]
 name = "tiny"
-{stated}
-[policy]
-epsilon = 2
-mechanisms = {mechanisms}
+{dtype}
 """
     )
-    assert settings.read(tmp_path / "site.toml").backbone.dtype == taken
+    return open_site(folder / "site.toml", lambda line: None)
 
 
-def test_tuners_that_divide_differences_are_for_owners_who_list_them(tmp_path):
-    one = world(tmp_path, "fedavg", *NOISED, "training.tuner='spsa'")
-    orders, said = begun(one)
-    own = site(one, "site-0", tmp_path)
-    with pytest.raises(PolicyError, match=r"training.tuner = 'spsa'.*tuners are 'adam', 'sgd'"):
-        own.answer(train(orders[0], said))
-    assert own.status()["epsilon"]["spent"] == 0
-    own.close()
-    own = site(one, "site-0", tmp_path, tuners=["spsa"])
-    own.answer(train(orders[0], said))
+@pytest.mark.parametrize(
+    ("mechanisms", "dtype", "chunk", "alone", "taken"),
+    [
+        ("record_gaussian", "", "", True, "auto"),
+        ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
+        ("record_gaussian", 'dtype = "bfloat16"', "chunk_tokens = 512", False, "bfloat16"),
+        ("client_gaussian", "", "", False, "auto"),
+    ],
+)
+def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, alone, taken):
+    """Unless the owner wants it otherwise, and then in float32, unless the owner wants that otherwise, too."""
+    own = opened(tmp_path, mechanisms, dtype, chunk)
+    asked, above = [], own.model.backbone.above
+    own.model.backbone.above = lambda rows, hidden, items, layer: (
+        asked.append(len(items)) or above(rows, hidden, items, layer)
+    )
+    batch = own.task.encode(own.shard.train, own.model.backbone, small.start(own.model, own.task))
+    own.model.answer([Query(small.start(own.model, own.task).vectors_PD[None], batch, grad=True)])
+    assert sum(asked) == len(batch) > 1
+    assert (max(asked) == 1) == alone
+    assert own.config.backbone.dtype == taken
     own.close()
 
 

@@ -7,7 +7,7 @@ MARGIN = 1 - 1e-4
 """Rows are scaled to this much of the norm, so that rounding takes none past it: neither the scaling's own, nor the
 model's. A model computes records side by side, and without one of them the others' rows are rounded otherwise: with 64
 records on MiniLM in float32 by 6e-7 of the norm all together, and 9e-7 at ten times the start's length. What bfloat16
-does is not covered."""
+does is not covered. A real site gives each record a forward of its own (`compute.ONE_ROW`)."""
 
 
 def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:

@@ -37,8 +37,6 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
         yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
     if mechanism not in policy.mechanisms:
         yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
-    if (tuner := experiment.training.tuner) not in policy.tuners:
-        yield "training.tuner", f"training.tuner = {tuner!r}", "policy.tuners", f"tuners are {_list(policy.tuners)}"
     if experiment.privacy.get("noise_multiplier") is not None:  # what it costs, and so whether it is refused, tells n
         yield "privacy.noise_multiplier", "privacy.noise_multiplier is stated", "policy.epsilon", "sites go by epsilon"
     if set(experiment.privacy.get("statistics") or ()) - {LABELS}:  # those stay here, and are paid for

@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from ficpd.compute import ONE_ROW
 from ficpd.data.sources import Config as Source
 from ficpd.errors import ConfigError, unknown
 from ficpd.experiment import BackboneConfig, EngineConfig, Frozen, checked, part
 
 EXACT = "float32"
-"""What a site computes in where noise is for one record: bfloat16 rounds the other records too much (`clip.MARGIN`)."""
+"""What records are computed in side by side where noise is for one of them: bfloat16 rounds the others too much."""
 LONGEST_SOCKET = 107
 """Bytes of a Unix socket's path (Linux, sun_path)."""
 
@@ -23,8 +24,7 @@ class Policy(Frozen):
     `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
     dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
     updates out without a guarantee, "client_gaussian:central" lets the server add the noise (the site pays for the whole run
-    with its first order). `tuners`: "spsa" and "cma_es" divide differences of losses by a distance that the recipe states,
-    and where that is small, rounding is what is left. `max_num_tokens`: virtual tokens of a prompt (None: half of what the
+    with its first order). `max_num_tokens`: virtual tokens of a prompt (None: half of what the
     backbone takes); every record has to fit beside so many. `max_clip_norm` None: any.
     `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
     does not cover them.
@@ -34,7 +34,6 @@ class Policy(Frozen):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     methods: tuple[str, ...] = ("fedavg", "fedprox", "ficpd", "fpl")
     mechanisms: tuple[str, ...] = ("record_gaussian",)
-    tuners: tuple[str, ...] = ("adam", "sgd")
     max_num_tokens: int | None = Field(default=None, ge=1)
     max_local_steps: int = Field(default=50, ge=1)
     max_batch_size: int = Field(default=128, ge=1)
@@ -64,6 +63,12 @@ class SiteConfig(Frozen):
     policy: Policy
     engine: EngineConfig = EngineConfig()
     simulation: Simulation | None = None
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Positions of one forward. Where noise is for one record, and the owner says nothing else, each has a forward to
+        itself: computed beside others its numbers would depend on them, if by rounding only (`clip.MARGIN`)."""
+        return self.engine.chunk_tokens or (ONE_ROW if "record_gaussian" in self.policy.mechanisms else None)
 
     @field_validator("name")
     @classmethod
@@ -107,7 +112,8 @@ def read(path: Path | str) -> SiteConfig:
         parts["task"] = part("tasks", parts["task"], f"{path.name}: task")
     config = checked(SiteConfig, parts, path.name)
     here, backbone = path.resolve().parent, config.backbone
-    if backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
+    beside = config.chunk_tokens not in (None, ONE_ROW)
+    if beside and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={
