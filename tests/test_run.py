@@ -322,6 +322,33 @@ def test_an_occupied_directory_is_refused(finished):
         run_experiment(given, finished / "run")
 
 
+def test_two_runs_in_one_directory_at_once_are_refused(finished, tmp_path):
+    """Both new, or both going on: each would write over the other's checkpoint, and pay from one ledger."""
+    given, out = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml"), tmp_path / "out"
+    refused: list[str] = []
+
+    def meanwhile(*_: object) -> None:
+        for resume in (False, True):
+            with pytest.raises(
+                RunError, match=r"another process is at work in .*out; wait until it has ended, or choose"
+            ):
+                run_experiment(given, out, resume=resume)
+            refused.append("resumed" if resume else "new")
+
+    run_experiment(given, out, progress=meanwhile)
+    assert refused[:2] == ["new", "resumed"]
+    assert_same(left_by(out), left_by(finished / "run"))
+
+
+def test_a_directory_that_nothing_was_put_into_is_taken_away_again(tmp_path):
+    with RunDir(tmp_path / "runs" / "mine").held():
+        assert (tmp_path / "runs" / "mine").is_dir()
+    assert not (tmp_path / "runs").exists()
+    with RunDir(tmp_path / "runs" / "mine").held():
+        RunDir(tmp_path / "runs" / "mine").write("experiment.toml", "")
+    assert (tmp_path / "runs" / "mine" / "experiment.toml").exists()
+
+
 def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(RunError, match="out is a file, and a run leaves a directory"):

@@ -52,8 +52,13 @@ def silent(method: str, done: int, planned: int, figures: dict[str, float]) -> N
 def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """The main method's result; those of the baselines lie in `out/baselines`. Raises `RunError` if `out` is taken."""
     directory = RunDir(out)
-    directory.check(to_toml(experiment), resume)
-    done = directory.result()
+    with directory.held():
+        directory.check(to_toml(experiment), resume)
+        return _run(experiment, directory, progress)
+
+
+def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> dict[str, Any]:
+    out, done = directory.path, directory.result()
     names = [experiment.method["name"], *experiment.baselines]
     if (
         done

@@ -13,8 +13,10 @@ baselines/NAME/   the same for each baseline
 """
 
 import json
+import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,26 @@ SITES = "sites.json"
 KEPT = "kept:"
 
 
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed; None where the system has no such thing."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise RunError(
+            f"another process is at work in {folder}; wait until it has ended, or choose another --out"
+        ) from None
+    except OSError:
+        os.close(number)
+        return None
+    return number
+
+
 class RunDir:
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -42,14 +64,33 @@ class RunDir:
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
             raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file, and a run leaves a directory; choose another --out")
         if not file.exists() and self.path.exists() and any(f.suffix != ".writing" for f in self.path.iterdir()):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
             raise RunError(
                 f"{file} is another experiment than the one given; resume without changes, or choose another --out"
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """This process alone works in the directory, which is made, and taken away again if nothing was put into it. Raises
+        `RunError` if another process is at work there. The lock is the system's, on the directory itself: it goes with the
+        process, and where a system or a network drive has none, nothing is held."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file, and a run leaves a directory; choose another --out")
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        number = None
+        try:
+            number = _lock(self.path)
+            yield
+        finally:
+            for folder in made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+            if number is not None:
+                os.close(number)
 
     def write(self, name: str, content: str | bytes) -> Path:
         return write(self.path / name, content)

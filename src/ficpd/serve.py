@@ -75,7 +75,15 @@ def serve(
     `SiteError` for sites that do not come or have another backbone; nothing is asked of anybody before all of that is known.
     """
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
-    directory.check(to_toml(experiment), resume)
+    with directory.held():
+        directory.check(to_toml(experiment), resume)
+        return _serve(experiment, directory, engine, (recipe, recipe_name), say)
+
+
+def _serve(
+    experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say
+) -> dict[str, Any]:
+    out = directory.path
     if done := directory.result():
         say(f"this run is finished: {out / 'report.md'}")
         return done
@@ -93,7 +101,7 @@ def serve(
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(world.experiment))
     directory.write(SITES, json.dumps({card.name: dict(card.metadata) for card in engine.clients()}, indent=2) + "\n")
-    return _rounds(world, method, directory, engine, (recipe, recipe_name), say)
+    return _rounds(world, method, directory, engine, recipe, say)
 
 
 def _rounds(

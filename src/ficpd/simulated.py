@@ -31,7 +31,8 @@ def run(experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
 
     Raises `RunError` with Flower's exit status if it failed.
     """
-    RunDir(out).check(to_toml(served(experiment)), resume)
+    with RunDir(out).held():
+        RunDir(out).check(to_toml(served(experiment)), resume)
     world = build_world(experiment)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficpd-")))
