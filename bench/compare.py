@@ -1,12 +1,14 @@
 """Methods against one another, by `ficpd compare`: the files it is given, and what came out.
 
-python bench/compare.py gradients|private|blackbox|mixed|languages|words [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER]
-                        [--out FOLDER] [--jobs N]
+python bench/compare.py gradients|private|blackbox|blackbox_skewed|mixed|languages|words|words_skewed
+                        [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER] [--out FOLDER] [--jobs N]
 
 `gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
 Dirichlet 0.3. `private`: ε = 1, 2, 4 per record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`:
-what losses alone are worth, by queries and bytes. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8
-languages on multilingual E5. `words`: SmolLM2, where prompts may be words, or examples. A run directory for each cell is
+what losses alone are worth, by queries and bytes. `blackbox_skewed`: the same with labels by Dirichlet 0.3, by clients' own
+tests. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8
+languages on multilingual E5. `words`: SmolLM2, where prompts may be words, or examples; `words_skewed`: with labels by
+Dirichlet 0.3. A run directory for each cell is
 left in `--out`; `results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
 """
 
@@ -14,6 +16,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,10 @@ NAMED: dict[str, dict[str, Any]] = {
     "fedlora": {"method": {"name": "fedlora"}, "compression": {"name": "none"}},
     "feddtpt": {"method": {"name": "feddtpt"}, "compression": {"name": "none"}},
     "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"tuner": "spsa"}},
+    "ficpd, black box, label prior": {
+        "method": {"name": "ficpd", **WAY, "label_prior": True},
+        "training": {"tuner": "spsa"},
+    },
     "fedbpt": {"method": {"name": "fedbpt", "iterations": 4}},
     "fedbpt, plain loss": {"method": {"name": "fedbpt", "iterations": 4, "ratio": False, "spread": 0.3}},
 }
@@ -127,6 +134,16 @@ def blackbox(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def blackbox_skewed(args: argparse.Namespace) -> dict[str, Any]:
+    rivals = "dp_zo", "ficpd, black box", "ficpd, black box, label prior", "fedbpt", "fedbpt, plain loss"
+    return blackbox(args) | {
+        "methods": methods(*rivals),
+        "reference": "fedbpt, plain loss",
+        "figure": "own",
+        "partitions": {"labels by Dirichlet 0.3": SKEWED},
+    }
+
+
 def mixed(args: argparse.Namespace) -> dict[str, Any]:
     recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 10)
     for part in ("task", "data", "partition"):
@@ -156,7 +173,18 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-PARTS = {build.__name__: build for build in (gradients, private, blackbox, mixed, languages, words)}
+def words_skewed(args: argparse.Namespace) -> dict[str, Any]:
+    skewed = {"partition": SKEWED["partition"] | {"num_clients": 4}}
+    return words(args) | {
+        "methods": methods("ficpd", "ficpd, label prior", "feddtpt", "fedhpl"),
+        "partitions": {"labels by Dirichlet 0.3": skewed},
+    }
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    build.__name__: build
+    for build in (gradients, private, blackbox, blackbox_skewed, mixed, languages, words, words_skewed)
+}
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ NAMES = {
     "ficpd, extrapolated": "FICPD, extrapolated steps",
     "ficpd, label prior, extrapolated": "FICPD, label priors, extrapolated steps",
     "ficpd, black box": "FICPD by losses alone (SPSA)",
+    "ficpd, black box, label prior": "the same, label priors",
     "fpl": "FPL",
     "fpl, label prior": "FPL, label priors",
     "dp_fpl": "DP-FPL",

@@ -70,7 +70,7 @@ def library(
         "backbone": {"name": config.name, "kind": config.kind, "options": {}, "enters_at": enters_at},
         "tasks": {"polarity": TASK}, "privacy": PRIVACY, "method": "fedavg", "num_clients": 5,
     }  # fmt: skip
-    return PromptLibrary(prompt.with_vectors(0 * prompt.vectors_PD), {"global": prompt}, card)
+    return PromptLibrary(prompt.with_vectors(prompt.vectors_PD / 2), {"global": prompt}, card)
 
 
 def backbone_of(folder: Path | str) -> Any:
@@ -437,6 +437,47 @@ def test_export_and_import_from_the_command_line(ficpd, llama, tmp_path):
     status, out, _ = ficpd("import", tmp_path / "out", "--out", tmp_path / "writes", "--backbone", llama)
     assert status == 0
     assert PromptLibrary.load(tmp_path / "writes").card["tasks"]["generation"]["instruction"] == ""
+
+
+def few(file: Path) -> Path:
+    lines = [
+        f"{a} {b},{label}" for label, a in (("good", "very good"), ("bad", "not bad")) for b in ("film", "was", "long")
+    ]
+    file.write_text("text,target\n" + "\n".join(lines) + "\n")
+    return file
+
+
+def test_an_adapted_prompt_is_exported_and_answers_the_same(ficpd, llama, tmp_path):
+    """With a word on whose records it was fitted to: the guarantee is the federation's."""
+    made, data = library(llama), few(tmp_path / "few.csv")
+    made.card["training"] = {"learning_rate": 0.1}
+    made.save(tmp_path / "library")
+    adapt = ("adapt", tmp_path / "library", "--data", data, "--shots", 6, "--how", "tune", "--out", tmp_path / "mine")
+    assert ficpd(*adapt)[0] == 0
+    assert ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out")[::2] == (0, "")
+    tuned = PromptLibrary.load(tmp_path / "mine").prompts["adapted"]
+    assert not torch.equal(tuned.vectors_PD, made.prompts["global"].vectors_PD)
+    same_as_ours(backbone_of(llama), tuned, in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), TEXTS, 8)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "- adapted: to 6 records of its owner" in page
+    assert "no guarantee covers those records" in page
+    assert ficpd("export", tmp_path / "mine", "--prompt", "global", "--out", tmp_path / "theirs")[0] == 0
+    assert "records of its owner" not in (tmp_path / "theirs" / "README.md").read_text()
+
+
+def test_an_adapted_prompt_that_answers_beside_demonstrations_is_no_prompt_alone(ficpd, llama, tmp_path):
+    made, data = library(llama), few(tmp_path / "few.csv")
+    made.card["training"] = {"learning_rate": 0.1}
+    made.save(tmp_path / "library")
+    adapt = ("adapt", tmp_path / "library", "--data", data, "--shots", 6, "--out", tmp_path / "mine")
+    assert ficpd(*adapt, "--how", "demonstrations")[0] == 0
+    assert PromptLibrary.load(tmp_path / "mine").card["adapted"]["demonstrations"]
+    for more in ((), ("--reenter",)):
+        status, _, err = ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out", *more)
+        assert status == 1
+        assert "answers beside" in err
+        assert "--how tune" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_reenter_from_the_command_line_states_the_agreement(ficpd, bert, tmp_path):

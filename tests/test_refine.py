@@ -1,20 +1,26 @@
 """The server's last step: examples that are nobody's, in a file, and one prompt distilled from the prototypes."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 import small
 import test_groups
-from ficpd import serve
+from ficpd import refine, serve
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiment import parse
 from ficpd.library import PromptLibrary
 from ficpd.outcome import method_of
 from ficpd.refine import check_refine
 from ficpd.run import run as run_experiment
+from ficpd.rundir import RunDir
+from ficpd.server import synthesis
+from ficpd.server.examples import Made
 from ficpd.tasks import generation
+from ficpd.types import Query
 from ficpd.world import build_world
 from site_of import recipe
 
@@ -44,6 +50,40 @@ def test_a_run_ends_in_a_distilled_prompt_and_a_file_of_examples(tmp_path, texts
     page = (tmp_path / "run" / "report.md").read_text()
     assert f"Distilled ({how})" in page
     assert "Synthetic examples by" in page
+
+
+@pytest.mark.parametrize("how", ["reptile", "maml"])
+def test_each_prototype_is_a_task_with_the_labels_that_it_gives(tmp_path, texts, how, monkeypatch):
+    """Two prototypes of one task that learned opposite things are two episodes of the same texts."""
+    learn = {"reptile": refine.reptile, "maml": refine.first_order_maml}[how]
+    seen: list = []
+    monkeypatch.setattr(refine, learn.__name__, lambda *args, **more: seen.append(args[1]) or learn(*args, **more))
+    world = build_world(small.experiment(tmp_path, "ficpd", f"distillation.how={how}", texts, "distillation.steps=2"))
+    model, task, start = world.model, world.task, world.start
+    one = start.with_vectors(model.backbone.start("good fine", start.room, start.enters_at, 0))
+    other = start.with_vectors(-5 * one.vectors_PD)
+    basis = {"global": start, "prototype-0": one, "prototype-1": other}
+    mine = {"prototype-0": [""], "prototype-1": [""]}
+    monkeypatch.setattr(synthesis, "vote", lambda model, prompts, task, drafts, least: Made(drafts, Counter()))
+    refine.refine(world, basis, mine, {"prototype-0": 2, "prototype-1": 1}, RunDir(tmp_path / "run"))
+    (episodes,) = seen
+    assert len(episodes) == 2
+    for episode, prompt in zip(episodes, (one, other), strict=True):
+        answer = model.answer([Query(prompt.vectors_PD[None], episode, outputs=True)])[0]
+        told = task.predict(answer, episode)
+        assert [task.possible[int(place)] for place in episode.targets] == told
+    assert not torch.equal(episodes[0].targets, episodes[1].targets)
+
+
+def test_a_task_without_labels_teaches_nothing_and_keeps_nobody_else_from_it(tmp_path, texts):
+    recipe = test_groups.toml(tmp_path, rounds=1)
+    rated = (tmp_path / "b.csv").read_text().replace(",up,", ",1.5,").replace(",down,", ",4.5,")
+    (tmp_path / "b.csv").write_text(rated)
+    rating = "groups.opposed.task={name='regression',anchors={'bad dull'=1.0,'good fine'=5.0}}"
+    changes = ["distillation.how=squared", texts, "distillation.least_agreement=0.5", rating]
+    found = run_experiment(parse(recipe, "groups.toml", changes), tmp_path / "run")
+    assert found["distillation"]["examples"]["opposed"] == "0 examples: a task without labels"
+    assert int(found["distillation"]["examples"]["plain"].split()[0]) > 1
 
 
 def test_copies_of_training_records_are_dropped(tmp_path):
@@ -151,12 +191,12 @@ def test_a_baseline_that_could_not_be_distilled_stops_the_run_before_it_begins(t
 
 
 @pytest.mark.parametrize("task", [small.numbers(), small.choices(), generation.build(generation.Config())])
-def test_every_task_must_have_labels_and_the_one_that_has_none_is_named(tmp_path, task):
+def test_some_task_must_have_labels(tmp_path, task):
     world = build_world(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
     method = method_of(world, world.experiment.method)
-    check_refine(world, method)
-    with pytest.raises(ConfigError, match=rf'"squared" for groups\.b: a task of kind .{task.describe()["name"]}'):
-        check_refine(replace(world, tasks={"a": small.classes(), "b": task}), method)
+    check_refine(replace(world, tasks={"a": small.classes(), "b": task}), method)
+    with pytest.raises(ConfigError, match=rf'"squared": a task of kind .{task.describe()["name"]}'):
+        check_refine(replace(world, tasks={"a": task, "b": task}), method)
 
 
 def test_what_is_not_used_does_not_stop_a_method_without_prototypes(tmp_path):

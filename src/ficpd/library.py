@@ -250,7 +250,7 @@ def model_card(library: PromptLibrary) -> str:
         f"- {shape_of(start)}\n"
         f"- tasks: {listed(card.get('tasks', {}))}\n"
         f"- made by: {made_by(card)}\n"
-        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_words_lines(card)}{_adapted_line(library)}\n"
+        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_words_lines(card)}{adapted_line(library)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
@@ -261,7 +261,18 @@ def _words_lines(card: Mapping[str, Any]) -> str:
     return "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
 
 
-def _adapted_line(library: PromptLibrary) -> str:
+def check_alone(library: PromptLibrary, name: str) -> None:
+    """Raises `LibraryError` for a prompt that means nothing without the texts shown beside it."""
+    texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
+    if texts:
+        raise LibraryError(
+            f"the prompt {name!r} answers beside {len(texts)} demonstrations, texts of its owner's that are no part of a "
+            "prompt; fit one that stands alone (`ficpd adapt --how tune`, or compose), or load it with "
+            "examples/plain_transformers.py with them in front"
+        )
+
+
+def adapted_line(library: PromptLibrary) -> str:
     """What the page says of a prompt that somebody fitted to records of their own: no guarantee covers those."""
     facts = library.card.get(ADAPTED)
     if facts is None:

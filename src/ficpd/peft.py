@@ -22,7 +22,7 @@ from ficpd.beginning import start_text
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked
 from ficpd.files import flush, write
-from ficpd.library import PromptLibrary, guarantee, keys_of, made_by, shape_of
+from ficpd.library import ADAPTED, PromptLibrary, adapted_line, check_alone, guarantee, keys_of, made_by, shape_of
 from ficpd.tuners import Training
 from ficpd.types import LORA, Prompt, Record
 from ficpd.world import build_task, load_backbone, locate
@@ -90,8 +90,8 @@ def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
     """The prompt of that name, if PEFT can express it. Raises `LibraryError` with the reason and the way out."""
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
-    prompt = library.prompts[name]
-    reasons = []
+    check_alone(library, name)
+    prompt, reasons = library.prompts[name], []
     if prompt.enters_at not in (0, LORA):
         reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT puts virtual tokens at the input only")
     if prompt.head_rows or name in library.readouts:
@@ -206,6 +206,8 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         f"- made by: {made_by(card)}",
         f"- privacy: {guarantee(card.get('privacy', {}))}",
     ]
+    if name == ADAPTED:
+        lines.append(adapted_line(library).strip())
     if "reentered" in card:
         lines += [f"- {line}" for line in reentry_lines(card)]
         lines.append("- the privacy above is of the federation's records; texts that it was imitated on have none")

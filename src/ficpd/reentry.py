@@ -22,7 +22,7 @@ from ficpd.compute import Compute, drive
 from ficpd.data import sources
 from ficpd.errors import LibraryError, unknown
 from ficpd.experiment import EngineConfig, checked
-from ficpd.library import PromptLibrary
+from ficpd.library import PromptLibrary, check_alone
 from ficpd.peft import backbone_config
 from ficpd.privacy.none import NoPrivacy
 from ficpd.seams import Task
@@ -136,6 +136,7 @@ def reenter_from(
     library = PromptLibrary.load(folder)
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
+    check_alone(library, name)
     tasks = library.card["tasks"]
     if task not in tasks and (task is not None or len(tasks) > 1):
         given = "no task was named" if task is None else unknown("task", task, tasks)

@@ -25,7 +25,7 @@ from ficpd.server.distillation import Learned, Lesson, distil
 from ficpd.server.examples import Example, Made
 from ficpd.server.meta import Inner, first_order_maml, reptile
 from ficpd.traits import Classifies
-from ficpd.types import ClientCard, Prompt, Record, Setup
+from ficpd.types import Batch, ClientCard, Prompt, Record, Setup
 from ficpd.world import World, load_backbone, locate
 
 SYNTHETIC = "synthetic.jsonl"
@@ -43,18 +43,17 @@ class Refined:
 
 
 def check_refine(world: World, method: Method) -> None:
-    """Before the first round: raises what `refine` would raise after the last one, `ConfigError` for a task without labels,
+    """Before the first round: raises what `refine` would raise after the last one, `ConfigError` if no task has labels,
     `DataError` for texts that are not there, `BackboneError` for a writer that cannot be had or cannot write. A method
     without prototypes has nothing to distil."""
     config = world.experiment.distillation
     if config.how == "none" or not _has_prototypes(world, method):
         return
-    for group, task in world.tasks.items():
+    if not any(synthesis.has_labels(task) for task in world.tasks.values()):
         try:
-            synthesis.wishes_of(task)
+            synthesis.wishes_of(next(iter(world.tasks.values())))
         except ConfigError as error:
-            whose = f" for groups.{group}" if group else ""
-            raise ConfigError(f'distillation.how = "{config.how}"{whose}: {error}; set it to "none"') from error
+            raise ConfigError(f'distillation.how = "{config.how}": {error}; set it to "none"') from error
     if config.texts:
         try:
             _texts(config.texts)
@@ -91,17 +90,24 @@ def refine(
     """Write, vote, keep, distil; the examples lie in the run's `synthetic.jsonl`.
 
     `basis` holds the global prompt and the prototypes; `tasks_of` the groups that each prototype serves and `sizes` how many
-    clients it has. A task for which no example survives teaches nothing, and the facts say so.
+    clients it has. A task without labels, or for which no example survives, teaches nothing, and the facts say so.
     """
     config, seed = world.experiment.distillation, public_seed(world.experiment.seed)
     writer = _writer(config, world)
-    made = {group: _examples(world, group, task, basis, tasks_of, writer, seed) for group, task in world.tasks.items()}
+    made = {
+        group: _examples(world, group, task, basis, tasks_of, writer, seed)
+        for group, task in world.tasks.items()
+        if synthesis.has_labels(task)
+    }
     directory.path.mkdir(parents=True, exist_ok=True)
     nobodys.save([example for found in made.values() for example in found.examples], directory.path / SYNTHETIC)
     facts: dict[str, Any] = {
         "how": config.how,
         "writer": writer.name if writer else config.texts or "words of the vocabulary",
-        "examples": {group or "all": found.said() for group, found in made.items()},
+        "examples": {
+            group or "all": made[group].said() if group in made else "0 examples: a task without labels"
+            for group in world.tasks
+        },
         "memorised": {g or "all": len(nobodys.memorised(m.examples, _records(world, g))) for g, m in made.items()},
     }
     taught = {group: found.examples for group, found in made.items() if len(found.examples) > 1}
@@ -157,21 +163,32 @@ def _learned(
     world: World, config: DistillationConfig, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int], taught: Mapping[str, Sequence[Example]], seed: int,
 ) -> Learned:  # fmt: skip
+    """Of synthetic examples: from all prototypes of a task at once, or (Reptile, MAML) each prototype a task of its own,
+    the examples with the labels that it gives them."""
     model, start, rate = world.model, basis["global"], world.experiment.training.learning_rate or 0.0
-    encoded = {
-        group: world.tasks[group].encode(nobodys.records(found), model.backbone, start)
-        for group, found in taught.items()
+    teachers = {
+        group: {name: prompt for name, prompt in basis.items() if group in tasks_of.get(name, ())} or {"global": start}
+        for group in taught
     }
+
+    def encoded(group: str, found: Sequence[Example]) -> Batch:
+        return world.tasks[group].encode(nobodys.records(found), model.backbone, start)
+
     if config.how in ("squared", "kl"):
         lessons = []
-        for group, batch in encoded.items():
-            teachers = [name for name in basis if group in tasks_of.get(name, ())] or ["global"]
-            stacked = torch.stack([basis[name].vectors_PD for name in teachers])
-            lessons.append(Lesson(batch, stacked, weights=[sizes.get(name, 1) for name in teachers]))
+        for group, found in taught.items():
+            stacked = torch.stack([prompt.vectors_PD for prompt in teachers[group].values()])
+            weights = [sizes.get(name, 1) for name in teachers[group]]
+            lessons.append(Lesson(encoded(group, found), stacked, weights=weights))
         return distil(
             model, start.vectors_PD, lessons, steps=config.steps, learning_rate=rate, seed=seed, loss=config.how
         )
-    episodes, inner = list(encoded.values()), Inner(config.inner_steps, rate)
+    episodes = [
+        encoded(group, own)
+        for group, found in taught.items()
+        for own in synthesis.labelled(model, teachers[group], world.tasks[group], found).values()
+    ]
+    inner = Inner(config.inner_steps, rate)
     if config.how == "reptile":
         return reptile(model, episodes, start.vectors_PD, inner, outer_rate=0.3, outer_steps=config.steps, seed=seed)
     return first_order_maml(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ficpd import codec, terms
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError, ConfigError, FicpdError, SiteError
-from ficpd.experiment import checked, parse, to_toml
+from ficpd.experiment import Experiment, checked, parse, to_toml
 from ficpd.federate import Round, federate
 from ficpd.guard import NONE, Guard, build_guard, part_for, public_seed
 from ficpd.library import guarantee

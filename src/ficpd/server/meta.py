@@ -1,8 +1,8 @@
 """Meta-learning on the server: a prompt from which each of several tasks is soon learned.
 
-Reptile (Nichol et al., 2018, arXiv 1803.02999) and first-order MAML (Finn et al., ICML 2017, arXiv 1703.03400), on synthetic
-examples with labels, so that no client is asked anything. First derivatives only. What was gained is measured on examples
-that were held back.
+Reptile (Nichol et al., 2018, arXiv 1803.02999) and first-order MAML (Finn et al., ICML 2017, arXiv 1703.03400). A task is a
+prototype here: synthetic examples with the labels that it gives them (`refine`), so that no client is asked anything. First
+derivatives only. What was gained is measured on examples that were held back.
 """
 
 from collections.abc import Iterator, Sequence

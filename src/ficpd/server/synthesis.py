@@ -110,12 +110,17 @@ def wishes_of(task: Task) -> dict[str, str]:
     without labels: nothing can be written for it, and nothing voted on."""
     told = task.describe()
     labels: Mapping[str, str] = told.get("labels") or {}
-    if not labels:
+    if not has_labels(task):
         raise ConfigError(
             f"a task of kind {told.get('name')!r} has no list of labels to write for and to vote on, whoever writes the "
             "texts; examples are made for classifications only"
         )
     return {label: f"{told.get('instruction', '')} {text}".strip() for label, text in labels.items()}
+
+
+def has_labels(task: Task) -> bool:
+    """Whether examples can be made for it."""
+    return bool(task.describe().get("labels"))
 
 
 def opening(wish: str, form: Form) -> str:
@@ -176,11 +181,7 @@ def vote(
     names = list(wishes_of(task))
     if not examples or not prompts:
         return Made([], Counter({"no prompt to vote": len(examples)} if examples else {}))
-    like = next(iter(prompts.values()))
-    batch = task.encode(records(examples, labelled=False), model.backbone, like)
-    stacked_KPD = torch.stack([prompt.vectors_PD for _, prompt in sorted(prompts.items())])
-    answer = model.answer([Query(stacked_KPD, batch, outputs=True)])[0]
-    ballots = zip(*(task.predict(of_one, batch) for of_one in _one_by_one(answer)), strict=True)
+    ballots = zip(*_labels(model, prompts, task, examples), strict=True)
     kept: list[Example] = []
     reasons: Counter[str] = Counter()
     for example, ballot in zip(examples, ballots, strict=True):
@@ -193,6 +194,25 @@ def vote(
         else:
             kept.append(replace(example, label=label, agreement=agreement))
     return Made(kept, reasons)
+
+
+def labelled(
+    model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[Example]
+) -> dict[str, list[Example]]:
+    """The same texts with the labels that each prompt alone gives them: what a prototype is as a task."""
+    found = zip(sorted(prompts), _labels(model, prompts, task, examples), strict=True)
+    return {
+        name: [replace(example, label=label, agreement=1.0) for example, label in zip(examples, labels, strict=True)]
+        for name, labels in found
+    }
+
+
+def _labels(model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[Example]) -> list[list]:
+    """What each prompt, in the order of their names, answers to each text."""
+    ordered = [prompt for _, prompt in sorted(prompts.items())]
+    batch = task.encode(records(examples, labelled=False), model.backbone, ordered[0])
+    answer = model.answer([Query(torch.stack([p.vectors_PD for p in ordered]), batch, outputs=True)])[0]
+    return [task.predict(of_one, batch) for of_one in _one_by_one(answer)]
 
 
 def _one_by_one(answer: Answer) -> list[Answer]:
