@@ -18,6 +18,7 @@ FLOORS = [
         "orders",
         "clients",
         "personal",
+        "cards",
         "library",
         "demonstrations",
         "heads",

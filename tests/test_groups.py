@@ -77,6 +77,25 @@ def test_prototypes_part_what_opposes_and_beat_one_prompt_for_all(tmp_path):
     assert "group 1.00" in page
 
 
+def test_the_card_says_how_many_prototypes_there_are_and_how_they_were_made(tmp_path):
+    (tmp_path / "public.txt").write_text("\n".join(r.fields["text"] for r in small.records(60, 77)) + "\n")
+    how = ("distillation.how=reptile", f"distillation.texts={tmp_path / 'public.txt'}", "distillation.steps=2")
+    found = run(tmp_path, "method.num_prototypes=auto", "method.space=delta", *how, rounds=2)
+    library = PromptLibrary.load(tmp_path / "run")
+    assert library.card["prototypes"] == found["clusters"]["number"] == len(library.prompts) - 2
+    assert library.card["settings"]["num_prototypes"] == "auto"
+    assert library.card["settings"]["space"] == "delta"
+    assert "shrinkage" in library.card["settings"]
+    distilled = library.card["distilled"]
+    assert (distilled["how"], distilled["writer"]) == ("reptile", "public.txt")
+    page = (tmp_path / "run" / "library" / "README.md").read_text()
+    assert f"{found['clusters']['number']} prototypes" in page
+    assert "distilled (reptile) on examples by public.txt" in page
+    (tmp_path / "f").mkdir()
+    run(tmp_path / "f", method="fedavg", rounds=1)
+    assert "prototypes" not in PromptLibrary.load(tmp_path / "f" / "run").card
+
+
 def test_the_library_knows_every_task_and_whose_each_prototype_is(tmp_path):
     run(tmp_path, "method.num_prototypes=2", rounds=2)
     library = PromptLibrary.load(tmp_path / "run")

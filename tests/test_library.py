@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import small
+from ficpd.cards import guarantee
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
-from ficpd.library import FORMAT, PromptLibrary, guarantee, keys_of, model_card, task_key
+from ficpd.library import FORMAT, PromptLibrary, keys_of, task_key
 from ficpd.tasks import classification, generation
 from ficpd.types import Prompt, Query
 from test_run import to_the_disk
@@ -84,7 +85,7 @@ def test_saving_again_puts_the_new_in_the_place_of_the_old(tmp_path, model):
 def test_a_save_that_breaks_off_leaves_the_old(tmp_path, model, monkeypatch):
     given = library(model)
     given.save(tmp_path / "lib")
-    monkeypatch.setattr("ficpd.library.model_card", lambda library: 1 / 0)
+    monkeypatch.setattr("ficpd.library.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         library(model, other=axis(model, 0)).save(tmp_path / "lib")
     assert PromptLibrary.load(tmp_path / "lib").prompts.keys() == given.prompts.keys()
@@ -203,7 +204,7 @@ def test_five_hundred_prompts(tmp_path, model):
     assert small.same(back.keys, keys)
     assert [back.nearest(keys[name]) for name in names[:9]] == [[name] for name in names[:9]]
     assert len(back.losses(small.records(2), small.classes(), model)) == 501
-    page = model_card(back)
+    page = back.page()
     assert "and 492 more" in page
     assert len(page) < 1000
     with pytest.raises(LibraryError, match="and 480 more"):
@@ -280,7 +281,7 @@ def test_losses_are_those_of_every_prompt(model):
 
 
 def test_the_page_says_what_it_is_and_what_it_cost(model):
-    page = model_card(library(model, small.classes(tuned_head=True)))
+    page = library(model, small.classes(tuned_head=True)).page()
     for words in ("global, prototype-0", "tiny (`tiny:16x2`)", "3 virtual tokens of width 16", "entering at layer 1"):
         assert words in page
     assert "ficpd, 3 clients, 2 rounds" in page
@@ -297,13 +298,13 @@ def test_a_guarantee_is_told_with_its_unit():
 def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     given = library(model)
     facts = {"task": "own", "shots": 5, "way": "compose"}
-    told = model_card(replace(given, card={**CARD, "adapted": facts}))
+    told = replace(given, card={**CARD, "adapted": facts}).page()
     assert "adapted: to 5 records of its owner by compose" in told
     assert "no guarantee covers those records" in told
     assert "demonstrations" not in told
-    shown = model_card(replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}))
+    shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()
     assert "demonstrations beside it" in shown
-    assert "adapted" not in model_card(given).split("Use it")[0]
+    assert "adapted" not in given.page().split("Use it")[0]
 
 
 def test_the_card_is_plain_json(tmp_path, model):

@@ -21,13 +21,14 @@ from ficpd.audit.planting import has_labels, mislabelled, plant
 from ficpd.audit.report import Audit, LowerBound, markdown
 from ficpd.audit.shadows import losses, shadow_prompts
 from ficpd.audit.split import Split, split_records
+from ficpd.cards import guarantee
 from ficpd.compression import none
 from ficpd.compute import Compute
 from ficpd.data import sources
 from ficpd.errors import PrivacyError, RunError
 from ficpd.experiment import parse, settings
 from ficpd.guard import SERVER, part_for, planned
-from ficpd.library import PromptLibrary, guarantee
+from ficpd.library import PromptLibrary
 from ficpd.outcome import schedule_of
 from ficpd.run import one_method, silent
 from ficpd.rundir import RunDir

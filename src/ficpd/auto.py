@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from ficpd import seeds
 from ficpd.adapt import WAYS, Fitted, Shots, as_it_is
+from ficpd.cards import listed
 from ficpd.compute import Compute, drive, drive_many
 from ficpd.demonstrations import possible
 from ficpd.errors import LibraryError, unknown
-from ficpd.library import START, PromptLibrary, listed, task_key
+from ficpd.library import START, PromptLibrary, task_key
 from ficpd.seams import Backbone, Task
 from ficpd.server.distillation import logits
 from ficpd.tuners import Training

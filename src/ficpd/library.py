@@ -13,19 +13,16 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from ficpd.cards import ADAPTED, listed, model_card
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
 from ficpd.files import flush, write
 from ficpd.seams import Backbone, Task
-from ficpd.types import LORA, Batch, Prompt, Query, Record
+from ficpd.types import Batch, Prompt, Query, Record
 
 FORMAT = 2
 """1: the card has one `task` and there are no keys. Still read."""
 START = "start"
-ADAPTED = "adapted"
-"""The name of the prompt that somebody fitted to records of their own, and of the card's part that says how."""
-WORDS = "words"
-"""The card's part that says how prompts of words read: by name."""
 KEY, READOUT = "key/", "readout/"
 CARD = ("backbone", "tasks")
 """The parts of a card that a library cannot be used without."""
@@ -109,7 +106,7 @@ class PromptLibrary:
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         write(beside / "prompts.safetensors", save(whole, meta))
         write(beside / "card.json", json.dumps(self.card, indent=2) + "\n")
-        write(beside / "README.md", model_card(self))
+        write(beside / "README.md", self.page())
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -117,6 +114,10 @@ class PromptLibrary:
         beside.rename(folder)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def page(self) -> str:
+        """For people."""
+        return model_card(self.card, self.start, self.prompts, self.readouts)
 
     def _check_names(self) -> None:
         """Raises `LibraryError` for a prompt whose name a key, a readout or the start would have in the file."""
@@ -219,48 +220,6 @@ def _framed(described: Mapping[str, Any]) -> list[str]:
     return [f"{instruction} {answer}".strip() + "." for answer in answers] or [instruction or str(described["name"])]
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names for a sentence.
-
-    >>> listed(["a", "b", "c"], 2)
-    'a, b and 1 more'
-    """
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
-
-
-def shape_of(prompt: Prompt) -> str:
-    """A prompt's size and where it goes in, for a sentence."""
-    width = prompt.vectors_PD.shape[1]
-    if prompt.enters_at == LORA:
-        rows = len(prompt.vectors_PD) - prompt.head_rows
-        return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
-    if not prompt.vectors_PD.is_floating_point():
-        return f"{prompt.room} words, in front of every text"
-    return f"{prompt.room} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
-
-
-def model_card(library: PromptLibrary) -> str:
-    """A page for people: what the library is, for which backbone, what it cost in privacy."""
-    card, start = library.card, library.start
-    return (
-        f"# Prompt library: {listed(library.prompts, 8)}\n\n"
-        f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
-        f"- {shape_of(start)}\n"
-        f"- tasks: {listed(card.get('tasks', {}))}\n"
-        f"- made by: {made_by(card)}\n"
-        f"- privacy: {guarantee(card.get('privacy', {}))}\n{_words_lines(card)}{adapted_line(library)}\n"
-        'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
-        "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
-    )
-
-
-def _words_lines(card: Mapping[str, Any]) -> str:
-    """Prompts that were made of words, as they read."""
-    return "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
-
-
 def check_alone(library: PromptLibrary, name: str) -> None:
     """Raises `LibraryError` for a prompt that means nothing without the texts shown beside it."""
     texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
@@ -270,35 +229,3 @@ def check_alone(library: PromptLibrary, name: str) -> None:
             "prompt; fit one that stands alone (`ficpd adapt --how tune`, or compose), or load it with "
             "examples/plain_transformers.py with them in front"
         )
-
-
-def adapted_line(library: PromptLibrary) -> str:
-    """What the page says of a prompt that somebody fitted to records of their own: no guarantee covers those."""
-    facts = library.card.get(ADAPTED)
-    if facts is None:
-        return ""
-    holds = bool(facts.get("demonstrations")) or ADAPTED in library.readouts
-    beside = " and the demonstrations beside it, which are such records or made of them" if holds else ""
-    return (
-        f"- adapted: to {facts.get('shots', '?')} records of its owner by {facts.get('way', '?')}. The prompt "
-        f"`{ADAPTED}`{beside}: no guarantee covers those records; pass this on only to who may see them\n"
-    )
-
-
-def guarantee(privacy: Mapping[str, Any]) -> str:
-    """A run's `privacy` block in one phrase.
-
-    >>> guarantee({"unit": "record", "epsilon": 1.987, "delta": 1e-5, "noise": "simulated"})
-    'ε = 1.99 per record, simulated noise'
-    """
-    if privacy.get("epsilon") is None:
-        return "none"
-    if privacy.get("noise") is None:
-        return "nothing leaves"
-    return f"ε = {privacy['epsilon']:.2f} per {privacy['unit']}, {privacy['noise']} noise"
-
-
-def made_by(card: Mapping[str, Any]) -> str:
-    """Which run a card is of, in one phrase."""
-    method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
-    return f"{method}, {clients} clients, {rounds} rounds, seed {seed}"

@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
+from ficpd.cards import WORDS
 from ficpd.clients import LABELS
 from ficpd.errors import ConfigError
 from ficpd.experiment import settings
 from ficpd.federate import Schedule
 from ficpd.guard import Guard, public_seed
-from ficpd.library import WORDS, PromptLibrary, keys_of
+from ficpd.library import PromptLibrary, keys_of
 from ficpd.refine import Refined, refine
 from ficpd.rundir import RunDir
 from ficpd.seams import Backbone, Method
 from ficpd.server.prototypes import agreement
 from ficpd.traits import Calibrates, Classifies, Particular, Rebuilds, TunesWords
-from ficpd.types import IDS, Prompt, State, zeros_of
+from ficpd.types import IDS, JSON, Prompt, State, zeros_of
 from ficpd.world import World
 
 OF_SITES = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
@@ -42,6 +43,11 @@ def method_of(world: World, part: Mapping[str, Any]) -> Method:
     if isinstance(method, Particular):
         method.fits(list(world.tasks.values()), world.model.backbone)
     return method
+
+
+def settings_of(part: Mapping[str, Any]) -> dict[str, JSON]:
+    """All of a method's settings, its defaults too."""
+    return settings("methods", part)[1].model_dump(mode="json")
 
 
 def labels_of(world: World) -> dict[str, int]:
@@ -80,6 +86,12 @@ def library_of(
     card["privacy"] = _told(result["privacy"])
     if card["privacy"].get("noise") == "simulated":  # whoever has the seed can take the noise off
         card.pop("seed")
+    card["settings"] = result["settings"]
+    if result["clusters"]:
+        card["prototypes"] = result["clusters"]["number"]
+    if "distillation" in result:
+        facts = result["distillation"]
+        card["distilled"] = {"how": facts["how"], "writer": Path(facts["writer"]).name, "gained": facts["gained"]}
     tasks = {group or str(task.describe()["name"]): task for group, task in world.tasks.items()}
     card["tasks"] = {name: dict(task.describe()) for name, task in tasks.items()}
     card["backbone"] = {

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from ficpd.backbones import catalog, lora, weights
 from ficpd.beginning import start_text
+from ficpd.cards import ADAPTED, adapted_line, guarantee, made_by, shape_of
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.experiment import BackboneConfig, EngineConfig, checked
 from ficpd.files import flush, write
-from ficpd.library import ADAPTED, PromptLibrary, adapted_line, check_alone, guarantee, keys_of, made_by, shape_of
+from ficpd.library import PromptLibrary, check_alone, keys_of
 from ficpd.tuners import Training
 from ficpd.types import LORA, Prompt, Record
 from ficpd.world import build_task, load_backbone, locate
@@ -207,7 +208,7 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         f"- privacy: {guarantee(card.get('privacy', {}))}",
     ]
     if name == ADAPTED:
-        lines.append(adapted_line(library).strip())
+        lines.append(adapted_line(card, library.readouts).strip())
     if "reentered" in card:
         lines += [f"- {line}" for line in reentry_lines(card)]
         lines.append("- the privacy above is of the federation's records; texts that it was imitated on have none")

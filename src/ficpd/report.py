@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ficpd.cards import guarantee
 from ficpd.errors import ConfigError
 from ficpd.experiment import part
-from ficpd.library import guarantee
 from ficpd.metrics import Metric, main_metric
 from ficpd.rundir import RunDir
 from ficpd.types import LORA

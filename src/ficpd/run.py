@@ -30,6 +30,7 @@ from ficpd.outcome import (
     method_of,
     refined_of,
     schedule_of,
+    settings_of,
 )
 from ficpd.queries import Queries
 from ficpd.refine import DISTILLED, check_refine
@@ -149,7 +150,7 @@ def one_method(
         progress(label, len(rounds), schedule.num_rounds, {"stopped: the budget is spent": 1})
     evaluation = _evaluated(world, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(world, method, label, clients, rounds, totals, evaluation, zero_shot)
-    result["clusters"] = clusters_of(world, state)
+    result |= {"clusters": clusters_of(world, state), "settings": settings_of(part)}
     if method.trains:
         asked = (method, state, clients, world.model, schedule.num_rounds + 1)
         result["levels"] = None if method.pools_data else levels(*asked, seed=experiment.seed)

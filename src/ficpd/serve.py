@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ficpd import codec, terms
+from ficpd.cards import guarantee
 from ficpd.data.partition import Shard
 from ficpd.errors import BudgetError, ConfigError, FicpdError, SiteError
 from ficpd.experiment import Experiment, checked, parse, to_toml
 from ficpd.federate import Round, federate
 from ficpd.guard import NONE, Guard, build_guard, part_for, public_seed
-from ficpd.library import guarantee
 from ficpd.metrics.evaluate import summary
 from ficpd.outcome import (
     VERSIONS,
@@ -29,6 +29,7 @@ from ficpd.outcome import (
     method_of,
     refined_of,
     schedule_of,
+    settings_of,
 )
 from ficpd.refine import DISTILLED, check_refine
 from ficpd.rundir import SITES, RunDir
@@ -173,6 +174,7 @@ def _left(
         "dropped_updates": sum(len(done.dropped) for done in rounds),
         "compression": experiment.compression,
         "clusters": clusters_of(world, state),
+        "settings": settings_of(experiment.method),
         "privacy": _agreed(experiment.privacy, guard),
         "stopped": stopped,
         "machine": {**machine(world.model.backbone.device), "system": platform.system()},

@@ -12,12 +12,13 @@ from ficpd.auto import AUTO, Adapted
 from ficpd.auto import adapt as fit
 from ficpd.backbones import endpoint
 from ficpd.backbones.catalog import NAMED
+from ficpd.cards import ADAPTED, guarantee, listed, made_by, shape_of
 from ficpd.compute import Compute, drive
 from ficpd.data import sources
 from ficpd.demonstrations import Demonstrations
 from ficpd.errors import DataError, LibraryError, unknown
 from ficpd.experiment import BackboneConfig, EngineConfig, checked, recipes
-from ficpd.library import ADAPTED, PromptLibrary, guarantee, listed, made_by, shape_of, task_key
+from ficpd.library import PromptLibrary, task_key
 from ficpd.metrics.evaluate import predictions, score_prompt
 from ficpd.seams import Task
 from ficpd.speed import machine

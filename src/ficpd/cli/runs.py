@@ -28,7 +28,7 @@ def run(
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd import experiment as experiments
-    from ficpd.library import guarantee
+    from ficpd.cards import guarantee
     from ficpd.page.build import write_page
     from ficpd.report import chosen, rows, table
     from ficpd.run import run as run_experiment

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import __version__
+from ficpd.cards import guarantee
 from ficpd.compare import SCHEMA
 from ficpd.data.partition import Shard
 from ficpd.experiment import Experiment, parse, to_toml
 from ficpd.guard import public_seed
-from ficpd.library import guarantee
 from ficpd.metrics import main_metric
 from ficpd.metrics.evaluate import evaluate
 from ficpd.outcome import method_of

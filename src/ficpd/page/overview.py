@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ficpd.library import guarantee
+from ficpd.cards import guarantee
 from ficpd.metrics import Metric
 from ficpd.page import figures
 from ficpd.page.blocks import Block, Code, Facts, Figure, Fold, Pair, Section, Table, Text

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.library import PromptLibrary, shape_of
+from ficpd.cards import shape_of
+from ficpd.library import PromptLibrary
 from ficpd.metrics import main_metric
 from ficpd.page import figures
 from ficpd.page.blocks import Block, Figure, Quotes, Section, Table, Text
