@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import decoders
 import small
 import test_groups
 from ficpd import refine, serve
+from ficpd.backbones.causal_lm import CausalLM
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiment import parse
 from ficpd.library import PromptLibrary
@@ -123,6 +125,62 @@ def test_without_any_example_the_global_prompt_stays(tmp_path):
 def test_words_of_the_vocabulary_serve_where_nothing_else_is_given(tmp_path):
     found = test_groups.run(tmp_path, "distillation.how=kl", "distillation.per_label=8", rounds=1)
     assert found["distillation"]["writer"] == "words of the vocabulary"
+
+
+def with_writer(folder, monkeypatch, write) -> dict:
+    """A run whose distillation has a decoder of its own to write, which writes what `write` says to each request."""
+    decoders.write(folder / "decoder")
+
+    def generate(self, prompt, texts, max_tokens, temperature=0.0, seed=0):
+        return [write(text) for text in texts]
+
+    monkeypatch.setattr(CausalLM, "generate", generate)
+    changes = [
+        f"distillation.writer={folder / 'decoder'}",
+        "distillation.per_label=10",
+        "distillation.least_agreement=0.5",
+    ]
+    return test_groups.run(folder, "distillation.how=squared", *changes, rounds=1)
+
+
+def test_a_writer_of_its_own_writes_for_every_label(tmp_path, monkeypatch):
+    """Each task's labels are asked for, and what comes is voted on by the prototypes on the federation's own backbone."""
+    asked: list[str] = []
+    texts = iter(r.fields["text"] for r in small.records(400, 77))
+
+    def write(request: str) -> str:
+        asked.append(request)
+        return next(texts)
+
+    found = with_writer(tmp_path, monkeypatch, write)["distillation"]
+    assert found["writer"] != "words of the vocabulary"
+    assert len(asked) == 40
+    assert sum("it was good fine" in request for request in asked) == 20
+    lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
+    assert {line["label"] for line in lines} <= {"good", "bad", "up", "down"}
+    assert len(lines) == sum(int(said.split()[0]) for said in found["examples"].values()) > 1
+
+
+@pytest.mark.parametrize("said", ["", "   \n\n", "?!"])
+def test_a_writer_that_writes_nothing_leaves_the_global_prompt(tmp_path, monkeypatch, said):
+    found = with_writer(tmp_path, monkeypatch, lambda request: said)
+    assert found["distillation"]["gained"] is False
+    assert found["distillation"]["examples"]["plain"].startswith("0 examples; dropped: 20 ")
+    assert (tmp_path / "run" / "synthetic.jsonl").read_text() == ""
+    assert found["metrics"]["distilled"] == found["metrics"]["global"]
+    assert "Distilled" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_smollm2_writes_for_a_federation_of_another_backbone(tmp_path):
+    found = test_groups.run(
+        tmp_path, "distillation.how=squared", "distillation.writer=smollm2", "distillation.per_label=6",
+        "distillation.least_agreement=0.5", rounds=1,
+    )["distillation"]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
+    assert "smollm2" in found["writer"].lower()
+    assert lines
+    assert all(len(line["text"].split()) >= 3 for line in lines)
 
 
 def test_methods_without_prototypes_have_nothing_to_distil(tmp_path):

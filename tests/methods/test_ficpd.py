@@ -1,11 +1,17 @@
 """The server's half of FICPD on made-up updates: what moves a prototype, and what does not."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 import small
+from ficpd.engines import in_process
+from ficpd.federate import Schedule
+from ficpd.library import PromptLibrary
 from ficpd.methods import ficpd
+from ficpd.run import run as run_experiment
 from ficpd.tuners import Training
 from ficpd.types import ClientCard, ClientUpdate, Prompt, Setup, State
 
@@ -110,3 +116,113 @@ def test_the_global_prompt_goes_by_itself_as_far_as_prototypes_follow_it(shrinka
 def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
     with pytest.raises(ValidationError, match="norm_bound"):
         method(server={"kind": "extrapolated"}, robust={"rule": "trimmed_mean"})
+
+
+# ---------------------------------------------------------------- over rounds
+
+
+def wandering(stay: float) -> set[int]:
+    """The prototypes that a client between two groups has had, which itself never moves again, while four others of
+    either group are heard a little differently in every round and clusters are drawn anew."""
+    of = method(space="way", redraw_every=1, stay=stay, shrinkage=0.0)
+    random = torch.Generator().manual_seed(0)
+    cards = [ClientCard(name) for name in (*(f"n{i}" for i in range(4)), *(f"e{i}" for i in range(4)), "x")]
+    state = of.init(Setup(Prompt(torch.zeros(1, 2), "none"), cards, 20, 9, 0))
+    had: set[int] = set()
+    for round in range(1, 13):
+        goals = {c.name: (NORTH if c.name[0] == "n" else EAST) for c in cards}
+        deltas = {n: goal + 0.1 * torch.randn(1, 2, generator=random) - of._sent(state, n) for n, goal in goals.items()}
+        deltas["x"] = NORTH + EAST - of._sent(state, "x")
+        state = after(of, state, round, **deltas)
+        clusters = state.facts["clusters"]
+        had.add(clusters["x"] == clusters["n0"])
+    return had
+
+
+def test_a_client_that_never_moves_keeps_its_prototype_although_clusters_are_drawn_in_every_round():
+    assert len(wandering(stay=0.2)) == 1
+    assert len(wandering(stay=0.0)) == 2
+
+
+def test_what_a_late_update_learned_is_added_to_the_prompt_that_its_client_would_be_sent_now():
+    """d learned EAST from where it stood two rounds ago; its prototype has gone on without it."""
+    of = method()
+    state = after(of, begun(of), 2, c=NORTH)
+    assert small.close(prompt_of(of, state, "d"), EAST + NORTH)
+    state = after(of, state, 3, d=EAST)
+    assert small.close(prompt_of(of, state, "d"), 2 * EAST + NORTH)
+    assert state.facts["clusters"]["d"] == state.facts["clusters"]["c"]
+
+
+@pytest.mark.parametrize("options", [{"lost": 0.4, "seed": 1}, {"late": 0.4, "seed": 1}])
+def test_rounds_go_on_where_updates_are_lost_or_late(model, options):
+    """Who is not heard in the round that gathers all has the global prompt, until it is heard."""
+    of = small.method("ficpd", num_prototypes=2)
+    members = small.clients(model, of)
+    engine = in_process.build(in_process.Config(**options), of, members, model)
+    patient = Schedule(5, len(members), 0, everyone_first=True, accept_late=1)
+    state, reports = small.rounds(of, members, model, patient, engine)
+    assert min(report.updates for report in reports) < len(members)
+    assert set(state.facts["clusters"]) == set(members)
+    assert all(torch.isfinite(array).all() for array in state.arrays.values())
+    basis = of.basis(state)
+    for name in members:
+        assert any(torch.equal(prompt_of(of, state, name), prompt) for prompt in basis.values())
+
+
+def test_all_are_heard_in_the_first_round_of_a_run_and_its_cohort_afterwards(tmp_path):
+    heard = {}
+    for gather in ("true", "false"):
+        (tmp_path / gather).mkdir()
+        changes = ("federation.clients_per_round=1", f"method.gather={gather}", "method.num_prototypes=2")
+        small.run(tmp_path / gather, "ficpd", *changes)
+        lines = (tmp_path / gather / "run" / "rounds.jsonl").read_text().splitlines()
+        heard[gather] = [json.loads(line)["updates"] for line in lines]
+    assert heard == {"true": [3, 1, 1], "false": [1, 1, 1]}
+
+
+def test_a_cluster_of_too_few_is_no_prototype():
+    """e alone went another way."""
+    for least, number in ((1, 2), (2, 1)):
+        of = method(least_members=least)
+        state = of_five(of, torch.stack([*[WAYS[0]] * 4, WAYS[4]]))
+        assert len(state.arrays["prototypes_KPD"]) == len(set(state.facts["clusters"].values())) == number
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_the_servers_own_step_moves_the_global_prompt_of_a_run(tmp_path, kind):
+    """Its moments are in the checkpoint: broken off and gone on with, a run ends where a whole one does."""
+    found = {}
+    changes = (f"method.server={{kind='{kind}',rate=0.5}}", "method.num_prototypes=2")
+    for name, more in (("whole", changes), ("plain", changes[1:])):
+        (tmp_path / name).mkdir()
+        small.run(tmp_path / name, "ficpd", *more)
+        found[name] = PromptLibrary.load(tmp_path / name / "run").prompts["global"].vectors_PD
+    assert not torch.allclose(found["whole"], found["plain"], atol=1e-3)
+    (tmp_path / "broken").mkdir()
+    experiment = small.experiment(tmp_path / "broken", "ficpd", *changes)
+
+    def stop(method: str, done: int, planned: int, figures: object) -> None:
+        if method == "ficpd" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, tmp_path / "broken" / "run", progress=stop)
+    run_experiment(experiment, tmp_path / "broken" / "run", resume=True)
+    again = PromptLibrary.load(tmp_path / "broken" / "run").prompts["global"].vectors_PD
+    assert torch.equal(again, found["whole"])
+
+
+def test_clients_that_are_all_alike_have_one_prototype_and_nothing_to_agree_with(tmp_path):
+    """More prototypes than clients are asked for, and every client has the very same records."""
+    data = small.table(tmp_path / "records.csv", 20)
+    texts = [line.rsplit(",", 1)[0] for line in data.read_text().splitlines()[1:]]
+    lines = [f"{text},site-{site}" for text in texts for site in range(3)]
+    experiment = small.experiment(tmp_path, "ficpd", "method.num_prototypes=20", "training.batch_size=64")
+    data.write_text("text,target,site\n" + "\n".join(lines) + "\n")
+    found = run_experiment(experiment, tmp_path / "run")
+    assert 1 <= found["clusters"]["number"] <= 3
+    assert found["clusters"]["agreement"]["site"] is None
+    library = PromptLibrary.load(tmp_path / "run")
+    assert len(library.prompts) == 1 + found["clusters"]["number"]
+    assert "agree" not in (tmp_path / "run" / "report.md").read_text()

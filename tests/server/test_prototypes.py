@@ -119,6 +119,16 @@ def test_noise_alone_is_one_prototype():
     assert cosine_kmeans({"a": torch.ones(3), "b": torch.ones(3)}, "auto", 0).number == 1
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_no_cluster_is_left_empty(seed):
+    """One start only, and most clients in one place: K-means' own centres fall empty here, and are filled again."""
+    vectors, _ = planted(1, 30)
+    vectors |= {f"other-{i}": torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    found = cosine_kmeans(vectors, 12, seed, restarts=1)
+    assert found.number == 12
+    assert set(found.member.values()) == set(range(12))
+
+
 def test_a_client_far_away_owns_a_prototype_unless_it_is_too_small():
     vectors, _ = planted(1, 9)
     vectors["far"] = -next(iter(vectors.values()))
