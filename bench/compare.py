@@ -40,6 +40,9 @@ NAMED: dict[str, dict[str, Any]] = {
     "fpl, label prior": {"method": {"name": "fpl", "clusters": "none", "label_prior": True}},
     "fpl": {"method": {"name": "fpl", "clusters": "none"}},
     "fedavg, label prior": {"method": {"name": "fpl", "clusters": "none", "residual": "none", "label_prior": True}},
+    "fedavg, label prior, extrapolated": {
+        "method": {"name": "fpl", "clusters": "none", "residual": "none", "label_prior": True, "server": FARTHER}
+    },
     "dp_fpl": {"method": {"name": "dp_fpl"}, "compression": {"name": "none"}},
     "fedlora": {"method": {"name": "fedlora"}, "compression": {"name": "none"}},
     "feddtpt": {"method": {"name": "feddtpt"}, "compression": {"name": "none"}},
@@ -85,6 +88,7 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
             "fpl, label prior",
             "fedavg",
             "fedavg, label prior",
+            "fedavg, label prior, extrapolated",
             "fedprox",
             "fedhpl",
         ),

@@ -25,6 +25,7 @@ NAMES = {
     "centralized": "centralised",
     "fedavg": "FedAvg",
     "fedavg, label prior": "FedAvg, label priors",
+    "fedavg, label prior, extrapolated": "FedAvg, label priors, extrapolated steps",
     "fedprox": "FedProx",
     "fedhpl": "FedHPL (answers are shared, prompts stay)",
     "fedbpt": "FedBPT",
@@ -56,6 +57,7 @@ SUMMED = (
     "fpl, label prior",
     "fedavg",
     "fedavg, label prior",
+    "fedavg, label prior, extrapolated",
     "fedhpl",
     "centralized",
 )

@@ -1,6 +1,5 @@
 """SmolLM2 behind real servers: transformers' own (`pip install "transformers[serving]"`), and one that scores."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -42,8 +41,6 @@ def found() -> weights.Weights:
 @pytest.fixture(scope="module")
 def transformers_serve(found, tmp_path_factory):
     """Its URL and the model's name there."""
-    if importlib.util.find_spec("openai") is None:
-        pytest.skip('transformers serve needs openai: pip install "transformers[serving]"')
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(found.folder)]

@@ -249,7 +249,7 @@ def cell(method: str, task: str, budget: str, seed: int, value: float, epsilon: 
         **at(task, budget), "method": method, "seed": seed, "status": "done", "reason": None, "key": "k",
         "figures": {"own": value, "everyone": value, "worst": value - 0.1}, "at_round": 3, "rounds": 3,
         "bytes": {"up": 10, "down": 20, "total": 30}, "queries": 5, "seconds": 3.0, "epsilon": epsilon, "guarantee": "none",
-        "stopped": None, "per_client": {}, "data": "0",
+        "stopped": None, "per_client": {f"site-{i}": value + (i - 2) / 20 for i in range(5)} | {HOSTILE: None}, "data": "0",
         "curve": [{**point, "round": r, "own": value - 0.05 * (3 - r) + 0.01 * seed} for r in (1, 2, 3)],
     }  # fmt: skip
 

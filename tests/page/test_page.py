@@ -154,11 +154,15 @@ def test_a_legend_stands_beside_its_figure(html):
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
     assert page.headline == "ficpd beats other methods in 4 of 8 comparisons, is beaten in 0, and 4 are undecided."
-    assert [s.id for s in page.sections] == ["grid", "ranks", "fronts", "curves", "targets", "failures", "compared"]
+    assert [s.id for s in page.sections] == [
+        "grid", "ranks", "fronts", "curves", "targets", "clients", "failures", "compared"
+    ]  # fmt: skip
     matrix = tables_of(page)[0]
     assert next(line for line in matrix.cells if line[0] == "fedavg")[1] == "74.0 [72.0, 76.0] ▼"
     curve = next(figure for figure in page.figures if figure.id == "way-0")
     assert [line[0] for line in curve.numbers.cells] == ["1", "2", "3"]
+    spread = next(figure for figure in page.figures if figure.id == "clients-0")
+    assert ["fedavg", "15", "64.0", "64.0", "84.0"] in spread.numbers.cells
     assert next(s for s in page.sections if s.id == "failures").blocks[0].cells[0][3] == "failed"  # type: ignore[union-attr]
 
 

@@ -2,8 +2,8 @@
 
 What a network does is waited for: a server that is down, slow or busy (429, 5xx) is asked again after a growing wait, or
 after the time that it names (`Retry-After`, RFC 9110, section 10.2.3). What no waiting mends, a wrong key or an answer
-that is none, is an error at once. Answers are kept in memory (never in a file: they stand beside records' texts), so that
-the same question, or one whose run was broken off in the middle, is not paid for again.
+that is none, is an error at once. Answers are kept in memory, never in a file, for they stand beside records' texts: a
+process does not pay for the same question again; a run that goes on in a new one asks its unfinished round's again.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ficpd.files import write
-from ficpd.page import comparison, costs, efforts, grids, members, overview, promises, prompts, tables
+from ficpd.page import comparison, costs, efforts, grids, members, overview, promises, prompts, spreads, tables
 from ficpd.page.blocks import Page, kept
 from ficpd.page.comparison import COMPARISON, Tree
 from ficpd.page.finished import Finished, opened
@@ -61,6 +61,7 @@ def of_comparison(tree: Tree, text: str) -> Page:
             efforts.fronts(tree),
             efforts.on_the_way(tree),
             efforts.targets(tree),
+            spreads.spreads(tree),
             comparison.failures(tree),
             comparison.settings(tree, text),
         ),
