@@ -158,8 +158,8 @@ def mixed(args: argparse.Namespace) -> None:
 
 
 def private(args: argparse.Namespace) -> None:
-    """Record level, at sites of 400 records; steps are fewer and larger, because each one's noise is paid for. Who has which
-    task is public, so that prototypes go by it."""
+    """Record level, at sites of 400 records; steps are fewer and larger, because each one's noise is paid for. Prototypes
+    are found by what was learned, or go by who has which task, which is public. Nothing leaves a client alone: no noise."""
     cells = Cells(
         "library_private", f"18 clients of about 400 records, {args.rounds} rounds of 2 steps of 64, Adam in 64 numbers"
     )
@@ -168,7 +168,8 @@ def private(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for said, budget in budgets.items():
             world = world_of(args, seed, rate=1.0, privacy=budget, groups=groups, **PRIVATE)
-            for name in ("zero-shot", "fedavg", "ficpd, oracle"):
+            names = ("zero-shot", "fedavg", "ficpd, oracle", "ficpd, 5 prototypes")
+            for name in (*names, *(("local",) if budget["name"] == "none" else ())):
                 cells.add(f"{name}, {said}", seed, partial(alone, world, METHODS[name]))
 
 

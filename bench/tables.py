@@ -1,9 +1,10 @@
-"""The tables of methods against one another in README.md and docs/results.md, from `results/compare_*.json`.
+"""The tables of methods against one another in README.md and docs/results.md, from `results/compare_*.json`, and that of
+what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `summary`) and `<!-- end -->` and is written anew; `--check` only says if
-one would be another. Means over seeds of the figure in percent, in bold the best of a column's methods (lines left out);
+Each stands between `<!-- compare PART -->` (or `summary`, `unseen`, `ablation`) and `<!-- end -->` and is written anew;
+`--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's methods (lines left out);
 after it, over several seeds, the standard deviation.
 """
 
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from measure import RESULTS
@@ -72,6 +74,36 @@ SUMMARY: dict[str, tuple[str, dict[str, str]]] = {
     "polarity, ε = 2": ("private", {"budget": "ε = 2"}),
 }
 """Columns of the README's table: heading, which comparison, which of its conditions."""
+NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
+"""`unseen_PART`, and what was left out."""
+SHOTS = (0, 4, 16, 64)
+SPACES = {"delta": "by what was learned first", "prompt": "by prompts", "function": "by what prompts do"}
+WAYS = {
+    "no prompt": {"leave": "no prompt", "demonstrations 0.4": "no prompt, demonstrations"},
+    "none": {
+        "leave": "the task's own words", "demonstrations 0.4": "own words, demonstrations", "tune 4": "own words, 4 steps",
+        "tune 20": "own words, 20 steps",
+    },
+    "vocabulary": {
+        "leave": "the public start", "demonstrations 0.4": "public start, demonstrations", "tune 4": "public start, 4 steps",
+        "tune 20": "public start, 20 steps",
+    },
+    "average": {
+        "leave": "the federation's average", "tune 4": "its average, 4 steps", "tune 20": "its average, 20 steps",
+    },
+    "library": {
+        "nearest": "library: nearest", "compose": "library: composed", "tune 4": "library: composed, 4 steps",
+        "tune 20": "library: composed, 20 steps", "demonstrations 0.4": "library: demonstrations",
+        "compose+demonstrations 0.4": "library: composed, demonstrations", "auto": "library: `auto`",
+    },
+}  # fmt: skip
+"""What stands beside whom in `unseen_*.json` and in the table: of demonstrations the smaller weight, 0.4."""
+UNTUNED = {
+    ("no prompt", "leave"): ("no prompt", "start"), ("none", "leave"): ("none", "start"),
+    ("vocabulary", "leave"): ("library", "start"), ("average", "leave"): ("library", "global"),
+    ("library", "nearest"): ("library", "nearest key"), ("library", "auto"): ("library", "auto"),
+}  # fmt: skip
+"""Where the figure without a record stands, of a way that needs none."""
 Column = tuple[str, Callable[[str], tuple[float | None, str]], bool]
 """Heading; of a method the value and how it is shown; whether the best is marked."""
 
@@ -163,6 +195,64 @@ def reached(found: Mapping[str, Any]) -> list[Column]:
     return [("rounds to 95 % of centralised", show, False)]
 
 
+# ---------------------------------------------------------------- newcomers
+
+
+def unseen() -> str:
+    """A line for each way, a column for each kind of newcomer: the mean at each number of records, and the largest standard
+    deviation of it over seeds."""
+    parts = {part: _by_newcomer(part) for part in NEWCOMERS}
+    heads = [f"{heading} ({len(parts[part])} newcomers)" for part, heading in NEWCOMERS.items()]
+    rows = [["", *heads], ["---"] * (len(heads) + 1)]
+    for side, ways in WAYS.items():
+        for way, name in ways.items():
+            rows.append([name, *(_at_shots(parts[part], side, way) for part in NEWCOMERS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _by_newcomer(part: str) -> dict[tuple[str, str], dict[tuple[int, str], Mapping[str, float]]]:
+    """(who, seed) to (shots, side) to the figures; only of those who were measured at every number of shots."""
+    found: dict[tuple[str, str], dict[tuple[int, str], Mapping[str, float]]] = {}
+    for name, seeds in json.loads((RESULTS / f"unseen_{part}.json").read_text())["runs"].items():
+        who, shots, side = name.split(", ", 2)
+        for seed, figures in seeds.items():
+            found.setdefault((who, seed), {})[int(shots.split()[0]), side] = figures
+    return {who: at for who, at in found.items() if {shots for shots, _ in at} == set(SHOTS)}
+
+
+def _at_shots(
+    newcomers: Mapping[tuple[str, str], Mapping[tuple[int, str], Mapping[str, float]]], side: str, way: str
+) -> str:
+    shown, spreads = [], []
+    for shots in SHOTS:
+        of, name = (side, way) if shots else UNTUNED.get((side, way), ("", ""))
+        by_seed: dict[str, list[float]] = {}
+        for (_, seed), at in newcomers.items():
+            if name in (figures := at.get((shots, of), {})):
+                by_seed.setdefault(seed, []).append(figures[name])
+        values = [value for found in by_seed.values() for value in found]
+        whole = len(values) == len(newcomers)
+        shown.append(f"{fmean(values):.1f}" if whole else "–")
+        spreads += [stdev(map(fmean, by_seed.values()))] if whole and len(by_seed) > 1 else []
+    return " / ".join(shown) + (f" ± {max(spreads):.1f}" if spreads else "")
+
+
+def ablation() -> str:
+    """A line for each number of prototypes, a column for each space: the mean client under its prototype; in brackets one
+    prompt for all, the prototypes' plain mean and what is distilled from them."""
+    cells = json.loads((RESULTS / "library_ablation.json").read_text())["cells"]
+    rows = [["prototypes", *SPACES.values()], ["---"] * (len(SPACES) + 1)]
+    for number in (1, 2, 5, 10, 20):
+        found = [cells.get(f"{number} prototypes, {space}") for space in SPACES]
+        rows.append([str(number), *("–" if cell is None else _distilled(cell) for cell in found)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _distilled(cell: Mapping[str, Mapping[str, float]]) -> str:
+    own = cell["mean client"]
+    return f"{own['mean']:.1f} ± {own['sd']:.1f} ({cell['global']['mean']:.1f}, {cell['distilled']['mean']:.1f})"
+
+
 def _bytes(value: float) -> str:
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if value >= size:
@@ -185,7 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.stem.removeprefix("compare_"): json.loads(path.read_text())
         for path in sorted(RESULTS.glob("compare_*.json"))
     }
-    tables = {part: table(one) for part, one in found.items()} | {"summary": summary(found)}
+    tables = {part: table(one) for part, one in found.items()} | {
+        "summary": summary(found),
+        "unseen": unseen(),
+        "ablation": ablation(),
+    }
     before = {page: page.read_text() for page in PAGES}
     after = {page: written(text, tables) for page, text in before.items()}
     if args.check:
