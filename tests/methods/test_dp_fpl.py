@@ -60,6 +60,14 @@ def test_what_is_rebuilt_is_the_gradients_projection_and_never_longer():
     assert small.close(rebuilt(gradient @ whole[1].T, whole[0].T @ gradient, *whole), gradient)
 
 
+@pytest.mark.parametrize(("rank", "numbers"), [(1, 21), (2, 40), (4, 72), (6, 96)])
+def test_the_lower_the_rank_the_less_noise_there_is_in_what_is_rebuilt(rank, numbers):
+    """Of noise of variance 1 on both factors' gradients k(P + D) - k² numbers' worth stays in g_l: all P·D at full rank."""
+    u, v = factorised(normal(6, 16), rank, random())
+    draws = [rebuilt(normal(6, rank, seed=3 * i), normal(rank, 16, seed=3 * i + 1), u, v) for i in range(400)]
+    assert sum(float(one.square().sum()) for one in draws) / len(draws) == pytest.approx(numbers, rel=0.06)
+
+
 # ---------------------------------------------------------------- what is noised
 
 

@@ -44,7 +44,8 @@ SMALL = 1e-6
 
 
 class Config(BaseModel):
-    """`rank` is k, the paper's 8 (at most the prompt's own rank is taken)."""
+    """`rank` is k, the paper's 8 (at most the prompt's own rank is taken). The paper's batches of 32 and clip of 10 are not
+    taken over: batch, rate and clip norm are the experiment's, as for all methods, so that they can be compared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)

@@ -22,7 +22,7 @@ from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, Prom
 
 class Config(BaseModel):
     """`rank` of the change of each query and value projection, whose scale alpha/rank is `lora.SCALE`. `learning_rate` is
-    Adam's, as it is; it falls over the rounds as `training.decay` says."""
+    Adam's, as it is, and our own choice; it falls over the rounds as `training.decay` says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)
