@@ -4,8 +4,8 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 python bench/tables.py [--check]
 
 Each stands between `<!-- compare PART -->` (or `summary`, `unseen`, `ablation`) and `<!-- end -->` and is written anew;
-`--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's methods
-(lines left out); after it, over several seeds, the standard deviation.
+`--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
+methods (lines left out); after it, over several seeds, the standard deviation.
 """
 
 import argparse

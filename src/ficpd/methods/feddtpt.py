@@ -49,8 +49,8 @@ from ficpd.types import (
 
 class Config(BaseModel):
     """`candidates`: words that are tried for one place, beside the one that stands there (8 is ours: the paper's number was
-    not to be read). `signal` "loss": the task's, where the backbone gives one. `clip_norm`: of a record's vector of right and wrong, under record-level privacy; at 1 one that
-    tells a single candidate from the others counts whole."""
+    not to be read). `signal` "loss": the task's, where the backbone gives one. `clip_norm`: of a record's vector of right
+    and wrong, under record-level privacy; at 1 one that tells a single candidate from the others counts whole."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     candidates: int = Field(default=8, ge=1)
