@@ -11,11 +11,13 @@ import small
 from ficpd.beginning import start_text
 from ficpd.compute import Compute
 from ficpd.errors import LibraryError
+from ficpd.experiment import parse
 from ficpd.library import PromptLibrary
-from ficpd.peft import reentry_lines
+from ficpd.peft import export, own_base, read_folder, reentry_lines
 from ficpd.reentry import Texts, centred, find_texts, logits, reenter, reenter_from
 from ficpd.tasks import classification, generation
 from ficpd.types import Outputs, Prompt, Record
+from ficpd.world import build_world
 
 LONG = {"good": "very good", "bad": "bad and dull", "so": "fine"}
 
@@ -237,3 +239,18 @@ def test_a_wrong_prompt_or_task_is_named(folder, tmp_path):
     with pytest.raises(LibraryError, match=r"no task was named; name the task .*--task.: a, b"):
         reenter_from(tmp_path / "two", "global")
     assert reenter_from(tmp_path / "two", "global", texts(8), task="b", steps=1).prompts.keys() == {"global"}
+
+
+@pytest.mark.slow
+def test_on_minilm_an_input_prompt_answers_as_the_librarys_does(minilm_run, tmp_path):
+    """What PEFT can load in place of a prompt that enters at layer 3, tuned on texts that the federation never saw."""
+    resolved = parse((minilm_run / "resolved.toml").read_text(), "resolved.toml")
+    records = [record for shard in build_world(resolved).shards.values() for record in shard.test][:160]
+    made = reenter_from(minilm_run, "global", Texts(records, "test records"), steps=120)
+    facts = made.card["reentered"]
+    assert facts["from_layer"] == 3
+    assert facts["after"]["loss"] < 0.5 * facts["before"]["loss"]
+    assert facts["after"]["same"] >= max(0.75, facts["before"]["same"])
+    export(made, "global", tmp_path / "out", own_base(made))
+    assert read_folder(tmp_path / "out")[0].shape == (10, 384)
+    assert f"{facts['after']['same']:.1%} answered alike" in (tmp_path / "out" / "README.md").read_text()
