@@ -1,5 +1,7 @@
 """A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines.
 
+ficpd is asked where the weights lie, and for no more: with a `folder` of your own leave it out.
+
 python examples/plain_transformers.py runs/demo/library "a text" "and another"
 """
 
