@@ -35,6 +35,7 @@ SUBSPACE = {"name": "subspace", "dimension": 64}
 FARTHER = {"kind": "extrapolated"}
 NAMED: dict[str, dict[str, Any]] = {
     "ficpd": {"method": {"name": "ficpd", **WAY}},
+    "ficpd, number found": {"method": {"name": "ficpd", **WAY, "num_prototypes": "auto"}},
     "ficpd, label prior": {"method": {"name": "ficpd", **WAY, "label_prior": True}},
     "ficpd, label prior, extrapolated": {"method": {"name": "ficpd", **WAY, "label_prior": True, "server": FARTHER}},
     "fpl, label prior": {"method": {"name": "fpl", "clusters": "none", "label_prior": True}},
@@ -83,6 +84,7 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
         "recipe": base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8),
         "methods": methods(
             "ficpd",
+            "ficpd, number found",
             "ficpd, label prior",
             "ficpd, label prior, extrapolated",
             "fpl, label prior",
@@ -172,7 +174,7 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
     recipe = base(args, {"name": "smollm2", "options": {"max_tokens": 64}}, 0, 4)
     return {
         "recipe": recipe | group("polarity", args.data, 4, 40),
-        "methods": methods("ficpd", "fedavg", "feddtpt", "icl", "fedhpl"),
+        "methods": methods("ficpd", "ficpd, number found", "fedavg", "feddtpt", "icl", "fedhpl"),
         "partitions": {"alike": {"partition": {"kind": "iid", "num_clients": 4}}},
     }
 
