@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ficpd import codec
@@ -33,6 +34,8 @@ from ficpd.types import State
 
 SITES = "sites.json"
 KEPT = "kept:"
+ROUNDS = "rounds:"
+"""The name, in a checkpoint, of the rounds so far: JSON as bytes. A header of more than 100 MB could not be saved."""
 
 
 def _lock(folder: Path) -> int | None:
@@ -105,8 +108,9 @@ class RunDir:
     def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
         """The checkpoint is the truth; `rounds.jsonl` is written from it."""
         arrays = {**state.arrays, **{KEPT + name: array for name, array in kept.items()}}
-        extra = {"rounds": [asdict(done) for done in rounds], "totals": dict(totals)}
-        self.write("checkpoint", codec.encode_state(State(arrays, state.facts), extra))
+        told = json.dumps([asdict(done) for done in rounds], allow_nan=False).encode()
+        arrays[ROUNDS] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        self.write("checkpoint", codec.encode_state(State(arrays, state.facts), {"totals": dict(totals)}))
         self.write_rounds(rounds)
 
     def write_rounds(self, rounds: list[Round]) -> None:
@@ -119,14 +123,14 @@ class RunDir:
             return None
         try:
             state, extra = codec.decode_state(file.read_bytes(), own=True)
-            rounds = [Round(**line) for line in extra["rounds"]]
-            totals = dict(extra["totals"])
+            told = state.arrays[ROUNDS].numpy().tobytes()
+            rounds, totals = [Round(**line) for line in json.loads(told)], dict(extra["totals"])
         except (CodecError, KeyError, TypeError, ValueError) as error:
             released = any((self.path / name).exists() for name in (LEDGER, SITES))
             do = "Restore it from a copy, or begin in a new directory" if released else "Delete it to begin anew"
             raise RunError(f"{file} cannot be read: {error}. {do}") from error
         kept = {name.removeprefix(KEPT): a for name, a in state.arrays.items() if name.startswith(KEPT)}
-        arrays = {name: array for name, array in state.arrays.items() if not name.startswith(KEPT)}
+        arrays = {name: array for name, array in state.arrays.items() if not name.startswith((KEPT, ROUNDS))}
         return State(arrays, state.facts), kept, rounds, totals
 
     def check_told(self, rounds: int) -> None:

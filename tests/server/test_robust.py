@@ -17,7 +17,7 @@ from ficpd.guard import part_for
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 from ficpd.run import run as run_experiment
-from ficpd.rundir import RunDir
+from ficpd.rundir import ROUNDS, RunDir
 from ficpd.server.averaging import weighted_mean
 from ficpd.server.robust import Means, Robust
 from ficpd.types import ClientCard, ClientUpdate, Query, State
@@ -277,7 +277,8 @@ def test_a_run_names_the_client_that_lied(tmp_path):
 def test_a_checkpoint_that_was_written_before_there_were_rules_can_be_read(tmp_path):
     names = ("round", "clients", "updates", "dropped", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
     line = dict(zip(names, (1, 3, 2, {}, 10, 20, 0.5, 0.25), strict=True)) | {"metrics": {}}
-    written = codec.encode_state(State({"prompt": torch.ones(2)}), {"rounds": [line], "totals": {}})
+    told = torch.tensor(list(json.dumps([line]).encode()), dtype=torch.uint8)
+    written = codec.encode_state(State({"prompt": torch.ones(2), ROUNDS: told}), {"totals": {}})
     (tmp_path / "checkpoint").write_bytes(written)
     _, _, rounds, _ = RunDir(tmp_path).load()
     assert [(done.set_aside, done.too_few) for done in rounds] == [({}, {})]
