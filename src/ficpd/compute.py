@@ -46,8 +46,8 @@ def one_thread_a_forward() -> None:
 class Kept:
     """What the layers below a prompt's entry gave, per item, least recently used dropped first. Bounded in bytes."""
 
-    def __init__(self, limit_bytes: int):
-        self.limit, self.size = limit_bytes, 0
+    def __init__(self, limit_bytes: int, chunk_tokens: int):
+        self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
         self.states: OrderedDict[tuple[Item, int], Tensor] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -60,7 +60,7 @@ class Kept:
                     self.states.move_to_end((item, layer))
                     found[item] = self.states[item, layer]
         missing = [item for item in dict.fromkeys(items) if item not in found]
-        for part in chunked(sorted(missing, key=lambda i: i.length), CHUNK_TOKENS[backbone.device.type]):
+        for part in chunked(sorted(missing, key=lambda i: i.length), self.chunk_tokens):
             for item, state in zip(part, backbone.below(part, layer), strict=True):
                 found[item] = state
                 with self.lock:
@@ -101,8 +101,8 @@ class Compute:
     """Answers queries on one backbone. `keep_bytes` bounds the kept lower layers; `chunk_tokens` one forward."""
 
     def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
-        self.backbone, self.kept = backbone, Kept(keep_bytes)
-        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[backbone.device.type]
+        self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
+        self.kept = Kept(keep_bytes, self.chunk_tokens)
         here = backbone.device.type == "cpu" and backbone.gives_features  # an address has threads of its own
         self.workers = THREADS if here and torch.get_num_threads() == 1 else 1
 
@@ -151,7 +151,9 @@ class Compute:
         """Every chunk's result, `workers` at a time. LoRA's weights are the model's own for a while: one after the other."""
         if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
             return [work(part) for part in parts]
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(
+            self.workers, initializer=torch.get_num_threads
+        ) as pool:  # a new thread has all cores else
             return list(pool.map(work, parts))
 
     def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:

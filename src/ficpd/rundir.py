@@ -16,7 +16,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,32 @@ ROUNDS = "rounds:"
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder until it is closed; None where the system has no such thing."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """A descriptor that holds the folder, which is made, until it is closed; None where the system has no such thing."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        try:
+            number = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # taken away by a process that has just ended
+            continue
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(folder) and os.path.samestat(os.fstat(number), os.stat(folder)):
+                return number
+        except BlockingIOError:
+            os.close(number)
+            raise RunError(
+                f"another process is at work in {folder}; wait until it has ended, or choose another --out"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(number)
+            return None
         os.close(number)
-        raise RunError(
-            f"another process is at work in {folder}; wait until it has ended, or choose another --out"
-        ) from None
-    except OSError:
-        os.close(number)
-        return None
-    return number
 
 
 class RunDir:
@@ -82,16 +91,15 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, and a run leaves a directory; choose another --out")
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        number = None
+        number = _lock(self.path)
         try:
-            number = _lock(self.path)
             yield
         finally:
-            for folder in made:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            with suppress(OSError):
+                for folder in made:
+                    if any(folder.iterdir()):
+                        break
+                    folder.rmdir()
             if number is not None:
                 os.close(number)
 

@@ -137,7 +137,11 @@ class Carried:
         """[1, B, P, D], the gradients at p_i, to [1, 2, P, D]: g_G and g_l."""
         gradient_BPD, (u_Pk, v_kD) = values_KB[0], self.factors
         u, v = u_Pk.to(gradient_BPD.device), v_kD.to(gradient_BPD.device)
-        parts = gradient_BPD, gradient_BPD @ v.T, u.T @ gradient_BPD  # g_G, g_u, g_v of each record
+        of_u, of_v = (
+            [row @ v.T for row in gradient_BPD],
+            [u.T @ row for row in gradient_BPD],
+        )  # record by record: `_lifted`
+        parts = gradient_BPD, *(torch.stack(of) if of else gradient_BPD for of in (of_u, of_v))  # g_G, g_u, g_v
         mean_N = self.client.mean(torch.cat([part.flatten(1) for part in parts], dim=1)[None])[0]
         shapes = gradient_BPD.shape[1:], u_Pk.shape, v_kD.shape
         split = mean_N.split([shape.numel() for shape in shapes])

@@ -31,6 +31,7 @@ from ficpd.errors import ConfigError
 from ficpd.seams import Backbone, ClientSide, Layout, Model
 from ficpd.server.tokens import aggregated
 from ficpd.tuners import Training
+from ficpd.tuners.cma_es import centred
 from ficpd.types import (
     IDS,
     Answer,
@@ -96,7 +97,7 @@ class FedDtpt:
             tried_KP1 = prompt_P1.repeat(1 + len(words), 1, 1)
             tried_KP1[1:, place, 0] = torch.tensor(words)
             answer = yield Query(tried_KP1, batch, loss=signal)
-            prompt_P1 = tried_KP1[least(client.mean(answer.loss_KB - answer.loss_KB.mean(0)))]
+            prompt_P1 = tried_KP1[least(client.mean(centred(answer.loss_KB)))]
         return ClientUpdate(client.id, {"words": prompt_P1[:, 0].to(IDS)}, client.weight)
 
     def layout(self, state: State) -> Layout:

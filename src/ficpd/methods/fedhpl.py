@@ -166,11 +166,14 @@ def rows_of(outputs: Outputs, batch: Batch, logit_norm: float) -> Tensor:
     `logit_norm`, so that a record with logits of that length has norm 1; nothing of a record that is misclassified."""
     assert isinstance(batch.task, Classifies)
     assert batch.targets is not None
-    logits_BC = batch.task.logits(outputs, batch).float().cpu()
-    right_B = logits_BC.argmax(1) == batch.targets
-    centred_BC = (logits_BC - logits_BC.mean(1, keepdim=True)) / logit_norm
-    told_BN = HALF * right_B[:, None] * F.pad(centred_BC, (1, 0), value=1.0)
-    return F.one_hot(batch.targets, logits_BC.shape[1])[:, :, None] * told_BN[:, None]
+    rows = []
+    for b, target in enumerate(batch.targets.tolist()):  # one by one: all at once are rounded by how many there are
+        logits_C = batch.task.logits(outputs.take(torch.tensor([b])), batch.take([b]))[0].float().cpu()
+        row_CN = torch.zeros(len(logits_C), 1 + len(logits_C))
+        if int(logits_C.argmax()) == target:
+            row_CN[target] = HALF * F.pad((logits_C - logits_C.mean()) / logit_norm, (1, 0), value=1.0)
+        rows.append(row_CN)
+    return torch.stack(rows)
 
 
 def for_client(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:

@@ -46,12 +46,16 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
             "policy.mechanisms",
             "sites release updates only",
         )
-    personal, iterations = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations"))
+    counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
+    personal, iterations, candidates = counts
     training, rounds = experiment.training, terms.schedule.num_rounds
     for theirs, given, ours, most in (
         ("prompt.num_tokens", terms.start.room, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
+        ("training.directions", 2 * training.directions, "policy.max_candidates", policy.max_candidates),
+        ("training.population", training.population, "policy.max_candidates", policy.max_candidates),
+        ("method.candidates", candidates, "policy.max_candidates", policy.max_candidates),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
         ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
         ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),

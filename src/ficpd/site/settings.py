@@ -25,7 +25,8 @@ class Policy(Frozen):
     dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
     updates out without a guarantee, "client_gaussian:central" lets the server add the noise (the site pays for the whole run
     with its first order). `max_num_tokens`: virtual tokens of a prompt (None: half of what the
-    backbone takes); every record has to fit beside so many. `max_clip_norm` None: any.
+    backbone takes); every record has to fit beside so many. `max_candidates`: prompts that a step may try on each record.
+    `max_clip_norm` None: any.
     `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
     does not cover them.
     """
@@ -37,6 +38,7 @@ class Policy(Frozen):
     max_num_tokens: int | None = Field(default=None, ge=1)
     max_local_steps: int = Field(default=50, ge=1)
     max_batch_size: int = Field(default=128, ge=1)
+    max_candidates: int = Field(default=128, ge=1)
     max_rounds: int = Field(default=1000, ge=1)
     max_runs: int = Field(default=1000, ge=1)
     max_clip_norm: float | None = Field(default=None, gt=0)

@@ -23,8 +23,6 @@ from ficpd.types import JSON, Answer, Batch, Item, Outputs, Prompt, Record, Scor
 
 USUAL, MOST = 4, len(ascii_uppercase)
 """How many options a record has that is made up, and any record at most."""
-TOGETHER = 64
-"""How many options are embedded at once."""
 
 
 class Config(BaseModel):
@@ -135,12 +133,13 @@ class Choice:
             raise BackboneError(f"{record.key}: {error}") from error
 
     def _embedded(self, options: Sequence[Sequence[str]], backbone: Backbone) -> Tensor:
-        """[B, 26]: each option's row among the embedded ones. A text is embedded once, those of like lengths together."""
+        """[B, 26]: each option's row among the embedded ones. A text is embedded once, and by itself: beside those of other
+        records it would be rounded by what they are."""
         name, rows = backbone.fingerprint, [self._rows.get(backbone.width, torch.zeros(0, backbone.width))]
         new = {text for own in options for text in own if (name, text) not in self._places}
         texts = sorted(new, key=lambda text: (len(text), text))
-        for first in range(0, len(texts), TOGETHER):
-            readout_CD = backbone.readout(self.config.instruction, texts[first : first + TOGETHER])
+        for text in texts:
+            readout_CD = backbone.readout(self.config.instruction, [text])
             assert readout_CD is not None
             rows.append(readout_CD.float())
         self._places |= {(name, text): len(rows[0]) + place for place, text in enumerate(texts)}

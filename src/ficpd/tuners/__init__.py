@@ -97,12 +97,18 @@ def tune(
 def _lifted(
     work: Generator[Query, Answer, Tensor], coordinates: Coordinates, rest_PD: Tensor
 ) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts rest + A z where the tuner asks for z, and hand back gradients with respect to z."""
+    """Ask for the prompts rest + A z where the tuner asks for z, and hand back gradients with respect to z: each record's by
+    itself, for a product of all of them rounds each by how many there are."""
     try:
         query = next(work)
         while True:
             answer = yield query._replace(prompts_KPD=rest_PD + coordinates.up(query.prompts_KPD))
-            grad = None if answer.grad_KBPD is None else coordinates.down(answer.grad_KBPD)
-            query = work.send(answer._replace(grad_KBPD=grad))
+            grad_KBN = None
+            if answer.grad_KBPD is not None:
+                (K, B), shape = answer.grad_KBPD.shape[:2], answer.grad_KBPD.shape[2:]
+                grad_KBN = answer.grad_KBPD.new_zeros(K, B, coordinates.size)
+                for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), answer.grad_KBPD.reshape(-1, *shape), strict=True):
+                    row_N.copy_(coordinates.down(grad_PD.clone()))
+            query = work.send(answer._replace(grad_KBPD=grad_KBN))
     except StopIteration as end:
         return rest_PD + coordinates.up(end.value)

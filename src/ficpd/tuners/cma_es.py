@@ -63,8 +63,9 @@ def tune(
 
 def centred(loss_KB: Tensor) -> Tensor:
     """[K, B]: each record's losses around their mean over the candidates. Which candidate is better does not change, and
-    what all have in common, which is most of a loss, needs no room in a clip norm."""
-    return loss_KB - loss_KB.mean(0)
+    what all have in common, which is most of a loss, needs no room in a clip norm. The mean is added up candidate by
+    candidate: a sum over a dimension is rounded by how many records stand beside."""
+    return loss_KB - sum(loss_KB) / len(loss_KB)
 
 
 def width(candidates_KN: Tensor) -> float:
