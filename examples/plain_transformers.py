@@ -1,6 +1,5 @@
-"""A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines.
-
-ficpd is asked where the weights lie, and for no more: with a `folder` of your own leave it out.
+"""A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines
+(ficpd says where the weights lie, and no more).
 
 python examples/plain_transformers.py runs/demo/library "a text" "and another"
 """

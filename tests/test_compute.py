@@ -367,7 +367,7 @@ def test_lower_layers_are_run_once_per_record_and_layer(model, monkeypatch):
 @pytest.mark.parametrize("limit", [0, 100, 900, 2000, 1 << 20])
 def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
     batch = batch_of(model, small.classes(), 12)
-    items, kept = [records[0] for records in batch.items], Kept(limit)
+    items, kept = [records[0] for records in batch.items], Kept(limit, 512)
     truth = {item: model.backbone.below([item], 1)[0] for item in items}
     for seed in range(4):
         asked = small.shuffled(items, seed)[: 4 + seed]
@@ -382,9 +382,17 @@ def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
         assert agree(small_model.answer([query])[0], model.answer([query])[0])
 
 
+def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypatch):
+    """What else is missing goes by what other records have pushed out."""
+    items, below, asked = [records[0] for records in batch_of(model, small.classes()).items], model.backbone.below, []
+    monkeypatch.setattr(model.backbone, "below", lambda items, layer: asked.append(len(items)) or below(items, layer))
+    Kept(1 << 20, ONE_ROW).fetch(items, 1, model.backbone)
+    assert asked == [1] * len(items)
+
+
 def test_the_least_recently_used_is_dropped_first(model, monkeypatch):
     items = [model.backbone.read("the film", None, "", None, 3) for _ in range(4)]
-    kept = Kept(3 * 2 * 16 * 4)
+    kept = Kept(3 * 2 * 16 * 4, 512)
     kept.fetch(items[:3], 1, model.backbone)
     kept.fetch(items[:1], 1, model.backbone)
     kept.fetch(items[3:], 1, model.backbone)
