@@ -1,5 +1,4 @@
-"""A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines
-(ficpd says where the weights lie, and no more).
+"""A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines.
 
 python examples/plain_transformers.py runs/demo/library "a text" "and another"
 """
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ficpd.backbones.catalog import NAMED
+from ficpd.backbones.catalog import NAMED  # to find the weights, and for no more
 from ficpd.backbones.weights import resolve
 
 library = Path(sys.argv[1])
