@@ -76,7 +76,7 @@ def same_rows(*given: Any, records: list[Record], **how: Any) -> bool:
 BY_GRADIENT = ("fedavg", "fedprox", "ficpd", "fpl", "dp_fpl", "prompt_dpsgd", "fedlora", "fedhpl")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in (*BY_GRADIENT, "dp_zo", "dp_cma_es", "feddtpt")),
-    *(("fedavg", {"tuner": tuner, "perturbation": 1e-5}) for tuner in ("spsa", "cma_es")),
+    *(("fedavg", {"tuner": tuner, "perturbation": 1e-5}) for tuner in ("sgd", "spsa", "cma_es")),
     ("dp_zo", {"perturbation": 1e-5}),
     ("dp_cma_es", {"perturbation": 1e-5}),
     ("feddtpt", {"config": {"signal": "loss"}}),

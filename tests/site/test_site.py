@@ -288,7 +288,7 @@ def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(
         ({"mechanisms": ["none"]}, r"small.toml line \d+: privacy is 'record_gaussian'"),
         ({"max_local_steps": 1}, r"small.toml line \d+: training.local_steps = 2; site.toml, by default: at most 1"),
         ({"max_batch_size": 2}, r"training.batch_size = 4"),
-        ({"max_candidates": 7}, r"training.directions = 8"),
+        ({"max_candidates": 7}, r"training.directions = 4; site.toml, by default: at most 3"),
         ({"max_candidates": 15}, r"training.population = 16"),
         ({"max_rounds": 2}, r"federation.num_rounds = 3"),
         ({"max_clip_norm": 1e-6}, r"privacy.clip_norm = "),

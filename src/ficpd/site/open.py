@@ -27,8 +27,7 @@ def open_site(file: Path, say: Callable[[str], None]) -> Site:
     say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
     backbone, _ = load_backbone(config.backbone, config.engine)
     say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
-    wide = (
-        config.chunk_tokens if backbone.gives_features else config.engine.chunk_tokens
-    )  # an address batches by itself
+    here = backbone.gives_features  # an address batches by itself
+    wide = config.chunk_tokens if here else config.engine.chunk_tokens
     model = Compute(backbone, config.engine.keep_mb << 20, wide)
     return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)

@@ -53,7 +53,7 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
         ("prompt.num_tokens", terms.start.room, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
-        ("training.directions", 2 * training.directions, "policy.max_candidates", policy.max_candidates),
+        ("training.directions", training.directions, "policy.max_candidates", policy.max_candidates // 2),  # two each
         ("training.population", training.population, "policy.max_candidates", policy.max_candidates),
         ("method.candidates", candidates, "policy.max_candidates", policy.max_candidates),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
