@@ -22,8 +22,8 @@ from typing import Any
 
 import tomli_w
 
-from ficpd.experiment import parse
-from ficpd.world import build_world
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import parse
 from library import CLIENTS, RATE, group
 from measure import RESULTS
 
@@ -162,7 +162,7 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
 
 def languages(args: argparse.Namespace) -> dict[str, Any]:
     options = {"max_tokens": 64, "prefix": "query: "}
-    recipe = base(args, {"name": str(args.e5), "kind": "encoder", "options": options}, 6, 6)
+    recipe = base(args, {"name": str(args.e5), "kind": "sentence_encoder", "options": options}, 6, 6)
     parts = group("sib", args.data, 8, 60)
     eight = ["eng_Latn", "deu_Latn", "spa_Latn", "rus_Cyrl", "arb_Arab", "hin_Deva", "zho_Hans", "swh_Latn"]
     parts["data"] |= {"where": {"lang": eight}, "columns": {"text": "text", "target": "label_name", "lang": "lang"}}

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ficpd.experiment import Experiment, parse
+from ficpd.experiments.config import Experiment, parse
 from measure import Runs, before, ratio, save
 
 DOMAINS = ["editorials", "films", "products", "tweets"]
@@ -65,8 +65,8 @@ def rated(*changes: str) -> Experiment:
 def same(folder: Path) -> dict[str, Any]:
     """The largest difference of any number of the library to that of the run in process, over the largest number."""
     from deploy_net import network
-    from ficpd import simulated
-    from ficpd.run import run
+    from ficpd.deployment import flower_simulation
+    from ficpd.experiments.runner import run
 
     cells = [(b, m, "float32") for b in ("tiny", "minilm") for m in ("fedavg", "ficpd", "fpl")]
     cells += [("minilm", m, "bfloat16") for m in ("fedavg", "ficpd", "fpl")]
@@ -79,7 +79,7 @@ def same(folder: Path) -> dict[str, Any]:
             here = folder / name.replace(" ", "-")
             run(experiment, here / "run")
             known = _library(here / "run")
-            simulated.run(experiment, here / "simulated", resume=False)
+            flower_simulation.run(experiment, here / "simulated", resume=False)
             found[name] = {
                 "moved": _apart(dict.fromkeys(known, known["start"]), known),
                 "simulation": _apart(_library(here / "simulated"), known),
@@ -93,7 +93,7 @@ def same(folder: Path) -> dict[str, Any]:
 
 
 def _library(run: Path) -> dict:
-    from ficpd.library import PromptLibrary
+    from ficpd.library.library import PromptLibrary
 
     return {name: prompt.vectors_PD for name, prompt in PromptLibrary.load(run).candidates().items()}
 
@@ -167,17 +167,17 @@ def crowd() -> dict[str, Any]:
 
 def crowd_of(backbone: str, clients: int, rounds: int = 4) -> dict[str, float]:
     """This process's figures, the first round left out of the seconds."""
-    from ficpd.engines import in_process
-    from ficpd.federate import Schedule, federate
+    from ficpd.experiments.build import build_world
+    from ficpd.federation import simulation
+    from ficpd.federation.rounds import Schedule, federate
     from ficpd.methods import fedavg
     from ficpd.types import Setup
-    from ficpd.world import build_world
 
     sized = TINY if backbone == "tiny" else (*SHORT, "backbone.dtype=bfloat16")
     dealt = (f'partition={{ kind = "iid", num_clients = {clients} }}', f"data.max_records={16 * clients}")
     world = build_world(rated(*sized, *dealt, "training.local_steps=1", "training.batch_size=2"))
     method, members = fedavg.build(fedavg.Config(), world.experiment.training), world.clients()
-    engine = in_process.build(in_process.Config(lock_step=64), method, members, world.model)
+    engine = simulation.build(simulation.Config(lock_step=64), method, members, world.model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     state = method.init(Setup(world.start, [c.card for c in members.values()], rounds, clients, 0))
     seconds, cpu, began, used = [], [], time.perf_counter(), time.process_time()

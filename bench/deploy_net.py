@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficpd.deploy import demo
-from ficpd.deploy.init import init
-from ficpd.deploy.start import free_ports, submit
-from ficpd.experiment import EngineConfig, Experiment, to_toml
-from ficpd.simulated import _answering, served
-from ficpd.world import build_world
+from ficpd.backbones.loading import EngineConfig
+from ficpd.deployment import demo
+from ficpd.deployment.flower_cli import free_ports, submit
+from ficpd.deployment.flower_simulation import _answering, served
+from ficpd.deployment.provision import init
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import Experiment, to_toml
 from watched import Counter
 
 LOOK = 0.02

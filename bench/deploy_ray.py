@@ -38,17 +38,17 @@ local_steps = {STEPS}
 
 
 def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
-    from ficpd.engines import in_process
-    from ficpd.experiment import parse
-    from ficpd.federate import Schedule, federate
+    from ficpd.experiments.build import served_world
+    from ficpd.experiments.config import parse
+    from ficpd.federation import simulation
+    from ficpd.federation.rounds import Schedule, federate
     from ficpd.methods import fedavg
     from ficpd.types import Setup
-    from ficpd.world import served_world
 
     world = served_world(parse(OURS, "bench", [f"training.batch_size={rows}"], records=False))
     clients = _clients(world)
     method = fedavg.build(fedavg.Config(), world.experiment.training)
-    engine = in_process.build(in_process.Config(lock_step=lock_step), method, clients, world.model)
+    engine = simulation.build(simulation.Config(lock_step=lock_step), method, clients, world.model)
     cards = [client.card for client in clients.values()]
     state, found, began = method.init(Setup(world.start, cards, rounds, COHORT, 0)), [], time.time()
     for _, done in federate(method, engine, world.model, state, Schedule(rounds, COHORT, 0), world.compression):
@@ -59,8 +59,7 @@ def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
 
 def _clients(world) -> dict:
     """Clients whose records are the plain app's."""
-    from ficpd.data.partition import Shard
-    from ficpd.types import Item, Record
+    from ficpd.types import Item, Record, Shard
 
     record = Record("random", {"text": "random", "target": "positive"})
     shards = {f"client-{i:02}": Shard([record] * RECORDS, [], {}) for i in range(CLIENTS)}
@@ -103,7 +102,7 @@ def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
 
 def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple[list[str], dict[str, str]]:
     from ficpd.backbones import catalog, weights
-    from ficpd.deploy.start import environment, flower, free_ports
+    from ficpd.deployment.flower_cli import environment, flower, free_ports
 
     bfloat16 = "bf16" in cell
     federation = f"num-supernodes={CLIENTS}" + (" client-resources-num-cpus=1" if bfloat16 else "")

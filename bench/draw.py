@@ -16,10 +16,10 @@ import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
-from ficpd.experiment import part
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
 from ficpd.methods.ficpd import SIGNATURE
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
+from ficpd.registry import part
 from library import world_of
 from measure import RESULTS
 

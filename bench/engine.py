@@ -9,14 +9,14 @@ import argparse
 
 import torch
 
-from ficpd.clients import Client, participate
-from ficpd.compute import CHUNK_TOKENS, Compute, chunked, drive, drive_many
-from ficpd.experiment import read
+from ficpd.backbones.query_engine import CHUNK_TOKENS, Compute, chunked, drive, drive_many
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import read
+from ficpd.federation.client import Client, participate
+from ficpd.interfaces import Backbone
 from ficpd.methods import fedavg
-from ficpd.seams import Backbone
-from ficpd.tuners import Training
+from ficpd.optimizers import Training
 from ficpd.types import Prompt, Query, Setup
-from ficpd.world import World, build_world
 from measure import medians, paired, ratio, save
 
 CLIENTS, RECORDS, TOKENS = 16, 8, 10

@@ -11,15 +11,15 @@ One prompt, all records in one place, Adam; accuracy on held-back records as ste
 import argparse
 import time
 
-from ficpd.beginning import start_prompt
-from ficpd.clients import Client, Visit
-from ficpd.compression import none
-from ficpd.compute import drive
-from ficpd.experiment import read
-from ficpd.metrics.evaluate import score_prompt
-from ficpd.tuners import Training, tune
+from ficpd.backbones.query_engine import drive
+from ficpd.evaluation.evaluate import score_prompt
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import read
+from ficpd.experiments.initialization import start_prompt
+from ficpd.federation.client import Client, Visit
+from ficpd.federation.compression import none
+from ficpd.optimizers import Training, tune
 from ficpd.types import Assignment, ClientCard
-from ficpd.world import build_world
 from measure import save
 
 

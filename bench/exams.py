@@ -18,10 +18,10 @@ import pandas as pd
 import tomli_w
 from scipy.stats import binomtest
 
-from ficpd.experiment import parse
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
-from ficpd.world import World, build_world
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
 from library import faster
 from measure import Cells
 
@@ -35,12 +35,12 @@ NLI = {"entailment": "yes, the second follows from the first", "neutral": "maybe
        "contradiction": "no, the second contradicts the first"}  # fmt: skip
 SETS: dict[str, dict[str, Any]] = {
     "medqa": {
-        "task": {"name": "choice"},
+        "task": {"name": "multiple_choice"},
         "data": {"source": "medqa_usmle4", "columns": {"text": "question", "target": "answer_idx"}, "options": OPTIONS},
         "partition": {"kind": "iid", "num_clients": 6},
     },
     "medmcqa": {
-        "task": {"name": "choice", "instruction": "Answer:"},
+        "task": {"name": "multiple_choice", "instruction": "Answer:"},
         "data": {
             "source": "medmcqa",
             "columns": {"text": "question", "target": "label", "subject": "subject"},
@@ -106,7 +106,11 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> Wo
     parts["data"] |= {"source": str(folder / "set.parquet"), "split_column": "split"}
     tree: dict[str, Any] = {
         "seed": seed,
-        "backbone": {"name": str(args.e5), "kind": "encoder", "options": {"max_tokens": 128, "prefix": "query: "}},
+        "backbone": {
+            "name": str(args.e5),
+            "kind": "sentence_encoder",
+            "options": {"max_tokens": 128, "prefix": "query: "},
+        },
         "prompt": {"num_tokens": 10, "init": "vocabulary"},
         "training": {"local_steps": 4, "batch_size": 16},
         "federation": {"num_rounds": 5, "clients_per_round": 6},

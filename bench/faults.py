@@ -26,13 +26,13 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import processes
-from ficpd.site.site import LEDGER
+from ficpd.deployment.site.site import LEDGER
 from measure import save
 from processes import Place, account, recipe, rounds, served
 from warm import Warm, clock, kill, slow
 
 SITES, ROUNDS, AT_ONCE = 2, 4, 4
-SETTLE, SEND = "ficpd.privacy.ledger:Book.settle", "ficpd.site.site:Site._witness"
+SETTLE, SEND = "ficpd.privacy.ledger:Book.settle", "ficpd.deployment.site.site:Site._witness"
 Fault = Callable[[Random, Warm, list[Place], Path], None]
 
 

@@ -23,10 +23,11 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.experiment import parse, part
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
-from ficpd.world import World, build_world
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.registry import part
 from library import RATE, faster, group
 from measure import Cells
 from unseen import E5_RATE
@@ -87,7 +88,7 @@ def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> W
     parts["data"] |= {"where": {}, "columns": {"text": "text", "target": "label_name", "lang": "lang"}}
     parts["partition"] = {"kind": "column", "column": "lang", "cards": str(folder / "cards.csv")}
     options = {"max_tokens": 64, "prefix": "query: "}
-    tree |= parts | {"backbone": {"name": str(args.e5), "kind": "encoder", "options": options}}
+    tree |= parts | {"backbone": {"name": str(args.e5), "kind": "sentence_encoder", "options": options}}
     tree["prompt"]["enters_at"] = 6
     return faster(build_world(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
 

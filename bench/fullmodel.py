@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ficpd import codec
 from ficpd.backbones import lora
-from ficpd.clients import Visit
-from ficpd.experiment import BackboneConfig, EngineConfig, parse
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.federation import codec
+from ficpd.federation.client import Visit
 from ficpd.types import ClientUpdate, Hidden, Item, Outputs
-from ficpd.world import World, build_world, load_backbone
 from measure import Cells
 
 RANK, TOKENS, NUMBERS = 8, 10, 64

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ficpd.backbones.causal_lm import CausalLM, Config
-from ficpd.compute import Compute
+from ficpd.backbones.query_engine import Compute
 from ficpd.types import Batch, Item, Outputs, Query
 from measure import medians, paired, ratio, save
 

@@ -22,11 +22,14 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.experiment import BackboneConfig, EngineConfig, parse, part
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
-from ficpd.server.synthesis import write
-from ficpd.world import World, build_task, build_world, load_backbone
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.library.distillation.generation import write
+from ficpd.registry import part
+from ficpd.tasks.build import build_task
 from measure import Cells
 
 POLARITY = {

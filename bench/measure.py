@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ficpd.speed import machine
+from ficpd.backbones.autotune import machine
 
 RESULTS = Path(__file__).parent / "results"
 

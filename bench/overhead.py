@@ -8,14 +8,14 @@ import statistics
 import time
 from pathlib import Path
 
-from ficpd.compute import Compute
-from ficpd.engines import in_process
-from ficpd.experiment import parse
-from ficpd.federate import Schedule, federate
+from ficpd.backbones.query_engine import Compute
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import parse
+from ficpd.federation import simulation
+from ficpd.federation.rounds import Schedule, federate
 from ficpd.methods import fedavg
-from ficpd.tuners import Training
+from ficpd.optimizers import Training
 from ficpd.types import Setup
-from ficpd.world import build_world
 from measure import save
 
 TINY = """
@@ -47,7 +47,7 @@ def overhead(rounds: int = 24) -> dict:
     built = build_world(parse(TINY, "bench"))
     model, clients = _Timed(built.model.backbone), built.clients()
     method = fedavg.build(fedavg.Config(), Training(local_steps=1, batch_size=2, learning_rate=0.01))
-    engine = in_process.build(in_process.Config(lock_step=64), method, clients, model)
+    engine = simulation.build(simulation.Config(lock_step=64), method, clients, model)
     cards = [client.card for client in clients.values()]
     state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
     milliseconds, memory, began = [], [], time.perf_counter()

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ficpd import seeds
-from ficpd.beginning import open_clip, public_gradients
-from ficpd.experiment import parse, part, settings
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
-from ficpd.world import World, build_world
+from ficpd import rng
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.initialization import open_clip, public_gradients
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.registry import part, settings
 from measure import Cells
 
 POLARITY = """
@@ -103,7 +104,7 @@ def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **
         }
     )
     module, config = settings("compression", experiment.compression)
-    seed = seeds.derive(experiment.seed, "public")
+    seed = rng.derive(experiment.seed, "public")
     gradients = partial(public_gradients, world.model, [world.task], world.start, seed)
     compression = module.build(config, world.start, seed, gradients)
     clip = open_clip(experiment, world.start, compression, gradients)

@@ -10,9 +10,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from ficpd.attack import audit_run
-from ficpd.experiment import parse
-from ficpd.run import run
+from ficpd.experiments.audit import audit_run
+from ficpd.experiments.config import parse
+from ficpd.experiments.runner import run
 from measure import Cells
 
 RECIPE = """

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ficpd.clients import Client, participate
-from ficpd.compute import drive
-from ficpd.experiment import parse, settings
+from ficpd.backbones.query_engine import drive
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.federation.client import Client, participate
 from ficpd.methods import fedavg
+from ficpd.optimizers import Training
 from ficpd.privacy import none, record_gaussian
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.tuners import Training
+from ficpd.registry import settings
 from ficpd.types import Assignment, ClientCard, Plan
-from ficpd.world import World, build_world
 from measure import medians, paired, ratio, save
 from privacy import POLARITY
 

@@ -8,10 +8,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ficpd.experiment import read
-from ficpd.report import rows
-from ficpd.run import run
-from ficpd.world import build_world
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import read
+from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.runner import run
 from measure import save, spread
 
 

@@ -24,19 +24,20 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.adapt import WAYS, Fitted
-from ficpd.auto import adapt, gather
-from ficpd.beginning import start_text
-from ficpd.compute import drive
-from ficpd.experiment import parse, part
-from ficpd.library import PromptLibrary, task_key
-from ficpd.metrics.evaluate import score_prompt
-from ficpd.run import one_method, silent
-from ficpd.rundir import RunDir
-from ficpd.seams import Task
+from ficpd.backbones.query_engine import drive
+from ficpd.evaluation.evaluate import score_prompt
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.interfaces import Task
+from ficpd.library.adaptation import WAYS, Fitted
+from ficpd.library.library import PromptLibrary, task_key
+from ficpd.library.selection import adapt, gather
+from ficpd.library.session import draw_shots
+from ficpd.registry import part
+from ficpd.tasks.build import start_text
 from ficpd.types import Record
-from ficpd.use import draw_shots
-from ficpd.world import World, build_world
 from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, told, world_of
 from measure import Cells, save
 
@@ -256,7 +257,11 @@ def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int 
     parts["partition"] = {"kind": "column", "column": "lang"}
     tree = {
         "seed": seed,
-        "backbone": {"name": str(args.e5), "kind": "encoder", "options": {"max_tokens": 64, "prefix": "query: "}},
+        "backbone": {
+            "name": str(args.e5),
+            "kind": "sentence_encoder",
+            "options": {"max_tokens": 64, "prefix": "query: "},
+        },
         "prompt": {"num_tokens": 10, "enters_at": 6, "init": "vocabulary"},
         "training": {"local_steps": 5, "batch_size": 16},
         "federation": {"num_rounds": args.rounds},

@@ -2,10 +2,10 @@
 
 import torch
 
-from ficpd.experiment import BackboneConfig, EngineConfig
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.experiments.build import Compute
 from ficpd.tasks import classification
 from ficpd.types import Prompt, Query, Record
-from ficpd.world import Compute, load_backbone
 
 backbone, _ = load_backbone(BackboneConfig(name="tiny"), EngineConfig())
 task = classification.build(classification.Config(labels={"bad": "bad", "good": "good"}))

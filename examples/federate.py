@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from ficpd.experiment import parse
-from ficpd.run import run
+from ficpd.experiments.config import parse
+from ficpd.experiments.runner import run
 
 RECIPE = """
 [backbone]

@@ -4,14 +4,14 @@
 handed to the engine directly.
 """
 
-from ficpd.engines import in_process
-from ficpd.experiment import parse
-from ficpd.federate import Schedule, federate
+from ficpd.evaluation.evaluate import evaluate
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import parse
+from ficpd.federation import simulation
+from ficpd.federation.rounds import Schedule, federate
 from ficpd.methods.fedavg import Config, FedAvg
-from ficpd.metrics.evaluate import evaluate
-from ficpd.tuners import Training
+from ficpd.optimizers import Training
 from ficpd.types import ClientUpdate, Setup
-from ficpd.world import build_world
 
 RECIPE = """
 backbone = { name = "tiny" }
@@ -36,7 +36,7 @@ def build(config: Config, training: Training) -> SignAvg:
 if __name__ == "__main__":
     world = build_world(parse(RECIPE, "example"))
     method, clients = build(Config(), world.experiment.training), world.clients()
-    engine = in_process.build(in_process.Config(), method, clients, world.model)
+    engine = simulation.build(simulation.Config(), method, clients, world.model)
     state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
     schedule = Schedule(num_rounds=3, cohort=5, seed=0)
     for after, done in federate(method, engine, world.model, state, schedule, world.compression):

@@ -4,9 +4,9 @@ import csv
 import tempfile
 from pathlib import Path
 
-from ficpd.experiment import parse
-from ficpd.run import run
-from ficpd.use import open_library, predicted, texts_as_records
+from ficpd.experiments.config import parse
+from ficpd.experiments.runner import run
+from ficpd.library.session import open_library, predicted, texts_as_records
 
 folder = Path(tempfile.mkdtemp())
 notes = {"cardio": "chest pain and a fast pulse", "neuro": "headache and a numb hand"}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ficpd.backbones.catalog import NAMED  # to find the weights, and for no more
+from ficpd.backbones.catalog import NAMED
 from ficpd.backbones.weights import resolve
 
 library = Path(sys.argv[1])
@@ -22,7 +22,7 @@ prompt, layer = load_file(library / "prompts.safetensors")["global"], card["back
 assert layer >= 0, "these are LoRA weights and no prompt: `ficpd export` makes a PEFT folder of them"
 name, kind = card["backbone"]["name"], card["backbone"]["kind"]
 folder, task = resolve(NAMED[name].weights if name in NAMED else name).folder, next(iter(card["tasks"].values()))
-load = AutoModel if kind == "encoder" else AutoModelForCausalLM
+load = AutoModel if kind == "sentence_encoder" else AutoModelForCausalLM
 model, tokenizer = load.from_pretrained(folder, dtype="float32").eval(), AutoTokenizer.from_pretrained(folder)
 tokens = partial(tokenizer, return_tensors="pt")
 
@@ -49,7 +49,7 @@ def next_logits(text: str, prompt: torch.Tensor) -> torch.Tensor:
 
 
 for text in texts:
-    if kind == "encoder":
+    if kind == "sentence_encoder":
         answers = {label: embed(f"{task['instruction']} {words}.") for label, words in task["labels"].items()}
         scores = {label: float(embed(text, prompt) @ answer) for label, answer in answers.items()}
     else:  # answers of one token each

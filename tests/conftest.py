@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import small
-from ficpd.compute import Compute
-from ficpd.experiment import read
-from ficpd.run import run
+from ficpd.backbones.query_engine import Compute
+from ficpd.experiments.config import read
+from ficpd.experiments.runner import run
 
 
 @pytest.fixture

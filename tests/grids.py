@@ -15,9 +15,9 @@ from typing import Any
 from uuid import uuid4
 
 import ficpd
-from ficpd.codec import UPDATE_HEADER
-from ficpd.site.service import bound, server_of
-from ficpd.site.site import Site
+from ficpd.deployment.site.http import bound, server_of
+from ficpd.deployment.site.site import Site
+from ficpd.federation.codec import UPDATE_HEADER
 
 APP = Path(ficpd.__file__).parent / "deploy" / "flower"
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import grids
 import small
+from ficpd.deployment.coordinator import serve
+from ficpd.deployment.site import config as settings
+from ficpd.deployment.site import preflight
+from ficpd.deployment.site.site import LEDGER
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.serve import serve
-from ficpd.site import check, settings
-from ficpd.site.site import LEDGER
 from ficpd.types import Spend
 from warm import Warm
 
@@ -125,7 +126,7 @@ def coordinate(
     grid: grids.Loopback | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The server's half, over a grid of these nodes; `options` are the engine's."""
-    from ficpd.engines.flower import Config, Flower
+    from ficpd.deployment.flower_engine import Config, Flower
 
     out = Path(out)
     grid = grid or grids.Loopback({int(node): Path(path) for node, path in sockets.items()}, journal=journal(out))
@@ -218,5 +219,5 @@ def paid(place: Place, out: Path) -> list[int]:
     assert not found.twice, "one payment, two different updates"
     count = len(found.orders) * price.count
     epsilon = accountant.epsilon([price._replace(count=count)], DELTA) if count else 0.0
-    assert check.status(place.file)["epsilon"]["spent"] == epsilon
+    assert preflight.status(place.file)["epsilon"]["spent"] == epsilon
     return found.orders

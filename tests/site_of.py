@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import small
-from ficpd import codec, terms
-from ficpd.codec import Call
-from ficpd.experiment import to_toml
-from ficpd.guard import private_seed
-from ficpd.outcome import method_of, schedule_of
-from ficpd.site import settings
-from ficpd.site.site import Site
-from ficpd.terms import Terms
+from ficpd.deployment import run_spec
+from ficpd.deployment.run_spec import Terms
+from ficpd.deployment.site import config as settings
+from ficpd.deployment.site.site import Site
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import to_toml
+from ficpd.experiments.setup import method_of, schedule_of
+from ficpd.federation import codec
+from ficpd.federation.codec import Call
+from ficpd.federation.privacy_plan import private_seed
 from ficpd.types import ClientCard, Setup
-from ficpd.world import World, build_world
 
 NOISED = ('privacy.name="record_gaussian"', "privacy.epsilon=4.0", "privacy.delta=1e-3")
 POLICY: dict[str, Any] = {"epsilon": 10.0, "delta": 1e-3, "mechanisms": ["record_gaussian", "none"]}
@@ -53,7 +54,7 @@ def begun(world: World, rounds: int | None = None, run: str = "a" * 32) -> tuple
         for round in range(1, (rounds or schedule.num_rounds) + 1)
     ]
     said = Terms(world.experiment, recipe(world), "small.toml", list(world.shards), schedule, world.start, None)
-    return orders, terms.encode(said)
+    return orders, run_spec.encode(said)
 
 
 def train(order: bytes, said: bytes = b"", run: str = "a" * 32) -> bytes:

@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.backbones import tiny
-from ficpd.clients import Client
-from ficpd.compression import none
-from ficpd.compute import Compute
-from ficpd.engines import in_process
-from ficpd.experiment import Experiment, parse
-from ficpd.federate import Round, Schedule, federate
-from ficpd.library import PromptLibrary
+from ficpd.backbones.query_engine import Compute
+from ficpd.experiments.config import Experiment, parse
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation import simulation
+from ficpd.federation.client import Client
+from ficpd.federation.compression import none
+from ficpd.federation.rounds import Round, Schedule, federate
+from ficpd.interfaces import Compression, Engine, Method, Task
+from ficpd.library.library import PromptLibrary
+from ficpd.optimizers import Training
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.run import run as run_experiment
-from ficpd.seams import Compression, Engine, Method, Task
-from ficpd.tasks import choice, classification, regression
+from ficpd.tasks import classification, multiple_choice, regression
 from ficpd.traits import StartsElsewhere
-from ficpd.tuners import Training
 from ficpd.types import Answer, ArrayKind, ClientCard, Layout, Prompt, Query, Record, Setup, State
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def numbers(**more: Any) -> regression.Regression:
 
 def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = False) -> list[Record]:
     """Sentences of different lengths, each with one word that tells its label (or its number from 1 to 5)."""
-    random = seeds.generator("small records", seed)
+    random = rng.generator("small records", seed)
     found = []
     for place in range(count):
         good = bool(torch.randint(2, (1,), generator=random))
@@ -61,8 +61,8 @@ def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = Fals
     return found
 
 
-def choices(**more: Any) -> choice.Choice:
-    return choice.build(choice.Config(instruction="it was", **more))
+def choices(**more: Any) -> multiple_choice.Choice:
+    return multiple_choice.build(multiple_choice.Config(instruction="it was", **more))
 
 
 def questions(count: int, seed: int = 0, name: str = "file.jsonl") -> list[Record]:
@@ -101,7 +101,7 @@ def clients(
     return {
         name: Client(
             ClientCard(name), share, records(4, 100, "test.csv"), task, model.backbone, mechanism, compression, begin,
-            seeds.derive(seed, "private", name), ledger and ledger.book(name, budget),
+            rng.derive(seed, "private", name), ledger and ledger.book(name, budget),
         )
         for name, share in shares.items()
     }  # fmt: skip
@@ -122,8 +122,8 @@ def method(name: str, training: Training = TRAINING, **config: Any) -> Method:
     return module.build(module.Config(**config), training)
 
 
-def engine(chosen: Method, members: Mapping[str, Client], model: Compute, lock_step: int = 64) -> in_process.InProcess:
-    return in_process.build(in_process.Config(lock_step=lock_step), chosen, members, model)
+def engine(chosen: Method, members: Mapping[str, Client], model: Compute, lock_step: int = 64) -> simulation.InProcess:
+    return simulation.build(simulation.Config(lock_step=lock_step), chosen, members, model)
 
 
 def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0) -> State:

@@ -11,7 +11,7 @@ import torch
 
 import small
 from ficpd import cli
-from ficpd.library import PromptLibrary
+from ficpd.library.library import PromptLibrary
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_interrupting_says_how_to_go_on(ficpd, folder, tmp_path, monkeypatch):
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ficpd.run.run", interrupted)
+    monkeypatch.setattr("ficpd.experiments.runner.run", interrupted)
     status, _, err = ficpd("run", folder / "small.toml", "--out", tmp_path / "run")
     assert status == 130
     assert "`--resume` goes on from the last finished round" in err
@@ -249,8 +249,8 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
 
 def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path):
     """The readout of the demonstrations is saved and used, and beside the adapted prompt only."""
-    from ficpd.metrics.evaluate import score_prompt
-    from ficpd.use import adapt_library, draw_shots, open_library, own_task, read_records
+    from ficpd.evaluation.evaluate import score_prompt
+    from ficpd.library.session import adapt_library, draw_shots, open_library, own_task, read_records
 
     opened = open_library(folder / "run")
     records = read_records(str(moods), {}, labelled=True)
@@ -387,7 +387,7 @@ def test_a_library_without_a_global_prompt_answers_by_the_nearest_key(ficpd, fol
     key = library.keys["global"]
     given = replace(library, prompts=apart, keys={"east": -key, "west": key})
     given.save(tmp_path / "lib")
-    from ficpd.use import open_library, usual
+    from ficpd.library.session import open_library, usual
 
     assert usual(open_library(tmp_path / "lib")) == "west"
     assert ficpd("predict", tmp_path / "lib", "--text", "fine")[0] == 0

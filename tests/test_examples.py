@@ -31,7 +31,7 @@ def test_no_example_is_forgotten_or_long():
 @pytest.mark.slow
 def test_plain_transformers_agrees_with_predict(minilm_run):
     """A prompt in a dozen lines of transformers gives what our own loader gives."""
-    from ficpd.use import open_library, predicted, texts_as_records
+    from ficpd.library.session import open_library, predicted, texts_as_records
 
     out = subprocess.run(
         [sys.executable, str(FOLDER / "plain_transformers.py"), str(minilm_run / "library")],

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import small
-from ficpd import guard
 from ficpd.errors import ConfigError, PrivacyError
-from ficpd.experiment import parse, to_toml
-from ficpd.library import PromptLibrary
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import parse, to_toml
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation import privacy_plan
+from ficpd.library.library import PromptLibrary
 from ficpd.privacy import record_gaussian
-from ficpd.run import run as run_experiment
-from ficpd.world import build_world
 
 OPPOSED = {"up": "bad dull", "down": "good fine"}
 """The labels of the second task: the same words, meant the other way round."""
@@ -136,7 +136,9 @@ def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(t
     assert again.experiment.privacy["clip_norms"] == norms
     part = {**built.experiment.privacy}
     for name in built.holders(pooled=True) | built.shards:
-        config = guard.clipping(record_gaussian.Config(**{k: v for k, v in part.items() if k != "name"}), part, name)
+        config = privacy_plan.clipping(
+            record_gaussian.Config(**{k: v for k, v in part.items() if k != "name"}), part, name
+        )
         assert config.clip_norm == norms[built.group_of.get(name, name.partition(".")[0])]
 
 

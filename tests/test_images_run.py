@@ -13,10 +13,10 @@ import sights
 import small
 from ficpd.cli import app
 from ficpd.errors import BackboneError, ConfigError, DataError
-from ficpd.experiment import parse
-from ficpd.run import run
-from ficpd.use import adapt_library, open_library, own_task, predicted, read_records, scores
-from ficpd.world import build_world
+from ficpd.experiments.build import build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.runner import run
+from ficpd.library.session import adapt_library, open_library, own_task, predicted, read_records, scores
 
 EXAMPLES = 3
 

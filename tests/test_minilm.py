@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ficpd.attack import audit_run
-from ficpd.report import rows
+from ficpd.experiments.audit import audit_run
+from ficpd.experiments.report.markdown import rows
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_an_audit_finds_no_contradiction(minilm_run):
 
 def test_the_start_is_chosen_where_it_trains(minilm_run):
     """`resolved.toml` states layer, learning rate, dtype and attention as they were chosen."""
-    from ficpd.experiment import parse
+    from ficpd.experiments.config import parse
 
     resolved = parse((minilm_run / "resolved.toml").read_text(), "resolved.toml")
     assert resolved.prompt.enters_at == 3

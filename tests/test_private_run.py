@@ -9,12 +9,12 @@ import torch
 
 import small
 from ficpd.errors import LedgerError, PrivacyError, RunError
-from ficpd.guard import LEDGER, private_seed, public_seed
+from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation.privacy_plan import LEDGER, private_seed, public_seed
 from ficpd.methods import ficpd
 from ficpd.privacy import accountant
-from ficpd.report import rows
-from ficpd.run import run as run_experiment
-from ficpd.seeds import derive, generator
+from ficpd.rng import derive, generator
 from ficpd.types import Spend
 
 RECORD = ("privacy.name=record_gaussian", "privacy.clip_norm=0.1", "privacy.delta=1e-3")
@@ -101,8 +101,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("when", ["after the ledger, before the checkpoint", "before the ledger"])
 def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypatch, when, method):
     """Between the noise and the sending, or after: the same library, the same ledger."""
+    from ficpd.experiments.run_directory import RunDir
     from ficpd.privacy.ledger import Book
-    from ficpd.rundir import RunDir
 
     whole = small.run(tmp_path / "whole", method, *TWO)
     experiment = small.experiment(tmp_path / "cut", method, *TWO)
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypa
 
 def interrupted(tmp_path, monkeypatch, *changes):
     """A run that stopped after its first round."""
-    from ficpd.rundir import RunDir
+    from ficpd.experiments.run_directory import RunDir
 
     experiment, original = small.experiment(tmp_path, "fedavg", *changes), RunDir.save
 
@@ -281,7 +281,7 @@ def test_a_warning_names_the_reason(tmp_path):
 
 def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     """The server's half sees a seed of its own. From it, and all other numbers it sees, no noise can be had again."""
-    from ficpd.rundir import RunDir
+    from ficpd.experiments.run_directory import RunDir
 
     small.run(tmp_path, "ficpd", *TWO, seed=7)
     state, _, _, _ = RunDir(tmp_path / "run").load()

@@ -1,34 +1,51 @@
-"""The directory is the registry: a method, task, backbone, mechanism or tuner is the module of that name.
+"""The registries: a method, task, backbone, mechanism, compression or optimizer is a module of its room.
 
-A registered module holds a pydantic `Config` and a `build` function (its docstring says with what arguments). A dotted
-path (`mypackage.mymethod`) names a module outside the package, so that nothing here has to be edited to add one.
+An entry is a module that defines a pydantic `Config` and a `build` function (its docstring says with what arguments). A
+dotted name (`mypackage.mymethod`) names a module outside the package, so that nothing here has to be edited to add one.
 """
 
 import importlib
+import importlib.util
 import pkgutil
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ficpd.errors import ConfigError, unknown
 
-NOT_ENTRIES = {
-    "weights", "bert", "catalog", "completions", "decoding", "http", "lora", "words", "quantised",
-    "noise", "accountant", "ledger", "settings", "clip", "space",
-}  # fmt: skip
-"""Modules that stand in a registry's folder and are no entry of it."""
+ROOMS = {"compression": "federation.compression"}
+"""Registries whose folder is not at the top."""
+ENGINES = {"in_process": "ficpd.federation.simulation", "flower": "ficpd.deployment.flower_engine"}
+BUILD = re.compile(r"^def build\(", re.MULTILINE)
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def names(kind: str) -> list[str]:
-    """The entries of a registry, without importing them.
+    """Lists the entries of a registry, without importing them.
 
     >>> "fedavg" in names("methods")
     True
     """
-    package = importlib.import_module(f"ficpd.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in NOT_ENTRIES)
+    if kind == "engines":
+        return sorted(ENGINES)
+    package = importlib.import_module(f"ficpd.{ROOMS.get(kind, kind)}")
+    return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if _defines_build(package, found.name))
+
+
+def _defines_build(package: ModuleType, name: str) -> bool:
+    file = Path(package.__path__[0]) / f"{name}.py"
+    return file.is_file() and BUILD.search(file.read_text(encoding="utf-8")) is not None
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """The module of one entry. Raises `ConfigError`, listing the known names, if there is none."""
+    """Imports the module of one entry. Raises `ConfigError`, listing the known names, if there is none."""
     if "." in name:
         try:
             return importlib.import_module(name)
@@ -36,4 +53,37 @@ def load(kind: str, name: str) -> ModuleType:
             raise ConfigError(f"{kind} {name!r}: {error}. A dotted name must be an importable module.") from error
     if name not in names(kind):
         raise ConfigError(unknown(kind.removesuffix("s"), name, names(kind)))
-    return importlib.import_module(f"ficpd.{kind}.{name}")
+    return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
+
+
+def settings(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The module of a checked part and its `Config`."""
+    module = load(registry, tree["name"])
+    return module, module.Config(**{key: value for key, value in tree.items() if key != "name"})
+
+
+def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
+    """`model` from a mapping; pydantic's complaints as one `ConfigError` in words."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_complaint(model, problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def part(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A named module's settings, whole: what was given and what it leaves at its default."""
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
+        raise ConfigError(f"{where} needs a `name`: which module of {registry}/ it is")
+    rest = {key: value for key, value in tree.items() if key != "name"}
+    config = checked(load(registry, tree["name"]).Config, rest, where)
+    return {"name": tree["name"], **config.model_dump()}
+
+
+def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
+    path = ".".join(str(step) for step in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {unknown('key', path, model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: {path} is missing; it has no default"
+    return f"{where}.{path} = {problem['input']!r}: {problem['msg']}"

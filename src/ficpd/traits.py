@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ficpd.seams import Backbone, ClientSide, Coordinates, Task
+from ficpd.interfaces import Backbone, ClientSide, Coordinates, Task
 from ficpd.types import JSON, Answer, Assignment, Batch, ClientUpdate, Outputs, Prompt, Query, Record, State
 
 

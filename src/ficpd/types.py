@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
-    from ficpd.seams import Task
+    from ficpd.interfaces import Task
 
 JSON = Any
 Score = dict[str, float]
@@ -303,3 +303,12 @@ class Reply:
     body: bytes | None
     error: str | None = None
     refused: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's records. `metadata` is public: what its card says."""
+
+    train: list[Record]
+    test: list[Record]
+    metadata: dict[str, str | float]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones import catalog, causal_lm, endpoint, weights
-from ficpd.compute import Compute
-from ficpd.library import PromptLibrary
+from ficpd.backbones import catalog, causal_lm, openai_api, weights
+from ficpd.backbones.query_engine import Compute
+from ficpd.library.library import PromptLibrary
 from ficpd.tasks import classification
 from ficpd.types import Prompt, Query
 from remote import Served, serving
@@ -30,7 +30,7 @@ TEXTS = {
     "Terrible. A waste of two hours.": "bad",
     "Awful, boring and far too long.": "bad",
 }
-HOW: Any = {"dtype": torch.float32, "attention": "eager", "device": small.CPU, "name": "endpoint"}
+HOW: Any = {"dtype": torch.float32, "attention": "eager", "device": small.CPU, "name": "openai_api"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def transformers_serve(found, tmp_path_factory):
         process.wait(60)
 
 
-def scores(backbone: endpoint.Endpoint, front: str) -> torch.Tensor:
+def scores(backbone: openai_api.Endpoint, front: str) -> torch.Tensor:
     task, ids = classification.build(classification.Config(**TASK)), torch.tensor(backbone.words.ids(front))[:, None]
     records = [small.Record(text, {"text": text, "target": target}) for text, target in TEXTS.items()]
     batch = task.encode(records, backbone, Prompt(ids, backbone.fingerprint))
@@ -73,11 +73,11 @@ def scores(backbone: endpoint.Endpoint, front: str) -> torch.Tensor:
 
 def test_transformers_own_serving_answers_in_text(transformers_serve):
     url, model = transformers_serve
-    config = endpoint.Config(url=url, model=model, timeout=300, workers=1)
-    backbone = endpoint.build(config, None, **HOW)
+    config = openai_api.Config(url=url, model=model, timeout=300, workers=1)
+    backbone = openai_api.build(config, None, **HOW)
     assert not backbone.likelihoods
     told = scores(backbone, "read this review")
-    assert set(told.flatten().tolist()) == {0.0, endpoint.WRONG}
+    assert set(told.flatten().tolist()) == {0.0, openai_api.WRONG}
     assert (backbone.asking.answered, backbone.asking.sent) == (1 + 3, 2 + 3), "the first probe had no likelihoods"
     assert told.argmax(1).tolist() != [1, 0, 0]
 
@@ -98,8 +98,8 @@ def test_a_server_that_scores_says_what_the_model_itself_does(found):
     options: Any = {**HOW, "name": "smollm2"}
     here = causal_lm.build(causal_lm.Config(), found, **options)
     with serving(Served(here.model, here.tokenizer)) as served:
-        backbone = endpoint.build(
-            endpoint.Config(url=served.url, model="smollm2", words=str(found.folder)), None, **HOW
+        backbone = openai_api.build(
+            openai_api.Config(url=served.url, model="smollm2", words=str(found.folder)), None, **HOW
         )
         assert backbone.likelihoods
         told = scores(backbone, "read this review")

@@ -12,17 +12,16 @@ from transformers import BertConfig, BertModel
 
 import decoders
 import small
-from ficpd.backbones import encoder, lora
-from ficpd.compute import Compute
+from ficpd.backbones import lora, sentence_encoder
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.backbones.query_engine import Compute
 from ficpd.errors import BackboneError
-from ficpd.experiment import BackboneConfig, EngineConfig
 from ficpd.tasks import generation
 from ficpd.types import LORA, Batch, Item, Outputs, Query
-from ficpd.world import load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RANK = 8
-NAMES = {"encoder": ["query", "value"], "causal_lm": ["q_proj", "v_proj"]}
+NAMES = {"sentence_encoder": ["query", "value"], "causal_lm": ["q_proj", "v_proj"]}
 
 
 class Case(NamedTuple):
@@ -34,18 +33,20 @@ class Case(NamedTuple):
     """Two sets of LoRA weights."""
 
 
-def bert() -> encoder.Encoder:
+def bert() -> sentence_encoder.Encoder:
     torch.manual_seed(5)
     config = BertConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=48, initializer_range=0.3,
     )  # fmt: skip
-    return encoder.Encoder(encoder.Config(), BertModel(config), None, "ab" * 32, "small")
+    return sentence_encoder.Encoder(sentence_encoder.Config(), BertModel(config), None, "ab" * 32, "small")
 
 
 @pytest.fixture(params=NAMES)
 def case(request, tmp_path) -> Case:
-    made = [bert() if request.param == "encoder" else decoders.load(decoders.write(tmp_path)) for _ in range(2)]
+    made = [
+        bert() if request.param == "sentence_encoder" else decoders.load(decoders.write(tmp_path)) for _ in range(2)
+    ]
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=NAMES[request.param])
     theirs = peft.get_peft_model(made[1].model, config).eval()
     return Case(request.param, made[0], theirs, drawn(made[0], 2))
@@ -76,7 +77,7 @@ def put(case: Case, rows_PD: Tensor) -> None:
 def feature(case: Case, item: Item) -> Tensor:
     """What the backbone's feature is, by transformers' own forward."""
     ids, mask = item.content[None], torch.ones(1, item.length, dtype=torch.long)
-    if case.kind == "encoder":
+    if case.kind == "sentence_encoder":
         states_TD = case.theirs(input_ids=ids, attention_mask=mask).last_hidden_state[0]
         return F.normalize(states_TD.mean(0), dim=0)
     return case.theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -206,7 +207,7 @@ def test_weights_of_another_model_and_a_backbone_without_places_are_refused(case
 )
 def test_the_numbers_of_the_real_backbones_are_those_of_peft(name, rows, parameters):
     backbone: Any = load_backbone(BackboneConfig(name=name, dtype="float32", attention="sdpa"), EngineConfig())[0]
-    names = NAMES["encoder" if name == "minilm" else "causal_lm"]
+    names = NAMES["sentence_encoder" if name == "minilm" else "causal_lm"]
     theirs = peft.get_peft_model(backbone.model, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=names))
     assert theirs.get_nb_trainable_parameters()[0] == parameters == backbone.adapters.parameters(RANK)
     assert tuple(backbone.adapters.start(RANK, 0).shape) == rows

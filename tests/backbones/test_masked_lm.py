@@ -10,9 +10,9 @@ import berts
 import small
 from ficpd.backbones.masked_lm import MaskedLM
 from ficpd.errors import BackboneError
-from ficpd.run import run
+from ficpd.experiments.build import build_world
+from ficpd.experiments.runner import run
 from ficpd.types import Item, Query
-from ficpd.world import build_world
 
 FRAME = "and it was [MASK]."
 

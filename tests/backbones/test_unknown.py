@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 import berts
 import small
-from ficpd.backbones import catalog, encoder, unknown_share, warn_of_unknown, weights
+from ficpd.backbones import catalog, sentence_encoder, unknown_share, warn_of_unknown, weights
 from ficpd.errors import BackboneWarning
+from ficpd.experiments.build import build_world
 from ficpd.types import Record
-from ficpd.world import build_world
 
 AMHARIC = "ፊልሙ ጥሩ ነበር"
 THAI = berts.SCRIPTS["Thai"]
@@ -89,7 +89,9 @@ def test_what_minilm_does_not_know():
     if not SIB200.exists():
         pytest.skip("needs ../shared/data/sib200.parquet")
     options = {"dtype": torch.float32, "attention": "eager", "device": small.CPU, "name": "minilm"}
-    minilm = encoder.build(encoder.Config(), weights.resolve(catalog.NAMED["minilm"].weights), **options)
+    minilm = sentence_encoder.build(
+        sentence_encoder.Config(), weights.resolve(catalog.NAMED["minilm"].weights), **options
+    )
     rows = pd.read_parquet(SIB200).groupby("lang").head(100)
     shares = {lang: minilm.unknown_share(texts.tolist()) for lang, texts in rows.groupby("lang")["text"]}
     assert max(shares["eng_Latn"], shares["deu_Latn"], shares["rus_Cyrl"], shares["arb_Arab"]) < 0.001

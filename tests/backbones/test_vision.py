@@ -16,18 +16,17 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import sights
 import small
-from ficpd import speed
-from ficpd.backbones import catalog, vision
+from ficpd.backbones import autotune, catalog, vision
 from ficpd.backbones.lora import of
+from ficpd.backbones.query_engine import Compute
 from ficpd.backbones.weights import Weights
-from ficpd.beginning import public_gradients
-from ficpd.compute import Compute
 from ficpd.data.images import Picture
 from ficpd.errors import BackboneError
-from ficpd.experiment import parse
-from ficpd.heads import class_means
-from ficpd.run import run
-from ficpd.server.signatures import SIZE, Probes
+from ficpd.experiments.config import parse
+from ficpd.experiments.head_init import class_means
+from ficpd.experiments.initialization import public_gradients
+from ficpd.experiments.runner import run
+from ficpd.methods.shared.function_space import SIZE, Probes
 from ficpd.tasks import classification, made_up
 from ficpd.types import LORA, Batch, Prompt, Query
 
@@ -177,7 +176,7 @@ def test_what_the_server_asks_with_made_up_records_can_be_seen(folder):
     found = Probes(model, start, 0).signatures(torch.stack([start.vectors_PD, moved]))
     assert found.shape == (2, SIZE)
     assert found[0].abs().max() < 1e-5 < 1e-2 < found[1].abs().max()
-    assert speed.step_seconds(backbone, repeats=1) > 0
+    assert autotune.step_seconds(backbone, repeats=1) > 0
     (record,) = made_up(backbone, 1, 0)
     assert record.fields["image"].open().size == (vision.SIDE, vision.SIDE)
 

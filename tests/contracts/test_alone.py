@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import small
-from ficpd.clients import participate
-from ficpd.compression import subspace
-from ficpd.compute import ONE_ROW, Compute, drive
+from ficpd.backbones.query_engine import ONE_ROW, Compute, drive
+from ficpd.federation.client import participate
+from ficpd.federation.compression import subspace
+from ficpd.interfaces import Task
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
-from ficpd.seams import Task
 from ficpd.types import Record
 
 WIDTH = 64

@@ -15,12 +15,12 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, Ll
 
 import sights
 import small
-from ficpd.backbones import causal_lm, encoder, masked_lm, tiny, vision
+from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, tiny, vision
+from ficpd.backbones.query_engine import Compute
 from ficpd.backbones.weights import Weights
-from ficpd.compute import Compute
 from ficpd.errors import BackboneError
+from ficpd.interfaces import Task
 from ficpd.registry import names
-from ficpd.seams import Task
 from ficpd.tasks import classification
 from ficpd.types import Item, Prompt, Query
 
@@ -95,11 +95,11 @@ def embeddings(backbone: Any) -> torch.Tensor:
     return backbone.model.get_input_embeddings().weight
 
 
-REMOTE = {"endpoint"}
+REMOTE = {"openai_api"}
 """They have no layers here, nor gradients: what they promise is in tests/backbones/test_endpoint.py."""
 BUILDERS = {
     "tiny": Builder(lambda folder: folder, loader(tiny), lambda backbone: backbone.table),
-    "encoder": Builder(write_encoder, loader(encoder), embeddings),
+    "sentence_encoder": Builder(write_encoder, loader(sentence_encoder), embeddings),
     "masked_lm": Builder(lambda folder: write_encoder(folder, BertForMaskedLM), loader(masked_lm), embeddings),
     "causal_lm": Builder(write_causal_lm, loader(causal_lm), embeddings, lambda ids: ids[-1:]),
     "vision": Builder(sights.write_dinov2, loader(vision)),

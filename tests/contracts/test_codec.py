@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ficpd import codec, terms
+from ficpd import storage
+from ficpd.deployment import run_spec
 from ficpd.errors import CodecError
+from ficpd.federation import codec
 from ficpd.types import ArrayKind, Assignment, ClientUpdate, State
 
 BACKBONE = "tiny:16x2"
@@ -159,7 +161,7 @@ def test_an_assignment_comes_back_exactly():
 
 def test_a_state_comes_back_exactly_with_arrays_of_any_type():
     state = State({**arrays(), "adam_step": torch.tensor(7), "none": torch.zeros(0, 4)}, {"nearest": {"a": 1}})
-    back, extra = codec.decode_state(codec.encode_state(state, {"rounds": [{"round": 1, "dropped": {}}]}))
+    back, extra = storage.decode_state(storage.encode_state(state, {"rounds": [{"round": 1, "dropped": {}}]}))
     assert (back.facts, extra) == (state.facts, {"rounds": [{"round": 1, "dropped": {}}]})
     assert back.arrays.keys() == state.arrays.keys()
     for name, array in back.arrays.items():
@@ -174,7 +176,7 @@ def test_views_and_gradients_do_not_change_the_bytes(view):
 
 def test_views_of_one_tensor_are_sent_each_on_its_own():
     whole = torch.arange(12.0).view(3, 4)
-    back, _ = codec.decode_state(codec.encode_state(State({"start": whole, "all": whole, "one": whole[None]}), {}))
+    back, _ = storage.decode_state(storage.encode_state(State({"start": whole, "all": whole, "one": whole[None]}), {}))
     assert torch.equal(back.arrays["start"], whole)
     assert torch.equal(back.arrays["all"], whole)
     assert torch.equal(back.arrays["one"], whole[None])
@@ -206,7 +208,7 @@ def test_a_name_that_a_header_cannot_hold_is_neither_written_nor_read(name, word
 
 def test_nothing_that_is_not_finite_is_written_into_a_checkpoints_header():
     with pytest.raises(ValueError, match="JSON compliant"):
-        codec.encode_state(State({}, {"rate": float("nan")}), {})
+        storage.encode_state(State({}, {"rate": float("nan")}), {})
 
 
 # ---------------------------------------------------------------- what is refused
@@ -220,10 +222,10 @@ def test_a_message_cut_anywhere_is_refused():
     for length in range(0, len(order), 37):
         with pytest.raises(CodecError):
             codec.decode_assignment(order[:length], BACKBONE)
-    state = codec.encode_state(State(arrays()), {})
+    state = storage.encode_state(State(arrays()), {})
     for length in range(0, len(state), 37):
         with pytest.raises(CodecError):
-            codec.decode_state(state[:length])
+            storage.decode_state(state[:length])
 
 
 def test_a_message_with_something_behind_it_is_refused():
@@ -394,28 +396,28 @@ def test_a_message_of_another_kind_is_refused():
     order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), {}), BACKBONE)
     assert f"the update has {len(order)} bytes" in refused(order)
     assert "of another kind" in refused(order[: len(body())])
-    for read in (lambda: codec.decode_assignment(body(), BACKBONE), lambda: codec.decode_state(body())):
+    for read in (lambda: codec.decode_assignment(body(), BACKBONE), lambda: storage.decode_state(body())):
         with pytest.raises(CodecError, match="not a whole message"):
             read()
     with pytest.raises(CodecError, match="of another kind"):
-        codec.decode_state(codec.encode_assignment(Assignment("fedavg", 4, {}), BACKBONE))
+        storage.decode_state(codec.encode_assignment(Assignment("fedavg", 4, {}), BACKBONE))
 
 
 def test_a_header_that_is_too_long_is_refused_unless_it_is_ones_own():
     """Orders and terms come from elsewhere; a checkpoint's header grows with clients and rounds."""
     facts = {"long": "x" * codec.HEADER_LIMIT}
-    state = codec.encode_state(State(arrays(), facts), {})
+    state = storage.encode_state(State(arrays(), facts), {})
     order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), facts), BACKBONE)
     call = codec.encode_call(codec.Call("train", "x" * codec.HEADER_LIMIT))
     for read in (
         lambda: codec.decode_assignment(order, BACKBONE),
-        lambda: codec.decode_state(state),
-        lambda: terms.decode(state),
+        lambda: storage.decode_state(state),
+        lambda: run_spec.decode(state),
         lambda: codec.decode_call(call),
     ):
         with pytest.raises(CodecError, match=r"header has \d+ bytes"):
             read()
-    assert codec.decode_state(state, own=True)[0].facts == facts
+    assert storage.decode_state(state, own=True)[0].facts == facts
 
 
 def test_an_order_for_another_backbone_is_refused():
@@ -431,8 +433,8 @@ def only_codec_errors(message: bytes) -> None:
     for read in (
         lambda: codec.decode_update(message, EXPECTED),
         lambda: codec.decode_assignment(message, BACKBONE),
-        lambda: codec.decode_state(message),
-        lambda: codec.decode_state(message, own=True),
+        lambda: storage.decode_state(message),
+        lambda: storage.decode_state(message, own=True),
     ):
         try:
             read()

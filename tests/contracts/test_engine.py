@@ -3,16 +3,15 @@
 import pytest
 
 import small
-from ficpd import codec
-from ficpd.clients import participate
-from ficpd.compute import Compute, drive
-from ficpd.engines import in_process
+from ficpd.backbones.query_engine import Compute, drive
+from ficpd.federation import codec, simulation
+from ficpd.federation.client import participate
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 
 BUILDERS = {
-    "in_process": lambda method, members, model, **options: in_process.build(
-        in_process.Config(**options), method, members, model
+    "in_process": lambda method, members, model, **options: simulation.build(
+        simulation.Config(**options), method, members, model
     ),
 }
 
@@ -173,6 +172,6 @@ def test_with_privacy_an_error_does_not_quote_a_record(model):
     record_level = type("Record", (NoPrivacy,), {"unit": "record"})()
     private = small.clients(model, method, mechanism=record_level)["site-0"]
     error = DataError("row 7: the patient's name is Ada")
-    assert "Ada" in in_process.told(open_one, error)
-    assert in_process.told(private, error) == "DataError (what it says stays at the client)"
-    assert in_process.told(private, BudgetError("spent")) == "BudgetError: spent"
+    assert "Ada" in simulation.told(open_one, error)
+    assert simulation.told(private, error) == "DataError (what it says stays at the client)"
+    assert simulation.told(private, BudgetError("spent")) == "BudgetError: spent"

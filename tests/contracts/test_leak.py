@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
-from ficpd.clients import participate
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
+from ficpd.federation import codec
+from ficpd.federation.client import participate
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
-from ficpd.privacy.clip import MARGIN
+from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.noise import Simulated
 from ficpd.registry import load, names
 from ficpd.types import ClientUpdate, Plan

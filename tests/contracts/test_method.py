@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
-from ficpd.clients import Client, participate, personal_prompt
-from ficpd.compute import Compute, drive, drive_many
+from ficpd import storage
+from ficpd.backbones.query_engine import Compute, drive, drive_many
 from ficpd.errors import ConfigError, LibraryError
-from ficpd.federate import Schedule
-from ficpd.metrics.evaluate import evaluate
+from ficpd.evaluation.evaluate import evaluate
+from ficpd.federation import codec
+from ficpd.federation.client import Client, participate, personal_prompt
+from ficpd.federation.rounds import Schedule
+from ficpd.interfaces import Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.seams import Method
 from ficpd.traits import Demonstrates, TunesWords
 from ficpd.types import IDS, ArrayKind, Assignment, ClientUpdate, Query, State
 
@@ -136,12 +137,12 @@ def test_aggregating_leaves_its_arguments_as_they_were(method, model):
     members = small.clients(model, method)
     state = small.first_state(method, members)
     before = {name: array.clone() for name, array in state.arrays.items()}
-    facts = codec.encode_state(State({}, state.facts), {})
+    facts = storage.encode_state(State({}, state.facts), {})
     updates = updates_of(method, members, model, state)
     copies = [{name: array.clone() for name, array in update.arrays.items()} for update in updates]
     method.aggregate(state, updates, 1, model)
     assert small.same(before, state.arrays)
-    assert codec.encode_state(State({}, state.facts), {}) == facts
+    assert storage.encode_state(State({}, state.facts), {}) == facts
     assert all(small.same(update.arrays, copy) for update, copy in zip(updates, copies, strict=True))
 
 
@@ -151,14 +152,14 @@ def test_every_state_can_be_written_read_and_gone_on_from(method, model):
     for round in (1, 2, 3):
         ours = method.aggregate(ours, updates_of(method, whole, model, ours, round), round, model)
         theirs = method.aggregate(theirs, updates_of(method, stopped, model, theirs, round), round, model)
-        theirs, _ = codec.decode_state(codec.encode_state(theirs, {}))
+        theirs, _ = storage.decode_state(storage.encode_state(theirs, {}))
     assert ours.facts == theirs.facts
     assert small.same(outcome(method, whole, ours), outcome(method, stopped, theirs))
 
 
 def test_a_first_state_can_be_written_before_any_update_came(method, model):
     state = small.first_state(method, small.clients(model, method))
-    read, _ = codec.decode_state(codec.encode_state(state, {}))
+    read, _ = storage.decode_state(storage.encode_state(state, {}))
     assert small.same(read.arrays, state.arrays)
     assert read.facts == state.facts
 

@@ -7,23 +7,23 @@ import pytest
 import torch
 
 import small
-from ficpd.compute import Compute
+from ficpd.backbones.query_engine import Compute
 from ficpd.errors import DataError
+from ficpd.interfaces import Task
 from ficpd.registry import names
-from ficpd.seams import Task
+from ficpd.tasks.build import build_task
 from ficpd.types import Batch, Query, Record
-from ficpd.world import build_task
 
-BUILDERS = {"choice": small.choices, "classification": small.classes, "regression": small.numbers}
+BUILDERS = {"multiple_choice": small.choices, "classification": small.classes, "regression": small.numbers}
 PERFECT = {
-    "choice": {"accuracy": 1.0, "accuracy_low": 7 / (7 + 1.959964**2), "accuracy_high": 1.0,
+    "multiple_choice": {"accuracy": 1.0, "accuracy_low": 7 / (7 + 1.959964**2), "accuracy_high": 1.0,
                "chance": (3 / 2 + 2 / 3 + 2 / 5) / 7},
     "classification": {"accuracy": 1.0, "f1": 1.0},
     "regression": {"rmse": 0.0, "pearson": 1.0},
 }  # fmt: skip
-UNDECIDED = {"choice": math.log(5)}
+UNDECIDED = {"multiple_choice": math.log(5)}
 """The loss of a record that is right and not sure at all; of two answers 0.69."""
-HEADLESS = {"choice"}
+HEADLESS = {"multiple_choice"}
 """Tasks without a head to tune."""
 
 WRITE = {"generation"}
@@ -46,7 +46,7 @@ def task(request, name) -> Task:
 
 def records(task: Task, count: int = 7) -> list[Record]:
     name = task.describe()["name"]
-    return small.questions(count) if name == "choice" else small.records(count, real=name == "regression")
+    return small.questions(count) if name == "multiple_choice" else small.records(count, real=name == "regression")
 
 
 def batch_of(task: Task, model: Compute, count: int = 7) -> Batch:
@@ -130,7 +130,7 @@ def test_records_without_a_target_are_predicted(task, model):
         ("classification", "god", r"unknown label 'god'; did you mean 'good'\? Known: bad, good.*task\.labels"),
         ("regression", "four", r"'four' is no number"),
         ("regression", True, r"True is no number"),
-        ("choice", 2, r"2 is none of the options"),
+        ("multiple_choice", 2, r"2 is none of the options"),
     ],
 )
 def test_a_target_that_is_none_names_the_record(model, name, wrong, words):

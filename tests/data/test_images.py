@@ -13,7 +13,7 @@ from PIL import Image
 
 from ficpd.data import images
 from ficpd.data.images import Picture
-from ficpd.data.sources import Config, read, read_all
+from ficpd.data.loading import Config, read, read_all
 from ficpd.errors import DataError
 
 COLUMNS = {"image": "image", "target": "target"}

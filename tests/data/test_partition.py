@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ficpd.data.partition import Config, Shard, partition
+from ficpd.data.partition import Config, partition
+from ficpd.data.untyped import Spelled
 from ficpd.errors import DataError
-from ficpd.spelling import Spelled
-from ficpd.types import Record
+from ficpd.types import Record, Shard
 
 DOMAINS = ("tweets", "films", "products")
 

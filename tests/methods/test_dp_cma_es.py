@@ -6,16 +6,17 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
-from ficpd.clients import Client, participate, personal_prompt
-from ficpd.compute import drive
+from ficpd import storage
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import CodecError
-from ficpd.federate import Schedule
+from ficpd.federation import codec
+from ficpd.federation.client import Client, participate, personal_prompt
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.methods.dp_cma_es import DpCmaEs
-from ficpd.orders import check_order
+from ficpd.optimizers import Training
 from ficpd.privacy import record_gaussian
-from ficpd.privacy.clip import clipped_sum
-from ficpd.tuners import Training
+from ficpd.privacy.clipping import clipped_sum
 from ficpd.types import ClientUpdate, Plan, Query
 
 TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, population=9, search_dimension=12, seed=3)
@@ -69,7 +70,7 @@ def test_a_search_that_is_read_from_a_checkpoint_asks_what_it_would_have_asked(m
         updates = [
             drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
         ]
-        read, _ = codec.decode_state(codec.encode_state(state, {}))
+        read, _ = storage.decode_state(storage.encode_state(state, {}))
         state = of.aggregate(state, updates, round, model)
         again = method().aggregate(read, updates, round, model)  # another object, as after a restart
         assert small.same(state.arrays, again.arrays)

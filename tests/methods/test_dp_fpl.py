@@ -7,10 +7,10 @@ from pydantic import ValidationError
 import small
 from contracts.test_leak import Deaf
 from contracts.test_mechanism import Silent
-from ficpd.clients import participate, personal_prompt
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import ConfigError
-from ficpd.federate import Schedule
+from ficpd.federation.client import participate, personal_prompt
+from ficpd.federation.rounds import Schedule
 from ficpd.methods.dp_fpl import Carried, Config, factorised, rebuilt
 from ficpd.privacy import record_gaussian
 from ficpd.types import Plan, Query

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
-from ficpd.clients import Client, participate, personal_prompt
-from ficpd.compression import subspace
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import CodecError
-from ficpd.federate import Schedule
+from ficpd.federation import codec
+from ficpd.federation.client import Client, participate, personal_prompt
+from ficpd.federation.compression import subspace
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.methods import dp_zo
 from ficpd.methods.dp_zo import DpZo
-from ficpd.orders import check_order
+from ficpd.optimizers import Training
 from ficpd.privacy import record_gaussian
-from ficpd.privacy.clip import clipped_sum
-from ficpd.tuners import Training
+from ficpd.privacy.clipping import clipped_sum
 from ficpd.types import Assignment, ClientUpdate, Plan, Query
 
 TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, directions=4, seed=3)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import small
-from ficpd import codec
-from ficpd.clients import Client, Visit, participate
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import BackboneError, CodecError, ConfigError, PrivacyError
-from ficpd.federate import Schedule
+from ficpd.federation import codec
+from ficpd.federation.client import Client, Visit, participate
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.methods.fedbpt import FedBpt
-from ficpd.orders import check_order
 from ficpd.tasks import masked
 from ficpd.types import Answer, ClientUpdate, Query
 

@@ -11,16 +11,16 @@ import decoders
 import planted
 import small
 from contracts.test_leak import leaks
-from ficpd import codec
-from ficpd.clients import Visit, participate
-from ficpd.compute import Compute, drive
+from ficpd.backbones.query_engine import Compute, drive
 from ficpd.errors import BackboneError, ConfigError, PrivacyError
-from ficpd.library import PromptLibrary
+from ficpd.federation import codec
+from ficpd.federation.client import Visit, participate
+from ficpd.library.library import PromptLibrary
+from ficpd.library.session import open_library, predicted, scores
 from ficpd.methods.feddtpt import Config, FedDtpt, wrong
+from ficpd.optimizers import Training
 from ficpd.privacy import record_gaussian
-from ficpd.tuners import Training
 from ficpd.types import IDS, Batch, ClientUpdate, Outputs, Plan, Prompt, Query
-from ficpd.use import open_library, predicted, scores
 
 TRAINING = Training(local_steps=6, batch_size=16, learning_rate=1.0)
 START = [10, 11, 12, 13, 14, 15]
@@ -243,7 +243,7 @@ def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_re
         in (tmp_path / "run" / "library" / "README.md").read_text()
     )
     opened, experiment = open_library(tmp_path / "run"), small.experiment(tmp_path, "feddtpt")
-    from ficpd.world import build_world
+    from ficpd.experiments.build import build_world
 
     test = [record for shard in build_world(experiment).shards.values() for record in shard.test]
     assert scores(opened, test, "global")["global"]["accuracy"] == pytest.approx(

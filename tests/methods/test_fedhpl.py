@@ -9,17 +9,17 @@ from torch.nn import functional as F
 
 import small
 from contracts.test_leak import Deaf
-from ficpd import seeds
-from ficpd.clients import Visit, participate, personal_prompt
-from ficpd.compute import Compute, drive
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute, drive
 from ficpd.errors import CodecError, ConfigError, PrivacyError
-from ficpd.experiment import parse
-from ficpd.federate import Schedule
+from ficpd.evaluation.evaluate import evaluate
+from ficpd.experiments.config import parse
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation.client import Visit, participate, personal_prompt
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.methods.fedhpl import KNOWN, LOGITS, TARGET, WEIGHT, Config, distilling, for_client, rows_of
-from ficpd.metrics.evaluate import evaluate
-from ficpd.orders import check_order
 from ficpd.privacy import accountant, client_gaussian, record_gaussian
-from ficpd.run import run as run_experiment
 from ficpd.types import Batch, ClientCard, ClientUpdate, Outputs, Plan, Query, Record, Setup
 from test_groups import toml as groups_toml
 
@@ -143,7 +143,7 @@ MEANT = {"good": ["good", "fine"], "bad": ["bad", "dull"], "warm": ["warm", "sun
 
 def skewed(shares: list[float], count: int, seed: str) -> list[Record]:
     """Short sentences of four labels, in these shares."""
-    random, found = seeds.generator("skewed", seed), []
+    random, found = rng.generator("skewed", seed), []
     for place in range(count):
         label = list(MEANT)[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
         words = [small.OTHER[int(torch.randint(10, (1,), generator=random))] for _ in range(1 + place % 2)]

@@ -5,12 +5,20 @@ import torch
 
 import small
 from ficpd.errors import BackboneError, ConfigError, LibraryError
-from ficpd.library import PromptLibrary
+from ficpd.experiments.build import build_world
+from ficpd.library.library import PromptLibrary
+from ficpd.library.peft_distillation import Texts, reenter
+from ficpd.library.session import (
+    ZERO_SHOT,
+    adapt_library,
+    library_facts,
+    open_library,
+    own_task,
+    predicted,
+    scores,
+)
 from ficpd.privacy import record_gaussian
-from ficpd.reentry import Texts, reenter
 from ficpd.types import LORA, Plan, Query
-from ficpd.use import ZERO_SHOT, adapt_library, library_facts, open_library, own_task, predicted, scores
-from ficpd.world import build_world
 
 RECORD = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
 QUICK = "method.learning_rate=0.05"

@@ -7,12 +7,12 @@ import torch
 from pydantic import ValidationError
 
 import small
-from ficpd.engines import in_process
-from ficpd.federate import Schedule
-from ficpd.library import PromptLibrary
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation import simulation
+from ficpd.federation.rounds import Schedule
+from ficpd.library.library import PromptLibrary
 from ficpd.methods import ficpd
-from ficpd.run import run as run_experiment
-from ficpd.tuners import Training
+from ficpd.optimizers import Training
 from ficpd.types import ClientCard, ClientUpdate, Prompt, Setup, State
 
 NORTH, EAST = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -159,7 +159,7 @@ def test_rounds_go_on_where_updates_are_lost_or_late(model, options):
     """Who is not heard in the round that gathers all has the global prompt, until it is heard."""
     of = small.method("ficpd", num_prototypes=2)
     members = small.clients(model, of)
-    engine = in_process.build(in_process.Config(**options), of, members, model)
+    engine = simulation.build(simulation.Config(**options), of, members, model)
     patient = Schedule(5, len(members), 0, everyone_first=True, accept_late=1)
     state, reports = small.rounds(of, members, model, patient, engine)
     assert min(report.updates for report in reports) < len(members)

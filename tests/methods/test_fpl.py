@@ -10,16 +10,25 @@ import torch
 
 import small
 from contracts.test_leak import Deaf
-from ficpd.clients import FEW, Client, Visit, participate, personal_prompt
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import CodecError, ConfigError, PrivacyError
-from ficpd.federate import Schedule
+from ficpd.evaluation.evaluate import evaluate
+from ficpd.evaluation.personalization import levels
+from ficpd.experiments.setup import method_of
+from ficpd.federation.client import FEW, Client, Visit, participate, personal_prompt
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.methods.fpl import Fpl
-from ficpd.metrics.evaluate import evaluate
-from ficpd.metrics.levels import levels
-from ficpd.orders import check_order
-from ficpd.outcome import method_of
-from ficpd.personal import TOWARDS, WEIGHT, Contrast, _factors, _multiplied, _product, _pull, aligned_loss
+from ficpd.methods.shared.residual import (
+    TOWARDS,
+    WEIGHT,
+    Contrast,
+    _factors,
+    _multiplied,
+    _product,
+    _pull,
+    aligned_loss,
+)
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, Outputs, Plan, Query, Setup
 

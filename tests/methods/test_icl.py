@@ -5,10 +5,10 @@ import torch
 
 import decoders
 import small
-from ficpd.compute import Compute
+from ficpd.backbones.query_engine import Compute
 from ficpd.errors import ConfigError
-from ficpd.metrics.evaluate import evaluate, predicted_by
-from ficpd.run import run as run_experiment
+from ficpd.evaluation.evaluate import evaluate, predicted_by
+from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import classification
 from ficpd.types import Record
 
@@ -50,7 +50,7 @@ def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monke
     method = small.method("icl", examples=examples)
     clients, read = members(decoder, method), []
     monkeypatch.setattr(
-        "ficpd.metrics.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+        "ficpd.evaluation.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
     )
     evaluate(method, small.first_state(method, clients), clients, decoder, 1)
     (work,) = read
@@ -66,7 +66,7 @@ def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str
     """The first client's test texts as they reach the backbone."""
     read = []
     monkeypatch.setattr(
-        "ficpd.metrics.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+        "ficpd.evaluation.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
     )
     evaluate(method, small.first_state(method, clients), clients, model, 1)
     return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][1].items]

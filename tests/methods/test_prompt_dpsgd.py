@@ -7,11 +7,11 @@ import torch
 
 import small
 from contracts.test_leak import Deaf
-from ficpd.clients import participate, personal_prompt
-from ficpd.compute import drive
+from ficpd.backbones.query_engine import drive
 from ficpd.errors import CodecError, PrivacyError
-from ficpd.federate import Schedule
-from ficpd.orders import check_order
+from ficpd.federation.client import participate, personal_prompt
+from ficpd.federation.rounds import Schedule
+from ficpd.federation.validation import check_order
 from ficpd.privacy import record_gaussian
 from ficpd.types import Plan, Query
 

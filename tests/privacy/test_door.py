@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import small
-from ficpd.clients import Client, Visit, participate
-from ficpd.compute import Compute, drive
+from ficpd.backbones.query_engine import Compute, drive
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
+from ficpd.federation.client import Client, Visit, participate
 from ficpd.privacy import client_gaussian, record_gaussian
-from ficpd.privacy.clip import MARGIN
+from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.ledger import Book, Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.types import Answer, Assignment, ClientUpdate, Plan, Query, Spend

@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 
 import decoders
 import small
+from ficpd.backbones.query_engine import Compute, drive
 from ficpd.cli import app
-from ficpd.compute import Compute, drive
-from ficpd.data import sources
+from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
-from ficpd.experiment import parse
-from ficpd.metrics.evaluate import predictions, score_prompt
-from ficpd.report import rows
-from ficpd.run import run
+from ficpd.evaluation.evaluate import predictions, score_prompt
+from ficpd.experiments.config import parse
+from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.runner import run
+from ficpd.library.session import open_library, scores
 from ficpd.tasks import generation
+from ficpd.tasks.build import build_task
 from ficpd.types import Answer, Prompt, Query, Record
-from ficpd.use import open_library, scores
-from ficpd.world import build_task
 
 PAIRS = {
     "the film was good": "the story was fine and good",
@@ -310,7 +310,7 @@ def test_references_are_read_from_a_file(tmp_path, ending):
     else:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     columns = {"text": "source", "target": "target", "references": "references"}
-    data = sources.read(sources.Config(source=str(file), columns=columns, split_column="split"), 0)
+    data = loading.read(loading.Config(source=str(file), columns=columns, split_column="split"), 0)
     assert build().targets(data.train) == [("Aa is Bb.", "It is Bb.")]
     assert build().targets(data.test) == [("Cc is Dd.",), ("Ee is Ff.",)]
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ficpd.interfaces import Model
 from ficpd.methods.fedavg import FedAvg
-from ficpd.seams import Model
-from ficpd.tuners import Training
+from ficpd.optimizers import Training
 from ficpd.types import ClientUpdate, State
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ficpd.errors import BackboneError, BackboneWarning
-from ficpd.seams import Backbone
+from ficpd.interfaces import Backbone
 from ficpd.types import Item, Prompt, Record
 
 MOST_UNKNOWN = 0.05

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.backbones import Reads, Silent, unknown_share
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.words import Vocabulary
+from ficpd.backbones.vocabulary import Vocabulary
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item
 
@@ -130,7 +130,7 @@ class Bert(Silent, Reads):
 
     def _words(self, count: int, seed: int) -> list[int]:
         special = set(self.tokenizer.all_special_ids)
-        drawn = torch.randperm(len(self.tokenizer), generator=seeds.generator(seed, "vocabulary")).tolist()
+        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
         return [i for i in drawn if i not in special][:count]
 
 

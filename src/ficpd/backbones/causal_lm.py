@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.backbones import Reads, unknown_share
 from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.words import Vocabulary
+from ficpd.backbones.vocabulary import Vocabulary
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
@@ -197,7 +197,7 @@ class CausalLM(Reads):
     def _vocabulary(self, seed: int) -> list[int]:
         """All ordinary words of the vocabulary, in an order drawn from the seed."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        drawn = torch.randperm(len(self.tokenizer), generator=seeds.generator(seed, "vocabulary")).tolist()
+        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
         return [i for i in drawn if i not in special]
 
     # ------------------------------------------------------------ layers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.errors import BackboneError
 
 TOP_P = 0.95
@@ -29,7 +29,7 @@ def streams(texts: Sequence[str], seed: int) -> list[torch.Generator]:
     change what it draws, and equal texts still go on differently."""
     before, found = Counter(), []
     for text in texts:
-        found.append(seeds.generator(seed, "writing", text, before[text]))
+        found.append(rng.generator(seed, "writing", text, before[text]))
         before[text] += 1
     return found
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.errors import BackboneError
-from ficpd.seams import Backbone
+from ficpd.interfaces import Backbone
 from ficpd.types import LORA
 
 SCALE = 2.0
@@ -41,7 +41,7 @@ class Adapters:
 
     def start(self, rank: int, seed: int) -> Tensor:
         """[P, D] float32 that change nothing yet, as PEFT begins: A uniform within 1/√in (kaiming), B zero."""
-        random, parts = seeds.generator(seed, "lora"), []
+        random, parts = rng.generator(seed, "lora"), []
         for module in self.modules.values():
             drawn = 2 * torch.rand(rank, module.in_features, generator=random) - 1
             parts += [drawn.flatten() / module.in_features**0.5, torch.zeros(rank * module.out_features)]

@@ -43,7 +43,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
         raise BackboneError(
             f"backbone {name!r}: {weights.folder} lacks {len(missing)} weights of a masked language model, among them "
             f"{min(missing)}; without its trained language head it cannot fill a mask. Use weights saved as *ForMaskedLM, "
-            'or backbone.kind = "encoder"'
+            'or backbone.kind = "sentence_encoder"'
         )
     return MaskedLM(config, model.to(device), tokenizer, weights.sha256, name)
 

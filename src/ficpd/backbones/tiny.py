@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.backbones import Reads, Silent
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.words import checked
+from ficpd.backbones.vocabulary import checked
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item, Outputs
 
@@ -57,7 +57,7 @@ class Hashed:
         return self.vectors(ids_RP)
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
-        drawn = torch.randperm(VOCABULARY, generator=seeds.generator(seed, "proposals")).tolist()
+        drawn = torch.randperm(VOCABULARY, generator=rng.generator(seed, "proposals")).tolist()
         return [i for i in drawn[: number + 1] if i != ids[place]][:number]
 
 
@@ -82,7 +82,7 @@ class Tiny(Silent, Reads):
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
         self.device, self.dtype = device, dtype
-        random = seeds.generator("tiny", config.width, config.depth)
+        random = rng.generator("tiny", config.width, config.depth)
         self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
         self.words = Hashed(self.table)
         with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
@@ -125,13 +125,13 @@ class Tiny(Silent, Reads):
         return F.normalize(rows_RCD.float(), dim=-1) * SCALE
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        drawn = torch.randint(VOCABULARY, (num_tokens,), generator=seeds.generator(seed, "vocabulary")).tolist()
+        drawn = torch.randint(VOCABULARY, (num_tokens,), generator=rng.generator(seed, "vocabulary")).tolist()
         ids = drawn if text is None else self.words.ids(text)
         states_TD = self.below([Item(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 
     def nonsense(self, number: int, seed: int) -> list[str]:
-        drawn = torch.randint(10**6, (number, 8), generator=seeds.generator(seed, "nonsense")).tolist()
+        drawn = torch.randint(10**6, (number, 8), generator=rng.generator(seed, "nonsense")).tolist()
         return [" ".join(f"w{word}" for word in words) for words in drawn]
 
     def unknown_share(self, texts: Sequence[str]) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.backbones import Silent
 from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
@@ -73,7 +73,7 @@ class Colours:
     seed: int
 
     def open(self) -> Image.Image:
-        random = seeds.generator(self.seed, "colours")
+        random = rng.generator(self.seed, "colours")
         fine = 2 ** int(torch.randint(1, 6, (1,), generator=random))
         drawn = torch.randint(256, (fine, fine, 3), generator=random, dtype=torch.uint8)
         return Image.fromarray(drawn.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -156,11 +156,11 @@ class Vision(Silent):
         within is no words, with a text half beside it or without."""
         items = [Item(image, self.length) for image in self.nonsense(8, seed)]
         states_TD = torch.cat([states[1:] for states in self.below(items, enters_at)]).float().cpu()
-        drawn = torch.randperm(len(states_TD), generator=seeds.generator(seed, "patches"))
+        drawn = torch.randperm(len(states_TD), generator=rng.generator(seed, "patches"))
         return states_TD[drawn[torch.arange(num_tokens) % len(drawn)]]
 
     def nonsense(self, number: int, seed: int) -> list[Colours]:
-        return [Colours(seeds.derive(seed, "nonsense", i)) for i in range(number)]
+        return [Colours(rng.derive(seed, "nonsense", i)) for i in range(number)]
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         return 0.0

@@ -9,14 +9,14 @@ import typer
 from rich.markup import escape
 
 from ficpd import __version__
-from ficpd.cli.libraries import adapt, evaluate, export, import_, predict
-from ficpd.cli.runs import audit, info, run
-from ficpd.cli.screen import errors
-from ficpd.compare.cli import compare
-from ficpd.deploy.cli import deploy
+from ficpd.cli.compare import compare
+from ficpd.cli.console import errors
+from ficpd.cli.deploy import deploy
+from ficpd.cli.library import adapt, evaluate, export, import_, predict
+from ficpd.cli.report import report
+from ficpd.cli.run import audit, info, run
+from ficpd.cli.site import site
 from ficpd.errors import FicpdError
-from ficpd.page.cli import report
-from ficpd.site.cli import site
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",

@@ -7,7 +7,6 @@ arXiv 1909.06335) draw it the other way round, a mixture of labels for every cli
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,10 +14,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ficpd.data.tables import read_files
+from ficpd.data.untyped import are_real, number_of, spelled
 from ficpd.errors import DataError, unknown
-from ficpd.seeds import derive
-from ficpd.spelling import are_real, number_of, spelled
-from ficpd.types import Record
+from ficpd.rng import derive
+from ficpd.types import Record, Shard
 
 NUM_BINS = 10
 """A target that is a real number is skewed by its quantile bin."""
@@ -53,15 +52,6 @@ class Config(BaseModel):
             if (getattr(self, name) is not None) != used:
                 raise ValueError(f"kind {self.kind!r} {'needs' if used else 'does not use'} {name!r}")
         return self
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's records. `metadata` is public: what its card says."""
-
-    train: list[Record]
-    test: list[Record]
-    metadata: dict[str, str | float]
 
 
 class Data(Protocol):

@@ -23,13 +23,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd import seeds
-from ficpd.orders import check_arrays, check_facts, check_reach
-from ficpd.seams import ClientSide, Coordinates, Model
-from ficpd.server.robust import MEAN, Means, Robust
-from ficpd.tuners import Training
-from ficpd.tuners.cma_es import Search, begun, centred, width
-from ficpd.tuners.space import Space
+from ficpd import rng
+from ficpd.federation.aggregation.robust import MEAN, Means, Robust
+from ficpd.federation.validation import check_arrays, check_facts, check_reach
+from ficpd.interfaces import ClientSide, Coordinates, Model
+from ficpd.optimizers import Training
+from ficpd.optimizers.cma_es import Search, begun, centred, width
+from ficpd.optimizers.search_space import Space
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SEARCH = "search/"
@@ -110,7 +110,7 @@ class DpCmaEs:
 
     def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
         """With the candidates of the next generation."""
-        random = seeds.generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
+        random = rng.generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
         candidates_KN = Search(search, self.training.population).ask(random)
         arrays = {"start": start_PD, "candidates_KN": candidates_KN}
         return State(arrays | {SEARCH + name: array for name, array in search.items()}, dict(facts))

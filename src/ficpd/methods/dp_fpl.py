@@ -31,12 +31,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.errors import ConfigError
+from ficpd.federation.aggregation.robust import MEAN, Means, Robust
+from ficpd.interfaces import Backbone, ClientSide, Model, Task
+from ficpd.optimizers import Training
 from ficpd.registry import load
-from ficpd.seams import Backbone, ClientSide, Model, Task
-from ficpd.server.robust import MEAN, Means, Robust
-from ficpd.tuners import Training
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 SMALL = 1e-6
@@ -68,7 +68,7 @@ class DpFpl:
 
     def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         tuner = self.training.tuner
-        if not backbone.gives_gradients or getattr(load("tuners", tuner), "black_box", False):
+        if not backbone.gives_gradients or getattr(load("optimizers", tuner), "black_box", False):
             raise ConfigError(
                 f"dp_fpl carries gradients in few numbers, and training.tuner = {tuner!r} on {backbone.name} has none; take "
                 "adam or sgd and a backbone that gives them, or another method (dp_zo, dp_cma_es)"
@@ -90,7 +90,9 @@ class DpFpl:
         carried = Carried(client, self.config.rank, order.round)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
         settings = {"learning_rate": order.facts["rate"], "l2_weight": self.training.l2_weight, "memory": client.kept}
-        tuned = yield from carried.asking(load("tuners", self.training.tuner).tune(carried, both, batches, **settings))
+        tuned = yield from carried.asking(
+            load("optimizers", self.training.tuner).tune(carried, both, batches, **settings)
+        )
         client.kept["local"] = tuned[1]
         return ClientUpdate(client.id, {"delta": tuned[0] - shared}, client.weight)
 
@@ -119,7 +121,7 @@ class Carried:
 
     def __init__(self, client: ClientSide, rank: int, round: int):
         self.client, self.rank = client, rank
-        self.random = seeds.generator("dp_fpl", client.id, round)  # public
+        self.random = rng.generator("dp_fpl", client.id, round)  # public
         self.factors = torch.empty(0), torch.empty(0)
 
     def asking(self, work: Generator[Query, Answer, Tensor]) -> Generator[Query, Answer, Tensor]:

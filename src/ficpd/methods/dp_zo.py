@@ -27,12 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
-from ficpd.orders import RATE, check_arrays, check_facts, check_reach
-from ficpd.seams import ClientSide, Coordinates, Model
-from ficpd.server.robust import MEAN, Means, Robust
-from ficpd.tuners import Training
-from ficpd.tuners.space import Space
-from ficpd.tuners.spsa import slopes, stride
+from ficpd.federation.aggregation.robust import MEAN, Means, Robust
+from ficpd.federation.validation import RATE, check_arrays, check_facts, check_reach
+from ficpd.interfaces import ClientSide, Coordinates, Model
+from ficpd.optimizers import Training
+from ficpd.optimizers.search_space import Space
+from ficpd.optimizers.spsa import slopes, stride
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 MEMORY = 0.9

@@ -6,9 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.seams import ClientSide, Model
-from ficpd.server.robust import MEAN, Means, Robust
-from ficpd.tuners import Training, tune
+from ficpd.federation.aggregation.robust import MEAN, Means, Robust
+from ficpd.interfaces import ClientSide, Model
+from ficpd.optimizers import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 

@@ -29,14 +29,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.errors import CodecError, ConfigError
-from ficpd.orders import check_arrays, check_facts, check_reach
-from ficpd.seams import Backbone, ClientSide, Coordinates, Model, Task
-from ficpd.server.averaging import weighted_mean
-from ficpd.tuners import Training
-from ficpd.tuners.cma_es import Search, begun
-from ficpd.tuners.space import Space
+from ficpd.federation.aggregation.mean import weighted_mean
+from ficpd.federation.validation import check_arrays, check_facts, check_reach
+from ficpd.interfaces import Backbone, ClientSide, Coordinates, Model, Task
+from ficpd.optimizers import Training
+from ficpd.optimizers.cma_es import Search, begun
+from ficpd.optimizers.search_space import Space
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SEARCH = "search/"
@@ -100,7 +100,7 @@ class FedBpt:
         search, sigmas = Search(self._begun_at(order), self.config.population), []
         batches = client.batches(*self.work(State({})))
         for j in range(self.config.iterations):
-            random = seeds.generator("candidates", self.seed, self.name, client.id, order.round, j)
+            random = rng.generator("candidates", self.seed, self.name, client.id, order.round, j)
             candidates_KN = search.ask(random)
             fitness_K = yield from self._fitness(client, candidates_KN, next(batches))
             sigmas.append(search.sigma)

@@ -25,13 +25,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd import seeds
-from ficpd.backbones.words import prompt_of
+from ficpd import rng
+from ficpd.backbones.vocabulary import prompt_of
 from ficpd.errors import ConfigError
-from ficpd.seams import Backbone, ClientSide, Layout, Model
-from ficpd.server.tokens import aggregated
-from ficpd.tuners import Training
-from ficpd.tuners.cma_es import centred
+from ficpd.interfaces import Backbone, ClientSide, Layout, Model
+from ficpd.methods.shared.token_aggregation import aggregated
+from ficpd.optimizers import Training
+from ficpd.optimizers.cma_es import centred
 from ficpd.types import (
     IDS,
     Answer,
@@ -92,7 +92,7 @@ class FedDtpt:
         steps, signal = self.training.local_steps, wrong if self.config.signal == "accuracy" else None
         for step, batch in enumerate(client.batches(steps, self.training.batch_size)):
             place = ((order.round - 1) * steps + step) % len(prompt_P1)
-            seed = seeds.derive(order.facts["seed"], "words", order.round, step)
+            seed = rng.derive(order.facts["seed"], "words", order.round, step)
             words = client.words.proposals(prompt_P1[:, 0].tolist(), place, self.config.candidates, seed)
             tried_KP1 = prompt_P1.repeat(1 + len(words), 1, 1)
             tried_KP1[1:, place, 0] = torch.tensor(words)

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import CodecError, ConfigError
-from ficpd.orders import RATE, check_arrays, check_facts
-from ficpd.seams import Backbone, ClientSide, Model, Task
+from ficpd.federation.validation import RATE, check_arrays, check_facts
+from ficpd.interfaces import Backbone, ClientSide, Model, Task
+from ficpd.optimizers import Training, tune
 from ficpd.traits import Classifies
-from ficpd.tuners import Training, tune
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Prompt, Query, Setup, State
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"

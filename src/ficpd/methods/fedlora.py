@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.backbones import lora
-from ficpd.seams import Backbone, ClientSide, Model
-from ficpd.server.robust import Means, Robust
-from ficpd.tuners import Training, tune
+from ficpd.federation.aggregation.robust import Means, Robust
+from ficpd.interfaces import Backbone, ClientSide, Model
+from ficpd.optimizers import Training, tune
 from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 

@@ -18,14 +18,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ficpd.clients import LABELS
-from ficpd.personal import calibrated
-from ficpd.seams import ClientSide, Model
-from ficpd.server.optimiser import ServerStep, extrapolation
-from ficpd.server.prototypes import Clusters, cosine_kmeans, followed, shrinkage
-from ficpd.server.robust import Means, Robust
-from ficpd.server.signatures import Probes
-from ficpd.tuners import Training, tune
+from ficpd.federation.aggregation.robust import Means, Robust
+from ficpd.federation.aggregation.server_optimizer import ServerStep, extrapolation
+from ficpd.federation.client import LABELS
+from ficpd.interfaces import ClientSide, Model
+from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, followed, shrinkage
+from ficpd.methods.shared.function_space import Probes
+from ficpd.methods.shared.residual import calibrated
+from ficpd.optimizers import Training, tune
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SIGNATURE = "signature/"

@@ -27,16 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.clients import LABELS
-from ficpd.orders import RATE, check_facts, check_prompts
-from ficpd.personal import Contrast, calibrated, own_prompt, personalised
-from ficpd.seams import ClientSide, Model
-from ficpd.server.averaging import mean_of
-from ficpd.server.metadata import clusters_of_cards, nearest_card
-from ficpd.server.optimiser import ServerStep
-from ficpd.server.prototypes import Clusters, cosine_kmeans, shrinkage
-from ficpd.server.robust import Means, Robust
-from ficpd.tuners import Training, tune
+from ficpd.federation.aggregation.mean import mean_of
+from ficpd.federation.aggregation.robust import Means, Robust
+from ficpd.federation.aggregation.server_optimizer import ServerStep
+from ficpd.federation.client import LABELS
+from ficpd.federation.validation import RATE, check_facts, check_prompts
+from ficpd.interfaces import ClientSide, Model
+from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
+from ficpd.methods.shared.metadata_clustering import clusters_of_cards, nearest_card
+from ficpd.methods.shared.residual import Contrast, calibrated, own_prompt, personalised
+from ficpd.optimizers import Training, tune
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 SIGNATURE, SUM = "signature/", "delta/"

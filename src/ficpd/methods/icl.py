@@ -15,10 +15,10 @@ from dataclasses import replace
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.demonstrations import MIXES, Demonstrations, demonstrate, possible
 from ficpd.errors import ConfigError
-from ficpd.seams import Backbone, ClientSide, Model, Task
-from ficpd.tuners import Training
+from ficpd.interfaces import Backbone, ClientSide, Model, Task
+from ficpd.optimizers import Training
+from ficpd.tasks.demonstrations import MIXES, Demonstrations, demonstrate, possible
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Setup, State
 
 

@@ -17,9 +17,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.orders import RATE, check_arrays, check_facts
-from ficpd.seams import ClientSide, Model
-from ficpd.tuners import Training, tune
+from ficpd.federation.validation import RATE, check_arrays, check_facts
+from ficpd.interfaces import ClientSide, Model
+from ficpd.optimizers import Training, tune
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
 
 

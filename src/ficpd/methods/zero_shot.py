@@ -5,8 +5,8 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.seams import ClientSide, Model
-from ficpd.tuners import Training
+from ficpd.interfaces import ClientSide, Model
+from ficpd.optimizers import Training
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.privacy import accountant, settings
-from ficpd.privacy.clip import clipped_sum
+from ficpd.interfaces import Noise
+from ficpd.privacy import accountant
+from ficpd.privacy import config as settings
+from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.none import in_epochs
-from ficpd.seams import Noise
 from ficpd.types import JSON, ClientUpdate, Plan, Spend
 
 RELATION = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ficpd import seeds
+from ficpd import rng
 
 GRID_BITS = 40
 """Cryptographic noise lies on a grid of 2^-GRID_BITS deviations (rounded down to a power of two)."""
@@ -23,7 +23,7 @@ class Simulated:
     kind: Literal["simulated"] = "simulated"
 
     def __init__(self, *names: object):
-        self.generator = seeds.generator(*names)
+        self.generator = rng.generator(*names)
 
     def shuffled(self, number: int) -> Tensor:
         return torch.randperm(number, generator=self.generator)

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.seams import Noise
+from ficpd.interfaces import Noise
 from ficpd.types import JSON, ClientUpdate, Plan, Spend
 
 

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.privacy import accountant, settings
-from ficpd.privacy.clip import clipped_sum
-from ficpd.seams import TOTAL, Noise
+from ficpd.interfaces import TOTAL, Noise
+from ficpd.privacy import accountant
+from ficpd.privacy import config as settings
+from ficpd.privacy.clipping import clipped_sum
 from ficpd.types import JSON, ClientUpdate, Plan, Spend
 
 RELATION = "one record more or less at one site; how many records a site has is taken as known"

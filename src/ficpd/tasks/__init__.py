@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ficpd import seeds
+from ficpd import rng
 from ficpd.errors import BackboneError, DataError
-from ficpd.seams import Backbone, Task
+from ficpd.interfaces import Backbone, Task
 from ficpd.types import Batch, Item, Outputs, Prompt, Record
 
 
@@ -82,7 +82,7 @@ def masked(records: Sequence[Record], share: float, backbone: Backbone, seed: in
     backbone calls nonsense; each word falls by itself. Raises `BackboneError` where records are images."""
     if backbone.sees:
         raise BackboneError(f"{backbone.name} sees images, and only words can be masked; do without masked records")
-    random = seeds.generator(seed, "which words")
+    random = rng.generator(seed, "which words")
     known = [word for text in backbone.nonsense(64, seed) for word in str(text).split()]
 
     def other(word: str) -> str:

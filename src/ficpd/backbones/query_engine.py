@@ -1,0 +1,365 @@
+"""The one place where the backbone runs: queries in, answers per record out.
+
+`Compute.answer` puts the rows of all queries (candidate x record, whoever asked) into as few forwards as fit, each row
+with its own copy of its prompt; so the prompt's gradient is per record after one ordinary backward. `drive` answers one
+client's generator, `drive_many` holds many and answers one query of each in lock step.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ficpd.backbones.lora import entered
+from ficpd.errors import BackboneError
+from ficpd.interfaces import Backbone
+from ficpd.types import LORA, Answer, Batch, Item, Outputs, Query
+
+Result = TypeVar("Result")
+CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
+"""Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
+ONE_ROW = 1
+"""So few positions that every row has a forward to itself: what comes out is a function of its record and prompt alone, to
+the last bit, whoever else is asked about. On MiniLM 1.3 to 1.4 times as long in float32, 2.6 to 2.9 times in bfloat16."""
+THREADS = torch.get_num_threads()
+"""As many as torch had when this was imported."""
+
+
+def one_thread_a_forward() -> None:
+    """From now on a forward on a CPU has one thread, and `Compute` works on `THREADS` of them at a time.
+
+    Chunks are small matrices: two threads with a forward each do twice the work of two threads on one (MiniLM, bfloat16).
+    Chunks do not depend on the number of cores, so what comes out agrees to rounding on any (which chunk computes a record's
+    lower layers first may differ). To be called before the first forward: kernels chosen for two threads stay slow in one.
+    """
+    torch.set_num_threads(1)
+
+
+class Kept:
+    """What the layers below a prompt's entry gave, per item, least recently used dropped first. Bounded in bytes."""
+
+    def __init__(self, limit_bytes: int, chunk_tokens: int):
+        self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
+        self.states: OrderedDict[tuple[Item, int], Tensor] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def fetch(self, items: Sequence[Item], layer: int, backbone: Backbone) -> list[Tensor]:
+        """[T, D] of each item, computed only where it is not kept."""
+        found: dict[Item, Tensor] = {}
+        with self.lock:
+            for item in items:
+                if (item, layer) in self.states:
+                    self.states.move_to_end((item, layer))
+                    found[item] = self.states[item, layer]
+        missing = [item for item in dict.fromkeys(items) if item not in found]
+        for part in chunked(sorted(missing, key=lambda i: i.length), self.chunk_tokens):
+            for item, state in zip(part, backbone.below(part, layer), strict=True):
+                found[item] = state
+                with self.lock:
+                    self._keep(item, layer, state)
+        return [found[item] for item in items]
+
+    def _keep(self, item: Item, layer: int, state: Tensor) -> None:
+        if (item, layer) in self.states:
+            return
+        self.states[item, layer] = state
+        self.size += state.nbytes
+        while self.size > self.limit and self.states:
+            self.size -= self.states.popitem(last=False)[1].nbytes
+
+
+def chunked(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
+    """Split items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
+    part: list = []
+    for item in items:
+        longest = max(item.length, part[-1].length if part else 0) + overhead
+        if part and (len(part) + 1) * longest > tokens:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    query: int
+    candidate: int
+    record: int
+    length: int
+
+
+class Compute:
+    """Answers queries on one backbone. `keep_bytes` bounds the kept lower layers; `chunk_tokens` one forward."""
+
+    def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
+        self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
+        self.kept = Kept(keep_bytes, self.chunk_tokens)
+        here = backbone.device.type == "cpu" and backbone.gives_features  # an address has threads of its own
+        self.workers = THREADS if here and torch.get_num_threads() == 1 else 1
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """One `Answer` per query, whatever the chunks: rows never see each other."""
+        answers: dict[int, Answer] = {}
+        kinds = sorted(range(len(queries)), key=lambda i: _kind(queries[i]))
+        for _, group in groupby(kinds, key=lambda i: _kind(queries[i])):
+            chosen = list(group)
+            answers |= zip(chosen, self._answer_alike([queries[i] for i in chosen]), strict=True)
+        return [answers[i] for i in range(len(queries))]
+
+    def _answer_alike(self, queries: list[Query]) -> list[Answer]:
+        """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
+        _check_writing(queries[0])
+        _check_words(queries[0], self.backbone)
+        if queries[0].grad and not self.backbone.gives_gradients:
+            raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box tuner (spsa, cma_es)")
+        rows = [
+            Row(q, k, b, sum(item.length for item in items))
+            for q, query in enumerate(queries)
+            for k in range(len(query.prompts_KPD))
+            for b, items in enumerate(query.batch.items)
+        ]
+        if not rows:  # an empty Poisson batch is a question too
+            return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
+        order = sorted(range(len(rows)), key=lambda r: rows[r].length)
+        virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
+        overhead = virtual + queries[0].write
+        parts = list(chunked([rows[r] for r in order], self.chunk_tokens, overhead))
+        losses, grads, outputs = zip(*self._each(partial(self._forward, queries), parts, queries[0].batch), strict=True)
+        texts = [text for part in parts for text in self._written(queries, part)]
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        loss_R = torch.cat(losses)[back.to(losses[0].device)]
+        grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
+        output_R = _joined(list(outputs)).take(back) if queries[0].outputs else None
+        text_R = [texts[place] for place in back.tolist()] if texts else []
+        answers, first = [], 0
+        for query in queries:
+            answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
+            first += len(query.prompts_KPD) * len(query.batch)
+        return answers
+
+    def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
+        """Every chunk's result, `workers` at a time. LoRA's weights are the model's own for a while: one after the other."""
+        if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
+            return [work(part) for part in parts]
+        with ThreadPoolExecutor(
+            self.workers, initializer=torch.get_num_threads
+        ) as pool:  # a new thread has all cores else
+            return list(pool.map(work, parts))
+
+    def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:
+        """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""
+        grad = queries[0].grad
+        prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
+        with nullcontext() if grad else torch.no_grad():
+            outputs = self._outputs(queries, part, prompts_RPD)
+            loss_R = self._losses(queries, part, outputs)
+            if grad:
+                loss_R.sum().backward()
+        detached = Outputs(*(None if t is None else t.detach() for t in outputs.parts()))  # type: ignore[arg-type]
+        return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
+
+    def _prompts(self, queries: list[Query], part: list[Row]) -> Tensor:
+        """[R, P, D]: each row's own copy, on the backbone's device; of words what the backbone takes for them."""
+        prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part]).detach()
+        if not prompts_RPD.is_floating_point():
+            assert self.backbone.words is not None, "checked before"
+            return self.backbone.words.entering(prompts_RPD[..., 0])
+        return prompts_RPD.to(self.backbone.device, torch.float32)
+
+    def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
+        """[R] texts that follow each record's first sequence; none at all where the queries do not write."""
+        batch, tokens = queries[0].batch, queries[0].write
+        if not tokens:
+            return []
+        prompts_RPD = self._prompts(queries, part)
+        items = [queries[row.query].batch.items[row.record][0] for row in part]
+        virtual = prompts_RPD.shape[1] - batch.task.head_rows
+        with entered(self.backbone, prompts_RPD[:, :virtual], batch.enters_at) as (front_RPD, layer):
+            return self.backbone.write(front_RPD, items, layer, tokens)
+
+    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> Outputs:
+        """The backbone on each row's sequences, candidates of one record put side by side again."""
+        batch, device = queries[0].batch, self.backbone.device
+        heads = batch.task.head_rows
+        tokens_RPD = prompts_RPD[:, : prompts_RPD.shape[1] - heads]
+        readout = self.backbone.as_readout(prompts_RPD[:, prompts_RPD.shape[1] - heads :]) if heads else None
+        groups = [queries[row.query].batch.items[row.record] for row in part]
+        items = [item for group in groups for item in group]
+        if len(items) == len(part):
+            outputs = self._run(tokens_RPD, items, batch.enters_at)
+            return Outputs(outputs.features_RD, outputs.scores_RN, readout)
+        counts = torch.tensor([len(group) for group in groups], device=device)
+        row_S = torch.arange(len(part), device=device).repeat_interleave(counts)
+        outputs = self._run(tokens_RPD[row_S], items, batch.enters_at)
+        first_R = counts.cumsum(0) - counts
+        scores = None
+        if outputs.scores_RN is not None:
+            column_S = torch.arange(len(items), device=device) - first_R[row_S]
+            scores = outputs.scores_RN.new_full((len(part), int(counts.max())), -torch.inf)
+            scores = scores.index_put((row_S, column_S), outputs.scores_RN[:, 0])
+        return Outputs(outputs.features_RD[first_R], scores, readout)
+
+    def _run(self, rows_SPD: Tensor, items: Sequence[Item], enters_at: int) -> Outputs:
+        """One sequence each, behind its own virtual tokens or with its own weights."""
+        with entered(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
+            return self.backbone.above(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
+
+    def _losses(self, queries: list[Query], part: list[Row], outputs: Outputs) -> Tensor:
+        """[R]: the task's loss, or each query's own, on the rows it belongs to. NaN where the target is not known."""
+        loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
+        by_loss: dict[tuple, list[int]] = {}
+        for place, row in enumerate(part):
+            by_loss.setdefault(_loss_key(queries[row.query]), []).append(place)
+        for places in by_loss.values():
+            query = queries[part[places[0]].query]
+            if query.batch.targets is None and query.loss is None:
+                continue
+            batch = _merged(queries, [part[place] for place in places], self.backbone.device)
+            chosen = torch.tensor(places, device=loss_R.device)
+            whole = len(places) == len(part)
+            loss = (query.loss or batch.task.loss)(outputs if whole else outputs.take(chosen), batch)
+            loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
+        return loss_R
+
+    def _no_grads(self, query: Query) -> Tensor | None:
+        return torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None
+
+    def _nothing(self) -> Outputs:
+        return Outputs(torch.zeros(0, self.backbone.width))
+
+
+def _kind(query: Query) -> tuple:
+    """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
+    batch = query.batch
+    prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
+    return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.write
+
+
+def _check_writing(query: Query) -> None:
+    if query.write < 0:
+        raise BackboneError(f"a query cannot write {query.write} tokens; expected 0 (nothing is written) or more")
+    if query.write and query.grad:
+        raise BackboneError(
+            f"a query asks for gradients and for {query.write} written tokens; what is written has none: ask twice"
+        )
+
+
+def _check_words(query: Query, backbone: Backbone) -> None:
+    """Raises `BackboneError` for token ids where they mean nothing."""
+    if query.prompts_KPD.is_floating_point():
+        return
+    if backbone.words is None:
+        raise BackboneError(
+            f"{backbone.name} knows no words for a prompt to be made of; use a backbone that reads texts"
+        )
+    if query.grad or query.batch.enters_at != 0 or query.batch.task.head_rows or query.prompts_KPD.shape[-1] != 1:
+        raise BackboneError(
+            f"a prompt of words is [K, P, 1] and enters {backbone.name} at layer 0, without gradients or a tuned head; "
+            f"given {tuple(query.prompts_KPD.shape)}, layer {query.batch.enters_at}, {query.batch.task.head_rows} head "
+            f"rows, gradients {query.grad}"
+        )
+
+
+def _loss_key(query: Query) -> tuple:
+    readout = query.batch.readout_CD
+    return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
+
+
+def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:
+    """The records of these rows as one batch, row by row, on the backbone's device."""
+    first = queries[part[0].query].batch
+    batches = [(queries[row.query].batch, row.record) for row in part]
+    targets = [batch.targets[b] for batch, b in batches if batch.targets is not None]
+
+    def rows(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).to(device)
+
+    return Batch(
+        first.task,
+        tuple(batch.items[b] for batch, b in batches),
+        rows(targets) if targets else None,
+        first.readout_CD,
+        first.enters_at,
+        {name: rows([batch.extra[name][b] for batch, b in batches]) for name in first.extra},
+    )
+
+
+def _joined(parts: list[Outputs | None]) -> Outputs:
+    """The outputs of all chunks; candidates are padded to the widest chunk."""
+    some = [part for part in parts if part is not None]
+    features = torch.cat([part.features_RD for part in some])
+    readout = None
+    if some[0].readout_RCD is not None:
+        readout = torch.cat([part.readout_RCD for part in some if part.readout_RCD is not None])
+    wide = max((part.scores_RN.shape[1] for part in some if part.scores_RN is not None), default=0)
+    if not wide:
+        return Outputs(features, None, readout)
+    scores, first = features.new_full((len(features), wide), -torch.inf), 0
+    for part in some:
+        last = first + len(part.features_RD)
+        if part.scores_RN is not None:
+            scores[first:last, : part.scores_RN.shape[1]] = part.scores_RN
+        first = last
+    return Outputs(features, scores, readout)
+
+
+def _split(
+    query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: Outputs | None, text_R: list[str]
+) -> Answer:
+    """This query's rows out of all, as [K, B, ...]."""
+    K, B = len(query.prompts_KPD), len(query.batch)
+    texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.write else None
+    rows = slice(first, first + K * B)
+    return Answer(
+        loss_R[rows].view(K, B),
+        None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
+        None if outputs is None or not query.outputs else outputs.take(torch.arange(first, first + K * B)),
+        texts,
+    )
+
+
+def drive(model: Compute, work: Generator[Query, Answer, Result]) -> Result:
+    """Answer one generator until it returns: what a site does. Where the model fails, the generator hears of it at the
+    question it asked: an order has to be paid for also then."""
+    try:
+        query = next(work)
+        while True:
+            try:
+                answer = model.answer([query])[0]
+            except Exception as error:
+                query = work.throw(error)
+            else:
+                query = work.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+def drive_many(
+    model: Compute, works: Mapping[str, Generator[Query, Answer, Result]]
+) -> Iterator[tuple[str, Result | Exception]]:
+    """Answer many generators in lock step, one query of each a turn; yields each result as it comes.
+
+    A generator that raises yields its exception, and the others go on. Where the model fails all of them end with it: whose
+    question it was is not known, and a simulation is begun again.
+    """
+    answers: dict[str, Answer | None] = dict.fromkeys(works)
+    while answers:
+        asked: dict[str, Query] = {}
+        for name, answer in answers.items():
+            try:
+                asked[name] = works[name].send(answer)  # type: ignore[arg-type]  # None starts a generator
+            except StopIteration as end:
+                yield name, end.value
+            except Exception as error:
+                yield name, error
+        answers = dict(zip(asked, model.answer(list(asked.values())), strict=True))

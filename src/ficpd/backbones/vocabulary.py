@@ -1,0 +1,81 @@
+"""A backbone's words: token ids to and from texts and vectors, and which other word might stand in a place. What a prompt
+of words (`methods/feddtpt`) is made of."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd import rng
+from ficpd.errors import BackboneError
+from ficpd.interfaces import Words
+
+Likely = Callable[[Sequence[int], int], Tensor]
+"""Of token ids and a place among them: a logit for each token of the vocabulary [V], were the place empty."""
+
+
+class Vocabulary:
+    """The words of a tokeniser from `transformers`. `table`: ids [...] to word vectors [..., D]; `likely`: a masked language
+    model's view of a place; without one all words are equally likely to be proposed."""
+
+    def __init__(self, tokenizer: Any, table: Callable[[Tensor], Tensor], size: int, likely: Likely | None = None):
+        self.tokenizer, self.table, self.size, self.likely = tokenizer, table, size, likely
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids)).strip()
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.table(checked(ids, self.size)).float()
+
+    def entering(self, ids_RP: Tensor) -> Tensor:
+        return self.vectors(ids_RP)
+
+    def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
+        """Drawn without replacement, by Gumbel noise on the logits (Kool et al., ICML 2019, arXiv 1903.06059)."""
+        random = rng.generator(seed, "proposals")
+        drawn = torch.rand(len(self.ordinary), generator=random).clamp(min=1e-30, max=1 - 1e-7)
+        scores = -(-drawn.log()).log()
+        if self.likely is not None:
+            scores = scores + F.log_softmax(self.likely(ids, place).float().cpu()[self.ordinary], 0)
+        scores = scores.masked_fill(self.ordinary == ids[place], -torch.inf)
+        wanted = min(number, int(scores.isfinite().sum()))
+        return self.ordinary[scores.topk(wanted).indices].tolist()
+
+    @cached_property
+    def ordinary(self) -> Tensor:
+        """The ids of all whole words: letters only, and read as the same token when written out. All that are not special
+        where there are none."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        plain = [i for i in range(min(len(self.tokenizer), self.size)) if i not in special]
+        texts = self.tokenizer.batch_decode([[i] for i in plain])
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        whole = [i for i, text, row in zip(plain, texts, rows, strict=True) if row == [i] and text.strip().isalpha()]
+        return torch.tensor(whole or plain)
+
+
+def checked(ids: Tensor, size: int) -> Tensor:
+    """The ids, which may be anybody's. Raises `BackboneError` for one that is none of this vocabulary."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise BackboneError(
+            f"a prompt has the token ids {int(ids.min())} to {int(ids.max())}, and this backbone's vocabulary 0 to "
+            f"{size - 1}; use the backbone that it was made for"
+        )
+    return ids.long()
+
+
+def prompt_of(words: Words | None, name: str, text: str | None, num_tokens: int, seed: int) -> Tensor:
+    """[num_tokens, 1], int64: the tokens of a text, from its beginning again where they are too few; None: words drawn by
+    the seed. Raises `BackboneError` for a text without tokens, or where there are no words (`name`: whose)."""
+    if words is None:
+        raise BackboneError(f"{name} knows no words for a prompt to be made of; use a backbone that reads texts")
+    ids = words.proposals([-1], 0, num_tokens, seed) if text is None else words.ids(text)
+    if not ids:
+        raise BackboneError(f"the start text {text!r} has no tokens for {name}; write it in words")
+    return torch.tensor((ids * -(-num_tokens // len(ids)))[:num_tokens])[:, None]

@@ -1,0 +1,123 @@
+"""`ficpd compare`: the command. Its work is one import away."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ficpd.experiments.tracking import Track
+
+SWEEP = re.compile(r"[a-z_]+(\.\w+)+=")
+FAILED = 3
+
+
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="TARGET", help="a TOML file or a comparison's name; or a folder, to print its overview"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder of the comparison; none: runs/compare-NAME")] = None,
+    ablate: Annotated[
+        list[str] | None, typer.Option("--ablate", help="part.key=value,value: one more axis; several may follow")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="runs at a time; none: one for each core, one on a GPU", min=1)
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="a folder or compare.json: what it holds of the same runs is not run again")
+    ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="delete results of another version, and run them again")] = False,
+    table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
+    track: Track = None,
+) -> None:
+    """Run methods on the same tasks at the same budgets, and leave figures, tests, fronts and tables.
+
+    TARGET is a TOML file, a comparison that comes with ficpd (quick), or a folder, whose overview is printed again. What
+    is finished is not run again. Exit status 3: some runs failed; the tables say which, and why.
+
+    Example: `ficpd compare quick --out runs/quick --ablate privacy.epsilon=1,2,4 method.num_prototypes=5,10`
+    """
+    target, sweeps = _target(words, ablate or [])
+    if table is None and (Path(target) / "compare.json").is_file():
+        table = "markdown"
+    if table is not None:
+        if sweeps or out or known:
+            raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate, --out or --known")
+        typer.echo(_printed(Path(target), table), nl=False)
+        return
+    _run(target, sweeps, out, jobs, known, redo, track)
+
+
+def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
+    """What to compare, and the sweeps that followed the first one behind `--ablate`.
+
+    >>> _target(["quick", "method.k=5,10"], ["privacy.epsilon=1,2"])
+    ('quick', ['privacy.epsilon=1,2', 'method.k=5,10'])
+    """
+    more = [word for word in words if ablate and SWEEP.match(word)]
+    targets = [word for word in words if word not in more]
+    if len(targets) != 1:
+        raise typer.BadParameter(f"expected one file or name, and got {', '.join(targets) or 'none'}")
+    return targets[0], [*ablate, *more]
+
+
+def _printed(path: Path, how: str) -> str:
+    from ficpd.experiments.comparison.compare import read_comparison
+    from ficpd.experiments.report.comparison_tables import overviews
+    from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
+
+    if how not in ("markdown", "csv", "latex"):
+        raise typer.BadParameter(f"--table {how!r}: expected markdown, csv or latex")
+    tables = overviews(read_comparison(path))
+    if how == "csv":
+        return as_csv(tables)
+    return "\n".join(as_markdown(one) if how == "markdown" else as_latex(one) for one in tables)
+
+
+def _run(
+    target: str, sweeps: list[str], out: Path | None, jobs: int | None, known: Path | None, redo: bool, track: str | None
+) -> None:  # fmt: skip
+    from rich.console import Console
+
+    from ficpd.experiments.comparison.compare import compare as run_comparison
+    from ficpd.experiments.comparison.grid import read_plan
+    from ficpd.experiments.comparison.progress import screened
+    from ficpd.experiments.tracking import followed
+
+    console, errors = Console(), Console(stderr=True)
+    plan = read_plan(target, sweeps)
+    out = out or Path("runs") / f"compare-{plan.spec.name}"
+    console.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
+    try:
+        with screened(console, errors) as screen, followed(track, out / "cells") as look:
+
+            def seen(event: Any) -> None:
+                screen.seen(event)
+                look()
+
+            found = run_comparison(plan, out, jobs, redo, screen.planned, seen, known)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on with what is missing")
+        raise typer.Exit(130) from None
+    _say(console, found, out)
+    if found["counts"].get("failed") or found["counts"].get("missing"):
+        raise typer.Exit(FAILED)
+
+
+def _say(console: Any, found: dict[str, Any], out: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ficpd.experiments.report.comparison_tables import overviews, without_figure
+
+    for one in overviews(found):
+        drawn = Table(
+            *one.heads, title=escape(one.title), title_justify="left", caption=escape(one.note), caption_justify="left"
+        )
+        for row in one.rows:
+            drawn.add_row(*map(escape, row))
+        console.print(drawn)
+    for why in without_figure(found):
+        console.print(escape(why), highlight=False, soft_wrap=True)
+    typer.echo(f"tables: {out / 'compare.md'}, {out / 'tables'}")

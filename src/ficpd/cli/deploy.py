@@ -1,0 +1,52 @@
+"""`ficpd deploy`: the commands. Their work is one import away."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+deploy = typer.Typer(no_args_is_help=True, help="Across organisations: write what each installs, run, rehearse.")
+
+
+@deploy.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where to write; it must not exist yet, or be empty")],
+    sites: Annotated[str, typer.Option(help="the organisations' names, such as north,south,east")],
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT at which the sites will find the coordinator")
+    ] = "127.0.0.1:9443",
+) -> None:
+    """Write keys, certificates, settings and systemd units for a coordinator and its sites, a folder for each.
+
+    Example: `ficpd deploy init federation --sites north,south,east --address federation.example.org:9443`
+    """
+    from ficpd.deployment.provision import init as write
+
+    names = [name.strip() for name in sites.split(",")]
+    write(folder, names, address)
+    typer.echo(f"folder: {folder} (README.md says who gets what)")
+
+
+@deploy.command()
+def check(
+    address: Annotated[str, typer.Argument(help="the coordinator's HOST:PORT")],
+    ca: Annotated[Path | None, typer.Option(help="ca.crt of the coordinator")] = None,
+) -> None:
+    """From a site or the coordinator: is the address there, and is its certificate the right one?
+
+    Example: `ficpd deploy check federation.example.org:9443 --ca /etc/ficpd/ca.crt`
+    """
+    from ficpd.deployment.tls_check import reach
+
+    typer.echo(reach(address, ca))
+
+
+@deploy.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
+    rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,
+) -> None:
+    """On this machine: a coordinator with TLS, three sites that authenticate themselves, and a few private rounds."""
+    from ficpd.deployment.demo import demo as rehearse
+
+    rehearse(out, rounds, typer.echo)

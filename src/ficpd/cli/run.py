@@ -1,0 +1,123 @@
+"""The commands of one experiment: run it, attack what it left, say what is there. Their work is one import away."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ficpd.cli.console import bars, errors, print_lines, screen
+from ficpd.cli.options import Columns, Device, roles
+from ficpd.experiments.tracking import Track
+
+Changes = Annotated[list[str] | None, typer.Option("--set", "-s", help="change one setting: part.key=value")]
+
+
+def run(
+    recipe: Annotated[str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart")] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")
+    ] = None,
+    track: Track = None,
+) -> None:
+    """Run an experiment and leave its results, its library and a report in a run directory.
+
+    Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
+    """
+    from ficpd.experiments import config as experiments
+    from ficpd.experiments.report.build import write_page
+    from ficpd.experiments.report.markdown import chosen, rows, table
+    from ficpd.experiments.runner import run as run_experiment
+    from ficpd.experiments.tracking import followed
+    from ficpd.library.card import guarantee
+
+    changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
+    experiment = experiments.read(recipe, changed)
+    out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
+    screen.print(
+        f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
+    )
+    if experiment.engine.name == "flower":
+        from ficpd.deployment.launch import over_flower
+
+        with followed(track, out):
+            raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))
+    try:
+        with followed(track, out) as look, bars() as progress:
+
+            def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+                progress(method, done, planned, figures)
+                look()
+
+            run_experiment(experiment, out, resume, show)
+    except KeyboardInterrupt:
+        errors.print("stopped; `--resume` goes on from the last finished round")
+        raise typer.Exit(130) from None
+    results = rows(out)
+    print_lines(*table(results))
+    if results[-1]["privacy"].get("lines"):
+        typer.echo(f"privacy: {guarantee(results[-1]['privacy'])}; noise multipliers {chosen(results[-1]['privacy'])}")
+    typer.echo(f"library: {out / 'library'}")
+    typer.echo(f"report:  {out / 'report.md'}")
+    typer.echo(f"page:    {write_page(out)}")
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="the directory of a finished run; with --trained, any library")],
+    prompt: Annotated[str | None, typer.Option(help="the prompt attacked; none: global, else the first")] = None,
+    trained: Annotated[str | None, typer.Option(help="a file of records that the library was tuned on")] = None,
+    others: Annotated[str | None, typer.Option(help="a file of like records that it was not tuned on")] = None,
+    columns: Columns = None,
+    out: Annotated[Path | None, typer.Option(help="with --trained: where the page goes; none: LIBRARY-audit")] = None,
+    shadows: Annotated[int, typer.Option(help="prompts tuned for comparison", min=1)] = 4,
+    members: Annotated[int, typer.Option(help="training records attacked, at most", min=2)] = 1000,
+    canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
+    seed: int = 0, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Attack a run: who was in the training data, and whether its ε holds. Exit status 2 if it does not.
+
+    Without the run, attack a library's prompt by its members: `--trained` and `--others`.
+
+    Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
+    """
+    from ficpd.evaluation.audit.report import table, verdict
+    from ficpd.experiments.audit import audit_library, audit_run
+    from ficpd.library.session import read_records
+
+    if bool(trained) != bool(others):
+        raise typer.BadParameter("give --trained and --others together: members, and records to tell them from")
+    if trained and others:
+        folder = out or run.with_name(run.resolve().name + "-audit")
+        known, unknown = (read_records(file, roles(columns), labelled=True) for file in (trained, others))
+        found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device)
+    else:
+        folder = run
+        found = audit_run(run, prompt, shadows, members, canaries, seed, device)
+    screen.print(
+        f"[bold]{escape(found.prompt)}[/] of {escape(str(run))}: {found.num_members:,} records that were trained on, "
+        f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
+    )
+    print_lines(*table(found))
+    for name, bound in found.bounds.items():
+        stated = "none stated" if bound.stated is None else f"{bound.stated:.2f} stated"
+        screen.print(
+            f"{name}: ε is at least {bound.epsilon:.2f} ({stated}; {bound.runs:,} could show {bound.reach:.2f})"
+        )
+    screen.print(f"[bold red]{escape(verdict(found))}[/]" if found.alarm else escape(verdict(found)))
+    typer.echo(f"report:  {folder / 'audit.md'}")
+    if found.alarm:
+        raise typer.Exit(2)
+
+
+def info(
+    path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
+) -> None:
+    """Say what a library or a run is; with nothing given, what this installation has."""
+    from ficpd.cli.environment import installed
+    from ficpd.library.session import library_facts
+
+    for name, value in (library_facts(path) if path else installed()).items():
+        screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)

@@ -1,0 +1,68 @@
+"""`ficpd site`: the commands of one organisation. Their work is one import away."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+site = typer.Typer(no_args_is_help=True, help="At one organisation: the process that holds its records and its budget.")
+File = Annotated[Path, typer.Argument(help="the site's TOML file")]
+
+
+@site.command()
+def run(file: File) -> None:
+    """Answer on the site's socket until stopped. Load the backbone once; keep records, budget and ledger here.
+
+    Example: `ficpd site run north.toml`
+    """
+    from ficpd.deployment.site.http import serve
+    from ficpd.deployment.site.load import open_site
+
+    serve(open_site(file, _say))
+
+
+@site.command()
+def check(
+    file: File,
+    recipe: Annotated[Path | None, typer.Option(help="a run's recipe: would it be within the policy?")] = None,
+    clients: Annotated[int, typer.Option(help="how many sites take part in it", min=1)] = 1,
+) -> None:
+    """Try records, labels, backbone and policy without answering anybody, and print what would leave.
+
+    Example: `ficpd site check north.toml --recipe recipe.toml`
+    """
+    from ficpd.deployment.site.preflight import lines
+
+    for line in lines(file, recipe, clients):
+        typer.echo(line)
+
+
+@site.command()
+def status(file: File) -> None:
+    """What was spent, which runs were served, and the last error; from the running site, or from its ledger."""
+    from ficpd.deployment.site.preflight import status as asked
+
+    _print(asked(file))
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _print(found: dict[str, Any]) -> None:
+    spent = found["epsilon"]
+    typer.echo(f"site     {found['name']} ({'running' if found['running'] else 'not running'})")
+    typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent (delta {spent['delta']:g})")
+    for name, run in found["runs"].items():
+        scores = "; ".join(
+            f"{kind} " + ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+            for kind, score in run["scores"].items()
+        )
+        typer.echo(
+            f"run      {name[:12]}  {run['rounds_served']} rounds served, the last {run['last_order'] or 'never'}"
+        )
+        if scores:
+            typer.echo(f"         on the own test records: {scores}")
+    error = found["last_error"]
+    typer.echo(f"error    {error['at']} {error['error']}" if error else "error    none")

@@ -1,0 +1,289 @@
+"""Records from where they lie: the user's table, the Hugging Face hub, or the built-in sentence ratings."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ficpd.data import benchmarks, huggingface, images
+from ficpd.data.sentence_ratings import read_ratings
+from ficpd.data.tables import SPLITS, Table, read_files
+from ficpd.data.untyped import Spelled, number_of, spelled
+from ficpd.errors import DataError, unknown
+from ficpd.rng import derive
+from ficpd.types import Record
+
+ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
+
+
+class Config(BaseModel):
+    """Where the records are and which column plays which role.
+
+    `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
+    "hf:DATASET_ID". "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
+    for polarity) are dropped.
+    `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
+    own names. A target in a file without types (CSV, TSV) is text as it stands, which a regression reads as a number.
+    `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
+    dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
+    `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
+    `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    columns: dict[str, str] = {"text": "text", "target": "target"}
+    layout: str | None = None
+    options: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    where: dict[str, tuple[str, ...]] = {}
+    split_column: str | None = None
+    dev_as_train: bool = False
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_records: int | None = Field(default=None, ge=2, description="a random sample of all records")
+    subset: str | None = Field(default=None, description="the hub data set's configuration")
+    hf_split: str | None = Field(default=None, description="the one split of the hub's data set to read")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _laid_out(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("layout") in benchmarks.LAYOUTS and "columns" not in given:
+            return {**given, "columns": benchmarks.columns(given["layout"])}
+        return given
+
+    @field_validator("layout")
+    @classmethod
+    def _known(cls, layout: str | None) -> str | None:
+        if layout is not None and layout not in benchmarks.LAYOUTS:
+            raise ValueError(unknown("layout", layout, benchmarks.LAYOUTS))
+        return layout
+
+    @model_validator(mode="after")
+    def _roles(self) -> "Config":
+        if self.options and "options" in self.columns:
+            raise ValueError("options: a column holds them already (columns.options); state one of the two")
+        for role, column in self.columns.items():
+            if role not in ROLES and role != column:
+                raise ValueError(
+                    f"columns: {unknown('role', role, ROLES)}. A column that plays none keeps its name: keep = [{column!r}]"
+                )
+        if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
+            raise ValueError(
+                f"keep: {taken[0]!r} is also a role, played by {self.columns[taken[0]]!r}; rename the column"
+            )
+        return self
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """Field of a record to column of the table."""
+        return {column: column for column in self.keep} | self.columns
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What was read, in the order in which it lies. `Record.key` counts the data rows of a file from 1."""
+
+    train: list[Record]
+    test: list[Record]
+
+
+class Row(NamedTuple):
+    key: str
+    fields: dict[str, Any]
+    split: str | None
+
+
+def read(config: Config, seed: int) -> Dataset:
+    """All records, checked, sampled and split. The same seed and files give the same split, on every machine.
+
+    Raises `DataError`, naming file, row and column, for anything that cannot be a record.
+    """
+    rows = _checked_rows(config)
+    return _split(_seen([rows[i] for i in _sample(len(rows), config.max_records, seed)], config), config, seed)
+
+
+def unused(config: Config, seed: int) -> list[Record]:
+    """The rows that `max_records` left out of `read`, in the order in which they lie; none if it left none out."""
+    rows = _checked_rows(config)
+    used = set(_sample(len(rows), config.max_records, seed))
+    return [Record(row.key, row.fields) for i, row in enumerate(rows) if i not in used]
+
+
+def read_all(config: Config) -> list[Record]:
+    """All records in the order in which they lie, undivided: to evaluate, adapt or predict on."""
+    return [Record(row.key, row.fields) for row in _seen(_checked_rows(config), config)]
+
+
+def _checked_rows(config: Config) -> list[Row]:
+    tables = _tables(config)
+    _check_columns(tables, config)
+    _check_values(tables, config)
+    tables = [_chosen(table, config) for table in tables]
+    rows = [row for table in tables for row in _rows(table, config)]
+    rows = _dev_as_train(rows, config.source) if config.dev_as_train else [r for r in rows if r.split != "dropped"]
+    _check_texts(rows, config)
+    if "target" in config.wanted:
+        _check_targets(rows, config.wanted["target"])
+    return rows
+
+
+def _dev_as_train(rows: list[Row], source: str) -> list[Row]:
+    if not any(row.split == "dropped" for row in rows):
+        raise DataError(
+            f"{source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file beside train "
+            "and test, or the hub's validation split"
+        )
+    return [row._replace(split="train") if row.split == "dropped" else row for row in rows]
+
+
+def _tables(config: Config) -> list[Table]:
+    if config.source == "ratings":
+        return read_ratings(config.columns.get("target"))
+    path, on_hub = Path(config.source).expanduser(), config.source.startswith("hf:")
+    of_hub = partial(huggingface.read, config.source, config.subset, config.hf_split, config.dev_as_train)
+    if config.layout:
+        return benchmarks.arranged(config.layout, of_hub() if on_hub else benchmarks.read(config.layout, path))
+    if on_hub:
+        return of_hub()
+    return images.read_tables(path, config.columns["image"]) if "image" in config.columns else read_files(path)
+
+
+def _check_columns(tables: list[Table], config: Config) -> None:
+    first = tables[0]
+    for table in tables:
+        if differing := sorted(set(table.columns) ^ set(first.columns)):
+            raise DataError(
+                f"{table.name} and {first.name} have different columns ({', '.join(differing)} only in one of them); "
+                f"all files of one source need the same"
+            )
+    split = [config.split_column] if config.split_column else []
+    for column in [*config.wanted.values(), *config.options, *config.where, *split]:
+        if column not in first.columns:
+            raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
+
+
+def _check_values(tables: list[Table], config: Config) -> None:
+    """Raises `DataError` for a value that `where` asks for and no row of any file has."""
+    for column, values in config.where.items():
+        present = {str(cells.get(column)) for table in tables for cells in table.rows.values()}
+        if missing := [value for value in values if value not in present]:
+            of = tables[0].name if len(tables) == 1 else f"{len(tables)} files of {config.source}"
+            raise DataError(f"{of}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
+
+
+def _chosen(table: Table, config: Config) -> Table:
+    """The rows that `where` asks for."""
+    rows = {
+        number: cells
+        for number, cells in table.rows.items()
+        if all(str(cells.get(column)) in values for column, values in config.where.items())
+    }
+    return table._replace(rows=rows)
+
+
+def _rows(table: Table, config: Config) -> Iterable[Row]:
+    choice = bool(config.options) or "options" in config.wanted
+    for number, cells in table.rows.items():
+        key = f"{table.name} row {number}"
+        fields = {name: _cell(cells.get(column)) for name, column in config.wanted.items()}
+        if config.options:
+            fields["options"] = [_cell(cells.get(column)) for column in config.options]
+        if table.untyped and isinstance(target := fields.get("target"), str):
+            fields["target"] = number_of(target) if choice else Spelled(target)  # of options a number is the place
+        yield Row(key, fields, _side(key, cells, config.split_column) or table.split)
+
+
+def _cell(value: Any) -> Any:
+    """The value, or None where nothing is written."""
+    empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
+    return None if empty else value
+
+
+def _side(key: str, cells: Mapping[str, Any], column: str | None) -> str | None:
+    if column is None:
+        return None
+    given = cells.get(column)
+    if str(given).strip().lower() not in SPLITS:
+        raise DataError(f"{key}, column {column!r}: {given!r} is no split; expected one of {', '.join(SPLITS)}")
+    return SPLITS[str(given).strip().lower()]
+
+
+def _check_texts(rows: list[Row], config: Config) -> None:
+    for row in rows:
+        for role in ("text", "text_pair"):
+            text = row.fields.get(role)
+            if role in config.columns and not isinstance(text, str):
+                given = "is empty" if text is None else f"holds {text!r}"
+                raise DataError(
+                    f"{row.key}, column {config.columns[role]!r}: {given}; expected text: fill or drop the row"
+                )
+
+
+def _seen(rows: list[Row], config: Config) -> list[Row]:
+    """The same rows, each of which has an image if images are asked for."""
+    if "image" in config.columns:
+        images.check_all(((row.key, row.fields["image"]) for row in rows), config.columns["image"])
+    return rows
+
+
+KINDS = {str: "text", Spelled: "text", int: "a number", float: "a number", bool: "true/false"}
+
+
+def _check_targets(rows: list[Row], column: str) -> None:
+    """Text, numbers or truth values, but of one kind throughout; whole numbers among others become real ones. What a file
+    without types spells stays text, for a label may be 007, unless a file beside it holds numbers; a task of numbers reads
+    them off it (`spelled`)."""
+    if any(type(row.fields["target"]) in (int, float) for row in rows):
+        for row in rows:
+            row.fields["target"] = spelled(row.fields["target"])
+    kinds = [_kind(row, column) for row in rows]
+    usual, count = Counter(kinds).most_common(1)[0] if kinds else ("", 0)
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind != usual:
+            raise DataError(
+                f"{row.key}, column {column!r}: {row.fields['target']!r} is {kind}, but {count} other rows hold "
+                f"{usual}; make the column one or the other throughout"
+            )
+    if any(type(row.fields["target"]) is float for row in rows):
+        for row in rows:
+            row.fields["target"] = float(row.fields["target"])
+
+
+def _kind(row: Row, column: str) -> str:
+    target = row.fields["target"]
+    if type(target) in KINDS and target not in (math.inf, -math.inf):
+        return KINDS[type(target)]
+    given = "is missing" if target is None else f"{target!r} cannot be a target"
+    raise DataError(f"{row.key}, column {column!r}: {given}; expected text or a number: fill or drop the row")
+
+
+def _sample(number: int, size: int | None, seed: int) -> list[int]:
+    """Which of `number` rows are used, ascending."""
+    if size is None or size >= number:
+        return list(range(number))
+    return sorted(np.random.default_rng(derive(seed, "sample")).choice(number, size, replace=False).tolist())
+
+
+def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
+    sides = [row.split for row in rows]
+    if None in sides:
+        size = max(1, round(len(rows) * config.test_fraction))
+        test = set(np.random.default_rng(derive(seed, "split")).permutation(len(rows))[:size].tolist())
+        sides = ["test" if i in test else "train" for i in range(len(rows))]
+    sorted_out: dict[str, list[Record]] = {"train": [], "test": []}
+    for row, side in zip(rows, sides, strict=True):
+        sorted_out[side or "train"].append(Record(row.key, row.fields))
+    for side, records in sorted_out.items():
+        if not records:
+            raise DataError(
+                f"{config.source}: no {side} records among {len(rows)}; expected at least one of each side: "
+                f"look at split_column, test_fraction and max_records"
+            )
+    return Dataset(sorted_out["train"], sorted_out["test"])

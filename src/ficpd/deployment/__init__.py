@@ -1,0 +1,1 @@
+"""Real sites: the coordinator, the site process, Flower, certificates."""

@@ -1,0 +1,309 @@
+"""The coordinator's half of a run among real sites: the same rounds as a simulation's, without a single record.
+
+What a run leaves: the library, `rounds.jsonl`, `sites.json` (names and cards), `result.json` and `report.md`; and a
+checkpoint after every round, from which `--resume` goes on. What each site spent stands in its own ledger alone.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ficpd.backbones.autotune import machine
+from ficpd.deployment import run_spec
+from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.errors import BudgetError, ConfigError, FicpdError, SiteError
+from ficpd.evaluation.evaluate import summary
+from ficpd.experiments.build import World, served_world
+from ficpd.experiments.config import Experiment, parse, to_toml
+from ficpd.experiments.distillation import DISTILLED, check_refine
+from ficpd.experiments.run_directory import SITES, RunDir
+from ficpd.experiments.setup import (
+    VERSIONS,
+    clusters_of,
+    knowing_the_noise,
+    labels_of,
+    library_of,
+    method_of,
+    refined_of,
+    schedule_of,
+    settings_of,
+)
+from ficpd.federation import codec
+from ficpd.federation.privacy_plan import NONE, Guard, build_guard, part_for, public_seed
+from ficpd.federation.rounds import Round, federate
+from ficpd.interfaces import Method
+from ficpd.library.card import guarantee
+from ficpd.registry import checked
+from ficpd.types import ClientCard, Setup, Shard, State
+
+if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flower
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+
+    from ficpd.deployment.flower_engine import Flower
+
+Say = Callable[[str], None]
+
+
+def serve_app(grid: "Grid", context: "Context") -> None:
+    """What Flower's server process runs. Settings: `recipe` (TOML text), `recipe-name`, `out`, `resume`."""
+    from ficpd.deployment.flower_engine import Config, Flower
+
+    given = context.run_config
+    say = _to_the_log
+    try:
+        recipe, name = str(given["recipe"]), str(given.get("recipe-name", "recipe.toml"))
+        experiment = parse(recipe, name, records=False)
+        engine = Flower(checked(Config, experiment.engine.options, f"{name}: engine.options"), grid, "", say)
+        serve(recipe, name, Path(str(given["out"])), engine, bool(given.get("resume", False)), say)
+    except FicpdError as error:
+        say(f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
+
+
+def _to_the_log(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(
+    recipe: str, recipe_name: str, out: Path, engine: "Flower", resume: bool = False, say: Say = _to_the_log
+) -> dict[str, Any]:
+    """Run a recipe's method among the sites that come. Raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError`,
+    before any site is waited for, if the method is not for sites or not private in this way, what `check_refine` raises,
+    `SiteError` for sites that do not come or have another backbone; nothing is asked of anybody before all of that is known.
+    """
+    directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
+    with directory.held():
+        directory.check(to_toml(experiment), resume)
+        return _serve(experiment, directory, engine, (recipe, recipe_name), say)
+
+
+def _serve(
+    experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say
+) -> dict[str, Any]:
+    out = directory.path
+    if done := directory.result():
+        say(f"this run is finished: {out / 'report.md'}")
+        return done
+    resolved = out / "resolved.toml"
+    world = served_world(parse(resolved.read_text(), resolved.name, records=False) if resolved.exists() else experiment)
+    method = method_of(world, world.experiment.method)
+    if method.pools_data or not method.trains:
+        raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
+    part_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
+    check_refine(world, method)
+    say(f"{experiment.name}: {method.name} on {world.experiment.backbone.name}, waiting for sites")
+    engine.gather(_sites_of(out))
+    world = _with_sites(world, {card.name: card for card in engine.clients()}, engine.told)
+    world = world.starting(method)
+    directory.write("experiment.toml", to_toml(experiment))
+    directory.write("resolved.toml", to_toml(world.experiment))
+    directory.write(SITES, json.dumps({card.name: dict(card.metadata) for card in engine.clients()}, indent=2) + "\n")
+    return _rounds(world, method, directory, engine, recipe, say)
+
+
+def _rounds(
+    world: World, method: Method, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say
+) -> dict[str, Any]:
+    experiment, schedule = world.experiment, schedule_of(world, method)
+    state, _, rounds, totals = directory.load() or _beginning(world, method, engine)
+    directory.check_told(len(rounds))
+    guard = _guard(world, method, state, directory, rounds)
+    directory.check_books([guard.central.book] if guard.central else [], method.name, len(rounds))
+    state = knowing_the_noise(world, method, state, guard)
+    engine.run = directory.run_id()
+    names = [card.name for card in engine.clients()]
+    coordinates = world.compression.coordinates
+    body = run_spec.encode(Terms(experiment, *recipe, names, schedule, world.start, coordinates))
+    engine.terms_of = lambda site: body
+    promise = guarantee(_agreed(experiment.privacy, guard))
+    say(f"{len(names)} sites: {', '.join(names)}; terms of {len(body):,} bytes to each, once; privacy: {promise}")
+    going = federate(
+        method, engine, world.model, state, schedule, world.compression, len(rounds) + 1, guard.central
+    )  # fmt: skip
+    stopped = None
+    try:
+        for after, done in going:
+            state = after
+            rounds.append(done)
+            totals["train"] += done.seconds_train
+            totals["aggregate"] += done.seconds_aggregate
+            directory.save(state, {}, rounds, totals)
+            say(_line(done, schedule.num_rounds, guard))
+    except BudgetError as error:
+        stopped = str(error)
+        say(f"stopped: {stopped}")
+    scores = engine.evaluate(
+        {
+            card.name: codec.encode_assignment(
+                method.assign(state, card, schedule.num_rounds + 1), world.model.backbone.fingerprint
+            )
+            for card in engine.clients()
+        }
+    )
+    return _left(world, method, state, directory, rounds, totals, guard, scores, stopped, len(body), say)
+
+
+def _left(
+    world, method, state, directory, rounds, totals, guard, scores, stopped, terms_bytes: int, say: Say
+) -> dict[str, Any]:
+    """The library, the result and the report."""
+    experiment = world.experiment
+    up, down = sum(done.bytes_up for done in rounds), sum(done.bytes_down for done in rounds)
+    asked = max(sum(done.clients for done in rounds), 1)
+    result: dict[str, Any] = {
+        "method": method.name,
+        "label": method.name,
+        "backbone": {"name": experiment.backbone.name, "fingerprint": world.start.backbone},
+        "task": ", ".join(f"{g}: {p.task['name']}" if g else p.task["name"] for g, p in experiment.parties.items()),
+        "num_clients": len(world.shards),
+        "num_rounds": len(rounds),
+        "seed": experiment.seed,
+        "shared_scores": {name: score for name, score in scores.items() if score},
+        "bytes": {
+            "up_per_client_round": up / asked,
+            "down_per_client_round": down / asked,
+            "up_total": up,
+            "down_total": down,
+            "terms_per_client": terms_bytes,
+        },
+        "seconds": dict(totals),
+        "dropped_updates": sum(len(done.dropped) for done in rounds),
+        "compression": experiment.compression,
+        "clusters": clusters_of(world, state),
+        "settings": settings_of(experiment.method),
+        "privacy": _agreed(experiment.privacy, guard),
+        "stopped": stopped,
+        "machine": {**machine(world.model.backbone.device), "system": platform.system()},
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+    }
+    guard.close()
+    distilled = {}
+    if result["clusters"] and (refined := refined_of(world, method, state, directory)):
+        result["distillation"], distilled = refined.facts, {DISTILLED: refined.prompt}
+    library_of(world, method, state, result, distilled).save(directory.path / "library")
+    directory.write("report.md", report(result, rounds))
+    directory.write("result.json", json.dumps(result, indent=2) + "\n")
+    say(f"library: {directory.path / 'library'}")
+    say(f"report:  {directory.path / 'report.md'}")
+    return result
+
+
+def _sites_of(out: Path) -> dict[str, ClientCard] | None:
+    """Those that a run which goes on began with."""
+    file = out / SITES
+    if not file.exists():
+        return None
+    return {name: ClientCard(name, facts) for name, facts in json.loads(file.read_text()).items()}
+
+
+def _with_sites(world: World, cards: Mapping[str, ClientCard], told: Mapping[str, Mapping[str, Any]]) -> World:
+    """The sites as clients without records. Raises `SiteError` for one that has another backbone or no task here."""
+    fingerprint, groups = world.model.backbone.fingerprint, world.experiment.groups
+    others = {
+        name: facts["backbone"] for name, facts in told.items() if name in cards and facts["backbone"] != fingerprint
+    }
+    if others:
+        raise SiteError(
+            f"the recipe's backbone is {fingerprint}, and these sites have another: "
+            + ", ".join(f"{name} has {own}" for name, own in sorted(others.items()))
+            + ". Prompts of different backbones mean nothing to each other; set the same backbone and options"
+        )
+    group = {name: group_of(name, groups) for name in cards}
+    if groups and (lost := sorted(name for name in cards if group[name] not in groups)):
+        raise SiteError(
+            f"sites {', '.join(lost)}: a name begins with its task's group and a dot, and the recipe has {', '.join(groups)}"
+        )
+    shards = {name: Shard([], [], dict(cards[name].metadata)) for name in sorted(cards)}
+    return replace(world, shards=shards, group_of=group)
+
+
+def _beginning(
+    world: World, method: Method, engine: "Flower"
+) -> tuple[State, dict[str, Any], list[Round], dict[str, Any]]:
+    federation, number = world.experiment.federation, len(world.shards)
+    cohort = min(federation.clients_per_round or number, number)
+    cards = sorted(engine.clients(), key=lambda card: card.name)
+    seed = public_seed(world.experiment.seed)
+    setup = Setup(world.start, cards, federation.num_rounds, cohort, seed, labels_of(world))
+    return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0}
+
+
+def _guard(world: World, method: Method, state: State, directory: RunDir, rounds: list[Round]) -> Guard:
+    """What the server itself has to pay for: the noise on a sum, and the noise on an update that it may know of. That of a
+    sum is the operating system's: every site has the experiment's seed and could take away what comes from it. What is
+    noised per record, each site plans and pays by itself, for only it knows how many it has."""
+    part = part_for(method, world.experiment.privacy)
+    part = {**part, "noise": "cryptographic"} if "placement" in part else NONE
+    batch_size = 1 if part is NONE else method.work(state)[1]
+    nobody = {name: Shard([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
+    paid = max((done.round for done in rounds if done.updates), default=0) if part.get("placement") == "central" else 0
+    return build_guard(
+        part, method, state, nobody, schedule_of(world, method), world.experiment.seed, directory.path,
+        directory.run_id(), paid,
+    )  # fmt: skip
+
+
+def _agreed(privacy: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
+    """The guarantee that every site's own noise has to keep; what a site has spent of it, its own ledger says."""
+    if guard.central:
+        return guard.block()
+    if privacy["name"] == "none":
+        return {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None, "noise": None}
+    return {
+        "mechanism": privacy["name"],
+        "unit": "client" if "placement" in privacy else "record",
+        "epsilon": privacy.get("epsilon"),
+        "delta": privacy["delta"],
+        "noise_multiplier": privacy.get("noise_multiplier"),
+        "noise": "each site's own",
+        "at_most": True,
+    }
+
+
+def _line(done: Round, planned: int, guard: Guard) -> str:
+    """A round as its operator sees it."""
+    words = f"round {done.round}/{planned}: {done.updates} of {done.clients} sites, {done.seconds_train:.1f} s, "
+    words += f"{done.bytes_up:,} bytes up, {done.bytes_down:,} down"
+    if guard.central:
+        words += f", epsilon {guard.central.book.epsilon():.3g}"
+    for kind, named in (("dropped", done.dropped), ("set aside", done.set_aside)):
+        words += "".join(f"; {kind} {name}: {why}" for name, why in sorted(named.items()))
+    return words
+
+
+def report(result: Mapping[str, Any], rounds: list[Round]) -> str:
+    """A page for the coordinator."""
+    privacy = result["privacy"]
+    lines = [
+        f"# {result['method']} among {result['num_clients']} sites\n",
+        f"{result['num_rounds']} rounds on {result['backbone']['name']}, {result['task']}. Privacy: "
+        + (f"at most {guarantee(privacy)}, delta {privacy['delta']:g}" if privacy["epsilon"] else guarantee(privacy))
+        + "; what each site has spent, its own ledger says (`ficpd site status`).",
+        f"Bytes a site and round: {result['bytes']['up_per_client_round']:,.0f} up, "
+        f"{result['bytes']['down_per_client_round']:,.0f} down; terms, once: {result['bytes']['terms_per_client']:,}.\n",
+    ]
+    if result["stopped"]:
+        lines.append(f"**Stopped before its last round.** {result['stopped']}\n")
+    if scores := result["shared_scores"]:
+        kinds = sorted({kind for score in scores.values() for kind in score})
+        lines.append("Scores that sites chose to share, the mean over them:\n")
+        lines += [
+            f"- {kind}: "
+            + ", ".join(
+                f"{metric} {value:.3f}"
+                for metric, value in summary({n: s[kind] for n, s in scores.items() if kind in s}).items()
+            )
+            for kind in kinds
+        ] + [""]
+    lines += ["| round | sites | seconds | bytes up | bytes down | dropped |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r.round} | {r.updates} of {r.clients} | {r.seconds_train:.1f} | {r.bytes_up:,} | {r.bytes_down:,} | "
+        f"{'; '.join(f'{n}: {why}' for n, why in sorted(r.dropped.items()))} |"
+        for r in rounds
+    ]
+    return "\n".join(lines) + "\n"

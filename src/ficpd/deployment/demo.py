@@ -1,0 +1,208 @@
+"""`ficpd deploy demo`: a federation of three organisations, each with processes of its own, on one machine.
+
+All is as `ficpd deploy init` writes it: TLS, a key for each site's SuperNode, a socket, a ledger and a policy for each site.
+Only what has to differ on one machine does: paths, ports, whose records they are, and nginx, which is not there.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tomli_w
+
+from ficpd.deployment.flower_cli import environment, flower, free_ports, submit
+from ficpd.deployment.provision import INNER_PORT, init
+from ficpd.errors import RunError
+
+SITES = {"north": "tweets", "south": "films", "east": "products"}
+"""Each site's domain of the built-in sentence ratings."""
+
+START_SECONDS, STOP_SECONDS = 120.0, 20.0
+
+Say = Callable[[str], Any]
+
+
+def demo(out: Path, rounds: int, say: Say) -> None:
+    """Run it, and leave the run directory `out`. No process outlives it, whatever ends it. Raises `RunError`."""
+    if out.exists():
+        raise RunError(f"{out} exists already; choose another --out")
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        # a socket's path has at most 107 bytes, so the folder is not below `out`
+        with tempfile.TemporaryDirectory(prefix="ficpd-", ignore_cleanup_errors=True) as folder, ExitStack() as running:
+            _rehearse(Path(folder), out, rounds, say, running)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack) -> None:
+    inner, *outer = free_ports(1 + len(SITES))
+    init(folder / "deploy", list(SITES), f"127.0.0.1:{inner}")
+    home = _coordinator(folder, inner, rounds)
+    ca = folder / "deploy" / "ca" / "ca.crt"
+    began = time.monotonic()
+    link = running.enter_context(_started("superlink", _superlink(folder, inner), {"FLWR_HOME": str(home)}, folder))
+    _wait(lambda: _listens(inner), link, folder / "superlink.log")
+    say(f"SuperLink listens after {time.monotonic() - began:.1f} s")
+    began = time.monotonic()
+    for (name, domain), port in zip(SITES.items(), outer, strict=True):
+        settings = _site(folder, name, domain)
+        here = {"FLWR_HOME": str(folder / f"flower-{name}")}
+        public = folder / "deploy" / "coordinator" / "sites" / f"{name}.pub"
+        _flwr(home, "supernode", "register", "--name", name, str(public), "ficpd")
+        command = [sys.executable, "-m", "ficpd", "site", "run", str(settings)]
+        site = running.enter_context(_started(f"site-{name}", command, {}, folder))
+        _wait(lambda name=name: (folder / f"{name}.sock").exists(), site, folder / f"site-{name}.log")
+        command = _supernode(folder, name, ca, inner, port)
+        running.enter_context(_started(f"supernode-{name}", command, here, folder))
+    _wait(lambda: _online(home) == len(SITES), link, folder / "superlink.log")
+    say(f"{len(SITES)} sites are connected after {time.monotonic() - began:.1f} s")
+    began = time.monotonic()
+    recipe = folder / "recipe.toml"
+    status = submit(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], {"FLWR_HOME": str(home)})
+    if status:
+        raise RunError(f"the run ended without a result in {out}:\n{_tail(folder / 'superlink.log')}")
+    say(f"{rounds} rounds, and what comes before and after them: {time.monotonic() - began:.1f} s")
+    for name in SITES:
+        say(f"\n{name}:")
+        command = [sys.executable, "-m", "ficpd", "site", "status", str(folder / f"{name}.toml")]
+        subprocess.run(command, env=environment(), check=True)
+    say(f"\nlibrary: {out / 'library'}")
+
+
+def _coordinator(folder: Path, port: int, rounds: int) -> Path:
+    """FLWR_HOME and the recipe, as written by `init` but for the places."""
+    written = folder / "deploy" / "coordinator"
+    home = folder / "flower-coordinator"
+    home.mkdir()
+    config = (written / "config.toml").read_text(encoding="utf-8")
+    config = config.replace(f":{INNER_PORT}", f":{port}").replace("/etc/ficpd", str(written))
+    (home / "config.toml").write_text(config, encoding="utf-8")
+    recipe = tomllib.loads((written / "recipe.toml").read_text(encoding="utf-8"))
+    recipe["federation"]["num_rounds"] = rounds
+    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
+    return home
+
+
+def _site(folder: Path, name: str, domain: str) -> Path:
+    """A site's own settings, filled in as its engineer would."""
+    given: dict[str, Any] = tomllib.loads((folder / "deploy/sites" / name / "site.toml").read_text(encoding="utf-8"))
+    given["socket"], given["state"] = str(folder / f"{name}.sock"), str(folder / f"state-{name}")
+    given["card"]["domain"] = domain
+    columns = {"text": "text", "target": "polarity", "domain": "domain"}
+    given["data"] |= {"source": "ratings", "columns": columns, "where": {"domain": [domain]}}
+    settings = folder / f"{name}.toml"
+    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
+    return settings
+
+
+def _superlink(folder: Path, port: int) -> list[str]:
+    written = folder / "deploy" / "coordinator"
+    return [
+        flower("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
+        "--ssl-ca-certfile", str(written / "ca.crt"), "--ssl-certfile", str(written / "server.crt"),
+        "--ssl-keyfile", str(written / "server.key"), "--enable-supernode-auth",
+        "--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+
+
+def _supernode(folder: Path, name: str, ca: Path, superlink: int, port: int) -> list[str]:
+    key = folder / "deploy" / "sites" / name / "supernode.key"
+    return [
+        flower("flower-supernode"), "--superlink", f"127.0.0.1:{superlink}", "--root-certificates", str(ca),
+        "--auth-supernode-private-key", str(key), "--host", "127.0.0.1", "--port", str(port),
+        "--node-config", f'socket="{folder / name}.sock" name="{name}"',
+    ]  # fmt: skip
+
+
+def _online(home: Path) -> int:
+    listed = json.loads(_flwr(home, "supernode", "list", "ficpd", "--format", "json"))
+    return sum(node["status"] == "online" for node in listed["nodes"])
+
+
+def _flwr(home: Path, *words: str) -> str:
+    done = subprocess.run(
+        [flower("flwr"), *words], env=environment({"FLWR_HOME": str(home)}), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RunError(f"flwr {' '.join(words)}: {(done.stdout + done.stderr).strip()}")
+    return done.stdout
+
+
+@contextmanager
+def _started(name: str, command: list[str], more: Mapping[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, its output in a log; ended with all of its children."""
+    with (folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment(more), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with ExitStack() as family:
+            left = [family.enter_context(_held(pid)) for pid in _children(process.pid)]
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for handle in filter(None, left):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    """All that a process started, and they: Flower gives some of its own a session that no signal to a group reaches."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(child) for child in file.read_text().split()]
+    return [member for child in found for member in (child, *_children(child))]
+
+
+@contextmanager
+def _held(pid: int) -> Iterator[int | None]:
+    """A handle that means this process alone, also when its number is another's; None if it has ended."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            what = "ended" if process.poll() is not None else f"was not ready after {START_SECONDS:.0f} s"
+            raise RunError(f"{log.stem} {what}:\n{_tail(log)}")
+        time.sleep(0.2)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

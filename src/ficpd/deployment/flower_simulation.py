@@ -1,0 +1,114 @@
+"""A simulation on Flower's own engine: every client a site of its own socket, all in this process, reached by the same app
+that real sites run. For conformance; the in-process engine does the same work sooner."""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ficpd.deployment.flower_cli import free_ports, submit
+from ficpd.deployment.flower_engine import Config
+from ficpd.deployment.site.config import Policy, Simulation, SiteConfig
+from ficpd.deployment.site.http import bound, server_of
+from ficpd.deployment.site.policy import mechanism_of
+from ficpd.deployment.site.site import Site
+from ficpd.errors import RunError
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import Experiment, to_toml
+from ficpd.experiments.run_directory import RunDir
+from ficpd.federation.privacy_plan import private_seed
+from ficpd.registry import checked
+
+ENOUGH = 1e9
+"""A simulated site's budget over all runs: the run's own is the wall."""
+
+
+def run(experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+    """The main method's result, as `serve` leaves it in `out`; baselines are the in-process engine's.
+
+    Raises `RunError` with Flower's exit status if it failed.
+    """
+    with RunDir(out).held():
+        RunDir(out).check(to_toml(served(experiment)), resume)
+    world = build_world(experiment)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficpd-")))
+        sites = stack.enter_context(_answering(world, folder, out.with_name(out.name + "-sites")))
+        status = _flower(served(experiment), out, resume, folder, len(sites))
+    found = RunDir(out).result()
+    if status or found is None:
+        raise RunError(f"Flower's run ended with status {status} and left no result in {out}; its log is above")
+    return found
+
+
+def served(experiment: Experiment) -> Experiment:
+    """The experiment as a coordinator runs it: without records and baselines."""
+    nobody = {"data": None, "partition": None}
+    groups = {name: group.model_copy(update=nobody) for name, group in experiment.groups.items()}
+    return experiment.model_copy(update={**nobody, "groups": groups, "baselines": ()})
+
+
+@contextmanager
+def _answering(world: World, sockets: Path, states: Path) -> Iterator[list[Site]]:
+    """All clients as sites that share the backbone, one at a time, each in a thread of its own."""
+    turn = threading.Lock()
+    sites = [
+        _site(world, name, sockets / f"{place}.sock", states / name, turn) for place, name in enumerate(world.shards)
+    ]
+    with ExitStack() as stack:
+        for site in sites:
+            sock, server = bound(site.config.socket), server_of(site)
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+            thread.start()
+            stack.callback(site.close)
+            stack.callback(sock.close)
+            stack.callback(thread.join, 30)
+            stack.callback(setattr, server, "should_exit", True)
+        yield sites
+
+
+def _site(world: World, name: str, place: Path, state: Path, turn: threading.Lock) -> Site:
+    experiment = world.experiment
+    party = experiment.parties[world.group_of[name]]
+    policy = Policy(
+        epsilon=ENOUGH, delta=experiment.privacy.get("delta", 1e-5), methods=(experiment.method["name"],),
+        mechanisms=(mechanism_of(experiment.privacy),), max_local_steps=10**6, max_batch_size=10**6, max_rounds=10**6,
+        share_metrics=True,
+    )  # fmt: skip
+    config = SiteConfig(
+        name=name, socket=place, state=state, card=world.shards[name].metadata, backbone=experiment.backbone,
+        task=party.task, data=party.held[0], policy=policy, engine=experiment.engine,
+        simulation=Simulation(private_seed=private_seed(experiment.seed, name)),
+    )  # fmt: skip
+    return Site(config, world.shards[name], world.task_of(name), world.model, lock=turn)
+
+
+def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clients: int) -> int:
+    """`flwr run` on a local simulation of so many SuperNodes; its status."""
+    config = checked(Config, experiment.engine.options, "engine.options")
+    home = folder / "flower"
+    more: dict[str, str] = {"FICPD_SOCKETS": str(folder), "FLWR_HOME": str(home)}
+    ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
+    more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
+    federation = f"num-supernodes={clients} client-resources-num-cpus={config.actor_cpus:g}"
+    try:
+        return submit(
+            to_toml(experiment), f"{experiment.name}.toml", out, resume, ["--federation-config", federation], more
+        )
+    finally:
+        _stop(home)  # Flower leaves its local SuperLink running
+
+
+def _stop(home: Path) -> None:
+    """Every process that works with this Flower home."""
+    mark = f"FLWR_HOME={home}".encode()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in entry.read_bytes().split(b"\0") and int(entry.parent.name) != os.getpid():
+                os.kill(int(entry.parent.name), signal.SIGTERM)
+        except OSError:
+            continue

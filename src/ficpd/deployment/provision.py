@@ -1,0 +1,128 @@
+"""`ficpd deploy init`: everything that the coordinator and each site install, in one folder for each of them."""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from ipaddress import ip_address
+from pathlib import Path
+
+from ficpd.errors import ConfigError
+
+INNER_PORT = 9091
+"""SuperLink's own port. It listens to its own machine alone; nginx stands at the published address."""
+
+SITE = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+HOST = re.compile(rf"(?=.{{1,253}}$)({LABEL}\.)*{LABEL}")
+
+
+def init(folder: Path, sites: Sequence[str], address: str) -> None:
+    """Write `folder`: an authority, the coordinator's half and a folder for each site. Whole, or not at all.
+
+    `address` (HOST:PORT) is where the sites will find the coordinator. Private keys can be read by their owner alone; a
+    site's folder holds no key but its own. Raises `ConfigError` for a folder with something in it and for bad names.
+    """
+    host, port = checked_address(address)
+    check_sites(sites)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; new keys would lock out who has the old ones. Choose another folder")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".deploy-") as beside:
+            made = Path(beside) / "made"
+            made.mkdir(mode=0o755)
+            _write(made, sites, address, host, port)
+            made.replace(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error}") from error
+
+
+def checked_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; an IPv6 host stands in brackets.
+
+    >>> checked_address("federation.example.org:9443"), checked_address("[::1]:9443")
+    (('federation.example.org', 9443), ('::1', 9443))
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not (colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536 and _names_a_machine(host, bare)):
+        raise ConfigError(
+            f"address {address!r}: expected HOST:PORT, such as federation.example.org:9443 (an IPv6 address in brackets)"
+        )
+    return bare, int(port)
+
+
+def _names_a_machine(host: str, bare: str) -> bool:
+    try:
+        return (ip_address(bare).version == 6) == (bare != host)
+    except ValueError:
+        digits = host.replace(".", "").isdigit()  # an IPv4 address that is none
+        return not digits and HOST.fullmatch(host) is not None
+
+
+def check_sites(sites: Sequence[str]) -> None:
+    if not sites:
+        raise ConfigError("no sites; give their names, such as --sites north,south,east")
+    for name in sites:
+        if not SITE.fullmatch(name):
+            raise ConfigError(
+                f"site name {name!r}: expected up to 32 small letters, digits and inner hyphens; it becomes a file's name"
+            )
+    if twice := sorted({name for name in sites if sites.count(name) > 1}):
+        raise ConfigError(f"site name {twice[0]!r} is given twice; each organisation needs a name of its own")
+
+
+def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int) -> None:
+    try:
+        from ficpd.deployment import certificates
+    except ImportError as error:
+        raise ConfigError(f"{error}; install what a deployment needs: pip install 'ficpd[flower]'") from error
+    here = resources.files("ficpd.deploy")
+    ca = certificates.authority()
+    server = certificates.server(ca, host)
+    words = {
+        "ADDRESS": address, "HOST": host, "PORT": str(port), "INNER": str(INNER_PORT), "NAMES": ", ".join(sites),
+        "SITES": ", ".join(f'"{name}"' for name in sites), "CA_ENDS": ca.ends, "SERVER_ENDS": server.ends,
+    }  # fmt: skip
+    _fill(here / "templates" / "README.md", made / "README.md", words)
+    _secret(made / "ca" / "ca.key", ca.key_pem)
+    (made / "ca" / "ca.crt").write_bytes(ca.pem)
+
+    coordinator = made / "coordinator"
+    _fill(here / "templates" / "coordinator", coordinator, words)
+    _fill(here / "nginx.conf", coordinator / "nginx.conf", words)
+    _secret(coordinator / "server.key", server.key_pem)
+    (coordinator / "server.crt").write_bytes(server.pem)
+    (coordinator / "ca.crt").write_bytes(ca.pem)
+    (coordinator / "sites").mkdir()
+    lines = ["# Once, when SuperLink runs: lets these sites' SuperNodes in, and nobody else's.\n", "set -e\n"]
+    for name in sites:
+        private, public = certificates.node(name)
+        site = made / "sites" / name
+        _fill(here / "templates" / "site", site, words | {"NAME": name})
+        _secret(site / "supernode.key", private)
+        (site / "supernode.pub").write_bytes(public)
+        (site / "ca.crt").write_bytes(ca.pem)
+        (coordinator / "sites" / f"{name}.pub").write_bytes(public)
+        lines.append(f"/opt/ficpd/bin/flwr supernode register --name {name} /etc/ficpd/sites/{name}.pub ficpd\n")
+    (coordinator / "register.sh").write_text("".join(lines))
+
+
+def _fill(template: Traversable, target: Path, words: Mapping[str, str]) -> None:
+    """A file, or a folder of them, with every @WORD@ replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if template.is_dir():
+        for inner in template.iterdir():
+            _fill(inner, target / inner.name, words)
+        return
+    text = template.read_text(encoding="utf-8")
+    target.write_text(re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text), encoding="utf-8")
+
+
+def _secret(path: Path, content: bytes) -> None:
+    """Never readable by others, not even for a moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(content)

@@ -1,0 +1,139 @@
+"""The site's socket: HTTP on a Unix socket of mode 0600, or on one that systemd hands over. Bytes in, bytes out.
+
+    POST /train, /query   a call (`codec.encode_call`)   200 the answer; 428 terms wanted; 409 refused; 422 not readable; 500
+
+Whoever may connect is not trusted: what the site's own people want to know is read from its state folder. Errors are JSON
+`{"error", "refused"}`. A body above `LARGEST` is refused with 413 before it is read to its end.
+"""
+
+import os
+import signal
+import socket
+import stat
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from ficpd.deployment.site.site import Site, TermsWantedError
+from ficpd.errors import BudgetError, CodecError, PolicyError, SiteError
+
+LARGEST = 64 << 20
+"""Bytes of a call: a prompt of 500 tokens of 8192 numbers is 16 MiB."""
+SECONDS_OF_SILENCE = 30
+FIRST_HANDED_OVER = 3
+"""systemd's SD_LISTEN_FDS_START."""
+
+
+def app_of(site: Site) -> FastAPI:
+    app = FastAPI(title="ficpd site", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.post("/train")
+    @app.post("/query")
+    async def call(request: Request) -> Response:
+        body = await _body(request)
+        if body is None:
+            return JSONResponse({"error": f"a call has at most {LARGEST} bytes", "refused": False}, 413)
+        return await run_in_threadpool(answered, site, body)
+
+    return app
+
+
+def answered(site: Site, body: bytes) -> Response:
+    """An error of ours is an answer, too."""
+    try:
+        return Response(site.answer(body), media_type="application/octet-stream")
+    except TermsWantedError:
+        return JSONResponse({"error": "this site has not the run's terms", "refused": False}, 428)
+    except Exception as error:  # whatever it was, the site goes on, and says no more than it may
+        refused = isinstance(error, (PolicyError, BudgetError))
+        kind = 409 if refused else 422 if isinstance(error, CodecError) else 500
+        return JSONResponse({"error": site.failed(error), "refused": refused}, kind)
+
+
+async def _body(request: Request) -> bytes | None:
+    """None if it is too large; what is announced counts before anything is read."""
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdigit() or int(announced) > LARGEST:
+        return None
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > LARGEST:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def serve(site: Site) -> None:
+    """Until it is told to stop (SIGTERM or Ctrl-C; a call under way is finished)."""
+    signal.signal(signal.SIGTERM, _ended)  # uvicorn raises it again when it has stopped
+    given = handed_over()
+    sock = given or bound(site.config.socket)
+    site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
+    try:
+        server_of(site).run(sockets=[sock])
+    finally:
+        site.close()
+        if not given:
+            sock.close()
+            site.config.socket.unlink(missing_ok=True)
+
+
+def _ended(*_: object) -> None:
+    raise SystemExit(0)
+
+
+def server_of(site: Site) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app_of(site), log_level="warning", access_log=False, lifespan="off", ws="none", limit_concurrency=64,
+            timeout_keep_alive=SECONDS_OF_SILENCE, timeout_graceful_shutdown=600,
+        )
+    )  # fmt: skip
+
+
+def handed_over() -> socket.socket | None:
+    """The socket that systemd opened for us (`ficpd-site.socket`), whose owner and mode are set there."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    return socket.socket(fileno=FIRST_HANDED_OVER)
+
+
+def bound(path: Path) -> socket.socket:
+    """A new socket of mode 0600. What a dead process left there is taken away; raises `SiteError` for anything else."""
+    if not path.parent.is_dir():
+        raise SiteError(f"there is no folder {path.parent} for the socket; make it, or set another `socket`")
+    if path.is_symlink() or path.exists():
+        _take_away(path)
+    sock, before = socket.socket(socket.AF_UNIX), os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise SiteError(f"the socket {path} cannot be made: {error.strerror}; may this user write there?") from error
+    finally:
+        os.umask(before)
+    sock.listen(64)
+    return sock
+
+
+def _take_away(path: Path) -> None:
+    about = path.lstat()
+    if not stat.S_ISSOCK(about.st_mode):
+        raise SiteError(f"{path} is there and is no socket; move it away, or set another `socket`")
+    if about.st_uid != os.geteuid():
+        raise SiteError(
+            f"the socket {path} belongs to user {about.st_uid}, this process is user {os.geteuid()}; another site's? Set "
+            "another `socket`, or have it taken away by its owner"
+        )
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink()
+            return
+    raise SiteError(f"another process answers on {path}; stop it first (`ficpd site status` says who it is)")

@@ -1,0 +1,114 @@
+"""Whether a run's terms are within what a site's owner allows. Every objection names the line of both files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.deployment.site.config import SiteConfig, where
+from ficpd.errors import BackboneError, PolicyError, SiteError
+from ficpd.federation.client import LABELS
+from ficpd.interfaces import Backbone, Task
+from ficpd.types import Prompt, Shard
+
+
+def check(config: SiteConfig, own: str, own_name: str, terms: Terms, backbone: Backbone) -> None:
+    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written;
+    `backbone`: the site's."""
+    objections = [
+        f"{where(terms.recipe_name, terms.recipe, theirs)}: {given}; {where(own_name, own, ours)}: {allowed}"
+        for theirs, given, ours, allowed in _objections(config, terms, most_tokens(config, backbone))
+    ]
+    if objections:
+        raise PolicyError(
+            f"{config.name} does not take part, and nothing was spent: "
+            + ". ".join(objections)
+            + ". Agree on one of both"
+        )
+
+
+def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple[str, str, str, str]]:
+    """The recipe's key and value, the site's key and what it allows."""
+    policy, experiment = config.policy, terms.experiment
+    method, mechanism = experiment.method["name"], mechanism_of(experiment.privacy)
+    if method not in policy.methods:
+        yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
+    if mechanism not in policy.mechanisms:
+        yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
+    if experiment.privacy.get("noise_multiplier") is not None:  # what it costs, and so whether it is refused, tells n
+        yield "privacy.noise_multiplier", "privacy.noise_multiplier is stated", "policy.epsilon", "sites go by epsilon"
+    if set(experiment.privacy.get("statistics") or ()) - {LABELS}:  # those stay here, and are paid for
+        yield (
+            "privacy.statistics",
+            "privacy.statistics are asked for",
+            "policy.mechanisms",
+            "sites release updates only",
+        )
+    counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
+    personal, iterations, candidates = counts
+    training, rounds = experiment.training, terms.schedule.num_rounds
+    for theirs, given, ours, most in (
+        ("prompt.num_tokens", terms.start.room, "policy.max_num_tokens", tokens),
+        ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
+        ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
+        ("training.directions", training.directions, "policy.max_candidates", policy.max_candidates // 2),  # two each
+        ("training.population", training.population, "policy.max_candidates", policy.max_candidates),
+        ("method.candidates", candidates, "policy.max_candidates", policy.max_candidates),
+        ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
+        ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
+        ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),
+        *(("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm) for clip in _clips(config, terms)),
+    ):
+        if most is not None and given > most:
+            yield theirs, f"{theirs} = {given:g}", ours, f"at most {most:g}"
+    group = group_of(config.name, experiment.groups)
+    asked = experiment.parties[group].task if group in experiment.parties else None
+    prefix = f"groups.{group}." if group else ""
+    if asked is None:
+        yield (
+            "groups",
+            f"groups are {_list(experiment.groups)}",
+            "name",
+            f"name = {config.name!r} begins with none of them",
+        )
+    elif differing := [key for key in {**asked, **config.task} if asked.get(key) != config.task.get(key)]:
+        key = sorted(differing)[0]
+        yield f"{prefix}task.{key}", f"task.{key} = {asked.get(key)!r}", f"task.{key}", f"{config.task.get(key)!r}"
+
+
+def most_tokens(config: SiteConfig, backbone: Backbone) -> int:
+    """Virtual tokens that a prompt may have at this site."""
+    return config.policy.max_num_tokens or backbone.max_tokens // 2
+
+
+def check_room(config: SiteConfig, shard: Shard, task: Task, backbone: Backbone) -> None:
+    """Raises `SiteError` if a record does not fit beside the longest prompt that the policy allows. Found by the owner, and
+    not by an order: which orders fail would tell of the longest record."""
+    tokens = most_tokens(config, backbone)
+    rows = torch.zeros(tokens + task.head_rows, backbone.width)
+    longest = Prompt(rows, backbone.fingerprint, head_rows=task.head_rows)
+    try:
+        for records in (shard.train, shard.test):
+            task.encode(records, backbone, longest)
+    except BackboneError as error:
+        raise SiteError(
+            f"not every record of {config.name} fits beside a prompt of {tokens} virtual tokens, the most that it allows: "
+            f"{error} Or allow shorter prompts only (policy.max_num_tokens)"
+        ) from error
+
+
+def mechanism_of(privacy: dict[str, Any]) -> str:
+    """A mechanism's name as policies write it: with "central", where the server is trusted with the noise."""
+    return privacy["name"] + (":central" if privacy.get("placement") == "central" else "")
+
+
+def _clips(config: SiteConfig, terms: Terms) -> list[float]:
+    privacy = terms.experiment.privacy
+    norms = privacy.get("clip_norms") or {}
+    clip = norms.get(group_of(config.name, terms.experiment.groups), privacy.get("clip_norm"))
+    return [] if clip is None else [clip]
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"

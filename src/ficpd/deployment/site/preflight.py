@@ -1,0 +1,129 @@
+"""Looking at a site from its own side: what would leave, what was spent."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ficpd.backbones.loading import load_backbone
+from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.deployment.site import config as settings
+from ficpd.deployment.site import policy
+from ficpd.deployment.site.load import records_of
+from ficpd.deployment.site.site import LEDGER
+from ficpd.deployment.site.status import ledger_status
+from ficpd.errors import SiteError
+from ficpd.experiments.build import served_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.setup import labels_of, method_of, schedule_of
+from ficpd.federation import codec
+from ficpd.federation.privacy_plan import clipping, part_for
+from ficpd.privacy import accountant
+from ficpd.privacy.ledger import Ledger
+from ficpd.registry import settings as of_part
+from ficpd.types import ClientCard, ClientUpdate, Setup, Shard, zeros_of
+
+
+def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
+    """What a person wants to read before the first run. Raises whatever is wrong, in words."""
+    config = settings.read(file)
+    task, shard = records_of(config)
+    yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
+    if recipe is None:
+        backbone, _ = load_backbone(config.backbone, config.engine)
+        yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
+        policy.check_room(config, shard, task, backbone)
+        yield f"prompts   of at most {policy.most_tokens(config, backbone)} virtual tokens; every record fits beside them"
+    card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
+    yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
+    yield f"leaves    once a round, an update: {_mechanisms(config)}"
+    scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
+    yield f"leaves    scores on the test records: {scores}"
+    yield "stays     records, personal prompts, the ledger, every error that may quote a record"
+    yield "roughly   told by the noise, which is larger the fewer there are: how many records you have"
+    spent = status(file)["epsilon"]
+    yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
+    if recipe is not None:
+        yield from _of_recipe(config, file, recipe, clients, len(shard.train))
+
+
+def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: int, records: int) -> Iterator[str]:
+    """Whether the policy allows it, what one update is, what the whole run costs."""
+    text = recipe.read_text(encoding="utf-8")
+    world = served_world(parse(text, recipe.name, records=False))
+    method = method_of(world, world.experiment.method)
+    world = world.starting(method)
+    names = [config.name, *(f"another {place}" for place in range(1, clients))]
+    world = replace(world, shards={name: Shard([], [], {}) for name in names})
+    schedule = schedule_of(world, method)
+    terms = Terms(world.experiment, text, recipe.name, names, schedule, world.start, world.compression.coordinates)
+    yield f"backbone  {world.experiment.backbone.name}: {world.start.backbone}"
+    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms, world.model.backbone)
+    yield f"recipe    {recipe.name}: the policy allows it"
+    cards = [ClientCard(name) for name in names]
+    setup = Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, labels_of(world))
+    state = method.init(setup)
+    arrays = world.compression.pack(world.compression.project(zeros_of(method.layout(state))))
+    update = ClientUpdate(config.name, arrays)
+    body = codec.encode_update(update, 1, world.start.backbone)
+    yield f"update    {len(body)} bytes a round: " + ", ".join(
+        f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
+    )
+    module, settled = of_part("privacy", part_for(method, world.experiment.privacy))
+    group = group_of(config.name, world.experiment.groups)
+    plan = terms.plan(config.name, records)
+    mechanism = module.build(clipping(settled, world.experiment.privacy, group), plan)
+    costs = list(mechanism.planned())
+    if costs:
+        whole = accountant.epsilon(costs, config.policy.delta)
+        yield f"cost      epsilon {whole:.4g} for {plan.participations} rounds, with noise multiplier " + ", ".join(
+            f"{cost.noise_multiplier:.3g} ({cost.name})" for cost in costs
+        )
+
+
+def _mechanisms(config: settings.SiteConfig) -> str:
+    allowed = config.policy.mechanisms
+    return "NOT PROTECTED where a recipe asks for none" if "none" in allowed else f"noised by {' or '.join(allowed)}"
+
+
+def status(file: Path) -> dict[str, Any]:
+    """From the state folder, which only the site's own user and root may read. `running`: a process holds it."""
+    config = settings.read(file)
+    with _as_owner(config.state):
+        known = (config.state / LEDGER).exists()
+        ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
+        try:
+            return {**ledger_status(ledger, config), "running": _held(config.state)}
+        finally:
+            ledger.close()
+
+
+@contextmanager
+def _as_owner(folder: Path) -> Iterator[None]:
+    """Root looks with the owner's eyes, or SQLite's files beside the ledger would be root's. `SiteError` for others."""
+    mine = os.geteuid()
+    owner = folder.stat().st_uid if folder.exists() else mine
+    if mine not in (0, owner):
+        raise SiteError(
+            f"{folder} is user {owner}'s alone, and this process is user {mine}; ask as that user, or as root"
+        )
+    os.seteuid(owner)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+def _held(state: Path) -> bool:
+    """Whether a process works with this state folder."""
+    if not (state / "lock").exists():
+        return False
+    with open(state / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Metrics, fairness, personalization levels and the privacy audit."""

@@ -1,0 +1,163 @@
+"""A mechanism attacked directly: the worst record, or the worst client, plays the whole run, and no backbone is needed.
+
+Nasr et al., USENIX Security 2023, arXiv 2302.07956: a canary whose contribution is huge in one coordinate (a Dirac
+gradient), seen by an adversary who is given every release. What is audited is clipping, sampling, the divisor and the
+deviation asked for; the noise comes from seeded streams, whatever source the run drew from.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ficpd.errors import PrivacyError
+from ficpd.evaluation.audit.epsilon_bounds import two_worlds
+from ficpd.interfaces import Mechanism, Noise
+from ficpd.privacy.central_gaussian import NoisedSum
+from ficpd.privacy.ledger import Budget, Ledger
+from ficpd.privacy.noise import Simulated
+from ficpd.types import ClientUpdate, Plan, Spend
+
+HUGE, SMALL = 1e6, 1e-6
+"""A canary's contribution, far beyond any clip norm; and everybody else's, in turns above and below zero."""
+CANARY = "canary"
+AFFORDED = {"step": 48_000, "release": 80_000, "sum": 16_000}
+"""Releases of one door played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
+Scores = tuple[list[float], list[float]]
+Streams = Callable[[int], Noise]
+
+
+def lower_bound(
+    mechanism: Mechanism, plan: Plan, delta: float, trials: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> float:
+    """What the mechanism's epsilon at `delta` is at least, for a run of this plan; 0 when nothing can be said.
+
+    As many runs are played as `affordable` says. Raises `PrivacyError` for a mechanism without a guarantee.
+
+    Guarantees: if the mechanism does what it says, the number is above its epsilon with probability at most
+    1 - `confidence` over the streams (`tests/audit/test_canaries.py`).
+    """
+    play = record_scores if door(mechanism) == "step" else client_scores
+
+    def stream(trial: int) -> Noise:
+        return Simulated(seed, CANARY, trial)
+
+    without, with_ = play(mechanism, plan, affordable(mechanism, plan, trials), stream)
+    return two_worlds(without, with_, delta, confidence)
+
+
+def affordable(mechanism: Mechanism, plan: Plan, trials: int) -> int:
+    """How many runs of this plan are played when `trials` are asked for; at least 200."""
+    passed = door(mechanism)
+    releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
+    return min(trials, max(200, AFFORDED[passed] // max(releases[passed], 1)))
+
+
+def door(mechanism: Mechanism) -> str:
+    """Through which door the unit's contribution leaves, as in `Mechanism.price`: "step", "release" or "sum"."""
+    if mechanism.unit == "none":
+        raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
+    return "step" if mechanism.unit == "record" else "release" if mechanism.price("sum") is None else "sum"
+
+
+def record_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+    """Each run's score on ordinary records, and on these and one canary more, which joins steps as they do.
+
+    The ordinary records' contributions cancel, so that a mechanism that clips the batch's mean and not each record lets
+    the canary through. A trial is one run in both worlds: they share the steps that the canary did not join, so within
+    a world all runs are independent, and between worlds nothing has to be.
+    """
+    canary, expected = plan.num_records - 1, max(1, round(plan.sampling_rate * plan.num_records))
+    contribution_N = torch.cat([_in_turns(canary), torch.tensor([HUGE])])
+
+    def released(rows: Tensor, noise: Noise) -> float:
+        return float(mechanism.mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
+
+    def run(noise: Noise) -> tuple[float, float]:
+        sums = []
+        for _ in range(plan.participations):
+            for rows in mechanism.sample(plan.num_records, expected, plan.steps, noise):
+                others = rows[rows != canary]
+                without = released(others, noise)
+                sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
+        return _scored(sums, mechanism, "step")
+
+    return _in_both_worlds(run, trials, stream)
+
+
+def client_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+    """Each run's score in two worlds that differ in one client, as the placement's guarantee says.
+
+    Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is and
+    joins rounds as all clients do.
+    """
+    if door(mechanism) == "sum":
+        return _central_scores(mechanism, plan, trials, stream)
+    low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
+
+    def sent(update: ClientUpdate, noise: Noise) -> float:
+        return sum(float(mechanism.release(update, noise).arrays["delta"]) for _ in range(plan.participations))
+
+    return _in_both_worlds(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
+
+
+def _central_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+    """What the clients send is the same in every round; trials are kept apart in the ledger by the site's name."""
+    price, ledger = _price(mechanism, "sum"), Ledger(":memory:", "audit")
+    expected, silent = price.sampling_rate * plan.num_clients, Simulated("audit")
+    values = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())} | {CANARY: HUGE}
+    updates = {n: mechanism.release(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()}
+    names, clip_norm = sorted(values), mechanism.guarantee()["clip_norm"]
+    books = (ledger.book(f"run {number}", Budget(None, 0.5)) for number in range(trials))
+
+    def run(noise: Noise) -> tuple[float, float]:
+        server, sums = NoisedSum(price, clip_norm, expected, lambda round: noise, next(books)), []
+
+        def released(cohort: list[str], round: int, world: str) -> float:
+            mean = server.mean([updates[name] for name in cohort], {"delta": (1,)}, round, world)
+            return float(mean.arrays["delta"]) * expected
+
+        for round in range(1, plan.num_rounds + 1):
+            cohort = server.cohort(names, round)
+            others = [name for name in cohort if name != CANARY]
+            without = released(others, round, "without")
+            sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
+        return _scored(sums, mechanism, "sum")
+
+    try:
+        return _in_both_worlds(run, trials, stream)
+    finally:
+        ledger.close()
+
+
+def _in_both_worlds(run: Callable[[Noise], tuple[float, float]], trials: int, stream: Streams) -> Scores:
+    pairs = [run(stream(trial)) for trial in range(trials)]
+    return [without for without, _ in pairs], [with_ for _, with_ in pairs]
+
+
+def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, passed: str) -> tuple[float, float]:
+    """Each world's log likelihood ratio, with the canary to without, if the mechanism did as its price says.
+
+    A release x, in clip norms, is N(0, z²) without, and with it a mixture of that and N(1, z²) in the share q.
+    """
+    if not sums_T2:
+        return 0.0, 0.0
+    q, z = _price(mechanism, passed).sampling_rate, max(_price(mechanism, passed).noise_multiplier, 1e-3)
+    x_T2 = np.array(sums_T2) / mechanism.guarantee()["clip_norm"]
+    absent = math.log1p(-q) if q < 1 else -math.inf
+    without, with_ = np.logaddexp(absent, math.log(q) + (2 * x_T2 - 1) / (2 * z**2)).sum(0).tolist()
+    return without, with_
+
+
+def _price(mechanism: Mechanism, passed: str) -> Spend:
+    price = mechanism.price(passed)
+    if price is None:
+        raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and no price for the door {passed!r}; state it")
+    return price
+
+
+def _in_turns(number: int) -> Tensor:
+    """[number]: small, above zero and below it in turns."""
+    return SMALL * (1.0 - 2.0 * (torch.arange(number) % 2))

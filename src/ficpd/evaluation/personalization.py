@@ -1,0 +1,133 @@
+"""What each level of a method's prompts is worth at home and elsewhere: a prompt that wins at home by failing everywhere
+else has to be seen to do so. A simulation's view: nothing leaves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute
+from ficpd.evaluation.evaluate import predicted_by, summary
+from ficpd.federation.client import Client, at_home, personal_prompt
+from ficpd.interfaces import Method
+from ficpd.traits import Calibrates
+from ficpd.types import Batch, Record, Score, State
+
+PERSONAL = "personal"
+ELSEWHERE = 64
+"""Test records of other clusters that each client's prompts are tried on, at most."""
+
+Levels = dict[str, dict[str, Score | None]]
+Work = tuple[Tensor, Batch, Sequence[Record]]
+"""A prompt, and the records that it is tried on, encoded and as they are."""
+
+
+def levels(
+    method: Method, state: State, clients: Mapping[str, Client], model: Compute, round: int, seed: int
+) -> Levels:
+    """`personal`, `cluster` and `global`, as far as the method has them: scores on the client's `own` test records and on
+    those of clients of `others`' clusters (of other clients, where there is one cluster or none) with the same task. Means
+    over clients, of every level over the same ones; None where nobody has any."""
+    tested = {name: client for name, client in clients.items() if client.test}
+    member = state.facts.get("clusters") or {}
+    away = {name: _elsewhere(name, tested, member, seed) for name in tested}
+    found: Levels = {}
+    for level, prompts in _prompts(method, state, tested, round, member).items():
+        own = {name: (prompt, tested[name].encoded("test"), tested[name].test) for name, prompt in prompts.items()}
+        others = {name: (prompt, *found_away) for name, prompt in prompts.items() if (found_away := away[name])}
+        if level == PERSONAL:
+            own, others = _at_home(method, own, tested), _at_home(method, others, tested)
+        found[level] = {"own": _mean(own, tested, model), "others": _mean(others, tested, model)}
+    return found
+
+
+def at_newcomers(
+    method: Method, state: State, newcomers: Mapping[str, Client], model: Compute, round: int
+) -> dict[str, Score | None]:
+    """Clients that took no part, each on its own test records: the `global` prompt, and the `assigned` one that the method
+    would send to a client with such a card."""
+    tested = {name: client for name, client in newcomers.items() if client.test}
+    orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
+    shared = method.prompt(state)
+    prompts = {
+        "global": {} if shared is None else dict.fromkeys(tested, shared),
+        "assigned": {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()},
+    }
+    return {
+        level: _mean(
+            {n: (prompt, tested[n].encoded("test"), tested[n].test) for n, prompt in of.items()}, tested, model
+        )
+        for level, of in prompts.items()
+    }
+
+
+def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
+    """With what each client knows of itself, which may be of no use elsewhere."""
+    return {
+        name: (prompt, at_home(method, clients[name], batch), records)
+        for name, (prompt, batch, records) in work.items()
+    }
+
+
+def _prompts(
+    method: Method, state: State, tested: Mapping[str, Client], round: int, member: Mapping[str, int]
+) -> dict[str, dict[str, Tensor]]:
+    """Level to client to prompt; a level that is the same as the one above it for everybody is left out. A client that no
+    cluster has yet, for it was never heard, stands in its cluster's place with the prompt that all share."""
+    orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
+    basis, shared = method.basis(state), method.prompt(state)
+    found = {PERSONAL: {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}}
+    if member and "prototype-0" in basis:
+        of_clusters = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
+        found["cluster"] = ({} if shared is None else dict.fromkeys(tested, shared)) | of_clusters
+    if shared is not None:
+        found["global"] = dict.fromkeys(tested, shared)
+    order = list(found)
+    for above, below in pairwise(order):
+        if above == PERSONAL and isinstance(method, Calibrates) and method.statistics:
+            continue
+        if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
+            del found[above]
+    return found
+
+
+def _elsewhere(
+    name: str, tested: Mapping[str, Client], member: Mapping[str, int], seed: int
+) -> tuple[Batch, list[Record]] | None:
+    """Some test records of clients that this one shares neither name nor cluster with, encoded; None if there are none."""
+    apart = len({member[other] for other in tested if other in member}) > 1
+    others = [
+        client
+        for other, client in sorted(tested.items())
+        if other != name and client.task is tested[name].task and not (apart and member.get(other) == member.get(name))
+    ]
+    if not others:
+        return None
+    places = [(client, place) for client in others for place in range(len(client.test))]
+    drawn = torch.randperm(len(places), generator=rng.generator(seed, "elsewhere", name))[:ELSEWHERE].tolist()
+    chosen = [places[i] for i in drawn]
+    batches = [client.encoded("test").take([place]) for client, place in chosen]
+    return joined(batches), [client.test[place] for client, place in chosen]
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Batches of one task as one."""
+    first = batches[0]
+    return replace(
+        first,
+        items=tuple(items for batch in batches for items in batch.items),
+        targets=None if first.targets is None else torch.cat([b.targets for b in batches if b.targets is not None]),
+        extra={name: torch.cat([batch.extra[name] for batch in batches]) for name in first.extra},
+    )
+
+
+def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: Compute) -> Score | None:
+    predicted = predicted_by({name: (prompt, batch) for name, (prompt, batch, _) in work.items()}, model)
+    scores = {}
+    for name, (_, _, records) in work.items():
+        task = clients[name].task
+        scores[name] = task.score(predicted[name], task.targets(records))
+    return summary(scores) if scores else None

@@ -1,0 +1,1 @@
+"""Experiments: configuration, set-up, the runner, comparisons and reports."""

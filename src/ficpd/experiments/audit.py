@@ -1,0 +1,285 @@
+"""`ficpd audit`: attack a prompt, as somebody could who has its library, and a run, as its worst record could."""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute
+from ficpd.data import loading
+from ficpd.errors import PrivacyError, RunError
+from ficpd.evaluation.audit import canaries as mechanism_canaries
+from ficpd.evaluation.audit.attack_metrics import best_advantage, outcome
+from ficpd.evaluation.audit.canary_injection import has_labels, mislabelled, plant
+from ficpd.evaluation.audit.epsilon_bounds import one_run, two_worlds
+from ficpd.evaluation.audit.member_split import Split, split_records
+from ficpd.evaluation.audit.membership import ATTACKS, Evidence
+from ficpd.evaluation.audit.report import Audit, LowerBound, markdown
+from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
+from ficpd.experiments.build import World, build_world
+from ficpd.experiments.config import parse
+from ficpd.experiments.run_directory import RunDir
+from ficpd.experiments.runner import one_method, silent
+from ficpd.experiments.setup import schedule_of
+from ficpd.federation.compression import none
+from ficpd.federation.privacy_plan import SERVER, part_for, planned
+from ficpd.interfaces import Compression, Method, Task
+from ficpd.library.card import guarantee
+from ficpd.library.library import PromptLibrary
+from ficpd.library.session import PREFERRED, open_library, pick, training_at_home
+from ficpd.optimizers import Training
+from ficpd.registry import settings
+from ficpd.types import Plan, Prompt, Record, State
+
+SHADOW_BATCH = 32
+DELTA = 1e-5
+"""At which a bound is given for a run that states no δ."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, opened again. `state` is the server's after its last round."""
+
+    directory: RunDir
+    world: World
+    method: Method
+    state: State
+    library: PromptLibrary
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A prompt under attack, and what shadows of it are tuned with: settings, and for how many `steps`."""
+
+    model: Compute
+    task: Task
+    start: Prompt
+    compression: Compression
+    training: Training
+    steps: int
+    vectors_PD: Tensor
+
+
+def audit_run(
+    folder: Path, prompt: str | None = None, shadows: int = 4, members: int = 1000, canaries: int = 100, seed: int = 0,
+    device: str = "cpu",
+) -> Audit:  # fmt: skip
+    """Attack a run's prompt (none named: the global one); leaves `audit.json` and `audit.md` in the run's directory.
+
+    `members` bounds the records attacked. With `canaries`, the federation is trained a second time, in a temporary
+    directory with a ledger of its own. Raises `RunError` for what is no finished run, `PrivacyError` where nothing was
+    left to attack.
+    """
+    run = open_run(Path(folder), device)
+    name = _named(run.library, prompt)
+    experiment, shards, task = run.world.experiment, run.world.shards.values(), run.world.task
+    (party,) = experiment.parties.values()
+    train = [record for shard in shards for record in shard.train]
+    spare = [record for shard in shards for record in shard.test] + loading.unused(party.held[0], experiment.seed)
+    target, split = _target(run, name), split_records(task, train, spare, members, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed)
+    planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
+    card, block = {**run.result, "method": run.method.name}, run.result["privacy"]
+    found = _audit(run.directory.path.name, name, card, block, target, split, shadow_SPD, seed)
+    found = replace(found, mechanism=mechanism_bound(run, seed), planted=planted)
+    _leave(found, run.directory)
+    return found
+
+
+def audit_library(
+    folder: Path, members: Sequence[Record], others: Sequence[Record], out: Path, prompt: str | None = None,
+    shadows: int = 4, limit: int = 1000, seed: int = 0, device: str = "cpu",
+) -> Audit:  # fmt: skip
+    """Attack a library's prompt, given records that it was tuned on (`members`) and `others` that it was not; leaves
+    `audit.json` and `audit.md` in `out`. Without the run there are no canaries, and so no bound on ε.
+
+    Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
+    """
+    opened = open_library(Path(folder), device)
+    library, card = opened.library, opened.library.card
+    name = _named(library, prompt)
+    training = training_at_home(library)
+    steps = max(int(card.get("num_rounds", 1)) * training.local_steps, 1)
+    whole = none.build(none.Config(), library.start, 0)
+    vectors_PD = library.prompts[name].vectors_PD
+    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
+    split = split_records(opened.task, members, others, limit, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed)
+    found = _audit(Path(folder).name, name, card, card.get("privacy", {}), target, split, shadow_SPD, seed)
+    _leave(found, RunDir(Path(out)))
+    return found
+
+
+def _audit(
+    of: str, prompt: str, card: Mapping[str, Any], block: Mapping[str, Any], target: Target, split: Split,
+    shadow_SPD: Tensor, seed: int,
+) -> Audit:  # fmt: skip
+    """The attacks on one prompt, without canaries."""
+    evidence = _evidence(target, shadow_SPD, split)
+    scores = {name: attack(evidence) for name, attack in ATTACKS.items()}
+    advantage, interval = best_advantage(scores, evidence.member_N, seed)
+    return Audit(
+        run=of,
+        method=str(card.get("method", "?")),
+        prompt=prompt,
+        guarantee=guarantee(block),
+        epsilon=block.get("epsilon"),
+        delta=block.get("delta"),
+        num_members=len(split.members),
+        num_nonmembers=len(split.outside),
+        num_shadows=len(shadow_SPD),
+        shadow_records=split.shadow_size,
+        attacks={name: outcome(score, evidence.member_N, seed) for name, score in scores.items()},
+        advantage=advantage,
+        advantage_interval=interval,
+        mechanism=None,
+        planted=None,
+        seed=seed,
+    )
+
+
+def _leave(found: Audit, directory: RunDir) -> None:
+    directory.write("audit.json", json.dumps({**asdict(found), "alarm": found.alarm}, indent=2) + "\n")
+    directory.write("audit.md", markdown(found))
+
+
+def open_run(folder: Path, device: str) -> Finished:
+    """Raises `RunError` if the folder holds no run, or one that has not finished or never began a round."""
+    directory, resolved = RunDir(folder), folder / "resolved.toml"
+    if not resolved.exists():
+        raise RunError(f"{folder} holds no run (no resolved.toml); give the directory that `ficpd run` wrote (--out)")
+    result = directory.result()
+    if result is None:
+        raise RunError(f"the run in {folder} has not finished (no result.json); go on with it first (--resume)")
+    experiment = parse(resolved.read_text(encoding="utf-8"), str(resolved), [f"engine.device={json.dumps(device)}"])
+    module, config = settings("methods", experiment.method)
+    method, library = module.build(config, experiment.training), PromptLibrary.load(folder)
+    saved = directory.load()
+    if not method.releases or not library.prompts or saved is None:
+        raise PrivacyError(
+            f"{method.name} left no prompt that depends on records in {folder}: nothing was left to attack. Audit a run "
+            "of a method that shares one (fedavg, ficpd, ...)"
+        )
+    world = build_world(experiment).starting(method)
+    library.check(world.model.backbone)
+    return Finished(directory, world, method, saved[0], library, result)
+
+
+def _named(library: PromptLibrary, name: str | None) -> str:
+    """Which prompt is attacked. Raises `LibraryError` if the library lacks it."""
+    name = name or next((n for n in PREFERRED if n in library.prompts), next(iter(library.prompts), None))
+    pick(library, name)
+    return str(name)
+
+
+# ---------------------------------------------------------------- the attack on one prompt
+
+
+def _target(run: Finished, name: str) -> Target:
+    """Shadows take as many steps as a client in the whole run."""
+    world, steps = run.world, max(run.method.work(run.state)[0] * run.result["num_rounds"], 1)
+    training, vectors_PD = world.experiment.training, run.library.prompts[name].vectors_PD
+    return Target(world.model, world.task, world.start, world.compression, training, steps, vectors_PD)
+
+
+def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
+    """In batches as large as a cohort's together."""
+    return shadow_prompts(
+        target.model, target.task, target.start, target.compression, target.training, split.pool, split.shadow_size,
+        target.steps, SHADOW_BATCH, number, seed,
+    )  # fmt: skip
+
+
+def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> Evidence:
+    every_SPD = torch.cat([target.vectors_PD[None], shadow_SPD])
+    loss_SN = _losses(target, every_SPD, [*split.members, *split.outside])
+    loss_SZ = _losses(target, every_SPD, split.population)
+    member_N = np.arange(loss_SN.shape[1]) < len(split.members)
+    likelihood = has_labels(target.task, split.members)
+    return Evidence(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
+
+
+def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:
+    return losses(target.model, target.task, prompts_SPD, records, target.start)
+
+
+# ---------------------------------------------------------------- the mechanism, and planted records
+
+
+def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound | None:
+    """The worst record (or client) against the mechanism of the site that spent most; None where nothing was noised.
+
+    The mechanism is the one that was planned; what it plays is what was released, which is less if the budget ended it.
+    """
+    block = run.result["privacy"]
+    if not block.get("lines"):
+        return None
+    module, config = settings("privacy", part_for(run.method, run.world.experiment.privacy))
+    holders = run.world.holders(run.method.pools_data)
+    plans = planned(
+        run.method, run.state, {n: len(s.train) for n, s in holders.items()}, schedule_of(run.world, run.method)
+    )
+    plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
+    mechanism = module.build(config, plan)
+    door = mechanism_canaries.door(mechanism)
+    released = sum(line["releases"] for line in block["lines"] if line["name"] == mechanism.price(door).name)
+    plan = _played(plan, door, released)
+    runs = mechanism_canaries.affordable(mechanism, plan, trials)
+    found = mechanism_canaries.lower_bound(mechanism, plan, block["delta"], trials, seed=seed)
+    reach = two_worlds([0.0] * runs, [1.0] * runs, block["delta"])
+    return LowerBound(found, block["epsilon"], block["delta"], reach, runs)
+
+
+def _played(plan: Plan, door: str, released: int) -> Plan:
+    """The plan of a run that made this many releases."""
+    if door == "step":
+        return replace(plan, participations=released // plan.steps)
+    return replace(plan, participations=released, num_rounds=released)
+
+
+def planted_bound(
+    run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
+) -> LowerBound | None:
+    """Train the federation again with mislabelled records, each put in by the flip of a coin, and guess which were.
+
+    None if fewer than six can be made. A record's change is a client's change too; where the server noises whole clients
+    the guarantee is for one client more or less, and a changed client is two steps: (2ε, (1 + e^ε) δ).
+    """
+    planted = mislabelled(run.world.task, list({r.key: r for r in pool}.values())[:number], run.world.shards, seed)
+    if len(planted) < 6:
+        return None
+    coin_M = np.random.default_rng(rng.derive(seed, "coins")).random(len(planted)) < 0.5
+    shards = plant(run.world.shards, [record for record, heads in zip(planted, coin_M, strict=True) if heads], seed)
+    with tempfile.TemporaryDirectory(prefix="ficpd-audit-") as folder:
+        again = RunDir(Path(folder) / "run")
+        result = one_method(replace(run.world, shards=shards), run.world.experiment.method, again, None, silent)
+        library = PromptLibrary.load(again.path)
+    trained_again = replace(run, library=library)
+    name = name if name in library.prompts else _named(library, None)
+    loss_SM = _losses(
+        _target(trained_again, name), torch.cat([library.prompts[name].vectors_PD[None], shadow_SPD]), planted
+    )
+    stated, delta = _for_a_record(result["privacy"])
+    score_M = loss_SM[1:].mean(0) - loss_SM[0]
+    reach = one_run(coin_M.astype(float), coin_M, delta)
+    return LowerBound(one_run(score_M, coin_M, delta), stated, delta, reach, len(planted))
+
+
+def _for_a_record(block: Mapping[str, Any]) -> tuple[float | None, float]:
+    """What a run's privacy block promises of one record put in or not: ε (None: nothing) and δ."""
+    epsilon, delta = block["epsilon"], block["delta"]
+    if epsilon is None:
+        return None, DELTA
+    if (block["unit"], block["site_that_spent_most"]) == ("client", SERVER):
+        delta = (1 + math.exp(epsilon)) * delta
+        return (2 * epsilon, delta) if delta < 1 else (None, DELTA)
+    return epsilon, delta

@@ -1,0 +1,144 @@
+"""A comparison from its plan to its folder: run what is missing, then say what all of it comes to."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ficpd import __version__
+from ficpd.errors import RunError
+from ficpd.experiments.comparison import SCHEMA, pareto, summary
+from ficpd.experiments.comparison.grid import Plan
+from ficpd.experiments.comparison.overrides import LINES
+from ficpd.experiments.comparison.results import rows
+from ficpd.experiments.comparison.results_dir import CELLS, check_versions, keys, locked, outcome, take
+from ficpd.experiments.comparison.run_cell import Outcome
+from ficpd.experiments.comparison.statistics import CONFIDENCE
+from ficpd.experiments.comparison.worker_pool import Crew, Event, Job
+from ficpd.experiments.config import to_toml
+from ficpd.experiments.report.comparison_tables import write_tables
+from ficpd.storage import write
+
+JSON_FILE = "compare.json"
+Seen = Callable[[Event], None]
+
+
+def compare(
+    plan: Plan, out: Path, jobs: int | None = None, redo: bool = False, planned: Callable[[int, int], None] | None = None,
+    seen: Seen = lambda event: None, known: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run what is missing in `out`, `jobs` runs at a time (None: one for each core; one where a GPU does the work), and
+    write the tables; also when it is interrupted. `planned` is told how many runs there are, and how many are missing.
+
+    Raises `RunError` if another process is at work in `out`, or if it holds results of another version (`redo`: they are run
+    again), or if `known` holds no comparison.
+    """
+    earlier = read_comparison(known) if known is not None else None
+    with locked(out) as lock:
+        names = keys(out, plan.cells)
+        check_versions(out, list(names.values()), redo)
+        if earlier is not None:
+            take(out, earlier, plan.cells, names)
+        write(out / "compare.toml", plan.text)
+        missing = _missing(plan, out, names)
+        if planned is not None:
+            planned(len(names), len(missing))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        number = min(jobs or (1 if _on_gpu(plan) else cores), max(len(missing), 1))
+        try:
+            if missing:
+                Crew(out / CELLS, number, max(1, cores // number), lock, seen).work(missing)
+        finally:
+            found = described(plan, {h: outcome(out, key) for h, key in names.items()}, names)
+            write(out / JSON_FILE, json.dumps(found, indent=1) + "\n")
+            write_tables(found, out)
+        return found
+
+
+def _missing(plan: Plan, out: Path, names: Mapping[str, str]) -> list[Job]:
+    """The runs without a figure, each once; of one ground in the plan's order."""
+    first = {cell.hash: cell for cell in reversed(plan.cells)}
+    open_ = [h for h in names if (outcome(out, names[h]) or {}).get("status") != "done"]
+    (out / CELLS).mkdir(parents=True, exist_ok=True)
+    return [Job(names[h], to_toml(first[h].experiment), first[h].ground) for h in open_]
+
+
+def _on_gpu(plan: Plan) -> bool:
+    return any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
+
+
+def described(plan: Plan, outcomes: Mapping[str, Outcome | None], names: Mapping[str, str]) -> dict[str, Any]:
+    """`compare.json` (its schema is the docstring of `ficpd.experiments.comparison`)."""
+    spec, cells = plan.spec, rows(plan.cells, names, outcomes)
+    metrics = summary.metrics_of(cells, plan.axes["tasks"])
+    seen = summary.Seen(cells, list(plan.methods), spec.figure, spec.test, plan.reference, metrics)
+    return {
+        "schema": SCHEMA,
+        "ficpd": __version__,
+        "name": spec.name,
+        "figure": spec.figure,
+        "reference": plan.reference,
+        "lines": seen.lines,
+        "test": spec.test,
+        "confidence": CONFIDENCE,
+        "seeds": list(spec.seeds),
+        "methods": {label: _method(label, piece) for label, piece in plan.methods.items()},
+        "tasks": {label: _task(plan, label, metrics[label]) for label in plan.axes["tasks"]},
+        "partitions": {label: dict(piece.get("partition", {})) for label, piece in plan.axes["partitions"].items()},
+        "budgets": {label: _budget(piece) for label, piece in plan.axes["budgets"].items()},
+        "sweeps": {path: list(values) for path, values in plan.sweeps.items()},
+        "cells": [
+            {key: value for key, value in row.items() if key not in ("metric", "of_task", "backbone")} for row in cells
+        ],
+        "conditions": summary.conditions(seen),
+        "settings": summary.settings(seen),
+        "fronts": pareto.fronts(seen),
+        "targets": pareto.targets(seen, spec.targets),
+        "counts": dict(Counter(row["status"] for row in cells)),
+    }
+
+
+def _method(label: str, piece: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {key: value for key, value in piece.items() if key not in ("private", "method")}
+    own = {key: value for key, value in piece["method"].items() if key != "name"}
+    set_ = {**({"method": own} if own else {}), **parts}
+    return {"name": piece["method"]["name"], "line": label in LINES, "private": piece.get("private", True), "set": set_}
+
+
+def _task(plan: Plan, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:
+    experiment = next(cell.experiment for cell in plan.cells if cell.task == label)
+    names = [
+        f"{group}: {party.task['name']}" if group else party.task["name"] for group, party in experiment.parties.items()
+    ]
+    return {"task": ", ".join(names), "backbone": experiment.backbone.name, "metric": dict(metric) if metric else None}
+
+
+def _budget(piece: Mapping[str, Any]) -> dict[str, float | None]:
+    """Infinity is no JSON: no limit."""
+    return {
+        k: None if piece.get(k) in (None, float("inf")) else piece[k] for k in ("epsilon", "rounds", "bytes", "queries")
+    }
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """The `compare.json` of a folder, or the file itself. Raises `RunError` if it is none, or of another schema."""
+    file = path / JSON_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(
+            f"{path} holds no comparison ({JSON_FILE}); make one with `ficpd compare FILE.toml --out {path}`"
+        )
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(
+            f"{file} cannot be read: {error}. Give the comparison's TOML file again to have it written anew"
+        ) from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        raise RunError(
+            f"{file} is of schema {schema}, and this is ficpd {__version__}, which reads schema {SCHEMA}; give the "
+            "comparison's TOML file again to have it written anew"
+        )
+    return found

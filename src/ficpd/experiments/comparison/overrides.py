@@ -1,0 +1,265 @@
+"""The axes of a comparison: pieces of a recipe, by label, and how they are laid over the base."""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ficpd.errors import ConfigError, unknown
+from ficpd.experiments.config import Experiment, changed, text_of
+from ficpd.registry import load
+
+Piece = Mapping[str, Any]
+Sweeps = dict[str, list[Any]]
+
+LINES: dict[str, Piece] = {
+    "zero_shot": {"method": {"name": "zero_shot"}},
+    "local": {"method": {"name": "local"}},
+    "centralized": {"method": {"name": "centralized"}, "private": False},
+}
+OWN_AXIS = {"name", "seed", "baselines", "method"}
+PARTS = {
+    "methods": {"method", "training", "prompt", "compression", "distillation"},
+    "tasks": set(Experiment.model_fields) - OWN_AXIS,
+    "partitions": {"partition"},
+    "budgets": {"privacy", "federation", "compression"},
+}
+BESIDES = {
+    "methods": {"private"},
+    "tasks": {"recipe"},
+    "partitions": set(),
+    "budgets": {"epsilon", "rounds", "bytes", "queries"},
+}
+GIVEN = "given"
+"""The label of an axis that the file leaves out: as the recipe has it."""
+
+
+def checked_pieces(axis: str, table: Any, where: str) -> dict[str, Piece]:
+    """The entries of one axis. Raises `ConfigError` for a part that this axis must not change."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: {axis} is a table of entries, such as [{axis}.LABEL]")
+    for label, piece in table.items():
+        if not label.strip() or not label.isprintable():
+            raise ConfigError(f"{where}: {axis} has the label {label!r}; a label is a few printable characters")
+        if not isinstance(piece, Mapping):
+            raise ConfigError(f"{where}: {axis}.{label} = {piece!r}: expected a piece of a recipe, [{axis}.{label}]")
+        for key, value in piece.items():
+            _check_key(axis, label, key, value, where)
+    return dict(table)
+
+
+def _check_key(axis: str, label: str, key: str, value: Any, where: str) -> None:
+    here, may = f"{where}: {axis}.{label}", PARTS[axis] | BESIDES[axis]
+    if key in OWN_AXIS | set(Experiment.model_fields) and key not in may:
+        raise ConfigError(
+            f"{here}.{key}: an entry of {axis} may change {', '.join(sorted(may))}; what else there is is the same for all "
+            "cells that are compared"
+        )
+    if key not in may:
+        raise ConfigError(f"{here}: {unknown('key', key, may)}")
+    if key in PARTS[axis] and not isinstance(value, Mapping):
+        raise ConfigError(f"{here}.{key} = {value!r}: expected a part of a recipe, such as {key} = {{ ... }}")
+    if key in BESIDES["budgets"]:
+        _check_number(f"{here}.{key}", key, value)
+    if key == "private" and not isinstance(value, bool):
+        raise ConfigError(f"{here}.private = {value!r}: expected true or false")
+    if key == "recipe" and not isinstance(value, str):
+        raise ConfigError(f"{here}.recipe = {value!r}: expected a recipe's name or a TOML file")
+
+
+def _check_number(here: str, key: str, value: Any) -> None:
+    """Above 0; only epsilon may be without an end, and rounds are whole."""
+    kind = int if key == "rounds" else int | float
+    fits = isinstance(value, kind) and not isinstance(value, bool) and value > 0
+    if not fits or (key != "epsilon" and math.isinf(value)):
+        raise ConfigError(f"{here} = {value!r}: expected a {'whole ' * (kind is int)}number above 0")
+
+
+def parsed_sweeps(given: Iterable[str]) -> Sweeps:
+    """`part.key=a,b,c`, each value as `--set` reads it.
+
+    >>> parsed_sweeps(["privacy.epsilon=1,2,4", "training.tuner=adam, sgd", "prompt.text='a, b','c'"])
+    {'privacy.epsilon': [1, 2, 4], 'training.tuner': ['adam', 'sgd'], 'prompt.text': ['a, b', 'c']}
+    """
+    sweeps: Sweeps = {}
+    for sweep in given:
+        path, equals, text = sweep.partition("=")
+        path = path.strip()
+        keys = path.split(".")
+        if not equals or not text.strip() or len(keys) < 2 or not all(keys):
+            raise ConfigError(f"--ablate {sweep!r}: expected part.key=value,value, such as privacy.epsilon=1,2,4")
+        if keys[0] not in Experiment.model_fields or keys[0] in OWN_AXIS - {"method"}:
+            known = sorted(set(Experiment.model_fields) - OWN_AXIS | {"method"})
+            raise ConfigError(f"--ablate {sweep!r}: {unknown('part', keys[0], known)}")
+        if path == "method.name":
+            raise ConfigError(f"--ablate {sweep!r}: methods are entries of the file, [methods.LABEL]")
+        if path in sweeps:
+            raise ConfigError(f"--ablate {sweep!r}: {path} is swept twice; give all its values at once")
+        values = _values(text, sweep)
+        if len({repr(value) for value in values}) < len(values):  # 1 and true are equal
+            raise ConfigError(f"--ablate {sweep!r}: a value stands there twice")
+        sweeps[path] = values
+    return sweeps
+
+
+def _values(text: str, sweep: str) -> list[Any]:
+    """All of it as a TOML array; where it is none, word by word."""
+    try:
+        return tomllib.loads(f"values = [{text}]")["values"]
+    except tomllib.TOMLDecodeError:
+        words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ConfigError(f"--ablate {sweep!r}: a value is empty; write part.key=value,value")
+    return [_word(word) for word in words]
+
+
+def _word(word: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {word}")["value"]
+    except tomllib.TOMLDecodeError:
+        return word
+
+
+def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
+    """Every method and line by label, its module named; those with a setting that is swept once for each value."""
+    named = {label: _named(label, piece, where) for label, piece in {**LINES, **pieces}.items()}
+    for path, values in sweeps.items():
+        if not path.startswith("method."):
+            continue
+        key = path.split(".")[1]
+        having = [
+            label
+            for label, piece in named.items()
+            if key in load("methods", piece["method"]["name"]).Config.model_fields
+        ]
+        if not having:
+            known = {
+                k for piece in named.values() for k in load("methods", piece["method"]["name"]).Config.model_fields
+            }
+            raise ConfigError(f"--ablate {path}: no method here has it: {unknown('setting', key, known)}")
+        named = {
+            new: variant
+            for label, piece in named.items()
+            for new, variant in (_variants(label, piece, path, values) if label in having else {label: piece}).items()
+        }
+    return named
+
+
+def _named(label: str, piece: Piece, where: str) -> Piece:
+    method = dict(piece.get("method", {}))
+    method.setdefault("name", label)
+    if label in LINES and method["name"] != label:
+        raise ConfigError(
+            f"{where}: methods.{label} is a line that is always there; give {method['name']} another label"
+        )
+    if label == "centralized" and piece.get("private"):
+        raise ConfigError(f"{where}: methods.centralized is the line without privacy; give a private one another label")
+    load("methods", method["name"])
+    return {**LINES.get(label, {}), **piece, "method": method}
+
+
+def _variants(label: str, piece: Piece, path: str, values: list[Any]) -> dict[str, Piece]:
+    found = {}
+    for value in values:
+        tree: dict[str, Any] = {"method": dict(piece["method"])}
+        put(tree, path, value)
+        found[f"{label} {path.removeprefix('method.')}={shown(value)}"] = {**piece, **tree}
+    return found
+
+
+def shown(value: Any) -> str:
+    """A swept value in a label.
+
+    >>> shown(0.5), shown("adam"), shown(True), shown([1, 2])
+    ('0.5', 'adam', 'true', '[1, 2]')
+    """
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set one value; the mappings on its way are copied, so that nothing else that holds them changes."""
+    *above, last = path.split(".")
+    for key in above:
+        inner = tree.get(key, {})
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"--ablate {path}: {key} is a value, not a part with keys of its own")
+        tree[key] = dict(inner)
+        tree = tree[key]
+    tree[last] = value
+
+
+def base_of(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple[dict[str, Any], str]:
+    """A recipe's tree with changes, and what to call it; a TOML file is looked for beside the comparison's own."""
+    if beside is not None and recipe.endswith(".toml"):
+        recipe = str(beside / Path(recipe).expanduser())
+    text, where = text_of(recipe)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not TOML: {error}") from error
+    for change in changes:
+        changed(tree, change)
+    return tree, where
+
+
+def laid_over(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """The tree with the piece's keys in its parts. A part of another name or kind takes the old one's place whole.
+
+    >>> laid_over({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
+    {'training': {'s': 2, 'n': 4}, 'task': {'name': 'b'}}
+    """
+    tree = dict(tree)
+    for key, part in piece.items():
+        before = tree.get(key)
+        if not isinstance(part, Mapping) or not isinstance(before, Mapping) or _another(before, part):
+            tree[key] = part
+        else:
+            tree[key] = {**before, **part}
+    return tree
+
+
+def _another(before: Piece, part: Piece) -> bool:
+    return any(key in part and part[key] != before.get(key) for key in ("name", "kind"))
+
+
+def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """Groups and a task of one's own exclude each other: whichever the piece has, the other goes."""
+    if "groups" in piece:
+        tree = {key: part for key, part in tree.items() if key not in ("task", "data", "partition")}
+    return laid_over(tree, {key: part for key, part in piece.items() if key != "recipe"})
+
+
+def with_partition(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """In a recipe with groups, each group's."""
+    if "groups" not in tree:
+        return laid_over(tree, piece)
+    return {**tree, "groups": {name: laid_over(dict(group), piece) for name, group in tree["groups"].items()}}
+
+
+def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """The parts it changes, then epsilon and rounds; bytes and queries do not change a run."""
+    tree = laid_over(tree, {key: part for key, part in piece.items() if key in PARTS["budgets"]})
+    if "rounds" in piece:
+        tree = laid_over(tree, {"federation": {"num_rounds": piece["rounds"]}})
+    return with_epsilon(tree, piece["epsilon"]) if "epsilon" in piece else tree
+
+
+def with_epsilon(tree: dict[str, Any], epsilon: Any) -> dict[str, Any]:
+    """`inf`: without privacy. A recipe that has none gets the record-level mechanism."""
+    if isinstance(epsilon, float) and math.isinf(epsilon):
+        return {**tree, "privacy": {"name": "none"}}
+    privacy = tree.get("privacy", {"name": "none"})
+    if privacy.get("name") == "none":
+        privacy = {"name": "record_gaussian"}
+    return {**tree, "privacy": {**privacy, "epsilon": epsilon}}
+
+
+def with_sweep(tree: dict[str, Any], sweep: Mapping[str, Any]) -> dict[str, Any]:
+    tree = dict(tree)
+    for path, value in sweep.items():
+        if path == "privacy.epsilon":
+            tree = with_epsilon(tree, value)
+        else:
+            put(tree, path, value)
+    return tree

@@ -1,0 +1,83 @@
+"""Where a tuned head starts: the answers' texts, the class means of a few public examples, or directions that are drawn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute
+from ficpd.data import loading
+from ficpd.errors import ConfigError, DataError
+from ficpd.interfaces import Backbone, Task
+from ficpd.types import Prompt, Query, Record
+
+ROLES = ("text", "text_pair", "image", "target")
+
+
+def start(task: Task, backbone: Backbone, examples: Sequence[Record] | None, seed: int) -> Tensor:
+    """[head_rows, D], each of root mean square 1. The examples' classes count more than the answers' texts; a backbone that
+    has neither gets directions drawn from the seed, and a head that knows nothing yet."""
+    if not task.head_rows:
+        return torch.zeros(0, backbone.width)
+    if examples is not None:
+        rows_CD = class_means(task, backbone, examples)
+    elif backbone.knows_words:
+        readout_CD = task.readout(backbone)
+        if readout_CD is None:
+            raise ConfigError(
+                "task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts, or give "
+                "prompt.head_examples"
+            )
+        rows_CD = readout_CD.float().cpu()
+    else:
+        rows_CD = torch.randn(task.head_rows, backbone.width, generator=rng.generator(seed, "head"))
+    return rows_CD / rows_CD.square().mean(1, keepdim=True).sqrt()
+
+
+def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Tensor:
+    """[C, D]: of each label the mean of its examples' features, without a prompt (the nearest class mean, Snell et al.,
+    NeurIPS 2017, arXiv 1703.05175).
+
+    Raises `ConfigError` for a task without labels, `DataError` for a label without an example.
+    """
+    labels = list(task.describe().get("labels") or ())
+    if not labels:
+        raise ConfigError(
+            f"prompt.head_examples: a {task.describe()['name']} has no classes to take means of; leave it out"
+        )
+    found = task.targets(records)
+    if missing := [label for label in labels if label not in found]:
+        raise DataError(
+            f"prompt.head_examples: none of the {len(records)} records is {', '.join(missing)}; give one or more of each"
+        )
+    nothing = Prompt(torch.zeros(task.head_rows, backbone.width), backbone.fingerprint, 0, task.head_rows)
+    batch = replace(task.encode(records, backbone, nothing), targets=None)
+    outputs = Compute(backbone, 0).answer([Query(nothing.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
+    assert outputs is not None
+    features_BD = outputs.features_RD.cpu()
+    return torch.stack([features_BD[torch.tensor([one == label for one in found])].mean(0) for label in labels])
+
+
+def examples(place: str, data: loading.Config) -> list[Record]:
+    """The labelled records at `place`, in the columns of the clients' own, which must be others'."""
+    if Path(place).expanduser().resolve() == Path(data.source).expanduser().resolve():
+        raise ConfigError(
+            f"prompt.head_examples = {place!r} is data.source, the clients' own records, which nobody else may see; name "
+            "public ones"
+        )
+    columns = {role: column for role, column in data.columns.items() if role in ROLES}
+    elsewhere = {
+        "source": place,
+        "columns": columns,
+        "keep": (),
+        "where": {},
+        "split_column": None,
+        "dev_as_train": False,
+    }
+    try:
+        return loading.read_all(data.model_copy(update=elsewhere))
+    except DataError as error:
+        raise DataError(f"prompt.head_examples: {error}") from error

@@ -1,0 +1,193 @@
+"""Where a run begins: the prompt that all start from, and what is measured at it on records that are nobody's."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ficpd import rng
+from ficpd.backbones import catalog
+from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.vocabulary import prompt_of
+from ficpd.errors import ConfigError, unknown
+from ficpd.experiments import head_init
+from ficpd.experiments.config import Experiment, PromptConfig
+from ficpd.federation.compression.subspace import Gradients
+from ficpd.interfaces import Backbone, Compression, Task
+from ficpd.library.library import PromptLibrary
+from ficpd.optimizers.search_space import Space, clip_units
+from ficpd.registry import settings
+from ficpd.tasks import made_up
+from ficpd.tasks.build import start_text
+from ficpd.traits import MakesUp
+from ficpd.types import LORA, Batch, Prompt, Query, Record
+
+HEADROOM = 2.0
+"""At the median norm itself half of the records are clipped, those that are answered wrongly most of all, and the most
+frequent answer wins: 72.5 and 69.6 % (two noise seeds, ε = 2) where twice the norm gave 76.4 and 77.9 %, thrice 75.3."""
+SLOPES, APART = 32, 0.05
+Norms = Callable[[int], torch.Tensor]
+"""How many, to the lengths of that many public gradients."""
+
+
+def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
+    """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
+    config, defaults = (
+        experiment.prompt,
+        catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth),
+    )
+    saved = _saved_prompt(config, backbone, tasks[0].head_rows) if config.library else None
+    enters_at = saved.enters_at if saved else defaults.enters_at if config.enters_at is None else config.enters_at
+    if enters_at >= backbone.depth:
+        raise ConfigError(
+            f"prompt.enters_at = {enters_at}: {backbone.name} has {backbone.depth} layers, so 0 to {backbone.depth - 1}"
+        )
+    text = None if config.init == "vocabulary" else config.text or start_text(tasks)
+    tokens_PD = saved.vectors_PD if saved else backbone.start(text, config.num_tokens, enters_at, experiment.seed)
+    rms = float(tokens_PD.float().square().mean().sqrt())
+    head_CD = _head(experiment, tasks[0], backbone)
+    vectors_PD = torch.cat([tokens_PD, head_CD * rms]) if len(head_CD) else tokens_PD
+    training = experiment.training
+    if training.learning_rate is None:
+        training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
+    if training.seed is None:
+        training = training.model_copy(update={"seed": rng.derive(experiment.seed, "public", "training")})
+    prompt = config.model_copy(update={"enters_at": enters_at, "num_tokens": len(tokens_PD)})
+    return (
+        Prompt(vectors_PD, backbone.fingerprint, enters_at, tasks[0].head_rows),
+        experiment.model_copy(update={"prompt": prompt, "training": training}),
+    )
+
+
+def start_words(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> Prompt:
+    """The same start as token ids, [P, 1]. `ConfigError` where it would be a library's vectors, or a head is tuned."""
+    config = experiment.prompt
+    if config.library or tasks[0].head_rows:
+        what = (
+            "task.tuned_head = true: it" if tasks[0].head_rows else "prompt.init = 'library': what was tuned as vectors"
+        )
+        raise ConfigError(f"{what} is no words, and this method's prompts are; leave it out")
+    text = None if config.init == "vocabulary" else config.text or start_text(tasks)
+    ids_P1 = prompt_of(backbone.words, backbone.name, text, config.num_tokens, experiment.seed)
+    return Prompt(ids_P1, backbone.fingerprint)
+
+
+def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> Prompt:
+    """A library's prompt as the start. It was made by a federation: what that spent is stated in its own card."""
+    library = PromptLibrary.load(Path(str(config.library)).expanduser())
+    library.check(backbone)
+    if config.of not in library.prompts:
+        raise ConfigError(f"prompt.{unknown('of', config.of, library.prompts)}")
+    found = library.prompts[config.of]
+    if found.enters_at == LORA:
+        raise ConfigError("prompt.init = 'library': that library holds LoRA weights, which no prompt can start from")
+    if found.head_rows or head_rows:
+        raise ConfigError(
+            "prompt.init = 'library': a prompt with a tuned head cannot be started from; leave tuned_head false"
+        )
+    if config.enters_at not in (None, found.enters_at):
+        raise ConfigError(
+            f"prompt.enters_at = {config.enters_at}, but {config.of!r} enters at {found.enters_at}; leave it out"
+        )
+    return found
+
+
+def _head(experiment: Experiment, task: Task, backbone: Backbone) -> torch.Tensor:
+    """The tuned head's rows, of root mean square 1."""
+    place = experiment.prompt.head_examples
+    if place is None or not task.head_rows:
+        if place is not None:
+            raise ConfigError("prompt.head_examples: no head is tuned; set task.tuned_head = true, or leave it out")
+        return head_init.start(task, backbone, None, experiment.seed)
+    data, _ = next(iter(experiment.parties.values())).held
+    return head_init.start(task, backbone, head_init.examples(place, data), experiment.seed)
+
+
+def measured(
+    experiment: Experiment, tasks: Sequence[Task], model: Compute, start: Prompt
+) -> tuple[Experiment, Compression]:
+    """The experiment with a clip norm, and the compression: both may go by gradients at the start on made-up records."""
+    module, config = settings("compression", experiment.compression)
+    seed = rng.derive(experiment.seed, "public")
+    public = lru_cache(partial(public_gradients, model, tasks, start, seed))
+    gradients = public if model.backbone.gives_gradients else None
+    compression = module.build(config, start, seed, gradients)
+    norms = partial(slopes_for_norms, model, tasks, start, compression, seed)
+    privacy = open_clip(experiment, start, compression, gradients, norms)
+    return experiment.model_copy(update={"privacy": privacy}), compression
+
+
+def open_clip(
+    experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None, norms_of: Norms
+) -> dict[str, Any]:
+    """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
+    units that the tuner sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
+    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at. Where
+    there are no gradients, `norms_of` so many made-up records are taken instead."""
+    privacy = dict(experiment.privacy)
+    if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
+        return privacy
+    if "placement" in privacy:
+        training = experiment.training
+        longest = training.local_steps * (training.learning_rate or 0) * start.vectors_PD.numel() ** 0.5
+        return privacy | {"clip_norm": longest / 2}
+    if not start.vectors_PD.is_floating_point():  # words: left open, a method may have one of its own
+        return privacy
+    groups = list(experiment.parties)
+    number = max(256, 8 * len(groups))
+    if gradients is None:
+        lengths = norms_of(number)
+    else:
+        found, coordinates = gradients(number), compression.coordinates
+        flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
+        lengths = flat.norm(dim=1)
+    norms = lengths.split([len(range(place, number, len(groups))) for place in range(len(groups))])
+    clips = {group: HEADROOM * float(own.median()) for group, own in zip(groups, norms, strict=True)}
+    return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
+
+
+def public_gradients(model: Compute, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
+    """[number, P, D]: gradients at the start prompt on made-up records, every task and every possible answer in turn;
+    nobody's data."""
+    compute, found = Compute(model.backbone, 0, model.chunk_tokens), []
+    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+        answer = compute.answer([Query(start.vectors_PD[None], batch, grad=True)])[0]  # nothing below is worth keeping
+        assert answer.grad_KBPD is not None
+        found.append(answer.grad_KBPD[0].cpu())
+    return torch.cat(found)
+
+
+def slopes_for_norms(
+    model: Compute, tasks: Sequence[Task], start: Prompt, compression: Compression, seed: int, number: int
+) -> torch.Tensor:
+    """[number]: about how long these gradients would be, from losses alone: along `SLOPES` directions of random signs a
+    gradient's slope is as large as it is long, in root mean square. Tried at a distance of `APART` of the start's root mean
+    square, per number of the prompt."""
+    space = Space(tuple(start.vectors_PD.shape), compression.coordinates)
+    apart = APART * float(start.vectors_PD.square().mean().sqrt()) * space.unit
+    signs_KN, compute, found = space.signs(SLOPES, seed, "norms"), Compute(model.backbone, 0, model.chunk_tokens), []
+    prompts_KPD = start.vectors_PD + space.up(torch.cat([apart * signs_KN, -apart * signs_KN]))
+    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+        up_KB, down_KB = compute.answer([Query(prompts_KPD, batch)])[0].loss_KB.cpu().chunk(2)
+        found.append(((up_KB - down_KB) / (2 * apart)).square().mean(0).sqrt())
+    return torch.cat(found)
+
+
+def made_up_batches(
+    backbone: Backbone, tasks: Sequence[Task], start: Prompt, seed: int, number: int
+) -> Iterator[Batch]:
+    """`number` records that are nobody's, one batch a task, every possible answer in turn."""
+    records = made_up(backbone, number, seed)
+    for place, task in enumerate(tasks[:number]):
+        own = [
+            Record(r.key, {**r.fields, "target": task.possible[i % len(task.possible)], **_beside(task, i)})
+            for i, r in enumerate(records[place :: len(tasks)])
+        ]
+        yield task.encode(own, backbone, start)
+
+
+def _beside(task: Task, place: int) -> Mapping[str, Any]:
+    """What a made-up record of this task has beside text and target."""
+    return task.beside(place) if isinstance(task, MakesUp) else {}

@@ -1,0 +1,135 @@
+"""What a page is made of: sections of blocks. All text is plain here; the template escapes it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ficpd.experiments.report.figures import legend
+
+NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?\s?[▲▼]?$")
+
+
+@dataclass(frozen=True)
+class Table:
+    """`cells`: a line each, its first cell the line's heading. `marked`: the lines that the page is about."""
+
+    caption: str
+    heads: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    marked: frozenset[int] = frozenset()
+    kind: Literal["table"] = "table"
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers only (or dashes): they are set flush right.
+
+        >>> Table("", ["name", "share"], [["a", "81.2 [79.0, 83.1] ▲"], ["b", "–"]]).numeric
+        [False, True]
+        """
+        return [
+            place > 0 and all(NUMBER.match(line[place].strip()) for line in self.cells)
+            for place in range(len(self.heads))
+        ]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`plot` is what plotly.js draws (see `figures`), `alt` says in a sentence what it shows, `numbers` are its data."""
+
+    id: str
+    title: str
+    said: str
+    alt: str
+    plot: dict[str, Any]
+    numbers: Table
+    kind: Literal["figure"] = "figure"
+
+    @property
+    def legend(self) -> list[tuple[str, str, str]]:
+        return legend(self.plot)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `alarm`: one that must not be overlooked."""
+
+    words: str
+    alarm: bool = False
+    kind: Literal["text"] = "text"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and what they are, a line each. `large`: figures to be seen first."""
+
+    pairs: Sequence[tuple[str, str]]
+    large: bool = False
+    kind: Literal["facts"] = "facts"
+
+
+@dataclass(frozen=True)
+class Code:
+    """A file to unfold."""
+
+    title: str
+    words: str
+    kind: Literal["code"] = "code"
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """Texts to read under one heading, each with a few words about it."""
+
+    title: str
+    texts: Sequence[tuple[str, str]]
+    kind: Literal["quotes"] = "quotes"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Figures side by side where there is room."""
+
+    figures: Sequence[Figure]
+    kind: Literal["pair"] = "pair"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tables to unfold."""
+
+    title: str
+    tables: Sequence[Table]
+    kind: Literal["fold"] = "fold"
+
+
+Block = Table | Figure | Text | Facts | Code | Quotes | Pair | Fold
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """`headline`: the result in one sentence; `lead`: what else belongs on the first screen."""
+
+    title: str
+    headline: str
+    lead: Sequence[Block] = ()
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+    @property
+    def figures(self) -> list[Figure]:
+        found: list[Figure] = []
+        for block in [*self.lead, *(block for section in self.sections for block in section.blocks)]:
+            found += [block] if isinstance(block, Figure) else list(block.figures) if isinstance(block, Pair) else []
+        return found
+
+
+def kept(*sections: Section | None) -> list[Section]:
+    """Those that have something to show."""
+    return [section for section in sections if section and section.blocks]

@@ -1,0 +1,173 @@
+"""Who is served how well: each client, together and alone, each level of the prompts, and the groups of a public column."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.report import figures
+from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
+from ficpd.experiments.report.load import Finished, Result
+from ficpd.experiments.report.markdown import GAPS, PERCENT, gap_in_words, within
+from ficpd.experiments.report.overview import digits, number
+
+MOST = 200
+"""Clients that a table of numbers lists one by one."""
+
+
+def clients(run: Finished) -> Section | None:
+    if "metrics" not in run.own:
+        return None
+    blocks = [_said(run), _spread(run), _worst_tenths(run), *_against_alone(run)]
+    return Section("clients", "Client by client", [block for block in blocks if block])
+
+
+def own_scores(result: Result, main: Metric) -> dict[str, float]:
+    """By client, as shown to a person."""
+    return {
+        name: main.scale * score[main.name]
+        for name, score in result["metrics"]["per_client"].items()
+        if main.name in score
+    }
+
+
+def _said(run: Finished) -> Text | None:
+    main, fairness = run.main, run.own.get("fairness", {})
+    if main.name not in fairness.get("clients", {}):
+        return None
+    found, worse = fairness["clients"][main.name], fairness.get("worse_off_than_local", {}).get(main.name)
+    few = " Of so few clients the intervals are too narrow." if 1 < found["clients"] < 10 else ""
+    alone = (
+        f" Worse off than alone: {len(worse['worse'])} of {worse['clients']}, {PERCENT.shown(worse['share'])} %"
+        f"{within(worse['interval'], PERCENT)}." if worse else ""
+    )  # fmt: skip
+    mean, tail = (main.shown(found[key]) + within(found[f"{key}_interval"], main) for key in ("mean", "worst_tenth"))
+    return Text(
+        f"{run.own['label']}, own test {main.name}{main.unit} of {found['clients']} clients: mean {mean}, worst "
+        f"{main.shown(found['worst'])} ({found['worst_client']}), worst tenth {tail}, best {main.shown(found['best'])}. "
+        f"In brackets: 95 % intervals.{few}{alone}"
+    )
+
+
+def _tail(result: Result, main: Metric) -> Mapping[str, Any]:
+    return result.get("fairness", {}).get("clients", {}).get(main.name, {})
+
+
+def _spread(run: Finished) -> Figure:
+    main = run.main
+    values = {result["label"]: own_scores(result, main) for result in run.results}
+    tails = {r["label"]: main.scale * _tail(r, main)["worst_tenth"] for r in run.results if _tail(r, main)}
+    own = values[run.own["label"]]
+    ranked = sorted(own, key=lambda name: own[name])
+    cells = [[name, *(number(of.get(name), main.digits) for of in values.values())] for name in ranked[:MOST]]
+    more = f" (the {MOST} lowest of {len(ranked)})" if len(ranked) > MOST else ""
+    said = f"Each dot is a client's own test {main.name}{main.unit}; the box holds the middle half."
+    return Figure(
+        "spread", "How clients differ", said + (" The upright stroke is the mean of the worst tenth." if tails else ""),
+        f"Box plot of {len(own)} clients by method. {run.own['label']}: from {number(own[ranked[0]], main.digits)} "
+        f"({ranked[0]}) to {number(own[ranked[-1]], main.digits)} ({ranked[-1]}).",
+        figures.spread(values, tails, f"{main.name}{main.unit}", digits(main), run.places),
+        Table(f"own test {main.name}{main.unit} by client{more}", ["client", *values], cells),
+    )  # fmt: skip
+
+
+def _worst_tenths(run: Finished) -> Table | None:
+    main, cells, marked = run.main, [], set()
+    for result in run.results:
+        found = _tail(result, main)
+        if found:
+            marked |= {len(cells)} if result["label"] == run.own["label"] else set()
+            cells.append([
+                result["label"], main.shown(found["mean"]) + within(found["mean_interval"], main),
+                main.shown(found["worst_tenth"]) + within(found["worst_tenth_interval"], main),
+                main.shown(found["worst"]), found["worst_client"], main.shown(found["best"]),
+                "–" if found["deviation"] is None else main.shown(found["deviation"]),
+            ])  # fmt: skip
+    heads = ["method", "mean", "worst tenth", "worst", "who", "best", "standard deviation"]
+    return (
+        Table(f"Clients' own test {main.name}{main.unit}, 95 % intervals", heads, cells, frozenset(marked))
+        if cells
+        else None
+    )
+
+
+def _against_alone(run: Finished) -> list[Block]:
+    if not run.alone or run.own["method"] == "local":
+        return []
+    main = run.main
+    xs, ys = own_scores(run.alone, main), own_scores(run.own, main)
+    both = sorted(name for name in ys if name in xs)
+    if len(both) < 2:
+        return []
+    sign = -1 if main.less_is_better else 1
+    better, worse = (sum(s * sign * (ys[n] - xs[n]) > 0 for n in both) for s in (1, -1))
+    where = "below" if main.less_is_better else "above"
+    return [
+        Figure(
+            "alone", "Together or alone",
+            f"Each dot is a client. Those {where} the line are better off in the federation than tuning a prompt alone: "
+            f"{better} of {len(both)}; {worse} are worse off, the rest as well off.",
+            f"Scatter plot of {len(both)} clients' own test {main.name}, alone against together: {better} better off "
+            f"together, {worse} worse off.",
+            figures.against(xs, ys, f"alone{main.unit}", f"{run.own['label']}{main.unit}", digits(main)),
+            Table(f"own test {main.name}{main.unit}, alone and together", ["client", "alone", run.own["label"]],
+                  [[n, number(xs[n], main.digits), number(ys[n], main.digits)] for n in both[:MOST]]),
+        )
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- levels of a prompt, groups of people
+
+
+def levels(run: Finished) -> Section | None:
+    """What each level of the prompts is worth at home and elsewhere, and to clients that took no part."""
+    found, unseen = run.own.get("levels") or {}, run.own.get("unseen") or {}
+    if len(found) < 2 and not unseen:
+        return None
+    main, clusters = run.main, run.own.get("clusters")
+
+    def shown(score: Mapping[str, float] | None) -> str:
+        return main.shown(score[main.name]) if score else "–"
+
+    blocks: list[Block] = []
+    if len(found) > 1:
+        elsewhere = "other clusters" if clusters and clusters["number"] > 1 else "other clients"
+        cells = [[name, shown(of["own"]), shown(of["others"])] for name, of in found.items()]
+        heads = ["prompt", "own test", f"test of {elsewhere}"]
+        blocks.append(Table(f"Mean client {main.name}{main.unit}, by level of the prompt", heads, cells))
+    if unseen:
+        blocks.append(Text(
+            f"Clients that took no part: {shown(unseen['global'])}{main.unit} with the global prompt, "
+            f"{shown(unseen['assigned'])}{main.unit} with the one that their card gets them."
+        ))  # fmt: skip
+    return Section("levels", "Shared and personal prompts", blocks)
+
+
+def groups(run: Finished) -> Section | None:
+    fairness = run.own.get("fairness", {})
+    if "groups" not in fairness:
+        return None
+    blocks: list[Block] = [Text(
+        f"The largest gaps between groups by {fairness['column']}, in points; own prompts, own test records. Where base "
+        "rates differ, demographic parity contradicts accuracy: read it beside equalised odds. An interval is of the two "
+        "groups named, which were picked for differing most."
+    )]  # fmt: skip
+    for task, found in fairness["groups"].items():
+        cells = [
+            [f"{name}{' (few)' if name in found['few'] else ''}", f"{one['records']:,}",
+             f"{PERCENT.shown(one['accuracy'])}{within(one['interval'], PERCENT)}"]
+            for name, one in found["groups"].items()
+        ]  # fmt: skip
+        if cells:
+            blocks.append(
+                Table(
+                    f"{task}: accuracy by {fairness['column']}",
+                    [fairness["column"], "test records", "accuracy %"],
+                    cells,
+                )
+            )
+        if "said" in found:
+            blocks.append(Text(found["said"].capitalize() + "."))
+        else:
+            gaps = [[gap, gap_in_words(found[key])] for key, gap in GAPS.items()]
+            blocks.append(Table(f"{task}: the largest gaps", ["gap", "how large, and between whom"], gaps))
+    return Section("groups", "Groups of people", blocks)

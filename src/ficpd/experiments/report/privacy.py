@@ -1,0 +1,164 @@
+"""What was promised and paid: the privacy ledger, and the audit that attacked it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ficpd.errors import RunError
+from ficpd.evaluation.audit.attack_metrics import Outcome
+from ficpd.evaluation.audit.report import Audit, LowerBound, table, verdict
+from ficpd.experiments.report import figures
+from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
+from ficpd.experiments.report.load import Finished
+from ficpd.experiments.report.markdown import chosen
+
+MOST = 200
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def ledger(run: Finished) -> Section | None:
+    privacy = run.own["privacy"]
+    if privacy.get("at_most"):
+        return _agreed(privacy) if privacy["epsilon"] is not None else None
+    if privacy.get("epsilon") is None:
+        return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
+    if not privacy.get("lines"):
+        return None
+    return Section(
+        "privacy", "The privacy ledger", [_promise(privacy), *_shares(privacy), _lines(privacy), *_sites(privacy)]
+    )
+
+
+def _agreed(privacy: Mapping[str, Any]) -> Section:
+    said = (
+        f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site has "
+        "spent, its own ledger says (ficpd site status)."
+    )
+    return Section("privacy", "Privacy", [Text(said)])
+
+
+def _promise(privacy: Mapping[str, Any]) -> Text:
+    budget = "no budget was set" if privacy["budget"] is None else f"of a budget of {privacy['budget']:g}"
+    simulated = (
+        " Noise was simulated, drawn from the experiment's seed: whoever knows the seed can take it off. A real site uses "
+        'privacy.noise = "cryptographic".' if privacy["noise"] == "simulated" else ""
+    )  # fmt: skip
+    return Text(
+        f"ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}, by {privacy['mechanism']}; the unit is one "
+        f"{privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise multipliers "
+        f"{chosen(privacy)}; counted by {privacy['accountant']}. Each method of this page is a run of its own: a member "
+        f"that took part in several would pay for each.{simulated}"
+    )
+
+
+def _lines(privacy: Mapping[str, Any]) -> Table:
+    heads = ["line", "releases", "sampling rate", "noise multiplier", "ε alone", "share"]
+    cells = [
+        [line["name"], f"{line['releases']:,}", f"{line['sampling_rate']:.3g}", f"{line['noise_multiplier']:.3g}",
+         f"{line['epsilon_alone']:.3f}", f"{100 * line['share']:.0f} %"]
+        for line in privacy["lines"]
+    ]  # fmt: skip
+    return Table(f"What {privacy['site_that_spent_most']}, the member that spent most, released", heads, cells)
+
+
+def _shares(privacy: Mapping[str, Any]) -> list[Figure]:
+    """Left out where there is one line only."""
+    lines = privacy["lines"]
+    if len(lines) < 2:
+        return []
+    names = [f"{line['name']} at {line['sampling_rate']:.3g}" for line in lines]
+    shares = [100 * line["share"] for line in lines]
+    return [
+        Figure(
+            "shares", "What the budget was spent on", "Share of each line in the sum of what each would cost alone.",
+            "Bar chart: " + "; ".join(f"{n} {s:.0f} %" for n, s in zip(names, shares, strict=True)) + ".",
+            figures.bars(names, shares, "share %", ".0f", 100),
+            Table("share of each line", ["line", "share %"], [[n, f"{s:.0f}"] for n, s in zip(names, shares, strict=True)]),
+        )
+    ]  # fmt: skip
+
+
+def _sites(privacy: Mapping[str, Any]) -> list[Figure]:
+    spent = dict(sorted((privacy.get("epsilon_of_sites") or {}).items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
+    if len(spent) < 2:
+        return []
+    budget, values = privacy["budget"], list(spent.values())
+    most = max([*values, budget or 0.0])
+    plot = figures.dots(list(spent), {"ε": values}, "ε", line=budget, shown=".3f")
+    plot["layout"] |= {"height": 90 + 24 * len(spent)}
+    plot["layout"]["xaxis"] |= {"range": [0, 1.08 * most], "zeroline": True}
+    plot["data"][0]["marker"] |= {"size": 9}
+    return [
+        Figure(
+            "sites", "What each member spent", "ε of everything it released." + (" Dashed: the budget." if budget else ""),
+            f"Dot plot of the ε of {len(spent)} members, from {min(values):.3f} to {max(values):.3f}.",
+            plot, Table("ε by member", ["member", "ε"], [[name, f"{value:.3f}"] for name, value in spent.items()]),
+        )
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the audit
+
+
+def audit(run: Finished) -> Section | None:
+    file = run.path / "audit.json"
+    if not file.exists():
+        return None
+    try:
+        found = read_audit(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(
+            f"{file} cannot be read as an audit ({error!r}); run `ficpd audit` again, or delete it"
+        ) from error
+    heads, cells = table(found)
+    attacks = Table("Can it be told who was in the training data? (95 % intervals)", heads, cells)
+    said = (
+        f"Attacked: the prompt {found.prompt} of a run of {found.method}, with {found.num_members:,} records that were "
+        f"trained on and {found.num_nonmembers:,} that were not; {found.num_shadows} shadow prompts. Privacy of the run: "
+        f"{found.guarantee}."
+    )
+    blocks: list[Block] = [Text(verdict(found), found.alarm), Text(said), _attacks(found), attacks]
+    return Section("audit", "The audit", [*blocks, *_bounds(found)])
+
+
+def read_audit(tree: Mapping[str, Any]) -> Audit:
+    """What `attack._leave` wrote (JSON's keys are texts). Raises what a wrong tree raises."""
+    parts = {key: value for key, value in tree.items() if key != "alarm"}
+    parts["attacks"] = {
+        name: Outcome(**{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}})
+        for name, of in tree["attacks"].items()
+    }  # fmt: skip
+    for key in ("mechanism", "planted"):
+        parts[key] = LowerBound(**tree[key]) if tree[key] else None
+    return Audit(**parts)
+
+
+def _attacks(found: Audit) -> Figure:
+    names, values = list(found.attacks), [outcome.auc for outcome in found.attacks.values()]
+    ends = [outcome.auc_interval for outcome in found.attacks.values()]
+    plot = figures.dots(names, {"AUC": values}, "AUC", ends, 0.5, ".3f")
+    shown = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in zip(values, ends, strict=True)]
+    return Figure(
+        "attacks", "How well members are told from others",
+        "AUC of each attack with its 95 % interval. Dashed: 0.5, a coin's flip; 1 would tell them apart.",
+        "Dot plot of AUC by attack: " + "; ".join(f"{n} {s}" for n, s in zip(names, shown, strict=True)) + ".",
+        plot, Table("AUC by attack", ["attack", "AUC"], [list(pair) for pair in zip(names, shown, strict=True)]),
+    )  # fmt: skip
+
+
+def _bounds(found: Audit) -> list[Block]:
+    if not found.bounds:
+        return []
+    heads = ["canaries", "ε is at least", "ε stated", "δ", "most that could be shown", "runs or canaries"]
+    cells = [
+        [name, f"{b.epsilon:.2f}", "none" if b.stated is None else f"{b.stated:.2f}", f"{b.delta:.2g}", f"{b.reach:.2f}",
+         f"{b.runs:,}"]
+        for name, b in found.bounds.items()
+    ]  # fmt: skip
+    said = (
+        "Canaries are records made to be noticed: how well their presence is noticed shows how large ε is at least, with 95 "
+        "% confidence each, so one sound run in twenty may exceed what was stated by chance."
+    )
+    return [Table("Is ε what it is said to be?", heads, cells), Text(said)]

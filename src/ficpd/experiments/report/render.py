@@ -1,0 +1,61 @@
+"""A page as one HTML file: style, script, figures and plotly.js in it. Everything from data is escaped by the template.
+
+Its content security policy names the two scripts by their hashes and allows nothing to be fetched: what data brings along is
+never run, and no network is asked, whatever else goes wrong.
+"""
+
+import base64
+import hashlib
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from ficpd import __version__
+from ficpd.experiments.report.blocks import Page
+from ficpd.experiments.report.figures import drawn
+
+SCRIPT_END = re.compile(r"<(?=/script|!--)", re.IGNORECASE)
+"""What would end a script's element, or hide its end."""
+
+
+def render(page: Page) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # every name in every template is escaped unless it is marked as ours
+    environment = Environment(
+        loader=PackageLoader("ficpd.experiments.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    scripts = [plotly(), own("page.js")]
+    return environment.get_template("template.html.jinja").render(
+        page=page, version=__version__, style=own("page.css"), scripts=scripts, policy=policy(scripts),
+        plots={figure.id: drawn(figure.plot) for figure in page.figures},
+    )  # fmt: skip
+
+
+def policy(scripts: list[str]) -> str:
+    """For a `Content-Security-Policy`. Styles are inline because plotly.js writes its own."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {hashes}; {rest}"
+
+
+def own(name: str) -> str:
+    return (resources.files("ficpd.experiments.report") / name).read_text(encoding="utf-8")
+
+
+@cache
+def plotly() -> str:
+    """plotly.js as plotly's package ships it (MIT; its notice stands at its head)."""
+    from plotly.offline import get_plotlyjs
+
+    return SCRIPT_END.sub(r"\\x3C", get_plotlyjs())
+
+
+def plots_of(html: str) -> dict[str, Any]:
+    """The figures of a rendered page, as its script reads them."""
+    import json
+
+    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', html, re.DOTALL)
+    return json.loads(found.group(1)) if found else {}

@@ -1,0 +1,1 @@
+"""How a server combines updates: weighted means, robust means, server optimizers."""

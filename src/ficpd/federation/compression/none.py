@@ -1,0 +1,34 @@
+"""No compression: the whole update travels, at 8 or 16 bits a number if asked for."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ficpd.federation.compression.quantization import Bits, Quantised, outer_shape
+from ficpd.types import Prompt
+
+
+class Config(BaseModel):
+    """`bits` of each number that travels; 32: float32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: Bits = 32
+
+
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Quantised:
+    shape = outer_shape(start)
+    return Quantised(Whole(shape), shape, config.bits)
+
+
+class Whole:
+    """The identity."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.shape = shape
+
+    def down(self, values: Tensor) -> Tensor:
+        return values
+
+    def up(self, values: Tensor) -> Tensor:
+        return values

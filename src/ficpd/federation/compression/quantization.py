@@ -1,0 +1,146 @@
+"""What every compression does: a public linear map at the client, then few bits a number; both undone at the server.
+
+Only arrays of the prompt's own shape are mapped and quantised; a method's other arrays travel as they are, token ids, too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ficpd.errors import ConfigError
+from ficpd.interfaces import Coordinates
+from ficpd.types import IDS, ArrayKind, Layout, Prompt
+
+Bits = Literal[8, 16, 32]
+INTEGERS = {8: torch.int8, 16: torch.int16}
+SMALLEST = torch.finfo(torch.float32).tiny
+SCALE = ".scale"
+
+
+def quantise(values: Tensor, bits: Literal[8, 16]) -> tuple[Tensor, Tensor]:
+    """Integers of the same shape and the size of their step, [1]: max |values| / (2^(bits - 1) - 1), to the nearest.
+
+    Guarantees: `dequantise` brings each number back to within half a step (and the rounding of a float32), zeros
+    exactly. A step is never below the smallest normal float32, so arrays of zeros have one, too.
+
+    >>> whole, scale = quantise(torch.tensor([127.0, -3.4, 0.0]), 8)
+    >>> whole.tolist(), scale.tolist()
+    ([127, -3, 0], [1.0])
+    """
+    top = torch.iinfo(INTEGERS[bits]).max
+    scale = (values.abs().amax() / top).clamp(min=SMALLEST).reshape(1)
+    return (values.double() / scale.double()).round().clamp(-top, top).to(INTEGERS[bits]), scale
+
+
+def dequantise(whole: Tensor, scale: Tensor) -> Tensor:
+    """Float32 of the same shape.
+
+    >>> dequantise(torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5])).tolist()
+    [63.5, -1.5]
+    """
+    return (whole.double() * scale.double()).float()
+
+
+class Projection(Protocol):
+    """A linear map of prompt-shaped arrays: orthonormal rows from a public seed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What [P, D] becomes."""
+        ...
+
+    def down(self, values: Tensor) -> Tensor:
+        """[..., P, D] to [..., *shape]; never lengthens."""
+        ...
+
+    def up(self, values: Tensor) -> Tensor:
+        """The transpose: [..., *shape] to [..., P, D]; `down(up(z)) == z`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A projection, then `bits` a number. At 32 bits nothing is quantised.
+
+    At 8 and 16 bits a projected array `x` travels as int8 or int16, its step as `x.scale`, float32 [1]. Quantising sees
+    only what the noise has already been added to, so it costs no privacy and gives none.
+
+    Guarantees: what `project` returns is no longer than what it was given. Without noise, at 32 bits, `unpack` returns
+    Wᵀ W of it; below, what travels is off by at most half a step each.
+    """
+
+    projection: Projection
+    outer: tuple[int, ...]
+    """The prompt's [P, D]."""
+    bits: Bits = 32
+    coordinates: Coordinates | None = None
+
+    def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ids, numbers = _apart(arrays)
+        self._check({name: tuple(array.shape) for name, array in numbers.items()})
+        floats = {name: array.float() for name, array in numbers.items()}
+        return ids | {name: self.projection.down(a) if a.shape == self.outer else a for name, a in floats.items()}
+
+    def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        packed = dict(arrays)
+        if self.bits != 32:
+            for name, array in _apart(arrays)[1].items():
+                if array.shape == self.projection.shape:
+                    packed[name], packed[name + SCALE] = quantise(array, self.bits)
+        return packed
+
+    def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ids, numbers = _apart(arrays)
+        whole = {name for name, array in numbers.items() if not array.is_floating_point()}
+        scales = {name + SCALE for name in whole}
+        floats = {
+            name: dequantise(array, arrays[name + SCALE]) if name in whole else array.float()
+            for name, array in numbers.items()
+            if name not in scales
+        }
+        inner = self.projection.shape
+        return ids | {name: self.projection.up(a) if a.shape == inner else a for name, a in floats.items()}
+
+    def wire(self, layout: Layout) -> dict[str, ArrayKind]:
+        """Raises `ConfigError` for a layout that cannot be told apart on the way."""
+        kinds = {name: kind for name, kind in layout.items() if isinstance(kind, ArrayKind)}
+        numbers = {name: shape for name, shape in layout.items() if not isinstance(shape, ArrayKind)}
+        self._check(numbers)
+        for name, shape in numbers.items():
+            if tuple(shape) != self.outer:
+                kinds[name] = ArrayKind(tuple(shape))
+                continue
+            kinds[name] = ArrayKind(self.projection.shape, INTEGERS.get(self.bits, torch.float32))
+            if self.bits != 32:
+                kinds[name + SCALE] = ArrayKind((1,))
+        return kinds
+
+    def _check(self, layout: Mapping[str, tuple[int, ...]]) -> None:
+        """The server tells projected arrays by their shape and steps by their name; neither may be another's."""
+        inner = self.projection.shape
+        for name, shape in layout.items():
+            if tuple(shape) == inner != self.outer:
+                raise ConfigError(
+                    f"array {name!r} is {inner}, expected another shape: compression makes this one of the prompt's "
+                    f"{self.outer}; compress to another size"
+                )
+            if tuple(shape) == self.outer and self.bits != 32 and name + SCALE in layout:
+                raise ConfigError(
+                    f"array {name + SCALE!r} has the name that the scale of {name!r} travels under at {self.bits} bits; "
+                    "call it something else, or set compression.bits = 32"
+                )
+
+
+def _apart(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Token ids, and what is made of numbers."""
+    ids = {name: array for name, array in arrays.items() if array.dtype == IDS}
+    return ids, {name: array for name, array in arrays.items() if name not in ids}
+
+
+def outer_shape(start: Prompt) -> tuple[int, int]:
+    """[P, D] as plain numbers."""
+    P, D = start.vectors_PD.shape
+    return P, D

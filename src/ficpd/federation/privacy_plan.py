@@ -1,0 +1,196 @@
+"""What stands between one run's records and the world: its plan, mechanisms, books, and what they cost together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ficpd import rng
+from ficpd.errors import LedgerError, PrivacyError
+from ficpd.federation.rounds import Schedule, cohort_of
+from ficpd.interfaces import TOTAL, Mechanism, Method, Noise
+from ficpd.privacy import accountant
+from ficpd.privacy.central_gaussian import NoisedSum
+from ficpd.privacy.ledger import Book, Budget, Ledger
+from ficpd.privacy.noise import Cryptographic, Simulated
+from ficpd.registry import settings
+from ficpd.traits import Calibrates, ReleasesTotals, TunesWords, Unprotected
+from ficpd.types import JSON, Plan, Shard, State
+
+NONE = {"name": "none"}
+NOTHING_LEAVES = {"mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0}
+LEDGER = "ledger.sqlite"
+SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """`mechanisms` and `books` by client; `central` is the server's noise where it adds any."""
+
+    mechanisms: Mapping[str, Mechanism]
+    books: Mapping[str, Book]
+    ledger: Ledger | None
+    central: NoisedSum | None
+    releases: bool
+
+    def close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def noise_on(self, size: int) -> float | None:
+        """What `Mechanism.noise_on` says of one client's update, the mean over clients."""
+        known = [mechanism.noise_on(size) for mechanism in self.mechanisms.values()]
+        return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]
+
+    def block(self) -> dict[str, JSON]:
+        """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
+        if not self.releases:
+            return {**NOTHING_LEAVES, "noise": None}
+        first = next(iter(self.mechanisms.values()))
+        if first.unit == "none":
+            return {**first.guarantee(), "noise": None}
+        books = [self.central.book] if self.central else list(self.books.values())
+        spent = {book.site: book.epsilon() for book in books}
+        worst = max(books, key=lambda book: spent[book.site])
+        noisy = {book.site: book.spent() for book in books}
+        multipliers = [line.noise_multiplier for lines in noisy.values() for line in lines]
+        delta = first.guarantee()["delta"]
+        return {
+            **self.mechanisms.get(worst.site, first).guarantee(),
+            "epsilon": spent[worst.site],
+            "noise_multiplier": [min(multipliers, default=None), max(multipliers, default=None)],
+            "noise": first.noise,
+            "site_that_spent_most": worst.site,
+            "epsilon_of_sites": spent,
+            "lines": accountant.shares(noisy[worst.site], delta) if noisy[worst.site] else [],
+        }
+
+
+def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The privacy settings that apply to a method: none where nothing leaves, or where all records are one client's.
+
+    Raises `PrivacyError` where the method cannot have the guarantee.
+    """
+    if not method.releases:
+        return NONE
+    if part["name"] != "none" and isinstance(method, Unprotected):
+        raise PrivacyError(f"{method.name} has no private form: {method.unprotected}")
+    if part.get("placement") is not None and method.pools_data:
+        return NONE
+    if part.get("placement") == "central" and not method.sums:
+        raise PrivacyError(
+            f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
+            "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
+            "with method.robust.rule = 'mean', for one sum hides who sent what)"
+        )
+    if part.get("placement") is not None and isinstance(method, TunesWords):
+        raise PrivacyError(
+            f"client-level noise is on what a client sends, and {method.name} sends words, which no noise can be added to; "
+            "use privacy.name = 'record_gaussian'"
+        )
+    return part
+
+
+def build_guard(
+    part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule,
+    seed: int, folder: Path, run: str, rounds_paid: int,
+) -> Guard:  # fmt: skip
+    """Plans the run, chooses the noise, opens the ledger. `rounds_paid`: the last round that released anything; raises
+    `LedgerError` if the ledger does not reach it."""
+    part = part_for(method, part)
+    if part.get("placement") == "central" and schedule.accept_late:
+        raise PrivacyError(
+            f"federation.accept_late = {schedule.accept_late}: noise on a round's sum is accounted for its own sample, "
+            "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
+        )
+    module, config = settings("privacy", part)
+    plans = planned(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
+    mechanisms = {name: module.build(clipping(config, part, name), plans[name]) for name in shards}
+    first = next(iter(mechanisms.values()))
+    for name in method.statistics if first.unit == "record" and isinstance(method, Calibrates) else ():
+        if first.price(TOTAL + name) is None:
+            raise PrivacyError(
+                f"{method.name} asks every client for the total {name!r}, which has no share of the budget; give it one, "
+                f"such as privacy.statistics = {{ {name} = 0.05 }}"
+            )
+    if first.unit == "none":
+        return Guard(mechanisms, {}, None, None, method.releases)
+    if first.unit == "client" and not method.layout(state):
+        raise PrivacyError(
+            f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have "
+            "no guarantee; use privacy.name = 'record_gaussian'"
+        )
+    if rounds_paid and not (folder / LEDGER).exists():
+        raise LedgerError(
+            f"{folder / LEDGER} is gone, and {rounds_paid} rounds were run: what was spent is not known. Restore the file, "
+            "or begin in a new directory (what was released stays released)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / LEDGER, f"run {run}", rounds_paid)
+
+    def book(site: str, mechanism: Mechanism) -> Book:
+        return ledger.book(site, Budget.of(config.epsilon, config.delta, mechanism.planned()))
+
+    price = first.price("sum")
+    if price is None:
+        return Guard(mechanisms, {n: book(n, m) for n, m in mechanisms.items()}, ledger, None, True)
+
+    def stream(round: int) -> Noise:
+        simulated = Simulated(seed, "private", SERVER, "noise", round)
+        return Cryptographic() if first.noise == "cryptographic" else simulated
+
+    expected = price.sampling_rate * len(shards)
+    central = NoisedSum(price, first.guarantee()["clip_norm"], expected, stream, book(SERVER, first))
+    unpaid = {name: ledger.book(name, Budget(None, config.delta)) for name in mechanisms}
+    return Guard(mechanisms, unpaid, ledger, central, True)
+
+
+def clipping(config: Any, part: Mapping[str, Any], name: str) -> Any:
+    """The settings of one client's mechanism: with its group's clip norm, where groups have their own."""
+    norms = part.get("clip_norms")
+    if not norms:
+        return config
+    group = name.partition(".")[0]
+    if group not in norms:
+        raise PrivacyError(
+            f"privacy.clip_norms has none for {group!r}; it has {', '.join(norms)}. State one for each group"
+        )
+    return config.model_copy(update={"clip_norm": norms[group]})
+
+
+def planned(method: Method, state: State, records: Mapping[str, int], schedule: Schedule) -> dict[str, Plan]:
+    """What the run will ask of each client, given how many `records` it has. Cohorts come from a public seed, so everybody
+    can count them ahead."""
+    steps, batch_size = method.work(state)
+    counts = participations(schedule, list(records))
+    return {
+        name: Plan(
+            num_records=number,
+            sampling_rate=min(batch_size, number) / number,
+            steps=steps,
+            participations=counts[name],
+            num_clients=len(records),
+            cohort_rate=min(schedule.cohort / len(records), 1.0),
+            num_rounds=schedule.num_rounds,
+            totals=method.totals if isinstance(method, ReleasesTotals) else {},
+        )
+        for name, number in records.items()
+    }
+
+
+def participations(schedule: Schedule, names: Sequence[str]) -> dict[str, int]:
+    """In how many rounds each client is asked."""
+    counts = dict.fromkeys(names, 0)
+    for round in range(1, schedule.num_rounds + 1):
+        for name in cohort_of(schedule, names, round):
+            counts[name] += 1
+    return counts
+
+
+def public_seed(seed: int) -> int:
+    """The seed that the server's half may know: no private stream can be derived from it."""
+    return rng.derive(seed, "public")
+
+
+def private_seed(seed: int, client: str) -> int:
+    return rng.derive(seed, "private", client)

@@ -1,0 +1,75 @@
+"""All clients in this process, in lock step: the simulation, and the fastest way to compare methods."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute, drive_many
+from ficpd.errors import BudgetError, PrivacyError
+from ficpd.federation.client import Client, participate
+from ficpd.federation.codec import decode_assignment, encode_update
+from ficpd.interfaces import Method
+from ficpd.types import ClientCard, ClientUpdate, Reply
+
+
+class Config(BaseModel):
+    """`lock_step`: how many clients share a forward; more is faster until memory ends. Of the updates that are made, the
+    share `lost` never arrives and the share `late` arrives a round later, drawn from `seed`: what real networks do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    lock_step: int = Field(default=64, ge=1)
+    lost: float = Field(default=0.0, ge=0, lt=1)
+    late: float = Field(default=0.0, ge=0, lt=1)
+    seed: int = 0
+
+
+def build(config: Config, method: Method, clients: Mapping[str, Client], model: Compute) -> "InProcess":
+    return InProcess(config, method, clients, model)
+
+
+class InProcess:
+    """Holds the clients' generators and answers one query of each at a time."""
+
+    def __init__(self, config: Config, method: Method, clients: Mapping[str, Client], model: Compute):
+        self.config, self.method, self.members, self.model = config, method, clients, model
+        self.underway: list[Reply] = []
+
+    def clients(self) -> Sequence[ClientCard]:
+        return [client.card for client in self.members.values()]
+
+    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+        """What arrives in this round: of its own updates those that are neither lost nor late, then the last round's."""
+        before, self.underway = self.underway, []
+        for reply in self._made(orders):
+            fate = float(torch.rand((), generator=self._fate(reply.client, orders[reply.client])))
+            if fate >= self.config.lost + self.config.late:
+                yield reply
+            elif fate >= self.config.lost:
+                self.underway.append(reply)
+        yield from before
+
+    def _fate(self, client: str, order: bytes) -> torch.Generator:
+        round = decode_assignment(order, self.model.backbone.fingerprint).round
+        return rng.generator(self.config.seed, "fate", client, round)
+
+    def _made(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+        """A client's error is its reply; the others go on. Raises `CodecError` only for an order of its own making."""
+        names, fingerprint = list(orders), self.model.backbone.fingerprint
+        for first in range(0, len(names), self.config.lock_step):
+            cohort = names[first : first + self.config.lock_step]
+            decoded = {name: decode_assignment(orders[name], fingerprint) for name in cohort}
+            works = {name: participate(self.method, self.members[name], decoded[name]) for name in cohort}
+            for name, result in drive_many(self.model, works):
+                if isinstance(result, ClientUpdate):
+                    yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
+                else:
+                    yield Reply(name, None, told(self.members[name], result), isinstance(result, BudgetError))
+
+
+def told(client: Client, error: Exception) -> str:
+    """What the server may hear of a client's error: with privacy, no words that may quote a record."""
+    if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__} (what it says stays at the client)"

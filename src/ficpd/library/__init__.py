@@ -1,0 +1,1 @@
+"""The prompt library: saving, loading, adapting, exporting."""

@@ -1,0 +1,1 @@
+"""Synthetic examples, and one prompt distilled from all prototypes."""

@@ -1,0 +1,306 @@
+"""Prompts as PEFT prompt-tuning folders, and back: what plain transformers users load with `PeftModel.from_pretrained`.
+
+PEFT puts virtual tokens in front of the word embeddings and knows nothing else: no later layer, no tuned readout. A
+prompt that has one of those is imitated first (`reentry`). PEFT itself writes the folder, on a base without weights.
+LoRA weights become a LoRA folder, and are not read back.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ficpd.backbones import catalog, lora, weights
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, locate
+from ficpd.errors import BackboneError, LibraryError
+from ficpd.library.card import ADAPTED, adapted_line, guarantee, made_by, shape_of
+from ficpd.library.library import PromptLibrary, check_alone, keys_of
+from ficpd.optimizers import Training
+from ficpd.registry import checked
+from ficpd.storage import flush, write
+from ficpd.tasks.build import build_task, start_text
+from ficpd.types import LORA, Prompt, Record
+
+IMPORTED = "imported"
+VECTORS = "prompt_embeddings"
+"""The one array of a prompt-tuning folder."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of backbone is for PEFT and transformers, and how its answers are read, with a prompt or with LoRA."""
+
+    task_type: str
+    auto: str
+    reading: str
+    reading_lora: str
+
+
+KINDS = {
+    "causal_lm": Kind(
+        "CAUSAL_LM",
+        "AutoModelForCausalLM",
+        "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
+        "`model.generate` write. Texts of one batch are padded on the right, or given one at a time: PEFT counts the\n"
+        "positions of padding on the left.",
+        "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
+        "`model.generate` write.",
+    ),
+    "sentence_encoder": Kind(
+        "FEATURE_EXTRACTION",
+        "AutoModel",
+        "PEFT does not pool, and `last_hidden_state` begins with the {tokens} virtual tokens: leave them out, take the\n"
+        "mean over the text's own positions and scale it to length 1. Answers are embedded without the prompt, as\n"
+        '"INSTRUCTION ANSWER.", and compared by cosine.',
+        "Take the mean of `last_hidden_state` over a text's positions and scale it to length 1. Answers are embedded\n"
+        'without LoRA (`with model.disable_adapter()`), as "INSTRUCTION ANSWER.", and compared by cosine.',
+    ),
+}
+
+
+# ---------------------------------------------------------------- out
+
+
+def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
+    """One prompt as a PEFT folder for the model `base` (a folder or a hub id): adapter_config.json,
+    adapter_model.safetensors, README.md. Written beside, then renamed.
+
+    Raises `LibraryError` if PEFT cannot express the prompt, `base` is another model, or the folder exists.
+    """
+    folder, prompt = Path(folder), checked_for_peft(library, name)
+    kind, config = checked_target(library, folder, base)
+    beside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    _write(prompt, kind, config, base, beside)
+    for file in beside.iterdir():
+        flush(file)
+    write(beside / "README.md", page(library, name, kind, base))
+    beside.rename(folder)
+    flush(folder.parent)
+
+
+def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
+    """The prompt of that name, if PEFT can express it. Raises `LibraryError` with the reason and the way out."""
+    if name not in library.prompts:
+        raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
+    check_alone(library, name)
+    prompt, reasons = library.prompts[name], []
+    if prompt.enters_at not in (0, LORA):
+        reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT puts virtual tokens at the input only")
+    if prompt.head_rows or name in library.readouts:
+        reasons.append("its answers are scored by a tuned readout, for which PEFT has no place")
+    if reasons:
+        raise LibraryError(
+            f"PEFT cannot express the prompt {name!r}: {'; '.join(reasons)}. Let an input prompt imitate it (--reenter), "
+            "tune one with prompt.enters_at=0 and no tuned head, or load it with plain transformers "
+            "(examples/plain_transformers.py)"
+        )
+    return prompt
+
+
+def own_base(library: PromptLibrary) -> str:
+    """The folder of the backbone that the library's card names. Raises `LibraryError` if transformers knows it not."""
+    kind, found = locate(backbone_config(library))
+    if found is None:
+        raise LibraryError(f"the library's backbone is {kind}, which is no model of transformers; PEFT cannot load it")
+    return str(Path(found.folder).resolve())
+
+
+def backbone_config(library: PromptLibrary) -> BackboneConfig:
+    """The backbone as the library's card names it."""
+    named = {key: value for key, value in library.card["backbone"].items() if key in ("name", "kind", "options")}
+    return checked(BackboneConfig, named, "card.json: backbone")
+
+
+def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kind, Any]:
+    """How PEFT sees the library's backbone, and its transformers configuration.
+
+    Raises `LibraryError` if `folder` exists, PEFT has no such kind, or `base` is a folder of another model.
+    """
+    from transformers import AutoConfig
+
+    if Path(folder).exists():
+        raise LibraryError(f"{folder} exists already; choose another --out")
+    own, named = own_base(library), locate(backbone_config(library))[0]
+    kind = KINDS.get(named)
+    if kind is None:
+        raise LibraryError(f"a {named} backbone has no prompt tuning in PEFT; what can be exported: {', '.join(KINDS)}")
+    config = AutoConfig.from_pretrained(own, local_files_only=True)
+    if Path(base).is_dir():
+        other = _configuration(Path(base))
+        for key in ("model_type", "hidden_size", "num_hidden_layers"):
+            if other.get(key) != getattr(config, key):
+                raise LibraryError(
+                    f"base {base}: {key} is {other.get(key)!r}, and the prompt was tuned on {named} with "
+                    f"{getattr(config, key)!r} ({own}); name that model, or leave --base out"
+                )
+    elif not weights.HUB_ID.fullmatch(base):
+        raise LibraryError(f"base {base!r} is neither a folder nor a hub id (owner/name)")
+    return kind, config
+
+
+def _configuration(folder: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BackboneError(f"{folder / 'config.json'}: expected a transformers configuration: {error}") from error
+
+
+def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
+    """Let PEFT save the prompt, or LoRA weights, joined to a model of the right form that has no weights."""
+    import transformers
+
+    common = {"task_type": kind.task_type, "inference_mode": True}
+    with warnings.catch_warnings():  # PEFT asks transformers for what it has renamed
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            empty = getattr(transformers, kind.auto).from_config(config)
+        model = (_with_lora if prompt.enters_at == LORA else _with_prompt)(empty, prompt.vectors_PD, common)
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _with_prompt(empty: Any, vectors_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
+    import peft
+
+    model: Any = peft.get_peft_model(empty, peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common))
+    model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
+    return model
+
+
+def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
+    import peft
+
+    places = lora.Adapters(empty, rows_PD.shape[1])
+    rank, names = places.rank(rows_PD), sorted({name.rpartition(".")[2] for name in places.modules})
+    parts = places.split(rows_PD)
+    tuning = peft.LoraConfig(r=rank, lora_alpha=round(lora.SCALE * rank), target_modules=names, **common)
+    model: Any = peft.get_peft_model(empty, tuning)
+    for name, (down_RN, up_RN) in parts.items():
+        changed = model.base_model.model.get_submodule(name)
+        changed.lora_A["default"].weight = torch.nn.Parameter(down_RN.contiguous())
+        changed.lora_B["default"].weight = torch.nn.Parameter(up_RN.mT.contiguous())
+    return model
+
+
+def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
+    """The folder's README.md: what it is, what it cost in privacy, how it is loaded and read."""
+    card, prompt = library.card, library.prompts[name]
+    tokens, width = prompt.vectors_PD.shape
+    changes = prompt.enters_at == LORA
+    what, tag = ("LoRA weights", "lora") if changes else ("Soft prompt", "prompt-tuning")
+    size = shape_of(prompt) if changes else f"{tokens} virtual tokens of width {width} in front of the input"
+    head = ["library_name: peft", *([] if Path(base).is_dir() else [f"base_model: {base}"]), f"tags: [{tag}]"]
+    tasks = "; ".join(f"{task}: {json.dumps(about, ensure_ascii=False)}" for task, about in card["tasks"].items())
+    lines = [
+        f"- {size}, for `{base}`",
+        f"- tuned on the frozen backbone {card['backbone'].get('name', '?')} (`{prompt.backbone}`)",
+        f"- task: {tasks}",
+        f"- made by: {made_by(card)}",
+        f"- privacy: {guarantee(card.get('privacy', {}))}",
+    ]
+    if name == ADAPTED:
+        lines.append(adapted_line(card, library.readouts).strip())
+    if "reentered" in card:
+        lines += [f"- {line}" for line in reentry_lines(card)]
+        lines.append("- the privacy above is of the federation's records; texts that it was imitated on have none")
+    return (
+        "---\n" + "\n".join(head) + f"\n---\n# {what} `{name}`, for PEFT\n\n" + "\n".join(lines) + "\n\n"
+        "```python\n"
+        f"from peft import PeftModel\nfrom transformers import {kind.auto}\n"
+        f'model = PeftModel.from_pretrained({kind.auto}.from_pretrained("{base}", dtype="float32"), "THIS_FOLDER")\n'
+        "```\n\n" + (kind.reading_lora if changes else kind.reading.format(tokens=tokens)) + "\n"
+    )  # fmt: skip
+
+
+def reentry_lines(card: Mapping[str, Any]) -> list[str]:
+    """How an imitation was made, and how well it agrees with the original."""
+    facts = card["reentered"]
+    before, after = facts["before"], facts["after"]
+    measure = "minus log-likelihood of its words" if facts["writes"] else "mean squared difference of the logits"
+    weak = ": words in no order, expect little of it on real texts" if facts["weak"] else ""
+    vain = "" if facts["helped"] else "; tuning brought it no closer, so it is the untuned start: give more texts"
+    return [
+        f"imitates a prompt that enters at layer {facts['from_layer']}; {facts['steps']} steps on {facts['tuned_on']} "
+        f"texts ({facts['texts']}{weak}){vain}",
+        f"agreement on {facts['held_back']} texts held back: {after['same']:.1%} answered alike ({before['same']:.1%} "
+        f"before tuning), {measure} {after['loss']:.3g} ({before['loss']:.3g} before)",
+    ]
+
+
+# ---------------------------------------------------------------- in
+
+
+def read_folder(folder: Path) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """[P, D] float32 and the configuration of a PEFT prompt-tuning folder. Raises `LibraryError` if it is none."""
+    folder = Path(folder)
+    try:
+        config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise LibraryError(f"{folder} is no PEFT folder: adapter_config.json cannot be read ({error})") from error
+    if config.get("peft_type") != "PROMPT_TUNING":
+        raise LibraryError(
+            f"{folder} holds {config.get('peft_type')!r}; expected 'PROMPT_TUNING': nothing else is a prompt of vectors"
+        )
+    file = folder / "adapter_model.safetensors"
+    try:
+        vectors_PD = load_file(file)[VECTORS].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise LibraryError(
+            f"{file}: expected an array {VECTORS!r} ({error}). A folder with adapter_model.bin is a pickle and not read: "
+            "load it in PEFT and save it again"
+        ) from error
+    expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
+    if config.get("num_transformer_submodules") not in (None, 1) or tuple(vectors_PD.shape) != expected:
+        raise LibraryError(
+            f"{folder}: the array is {list(vectors_PD.shape)}, adapter_config.json says {list(expected)} for "
+            f"{config.get('num_transformer_submodules')} submodules; expected one model's [tokens, width]"
+        )
+    if not torch.isfinite(vectors_PD).all():
+        raise LibraryError(f"{file} holds numbers that are not finite; it is damaged")
+    return vectors_PD, config
+
+
+def imported(
+    folder: Path, backbone: BackboneConfig, task: Mapping[str, Any], device: str = "cpu"
+) -> tuple[PromptLibrary, str]:
+    """A library with the folder's prompt as `imported`, and the base that the folder says it is for.
+
+    Its `start` is the task's own words: what the prompt truly started from is not in the folder. Raises `LibraryError`
+    if the folder is no prompt-tuning folder, or the prompt does not fit the backbone.
+    """
+    vectors_PD, said = read_folder(folder)
+    engine = checked(EngineConfig, {"device": device}, "--device")
+    loaded, config = load_backbone(backbone, engine)
+    if vectors_PD.shape[1] != loaded.width:
+        raise LibraryError(
+            f"{folder}: virtual tokens of width {vectors_PD.shape[1]}, and {loaded.name} has width {loaded.width}; the "
+            f"folder says it is for {said.get('base_model_name_or_path')!r}: give that --backbone"
+        )
+    built = build_task(task)
+    prompt = Prompt(vectors_PD, loaded.fingerprint)
+    built.encode([Record("a text", {"text": "a text"})], loaded, prompt)  # too many virtual tokens are an error now
+    start = prompt.with_vectors(loaded.start(start_text([built]), len(vectors_PD), 0, 0))
+    rate = catalog.defaults(config.name, config.kind, loaded.depth).learning_rate
+    rms = float(start.vectors_PD.square().mean().sqrt())
+    card = {
+        "method": "imported from PEFT",
+        "privacy": {},
+        "tasks": {task["name"]: dict(built.describe())},
+        "backbone": {
+            "enters_at": 0, "name": config.name, "kind": config.kind, "options": config.options,
+            "fingerprint": loaded.fingerprint,
+        },
+        "imported": {"base": said.get("base_model_name_or_path"), "peft_version": said.get("peft_version")},
+        "training": Training(learning_rate=rate * rms).model_dump(),
+    }  # fmt: skip
+    keys = keys_of([IMPORTED], {task["name"]: built}, {}, loaded)
+    return PromptLibrary(start, {IMPORTED: prompt}, card, keys), str(said.get("base_model_name_or_path"))

@@ -1,0 +1,1 @@
+"""Parts that several methods share: clustering, residual prompts, token aggregation."""

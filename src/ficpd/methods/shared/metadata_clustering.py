@@ -1,0 +1,120 @@
+"""Who is alike by what everybody may know: clusters of clients from their public cards, before anything is learned."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from ficpd.errors import ConfigError, unknown
+from ficpd.methods.shared.clustering import ALIKE, AUTO_MOST, Clusters
+
+Card = Mapping[str, str | float]
+MISSING = "(not stated)"
+
+
+def clusters_of_cards(
+    cards: Mapping[str, Card], by: Sequence[str], number: int | Literal["auto"], how: Literal["gower", "one_hot"],
+    seed: int,
+) -> Clusters:  # fmt: skip
+    """Cluster clients by the fields `by` of their cards (none named: by all). Numbered by size, the largest first.
+
+    "gower": average linkage on Gower's distance (`gower`); "one_hot": K-means on one-hot categories and standardised
+    numbers, a value that is not stated being a category of its own (of a number: the mean). At most as many clusters as
+    there are different cards; "auto": the number of best silhouette (Rousseeuw, 1987), one where no silhouette says
+    anything. Cards that are all alike, or empty, are one cluster. Raises `ConfigError` for a field that no card has.
+    """
+    names, fields = sorted(cards), fields_of(cards, by)
+    distance_CC = gower([cards[name] for name in names], fields)
+    different = len(np.unique(distance_CC.round(9), axis=0))
+    if not fields or different == 1:
+        return Clusters(dict.fromkeys(names, 0), 1)
+
+    def drawn(count: int) -> list[int]:
+        if how == "gower":
+            model = AgglomerativeClustering(count, metric="precomputed", linkage="average")
+            return model.fit_predict(distance_CC).tolist()
+        space_CN = _one_hot([cards[name] for name in names], fields)
+        return KMeans(count, n_init=20, random_state=seed % 2**32).fit_predict(space_CN).tolist()  # type: ignore[arg-type]
+
+    labels = drawn(min(number, different)) if number != "auto" else _best(distance_CC, different, drawn)
+    order = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
+    return Clusters({name: order.index(k) for name, k in zip(names, labels, strict=True)}, len(order))
+
+
+def gower(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
+    """[C, C] in 0..1 (Gower, Biometrics 27, 1971): the mean, over the fields that both cards state, of 0 or 1 for
+    categories and of the difference over the range for numbers. Two cards that share no stated field are 1 apart, two that
+    state nothing at all 0.
+
+    >>> gower([{"country": "fr", "beds": 100}, {"country": "fr", "beds": 300}, {"country": "de"}], ["country", "beds"])
+    array([[0. , 0.5, 1. ],
+           [0.5, 0. , 1. ],
+           [1. , 1. , 0. ]])
+    """
+    apart, both = np.zeros((len(cards), len(cards))), np.zeros((len(cards), len(cards)))
+    for field in fields:
+        values = [card.get(field) for card in cards]
+        stated = np.array([value is not None for value in values])
+        if _numeric(values):
+            numbers = np.array([float(v) if v is not None else 0.0 for v in values])
+            span = np.ptp(numbers[stated])
+            difference = np.abs(numbers[:, None] - numbers) / (span if span > 0 else 1.0)
+        else:
+            words = np.array([str(value) for value in values])
+            difference = (words[:, None] != words).astype(float)
+        shared = stated[:, None] & stated
+        apart += np.where(shared, difference, 0.0)
+        both += shared
+    silent = np.array([all(card.get(field) is None for field in fields) for card in cards])
+    apart = np.where(both > 0, apart / np.maximum(both, 1), 1.0)
+    return np.where(np.eye(len(cards), dtype=bool) | (silent[:, None] & silent), 0.0, apart)
+
+
+def nearest_card(cards: Mapping[str, Card], of: Card, by: Sequence[str]) -> str:
+    """The client whose card is nearest to this one, the first by name of several."""
+    names = sorted(cards)
+    distance_CC = gower([*(cards[name] for name in names), of], fields_of(cards, by))
+    return names[int(distance_CC[-1, :-1].argmin())]
+
+
+def fields_of(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
+    """The fields to go by: those named, else all that any card states."""
+    known = sorted({field for card in cards.values() for field in card})
+    for field in by:
+        if known and field not in known:
+            raise ConfigError(
+                f"{unknown('field', field, known)} (no client's public card states it; see partition.cards and "
+                "partition.publish)"
+            )
+    return [field for field in by if field in known] if by else known
+
+
+def _numeric(values: Sequence) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values if value is not None)
+
+
+def _one_hot(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
+    """[C, N]: categories at 1/√2, so that two that differ are 1 apart; numbers in standard deviations."""
+    columns = {field: [card.get(field) for card in cards] for field in fields}
+    parts = []
+    for values in columns.values():
+        if _numeric(values):
+            mean = float(np.mean([float(v) for v in values if v is not None]))
+            parts.append(StandardScaler().fit_transform(np.array([[mean if v is None else v] for v in values])))
+        else:
+            words = [[MISSING if v is None else str(v)] for v in values]
+            parts.append(OneHotEncoder(sparse_output=False).fit_transform(words) / 2**0.5)  # type: ignore[operator]
+    return np.hstack(parts)
+
+
+def _best(distance_CC: np.ndarray, different: int, drawn) -> list[int]:
+    best, labels = ALIKE, [0] * len(distance_CC)
+    for count in range(2, min(AUTO_MOST, different, len(distance_CC) - 1) + 1):
+        tried = drawn(count)
+        score = float(silhouette_score(distance_CC, tried, metric="precomputed"))
+        if score > best + 1e-9:
+            best, labels = score, tried
+    return labels

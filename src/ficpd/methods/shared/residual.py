@@ -1,0 +1,215 @@
+"""What a client tunes for itself: a residual on the prompt that it shares, kept near what is public. Nothing here leaves."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd import rng
+from ficpd.interfaces import AtHome
+from ficpd.optimizers import Training, tune
+from ficpd.types import Answer, Assignment, Batch, Outputs, Query
+
+Result = TypeVar("Result")
+TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
+
+
+class Contrast(BaseModel):
+    """`weight` in the first round, falling to nothing over the rounds (constant, it takes personalisation back). `space`:
+    "prompt" costs no forward, "output" one for each prototype and the start. `temperature` divides cosines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weight: float = Field(default=0.0, ge=0)
+    space: Literal["prompt", "output", "both"] = "prompt"
+    temperature: float = Field(default=0.5, gt=0)
+
+
+class Personal(Protocol):
+    """The settings of a method whose clients have a residual."""
+
+    @property
+    def residual(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def personal_steps(self) -> int | None: ...
+    @property
+    def residual_weight(self) -> float: ...
+    @property
+    def held_back(self) -> float: ...
+    @property
+    def contrast(self) -> Contrast: ...
+
+
+def personalised(
+    config: Personal, training: Training, home: AtHome, order: Assignment
+) -> Generator[Query, Answer, None]:
+    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the tuner's moments are kept, too. Then
+    choose how much of it is worth having (`_chosen`).
+
+    The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrast. "low_rank": the residual is U V with
+    U [P, r] and V [r, D], both tuned, V zero at first.
+    """
+    base, steps = order.arrays["prompt"], config.personal_steps or training.local_steps
+    if config.residual == "low_rank":
+        begin = home.kept.get("factors", _factors(base, config.rank, home.id))
+        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
+        work = _multiplied(work, base)
+    else:
+        begin = base + home.kept.get("residual", torch.zeros_like(base))
+        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
+    found = yield from _kept_near(work, config, home, order)
+    if config.residual == "low_rank":
+        home.kept["factors"] = found
+        found = base + _product(found, len(base))
+    home.kept["residual"] = found - base
+    yield from _chosen(home, order)
+
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+def own_prompt(kept: Mapping[str, Tensor], order: Assignment) -> Tensor:
+    """[P, D]: the client's own, given the prompts that it would be sent now."""
+    base = order.arrays["global"] if "global" in order.arrays and kept.get("global", ZERO) else order.arrays["prompt"]
+    return base + kept["share"] * kept["residual"] if "share" in kept else base
+
+
+ZERO = torch.zeros(())
+
+
+def _chosen(home: AtHome, order: Assignment) -> Generator[Query, Answer, None]:
+    """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual, so in this order from
+    what most share to what nobody does: the first whose loss on the records held back is within a standard error of the
+    least (of the difference, record by record). With none held back the choice stays as it was, at first the whole residual.
+    """
+    held, base = home.unlearnt(), order.arrays["prompt"]
+    home.kept.setdefault("share", torch.ones(()))
+    home.kept.setdefault("global", ZERO)
+    if not len(held):
+        return
+    tried = [order.arrays["global"]] if "global" in order.arrays else []
+    tried += [base + share * home.kept["residual"] for share in SHARES]
+    answer = yield Query(torch.stack(tried), held)
+    best = _simplest(answer.loss_KB.cpu()) - (len(tried) - len(SHARES))
+    home.kept |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
+
+
+def _simplest(loss_KB: Tensor) -> int:
+    """The first candidate that the best one does not beat by more than a standard error."""
+    worse_KB = loss_KB - loss_KB[loss_KB.mean(1).argmin()]
+    error_K = worse_KB.std(1, correction=0) / max(loss_KB.shape[1] - 1, 1) ** 0.5
+    return int((worse_KB.mean(1) <= error_K).int().argmax())
+
+
+def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:
+    """[r, P + D]: U beside V. A step of V then moves the product about as far as one of the whole prompt would."""
+    random = torch.randn(rank, len(base_PD), generator=rng.generator("residual", client)) / rank**0.5
+    return torch.cat([random, torch.zeros(rank, base_PD.shape[1])], dim=1)
+
+
+def _product(factors: Tensor, num_tokens: int) -> Tensor:
+    """[..., r, P + D] to [..., P, D]."""
+    return factors[..., :num_tokens].transpose(-1, -2) @ factors[..., num_tokens:]
+
+
+def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
+    """Ask for the prompts base + U V where the tuner asks for U and V, and hand back gradients with respect to those."""
+    num_tokens = len(base_PD)
+    try:
+        query = next(work)
+        while True:
+            factors = query.prompts_KPD
+            answer = yield query._replace(prompts_KPD=base_PD + _product(factors, num_tokens))
+            grad = answer.grad_KBPD
+            if grad is not None:
+                left_KPr, right_KrD = factors[..., :num_tokens].transpose(-1, -2), factors[..., num_tokens:]
+                for_left = (grad @ right_KrD[:, None].to(grad.device).transpose(-1, -2)).transpose(-1, -2)
+                for_right = left_KPr[:, None].to(grad.device).transpose(-1, -2) @ grad
+                grad = torch.cat([for_left, for_right], dim=-1)
+            query = work.send(answer._replace(grad_KBPD=grad))
+    except StopIteration as end:
+        return end.value
+
+
+def _kept_near(
+    work: Generator[Query, Answer, Tensor], config: Personal, home: AtHome, order: Assignment
+) -> Generator[Query, Answer, Tensor]:
+    """The tuner's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
+    base, start, others = order.arrays["prompt"], home.start, order.arrays.get("others_KPD")
+    contrast, weight = config.contrast, order.facts["contrast"]
+    alone = others is None or not len(others) or weight == 0
+    in_outputs, in_prompts = contrast.space != "prompt" and not alone, contrast.space != "output" and not alone
+    try:
+        query = next(work)
+        while True:
+            if in_outputs and len(query.batch):
+                seen = yield Query(torch.stack([base, start, *others]), query.batch, outputs=True)  # type: ignore[misc]
+                query = _towards(query, seen, weight, contrast.temperature)
+            answer = yield query
+            assert answer.grad_KBPD is not None
+            prompt = query.prompts_KPD[0]
+            pull = config.residual_weight * (prompt - base)
+            if in_prompts:
+                pull = pull + weight * _pull(prompt - start, base - start, others - start, contrast.temperature)  # type: ignore[operator]
+            query = work.send(answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device)))
+    except StopIteration as end:
+        return end.value
+
+
+def calibrated(work: Generator[Query, Answer, Result], log_shares_C: Tensor | None) -> Generator[Query, Answer, Result]:
+    """The same questions, of records of which it is known how frequent their labels are (None: as they are).
+
+    Training under softmax(logits + log shares) leaves what sets labels apart in the prompt and how frequent they are out of
+    it: logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang
+    et al., ICML 2022, arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
+    """
+    if log_shares_C is None:
+        return (yield from work)
+    try:
+        query = next(work)
+        while True:
+            query = work.send((yield query._replace(batch=query.batch.with_prior(log_shares_C))))
+    except StopIteration as end:
+        return end.value
+
+
+def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
+    """[P, D], the gradient of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over `towards` and all of `away`.
+
+    Ways are counted from the shared start: whole prompts all point where the start does. Zero where there is no way yet.
+    """
+    if way_PD.abs().max() < 1e-12 or towards_PD.abs().max() < 1e-12:
+        return torch.zeros_like(way_PD)
+    way = way_PD.clone().requires_grad_()
+    targets = torch.stack([towards_PD, *away_KPD]).flatten(1)
+    cosines = F.cosine_similarity(way.flatten()[None], targets, dim=1) / temperature
+    (-cosines.log_softmax(0)[0]).backward()
+    assert way.grad is not None
+    return way.grad
+
+
+def _towards(query: Query, seen: Answer, weight: float, temperature: float) -> Query:
+    """The same question under a loss that compares each record's features with those of `seen`: [cluster, start, others]."""
+    assert seen.outputs_KB is not None
+    features = seen.outputs_KB.features_RD.cpu()
+    towards_BND = features.view(len(features) // len(query.batch), len(query.batch), -1).transpose(0, 1)
+    scale = torch.full((len(query.batch), 2), weight)
+    scale[:, 1] = temperature
+    extra = {**query.batch.extra, TOWARDS: towards_BND, WEIGHT: scale}
+    return query._replace(batch=replace(query.batch, extra=extra), loss=aligned_loss)
+
+
+def aligned_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    """[R]: the task's loss plus weight · InfoNCE in the space of features; the cluster's prompt and the frozen start are
+    the positives, other clusters' prompts the negatives (after FedPGP, Cui et al., ICML 2024, arXiv 2405.09771)."""
+    weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
+    cosines_RN = F.cosine_similarity(outputs.features_RD[:, None], batch.extra[TOWARDS], dim=-1)
+    scores_RN = cosines_RN / temperature_R[:, None]
+    apart_R1 = scores_RN[:, 2:].logsumexp(1, keepdim=True)
+    misses_R2 = torch.logaddexp(scores_RN[:, :2], apart_R1) - scores_RN[:, :2]
+    return batch.task.loss(outputs, batch) + weight_R * misses_R2.mean(1)

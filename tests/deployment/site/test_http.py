@@ -1,0 +1,211 @@
+"""The site's socket: who may reach it, how large a call may be, and what each answer's status says."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+import grids
+from ficpd.deployment.site import config, http
+from ficpd.deployment.site.preflight import _as_owner, status
+from ficpd.errors import ConfigError, SiteError
+from ficpd.federation import codec
+from ficpd.federation.codec import Call
+from site_of import NOISED, begun, recipe, site, train, world
+
+pytestmark = [  # httpx does not close a socket that nobody answers
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def asked(path: Path, body: bytes, where: str = "train") -> httpx.Response:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=30, trust_env=False) as client:
+        return client.post(f"http://site/{where}", content=body)
+
+
+def test_every_answer_has_a_status_of_its_own(tmp_path, monkeypatch):
+    one = world(tmp_path, "fedavg", *NOISED)
+    orders, said = begun(one)
+    with grids.short_folder() as folder, grids.answering(site(one, "site-0", folder, max_rounds=2)) as path:
+        hello = asked(path, codec.encode_call(Call("hello")), "query")
+        assert (hello.status_code, hello.json()["name"], hello.json()["card"]) == (200, "site-0", {"site": "site-0"})
+        assert asked(path, train(orders[0])).status_code == 428
+        refused = asked(path, train(orders[0], said))
+        assert (refused.status_code, refused.json()["refused"]) == (409, True)
+        assert "max_rounds" not in refused.json()["error"]
+        assert "federation.num_rounds = 3" in refused.json()["error"]
+        for body in (b"", b"nonsense", train(orders[0])[:-1], codec.encode_call(Call("copy the records"))):
+            assert asked(path, body).status_code == 422
+        monkeypatch.setattr(http, "LARGEST", 1000)
+        assert asked(path, b"x" * 1001).status_code == 413
+        assert asked(path, codec.encode_call(Call("hello")), "records").status_code == 404
+
+
+def test_the_socket_is_its_owners_alone_and_goes_when_the_site_goes():
+    with grids.short_folder() as folder:
+        path = folder / "a.sock"
+        sock = http.bound(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(SiteError, match="another process answers"):
+            http.bound(path)
+        sock.close()
+        again = http.bound(path)  # what a dead process left there
+        again.close()
+        path.unlink()
+        path.write_text("not a socket")
+        with pytest.raises(SiteError, match="is no socket"):
+            http.bound(path)
+        with pytest.raises(SiteError, match="no folder"):
+            http.bound(folder / "nowhere" / "a.sock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket to somebody else")
+def test_another_users_socket_or_state_is_left_alone(tmp_path):
+    with grids.short_folder() as folder:
+        path = folder / "a.sock"
+        http.bound(path).close()
+        os.chown(path, 54321, 54321)
+        with pytest.raises(SiteError, match="belongs to user 54321"):
+            http.bound(path)
+        one = world(tmp_path)
+        (folder / "site-0").mkdir()
+        os.chown(folder / "site-0", 54321, 54321)
+        with pytest.raises(SiteError, match="belongs to user 54321"):
+            site(one, "site-0", folder)
+
+
+def test_a_socket_that_systemd_hands_over_is_used_as_it_is():
+    """It has to live: a socket object that is dropped closes it."""
+    with grids.short_folder() as folder:
+        path = folder / "a.sock"
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
+        listening.listen()
+        code = (
+            "import os; os.dup2(int(os.environ['GIVEN']), 3); os.environ['LISTEN_PID'] = str(os.getpid())\n"
+            "from ficpd.deployment.site.http import handed_over\n"
+            "sock = handed_over(); print(sock.getsockname())"
+        )
+        environment = {**os.environ, "LISTEN_FDS": "1", "GIVEN": str(listening.fileno())}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, pass_fds=[listening.fileno()], capture_output=True, text=True
+        )
+        listening.close()
+        assert run.stdout.strip() == str(path), run.stderr
+        assert http.handed_over() is None
+
+
+def test_a_path_that_is_too_long_is_an_error_of_the_file(tmp_path):
+    file = tmp_path / "site.toml"
+    file.write_text(
+        f'name = "a"\nsocket = "/{"x" * 120}"\nstate = "s"\n[task]\nname = "classification"\n'
+        'labels = { a = "a", b = "b" }\n'
+        '[data]\nsource = "ratings"\n[policy]\nepsilon = 1.0\n'
+    )
+    with pytest.raises(ConfigError, match=r"site\.toml.*socket.*at most 107 bytes, this one 121"):
+        config.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name = 1\nnames = 2", "unknown part 'names'; did you mean 'name'"),
+        ("[policy]\nepsilonn = 2", "unknown key 'epsilonn'; did you mean 'epsilon'"),
+        ("[policy]\nepsilon = -2", "policy.epsilon = -2"),
+        ("name = ", "is not TOML"),
+        ('name = "a/b"', "make a name"),
+    ],
+)
+def test_a_mistake_in_the_sites_file_is_named(tmp_path, text, words):
+    file = tmp_path / "site.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        config.read(file)
+
+
+def test_lines_are_found_in_every_way_of_writing_toml():
+    text = 'seed = 1\n[policy]\n# epsilon = 9\nepsilon = 2\n[groups.a.task]\n"name" = "x"\n[data]\ncolumns.text = "t"\n'
+    found = [config.line_of(text, key) for key in ("seed", "policy.epsilon", "groups.a.task.name", "data.columns.text")]
+    assert found == [1, 4, 6, 8]
+    assert config.line_of(text, "policy.delta") is None
+    assert config.where("site.toml", text, "policy.delta") == "site.toml, by default"
+
+
+def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_path):
+    one = world(tmp_path, "fedavg", *NOISED)
+    orders, said = begun(one)
+    with grids.short_folder() as folder:
+        file = folder / "site.toml"
+        file.write_text(
+            f'name = "site-0"\nsocket = "site-0.sock"\nstate = "site-0"\n[task]\nname = "classification"\n'
+            f'labels = {{ a = "a", b = "b" }}\n[data]\nsource = "{tmp_path / "records.csv"}"\n[policy]\nepsilon = 1.0\n'
+        )
+        before = status(file)
+        assert (before["running"], before["epsilon"]["spent"], before["runs"], before["last_error"]) == (
+            False,
+            0,
+            {},
+            None,
+        )
+        own = site(one, "site-0", folder)
+        with grids.answering(own):
+            asked(own.config.socket, train(orders[0], said))
+            running = status(file)
+        rest = status(file)
+        assert (running.pop("running"), rest.pop("running")) == (True, False)
+        assert rest == running
+        assert rest["epsilon"]["spent"] > 0
+        assert [run["rounds_served"] for run in rest["runs"].values()] == [1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as somebody else")
+def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
+    code = (
+        "import os, sys; from ficpd.deployment.site.preflight import _as_owner; from pathlib import Path; os.setuid(54322)\n"
+        "_as_owner(Path(sys.argv[1])).__enter__()"
+    )
+    with grids.short_folder() as folder:
+        folder.chmod(0o755)
+        (folder / "state").mkdir()
+        os.chown(folder / "state", 54321, 54321)
+        with _as_owner(folder / "state"):
+            (folder / "state" / "file").touch()
+        assert (folder / "state" / "file").stat().st_uid == 54321
+        run = subprocess.run([sys.executable, "-c", code, str(folder / "state")], capture_output=True, text=True)
+        assert "is user 54321's alone" in run.stderr
+
+
+def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_path):
+    from ficpd.deployment.site.preflight import lines
+    from ficpd.errors import PolicyError
+
+    one = world(tmp_path, "fedavg", *NOISED, "training.local_steps=3")
+    (tmp_path / "recipe.toml").write_text(recipe(one))
+    task = 'name = "classification"\ninstruction = "it was"\nlabels = { good = "good fine", bad = "bad dull" }'
+    file = tmp_path / "site.toml"
+    file.write_text(
+        f'name = "site-0"\nsocket = "s.sock"\nstate = "state"\n[card]\ncountry = "north"\n[backbone]\nname = "tiny"\n'
+        f'options = {{ width = 16 }}\n[task]\n{task}\n[data]\nsource = "{tmp_path / "records.csv"}"\n'
+        "[policy]\nepsilon = 8.0\ndelta = 1e-3\n"
+    )
+    said = "\n".join(lines(file, tmp_path / "recipe.toml", 3))
+    for words in (
+        "country = north",
+        "noised by record_gaussian",
+        "the policy allows it",
+        "bytes a round",
+        "cost      epsilon 3.",
+    ):
+        assert words in said
+    assert not (tmp_path / "state").exists()
+    file.write_text(file.read_text() + "max_local_steps = 2\n")
+    with pytest.raises(
+        PolicyError, match=r"recipe.toml line \d+: training.local_steps = 3; site.toml line 18: at most 2"
+    ):
+        list(lines(file, tmp_path / "recipe.toml", 3))

@@ -1,0 +1,21 @@
+"""A SuperLink that is not there is said so before anything is submitted, and soon."""
+
+import time
+
+import pytest
+
+from ficpd.deployment.flower_cli import reachable
+from ficpd.errors import ConfigError, SiteError
+
+
+def test_a_superlink_that_is_not_there_is_said_within_ten_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="unknown superlink 'ficpd'"):
+        reachable("ficpd")
+    (tmp_path / "config.toml").write_text('[superlink.ficpd]\naddress = "127.0.0.1:1"\n')
+    with pytest.raises(ConfigError, match="did you mean 'ficpd'"):
+        reachable("ficpdd")
+    began = time.monotonic()
+    with pytest.raises(SiteError, match=r"127\.0\.0\.1:1"):
+        reachable("ficpd")
+    assert time.monotonic() - began < 10

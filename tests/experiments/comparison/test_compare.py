@@ -1,0 +1,519 @@
+"""Whole comparisons on the tiny backbone, in worker processes: what they leave, and what befalls them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import small
+from ficpd import cli
+from ficpd.errors import RunError
+from ficpd.experiments.build import build_world
+from ficpd.experiments.comparison import SCHEMA
+from ficpd.experiments.comparison.compare import compare, read_comparison
+from ficpd.experiments.comparison.grid import Cell, Plan, planned
+from ficpd.experiments.comparison.results_dir import locked
+from ficpd.experiments.comparison.run_cell import Worlds, data_of, run_cell
+from ficpd.experiments.runner import run as run_experiment
+from ficpd.experiments.runner import silent
+from ficpd.experiments.setup import method_of, schedule_of
+from ficpd.federation.rounds import cohort_of
+
+TESTS = Path(__file__).parents[2]
+FREE = "[budgets.free]\nepsilon = inf\nrounds = 3\n"
+PRIVATE = '[budgets.private]\nepsilon = 4\nrounds = 3\ncompression = { name = "subspace", dimension = 4 }\n'
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_tests(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+def plan(folder: Path, axes: str = "[methods.fedavg]\n", seeds: str = "[0]", more: str = "") -> Plan:
+    """A comparison's file beside its recipe and records."""
+    folder.mkdir(exist_ok=True, parents=True)
+    small.table(folder / "records.csv")
+    (folder / "small.toml").write_text(small.toml(folder / "records.csv", rounds=3))
+    text = f'name = "test"\nrecipe = "small.toml"\nreference = "fedavg"\nseeds = {seeds}\n{more}\n{axes}'
+    (folder / "test.toml").write_text(text)
+    return planned(text, "test.toml", (), folder)
+
+
+def troubled(how: str, unless: Path | str = "") -> str:
+    """FedAvg, and a method that comes to grief in its second round."""
+    return f'[methods.fedavg]\n[methods.bad]\nmethod = {{ name = "troubled.method", how = "{how}", unless = "{unless}" }}\n'
+
+
+def of(found: Mapping[str, Any], **labels: Any) -> list[dict[str, Any]]:
+    return [c for c in found["cells"] if all(c[key] == value for key, value in labels.items())]
+
+
+def times(out: Path) -> dict[Path, int]:
+    """When each run's result was written."""
+    return {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+
+
+# ---------------------------------------------------------------- a grid
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Plan, dict[str, Any]]:
+    """Two budgets and two seeds; one method fails, one cannot be run with the private budget's compression."""
+    folder = tmp_path_factory.mktemp("grid")
+    axes = troubled("error") + '[methods.lora]\nmethod.name = "fedlora"\n[methods.ficpd]\nmethod.num_prototypes = 2\n'
+    given = plan(folder, axes + FREE + PRIVATE, "[0, 1]")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(TESTS))
+    events: list[Mapping[str, Any]] = []
+    found = compare(given, folder / "out", jobs=2, seen=events.append)
+    patch.undo()
+    assert {event["key"] for event in events if event.get("status") == "failed"} == {
+        c["key"] for c in of(found, method="bad")
+    }
+    return folder / "out", given, found
+
+
+def test_one_failing_method_does_not_stop_the_others(finished):
+    out, _, found = finished
+    assert len(found["cells"]) == 2 * 2 * 7
+    bad = of(found, method="bad")
+    assert {c["status"] for c in bad} == {"failed"}
+    assert "ZeroDivisionError: a division by zero, in the second round" in bad[0]["reason"]
+    assert "Traceback" in (out / "cells" / f"{bad[0]['key']}.log").read_text()
+    refused = of(found, method="lora", budget="private")
+    assert {c["status"] for c in refused} == {"refused"}
+    assert "fedlora tunes something else" in refused[0]["reason"]
+    others = [c for c in found["cells"] if c not in bad and c not in refused]
+    assert {c["status"] for c in others} == {"done"}
+    assert found["counts"] == {"done": 22, "failed": 4, "refused": 2}
+
+
+def test_a_cell_is_what_the_run_came_to_alone(finished, tmp_path):
+    """The figures of a worker that had seen other cells before are those of a run of its own."""
+    out, given, found = finished
+    (cell,) = of(found, method="ficpd", budget="private", seed=1)
+    experiment = next(c.experiment for c in given.cells if (c.method, c.budget, c.seed) == ("ficpd", "private", 1))
+    alone = run_experiment(experiment, tmp_path / "alone")
+    assert cell["figures"]["own"] == pytest.approx(alone["metrics"]["per_client_mean"]["accuracy"], abs=0.04)
+    assert cell["epsilon"] == pytest.approx(alone["privacy"]["epsilon"])
+    assert cell["bytes"]["up"] == alone["bytes"]["up_total"]
+    inside = json.loads((out / "cells" / cell["key"] / "result.json").read_text())
+    assert inside["metrics"]["zero_shot"] == alone["metrics"]["zero_shot"]
+    assert (out / "cells" / cell["key"] / "report.md").exists()
+    assert (out / "cells" / cell["key"] / "library" / "card.json").exists()
+
+
+def test_curves_have_every_round_and_end_with_the_figures(finished):
+    _, _, found = finished
+    for cell in of(found, status="done"):
+        rounds = [point["round"] for point in cell["curve"]]
+        assert rounds == ([0] if cell["method"] == "zero_shot" else [1, 2, 3])
+        last = cell["curve"][-1]
+        assert (last["own"], last["everyone"]) == (cell["figures"]["own"], cell["figures"]["everyone"])
+        assert last["bytes_up"] + last["bytes_down"] == cell["bytes"]["total"]
+        sums = [point["bytes_up"] for point in cell["curve"]]
+        assert sums == sorted(sums)
+
+
+def test_a_centralised_curve_is_scored_as_its_end_is(finished):
+    """On each client's own test records, not on one pool of them."""
+    out, _, found = finished
+    (cell,) = of(found, method="centralized", budget="free", seed=0)
+    line = json.loads((out / "cells" / cell["key"] / "rounds.jsonl").read_text().splitlines()[1])
+    assert cell["curve"][1]["own"] == line["metrics"]["own_accuracy"]
+    sizes = json.loads((out / "cells" / cell["key"] / "result.json").read_text())["metrics"]["per_client"]
+    assert len(sizes) == 3
+
+
+def test_all_methods_of_a_condition_see_the_same_records_and_cohorts(finished):
+    _, given, found = finished
+    for budget in ("free", "private"):
+        for seed in (0, 1):
+            assert len({c["data"] for c in of(found, budget=budget, seed=seed, status="done")}) == 1
+    assert len({c["data"] for c in of(found, status="done")}) == 2, "each seed deals anew"
+    some = [
+        c for c in given.cells if c.seed == 0 and c.budget == "free" and c.method in ("fedavg", "lora", "bad", "ficpd")
+    ]
+    assert len({cohorts(c, 2) for c in some if c.method != "ficpd"}) == 1
+    assert len({cohorts(c, 2)[1:] for c in some}) == 1, "ficpd asks all in the first round, then as the others do"
+
+
+def cohorts(cell: Cell, size: int) -> tuple[tuple[str, ...], ...]:
+    """Who is asked in each round, if not everybody is."""
+    federation = cell.experiment.federation.model_copy(update={"clients_per_round": size})
+    world = build_world(cell.experiment.model_copy(update={"federation": federation}))
+    schedule = schedule_of(world, method_of(world, world.experiment.method))
+    return tuple(tuple(cohort_of(schedule, list(world.shards), round)) for round in (1, 2, 3))
+
+
+def test_statistics_and_targets_are_of_the_cells(finished):
+    _, _, found = finished
+    (free,) = [c for c in found["conditions"] if c["budget"] == "free"]
+    own = [c["figures"]["own"] for c in of(found, method="ficpd", budget="free")]
+    other = [c["figures"]["own"] for c in of(found, method="fedavg", budget="free")]
+    summary = free["methods"]["ficpd"]
+    assert summary["mean"] == pytest.approx(sum(own) / 2)
+    assert summary["against"]["difference"] == pytest.approx((own[0] + own[1] - other[0] - other[1]) / 2)
+    assert free["methods"]["fedavg"]["against"] is None
+    assert free["methods"]["bad"]["n"] == 0
+    assert free["methods"]["bad"]["against"]["why"] == "no pair of finished cells with fedavg"
+    ends = [c["figures"]["own"] for c in of(found, method="centralized", budget="free")]
+    target = next(t for t in found["targets"] if t["budget"] == "free" and t["share"] == 0.9)
+    assert target["target"] == pytest.approx(0.9 * sum(ends) / 2)
+    assert target["methods"]["bad"]["of"] == []
+
+
+def test_what_it_leaves_can_be_read_again_and_is_plain_json(finished):
+    out, _, found = finished
+    assert read_comparison(out) == json.loads(json.dumps(found)) == read_comparison(out / "compare.json")
+    assert "NaN" not in (out / "compare.json").read_text()
+    assert "Infinity" not in (out / "compare.json").read_text()
+    page = (out / "compare.md").read_text()
+    for words in (
+        "| zero_shot |",
+        "| centralized |",
+        "| bad | failed |",
+        "a division by zero",
+        "## Cells without a figure",
+    ):
+        assert words in page
+    for name in ("overview", "results", "targets", "fronts"):
+        assert (out / "tables" / f"{name}.csv").read_text().count("\n") > 3
+        tex = (out / "tables" / f"{name}.tex").read_text()
+        assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == tex.count(r"\toprule") > 0
+        assert "_shot" not in tex.replace(r"\_shot", "")
+    assert (out / "tables" / "cells.csv").read_text().count("\n") == 29
+
+
+def test_a_second_call_runs_only_what_failed(finished):
+    out, given, found = finished
+    before, keys = times(out), []
+    again = compare(given, out, jobs=2, seen=lambda e: keys.append(e["key"]) if "status" in e else None)
+    assert times(out) == before
+    assert sorted(keys) == sorted({c["key"] for c in found["cells"] if c["status"] in ("failed", "refused")})
+    assert again["counts"] == found["counts"]
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> tuple[Plan, Path]:
+    """One method, one seed: four runs that are finished."""
+    folder = tmp_path_factory.mktemp("once")
+    given = plan(folder)
+    assert compare(given, folder / "out", jobs=1)["counts"] == {"done": 4}
+    return given, folder
+
+
+@pytest.fixture
+def again(once, tmp_path) -> tuple[Plan, Path]:
+    """The same plan, and a copy of what it left."""
+    given, folder = once
+    shutil.copytree(folder / "out", tmp_path / "out")
+    return given, tmp_path / "out"
+
+
+def test_a_larger_grid_runs_only_what_is_new(once, again):
+    _, out = again
+    before = times(out)
+    whole = plan(once[1], "[methods.fedavg]\n[methods.prox]\nmethod.name = 'fedprox'\n")
+    assert compare(whole, out, jobs=1)["counts"] == {"done": 5}
+    after = times(out)
+    assert len(after) == 5
+    assert {file: after[file] for file in before} == before
+
+
+def test_what_an_earlier_comparison_knows_is_not_run_again(once, tmp_path):
+    """Its `compare.json` is enough: of the run directories nothing is left. Another seed is new."""
+    given, folder = once
+    shutil.copy(folder / "out" / "compare.json", tmp_path / "earlier.json")
+    before = read_comparison(tmp_path / "earlier.json")
+    found = compare(given, tmp_path / "out", jobs=1, known=tmp_path / "earlier.json")
+    assert not times(tmp_path / "out")
+    assert found == before
+    both = plan(folder, seeds="[0, 1]")
+    found = compare(both, tmp_path / "both", jobs=1, known=tmp_path / "earlier.json")
+    assert found["counts"] == {"done": 8}
+    assert len(times(tmp_path / "both")) == 4
+    assert of(found, seed=0) == before["cells"]
+
+
+@pytest.mark.parametrize("change", ["budget", "failed"])
+def test_of_an_earlier_comparison_only_whole_finished_runs_are_taken(once, tmp_path, change):
+    given, folder = once
+    known = read_comparison(folder / "out")
+    if change == "budget":
+        known["budgets"]["given"]["bytes"] = 1000
+    else:
+        known["cells"] = [{**cell, "status": "failed"} for cell in known["cells"]]
+    (tmp_path / "compare.json").write_text(json.dumps(known))
+    assert compare(given, tmp_path / "out", jobs=1, known=tmp_path)["counts"] == {"done": 4}
+    assert len(times(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ficpd": "0.0.1"}, r"is of ficpd 0\.0\.1, and this is"),
+        ({"budgets": None}, "is not as `ficpd compare` writes it"),
+        ("cell", "is not as `ficpd compare` writes it"),
+        ("data", "was run on other records than those here"),
+    ],
+)
+def test_an_earlier_comparison_of_something_else_is_refused(once, tmp_path, change, said):
+    given, folder = once
+    known = read_comparison(folder / "out")
+    if change == "data":
+        change = {"cells": [{**cell, "data": "of another file"} for cell in known["cells"]]}
+    elif change == "cell":
+        change = {"cells": [{"key": cell["key"]} for cell in known["cells"]]}
+    (tmp_path / "compare.json").write_text(json.dumps(known | change))
+    with pytest.raises(RunError, match=said):
+        compare(given, tmp_path / "out", jobs=1, known=tmp_path)
+
+
+def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
+    """Its process is killed in the second round; the second call finds the cause gone, and the first round's checkpoint."""
+    given = plan(tmp_path, troubled("killed", tmp_path / "better"))
+    found = compare(given, tmp_path / "out", jobs=1)
+    (bad,) = of(found, method="bad")
+    assert bad["status"] == "failed"
+    assert "was killed by SIGKILL" in bad["reason"]
+    assert {c["status"] for c in found["cells"] if c is not bad} == {"done"}
+    folder = tmp_path / "out" / "cells" / bad["key"]
+    first = (folder / "rounds.jsonl").read_text()
+    assert first.count("\n") == 1
+    (tmp_path / "better").touch()
+    (bad,) = of(compare(given, tmp_path / "out", jobs=1), method="bad")
+    assert bad["status"] == "done"
+    assert (folder / "rounds.jsonl").read_text().startswith(first)
+    assert not (tmp_path / "out" / "cells" / f"{bad['key']}.log").exists()
+
+
+def test_records_that_changed_in_between_stop_the_comparison(again):
+    """As if the file had been another one when this cell was run."""
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "of another file"}))
+    with pytest.raises(RunError, match="should hold the same records and do not: a file was changed between them"):
+        compare(given, out, jobs=1)
+
+
+def test_the_hash_of_the_records_tells_a_changed_word_and_another_holder(tmp_path):
+    given = plan(tmp_path).cells[0].experiment
+    worlds = [build_world(given), build_world(given)]
+    file = tmp_path / "records.csv"
+    before = file.read_text()
+    file.write_text(before.replace(" was ", " is ", 1))
+    worlds.append(build_world(given))
+    lines = before.splitlines()
+    file.write_text("\n".join([lines[0], lines[1].replace("site-0", "site-1"), *lines[2:]]) + "\n")
+    worlds.append(build_world(given))
+    hashes = [data_of(world.shards) for world in worlds]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
+    """The same backbone in memory; its figures are those of a world of their own."""
+    given = plan(tmp_path, "[methods.fedavg]\n" + FREE + PRIVATE)
+    own = [c for c in given.cells if c.method == "fedavg"]
+    shared, found = Worlds(), {}
+    for name, worlds in (("shared", lambda: shared), ("alone", Worlds)):
+        for cell in own:
+            got = run_cell(cell.experiment, cell.hash, cell.ground, tmp_path / name, worlds(), silent)
+            found.setdefault(cell.hash, []).append(got)
+    assert shared.world is not None
+    for one, other in found.values():
+        assert one["figures"]["own"] == pytest.approx(other["figures"]["own"], abs=0.04)
+        assert (one["bytes"], one["epsilon"], one["data"]) == (other["bytes"], other["epsilon"], other["data"])
+
+
+# ---------------------------------------------------------------- two at once, and others' folders
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    given = plan(tmp_path)
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(RunError, match=rf"another `ficpd compare` is at work in .*out \(process {os.getpid()}\); wait"),
+    ):
+        compare(given, tmp_path / "out")
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and holds no comparison; choose another --out"):
+        compare(plan(tmp_path), tmp_path / "mine")
+    with pytest.raises(RunError, match=r"thesis\.txt is a file; a comparison needs a folder"):
+        compare(plan(tmp_path), tmp_path / "mine" / "thesis.txt")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# ---------------------------------------------------------------- other versions
+
+
+@pytest.mark.parametrize("change", [{"schema": SCHEMA + 1}, {"ficpd": "0.0.9"}, None])
+def test_results_of_another_version_are_named_and_nothing_is_run(again, change):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change) if change else "{")
+    before = times(out)
+    named = rf"results of another version than this one .*{file.stem} \((schema|ficpd) .*--redo"
+    with pytest.raises(RunError, match=named):
+        compare(given, out, jobs=1)
+    assert times(out) == before
+
+
+def test_redo_deletes_them_and_runs_them_again(again):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ficpd": "0.0.9"}))
+    before = times(out)
+    assert compare(given, out, jobs=1, redo=True)["counts"] == {"done": 4}
+    assert {f.parent.name for f, at in times(out).items() if before[f] != at} == {file.stem}
+
+
+def test_a_finished_run_of_another_version_without_an_outcome_is_noticed(again):
+    given, out = again
+    file = next(out.glob("cells/*fedavg*.json"))
+    file.unlink()
+    result = out / "cells" / file.stem / "result.json"
+    old = json.loads(result.read_text())
+    old["versions"]["ficpd"] = "0.0.1"
+    result.write_text(json.dumps(old))
+    with pytest.raises(RunError, match=r"\(ficpd 0\.0\.1\)"):
+        compare(given, out, jobs=1)
+
+
+def test_a_comparison_of_another_schema_is_not_read(tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(RunError, match=r"is of schema 99, and this is ficpd .* which reads schema 1"):
+        read_comparison(tmp_path)
+    (tmp_path / "compare.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_comparison(tmp_path)
+    with pytest.raises(RunError, match="holds no comparison"):
+        read_comparison(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*words: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ficpd", "compare", *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def ficpd(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit status, what it printed, its errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ficpd", "compare", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def test_the_command_says_what_failed_and_ends_with_status_3(ficpd, tmp_path):
+    plan(tmp_path, troubled("error"))
+    sweep = "training.local_steps=1,2"
+    status, out, err = ficpd(tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", sweep)
+    assert (status, err) == (3, "")
+    assert "bad (classification, training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
+    assert "tables: " in out
+    status, out, _ = ficpd(tmp_path / "out", "--table", "markdown")
+    assert (status, out.count("| fedavg |")) == (0, 2)
+    assert "**training.local_steps = 2**" in out
+    assert r"\begin{tabular}" in ficpd(tmp_path / "out" / "compare.json", "--table", "latex")[1]
+    assert ficpd(tmp_path / "out", "--table", "csv")[1].startswith("table,method,")
+
+
+def test_a_mistake_is_one_sentence(ficpd, tmp_path):
+    plan(tmp_path)
+    file = tmp_path / "test.toml"
+    for words, said in (
+        ((tmp_path / "none.toml",), "no comparison file"),
+        (("quikc",), "did you mean 'quick'?"),
+        ((file, "--ablate", "privacy.epsilon"), "expected part.key=value,value"),
+        ((tmp_path, "--table", "markdown"), "holds no comparison"),
+        ((file, "--track", "wandb"), "write tensorboard or mlflow"),
+    ):
+        status, _, err = ficpd(*words)
+        assert status == 1
+        assert said in err
+        assert "Traceback" not in err
+    for words in (
+        (file, "other.toml"),
+        (file, "--table", "words"),
+        (file, "--table", "csv", "--out", tmp_path / "out"),
+    ):
+        assert ficpd(*words)[0] == 2
+
+
+def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
+    """The interrupted run's process is gone, its lock with it, and the same command goes on."""
+    plan(tmp_path, troubled("slow", tmp_path / "better"))
+    out = tmp_path / "out"
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
+    wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
+    workers = children(process.pid)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said[0] + said[1]
+    assert "the same command goes on" in said[1]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert read_comparison(out)["counts"] == {"done": 4, "missing": 1}
+    (tmp_path / "better").touch()
+    assert compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1)["counts"] == {"done": 5}
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_they_work_for(tmp_path):
+    """Killed, it can stop nobody; they see the end of their input, and the folder is free again."""
+    plan(tmp_path, troubled("slow"))
+    out = tmp_path / "out"
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
+    wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
+    workers = children(process.pid)
+    process.kill()
+    process.communicate(timeout=300)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    with locked(out):
+        pass
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in found.split()]
+
+
+def wait_for(true: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)

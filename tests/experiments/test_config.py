@@ -1,0 +1,248 @@
+"""Experiments: read from TOML, changed by --set, written back whole; every error names what was meant."""
+
+import pytest
+
+import small
+from ficpd.errors import ConfigError
+from ficpd.experiments import config
+from ficpd.experiments.config import parse, read, recipes, to_toml
+
+TEXT = small.toml("records.csv")
+
+
+def changed(*changes: str):
+    return parse(TEXT, "my.toml", changes)
+
+
+def refused(*changes: str, text: str = TEXT) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "my.toml", changes)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- what is wrong is named
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("trainin.local_steps=3", "unknown part 'trainin'; did you mean 'training'?"),
+        ("training.local_step=3", "training: unknown key 'local_step'; did you mean 'local_steps'?"),
+        ("federation.num_round=3", "federation: unknown key 'num_round'; did you mean 'num_rounds'?"),
+        ("backbone.nam=tiny", "backbone: unknown key 'nam'; did you mean 'name'?"),
+        ("task.label={}", "task: unknown key 'label'; did you mean 'labels'?"),
+        ("data.sorce=a.csv", "data: unknown key 'sorce'; did you mean 'source'?"),
+        ("partition.colum=site", "partition: unknown key 'colum'; did you mean 'column'?"),
+        ("engine.devise=cpu", "engine: unknown key 'devise'; did you mean 'device'?"),
+        ("prompt.num_token=4", "prompt: unknown key 'num_token'; did you mean 'num_tokens'?"),
+        ("method.proximal_weight=4", "method: unknown key 'proximal_weight'"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(change, words):
+    assert f"my.toml: {words}" in refused(change)
+
+
+def test_a_misspelt_key_in_the_file_is_named_too():
+    text = TEXT.replace("local_steps", "lokal_steps")
+    assert "my.toml: training: unknown key 'lokal_steps'; did you mean 'local_steps'?" in refused(text=text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "method.name=fedavgg",
+            "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, dp_cma_es, dp_fpl",
+        ),
+        ("task.name=clasification", "did you mean 'classification'? Known: choice, classification, generation"),
+        ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
+        ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
+        ("method.name=my.module", "'my.module': No module named 'my'. A dotted name must be an importable module."),
+    ],
+)
+def test_an_unknown_module_lists_the_known(change, words):
+    assert words in refused(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.local_steps=0", "my.toml: training.local_steps = 0: Input should be greater than or equal to 1"),
+        ("training.local_steps=many", "my.toml: training.local_steps = 'many': Input should be a valid integer"),
+        ("training.learning_rate=-1", "training.learning_rate = -1"),
+        ("federation.num_rounds=-1", "federation.num_rounds = -1"),
+        ("federation.clients_per_round=0", "federation.clients_per_round = 0"),
+        ("prompt.num_tokens=0", "prompt.num_tokens = 0"),
+        ("prompt.enters_at=-1", "prompt.enters_at = -1"),
+        ("prompt.init=noise", "prompt.init = 'noise': Input should be 'text', 'vocabulary' or 'library'"),
+        ("backbone.dtype=float64", "backbone.dtype = 'float64'"),
+        ("data.test_fraction=1", "data.test_fraction = 1"),
+        ("partition.kind=dirichlet", "kind 'dirichlet'"),
+        ("task.labels={good='x'}", "task.labels"),
+        ("seed=x", "seed = 'x'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_expected(change, words):
+    assert words in refused(change)
+
+
+@pytest.mark.parametrize("part", ["data", "partition", "task"])
+def test_a_part_without_a_default_must_be_there(part):
+    lines, keep, inside = TEXT.splitlines(), [], False
+    for line in lines:
+        inside = line == f"[{part}]" or (inside and not line.startswith("["))
+        keep += [] if inside else [line]
+    assert f"my.toml: {part} is missing; it has no default" in refused(text="\n".join(keep))
+
+
+@pytest.mark.parametrize("part", ["task", "method", "privacy"])
+@pytest.mark.parametrize("value", ["{}", "{name=3}", "3", "[]"])
+def test_a_module_needs_a_name(part, value):
+    rest = "\n".join(line for line in TEXT.splitlines())
+    assert f"my.toml: {part} needs a `name`" in refused(f"{part}={value}", text=rest)
+
+
+@pytest.mark.parametrize("value", ["3", "'x'", "[1]"])
+@pytest.mark.parametrize("part", ["training", "backbone", "data"])
+def test_a_part_that_is_no_table_is_refused(part, value):
+    assert part in refused(f"{part}={value}")
+
+
+@pytest.mark.parametrize("text", ["name = ", "[task\nname='x'", "a = 1\na = 2", "just words"])
+def test_what_is_no_toml_is_said_to_be_none(text):
+    assert refused(text=text).startswith("my.toml is not TOML: ")
+
+
+@pytest.mark.parametrize("value", ["3", "'local'", "{a=1}"])
+def test_baselines_that_are_no_list_of_names_are_refused(value):
+    refused(f"baselines={value}")
+
+
+def test_errors_of_one_part_are_told_together():
+    told = refused("training.local_steps=0", "training.batch_size=0")
+    assert "training.local_steps = 0" in told
+    assert "training.batch_size = 0" in told
+
+
+# ---------------------------------------------------------------- --set
+
+
+@pytest.mark.parametrize(
+    ("change", "read_back"),
+    [
+        ("training.local_steps=7", lambda e: e.training.local_steps == 7),
+        ("training.learning_rate=1e-3", lambda e: e.training.learning_rate == 0.001),
+        ("training.local_steps = 7 ", lambda e: e.training.local_steps == 7),
+        ("backbone.name=some/model", lambda e: e.backbone.name == "some/model"),
+        ("backbone.name='minilm'", lambda e: e.backbone.name == "minilm"),
+        ("name=a=b", lambda e: e.name == "a=b"),
+        ("baselines=['local','fedavg']", lambda e: e.baselines == ("local", "fedavg")),
+        ("data.columns.text=review", lambda e: e.data.columns == {"text": "review"}),
+        ("backbone.options={width=8}", lambda e: e.backbone.options == {"width": 8}),
+        ("backbone.options.depth=3", lambda e: e.backbone.options == {"width": 16, "depth": 3}),
+        ("task.tuned_head=true", lambda e: e.task["tuned_head"] is True),
+        ("task.instruction=It is, after all", lambda e: e.task["instruction"] == "It is, after all"),
+        ("prompt.text=", lambda e: e.prompt.text == ""),
+        ("seed=12", lambda e: e.seed == 12),
+    ],
+)
+def test_set_reads_toml_and_else_plain_text(change, read_back):
+    assert not read_back(changed()), "the test shows nothing: the value is there without the change"
+    assert read_back(changed(change))
+
+
+def test_a_later_change_wins_and_the_others_stay():
+    found = changed("seed=1", "training.batch_size=3", "seed=2")
+    assert (found.seed, found.training.batch_size, found.training.local_steps) == (2, 3, 2)
+
+
+def test_another_module_begins_with_its_own_settings():
+    one = changed("method.name=ficpd", "method.num_prototypes=9")
+    assert one.method == {
+        "name": "ficpd",
+        "num_prototypes": 9,
+        **{k: one.method[k] for k in one.method.keys() - {"name", "num_prototypes"}},
+    }
+    text = to_toml(one)
+    fresh = parse(text, "x", ["method.name=fedprox"]).method
+    assert (fresh["name"], fresh["proximal_weight"], "num_prototypes" in fresh) == ("fedprox", 0.01, False)
+    assert parse(text, "x", ["method.name=ficpd"]).method["num_prototypes"] == 9
+
+
+@pytest.mark.parametrize("change", ["seed", "=3", ".a=3", "training.=3", "training..batch_size=3", ""])
+def test_a_change_that_is_none_is_refused(change):
+    assert f"--set {change!r}: expected part.key=value" in refused(change)
+
+
+def test_a_change_below_a_value_is_refused():
+    assert "--set 'seed.x=3': seed is a value, not a part" in refused("seed.x=3")
+
+
+# ---------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["method.name=ficpd", "prompt.enters_at=1", "federation.clients_per_round=2", "training.learning_rate=0.5"],
+        ["task.instruction='quote \" and \\ and ä'", "prompt.text='two\nlines'", "baselines=['local']"],
+        ["privacy.name=none", "engine.chunk_tokens=64", "data.max_records=30"],
+    ],
+)
+def test_an_experiment_written_and_read_is_the_same(changes):
+    changes = [change.replace("\n", " ") for change in changes]
+    given = changed(*changes)
+    text = to_toml(given)
+    again = parse(text, "again.toml")
+    assert again == given
+    assert to_toml(again) == text
+
+
+def test_all_is_written_defaults_too():
+    text = to_toml(changed())
+    for key in ("batch_size", "l2_weight", "max_update_norm", "test_fraction", "min_records", "keep_mb", "tuned_head"):
+        assert f"{key} = " in text
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_an_experiment(name):
+    found = read(name)
+    assert parse(to_toml(found), name) == found
+    assert found.name
+
+
+def test_the_quick_start_is_what_is_run_if_nothing_is_named():
+    assert read(None) == read("quickstart")
+    assert read(None, ["seed=4"]).seed == 4
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match=r"unknown recipe 'quikstart'; did you mean 'quickstart'\?.*give a \.toml file"
+    ):
+        read("quikstart")
+
+
+def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
+    with pytest.raises(ConfigError, match=r"no recipe file .*mine\.toml; the ones that come with ficpd: .*quickstart"):
+        read(str(tmp_path / "mine.toml"))
+    with pytest.raises(ConfigError, match="no recipe file"):
+        read(str(tmp_path))
+
+
+def test_a_file_is_read_wherever_it_is(tmp_path):
+    (tmp_path / "mine.toml").write_text(TEXT, encoding="utf-8")
+    assert read(str(tmp_path / "mine.toml"), ["seed=5"]) == changed("seed=5")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        read(str(tmp_path / "mine.toml"))
+
+
+def test_an_experiment_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        changed().seed = 3
+    assert config.Experiment.model_fields.keys() >= {"method", "privacy", "engine"}

@@ -1,0 +1,205 @@
+"""Trackers are sent what runs leave: every round once, and the end."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import small
+from ficpd.errors import ConfigError
+from ficpd.experiments import tracking
+from ficpd.experiments.tracking import Follower, followed
+
+
+class Noted:
+    """A writer that notes what it is sent."""
+
+    def __init__(self, name: str):
+        self.name, self.params, self.points, self.closed = name, {}, [], False
+
+    def settings(self, settings) -> None:
+        self.params = dict(settings)
+
+    def figures(self, figures, step: int) -> None:
+        self.points.append((step, dict(figures)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def noting() -> tuple[dict[str, Noted], Any]:
+    writers: dict[str, Noted] = {}
+
+    def opened(name: str, run: Path) -> Noted:
+        assert name not in writers, "opened twice"
+        writers[name] = Noted(name)
+        return writers[name]
+
+    return writers, opened
+
+
+def test_every_round_is_sent_once_and_the_end_last(tmp_path):
+    writers, opened = noting()
+    follower = Follower(opened, tmp_path / "run")
+    looked = lambda method, done, planned, figures: follower.look()  # noqa: E731
+    given = small.experiment(tmp_path, "fedavg", "baselines=['local']", "federation.evaluate_every=1")
+    from ficpd.experiments.runner import run
+
+    result = run(given, tmp_path / "run", progress=looked)
+    follower.look()
+    follower.look()
+    assert set(writers) == {"run", "baselines/local", "baselines/zero_shot"}
+    own = writers["run"]
+    assert [step for step, _ in own.points] == [1, 2, 3, 3]
+    assert own.points[0][1]["bytes_up"] == result["bytes"]["up_total"] / 3
+    assert "own_accuracy" in own.points[0][1]
+    assert own.points[-1][1]["global_accuracy"] == result["metrics"]["global"]["accuracy"]
+    assert (own.params["method.name"], own.params["federation.num_rounds"]) == ("fedavg", "3")
+    assert writers["baselines/local"].params["training.local_steps"] == "2"
+    assert all(writer.closed for writer in writers.values())
+    assert all(isinstance(value, int | float) for _, point in own.points for value in point.values())
+
+
+def test_a_run_that_was_finished_before_is_not_sent_again(tmp_path):
+    small.run(tmp_path, "fedavg", rounds=1)
+    writers, opened = noting()
+    Follower(opened, tmp_path / "run").look()
+    assert writers == {}
+
+
+def test_without_a_tracker_nothing_is_done(tmp_path):
+    with followed(None, tmp_path) as look:
+        look()
+
+
+def test_an_unknown_tracker_and_a_missing_one_are_said(tmp_path, monkeypatch):
+    with (
+        pytest.raises(ConfigError, match="--track 'wandb' is not known; write tensorboard or mlflow"),
+        followed("wandb", tmp_path),
+    ):
+        pass
+    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow.tracking")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with (
+            pytest.raises(ConfigError, match=f"--track {name} needs {name}, which is not installed"),
+            followed(name, tmp_path),
+        ):
+            pass
+
+
+def test_tensorboard_reads_what_was_sent(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with followed("tensorboard", tmp_path / "run") as look:
+        result = small.run(tmp_path, "fedavg", "federation.evaluate_every=1")
+        look()
+    events = EventAccumulator(str(tmp_path / "run" / "track"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("bytes_up")] == [1, 2, 3]
+    last = events.Scalars("global_accuracy")[-1]
+    assert (last.step, last.value) == (3, pytest.approx(result["metrics"]["global"]["accuracy"]))
+    (said,) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("settings/text_summary")]
+    assert "| method.name | fedavg |" in said
+
+
+class FakeClient:
+    """`mlflow.tracking.MlflowClient` as its documentation has it: the calls that are made, and what it takes."""
+
+    kept: dict[str, Any]
+
+    def __init__(self):
+        FakeClient.kept = self.__dict__.setdefault("kept", {"experiments": {}, "runs": {}})
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
+        id = self.kept["experiments"].get(name)
+        return SimpleNamespace(experiment_id=id) if id else None
+
+    def create_experiment(self, name: str) -> str:
+        return self.kept["experiments"].setdefault(name, "7")
+
+    def create_run(self, experiment_id: str, run_name: str) -> SimpleNamespace:
+        self.kept["runs"][run_name] = {"params": {}, "metrics": [], "ended": False}
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_name))
+
+    def log_param(self, run_id: str, key: str, value: str) -> None:
+        assert len(value) <= 500
+        self.kept["runs"][run_id]["params"][key] = value
+
+    def log_metric(self, run_id: str, key: str, value: float, step: int) -> None:
+        assert isinstance(value, float)
+        assert all(sign.isalnum() or sign in "_-. /" for sign in key)
+        self.kept["runs"][run_id]["metrics"].append((key, value, step))
+
+    def set_terminated(self, run_id: str) -> None:
+        self.kept["runs"][run_id]["ended"] = True
+
+
+def test_mlflow_is_called_as_its_documentation_says(tmp_path, monkeypatch):
+    module = ModuleType("mlflow.tracking")
+    module.MlflowClient = FakeClient  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", module)
+    with followed("mlflow", tmp_path / "run"):
+        small.run(tmp_path, "fedavg")
+    kept = FakeClient.kept
+    assert kept["experiments"] == {"ficpd run": "7"}
+    assert set(kept["runs"]) == {"run", "baselines/zero_shot"}
+    run = kept["runs"]["run"]
+    assert run["ended"]
+    assert run["params"]["method.name"] == "fedavg"
+    assert [step for key, _, step in run["metrics"] if key == "bytes_up"] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore")  # its own, of the libraries that it is made of
+def test_mlflow_itself_takes_it(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with followed("mlflow", tmp_path / "run"):
+        small.run(tmp_path, "fedavg")
+    client = mlflow.tracking.MlflowClient()
+    experiment = client.get_experiment_by_name("ficpd run")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs["run"].info.status == "FINISHED"
+    history = client.get_metric_history(runs["run"].info.run_id, "bytes_up")
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+
+def test_settings_are_of_the_run_beside_which_a_baseline_stands(tmp_path):
+    (tmp_path / "baselines" / "local").mkdir(parents=True)
+    (tmp_path / "resolved.toml").write_text("seed = 3\n[method]\nname = 'ficpd'\n")
+    assert tracking.settings_of(tmp_path / "baselines" / "local") == {"seed": "3", "method.name": "ficpd"}
+    assert tracking.settings_of(tmp_path / "a" / "b" / "c" / "d") == {}
+    assert json.dumps(tracking.flat({})) == "{}"
+
+
+def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
+    class Broken(Noted):
+        def figures(self, figures, step: int) -> None:
+            raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(tracking, "opener", lambda kind, folder: lambda name, run: Broken(name))
+
+    def tracked() -> None:
+        with followed("mlflow", tmp_path / "run") as look:
+            small.run(tmp_path, "fedavg")
+            look()
+            look()
+
+    with pytest.warns(
+        tracking.TrackWarning, match="the server is gone; nothing more is sent, and the run goes on"
+    ) as said:
+        tracked()
+    assert len(said) == 1
+
+
+def test_a_tracker_that_cannot_begin_is_an_error_before_the_run(tmp_path, monkeypatch):
+    def refuses(folder: Path) -> None:
+        raise OSError("no such server")
+
+    monkeypatch.setattr(tracking, "_mlflow", refuses)
+    with pytest.raises(ConfigError, match="--track mlflow cannot begin: no such server"), followed("mlflow", tmp_path):
+        pass

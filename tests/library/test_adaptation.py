@@ -1,0 +1,533 @@
+"""Fitting a library to few records: each way where it should help, and the choice between them.
+
+The library is a real one: three tasks on a random transformer, a prompt tuned for each, and their mean as the global one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import decoders
+import small
+from ficpd import rng
+from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.tiny import Tiny
+from ficpd.errors import LibraryError
+from ficpd.library import adaptation as ways
+from ficpd.library import selection
+from ficpd.library.adaptation import WAYS, Fitted, Shots
+from ficpd.library.library import PromptLibrary, keys_of
+from ficpd.library.selection import chosen, folds, gather, tried
+from ficpd.optimizers import Training
+from ficpd.tasks import classification, generation
+from ficpd.tasks.demonstrations import Demonstrations, balanced, mixed, reads_context
+from ficpd.types import Prompt, Query, Record
+
+MEANINGS = {
+    "mood": {"good": ["good", "fine"], "bad": ["bad", "dull"]},
+    "heat": {"warm": ["warm", "sunny"], "cold": ["cold", "icy"]},
+    "size": {"large": ["large", "huge"], "small": ["small", "narrow"]},
+}
+TRAINING = Training(learning_rate=0.1)
+
+
+def task_of(name: str, **labels: str) -> classification.Classification:
+    texts = {label: " ".join(words) for label, words in MEANINGS.get(name, {}).items()}
+    return classification.build(classification.Config(labels=labels or texts, instruction="it was"))
+
+
+def records(name: str, count: int, seed: int = 0) -> list[Record]:
+    """Short sentences, both labels equally often, each told by one word."""
+    random, found = rng.generator(name, seed), []
+    for place in range(count):
+        label = list(MEANINGS[name])[place % 2]
+        words = [small.OTHER[int(torch.randint(10, (1,), generator=random))] for _ in range(1 + place % 3)]
+        words.insert(1, MEANINGS[name][label][int(torch.randint(2, (1,), generator=random))])
+        found.append(Record(f"{name} {place}", {"text": " ".join(words), "target": label}))
+    return small.shuffled(found, seed)
+
+
+@pytest.fixture(scope="module")
+def model() -> Compute:
+    return Compute(small.backbone(width=32))
+
+
+@pytest.fixture(scope="module")
+def library(model) -> PromptLibrary:
+    begin, prompts = small.start(model, task_of("mood"), 4, 0), {}
+    for name in MEANINGS:
+        shots = gather(PromptLibrary(begin, {}, {}), records(name, 32, 1), task_of(name), model, TRAINING)
+        work = ways._adam(shots, begin.vectors_PD, lambda prompt_PD: prompt_PD, 0.1, 0.0, (30,))
+        prompts[name] = begin.with_vectors(drive(model, work)[30])
+    mean_PD = torch.stack([prompt.vectors_PD for prompt in prompts.values()]).mean(0)
+    prompts = {"global": begin.with_vectors(mean_PD), **prompts}
+    tasks = {name: task_of(name) for name in MEANINGS}
+    card = {
+        "backbone": {"name": "tiny", "kind": "tiny", "options": {"width": 32}},
+        "tasks": {name: dict(task.describe()) for name, task in tasks.items()},
+        "training": {"learning_rate": 0.1},
+    }
+    return PromptLibrary(
+        begin, prompts, card, keys_of(prompts, tasks, {name: [name] for name in tasks}, model.backbone)
+    )
+
+
+def shots_of(library: PromptLibrary, model: Compute, name: str = "heat", count: int = 8, **more: Any) -> Shots:
+    return gather(library, records(name, count, 3), more.get("task", task_of(name)), model, TRAINING)
+
+
+def fit(way: str, shots: Shots, model: Compute) -> dict[str, Fitted]:
+    return drive(model, WAYS[way](shots))
+
+
+def loss(fitted: Fitted, task, given: Sequence[Record], model: Compute) -> float:
+    batch = fitted.encode(task, given, model.backbone)
+    return float(model.answer([Query(fitted.prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
+
+
+# ---------------------------------------------------------------- the ways
+
+
+def test_leave_takes_the_global_prompt_or_the_start(library, model):
+    """Whichever fits better; nothing else, however well it fits."""
+    shots = shots_of(library, model)
+    losses = dict(zip(library.candidates(), shots.loss_JB.mean(1).tolist(), strict=True))
+    assert fit("leave", shots, model)["leave"].note == min(("global", "start"), key=losses.__getitem__)
+    worse = {"global": library.start.with_vectors(library.start.vectors_PD * 30), "heat": library.prompts["heat"]}
+    given = replace(library, prompts=worse)
+    assert fit("leave", shots_of(given, model), model)["leave"].note == "start"
+    lone = PromptLibrary(library.start, {"heat": library.prompts["heat"]}, {})
+    assert fit("leave", shots_of(lone, model), model)["leave"].note == "start"
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_the_nearest_is_the_prompt_made_for_the_task_and_better_than_the_global(library, model, name):
+    shots = shots_of(library, model, name)
+    found = fit("nearest", shots, model)["nearest"]
+    assert found.note == name
+    test = records(name, 48, 9)
+    left = fit("leave", shots, model)["leave"]
+    assert loss(found, task_of(name), test, model) < loss(left, task_of(name), test, model) - 0.02
+
+
+def mixture() -> tuple[classification.Classification, list[Record]]:
+    """A task that no prompt was made for and two of them know half of."""
+    task = task_of("", good="good fine", bad="bad dull", warm="warm sunny", cold="cold icy")
+    return task, small.shuffled([*records("mood", 16, 3), *records("heat", 16, 3)], 1)
+
+
+def test_a_composition_is_better_than_where_it_began(library, model):
+    task, given = mixture()
+    shots = gather(library, given, task, model, TRAINING)
+    begin, found = fit("leave", shots, model)["leave"], fit("compose", shots, model)["compose"]
+    assert loss(found, task, given, model) < loss(begin, task, given, model) - 0.02
+    weights = {part.split()[1]: float(part.split()[0]) for part in found.note.split(" + ")}
+    assert weights.keys() == library.prompts.keys()
+    rebuilt = library.compose(weights).vectors_PD
+    assert (found.prompt.vectors_PD - rebuilt).abs().max() < 0.1  # the note is rounded
+
+
+def test_weights_move_along_the_gradient_and_are_pulled_back(library, model):
+    shots = shots_of(library, model)
+    names, begin = list(library.prompts), torch.zeros(4)
+    free, tied = (drive(model, ways.descended(shots, names, begin, pull)) for pull in (0.0, 50.0))
+    losses = [float(_loss_of(library, names, weights, shots, model)) for weights in (begin, tied, free)]
+    assert losses[2] < losses[1] <= losses[0]
+    assert tied.norm() < 0.2 * free.norm()
+
+
+def _loss_of(library, names, weights, shots, model):
+    prompt = library.compose(dict(zip(names, weights.tolist(), strict=True)))
+    return model.answer([Query(prompt.vectors_PD[None], shots.batch)])[0].loss_KB.mean()
+
+
+class Mute(Tiny):
+    """The same backbone behind a door that lets no gradient out."""
+
+    gives_gradients = False
+
+
+def mute() -> Compute:
+    from ficpd.backbones import tiny
+
+    config = tiny.Config(width=32)
+    return Compute(Mute(config, torch.float32, small.CPU, "tiny"))
+
+
+def test_without_gradients_weights_are_searched(library):
+    model = mute()
+    shots = shots_of(library, model)
+    names, begin = list(library.prompts), torch.zeros(4)
+    found = drive(model, ways.evolved(shots, names, begin, 0.0))
+    assert _loss_of(library, names, found, shots, model) < _loss_of(library, names, begin, shots, model) - 0.02
+    assert torch.equal(found, drive(model, ways.evolved(shots, names, begin, 0.0)))
+    tied = drive(model, ways.evolved(shots, names, begin, 50.0))
+    assert tied.norm() < 0.5 * found.norm()
+    adapted = selection.adapt(library, records("heat", 8, 3), task_of("heat"), model, TRAINING)
+    assert not any(way.startswith("tune") for way in adapted.table)
+    assert "compose" in adapted.table
+
+
+def test_one_generation_is_one_query(library):
+    model = mute()
+    shots = shots_of(library, model)
+    work = ways.evolved(shots, list(library.prompts), torch.zeros(4))
+    queries = [next(work)]
+    while True:
+        try:
+            queries.append(work.send(model.answer(queries[-1:])[0]))
+        except StopIteration:
+            break
+    assert len(queries) == ways.GENERATIONS
+    assert {len(query.prompts_KPD) for query in queries} == {ways.CANDIDATES}
+    assert not any(query.grad for query in queries)
+
+
+def test_tuning_goes_on_from_the_composition(library, model):
+    task, given = mixture()
+    shots = gather(library, given, task, model, TRAINING)
+    begin, found = fit("compose", shots, model)["compose"], fit("tune", shots, model)
+    assert list(found) == ["tune 4", "tune 20"]
+    losses = [loss(one, task, given, model) for one in (begin, found["tune 4"], found["tune 20"])]
+    assert losses[0] - 0.01 > losses[1] > losses[2]
+    far = [float((one.prompt.vectors_PD - begin.prompt.vectors_PD).abs().max()) for one in found.values()]
+    assert far[0] < far[1] < 1.2 * 20 * ways.TUNE_RATE * 0.1
+
+
+def test_at_most_sixteen_prompts_are_composed_and_the_global_one_is_among_them(library, model):
+    random = torch.Generator().manual_seed(0)
+    begin = library.start
+    many = {f"p{i}": begin.with_vectors(begin.vectors_PD + torch.randn(4, 32, generator=random)) for i in range(30)}
+    worst = begin.with_vectors(begin.vectors_PD * -20)
+    shots = shots_of(replace(library, prompts={**many, "global": worst}), model)
+    note = fit("compose", shots, model)["compose"].note
+    taken = [part.split()[1] for part in note.split(" + ")]
+    assert len(taken) == 16
+    assert taken[0] == "global"
+    assert taken[1:] == [name for name in shots.ranked() if name != "start"][:15]
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+def test_demonstrations_tell_what_bad_label_texts_do_not(library, model):
+    """The labels' texts say nothing; the examples do."""
+    task = task_of("", warm="one", cold="two")
+    shots = gather(library, records("heat", 12, 3), task, model, TRAINING)
+    left, shown = fit("leave", shots, model)["leave"], fit("demonstrations", shots, model)
+    test = records("heat", 48, 9)
+    assert list(shown) == ["demonstrations 0.4", "demonstrations 0.8"]
+    losses = [loss(one, task, test, model) for one in (left, *shown.values())]
+    assert losses[0] - 0.1 > losses[1] > losses[2]
+    assert torch.equal(left.prompt.vectors_PD, shown["demonstrations 0.8"].prompt.vectors_PD)
+    composed = fit("compose", shots, model)["compose"]
+    both = fit("compose+demonstrations", shots, model)["compose+demonstrations 0.8"]
+    assert torch.equal(both.prompt.vectors_PD, composed.prompt.vectors_PD)
+    assert loss(both, task, test, model) < loss(composed, task, test, model) - 0.1
+
+
+def test_the_mixed_readout():
+    own_CD = torch.eye(3) * 20
+    features_BD = torch.tensor([[1.0, 0, 0], [3.0, 0, 0], [0, 0, 1.0]])
+    rows = mixed(own_CD, features_BD, torch.tensor([0, 0, 2]), 0.9)
+    weights = 0.9 * 2 / 3, 0.9 / 2
+    apart = torch.tensor([10.0, 0, -10.0])
+    middle = torch.full((3,), 20 / 3)
+    assert small.close(rows[0], (1 - weights[0]) * own_CD[0] + weights[0] * (middle + apart))
+    assert torch.equal(rows[1], own_CD[1])
+    assert small.close(rows[2], (1 - weights[1]) * own_CD[2] + weights[1] * (middle - apart))
+    assert torch.equal(own_CD, torch.eye(3) * 20)
+    assert torch.equal(mixed(own_CD, features_BD, torch.tensor([1, 1, 1]), 0.9), own_CD)
+
+
+def test_examples_are_taken_from_each_class_in_turn():
+    given = [Record(str(i), {"target": label}) for i, label in enumerate("aaabca")]
+    assert [record.key for record in balanced(given)] == ["0", "3", "4", "1", "2", "5"]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Compute:
+    return Compute(decoders.load(decoders.write(tmp_path_factory.mktemp("llama")), max_tokens=30))
+
+
+def ask(decoder: Compute, texts: tuple[str, ...], text: str = "the film was very good", **labels: str) -> str:
+    """What a decoder reads of a text with examples before it."""
+    task = classification.build(
+        classification.Config(labels=labels or {"g": "good", "b": "bad"}, instruction="sentiment is")
+    )
+    prompt = Prompt(torch.zeros(2, 32), decoder.backbone.fingerprint)
+    batch = Demonstrations(texts).encode(task, [Record("a", {"text": text})], decoder.backbone, prompt)
+    assert max(item.length for item in batch.items[0]) + 2 <= 30
+    return decoder.backbone.tokenizer.decode(batch.items[0][0].content)
+
+
+def test_a_decoder_reads_examples_before_the_text(decoder, model):
+    assert reads_context(decoder.backbone)
+    assert not reads_context(model.backbone)
+    plain, read = ask(decoder, ()), ask(decoder, ("bad\nsentiment is bad", "fine\nsentiment is good"))
+    assert read.endswith(plain)
+    assert read.split() == ["bad", "sentiment", "is", "bad", "fine", "sentiment", "is", "good", *plain.split()]
+
+
+def test_only_examples_that_fit_whole_are_read(decoder):
+    long = " ".join(["story"] * 12) + "\nsentiment is bad"
+    assert "story" in ask(decoder, (long,))
+    read = ask(decoder, (long, long, "fine\nsentiment is good"))
+    assert read.count("story") == 12
+    assert "fine" not in read
+    text = " ".join(["very"] * 40)
+    assert ask(decoder, ("fine",), text) == ask(decoder, (), text)  # a text that fills the context is not cut for them
+    assert ask(decoder, ("fine",), "film", g="good and long", b="bad") != ask(
+        decoder, (), "film", g="good and long", b="bad"
+    )
+
+
+def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
+    task = classification.build(classification.Config(labels={"g": "good", "b": "bad"}, instruction="sentiment is"))
+    begin = Prompt(decoder.backbone.start("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
+    given = [Record(str(i), {"text": text, "target": "gb"[i % 2]}) for i, text in enumerate(["fine", "dull"] * 3)]
+    found = selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "demonstrations")
+    assert found.way == "demonstrations"
+    assert found.fitted.demonstrations.texts[:2] == ("fine\nsentiment is good", "dull\nsentiment is bad")
+    assert list(found.table) == ["demonstrations"]
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
+    for name in ("mood", "size"):
+        found = selection.adapt(library, records(name, 12, 5), task_of(name), model, TRAINING)
+        assert found.table[found.way]["loss"] <= found.table["leave"]["loss"]
+        assert {"loss", "error", "accuracy", "f1"} <= found.table["leave"].keys()
+        assert found.way in found.said
+
+
+def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):
+    task = task_of("", warm="one", cold="two")
+    found = selection.adapt(library, records("heat", 16, 3), task, model, TRAINING)
+    assert found.way not in ("leave", "nearest")
+    assert found.table["demonstrations 0.8"]["loss"] < found.table["leave"]["loss"] - 0.1
+    test = records("heat", 48, 9)
+    left = fit("leave", gather(library, records("heat", 16, 3), task, model, TRAINING), model)["leave"]
+    assert loss(found.fitted, task, test, model) < loss(left, task, test, model) - 0.1
+
+
+def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
+    return {name: {"loss": loss, "error": error} for name, (loss, error) in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("table", "way"),
+    [
+        (rows(leave=(1.0, 0.1), nearest=(0.9, 0.0)), "leave"),
+        (rows(leave=(1.0, 0.11), nearest=(0.8, 0.0)), "leave"),
+        (rows(leave=(1.0, 0.09), nearest=(0.8, 0.0)), "nearest"),
+        (rows(leave=(1.0, 0.1), nearest=(0.7, 0.3), tune=(0.5, 0.0)), "nearest"),
+        (rows(leave=(1.0, 0.1), nearest=(1.2, 0.9), tune=(0.5, 0.0)), "tune"),  # too uncertain to count, and worse
+        (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),
+    ],
+)
+def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
+    assert chosen(table) == way
+
+
+def test_the_error_is_that_of_the_difference_to_the_best():
+    losses = {"leave": torch.tensor([1.0, 3.0, 5.0, 7.0]), "tune": torch.tensor([0.0, 2.0, 4.0, 6.0])}
+    table = selection._table(losses, {way: [{"accuracy": 0.5}, {"accuracy": 1.0}] for way in losses})
+    assert table["leave"] == {"loss": 4.0, "error": 0.0, "accuracy": 0.75}  # always one more: nothing uncertain in it
+    assert chosen(table) == "tune"
+
+
+def test_how_sure_a_way_is_counts_for_nothing():
+    """The same answers with logits twice as far apart are as good; better answers are better, however timid."""
+    random, targets_B = torch.Generator().manual_seed(0), torch.arange(30) % 3
+    logits_BC = torch.nn.functional.one_hot(targets_B, 3) + torch.randn(30, 3, generator=random)
+
+    def mean(logits_BC: torch.Tensor) -> float:
+        return float(selection._comparable(selection.Held(torch.full((30,), 9.0), [], logits_BC), targets_B).mean())
+
+    assert mean(2 * logits_BC) == pytest.approx(mean(logits_BC))
+    timid = 0.2 * (logits_BC + torch.nn.functional.one_hot(targets_B, 3))
+    assert float(torch.nn.functional.cross_entropy(timid, targets_B)) > mean(logits_BC) > mean(timid)
+
+
+def test_losses_of_tasks_without_labels_are_compared_as_they_are():
+    held = selection.Held(torch.tensor([1.0, 2.0]), [])
+    assert torch.equal(selection._comparable(held, torch.tensor([0.3, 0.4])), held.loss_B)
+
+
+def test_folds_part_the_records_and_deal_out_each_class(library, model):
+    shots = shots_of(library, model, count=16)
+    parts = folds(shots, 1)
+    assert sorted(i for part in parts for i in part) == list(range(16))
+    assert len(parts) == 5
+    for part in parts:
+        labels = [shots.records[i].fields["target"] for i in part]
+        assert abs(labels.count("warm") - labels.count("cold")) <= 1
+    assert parts == folds(shots, 1)
+    assert parts != folds(shots, 2)
+    assert [len(part) for part in folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
+
+
+def test_what_is_tried_on_a_record_has_not_seen_it(library, model):
+    """A record whose label is a lie is lost on by every way that was not fitted to it."""
+    given = records("heat", 12, 3)
+    lie = {"warm": "cold", "cold": "warm"}[given[0].fields["target"]]
+    given[0] = Record(given[0].key, {**given[0].fields, "target": lie})
+    shots = gather(library, given, task_of("heat"), model, TRAINING)
+    table = tried(shots, ["demonstrations"], model)
+    fitted = fit("demonstrations", shots, model)
+    for variant, one in fitted.items():
+        assert loss(one, task_of("heat"), given, model) < table[variant]["loss"] - 0.02
+
+
+def test_folds_are_answered_in_lock_step(library, model, monkeypatch):
+    shots = shots_of(library, model, count=10)
+    asked: list[int] = []
+    answer = Compute.answer
+    monkeypatch.setattr(Compute, "answer", lambda self, queries: asked.append(len(queries)) or answer(self, queries))
+    monkeypatch.setattr(selection, "FEW", 1)
+    tried(shots, ["compose"], model)
+    assert asked == [5] * (ways.WEIGHT_STEPS + 1) + [0]
+
+
+def test_a_way_that_is_named_is_taken_and_its_best_variant_tried(library, model):
+    given = records("heat", 8, 3)
+    for way in WAYS:
+        found = selection.adapt(library, given, task_of("heat"), model, TRAINING, way)
+        assert found.way.startswith(way)
+        assert all(variant.startswith(way) for variant in found.table)
+        assert f"{found.way} as asked" in found.said
+
+
+def test_a_seed_fixes_an_adaptation(library, model):
+    given = records("size", 40, 3)
+    one, two, other = (
+        selection.adapt(library, given, task_of("size"), model, TRAINING, "tune", seed).fitted.prompt.vectors_PD
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+# ---------------------------------------------------------------- too little, and what does not go
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_with_too_few_records_the_prompt_made_for_the_task_is_taken(library, model, count):
+    found = selection.adapt(library, records("size", count, 3), task_of("size"), model, TRAINING)
+    assert (found.way, found.fitted.note, found.table) == ("nearest", "size", {})
+    assert f"{count} records are too few" in found.said
+    assert "took size, made for such a task (1.00)" in found.said
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_with_too_few_records_of_a_task_unlike_all_the_start_is_left(library, model, count):
+    far = {name: -key_D for name, key_D in library.keys.items()}
+    found = selection.adapt(replace(library, keys=far), records("size", count, 3), task_of("size"), model, TRAINING)
+    assert (found.way, found.fitted.note) == ("leave", "start")
+    assert torch.equal(found.fitted.prompt.vectors_PD, library.start.vectors_PD)
+    assert "no prompt was made for such a task" in found.said
+
+
+def test_with_one_class_nothing_is_tried(library, model):
+    given = [record for record in records("heat", 24, 3) if record.fields["target"] == "cold"]
+    found = selection.adapt(library, given, task_of("heat"), model, TRAINING)
+    assert (found.way, found.fitted.note) == ("nearest", "heat")
+    assert "all 12 records are 'cold'" in found.said
+    asked = selection.adapt(library, given, task_of("heat"), model, TRAINING, "demonstrations")
+    assert asked.table == {}
+    assert "as asked" in asked.said
+
+
+def test_without_keys_and_records_the_global_prompt_is_left(library, model):
+    given = replace(library, keys={})
+    found = selection.adapt(given, [], task_of("heat"), model, TRAINING)
+    assert (found.way, found.fitted.note) == ("leave", "global")
+    lone = PromptLibrary(library.start, {}, {})
+    assert selection.adapt(lone, [], task_of("heat"), model, TRAINING).fitted.note == "start"
+
+
+def test_a_library_of_five_hundred_is_adapted(library, model):
+    random = torch.Generator().manual_seed(0)
+    begin = library.start
+    many = {f"p{i}": begin.with_vectors(begin.vectors_PD + torch.randn(4, 32, generator=random)) for i in range(498)}
+    given = replace(
+        library, prompts={**many, "global": library.prompts["global"], "heat": library.prompts["heat"]}, keys={}
+    )
+    found = selection.adapt(given, records("heat", 4, 3), task_of("heat"), model, TRAINING, "nearest")
+    losses = given.losses(records("heat", 4, 3), task_of("heat"), model)
+    assert found.fitted.note == min(losses, key=losses.__getitem__)
+
+
+def test_numbers_are_adapted_to_without_demonstrations(model):
+    task = small.numbers()
+    begin = small.start(model, task, 4, 0)
+    moved = begin.with_vectors(begin.vectors_PD + 0.1)
+    given = small.records(12, 3, real=True)
+    found = selection.adapt(PromptLibrary(begin, {"global": moved}, {}), given, task, model, TRAINING)
+    assert "rmse" in found.table["leave"]
+    assert not any("demonstrations" in way for way in found.table)
+    with pytest.raises(LibraryError, match="only a classification without a tuned head can be shown demonstrations"):
+        selection.adapt(PromptLibrary(begin, {}, {}), given, task, model, TRAINING, "demonstrations")
+
+
+def test_texts_are_adapted_to_by_their_loss_alone(decoder):
+    """Nothing is written to find out which way is best."""
+    task = generation.build(generation.Config(instruction="sentiment is", max_new_tokens=4))
+    begin = Prompt(decoder.backbone.start("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
+    given = [
+        Record(str(i), {"text": text, "target": "very good"}) for i, text in enumerate(["fine", "dull", "bad", "long"])
+    ]
+    found = selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING)
+    assert found.table["leave"].keys() == {"loss", "error"}
+    assert not any("demonstrations" in way for way in found.table)
+    assert found.way.startswith("tune")
+
+
+def test_a_tuned_head_serves_its_own_labels_only(model):
+    task = small.classes(tuned_head=True)
+    begin = small.start(model, task, 4, 0)
+    found = selection.adapt(PromptLibrary(begin, {}, {}), small.records(12, 3), task, model, TRAINING)
+    assert not any("demonstrations" in way for way in found.table)
+    with pytest.raises(LibraryError, match="carry a tuned head of 2 rows and this task needs 0"):
+        selection.adapt(PromptLibrary(begin, {}, {}), small.records(12, 3), small.classes(), model, TRAINING)
+
+
+def test_what_cannot_be_done_is_said(library, model):
+    with pytest.raises(LibraryError, match="unknown way to adapt 'compos'; did you mean 'compose'"):
+        selection.adapt(library, records("heat", 8), task_of("heat"), model, TRAINING, "compos")
+    with pytest.raises(LibraryError, match=r"there is no record to adapt to; .* not tune"):
+        selection.adapt(library, [], task_of("heat"), model, TRAINING, "tune")
+    other = Compute(small.backbone(width=16))
+    with pytest.raises(LibraryError, match="mean nothing here"):
+        selection.adapt(library, records("heat", 8), task_of("heat"), other, TRAINING)
+    assert selection.adapt(library, [], task_of("heat"), model, TRAINING, "leave").way == "leave"
+    assert selection.adapt(library, records("heat", 1), task_of("heat"), model, TRAINING, "tune").way == "tune 20"
+
+
+# ---------------------------------------------------------------- the real encoder
+
+
+@pytest.mark.slow
+def test_a_real_library_is_adapted_to_labels_it_has_never_seen(minilm_run):
+    """A short quick start's library (good or bad), and four records of each kind of text: where they come from."""
+    from ficpd.data import loading
+    from ficpd.library.session import open_library
+
+    opened = open_library(minilm_run)
+    rated = loading.read_all(loading.Config(source="ratings", columns={"text": "text", "target": "domain"}))
+    by_domain: dict[str, list[Record]] = {}
+    for record in small.shuffled(rated):
+        by_domain.setdefault(record.fields["target"], []).append(record)
+    few = [record for of in by_domain.values() for record in of[:4]]
+    test = [record for of in by_domain.values() for record in of[4:44]]
+    task = classification.build(classification.Config(labels={name: name.replace("_", " ") for name in by_domain}))
+    training = Training(learning_rate=opened.library.card["training"]["learning_rate"])
+    found = selection.adapt(opened.library, few, task, opened.model, training)
+    left = selection.adapt(opened.library, few, task, opened.model, training, "leave")
+    assert loss(found.fitted, task, test, opened.model) < loss(left.fitted, task, test, opened.model) - 0.1
