@@ -20,7 +20,8 @@ from ficpd.errors import ConfigError, unknown
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
 ENGINES = {"in_process": "ficpd.federation.simulation", "flower": "ficpd.deployment.flower_engine"}
-BUILD = re.compile(r"^def build\(", re.MULTILINE)
+ENTRY_POINTS = {"optimizers": "tune"}
+"""What an entry defines, where it is not `build`."""
 
 
 class Frozen(BaseModel):
@@ -36,12 +37,14 @@ def names(kind: str) -> list[str]:
     if kind == "engines":
         return sorted(ENGINES)
     package = importlib.import_module(f"ficpd.{ROOMS.get(kind, kind)}")
-    return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if _defines_build(package, found.name))
+    return sorted(
+        found.name for found in pkgutil.iter_modules(package.__path__) if _is_entry(package, kind, found.name)
+    )
 
 
-def _defines_build(package: ModuleType, name: str) -> bool:
-    file = Path(package.__path__[0]) / f"{name}.py"
-    return file.is_file() and BUILD.search(file.read_text(encoding="utf-8")) is not None
+def _is_entry(package: ModuleType, kind: str, name: str) -> bool:
+    file, entry = Path(package.__path__[0]) / f"{name}.py", ENTRY_POINTS.get(kind, "build")
+    return file.is_file() and re.search(rf"^def {entry}\(", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def load(kind: str, name: str) -> ModuleType:

@@ -86,7 +86,7 @@ def test_a_federation_on_transformers_own_serving_leaves_words(transformers_serv
     url, model = transformers_serve
     options = f'{{ url = "{url}", model = "{model}", timeout = 300.0, workers = 1 }}'
     small.run(
-        tmp_path, "feddtpt", "backbone.name=endpoint", f"backbone.options={options}", "training.batch_size=2",
+        tmp_path, "feddtpt", "backbone.name=openai_api", f"backbone.options={options}", "training.batch_size=2",
         "training.local_steps=1", "method.candidates=1", "data.max_records=12", rounds=1,
     )  # fmt: skip
     library = PromptLibrary.load(tmp_path / "run")

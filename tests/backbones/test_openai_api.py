@@ -329,7 +329,7 @@ def test_the_key_is_sent_and_stands_in_no_error(built, served, monkeypatch):
 def changes(served: Served, words: Path, **more: Any) -> list[str]:
     options = {"url": served.url, "model": "small", "words": str(words), "key_from": "SOME_KEY", **more}
     told = ", ".join(f"{key} = {value!r}" for key, value in options.items())
-    return ["backbone.name=endpoint", f"backbone.options={{ {told} }}", "training.batch_size=2", "method.candidates=2"]
+    return ["backbone.name=openai_api", f"backbone.options={{ {told} }}", "training.batch_size=2", "method.candidates=2"]
 
 
 def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, words, tmp_path, monkeypatch):
@@ -363,6 +363,6 @@ def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served
 def test_methods_that_tune_vectors_are_refused_before_anything_is_written(served, words, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "x")
     for method in ("fedavg", "centralized", "local"):
-        with pytest.raises(ConfigError, match=rf"endpoint takes prompts of words, and {method} tunes vectors"):
+        with pytest.raises(ConfigError, match=rf"openai_api takes prompts of words, and {method} tunes vectors"):
             small.run(tmp_path, method, *changes(served, words)[:-1])
         assert not (tmp_path / "run").exists()

