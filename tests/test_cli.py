@@ -126,7 +126,7 @@ def test_run_again_is_refused_and_resume_is_not(ficpd, folder, tmp_path):
         ("engine.device=meta", "engine.device = 'meta' is not available here"),
         ("engine.name=steam", "unknown engine 'steam'"),
         ("engine.options.lockstep=3", "unknown key 'lockstep'; did you mean 'lock_step'?"),
-        ("training.tuner=adma", "unknown tuner 'adma'; did you mean 'adam'?"),
+        ("training.tuner=adma", "unknown optimizer 'adma'; did you mean 'adam'?"),
         ("backbone.options.witdh=8", "unknown key 'witdh'; did you mean 'width'?"),
         ("task.labels={good='good', bad=''}", "has no tokens"),
         ("partition.column=town", "town"),

@@ -322,7 +322,7 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
     for how in ("leave", "tune", "auto"):
         told = CliRunner().invoke(app, ["adapt", *base, "--how", how, "--out", str(tmp_path / how)])
         assert told.exit_code == 0, told.output
-        assert "task choice" in told.output
+        assert "task multiple_choice" in told.output
     said = CliRunner().invoke(app, ["predict", str(tmp_path / "tune"), *base[1:]])
     answers = [json.loads(line)["prediction"] for line in said.stdout.splitlines()]
     assert len(answers) == 8

@@ -1,7 +1,7 @@
 """The backbones that have a name, and which kind of backbone a folder of weights is.
 
 >>> NAMED["minilm"].kind
-'encoder'
+'sentence_encoder'
 """
 
 import json

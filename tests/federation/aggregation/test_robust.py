@@ -265,7 +265,7 @@ def test_one_noised_sum_is_refused_by_all_rules_but_the_mean(name):
 
 def test_a_run_names_the_client_that_lied(tmp_path):
     table = small.table(tmp_path / "records.csv", 140, 7)
-    changes = ["privacy.name=server.test_robust", "method.robust.rule=multi_krum"]
+    changes = ["privacy.name=federation.aggregation.test_robust", "method.robust.rule=multi_krum"]
     result = run_experiment(parse(small.toml(table), "small.toml", changes), tmp_path / "run")
     assert result["set_aside"] == {POISONED: 3}
     assert result["too_few"] == {}
