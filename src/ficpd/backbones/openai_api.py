@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.backbones import Reads, catalog, weights
@@ -31,7 +31,7 @@ from ficpd.backbones.openai_client import Asking, NoAnswerError
 from ficpd.backbones.openai_responses import Choice, choices, first_named, groups, mean, text_of, tokens_of
 from ficpd.backbones.vocabulary import Vocabulary, prompt_of
 from ficpd.errors import BackboneError, LibraryError
-from ficpd.registry import load
+from ficpd.registry import Frozen, load
 from ficpd.types import Item, Outputs, Prompt
 
 WRONG = -10.0
@@ -41,13 +41,12 @@ HERE = "FICPD_ENDPOINT"
 """The environment variable with the address that libraries are used through."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`url` without the last part (`http://127.0.0.1:8000/v1`). `key_from`: the environment variable with the API key; the
     key itself belongs in no file. `api` "chat": only texts come back. `together`: texts in one request, for servers that
     take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. `timeout`
     of one try, in seconds; `tries` per request, with backoff."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     url: str
     model: str = Field(min_length=1)
     words: str = "minilm"
@@ -162,9 +161,6 @@ class Endpoint(Reads):
     def nonsense(self, number: int, seed: int) -> list[str]:
         ids = self.words.proposals([-1], 0, 8 * number, seed)
         return [self.words.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        return 0.0
 
     # ------------------------------------------------------------ asking
 
