@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item
 
 
-def load(auto: Any, folder: Path, name: str, what: str, **options: Any) -> tuple[Any, Any, set[str]]:
+def load(
+    auto: Any, folder: Path, name: str, what: str, level: int = ERROR, **options: Any
+) -> tuple[Any, Any, set[str]]:
     """Loads model and tokeniser of a `from_pretrained` folder; returns also the weights that it lacks."""
     try:
-        with _quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
+        with (
+            _quietly(level),
+            torch.random.fork_rng(devices=[]),
+        ):  # a part that a checkpoint lacks is drawn, and never used
             model, told = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -30,15 +36,15 @@ def load(auto: Any, folder: Path, name: str, what: str, **options: Any) -> tuple
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars and notes on the pooling head, which is not used."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+def _quietly(level: int = ERROR) -> Iterator[None]:
+    """Hides transformers' progress bars and its notes below a level, such as those on the unused pooling head."""
+    shown, before = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(level)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        transformers_logging.set_verbosity(before)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -6,18 +6,17 @@ front of the whole sequence. Rotary positions count from the first real token of
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import get_verbosity
 
 from ficpd.backbones import Tokenised
+from ficpd.backbones.bert import load
 from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import Vocabulary
@@ -41,30 +40,14 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
     Raises `BackboneError` if the weights cannot be read or are not of the Llama family.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
-    try:
-        with _no_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, **options)
-            tokenizer = AutoTokenizer.from_pretrained(weights.folder, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BackboneError(f"backbone {name!r}: {weights.folder} cannot be read as a decoder: {error}") from error
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "level": get_verbosity()}
+    model, tokenizer, _ = load(AutoModelForCausalLM, weights.folder, name, "a decoder", **options)
     if model.config.model_type not in FAMILIES:
         raise BackboneError(
             f"backbone {name!r} is a {type(model).__name__}; the causal_lm kind runs {', '.join(FAMILIES)}. "
             "Use one of those, or another kind."
         )
     return CausalLM(config, model.to(device), tokenizer, weights.sha256, name)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 class CausalLM(Tokenised):
