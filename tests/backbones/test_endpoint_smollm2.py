@@ -78,7 +78,7 @@ def test_transformers_own_serving_answers_in_text(transformers_serve):
     assert not backbone.likelihoods
     told = scores(backbone, "read this review")
     assert set(told.flatten().tolist()) == {0.0, openai_api.WRONG}
-    assert (backbone.asking.answered, backbone.asking.sent) == (1 + 3, 2 + 3), "the first probe had no likelihoods"
+    assert backbone.asking.answered == 1 + 3, "the first probe had no likelihoods"
     assert told.argmax(1).tolist() != [1, 0, 0]
 
 

@@ -148,7 +148,9 @@ def test_weights_without_a_language_head_are_refused(folder, tmp_path):
     AutoModelForMaskedLM.from_pretrained(folder).base_model.save_pretrained(tmp_path)
     for file in folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(BackboneError, match=r"lacks \d+ weights .* among them (cls|lm_head)\.[^ ]+; .*kind = .sentence_encoder"):
+    with pytest.raises(
+        BackboneError, match=r"lacks \d+ weights .* among them (cls|lm_head)\.[^ ]+; .*kind = .sentence_encoder"
+    ):
         berts.load(tmp_path)
 
 

@@ -49,7 +49,7 @@ def served(running):
 @pytest.fixture
 def built(served, words):
     def build(**options: Any) -> openai_api.Endpoint:
-        whole = {"url": served.url, "model": "small", "words": str(words), "first_wait": 0.01, "tries": 3, **options}
+        whole = {"url": served.url, "model": "small", "words": str(words), "tries": 3, **options}
         how: Any = {"dtype": torch.float32, "attention": "eager", "device": small.CPU, "name": "openai_api"}
         found = openai_api.build(openai_api.Config(**whole), None, **how)
         served.asked.clear()
@@ -203,7 +203,7 @@ def test_a_key_in_the_address_is_refused_and_not_repeated(built):
 
 def test_a_server_that_is_down_is_asked_as_often_as_was_said_and_then_given_up_by_name(built):
     with pytest.raises(
-        BackboneError, match=r"http://127.0.0.1:9/v1/completions gave no answer in 3 tries.*options.url"
+        BackboneError, match=r"http://127.0.0.1:9/v1/completions gave no answer .tries = 3.*ConnectError.*options.url"
     ):
         built(url="http://127.0.0.1:9/v1")
 
@@ -212,7 +212,7 @@ def test_a_slow_answer_is_asked_for_again_and_counted_once(built, served):
     backbone = built(timeout=2.0)
     served.faults = [{"delay": 3.0}]
     found = scores(backbone)
-    assert (backbone.asking.answered, backbone.asking.sent) == (1 + 6, 1 + 7)
+    assert (backbone.asking.answered, len(served.asked)) == (1 + 6, 7)
     assert Counter(Counter(served.texts).values()) == {1: 5, 2: 1}
     assert torch.allclose(found, scores(built()))
 
@@ -231,11 +231,11 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(built, served, status):
 def test_a_rest_that_is_too_long_or_never_ends_is_given_up(built, served):
     backbone = built(workers=1)
     served.faults = [{"status": 429, "headers": {"Retry-After": "3600"}}]
-    with pytest.raises(BackboneError, match=r"wants 3600 s of rest \(429 no\), more than longest_wait = 60"):
+    with pytest.raises(BackboneError, match=r"gave no answer .*429 no, Retry-After 3600"):
         scores(backbone, TEXTS[:1])
     assert len(served.asked) == 1
     served.faults = [{"status": 500, "body": "of all things"}] * 3
-    with pytest.raises(BackboneError, match=r"in 3 tries over .*500 of all things"):
+    with pytest.raises(BackboneError, match=r"tries = 3.*500 of all things"):
         scores(backbone, TEXTS[:1])
     assert backbone.asking.answered == 1, "only the probe had an answer"
 
@@ -323,13 +323,26 @@ def test_the_key_is_sent_and_stands_in_no_error(built, served, monkeypatch):
         scores(backbone, TEXTS[1:2])
 
 
+def test_keys_of_the_environment_that_no_option_names_are_not_sent(built, served, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "sk-very-secret")
+    scores(built(), TEXTS[:1])
+    assert not any("sk-very-secret" in value for _, _, headers in served.asked for value in headers.values())
+    assert not any("authorization" in headers for _, _, headers in served.asked)
+
+
 # ---------------------------------------------------------------- a whole run
 
 
 def changes(served: Served, words: Path, **more: Any) -> list[str]:
     options = {"url": served.url, "model": "small", "words": str(words), "key_from": "SOME_KEY", **more}
     told = ", ".join(f"{key} = {value!r}" for key, value in options.items())
-    return ["backbone.name=openai_api", f"backbone.options={{ {told} }}", "training.batch_size=2", "method.candidates=2"]
+    return [
+        "backbone.name=openai_api",
+        f"backbone.options={{ {told} }}",
+        "training.batch_size=2",
+        "method.candidates=2",
+    ]
 
 
 def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, words, tmp_path, monkeypatch):

@@ -1,23 +1,27 @@
-"""Backbones: frozen models, and what they read of a text. Those with a tokeniser share how it fails: `unknown_share`."""
+"""Backbones: frozen models, and what all kinds of them share."""
 
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ficpd import rng
 from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.interfaces import Backbone
 from ficpd.types import Item, Prompt, Record
 
 MOST_UNKNOWN = 0.05
-"""Above this share of unknown tokens somebody's texts are not read as they were written."""
+"""Above this share of unknown tokens a client's texts are not read as they were written."""
 LOOKED_AT = 50
 """Records of each client that are looked at, evenly spread: some thousand tokens."""
+NONSENSE = 8
+"""Words of a nonsense text."""
 
 
 class Reads:
-    """What all backbones of texts have in common: they see no images."""
+    """The common part of all backbones of texts, which see no images."""
 
     sees, knows_words, gives_features = False, True, True
     name: str
@@ -25,9 +29,45 @@ class Reads:
     def look(self, image: Any, room: int) -> Item:
         raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
 
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return 0.0
+
+
+class Tokenised(Reads):
+    """The common part of backbones with a tokeniser."""
+
+    tokenizer: Any
+
+    def nonsense(self, number: int, seed: int) -> list[str]:
+        ids, texts = self._vocabulary(seed), range(number)
+        rows = [[ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)] for i in texts]
+        return [self.tokenizer.decode(row) for row in rows]
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return unknown_share(self.tokenizer, texts)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _start_ids(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        if not ids:
+            raise BackboneError(f"the start text {text!r} has no tokens for {self.name}; write it in words")
+        return ids
+
+    def _vocabulary(self, seed: int) -> list[int]:
+        """Returns all ordinary words of the vocabulary, in an order drawn from the seed."""
+        special = self._special()
+        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
+        return [i for i in drawn if i not in special]
+
+    def _special(self) -> set[int]:
+        """Returns the ids that are no words."""
+        return {*self.tokenizer.all_special_ids}
+
 
 class Silent:
-    """What all backbones that cannot write have in common; `about` says what such a one is, if there is more to say."""
+    """The common part of backbones that cannot write; `about` describes one in errors."""
 
     writes, about = False, ""
     name: str
@@ -46,7 +86,7 @@ class Silent:
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Which share of all tokens of these texts is the tokeniser's unknown token, 0 to 1. A byte-level one has none."""
+    """Returns the share of these texts' tokens that is the tokeniser's unknown token. A byte-level one has none."""
     if tokenizer.unk_token_id is None or not texts:
         return 0.0
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,7 +94,7 @@ def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
 
 
 def warn_of_unknown(backbone: Backbone, records_of: Mapping[str, Sequence[Record]]) -> None:
-    """One `BackboneWarning`, about whose texts are worst, where more than `MOST_UNKNOWN` of the tokens are unknown."""
+    """Warns once, about the worst client, where more than `MOST_UNKNOWN` of its tokens are unknown."""
     shares = {who: backbone.unknown_share(_texts(records)) for who, records in records_of.items()}
     worst = max(shares, key=lambda who: shares[who], default=None)
     if worst is None or shares[worst] <= MOST_UNKNOWN:

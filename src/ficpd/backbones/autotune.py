@@ -1,7 +1,6 @@
-"""Which dtype and attention are fastest for this backbone on this machine: measured once, then remembered.
+"""Measures once which dtype and attention are fastest for a backbone on this machine, and caches the choice.
 
-bfloat16 doubles the speed of a CPU that has matrix units for it and is tens of times slower on one that has not, so a
-table of names would be wrong somewhere.
+bfloat16 is faster on a CPU with matrix units for it and far slower on one without, so no table of names fits.
 """
 
 import json
@@ -34,12 +33,10 @@ def machine(device: torch.device) -> dict[str, str | int]:
     """What a timing depends on."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    cpu = next(models, platform.processor() or platform.machine())
     capability = torch.backends.cpu.get_cpu_capability()
     return {"device": f"{cpu} {capability}", "threads": THREADS, "torch": torch.__version__}
 

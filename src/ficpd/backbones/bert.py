@@ -1,7 +1,8 @@
-"""Models of the BERT family (BERT, RoBERTa, XLM-RoBERTa), block by block: what the kinds that run one have in common."""
+"""Runs models of the BERT family (BERT, RoBERTa, XLM-RoBERTa) block by block, for the kinds that use one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ficpd import rng
-from ficpd.backbones import Reads, Silent, unknown_share
+from ficpd.backbones import Silent, Tokenised
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import Vocabulary
 from ficpd.errors import BackboneError
 from ficpd.types import Hidden, Item
 
-NONSENSE = 8  # words of a nonsense text
 
-
-def load(auto: Any, folder: Path, name: str, what: str, **options: Any) -> tuple[Any, Any, set[str]]:
-    """Model and tokeniser of a `from_pretrained` folder, and the weights that it lacks. `BackboneError` if it has none."""
+def load(
+    auto: Any, folder: Path, name: str, what: str, level: int = ERROR, **options: Any
+) -> tuple[Any, Any, set[str]]:
+    """Loads model and tokeniser of a `from_pretrained` folder; returns also the weights that it lacks."""
     try:
-        with _quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
+        with (
+            _quietly(level),
+            torch.random.fork_rng(devices=[]),
+        ):  # a part that a checkpoint lacks is drawn, and never used
             model, told = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -33,22 +36,22 @@ def load(auto: Any, folder: Path, name: str, what: str, **options: Any) -> tuple
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars and notes on the pooling head, which is not used."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+def _quietly(level: int = ERROR) -> Iterator[None]:
+    """Hides transformers' progress bars and its notes below a level, such as those on the unused pooling head."""
+    shown, before = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(level)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        transformers_logging.set_verbosity(before)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-class Bert(Silent, Reads):
+class Bert(Silent, Tokenised):
     """The frozen blocks. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer n
-    it joins the input of the n-th block. A subclass says what is read (`kind`, `about`) and where."""
+    it joins the input of the n-th block. A subclass defines the reading and the name of its `kind`."""
 
     gives_gradients = True
     kind: str
@@ -63,25 +66,19 @@ class Bert(Silent, Reads):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False).base_model, tokenizer, name
         self.fingerprint = f"{self.kind}:{sha256[:16]}"
         self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
-        self.max_tokens = min(max_tokens, _positions(model.config))
+        self.max_tokens = min(max_tokens, model.config.max_position_embeddings - _positions_start(model.config))
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.model, self.width)
         self.words = Vocabulary(tokenizer, self._embedded, model.config.vocab_size)
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        ids = self._words(min(num_tokens, self.max_tokens), seed) if text is None else self._start_ids(text)
+        if text is None:
+            ids = self._vocabulary(seed)[: min(num_tokens, self.max_tokens)]
+        else:
+            ids = self._start_ids(text)[: self.max_tokens]
         item = Item(torch.tensor(ids), len(ids))
         states_TD = self.below([item], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
-
-    def nonsense(self, number: int, seed: int) -> list[str]:
-        ids = self._words(NONSENSE * number, seed)
-        return [
-            self.tokenizer.decode([ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)]) for i in range(number)
-        ]
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        return unknown_share(self.tokenizer, texts)
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():
@@ -119,25 +116,7 @@ class Bert(Silent, Reads):
             states = block(states, bias)
         return states
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _start_ids(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        if not ids:
-            raise BackboneError(f"the start text {text!r} has no tokens for {self.name}; write it in words")
-        return ids[: self.max_tokens]
-
-    def _words(self, count: int, seed: int) -> list[int]:
-        special = set(self.tokenizer.all_special_ids)
-        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
-        return [i for i in drawn if i not in special][:count]
-
 
 def _positions_start(config: Any) -> int:
     """RoBERTa counts positions from its padding index + 1, BERT from 0."""
     return config.pad_token_id + 1 if "roberta" in config.model_type else 0
-
-
-def _positions(config: Any) -> int:
-    return config.max_position_embeddings - _positions_start(config)

@@ -6,62 +6,42 @@ front of the whole sequence. Rotary positions count from the first real token of
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import get_verbosity
 
-from ficpd import rng
-from ficpd.backbones import Reads, unknown_share
+from ficpd.backbones import Tokenised
+from ficpd.backbones.bert import load
 from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import Vocabulary
 from ficpd.errors import BackboneError
+from ficpd.registry import Frozen
 from ficpd.types import Hidden, Item, Outputs, Prompt
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-NONSENSE = 8  # words of a nonsense text
 TOGETHER = 16
 """How many texts are continued at once."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`max_tokens`: longest input, prompt included."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     max_tokens: int = Field(default=256, ge=8)
 
 
-class Source(Protocol):
-    """What `weights.resolve` returns."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def sha256(self) -> str: ...
-
-
-def build(
-    config: Config, weights: Source, *, dtype: torch.dtype, attention: str, device: torch.device, name: str
-) -> "CausalLM":
+def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """Load a decoder from a `from_pretrained` folder. `attention` is "eager" or "sdpa".
 
     Raises `BackboneError` if the weights cannot be read or are not of the Llama family.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
-    try:
-        with _no_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, **options)
-            tokenizer = AutoTokenizer.from_pretrained(weights.folder, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BackboneError(f"backbone {name!r}: {weights.folder} cannot be read as a decoder: {error}") from error
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "level": get_verbosity()}
+    model, tokenizer, _ = load(AutoModelForCausalLM, weights.folder, name, "a decoder", **options)
     if model.config.model_type not in FAMILIES:
         raise BackboneError(
             f"backbone {name!r} is a {type(model).__name__}; the causal_lm kind runs {', '.join(FAMILIES)}. "
@@ -70,18 +50,7 @@ def build(
     return CausalLM(config, model.to(device), tokenizer, weights.sha256, name)
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-class CausalLM(Reads):
+class CausalLM(Tokenised):
     """A frozen decoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer
     n it joins the input of the n-th block."""
 
@@ -99,7 +68,8 @@ class CausalLM(Reads):
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(model, self.width)
         self.words = Vocabulary(tokenizer, self._word_vectors, model.config.vocab_size)
-        self._first = self._bos()
+        begin = tokenizer.bos_token_id  # begins every sequence, if the tokeniser sets one by itself
+        self._first = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
         known = inspect.signature(model.model.layers[0].forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
         self._head_norm = float(
@@ -147,8 +117,8 @@ class CausalLM(Reads):
         """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
         return torch.nn.functional.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _special(self) -> set[int]:
+        return {*super()._special(), *self.tokenizer.added_tokens_decoder}
 
     def _after(self, text: str) -> list[int]:
         """The tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
@@ -165,11 +135,6 @@ class CausalLM(Reads):
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
-    def _bos(self) -> list[int]:
-        """The token that begins every sequence, if the tokeniser sets one by itself."""
-        begin = self.tokenizer.bos_token_id
-        return [begin] if begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin] else []
-
     # ------------------------------------------------------------ starts
 
     def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
@@ -178,27 +143,10 @@ class CausalLM(Reads):
         A token stands before them and is dropped: above the first layers a decoder parks attention on its first
         position, whose activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv 2309.17453).
         """
-        ids = self._vocabulary(seed) if text is None else self._ids(text)
-        if not ids:
-            raise BackboneError(f"the start text {text!r} has no tokens for {self.name}; write it in words")
+        ids = self._vocabulary(seed) if text is None else self._start_ids(text)
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
         led = torch.tensor([*(self._first or ids[-1:]), *ids], dtype=torch.long)
         return self.below([Item(led, len(led))], enters_at)[0][-num_tokens:].float().cpu()
-
-    def nonsense(self, number: int, seed: int) -> list[str]:
-        ids = self._vocabulary(seed)
-        return [
-            self.tokenizer.decode([ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)]) for i in range(number)
-        ]
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        return unknown_share(self.tokenizer, texts)
-
-    def _vocabulary(self, seed: int) -> list[int]:
-        """All ordinary words of the vocabulary, in an order drawn from the seed."""
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
-        return [i for i in drawn if i not in special]
 
     # ------------------------------------------------------------ layers
 

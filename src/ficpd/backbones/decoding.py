@@ -1,4 +1,4 @@
-"""Writing one token after another: which token comes next, and when a text ends. Any decoder that gives logits will do."""
+"""Writes one token after another with any decoder that gives logits: picks the next token and ends texts."""
 
 import math
 from collections import Counter
@@ -25,8 +25,8 @@ def greedy(logits_SV: Tensor) -> Tensor:
 
 
 def streams(texts: Sequence[str], seed: int) -> list[torch.Generator]:
-    """One per text, from the seed, the text and how many equal texts stand before it: other texts beside a row do not
-    change what it draws, and equal texts still go on differently."""
+    """Makes one generator per text, from the seed, the text and the count of equal texts before it. A row's draws do not
+    depend on other texts, and equal texts differ."""
     before, found = Counter(), []
     for text in texts:
         found.append(rng.generator(seed, "writing", text, before[text]))

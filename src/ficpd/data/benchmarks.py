@@ -102,7 +102,9 @@ def arranged(layout: str, found: Sequence[Table]) -> list[Table]:
     arranged = []
     for table in found:
         split = {"dropped": "dev"}.get(str(table.split), table.split)
-        spoken = {"lang": _language(table.name)} if "lang" in of.columns else {}
+        # One of the hub's splits names its language (`validation.de`); train is English.
+        language = table.name.rpartition(" ")[2].partition(".")[2] or "en"
+        spoken = {"lang": language} if "lang" in of.columns else {}
         rows = {n: row(f"{table.name} row {n}", {**spoken, **c}) | {"split": split} for n, c in table.rows.items()}
         arranged.append(Table(table.name, [*of.columns, "split"], rows, split=table.split))
     return arranged
@@ -235,7 +237,12 @@ def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str
     """A file's rows. Quotes are signs like others; `.tsv` files begin with a header, and PAWS-X's rows with a number."""
     if "side" in match:
         target = file.with_name(file.name.replace(".src.", ".tgt."))
-        yield from (dict(zip(of.columns, both, strict=True)) for both in _parallel(file, target))
+        if not target.is_file():
+            raise DataError(f"{file.name}: there is no {target.name} beside it; every text needs its target")
+        texts, targets = ([line for _, line in _numbered_lines(side)] for side in (file, target))
+        if len(texts) != len(targets):
+            raise DataError(f"{file.name} has {len(texts)} lines, {target.name} {len(targets)}; each line has its own")
+        yield from (dict(zip(of.columns, both, strict=True)) for both in zip(texts, targets, strict=True))
         return
     numbered, header = file.suffix == ".tsv" and of.folder == "PAWSX", file.suffix == ".tsv"
     for number, line in _numbered_lines(file):
@@ -249,23 +256,9 @@ def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str
             yield dict(zip(of.columns, cells, strict=True))
 
 
-def _parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
-    if not target.is_file():
-        raise DataError(f"{source.name}: there is no {target.name} beside it; every text needs its target")
-    texts, targets = ([line for _, line in _numbered_lines(file)] for file in (source, target))
-    if len(texts) != len(targets):
-        raise DataError(f"{source.name} has {len(texts)} lines, {target.name} {len(targets)}; each line has its own")
-    yield from zip(texts, targets, strict=True)
-
-
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     lines = utf8(file).split("\n")
     yield from ((number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line or number < len(lines))
-
-
-def _language(table: str) -> str:
-    """The language of one of the hub's splits (`validation.de`; train is English)."""
-    return table.rpartition(" ")[2].partition(".")[2] or "en"
 
 
 LAYOUTS = {

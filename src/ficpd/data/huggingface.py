@@ -38,9 +38,8 @@ def _table(name: str, dataset: Any, split: str | None = None) -> Table:
     from datasets import ClassLabel, Image
 
     kinds = {column: getattr(feature, "dtype", "") for column, feature in dataset.features.items()}
-    seen = [
-        c for c, kind in kinds.items() if isinstance(dataset.features[c], Image) or kind in ("binary", "large_binary")
-    ]
+    binary = ("binary", "large_binary")
+    seen = [c for c, kind in kinds.items() if isinstance(dataset.features[c], Image) or kind in binary]
     pictures, texts = images.of_hub(name, dataset, seen), dataset.remove_columns(seen)
     named = {column: feature for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
 
@@ -48,6 +47,5 @@ def _table(name: str, dataset: Any, split: str | None = None) -> Table:
         numbers = {column: row[column] for column in named}
         return row | {c: None if n is None or n < 0 else named[c].int2str(n) for c, n in numbers.items()}
 
-    return Table(
-        name, list(dataset.features), {i: words(row) | pictures(i) for i, row in enumerate(texts, 1)}, split=split
-    )
+    rows = {i: words(row) | pictures(i) for i, row in enumerate(texts, 1)}
+    return Table(name, list(dataset.features), rows, split=split)

@@ -6,7 +6,7 @@ costs no run; pixels are decoded where a backbone looks at them, and one that is
 
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,10 @@ def read_tables(path: Path, column: str) -> list[Table]:
     `train` and `test`: its columns are `image` and `target`.
     """
     if path.is_dir() and not any(p.suffix.lower() in READERS for p in path.iterdir()):
-        return list(_folders(path))
+        sides = {folder: folder.name.lower() for folder in _folders(path)}
+        if {"train", "test"} <= {*sides.values()} <= SPLITS.keys():
+            return [_labelled(folder)._replace(split=SPLITS[side]) for folder, side in sides.items()]
+        return [_labelled(path)]
     folder = path if path.is_dir() else path.parent
     return [_with_pictures(folder / table.name, table, column) for table in read_files(path, column)]
 
@@ -103,28 +106,16 @@ def _with_pictures(file: Path, table: Table, column: str) -> Table:
     stored = _cells(file, column) if file.suffix.lower() == ".parquet" else {}
     rows = {}
     for number, cells in table.rows.items():
-        place = stored.get(number) or _path(file.parent, cells.get(column))
+        place, cell = stored.get(number), cells.get(column)
+        if not place and isinstance(cell, str) and cell.strip():
+            place = file.parent / Path(cell.strip()).expanduser()
         rows[number] = {**cells, column: place and Picture(f"{table.name} row {number}", place)}
     return table._replace(rows=rows)
 
 
-def _path(folder: Path, cell: Any) -> Path | None:
-    return folder / Path(cell.strip()).expanduser() if isinstance(cell, str) and cell.strip() else None
-
-
-def _folders(path: Path) -> Iterator[Table]:
-    inner = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-    sides = {name.lower() for name in inner}
-    if {"train", "test"} <= sides <= SPLITS.keys():
-        for name, folder in inner.items():
-            yield _labelled(folder)._replace(split=SPLITS[name.lower()])
-    else:
-        yield _labelled(path)
-
-
 def _labelled(path: Path) -> Table:
-    """One row per image; the folder it is in is its target. Images without such folders have none."""
-    labels = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Makes one row per image; its folder is its target. Images without such folders have none."""
+    labels = _folders(path)
     found = [(image, label.name) for label in labels for image in _images(label)] or [(i, None) for i in _images(path)]
     if empty := [label.name for label in labels if not _images(label)] or ([] if found else [path.name]):
         raise DataError(
@@ -135,6 +126,10 @@ def _labelled(path: Path) -> Table:
     for number, (image, label) in enumerate(found, 1):
         rows[number] = {"image": Picture(f"{path.name} row {number}", image)} | ({"target": label} if labels else {})
     return Table(path.name, ["image", "target"] if labels else ["image"], rows)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _images(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Records from where they lie: the user's table, the Hugging Face hub, or the built-in sentence ratings."""
+"""Reads records from the user's table, the Hugging Face hub, or the built-in sentence ratings."""
 
 import math
 from collections import Counter
@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ficpd.data import benchmarks, huggingface, images
 from ficpd.data.sentence_ratings import read_ratings
 from ficpd.data.tables import SPLITS, Table, read_files
 from ficpd.data.untyped import Spelled, number_of, spelled
 from ficpd.errors import DataError, unknown
+from ficpd.registry import Frozen
 from ficpd.rng import derive
 from ficpd.types import Record
 
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """Where the records are and which column plays which role.
 
     `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
@@ -35,8 +36,6 @@ class Config(BaseModel):
     `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
     `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     columns: dict[str, str] = {"text": "text", "target": "target"}
@@ -88,7 +87,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was read, in the order in which it lies. `Record.key` counts the data rows of a file from 1."""
+    """The records in file order. `Record.key` counts the data rows of a file from 1."""
 
     train: list[Record]
     test: list[Record]
@@ -101,7 +100,7 @@ class Row(NamedTuple):
 
 
 def read(config: Config, seed: int) -> Dataset:
-    """All records, checked, sampled and split. The same seed and files give the same split, on every machine.
+    """Reads, checks, samples and splits all records. The same seed and files give the same split on every machine.
 
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
     """
@@ -110,37 +109,42 @@ def read(config: Config, seed: int) -> Dataset:
 
 
 def unused(config: Config, seed: int) -> list[Record]:
-    """The rows that `max_records` left out of `read`, in the order in which they lie; none if it left none out."""
+    """Returns the rows that `max_records` left out of `read`, in file order."""
     rows = _checked_rows(config)
     used = set(_sample(len(rows), config.max_records, seed))
     return [Record(row.key, row.fields) for i, row in enumerate(rows) if i not in used]
 
 
 def read_all(config: Config) -> list[Record]:
-    """All records in the order in which they lie, undivided: to evaluate, adapt or predict on."""
+    """Reads all records in file order without a split, to evaluate, adapt or predict on."""
     return [Record(row.key, row.fields) for row in _seen(_checked_rows(config), config)]
 
 
 def _checked_rows(config: Config) -> list[Row]:
     tables = _tables(config)
     _check_columns(tables, config)
-    _check_values(tables, config)
-    tables = [_chosen(table, config) for table in tables]
     rows = [row for table in tables for row in _rows(table, config)]
-    rows = _dev_as_train(rows, config.source) if config.dev_as_train else [r for r in rows if r.split != "dropped"]
-    _check_texts(rows, config)
+    dev = [row for row in rows if row.split == "dropped"]
+    if config.dev_as_train and not dev:
+        raise DataError(
+            f"{config.source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file beside "
+            "train and test, or the hub's validation split"
+        )
+    if config.dev_as_train:
+        rows = [row._replace(split="train") if row.split == "dropped" else row for row in rows]
+    else:
+        rows = [row for row in rows if row.split != "dropped"]
+    for row in rows:
+        for role in ("text", "text_pair"):
+            text = row.fields.get(role)
+            if role in config.columns and not isinstance(text, str):
+                given = "is empty" if text is None else f"holds {text!r}"
+                raise DataError(
+                    f"{row.key}, column {config.columns[role]!r}: {given}; expected text: fill or drop the row"
+                )
     if "target" in config.wanted:
         _check_targets(rows, config.wanted["target"])
     return rows
-
-
-def _dev_as_train(rows: list[Row], source: str) -> list[Row]:
-    if not any(row.split == "dropped" for row in rows):
-        raise DataError(
-            f"{source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file beside train "
-            "and test, or the hub's validation split"
-        )
-    return [row._replace(split="train") if row.split == "dropped" else row for row in rows]
 
 
 def _tables(config: Config) -> list[Table]:
@@ -167,30 +171,19 @@ def _check_columns(tables: list[Table], config: Config) -> None:
     for column in [*config.wanted.values(), *config.options, *config.where, *split]:
         if column not in first.columns:
             raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
-
-
-def _check_values(tables: list[Table], config: Config) -> None:
-    """Raises `DataError` for a value that `where` asks for and no row of any file has."""
     for column, values in config.where.items():
         present = {str(cells.get(column)) for table in tables for cells in table.rows.values()}
         if missing := [value for value in values if value not in present]:
-            of = tables[0].name if len(tables) == 1 else f"{len(tables)} files of {config.source}"
+            of = first.name if len(tables) == 1 else f"{len(tables)} files of {config.source}"
             raise DataError(f"{of}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
 
 
-def _chosen(table: Table, config: Config) -> Table:
-    """The rows that `where` asks for."""
-    rows = {
-        number: cells
-        for number, cells in table.rows.items()
-        if all(str(cells.get(column)) in values for column, values in config.where.items())
-    }
-    return table._replace(rows=rows)
-
-
 def _rows(table: Table, config: Config) -> Iterable[Row]:
+    """Yields the rows that `where` asks for."""
     choice = bool(config.options) or "options" in config.wanted
     for number, cells in table.rows.items():
+        if not all(str(cells.get(column)) in values for column, values in config.where.items()):
+            continue
         key = f"{table.name} row {number}"
         fields = {name: _cell(cells.get(column)) for name, column in config.wanted.items()}
         if config.options:
@@ -215,19 +208,8 @@ def _side(key: str, cells: Mapping[str, Any], column: str | None) -> str | None:
     return SPLITS[str(given).strip().lower()]
 
 
-def _check_texts(rows: list[Row], config: Config) -> None:
-    for row in rows:
-        for role in ("text", "text_pair"):
-            text = row.fields.get(role)
-            if role in config.columns and not isinstance(text, str):
-                given = "is empty" if text is None else f"holds {text!r}"
-                raise DataError(
-                    f"{row.key}, column {config.columns[role]!r}: {given}; expected text: fill or drop the row"
-                )
-
-
 def _seen(rows: list[Row], config: Config) -> list[Row]:
-    """The same rows, each of which has an image if images are asked for."""
+    """Checks that each row has an image if images are asked for, and returns the rows."""
     if "image" in config.columns:
         images.check_all(((row.key, row.fields["image"]) for row in rows), config.columns["image"])
     return rows

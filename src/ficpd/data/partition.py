@@ -1,4 +1,4 @@
-"""Who holds which records: the division of one data set among the clients of a federation.
+"""Divides one data set among the clients of a federation.
 
 The label skew is that of Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks" (ICML 2019,
 arXiv 1905.12022): for every label, the clients' shares of it are drawn from Dirichlet(concentration). Hsu et al. (2019,
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ficpd.data.tables import read_files
 from ficpd.data.untyped import are_real, number_of, spelled
 from ficpd.errors import DataError, unknown
+from ficpd.registry import Frozen
 from ficpd.rng import derive
 from ficpd.types import Record, Shard
 
@@ -26,7 +27,7 @@ NUM_DRAWS = 1000
 """How often the shares are drawn before giving up on `min_records`."""
 
 
-class Config(BaseModel):
+class Config(Frozen):
     """How records become clients.
 
     `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
@@ -35,8 +36,6 @@ class Config(BaseModel):
     What is public of a client (its card): the column it was made by; `publish`, columns that all of its records agree
     in; and `cards`, a table with a column `client` and one for each public fact (language, specialty, beds, ...).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["column", "dirichlet", "iid", "column_dirichlet"]
     column: str | None = None
@@ -55,7 +54,7 @@ class Config(BaseModel):
 
 
 class Data(Protocol):
-    """What is divided: train and test records."""
+    """Train and test records to divide."""
 
     @property
     def train(self) -> Sequence[Record]: ...
@@ -79,19 +78,23 @@ def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, S
     """
     if not data.train:
         raise DataError("there are no train records to partition; the source must hold at least one")
-    groups = {"client": Shard(list(data.train), list(data.test), {})}
+    shards = {"client": Shard(list(data.train), list(data.test), {})}
     if config.column is not None:
-        groups = _by_column(config.column, groups["client"])
-    shards = groups
+        shards = _by_column(config.column, shards["client"])
     if config.num_clients is not None:
-        counts = _clients_of(config, config.num_clients, groups)
-        dealt = [_deal(config, name, group, counts[name], target, seed) for name, group in groups.items()]
+        counts = _clients_of(config, config.num_clients, shards)
+        dealt = [_deal(config, name, group, counts[name], target, seed) for name, group in shards.items()]
         shards = {name: shard for part in dealt for name, shard in part.items()}
     _check(config, {name: len(shard.train) for name, shard in shards.items()})
     for name, shard in shards.items():
         shard.metadata.update({column: _agreed(name, shard, column) for column in config.publish})
     if config.cards is not None:
-        _hand_out(read_cards(config.cards), shards, config.cards)
+        for name, facts in read_cards(config.cards).items():
+            if name not in shards:
+                raise DataError(
+                    f"{config.cards}: {unknown('client', name, shards)}; cards name the clients of the partition"
+                )
+            shards[name].metadata.update(facts)
     return dict(sorted(shards.items()))
 
 
@@ -126,15 +129,6 @@ def read_cards(path: str) -> dict[str, dict[str, str | float]]:
             facts = {key: number_of(value) for key, value in row.items() if key != "client"}
             cards[name] = {key: v for key, v in facts.items() if v is not None and v == v and str(v).strip()}
     return cards
-
-
-def _hand_out(cards: Mapping[str, Mapping[str, str | float]], shards: Mapping[str, Shard], path: str) -> None:
-    """To each client its card. A client without one has nothing public to go by."""
-    for name in cards:
-        if name not in shards:
-            raise DataError(f"{path}: {unknown('client', name, shards)}; cards name the clients of the partition")
-    for name, facts in cards.items():
-        shards[name].metadata.update(facts)
 
 
 def _by_column(column: str, data: Shard) -> dict[str, Shard]:
@@ -203,24 +197,21 @@ def _labels(config: Config, data: Shard, target: str) -> dict[str, list[str]]:
 def _shares(
     config: Config, labels: Mapping[str, Sequence[str]], names: Sequence[str], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """[C] per label: the clients' shares of it, drawn again until no client is short of train records."""
+    """Draws the clients' shares [C] of each label, equal or from Dirichlet(concentration), until no client is short."""
     sizes = Counter(labels["train"])
     known = sorted({*labels["train"], *labels["test"]})
     lengths = np.zeros(len(names), dtype=int)
     for _ in range(NUM_DRAWS):
-        shares = {label: _draw(config, len(names), rng) for label in known}
+        equal = np.ones(len(names))
+        shares = {
+            label: equal / len(names) if config.kind == "iid" else rng.dirichlet(equal * config.concentration)
+            for label in known
+        }
         lengths = np.sum([_counts(shares[label], sizes[label]) for label in known], axis=0)
         if np.min(lengths) >= config.min_records:
             return shares
     _check(config, dict(zip(names, lengths.tolist(), strict=True)))
     raise AssertionError("the last draw left no client short")
-
-
-def _draw(config: Config, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-    """One label's shares: equal, or p ~ Dirichlet(concentration)."""
-    if config.kind == "iid":
-        return np.full(num_clients, 1 / num_clients)
-    return rng.dirichlet(np.full(num_clients, config.concentration))
 
 
 def _counts(shares_C: np.ndarray, total: int) -> np.ndarray:

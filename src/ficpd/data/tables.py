@@ -59,7 +59,10 @@ def _file(path: Path, images: str | None) -> Table:
     return table
 
 
-def _table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str], untyped: bool = False) -> Table:
+def _table(
+    path: Path, rows: list[dict[str, Any]], columns: Iterable[str] | None = None, untyped: bool = False
+) -> Table:
+    columns = dict.fromkeys(name for row in rows for name in row) if columns is None else columns
     return Table(path.name, [str(c) for c in columns], dict(enumerate(rows, 1)), untyped)
 
 
@@ -96,21 +99,18 @@ def _delimited(path: Path, separator: str) -> Table:
 
 
 def _json_lines(path: Path) -> Table:
-    rows = [_json_object(f"{path.name} line {n}", line) for n, line in enumerate(utf8(path).split("\n"), 1)]
-    rows = [row for row in rows if row is not None]
-    return _table(path, rows, dict.fromkeys(name for row in rows for name in row))
-
-
-def _json_object(place: str, line: str) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error}); expected one object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: {line.strip()[:40]} is no object; expected one object a line")
-    return value
+    rows = []
+    for number, line in enumerate(utf8(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path.name} line {number}: not JSON ({error}); expected one object a line") from error
+        if not isinstance(rows[-1], dict):
+            given = line.strip()[:40]
+            raise DataError(f"{path.name} line {number}: {given} is no object; expected one object a line")
+    return _table(path, rows)
 
 
 def _json(path: Path) -> Table:
@@ -127,7 +127,7 @@ def _json(path: Path) -> Table:
         whole = [{"id": key} | row for key, row in whole.items()]
     if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
         raise DataError(f"{path.name}: no table; expected a list of objects, an object of objects, or an object a line")
-    return _table(path, whole, dict.fromkeys(name for row in whole for name in row))
+    return _table(path, whole)
 
 
 def _parquet(path: Path, images: str | None = None) -> Table:
