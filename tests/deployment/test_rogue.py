@@ -141,7 +141,7 @@ def unit(name: str) -> configparser.ConfigParser:
     """A systemd unit as `ficpd deploy init` writes it."""
     found = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
     found.optionxform = str  # type: ignore[assignment]
-    found.read_string((resources.files("ficpd.deploy") / "templates" / "site" / name).read_text())
+    found.read_string((resources.files("ficpd.deployment") / "templates" / "site" / name).read_text())
     return found
 
 

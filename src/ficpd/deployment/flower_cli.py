@@ -15,7 +15,7 @@ import tomli_w
 
 from ficpd.errors import ConfigError, unknown
 
-APP = Path(__file__).parent / "flower_app"
+APP = Path(__file__).parent / "flower-app"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -79,7 +79,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
         from ficpd.deployment import certificates
     except ImportError as error:
         raise ConfigError(f"{error}; install what a deployment needs: pip install 'ficpd[flower]'") from error
-    here = resources.files("ficpd.deploy")
+    here = resources.files("ficpd.deployment")
     ca = certificates.authority()
     server = certificates.server(ca, host)
     words = {
