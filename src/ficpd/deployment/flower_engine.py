@@ -23,7 +23,7 @@ TERMS_WANTED, REFUSED = 428, 409
 
 
 class Config(BaseModel):
-    """`superlink`: the connection's name in Flower's configuration; none: a simulation here, on Flower's Ray engine.
+    """`superlink`: the connection's name in Flower's configuration, which `ficpd run` needs.
 
     `sites`: who has to come before the run begins (none named: whoever comes within `wait_seconds`, `least_sites` at least).
     `deadline_seconds`: how long a round waits; what comes later is dropped and counted, or kept (`federation.accept_late`).
@@ -37,7 +37,6 @@ class Config(BaseModel):
     wait_seconds: float = Field(default=60.0, gt=0)
     deadline_seconds: float = Field(default=600.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0)
-    actor_cpus: float = Field(default=1.0, gt=0, description="a simulation's CPUs for each client at work")
 
 
 def build(config: Config, *_: Any) -> None:
