@@ -5,7 +5,7 @@
     python bench/deploy.py crowd           50 to 500 clients in one process
     python bench/deploy.py bytes round     a real SuperLink: bytes on the sockets, and a round's seconds
 
-Needs `pip install "ficpd[simulation]"`. Each part saves `results/deploy_PART.json`.
+Needs `pip install "flwr[simulation]"`. Each part saves `results/deploy_PART.json`.
 """
 
 import argparse
@@ -64,8 +64,7 @@ def rated(*changes: str) -> Experiment:
 
 def same(folder: Path) -> dict[str, Any]:
     """The largest difference of any number of the library to that of the run in process, over the largest number."""
-    from deploy_net import network
-    from ficpd.deployment import flower_simulation
+    from deploy_net import flower_simulation, network
     from ficpd.experiments.runner import run
 
     cells = [(b, m, "float32") for b in ("tiny", "minilm") for m in ("fedavg", "ficpd", "fpl")]

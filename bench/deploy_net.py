@@ -2,6 +2,7 @@
 sites answer from this process, one thread each."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 from ficpd.backbones.loading import EngineConfig
 from ficpd.deployment import demo
 from ficpd.deployment.flower_cli import free_ports, submit
-from ficpd.deployment.flower_simulation import _answering, served
 from ficpd.deployment.provision import init
 from ficpd.experiments.build import build_world
 from ficpd.experiments.config import Experiment, to_toml
 from watched import Counter
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import flower_simulation
 
 LOOK = 0.02
 
@@ -71,13 +74,15 @@ class Network:
             "poll_seconds": poll_seconds,
             "wait_seconds": 200.0,
         }
-        asked = served(experiment).model_copy(update={"engine": EngineConfig(name="flower", options=options)})
+        asked = flower_simulation.served(experiment).model_copy(
+            update={"engine": EngineConfig(name="flower", options=options)}
+        )
         places = self.folder / "sites"
         places.mkdir(exist_ok=True)
         for place, name in enumerate(world.shards):
             self.sockets[name].behind = str(places / f"{place}.sock")
         began, stop, marks = time.time(), threading.Event(), []
-        with _answering(world, places, out.with_name(out.name + "-sites")):
+        with flower_simulation.answering(world, places, out.with_name(out.name + "-sites")):
             follower = threading.Thread(target=self._follow, args=(out / "rounds.jsonl", marks, stop))
             follower.start()
             status = submit(to_toml(asked), "bench.toml", out, False, ["ficpd"], {"FLWR_HOME": str(self.home)})

@@ -19,7 +19,7 @@ from ficpd.deployment.site.http import bound, server_of
 from ficpd.deployment.site.site import Site
 from ficpd.federation.codec import UPDATE_HEADER
 
-APP = Path(ficpd.__file__).parent / "deployment" / "flower_app"
+APP = Path(ficpd.__file__).parent / "deployment" / "flower-app"
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _imported() -> None:
     from ficpd.privacy.noise import Cryptographic
 
     processes = importlib.import_module("processes")
-    for name in ("site.open", "site.service", "cli", "methods.fedavg", "privacy.record_gaussian"):
+    for name in ("deployment.site.load", "deployment.site.http", "cli", "methods.fedavg", "privacy.record_gaussian"):
         importlib.import_module(f"ficpd.{name}")
     for num_rounds in (3, 4):
         accountant.epsilon([processes.order(num_rounds)], processes.DELTA)

@@ -24,7 +24,7 @@ pytestmark = [  # httpx does not close a socket that nobody answers
 ]
 from flwr.app import ConfigRecord, Context, Message, RecordDict  # noqa: E402
 
-APP = Path(ficpd.__file__).parent / "deployment" / "flower_app"
+APP = Path(ficpd.__file__).parent / "deployment" / "flower-app"
 EVERY_BYTE = bytes(range(256)) * 4096
 
 

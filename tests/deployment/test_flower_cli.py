@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from ficpd.deployment.flower_cli import reachable
+import small
+from ficpd.deployment.flower_cli import over_flower, reachable
 from ficpd.errors import ConfigError, SiteError
 
 
@@ -19,3 +20,11 @@ def test_a_superlink_that_is_not_there_is_said_within_ten_seconds(tmp_path, monk
     with pytest.raises(SiteError, match=r"127\.0\.0\.1:1"):
         reachable("ficpd")
     assert time.monotonic() - began < 10
+
+
+def test_a_run_without_a_superlink_is_refused(tmp_path):
+    pytest.importorskip("flwr")
+    experiment = small.experiment(tmp_path, "fedavg", "engine.name=flower")
+    with pytest.raises(ConfigError, match=r"engine\.options\.superlink.*set it, or leave the engine out"):
+        over_flower(experiment, None, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What Flower says where a site cannot come in, with real processes; and that `reach` says it, sooner and plainer.
+"""Flower's messages where a site cannot come in, with real processes; `reach` gives the same reason sooner.
 
 Where one of these fails after an update of Flower, docs/deploy.md's table of its messages is to be looked through.
 """
@@ -40,18 +40,18 @@ def bad_server(coordinator: Coordinator, kind: str, folder: Path) -> Iterator[tu
 
 
 @pytest.mark.parametrize(
-    ("kind", "flower_says", "we_say"),
+    ("kind", "reason"),
     [
-        ("expired", "certificate has expired", "ended on .* needs a new one"),
-        ("other name", "IP address mismatch", "for superlink.example.org, not for 127.0.0.1"),
-        ("other authority", "unable to get local issuer certificate|self.signed", "not signed by .* compare"),
+        ("expired", "certificate has expired"),
+        ("other name", "IP address mismatch"),
+        ("other authority", "unable to get local issuer certificate|self.signed"),
     ],
 )
-def test_certificates(coordinator: Coordinator, kind: str, flower_says: str, we_say: str, tmp_path: Path):
+def test_certificates(coordinator: Coordinator, kind: str, reason: str, tmp_path: Path):
     """A SuperNode ends and says it in OpenSSL's words; `flwr run` says the same sentence of everything."""
     with bad_server(coordinator, kind, tmp_path) as (address, ca):
         began = time.monotonic()
-        with pytest.raises(SiteError, match=we_say):
+        with pytest.raises(SiteError, match=reason):
             reach(address, ca)
         assert time.monotonic() - began < 10
         key = coordinator.written / "sites" / "north" / "supernode.key"
@@ -59,7 +59,7 @@ def test_certificates(coordinator: Coordinator, kind: str, flower_says: str, we_
             assert process.wait(SECONDS) == 1
         said = log.read_text(errors="replace")
         assert "Exit Code: 305" in said
-        assert re.search(flower_says, said), said
+        assert re.search(reason, said), said
         done = coordinator.flwr("list", "there", home=coordinator.connection("caller", address, ca))
         assert done.returncode == 1
         assert "Connection to the SuperLink is unavailable" in " ".join(done.stdout.split() + done.stderr.split())
@@ -82,7 +82,7 @@ def test_nobody_there(coordinator: Coordinator):
     """A SuperNode waits for ever and does not say for whom. That is right for a service, and no answer to a person."""
     (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
-    with pytest.raises(SiteError, match=f"nobody listens at {address}"):
+    with pytest.raises(SiteError, match=f"{address} .*Connection refused"):
         reach(address, coordinator.ca)
     key = coordinator.written / "sites" / "north" / "supernode.key"
     with coordinator.supernode("alone", key, address, coordinator.ca) as (process, log):

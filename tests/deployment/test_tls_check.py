@@ -1,5 +1,6 @@
-"""`reach` against real servers: each cause has words of its own, and comes in time."""
+"""`reach` against real servers: an error names the address and the reason, and comes in time."""
 
+import re
 import socket
 import threading
 import time
@@ -27,7 +28,13 @@ def ca(signing: certificates.Signed, tmp_path: Path) -> Path:
     return tmp_path / "ca.crt"
 
 
-def test_what_answers_is_told(signing: certificates.Signed, ca: Path, tmp_path: Path):
+def refused(address: str, ca: Path | None, reason: str, seconds: float = 8.0) -> None:
+    """Asserts that `reach` names the address and gives the reason."""
+    with pytest.raises(SiteError, match=f"^{re.escape(address)} .*({reason})"):
+        reach(address, ca, seconds)
+
+
+def test_a_good_certificate(signing: certificates.Signed, ca: Path, tmp_path: Path):
     written = certificates.server(signing, "federation.example.org")
     pair = tmp_path / "server.crt", tmp_path / "server.key"
     pair[0].write_bytes(written.pem)
@@ -40,82 +47,67 @@ def test_what_answers_is_told(signing: certificates.Signed, ca: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "reason"),
     [
-        ({"begins": -30, "ends": -2}, "ended on .* and here it is .*needs a new one"),
-        ({"begins": 2}, "is valid from .* on, and here it is .*clock"),
-        ({"names": ("superlink.example.org", "192.0.2.7")}, r"for superlink.example.org, 192.0.2.7, not for 127.0.0.1"),
+        ({"begins": -30, "ends": -2}, "certificate has expired"),
+        ({"begins": 2}, "certificate is not yet valid"),
+        ({"names": ("superlink.example.org", "192.0.2.7")}, "not valid for '127.0.0.1'"),
     ],
 )
 def test_a_certificate_that_does_not_hold(
-    change: dict, words: str, signing: certificates.Signed, ca: Path, tmp_path: Path
+    change: dict, reason: str, signing: certificates.Signed, ca: Path, tmp_path: Path
 ) -> None:
-    with (
-        serving(tls(certificate(tmp_path, "bad", signing, **change))) as address,
-        pytest.raises(SiteError, match=words),
-    ):
-        reach(address, ca)
+    with serving(tls(certificate(tmp_path, "bad", signing, **change))) as address:
+        refused(address, ca, reason)
 
 
-def test_another_authority(ca: Path, tmp_path: Path):
-    """Of the same name, too: that is what a second `deploy init` makes."""
-    with (
-        serving(tls(certificate(tmp_path, "other", certificates.authority()))) as address,
-        pytest.raises(SiteError, match=r"not signed by .*ca.crt \(SHA-256 [0-9a-f:]{95}\).*compare"),
-    ):
-        reach(address, ca)
-    with serving(tls((tmp_path / "other.crt", tmp_path / "other.key"))) as address:  # noqa: SIM117
-        with pytest.raises(SiteError, match="not signed by an authority that this machine trusts"):
-            reach(address)
+@pytest.mark.parametrize("given", [True, False])
+def test_another_authority(given: bool, ca: Path, tmp_path: Path):
+    """Also one of the same name, as a second `deploy init` makes."""
+    with serving(tls(certificate(tmp_path, "other", certificates.authority()))) as address:
+        refused(address, ca if given else None, "unable to get local issuer certificate|self.signed|signature failure")
 
 
-def test_no_tls(ca: Path):
-    with (
-        serving(lambda plain: plain.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address,
-        pytest.raises(SiteError, match="answers, but not with TLS"),
-    ):
-        reach(address, ca)
-    with serving(lambda plain: None) as address, pytest.raises(SiteError, match="answers, but not with TLS"):
-        reach(address, ca)
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "WRONG_VERSION_NUMBER|record layer"), (b"", "EOF|reset by peer")],
+)
+def test_no_tls(answer: bytes, reason: str, ca: Path):
+    with serving(lambda plain: plain.sendall(answer)) as address:
+        refused(address, ca, reason)
 
 
-def test_one_who_says_nothing(ca: Path):
-    """A server that takes the connection and sleeps must not hold us up."""
+def test_a_server_that_does_not_answer(ca: Path):
     began, done = time.monotonic(), threading.Event()
     with serving(lambda plain: done.wait(5) and None) as address:
-        with pytest.raises(SiteError, match="says nothing"):
-            reach(address, ca, seconds=0.5)
+        refused(address, ca, "timed out|no answer within 0.5 s", seconds=0.5)
         assert time.monotonic() - began < 2
         done.set()
 
 
-def test_nobody_listens(ca: Path):
+def test_nothing_listens(ca: Path):
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(SiteError, match=f"nobody listens at {address}; is the coordinator running"):
-        reach(address, ca)
+    refused(address, ca, "Connection refused")
 
 
-def test_a_name_that_is_none(ca: Path):
-    with pytest.raises(SiteError, match=r"name 'federation\.invalid' cannot be resolved"):
-        reach("federation.invalid:9443", ca, seconds=2)
+def test_an_unknown_name(ca: Path):
+    refused("federation.invalid:9443", ca, "Name or service not known|[Nn]ame resolution|no answer within", seconds=2)
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         reach("https://federation.example.org", ca)
 
 
-def test_a_name_server_that_sleeps(ca: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_resolver_that_does_not_answer(ca: Path, monkeypatch: pytest.MonkeyPatch):
     waiting = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: waiting.wait(5))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: waiting.wait(5) and [])
     began = time.monotonic()
-    with pytest.raises(SiteError, match="name server does not answer"):
-        reach("federation.example.org:9443", ca, seconds=0.3)
+    refused("federation.example.org:9443", ca, "no answer within 0.3 s", seconds=0.3)
     assert time.monotonic() - began < 2
     waiting.set()
 
 
-def test_an_authority_that_is_none(tmp_path: Path):
-    with pytest.raises(SiteError, match=r"no.crt cannot be read .*expected ca.crt of the coordinator"):
-        reach("127.0.0.1:1", tmp_path / "no.crt")
+def test_an_authority_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "bad.crt").write_text("-----BEGIN CERTIFICATE-----\nnone\n")
-    with pytest.raises(SiteError, match=r"bad.crt cannot be read"):
-        reach("127.0.0.1:1", tmp_path / "bad.crt")
+    for name in ("no.crt", "bad.crt"):
+        with pytest.raises(SiteError, match=rf"{name} cannot be read .*expected ca.crt of the coordinator"):
+            reach("127.0.0.1:1", tmp_path / name)

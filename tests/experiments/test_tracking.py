@@ -11,63 +11,80 @@ import pytest
 import small
 from ficpd.errors import ConfigError
 from ficpd.experiments import tracking
-from ficpd.experiments.tracking import Follower, followed
+from ficpd.experiments.runner import run
+from ficpd.experiments.tracking import followed
 
 
 class Noted:
-    """A writer that notes what it is sent."""
+    """A run at a tracker that notes what it is sent."""
 
-    def __init__(self, name: str):
-        self.name, self.params, self.points, self.closed = name, {}, [], False
+    def __init__(self, params):
+        self.params, self.points, self.closed = dict(params), [], False
 
-    def settings(self, settings) -> None:
-        self.params = dict(settings)
+    def send(self, tag: str, value: float, step: int) -> None:
+        self.points.append((tag, value, step))
 
-    def figures(self, figures, step: int) -> None:
-        self.points.append((step, dict(figures)))
-
-    def close(self) -> None:
+    def end(self) -> None:
         self.closed = True
 
 
-def noting() -> tuple[dict[str, Noted], Any]:
-    writers: dict[str, Noted] = {}
+@pytest.fixture
+def noted(monkeypatch) -> dict[str, Noted]:
+    """The runs at a tracker that stands for MLflow, by name."""
+    runs: dict[str, Noted] = {}
 
-    def opened(name: str, run: Path) -> Noted:
-        assert name not in writers, "opened twice"
-        writers[name] = Noted(name)
-        return writers[name]
+    def begin(name: str, run: Path, settings):
+        assert name not in runs, "begun twice"
+        runs[name] = Noted(settings)
+        return runs[name].send, runs[name].end
 
-    return writers, opened
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", lambda folder: begin)
+    return runs
 
 
-def test_every_round_is_sent_once_and_the_end_last(tmp_path):
-    writers, opened = noting()
-    follower = Follower(opened, tmp_path / "run")
-    looked = lambda method, done, planned, figures: follower.look()  # noqa: E731
+def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted, monkeypatch):
+    monkeypatch.setattr(tracking.Follower.look, "__defaults__", (-1.0,))
     given = small.experiment(tmp_path, "fedavg", "baselines=['local']", "federation.evaluate_every=1")
-    from ficpd.experiments.runner import run
+    seen = []
+    with followed("mlflow", tmp_path / "run") as look:
 
-    result = run(given, tmp_path / "run", progress=looked)
-    follower.look()
-    follower.look()
-    assert set(writers) == {"run", "baselines/local", "baselines/zero_shot"}
-    own = writers["run"]
-    assert [step for step, _ in own.points] == [1, 2, 3, 3]
-    assert own.points[0][1]["bytes_up"] == result["bytes"]["up_total"] / 3
-    assert "own_accuracy" in own.points[0][1]
-    assert own.points[-1][1]["global_accuracy"] == result["metrics"]["global"]["accuracy"]
+        def progress(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+            look()
+            seen.append([step for tag, _, step in noted["run"].points if tag == "bytes_up"] if "run" in noted else [])
+
+        result = run(given, tmp_path / "run", progress=progress)
+        look()
+        look()
+    assert [1] in seen
+    assert [1, 2] in seen
+    assert set(noted) == {"run", "baselines/local", "baselines/zero_shot"}
+    own = noted["run"]
+    sent = [(value, step) for tag, value, step in own.points if tag == "bytes_up"]
+    assert sent == [(result["bytes"]["up_total"] / 3, step) for step in (1, 2, 3)]
+    assert ("dropped", 0, 1) in own.points
+    assert [step for tag, _, step in own.points if tag == "own_accuracy"] == [1, 2, 3]
+    assert own.points[-1][2] == 3
+    assert ("global_accuracy", result["metrics"]["global"]["accuracy"], 3) in own.points
     assert (own.params["method.name"], own.params["federation.num_rounds"]) == ("fedavg", "3")
-    assert writers["baselines/local"].params["training.local_steps"] == "2"
-    assert all(writer.closed for writer in writers.values())
-    assert all(isinstance(value, int | float) for _, point in own.points for value in point.values())
+    assert noted["baselines/local"].params["training.local_steps"] == "2"
+    assert all(one.closed for one in noted.values())
+    assert all(isinstance(value, int | float) for _, value, _ in own.points)
 
 
-def test_a_run_that_was_finished_before_is_not_sent_again(tmp_path):
+def test_looks_are_some_seconds_apart(tmp_path, noted):
+    with followed("mlflow", tmp_path / "run") as look:
+        look()
+        small.run(tmp_path, "fedavg")
+        look()
+        assert noted == {}
+    assert set(noted) == {"run", "baselines/zero_shot"}
+
+
+def test_a_run_that_was_finished_before_is_not_sent_again(tmp_path, noted):
     small.run(tmp_path, "fedavg", rounds=1)
-    writers, opened = noting()
-    Follower(opened, tmp_path / "run").look()
-    assert writers == {}
+    with followed("mlflow", tmp_path / "run"):
+        pass
+    assert noted == {}
 
 
 def test_without_a_tracker_nothing_is_done(tmp_path):
@@ -147,10 +164,10 @@ def test_mlflow_is_called_as_its_documentation_says(tmp_path, monkeypatch):
     kept = FakeClient.kept
     assert kept["experiments"] == {"ficpd run": "7"}
     assert set(kept["runs"]) == {"run", "baselines/zero_shot"}
-    run = kept["runs"]["run"]
-    assert run["ended"]
-    assert run["params"]["method.name"] == "fedavg"
-    assert [step for key, _, step in run["metrics"] if key == "bytes_up"] == [1, 2, 3]
+    own = kept["runs"]["run"]
+    assert own["ended"]
+    assert own["params"]["method.name"] == "fedavg"
+    assert [step for key, _, step in own["metrics"] if key == "bytes_up"] == [1, 2, 3]
 
 
 @pytest.mark.filterwarnings("ignore")  # its own, of the libraries that it is made of
@@ -177,11 +194,13 @@ def test_settings_are_of_the_run_beside_which_a_baseline_stands(tmp_path):
 
 
 def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
-    class Broken(Noted):
-        def figures(self, figures, step: int) -> None:
+    def begin(name: str, run: Path, settings):
+        def send(tag: str, value: float, step: int) -> None:
             raise ConnectionError("the server is gone")
 
-    monkeypatch.setattr(tracking, "opener", lambda kind, folder: lambda name, run: Broken(name))
+        return send, lambda: None
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", lambda folder: begin)
 
     def tracked() -> None:
         with followed("mlflow", tmp_path / "run") as look:
@@ -200,6 +219,6 @@ def test_a_tracker_that_cannot_begin_is_an_error_before_the_run(tmp_path, monkey
     def refuses(folder: Path) -> None:
         raise OSError("no such server")
 
-    monkeypatch.setattr(tracking, "_mlflow", refuses)
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", refuses)
     with pytest.raises(ConfigError, match="--track mlflow cannot begin: no such server"), followed("mlflow", tmp_path):
         pass

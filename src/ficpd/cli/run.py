@@ -18,9 +18,7 @@ def run(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
-    engine: Annotated[
-        str | None, typer.Option(help="in_process, or flower: real sites, or Flower's simulation")
-    ] = None,
+    engine: Annotated[str | None, typer.Option(help="in_process, or flower: among real sites")] = None,
     track: Track = None,
 ) -> None:
     """Run an experiment and leave its results, its library and a report in a run directory.
@@ -41,7 +39,7 @@ def run(
         f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
     )
     if experiment.engine.name == "flower":
-        from ficpd.deployment.launch import over_flower
+        from ficpd.deployment.flower_cli import over_flower
 
         with followed(track, out):
             raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))

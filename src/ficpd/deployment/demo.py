@@ -1,7 +1,7 @@
 """`ficpd deploy demo`: a federation of three organisations, each with processes of its own, on one machine.
 
-All is as `ficpd deploy init` writes it: TLS, a key for each site's SuperNode, a socket, a ledger and a policy for each site.
-Only what has to differ on one machine does: paths, ports, whose records they are, and nginx, which is not there.
+TLS, SuperNode keys, sockets, ledgers and policies are those of `ficpd deploy init`. Paths, ports and records differ, and
+there is no nginx.
 """
 
 import json
@@ -16,7 +16,6 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import tomli_w
@@ -34,10 +33,10 @@ Say = Callable[[str], Any]
 
 
 def demo(out: Path, rounds: int, say: Say) -> None:
-    """Run it, and leave the run directory `out`. No process outlives it, whatever ends it. Raises `RunError`."""
+    """Runs it and leaves the run directory `out`. No process outlives it. Raises `RunError`."""
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out")
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         # a socket's path has at most 107 bytes, so the folder is not below `out`
         with tempfile.TemporaryDirectory(prefix="ficpd-", ignore_cleanup_errors=True) as folder, ExitStack() as running:
@@ -82,7 +81,7 @@ def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack
 
 
 def _coordinator(folder: Path, port: int, rounds: int) -> Path:
-    """FLWR_HOME and the recipe, as written by `init` but for the places."""
+    """Writes FLWR_HOME and the recipe from those of `init`, with other paths and ports; returns FLWR_HOME."""
     written = folder / "deploy" / "coordinator"
     home = folder / "flower-coordinator"
     home.mkdir()
@@ -96,7 +95,7 @@ def _coordinator(folder: Path, port: int, rounds: int) -> Path:
 
 
 def _site(folder: Path, name: str, domain: str) -> Path:
-    """A site's own settings, filled in as its engineer would."""
+    """Writes a site's settings from those of `init`, with its records; returns the file."""
     given: dict[str, Any] = tomllib.loads((folder / "deploy/sites" / name / "site.toml").read_text(encoding="utf-8"))
     given["socket"], given["state"] = str(folder / f"{name}.sock"), str(folder / f"state-{name}")
     given["card"]["domain"] = domain
@@ -142,7 +141,7 @@ def _flwr(home: Path, *words: str) -> str:
 
 @contextmanager
 def _started(name: str, command: list[str], more: Mapping[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, its output in a log; ended with all of its children."""
+    """Starts a process in a session of its own, with its output in a log; ends it with all of its children."""
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment(more), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -164,7 +163,7 @@ def _started(name: str, command: list[str], more: Mapping[str, str], folder: Pat
 
 
 def _children(pid: int) -> list[int]:
-    """All that a process started, and they: Flower gives some of its own a session that no signal to a group reaches."""
+    """Lists a process's descendants: Flower gives some a session that no signal to a group reaches."""
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -174,7 +173,7 @@ def _children(pid: int) -> list[int]:
 
 @contextmanager
 def _held(pid: int) -> Iterator[int | None]:
-    """A handle that means this process alone, also when its number is another's; None if it has ended."""
+    """Yields a handle that stays this process's when its number is reused; None if it has ended."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -202,7 +201,3 @@ def _tail(log: Path) -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as asking:
         return asking.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

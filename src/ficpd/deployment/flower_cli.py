@@ -1,4 +1,4 @@
-"""A recipe handed to the coordinator's SuperLink, or to Flower's simulation, and its log followed to the end."""
+"""Submits a recipe to the coordinator's SuperLink and follows its log to the end."""
 
 import os
 import socket
@@ -14,8 +14,10 @@ from pathlib import Path
 import tomli_w
 
 from ficpd.errors import ConfigError, unknown
+from ficpd.experiments.config import Experiment, to_toml
+from ficpd.registry import checked
 
-APP = Path(__file__).parent / "flower_app"
+APP = Path(__file__).parent / "flower-app"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -23,15 +25,37 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }
-"""Nobody is told that Flower runs here, and nothing is fetched while it does."""
+"""Turns telemetry and downloads off."""
+
+
+def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
+    """Runs an experiment among real sites; returns the exit status of `flwr run`.
+
+    `recipe`: the file that the experiment was read from without changes, so that a site can name its lines. Raises
+    `ConfigError` where no SuperLink is set.
+    """
+    from ficpd.deployment.flower_engine import Config
+
+    config = checked(Config, experiment.engine.options, "engine.options")
+    if config.superlink is None:
+        raise ConfigError(
+            'engine.name = "flower" runs among real sites and needs engine.options.superlink, the name of a connection in '
+            "Flower's config.toml; set it, or leave the engine out for a simulation"
+        )
+    text, name = to_toml(experiment), f"{experiment.name}.toml"
+    if recipe and Path(recipe).is_file():
+        text, name = Path(recipe).read_text(encoding="utf-8"), Path(recipe).name
+    reachable(config.superlink)
+    return submit(text, name, out, resume, [config.superlink])
 
 
 def submit(
     text: str, name: str, out: Path, resume: bool, where: Sequence[str], more: Mapping[str, str] | None = None
 ) -> int:
-    """`flwr run` of our app with a recipe; its exit status. `where`: a connection's name in `$FLWR_HOME/config.toml`, or
-    what a local simulation is told. `out`: the run directory on the coordinator's machine; SuperLink's user writes it.
-    `more` goes into the environment.
+    """Runs the app with a recipe by `flwr run`; returns its exit status.
+
+    `where`: a connection's name in `$FLWR_HOME/config.toml`, or options of `flwr run`. `out`: the run directory on the
+    coordinator's machine, which SuperLink's user writes. `more`: further environment variables.
     """
     given = {"recipe": text, "recipe-name": name, "out": str(out.absolute()), "resume": resume}
     with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
@@ -42,8 +66,11 @@ def submit(
 
 
 def reachable(connection: str) -> None:
-    """Raises `SiteError` within ten seconds, in words, for a SuperLink that does not answer as it should; `ConfigError` for
-    a connection that Flower's configuration does not know."""
+    """Checks that a SuperLink answers.
+
+    Raises `SiteError` within ten seconds where it does not, and `ConfigError` for a connection that Flower's
+    configuration does not have.
+    """
     from ficpd.deployment.tls_check import reach
 
     file = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
@@ -64,7 +91,7 @@ def reachable(connection: str) -> None:
 
 
 def flower(program: str) -> str:
-    """The path of one of Flower's programs, beside this Python. Raises `ConfigError` where Flower is not installed."""
+    """Returns the path of one of Flower's programs. Raises `ConfigError` where Flower is not installed."""
     path = Path(sys.executable).parent / program
     if find_spec("flwr") is None or not path.exists():
         raise ConfigError(f"{path} does not exist; install Flower: pip install 'ficpd[flower]'")
@@ -72,13 +99,16 @@ def flower(program: str) -> str:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's own, silent, and with this Python's programs first: Flower starts its helpers by name."""
+    """Returns this process's environment without telemetry, and with this Python's programs first in PATH.
+
+    Flower starts its helpers by name.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "PATH": path, **(more or {})}
 
 
 def free_ports(number: int) -> list[int]:
-    """Of this machine: on Flower's usual one another user's SuperLink would be taken for ours."""
+    """Returns free ports of this machine. At Flower's default port another user's SuperLink might answer."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:

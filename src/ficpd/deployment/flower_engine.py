@@ -1,7 +1,7 @@
-"""Clients at real sites, reached through Flower: one message a site and round, carried as bytes to the site's own socket.
+"""Reaches clients at real sites through Flower: one message a site and round, carried as bytes to the site's own socket.
 
-Flower transports and says who is there; the round loop, its checks and its checkpoints are `federate`'s. Replies are pulled
-here and not by `Grid.send_and_receive`, which sleeps three seconds between looks and forgets what comes after a deadline.
+Flower transports and lists the nodes; the round loop, its checks and its checkpoints are those of `federate`. Replies are
+pulled here, because `Grid.send_and_receive` sleeps three seconds between polls and drops what comes after a deadline.
 """
 
 import json
@@ -23,7 +23,7 @@ TERMS_WANTED, REFUSED = 428, 409
 
 
 class Config(BaseModel):
-    """`superlink`: the connection's name in Flower's configuration; none: a simulation here, on Flower's Ray engine.
+    """`superlink`: the connection's name in Flower's configuration, which `ficpd run` needs.
 
     `sites`: who has to come before the run begins (none named: whoever comes within `wait_seconds`, `least_sites` at least).
     `deadline_seconds`: how long a round waits; what comes later is dropped and counted, or kept (`federation.accept_late`).
@@ -37,11 +37,10 @@ class Config(BaseModel):
     wait_seconds: float = Field(default=60.0, gt=0)
     deadline_seconds: float = Field(default=600.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0)
-    actor_cpus: float = Field(default=1.0, gt=0, description="a simulation's CPUs for each client at work")
 
 
 def build(config: Config, *_: Any) -> None:
-    """Only Flower's own server process can reach its sites; `ficpd run RECIPE --engine flower` starts it."""
+    """Raises `ConfigError`: only Flower's own server process can reach its sites."""
     raise ConfigError('engine.name = "flower" is run by `ficpd run RECIPE --engine flower`, not inside this process')
 
 
@@ -55,7 +54,7 @@ class Sent:
 
 
 class Flower:
-    """`run`: this run's id. `terms_of`: a site's name to what it is sent with its first order, or when it asks again."""
+    """`run`: this run's id. `terms_of` maps a site's name to the terms that come with its first order, or when it asks."""
 
     def __init__(self, config: Config, grid: Grid, run: str, say: Callable[[str], None] = lambda line: None):
         self.config, self.grid, self.run, self.say = config, grid, run, say
@@ -71,8 +70,11 @@ class Flower:
         return [self.cards[name] for name in sorted(self.cards)]
 
     def gather(self, known: Mapping[str, ClientCard] | None = None) -> None:
-        """Ask whoever is there for its card until all that are wanted have come. `known`: the cards of a run that goes on;
-        it does so once one of its sites is there. Raises `SiteError` for those that do not come in time."""
+        """Asks every node for its card until all wanted sites have come.
+
+        `known`: the cards of a resumed run, which goes on once one of its sites is there. Raises `SiteError` for sites that
+        do not come in time.
+        """
         wanted = set(known or self.config.sites)
         until, least = time.monotonic() + self.config.wait_seconds, len(wanted) or self.config.least_sites
         while True:
@@ -81,7 +83,8 @@ class Flower:
             here = set(self.cards)
             if (wanted and wanted <= here) or (not wanted and len(here) >= least and time.monotonic() > until):
                 break
-            if not wanted and len(here) >= least and not self._strangers():
+            unnamed = set(self.grid.get_node_ids()) - set(self.node.values())
+            if not wanted and len(here) >= least and not unnamed:
                 break
             if time.monotonic() > until:
                 if known and here & wanted:
@@ -94,9 +97,11 @@ class Flower:
             }
 
     def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
-        """One call a site; its first one brings the run's terms. Late answers to earlier rounds come out as they arrive.
-        New nodes are asked who they are beside it, and a site that was missed joins the round; where nobody is there yet,
-        that is waited for."""
+        """Sends one call a site, the first with the run's terms, and yields the replies, late ones to earlier rounds too.
+
+        New nodes are asked for their cards meanwhile, and a site that comes late joins the round. Without any site it waits
+        for one.
+        """
         until = time.monotonic() + self.config.deadline_seconds
         self.underway = {id: sent for id, sent in self.underway.items() if sent.what != "evaluate"}
         self._hello()
@@ -125,7 +130,7 @@ class Flower:
             self.say(f"{self.underway[id].site} has not answered within {self.config.deadline_seconds:g} s")
 
     def evaluate(self, orders: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """Have each site look at how it is served. What its policy lets it tell comes back; most often that is nothing."""
+        """Has each site score its own test records. Scores come back where the site's policy shares them."""
         waiting = self._send("evaluate", {name: order for name, order in orders.items() if name in self.node})
         found = {}
         for sent, (status, body) in self._answers(waiting, time.monotonic() + self.config.deadline_seconds):
@@ -134,7 +139,7 @@ class Flower:
         return found
 
     def _send(self, what: str, orders: Mapping[str, bytes]) -> set[str]:
-        """Push a call to each site; the ids of the messages."""
+        """Pushes a call to each site; returns the ids of the messages."""
         messages, names = [], list(orders)
         for name in names:
             terms = b"" if name in self.briefed else self.terms_of(name)
@@ -144,7 +149,6 @@ class Flower:
     def _message(self, node: int, call: Call) -> Message:
         kind = "train" if call.what == "train" else "query"
         record = RecordDict({CALL: ConfigRecord({"body": encode_call(call)})})
-        # One that has not been fetched by the end of a round is of no use to anybody: the next will be of another round.
         return Message(record, dst_node_id=node, message_type=kind, ttl=2 * self.config.deadline_seconds)
 
     def _pushed(self, messages: Sequence[Message], sent: Sequence[Sent]) -> set[str]:
@@ -155,7 +159,7 @@ class Flower:
         return {id for id in ids if id}
 
     def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[Sent, tuple[int, bytes]]]:
-        """As they come, also to what was asked earlier, until all of `waiting` is answered or the time is over."""
+        """Yields answers as they come, to earlier calls too, until all of `waiting` is answered or the time is over."""
         while waiting & self.underway.keys():
             for message in self.grid.pull_messages(list(self.underway)):
                 sent = self.underway.pop(message.metadata.reply_to_message_id, None)
@@ -166,16 +170,12 @@ class Flower:
             if waiting & self.underway.keys():
                 time.sleep(self.config.poll_seconds)
 
-    def _strangers(self) -> set[int]:
-        """Nodes that are there and have not said who they are."""
-        return set(self.grid.get_node_ids()) - set(self.node.values())
-
     def _greeted(self) -> set[str]:
-        """The messages of those who have not said yet."""
+        """Returns the ids of the hellos that have no answer yet."""
         return {id for id, sent in self.underway.items() if sent.what == "hello"}
 
     def _hello(self) -> None:
-        """Ask nodes that are new, or have not answered for long, who they are; forget those that are gone."""
+        """Asks nodes that are new, or have not answered for long, for their cards; forgets nodes that are gone."""
         here, now = set(self.grid.get_node_ids()), time.monotonic()
         unheard = {id for id in self._greeted() if now - self.underway[id].at > self.config.wait_seconds}
         self._asked = (self._asked & here) - {int(self.underway.pop(id).site) for id in unheard}
@@ -190,7 +190,7 @@ class Flower:
                 self._answered_hello(sent, status, body)
 
     def _answered_hello(self, sent: Sent, status: int, body: bytes) -> str | None:
-        """The site's name; None if it does not answer, and will be asked again: it may be starting."""
+        """Returns the site's name; None without an answer, and then the node is asked again: it may be starting."""
         if status == 200:
             return self._met(int(sent.site), json.loads(body))
         self._asked.discard(int(sent.site))
@@ -219,7 +219,7 @@ class Flower:
 
 
 def _answer_of(message: Message) -> tuple[int, bytes]:
-    """Status and body; Flower's own errors (a node that is gone, a ClientApp that raised) as one of 503."""
+    """Returns status and body; 503 for Flower's own errors (a node that is gone, a ClientApp that raised)."""
     if message.has_error():
         return 503, json.dumps({"error": f"Flower: {message.error.reason or f'code {message.error.code}'}"}).encode()
     try:
@@ -230,7 +230,7 @@ def _answer_of(message: Message) -> tuple[int, bytes]:
 
 
 def _words(status: int, body: bytes) -> str:
-    """What an answer that is no update says. It comes from outside: cut, and on one line."""
+    """Returns an answer's error on one line and cut, because it comes from outside."""
     try:
         said = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):

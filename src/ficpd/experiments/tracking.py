@@ -1,125 +1,157 @@
-"""`--track`: the figures of every round to TensorBoard or MLflow as well, read from what runs leave in their directories.
+"""`--track`: sends the figures of every round to TensorBoard or MLflow.
 
-Nothing of it is needed to run: a tracker reads `rounds.jsonl` and `result.json` below a folder, whoever writes them.
+Figures come from `rounds.jsonl` and `result.json`: the runs of a comparison, and those of Flower, are in other processes.
 """
 
 import json
 import math
 import re
 import time
+import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 
 from ficpd.errors import ConfigError
 
 Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
-KINDS = ("tensorboard", "mlflow")
 PAUSE = 2.0
 FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
+LONGEST = 500
+"""Characters of a parameter's value that every MLflow server takes."""
+
+Writer = tuple[Callable[[str, float, int], Any], Callable[[], Any]]
+"""Sends one figure (tag, value, round), and ends the run at the tracker."""
+Begin = Callable[[str, Path, Mapping[str, str]], Writer]
+"""Begins a run at the tracker: its name, its directory and its settings."""
 
 
 class TrackWarning(UserWarning):
     """A tracker that failed while a run went on."""
 
 
-class Writer(Protocol):
-    """One run at a tracker."""
+def _tensorboard(folder: Path) -> Begin:
+    """Writes event files into `track/` of each run's directory."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def settings(self, settings: Mapping[str, str]) -> None: ...
-    def figures(self, figures: Mapping[str, float], step: int) -> None: ...
-    def close(self) -> None: ...
+    def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
+        writer = SummaryWriter(str(run / "track"), flush_secs=int(PAUSE))
+        lines = "".join(f"| {key} | {value} |\n" for key, value in settings.items())
+        writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}")
+        return writer.add_scalar, writer.close
+
+    return begin
+
+
+def _mlflow(folder: Path) -> Begin:
+    """Sends to `MLFLOW_TRACKING_URI`, else to MLflow's default store, into an experiment named after the folder."""
+    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
+
+    client, named = MlflowClient(), folder.resolve().parent if folder.name == "cells" else folder.resolve()
+    known = client.get_experiment_by_name(f"ficpd {named.name}")
+    experiment = known.experiment_id if known else client.create_experiment(f"ficpd {named.name}")
+
+    def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
+        handle = client.create_run(experiment, run_name=name).info.run_id
+        for key, value in settings.items():
+            client.log_param(handle, _plain(key), value[:LONGEST])
+
+        def send(tag: str, value: float, step: int) -> None:
+            client.log_metric(handle, _plain(tag), float(value), step=step)
+
+        return send, lambda: client.set_terminated(handle)
+
+    return begin
+
+
+def _plain(name: str) -> str:
+    """Replaces what MLflow does not take in a name.
+
+    >>> _plain("accuracy, own test")
+    'accuracy_ own test'
+    """
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+TRACKERS = {"tensorboard": _tensorboard, "mlflow": _mlflow}
 
 
 @contextmanager
 def followed(kind: str | None, folder: Path) -> Iterator[Callable[[], None]]:
-    """A function to call now and then: it sends what is new below `folder`, every other second at most, and all that is left
-    at the end. No `kind`: it does nothing. Raises `ConfigError` for a tracker that is not known or not installed,
-    before anything runs."""
+    """Yields a callback per round, which sends the new figures below `folder`; the rest is sent at the end.
+
+    Without `kind` it does nothing. Raises `ConfigError` for a tracker that is unknown, not installed or not reachable.
+    """
     if kind is None:
         yield lambda: None
         return
-    follower, last = Follower(opener(kind, folder), folder), [0.0]
-
-    def look(pause: float = PAUSE) -> None:
-        if time.monotonic() - last[0] <= pause:
-            return
-        try:
-            follower.look()
-            last[0] = time.monotonic()
-        except Exception as error:  # whatever a tracker's own code raises: a run is worth more than its picture
-            last[0] = math.inf
-            warnings.warn(
-                f"--track {kind}: {error}; nothing more is sent, and the run goes on", TrackWarning, stacklevel=2
-            )
-
+    if kind not in TRACKERS:
+        raise ConfigError(f"--track {kind!r} is not known; write {' or '.join(TRACKERS)}")
     try:
-        yield look
-    finally:
-        look(-1.0)
-        follower.close()
-
-
-def opener(kind: str, folder: Path) -> Callable[[str, Path], Writer]:
-    """A function that opens a writer for a run of this name, given the run's directory."""
-    if kind not in KINDS:
-        raise ConfigError(f"--track {kind!r} is not known; write {' or '.join(KINDS)}")
-    try:
-        return _tensorboard() if kind == "tensorboard" else _mlflow(folder)
+        follower = Follower(kind, TRACKERS[kind](folder), folder)
     except ImportError as error:
         raise ConfigError(
             f"--track {kind} needs {kind}, which is not installed ({error}); pip install {kind}, or leave --track out"
         ) from error
-    except Exception as error:  # a server that is not there, a store that is refused
+    except Exception as error:  # any error of the tracker's own code
         raise ConfigError(f"--track {kind} cannot begin: {error}") from error
+    try:
+        yield follower.look
+    finally:
+        follower.look(pause=-1.0)
+        for _, end in follower.writers.values():
+            with suppress(Exception):
+                end()
 
 
 class Follower:
-    """Knows how many rounds of which run were sent. A run that was finished before the first look is not sent again."""
+    """Sends each round once. A run that was finished before the start is not sent again."""
 
-    def __init__(self, opened: Callable[[str, Path], Writer], folder: Path):
-        self.opened, self.folder = opened, folder
+    def __init__(self, kind: str, begin: Begin, folder: Path):
+        self.kind, self.begin, self.folder, self.looked = kind, begin, folder, 0.0
         self.writers: dict[Path, Writer] = {}
-        self.sent: dict[Path, int] = {}
+        self.sent: Counter[Path] = Counter()
         self.ended = {file.parent for file in folder.rglob("result.json")}
 
-    def look(self) -> None:
-        for file in sorted(self.folder.rglob("rounds.jsonl")):
-            run = file.parent
-            if run not in self.ended:
-                self._send(run, [json.loads(line) for line in file.read_text().splitlines()])
+    def look(self, pause: float = PAUSE) -> None:
+        """Sends what is new, unless the last look was less than `pause` seconds ago. An error ends the sending."""
+        if time.monotonic() - self.looked <= pause:
+            return
+        try:
+            for file in sorted(self.folder.rglob("rounds.jsonl")):
+                if file.parent not in self.ended:
+                    self._send(file.parent, [json.loads(line) for line in file.read_text().splitlines()])
+            self.looked = time.monotonic()
+        except Exception as error:  # any error of the tracker's own code
+            self.looked = math.inf
+            said = f"--track {self.kind}: {error}; nothing more is sent, and the run goes on"
+            warnings.warn(said, TrackWarning, stacklevel=2)
 
     def _send(self, run: Path, rounds: list[dict[str, Any]]) -> None:
-        writer = self.writers.get(run) or self._begun(run)
-        for line in rounds[self.sent.get(run, 0) :]:
-            figures = {name: line[name] for name in FIGURES if line.get(name) is not None}
-            writer.figures({**figures, "dropped": len(line["dropped"]), **line["metrics"]}, line["round"])
+        if run not in self.writers:
+            name = "/".join(run.relative_to(self.folder).parts) or self.folder.resolve().name
+            self.writers[run] = self.begin(name, run, settings_of(run))
+        send, end = self.writers[run]
+        for line in rounds[self.sent[run] :]:
+            figures = {tag: line[tag] for tag in FIGURES if line.get(tag) is not None}
+            for tag, value in {**figures, "dropped": len(line["dropped"]), **line["metrics"]}.items():
+                send(tag, value, line["round"])
         self.sent[run] = len(rounds)
-        result = run / "result.json"
-        if result.exists():
-            writer.figures(end_of(json.loads(result.read_text())), len(rounds))
+        if (run / "result.json").exists():
+            for tag, value in end_of(json.loads((run / "result.json").read_text())).items():
+                send(tag, value, len(rounds))
             self.ended.add(run)
-            self.writers.pop(run).close()
-
-    def _begun(self, run: Path) -> Writer:
-        name = "/".join(run.relative_to(self.folder).parts) or self.folder.resolve().name
-        writer = self.opened(name, run)
-        writer.settings(settings_of(run))
-        self.writers[run] = writer
-        return writer
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            with suppress(Exception):
-                writer.close()
+            del self.writers[run]
+            end()
 
 
 def end_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a finished run: on everyone's test, on each client's own (mean and worst), and what was spent."""
+    """Returns a finished run's figures: on everyone's test, on each client's own (mean and worst), and ε."""
     metrics = result["metrics"]
     parts = {"global": metrics["global"] or {}, "own": metrics["per_client_mean"], "worst": metrics["per_client_worst"]}
     found = {f"{part}_{name}": value for part, score in parts.items() for name, value in score.items()}
@@ -128,12 +160,9 @@ def end_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def settings_of(run: Path) -> dict[str, str]:
-    """`part.key` to value, of the experiment that the run is of (a baseline's is that of the run it stands beside)."""
-    import tomllib
-
-    file = next(
-        (folder / "resolved.toml" for folder in (run, *run.parents[:2]) if (folder / "resolved.toml").exists()), None
-    )
+    """Maps `part.key` to its value in the run's experiment. A baseline has that of the run that holds it."""
+    files = (folder / "resolved.toml" for folder in (run, *run.parents[:2]))
+    file = next((file for file in files if file.exists()), None)
     return flat(tomllib.loads(file.read_text())) if file else {}
 
 
@@ -146,75 +175,3 @@ def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
     for key, value in tree.items():
         found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": str(value)}
     return found
-
-
-# ---------------------------------------------------------------- TensorBoard
-
-
-def _tensorboard() -> Callable[[str, Path], Writer]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return lambda name, run: TensorBoard(SummaryWriter(str(run / "track")))
-
-
-class TensorBoard:
-    """Event files in the run's own directory, `track/`: `tensorboard --logdir` finds them below any folder above."""
-
-    def __init__(self, writer: Any):
-        self.writer = writer
-
-    def settings(self, settings: Mapping[str, str]) -> None:
-        lines = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-        self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}")
-
-    def figures(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-# ---------------------------------------------------------------- MLflow
-
-
-def _mlflow(folder: Path) -> Callable[[str, Path], Writer]:
-    """Where `MLFLOW_TRACKING_URI` says, else where MLflow keeps runs by default; an experiment named after the folder."""
-    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
-
-    client, name = (
-        MlflowClient(),
-        f"ficpd {folder.resolve().parent.name if folder.name == 'cells' else folder.resolve().name}",
-    )
-    known = client.get_experiment_by_name(name)
-    experiment = known.experiment_id if known else client.create_experiment(name)
-    return lambda run, path: Mlflow(client, client.create_run(experiment, run_name=run).info.run_id)
-
-
-class Mlflow:
-    LONGEST = 500
-    """Of a parameter's value, in characters, that every MLflow server takes."""
-
-    def __init__(self, client: Any, run: str):
-        self.client, self.run = client, run
-
-    def settings(self, settings: Mapping[str, str]) -> None:
-        for name, value in settings.items():
-            self.client.log_param(self.run, self._name(name), value[: self.LONGEST])
-
-    def figures(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self.client.log_metric(self.run, self._name(name), float(value), step=step)
-
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
-
-    @staticmethod
-    def _name(name: str) -> str:
-        """MLflow takes letters, digits, and `_-. /` in a name.
-
-        >>> Mlflow._name("accuracy, own test")
-        'accuracy_ own test'
-        """
-        return re.sub(r"[^\w\-. /]", "_", name)

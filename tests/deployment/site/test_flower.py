@@ -5,14 +5,14 @@ from importlib.util import find_spec
 
 import pytest
 
+import flower_simulation
 import small
-from ficpd.deployment import flower_simulation
 from ficpd.experiments.runner import run
 from ficpd.library.library import PromptLibrary
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="Flower's simulation needs ray: pip install 'ficpd[simulation]'")
+@pytest.mark.skipif(find_spec("ray") is None, reason="Flower's simulation needs ray: pip install 'flwr[simulation]'")
 @pytest.mark.parametrize("method", ["fedavg", "ficpd", "fpl"])
 def test_flowers_simulation_leaves_the_in_process_library(tmp_path, method):
     experiment = small.experiment(tmp_path, method, 'privacy.name="record_gaussian"', "privacy.epsilon=4.0")

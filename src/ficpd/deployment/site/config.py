@@ -115,6 +115,7 @@ def read(path: Path | str) -> SiteConfig:
         parts["task"] = part("tasks", parts["task"], f"{path.name}: task")
     config = checked(SiteConfig, parts, path.name)
     here, backbone = path.resolve().parent, config.backbone
+    found = here / Path(config.data.source).expanduser()
     beside = config.chunk_tokens not in (None, ONE_ROW)
     if beside and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
         backbone = backbone.model_copy(update={"dtype": EXACT})
@@ -123,15 +124,9 @@ def read(path: Path | str) -> SiteConfig:
             "backbone": backbone,
             "socket": here / config.socket.expanduser(),
             "state": here / config.state.expanduser(),
+            "data": config.data.model_copy(update={"source": str(found)}) if found.exists() else config.data,
         }
-        | ({"data": config.data.model_copy(update={"source": _beside(here, config.data.source)})})
     )
-
-
-def _beside(here: Path, source: str) -> str:
-    """A file named relative to the site's own."""
-    found = here / Path(source).expanduser()
-    return str(found) if found.exists() else source
 
 
 def line_of(text: str, key: str) -> int | None:

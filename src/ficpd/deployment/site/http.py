@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -42,7 +43,7 @@ def app_of(site: Site) -> FastAPI:
 
 
 def answered(site: Site, body: bytes) -> Response:
-    """An error of ours is an answer, too."""
+    """Returns the site's answer, or an error as JSON."""
     try:
         return Response(site.answer(body), media_type="application/octet-stream")
     except TermsWantedError:
@@ -54,7 +55,7 @@ def answered(site: Site, body: bytes) -> Response:
 
 
 async def _body(request: Request) -> bytes | None:
-    """None if it is too large; what is announced counts before anything is read."""
+    """Reads the body; None if it is too large. The announced length is checked before anything is read."""
     announced = request.headers.get("content-length", "0")
     if not announced.isdigit() or int(announced) > LARGEST:
         return None
@@ -68,8 +69,8 @@ async def _body(request: Request) -> bytes | None:
 
 
 def serve(site: Site) -> None:
-    """Until it is told to stop (SIGTERM or Ctrl-C; a call under way is finished)."""
-    signal.signal(signal.SIGTERM, _ended)  # uvicorn raises it again when it has stopped
+    """Answers calls until SIGTERM or Ctrl-C; a call under way is finished."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has stopped
     given = handed_over()
     sock = given or bound(site.config.socket)
     site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
@@ -82,10 +83,6 @@ def serve(site: Site) -> None:
             site.config.socket.unlink(missing_ok=True)
 
 
-def _ended(*_: object) -> None:
-    raise SystemExit(0)
-
-
 def server_of(site: Site) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
@@ -96,14 +93,14 @@ def server_of(site: Site) -> uvicorn.Server:
 
 
 def handed_over() -> socket.socket | None:
-    """The socket that systemd opened for us (`ficpd-site.socket`), whose owner and mode are set there."""
+    """Returns the socket that systemd opened (`ficpd-site.socket`); its unit sets owner and mode."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
         return None
     return socket.socket(fileno=FIRST_HANDED_OVER)
 
 
 def bound(path: Path) -> socket.socket:
-    """A new socket of mode 0600. What a dead process left there is taken away; raises `SiteError` for anything else."""
+    """Makes a socket of mode 0600. Removes a dead process's socket; raises `SiteError` for anything else in its place."""
     if not path.parent.is_dir():
         raise SiteError(f"there is no folder {path.parent} for the socket; make it, or set another `socket`")
     if path.is_symlink() or path.exists():

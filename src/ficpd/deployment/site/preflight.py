@@ -28,7 +28,7 @@ from ficpd.types import ClientCard, ClientUpdate, Setup, Shard, zeros_of
 
 
 def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
-    """What a person wants to read before the first run. Raises whatever is wrong, in words."""
+    """Yields the facts that an owner reads before the first run. Raises the first error in site file, data or recipe."""
     config = settings.read(file)
     task, shard = records_of(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
@@ -39,7 +39,9 @@ def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[
         yield f"prompts   of at most {policy.most_tokens(config, backbone)} virtual tokens; every record fits beside them"
     card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
     yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
-    yield f"leaves    once a round, an update: {_mechanisms(config)}"
+    allowed = config.policy.mechanisms
+    noise = "NOT PROTECTED where a recipe asks for none" if "none" in allowed else f"noised by {' or '.join(allowed)}"
+    yield f"leaves    once a round, an update: {noise}"
     scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
     yield f"leaves    scores on the test records: {scores}"
     yield "stays     records, personal prompts, the ledger, every error that may quote a record"
@@ -84,13 +86,8 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
         )
 
 
-def _mechanisms(config: settings.SiteConfig) -> str:
-    allowed = config.policy.mechanisms
-    return "NOT PROTECTED where a recipe asks for none" if "none" in allowed else f"noised by {' or '.join(allowed)}"
-
-
 def status(file: Path) -> dict[str, Any]:
-    """From the state folder, which only the site's own user and root may read. `running`: a process holds it."""
+    """Reads the state folder, which only the site's own user and root may read. `running`: a process holds it."""
     config = settings.read(file)
     with _as_owner(config.state):
         known = (config.state / LEDGER).exists()
@@ -103,7 +100,7 @@ def status(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _as_owner(folder: Path) -> Iterator[None]:
-    """Root looks with the owner's eyes, or SQLite's files beside the ledger would be root's. `SiteError` for others."""
+    """Root reads as the owner, or SQLite's files by the ledger would be root's. Raises `SiteError` for others."""
     mine = os.geteuid()
     owner = folder.stat().st_uid if folder.exists() else mine
     if mine not in (0, owner):

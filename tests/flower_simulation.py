@@ -1,5 +1,7 @@
-"""A simulation on Flower's own engine: every client a site of its own socket, all in this process, reached by the same app
-that real sites run. For conformance; the in-process engine does the same work sooner."""
+"""Runs an experiment on Flower's simulation engine, to compare it with the in-process engine.
+
+Every client is a site with a socket of its own in this process. The app is the one that real sites run.
+"""
 
 import os
 import signal
@@ -11,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.deployment.flower_cli import free_ports, submit
-from ficpd.deployment.flower_engine import Config
 from ficpd.deployment.site.config import Policy, Simulation, SiteConfig
 from ficpd.deployment.site.http import bound, server_of
 from ficpd.deployment.site.policy import mechanism_of
@@ -21,23 +22,19 @@ from ficpd.experiments.build import World, build_world
 from ficpd.experiments.config import Experiment, to_toml
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.privacy_plan import private_seed
-from ficpd.registry import checked
 
 ENOUGH = 1e9
-"""A simulated site's budget over all runs: the run's own is the wall."""
+"""A simulated site's budget over all runs: only the run's own budget binds."""
 
 
 def run(experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
-    """The main method's result, as `serve` leaves it in `out`; baselines are the in-process engine's.
-
-    Raises `RunError` with Flower's exit status if it failed.
-    """
+    """Returns the main method's result; baselines are not run. Raises `RunError` with Flower's exit status if it failed."""
     with RunDir(out).held():
         RunDir(out).check(to_toml(served(experiment)), resume)
     world = build_world(experiment)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficpd-")))
-        sites = stack.enter_context(_answering(world, folder, out.with_name(out.name + "-sites")))
+        sites = stack.enter_context(answering(world, folder, out.with_name(out.name + "-sites")))
         status = _flower(served(experiment), out, resume, folder, len(sites))
     found = RunDir(out).result()
     if status or found is None:
@@ -46,15 +43,15 @@ def run(experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
 
 
 def served(experiment: Experiment) -> Experiment:
-    """The experiment as a coordinator runs it: without records and baselines."""
-    nobody = {"data": None, "partition": None}
-    groups = {name: group.model_copy(update=nobody) for name, group in experiment.groups.items()}
-    return experiment.model_copy(update={**nobody, "groups": groups, "baselines": ()})
+    """Returns the experiment as a coordinator runs it: without records and baselines."""
+    none = {"data": None, "partition": None}
+    groups = {name: group.model_copy(update=none) for name, group in experiment.groups.items()}
+    return experiment.model_copy(update={**none, "groups": groups, "baselines": ()})
 
 
 @contextmanager
-def _answering(world: World, sockets: Path, states: Path) -> Iterator[list[Site]]:
-    """All clients as sites that share the backbone, one at a time, each in a thread of its own."""
+def answering(world: World, sockets: Path, states: Path) -> Iterator[list[Site]]:
+    """Starts every client as a site in a thread of its own. Sites share the backbone and compute one at a time."""
     turn = threading.Lock()
     sites = [
         _site(world, name, sockets / f"{place}.sock", states / name, turn) for place, name in enumerate(world.shards)
@@ -88,13 +85,12 @@ def _site(world: World, name: str, place: Path, state: Path, turn: threading.Loc
 
 
 def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clients: int) -> int:
-    """`flwr run` on a local simulation of so many SuperNodes; its status."""
-    config = checked(Config, experiment.engine.options, "engine.options")
+    """Returns the exit status of `flwr run` on a local simulation with `clients` SuperNodes."""
     home = folder / "flower"
     more: dict[str, str] = {"FICPD_SOCKETS": str(folder), "FLWR_HOME": str(home)}
     ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
     more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
-    federation = f"num-supernodes={clients} client-resources-num-cpus={config.actor_cpus:g}"
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
     try:
         return submit(
             to_toml(experiment), f"{experiment.name}.toml", out, resume, ["--federation-config", federation], more
@@ -104,7 +100,7 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
 
 
 def _stop(home: Path) -> None:
-    """Every process that works with this Flower home."""
+    """Ends every process that works with this Flower home."""
     mark = f"FLWR_HOME={home}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
