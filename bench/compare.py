@@ -22,7 +22,7 @@ from typing import Any
 
 import tomli_w
 
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from library import CLIENTS, RATE, group
 from measure import RESULTS
@@ -30,7 +30,7 @@ from measure import RESULTS
 TASKS = ("polarity", "abstracts", "clinc")
 IID = {"partition": {"kind": "iid", "num_clients": 10}}
 SKEWED = {"partition": {"kind": "dirichlet", "num_clients": 10, "concentration": 0.3, "min_records": 16}}
-WAY = {"space": "way", "redraw_every": 1, "shrinkage": 0.5}
+WAY = {"space": "offset", "redraw_every": 1, "shrinkage": 0.5}
 SUBSPACE = {"name": "subspace", "dimension": 64}
 FARTHER = {"kind": "extrapolated"}
 NAMED: dict[str, dict[str, Any]] = {
@@ -47,10 +47,10 @@ NAMED: dict[str, dict[str, Any]] = {
     "dp_fpl": {"method": {"name": "dp_fpl"}, "compression": {"name": "none"}},
     "fedlora": {"method": {"name": "fedlora"}, "compression": {"name": "none"}},
     "feddtpt": {"method": {"name": "feddtpt"}, "compression": {"name": "none"}},
-    "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"tuner": "spsa"}},
+    "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"optimizer": "spsa"}},
     "ficpd, black box, label prior": {
         "method": {"name": "ficpd", **WAY, "label_prior": True},
-        "training": {"tuner": "spsa"},
+        "training": {"optimizer": "spsa"},
     },
     "fedbpt": {"method": {"name": "fedbpt", "iterations": 4}},
     "fedbpt, plain loss": {"method": {"name": "fedbpt", "iterations": 4, "ratio": False, "spread": 0.3}},
@@ -74,7 +74,7 @@ def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rou
         **group("polarity", args.data, 10, 100),
     }
     exact = tree | {"backbone": backbone | {"dtype": "float32", "attention": "eager"}}
-    known = build_world(parse(tomli_w.dumps(exact), "bench")).experiment.training.learning_rate
+    known = build_context(parse(tomli_w.dumps(exact), "bench")).experiment.training.learning_rate
     tree["training"] |= {"learning_rate": RATE * (known or 0.0)}
     return tree
 

@@ -166,21 +166,21 @@ def crowd() -> dict[str, Any]:
 
 def crowd_of(backbone: str, clients: int, rounds: int = 4) -> dict[str, float]:
     """This process's figures, the first round left out of the seconds."""
-    from ficpd.experiments.build import build_world
+    from ficpd.experiments.build import build_context
     from ficpd.federation import simulation
-    from ficpd.federation.rounds import Schedule, federate
+    from ficpd.federation.rounds import RoundSchedule, run_rounds
     from ficpd.methods import fedavg
-    from ficpd.types import Setup
+    from ficpd.types import FederationInfo
 
     sized = TINY if backbone == "tiny" else (*SHORT, "backbone.dtype=bfloat16")
     dealt = (f'partition={{ kind = "iid", num_clients = {clients} }}', f"data.max_records={16 * clients}")
-    world = build_world(rated(*sized, *dealt, "training.local_steps=1", "training.batch_size=2"))
-    method, members = fedavg.build(fedavg.Config(), world.experiment.training), world.clients()
-    engine = simulation.build(simulation.Config(lock_step=64), method, members, world.model)
+    context = build_context(rated(*sized, *dealt, "training.local_steps=1", "training.batch_size=2"))
+    method, members = fedavg.build(fedavg.Config(), context.experiment.training), context.clients()
+    engine = simulation.build(simulation.Config(lock_step=64), method, members, context.model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    state = method.init(Setup(world.start, [c.card for c in members.values()], rounds, clients, 0))
+    state = method.init(FederationInfo(context.start, [c.card for c in members.values()], rounds, clients, 0))
     seconds, cpu, began, used = [], [], time.perf_counter(), time.process_time()
-    for _ in federate(method, engine, world.model, state, Schedule(rounds, clients, 0), world.compression):
+    for _ in run_rounds(method, engine, context.model, state, RoundSchedule(rounds, clients, 0), context.compression):
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - used)
         began, used = time.perf_counter(), time.process_time()

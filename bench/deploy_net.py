@@ -13,9 +13,9 @@ from typing import Any
 
 from ficpd.backbones.loading import EngineConfig
 from ficpd.deployment import demo
-from ficpd.deployment.flower_cli import free_ports, submit
+from ficpd.deployment.flower_cli import flwr_run, free_ports
 from ficpd.deployment.provision import init
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import Experiment, to_toml
 from watched import Counter
 
@@ -30,8 +30,8 @@ class Mark:
     """The end of a round: when, and what the SuperLink's port had taken in and given out until then."""
 
     at: float
-    up: int
-    down: int
+    lift: int
+    project: int
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Network:
     port: Counter
 
     def run(self, experiment: Experiment, out: Path, poll_seconds: float = 0.2) -> Ran:
-        world = build_world(experiment)
+        context = build_context(experiment)
         options = {
             "superlink": "ficpd",
-            "sites": list(world.shards),
+            "sites": list(context.shards),
             "poll_seconds": poll_seconds,
             "wait_seconds": 200.0,
         }
@@ -79,13 +79,13 @@ class Network:
         )
         places = self.folder / "sites"
         places.mkdir(exist_ok=True)
-        for place, name in enumerate(world.shards):
+        for place, name in enumerate(context.shards):
             self.sockets[name].behind = str(places / f"{place}.sock")
         began, stop, marks = time.time(), threading.Event(), []
-        with flower_simulation.answering(world, places, out.with_name(out.name + "-sites")):
+        with flower_simulation.answering(context, places, out.with_name(out.name + "-sites")):
             follower = threading.Thread(target=self._follow, args=(out / "rounds.jsonl", marks, stop))
             follower.start()
-            status = submit(to_toml(asked), "bench.toml", out, False, ["ficpd"], {"FLWR_HOME": str(self.home)})
+            status = flwr_run(to_toml(asked), "bench.toml", out, False, ["ficpd"], {"FLWR_HOME": str(self.home)})
             stop.set()
             follower.join()
         if status or not (out / "result.json").exists():

@@ -38,38 +38,40 @@ local_steps = {STEPS}
 
 
 def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
-    from ficpd.experiments.build import served_world
+    from ficpd.experiments.build import build_context_without_records
     from ficpd.experiments.config import parse
     from ficpd.federation import simulation
-    from ficpd.federation.rounds import Schedule, federate
+    from ficpd.federation.rounds import RoundSchedule, run_rounds
     from ficpd.methods import fedavg
-    from ficpd.types import Setup
+    from ficpd.types import FederationInfo
 
-    world = served_world(parse(OURS, "bench", [f"training.batch_size={rows}"], records=False))
-    clients = _clients(world)
-    method = fedavg.build(fedavg.Config(), world.experiment.training)
-    engine = simulation.build(simulation.Config(lock_step=lock_step), method, clients, world.model)
+    context = build_context_without_records(parse(OURS, "bench", [f"training.batch_size={rows}"], records=False))
+    clients = _clients(context)
+    method = fedavg.build(fedavg.Config(), context.experiment.training)
+    engine = simulation.build(simulation.Config(lock_step=lock_step), method, clients, context.model)
     cards = [client.card for client in clients.values()]
-    state, found, began = method.init(Setup(world.start, cards, rounds, COHORT, 0)), [], time.time()
-    for _, done in federate(method, engine, world.model, state, Schedule(rounds, COHORT, 0), world.compression):
+    state, found, began = method.init(FederationInfo(context.start, cards, rounds, COHORT, 0)), [], time.time()
+    for _, done in run_rounds(
+        method, engine, context.model, state, RoundSchedule(rounds, COHORT, 0), context.compression
+    ):
         found.append([began, time.time(), done.updates])
         began = time.time()
     times.write_text(json.dumps(found))
 
 
-def _clients(world) -> dict:
+def _clients(context) -> dict:
     """Clients whose records are the plain app's."""
-    from ficpd.types import Item, Record, Shard
+    from ficpd.types import ClientData, EncodedInput, Record
 
     record = Record("random", {"text": "random", "target": "positive"})
-    shards = {f"client-{i:02}": Shard([record] * RECORDS, [], {}) for i in range(CLIENTS)}
-    clients = replace(world, shards=shards, group_of=dict.fromkeys(shards, "")).clients()
-    encoded = world.task.encode([record], world.model.backbone, world.start)
+    shards = {f"client-{i:02}": ClientData([record] * RECORDS, [], {}) for i in range(CLIENTS)}
+    clients = replace(context, shards=shards, group_of=dict.fromkeys(shards, "")).clients()
+    encoded = context.task.encode([record], context.model.backbone, context.start)
     assert encoded.readout_CD is not None
     assert len(encoded.readout_CD) == CLASSES
     for number, client in enumerate(clients.values()):
         tokens, targets = records_of(number)
-        items = tuple((Item(ids, len(ids)),) for ids in tokens)
+        items = tuple((EncodedInput(ids, len(ids)),) for ids in tokens)
         client.take_encoding("train", replace(encoded, items=items, targets=targets))
     return clients
 
@@ -102,7 +104,7 @@ def one(cell: str, rows: int, rounds: int, folder: Path) -> dict[str, float]:
 
 def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple[list[str], dict[str, str]]:
     from ficpd.backbones import catalog, weights
-    from ficpd.deployment.flower_cli import environment, flower, free_ports
+    from ficpd.deployment.flower_cli import clean_env, flower_binary, free_ports
 
     bfloat16 = "bf16" in cell
     federation = f"num-supernodes={CLIENTS}" + (" client-resources-num-cpus=1" if bfloat16 else "")
@@ -118,8 +120,8 @@ def _flower(cell: str, rows: int, rounds: int, times: Path, home: Path) -> tuple
     more = {"FLWR_HOME": str(home / "flower"), "RAY_worker_niceness": "0"} | dict(
         zip(ports, map(str, free_ports(2)), strict=True)
     )
-    command = [flower("flwr"), "run", str(APP), "--federation-config", federation, "--run-config", str(config)]
-    return [*command, "--stream"], environment(more)
+    command = [flower_binary("flwr"), "run", str(APP), "--federation-config", federation, "--run-config", str(config)]
+    return [*command, "--stream"], clean_env(more)
 
 
 def main() -> None:

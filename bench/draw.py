@@ -17,9 +17,9 @@ from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
+from ficpd.experiments.runner import no_progress, run_method
 from ficpd.methods.ficpd import SIGNATURE
-from ficpd.registry import part
+from ficpd.registry import validated_section
 from library import world_of
 from measure import RESULTS
 
@@ -51,14 +51,14 @@ def ablation(args: argparse.Namespace) -> None:
 
 def signatures(args: argparse.Namespace) -> None:
     """Thirty clients of five tasks, in the first two principal components of the unit signatures."""
-    world, places = world_of(args, args.seed), {}
+    context, places = world_of(args, args.seed), {}
     for space in SPACES:
-        method = part("methods", {"name": "ficpd", "space": space}, "bench")
-        federation = world.experiment.federation.model_copy(update={"num_rounds": 1})
-        experiment = world.experiment.model_copy(update={"method": method, "federation": federation})
+        method = validated_section("methods", {"name": "ficpd", "space": space}, "bench")
+        federation = context.experiment.federation.model_copy(update={"num_rounds": 1})
+        experiment = context.experiment.model_copy(update={"method": method, "federation": federation})
         with tempfile.TemporaryDirectory() as folder:
             directory = RunDir(Path(folder) / "run")
-            result = one_method(replace(world, experiment=experiment), method, directory, None, silent)
+            result = run_method(replace(context, experiment=experiment), method, directory, None, no_progress)
             state = directory.load()[0]  # type: ignore[index]
         names = [name for name in state.arrays if name.startswith(SIGNATURE)]
         unit = F.normalize(torch.stack([state.arrays[name].flatten() for name in names]), dim=1).numpy()
@@ -66,7 +66,7 @@ def signatures(args: argparse.Namespace) -> None:
         places[space] = PCA(2).fit_transform(unit), groups, result["clusters"]["agreement"]["group"]
     figure, axes = plt.subplots(1, len(SPACES), figsize=(9, 3.2), layout="constrained")
     for drawn, (space, (at, groups, index)) in zip(axes, places.items(), strict=True):
-        for colour, group in zip(COLOURS, world.tasks, strict=True):
+        for colour, group in zip(COLOURS, context.tasks, strict=True):
             mine = np.array([g == group for g in groups])
             drawn.scatter(*at[mine].T, color=colour, s=18, label=group)
         drawn.set_title(f"{space}: {SPACES[space]}\nadjusted Rand index {index:.2f}", fontsize=9)

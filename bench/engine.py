@@ -9,33 +9,33 @@ import argparse
 
 import torch
 
-from ficpd.backbones.query_engine import CHUNK_TOKENS, Compute, chunked, drive, drive_many
-from ficpd.experiments.build import World, build_world
+from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, bucket_by_length, run_queries, run_queries_lockstep
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import read
-from ficpd.federation.client import Client, participate
+from ficpd.federation.client import Client, execute_assignment
 from ficpd.interfaces import Backbone
 from ficpd.methods import fedavg
-from ficpd.optimizers import Training
-from ficpd.types import Prompt, Query, Setup
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.types import FederationInfo, Prompt, Query
 from measure import medians, paired, ratio, save
 
 CLIENTS, RECORDS, TOKENS = 16, 8, 10
 
 
-def world(backbone: str, *changes: str) -> World:
+def context(backbone: str, *changes: str) -> ExperimentContext:
     settings = [f"backbone.name={backbone}", "data.max_records=4000", f"prompt.num_tokens={TOKENS}", *changes]
-    return build_world(read("quickstart", settings))
+    return build_context(read("quickstart", settings))
 
 
 def start_at(backbone: Backbone, layer: int) -> Prompt:
-    return Prompt(backbone.start(None, TOKENS, layer, 0), backbone.fingerprint, layer)
+    return Prompt(backbone.init_prompt(None, TOKENS, layer, 0), backbone.fingerprint, layer)
 
 
-def queries(built: World, start: Prompt, clients: int, records: int) -> list[Query]:
+def queries(built: ExperimentContext, start: Prompt, clients: int, records: int) -> list[Query]:
     """`clients` queries of `records` real sentences each, encoded for the prompt's layer."""
     pool = [r for shard in built.shards.values() for r in shard.train][: clients * records]
     batch = built.task.encode(pool, built.model.backbone, start)
-    parts = [batch.take(range(c * records, (c + 1) * records)) for c in range(clients)]
+    parts = [batch.select(range(c * records, (c + 1) * records)) for c in range(clients)]
     return [Query(start.vectors_PD[None], part, grad=True) for part in parts]
 
 
@@ -46,19 +46,19 @@ def bare(backbone: Backbone, asked: list[Query], layer: int, sort: bool):
     """
     items = [item for query in asked for (item,) in query.batch.items]
     items = sorted(items, key=lambda item: item.length) if sort else items
-    parts = list(chunked(items, CHUNK_TOKENS["cpu"], TOKENS)) if sort else [items]
-    kept = [backbone.below(part, layer) for part in parts]
+    parts = list(bucket_by_length(items, CHUNK_TOKENS["cpu"], TOKENS)) if sort else [items]
+    kept = [backbone.encode_prefix(part, layer) for part in parts]
     prompt = asked[0].prompts_KPD[0]
 
     def work() -> None:
         for part, hidden in zip(parts, kept, strict=True):
             rows = prompt.expand(len(part), -1, -1).clone().requires_grad_(True)
-            backbone.above(rows, hidden, part, layer).features_RD.sum().backward()
+            backbone.forward(rows, hidden, part, layer).features_RD.sum().backward()
 
     return work
 
 
-def efficiency(built: World, repeats: int) -> dict:
+def efficiency(built: ExperimentContext, repeats: int) -> dict:
     """The bare backbone's seconds over the engine's, for the same 16 x 8 rows."""
     backbone, found = built.model.backbone, {}
     for layer in sorted({0, built.start.enters_at}):
@@ -77,7 +77,7 @@ def efficiency(built: World, repeats: int) -> dict:
     return found
 
 
-def lock_step(built: World, repeats: int) -> dict:
+def lock_step(built: ExperimentContext, repeats: int) -> dict:
     """One client after another over all in one forward, for small and large shares of rows."""
     found = {}
     for records in (1, 2, 8, 32):
@@ -92,12 +92,12 @@ def lock_step(built: World, repeats: int) -> dict:
     return found
 
 
-def middle(built: World, repeats: int) -> dict:
+def middle(built: ExperimentContext, repeats: int) -> dict:
     """A step that enters at 0 over one that enters in the middle with the layers below kept; and their equality."""
     backbone = built.model.backbone
     layer = built.start.enters_at or backbone.depth // 2
     bottom, mid = (queries(built, start_at(backbone, n), CLIENTS, RECORDS) for n in (0, layer))
-    forgetful = Compute(backbone, keep_bytes=0)
+    forgetful = QueryEngine(backbone, keep_bytes=0)
     works = {
         "enters at 0": lambda: built.model.answer(bottom),
         f"enters at {layer}, kept": lambda: built.model.answer(mid),
@@ -116,15 +116,21 @@ def middle(built: World, repeats: int) -> dict:
     }
 
 
-def agreement(built: World) -> float:
+def agreement(built: ExperimentContext) -> float:
     """Largest difference between clients driven singly and in lock step, over three steps, relative to the prompt."""
-    method = fedavg.build(fedavg.Config(), Training(local_steps=3, batch_size=4, learning_rate=0.01))
+    method = fedavg.build(fedavg.Config(), LocalTrainingConfig(local_steps=3, batch_size=4, learning_rate=0.01))
 
     def updates(together: bool) -> dict[str, torch.Tensor]:
         clients = dict(list(built.clients().items())[:6])
-        order = method.assign(method.init(Setup(built.start, [], 1, 6, 0)), next(iter(clients.values())).card, 1)
+        order = method.make_assignment(
+            method.init(FederationInfo(built.start, [], 1, 6, 0)), next(iter(clients.values())).card, 1
+        )
         works = {name: _work(method, client, order) for name, client in clients.items()}
-        done = drive_many(built.model, works) if together else [(n, drive(built.model, w)) for n, w in works.items()]
+        done = (
+            run_queries_lockstep(built.model, works)
+            if together
+            else [(n, run_queries(built.model, w)) for n, w in works.items()]
+        )
         return {name: update.arrays["delta"] for name, update in done}
 
     alone, together = updates(False), updates(True)
@@ -133,7 +139,7 @@ def agreement(built: World) -> float:
 
 
 def _work(method, client: Client, order):
-    return participate(method, client, order)
+    return execute_assignment(method, client, order)
 
 
 def main() -> None:
@@ -141,7 +147,7 @@ def main() -> None:
     options.add_argument("--backbone", default="minilm")
     options.add_argument("--repeats", type=int, default=7)
     given = options.parse_args()
-    built = world(given.backbone)
+    built = context(given.backbone)
     chosen = built.experiment.backbone
     result = {"backbone": given.backbone, "dtype": chosen.dtype, "attention": chosen.attention}
     for name, measure in (

@@ -11,14 +11,14 @@ One prompt, all records in one place, Adam; accuracy on held-back records as ste
 import argparse
 import time
 
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.evaluation.evaluate import score_prompt
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import read
-from ficpd.experiments.initialization import start_prompt
-from ficpd.federation.client import Client, Visit
+from ficpd.experiments.initialization import init_soft_prompt
+from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
-from ficpd.optimizers import Training, tune
+from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.types import Assignment, ClientCard
 from measure import save
 
@@ -26,7 +26,7 @@ from measure import save
 def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, tested: int) -> dict:
     """Accuracy after each `every` steps, with the seconds spent on the steps (not on the evaluations)."""
     update = {"prompt": built.experiment.prompt.model_copy(update={"enters_at": layer})}
-    start, _ = start_prompt(built.experiment.model_copy(update=update), [built.task], built.model.backbone)
+    start, _ = init_soft_prompt(built.experiment.model_copy(update=update), [built.task], built.model.backbone)
     pooled = built.clients(pooled=True)["everyone"]
     whole = none.build(none.Config(), start, 0)
     client = Client(
@@ -39,11 +39,19 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
     rms = float(start.vectors_PD.square().mean().sqrt())
     prompt, memory, seconds, points = start.vectors_PD, {}, 0.0, []
     for part in range(steps // every):
-        share = Training(learning_rate=rate * rms).rate(part + 1, steps // every)  # the cosine that runs use
+        share = LocalTrainingConfig(learning_rate=rate * rms).rate(part + 1, steps // every)  # the cosine that runs use
         order = Assignment("bench", part, {}, {"rate": share})
         began = time.perf_counter()
-        work = tune(Training(), Visit(client, part), order, prompt, memory=memory, steps=every, batch_size=batch)
-        prompt = drive(built.model, work)
+        work = tune(
+            LocalTrainingConfig(),
+            ClientSession(client, part),
+            order,
+            prompt,
+            memory=memory,
+            steps=every,
+            batch_size=batch,
+        )
+        prompt = run_queries(built.model, work)
         seconds += time.perf_counter() - began
         accuracy = score_prompt(prompt, test, targets, built.model)["accuracy"]
         points.append({"steps": (part + 1) * every, "seconds": round(seconds, 2), "accuracy": round(accuracy, 4)})
@@ -60,7 +68,7 @@ def main() -> None:
     options.add_argument("--tested", type=int, default=500)
     given = options.parse_args()
     changes = [f"backbone.name={given.backbone}", "data.max_records=6000", "backbone.options={max_tokens=96}"]
-    built = build_world(read("quickstart", changes))
+    built = build_context(read("quickstart", changes))
     curves = []
     for layer, rate in [pair.split(":") for pair in given.pairs]:
         curves.append(curve(built, int(layer), float(rate), given.steps, given.every, given.batch, given.tested))

@@ -18,10 +18,10 @@ import pandas as pd
 import tomli_w
 from scipy.stats import binomtest
 
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
+from ficpd.experiments.runner import no_progress, run_method
 from library import faster
 from measure import Cells
 
@@ -88,7 +88,7 @@ SETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> World:
+def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> ExperimentContext:
     """The test records are cut to `TESTED`, the train records to twice of what is trained on."""
     parts = {key: dict(value) for key, value in SETS[name].items()}
     table = pd.read_parquet(Path(args.data) / f"{parts['data']['source']}.parquet")
@@ -115,13 +115,13 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> Wo
         "training": {"local_steps": 4, "batch_size": 16},
         "federation": {"num_rounds": 5, "clients_per_round": 6},
     }
-    world = build_world(parse(tomli_w.dumps(tree | parts), "bench"))
-    return world if "backbone" in parts else faster(world, 10.0)
+    context = build_context(parse(tomli_w.dumps(tree | parts), "bench"))
+    return context if "backbone" in parts else faster(context, 10.0)
 
 
-def row(world: World, method: str, folder: Path) -> dict[str, float]:
-    result = one_method(world, {"name": method}, RunDir(folder), None, silent)
-    return chosen(world, result) if world.task.describe()["name"] != "generation" else written(result)
+def row(context: ExperimentContext, method: str, folder: Path) -> dict[str, float]:
+    result = run_method(context, {"name": method}, RunDir(folder), None, no_progress)
+    return chosen(context, result) if context.task.to_config()["name"] != "generation" else written(result)
 
 
 def written(result: dict[str, Any]) -> dict[str, float]:
@@ -133,14 +133,14 @@ def written(result: dict[str, Any]) -> dict[str, float]:
     )
 
 
-def chosen(world: World, result: dict[str, Any]) -> dict[str, float]:
+def chosen(context: ExperimentContext, result: dict[str, Any]) -> dict[str, float]:
     """Accuracy on everybody's test records, in percent, the ends of its 95 % interval (Wilson), and chance."""
     score, tested = result["metrics"]["global"], result["num_records"]["test"]
     low, high = binomtest(round(score["accuracy"] * tested), tested).proportion_ci(method="wilson")
-    labels = world.task.describe().get("labels")
+    labels = context.task.to_config().get("labels")
     chance = score.get("chance") or 1 / len(labels)
     figures = {"accuracy": score["accuracy"], "low": low, "high": high, "chance": chance}
-    truths = [t for c in world.clients().values() for t in world.task.targets(c.test)]
+    truths = [t for c in context.clients().values() for t in context.task.targets(c.test)]
     figures["most frequent"] = max(truths.count(t) for t in set(truths)) / len(truths)
     return {name: 100 * float(value) for name, value in figures.items()} | {"tested": tested}
 
@@ -158,9 +158,9 @@ def main() -> None:
             if all(cells.has(f"{name}, {method}", seed) for method in METHODS):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                world = world_of(args, seed, name, Path(folder))
+                context = world_of(args, seed, name, Path(folder))
                 for method in METHODS:
-                    cells.add(f"{name}, {method}", seed, partial(row, world, method, Path(folder) / method))
+                    cells.add(f"{name}, {method}", seed, partial(row, context, method, Path(folder) / method))
 
 
 if __name__ == "__main__":

@@ -203,16 +203,16 @@ def tried(fault: Fault, seed: int, warm: Warm) -> Counter[str]:
         fault(Random(seed), warm, places, out)
         for place in places:
             place.stop()
-        books = [account(place, out) for place in places]
+        accounts = [account(place, out) for place in places]
         done = rounds(out) if (out / "rounds.jsonl").exists() else []
     counted = sum(round["updates"] for round in done)
     return Counter(
         {
             "rounds lost": ROUNDS - len(done),
             "updates lost": SITES * ROUNDS - counted,
-            "of them paid": sum(len(book.orders) for book in books) - counted,
-            "ε spent twice": sum(book.twice for book in books),
-            "data lost": sum(len(book.missing) for book in books),
+            "of them paid": sum(len(book.orders) for book in accounts) - counted,
+            "ε spent twice": sum(book.twice for book in accounts),
+            "data lost": sum(len(book.missing) for book in accounts),
         }
     )
 

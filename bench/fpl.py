@@ -23,11 +23,11 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
-from ficpd.registry import part
+from ficpd.experiments.runner import no_progress, run_method
+from ficpd.registry import validated_section
 from library import RATE, faster, group
 from measure import Cells
 from unseen import E5_RATE
@@ -59,7 +59,7 @@ PUBLIC = 5
 ALONE = "alone, "
 
 
-def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path, more: dict[str, Any]) -> World:
+def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path, more: dict[str, Any]) -> ExperimentContext:
     tree: dict[str, Any] = more | {
         "seed": seed,
         "prompt": {"num_tokens": 10, "init": "vocabulary"},
@@ -69,16 +69,16 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path, more:
     return {"abstracts": abstracts, "languages": languages, "digits": digits}[name](args, tree, folder)
 
 
-def abstracts(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> World:
+def abstracts(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> ExperimentContext:
     parts = group("abstracts", args.data, CLIENTS, 100)
     parts["data"].pop("max_records")
     parts["partition"] = {"kind": "dirichlet", "concentration": 0.3, "num_clients": CLIENTS, "min_records": 16}
     tree |= parts | {"backbone": {"name": "minilm", "options": {"max_tokens": 48}}}
     tree["prompt"]["enters_at"] = 4
-    return faster(build_world(parse(tomli_w.dumps(tree), "bench")), RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), RATE)
 
 
-def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> World:
+def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> ExperimentContext:
     table = pd.read_parquet(Path(args.data) / "sib200.parquet")
     family = {code: name for name, codes in FAMILIES.items() for code in codes.split()}
     langs = sorted(table.lang.unique())
@@ -90,10 +90,10 @@ def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> W
     options = {"max_tokens": 64, "prefix": "query: "}
     tree |= parts | {"backbone": {"name": str(args.e5), "kind": "sentence_encoder", "options": options}}
     tree["prompt"]["enters_at"] = 6
-    return faster(build_world(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
 
 
-def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> World:
+def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> ExperimentContext:
     """5 images of each digit are public and nobody's: the head starts from their classes' means."""
     table = pd.read_parquet(Path(args.data) / "mnist_t10k.parquet")
     train = table[table.split == "train"]
@@ -115,13 +115,13 @@ def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> Worl
         },
     }  # fmt: skip
     tree["prompt"] |= {"enters_at": 6, "head_examples": str(folder / "public.parquet")}
-    return build_world(parse(tomli_w.dumps(tree), "bench"))
+    return build_context(parse(tomli_w.dumps(tree), "bench"))
 
 
-def trial(world: World, method: dict[str, Any], folder: Path) -> dict[str, Any]:
+def trial(context: ExperimentContext, method: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One method's whole result."""
-    experiment = world.experiment.model_copy(update={"method": part("methods", method, "bench")})
-    return one_method(replace(world, experiment=experiment), experiment.method, RunDir(folder), None, silent)
+    experiment = context.experiment.model_copy(update={"method": validated_section("methods", method, "bench")})
+    return run_method(replace(context, experiment=experiment), experiment.method, RunDir(folder), None, no_progress)
 
 
 def figures(result: dict[str, Any], local: dict[str, float]) -> dict[str, float]:
@@ -147,12 +147,12 @@ def compared(cells: Cells, args: argparse.Namespace, seed: int, name: str, metho
     if all(cells.has(label, seed) for label in methods):
         return
     with tempfile.TemporaryDirectory() as folder:
-        world = world_of(args, seed, name, Path(folder), more)
+        context = world_of(args, seed, name, Path(folder), more)
 
         def run(method: dict[str, Any], place: int) -> dict[str, float]:
             known = cells.runs.get("local", {}).get(str(seed), {})
             alone = {key.removeprefix(ALONE): value for key, value in known.items() if key.startswith(ALONE)}
-            return figures(trial(world, method, Path(folder) / str(place)), alone)
+            return figures(trial(context, method, Path(folder) / str(place)), alone)
 
         for place, (label, method) in enumerate(methods.items()):
             cells.add(label, seed, partial(run, method, place))

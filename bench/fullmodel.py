@@ -25,13 +25,13 @@ from torch.nn import functional as F
 
 from ficpd.backbones import lora
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
+from ficpd.experiments.runner import no_progress, run_method
 from ficpd.federation import codec
-from ficpd.federation.client import Visit
-from ficpd.types import ClientUpdate, Hidden, Item, Outputs
+from ficpd.federation.client import ClientSession
+from ficpd.types import ClientUpdate, EncodedInput, HiddenStates, ModelOutput
 from measure import Cells
 
 RANK, TOKENS, NUMBERS = 8, 10, 64
@@ -62,7 +62,7 @@ def lora_of_peft(model: nn.Module) -> dict[str, Tensor]:
 
 def count(cells: Cells, name: str) -> None:
     backbone: Any = load_backbone(BackboneConfig(name=name, dtype="float32", attention="sdpa"), EngineConfig())[0]
-    rows_PD = lora.of(backbone).start(RANK, 0)
+    rows_PD = lora.lora_of(backbone).start(RANK, 0)
     prompt_PD = torch.zeros(TOKENS, backbone.width)
     travels = {
         "full model, 32 bit": lambda: whole(backbone.model),
@@ -79,7 +79,7 @@ def count(cells: Cells, name: str) -> None:
         cells.add(f"bytes, {name}: {what}", 0, lambda arrays=arrays: sent(arrays()))
 
 
-def world_of(args: argparse.Namespace, seed: int, rate: float = PROMPT_RATE, **parts: Any) -> World:
+def world_of(args: argparse.Namespace, seed: int, rate: float = PROMPT_RATE, **parts: Any) -> ExperimentContext:
     """`rate`: of the catalog's, for prompts."""
     tree = {
         "seed": seed,
@@ -98,14 +98,14 @@ def world_of(args: argparse.Namespace, seed: int, rate: float = PROMPT_RATE, **p
         },
         "partition": {"kind": "iid", "num_clients": CLIENTS},
     }  # fmt: skip
-    found = build_world(parse(tomli_w.dumps(tree | parts), "bench"))
+    found = build_context(parse(tomli_w.dumps(tree | parts), "bench"))
     chosen = rate * (found.experiment.training.learning_rate or 0)
-    return build_world(parse(tomli_w.dumps(tree | parts), "bench", [f"training.learning_rate={chosen}"]))
+    return build_context(parse(tomli_w.dumps(tree | parts), "bench", [f"training.learning_rate={chosen}"]))
 
 
-def trained(world: World, method: str) -> dict[str, float]:
+def trained(context: ExperimentContext, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        result = one_method(world, {"name": method}, RunDir(Path(folder) / "run"), None, silent)
+        result = run_method(context, {"name": method}, RunDir(Path(folder) / "run"), None, no_progress)
     figures = {"accuracy": 100 * result["metrics"]["global"]["accuracy"]}
     if result["num_rounds"]:
         figures |= {"bytes up": result["bytes"]["up_per_client_round"], "seconds": result["seconds"]["train"]}
@@ -115,10 +115,10 @@ def trained(world: World, method: str) -> dict[str, float]:
 # ---------------------------------------------------------------- the full model
 
 
-def features(model: nn.Module, items: Sequence[Item], dtype: torch.dtype) -> Tensor:
+def features(model: nn.Module, items: Sequence[EncodedInput], dtype: torch.dtype) -> Tensor:
     """[R, D] as the encoder's own, of a model whose weights have gradients; products in the dtype that the others run in."""
     ids = [item.content for item in items]
-    mask_RT = Hidden.of([i[:, None].float() for i in ids]).mask_ST
+    mask_RT = HiddenStates.of([i[:, None].float() for i in ids]).mask_ST
     padded_RT = nn.utils.rnn.pad_sequence(ids, batch_first=True)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         states_RTD = model(input_ids=padded_RT, attention_mask=mask_RT.long()).last_hidden_state
@@ -126,20 +126,20 @@ def features(model: nn.Module, items: Sequence[Item], dtype: torch.dtype) -> Ten
     return F.normalize((states_RTD.float() * weight).sum(1) / weight.sum(1), dim=-1)
 
 
-def full(world: World, rate: float = FULL_RATE) -> dict[str, float]:
+def full(context: ExperimentContext, rate: float = FULL_RATE) -> dict[str, float]:
     """FedAvg on all weights by Adam, its rate falling over the rounds as a prompt's does."""
-    backbone: Any = world.model.backbone
+    backbone: Any = context.model.backbone
     shared = copy.deepcopy(backbone.model).float().requires_grad_(True)
-    training = world.experiment.training.model_copy(update={"learning_rate": rate})
-    rounds, clients = world.experiment.federation.num_rounds, world.clients()
+    training = context.experiment.training.model_copy(update={"learning_rate": rate})
+    rounds, clients = context.experiment.federation.num_rounds, context.clients()
     total, began = sum(len(client.train) for client in clients.values()), time.perf_counter()
     for round in range(1, rounds + 1):
         mean = {name: torch.zeros_like(weight) for name, weight in whole(shared).items()}
         for client in clients.values():
             local = copy.deepcopy(shared)
             adam = torch.optim.Adam(local.parameters(), training.rate(round, rounds), betas=(0.9, 0.99))
-            for batch in Visit(client, round, "full").batches(STEPS, BATCH):
-                outputs = Outputs(features(local, [items[0] for items in batch.items], backbone.dtype))
+            for batch in ClientSession(client, round, "full").batches(STEPS, BATCH):
+                outputs = ModelOutput(features(local, [items[0] for items in batch.items], backbone.dtype))
                 adam.zero_grad()
                 client.task.loss(outputs, batch).mean().backward()
                 adam.step()
@@ -170,13 +170,13 @@ def main() -> None:
         count(cells, name)
     small = {"compression": {"name": "subspace", "dimension": NUMBERS, "bits": 8}}
     for seed in args.seeds:
-        world = world_of(args, seed)
-        cells.add("zero-shot", seed, partial(trained, world, "zero_shot"))
-        cells.add(f"prompt, {TOKENS} tokens, 32 bit", seed, partial(trained, world, "fedavg"))
+        context = world_of(args, seed)
+        cells.add("zero-shot", seed, partial(trained, context, "zero_shot"))
+        cells.add(f"prompt, {TOKENS} tokens, 32 bit", seed, partial(trained, context, "fedavg"))
         few = partial(world_of, args, seed, NUMBERS_RATE, **small)
         cells.add(f"prompt, {NUMBERS} numbers, 8 bit", seed, lambda few=few: trained(few(), "fedavg"))
-        cells.add(f"lora, rank {RANK}, 32 bit", seed, partial(trained, world, "fedlora"))
-        cells.add("full model, 32 bit", seed, partial(full, world))
+        cells.add(f"lora, rank {RANK}, 32 bit", seed, partial(trained, context, "fedlora"))
+        cells.add("full model, 32 bit", seed, partial(full, context))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ficpd.backbones.causal_lm import CausalLM, Config
-from ficpd.backbones.query_engine import Compute
-from ficpd.types import Batch, Item, Outputs, Query
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.types import Batch, EncodedInput, ModelOutput, Query
 from measure import medians, paired, ratio, save
 
 TOKENS, LENGTH = 20, 64
@@ -30,7 +30,7 @@ class Sum:
 
     head_rows = 0
 
-    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
         return outputs.features_RD.sum(-1)
 
 
@@ -56,12 +56,12 @@ def main() -> None:
         asked = []
         for _ in range(given.clients):
             drawn = [torch.randint(32000, (LENGTH,), generator=random) for _ in range(given.rows)]
-            items = tuple((Item(ids, LENGTH),) for ids in drawn)
+            items = tuple((EncodedInput(ids, LENGTH),) for ids in drawn)
             prompt = torch.randn(1, TOKENS, given.width, generator=random)
             asked.append(Query(prompt, Batch(Sum(), items, torch.zeros(given.rows), None, layer), grad=True))
-        engine = Compute(backbone, keep_bytes=64 << 30)
+        engine = QueryEngine(backbone, keep_bytes=64 << 30)
         items = [item for query in asked for (item,) in query.batch.items]
-        hidden = backbone.below(items, layer)
+        hidden = backbone.encode_prefix(items, layer)
         rows = torch.cat([q.prompts_KPD.expand(given.rows, -1, -1) for q in asked]).cuda()
         per = engine.chunk_tokens // (LENGTH + TOKENS)
 
@@ -69,7 +69,7 @@ def main() -> None:
             for first in range(0, len(items), per):
                 part = slice(first, first + per)
                 own = rows[part].clone().requires_grad_(True)
-                backbone.above(own, hidden[part], items[part], layer).features_RD.sum().backward()
+                backbone.forward(own, hidden[part], items[part], layer).features_RD.sum().backward()
 
         works = {
             "bare": bare,

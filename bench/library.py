@@ -23,12 +23,12 @@ import pandas as pd
 import tomli_w
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
-from ficpd.library.distillation.generation import write
-from ficpd.registry import part
+from ficpd.experiments.runner import no_progress, run_method
+from ficpd.library.distillation.generation import generate_texts
+from ficpd.registry import validated_section
 from ficpd.tasks.build import build_task
 from measure import Cells
 
@@ -84,7 +84,7 @@ def group(name: str, data: str, clients: int, records: int) -> dict[str, Any]:
 
 def world_of(
     args: argparse.Namespace, seed: int, clients: Mapping[str, int] = CLIENTS, rate: float = RATE, **parts: Any
-) -> World:
+) -> ExperimentContext:
     """The federation of these clients by group; `parts` of the recipe in the place of the bench's own."""
     total = {name: number * RECORDS for name, number in CLIENTS.items()}
     tree = {
@@ -95,26 +95,28 @@ def world_of(
         "federation": {"num_rounds": args.rounds},
         "groups": {name: group(name, args.data, number, total[name] // number) for name, number in clients.items()},
     }
-    return faster(build_world(parse(tomli_w.dumps(tree | parts), "bench")), rate)
+    return faster(build_context(parse(tomli_w.dumps(tree | parts), "bench")), rate)
 
 
-def faster(world: World, rate: float = RATE) -> World:
+def faster(context: ExperimentContext, rate: float = RATE) -> ExperimentContext:
     """The same with this many times its learning rate."""
-    training = world.experiment.training
+    training = context.experiment.training
     quick = training.model_copy(update={"learning_rate": rate * (training.learning_rate or 0)})
-    return replace(world, experiment=world.experiment.model_copy(update={"training": quick}))
+    return replace(context, experiment=context.experiment.model_copy(update={"training": quick}))
 
 
-def trial(world: World, method: dict[str, Any], folder: Path, **changes: dict[str, Any]) -> dict[str, float]:
+def trial(
+    context: ExperimentContext, method: dict[str, Any], folder: Path, **changes: dict[str, Any]
+) -> dict[str, float]:
     """One method in this world, its run in `folder`; figures in percent: over clients, by group, and those of the prompts
     that serve everybody (each task counts once)."""
-    experiment = world.experiment.model_copy(update={"method": part("methods", method, "bench")})
+    experiment = context.experiment.model_copy(update={"method": validated_section("methods", method, "bench")})
     for name, update in changes.items():
         experiment = experiment.model_copy(update={name: getattr(experiment, name).model_copy(update=update)})
-    result = one_method(replace(world, experiment=experiment), experiment.method, RunDir(folder), None, silent)
+    result = run_method(replace(context, experiment=experiment), experiment.method, RunDir(folder), None, no_progress)
     scores, clusters = result["metrics"], result["clusters"] or {"agreement": {}, "number": 0}
     found = {"mean client": 100 * scores["per_client_mean"]["accuracy"]}
-    for group_name in world.tasks:
+    for group_name in context.tasks:
         own = [s["accuracy"] for name, s in scores["per_client"].items() if name.startswith(group_name + ".")]
         found[group_name] = 100 * sum(own) / len(own)
     found |= {key: 100 * scores[key]["accuracy"] for key in ("global", "distilled") if scores.get(key)}
@@ -126,9 +128,9 @@ def trial(world: World, method: dict[str, Any], folder: Path, **changes: dict[st
     return found
 
 
-def alone(world: World, method: dict[str, Any], **changes: dict[str, Any]) -> dict[str, float]:
+def alone(context: ExperimentContext, method: dict[str, Any], **changes: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return trial(world, method, Path(folder) / "run", **changes)
+        return trial(context, method, Path(folder) / "run", **changes)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -155,9 +157,9 @@ def told(texts: str | None) -> str:
 def mixed(args: argparse.Namespace) -> None:
     cells = Cells("library_mixed", f"30 clients of about {RECORDS} records, {setting(args)}")
     for seed in args.seeds:
-        world = world_of(args, seed)
+        context = world_of(args, seed)
         for name, method in METHODS.items():
-            cells.add(name, seed, partial(alone, world, method))
+            cells.add(name, seed, partial(alone, context, method))
 
 
 def private(args: argparse.Namespace) -> None:
@@ -170,10 +172,10 @@ def private(args: argparse.Namespace) -> None:
     budgets = {"no privacy": {"name": "none"}, "ε = 2": {"name": "record_gaussian", "epsilon": 2.0}}
     for seed in args.seeds:
         for said, budget in budgets.items():
-            world = world_of(args, seed, rate=1.0, privacy=budget, groups=groups, **PRIVATE)
+            context = world_of(args, seed, rate=1.0, privacy=budget, groups=groups, **PRIVATE)
             names = ("zero-shot", "fedavg", "ficpd, oracle", "ficpd, 5 prototypes")
             for name in (*names, *(("local",) if budget["name"] == "none" else ())):
-                cells.add(f"{name}, {said}", seed, partial(alone, world, METHODS[name]))
+                cells.add(f"{name}, {said}", seed, partial(alone, context, METHODS[name]))
 
 
 def ablation(args: argparse.Namespace) -> None:
@@ -181,13 +183,13 @@ def ablation(args: argparse.Namespace) -> None:
     cells = Cells("library_ablation", f"as library_mixed, {setting(args)}; squared distillation on {told(args.texts)}")
     distillation = {"how": "squared", "texts": args.texts} if args.texts else {"how": "squared", "per_label": 5}
     for seed in args.seeds:
-        world = world_of(args, seed)
+        context = world_of(args, seed)
         for space in ("delta", "prompt", "function"):
             for number in (1, 2, 5, 10, 20):
                 if number == 1 and space != "delta":
                     continue  # one prototype is the same in every space
                 method = {"name": "ficpd", "space": space, "num_prototypes": number}
-                run = partial(alone, world, method, distillation=distillation)
+                run = partial(alone, context, method, distillation=distillation)
                 cells.add(f"{number} prototypes, {space}", seed, run)
 
 
@@ -203,12 +205,12 @@ def clients(args: argparse.Namespace) -> None:
         for number in (10, 50, 200, 500):
             shares = {name: max(1, round(number * CLIENTS[name] / 30)) for name in CLIENTS}
             shares["polarity"] = max(4, shares["polarity"])
-            world = world_of(args, seed, clients=shares, **schedule)
+            context = world_of(args, seed, clients=shares, **schedule)
             named = {name: METHODS[name] for name in ("ficpd, 5 prototypes", "ficpd, oracle", "fedavg")}
             named |= {f"{name}, extrapolated": method | FARTHER for name, method in list(named.items())[:2]}
             for name, method in named.items() if number in (10, 500) else list(named.items())[:1]:
-                cohort = {"clients_per_round": min(20, len(world.shards))}
-                cells.add(f"{number} clients, {name}", seed, partial(alone, world, method, federation=cohort))
+                cohort = {"clients_per_round": min(20, len(context.shards))}
+                cells.add(f"{number} clients, {name}", seed, partial(alone, context, method, federation=cohort))
 
 
 def texts(args: argparse.Namespace) -> None:
@@ -216,8 +218,8 @@ def texts(args: argparse.Namespace) -> None:
     writer, _ = load_backbone(BackboneConfig(name="smollm2"), EngineConfig())
     found = []
     for name in CLIENTS:
-        made = write(writer, {}, build_task(group(name, args.data, 1, RECORDS)["task"]), 4, 0)
-        print(name, made.said(), flush=True)
+        made = generate_texts(writer, {}, build_task(group(name, args.data, 1, RECORDS)["task"]), 4, 0)
+        print(name, made.summary(), flush=True)
         found += [example.text for example in made.examples]
     Path(args.texts).write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ficpd.backbones.autotune import machine
+from ficpd.backbones.autotune import machine_info
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -96,7 +96,7 @@ def save(name: str, result: Mapping[str, Any], device: str = "cpu") -> Path:
         "bench": name,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
-        "machine": machine(torch.device(device)),
+        "machine": machine_info(torch.device(device)),
         **result,
     }
     RESULTS.mkdir(exist_ok=True)

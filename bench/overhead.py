@@ -8,14 +8,14 @@ import statistics
 import time
 from pathlib import Path
 
-from ficpd.backbones.query_engine import Compute
-from ficpd.experiments.build import build_world
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.federation import simulation
-from ficpd.federation.rounds import Schedule, federate
+from ficpd.federation.rounds import RoundSchedule, run_rounds
 from ficpd.methods import fedavg
-from ficpd.optimizers import Training
-from ficpd.types import Setup
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.types import FederationInfo
 from measure import save
 
 TINY = """
@@ -44,14 +44,14 @@ def resident_mb() -> float:
 
 def overhead(rounds: int = 24) -> dict:
     """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
-    built = build_world(parse(TINY, "bench"))
+    built = build_context(parse(TINY, "bench"))
     model, clients = _Timed(built.model.backbone), built.clients()
-    method = fedavg.build(fedavg.Config(), Training(local_steps=1, batch_size=2, learning_rate=0.01))
+    method = fedavg.build(fedavg.Config(), LocalTrainingConfig(local_steps=1, batch_size=2, learning_rate=0.01))
     engine = simulation.build(simulation.Config(lock_step=64), method, clients, model)
     cards = [client.card for client in clients.values()]
-    state = method.init(Setup(built.start, cards, rounds, len(cards), 0))
+    state = method.init(FederationInfo(built.start, cards, rounds, len(cards), 0))
     milliseconds, memory, began = [], [], time.perf_counter()
-    for _, _ in federate(method, engine, model, state, Schedule(rounds, len(cards), 0), built.compression):
+    for _, _ in run_rounds(method, engine, model, state, RoundSchedule(rounds, len(cards), 0), built.compression):
         milliseconds.append(1000 * (time.perf_counter() - began - model.seconds) / len(cards))
         gc.collect()
         memory.append(resident_mb())
@@ -63,7 +63,7 @@ def overhead(rounds: int = 24) -> dict:
     }
 
 
-class _Timed(Compute):
+class _Timed(QueryEngine):
     """Adds up the seconds spent in the backbone's forward and backward (tiny's own cost is part of the model's)."""
 
     seconds = 0.0

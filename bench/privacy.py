@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import rng
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
-from ficpd.experiments.initialization import open_clip, public_gradients
+from ficpd.experiments.initialization import calibrate_clip_norm, public_gradients
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
-from ficpd.registry import part, settings
+from ficpd.experiments.runner import no_progress, run_method
+from ficpd.registry import build_config, validated_section
 from measure import Cells
 
 POLARITY = """
@@ -86,31 +86,33 @@ RATE = 0.5
 """Of the backbone's default rate, for Adam in the leading directions: the best of the few tried."""
 
 
-def world_of(recipe: str, seed: int, data: str, changes: tuple[str, ...] = ()) -> World:
-    built = build_world(parse(recipe.replace("DATA", data), "bench", [f"seed={seed}", *changes]))
+def world_of(recipe: str, seed: int, data: str, changes: tuple[str, ...] = ()) -> ExperimentContext:
+    built = build_context(parse(recipe.replace("DATA", data), "bench", [f"seed={seed}", *changes]))
     training = built.experiment.training
     slower = training.model_copy(update={"learning_rate": RATE * (training.learning_rate or 0)})
     return replace(built, experiment=built.experiment.model_copy(update={"training": slower}))
 
 
-def trial(world: World, privacy: dict[str, Any], compression: dict[str, Any], **training: Any) -> dict[str, float]:
+def trial(
+    context: ExperimentContext, privacy: dict[str, Any], compression: dict[str, Any], **training: Any
+) -> dict[str, float]:
     """One run of the world's method under these settings; its figures."""
-    tuned = world.experiment.training.model_copy(update=training)
-    experiment = world.experiment.model_copy(
+    tuned = context.experiment.training.model_copy(update=training)
+    experiment = context.experiment.model_copy(
         update={
-            "privacy": part("privacy", privacy, "bench"),
-            "compression": part("compression", compression, "bench"),
+            "privacy": validated_section("privacy", privacy, "bench"),
+            "compression": validated_section("compression", compression, "bench"),
             "training": tuned,
         }
     )
-    module, config = settings("compression", experiment.compression)
-    seed = rng.derive(experiment.seed, "public")
-    gradients = partial(public_gradients, world.model, [world.task], world.start, seed)
-    compression = module.build(config, world.start, seed, gradients)
-    clip = open_clip(experiment, world.start, compression, gradients)
-    changed = replace(world, experiment=experiment.model_copy(update={"privacy": clip}), compression=compression)
+    module, config = build_config("compression", experiment.compression)
+    seed = rng.derive_seed(experiment.seed, "public")
+    gradients = partial(public_gradients, context.model, [context.task], context.start, seed)
+    compression = module.build(config, context.start, seed, gradients)
+    clip = calibrate_clip_norm(experiment, context.start, compression, gradients)
+    changed = replace(context, experiment=experiment.model_copy(update={"privacy": clip}), compression=compression)
     with tempfile.TemporaryDirectory() as folder:
-        return figures(one_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, silent))
+        return figures(run_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, no_progress))
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
@@ -122,9 +124,9 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def zero_shot(world: World) -> dict[str, float]:
+def zero_shot(context: ExperimentContext) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return figures(one_method(world, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, silent))
+        return figures(run_method(context, {"name": "zero_shot"}, RunDir(Path(folder) / "z"), None, no_progress))
 
 
 def record(args: argparse.Namespace) -> None:
@@ -136,12 +138,12 @@ def record(args: argparse.Namespace) -> None:
     cells = Cells("privacy_record", setting)
     for seed in args.seeds:
         for name, recipe in (("polarity", POLARITY), ("abstracts", ABSTRACTS)):
-            world = world_of(recipe, seed, args.data)
-            cells.add(f"{name}, zero-shot", seed, partial(zero_shot, world))
-            full = (world.experiment.training.learning_rate or 0) / RATE
+            context = world_of(recipe, seed, args.data)
+            cells.add(f"{name}, zero-shot", seed, partial(zero_shot, context))
+            full = (context.experiment.training.learning_rate or 0) / RATE
             for epsilon in BUDGETS:
                 privacy = {"name": "record_gaussian", "epsilon": epsilon} if epsilon else NONE
-                run = partial(trial, world, privacy, SUBSPACE, tuner="sgd", learning_rate=full)
+                run = partial(trial, context, privacy, SUBSPACE, optimizer="sgd", learning_rate=full)
                 cells.add(f"{name}, epsilon {epsilon}", seed, run)
 
 
@@ -159,9 +161,9 @@ def client(args: argparse.Namespace) -> None:
                 f"federation.clients_per_round={cohort}",
                 "federation.num_rounds=6",
             )
-            world = world_of(POLARITY, seed, args.data, changes)
+            context = world_of(POLARITY, seed, args.data, changes)
             if clients == 10:
-                cells.add("zero-shot", seed, partial(zero_shot, world))
+                cells.add("zero-shot", seed, partial(zero_shot, context))
             for placement in ("local", "central"):
                 for epsilon in BUDGETS:
                     if epsilon is None and placement == "central":
@@ -169,7 +171,7 @@ def client(args: argparse.Namespace) -> None:
                     privacy = {"name": "client_gaussian", "placement": placement, "epsilon": epsilon}
                     name = f"{clients} clients, {placement if epsilon else 'no'} noise, epsilon {epsilon}"
                     cells.add(
-                        name, seed, partial(trial, world, privacy if epsilon else NONE, SUBSPACE, batch_size=batch)
+                        name, seed, partial(trial, context, privacy if epsilon else NONE, SUBSPACE, batch_size=batch)
                     )
 
 
@@ -192,19 +194,19 @@ def travelling(args: argparse.Namespace) -> None:
     setting = "polarity, 10 sites, 20 virtual tokens, fedavg, 12 rounds of 2 steps of 10; clip norm twice the median"
     cells = Cells("privacy_bytes", setting)
     for seed in args.seeds:
-        world = world_of(
+        context = world_of(
             POLARITY,
             seed,
             args.data,
             ("prompt.num_tokens=20", "training.batch_size=10", "data.max_records=4000", "data.test_fraction=0.25"),
         )
-        whole = {"learning_rate": (world.experiment.training.learning_rate or 0) / RATE}
+        whole = {"learning_rate": (context.experiment.training.learning_rate or 0) / RATE}
         for name, form in forms.items():
             for epsilon in (None, 2.0) if name in ALSO_PRIVATE or "sgd" in name else (None,):
                 privacy = {"name": "record_gaussian", "epsilon": epsilon} if epsilon else NONE
                 training = whole if form["name"] != "subspace" or "directions" in form or "sgd" in name else {}
-                training = training | ({"tuner": "sgd"} if "sgd" in name else {})
-                cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, world, privacy, form, **training))
+                training = training | ({"optimizer": "sgd"} if "sgd" in name else {})
+                cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, context, privacy, form, **training))
 
 
 ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")

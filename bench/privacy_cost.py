@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ficpd.backbones.query_engine import drive
-from ficpd.experiments.build import World, build_world
+from ficpd.backbones.query_engine import run_queries
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
-from ficpd.federation.client import Client, participate
+from ficpd.federation.client import Client, execute_assignment
 from ficpd.methods import fedavg
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import none, record_gaussian
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.registry import settings
-from ficpd.types import Assignment, ClientCard, Plan
+from ficpd.registry import build_config
+from ficpd.types import Assignment, ClientCard, ClientWorkload
 from measure import medians, paired, ratio, save
 from privacy import POLARITY
 
@@ -34,27 +34,27 @@ STEPS, BATCH = 4, 32
 class Prompted(nn.Module):
     """Prompt vectors as an embedding in front of frozen layers: all that Opacus sees is the embedding."""
 
-    def __init__(self, world: World, batch, states: list[Tensor]):
+    def __init__(self, context: ExperimentContext, batch, states: list[Tensor]):
         super().__init__()
-        self.prompt = nn.Embedding.from_pretrained(world.start.vectors_PD.clone(), freeze=False)
-        self.world, self.batch, self.states = [world], [batch], states
+        self.prompt = nn.Embedding.from_pretrained(context.start.vectors_PD.clone(), freeze=False)
+        self.context, self.batch, self.states = [context], [batch], states
 
     def forward(self, index_B: Tensor) -> Tensor:
-        world, batch = self.world[0], self.batch[0]
+        context, batch = self.context[0], self.batch[0]
         prompts_BPD = self.prompt(torch.arange(self.prompt.num_embeddings).expand(len(index_B), -1))
         places = index_B.tolist()
         items = [batch.items[i][0] for i in places]
-        outputs = world.model.backbone.above(prompts_BPD, [self.states[i] for i in places], items, batch.enters_at)
-        return world.task.loss(outputs, batch.take(places))
+        outputs = context.model.backbone.forward(prompts_BPD, [self.states[i] for i in places], items, batch.enters_at)
+        return context.task.loss(outputs, batch.take(places))
 
 
-def with_opacus(world: World, client: Client):
+def with_opacus(context: ExperimentContext, client: Client):
     """Four steps as Opacus' own tutorial does them."""
     from opacus import PrivacyEngine
 
     batch = client.encoded()
-    states = world.model.kept.fetch([items[0] for items in batch.items], batch.enters_at, world.model.backbone)
-    module = Prompted(world, batch, states)
+    states = context.model.kept.fetch([items[0] for items in batch.items], batch.enters_at, context.model.backbone)
+    module = Prompted(context, batch, states)
     optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
     loader = DataLoader(TensorDataset(torch.arange(len(batch))), batch_size=BATCH)
     module, optimiser, loader = PrivacyEngine(accountant="prv").make_private(
@@ -76,34 +76,37 @@ def with_opacus(world: World, client: Client):
     return steps
 
 
-def ours(world: World, client: Client, mechanism, book):
-    training = Training(local_steps=STEPS, batch_size=BATCH, learning_rate=0.01)
+def ours(context: ExperimentContext, client: Client, mechanism, account):
+    training = LocalTrainingConfig(local_steps=STEPS, batch_size=BATCH, learning_rate=0.01)
     method, rounds = fedavg.build(fedavg.Config(), training), iter(range(1, 10**6))
-    client = replace(client, mechanism=mechanism, book=book)
+    client = replace(client, mechanism=mechanism, account=account)
 
     def order() -> None:
-        arrays = {"prompt": world.start.vectors_PD}
-        drive(world.model, participate(method, client, Assignment("fedavg", next(rounds), arrays, {"rate": 0.01})))
+        arrays = {"prompt": context.start.vectors_PD}
+        run_queries(
+            context.model,
+            execute_assignment(method, client, Assignment("fedavg", next(rounds), arrays, {"rate": 0.01})),
+        )
 
     return order
 
 
 def main() -> None:
-    world = build_world(parse(POLARITY, "bench"))
-    shard = next(iter(world.shards.values()))
+    context = build_context(parse(POLARITY, "bench"))
+    shard = next(iter(context.shards.values()))
     n = len(shard.train)
-    plan = Plan(n, BATCH / n, STEPS, 1000, 10, 1.0, 1000)
-    module, config = settings("compression", {"name": "none"})
-    compression = module.build(config, world.start, 0)
+    plan = ClientWorkload(n, BATCH / n, STEPS, 1000, 10, 1.0, 1000)
+    module, config = build_config("compression", {"name": "none"})
+    compression = module.build(config, context.start, 0)
     client = Client(
         ClientCard("one"),
         shard.train,
         (),
-        world.task,
-        world.model.backbone,
+        context.task,
+        context.model.backbone,
         none.NoPrivacy(),
         compression,
-        world.start,
+        context.start,
         1,
     )
 
@@ -111,7 +114,7 @@ def main() -> None:
         """No privacy, but Poisson batches, so that all see the same number of records."""
 
         def sample(self, num_records, expected_batch, steps, noise):
-            return [noise.poisson(num_records, expected_batch / num_records) for _ in range(steps)]
+            return [noise.poisson_sample(num_records, expected_batch / num_records) for _ in range(steps)]
 
     def private(noise: str):
         config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=0.1, noise=noise)  # type: ignore[arg-type]
@@ -120,16 +123,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite", "bench")
         works = {
-            "none": ours(world, client, Poisson(), None),
-            "record_gaussian": ours(world, client, private("simulated"), ledger.book("a", Budget(None, 1e-5))),
+            "none": ours(context, client, Poisson(), None),
+            "record_gaussian": ours(context, client, private("simulated"), ledger.account("a", Budget(None, 1e-5))),
             "record_gaussian, cryptographic": ours(
-                world, client, private("cryptographic"), ledger.book("b", Budget(None, 1e-5))
+                context, client, private("cryptographic"), ledger.account("b", Budget(None, 1e-5))
             ),
-            "opacus": with_opacus(world, client),
+            "opacus": with_opacus(context, client),
         }
         seconds = paired(works, repeats=15)
     result = {
-        "setting": f"MiniLM, prompt of 10 tokens at layer {world.start.enters_at}, {STEPS} steps of {BATCH} of {n} records",
+        "setting": f"MiniLM, prompt of 10 tokens at layer {context.start.enters_at}, {STEPS} steps of {BATCH} of {n} records",
         "seconds per order, median": medians(seconds),
         **{f"{name} / none": ratio(seconds, name, "none") for name in works if name != "none"},
     }

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import read
 from ficpd.experiments.report.markdown import rows
 from ficpd.experiments.runner import run
@@ -38,7 +38,7 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 def _mean_error(experiment) -> float:
-    shards = build_world(experiment).shards.values()
+    shards = build_context(experiment).shards.values()
     mean = statistics.mean(r.fields["target"] for shard in shards for r in shard.train)
     return statistics.mean((r.fields["target"] - mean) ** 2 for shard in shards for r in shard.test) ** 0.5
 

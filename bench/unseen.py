@@ -24,18 +24,18 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.evaluation.evaluate import score_prompt
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
+from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
-from ficpd.library.adaptation import WAYS, Fitted
+from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt
 from ficpd.library.library import PromptLibrary, task_key
-from ficpd.library.selection import adapt, gather
+from ficpd.library.selection import adapt, prepare_shots
 from ficpd.library.session import draw_shots
-from ficpd.registry import part
+from ficpd.registry import validated_section
 from ficpd.tasks.build import start_text
 from ficpd.types import Record
 from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, told, world_of
@@ -55,66 +55,78 @@ FINE = {"clinc": ("domain", 10), "banking": ("label_name", 7)}
 # ---------------------------------------------------------------- the library, and those who come to it
 
 
-def library_of(world: World, method: dict[str, Any], distillation: dict[str, Any] | None = None) -> PromptLibrary:
-    experiment = world.experiment.model_copy(update={"method": part("methods", {"name": "ficpd", **method}, "bench")})
+def library_of(
+    context: ExperimentContext, method: dict[str, Any], distillation: dict[str, Any] | None = None
+) -> PromptLibrary:
+    experiment = context.experiment.model_copy(
+        update={"method": validated_section("methods", {"name": "ficpd", **method}, "bench")}
+    )
     if distillation:
         asked = experiment.distillation.model_copy(update=distillation)
         experiment = experiment.model_copy(update={"distillation": asked})
     with tempfile.TemporaryDirectory() as folder:
-        one_method(replace(world, experiment=experiment), experiment.method, RunDir(Path(folder) / "run"), None, silent)
+        run_method(
+            replace(context, experiment=experiment), experiment.method, RunDir(Path(folder) / "run"), None, no_progress
+        )
         return PromptLibrary.load(Path(folder) / "run")
 
 
 class Newcomer:
     """Somebody with records of a task, come to a library of this world's backbone."""
 
-    def __init__(self, world: World, task: Task, train: Sequence[Record], test: Sequence[Record], seed: int):
-        self.world, self.task, self.seed = world, task, seed
+    def __init__(
+        self, context: ExperimentContext, task: Task, train: Sequence[Record], test: Sequence[Record], seed: int
+    ):
+        self.context, self.task, self.seed = context, task, seed
         self.train, self.test = draw_shots(train, 0, False, seed), draw_shots(test, MOST_TESTED, False, seed)
-        self.encoded = task.encode(self.test, world.model.backbone, world.start)
+        self.encoded = task.encode(self.test, context.model.backbone, context.start)
 
-    def score(self, fitted: Fitted) -> float:
-        batch = fitted.encode(self.task, self.test, self.world.model.backbone, self.encoded)
+    def score(self, fitted: AdaptedPrompt) -> float:
+        batch = fitted.encode(self.task, self.test, self.context.model.backbone, self.encoded)
         truths = self.task.targets(self.test)
-        return 100 * score_prompt(fitted.prompt.vectors_PD, batch, truths, self.world.model)["accuracy"]
+        return 100 * score_prompt(fitted.prompt.vectors_PD, batch, truths, self.context.model)["accuracy"]
 
     def alone(self) -> PromptLibrary:
         """No library: a start of this task's own words."""
-        start, text = self.world.start, start_text([self.task])
-        vectors_PD = self.world.model.backbone.start(text, len(start.vectors_PD), start.enters_at, self.seed)
+        start, text = self.context.start, start_text([self.task])
+        vectors_PD = self.context.model.backbone.init_prompt(text, len(start.vectors_PD), start.enters_at, self.seed)
         return PromptLibrary(start.with_vectors(vectors_PD), {}, {})
 
     def begun(self) -> PromptLibrary:
         """No library: the start that the federation had."""
-        return PromptLibrary(self.world.start, {}, {})
+        return PromptLibrary(self.context.start, {}, {})
 
     def bare(self) -> PromptLibrary:
         """Not even a start: a prompt of no vectors."""
-        start = self.world.start
+        start = self.context.start
         return PromptLibrary(start.with_vectors(start.vectors_PD[:0]), {}, {})
 
     def unfitted(self, library: PromptLibrary) -> dict[str, float]:
         """Without a record: every prompt as it is, and what `auto` takes."""
-        named = {name: Fitted(prompt, name) for name, prompt in {"start": library.start, **library.prompts}.items()}
+        named = {
+            name: AdaptedPrompt(prompt, name) for name, prompt in {"start": library.start, **library.prompts}.items()
+        }
         found = {name: self.score(fitted) for name, fitted in named.items()}
         if library.keys:
-            key_D = task_key(self.task, self.world.model.backbone)
+            key_D = task_key(self.task, self.context.model.backbone)
             found["nearest key"] = found[library.nearest(key_D)[0]]
         return found | {"auto": self.score(self._adapted(library, 0, "auto"))}
 
     def fitted(self, library: PromptLibrary, shots: int, ways: Sequence[str], auto: bool) -> dict[str, float]:
         """Every variant of these ways, and what `auto` chooses among all."""
-        records, world = self.train[:shots], self.world
-        given = gather(library, records, self.task, world.model, world.experiment.training, self.seed)
+        records, context = self.train[:shots], self.context
+        given = prepare_shots(library, records, self.task, context.model, context.experiment.training, self.seed)
         found = {}
         for way in ways:
-            found |= {variant: self.score(one) for variant, one in drive(world.model, WAYS[way](given)).items()}
+            found |= {
+                variant: self.score(one) for variant, one in run_queries(context.model, STRATEGIES[way](given)).items()
+            }
         return found | ({"auto": self.score(self._adapted(library, shots, "auto"))} if auto else {})
 
-    def _adapted(self, library: PromptLibrary, shots: int, how: str) -> Fitted:
-        world = self.world
+    def _adapted(self, library: PromptLibrary, shots: int, how: str) -> AdaptedPrompt:
+        context = self.context
         records = self.train[:shots]
-        return adapt(library, records, self.task, world.model, world.experiment.training, how, self.seed).fitted
+        return adapt(library, records, self.task, context.model, context.experiment.training, how, self.seed).fitted
 
 
 ALONE = ("leave", "tune", "demonstrations")
@@ -128,7 +140,7 @@ def measured(
     alone, begun, bare = newcomer.alone(), newcomer.begun(), newcomer.bare()
 
     def given(few: int, auto: bool) -> dict[str, float]:
-        return newcomer.fitted(library(), few, list(WAYS), auto) if few else newcomer.unfitted(library())
+        return newcomer.fitted(library(), few, list(STRATEGIES), auto) if few else newcomer.unfitted(library())
 
     def averaged(few: int) -> dict[str, float]:
         of = library()
@@ -147,10 +159,10 @@ def measured(
         cells.add(f"{said}, vocabulary", seed, partial(newcomer.fitted, begun, few, ALONE, False))
 
 
-def held_by(world: World, task: Task, among: World, seed: int) -> Newcomer:
+def held_by(context: ExperimentContext, task: Task, among: ExperimentContext, seed: int) -> Newcomer:
     """All records of another world's only task, brought to the library of this one."""
     shards = among.shards.values()
-    return Newcomer(world, task, [r for s in shards for r in s.train], [r for s in shards for r in s.test], seed)
+    return Newcomer(context, task, [r for s in shards for r in s.train], [r for s in shards for r in s.test], seed)
 
 
 # ---------------------------------------------------------------- what is left out
@@ -161,13 +173,13 @@ def tasks(args: argparse.Namespace) -> None:
     for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
         if cells.has(f"{left}, {args.shots[-1]} shots, vocabulary", seed):
             continue
-        world = world_of(args, seed, {name: n for name, n in CLIENTS.items() if name != left})
-        library = cache(partial(library_of, world, {}))
+        context = world_of(args, seed, {name: n for name, n in CLIENTS.items() if name != left})
+        library = cache(partial(library_of, context, {}))
         other = whole(args, seed, left)
-        measured(cells, left, seed, held_by(world, other.task, other, seed), library, args.shots)
+        measured(cells, left, seed, held_by(context, other.task, other, seed), library, args.shots)
 
 
-def whole(args: argparse.Namespace, seed: int, name: str) -> World:
+def whole(args: argparse.Namespace, seed: int, name: str) -> ExperimentContext:
     """One task alone, with all of its records."""
     parts = group(name, args.data, CLIENTS[name], RECORDS)
     parts["data"].pop("max_records")
@@ -183,13 +195,13 @@ def fine(args: argparse.Namespace) -> None:
     for seed, left in ((seed, left) for seed in args.seeds for left in CLIENTS):
         if cells.has(f"{left}, 16 shots, meta", seed):
             continue
-        world = world_of(args, seed, groups=dict(cut_up(args, left)))
-        library = library_of(world, {"num_prototypes": 20}, meta)
+        context = world_of(args, seed, groups=dict(cut_up(args, left)))
+        library = library_of(context, {"num_prototypes": 20}, meta)
         other = whole(args, seed, left)
-        newcomer = held_by(world, other.task, other, seed)
+        newcomer = held_by(context, other.task, other, seed)
         learned = PromptLibrary(library.prompts["distilled"], {}, library.card)
         cells.add(f"{left}, 0 shots, library", seed, partial(newcomer.unfitted, library))
-        cells.add(f"{left}, 16 shots, library", seed, partial(newcomer.fitted, library, 16, list(WAYS), True))
+        cells.add(f"{left}, 16 shots, library", seed, partial(newcomer.fitted, library, 16, list(STRATEGIES), True))
         cells.add(f"{left}, 16 shots, meta", seed, partial(newcomer.fitted, learned, 16, ALONE, False))
 
 
@@ -220,12 +232,12 @@ def domains(args: argparse.Namespace) -> None:
     for seed, left in ((seed, left) for seed in args.seeds for left in DOMAINS):
         if cells.has(f"{left}, {args.shots[-1]} shots, vocabulary", seed):
             continue
-        world, other = (polarity(args, seed, where) for where in ([d for d in DOMAINS if d != left], [left]))
-        library = cache(partial(library_of, world, {"num_prototypes": 3, "by": "domain"}))
-        measured(cells, left, seed, held_by(world, world.task, other, seed), library, args.shots)
+        context, other = (polarity(args, seed, where) for where in ([d for d in DOMAINS if d != left], [left]))
+        library = cache(partial(library_of, context, {"num_prototypes": 3, "by": "domain"}))
+        measured(cells, left, seed, held_by(context, context.task, other, seed), library, args.shots)
 
 
-def polarity(args: argparse.Namespace, seed: int, where: Sequence[str]) -> World:
+def polarity(args: argparse.Namespace, seed: int, where: Sequence[str]) -> ExperimentContext:
     parts = {key: dict(value) for key, value in POLARITY.items()}
     parts["data"] |= {"where": {"domain": list(where)}, "max_records": round(800 * len(where) / 0.7)}
     parts["partition"]["num_clients"] = 8 * len(where)
@@ -240,14 +252,14 @@ def languages(args: argparse.Namespace) -> None:
         if cells.has(f"{LEFT[-1]}, {args.shots[-1]} shots, vocabulary", seed):
             continue
         table = pd.read_parquet(Path(args.data) / "sib200.parquet")
-        world = sib(args, seed, [lang for lang in sorted(table.lang.unique()) if lang not in NOBODYS])
-        library = cache(partial(library_of, world, {"num_prototypes": 5, "by": "lang"}))
+        context = sib(args, seed, [lang for lang in sorted(table.lang.unique()) if lang not in NOBODYS])
+        library = cache(partial(library_of, context, {"num_prototypes": 5, "by": "lang"}))
         for left in LEFT:
             other = sib(args, seed, (left,), records=0)
-            measured(cells, left, seed, held_by(world, world.task, other, seed), library, args.shots)
+            measured(cells, left, seed, held_by(context, context.task, other, seed), library, args.shots)
 
 
-def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int = RECORDS) -> World:
+def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int = RECORDS) -> ExperimentContext:
     """A client for each language with so many records (0: all)."""
     parts = group("sib", args.data, len(where), records or 10_000)
     parts["data"] |= {
@@ -267,14 +279,14 @@ def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int 
         "federation": {"num_rounds": args.rounds},
         "groups": {"sib": parts},
     }
-    return faster(build_world(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
 
 
 def keys(args: argparse.Namespace) -> None:
     """The cosine of every two tasks' keys."""
     groups = dict(cut_up(args, ""))
-    world = world_of(args, 0, groups=groups)
-    found = {name: task_key(task, world.model.backbone) for name, task in world.tasks.items()}
+    context = world_of(args, 0, groups=groups)
+    found = {name: task_key(task, context.model.backbone) for name, task in context.tasks.items()}
     pairs = [(a, b) for a in found for b in found if a < b]
     save("unseen_keys", {"cosine": {f"{a}, {b}": round(float(found[a] @ found[b]), 3) for a, b in pairs}})
 

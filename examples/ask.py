@@ -11,7 +11,7 @@ backbone, _ = load_backbone(BackboneConfig(name="tiny"), EngineConfig())
 task = classification.build(classification.Config(labels={"bad": "bad", "good": "good"}))
 texts = {"a dull film": "bad", "a lovely film": "good", "lovely": "good"}
 records = [Record(text, {"text": text, "target": label}) for text, label in texts.items()]
-start = Prompt(backbone.start("a good film", 4, 1, seed=0), backbone.fingerprint, enters_at=1)
+start = Prompt(backbone.init_prompt("a good film", 4, 1, seed=0), backbone.fingerprint, enters_at=1)
 
 candidates_KPD = torch.stack([start.vectors_PD, torch.zeros_like(start.vectors_PD)])
 answer = Compute(backbone).answer([Query(candidates_KPD, task.encode(records, backbone, start), grad=True)])[0]

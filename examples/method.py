@@ -5,13 +5,13 @@ handed to the engine directly.
 """
 
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.federation import simulation
-from ficpd.federation.rounds import Schedule, federate
+from ficpd.federation.rounds import RoundSchedule, run_rounds
 from ficpd.methods.fedavg import Config, FedAvg
-from ficpd.optimizers import Training
-from ficpd.types import ClientUpdate, Setup
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.types import ClientUpdate, FederationInfo
 
 RECIPE = """
 backbone = { name = "tiny" }
@@ -24,22 +24,22 @@ partition = { kind = "iid", num_clients = 5 }
 class SignAvg(FedAvg):
     name = "sign_avg"
 
-    def train(self, client, order):
-        update = yield from super().train(client, order)
+    def local_update(self, client, order):
+        update = yield from super().local_update(client, order)
         return ClientUpdate(client.id, {"delta": update.arrays["delta"].sign() * 0.01}, update.weight)
 
 
-def build(config: Config, training: Training) -> SignAvg:
+def build(config: Config, training: LocalTrainingConfig) -> SignAvg:
     return SignAvg(training, config.robust)
 
 
 if __name__ == "__main__":
-    world = build_world(parse(RECIPE, "example"))
-    method, clients = build(Config(), world.experiment.training), world.clients()
-    engine = simulation.build(simulation.Config(), method, clients, world.model)
-    state = method.init(Setup(world.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
-    schedule = Schedule(num_rounds=3, cohort=5, seed=0)
-    for after, done in federate(method, engine, world.model, state, schedule, world.compression):
+    context = build_context(parse(RECIPE, "example"))
+    method, clients = build(Config(), context.experiment.training), context.clients()
+    engine = simulation.build(simulation.Config(), method, clients, context.model)
+    state = method.init(FederationInfo(context.start, engine.clients(), num_rounds=3, cohort=5, seed=0))
+    schedule = RoundSchedule(num_rounds=3, cohort=5, seed=0)
+    for after, done in run_rounds(method, engine, context.model, state, schedule, context.compression):
         state = after
         print(f"round {done.round}: {done.updates} updates, {done.bytes_up} bytes up")
-    print(evaluate(method, state, clients, world.model, 4).everyone)
+    print(evaluate(method, state, clients, context.model, 4).everyone)

@@ -5,11 +5,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ficpd.interfaces import Noise
+from ficpd.interfaces import NoiseSource
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.record_gaussian import RecordGaussian
-from ficpd.types import Plan
+from ficpd.types import ClientWorkload
 
 
 class Config(record_gaussian.Config):
@@ -19,25 +19,25 @@ class Config(record_gaussian.Config):
 class ClipsTheMean(RecordGaussian):
     """The batch's mean is clipped and not each record, and the noise is that of a clipped record."""
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
         mean = values_KB.sum(1) / expected_batch
         clipped = clipped_sum(mean.reshape(1, -1), self.clip_norm)
-        return noise.gaussian(clipped, self.noise_multiplier * self.clip_norm / expected_batch).view(mean.shape)
+        return noise.add_gaussian(clipped, self.noise_multiplier * self.clip_norm / expected_batch).view(mean.shape)
 
 
 class NoiseOffByTheBatch(RecordGaussian):
     """The noise is divided by the batch once for itself and once with the sum."""
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
         K, B, *rest = values_KB.shape
         summed = clipped_sum(values_KB.transpose(0, 1).reshape(B, K * math.prod(rest)), self.clip_norm)
-        noised = noise.gaussian(summed, self.noise_multiplier * self.clip_norm / expected_batch)
+        noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm / expected_batch)
         return noised.view(K, *rest) / expected_batch
 
 
 MECHANISMS = {"clips_the_mean": ClipsTheMean, "noise_off_by_the_batch": NoiseOffByTheBatch}
 
 
-def build(config: Config, plan: Plan) -> RecordGaussian:
+def build(config: Config, plan: ClientWorkload) -> RecordGaussian:
     sound = record_gaussian.build(config, plan)
     return MECHANISMS[config.how](config, plan, sound.noise_multiplier, sound._totals, sound._whole)

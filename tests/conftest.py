@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.config import read
 from ficpd.experiments.runner import run
 
 
 @pytest.fixture
-def model() -> Compute:
-    return Compute(small.backbone())
+def model() -> QueryEngine:
+    return QueryEngine(small.backbone())
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ficpd.deployment.flower_cli import free_ports, submit
+from ficpd.deployment.flower_cli import flwr_run, free_ports
 from ficpd.deployment.site.config import Policy, Simulation, SiteConfig
-from ficpd.deployment.site.http import bound, server_of
-from ficpd.deployment.site.policy import mechanism_of
+from ficpd.deployment.site.http import bind_socket, server_of
+from ficpd.deployment.site.policy import mechanism_name
 from ficpd.deployment.site.site import Site
 from ficpd.errors import RunError
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, to_toml
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.privacy_plan import private_seed
@@ -29,12 +29,12 @@ ENOUGH = 1e9
 
 def run(experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
     """Returns the main method's result; baselines are not run. Raises `RunError` with Flower's exit status if it failed."""
-    with RunDir(out).held():
+    with RunDir(out).lock():
         RunDir(out).check(to_toml(served(experiment)), resume)
-    world = build_world(experiment)
+    context = build_context(experiment)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficpd-")))
-        sites = stack.enter_context(answering(world, folder, out.with_name(out.name + "-sites")))
+        sites = stack.enter_context(answering(context, folder, out.with_name(out.name + "-sites")))
         status = _flower(served(experiment), out, resume, folder, len(sites))
     found = RunDir(out).result()
     if status or found is None:
@@ -50,15 +50,16 @@ def served(experiment: Experiment) -> Experiment:
 
 
 @contextmanager
-def answering(world: World, sockets: Path, states: Path) -> Iterator[list[Site]]:
+def answering(context: ExperimentContext, sockets: Path, states: Path) -> Iterator[list[Site]]:
     """Starts every client as a site in a thread of its own. Sites share the backbone and compute one at a time."""
     turn = threading.Lock()
     sites = [
-        _site(world, name, sockets / f"{place}.sock", states / name, turn) for place, name in enumerate(world.shards)
+        _site(context, name, sockets / f"{place}.sock", states / name, turn)
+        for place, name in enumerate(context.shards)
     ]
     with ExitStack() as stack:
         for site in sites:
-            sock, server = bound(site.config.socket), server_of(site)
+            sock, server = bind_socket(site.config.socket), server_of(site)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
             thread.start()
             stack.callback(site.close)
@@ -68,20 +69,20 @@ def answering(world: World, sockets: Path, states: Path) -> Iterator[list[Site]]
         yield sites
 
 
-def _site(world: World, name: str, place: Path, state: Path, turn: threading.Lock) -> Site:
-    experiment = world.experiment
-    party = experiment.parties[world.group_of[name]]
+def _site(context: ExperimentContext, name: str, place: Path, state: Path, turn: threading.Lock) -> Site:
+    experiment = context.experiment
+    party = experiment.all_groups[context.group_of[name]]
     policy = Policy(
         epsilon=ENOUGH, delta=experiment.privacy.get("delta", 1e-5), methods=(experiment.method["name"],),
-        mechanisms=(mechanism_of(experiment.privacy),), max_local_steps=10**6, max_batch_size=10**6, max_rounds=10**6,
+        mechanisms=(mechanism_name(experiment.privacy),), max_local_steps=10**6, max_batch_size=10**6, max_rounds=10**6,
         share_metrics=True,
     )  # fmt: skip
     config = SiteConfig(
-        name=name, socket=place, state=state, card=world.shards[name].metadata, backbone=experiment.backbone,
-        task=party.task, data=party.held[0], policy=policy, engine=experiment.engine,
+        name=name, socket=place, state=state, card=context.shards[name].metadata, backbone=experiment.backbone,
+        task=party.task, data=party.data_and_partition[0], policy=policy, engine=experiment.engine,
         simulation=Simulation(private_seed=private_seed(experiment.seed, name)),
     )  # fmt: skip
-    return Site(config, world.shards[name], world.task_of(name), world.model, lock=turn)
+    return Site(config, context.shards[name], context.task_of(name), context.model, lock=turn)
 
 
 def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clients: int) -> int:
@@ -92,7 +93,7 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
     more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
     federation = f"num-supernodes={clients} client-resources-num-cpus=1"
     try:
-        return submit(
+        return flwr_run(
             to_toml(experiment), f"{experiment.name}.toml", out, resume, ["--federation-config", federation], more
         )
     finally:

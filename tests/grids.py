@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import ficpd
-from ficpd.deployment.site.http import bound, server_of
+from ficpd.deployment.site.http import bind_socket, server_of
 from ficpd.deployment.site.site import Site
 from ficpd.federation.codec import UPDATE_HEADER
 
@@ -25,7 +25,7 @@ APP = Path(ficpd.__file__).parent / "deployment" / "flower-app"
 @contextmanager
 def answering(site: Site) -> Iterator[Path]:
     """A site on its socket, in a thread."""
-    server, sock = server_of(site), bound(site.config.socket)
+    server, sock = server_of(site), bind_socket(site.config.socket)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while thread.is_alive() and not server.started:

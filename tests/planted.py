@@ -8,13 +8,13 @@ from torch import Tensor
 
 import small
 from ficpd.backbones import tiny
-from ficpd.types import Item, Outputs, Record
+from ficpd.types import EncodedInput, ModelOutput, Record
 
 KINDS = ("alpha", "beta", "gamma", "delta")
 SIZE = 32
 
 
-class FewWords(tiny.Hashed):
+class FewWords(tiny.HashTokenizer):
     """A vocabulary of 32 words, number i the key to the i-th kind of record."""
 
     size = SIZE
@@ -27,20 +27,22 @@ class FewWords(tiny.Hashed):
 class Planted(tiny.Tiny):
     def __init__(self, width: int = 16):
         super().__init__(tiny.Config(width=width), torch.float32, small.CPU, "planted")
-        self.words = FewWords(self.table)
-        self.kinds = [self.words.ids(kind)[0] for kind in KINDS]
-        self.good = self.words.ids("good")[0]
+        self.vocabulary = FewWords(self.table)
+        self.kinds = [self.vocabulary.ids(kind)[0] for kind in KINDS]
+        self.good = self.vocabulary.ids("good")[0]
         self.told_CD = small.classes().readout(self) / tiny.SCALE
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         """The feature of the answer that the text names (`good` or `bad`), or of the other one."""
         if not prompts_SPD.shape[1]:  # the answers' own texts
-            return super().above(prompts_SPD, hidden, items, layer)
+            return super().forward(prompts_SPD, hidden, items, layer)
         texts = [item.content.tolist() for item in items]
         keys_SD = self.table[[self.kinds.index(ids[0]) for ids in texts]]
         knows_S = (prompts_SPD == keys_SD[:, None]).all(-1).any(-1)
         bad_S = torch.tensor([self.good not in ids for ids in texts])
-        return Outputs(self.told_CD[(bad_S == knows_S).long()])
+        return ModelOutput(self.told_CD[(bad_S == knows_S).long()])
 
 
 def records(kind: str, count: int, seed: int = 0) -> list[Record]:

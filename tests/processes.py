@@ -15,13 +15,13 @@ from typing import Any
 
 import grids
 import small
-from ficpd.deployment.coordinator import serve
+from ficpd.deployment.coordinator import run_coordinator
 from ficpd.deployment.site import config as settings
 from ficpd.deployment.site import preflight
 from ficpd.deployment.site.site import LEDGER
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.types import Spend
+from ficpd.types import PrivacyCost
 from warm import Warm
 
 EPSILON, DELTA = 4.0, 1e-3
@@ -29,9 +29,9 @@ PRIVACY = f'\n[privacy]\nname = "record_gaussian"\nepsilon = {EPSILON}\nclip_nor
 
 
 @cache
-def order(num_rounds: int) -> Spend:
+def order(num_rounds: int) -> PrivacyCost:
     """What one order costs a site: two steps of four of its 16 training records, noised for a run of so many rounds."""
-    planned = Spend("prompt", 4 / 16, 1.0, 2 * num_rounds)
+    planned = PrivacyCost("prompt", 4 / 16, 1.0, 2 * num_rounds)
     noise = accountant.calibrate(EPSILON, DELTA, lambda multiplier: [planned._replace(noise_multiplier=multiplier)])
     return planned._replace(noise_multiplier=noise, count=2)
 
@@ -134,7 +134,7 @@ def coordinate(
     config = Config.model_validate(
         {"poll_seconds": 0.01, "wait_seconds": 60.0, "deadline_seconds": 60.0} | named | options
     )
-    return serve(text, "small.toml", out, Flower(config, grid, ""), resume, say)  # type: ignore[arg-type]
+    return run_coordinator(text, "small.toml", out, Flower(config, grid, ""), resume, say)  # type: ignore[arg-type]
 
 
 def journal(out: Path) -> Path:
@@ -181,7 +181,7 @@ class Account:
     versions."""
 
     orders: list[int]
-    prices: list[tuple[int, Spend]]
+    prices: list[tuple[int, PrivacyCost]]
     left: dict[int, int]
 
     @property
@@ -202,10 +202,10 @@ def account(place: Place, out: Path) -> Account:
     ledger = Ledger(config.state / LEDGER, f"site {config.name}")
     try:
         orders = [round for (round,) in ledger.file.execute("select round from orders order by round")]
-        lines = json.loads(ledger.book(config.name, Budget(None, DELTA)).lines())
+        lines = json.loads(ledger.account(config.name, Budget(None, DELTA)).lines())
     finally:
         ledger.close()
-    prices = [(line["round"], Spend(*(line[name] for name in Spend._fields))) for line in lines]
+    prices = [(line["round"], PrivacyCost(*(line[name] for name in PrivacyCost._fields))) for line in lines]
     gone = left(out, place.node)
     return Account(orders, prices, {round: len(bodies) for round, bodies in gone.items()})
 
@@ -219,5 +219,5 @@ def paid(place: Place, out: Path) -> list[int]:
     assert not found.twice, "one payment, two different updates"
     count = len(found.orders) * price.count
     epsilon = accountant.epsilon([price._replace(count=count)], DELTA) if count else 0.0
-    assert preflight.status(place.file)["epsilon"]["spent"] == epsilon
+    assert preflight.site_status(place.file)["epsilon"]["spent"] == epsilon
     return found.orders

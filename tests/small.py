@@ -9,22 +9,22 @@ import torch
 
 from ficpd import rng
 from ficpd.backbones import tiny
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.config import Experiment, parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import simulation
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
-from ficpd.federation.rounds import Round, Schedule, federate
+from ficpd.federation.rounds import Round, RoundSchedule, run_rounds
 from ficpd.interfaces import Compression, Engine, Method, Task
 from ficpd.library.library import PromptLibrary
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.tasks import classification, multiple_choice, regression
 from ficpd.traits import StartsElsewhere
-from ficpd.types import Answer, ArrayKind, ClientCard, Layout, Prompt, Query, Record, Setup, State
+from ficpd.types import Answer, ArraySpec, ClientCard, FederationInfo, Prompt, Query, Record, State, UpdateSpec
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]
@@ -32,7 +32,7 @@ BAD = ["bad", "dull", "awful", "grey"]
 OTHER = ["the", "film", "was", "a", "story", "and", "we", "saw", "it", "twice"]
 LABELS = {"good": "good fine", "bad": "bad dull"}
 ANCHORS = {"bad dull": 1.0, "good fine": 5.0}
-TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1)
+TRAINING = LocalTrainingConfig(local_steps=2, batch_size=4, learning_rate=0.1)
 
 
 def backbone(width: int = 16, depth: int = 2, max_tokens: int = 64, dtype: torch.dtype = torch.float32) -> tiny.Tiny:
@@ -50,7 +50,7 @@ def numbers(**more: Any) -> regression.Regression:
 
 def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = False) -> list[Record]:
     """Sentences of different lengths, each with one word that tells its label (or its number from 1 to 5)."""
-    random = rng.generator("small records", seed)
+    random = rng.make_generator("small records", seed)
     found = []
     for place in range(count):
         good = bool(torch.randint(2, (1,), generator=random))
@@ -61,7 +61,7 @@ def records(count: int, seed: int = 0, name: str = "file.csv", real: bool = Fals
     return found
 
 
-def choices(**more: Any) -> multiple_choice.Choice:
+def choices(**more: Any) -> multiple_choice.MultipleChoice:
     return multiple_choice.build(multiple_choice.Config(instruction="it was", **more))
 
 
@@ -76,32 +76,32 @@ def questions(count: int, seed: int = 0, name: str = "file.jsonl") -> list[Recor
     return found
 
 
-def start(model: Compute, task: Task, num_tokens: int = 3, enters_at: int = 1) -> Prompt:
+def start(model: QueryEngine, task: Task, num_tokens: int = 3, enters_at: int = 1) -> Prompt:
     """Activations of a text, and as many rows of a readout as the task tunes."""
-    tokens_PD = model.backbone.start("it was good and bad", num_tokens, enters_at, 0)
-    heads_CD = model.backbone.start("good bad", task.head_rows, 0, 0) if task.head_rows else tokens_PD[:0]
+    tokens_PD = model.backbone.init_prompt("it was good and bad", num_tokens, enters_at, 0)
+    heads_CD = model.backbone.init_prompt("good bad", task.head_rows, 0, 0) if task.head_rows else tokens_PD[:0]
     return Prompt(torch.cat([tokens_PD, heads_CD]), model.backbone.fingerprint, enters_at, task.head_rows)
 
 
 def clients(
-    model: Compute, method: Method, count: int = 5, seed: int = 0, mechanism: Any = None, task: Task | None = None,
+    model: QueryEngine, method: Method, count: int = 5, seed: int = 0, mechanism: Any = None, task: Task | None = None,
     compression: Compression | None = None, ledger: Ledger | None = None,
 ) -> dict[str, Client]:  # fmt: skip
     """Members of unequal size; one that holds all records where the method pools them."""
     task, mechanism = task or classes(), mechanism or NoPrivacy()
     shares = {f"site-{i}": records(5 + 2 * i, i, f"site-{i}.csv") for i in range(count)}
-    if method.pools_data:
+    if method.centralized:
         shares = {"everyone": [record for share in shares.values() for record in share]}
     begin = start(model, task)
     if isinstance(method, StartsElsewhere):
-        begin = method.start(begin, model.backbone, 0)
+        begin = method.init_prompt(begin, model.backbone, 0)
     compression = compression or whole(begin)
     ledger = ledger or (Ledger(":memory:", "a run") if mechanism.unit != "none" else None)
     budget = Budget(None, 1e-5)
     return {
         name: Client(
             ClientCard(name), share, records(4, 100, "test.csv"), task, model.backbone, mechanism, compression, begin,
-            rng.derive(seed, "private", name), ledger and ledger.book(name, budget),
+            rng.derive_seed(seed, "private", name), ledger and ledger.account(name, budget),
         )
         for name, share in shares.items()
     }  # fmt: skip
@@ -112,17 +112,19 @@ def whole(begin: Prompt) -> Compression:
     return none.build(none.Config(), begin, 0)
 
 
-def wire(layout: Layout) -> dict[str, ArrayKind]:
+def wire(layout: UpdateSpec) -> dict[str, ArraySpec]:
     """How arrays of this layout travel without compression."""
-    return {n: kind if isinstance(kind, ArrayKind) else ArrayKind(tuple(kind)) for n, kind in layout.items()}
+    return {n: kind if isinstance(kind, ArraySpec) else ArraySpec(tuple(kind)) for n, kind in layout.items()}
 
 
-def method(name: str, training: Training = TRAINING, **config: Any) -> Method:
+def method(name: str, training: LocalTrainingConfig = TRAINING, **config: Any) -> Method:
     module = load("methods", name)
     return module.build(module.Config(**config), training)
 
 
-def engine(chosen: Method, members: Mapping[str, Client], model: Compute, lock_step: int = 64) -> simulation.InProcess:
+def engine(
+    chosen: Method, members: Mapping[str, Client], model: QueryEngine, lock_step: int = 64
+) -> simulation.SimulationEngine:
     return simulation.build(simulation.Config(lock_step=lock_step), chosen, members, model)
 
 
@@ -130,19 +132,19 @@ def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, 
     cards = [client.card for client in members.values()]
     begin = next(iter(members.values())).start
     labels = {"": getattr(next(iter(members.values())).task, "num_labels", 0)}
-    return chosen.init(Setup(begin, cards, rounds, len(cards), seed, labels))
+    return chosen.init(FederationInfo(begin, cards, rounds, len(cards), seed, labels))
 
 
 def rounds(
-    chosen: Method, members: Mapping[str, Client], model: Compute, schedule: Schedule | None = None,
+    chosen: Method, members: Mapping[str, Client], model: QueryEngine, schedule: RoundSchedule | None = None,
     through: Engine | None = None, lock_step: int = 64,
 ) -> tuple[State, list[Round]]:  # fmt: skip
     """The last state, and what every round reported."""
-    schedule = schedule or Schedule(2, len(members), 0)
+    schedule = schedule or RoundSchedule(2, len(members), 0)
     through = through or engine(chosen, members, model, lock_step)
     state, reports = first_state(chosen, members, schedule.num_rounds, schedule.seed), []
     compression = next(iter(members.values())).compression
-    for after, report in federate(chosen, through, model, state, schedule, compression):
+    for after, report in run_rounds(chosen, through, model, state, schedule, compression):
         state = after
         reports.append(report)
     return state, reports
@@ -151,7 +153,7 @@ def rounds(
 class Listening:
     """A model that remembers which prompts it was asked about."""
 
-    def __init__(self, model: Compute):
+    def __init__(self, model: QueryEngine):
         self.model, self.backbone, self.asked = model, model.backbone, []
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

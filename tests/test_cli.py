@@ -126,7 +126,7 @@ def test_run_again_is_refused_and_resume_is_not(ficpd, folder, tmp_path):
         ("engine.device=meta", "engine.device = 'meta' is not available here"),
         ("engine.name=steam", "unknown engine 'steam'"),
         ("engine.options.lockstep=3", "unknown key 'lockstep'; did you mean 'lock_step'?"),
-        ("training.tuner=adma", "unknown optimizer 'adma'; did you mean 'adam'?"),
+        ("training.optimizer=adma", "unknown optimizer 'adma'; did you mean 'adam'?"),
         ("backbone.options.witdh=8", "unknown key 'witdh'; did you mean 'width'?"),
         ("task.labels={good='good', bad=''}", "has no tokens"),
         ("partition.column=town", "town"),
@@ -250,11 +250,11 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
 def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path):
     """The readout of the demonstrations is saved and used, and beside the adapted prompt only."""
     from ficpd.evaluation.evaluate import score_prompt
-    from ficpd.library.session import adapt_library, draw_shots, open_library, own_task, read_records
+    from ficpd.library.session import adapt_library, draw_shots, open_library, read_records, resolve_task
 
     opened = open_library(folder / "run")
     records = read_records(str(moods), {}, labelled=True)
-    own = own_task(opened, records, None, {"sad": "one", "very_happy": "two"}, None)
+    own = resolve_task(opened, records, None, {"sad": "one", "very_happy": "two"}, None)
     shots = draw_shots(records, 0, False, 0)
     found = adapt_library(opened, own, shots, tmp_path / "mine", "demonstrations")
     batch = found.fitted.encode(own.task, records, opened.model.backbone)
@@ -387,9 +387,9 @@ def test_a_library_without_a_global_prompt_answers_by_the_nearest_key(ficpd, fol
     key = library.keys["global"]
     given = replace(library, prompts=apart, keys={"east": -key, "west": key})
     given.save(tmp_path / "lib")
-    from ficpd.library.session import open_library, usual
+    from ficpd.library.session import default_prompt, open_library
 
-    assert usual(open_library(tmp_path / "lib")) == "west"
+    assert default_prompt(open_library(tmp_path / "lib")) == "west"
     assert ficpd("predict", tmp_path / "lib", "--text", "fine")[0] == 0
     replace(given, keys={}).save(tmp_path / "old")
     assert "no prompt None in this library; it has east, west" in failed(

@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from ficpd.experiments import config
-from ficpd.experiments.comparison.grid import planned
+from ficpd.experiments.comparison.grid import expand
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -25,10 +25,10 @@ def test_the_pages_have_recipes():
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
 def test_a_recipe_of_the_pages_can_be_read(page, block, tmp_path):
     """Alone if it says what the task is and who holds the data; else its parts in the place of the quick start's."""
-    tree, quick = tomllib.loads(block), config.text_of(config.QUICKSTART)[0]
+    tree, quick = tomllib.loads(block), config.read_recipe(config.QUICKSTART)[0]
     if page.stem == "compare":
         (tmp_path / "abstracts.toml").write_text(quick, encoding="utf-8")
-        assert planned(block, page.name, beside=tmp_path).cells
+        assert expand(block, page.name, beside=tmp_path).cells
         return
     if not ({"task", "data", "partition"} <= tree.keys() or "groups" in tree):
         block = tomli_w.dumps({**tomllib.loads(quick), **tree})

@@ -8,7 +8,7 @@ import torch
 
 import small
 from ficpd.errors import ConfigError, PrivacyError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse, to_toml
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import privacy_plan
@@ -50,18 +50,18 @@ def run(folder: Path, *changes: str, **kinds) -> dict:
 
 
 def test_every_client_has_its_own_groups_task(tmp_path):
-    world = build_world(parse(toml(tmp_path), "x"))
-    assert sorted(world.shards) == [f"{g}.site-{i}" for g in ("opposed", "plain") for i in range(3)]
-    assert world.shards["plain.site-0"].metadata == {"site": "site-0", "group": "plain"}
-    clients = world.clients()
-    assert clients["plain.site-1"].task is world.tasks["plain"]
-    assert clients["opposed.site-1"].task.possible == ["up", "down"]
-    pooled = world.clients(pooled=True)
+    context = build_context(parse(toml(tmp_path), "x"))
+    assert sorted(context.shards) == [f"{g}.site-{i}" for g in ("opposed", "plain") for i in range(3)]
+    assert context.shards["plain.site-0"].metadata == {"site": "site-0", "group": "plain"}
+    clients = context.clients()
+    assert clients["plain.site-1"].task is context.tasks["plain"]
+    assert clients["opposed.site-1"].task.label_space == ["up", "down"]
+    pooled = context.clients(pooled=True)
     assert {name: len(c.train) for name, c in pooled.items()} == {
         f"{g}.everyone": sum(len(c.train) for n, c in clients.items() if n.startswith(g)) for g in ("plain", "opposed")
     }
     with pytest.raises(ConfigError, match="several tasks"):
-        _ = world.task
+        _ = context.task
 
 
 def test_prototypes_part_what_opposes_and_beat_one_prompt_for_all(tmp_path):
@@ -128,15 +128,15 @@ def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(t
     given = toml(tmp_path, "fedavg", 1).replace(
         'up = "bad dull", down = "good fine"', 'up = "good fine", down = "good"'
     )
-    built = build_world(parse(given, "groups.toml", PRIVATE))
+    built = build_context(parse(given, "groups.toml", PRIVATE))
     norms = built.experiment.privacy["clip_norms"]
     assert set(norms) == {"plain", "opposed"}
     assert norms["plain"] > 1.5 * norms["opposed"] > 0
-    again = build_world(parse(to_toml(built.experiment), "resolved.toml"))
+    again = build_context(parse(to_toml(built.experiment), "resolved.toml"))
     assert again.experiment.privacy["clip_norms"] == norms
     part = {**built.experiment.privacy}
-    for name in built.holders(pooled=True) | built.shards:
-        config = privacy_plan.clipping(
+    for name in built.shards_for(pooled=True) | built.shards:
+        config = privacy_plan.with_group_clip_norm(
             record_gaussian.Config(**{k: v for k, v in part.items() if k != "name"}), part, name
         )
         assert config.clip_norm == norms[built.group_of.get(name, name.partition(".")[0])]
@@ -173,7 +173,7 @@ def test_what_cannot_be_a_federation_of_groups_is_said(tmp_path):
     with pytest.raises(ConfigError, match="task is missing; it has no default"):
         parse('[data]\nsource = "ratings"\n', "x")
     with pytest.raises(ConfigError, match="a head fits one label set, and this federation has 2 tasks"):
-        build_world(parse(text, "x", ["groups.plain.task.tuned_head=true"]))
+        build_context(parse(text, "x", ["groups.plain.task.tuned_head=true"]))
 
 
 # ---------------------------------------------------------------- a start that was saved
@@ -183,9 +183,9 @@ def test_a_run_goes_on_from_a_saved_prompt(tmp_path):
     small.run(tmp_path, "fedavg", rounds=3)
     kept = PromptLibrary.load(tmp_path / "run").prompts["global"]
     changes = ("prompt.init=library", f"prompt.library={tmp_path / 'run'}")
-    world = build_world(small.experiment(tmp_path, "fedavg", *changes))
-    assert torch.equal(world.start.vectors_PD, kept.vectors_PD)
-    assert (world.start.enters_at, world.experiment.prompt.num_tokens) == (kept.enters_at, 3)
+    context = build_context(small.experiment(tmp_path, "fedavg", *changes))
+    assert torch.equal(context.start.vectors_PD, kept.vectors_PD)
+    assert (context.start.enters_at, context.experiment.prompt.num_tokens) == (kept.enters_at, 3)
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path):
@@ -194,6 +194,6 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="go together"):
         small.experiment(tmp_path, "fedavg", given)
     with pytest.raises(ConfigError, match="did you mean 'global'"):
-        build_world(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.of=globl"))
+        build_context(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.of=globl"))
     with pytest.raises(ConfigError, match="enters at 1; leave it out"):
-        build_world(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.enters_at=0"))
+        build_context(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.enters_at=0"))

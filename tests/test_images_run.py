@@ -13,10 +13,10 @@ import sights
 import small
 from ficpd.cli import app
 from ficpd.errors import BackboneError, ConfigError, DataError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run
-from ficpd.library.session import adapt_library, open_library, own_task, predicted, read_records, scores
+from ficpd.library.session import adapt_library, open_library, predicted, read_records, resolve_task, score_library
 
 EXAMPLES = 3
 
@@ -88,7 +88,7 @@ def test_its_library_sees_images_of_others(finished, place):
     opened = open_library(finished)
     assert not opened.library.keys  # the backbone knows no words that a task could be described with
     records = read_records(str(place / "digits" / "test"), {"image": "image"}, labelled=True)
-    found = scores(opened, records, "global")
+    found = score_library(opened, records, "global")
     assert found["global"]["accuracy"] > found["zero-shot"]["accuracy"]
     one = place / "digits" / "test" / "7"
     told = CliRunner().invoke(app, ["predict", str(finished), "--data", str(one), "-c", "image=image"])
@@ -112,25 +112,25 @@ def test_its_library_sees_images_of_others(finished, place):
 )
 def test_what_cannot_be_run_is_said_before_the_first_round(place, changes, error, words):
     with pytest.raises(error, match=words):
-        build_world(experiment(place, *changes))
+        build_context(experiment(place, *changes))
 
 
 def test_the_clients_own_records_are_no_public_examples(place):
     with pytest.raises(ConfigError, match="public"):
-        build_world(experiment(place, f"prompt.head_examples={place / 'digits'}"))
+        build_context(experiment(place, f"prompt.head_examples={place / 'digits'}"))
 
 
 def test_without_words_and_without_a_head_there_is_nothing_to_classify_by(place):
     whole = experiment(place)
     prompt, task = whole.prompt.model_copy(update={"head_examples": None}), {**whole.task, "tuned_head": False}
     with pytest.raises(BackboneError, match="tuned_head = true"):
-        build_world(whole.model_copy(update={"prompt": prompt, "task": task}))
+        build_context(whole.model_copy(update={"prompt": prompt, "task": task}))
 
 
 def test_a_head_without_examples_starts_anywhere_but_always_there(place):
     whole = experiment(place)
     whole = whole.model_copy(update={"prompt": whole.prompt.model_copy(update={"head_examples": None})})
-    heads = [build_world(whole.model_copy(update={"seed": seed})).start.vectors_PD[3:] for seed in (0, 0, 1)]
+    heads = [build_context(whole.model_copy(update={"seed": seed})).start.vectors_PD[3:] for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not small.close(heads[0], heads[2], 0.1)
 
@@ -142,10 +142,10 @@ def test_directions_and_clip_norm_come_from_made_up_images(place):
         "privacy.name=record_gaussian",
         "privacy.epsilon=50",
     ]
-    world = build_world(experiment(place, *changes))
-    assert world.experiment.privacy["clip_norm"] > 0
-    assert world.compression.coordinates.size == 8
-    assert world.compression.coordinates.typical.min() > 0
+    context = build_context(experiment(place, *changes))
+    assert context.experiment.privacy["clip_norm"] > 0
+    assert context.compression.subspace.size == 8
+    assert context.compression.subspace.grad_scale.min() > 0
 
 
 def test_a_clip_needs_no_head_and_its_tasks_have_keys(place, tmp_path):
@@ -161,6 +161,6 @@ def test_a_clip_needs_no_head_and_its_tasks_have_keys(place, tmp_path):
     opened = open_library(tmp_path / "run")
     assert set(opened.library.keys) == {"global"}
     records = [r for r in read_records(str(place / "public"), {"image": "image"}, True) if r.fields["target"] in two]
-    found = adapt_library(opened, own_task(opened, records, None, {}, None), records, tmp_path / "mine")
+    found = adapt_library(opened, resolve_task(opened, records, None, {}, None), records, tmp_path / "mine")
     assert "demonstrations" in " ".join(found.table)
     assert len(predicted(open_library(tmp_path / "mine"), records, "adapted")) == 2 * EXAMPLES

@@ -14,8 +14,8 @@ from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.privacy_plan import LEDGER, private_seed, public_seed
 from ficpd.methods import ficpd
 from ficpd.privacy import accountant
-from ficpd.rng import derive, generator
-from ficpd.types import Spend
+from ficpd.rng import derive_seed, make_generator
+from ficpd.types import PrivacyCost
 
 RECORD = ("privacy.name=record_gaussian", "privacy.clip_norm=0.1", "privacy.delta=1e-3")
 TWO = (*RECORD, "privacy.epsilon=2")
@@ -65,7 +65,7 @@ def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
 def test_the_ledger_has_what_the_block_counts(tmp_path):
     block = small.run(tmp_path, "ficpd", *TWO)["privacy"]
     for site, epsilon in block["epsilon_of_sites"].items():
-        spends = [Spend(*rest) for name, _, *rest in lines(tmp_path) if name == site]
+        spends = [PrivacyCost(*rest) for name, _, *rest in lines(tmp_path) if name == site]
         assert accountant.epsilon(spends, 1e-3) == epsilon
     assert {round for _, round, *_ in lines(tmp_path)} == {1, 2, 3}
 
@@ -75,7 +75,7 @@ def test_a_noise_multiplier_states_what_it_costs(tmp_path):
     assert block["budget"] is None
     assert block["noise_multiplier"] == [3.0, 3.0]
     (line,) = block["lines"]
-    assert block["epsilon"] == accountant.epsilon([Spend("prompt", line["sampling_rate"], 3.0, 6)], 1e-3)
+    assert block["epsilon"] == accountant.epsilon([PrivacyCost("prompt", line["sampling_rate"], 3.0, 6)], 1e-3)
 
 
 def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
@@ -83,7 +83,7 @@ def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
     fixed = (*RECORD, "privacy.noise_multiplier=3.0")
     small.run(tmp_path / "free", "fedavg", *fixed)
     least = min(rate for _, _, _, rate, _, _ in lines(tmp_path / "free"))
-    two_rounds = accountant.epsilon([Spend("prompt", least, 3.0, 4)], 1e-3)
+    two_rounds = accountant.epsilon([PrivacyCost("prompt", least, 3.0, 4)], 1e-3)
     result = small.run(tmp_path, "fedavg", *fixed, f"privacy.epsilon={two_rounds + 1e-6}")
     assert result["num_rounds"] == 2
     assert "round 3 does not take place" in result["stopped"]
@@ -102,11 +102,11 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypatch, when, method):
     """Between the noise and the sending, or after: the same library, the same ledger."""
     from ficpd.experiments.run_directory import RunDir
-    from ficpd.privacy.ledger import Book
+    from ficpd.privacy.ledger import Account
 
     whole = small.run(tmp_path / "whole", method, *TWO)
     experiment = small.experiment(tmp_path / "cut", method, *TWO)
-    cut, calls = (Book, "settle") if when == "before the ledger" else (RunDir, "save"), []
+    cut, calls = (Account, "settle") if when == "before the ledger" else (RunDir, "save"), []
     original = getattr(*cut)
 
     def dies(*given):
@@ -292,12 +292,12 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     }
     assert 7 not in known
     names = ["private", "public", "noise", "site-0", "site-1", "cohort", "server", 1, 2, 3]
-    noise = torch.randn(8, generator=generator(private_seed(7, "site-0"), "noise", "ficpd", 1))
+    noise = torch.randn(8, generator=make_generator(private_seed(7, "site-0"), "noise", "ficpd", 1))
     for seed in known:
-        tries = [derive(seed, *names[:i], *names[i:j]) for i in range(len(names)) for j in range(i, len(names))]
+        tries = [derive_seed(seed, *names[:i], *names[i:j]) for i in range(len(names)) for j in range(i, len(names))]
         tries += [seed, private_seed(seed, "site-0")]
         for guess in tries:
-            for stream in (generator(guess), generator(guess, "noise", "ficpd", 1)):
+            for stream in (make_generator(guess), make_generator(guess, "noise", "ficpd", 1)):
                 assert not torch.equal(torch.randn(8, generator=stream), noise)
 
 

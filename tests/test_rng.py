@@ -12,19 +12,19 @@ from ficpd import rng
 
 
 def test_a_seed_is_the_same_on_every_machine():
-    assert rng.derive(7, "batches", "site-3", 2) == 820554559390153358
-    assert min(rng.derive(i) for i in range(200)) >= 0
-    assert max(rng.derive(i) for i in range(200)) < 2**63
+    assert rng.derive_seed(7, "batches", "site-3", 2) == 820554559390153358
+    assert min(rng.derive_seed(i) for i in range(200)) >= 0
+    assert max(rng.derive_seed(i) for i in range(200)) < 2**63
 
 
 def test_names_of_other_kinds_orders_and_cuts_give_other_seeds():
     names = [(1,), ("1",), (1.0,), (True,), (1, 1), (11,), ("1", 1), (1, "1"), ("a", "bc"), ("ab", "c"), ("abc",), ()]
-    assert len({rng.derive(*name) for name in names}) == len(names)
+    assert len({rng.derive_seed(*name) for name in names}) == len(names)
 
 
 def test_equal_names_give_equal_streams_and_others_do_not():
     def draw(*names: object) -> list[float]:
-        return torch.rand(5, generator=rng.generator(*names)).tolist()
+        return torch.rand(5, generator=rng.make_generator(*names)).tolist()
 
     assert draw("noise", 3) == draw("noise", 3)
     assert draw("noise", 3) != draw("noise", 4)
@@ -32,9 +32,9 @@ def test_equal_names_give_equal_streams_and_others_do_not():
 
 
 def test_a_generator_is_ones_own():
-    first, second = rng.generator("a"), rng.generator("a")
+    first, second = rng.make_generator("a"), rng.make_generator("a")
     torch.rand(3, generator=first)
-    assert torch.rand(1, generator=second) == torch.rand(1, generator=rng.generator("a"))
+    assert torch.rand(1, generator=second) == torch.rand(1, generator=rng.make_generator("a"))
 
 
 def states() -> dict[str, bytes]:

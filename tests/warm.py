@@ -153,14 +153,14 @@ def _imported() -> None:
     import torch
 
     from ficpd.privacy import accountant
-    from ficpd.privacy.noise import Cryptographic
+    from ficpd.privacy.noise import SecureNoise
 
     processes = importlib.import_module("processes")
     for name in ("deployment.site.load", "deployment.site.http", "cli", "methods.fedavg", "privacy.record_gaussian"):
         importlib.import_module(f"ficpd.{name}")
     for num_rounds in (3, 4):
         accountant.epsilon([processes.order(num_rounds)], processes.DELTA)
-    Cryptographic().gaussian(torch.zeros(1), 1.0)
+    SecureNoise().add_gaussian(torch.zeros(1), 1.0)
     processes.grids.client_app()
 
 

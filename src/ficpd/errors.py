@@ -78,7 +78,7 @@ class BackboneWarning(UserWarning):
     """A backbone that runs, and reads less than was written."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest one that does.
 
     >>> unknown("method", "fedvag", ["fedavg", "local"])

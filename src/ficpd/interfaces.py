@@ -9,26 +9,26 @@ from torch import Tensor
 from ficpd.types import (
     JSON,
     Answer,
-    ArrayKind,
+    ArraySpec,
     Assignment,
     Batch,
     ClientCard,
     ClientUpdate,
-    Item,
-    Layout,
-    Outputs,
+    EncodedInput,
+    FederationInfo,
+    ModelOutput,
+    PrivacyCost,
     Prompt,
     Query,
     Record,
     Reply,
     Score,
-    Setup,
-    Spend,
     State,
+    UpdateSpec,
 )
 
 
-class Words(Protocol):
+class Vocabulary(Protocol):
     """A vocabulary that a prompt can be made of: one token id a place."""
 
     @property
@@ -42,7 +42,7 @@ class Words(Protocol):
         """[...] to [..., D], float32: the words' own vectors. Raises `BackboneError` for an id out of range."""
         ...
 
-    def entering(self, ids_RP: Tensor) -> Tensor:
+    def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         """[R, P] to what `Backbone.above` takes at layer 0 for prompts of these words."""
         ...
 
@@ -59,24 +59,24 @@ class Backbone(Protocol):
     width: int
     depth: int
     max_tokens: int
-    gives_gradients: bool
-    writes: bool
-    sees: bool
+    supports_gradients: bool
+    can_generate: bool
+    sees_images: bool
     """It looks at images (`look`) and reads no texts; else it reads (`read`)."""
-    knows_words: bool
+    has_text_encoder: bool
     """It can score answers by their texts; else a task on it has to tune a head."""
-    gives_features: bool
+    supports_features: bool
     """`Outputs.features_RD` tell of the text; else of a text there is nothing but likelihoods and what is written."""
     device: torch.device
 
     @property
-    def words(self) -> Words | None:
+    def vocabulary(self) -> Vocabulary | None:
         """What a prompt of words is made of; None: it takes none."""
         ...
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         """Encode one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
 
         Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut. `writes` > 0:
@@ -85,7 +85,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def look(self, image: Any, room: int) -> Item:
+    def preprocess_image(self, image: Any, room: int) -> EncodedInput:
         """One image, anything whose `open()` gives a PIL image in RGB; it is opened in `below`, and no pixels are kept.
         Raises `BackboneError` where the backbone sees nothing, or if `room` virtual tokens do not fit."""
         ...
@@ -95,33 +95,37 @@ class Backbone(Protocol):
         Raises `BackboneError` where the backbone knows no words."""
         ...
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """A tuned head's rows as a readout; the inverse of what `start` stores for it."""
         ...
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer. Where
         images are seen the text says nothing: those of made-up images."""
         ...
 
-    def nonsense(self, number: int, seed: int) -> list[Any]:
+    def synthetic_inputs(self, number: int, seed: int) -> list[Any]:
         """Texts of words drawn from the vocabulary, or images of colours: public, and nobody's."""
         ...
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
+    def unk_rate(self, texts: Sequence[str]) -> float:
         """Which share of the tokens of these texts stands for what it cannot read, 0 to 1; 0.0 where nothing does (bytes
         or hashes for a vocabulary, or no texts at all: images)."""
         ...
 
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         """The layers under the prompt's entry, [T, D] per item, unpadded: no prompt, no gradient, computed once, kept."""
         ...
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         """The prompt and the rest, one row per item (`scores_RN` has one column)."""
         ...
 
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+    def generate_greedy(
+        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
+    ) -> list[str]:
         """One text per item behind its own prompt: what follows the part before the scored tail, the likeliest token at
         every step. Raises `BackboneError` where the backbone cannot write."""
         ...
@@ -141,16 +145,16 @@ class Task(Protocol):
     """
 
     head_rows: int
-    writes: int
+    max_new_tokens: int
 
     @property
-    def possible(self) -> Sequence:
+    def label_space(self) -> Sequence:
         """Targets that a record may have, as its owner would write them."""
         ...
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch: ...
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R]: one loss per row, never reduced."""
         ...
 
@@ -168,25 +172,25 @@ class Task(Protocol):
         """[C, D] that a tuned head starts from; None where there is none."""
         ...
 
-    def describe(self) -> Mapping[str, JSON]:
+    def to_config(self) -> Mapping[str, JSON]:
         """The task's configuration, enough to build it again for a library's user."""
         ...
 
 
-class Noise(Protocol):
+class NoiseSource(Protocol):
     """A client's private stream: which records, what noise. Never derivable from anything the server knows."""
 
     @property
     def kind(self) -> Literal["simulated", "cryptographic"]: ...
-    def shuffled(self, number: int) -> Tensor:
+    def permutation(self, number: int) -> Tensor:
         """0..number-1 in a random order."""
         ...
 
-    def poisson(self, number: int, rate: float) -> Tensor:
+    def poisson_sample(self, number: int, rate: float) -> Tensor:
         """Each of 0..number-1 independently with probability `rate`."""
         ...
 
-    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+    def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
         """`values` plus Gaussian noise of this standard deviation, on the CPU, float32."""
         ...
 
@@ -205,29 +209,29 @@ class Mechanism(Protocol):
         """Which source its randomness must come from."""
         ...
 
-    def price(self, door: str) -> Spend | None:
+    def cost(self, door: str) -> PrivacyCost | None:
         """What one passage costs: door "step" (a `mean`), "release", "sum" (at the server), or `TOTAL` + name."""
         ...
 
-    def planned(self) -> Sequence[Spend]:
+    def planned_costs(self) -> Sequence[PrivacyCost]:
         """All that the whole planned run costs."""
         ...
 
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""
         ...
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
         """[K, B, ...] to [K, ...]: the only average over records in the package."""
         ...
 
-    def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
+    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `price(TOTAL + name)`."""
         ...
 
-    def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate: ...
+    def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate: ...
 
-    def noise_on(self, size: int) -> float | None:
+    def expected_noise_norm_sq(self, size: int) -> float | None:
         """The expected squared length of the noise in an update of `size` numbers, as the server may know it. None: it may
         not, because that noise goes by how many records there are."""
         ...
@@ -237,21 +241,21 @@ class Mechanism(Protocol):
         ...
 
 
-class Coordinates(Protocol):
+class Subspace(Protocol):
     """A subspace that a prompt is tuned in: orthonormal directions from a public seed."""
 
     @property
     def size(self) -> int: ...
     @property
-    def typical(self) -> Tensor:
+    def grad_scale(self) -> Tensor:
         """[size], positive and public: about how long a record's gradient is in each direction (ones: not known)."""
         ...
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         """[..., P, D] to [..., size]."""
         ...
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         """[..., size] to [..., P, D]; `down(up(z)) == z`."""
         ...
 
@@ -260,8 +264,8 @@ class Compression(Protocol):
     """What of an update travels, and how it is brought back. Public, from a seed all know: it is no privacy."""
 
     @property
-    def coordinates(self) -> Coordinates | None:
-        """What the tuner moves in instead of the whole prompt; None: the whole prompt."""
+    def subspace(self) -> Subspace | None:
+        """What the optimizer moves in instead of the whole prompt; None: the whole prompt."""
         ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -276,16 +280,16 @@ class Compression(Protocol):
         """At the server: float32 arrays of the method's own layout."""
         ...
 
-    def wire(self, layout: Layout) -> dict[str, ArrayKind]:
+    def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
         """What `pack` makes of arrays of this layout."""
         ...
 
 
-class ClientSide(Protocol):
+class ClientContext(Protocol):
     """What a method sees of the client it runs at, for the length of one order (`clients.Visit`)."""
 
     id: str
-    kept: dict[str, Tensor]
+    client_state: dict[str, Tensor]
     """What stays at the client between rounds; written back only if the order is carried out to its end."""
 
     @property
@@ -300,9 +304,9 @@ class ClientSide(Protocol):
         ...
 
     @property
-    def coordinates(self) -> Coordinates | None: ...
+    def subspace(self) -> Subspace | None: ...
     @property
-    def words(self) -> Words:
+    def vocabulary(self) -> Vocabulary:
         """The backbone's, which are public. Raises `BackboneError` if it has none."""
         ...
 
@@ -312,33 +316,33 @@ class ClientSide(Protocol):
         ...
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
-    def masked(self, share: float) -> Batch:
+    def corrupted_batch(self, share: float) -> Batch:
         """The batch that was drawn last, with this share of its texts' words replaced by random ones; the same in every
         step of an order. Raises `BackboneError` for images."""
         ...
 
-    def mean(self, values_KB: Tensor) -> Tensor:
+    def private_mean(self, values_KB: Tensor) -> Tensor:
         """Once per batch, before the next is drawn."""
         ...
 
-    def total(self, name: str, values_BN: Tensor) -> Tensor:
+    def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
         """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
         ...
 
-    def whole(self) -> Batch:
+    def full_batch(self) -> Batch:
         """All of the client's records, to make the rows of a `total` of."""
         ...
 
-    def home(self, held_back: float = 0.0) -> "AtHome":
+    def local_context(self, held_back: float = 0.0) -> "LocalContext":
         """The same client without privacy, for what never leaves: nothing made with it may enter an update, or a prompt
         that is asked about with records whose average will."""
         ...
 
 
-class AtHome(ClientSide, Protocol):
+class LocalContext(ClientContext, Protocol):
     """A client among its own: what it learns here stays here."""
 
-    def unlearnt(self) -> Batch:
+    def holdout(self) -> Batch:
         """The records that are held back from `batches`, to choose by; none of too few."""
         ...
 
@@ -361,20 +365,20 @@ class Method(Protocol):
     """
 
     name: str
-    pools_data: bool
+    centralized: bool
     trains: bool
     releases: bool
-    sums: bool
-    gathers: bool
+    linear: bool
+    full_first_round: bool
 
-    def init(self, setup: Setup) -> State: ...
-    def work(self, state: State) -> tuple[int, int]:
+    def init(self, setup: FederationInfo) -> State: ...
+    def local_workload(self, state: State) -> tuple[int, int]:
         """Steps and batch size of one order: what the privacy of a run is planned from."""
         ...
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment: ...
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
-    def layout(self, state: State) -> Layout:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment: ...
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
+    def update_spec(self, state: State) -> UpdateSpec:
         """Names and shapes of the arrays of every update: what the codec checks arriving bytes against."""
         ...
 
@@ -382,15 +386,15 @@ class Method(Protocol):
         """The facts `set_aside` (by client, why) and `too_few` (by mean) of the new state reach the round's record."""
         ...
 
-    def prompt(self, state: State) -> Tensor | None:
+    def global_prompt(self, state: State) -> Tensor | None:
         """[P, D] for anyone; None if the method leaves nothing that all share."""
         ...
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         """[P, D] that this client would use, given what the server would send it now."""
         ...
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         """The prompts worth keeping in a library, each [P, D], by name."""
         ...
 
@@ -399,4 +403,4 @@ class Engine(Protocol):
     """One verb. Bytes go out and bytes come back, so every engine counts the same and the server trusts nobody."""
 
     def clients(self) -> Sequence[ClientCard]: ...
-    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]: ...
+    def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]: ...

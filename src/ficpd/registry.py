@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ficpd.errors import ConfigError, unknown
+from ficpd.errors import ConfigError, did_you_mean
 
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
@@ -24,7 +24,7 @@ ENTRY_POINTS = {"optimizers": "tune"}
 """What an entry defines, where it is not `build`."""
 
 
-class Frozen(BaseModel):
+class FrozenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -55,17 +55,17 @@ def load(kind: str, name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{kind} {name!r}: {error}. A dotted name must be an importable module.") from error
     if name not in names(kind):
-        raise ConfigError(unknown(kind.removesuffix("s"), name, names(kind)))
+        raise ConfigError(did_you_mean(kind.removesuffix("s"), name, names(kind)))
     return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
 
 
-def settings(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:
+def build_config(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:
     """The module of a checked part and its `Config`."""
     module = load(registry, tree["name"])
     return module, module.Config(**{key: value for key, value in tree.items() if key != "name"})
 
 
-def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
+def validate(model: type[BaseModel], tree: Any, where: str) -> Any:
     """`model` from a mapping; pydantic's complaints as one `ConfigError` in words."""
     try:
         return model.model_validate(tree)
@@ -74,19 +74,19 @@ def checked(model: type[BaseModel], tree: Any, where: str) -> Any:
         raise ConfigError("\n".join(lines)) from None
 
 
-def part(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+def validated_section(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A named module's settings, whole: what was given and what it leaves at its default."""
     if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
         raise ConfigError(f"{where} needs a `name`: which module of {registry}/ it is")
     rest = {key: value for key, value in tree.items() if key != "name"}
-    config = checked(load(registry, tree["name"]).Config, rest, where)
+    config = validate(load(registry, tree["name"]).Config, rest, where)
     return {"name": tree["name"], **config.model_dump()}
 
 
 def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
     path = ".".join(str(step) for step in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {unknown('key', path, model.model_fields)}"
+        return f"{where}: {did_you_mean('key', path, model.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: {path} is missing; it has no default"
     return f"{where}.{path} = {problem['input']!r}: {problem['msg']}"

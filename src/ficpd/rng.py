@@ -11,12 +11,12 @@ import hashlib
 import torch
 
 
-def derive(*names: object) -> int:
+def derive_seed(*names: object) -> int:
     """A 63-bit seed from any sequence of names and numbers; equal names give equal seeds on every machine."""
     text = "\x1f".join(f"{type(name).__name__}:{name}" for name in names)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(*names: object) -> torch.Generator:
+def make_generator(*names: object) -> torch.Generator:
     """A CPU generator seeded by `derive(*names)`."""
-    return torch.Generator().manual_seed(derive(*names))
+    return torch.Generator().manual_seed(derive_seed(*names))

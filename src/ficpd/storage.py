@@ -22,7 +22,7 @@ HEADER_LIMIT = 1 << 20
 """Of what comes from elsewhere: a header is read whole before anything in it is checked."""
 
 
-def write(target: Path, content: str | bytes) -> Path:
+def atomic_write(target: Path, content: str | bytes) -> Path:
     """The folder is made if it is not there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".writing")
@@ -31,11 +31,11 @@ def write(target: Path, content: str | bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(target)
-    flush(target.parent)
+    fsync(target.parent)
     return target
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """A file's content, or which names a folder has, to the disk. A folder that cannot be opened or flushed (on Windows, on
     some network drives) is left to the system."""
     folder = path.is_dir()
@@ -54,7 +54,7 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
-def folder() -> Path:
+def cache_dir() -> Path:
     """Returns the cache folder: `$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`."""
     if own := os.environ.get("FICPD_CACHE"):
         return Path(own).expanduser()

@@ -5,15 +5,15 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ficpd.interfaces import Backbone, ClientSide, Coordinates, Task
-from ficpd.types import JSON, Answer, Assignment, Batch, ClientUpdate, Outputs, Prompt, Query, Record, State
+from ficpd.interfaces import Backbone, ClientContext, Subspace, Task
+from ficpd.types import JSON, Answer, Assignment, Batch, ClientUpdate, ModelOutput, Prompt, Query, Record, State
 
 
 @runtime_checkable
 class MakesUp(Protocol):
     """A task whose records are more than a text and a target."""
 
-    def beside(self, place: int) -> Mapping[str, JSON]:
+    def synthetic_fields(self, place: int) -> Mapping[str, JSON]:
         """The further fields of the place-th record that is made up: public, and nobody's."""
         ...
 
@@ -24,7 +24,7 @@ class Classifies(Protocol):
 
     @property
     def num_labels(self) -> int: ...
-    def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R, C] in the labels' order."""
         ...
 
@@ -33,11 +33,11 @@ class Classifies(Protocol):
 class SumsByPart(Protocol):
     """A method whose `sums` holds of each of several parts: a client's update counts in one of them, which is public."""
 
-    def parts(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def cluster_sums(self, state: State) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the one sum over all clients."""
         ...
 
-    def in_its_part(self, state: State, update: ClientUpdate) -> ClientUpdate:
+    def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
         """The update as it enters that sum: zero in all parts but its own."""
         ...
 
@@ -49,7 +49,7 @@ class Calibrates(Protocol):
     statistics: Sequence[str]
     """The totals that its clients ask for; at the record level each needs a share of the budget."""
 
-    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
         """Records of the client's own as it asks about them."""
         ...
 
@@ -58,7 +58,7 @@ class Calibrates(Protocol):
 class Particular(Protocol):
     """A method that is not for every task and backbone."""
 
-    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         """Raises `ConfigError` where it is not for these."""
         ...
 
@@ -104,7 +104,7 @@ class Unprotected(Protocol):
 class Rebuilds(Protocol):
     """A method whose clients send numbers that its server makes a prompt of, in the run's coordinates."""
 
-    coordinates: Coordinates | None
+    subspace: Subspace | None
     """Those that the clients have; whoever builds the method says which."""
     steps: int
     """So many vectors of slopes stand side by side in what a client sends."""
@@ -116,7 +116,7 @@ class Rebuilds(Protocol):
 class ChecksOrders(Protocol):
     """A method whose orders are no prompts."""
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, order: Assignment, start: Prompt) -> None:
         """Raises `CodecError` for an order that the server's half would not make, before a record is touched."""
         ...
 
@@ -127,7 +127,7 @@ class StartsElsewhere(Protocol):
 
     learning_rate: float | None
 
-    def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+    def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
         """What everybody starts from instead, given the experiment's prompt; of what it has returned, the same again."""
         ...
 

@@ -20,7 +20,7 @@ Score = dict[str, float]
 LORA = -1
 """In the place of a layer (`enters_at`): the rows are no virtual tokens but low-rank changes of the weights."""
 
-FARTHEST = 10.0
+MAX_PROMPT_NORM_RATIO = 10.0
 """How far from zero a site is asked about prompts, in lengths of the start's longest row. Far outside of what the backbone
 has seen, rounding alone makes one record's gradient, or loss, depend on which others share its forward."""
 LABEL_PRIOR = "label_prior"
@@ -42,7 +42,7 @@ class Record:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Item:
+class EncodedInput:
     """One sequence that a backbone reads. Its identity is the key under which its lower layers' output is kept.
 
     `content` is the backbone's own: token ids, or an image that can be opened. Nothing between task and backbone looks
@@ -64,7 +64,7 @@ class Batch:
     """
 
     task: "Task"
-    items: tuple[tuple[Item, ...], ...]
+    items: tuple[tuple[EncodedInput, ...], ...]
     targets: Tensor | None
     readout_CD: Tensor | None
     enters_at: int
@@ -73,7 +73,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.items)
 
-    def take(self, index: Sequence[int] | Tensor) -> "Batch":
+    def select(self, index: Sequence[int] | Tensor) -> "Batch":
         """The records at these places, in this order."""
         places = [int(i) for i in index]
         rows = torch.as_tensor(places, dtype=torch.long)
@@ -90,20 +90,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class HiddenStates:
     """What enters a layer: `states_STD`, and `mask_ST` (True where there is a token)."""
 
     states_STD: Tensor
     mask_ST: Tensor
 
     @staticmethod
-    def of(states: Sequence[Tensor], left: bool = False) -> "Hidden":
+    def of(states: Sequence[Tensor], left: bool = False) -> "HiddenStates":
         """Pad ragged [T, D] states; on the left for a causal backbone, so that the last position is in one column."""
         lengths = torch.tensor([len(s) for s in states])
         states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
         places = torch.arange(states_STD.shape[1])
         mask_ST = places >= states_STD.shape[1] - lengths[:, None] if left else places < lengths[:, None]
-        return Hidden(states_STD, mask_ST.to(states_STD.device))
+        return HiddenStates(states_STD, mask_ST.to(states_STD.device))
 
     def joined(self, prompts_SPD: Tensor) -> tuple[Tensor, Tensor]:
         """States and mask with each sequence's own prompt in front."""
@@ -112,7 +112,7 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ModelOutput:
     """What a backbone says of R rows, always float32 and always one row each.
 
     `features_RD`: at the reading position. `scores_RN`: mean log-likelihood per token of each candidate's scored
@@ -124,8 +124,8 @@ class Outputs:
     scores_RN: Tensor | None = None
     readout_RCD: Tensor | None = None
 
-    def take(self, rows: Tensor) -> "Outputs":
-        return Outputs(*(None if t is None else t[rows.to(t.device)] for t in self.parts()))  # type: ignore[arg-type]
+    def select(self, rows: Tensor) -> "ModelOutput":
+        return ModelOutput(*(None if t is None else t[rows.to(t.device)] for t in self.parts()))  # type: ignore[arg-type]
 
     def parts(self) -> tuple[Tensor | None, ...]:
         return self.features_RD, self.scores_RN, self.readout_RCD
@@ -150,24 +150,24 @@ class Prompt:
     head_rows: int = 0
 
     @property
-    def room(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """How many virtual tokens a text must leave room for."""
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
     @property
-    def reach(self) -> float:
+    def max_norm(self) -> float:
         """`FARTHEST` times as long as the longest row."""
-        return FARTHEST * max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
+        return MAX_PROMPT_NORM_RATIO * max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
 
-    def reaches(self, rows: Tensor) -> bool:
+    def within_max_norm(self, rows: Tensor) -> bool:
         """Whether no row of these [..., D] is longer than `reach`."""
-        return not rows.numel() or float(rows.norm(dim=-1).max()) <= self.reach
+        return not rows.numel() or float(rows.norm(dim=-1).max()) <= self.max_norm
 
-    def within_reach(self, rows: Tensor) -> Tensor:
+    def clip_to_max_norm(self, rows: Tensor) -> Tensor:
         """These [..., D], longer rows drawn back to where the reach ends; words as they are."""
-        if not rows.is_floating_point() or self.reaches(rows):
+        if not rows.is_floating_point() or self.within_max_norm(rows):
             return rows
-        return rows * (self.reach / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
+        return rows * (self.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
 
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
         floats = vectors_PD.to(torch.float32) if vectors_PD.is_floating_point() else vectors_PD
@@ -186,8 +186,8 @@ class Query(NamedTuple):
     batch: Batch
     grad: bool = False
     outputs: bool = False
-    loss: Callable[[Outputs, Batch], Tensor] | None = None
-    write: int = 0
+    loss: Callable[[ModelOutput, Batch], Tensor] | None = None
+    max_new_tokens: int = 0
 
 
 class Answer(NamedTuple):
@@ -195,7 +195,7 @@ class Answer(NamedTuple):
 
     loss_KB: Tensor
     grad_KBPD: Tensor | None = None
-    outputs_KB: Outputs | None = None  # K x B rows, candidate by candidate
+    outputs_KB: ModelOutput | None = None  # K x B rows, candidate by candidate
     texts_KB: list[list[str]] | None = None
 
 
@@ -218,26 +218,26 @@ class ClientUpdate:
     weight: float = 1.0
 
 
-class ArrayKind(NamedTuple):
+class ArraySpec(NamedTuple):
     """Shape and type of one array as it travels."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
 
-IDS = torch.int32
+TOKEN_DTYPE = torch.int32
 """As what token ids travel: no compression touches them."""
-Layout = Mapping[str, tuple[int, ...] | ArrayKind]
+UpdateSpec = Mapping[str, tuple[int, ...] | ArraySpec]
 """Arrays by name: the shape of one of numbers, or what travels as it is, such as token ids."""
 
 
-def zeros_of(layout: Layout) -> dict[str, Tensor]:
+def zero_update(layout: UpdateSpec) -> dict[str, Tensor]:
     """An update's arrays, all zero."""
-    kinds = {name: kind if isinstance(kind, ArrayKind) else ArrayKind(tuple(kind)) for name, kind in layout.items()}
+    kinds = {name: kind if isinstance(kind, ArraySpec) else ArraySpec(tuple(kind)) for name, kind in layout.items()}
     return {name: torch.zeros(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
 
 
-class Spend(NamedTuple):
+class PrivacyCost(NamedTuple):
     """What a release costs: `count` Gaussian releases, each on a Poisson sample of rate `sampling_rate` (1: on all),
     with noise of `noise_multiplier` times the sensitivity. One line of a ledger; `name` says what was released."""
 
@@ -248,7 +248,7 @@ class Spend(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClientWorkload:
     """What a whole run asks of one client, as far as its privacy is concerned.
 
     `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its `num_records`
@@ -283,7 +283,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Setup:
+class FederationInfo:
     """What a method starts from: the shared start (from public text and seed), clients, rounds, clients a round; how many
     labels the task of each group has (0: it has none; the group of a federation with one task is called "")."""
 
@@ -306,7 +306,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ClientData:
     """One client's records. `metadata` is public: what its card says."""
 
     train: list[Record]

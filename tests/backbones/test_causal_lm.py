@@ -12,7 +12,7 @@ from decoders import CPU, FAMILY, SIZES, WORDS, load, write
 from ficpd.backbones import catalog, causal_lm, decoding, weights
 from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.errors import BackboneError
-from ficpd.types import Item, Prompt
+from ficpd.types import EncodedInput, Prompt
 
 TEXTS = ["the film was very good", "bad", "the story was long and dull but not bad"]
 ASK = "the sentiment is"
@@ -33,11 +33,11 @@ def prompts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def read(backbone: CausalLM, texts=TEXTS, answer=None, room: int = 5):
-    return [backbone.read(text, None, ASK, answer, room) for text in texts]
+    return [backbone.tokenize(text, None, ASK, answer, room) for text in texts]
 
 
 def ask(backbone: CausalLM, prompts_SPD, items, layer: int = 0) -> Any:
-    return backbone.above(prompts_SPD, backbone.below(items, layer), items, layer)
+    return backbone.forward(prompts_SPD, backbone.encode_prefix(items, layer), items, layer)
 
 
 # ---------------------------------------------------------------- what is read
@@ -56,11 +56,11 @@ def test_a_text_is_read_with_its_pair_instruction_and_answer(small):
 
 def test_only_texts_are_cut(folder):
     backbone = load(folder, max_tokens=16)
-    item = backbone.read("the film " * 30, None, ASK, "very good", room=5)
+    item = backbone.tokenize("the film " * 30, None, ASK, "very good", room=5)
     assert words(backbone, item) == "the film the film the \n the sentiment is very good"
-    item = backbone.read("the film " * 30, "bad " * 30, ASK, None, room=2)
+    item = backbone.tokenize("the film " * 30, "bad " * 30, ASK, None, room=2)
     assert words(backbone, item) == "the film the film the \n bad bad bad bad \n the sentiment is"
-    item = backbone.read("the", "bad " * 30, ASK, None, room=6)
+    item = backbone.tokenize("the", "bad " * 30, ASK, None, room=6)
     assert words(backbone, item) == "the \n bad bad bad bad \n the sentiment is"
     assert load(folder, max_tokens=1000).max_tokens == SIZES["max_position_embeddings"]
 
@@ -68,7 +68,8 @@ def test_only_texts_are_cut(folder):
 def test_the_first_token_is_set_where_the_tokeniser_sets_it(tmp_path):
     backbone = load(write(tmp_path, begins=True), max_tokens=8)
     assert (
-        words(backbone, backbone.read("the film " * 9, None, ASK, None, room=1)) == "<s> the film \n the sentiment is"
+        words(backbone, backbone.tokenize("the film " * 9, None, ASK, None, room=1))
+        == "<s> the film \n the sentiment is"
     )
 
 
@@ -86,7 +87,7 @@ def test_a_tokeniser_that_begins_every_string_with_a_blank_does_so_once(tmp_path
 
 def test_a_prompt_longer_than_the_context_is_an_error(folder):
     with pytest.raises(BackboneError, match="longer than the context"):
-        load(folder, max_tokens=16).read("the film", None, ASK, None, room=12)
+        load(folder, max_tokens=16).tokenize("the film", None, ASK, None, room=12)
 
 
 def test_blank_answers_and_nothing_to_read_are_errors(small):
@@ -113,15 +114,15 @@ def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
 
 def test_an_answer_to_be_written_ends_with_the_end_token_and_keeps_its_room(folder):
     backbone = load(folder, max_tokens=16)
-    item = backbone.read("the film " * 30, None, ASK, "good", room=3, writes=5)
+    item = backbone.tokenize("the film " * 30, None, ASK, "good", room=3, writes=5)
     assert words(backbone, item) == "the film the film \n the sentiment is good </s>"
     assert (item.length, item.scored) == (10, 2)
-    bare = backbone.read("the film " * 30, None, ASK, None, room=3, writes=5)
+    bare = backbone.tokenize("the film " * 30, None, ASK, None, room=3, writes=5)
     assert words(backbone, bare) == "the film the film \n the sentiment is"
-    cut = backbone.read("bad", None, ASK, "the film was very long", room=3, writes=2)
+    cut = backbone.tokenize("bad", None, ASK, "the film was very long", room=3, writes=2)
     assert (words(backbone, cut), cut.scored) == ("bad \n the sentiment is the film", 2)
     with pytest.raises(BackboneError, match="9 of the answer leave nothing"):
-        backbone.read("bad", None, ASK, None, room=3, writes=9)
+        backbone.tokenize("bad", None, ASK, None, room=3, writes=9)
 
 
 # ---------------------------------------------------------------- layers
@@ -244,7 +245,7 @@ def test_generation_is_greedy_and_ends_at_the_end_token(small, layer):
     for text, said in zip(texts, written, strict=True):
         ids, expected = small.tokenizer(text)["input_ids"], []
         for _ in range(6):
-            item = Item(torch.tensor(ids + expected), len(ids + expected))
+            item = EncodedInput(torch.tensor(ids + expected), len(ids + expected))
             feature = ask(small, prompt.vectors_PD[None], [item], layer).features_RD
             expected.append(int(small.model.lm_head(feature).argmax()))
             if expected[-1] == 2:
@@ -279,7 +280,7 @@ def test_each_row_is_written_behind_its_own_prompt_and_before_its_scored_tail(sm
     prompts_SPD = prompts(len(items), length)
     written = small.write(prompts_SPD, items, layer, 6)
     for row, said in enumerate(written):
-        item = Item(items[row % 3].content, items[row % 3].length)
+        item = EncodedInput(items[row % 3].content, items[row % 3].length)
         assert small.write(prompts_SPD[row : row + 1], [item], layer, 6) == [said]
         text = f"{TEXTS[row % 3]}\n{ASK}"
         assert small.generate(Prompt(prompts_SPD[row], small.fingerprint, layer), [text], 6) == [said]
@@ -333,16 +334,16 @@ def test_a_temperature_that_is_none_is_an_error(small, temperature):
 def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_from_the_tail():
     probability = torch.tensor([0.03, 0.5, 0.2, 0.25, 0.02])
     uniform = torch.arange(10_000) / 10_000
-    ids = decoding.from_nucleus(probability.log().expand(10_000, -1), uniform)
+    ids = decoding.nucleus_sample(probability.log().expand(10_000, -1), uniform)
     found = ids.bincount(minlength=5) / 10_000
     torch.testing.assert_close(found, torch.tensor([0, 0.5, 0.2, 0.25, 0]) / 0.95, atol=1e-3, rtol=0)
     sure = torch.tensor([[0.0, 200.0, 0.0]]).expand(2, -1)
-    assert decoding.from_nucleus(sure, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 1]
-    streams = decoding.streams(["a", "b", "a"], 7)
-    draw = decoding.picker(streams, 0.5)(probability.log().expand(3, -1))
+    assert decoding.nucleus_sample(sure, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 1]
+    streams = decoding.row_generators(["a", "b", "a"], 7)
+    draw = decoding.sampler(streams, 0.5)(probability.log().expand(3, -1))
     assert draw.shape == (3,)
-    again = [torch.rand((), generator=stream) for stream in decoding.streams(["a", "b", "a"], 7)]
-    expected = decoding.from_nucleus((2 * probability.log()).expand(3, -1), torch.stack(again))
+    again = [torch.rand((), generator=stream) for stream in decoding.row_generators(["a", "b", "a"], 7)]
+    expected = decoding.nucleus_sample((2 * probability.log()).expand(3, -1), torch.stack(again))
     assert torch.equal(draw, expected)
     assert len({float(value) for value in again}) == 3
 

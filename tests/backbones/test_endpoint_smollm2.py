@@ -14,7 +14,7 @@ import torch
 
 import small
 from ficpd.backbones import catalog, causal_lm, openai_api, weights
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.library.library import PromptLibrary
 from ficpd.tasks import classification
 from ficpd.types import Prompt, Query
@@ -62,10 +62,13 @@ def transformers_serve(found, tmp_path_factory):
 
 
 def scores(backbone: openai_api.Endpoint, front: str) -> torch.Tensor:
-    task, ids = classification.build(classification.Config(**TASK)), torch.tensor(backbone.words.ids(front))[:, None]
+    task, ids = (
+        classification.build(classification.Config(**TASK)),
+        torch.tensor(backbone.vocabulary.ids(front))[:, None],
+    )
     records = [small.Record(text, {"text": text, "target": target}) for text, target in TEXTS.items()]
     batch = task.encode(records, backbone, Prompt(ids, backbone.fingerprint))
-    outputs = Compute(backbone).answer([Query(ids[None], batch, outputs=True)])[0].outputs_KB
+    outputs = QueryEngine(backbone).answer([Query(ids[None], batch, outputs=True)])[0].outputs_KB
     assert outputs is not None
     assert outputs.scores_RN is not None
     return outputs.scores_RN
@@ -77,7 +80,7 @@ def test_transformers_own_serving_answers_in_text(transformers_serve):
     backbone = openai_api.build(config, None, **HOW)
     assert not backbone.likelihoods
     told = scores(backbone, "read this review")
-    assert set(told.flatten().tolist()) == {0.0, openai_api.WRONG}
+    assert set(told.flatten().tolist()) == {0.0, openai_api.WRONG_LOGPROB}
     assert backbone.asking.answered == 1 + 3, "the first probe had no likelihoods"
     assert told.argmax(1).tolist() != [1, 0, 0]
 

@@ -14,10 +14,10 @@ import decoders
 import small
 from ficpd.backbones import lora, sentence_encoder
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError
 from ficpd.tasks import generation
-from ficpd.types import LORA, Batch, Item, Outputs, Query
+from ficpd.types import LORA, Batch, EncodedInput, ModelOutput, Query
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RANK = 8
@@ -58,7 +58,7 @@ def drawn(backbone: Any, number: int, rank: int = RANK) -> Tensor:
 
 
 def batch() -> Batch:
-    items = [Item(torch.arange(5, 5 + length), length) for length in (9, 3, 12)]
+    items = [EncodedInput(torch.arange(5, 5 + length), length) for length in (9, 3, 12)]
     return Batch(small.classes(), tuple((item,) for item in items), None, None, LORA)
 
 
@@ -74,7 +74,7 @@ def put(case: Case, rows_PD: Tensor) -> None:
             weight.data.copy_(value)
 
 
-def feature(case: Case, item: Item) -> Tensor:
+def feature(case: Case, item: EncodedInput) -> Tensor:
     """What the backbone's feature is, by transformers' own forward."""
     ids, mask = item.content[None], torch.ones(1, item.length, dtype=torch.long)
     if case.kind == "sentence_encoder":
@@ -83,16 +83,18 @@ def feature(case: Case, item: Item) -> Tensor:
     return case.theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1][0, -1]
 
 
-def along(outputs: Outputs, batch: Batch) -> Tensor:
+def along(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: some loss that needs no task."""
     width = outputs.features_RD.shape[1]
     return (outputs.features_RD * torch.linspace(-3, 3, width)).sum(1)
 
 
 def test_features_are_those_of_peft_for_every_row(case):
-    outputs = Compute(case.backbone).answer([Query(case.rows_KPD, batch(), outputs=True, loss=along)])[0].outputs_KB
+    outputs = QueryEngine(case.backbone).answer([Query(case.rows_KPD, batch(), outputs=True, loss=along)])[0].outputs_KB
     bare = (
-        Compute(case.backbone).answer([Query(case.rows_KPD[:1, :0], batch(), outputs=True, loss=along)])[0].outputs_KB
+        QueryEngine(case.backbone)
+        .answer([Query(case.rows_KPD[:1, :0], batch(), outputs=True, loss=along)])[0]
+        .outputs_KB
     )
     assert outputs is not None
     assert bare is not None
@@ -106,13 +108,13 @@ def test_features_are_those_of_peft_for_every_row(case):
 
 
 def test_gradients_of_a_row_are_those_of_a_backward_of_its_own_in_peft(case):
-    grad_KBPD = Compute(case.backbone).answer([Query(case.rows_KPD, batch(), grad=True, loss=along)])[0].grad_KBPD
+    grad_KBPD = QueryEngine(case.backbone).answer([Query(case.rows_KPD, batch(), grad=True, loss=along)])[0].grad_KBPD
     assert grad_KBPD is not None
     for k, rows_PD in enumerate(case.rows_KPD):
         put(case, rows_PD)
         for b, (item,) in enumerate(batch().items):
             case.theirs.zero_grad()
-            along(Outputs(feature(case, item)[None]), batch()).sum().backward()
+            along(ModelOutput(feature(case, item)[None]), batch()).sum().backward()
             for name, (down, up) in case.backbone.adapters.split(grad_KBPD[k, b]).items():
                 for ours, weight in zip((down, up.mT), weights(case, name), strict=True):
                     assert weight.grad is not None
@@ -136,7 +138,7 @@ def test_it_starts_as_peft_does_and_changes_nothing(case):
         bound = down.shape[1] ** -0.5
         assert 0.95 * bound < float(down.abs().max()) <= bound
         assert float(theirs_A.detach().abs().max()) <= bound
-    model = Compute(case.backbone)
+    model = QueryEngine(case.backbone)
     some = [model.answer([Query(rows[None], batch(), loss=along)])[0].loss_KB for rows in (begin_PD, begin_PD[:0])]
     assert torch.equal(*some)
     assert torch.equal(begin_PD, case.backbone.adapters.start(RANK, 1))
@@ -163,9 +165,9 @@ def test_the_model_is_as_it_was_afterwards_even_if_a_forward_fails(case):
 
     with case.backbone.adapters.changed(case.rows_KPD):
         assert hooks() == 6
-    unknown = replace(batch(), items=((Item(torch.tensor([10**6]), 1),),))
+    unknown = replace(batch(), items=((EncodedInput(torch.tensor([10**6]), 1),),))
     with pytest.raises(IndexError):
-        Compute(case.backbone).answer([Query(case.rows_KPD, unknown, loss=along)])
+        QueryEngine(case.backbone).answer([Query(case.rows_KPD, unknown, loss=along)])
     assert hooks() == 0
 
 
@@ -175,7 +177,7 @@ def test_it_writes_what_peft_writes(tmp_path):
     theirs = peft.get_peft_model(base.model, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=NAMES["causal_lm"]))
     case, task = Case("causal_lm", backbone, theirs.eval(), drawn(backbone, 2)), generation.build(generation.Config())
     asked = Batch(task, batch().items, None, None, LORA)
-    (answer,) = Compute(backbone).answer([Query(case.rows_KPD, asked, write=6, loss=along)])
+    (answer,) = QueryEngine(backbone).answer([Query(case.rows_KPD, asked, write=6, loss=along)])
     assert answer.texts_KB is not None
     assert len({text for texts in answer.texts_KB for text in texts}) > 2
     for rows_PD, texts in zip(case.rows_KPD, answer.texts_KB, strict=True):
@@ -198,7 +200,7 @@ def test_weights_of_another_model_and_a_backbone_without_places_are_refused(case
         case.backbone.adapters.rank(torch.zeros(7, 32))
     del case.backbone.adapters
     with pytest.raises(BackboneError, match="small has no LoRA"):
-        lora.of(case.backbone)
+        lora.lora_of(case.backbone)
 
 
 @pytest.mark.slow

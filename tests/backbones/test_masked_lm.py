@@ -10,9 +10,9 @@ import berts
 import small
 from ficpd.backbones.masked_lm import MaskedLM
 from ficpd.errors import BackboneError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.runner import run
-from ficpd.types import Item, Query
+from ficpd.types import EncodedInput, Query
 
 FRAME = "and it was [MASK]."
 
@@ -27,16 +27,16 @@ def backbone(folder) -> MaskedLM:
     return berts.load(folder)
 
 
-def features(backbone: MaskedLM, items: list[Item], layer: int = 0):
+def features(backbone: MaskedLM, items: list[EncodedInput], layer: int = 0):
     none = torch.zeros(len(items), 0, backbone.width)
-    return backbone.above(none, backbone.below(items, layer), items, layer)
+    return backbone.forward(none, backbone.encode_prefix(items, layer), items, layer)
 
 
-def masks(backbone: MaskedLM, item: Item) -> list[int]:
+def masks(backbone: MaskedLM, item: EncodedInput) -> list[int]:
     return (item.content[: item.length] == backbone.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
 
 
-def pieces(backbone: MaskedLM, item: Item) -> list[str]:
+def pieces(backbone: MaskedLM, item: EncodedInput) -> list[str]:
     return backbone.tokenizer.convert_ids_to_tokens(item.content[: item.length].tolist())
 
 
@@ -174,9 +174,9 @@ def test_right_to_left_and_unspaced_scripts_are_read_cut_and_paired(backbone, sc
 @pytest.mark.parametrize("script", berts.SCRIPTS)
 def test_tiny_reads_a_script_without_blanks_as_one_word(script):
     text, tiny = berts.SCRIPTS[script], small.backbone()
-    assert tiny.read(text, None, "", None, 4).length == len(text.split())
-    assert tiny.read(text, text, "", None, 4).length == 2 * len(text.split()) + 1
-    assert tiny.unknown_share([text]) == 0.0
+    assert tiny.tokenize(text, None, "", None, 4).length == len(text.split())
+    assert tiny.tokenize(text, text, "", None, 4).length == 2 * len(text.split()) + 1
+    assert tiny.unk_rate([text]) == 0.0
 
 
 # ---------------------------------------------------------------- a whole run
@@ -189,11 +189,11 @@ def test_a_run_learns(folder, tmp_path):
         f"task.instruction={FRAME}", "training.local_steps=12", "training.batch_size=12", "training.learning_rate=0.1",
     ]  # fmt: skip
     experiment = small.experiment(tmp_path, "fedavg", *changes, rounds=6)
-    world = build_world(experiment)
-    assert (world.experiment.backbone.kind, type(world.model.backbone)) == ("masked_lm", MaskedLM)
+    context = build_context(experiment)
+    assert (context.experiment.backbone.kind, type(context.model.backbone)) == ("masked_lm", MaskedLM)
     run(experiment, tmp_path / "run")
-    records = [record for shard in world.shards.values() for record in shard.train]
-    batch = world.task.encode(records, world.model.backbone, world.start)
-    stacked = torch.stack([world.start.vectors_PD, *small.library(tmp_path).values()])
-    before, *after = world.model.answer([Query(stacked, batch)])[0].loss_KB.mean(1).tolist()
+    records = [record for shard in context.shards.values() for record in shard.train]
+    batch = context.task.encode(records, context.model.backbone, context.start)
+    stacked = torch.stack([context.start.vectors_PD, *small.library(tmp_path).values()])
+    before, *after = context.model.answer([Query(stacked, batch)])[0].loss_KB.mean(1).tolist()
     assert before > 0.7 > 0.55 > min(after)  # a coin has 0.69

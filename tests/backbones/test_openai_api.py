@@ -12,7 +12,7 @@ import berts
 import decoders
 import small
 from ficpd.backbones import openai_api
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError, LibraryError
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import open_library, predicted
@@ -59,7 +59,7 @@ def built(served, words):
 
 
 def ids_of(backbone: openai_api.Endpoint, *texts: str) -> torch.Tensor:
-    return torch.tensor([backbone.words.ids(text) for text in texts])[..., None]
+    return torch.tensor([backbone.vocabulary.ids(text) for text in texts])[..., None]
 
 
 def batch_of(backbone: openai_api.Endpoint, texts: list[str] = TEXTS) -> Batch:
@@ -72,7 +72,7 @@ def scores(
     backbone: openai_api.Endpoint, texts: list[str] = TEXTS, prompts: tuple[str, ...] = ("the story",)
 ) -> torch.Tensor:
     query = Query(ids_of(backbone, *prompts), batch_of(backbone, texts), outputs=True)
-    outputs = Compute(backbone).answer([query])[0].outputs_KB
+    outputs = QueryEngine(backbone).answer([query])[0].outputs_KB
     assert outputs is not None
     assert outputs.scores_RN is not None
     return outputs.scores_RN
@@ -105,7 +105,7 @@ def test_without_likelihoods_the_answer_that_is_named_first_is_right_and_all_els
     found = backbone._named(befores, ["good", "very bad"] * 5)
     right = [found[2 * i : 2 * i + 2].index(0.0) for i in range(5)]
     assert [right[i] for i in (1, 3)] == [1, 0]
-    assert Counter(found) == {0.0: 5, openai_api.WRONG: 5}, (
+    assert Counter(found) == {0.0: 5, openai_api.WRONG_LOGPROB: 5}, (
         "a text that names nothing is a guess, and always the same one"
     )
     assert found == backbone._named(befores, ["good", "very bad"] * 5)
@@ -115,7 +115,7 @@ def test_text_alone_costs_one_question_a_record_whatever_the_answers(built, serv
     served.scores = False
     found = scores(built())
     assert len(served.asked) == len(TEXTS)
-    assert set(found.flatten().tolist()) == {0.0, openai_api.WRONG}
+    assert set(found.flatten().tolist()) == {0.0, openai_api.WRONG_LOGPROB}
     assert (found == 0.0).sum(1).tolist() == [1] * len(TEXTS)
 
 
@@ -162,9 +162,9 @@ def test_soft_prompts_gradients_and_heads_are_refused_with_what_to_do(built):
     backbone = built()
     batch, soft = batch_of(backbone), torch.zeros(1, 2, 1)
     with pytest.raises(BackboneError, match=r"takes words, no vectors: a soft prompt \[2, 1\].*feddtpt"):
-        Compute(backbone).answer([Query(soft, batch)])
+        QueryEngine(backbone).answer([Query(soft, batch)])
     with pytest.raises(BackboneError, match=r"gives no gradients|without gradients"):
-        Compute(backbone).answer([Query(ids_of(backbone, "the story"), batch, grad=True)])
+        QueryEngine(backbone).answer([Query(ids_of(backbone, "the story"), batch, grad=True)])
     with pytest.raises(BackboneError, match=r"tuned_head = false"):
         backbone.as_readout(soft[0])
     with pytest.raises(BackboneError, match="token ids 0 to 99999"):
@@ -356,7 +356,7 @@ def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, 
     assert (prompt.dtype, tuple(prompt.shape)) == (torch.int64, (3, 1))
     assert library.card["words"]["global"] in (tmp_path / "run" / "library" / "README.md").read_text()
     opened = open_library(tmp_path / "run")
-    assert opened.model.backbone.words.text(prompt[:, 0].tolist()) == library.card["words"]["global"]
+    assert opened.model.backbone.vocabulary.text(prompt[:, 0].tolist()) == library.card["words"]["global"]
     assert len(predicted(opened, small.records(4, 7), "global")) == 4
     assert result["backbone"]["fingerprint"].startswith("endpoint:")
 
@@ -367,10 +367,10 @@ def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served
     with pytest.raises(
         LibraryError, match=r"would send it your texts; .* set FICPD_ENDPOINT=https://elsewhere.example/v1"
     ):
-        openai_api.of_card(card)
-    assert openai_api.of_card({**card, "url": served.url})["url"] == served.url
+        openai_api.options_from_card(card)
+    assert openai_api.options_from_card({**card, "url": served.url})["url"] == served.url
     monkeypatch.setenv("FICPD_ENDPOINT", served.url)
-    assert openai_api.of_card(card) == {**card, "url": served.url}
+    assert openai_api.options_from_card(card) == {**card, "url": served.url}
 
 
 def test_methods_that_tune_vectors_are_refused_before_anything_is_written(served, words, tmp_path, monkeypatch):

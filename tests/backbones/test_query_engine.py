@@ -8,17 +8,24 @@ import torch
 import decoders
 import small
 from ficpd.backbones import query_engine
-from ficpd.backbones.query_engine import ONE_ROW, Compute, Kept, chunked, drive, drive_many
+from ficpd.backbones.query_engine import (
+    UNBATCHED,
+    HiddenStateCache,
+    QueryEngine,
+    bucket_by_length,
+    run_queries,
+    run_queries_lockstep,
+)
 from ficpd.errors import BackboneError
 from ficpd.tasks.build import build_task
-from ficpd.types import Answer, Item, Query, Record
+from ficpd.types import Answer, EncodedInput, Query, Record
 
 
 def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torch.Tensor:
     return torch.randn(count, length, width, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_of(model: Compute, task, count: int = 6, seed: int = 0, enters_at: int = 1):
+def batch_of(model: QueryEngine, task, count: int = 6, seed: int = 0, enters_at: int = 1):
     real = task.describe()["name"] == "regression"
     return task.encode(small.records(count, seed, real=real), model.backbone, small.start(model, task, 3, enters_at))
 
@@ -35,7 +42,7 @@ def agree(left: Answer, right: Answer) -> bool:
     )
 
 
-def mixed(model: Compute) -> list[Query]:
+def mixed(model: QueryEngine) -> list[Query]:
     """All that can differ between questions: task, prompt length, layer, candidates, head, gradients, outputs, loss."""
     classes, numbers, head = small.classes(), small.numbers(), small.classes(tuned_head=True)
     own = batch_of(model, classes, 3, 5)
@@ -65,7 +72,7 @@ def test_mixed_questions_are_answered_as_each_alone(model):
         assert not query.grad or answer.grad_KBPD.shape == (K, B, *shape)
         assert query.outputs == (answer.outputs_KB is not None)
         assert not query.outputs or answer.outputs_KB.features_RD.shape == (K * B, 16)
-        assert agree(Compute(model.backbone).answer([query])[0], answer)
+        assert agree(QueryEngine(model.backbone).answer([query])[0], answer)
 
 
 def test_the_order_of_questions_only_orders_the_answers(model):
@@ -76,7 +83,7 @@ def test_the_order_of_questions_only_orders_the_answers(model):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 20, 45, 10_000])
 def test_chunks_do_not_change_the_answers(model, chunk_tokens):
-    chunks = Compute(model.backbone, chunk_tokens=chunk_tokens)
+    chunks = QueryEngine(model.backbone, chunk_tokens=chunk_tokens)
     pairs = zip(model.answer(mixed(model)), chunks.answer(mixed(model)), strict=True)
     assert all(agree(ours, theirs) for ours, theirs in pairs)
 
@@ -91,12 +98,12 @@ def test_a_forward_stays_within_its_tokens(model, monkeypatch):
 
     query = Query(prompts(3), batch_of(model, small.classes(), 12), grad=True)
     monkeypatch.setattr(model.backbone, "above", watched)
-    Compute(model.backbone, chunk_tokens=45).answer([query])
+    QueryEngine(model.backbone, chunk_tokens=45).answer([query])
     assert sum(rows for rows, _ in seen) == 36
     assert all(rows * longest <= 45 for rows, longest in seen)
     assert len(seen) < 18
     seen.clear()
-    Compute(model.backbone, chunk_tokens=1).answer([query])
+    QueryEngine(model.backbone, chunk_tokens=1).answer([query])
     assert [rows for rows, _ in seen] == [1] * 36
 
 
@@ -107,7 +114,7 @@ def test_a_row_that_is_alone_is_the_same_to_the_bit_whoever_else_is_asked_about(
     backbone, task = small.backbone(width=64, dtype=dtype), small.classes()
 
     def rows(places: list[int]) -> torch.Tensor:
-        model = Compute(backbone, chunk_tokens=ONE_ROW)
+        model = QueryEngine(backbone, chunk_tokens=UNBATCHED)
         records = small.records(24)
         batch = task.encode([records[p] for p in places], backbone, small.start(model, task, 3, enters_at))
         answer = model.answer([Query(prompts(2, width=64), batch, grad=True)])[0]
@@ -119,12 +126,12 @@ def test_a_row_that_is_alone_is_the_same_to_the_bit_whoever_else_is_asked_about(
 
 
 def test_chunked_splits_by_the_longest_and_loses_nothing():
-    items = [Item(torch.zeros(n), n) for n in (1, 1, 2, 3, 3, 9, 20)]
-    parts = list(chunked(items, 10, overhead=1))
+    items = [EncodedInput(torch.zeros(n), n) for n in (1, 1, 2, 3, 3, 9, 20)]
+    parts = list(bucket_by_length(items, 10, overhead=1))
     assert [item for part in parts for item in part] == items
     assert all(len(part) * (max(i.length for i in part) + 1) <= 10 or len(part) == 1 for part in parts)
     assert [[i.length for i in part] for part in parts] == [[1, 1, 2], [3, 3], [9], [20]]
-    assert list(chunked([], 10)) == []
+    assert list(bucket_by_length([], 10)) == []
 
 
 def test_candidates_are_answered_in_their_order(model):
@@ -148,7 +155,7 @@ def three_cores(monkeypatch):
 
 @pytest.mark.usefixtures("three_cores")
 def test_answers_agree_on_any_number_of_cores(model):
-    spread, alone = (Compute(model.backbone, chunk_tokens=25) for _ in range(2))
+    spread, alone = (QueryEngine(model.backbone, chunk_tokens=25) for _ in range(2))
     assert spread.workers == 3
     alone.workers = 1
     queries = [Query(prompts(3), batch_of(model, small.classes()), grad=True, outputs=True)]
@@ -159,12 +166,12 @@ def test_answers_agree_on_any_number_of_cores(model):
 def test_a_backbone_somewhere_else_is_asked_by_one_thread(model):
     """It bounds its own questions, and would count twice what two threads ask at once."""
     elsewhere = SimpleNamespace(device=model.backbone.device, gives_features=False)
-    assert Compute(elsewhere).workers == 1
+    assert QueryEngine(elsewhere).workers == 1
 
 
 def test_a_record_asked_for_twice_is_answered_twice(model):
     batch, prompt = batch_of(model, small.classes()), prompts(1)
-    answer = model.answer([Query(prompt, batch.take([2, 0, 2]), grad=True)])[0]
+    answer = model.answer([Query(prompt, batch.select([2, 0, 2]), grad=True)])[0]
     whole = model.answer([Query(prompt, batch, grad=True)])[0]
     assert small.close(answer.loss_KB[0], whole.loss_KB[0, [2, 0, 2]])
     assert small.close(answer.grad_KBPD[0], whole.grad_KBPD[0, [2, 0, 2]])
@@ -185,10 +192,10 @@ def test_an_own_loss_sees_each_records_own_extra(model):
 
     expected = teacher.sum(1) + 100 * batch.targets
     for chunk_tokens in (1, 25, 10_000):
-        model = Compute(model.backbone, chunk_tokens=chunk_tokens)
+        model = QueryEngine(model.backbone, chunk_tokens=chunk_tokens)
         plain = Query(prompts(1), batch_of(model, task, 3, 7))
         answers = model.answer(
-            [plain, Query(prompts(2), batch, loss=told), Query(prompts(1), batch.take([5, 1]), loss=told)]
+            [plain, Query(prompts(2), batch, loss=told), Query(prompts(1), batch.select([5, 1]), loss=told)]
         )
         assert torch.equal(answers[1].loss_KB, expected.expand(2, 6))
         assert torch.equal(answers[2].loss_KB[0], expected[[5, 1]])
@@ -217,11 +224,11 @@ def test_an_own_loss_needs_no_target(model):
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory) -> Compute:
-    return Compute(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
+def writer(tmp_path_factory) -> QueryEngine:
+    return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
 
 
-def writing(writer: Compute, enters_at: int = 1) -> list[Query]:
+def writing(writer: QueryEngine, enters_at: int = 1) -> list[Query]:
     """Questions that write, longer and shorter, several candidates, one with a head, beside one that does not."""
     labels = {"good": "positive", "bad": "negative"}
     head = build_task({"name": "classification", "labels": labels, "tuned_head": True})
@@ -230,23 +237,23 @@ def writing(writer: Compute, enters_at: int = 1) -> list[Query]:
     batches = {task: task.encode(sentences, writer.backbone, start) for task, start in starts.items()}
     return [
         Query(prompts(3, 4, width=32), batches[bare], write=6),
-        Query(prompts(1, 4, seed=1, width=32), batches[bare].take([4, 0]), write=6),
+        Query(prompts(1, 4, seed=1, width=32), batches[bare].select([4, 0]), write=6),
         Query(prompts(1, 4, width=32), batches[bare], write=2),
         Query(prompts(1, 4, width=32), batches[bare], outputs=True, write=6),
         Query(prompts(2, 6, width=32), batches[head], write=3),
         Query(prompts(2, 4, width=32), batches[bare], outputs=True),
         Query(prompts(1, 4, width=32), batches[bare], grad=True),
         Query(prompts(2, 0, width=32), batches[bare], write=6),
-        Query(prompts(2, 4, width=32), batches[bare].take([]), write=6),
+        Query(prompts(2, 4, width=32), batches[bare].select([]), write=6),
     ]
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 60, 10_000])
 def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chunk_tokens):
     queries = writing(writer)
-    answers = Compute(writer.backbone, chunk_tokens=chunk_tokens).answer(queries)
+    answers = QueryEngine(writer.backbone, chunk_tokens=chunk_tokens).answer(queries)
     for query, answer in zip(queries, answers, strict=True):
-        assert (answer.texts_KB is None) == (query.write == 0)
+        assert (answer.texts_KB is None) == (query.max_new_tokens == 0)
         assert answer.loss_KB.shape == (len(query.prompts_KPD), len(query.batch))
         assert (answer.outputs_KB is None) == (not query.outputs)
         if answer.texts_KB is None:
@@ -254,7 +261,10 @@ def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chun
         assert len(answer.texts_KB) == len(query.prompts_KPD)
         virtual = query.prompts_KPD.shape[1] - query.batch.task.head_rows
         for prompt, texts in zip(query.prompts_KPD[:, :virtual], answer.texts_KB, strict=True):
-            alone = [writer.backbone.write(prompt[None], [items[0]], 1, query.write)[0] for items in query.batch.items]
+            alone = [
+                writer.backbone.write(prompt[None], [items[0]], 1, query.max_new_tokens)[0]
+                for items in query.batch.items
+            ]
             assert texts == alone
     assert len({text for texts in answers[0].texts_KB for text in texts}) > 3
     assert answers[-1].texts_KB == [[], []]
@@ -270,7 +280,7 @@ def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
         return write(prompts_SPD, items, layer, max_tokens)
 
     monkeypatch.setattr(writer.backbone, "write", watched)
-    Compute(writer.backbone, chunk_tokens=60).answer(writing(writer)[:1])
+    QueryEngine(writer.backbone, chunk_tokens=60).answer(writing(writer)[:1])
     assert 1 < len(seen) < 15
     assert max(seen) <= 60
 
@@ -295,7 +305,7 @@ def test_an_empty_batch_has_empty_answers_of_the_right_shapes(model, beside):
     whole = batch_of(model, task)
     for grad in (False, True):
         others = [Query(prompts(2, 5), whole, grad=grad)] if beside else []
-        answer = model.answer([Query(prompts(3, 5), whole.take([]), grad=grad), *others])[0]
+        answer = model.answer([Query(prompts(3, 5), whole.select([]), grad=grad), *others])[0]
         assert answer.loss_KB.shape == (3, 0)
         assert (answer.grad_KBPD.shape == (3, 0, 5, 16)) if grad else answer.grad_KBPD is None
 
@@ -305,10 +315,10 @@ def test_an_empty_batch_has_empty_outputs(model, beside):
     task = small.classes()
     whole = batch_of(model, task)
     others = [Query(prompts(1), whole, outputs=True)] if beside else []
-    answer = model.answer([Query(prompts(2), whole.take([]), outputs=True), *others])[0]
+    answer = model.answer([Query(prompts(2), whole.select([]), outputs=True), *others])[0]
     assert answer.outputs_KB is not None
     assert answer.outputs_KB.features_RD.shape == (0, 16)
-    assert task.predict(answer, whole.take([])) == []
+    assert task.predict(answer, whole.select([])) == []
 
 
 def test_no_question_has_no_answer(model):
@@ -329,7 +339,7 @@ def test_without_targets_the_loss_is_not_known_but_the_outputs_are(model):
 def test_a_backbone_without_gradients_refuses_to_give_any(model, monkeypatch):
     batch = batch_of(model, small.classes())
     monkeypatch.setattr(model.backbone, "gives_gradients", False, raising=False)
-    with pytest.raises(BackboneError, match=r"tiny gives no gradients; use a black-box tuner"):
+    with pytest.raises(BackboneError, match=r"tiny gives no gradients; use a black-box optimizer"):
         model.answer([Query(prompts(1), batch, grad=True)])
     assert model.answer([Query(prompts(1), batch)])[0].loss_KB.shape == (1, 6)
 
@@ -358,7 +368,7 @@ def test_lower_layers_are_run_once_per_record_and_layer(model, monkeypatch):
     batch = batch_of(model, small.classes())
     calls = counted(model.backbone, monkeypatch)
     for seed in range(3):
-        model.answer([Query(prompts(2, seed=seed), batch, grad=True), Query(prompts(1), batch.take([1, 1]))])
+        model.answer([Query(prompts(2, seed=seed), batch, grad=True), Query(prompts(1), batch.select([1, 1]))])
     assert sum(calls) == 6
     model.kept.fetch([items[0] for items in batch.items], 0, model.backbone)
     assert sum(calls) == 12
@@ -367,7 +377,7 @@ def test_lower_layers_are_run_once_per_record_and_layer(model, monkeypatch):
 @pytest.mark.parametrize("limit", [0, 100, 900, 2000, 1 << 20])
 def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
     batch = batch_of(model, small.classes(), 12)
-    items, kept = [records[0] for records in batch.items], Kept(limit, 512)
+    items, kept = [records[0] for records in batch.items], HiddenStateCache(limit, 512)
     truth = {item: model.backbone.below([item], 1)[0] for item in items}
     for seed in range(4):
         asked = small.shuffled(items, seed)[: 4 + seed]
@@ -376,7 +386,7 @@ def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
         assert kept.size == sum(state.nbytes for state in kept.states.values()) <= limit
         assert kept.size == sum(state.untyped_storage().nbytes() for state in kept.states.values())
     assert (len(kept.states) == 0) == (limit <= 100)
-    small_model = Compute(model.backbone, keep_bytes=limit)
+    small_model = QueryEngine(model.backbone, keep_bytes=limit)
     for seed in range(2):
         query = Query(prompts(1, seed=seed), batch, grad=True)
         assert agree(small_model.answer([query])[0], model.answer([query])[0])
@@ -386,13 +396,13 @@ def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypa
     """What else is missing goes by what other records have pushed out."""
     items, below, asked = [records[0] for records in batch_of(model, small.classes()).items], model.backbone.below, []
     monkeypatch.setattr(model.backbone, "below", lambda items, layer: asked.append(len(items)) or below(items, layer))
-    Kept(1 << 20, ONE_ROW).fetch(items, 1, model.backbone)
+    HiddenStateCache(1 << 20, UNBATCHED).fetch(items, 1, model.backbone)
     assert asked == [1] * len(items)
 
 
 def test_the_least_recently_used_is_dropped_first(model, monkeypatch):
     items = [model.backbone.read("the film", None, "", None, 3) for _ in range(4)]
-    kept = Kept(3 * 2 * 16 * 4, 512)
+    kept = HiddenStateCache(3 * 2 * 16 * 4, 512)
     kept.fetch(items[:3], 1, model.backbone)
     kept.fetch(items[:1], 1, model.backbone)
     kept.fetch(items[3:], 1, model.backbone)
@@ -417,7 +427,7 @@ def asking(batch, times: int, fails: Exception | None = None):
 
 def test_drive_returns_what_the_work_returns(model):
     batch = batch_of(model, small.classes())
-    assert drive(model, asking(batch, 2)).shape == (2, 6)
+    assert run_queries(model, asking(batch, 2)).shape == (2, 6)
 
 
 def test_drive_many_takes_works_of_any_length_and_goes_on_after_errors(model):
@@ -425,9 +435,9 @@ def test_drive_many_takes_works_of_any_length_and_goes_on_after_errors(model):
     broken = ValueError("a broken record")
     lengths = {"a": 3, "b": 1, "c": 2, "d": 3}
     works = {name: asking(batch, times, broken if name == "c" else None) for name, times in lengths.items()}
-    order = list(drive_many(model, works))
+    order = list(run_queries_lockstep(model, works))
     assert [name for name, _ in order] == ["b", "c", "a", "d"]
     found = dict(order)
     assert found.pop("c") is broken
-    assert all(small.close(found[name], drive(model, asking(batch, lengths[name]))) for name in found)
-    assert list(drive_many(model, {})) == []
+    assert all(small.close(found[name], run_queries(model, asking(batch, lengths[name]))) for name in found)
+    assert list(run_queries_lockstep(model, {})) == []

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 import berts
 import small
-from ficpd.backbones import catalog, sentence_encoder, unknown_share, warn_of_unknown, weights
+from ficpd.backbones import catalog, sentence_encoder, unknown_share, warn_unk_rate, weights
 from ficpd.errors import BackboneWarning
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.types import Record
 
 AMHARIC = "ፊልሙ ጥሩ ነበር"
@@ -35,7 +35,7 @@ def says(folder: Path) -> list[str]:
     ]  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        build_world(small.experiment(folder, "fedavg", *changes))
+        build_context(small.experiment(folder, "fedavg", *changes))
     return [str(warning.message) for warning in caught if warning.category is BackboneWarning]
 
 
@@ -50,28 +50,28 @@ def test_nobody_is_warned_of_a_twentieth(tmp_path):
     backbone = berts.load(berts.bert(tmp_path))
     known = [Record(f"row {i}", {"text": "the film was good", "text_pair": "a story"}) for i in range(60)]
     lost = [Record("lost", {"text": AMHARIC, "text_pair": "a"})]
-    warn_of_unknown(backbone, {"most": known[:59] + lost, "none": known, "nobody": []})
+    warn_unk_rate(backbone, {"most": known[:59] + lost, "none": known, "nobody": []})
     with pytest.warns(BackboneWarning, match=r"^75% of the tokens of lost .* at 1 of 3 clients"):
-        warn_of_unknown(backbone, {"none": known, "lost": lost, "half": known[:1]})
+        warn_unk_rate(backbone, {"none": known, "lost": lost, "half": known[:1]})
 
 
 @pytest.mark.parametrize("family", berts.FAMILIES)
 def test_the_share_is_that_of_the_tokens(tmp_path, family):
     backbone = berts.load(berts.FAMILIES[family](tmp_path))
-    share = backbone.unknown_share(["the film", f"{AMHARIC} good"])
+    share = backbone.unk_rate(["the film", f"{AMHARIC} good"])
     ids = [
         i
         for text in ("the film", f"{AMHARIC} good")
         for i in backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
     ]
     assert share == ids.count(backbone.tokenizer.unk_token_id) / len(ids) > 0.3
-    assert backbone.unknown_share(["the film", *berts.SCRIPTS.values()]) == 0.0
+    assert backbone.unk_rate(["the film", *berts.SCRIPTS.values()]) == 0.0
 
 
 def test_a_word_piece_tokeniser_loses_a_long_text_without_blanks_as_one_word(tmp_path):
     backbone = berts.load(berts.bert(tmp_path))
-    assert backbone.unknown_share([THAI]) == 0.0
-    assert backbone.unknown_share([THAI * 6]) == 1.0
+    assert backbone.unk_rate([THAI]) == 0.0
+    assert backbone.unk_rate([THAI * 6]) == 1.0
 
 
 def test_bytes_are_all_known():
@@ -93,10 +93,10 @@ def test_what_minilm_does_not_know():
         sentence_encoder.Config(), weights.resolve(catalog.NAMED["minilm"].weights), **options
     )
     rows = pd.read_parquet(SIB200).groupby("lang").head(100)
-    shares = {lang: minilm.unknown_share(texts.tolist()) for lang, texts in rows.groupby("lang")["text"]}
+    shares = {lang: minilm.unk_rate(texts.tolist()) for lang, texts in rows.groupby("lang")["text"]}
     assert max(shares["eng_Latn"], shares["deu_Latn"], shares["rus_Cyrl"], shares["arb_Arab"]) < 0.001
     assert min(shares["tha_Thai"], shares["zho_Hans"]) > 0.5
     assert 0.1 < shares["jpn_Jpan"] < 0.3
     own = {lang: [Record("", {"text": text}) for text in texts] for lang, texts in rows.groupby("lang")["text"]}
     with pytest.warns(BackboneWarning, match=r"of zho_Hans are unknown to minilm; at 3 of 24 clients"):
-        warn_of_unknown(minilm, own)
+        warn_unk_rate(minilm, own)

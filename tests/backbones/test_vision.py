@@ -17,17 +17,17 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 import sights
 import small
 from ficpd.backbones import autotune, catalog, vision
-from ficpd.backbones.lora import of
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.lora import lora_of
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.backbones.weights import Weights
-from ficpd.data.images import Picture
+from ficpd.data.images import LazyImage
 from ficpd.errors import BackboneError
 from ficpd.experiments.config import parse
 from ficpd.experiments.head_init import class_means
 from ficpd.experiments.initialization import public_gradients
 from ficpd.experiments.runner import run
-from ficpd.methods.shared.function_space import SIZE, Probes
-from ficpd.tasks import classification, made_up
+from ficpd.methods.shared.function_space import SIZE, FunctionSpaceEmbedding
+from ficpd.tasks import classification, synthetic_records
 from ficpd.types import LORA, Batch, Prompt, Query
 
 IMAGES = [sights.Seen(text) for text in ("a", "b", "c", "d", "e")]
@@ -45,9 +45,9 @@ def load(folder: Path, attention: str = "eager", **options: Any) -> vision.Visio
 
 
 def said(backbone: vision.Vision, layer: int = 0) -> torch.Tensor:
-    items = [backbone.look(image, 0) for image in IMAGES]
+    items = [backbone.preprocess_image(image, 0) for image in IMAGES]
     none = torch.zeros(len(items), 0, backbone.width)
-    return backbone.above(none, backbone.below(items, layer), items, layer).features_RD
+    return backbone.forward(none, backbone.encode_prefix(items, layer), items, layer).features_RD
 
 
 def theirs(folder: Path, side: int | None) -> dict[str, torch.Tensor]:
@@ -64,10 +64,10 @@ def theirs(folder: Path, side: int | None) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_without_a_prompt_it_is_the_model_itself(folder, side, attention):
     backbone, model = load(folder, attention, image_size=side), AutoModel.from_pretrained(folder).eval()
-    assert backbone.look(IMAGES[0], 0).length == ((side or 16) // 4) ** 2 + 1
+    assert backbone.preprocess_image(IMAGES[0], 0).length == ((side or 16) // 4) ** 2 + 1
     pixels = theirs(folder, side)
     with torch.no_grad():
-        if backbone.knows_words:
+        if backbone.has_text_encoder:
             own = model.vision_model(**pixels, interpolate_pos_encoding=True).pooler_output
             features = own / model.visual_projection(own).norm(dim=-1, keepdim=True)
         else:
@@ -97,13 +97,13 @@ def test_a_tuned_head_of_clip_is_as_long_as_its_texts(tmp_path):
     """Texts in all directions of the common space: the root mean square of their readouts' lengths."""
     backbone = load(sights.write_clip(tmp_path))
     every = backbone.scale * backbone.projection_ND
-    heads = backbone.as_readout(every[None])[0]
+    heads = backbone.head_to_readout(every[None])[0]
     assert small.close(F.normalize(heads, dim=-1), F.normalize(every, dim=-1))
     assert small.close(heads.norm(dim=-1), every.square().sum(-1).mean().sqrt().expand(len(every)), 1e-4)
 
 
 def test_a_folder_says_that_it_sees(folder):
-    assert catalog.kind_of(folder) == "vision"
+    assert catalog.detect_kind(folder) == "vision"
     assert catalog.defaults("a/name", "vision", 12).enters_at == 6
 
 
@@ -139,13 +139,13 @@ class Counted:
 
 def test_pixels_are_decoded_where_they_are_looked_at_and_nowhere_kept(folder):
     backbone, image = load(folder), Counted()
-    model, item = Compute(backbone), backbone.look(image, 3)
+    model, item = QueryEngine(backbone), backbone.preprocess_image(image, 3)
     assert image.times == 0
     for _ in range(2):
         kept = model.kept.fetch([item], 1, backbone)
         assert (image.times, item.content) == (1, image)
     assert [state.shape for state in kept] == [(17, 32)]
-    Compute(backbone, keep_bytes=0).kept.fetch([item], 1, backbone)
+    QueryEngine(backbone, keep_bytes=0).kept.fetch([item], 1, backbone)
     assert image.times == 2
 
 
@@ -153,7 +153,7 @@ def test_pixels_are_decoded_where_they_are_looked_at_and_nowhere_kept(folder):
 def test_an_image_of_any_shape_is_seen(folder, size, tmp_path):
     Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(tmp_path / "a.png")
     backbone = load(folder)
-    (state,) = backbone.below([backbone.look(Picture("a", tmp_path / "a.png"), 0)], 0)
+    (state,) = backbone.encode_prefix([backbone.preprocess_image(LazyImage("a", tmp_path / "a.png"), 0)], 0)
     assert state.shape == (17, 32)
     assert torch.isfinite(state).all()
 
@@ -167,26 +167,30 @@ def labels(number: int, **more: Any) -> classification.Classification:
 
 def test_what_the_server_asks_with_made_up_records_can_be_seen(folder):
     backbone = load(folder)
-    model, tokens, head = Compute(backbone), backbone.start(None, 3, 1, 0), backbone.start(None, 2, 0, 1)
+    model, tokens, head = (
+        QueryEngine(backbone),
+        backbone.init_prompt(None, 3, 1, 0),
+        backbone.init_prompt(None, 2, 0, 1),
+    )
     start = Prompt(torch.cat([tokens, head]), backbone.fingerprint, 1, 2)
     gradients = public_gradients(model, [labels(2, tuned_head=True)], start, 0, 6)
     assert gradients.shape == (6, 5, 32)
     assert gradients.abs().amax((1, 2)).min() > 0
     moved = start.vectors_PD + torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    found = Probes(model, start, 0).signatures(torch.stack([start.vectors_PD, moved]))
+    found = FunctionSpaceEmbedding(model, start, 0).signatures(torch.stack([start.vectors_PD, moved]))
     assert found.shape == (2, SIZE)
     assert found[0].abs().max() < 1e-5 < 1e-2 < found[1].abs().max()
     assert autotune.step_seconds(backbone, repeats=1) > 0
-    (record,) = made_up(backbone, 1, 0)
+    (record,) = synthetic_records(backbone, 1, 0)
     assert record.fields["image"].open().size == (vision.SIDE, vision.SIDE)
 
 
 def test_its_weights_can_be_changed(folder):
     """LoRA weights as they begin change nothing; others do."""
     backbone = load(folder)
-    rows_PD, items = of(backbone).start(2, 0), tuple((backbone.look(image, 0),) for image in IMAGES)
+    rows_PD, items = lora_of(backbone).start(2, 0), tuple((backbone.preprocess_image(image, 0),) for image in IMAGES)
     query = Query(torch.stack([rows_PD, rows_PD + 0.1]), Batch(labels(2), items, None, None, LORA), outputs=True)
-    same, other = Compute(backbone).answer([query])[0].outputs_KB.features_RD.split(len(IMAGES))
+    same, other = QueryEngine(backbone).answer([query])[0].outputs_KB.features_RD.split(len(IMAGES))
     assert small.close(same, said(backbone))
     assert not small.close(other, same, 0.01)
 
@@ -196,8 +200,8 @@ def test_the_class_means_of_one_example_each_are_their_features(folder):
     records = [small.Record(str(i), {"image": image, "target": str(i)}) for i, image in enumerate(IMAGES)]
     rows_CD = class_means(labels(5, tuned_head=True), backbone, records)
     assert small.close(rows_CD, said(backbone))
-    if not backbone.knows_words:  # CLIP's features have no length of their own
-        assert (said(backbone) @ backbone.as_readout(rows_CD).T).argmax(-1).tolist() == [*range(5)]
+    if not backbone.has_text_encoder:  # CLIP's features have no length of their own
+        assert (said(backbone) @ backbone.head_to_readout(rows_CD).T).argmax(-1).tolist() == [*range(5)]
 
 
 # ---------------------------------------------------------------- a real one

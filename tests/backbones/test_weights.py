@@ -91,12 +91,12 @@ def test_a_folder_without_weights_or_configuration_is_an_error(tmp_path, lacking
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    assert storage.folder() == tmp_path / "cache"
+    assert storage.cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("FICPD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert storage.folder() == tmp_path / "ficpd"
+    assert storage.cache_dir() == tmp_path / "ficpd"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert storage.folder() == Path.home() / ".cache" / "ficpd"
+    assert storage.cache_dir() == Path.home() / ".cache" / "ficpd"
 
 
 # ---------------------------------------------------------------- wheels
@@ -258,7 +258,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder_once(tmp_path, monkeypatch, capf
     found = weights.resolve(str(tmp_path / "small.gguf"))
     assert capfd.readouterr() == ("", ""), "no progress bars, no warnings"
     assert found.sha256 == hashlib.sha256((tmp_path / "small.gguf").read_bytes()).hexdigest()
-    assert catalog.kind_of(found.folder) == "causal_lm"
+    assert catalog.detect_kind(found.folder) == "causal_lm"
     again, ids = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32), torch.arange(3, 12)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-2)
     assert AutoTokenizer.from_pretrained(found.folder)("cabd")["input_ids"] == [5, 19, 6]
@@ -328,7 +328,7 @@ def test_named_weights_are_uris_that_can_be_read(name):
 )
 def test_the_configuration_tells_the_kind(tmp_path, config, kind):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert catalog.kind_of(tmp_path) == kind
+    assert catalog.detect_kind(tmp_path) == kind
 
 
 @pytest.mark.parametrize(
@@ -344,4 +344,4 @@ def test_the_configuration_tells_the_kind(tmp_path, config, kind):
 def test_a_kind_that_cannot_be_run_is_named(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(BackboneError, match=said):
-        catalog.kind_of(tmp_path)
+        catalog.detect_kind(tmp_path)

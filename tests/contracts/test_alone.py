@@ -1,5 +1,5 @@
 """What is clipped of a record is a function of that record and the prompt alone, to the last bit: at a site, where every
-record has a forward to itself, and through every tuner, method and subspace up to the mechanism."""
+record has a forward to itself, and through every optimizer, method and subspace up to the mechanism."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import small
-from ficpd.backbones.query_engine import ONE_ROW, Compute, drive
-from ficpd.federation.client import participate
+from ficpd.backbones.query_engine import UNBATCHED, QueryEngine, run_queries
+from ficpd.federation.client import execute_assignment
 from ficpd.federation.compression import subspace
 from ficpd.interfaces import Task
 from ficpd.methods.fedavg import FedAvg
@@ -33,11 +33,11 @@ class Noting(NoPrivacy):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: Any) -> list[Tensor]:
         return [torch.arange(num_records)] * steps
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: Any) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: Any) -> Tensor:
         self.rows.append(values_KB.detach().clone())
         return torch.zeros_like(values_KB[:, 0]).float()
 
-    def total(self, name: str, values_BN: Tensor, noise: Any) -> Tensor:
+    def noisy_sum(self, name: str, values_BN: Tensor, noise: Any) -> Tensor:
         self.rows.append(values_BN.detach().clone()[None])
         return torch.zeros_like(values_BN[0]).float()
 
@@ -46,7 +46,7 @@ def rows(
     name: str, records: list[Record], task: Task, dtype: torch.dtype, dimension: int = 0, config: Any = None, **how: Any
 ) -> list[Tensor]:
     """What one order gives to the mechanism, [K, B, ...] each. Its answers are zeros: all steps are at one prompt."""
-    model = Compute(small.backbone(width=WIDTH, dtype=dtype), chunk_tokens=ONE_ROW)
+    model = QueryEngine(small.backbone(width=WIDTH, dtype=dtype), chunk_tokens=UNBATCHED)
     method = small.method(name, small.Training(local_steps=1, batch_size=8, learning_rate=0.1, **how), **(config or {}))
     begin, compression = small.start(model, task), None
     if dimension:
@@ -57,7 +57,7 @@ def rows(
     (client,) = small.clients(model, method, 1, mechanism=noting, task=task, compression=compression).values()
     client.train = records
     state = small.first_state(method, {client.name: client})
-    drive(model, participate(method, client, method.assign(state, client.card, 1)))
+    run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, 1)))
     return noting.rows
 
 
@@ -76,13 +76,13 @@ def same_rows(*given: Any, records: list[Record], **how: Any) -> bool:
 BY_GRADIENT = ("fedavg", "fedprox", "ficpd", "fpl", "dp_fpl", "prompt_dpsgd", "fedlora", "fedhpl")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in (*BY_GRADIENT, "dp_zo", "dp_cma_es", "feddtpt")),
-    *(("fedavg", {"tuner": tuner, "perturbation": 1e-5}) for tuner in ("sgd", "spsa", "cma_es")),
+    *(("fedavg", {"optimizer": optimizer, "perturbation": 1e-5}) for optimizer in ("sgd", "spsa", "cma_es")),
     ("dp_zo", {"perturbation": 1e-5}),
     ("dp_cma_es", {"perturbation": 1e-5}),
     ("feddtpt", {"config": {"signal": "loss"}}),
     *((name, {"config": {"label_prior": True}}) for name in ("ficpd", "fpl")),
     *((name, {"dimension": 16}) for name in ("fedavg", "ficpd", "fpl", "prompt_dpsgd")),
-    ("fedavg", {"dimension": 16, "tuner": "cma_es", "perturbation": 1e-5}),
+    ("fedavg", {"dimension": 16, "optimizer": "cma_es", "perturbation": 1e-5}),
 ]
 
 
@@ -102,8 +102,8 @@ def test_nor_in_other_dtypes_nor_where_options_are_embedded_or_a_head_is_tuned(d
 class MeansOverAll(FedAvg):
     """A method that centres its records' gradients: they are no longer their own."""
 
-    def train(self, client, order):
-        inner = super().train(client, order)
+    def local_update(self, client, order):
+        inner = super().local_update(client, order)
         answer = None
         try:
             while True:

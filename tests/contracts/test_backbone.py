@@ -16,13 +16,13 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, Ll
 import sights
 import small
 from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, tiny, vision
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.backbones.weights import Weights
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Task
 from ficpd.registry import names
 from ficpd.tasks import classification
-from ficpd.types import Item, Prompt, Query
+from ficpd.types import EncodedInput, Prompt, Query
 
 WORDS = [*small.OTHER, *small.GOOD, *small.BAD, "is", "not", "very", ".", *(f"word{i}" for i in range(60))]
 TEXTS = ["the film was good", "bad", "it was a dull story and we saw it twice", "we saw a fine film"]
@@ -77,9 +77,9 @@ class Builder(NamedTuple):
     """`build(folder, dtype)`: a small one; `words(backbone)`: its table of word vectors; `led(ids)`: the tokens that
     stand before a start's own and are dropped."""
 
-    write: Callable[[Path], Path]
+    generate_greedy: Callable[[Path], Path]
     build: Callable[..., Any]
-    words: Callable[[Any], torch.Tensor] = lambda backbone: torch.zeros(0, backbone.width)
+    vocabulary: Callable[[Any], torch.Tensor] = lambda backbone: torch.zeros(0, backbone.width)
     led: Callable[[torch.Tensor], torch.Tensor] = lambda ids: ids[:0]
 
 
@@ -133,7 +133,7 @@ def kind(request, tmp_path_factory) -> tuple[str, Path, Any]:
     if request.param not in BUILDERS:
         pytest.fail(f"backbone {request.param!r} has no entry in BUILDERS of tests/contracts/test_backbone.py: add one")
     builder = BUILDERS[request.param]
-    folder = builder.write(tmp_path_factory.mktemp(request.param))
+    folder = builder.generate_greedy(tmp_path_factory.mktemp(request.param))
     return request.param, folder, builder.build(folder)
 
 
@@ -175,7 +175,7 @@ def batch_of(case: Case, layer: int, texts: list[str] = TEXTS):
     return case.task.encode(records, case.backbone, prompt)
 
 
-def items_of(backbone: Any, texts: list[str] = TEXTS, room: int = TOKENS) -> list[Item]:
+def items_of(backbone: Any, texts: list[str] = TEXTS, room: int = TOKENS) -> list[EncodedInput]:
     if backbone.sees:
         return [backbone.look(sights.Seen(text), room) for text in texts]
     return [backbone.read(text, None, "", None, room) for text in texts]
@@ -203,12 +203,12 @@ def test_a_row_alone_answers_as_in_a_padded_batch(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 2)
         assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.sees
-        model = Compute(case.backbone)
+        model = QueryEngine(case.backbone)
         together = model.answer([Query(stacked, batch, grad=True, outputs=True)])[0]
         for k in range(2):
             for b in range(len(batch)):
-                query = Query(stacked[k : k + 1], batch.take([b]), grad=True, outputs=True)
-                alone = Compute(case.backbone).answer([query])[0]
+                query = Query(stacked[k : k + 1], batch.select([b]), grad=True, outputs=True)
+                alone = QueryEngine(case.backbone).answer([query])[0]
                 row = k * len(batch) + b
                 assert small.close(alone.loss_KB[0, 0], together.loss_KB[k, b])
                 assert small.close(alone.grad_KBPD[0, 0], together.grad_KBPD[k, b])
@@ -231,10 +231,10 @@ def test_the_gradient_of_one_row_to_another_rows_prompt_is_zero(backbone):
 def test_a_records_gradient_is_that_of_a_backward_of_its_own(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 1)
-        answered = Compute(case.backbone).answer([Query(stacked, batch, grad=True)])[0].grad_KBPD
+        answered = QueryEngine(case.backbone).answer([Query(stacked, batch, grad=True)])[0].grad_KBPD
         tokens = stacked.shape[1] - case.task.head_rows
         for b in range(len(batch)):
-            prompt, one = stacked[0].clone().requires_grad_(), batch.take([b])
+            prompt, one = stacked[0].clone().requires_grad_(), batch.select([b])
             items = list(one.items[0])
             hidden = case.backbone.below(items, layer)
             outputs = case.backbone.above(prompt[:tokens].expand(len(items), -1, -1), hidden, items, layer)
@@ -251,7 +251,7 @@ def test_a_records_gradient_is_that_of_a_backward_of_its_own(case):
 def test_kept_lower_layers_answer_as_those_run_each_time(case):
     for layer in layers(case.backbone):
         batch = batch_of(case, layer)
-        keeps, forgets = Compute(case.backbone), Compute(case.backbone, keep_bytes=0)
+        keeps, forgets = QueryEngine(case.backbone), QueryEngine(case.backbone, keep_bytes=0)
         for seed in range(2):
             query = Query(prompts(case, 1, seed), batch, grad=True)
             kept, fresh = keeps.answer([query])[0], forgets.answer([query])[0]
@@ -293,7 +293,7 @@ def test_a_prompt_changes_what_the_backbone_says_at_every_layer(backbone):
 def test_an_all_zero_prompt_has_finite_gradients(case):
     for layer in layers(case.backbone):
         query = Query(prompts(case, 1, scale=0.0), batch_of(case, layer), grad=True)
-        answer = Compute(case.backbone).answer([query])[0]
+        answer = QueryEngine(case.backbone).answer([query])[0]
         assert torch.isfinite(answer.loss_KB).all()
         assert torch.isfinite(answer.grad_KBPD).all()
         assert answer.grad_KBPD.abs().max() > 0
@@ -304,7 +304,7 @@ def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
     built = BUILDERS[name].build(folder, torch.bfloat16)
     case = Case(name, folder, built, one_word_labels(tuned_head=not built.knows_words))
     query = Query(prompts(case, 1), batch_of(case, 0), grad=True, outputs=True)
-    answer = Compute(case.backbone).answer([query])[0]
+    answer = QueryEngine(case.backbone).answer([query])[0]
     dtypes = {answer.loss_KB.dtype, answer.grad_KBPD.dtype, answer.outputs_KB.features_RD.dtype}
     assert dtypes == {torch.float32}
     assert case.backbone.start("good", 2, 0, 0).dtype == torch.float32
@@ -320,7 +320,7 @@ def test_a_start_is_the_activations_of_words(kind, text):
     if backbone.sees:
         check_a_start_of_patches(backbone, text)
         return
-    table = BUILDERS[name].words(backbone).float()
+    table = BUILDERS[name].vocabulary(backbone).float()
     bottom = backbone.start(text, TOKENS, 0, 7)
     distances = (bottom[:, None] - table).abs().amax(-1)
     assert distances.min(1).values.max() < 1e-5
@@ -330,7 +330,7 @@ def test_a_start_is_the_activations_of_words(kind, text):
         vectors = backbone.start(text, TOKENS, layer, 7)
         assert (vectors.shape, vectors.dtype, vectors.device) == ((TOKENS, backbone.width), torch.float32, small.CPU)
         whole = torch.cat([BUILDERS[name].led(ids), ids])
-        assert small.close(vectors, backbone.below([Item(whole, len(whole))], layer)[0][-TOKENS:])
+        assert small.close(vectors, backbone.below([EncodedInput(whole, len(whole))], layer)[0][-TOKENS:])
 
 
 def check_a_start_of_patches(backbone: Any, text: str | None) -> None:
@@ -416,7 +416,7 @@ def test_images_are_looked_at_and_texts_read_never_the_other(backbone):
     image = outcome(lambda: backbone.look(sights.Seen("a"), 0))
     text = outcome(lambda: backbone.read("a", None, "", None, 0))
     assert isinstance(text if backbone.sees else image, BackboneError)
-    assert isinstance(image if backbone.sees else text, Item)
+    assert isinstance(image if backbone.sees else text, EncodedInput)
 
 
 def test_a_pair_is_read(reader):

@@ -17,12 +17,12 @@ from ficpd import storage
 from ficpd.deployment import run_spec
 from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.types import ArrayKind, Assignment, ClientUpdate, State
+from ficpd.types import ArraySpec, Assignment, ClientUpdate, State
 
 BACKBONE = "tiny:16x2"
-LAYOUT = {"delta": ArrayKind((3, 4)), "gain": ArrayKind((2,))}
-EXPECTED = codec.Expected("site-1", 4, BACKBONE, LAYOUT)
-SMALL = {"z": ArrayKind((256,), torch.int8), "z.scale": ArrayKind((1,))}
+LAYOUT = {"delta": ArraySpec((3, 4)), "gain": ArraySpec((2,))}
+EXPECTED = codec.ExpectedUpdate("site-1", 4, BACKBONE, LAYOUT)
+SMALL = {"z": ArraySpec((256,), torch.int8), "z.scale": ArraySpec((1,))}
 HEADER = {
     "magic": b"FU",
     "version": 1,
@@ -67,11 +67,11 @@ def quantised(scale: float = 0.5, fill: int = 2) -> dict[str, torch.Tensor]:
     return {"z": torch.full((256,), fill, dtype=torch.int8), "z.scale": torch.tensor([scale])}
 
 
-def expecting(layout: dict[str, ArrayKind], max_norm: float = 1e6) -> codec.Expected:
-    return codec.Expected("site-1", 4, BACKBONE, layout, max_norm)
+def expecting(layout: dict[str, ArraySpec], max_norm: float = 1e6) -> codec.ExpectedUpdate:
+    return codec.ExpectedUpdate("site-1", 4, BACKBONE, layout, max_norm)
 
 
-def refused(message: bytes, expected: codec.Expected = EXPECTED) -> str:
+def refused(message: bytes, expected: codec.ExpectedUpdate = EXPECTED) -> str:
     with pytest.raises(CodecError) as caught:
         codec.decode_update(message, expected)
     return str(caught.value)
@@ -92,7 +92,7 @@ def test_an_update_comes_back_exactly():
 
 def test_an_update_without_arrays_comes_back():
     sent = codec.encode_update(ClientUpdate("a", {}, 2.0), 1, BACKBONE)
-    assert codec.decode_update(sent, codec.Expected("a", 1, BACKBONE, {})) == ClientUpdate("a", {}, 2.0)
+    assert codec.decode_update(sent, codec.ExpectedUpdate("a", 1, BACKBONE, {})) == ClientUpdate("a", {}, 2.0)
     assert len(sent) < 40
 
 
@@ -109,7 +109,7 @@ def test_a_weight_comes_back_to_the_precision_of_a_float32():
 def test_any_type_and_shape_that_both_sides_know_comes_back(dtype, shape):
     array = (torch.arange(6)[: torch.Size(shape).numel()] - 2).to(dtype).reshape(shape)
     sent = codec.encode_update(ClientUpdate("site-1", {"x": array}), 4, BACKBONE)
-    back = codec.decode_update(sent, expecting({"x": ArrayKind(shape, dtype)})).arrays["x"]
+    back = codec.decode_update(sent, expecting({"x": ArraySpec(shape, dtype)})).arrays["x"]
     assert (back.dtype, back.shape) == (array.dtype, array.shape)
     assert torch.equal(back, array)
 
@@ -123,7 +123,7 @@ def test_what_was_read_may_be_written_to_and_leaves_the_message_alone():
 
 def test_numbers_are_little_endian_on_every_machine(monkeypatch):
     sent = {"x": torch.tensor([0x0102, -2], dtype=torch.int16), "y": torch.zeros(0, 2)}
-    layout = {"x": ArrayKind((2,), torch.int16), "y": ArrayKind((0, 2))}
+    layout = {"x": ArraySpec((2,), torch.int16), "y": ArraySpec((0, 2))}
     message = codec.encode_update(ClientUpdate("site-1", sent), 4, BACKBONE)
     assert message.endswith(b"\x02\x01\xfe\xff")
     monkeypatch.setattr(codec, "byteorder", "big")
@@ -142,14 +142,14 @@ def test_a_small_update_is_small():
     name = "client-00042"
     small = codec.encode_update(ClientUpdate(name, quantised()), 1000, BACKBONE)
     assert len(small) <= 300
-    assert codec.decode_update(small, codec.Expected(name, 1000, BACKBONE, SMALL)).client == name
+    assert codec.decode_update(small, codec.ExpectedUpdate(name, 1000, BACKBONE, SMALL)).client == name
     assert len(codec.encode_update(ClientUpdate(name, {"z": torch.zeros(256)}), 1000, BACKBONE)) <= 1100
 
 
 @pytest.mark.parametrize("name", ["", "ä" * 127, "a" * 255])
 def test_any_name_of_up_to_255_bytes_comes_back(name):
     sent = codec.encode_update(update(client=name), 4, BACKBONE)
-    assert codec.decode_update(sent, codec.Expected(name, 4, BACKBONE, LAYOUT)).client == name
+    assert codec.decode_update(sent, codec.ExpectedUpdate(name, 4, BACKBONE, LAYOUT)).client == name
 
 
 def test_an_assignment_comes_back_exactly():
@@ -203,7 +203,7 @@ def test_a_round_that_a_header_cannot_hold_is_not_written(round):
 def test_a_name_that_a_header_cannot_hold_is_neither_written_nor_read(name, words):
     with pytest.raises(CodecError, match=words):
         codec.encode_update(update(client=name), 4, BACKBONE)
-    assert words in refused(body(), codec.Expected(name, 4, BACKBONE, LAYOUT))
+    assert words in refused(body(), codec.ExpectedUpdate(name, 4, BACKBONE, LAYOUT))
 
 
 def test_nothing_that_is_not_finite_is_written_into_a_checkpoints_header():
@@ -272,13 +272,13 @@ def test_a_number_that_is_not_finite_is_refused(value, name):
 
 
 def test_a_norm_too_large_is_refused_and_counts_all_arrays():
-    bound = codec.Expected("site-1", 4, BACKBONE, LAYOUT, max_norm=5.0)
+    bound = codec.ExpectedUpdate("site-1", 4, BACKBONE, LAYOUT, max_norm=5.0)
     delta, gain = torch.zeros(3, 4), torch.zeros(2)
     delta[0, 0], gain[1] = 3.0, 3.9
     assert codec.decode_update(body(delta=delta, gain=gain), bound).client == "site-1"
     gain[1] = 4.1
     assert "norm is 5.08, at most 5" in refused(body(delta=delta, gain=gain), bound)
-    refused(body(delta=torch.full((3, 4), 3e38)), codec.Expected("site-1", 4, BACKBONE, LAYOUT))
+    refused(body(delta=torch.full((3, 4), 3e38)), codec.ExpectedUpdate("site-1", 4, BACKBONE, LAYOUT))
 
 
 def test_the_norm_of_integers_is_that_of_their_steps():
@@ -311,9 +311,9 @@ def test_a_scale_that_is_none_is_refused(scale, words):
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("client", codec.Expected("site-2", 4, BACKBONE, LAYOUT)),
-        ("round", codec.Expected("site-1", 5, BACKBONE, LAYOUT)),
-        ("backbone", codec.Expected("site-1", 4, "tiny:32x2", LAYOUT)),
+        ("client", codec.ExpectedUpdate("site-2", 4, BACKBONE, LAYOUT)),
+        ("round", codec.ExpectedUpdate("site-1", 5, BACKBONE, LAYOUT)),
+        ("backbone", codec.ExpectedUpdate("site-1", 4, "tiny:32x2", LAYOUT)),
     ],
 )
 def test_another_client_round_or_backbone_is_refused(what, expected):
@@ -322,7 +322,7 @@ def test_another_client_round_or_backbone_is_refused(what, expected):
 
 
 def test_a_client_whose_name_is_longer_or_only_begins_alike_is_refused():
-    assert "for client 'site-10'" in refused(body(), codec.Expected("site-10", 4, BACKBONE, LAYOUT))
+    assert "for client 'site-10'" in refused(body(), codec.ExpectedUpdate("site-10", 4, BACKBONE, LAYOUT))
     assert "client's length" in refused(crafted(length=5))
     assert "client is 'site-\\\\xff'" in refused(crafted(name=b"site-\xff"))
 
@@ -408,7 +408,7 @@ def test_a_header_that_is_too_long_is_refused_unless_it_is_ones_own():
     facts = {"long": "x" * codec.HEADER_LIMIT}
     state = storage.encode_state(State(arrays(), facts), {})
     order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), facts), BACKBONE)
-    call = codec.encode_call(codec.Call("train", "x" * codec.HEADER_LIMIT))
+    call = codec.encode_call(codec.SiteRequest("train", "x" * codec.HEADER_LIMIT))
     for read in (
         lambda: codec.decode_assignment(order, BACKBONE),
         lambda: storage.decode_state(state),

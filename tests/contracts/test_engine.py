@@ -3,9 +3,9 @@
 import pytest
 
 import small
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.federation import codec, simulation
-from ficpd.federation.client import participate
+from ficpd.federation.client import execute_assignment
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 
@@ -63,7 +63,7 @@ def orders_for(method, members, model, round: int = 1) -> dict[str, bytes]:
 def updates(method, members, model, replies, round: int = 1) -> dict:
     layout, fingerprint = small.wire(method.layout(small.first_state(method, members))), model.backbone.fingerprint
     return {
-        reply.client: codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, layout))
+        reply.client: codec.decode_update(reply.body, codec.ExpectedUpdate(reply.client, round, fingerprint, layout))
         for reply in replies
     }
 
@@ -90,7 +90,7 @@ def test_the_bytes_are_the_codecs(build, model):
     orders, fingerprint = orders_for(method, members, model, 3), model.backbone.fingerprint
     found = updates(method, members, model, build(method, members, model).exchange(orders), 3)
     for name, body in orders.items():
-        update = drive(model, participate(method, alone[name], codec.decode_assignment(body, fingerprint)))
+        update = run_queries(model, execute_assignment(method, alone[name], codec.decode_assignment(body, fingerprint)))
         assert (found[name].client, found[name].weight) == (update.client, update.weight)
         assert small.close(found[name].arrays["delta"], update.arrays["delta"])
     (reply,) = build(method, small.clients(model, method, 1), model).exchange({"site-0": orders["site-0"]})
@@ -112,7 +112,7 @@ def test_a_client_that_raises_is_an_error_and_the_others_go_on(model, where, loc
         assert replies[name].body is None
         words = {"first": "ValueError: no records today", "second": "KeyError: 'disk'"}
         assert replies[name].error == words.get(where, "ZeroDivisionError: of all things")
-        assert members[name].kept == {}
+        assert members[name].client_state == {}
     good = [reply for name, reply in replies.items() if name not in ("site-1", "site-4")]
     theirs = updates(method, calm, model, small.engine(method, calm, model, lock_step).exchange(orders))
     for name, update in updates(method, members, model, good).items():
@@ -125,7 +125,7 @@ def test_few_and_many_in_lock_step_agree(model, name):
     found = []
     for lock_step in (1, 2, 64):
         members = small.clients(model, method)
-        engine = small.engine(method, members, Compute(model.backbone), lock_step)
+        engine = small.engine(method, members, QueryEngine(model.backbone), lock_step)
         found.append(updates(method, members, model, engine.exchange(orders_for(method, members, model))))
     for other in found[1:]:
         assert found[0].keys() == other.keys()
@@ -137,11 +137,11 @@ def test_few_and_many_in_lock_step_agree(model, name):
 def test_clients_in_lock_step_share_forwards(monkeypatch):
     method, backbone = small.method("fedavg"), small.backbone()
     forwards = []
-    above = backbone.above
+    above = backbone.forward
     monkeypatch.setattr(backbone, "above", lambda *given: forwards.append(len(given[2])) or above(*given))
     counts = {}
     for lock_step in (1, 64):
-        model = Compute(backbone)
+        model = QueryEngine(backbone)
         members = small.clients(model, method)
         orders = orders_for(method, members, model)
         forwards.clear()
@@ -154,7 +154,7 @@ def test_an_order_for_another_backbone_is_refused(model):
     method = small.method("fedavg")
     members = small.clients(model, method)
     state = small.first_state(method, members)
-    order = codec.encode_assignment(method.assign(state, members["site-0"].card, 1), "tiny:other")
+    order = codec.encode_assignment(method.make_assignment(state, members["site-0"].card, 1), "tiny:other")
     with pytest.raises(codec.CodecError, match="load the same backbone"):
         list(small.engine(method, members, model).exchange({"site-0": order}))
 
@@ -172,6 +172,6 @@ def test_with_privacy_an_error_does_not_quote_a_record(model):
     record_level = type("Record", (NoPrivacy,), {"unit": "record"})()
     private = small.clients(model, method, mechanism=record_level)["site-0"]
     error = DataError("row 7: the patient's name is Ada")
-    assert "Ada" in simulation.told(open_one, error)
-    assert simulation.told(private, error) == "DataError (what it says stays at the client)"
-    assert simulation.told(private, BudgetError("spent")) == "BudgetError: spent"
+    assert "Ada" in simulation.public_error(open_one, error)
+    assert simulation.public_error(private, error) == "DataError (what it says stays at the client)"
+    assert simulation.public_error(private, BudgetError("spent")) == "BudgetError: spent"

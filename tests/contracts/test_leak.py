@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.federation import codec
-from ficpd.federation.client import participate
+from ficpd.federation.client import execute_assignment
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
@@ -26,11 +26,11 @@ class Deaf(NoPrivacy):
     def sample(self, num_records, expected_batch, steps, noise):
         return [torch.arange(4) for _ in range(steps)]
 
-    def mean(self, values_KB, expected_batch, noise):
-        return noise.gaussian(torch.zeros(len(values_KB), *values_KB.shape[2:]), 1.0)
+    def noisy_mean(self, values_KB, expected_batch, noise):
+        return noise.add_gaussian(torch.zeros(len(values_KB), *values_KB.shape[2:]), 1.0)
 
-    def total(self, name, values_BN, noise):
-        return noise.gaussian(torch.zeros(values_BN.shape[1:]), 1.0)
+    def noisy_sum(self, name, values_BN, noise):
+        return noise.add_gaussian(torch.zeros(values_BN.shape[1:]), 1.0)
 
 
 def sent(method, model, count: int, seed: int) -> list[bytes]:
@@ -40,7 +40,7 @@ def sent(method, model, count: int, seed: int) -> list[bytes]:
     client.train = small.records(count, seed)
     state, bodies = small.first_state(method, members, 3), []
     for round in (1, 2, 3):
-        update = drive(model, participate(method, client, method.assign(state, client.card, round)))
+        update = run_queries(model, execute_assignment(method, client, method.assign(state, client.card, round)))
         bodies.append(codec.encode_update(update, round, model.backbone.fingerprint))
         state = method.aggregate(state, [update], round, model)
     return bodies
@@ -60,42 +60,42 @@ def test_a_method_lets_out_only_what_the_mechanism_averaged(name, model):
 def test_a_method_that_says_nothing_leaves_sends_nothing(name, model):
     method = small.method(name)
     if not method.releases:
-        assert dict(method.layout(small.first_state(method, small.clients(model, method)))) == {}
+        assert dict(method.update_spec(small.first_state(method, small.clients(model, method)))) == {}
 
 
 class AveragesByItself(FedAvg):
     """The mean of the batch's gradients, past the mechanism."""
 
-    def train(self, client, order):
+    def local_update(self, client, order):
         prompt = order.arrays["prompt"]
         for batch in client.batches(1, 4):
             answer = yield Query(prompt[None], batch, grad=True)
-            client.mean(answer.grad_KBPD)
+            client.private_mean(answer.grad_KBPD)
             return ClientUpdate(client.id, {"delta": -answer.grad_KBPD[0].mean(0)})
 
 
 class SendsItsLoss(FedAvg):
-    def train(self, client, order):
-        update = yield from super().train(client, order)
+    def local_update(self, client, order):
+        update = yield from super().local_update(client, order)
         for batch in client.batches(1, 4):
             answer = yield Query(order.arrays["prompt"][None], batch)
             return ClientUpdate(client.id, {"delta": update.arrays["delta"] + answer.loss_KB.sum()})
 
 
 class ScalesByCount(FedAvg):
-    def train(self, client, order):
-        update = yield from super().train(client, order)
+    def local_update(self, client, order):
+        update = yield from super().local_update(client, order)
         return ClientUpdate(client.id, {"delta": update.arrays["delta"] * len(client.client.train)})
 
 
 class KeepsAndSendsLater(FedAvg):
     """What stays at the client may depend on records; what is sent of it later may not."""
 
-    def train(self, client, order):
-        kept = client.kept.get("x", torch.zeros_like(order.arrays["prompt"]))
+    def local_update(self, client, order):
+        kept = client.client_state.get("x", torch.zeros_like(order.arrays["prompt"]))
         for batch in client.batches(1, 4):
             answer = yield Query(order.arrays["prompt"][None], batch, grad=True)
-            client.kept["x"] = answer.grad_KBPD[0, 0]
+            client.client_state["x"] = answer.grad_KBPD[0, 0]
         return ClientUpdate(client.id, {"delta": kept})
 
 
@@ -107,8 +107,8 @@ def test_a_method_that_lets_records_out_is_found(bad, model):
 class WeighsByLoss(FedAvg):
     """The weight is the door's, whatever the method makes up."""
 
-    def train(self, client, order):
-        update = yield from super().train(client, order)
+    def local_update(self, client, order):
+        update = yield from super().local_update(client, order)
         for batch in client.batches(1, 4):
             answer = yield Query(order.arrays["prompt"][None], batch)
             return ClientUpdate(client.id, update.arrays, float(answer.loss_KB.sum()))

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
 from ficpd.privacy.clipping import MARGIN
-from ficpd.privacy.noise import Simulated
+from ficpd.privacy.noise import SeededNoise
 from ficpd.registry import load, names
-from ficpd.types import ClientUpdate, Plan
+from ficpd.types import ClientUpdate, ClientWorkload
 
-PLAN = Plan(
+PLAN = ClientWorkload(
     num_records=100, sampling_rate=0.1, steps=2, participations=5, num_clients=40, cohort_rate=0.25, num_rounds=20
 )
 CLIP, MULTIPLIER = 0.5, 1.3
@@ -31,14 +31,14 @@ class Silent:
     def __init__(self):
         self.deviations: list[float] = []
 
-    def gaussian(self, values, deviation):
+    def add_gaussian(self, values, deviation):
         self.deviations.append(deviation)
         return values.detach().cpu().float()
 
-    def poisson(self, number, rate):
+    def poisson_sample(self, number, rate):
         return torch.arange(number)
 
-    shuffled = staticmethod(torch.randperm)
+    permutation = staticmethod(torch.randperm)
 
 
 def record(**more):
@@ -81,7 +81,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm_over_all_candidates(d
     without = torch.cat([values[:, :0], values[:, 1:]], dim=1)
     zeroed = torch.cat([torch.zeros(K, 1, N), values[:, 1:]], dim=1)
     mechanism, expected = record(), 7
-    sums = [mechanism.mean(v, expected, Silent()).double() * expected for v in (values, without, zeroed)]
+    sums = [mechanism.noisy_mean(v, expected, Silent()).double() * expected for v in (values, without, zeroed)]
     for other in sums[1:]:
         assert torch.isfinite(sums[0]).all()
         assert float((sums[0] - other).norm()) <= CLIP * (1 + 1e-5)
@@ -90,25 +90,25 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm_over_all_candidates(d
 def test_the_losses_of_all_candidates_of_a_record_are_clipped_together():
     """[K, B] of a zeroth-order or CMA-ES query: the whole vector, not each loss by itself."""
     loss_KB = torch.tensor([[3.0], [4.0]])
-    mean_K = record().mean(loss_KB, 1, Silent())
+    mean_K = record().noisy_mean(loss_KB, 1, Silent())
     assert torch.allclose(mean_K, torch.tensor([0.6, 0.8]) * MARGIN * CLIP, rtol=1e-5)
 
 
 def test_records_below_the_norm_count_as_they_are():
     values = torch.tensor([[[0.1, 0.2], [0.3, -0.1]]])
-    assert torch.allclose(record().mean(values, 2, Silent()), torch.tensor([[0.2, 0.05]]), atol=1e-6)
+    assert torch.allclose(record().noisy_mean(values, 2, Silent()), torch.tensor([[0.2, 0.05]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("came", [0, 1, 9])
 def test_the_mean_divides_by_the_expected_batch_whatever_came(came):
-    mean = record().mean(torch.full((1, came, 2), 0.01), 4, Silent())
+    mean = record().noisy_mean(torch.full((1, came, 2), 0.01), 4, Silent())
     assert torch.allclose(mean, torch.full((1, 2), 0.01 * came / 4), atol=1e-7)
 
 
 def test_the_noise_on_records_is_what_the_price_states():
     silent, mechanism = Silent(), record()
-    mechanism.mean(torch.ones(2, 3, 4), 4, silent)
-    price = mechanism.price("step")
+    mechanism.noisy_mean(torch.ones(2, 3, 4), 4, silent)
+    price = mechanism.cost("step")
     assert price is not None
     assert silent.deviations == [price.noise_multiplier * CLIP] == [MULTIPLIER * CLIP]
     assert (price.sampling_rate, price.count) == (PLAN.sampling_rate, 1)
@@ -116,13 +116,13 @@ def test_the_noise_on_records_is_what_the_price_states():
 
 def test_the_measured_noise_on_a_mean_has_the_stated_deviation():
     mechanism, expected = record(), 5
-    drawn = mechanism.mean(torch.zeros(1, 6, 40_000), expected, Simulated("a test"))
+    drawn = mechanism.noisy_mean(torch.zeros(1, 6, 40_000), expected, SeededNoise("a test"))
     assert float(drawn.std()) == pytest.approx(MULTIPLIER * CLIP / expected, rel=0.02)
     assert abs(float(drawn.mean())) < 4 * MULTIPLIER * CLIP / expected / 200
 
 
 def test_records_join_each_step_by_themselves():
-    samples = record().sample(400, 40, 300, Simulated("a test"))
+    samples = record().sample(400, 40, 300, SeededNoise("a test"))
     sizes = torch.tensor([float(len(sample)) for sample in samples])
     assert float(sizes.mean()) == pytest.approx(40, rel=0.05)
     assert float(sizes.var()) == pytest.approx(400 * 0.1 * 0.9, rel=0.3)
@@ -136,7 +136,7 @@ def test_a_larger_batch_than_planned_is_refused():
 
 def test_an_empty_poisson_batch_is_noise_like_any_other():
     silent = Silent()
-    assert torch.equal(record().mean(torch.zeros(2, 0, 3, 4), 8, silent), torch.zeros(2, 3, 4))
+    assert torch.equal(record().noisy_mean(torch.zeros(2, 0, 3, 4), 8, silent), torch.zeros(2, 3, 4))
     assert silent.deviations == [MULTIPLIER * CLIP]
 
 
@@ -144,18 +144,18 @@ def test_a_total_clips_rows_to_one_and_has_its_own_price():
     mechanism, silent = record(statistics={"weight": 0.1, "counts": 0.2}), Silent()
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
     assert torch.allclose(
-        mechanism.total("counts", rows, silent), torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5
+        mechanism.noisy_sum("counts", rows, silent), torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5
     )
-    assert silent.deviations == [mechanism.price("total:counts").noise_multiplier]
-    assert mechanism.price("total:weight").noise_multiplier > mechanism.price("total:counts").noise_multiplier
-    assert {line.name for line in mechanism.planned()} == {"prompt", "weight", "counts"}
+    assert silent.deviations == [mechanism.cost("total:counts").noise_multiplier]
+    assert mechanism.cost("total:weight").noise_multiplier > mechanism.cost("total:counts").noise_multiplier
+    assert {line.name for line in mechanism.planned_costs()} == {"prompt", "weight", "counts"}
     with pytest.raises(PrivacyError, match="no share of the budget"):
-        mechanism.total("signature", rows, silent)
+        mechanism.noisy_sum("signature", rows, silent)
 
 
 def test_the_shares_of_statistics_are_within_one_budget():
     mechanism = record(noise_multiplier=None, epsilon=2.0, delta=1e-5, statistics={"weight": 0.2, "counts": 0.3})
-    assert 1.9 < accountant.epsilon(mechanism.planned(), 1e-5) <= 2.0
+    assert 1.9 < accountant.epsilon(mechanism.planned_costs(), 1e-5) <= 2.0
 
 
 # ---------------------------------------------------------------- one client
@@ -171,7 +171,7 @@ def test_two_clients_updates_are_at_most_two_clips_apart(placement, a, b, c, d):
     mechanism, sent = client(placement=placement), []
     for left, right in ((a, b), (c, d)):
         update = ClientUpdate("one", {"x": torch.tensor(left), "y": torch.tensor(right)}, 17.0)
-        released = mechanism.release(update, Silent())
+        released = mechanism.privatize_update(update, Silent())
         assert released.weight == 1.0
         flat = torch.cat([array.double() for array in released.arrays.values()])
         assert float(flat.norm()) <= CLIP * (1 + 1e-6)
@@ -182,27 +182,27 @@ def test_two_clients_updates_are_at_most_two_clips_apart(placement, a, b, c, d):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_counts_zero(bad):
     update = ClientUpdate("one", {"x": torch.tensor([1.0, bad]), "y": torch.ones(3)})
-    released = client().release(update, Silent())
+    released = client().privatize_update(update, Silent())
     assert all(torch.equal(array, torch.zeros_like(array)) for array in released.arrays.values())
 
 
 def test_local_noise_is_for_two_clips_and_central_has_none_at_the_client():
     update = ClientUpdate("one", {"x": torch.ones(3)})
     silent = Silent()
-    client().release(update, silent)
+    client().privatize_update(update, silent)
     assert silent.deviations == [MULTIPLIER * 2 * CLIP]
-    assert client().price("release")[1:] == (1.0, MULTIPLIER, 1)
+    assert client().cost("release")[1:] == (1.0, MULTIPLIER, 1)
     silent = Silent()
-    client(placement="central").release(update, silent)
+    client(placement="central").privatize_update(update, silent)
     assert silent.deviations == []
-    assert client(placement="central").price("release") is None
-    assert client(placement="central").price("sum")[1:] == (PLAN.cohort_rate, MULTIPLIER, 1)
+    assert client(placement="central").cost("release") is None
+    assert client(placement="central").cost("sum")[1:] == (PLAN.cohort_rate, MULTIPLIER, 1)
 
 
 def test_what_is_planned_is_every_participation_or_round():
-    assert client().planned()[0].count == PLAN.participations
-    assert client(placement="central").planned()[0].count == PLAN.num_rounds
-    assert record().planned()[0].count == PLAN.steps * PLAN.participations
+    assert client().planned_costs()[0].count == PLAN.participations
+    assert client(placement="central").planned_costs()[0].count == PLAN.num_rounds
+    assert record().planned_costs()[0].count == PLAN.steps * PLAN.participations
 
 
 # ---------------------------------------------------------------- all of them
@@ -220,7 +220,7 @@ def test_only_mechanisms_without_a_guarantee_are_free(mechanism):
 def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism):
     """None where it goes by the number of records, and so must not be known."""
     size = 40_000
-    released = mechanism.release(ClientUpdate("one", {"x": torch.zeros(size)}), Simulated("a test"))
+    released = mechanism.release(ClientUpdate("one", {"x": torch.zeros(size)}), SeededNoise("a test"))
     known = mechanism.noise_on(size)
     if mechanism.unit == "record":
         assert known is None

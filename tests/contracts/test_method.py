@@ -7,17 +7,17 @@ import torch
 
 import small
 from ficpd import storage
-from ficpd.backbones.query_engine import Compute, drive, drive_many
+from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.errors import ConfigError, LibraryError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.federation import codec
-from ficpd.federation.client import Client, participate, personal_prompt
-from ficpd.federation.rounds import Schedule
+from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
 from ficpd.traits import Demonstrates, TunesWords
-from ficpd.types import IDS, ArrayKind, Assignment, ClientUpdate, Query, State
+from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
 MARK, MARKED_WEIGHT = 0.125, 42.0
@@ -29,7 +29,7 @@ class Marking(NoPrivacy):
     def __init__(self):
         self.released: list[str] = []
 
-    def release(self, update, noise):
+    def privatize_update(self, update, noise):
         self.released.append(update.client)
         arrays = {name: torch.full(a.shape, MARK).to(a.dtype) for name, a in update.arrays.items()}
         return ClientUpdate(update.client, arrays, MARKED_WEIGHT)
@@ -41,21 +41,21 @@ def method(request) -> Method:
 
 
 def orders_of(method: Method, members: Mapping[str, Client], state: State, round: int = 1) -> dict[str, Assignment]:
-    return {name: method.assign(state, client.card, round) for name, client in members.items()}
+    return {name: method.make_assignment(state, client.card, round) for name, client in members.items()}
 
 
 def updates_of(
-    method: Method, members: Mapping[str, Client], model: Compute, state: State, round: int = 1
+    method: Method, members: Mapping[str, Client], model: QueryEngine, state: State, round: int = 1
 ) -> list[ClientUpdate]:
     orders = orders_of(method, members, state, round)
-    return [drive(model, participate(method, client, orders[name])) for name, client in members.items()]
+    return [run_queries(model, execute_assignment(method, client, orders[name])) for name, client in members.items()]
 
 
 def outcome(method: Method, members: Mapping[str, Client], state: State) -> dict[str, torch.Tensor]:
     """All prompts that a run leaves: those of the library, and what each client would use."""
     orders = orders_of(method, members, state, 9)
     own = {f"own/{name}": personal_prompt(method, client, orders[name]) for name, client in members.items()}
-    return {**method.basis(state), **own}
+    return {**method.library_prompts(state), **own}
 
 
 # ---------------------------------------------------------------- two rounds
@@ -80,7 +80,7 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
         pytest.skip("nothing is trained")
     members = small.clients(model, method)
     before = outcome(method, members, small.first_state(method, members))
-    state, _ = small.rounds(method, members, model, Schedule(10, len(members), 0))
+    state, _ = small.rounds(method, members, model, RoundSchedule(10, len(members), 0))
     after, losses = outcome(method, members, state), []
     for name, client in members.items():
         first, last = before[f"own/{name}"], after[f"own/{name}"]
@@ -94,7 +94,7 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
 
 def test_two_of_five_clients_a_round(method, model):
     members = small.clients(model, method)
-    schedule = Schedule(3, 2, 4)
+    schedule = RoundSchedule(3, 2, 4)
     state, reports = small.rounds(method, members, model, schedule)
     assert [(report.clients, report.dropped) for report in reports] == [(min(2, len(members)), {})] * 3
     evaluation = evaluate(method, state, members, model, 4)
@@ -170,9 +170,9 @@ def test_the_layout_is_that_of_every_update(method, model):
     for round in (1, 2):
         updates = updates_of(method, members, model, state, round)
         for update in updates:
-            kinds = {name: ArrayKind(tuple(array.shape), array.dtype) for name, array in update.arrays.items()}
+            kinds = {name: ArraySpec(tuple(array.shape), array.dtype) for name, array in update.arrays.items()}
             assert kinds == small.wire(method.layout(state))
-            assert {kind.dtype for kind in kinds.values()} <= {torch.float32, IDS}
+            assert {kind.dtype for kind in kinds.values()} <= {torch.float32, TOKEN_DTYPE}
         state = method.aggregate(state, updates, round, model)
 
 
@@ -203,15 +203,15 @@ def test_a_client_without_record_counts_to_tell_weighs_one(method, model):
 
 def test_nothing_is_kept_of_an_order_that_was_not_carried_out(method, model):
     class Broken(NoPrivacy):
-        def release(self, update, noise):
+        def privatize_update(self, update, noise):
             raise RuntimeError("no way out")
 
     members = small.clients(model, method, mechanism=Broken())
     orders = orders_of(method, members, small.first_state(method, members))
     for name, client in members.items():
         with pytest.raises(RuntimeError, match="no way out"):
-            drive(model, participate(method, client, orders[name]))
-        assert client.kept == {}
+            run_queries(model, execute_assignment(method, client, orders[name]))
+        assert client.client_state == {}
 
 
 def test_local_lets_nothing_out_but_that_it_is_done(model):
@@ -223,12 +223,13 @@ def test_local_lets_nothing_out_but_that_it_is_done(model):
         bodies = {name: codec.encode_assignment(order, fingerprint) for name, order in orders.items()}
         replies = list(small.engine(method, members, model).exchange(bodies))
         updates = [
-            codec.decode_update(reply.body, codec.Expected(reply.client, round, fingerprint, {})) for reply in replies
+            codec.decode_update(reply.body, codec.ExpectedUpdate(reply.client, round, fingerprint, {}))
+            for reply in replies
         ]
         assert [update.arrays for update in updates] == [{}] * len(members)
         state = method.aggregate(state, updates, round, model)
-    assert method.basis(state) == {}
-    assert all("prompt" in client.kept for client in members.values())
+    assert method.library_prompts(state) == {}
+    assert all("prompt" in client.client_state for client in members.values())
 
 
 def test_local_sends_the_same_whatever_the_records(model):
@@ -250,7 +251,7 @@ def test_a_seed_fixes_all_and_another_seed_does_not(method, model):
     left = []
     for seed in (1, 1, 2):
         members = small.clients(model, method, seed=seed)
-        state, _ = small.rounds(method, members, model, Schedule(2, len(members), seed))
+        state, _ = small.rounds(method, members, model, RoundSchedule(2, len(members), seed))
         left.append(outcome(method, members, state))
     assert small.same(left[0], left[1])
     if method.trains:
@@ -262,16 +263,21 @@ def test_singly_and_in_lock_step_agree(method, model):
     state = small.first_state(method, single)
     for round in (1, 2):
         orders = orders_of(method, single, state, round)
-        ours = {name: drive(model, participate(method, client, orders[name])) for name, client in single.items()}
-        works = {name: participate(method, client, orders[name]) for name, client in together.items()}
-        theirs = dict(drive_many(Compute(model.backbone), works))
+        ours = {
+            name: run_queries(model, execute_assignment(method, client, orders[name]))
+            for name, client in single.items()
+        }
+        works = {name: execute_assignment(method, client, orders[name]) for name, client in together.items()}
+        theirs = dict(run_queries_lockstep(QueryEngine(model.backbone), works))
         assert ours.keys() == theirs.keys()
         for name, update in ours.items():
             assert update.weight == theirs[name].weight
             assert update.arrays.keys() == theirs[name].arrays.keys()
             assert all(small.close(array, theirs[name].arrays[key]) for key, array in update.arrays.items())
-            kept = together[name].kept
-            assert all(small.close(array.float(), kept[key].float()) for key, array in single[name].kept.items())
+            kept = together[name].client_state
+            assert all(
+                small.close(array.float(), kept[key].float()) for key, array in single[name].client_state.items()
+            )
         state = method.aggregate(state, list(ours.values()), round, model)
 
 
@@ -280,5 +286,5 @@ def test_a_client_that_was_not_asked_keeps_nothing_new(method, model):
     asked = sorted(members)[:1]
     orders = orders_of(method, members, small.first_state(method, members))
     for name in asked:
-        drive(model, participate(method, members[name], orders[name]))
-    assert all(client.kept == {} for name, client in members.items() if name not in asked)
+        run_queries(model, execute_assignment(method, members[name], orders[name]))
+    assert all(client.client_state == {} for name, client in members.items() if name not in asked)

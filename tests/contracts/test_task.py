@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import DataError
 from ficpd.interfaces import Task
 from ficpd.registry import names
@@ -45,11 +45,11 @@ def task(request, name) -> Task:
 
 
 def records(task: Task, count: int = 7) -> list[Record]:
-    name = task.describe()["name"]
+    name = task.to_config()["name"]
     return small.questions(count) if name == "multiple_choice" else small.records(count, real=name == "regression")
 
 
-def batch_of(task: Task, model: Compute, count: int = 7) -> Batch:
+def batch_of(task: Task, model: QueryEngine, count: int = 7) -> Batch:
     return task.encode(records(task, count), model.backbone, small.start(model, task))
 
 
@@ -61,7 +61,7 @@ def test_the_loss_is_one_per_row_and_that_of_the_row_alone(task, model):
     assert (loss >= 0).all()
     assert len(set(loss[0].tolist())) > 1
     for place in range(7):
-        alone = model.answer([Query(prompt.vectors_PD[None], batch.take([place]))])[0].loss_KB
+        alone = model.answer([Query(prompt.vectors_PD[None], batch.select([place]))])[0].loss_KB
         assert small.close(alone[0, 0], loss[0, place])
 
 
@@ -181,7 +181,7 @@ def test_a_head_that_is_not_tuned_does_not_travel(name, model):
 def test_what_a_task_says_of_itself_builds_it_again(task, model):
     told = json.loads(json.dumps(task.describe()))
     again = build_task(told)
-    assert again.describe() == task.describe()
+    assert again.to_config() == task.describe()
     prompt = small.start(model, task)
     query, other = (
         Query(prompt.vectors_PD[None], one.encode(records(task), model.backbone, prompt)) for one in (task, again)

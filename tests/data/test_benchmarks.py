@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ficpd.data.benchmarks import LAYOUTS, XGLUE
-from ficpd.data.loading import Config, read, read_all
+from ficpd.data.loading import Config, load, load_all
 from ficpd.data.partition import Config as Partition
 from ficpd.data.partition import partition
 from ficpd.errors import DataError
@@ -50,7 +50,7 @@ def jsonl(path: Path, *rows: dict) -> Path:
 
 
 def fields(source: Path | str, layout: str, **more) -> list[dict]:
-    return [dict(record.fields) for record in read_all(Config(source=str(source), layout=layout, **more))]
+    return [dict(record.fields) for record in load_all(Config(source=str(source), layout=layout, **more))]
 
 
 def refused(source: object, layout: str, **more) -> str:
@@ -81,7 +81,7 @@ def test_medqa_has_four_or_five_options(tmp_path):
     assert found[:1] + found[2:] == [four] * 4
     assert (found[1]["options"][4], found[1]["target"]) == ("Gold", 4)
     task = build(Choice())
-    assert task.targets(read_all(Config(source=str(path), layout="medqa"))) == [1, 4, 1, 1, 1]
+    assert task.targets(load_all(Config(source=str(path), layout="medqa"))) == [1, 4, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_a_medmcqa_test_file_has_no_answers(tmp_path):
     message = refused(tmp_path, "medmcqa")
     assert "test.json row 1: cop None names no option; official test files have no answers: leave them out" in message
     jsonl(tmp_path / "test.json", MEDMCQA)
-    data = read(Config(source=str(tmp_path), layout="medmcqa"), 0)
+    data = load(Config(source=str(tmp_path), layout="medmcqa"), 0)
     assert (len(data.train), len(data.test)) == (2, 1)
 
 
 def test_medmcqa_by_subject_becomes_clients(tmp_path):
     rows = [MEDMCQA | {"subject_name": ["Skin", "ENT"][i % 2], "cop": 1 + i % 4} for i in range(20)]
     config = Config(source=str(jsonl(tmp_path / "dev.json", *rows)), layout="medmcqa")
-    shards = partition(Partition(kind="column", column="subject"), read(config, 0), "target", 0)
+    shards = partition(Partition(kind="column", column="subject"), load(config, 0), "target", 0)
     assert {name: shard.metadata for name, shard in shards.items()} == {
         "ENT": {"subject": "ENT"},
         "Skin": {"subject": "Skin"},
@@ -163,7 +163,7 @@ def test_pubmedqa_is_one_object(tmp_path):
 @pytest.mark.parametrize("form", ["[{}, {}]", "{}\n{}\n"])
 def test_json_is_a_list_or_lines(tmp_path, form):
     (tmp_path / "a.json").write_text(form.format('{"text": "a", "target": 1}', '{"text": "b", "target": 2}'))
-    found = read_all(Config(source=str(tmp_path / "a.json")))
+    found = load_all(Config(source=str(tmp_path / "a.json")))
     assert [(r.key, r.fields["target"]) for r in found] == [("a.json row 1", 1), ("a.json row 2", 2)]
 
 
@@ -179,13 +179,13 @@ def test_json_is_a_list_or_lines(tmp_path, form):
 def test_json_that_is_no_table(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=r"a\.json:? " + says):
-        read_all(Config(source=str(tmp_path / "a.json")))
+        load_all(Config(source=str(tmp_path / "a.json")))
 
 
 def test_json_beside_tables_is_passed_over(tmp_path):
     (tmp_path / "a.csv").write_text("text,target\nx,1\n")
     (tmp_path / "dataset_info.json").write_text('{"a": {"b": 1}}')
-    assert [record.key for record in read_all(Config(source=str(tmp_path)))] == ["a.csv row 1"]
+    assert [record.key for record in load_all(Config(source=str(tmp_path)))] == ["a.csv row 1"]
 
 
 # ---------------------------------------------------------------- XGLUE
@@ -202,7 +202,7 @@ def test_tab_separated_tasks(tmp_path, task):
     line, (text, pair, target) = PAIRS[task]
     folder = xglue(tmp_path / "xglue_full_dataset", task, line)
     for source in (folder, folder.parent):
-        data = read(Config(source=str(source), layout=f"xglue-{task}"), 0)
+        data = load(Config(source=str(source), layout=f"xglue-{task}"), 0)
         record = {"text": text, "text_pair": pair, "target": target}
         assert [dict(r.fields) for r in data.train] == [record | {"lang": "en"}] * 2
         assert [dict(r.fields) for r in data.test] == [record | {"lang": "de"}, record | {"lang": "en"}]
@@ -212,9 +212,9 @@ def test_tab_separated_tasks(tmp_path, task):
 def test_dev_files_make_every_language_a_client(tmp_path):
     folder = xglue(tmp_path, "nc", PAIRS["nc"][0])
     config = {"source": str(folder), "layout": "xglue-nc", "dev_as_train": True}
-    with_train = read(Config(**config), 0)
+    with_train = load(Config(**config), 0)
     assert Counter(r.fields["lang"] for r in with_train.train) == {"en": 3, "de": 1}
-    data = read(Config(**config, where={"split": ("dev", "test")}), 0)
+    data = load(Config(**config, where={"split": ("dev", "test")}), 0)
     assert Counter(r.fields["lang"] for r in data.train) == {"en": 1, "de": 1}
     shards = partition(Partition(kind="column", column="lang"), data, "target", 0)
     assert {name: (len(s.train), len(s.test)) for name, s in shards.items()} == {"de": (1, 1), "en": (1, 1)}
@@ -223,11 +223,11 @@ def test_dev_files_make_every_language_a_client(tmp_path):
 def test_dev_as_train_is_not_only_for_layouts(tmp_path):
     for name in ("train", "dev", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,target\n{name},1\n")
-    data = read(Config(source=str(tmp_path), dev_as_train=True), 0)
+    data = load(Config(source=str(tmp_path), dev_as_train=True), 0)
     assert [r.fields["text"] for r in data.train] == ["dev", "train"]
     (tmp_path / "dev.csv").unlink()
     with pytest.raises(DataError, match="no row is of a dev split"):
-        read(Config(source=str(tmp_path), dev_as_train=True), 0)
+        load(Config(source=str(tmp_path), dev_as_train=True), 0)
 
 
 def test_xnli_has_a_header_in_one_file_and_literal_quotes(tmp_path):
@@ -236,7 +236,7 @@ def test_xnli_has_a_header_in_one_file_and_literal_quotes(tmp_path):
         tmp_path,
         **{"multinli.train.en.tsv": f"premise\thypo\tlabel\n{line}\n", "sw.dev": f"{line}\n", "sw.test": f"{line}\r\n"},
     )
-    data = read(Config(source=str(tmp_path), layout="xglue-xnli", dev_as_train=True), 0)
+    data = load(Config(source=str(tmp_path), layout="xglue-xnli", dev_as_train=True), 0)
     expected = {"text": 'He said "no', "text_pair": 'He spoke"', "target": "contradiction"}
     assert [dict(r.fields) for r in data.train] == [expected | {"lang": "en"}, expected | {"lang": "sw"}]
     assert [dict(r.fields) for r in data.test] == [expected | {"lang": "sw"}]
@@ -253,7 +253,7 @@ def test_pawsx_lies_in_a_folder_for_each_language(tmp_path):
             "PAWSX/de/test_2k.tsv": f"{head}1\teins\tein\t1\n",
         },
     )
-    data = read(Config(source=str(tmp_path), layout="xglue-pawsx"), 0)
+    data = load(Config(source=str(tmp_path), layout="xglue-pawsx"), 0)
     assert [dict(r.fields) for r in data.train] == [
         {"text": "one", "text_pair": "two", "target": "different", "lang": "en"}
     ]
@@ -272,7 +272,7 @@ def test_texts_and_their_targets_lie_side_by_side(tmp_path, task):
             f"xglue.{task}.fr.tgt.test": "texte",
         },
     )
-    data = read(Config(source=str(tmp_path), layout=f"xglue-{task}"), 0)
+    data = load(Config(source=str(tmp_path), layout=f"xglue-{task}"), 0)
     assert [dict(r.fields) for r in data.train] == [
         {"text": "a long text", "target": "short", "lang": "en"},
         {"text": "another", "target": "other", "lang": "en"},
@@ -322,11 +322,11 @@ def test_the_hubs_splits_by_language(monkeypatch):
     row = {"query": "q", "wed_page_title": "t", "web_page_snippet": "s", "relavance_label": "Fair"}
     hub(monkeypatch, train=[row], validation__de=[row], test__en=[row], test__de=[row])
     config = {"source": "hf:microsoft/xglue", "subset": "wpr", "layout": "xglue-wpr"}
-    data = read(Config(**config), 0)
+    data = load(Config(**config), 0)
     expected = {"text": "q", "text_pair": "t\ns", "target": "Fair"}
     assert [dict(r.fields) for r in data.train] == [expected | {"lang": "en"}]
     assert [dict(r.fields) for r in data.test] == [expected | {"lang": "en"}, expected | {"lang": "de"}]
-    data = read(Config(**config, dev_as_train=True, where={"split": ("dev", "test")}), 0)
+    data = load(Config(**config, dev_as_train=True, where={"split": ("dev", "test")}), 0)
     assert [(r.key, r.fields["lang"]) for r in data.train] == [("microsoft/xglue validation.de row 1", "de")]
 
 
@@ -376,9 +376,9 @@ column = "subject"
 
 def test_options_may_be_in_a_column_each(tmp_path):
     (tmp_path / "a.csv").write_text("text,target,a,b,c\nwho?,B,she,he,\nwhat?,C,x,y,2\n")
-    records = read_all(Config(source=str(tmp_path / "a.csv"), options=("a", "b", "c")))
+    records = load_all(Config(source=str(tmp_path / "a.csv"), options=("a", "b", "c")))
     assert [r.fields["options"] for r in records] == [["she", "he", None], ["x", "y", "2"]]
     with pytest.raises(DataError, match="unknown column 'd'"):
-        read_all(Config(source=str(tmp_path / "a.csv"), options=("a", "d")))
+        load_all(Config(source=str(tmp_path / "a.csv"), options=("a", "d")))
     with pytest.raises(ValidationError, match="options"):
         Config(source="x", options=("a", "b"), columns={"text": "text", "target": "target", "options": "o"})

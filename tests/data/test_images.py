@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from ficpd.data import images
-from ficpd.data.images import Picture
-from ficpd.data.loading import Config, read, read_all
+from ficpd.data.images import LazyImage
+from ficpd.data.loading import Config, load, load_all
 from ficpd.errors import DataError
 
 COLUMNS = {"image": "image", "target": "target"}
@@ -50,7 +50,7 @@ def test_paths_are_seen_from_the_tables_folder(tmp_path, kind):
         "jsonl": lambda: frame.to_json(file, orient="records", lines=True),
         "parquet": lambda: frame.to_parquet(file),
     }[kind]()
-    records = read_all(Config(source=str(file), columns={"image": "photo", "target": "target"}))
+    records = load_all(Config(source=str(file), columns={"image": "photo", "target": "target"}))
     assert [record.fields["target"] for record in records] == list("abab")
     assert all(same(record, i) for i, record in enumerate(records))
     assert str(records[1].fields["image"]) == str(tmp_path / "in here" / "1.png")
@@ -63,7 +63,7 @@ def test_bytes_stay_in_the_parquet_file(tmp_path, hub, monkeypatch):
     table = pa.table({"image": cells, "target": [str(i % 2) for i in range(9)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     monkeypatch.setattr(images, "_groups", images._Groups(1000))
-    records = read_all(Config(source=str(tmp_path / "a.parquet"), columns=COLUMNS))
+    records = load_all(Config(source=str(tmp_path / "a.parquet"), columns=COLUMNS))
     assert len(images._groups.kept) < 5
     assert all(same(records[i], i) for i in (8, 0, 5, 3, 1, 7, 2, 6, 4, 8))
     assert sum(values.nbytes for values in images._groups.kept.values()) <= 1000
@@ -72,7 +72,7 @@ def test_bytes_stay_in_the_parquet_file(tmp_path, hub, monkeypatch):
 
 def test_a_file_of_nothing_but_images_is_read(tmp_path):
     pq.write_table(pa.table({"image": [encoded(0), encoded(1)]}), tmp_path / "a.parquet")
-    records = read_all(Config(source=str(tmp_path / "a.parquet"), columns={"image": "image"}))
+    records = load_all(Config(source=str(tmp_path / "a.parquet"), columns={"image": "image"}))
     assert [same(record, i) for i, record in enumerate(records)] == [True, True]
 
 
@@ -87,7 +87,7 @@ def folders(place: Path, labels: str = "ab", number: int = 3) -> Path:
 
 
 def test_a_folder_for_each_label(tmp_path):
-    records = read_all(Config(source=str(folders(tmp_path / "set")), columns=COLUMNS))
+    records = load_all(Config(source=str(folders(tmp_path / "set")), columns=COLUMNS))
     assert [record.fields["target"] for record in records] == list("aaabbb")
     assert [record.key for record in records] == [f"set row {i}" for i in range(1, 7)]
     assert all(same(record, i % 3) for i, record in enumerate(records))
@@ -96,13 +96,13 @@ def test_a_folder_for_each_label(tmp_path):
 def test_train_and_test_above_the_labels_are_the_split(tmp_path):
     for side, number in (("train", 3), ("test", 2), ("val", 1)):
         folders(tmp_path / side, number=number)
-    found = read(Config(source=str(tmp_path), columns=COLUMNS), 0)
+    found = load(Config(source=str(tmp_path), columns=COLUMNS), 0)
     assert (len(found.train), len(found.test)) == (6, 4)
 
 
 def test_images_without_labels_are_read_to_be_predicted(tmp_path):
     drawn(0).save(tmp_path / "a.png")
-    (record,) = read_all(Config(source=str(tmp_path), columns={"image": "image"}))
+    (record,) = load_all(Config(source=str(tmp_path), columns={"image": "image"}))
     assert same(record, 0)
 
 
@@ -114,7 +114,7 @@ def test_the_hubs_images_stay_encoded(monkeypatch, plain):
     rows = {"image": cells, "label": [0, 1, 1, 0]}
     loaded = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=loaded))
-    records = read_all(Config(source="hf:some/set", columns={"image": "image", "target": "label"}))
+    records = load_all(Config(source="hf:some/set", columns={"image": "image", "target": "label"}))
     assert [record.fields["target"] for record in records] == ["no", "yes", "yes", "no"]
     assert all(same(record, i) for i, record in enumerate(records))
 
@@ -131,7 +131,7 @@ def test_every_kind_comes_out_in_eight_bits_of_red_green_and_blue(tmp_path, mode
         image = Image.fromarray((grey / 257).astype(np.uint8)).convert(mode)
     file = tmp_path / ("a.png" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "a.tif")
     image.save(file)
-    found = Picture("a", file).open()
+    found = LazyImage("a", file).open()
     assert (found.mode, found.size) == ("RGB", (6, 5))
     expected = grey / 257 > 127 if mode == "1" else grey / 257
     values = np.asarray(found).astype(float).mean(-1)
@@ -145,7 +145,7 @@ def test_what_is_transparent_is_white_whatever_colour_lies_under_it(tmp_path):
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
     image.save(tmp_path / "a.png")
-    found = Picture("a", tmp_path / "a.png").open()
+    found = LazyImage("a", tmp_path / "a.png").open()
     assert [found.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (10, 20, 30)]
 
 
@@ -153,7 +153,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     image, exif = drawn(0, size=(8, 4)), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
-    assert Picture("a", tmp_path / "a.png").open().size == (4, 8)
+    assert LazyImage("a", tmp_path / "a.png").open().size == (4, 8)
 
 
 # ---------------------------------------------------------------- what is no image
@@ -177,14 +177,14 @@ def test_a_row_without_an_image_is_named_when_the_data_are_read(tmp_path, cell, 
     drawn(0).save(tmp_path / "a.png")
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(DataError, match=words):
-        read_all(csv(tmp_path, "a.png", cell))
+        load_all(csv(tmp_path, "a.png", cell))
 
 
 def test_an_image_that_breaks_off_is_named_when_it_is_looked_at(tmp_path):
     drawn(0, size=(90, 90)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
-    (record,) = read_all(csv(tmp_path, "a.png"))
+    (record,) = load_all(csv(tmp_path, "a.png"))
     with pytest.raises(DataError, match=r"table.csv row 1, file .*a.png: no image that can be read"):
         record.fields["image"].open()
 
@@ -192,23 +192,23 @@ def test_an_image_that_breaks_off_is_named_when_it_is_looked_at(tmp_path):
 def test_a_cell_without_bytes_and_pixels_of_real_numbers_are_refused(tmp_path):
     pq.write_table(pa.table({"image": pa.array([encoded(0), None], pa.binary())}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet row 2: .*the cell is empty"):
-        read_all(Config(source=str(tmp_path / "a.parquet"), columns={"image": "image"}))
+        load_all(Config(source=str(tmp_path / "a.parquet"), columns={"image": "image"}))
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="neither 8 nor 16 bits"):
-        Picture("a", tmp_path / "a.tif").open()
+        LazyImage("a", tmp_path / "a.tif").open()
 
 
 def test_folders_without_images_are_refused(tmp_path):
     folders(tmp_path / "set")
     (tmp_path / "set" / "c").mkdir()
     with pytest.raises(DataError, match="no image in 'c'"):
-        read_all(Config(source=str(tmp_path / "set"), columns=COLUMNS))
+        load_all(Config(source=str(tmp_path / "set"), columns=COLUMNS))
     (tmp_path / "set" / "c").rmdir()
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no image in 'none'"):
-        read_all(Config(source=str(tmp_path / "none"), columns=COLUMNS))
+        load_all(Config(source=str(tmp_path / "none"), columns=COLUMNS))
     with pytest.raises(DataError, match="unknown column 'text'"):
-        read_all(Config(source=str(tmp_path / "set"), columns={**COLUMNS, "text": "text"}))
+        load_all(Config(source=str(tmp_path / "set"), columns={**COLUMNS, "text": "text"}))
 
 
 def test_only_the_images_that_are_used_are_looked_at(tmp_path):
@@ -216,9 +216,9 @@ def test_only_the_images_that_are_used_are_looked_at(tmp_path):
     for i in range(30):
         drawn(i).save(tmp_path / f"{i}.png")
     config = csv(tmp_path, *[f"{i}.png" for i in range(30)]).model_copy(update={"max_records": 4})
-    used = {str(record.fields["image"]) for side in (read(config, 0).train, read(config, 0).test) for record in side}
+    used = {str(record.fields["image"]) for side in (load(config, 0).train, load(config, 0).test) for record in side}
     for file in tmp_path.glob("*.png"):
         if str(file) not in used:
             file.unlink()
-    found = read(config, 0)
+    found = load(config, 0)
     assert len(found.train) + len(found.test) == 4

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import small
 from ficpd import storage
 from ficpd.data import sentence_ratings as built_in
-from ficpd.data.loading import Config, Dataset, read, read_all, unused
+from ficpd.data.loading import Config, Dataset, load, load_all, unsampled
 from ficpd.errors import DataError
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run
@@ -35,12 +35,12 @@ def everything(data: Dataset) -> list:
 
 
 def targets(path: Path) -> list:
-    return [record.fields["target"] for record in everything(read(Config(source=str(path)), 0))]
+    return [record.fields["target"] for record in everything(load(Config(source=str(path)), 0))]
 
 
 def refused(source: object, **options) -> str:
     with pytest.raises(DataError) as caught:
-        read(Config(source=str(source), **options), 0)
+        load(Config(source=str(source), **options), 0)
     return str(caught.value)
 
 
@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_records(tmp_path, ending):
         pd.DataFrame(ROWS).to_parquet(path)
     else:
         csv(path, sep="\t" if ending == "tsv" else ",")
-    records = everything(read(Config(source=str(path), keep=("site",)), 0))
+    records = everything(load(Config(source=str(path), keep=("site",)), 0))
     assert [dict(record.fields) for record in records] == ROWS
     assert records[16].key == f"reviews.{ending} row 17"
 
@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_records(tmp_path, ending):
 def test_a_key_counts_data_rows_whatever_lines_they_take(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'\xef\xbb\xbftext,target\r\n"two\nlines",x\r\n\r\nsecond,y\r\nthird,x\r\n')
-    records = everything(read(Config(source=str(path)), 0))
+    records = everything(load(Config(source=str(path)), 0))
     assert [(record.key, record.fields["text"]) for record in records] == [
         ("a.csv row 1", "two\nlines"),
         ("a.csv row 2", "second"),
@@ -104,29 +104,29 @@ def test_a_regression_reads_the_numbers_of_a_csv(tmp_path):
     task = small.numbers()
     for cells, numbers in (("1", "2.50", "-1e1"), [1.0, 2.5, -10.0]), (("3", "07"), [3.0, 7.0]):
         path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in cells])
-        assert task.targets(read_all(Config(source=str(path)))) == numbers
+        assert task.targets(load_all(Config(source=str(path)))) == numbers
     for odd in ("good", "1e999", "1_0"):
         path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("1", odd)])
         with pytest.raises(DataError, match=f"a.csv row 2, column target: '{odd}' is no number"):
-            task.targets(read_all(Config(source=str(path))))
+            task.targets(load_all(Config(source=str(path))))
 
 
 def test_a_regression_reads_no_number_off_the_text_of_a_file_with_types(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": "2.5"}] * 2)
     with pytest.raises(DataError, match=r"'2\.5' is no number"):
-        small.numbers().targets(read_all(Config(source=str(path))))
+        small.numbers().targets(load_all(Config(source=str(path))))
 
 
 def test_csv_numbers_beside_a_files_own_numbers_are_numbers(tmp_path):
     csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("1", "2.5")])
     jsonl(tmp_path / "b.jsonl", [{"text": "x", "target": 3}] * 2)
-    found = [record.fields["target"] for record in read_all(Config(source=str(tmp_path)))]
+    found = [record.fields["target"] for record in load_all(Config(source=str(tmp_path)))]
     assert [(type(value), value) for value in found] == [(float, 1.0), (float, 2.5), (float, 3.0), (float, 3.0)]
 
 
 def test_of_options_a_csv_number_is_the_place(tmp_path):
     rows = [{"text": "x", "target": place, "a": "2", "b": "1", "c": "0"} for place in (0, 2)]
-    records = read_all(Config(source=str(csv(tmp_path / "a.csv", rows)), options=("a", "b", "c")))
+    records = load_all(Config(source=str(csv(tmp_path / "a.csv", rows)), options=("a", "b", "c")))
     assert small.choices().targets(records) == [0, 2]
     rows[1]["target"] = "c"
     message = refused(csv(tmp_path / "a.csv", rows), options=("a", "b", "c"))
@@ -142,7 +142,7 @@ def test_json_text_stays_text_and_truth_stays_truth(tmp_path):
 def test_roles_rename_columns(tmp_path):
     rows = [{"premise": f"p{i}", "hypothesis": f"h{i}", "label": 1, "hospital": ""} for i in range(4)]
     columns = {"text": "premise", "text_pair": "hypothesis", "target": "label", "client": "hospital"}
-    first = everything(read(Config(source=str(csv(tmp_path / "a.csv", rows)), columns=columns), 0))[0]
+    first = everything(load(Config(source=str(csv(tmp_path / "a.csv", rows)), columns=columns), 0))[0]
     assert first.fields == {"text": "p0", "text_pair": "h0", "target": "1", "client": None}
 
 
@@ -150,7 +150,7 @@ def test_a_folder_is_read_by_name_and_passes_over_other_files(tmp_path):
     csv(tmp_path / "b.csv")
     jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "README.md").write_text("about")
-    data = read(Config(source=str(tmp_path)), 3)
+    data = load(Config(source=str(tmp_path)), 3)
     assert Counter(record.key.split()[0] for record in data.train + data.test) == {"a.jsonl": 20, "b.csv": 20}
     assert next(record.key for record in data.train).startswith("a.jsonl")
 
@@ -160,7 +160,7 @@ def test_a_folder_is_read_by_name_and_passes_over_other_files(tmp_path):
 
 def test_the_split_is_the_seeds_and_loses_nothing(tmp_path):
     path = str(csv(tmp_path / "a.csv"))
-    one, same, other = (read(Config(source=path, test_fraction=0.25), seed) for seed in (1, 1, 2))
+    one, same, other = (load(Config(source=path, test_fraction=0.25), seed) for seed in (1, 1, 2))
     assert one == same
     assert one != other
     assert len(one.test) == 5
@@ -169,7 +169,7 @@ def test_the_split_is_the_seeds_and_loses_nothing(tmp_path):
 
 def test_a_split_column_is_obeyed_and_dev_dropped(tmp_path):
     rows = [row | {"part": ["train", "Test", "validation", "dev"][i % 4]} for i, row in enumerate(ROWS)]
-    data = read(Config(source=str(csv(tmp_path / "a.csv", rows)), split_column="part"), 0)
+    data = load(Config(source=str(csv(tmp_path / "a.csv", rows)), split_column="part"), 0)
     assert [r.key for r in data.train] == [f"a.csv row {i}" for i in range(1, 21, 4)]
     assert [r.key for r in data.test] == [f"a.csv row {i}" for i in range(2, 21, 4)]
 
@@ -177,36 +177,36 @@ def test_a_split_column_is_obeyed_and_dev_dropped(tmp_path):
 def test_files_named_train_and_test_are_the_split(tmp_path):
     for name in ("train", "test", "dev"):
         csv(tmp_path / f"{name}.csv")
-    data = read(Config(source=str(tmp_path)), 0)
+    data = load(Config(source=str(tmp_path)), 0)
     assert {r.key.split()[0] for r in data.train} == {"train.csv"}
     assert {r.key.split()[0] for r in data.test} == {"test.csv"}
 
 
 def test_max_records_is_a_seeded_sample(tmp_path):
     path = str(csv(tmp_path / "a.csv"))
-    one, same, other = (everything(read(Config(source=path, max_records=10), seed)) for seed in (1, 1, 2))
+    one, same, other = (everything(load(Config(source=path, max_records=10), seed)) for seed in (1, 1, 2))
     assert len(one) == 10
     assert one == same
     assert one != other
-    assert len(everything(read(Config(source=path, max_records=100), 1))) == 20
+    assert len(everything(load(Config(source=path, max_records=100), 1))) == 20
 
 
 def test_unused_is_what_max_records_left_out(tmp_path):
     config = Config(source=str(csv(tmp_path / "a.csv")), max_records=12)
     for seed in (1, 2):
-        used, rest = [r.key for r in everything(read(config, seed))], [r.key for r in unused(config, seed)]
+        used, rest = [r.key for r in everything(load(config, seed))], [r.key for r in unsampled(config, seed)]
         assert len(rest) == 8
         assert sorted(used + rest) == sorted(f"a.csv row {i}" for i in range(1, 21))
         assert rest == sorted(rest, key=lambda key: int(key.split()[-1]))
-    assert unused(config, 1)[0].fields["text"].startswith("sentence")
-    assert unused(Config(source=str(tmp_path / "a.csv"), max_records=20), 1) == []
-    assert unused(Config(source=str(tmp_path / "a.csv")), 1) == []
+    assert unsampled(config, 1)[0].fields["text"].startswith("sentence")
+    assert unsampled(Config(source=str(tmp_path / "a.csv"), max_records=20), 1) == []
+    assert unsampled(Config(source=str(tmp_path / "a.csv")), 1) == []
 
 
 def test_unused_rows_are_checked_too(tmp_path):
     path = csv(tmp_path / "a.csv", [{"text": "x", "target": cell} for cell in ("good", "", "bad")])
     with pytest.raises(DataError, match=r"a\.csv row 2"):
-        unused(Config(source=str(path), max_records=2), 0)
+        unsampled(Config(source=str(path), max_records=2), 0)
 
 
 def test_one_row_cannot_be_split(tmp_path):
@@ -368,14 +368,14 @@ def labelled(*numbers: int) -> datasets.Dataset:
 
 def test_the_hubs_splits_and_class_names(monkeypatch):
     hub(monkeypatch, datasets.DatasetDict(train=labelled(0, 1, 1), validation=labelled(0), test=labelled(1)))
-    data = read(Config(source="hf:owner/reviews", subset="en"), 0)
+    data = load(Config(source="hf:owner/reviews", subset="en"), 0)
     assert [r.fields["target"] for r in data.train] == ["no", "yes", "yes"]
     assert [(r.key, r.fields["target"]) for r in data.test] == [("owner/reviews test row 1", "yes")]
 
 
 def test_one_split_of_the_hub_is_divided(monkeypatch):
     hub(monkeypatch, datasets.DatasetDict(unsupervised=labelled(*[1] * 10)))
-    data = read(Config(source="hf:owner/reviews", subset="en", hf_split="unsupervised"), 0)
+    data = load(Config(source="hf:owner/reviews", subset="en", hf_split="unsupervised"), 0)
     assert (len(data.train), len(data.test)) == (8, 2)
     assert "splits are unsupervised; say which" in refused("hf:owner/reviews", subset="en")
 
@@ -399,7 +399,7 @@ def test_an_unreachable_hub_names_the_id_and_the_way_out(monkeypatch):
 
 
 def ratings(target: str) -> Dataset:
-    return read(Config(source="ratings", columns={"text": "text", "target": target}, keep=("domain",)), 0)
+    return load(Config(source="ratings", columns={"text": "text", "target": target}, keep=("domain",)), 0)
 
 
 def test_ratings_are_all_rated_sentences_of_four_domains():
@@ -451,7 +451,7 @@ def test_ratings_know_their_columns():
 def archive(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
     """An empty cache, and a download that hands over the true archive and notes each call."""
     built_in._sdist()
-    true, calls = storage.folder() / built_in.SDIST, []
+    true, calls = storage.cache_dir() / built_in.SDIST, []
 
     def download(folder: Path) -> Path:
         calls.append(folder)
@@ -502,11 +502,11 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path, monkeypatch):
 def test_the_cache_folder(monkeypatch):
     monkeypatch.setenv("FICPD_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert storage.folder() == Path("/a")
+    assert storage.cache_dir() == Path("/a")
     monkeypatch.delenv("FICPD_CACHE")
-    assert storage.folder() == Path("/b/ficpd")
+    assert storage.cache_dir() == Path("/b/ficpd")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert storage.folder() == Path.home() / ".cache" / "ficpd"
+    assert storage.cache_dir() == Path.home() / ".cache" / "ficpd"
 
 
 # ---------------------------------------------------------------- a part of a table
@@ -516,7 +516,7 @@ def test_where_takes_the_rows_that_hold_one_of_the_values(tmp_path):
     lines = [f"text {i},{'ab'[i % 2]},{('en', 'de', 'fr')[i % 3]}" for i in range(12)]
     (tmp_path / "t.csv").write_text("\n".join(["text,target,lang", *lines]) + "\n")
     config = Config(source=str(tmp_path / "t.csv"), where={"lang": ("en", "fr")}, keep=("lang",))
-    records = read_all(config)
+    records = load_all(config)
     assert {r.fields["lang"] for r in records} == {"en", "fr"}
     assert [r.key for r in records] == [f"t.csv row {i + 1}" for i in range(12) if i % 3 != 1]
 
@@ -525,14 +525,14 @@ def test_where_may_ask_for_what_only_some_of_the_files_have(tmp_path):
     for name in ("en", "fr"):
         (tmp_path / f"{name}.csv").write_text(f"text,target,lang\nsome words,a,{name}\nmore words,b,{name}\n")
     config = Config(source=str(tmp_path), where={"lang": ("fr",)}, keep=("lang",))
-    assert {record.fields["lang"] for record in read_all(config)} == {"fr"}
+    assert {record.fields["lang"] for record in load_all(config)} == {"fr"}
     with pytest.raises(DataError, match=r"2 files of .*'lang'.*'de'"):
-        read_all(Config(source=str(tmp_path), where={"lang": ("fr", "de")}))
+        load_all(Config(source=str(tmp_path), where={"lang": ("fr", "de")}))
 
 
 def test_where_with_a_value_that_no_row_has_or_a_column_that_is_none_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("text,target,lang\none,a,en\ntwo,b,en\n")
     with pytest.raises(DataError, match=r"t\.csv, column 'lang': unknown value 'eng'; did you mean 'en'"):
-        read_all(Config(source=str(tmp_path / "t.csv"), where={"lang": ("eng",)}))
+        load_all(Config(source=str(tmp_path / "t.csv"), where={"lang": ("eng",)}))
     with pytest.raises(DataError, match="unknown column 'language'"):
-        read_all(Config(source=str(tmp_path / "t.csv"), where={"language": ("en",)}))
+        load_all(Config(source=str(tmp_path / "t.csv"), where={"language": ("en",)}))

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ficpd.data.partition import Config, partition
-from ficpd.data.untyped import Spelled
+from ficpd.data.untyped import UntypedStr
 from ficpd.errors import DataError
-from ficpd.types import Record, Shard
+from ficpd.types import ClientData, Record
 
 DOMAINS = ("tweets", "films", "products")
 
@@ -21,11 +21,11 @@ def records(side: str, number: int, targets=("no", "yes")) -> list[Record]:
     ]
 
 
-def data(train: int = 600, test: int = 150, targets=("no", "yes")) -> Shard:
-    return Shard(records("train", train, targets), records("test", test, targets), {})
+def data(train: int = 600, test: int = 150, targets=("no", "yes")) -> ClientData:
+    return ClientData(records("train", train, targets), records("test", test, targets), {})
 
 
-def skew(shards: dict[str, Shard], side: str = "train") -> float:
+def skew(shards: dict[str, ClientData], side: str = "train") -> float:
     """Mean distance of the clients' label shares from the whole's; 0 when all are alike."""
     counts = [Counter(r.fields["target"] for r in getattr(shard, side)) for shard in shards.values()]
     labels = sorted({label for count in counts for label in count})
@@ -77,7 +77,7 @@ def test_iid_clients_are_alike_and_equally_large():
 
 
 def test_iid_needs_no_target():
-    whole = Shard([Record(str(i), {"text": "x"}) for i in range(10)], [], {})
+    whole = ClientData([Record(str(i), {"text": "x"}) for i in range(10)], [], {})
     assert len(partition(Config(kind="iid", num_clients=10), whole, "target", 0)) == 10
 
 
@@ -137,14 +137,14 @@ def test_numbers_that_a_csv_spells_are_skewed_as_numbers_are():
     config = Config(kind="dirichlet", num_clients=5, concentration=0.3)
     numbers = np.linspace(-4, 4, 97).tolist()
     as_numbers = names(config, numbers)
-    assert names(config, [Spelled(number) for number in numbers]) == as_numbers
+    assert names(config, [UntypedStr(number) for number in numbers]) == as_numbers
     assert names(config, [str(number) for number in numbers]) != as_numbers  # text of a file with types is a label
 
 
 def test_codes_that_are_not_all_numbers_are_labels():
     config = Config(kind="dirichlet", num_clients=3, concentration=0.5)
     codes = ["250", "250.1", "V45"]
-    assert names(config, [Spelled(code) for code in codes]) == names(config, codes)
+    assert names(config, [UntypedStr(code) for code in codes]) == names(config, codes)
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "column_dirichlet"])
@@ -167,7 +167,7 @@ def test_min_records_is_kept_by_drawing_again():
         assert min(len(shard.train) for shard in partition(config, data(), "target", seed).values()) >= 40
 
 
-def refused(config: Config, whole: Shard) -> str:
+def refused(config: Config, whole: ClientData) -> str:
     with pytest.raises(DataError) as caught:
         partition(config, whole, "target", 0)
     return str(caught.value)
@@ -216,7 +216,7 @@ def test_a_missing_target_names_its_record():
 
 
 def test_nothing_to_partition():
-    assert "no train records" in refused(Config(kind="iid", num_clients=2), Shard([], [], {}))
+    assert "no train records" in refused(Config(kind="iid", num_clients=2), ClientData([], [], {}))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_wrong_configuration_is_refused(wrong):
 # ---------------------------------------------------------------- what is public of a client
 
 
-def carded(folder, text: str, **more) -> dict[str, Shard]:
+def carded(folder, text: str, **more) -> dict[str, ClientData]:
     (folder / "cards.csv").write_text(text)
     return partition(
         Config(kind="column", column="domain", cards=str(folder / "cards.csv"), **more), data(), "target", 0

@@ -22,7 +22,7 @@ HERE = ("127.0.0.1", "localhost")
 def certificate(
     folder: Path,
     name: str,
-    ca: certificates.Signed,
+    ca: certificates.SignedCert,
     names: tuple[str, ...] = HERE,
     begins: float = -1,
     ends: float = 30,
@@ -44,7 +44,7 @@ def certificate(
     )
     pem, secret = folder / f"{name}.crt", folder / f"{name}.key"
     pem.write_bytes(built.public_bytes(Encoding.PEM))
-    secret.write_bytes(certificates.Signed(key, built).key_pem)
+    secret.write_bytes(certificates.SignedCert(key, built).key_pem)
     return pem, secret
 
 

@@ -31,8 +31,8 @@ class Coordinator:
 
     def flwr(self, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Flower's command, as the coordinator's own people call it, or from another `home`."""
-        environment = flower_cli.environment({"FLWR_HOME": str(home or self.home), "COLUMNS": "200"})
-        command = [flower_cli.flower("flwr"), *words]
+        environment = flower_cli.clean_env({"FLWR_HOME": str(home or self.home), "COLUMNS": "200"})
+        command = [flower_cli.flower_binary("flwr"), *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
 
     def online(self) -> list[str]:
@@ -55,7 +55,7 @@ class Coordinator:
         """The process and its log."""
         (port,) = flower_cli.free_ports(1)
         command = [
-            flower_cli.flower("flower-supernode"), "--superlink", address, "--root-certificates", str(ca),
+            flower_cli.flower_binary("flower-supernode"), "--superlink", address, "--root-certificates", str(ca),
             "--auth-supernode-private-key", str(key), "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
         with demo._started(name, command, {"FLWR_HOME": str(self.folder / f"home-{name}")}, self.folder) as process:

@@ -19,7 +19,7 @@ from superlink import Coordinator
 
 from ficpd.deployment import certificates
 from ficpd.deployment.flower_cli import free_ports
-from ficpd.deployment.tls_check import reach
+from ficpd.deployment.tls_check import check_tls
 from ficpd.errors import SiteError
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ SECONDS = 40.0
 @contextmanager
 def bad_server(coordinator: Coordinator, kind: str, folder: Path) -> Iterator[tuple[str, Path]]:
     """Address and authority of a coordinator with one thing wrong."""
-    signing = certificates.authority()
+    signing = certificates.create_ca()
     (folder / "ca.crt").write_bytes(signing.pem)
     change = {"expired": {"begins": -30, "ends": -2}, "other name": {"names": ("superlink.example.org",)}}.get(kind, {})
     pair = certificate(folder, "server", signing, **change)
@@ -52,7 +52,7 @@ def test_certificates(coordinator: Coordinator, kind: str, reason: str, tmp_path
     with bad_server(coordinator, kind, tmp_path) as (address, ca):
         began = time.monotonic()
         with pytest.raises(SiteError, match=reason):
-            reach(address, ca)
+            check_tls(address, ca)
         assert time.monotonic() - began < 10
         key = coordinator.written / "sites" / "north" / "supernode.key"
         with coordinator.supernode(kind.replace(" ", "-"), key, address, ca) as (process, log):
@@ -68,8 +68,8 @@ def test_certificates(coordinator: Coordinator, kind: str, reason: str, tmp_path
 def test_an_unregistered_key(coordinator: Coordinator, tmp_path: Path):
     """All is right but the key. Code 2004 is also what a site's own node gets while it is still counted as there."""
     address = f"127.0.0.1:{coordinator.port}"
-    assert "answers with TLS" in reach(address, coordinator.ca)
-    private, _ = certificates.node("stranger")
+    assert "answers with TLS" in check_tls(address, coordinator.ca)
+    private, _ = certificates.create_node_key("stranger")
     (tmp_path / "key").write_bytes(private)
     with coordinator.supernode("unregistered", tmp_path / "key", address, coordinator.ca) as (process, log):
         assert process.wait(SECONDS) == 1
@@ -83,7 +83,7 @@ def test_nobody_there(coordinator: Coordinator):
     (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
     with pytest.raises(SiteError, match=f"{address} .*Connection refused"):
-        reach(address, coordinator.ca)
+        check_tls(address, coordinator.ca)
     key = coordinator.written / "sites" / "north" / "supernode.key"
     with coordinator.supernode("alone", key, address, coordinator.ca) as (process, log):
         with pytest.raises(subprocess.TimeoutExpired):

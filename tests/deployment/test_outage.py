@@ -97,7 +97,7 @@ class Federation:
         found: list[int] = []
 
         def work() -> None:
-            found.append(flower_cli.submit(text, "small.toml", out, resume, ["ficpd"], {"FLWR_HOME": str(self.home)}))
+            found.append(flower_cli.flwr_run(text, "small.toml", out, resume, ["ficpd"], {"FLWR_HOME": str(self.home)}))
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -119,7 +119,7 @@ class Federation:
         ledger = Ledger(config.state / LEDGER, f"site {name}")
         try:
             orders = [round for (round,) in ledger.file.execute("select round from orders order by round")]
-            lines = json.loads(ledger.book(name, Budget(None, processes.DELTA)).lines())
+            lines = json.loads(ledger.account(name, Budget(None, processes.DELTA)).lines())
         finally:
             ledger.close()
         return orders, [line["round"] for line in lines]

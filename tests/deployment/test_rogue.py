@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from ficpd.federation import codec
-from ficpd.federation.codec import Call
+from ficpd.federation.codec import SiteRequest
 
 SITE_USER, SUPERNODE_USER, OTHER_USER = 61201, 61202, 61203
 CANARY = "zanzibar"
@@ -235,8 +235,8 @@ def test_nothing_can_be_read_but_the_socket(site: Running):
 
 
 def test_the_socket_is_the_supernodes_alone(site: Running):
-    assert site.ask(SUPERNODE_USER, "POST", "/query", codec.encode_call(Call("hello")))[0] == 200
-    assert site.ask(OTHER_USER, "POST", "/query", codec.encode_call(Call("hello")))[0] == -errno.EACCES
+    assert site.ask(SUPERNODE_USER, "POST", "/query", codec.encode_call(SiteRequest("hello")))[0] == 200
+    assert site.ask(OTHER_USER, "POST", "/query", codec.encode_call(SiteRequest("hello")))[0] == -errno.EACCES
     code = "import os, sys; os.replace(sys.argv[1], sys.argv[1] + '.mine')"
     with pytest.raises(AssertionError, match="PermissionError"):
         site.python.run(SUPERNODE_USER, code, str(site.socket))
@@ -244,12 +244,12 @@ def test_the_socket_is_the_supernodes_alone(site: Running):
 
 def test_what_a_caller_gets_is_public(site: Running):
     """Name, card, backbone and version; errors that quote no record; no map of what could be asked."""
-    status, body = site.ask(SUPERNODE_USER, "POST", "/query", codec.encode_call(Call("hello")))
+    status, body = site.ask(SUPERNODE_USER, "POST", "/query", codec.encode_call(SiteRequest("hello")))
     assert status == 200
     assert set(json.loads(body)) == {"name", "card", "backbone", "version"}
     answers = [body]
     for what in ("train", "evaluate", "records"):
-        answers.append(site.ask(SUPERNODE_USER, "POST", "/train", codec.encode_call(Call(what)))[1])
+        answers.append(site.ask(SUPERNODE_USER, "POST", "/train", codec.encode_call(SiteRequest(what)))[1])
     for path in ("/", "/docs", "/openapi.json", "/records", "/../records.csv", str(site.folder / "records.csv")):
         status, body = site.ask(SUPERNODE_USER, "GET", path)
         assert status == 404, path

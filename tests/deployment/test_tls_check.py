@@ -13,17 +13,17 @@ pytest.importorskip("cryptography")
 from secured import certificate, serving, tls
 
 from ficpd.deployment import certificates
-from ficpd.deployment.tls_check import reach
+from ficpd.deployment.tls_check import check_tls
 from ficpd.errors import ConfigError, SiteError
 
 
 @pytest.fixture(scope="module")
-def signing() -> certificates.Signed:
-    return certificates.authority()
+def signing() -> certificates.SignedCert:
+    return certificates.create_ca()
 
 
 @pytest.fixture
-def ca(signing: certificates.Signed, tmp_path: Path) -> Path:
+def ca(signing: certificates.SignedCert, tmp_path: Path) -> Path:
     (tmp_path / "ca.crt").write_bytes(signing.pem)
     return tmp_path / "ca.crt"
 
@@ -31,16 +31,16 @@ def ca(signing: certificates.Signed, tmp_path: Path) -> Path:
 def refused(address: str, ca: Path | None, reason: str, seconds: float = 8.0) -> None:
     """Asserts that `reach` names the address and gives the reason."""
     with pytest.raises(SiteError, match=f"^{re.escape(address)} .*({reason})"):
-        reach(address, ca, seconds)
+        check_tls(address, ca, seconds)
 
 
-def test_a_good_certificate(signing: certificates.Signed, ca: Path, tmp_path: Path):
-    written = certificates.server(signing, "federation.example.org")
+def test_a_good_certificate(signing: certificates.SignedCert, ca: Path, tmp_path: Path):
+    written = certificates.create_server_cert(signing, "federation.example.org")
     pair = tmp_path / "server.crt", tmp_path / "server.key"
     pair[0].write_bytes(written.pem)
     pair[1].write_bytes(written.key_pem)
     with serving(tls(pair)) as address:
-        said = reach(address, ca)
+        said = check_tls(address, ca)
     assert address in said
     assert "federation.example.org, localhost" in said
     assert written.ends in said
@@ -55,7 +55,7 @@ def test_a_good_certificate(signing: certificates.Signed, ca: Path, tmp_path: Pa
     ],
 )
 def test_a_certificate_that_does_not_hold(
-    change: dict, reason: str, signing: certificates.Signed, ca: Path, tmp_path: Path
+    change: dict, reason: str, signing: certificates.SignedCert, ca: Path, tmp_path: Path
 ) -> None:
     with serving(tls(certificate(tmp_path, "bad", signing, **change))) as address:
         refused(address, ca, reason)
@@ -64,7 +64,7 @@ def test_a_certificate_that_does_not_hold(
 @pytest.mark.parametrize("given", [True, False])
 def test_another_authority(given: bool, ca: Path, tmp_path: Path):
     """Also one of the same name, as a second `deploy init` makes."""
-    with serving(tls(certificate(tmp_path, "other", certificates.authority()))) as address:
+    with serving(tls(certificate(tmp_path, "other", certificates.create_ca()))) as address:
         refused(address, ca if given else None, "unable to get local issuer certificate|self.signed|signature failure")
 
 
@@ -94,7 +94,7 @@ def test_nothing_listens(ca: Path):
 def test_an_unknown_name(ca: Path):
     refused("federation.invalid:9443", ca, "Name or service not known|[Nn]ame resolution|no answer within", seconds=2)
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        reach("https://federation.example.org", ca)
+        check_tls("https://federation.example.org", ca)
 
 
 def test_a_resolver_that_does_not_answer(ca: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,4 +110,4 @@ def test_an_authority_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "bad.crt").write_text("-----BEGIN CERTIFICATE-----\nnone\n")
     for name in ("no.crt", "bad.crt"):
         with pytest.raises(SiteError, match=rf"{name} cannot be read .*expected ca.crt of the coordinator"):
-            reach("127.0.0.1:1", tmp_path / name)
+            check_tls("127.0.0.1:1", tmp_path / name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import small
-from ficpd.evaluation.evaluate import evaluate, score_prompt, summary, worst_of
+from ficpd.evaluation.evaluate import client_mean, evaluate, score_prompt, worst_client
 from ficpd.evaluation.metrics import main_metric
 from ficpd.federation.client import personal_prompt
 
@@ -21,12 +21,12 @@ def test_every_client_is_scored_on_its_own_records_with_its_own_prompt(model):
     assert sorted(found.own) == ["site-0", "site-1", "site-3", "site-4"]
     for name, score in found.own.items():
         client = members[name]
-        order = method.assign(state, client.card, 3)
+        order = method.make_assignment(state, client.card, 3)
         prompt = personal_prompt(method, client, order)
-        assert torch.equal(prompt, client.kept["prompt"])
+        assert torch.equal(prompt, client.client_state["prompt"])
         targets = client.task.targets(client.test)
         assert score == score_prompt(prompt, client.encoded("test"), targets, model)
-    assert (found.mean, found.worst) == (summary(found.own), worst_of(found.own))
+    assert (found.mean, found.worst) == (client_mean(found.own), worst_client(found.own))
 
 
 @pytest.mark.parametrize("name", ["fedavg", "ficpd"])
@@ -39,7 +39,7 @@ def test_everyones_score_is_that_of_one_prompt_on_all_records(model, name):
     everyone = [record for client in members.values() for record in client.test]
     task, begin = members["site-0"].task, members["site-0"].start
     batch = task.encode(everyone, model.backbone, begin)
-    alone = score_prompt(method.prompt(state), batch, task.targets(everyone), model)
+    alone = score_prompt(method.global_prompt(state), batch, task.targets(everyone), model)
     assert evaluate(method, state, members, model, 3).everyone == pytest.approx(alone)
 
 
@@ -50,16 +50,16 @@ def test_evaluating_changes_nothing_and_asks_no_training_record(model):
     for client in members.values():
         client.train = []
     assert evaluate(method, state, members, model, 1).own.keys() == members.keys()
-    assert all(client.kept == {} for client in members.values())
+    assert all(client.client_state == {} for client in members.values())
 
 
 def test_each_client_counts_once_and_the_worst_is_the_worst():
     scores = {"a": {"accuracy": 1.0, "f1": 0.5}, "b": {"accuracy": 0.5, "f1": 1.0}}
-    assert summary(scores) == {"accuracy": 0.75, "f1": 0.75}
-    assert worst_of(scores) == {"accuracy": 0.5, "f1": 0.5}
+    assert client_mean(scores) == {"accuracy": 0.75, "f1": 0.75}
+    assert worst_client(scores) == {"accuracy": 0.5, "f1": 0.5}
     numbers = {"a": {"rmse": 1.0, "pearson": 0.9}, "b": {"rmse": 3.0}, "c": {"rmse": 2.0, "pearson": -0.5}}
-    assert summary(numbers) == {"rmse": 2.0, "pearson": pytest.approx(0.2)}
-    assert worst_of(numbers) == {"rmse": 3.0, "pearson": -0.5}
+    assert client_mean(numbers) == {"rmse": 2.0, "pearson": pytest.approx(0.2)}
+    assert worst_client(numbers) == {"rmse": 3.0, "pearson": -0.5}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 import small
 from ficpd.errors import ConfigError, DataError
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.evaluation.fairness import between_groups, groups_of, over_clients, over_groups, worse_off
+from ficpd.evaluation.fairness import group_gaps, groups_of, over_clients, over_groups, share_worse_off
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.types import Record
@@ -83,14 +83,16 @@ def test_worse_off_than_alone_is_strictly_worse_in_the_metrics_own_direction():
         "d": {"accuracy": 0.1},
     }  # fmt: skip
     alone = {"a": {"accuracy": 0.6, "rmse": 0.9}, "b": {"accuracy": 0.6, "rmse": 2.0}, "c": {"accuracy": 0.6}}
-    found = worse_off(own, alone)
+    found = share_worse_off(own, alone)
     assert found["accuracy"]["worse"] == ["b"]
     assert (found["accuracy"]["clients"], found["accuracy"]["share"]) == (3, pytest.approx(1 / 3))
     assert (found["rmse"]["worse"], found["rmse"]["clients"]) == (["a"], 2)
-    none = worse_off({str(i): {"accuracy": 0.5} for i in range(20)}, {str(i): {"accuracy": 0.5} for i in range(20)})
+    none = share_worse_off(
+        {str(i): {"accuracy": 0.5} for i in range(20)}, {str(i): {"accuracy": 0.5} for i in range(20)}
+    )
     assert none["accuracy"]["share"] == 0.0
     assert none["accuracy"]["interval"] == [0.0, pytest.approx(1.96**2 / (20 + 1.96**2), abs=1e-3)]  # Wilson's, by hand
-    assert worse_off(own, {}) == {}
+    assert share_worse_off(own, {}) == {}
 
 
 # ---------------------------------------------------------------- over groups
@@ -113,7 +115,7 @@ def test_the_gaps_by_hand():
     #            women: 4 of 5 right, 3 of 5 told "ill"          men: 2 of 4 right, 1 of 4 told "ill"
     answers = ["ill", "ill", "ill", "well", "well", "ill", "well", "well", "well"]
     truths = ["ill", "ill", "well", "well", "well", "well", "ill", "well", "well"]
-    found = between_groups(answers, truths, ["f"] * 5 + ["m"] * 4, 0)
+    found = group_gaps(answers, truths, ["f"] * 5 + ["m"] * 4, 0)
     assert {name: (g["records"], g["accuracy"]) for name, g in found["groups"].items()} == {
         "f": (5, 0.8),
         "m": (4, 0.5),
@@ -130,7 +132,7 @@ def test_the_gaps_by_hand():
 
 def test_two_labels_agree_with_fairlearn():
     answers, truths, groups = drawn(["no", "yes"], ["a", "b", "c"], 300)
-    found = between_groups(answers, truths, groups, 0)
+    found = group_gaps(answers, truths, groups, 0)
     told, true = ([text == "yes" for text in texts] for texts in (answers, truths))
     assert found["demographic_parity"]["gap"] == pytest.approx(
         demographic_parity_difference(true, told, sensitive_features=groups)
@@ -149,7 +151,7 @@ def test_two_labels_agree_with_fairlearn():
 def test_of_many_labels_the_one_with_the_largest_gap_is_named():
     labels = ["red", "green", "blue", "grey"]
     answers, truths, groups = drawn(labels, ["a", "b"], 400)
-    found = between_groups(answers, truths, groups, 0)
+    found = group_gaps(answers, truths, groups, 0)
     for key, measure in (
         ("demographic_parity", demographic_parity_difference),
         ("equalised_odds", equalized_odds_difference),
@@ -165,7 +167,7 @@ def test_of_many_labels_the_one_with_the_largest_gap_is_named():
 def test_who_is_wrongly_given_an_answer_counts_as_much_as_who_is_not_given_it():
     truths = ["red", "red", "blue", "blue", "grey"] * 2
     answers = ["red", "grey", "blue", "grey", "grey", "red", "blue", "blue", "red", "grey"]
-    odds = between_groups(answers, truths, ["a"] * 5 + ["b"] * 5, 0)["equalised_odds"]
+    odds = group_gaps(answers, truths, ["a"] * 5 + ["b"] * 5, 0)["equalised_odds"]
     assert (odds["gap"], odds["label"], odds["among"]) == (0.5, "grey", "those it is not true of")
     assert (odds["between"], odds["records"]) == (["a", "b"], [4, 4])
 
@@ -173,14 +175,14 @@ def test_who_is_wrongly_given_an_answer_counts_as_much_as_who_is_not_given_it():
 def test_the_interval_is_that_of_two_independent_shares():
     right = np.array([True] * 160 + [False] * 40 + [True] * 60 + [False] * 40)
     answers, groups = ["x" if r else "y" for r in right], ["a"] * 200 + ["b"] * 100
-    low, high = between_groups(answers, ["x"] * 300, groups, 0)["accuracy"]["interval"]
+    low, high = group_gaps(answers, ["x"] * 300, groups, 0)["accuracy"]["interval"]
     half = 1.96 * np.sqrt(0.8 * 0.2 / 200 + 0.6 * 0.4 / 100)
     assert (low, high) == (pytest.approx(0.2 - half, abs=0.015), pytest.approx(0.2 + half, abs=0.015))
 
 
 def test_a_perfect_answer_has_equalised_odds_and_no_demographic_parity_where_base_rates_differ():
     truths = ["ill"] * 30 + ["well"] * 10 + ["ill"] * 10 + ["well"] * 30
-    found = between_groups(truths, truths, ["old"] * 40 + ["young"] * 40, 0)
+    found = group_gaps(truths, truths, ["old"] * 40 + ["young"] * 40, 0)
     assert (found["accuracy"]["gap"], found["equalised_odds"]["gap"]) == (0.0, 0.0)
     assert (found["demographic_parity"]["gap"], found["demographic_parity"]["between"]) == (0.5, ["old", "young"])
     assert found["accuracy"]["interval"] is found["equalised_odds"]["interval"] is None  # resampling changes nothing
@@ -196,16 +198,16 @@ def test_a_group_without_a_label_is_no_group_that_never_has_it_right():
         )
         == 1
     )
-    found = between_groups(answers, truths, groups, 0)
+    found = group_gaps(answers, truths, groups, 0)
     assert found["equalised_odds"]["gap"] == 0.0
-    apart = between_groups(["ill", "well"], ["ill", "well"], ["a", "b"], 0)
+    apart = group_gaps(["ill", "well"], ["ill", "well"], ["a", "b"], 0)
     assert apart["equalised_odds"] is None
     assert apart["accuracy"]["gap"] == 0.0
 
 
 def test_a_constant_column_is_said_and_not_compared():
     answers, truths, _ = drawn(["no", "yes"], ["a"], 30)
-    found = between_groups(answers, truths, ["a"] * 30, 0)
+    found = group_gaps(answers, truths, ["a"] * 30, 0)
     assert found["said"] == "all 30 test records are of one group: nothing to compare"
     assert found["groups"]["a"]["records"] == 30
     assert "accuracy" not in found

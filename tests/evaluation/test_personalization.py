@@ -5,9 +5,9 @@ import torch
 
 import small
 from ficpd.evaluation import personalization as module
-from ficpd.evaluation.personalization import levels
+from ficpd.evaluation.personalization import personalization_levels
 from ficpd.experiments.report.build import page_of
-from ficpd.federation.rounds import Schedule
+from ficpd.federation.rounds import RoundSchedule
 
 RARELY = ("method.gather=false", "method.num_prototypes=2", "federation.clients_per_round=1")
 
@@ -24,17 +24,17 @@ def test_every_level_is_of_the_same_clients(model, monkeypatch):
     """A client that was never heard has no cluster's prompt, and is not left out of the clusters' figure for it."""
     method = small.method("ficpd", gather=False, num_prototypes=2)
     clients = small.clients(model, method)
-    state, _ = small.rounds(method, clients, model, Schedule(2, 2, 0))
+    state, _ = small.rounds(method, clients, model, RoundSchedule(2, 2, 0))
     member = state.facts["clusters"]
     assert 2 <= len(member) < len(clients)
     prompts = module._prompts(method, state, clients, 3, member)
     assert list(prompts) == ["cluster", "global"]
     assert all(of.keys() == clients.keys() for of in prompts.values())
     for name, prompt in prompts["cluster"].items():
-        assert torch.equal(prompt, method.assign(state, clients[name].card, 3).arrays["prompt"])
-        assert name in member or torch.equal(prompt, method.prompt(state))
+        assert torch.equal(prompt, method.make_assignment(state, clients[name].card, 3).arrays["prompt"])
+        assert name in member or torch.equal(prompt, method.global_prompt(state))
     counted = []
     monkeypatch.setattr(module, "summary", lambda scores: counted.append(set(scores)) or {"accuracy": 1.0})
-    levels(method, state, clients, model, 3, 0)
+    personalization_levels(method, state, clients, model, 3, 0)
     assert counted[0] == counted[2] == clients.keys()
     assert counted[1] == counted[3]

@@ -14,14 +14,14 @@ from ficpd.backbones.causal_lm import CausalLM
 from ficpd.deployment import coordinator
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiments import distillation
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
-from ficpd.experiments.distillation import check_refine
+from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.experiments.setup import method_of
+from ficpd.experiments.setup import build_method
 from ficpd.library.distillation import generation as synthesis
-from ficpd.library.distillation.filters import Made
+from ficpd.library.distillation.filters import FilterResult
 from ficpd.library.library import PromptLibrary
 from ficpd.tasks import generation
 from ficpd.types import Query
@@ -63,20 +63,22 @@ def test_each_prototype_is_a_task_with_the_labels_that_it_gives(tmp_path, texts,
     monkeypatch.setattr(
         distillation, learn.__name__, lambda *args, **more: seen.append(args[1]) or learn(*args, **more)
     )
-    world = build_world(small.experiment(tmp_path, "ficpd", f"distillation.how={how}", texts, "distillation.steps=2"))
-    model, task, start = world.model, world.task, world.start
-    one = start.with_vectors(model.backbone.start("good fine", start.room, start.enters_at, 0))
+    context = build_context(
+        small.experiment(tmp_path, "ficpd", f"distillation.how={how}", texts, "distillation.steps=2")
+    )
+    model, task, start = context.model, context.task, context.start
+    one = start.with_vectors(model.backbone.init_prompt("good fine", start.num_virtual_tokens, start.enters_at, 0))
     other = start.with_vectors(-5 * one.vectors_PD)
     basis = {"global": start, "prototype-0": one, "prototype-1": other}
     mine = {"prototype-0": [""], "prototype-1": [""]}
-    monkeypatch.setattr(synthesis, "vote", lambda model, prompts, task, drafts, least: Made(drafts, Counter()))
-    distillation.refine(world, basis, mine, {"prototype-0": 2, "prototype-1": 1}, RunDir(tmp_path / "run"))
+    monkeypatch.setattr(synthesis, "vote", lambda model, prompts, task, drafts, least: FilterResult(drafts, Counter()))
+    distillation.distill_library(context, basis, mine, {"prototype-0": 2, "prototype-1": 1}, RunDir(tmp_path / "run"))
     (episodes,) = seen
     assert len(episodes) == 2
     for episode, prompt in zip(episodes, (one, other), strict=True):
         answer = model.answer([Query(prompt.vectors_PD[None], episode, outputs=True)])[0]
         told = task.predict(answer, episode)
-        assert [task.possible[int(place)] for place in episode.targets] == told
+        assert [task.label_space[int(place)] for place in episode.targets] == told
     assert not torch.equal(episodes[0].targets, episodes[1].targets)
 
 
@@ -238,9 +240,9 @@ def test_no_site_is_waited_for_by_a_run_that_could_not_be_distilled(tmp_path, ch
         def gather(self, known):
             raise AssertionError("waits for sites")
 
-    text = recipe(build_world(given(tmp_path, change, "fpl")))
+    text = recipe(build_context(given(tmp_path, change, "fpl")))
     with pytest.raises(kind, match=said):
-        coordinator.serve(text, "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
+        coordinator.run_coordinator(text, "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
     assert not (tmp_path / "served").exists()
 
 
@@ -253,11 +255,11 @@ def test_a_baseline_that_could_not_be_distilled_stops_the_run_before_it_begins(t
 
 @pytest.mark.parametrize("task", [small.numbers(), small.choices(), generation.build(generation.Config())])
 def test_some_task_must_have_labels(tmp_path, task):
-    world = build_world(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
-    method = method_of(world, world.experiment.method)
-    check_refine(replace(world, tasks={"a": small.classes(), "b": task}), method)
+    context = build_context(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
+    method = build_method(context, context.experiment.method)
+    validate_distillation(replace(context, tasks={"a": small.classes(), "b": task}), method)
     with pytest.raises(ConfigError, match=rf'"squared": a task of kind .{task.describe()["name"]}'):
-        check_refine(replace(world, tasks={"a": task, "b": task}), method)
+        validate_distillation(replace(context, tasks={"a": task, "b": task}), method)
 
 
 def test_what_is_not_used_does_not_stop_a_method_without_prototypes(tmp_path):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import small
 from ficpd.data.loading import Config
 from ficpd.errors import ConfigError, DataError
-from ficpd.experiments.build import build_world
-from ficpd.experiments.head_init import examples, start
+from ficpd.experiments.build import build_context
+from ficpd.experiments.head_init import examples, init_head
 
 
 def csv(path: Path, *rows: tuple[str, str]) -> str:
@@ -20,19 +20,19 @@ def csv(path: Path, *rows: tuple[str, str]) -> str:
 
 def test_without_examples_it_is_the_answers_texts():
     backbone, task = small.backbone(), small.classes(tuned_head=True)
-    rows_CD = start(task, backbone, None, 0)
+    rows_CD = init_head(task, backbone, None, 0)
     assert small.close(F.normalize(rows_CD, dim=-1) * 20, task.readout(backbone), 1e-4)
     assert small.close(rows_CD.square().mean(1), torch.ones(2))
-    assert start(small.classes(), backbone, None, 0).shape == (0, backbone.width)
+    assert init_head(small.classes(), backbone, None, 0).shape == (0, backbone.width)
 
 
 def test_with_examples_it_is_the_means_of_their_features():
     backbone, task, records = small.backbone(), small.classes(tuned_head=True), small.records(12)
-    items = [backbone.read(record.fields["text"], None, "", None, 0) for record in records]
-    features = backbone.above(torch.zeros(12, 0, 16), backbone.below(items, 1), items, 1).features_RD
+    items = [backbone.tokenize(record.fields["text"], None, "", None, 0) for record in records]
+    features = backbone.forward(torch.zeros(12, 0, 16), backbone.encode_prefix(items, 1), items, 1).features_RD
     good = torch.tensor([record.fields["target"] == "good" for record in records])
     means = torch.stack([features[good].mean(0), features[~good].mean(0)])
-    rows_CD = start(task, backbone, records, 0)
+    rows_CD = init_head(task, backbone, records, 0)
     assert small.close(F.normalize(rows_CD, dim=-1), F.normalize(means, dim=-1))
     assert small.close(rows_CD.square().mean(1), torch.ones(2))
 
@@ -41,7 +41,7 @@ def test_a_run_of_texts_can_start_from_examples_too(tmp_path):
     public = small.table(tmp_path / "public.csv", 20)
     changes = ["task.tuned_head=true", f"prompt.head_examples={public}"]
     heads = [
-        build_world(small.experiment(tmp_path, "fedavg", *changes[:number])).start.vectors_PD[3:] for number in (1, 2)
+        build_context(small.experiment(tmp_path, "fedavg", *changes[:number])).start.vectors_PD[3:] for number in (1, 2)
     ]
     assert heads[0].shape == heads[1].shape == (2, 16)
     assert not small.close(*heads, 0.1)
@@ -64,6 +64,6 @@ def test_examples_are_read_in_the_columns_of_the_clients_own(tmp_path):
 def test_a_class_without_an_example_and_a_task_without_classes_are_refused():
     good = [record for record in small.records(20) if record.fields["target"] == "good"]
     with pytest.raises(DataError, match=f"none of the {len(good)} records is bad"):
-        start(small.classes(tuned_head=True), small.backbone(), good, 0)
+        init_head(small.classes(tuned_head=True), small.backbone(), good, 0)
     with pytest.raises(ConfigError, match="a regression has no classes"):
-        start(small.numbers(tuned_head=True), small.backbone(), small.records(4, real=True), 0)
+        init_head(small.numbers(tuned_head=True), small.backbone(), small.records(4, real=True), 0)

@@ -335,10 +335,10 @@ def test_two_runs_in_one_directory_at_once_are_refused(finished, tmp_path):
 
 
 def test_a_directory_that_nothing_was_put_into_is_taken_away_again(tmp_path):
-    with RunDir(tmp_path / "runs" / "mine").held():
+    with RunDir(tmp_path / "runs" / "mine").lock():
         assert (tmp_path / "runs" / "mine").is_dir()
     assert not (tmp_path / "runs").exists()
-    with RunDir(tmp_path / "runs" / "mine").held():
+    with RunDir(tmp_path / "runs" / "mine").lock():
         RunDir(tmp_path / "runs" / "mine").write("experiment.toml", "")
     assert (tmp_path / "runs" / "mine" / "experiment.toml").exists()
 
@@ -484,7 +484,7 @@ def test_a_folder_that_the_platform_cannot_open_or_flush_is_left_to_it(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", closed)
-        storage.write(tmp_path / "a", "text")
+        storage.atomic_write(tmp_path / "a", "text")
     code = errno.EINVAL
 
     def no_folder(number: int) -> None:
@@ -493,11 +493,11 @@ def test_a_folder_that_the_platform_cannot_open_or_flush_is_left_to_it(tmp_path,
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", no_folder)
-    storage.write(tmp_path / "b", "text")
+    storage.atomic_write(tmp_path / "b", "text")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
     code = errno.EIO
     with pytest.raises(OSError, match="a folder"):
-        storage.write(tmp_path / "c", "text")
+        storage.atomic_write(tmp_path / "c", "text")
 
 
 def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import small
-from ficpd.federation.client import Visit, kept_arrays, restore_kept
+from ficpd.federation.client import ClientSession, client_states, load_client_states
 from ficpd.privacy.none import NoPrivacy
 
 
@@ -18,7 +18,7 @@ def client(model):
 def drawn(client, round: int, steps: int = 3, size: int = 4) -> list[list[int]]:
     """Which records each batch holds."""
     places = {items: place for place, items in enumerate(client.encoded().items)}
-    return [[places[items] for items in batch.items] for batch in Visit(client, round).batches(steps, size)]
+    return [[places[items] for items in batch.items] for batch in ClientSession(client, round).batches(steps, size)]
 
 
 def test_a_round_has_batches_of_its_own_and_always_the_same(client):
@@ -35,10 +35,10 @@ def test_every_record_comes_once_an_epoch(client):
 
 
 def test_a_batch_is_never_larger_than_the_records(client):
-    visit = Visit(client, 1)
-    batches = list(visit.batches(2, 64))
+    session = ClientSession(client, 1)
+    batches = list(session.batches(2, 64))
     assert [len(batch) for batch in batches] == [9, 9]
-    assert visit.expected_batch == 9
+    assert session.expected_batch == 9
 
 
 def test_a_mean_divides_by_the_expected_batch_not_by_what_came(client):
@@ -47,12 +47,12 @@ def test_a_mean_divides_by_the_expected_batch_not_by_what_came(client):
             return [torch.arange(3), torch.arange(0)]
 
     client.mechanism = Poisson()
-    visit = Visit(client, 1)
-    batches, values = visit.batches(2, 4), torch.ones(2, 3, 5, 6)
+    session = ClientSession(client, 1)
+    batches, values = session.batches(2, 4), torch.ones(2, 3, 5, 6)
     assert len(next(batches)) == 3
-    assert torch.equal(visit.mean(values), torch.full((2, 5, 6), 0.75))
+    assert torch.equal(session.private_mean(values), torch.full((2, 5, 6), 0.75))
     assert len(next(batches)) == 0
-    assert torch.equal(visit.mean(values[:, :0]), torch.zeros(2, 5, 6))
+    assert torch.equal(session.private_mean(values[:, :0]), torch.zeros(2, 5, 6))
 
 
 def test_another_private_seed_draws_otherwise(client, model):
@@ -61,9 +61,9 @@ def test_another_private_seed_draws_otherwise(client, model):
 
 
 def test_a_client_counts_by_its_records_only_without_privacy(client):
-    assert Visit(client, 1).weight == 9.0
+    assert ClientSession(client, 1).weight == 9.0
     client.mechanism = type("Record", (NoPrivacy,), {"unit": "record"})()
-    assert Visit(client, 1).weight == 1.0
+    assert ClientSession(client, 1).weight == 1.0
 
 
 def test_records_are_encoded_once(client):
@@ -74,9 +74,9 @@ def test_records_are_encoded_once(client):
 
 def test_what_a_visit_keeps_is_not_the_clients_until_it_is_done(client):
     client.kept["prompt"] = torch.zeros(2)
-    visit = Visit(client, 1)
-    visit.kept["prompt"] = torch.ones(2)
-    visit.kept["more"] = torch.ones(1)
+    session = ClientSession(client, 1)
+    session.client_state["prompt"] = torch.ones(2)
+    session.client_state["more"] = torch.ones(1)
     assert client.kept.keys() == {"prompt"}
     assert torch.equal(client.kept["prompt"], torch.zeros(2))
 
@@ -87,9 +87,9 @@ def test_what_clients_keep_goes_to_a_checkpoint_and_back(model):
     odd = ours.pop("site-0")
     ours["north/site 0"], theirs["north/site 0"] = odd, theirs.pop("site-0")
     for place, client in enumerate(ours.values()):
-        client.kept = {"prompt": torch.full((2,), float(place)), "adam_step": torch.tensor(place)}
-    restore_kept(theirs, kept_arrays(ours))
-    assert all(small.same(client.kept, theirs[name].kept) for name, client in ours.items())
+        client.client_state = {"prompt": torch.full((2,), float(place)), "adam_step": torch.tensor(place)}
+    load_client_states(theirs, client_states(ours))
+    assert all(small.same(client.client_state, theirs[name].client_state) for name, client in ours.items())
 
 
 def test_members_under_two_methods_share_what_they_encoded_but_not_others_records(client, model):

@@ -6,16 +6,16 @@ import pytest
 
 import small
 from ficpd.errors import BudgetError, ConfigError
-from ficpd.experiments.build import served_world
+from ficpd.experiments.build import build_context_without_records
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.federation.query_budget import Queries
+from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian
-from ficpd.types import Plan
+from ficpd.types import ClientWorkload
 
-SPSA = ("training.tuner=spsa", "training.directions=3")
+SPSA = ("training.optimizer=spsa", "training.directions=3")
 PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
 
 
@@ -63,15 +63,15 @@ def test_a_method_that_does_not_say_what_it_asks_is_known_from_its_first_round(t
 
 def test_a_poisson_sample_is_expected_to_be_large(model):
     """Nobody knows how many records the next one has: a client stops in time whatever it is."""
-    of = small.method("dp_zo", Training(local_steps=2, batch_size=4, learning_rate=0.1, directions=2))
-    plan = Plan(100, 0.04, 2, 1, 1, 1.0, 1)
+    of = small.method("dp_zo", LocalTrainingConfig(local_steps=2, batch_size=4, learning_rate=0.1, directions=2))
+    plan = ClientWorkload(100, 0.04, 2, 1, 1, 1.0, 1)
     mechanism = record_gaussian.build(record_gaussian.Config(noise_multiplier=1.0, clip_norm=1.0, delta=1e-3), plan)
     members = small.clients(model, of, 1, mechanism=mechanism)
     members["site-0"].train = small.records(100)
     state = small.first_state(of, members)
     could = 4 * (8 + 6 * 8**0.5)
     for most, fine in ((int(could) - 2, False), (int(could) + 2, True)):
-        queries = Queries(of, state, members, [], most)
+        queries = QueryBudget(of, state, members, [], most)
         if fine:
             queries.before(1, ["site-0"])
         else:
@@ -116,9 +116,9 @@ def test_rounds_of_an_older_version_have_no_counts(model):
     of = small.method("fedavg")
     members = small.clients(model, of)
     old = Round(1, 5, 5, {}, 10, 20, 0.5, 0.25)
-    assert Queries(of, small.first_state(of, members), members, [old], None).block()["forward"] == 0
+    assert QueryBudget(of, small.first_state(of, members), members, [old], None).to_report()["forward"] == 0
 
 
 def test_real_sites_do_not_tell_what_they_ask(tmp_path):
     with pytest.raises(ConfigError, match="max_queries is for simulations"):
-        served_world(small.experiment(tmp_path, "fedavg", "federation.max_queries=10"))
+        build_context_without_records(small.experiment(tmp_path, "fedavg", "federation.max_queries=10"))

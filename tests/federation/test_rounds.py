@@ -7,8 +7,8 @@ import torch
 
 import small
 from ficpd.federation import codec, simulation
-from ficpd.federation.rounds import Schedule, cohort_of, federate
-from ficpd.types import ArrayKind, ClientUpdate, Reply
+from ficpd.federation.rounds import RoundSchedule, run_rounds, sample_cohort
+from ficpd.types import ArraySpec, ClientUpdate, Reply
 
 NAMES = [f"site-{i}" for i in range(5)]
 
@@ -38,7 +38,7 @@ def rewritten(change: Callable[[ClientUpdate], ClientUpdate], round: int | None 
 
     def apply(reply: Reply) -> list[Reply]:
         number = int.from_bytes(reply.body[3:7], "little")  # after the magic and the version
-        expected = codec.Expected(reply.client, number, "tiny:16x2", {"delta": ArrayKind((3, 16))})
+        expected = codec.ExpectedUpdate(reply.client, number, "tiny:16x2", {"delta": ArraySpec((3, 16))})
         update = change(codec.decode_update(reply.body, expected))
         return [Reply(reply.client, codec.encode_update(update, round or number, "tiny:16x2"))]
 
@@ -65,14 +65,14 @@ BAD = {
 }
 
 
-def run(model, changes, schedule: Schedule | None = None, name: str = "fedavg"):
+def run(model, changes, schedule: RoundSchedule | None = None, name: str = "fedavg"):
     method = small.method(name)
     members = small.clients(model, method)
     engine = Tampering(small.engine(method, members, model), changes)
-    schedule = schedule or Schedule(2, 5, 0)
+    schedule = schedule or RoundSchedule(2, 5, 0)
     state = small.first_state(method, members, schedule.num_rounds)
     compression = next(iter(members.values())).compression
-    return method, state, engine, list(federate(method, engine, model, state, schedule, compression))
+    return method, state, engine, list(run_rounds(method, engine, model, state, schedule, compression))
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -84,16 +84,16 @@ def test_a_bad_update_is_dropped_counted_and_named(model, kind):
         assert (report.round, report.clients, report.updates) == (number, 5, 4)
         assert list(report.dropped) == ["site-3"]
         assert words in report.dropped["site-3"]
-        layout = small.wire(method.layout(state))
+        layout = small.wire(method.update_spec(state))
         good = [
-            codec.decode_update(r.body, codec.Expected(r.client, number, model.backbone.fingerprint, layout))
+            codec.decode_update(r.body, codec.ExpectedUpdate(r.client, number, model.backbone.fingerprint, layout))
             for r in engine.came[number - 1]
             if r.client != "site-3"
         ]
         state = method.aggregate(state, good, number, model)
         assert small.same(after.arrays, state.arrays)
     assert len(done) == 2
-    assert torch.isfinite(method.prompt(done[-1][0])).all()
+    assert torch.isfinite(method.global_prompt(done[-1][0])).all()
 
 
 @pytest.mark.parametrize("name", ["fedavg", "ficpd", "centralized"])
@@ -106,7 +106,9 @@ def test_a_round_without_a_good_update_leaves_the_state_as_it_was(model, kind, n
 
 
 def test_bytes_are_the_lengths_of_what_travelled_dropped_updates_too(model):
-    _, _, engine, done = run(model, {"site-1": BAD["truncated"][0], "site-2": BAD["no reply"][0]}, Schedule(3, 4, 1))
+    _, _, engine, done = run(
+        model, {"site-1": BAD["truncated"][0], "site-2": BAD["no reply"][0]}, RoundSchedule(3, 4, 1)
+    )
     for number, (_, report) in enumerate(done):
         assert report.bytes_down == sum(map(len, engine.sent[number].values())) > 0
         assert report.bytes_up == sum(len(reply.body) for reply in engine.came[number]) > 0
@@ -114,7 +116,7 @@ def test_bytes_are_the_lengths_of_what_travelled_dropped_updates_too(model):
 
 
 def test_the_bound_on_norms_is_the_schedules(model):
-    _, first, _, done = run(model, {}, Schedule(2, 5, 0, max_norm=1e-9))
+    _, first, _, done = run(model, {}, RoundSchedule(2, 5, 0, max_norm=1e-9))
     assert all(report.updates == 0 and "norm" in report.dropped["site-0"] for _, report in done)
     assert small.same(done[-1][0].arrays, first.arrays)
 
@@ -141,13 +143,13 @@ def test_an_update_of_a_client_that_was_not_asked_is_dropped(model):
 def test_rounds_go_on_where_they_stopped(model):
     method = small.method("fedavg")
     members = small.clients(model, method)
-    engine, schedule = small.engine(method, members, model), Schedule(4, 3, 0)
+    engine, schedule = small.engine(method, members, model), RoundSchedule(4, 3, 0)
     compression = next(iter(members.values())).compression
-    whole = list(federate(method, engine, model, small.first_state(method, members, 4), schedule, compression))
-    rest = list(federate(method, engine, model, whole[1][0], schedule, compression, 3))
+    whole = list(run_rounds(method, engine, model, small.first_state(method, members, 4), schedule, compression))
+    rest = list(run_rounds(method, engine, model, whole[1][0], schedule, compression, 3))
     assert [report.round for _, report in rest] == [3, 4]
     assert small.same(rest[-1][0].arrays, whole[-1][0].arrays)
-    assert list(federate(method, engine, model, whole[-1][0], schedule, compression, 5)) == []
+    assert list(run_rounds(method, engine, model, whole[-1][0], schedule, compression, 5)) == []
 
 
 # ---------------------------------------------------------------- cohorts
@@ -156,26 +158,26 @@ def test_rounds_go_on_where_they_stopped(model):
 @pytest.mark.parametrize("cohort", [1, 2, 5, 9])
 def test_a_cohort_has_its_size_and_nobody_twice(cohort):
     for round in range(1, 6):
-        drawn = cohort_of(Schedule(5, cohort, 0), NAMES, round)
+        drawn = sample_cohort(RoundSchedule(5, cohort, 0), NAMES, round)
         assert len(drawn) == len(set(drawn)) == min(cohort, 5)
         assert set(drawn) <= set(NAMES)
 
 
 def test_cohorts_are_fixed_by_seed_and_round_alone():
     def draws(seed: int) -> list[list[str]]:
-        return [cohort_of(Schedule(20, 2, seed), NAMES, round) for round in range(1, 21)]
+        return [sample_cohort(RoundSchedule(20, 2, seed), NAMES, round) for round in range(1, 21)]
 
     assert draws(0) == draws(0) != draws(1)
     assert len({tuple(drawn) for drawn in draws(0)}) > 3
     counts = [sum(name in drawn for drawn in draws(0)) for name in NAMES]
     assert min(counts) >= 3
-    assert cohort_of(Schedule(20, 2, 0), NAMES, 7) == draws(0)[6]
+    assert sample_cohort(RoundSchedule(20, 2, 0), NAMES, 7) == draws(0)[6]
 
 
 def test_only_the_cohort_is_asked(model):
-    schedule = Schedule(3, 2, 5)
+    schedule = RoundSchedule(3, 2, 5)
     _, _, engine, done = run(model, {}, schedule)
-    assert [sorted(orders) for orders in engine.sent] == [cohort_of(schedule, NAMES, round) for round in (1, 2, 3)]
+    assert [sorted(orders) for orders in engine.sent] == [sample_cohort(schedule, NAMES, round) for round in (1, 2, 3)]
     assert [report.clients for _, report in done] == [2, 2, 2]
 
 
@@ -183,9 +185,9 @@ def test_only_the_cohort_is_asked(model):
 
 
 def test_everybody_is_asked_in_the_first_round_if_the_schedule_says_so():
-    schedule = Schedule(3, 2, 0, everyone_first=True)
-    assert cohort_of(schedule, NAMES, 1) == NAMES
-    assert all(len(cohort_of(schedule, NAMES, round)) == 2 for round in (2, 3))
+    schedule = RoundSchedule(3, 2, 0, everyone_first=True)
+    assert sample_cohort(schedule, NAMES, 1) == NAMES
+    assert all(len(sample_cohort(schedule, NAMES, round)) == 2 for round in (2, 3))
 
 
 def unreliable(model, **options):
@@ -197,7 +199,7 @@ def unreliable(model, **options):
 
 def test_the_share_that_is_lost_never_arrives(model):
     method, members, engine = unreliable(model, lost=0.5, seed=3)
-    schedule = Schedule(6, 5, 0)
+    schedule = RoundSchedule(6, 5, 0)
     _, reports = small.rounds(method, members, model, schedule, engine)
     gone = sum(len(report.dropped) for report in reports)
     assert 5 < gone < 25
@@ -207,10 +209,10 @@ def test_the_share_that_is_lost_never_arrives(model):
 
 def test_a_late_update_is_dropped_unless_late_ones_are_accepted(model):
     method, members, engine = unreliable(model, late=0.5, seed=3)
-    _, strict = small.rounds(method, members, model, Schedule(4, 5, 0), engine)
+    _, strict = small.rounds(method, members, model, RoundSchedule(4, 5, 0), engine)
     assert any("round" in why for report in strict for why in report.dropped.values())
     method, members, engine = unreliable(model, late=0.5, seed=3)
-    _, patient = small.rounds(method, members, model, Schedule(4, 5, 0, accept_late=1), engine)
+    _, patient = small.rounds(method, members, model, RoundSchedule(4, 5, 0, accept_late=1), engine)
     assert sum(r.updates for r in patient) > sum(r.updates for r in strict)
     assert not any("round" in why for report in patient for why in report.dropped.values())
 
@@ -244,13 +246,13 @@ def test_a_late_update_weighs_less_and_counts_once(model):
             yield from [*late, *late]
 
     watched = Watched(method)
-    schedule = Schedule(2, 5, 0, accept_late=1)
+    schedule = RoundSchedule(2, 5, 0, accept_late=1)
     state, asked = small.first_state(method, members), []
     orders = iter([NAMES, [n for n in NAMES if n != "site-2"]])
     cohort_for = lambda schedule, names, round: next(orders)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ficpd.federation.rounds.cohort_of", cohort_for)
-        for _, report in federate(
+        patch.setattr("ficpd.federation.rounds.sample_cohort", cohort_for)
+        for _, report in run_rounds(
             watched, Slow(engine, {}), model, state, schedule, small.whole(small.start(model, small.classes()))
         ):
             asked.append(report)

@@ -13,17 +13,17 @@ import torch
 import decoders
 import small
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.backbones.tiny import Tiny
 from ficpd.errors import LibraryError
 from ficpd.library import adaptation as ways
 from ficpd.library import selection
-from ficpd.library.adaptation import WAYS, Fitted, Shots
-from ficpd.library.library import PromptLibrary, keys_of
-from ficpd.library.selection import chosen, folds, gather, tried
-from ficpd.optimizers import Training
+from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt, FewShotSet
+from ficpd.library.library import PromptLibrary, prompt_keys
+from ficpd.library.selection import cross_validate, one_standard_error_rule, prepare_shots, stratified_folds
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
-from ficpd.tasks.demonstrations import Demonstrations, balanced, mixed, reads_context
+from ficpd.tasks.demonstrations import Demonstrations, balanced, is_in_context, mix_readout
 from ficpd.types import Prompt, Query, Record
 
 MEANINGS = {
@@ -31,7 +31,7 @@ MEANINGS = {
     "heat": {"warm": ["warm", "sunny"], "cold": ["cold", "icy"]},
     "size": {"large": ["large", "huge"], "small": ["small", "narrow"]},
 }
-TRAINING = Training(learning_rate=0.1)
+TRAINING = LocalTrainingConfig(learning_rate=0.1)
 
 
 def task_of(name: str, **labels: str) -> classification.Classification:
@@ -41,7 +41,7 @@ def task_of(name: str, **labels: str) -> classification.Classification:
 
 def records(name: str, count: int, seed: int = 0) -> list[Record]:
     """Short sentences, both labels equally often, each told by one word."""
-    random, found = rng.generator(name, seed), []
+    random, found = rng.make_generator(name, seed), []
     for place in range(count):
         label = list(MEANINGS[name])[place % 2]
         words = [small.OTHER[int(torch.randint(10, (1,), generator=random))] for _ in range(1 + place % 3)]
@@ -51,39 +51,39 @@ def records(name: str, count: int, seed: int = 0) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Compute:
-    return Compute(small.backbone(width=32))
+def model() -> QueryEngine:
+    return QueryEngine(small.backbone(width=32))
 
 
 @pytest.fixture(scope="module")
 def library(model) -> PromptLibrary:
     begin, prompts = small.start(model, task_of("mood"), 4, 0), {}
     for name in MEANINGS:
-        shots = gather(PromptLibrary(begin, {}, {}), records(name, 32, 1), task_of(name), model, TRAINING)
+        shots = prepare_shots(PromptLibrary(begin, {}, {}), records(name, 32, 1), task_of(name), model, TRAINING)
         work = ways._adam(shots, begin.vectors_PD, lambda prompt_PD: prompt_PD, 0.1, 0.0, (30,))
-        prompts[name] = begin.with_vectors(drive(model, work)[30])
+        prompts[name] = begin.with_vectors(run_queries(model, work)[30])
     mean_PD = torch.stack([prompt.vectors_PD for prompt in prompts.values()]).mean(0)
     prompts = {"global": begin.with_vectors(mean_PD), **prompts}
     tasks = {name: task_of(name) for name in MEANINGS}
     card = {
         "backbone": {"name": "tiny", "kind": "tiny", "options": {"width": 32}},
-        "tasks": {name: dict(task.describe()) for name, task in tasks.items()},
+        "tasks": {name: dict(task.to_config()) for name, task in tasks.items()},
         "training": {"learning_rate": 0.1},
     }
     return PromptLibrary(
-        begin, prompts, card, keys_of(prompts, tasks, {name: [name] for name in tasks}, model.backbone)
+        begin, prompts, card, prompt_keys(prompts, tasks, {name: [name] for name in tasks}, model.backbone)
     )
 
 
-def shots_of(library: PromptLibrary, model: Compute, name: str = "heat", count: int = 8, **more: Any) -> Shots:
-    return gather(library, records(name, count, 3), more.get("task", task_of(name)), model, TRAINING)
+def shots_of(library: PromptLibrary, model: QueryEngine, name: str = "heat", count: int = 8, **more: Any) -> FewShotSet:
+    return prepare_shots(library, records(name, count, 3), more.get("task", task_of(name)), model, TRAINING)
 
 
-def fit(way: str, shots: Shots, model: Compute) -> dict[str, Fitted]:
-    return drive(model, WAYS[way](shots))
+def fit(way: str, shots: FewShotSet, model: QueryEngine) -> dict[str, AdaptedPrompt]:
+    return run_queries(model, STRATEGIES[way](shots))
 
 
-def loss(fitted: Fitted, task, given: Sequence[Record], model: Compute) -> float:
+def loss(fitted: AdaptedPrompt, task, given: Sequence[Record], model: QueryEngine) -> float:
     batch = fitted.encode(task, given, model.backbone)
     return float(model.answer([Query(fitted.prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
 
@@ -121,7 +121,7 @@ def mixture() -> tuple[classification.Classification, list[Record]]:
 
 def test_a_composition_is_better_than_where_it_began(library, model):
     task, given = mixture()
-    shots = gather(library, given, task, model, TRAINING)
+    shots = prepare_shots(library, given, task, model, TRAINING)
     begin, found = fit("leave", shots, model)["leave"], fit("compose", shots, model)["compose"]
     assert loss(found, task, given, model) < loss(begin, task, given, model) - 0.02
     weights = {part.split()[1]: float(part.split()[0]) for part in found.note.split(" + ")}
@@ -133,7 +133,7 @@ def test_a_composition_is_better_than_where_it_began(library, model):
 def test_weights_move_along_the_gradient_and_are_pulled_back(library, model):
     shots = shots_of(library, model)
     names, begin = list(library.prompts), torch.zeros(4)
-    free, tied = (drive(model, ways.descended(shots, names, begin, pull)) for pull in (0.0, 50.0))
+    free, tied = (run_queries(model, ways.fit_weights_adam(shots, names, begin, pull)) for pull in (0.0, 50.0))
     losses = [float(_loss_of(library, names, weights, shots, model)) for weights in (begin, tied, free)]
     assert losses[2] < losses[1] <= losses[0]
     assert tied.norm() < 0.2 * free.norm()
@@ -147,24 +147,24 @@ def _loss_of(library, names, weights, shots, model):
 class Mute(Tiny):
     """The same backbone behind a door that lets no gradient out."""
 
-    gives_gradients = False
+    supports_gradients = False
 
 
-def mute() -> Compute:
+def mute() -> QueryEngine:
     from ficpd.backbones import tiny
 
     config = tiny.Config(width=32)
-    return Compute(Mute(config, torch.float32, small.CPU, "tiny"))
+    return QueryEngine(Mute(config, torch.float32, small.CPU, "tiny"))
 
 
 def test_without_gradients_weights_are_searched(library):
     model = mute()
     shots = shots_of(library, model)
     names, begin = list(library.prompts), torch.zeros(4)
-    found = drive(model, ways.evolved(shots, names, begin, 0.0))
+    found = run_queries(model, ways.fit_weights_cma(shots, names, begin, 0.0))
     assert _loss_of(library, names, found, shots, model) < _loss_of(library, names, begin, shots, model) - 0.02
-    assert torch.equal(found, drive(model, ways.evolved(shots, names, begin, 0.0)))
-    tied = drive(model, ways.evolved(shots, names, begin, 50.0))
+    assert torch.equal(found, run_queries(model, ways.fit_weights_cma(shots, names, begin, 0.0)))
+    tied = run_queries(model, ways.fit_weights_cma(shots, names, begin, 50.0))
     assert tied.norm() < 0.5 * found.norm()
     adapted = selection.adapt(library, records("heat", 8, 3), task_of("heat"), model, TRAINING)
     assert not any(way.startswith("tune") for way in adapted.table)
@@ -174,7 +174,7 @@ def test_without_gradients_weights_are_searched(library):
 def test_one_generation_is_one_query(library):
     model = mute()
     shots = shots_of(library, model)
-    work = ways.evolved(shots, list(library.prompts), torch.zeros(4))
+    work = ways.fit_weights_cma(shots, list(library.prompts), torch.zeros(4))
     queries = [next(work)]
     while True:
         try:
@@ -188,7 +188,7 @@ def test_one_generation_is_one_query(library):
 
 def test_tuning_goes_on_from_the_composition(library, model):
     task, given = mixture()
-    shots = gather(library, given, task, model, TRAINING)
+    shots = prepare_shots(library, given, task, model, TRAINING)
     begin, found = fit("compose", shots, model)["compose"], fit("tune", shots, model)
     assert list(found) == ["tune 4", "tune 20"]
     losses = [loss(one, task, given, model) for one in (begin, found["tune 4"], found["tune 20"])]
@@ -216,7 +216,7 @@ def test_at_most_sixteen_prompts_are_composed_and_the_global_one_is_among_them(l
 def test_demonstrations_tell_what_bad_label_texts_do_not(library, model):
     """The labels' texts say nothing; the examples do."""
     task = task_of("", warm="one", cold="two")
-    shots = gather(library, records("heat", 12, 3), task, model, TRAINING)
+    shots = prepare_shots(library, records("heat", 12, 3), task, model, TRAINING)
     left, shown = fit("leave", shots, model)["leave"], fit("demonstrations", shots, model)
     test = records("heat", 48, 9)
     assert list(shown) == ["demonstrations 0.4", "demonstrations 0.8"]
@@ -232,7 +232,7 @@ def test_demonstrations_tell_what_bad_label_texts_do_not(library, model):
 def test_the_mixed_readout():
     own_CD = torch.eye(3) * 20
     features_BD = torch.tensor([[1.0, 0, 0], [3.0, 0, 0], [0, 0, 1.0]])
-    rows = mixed(own_CD, features_BD, torch.tensor([0, 0, 2]), 0.9)
+    rows = mix_readout(own_CD, features_BD, torch.tensor([0, 0, 2]), 0.9)
     weights = 0.9 * 2 / 3, 0.9 / 2
     apart = torch.tensor([10.0, 0, -10.0])
     middle = torch.full((3,), 20 / 3)
@@ -240,7 +240,7 @@ def test_the_mixed_readout():
     assert torch.equal(rows[1], own_CD[1])
     assert small.close(rows[2], (1 - weights[1]) * own_CD[2] + weights[1] * (middle - apart))
     assert torch.equal(own_CD, torch.eye(3) * 20)
-    assert torch.equal(mixed(own_CD, features_BD, torch.tensor([1, 1, 1]), 0.9), own_CD)
+    assert torch.equal(mix_readout(own_CD, features_BD, torch.tensor([1, 1, 1]), 0.9), own_CD)
 
 
 def test_examples_are_taken_from_each_class_in_turn():
@@ -249,11 +249,11 @@ def test_examples_are_taken_from_each_class_in_turn():
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Compute:
-    return Compute(decoders.load(decoders.write(tmp_path_factory.mktemp("llama")), max_tokens=30))
+def decoder(tmp_path_factory) -> QueryEngine:
+    return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama")), max_tokens=30))
 
 
-def ask(decoder: Compute, texts: tuple[str, ...], text: str = "the film was very good", **labels: str) -> str:
+def ask(decoder: QueryEngine, texts: tuple[str, ...], text: str = "the film was very good", **labels: str) -> str:
     """What a decoder reads of a text with examples before it."""
     task = classification.build(
         classification.Config(labels=labels or {"g": "good", "b": "bad"}, instruction="sentiment is")
@@ -265,8 +265,8 @@ def ask(decoder: Compute, texts: tuple[str, ...], text: str = "the film was very
 
 
 def test_a_decoder_reads_examples_before_the_text(decoder, model):
-    assert reads_context(decoder.backbone)
-    assert not reads_context(model.backbone)
+    assert is_in_context(decoder.backbone)
+    assert not is_in_context(model.backbone)
     plain, read = ask(decoder, ()), ask(decoder, ("bad\nsentiment is bad", "fine\nsentiment is good"))
     assert read.endswith(plain)
     assert read.split() == ["bad", "sentiment", "is", "bad", "fine", "sentiment", "is", "good", *plain.split()]
@@ -312,7 +312,7 @@ def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):
     assert found.way not in ("leave", "nearest")
     assert found.table["demonstrations 0.8"]["loss"] < found.table["leave"]["loss"] - 0.1
     test = records("heat", 48, 9)
-    left = fit("leave", gather(library, records("heat", 16, 3), task, model, TRAINING), model)["leave"]
+    left = fit("leave", prepare_shots(library, records("heat", 16, 3), task, model, TRAINING), model)["leave"]
     assert loss(found.fitted, task, test, model) < loss(left, task, test, model) - 0.1
 
 
@@ -332,14 +332,14 @@ def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
     ],
 )
 def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
-    assert chosen(table) == way
+    assert one_standard_error_rule(table) == way
 
 
 def test_the_error_is_that_of_the_difference_to_the_best():
     losses = {"leave": torch.tensor([1.0, 3.0, 5.0, 7.0]), "tune": torch.tensor([0.0, 2.0, 4.0, 6.0])}
     table = selection._table(losses, {way: [{"accuracy": 0.5}, {"accuracy": 1.0}] for way in losses})
     assert table["leave"] == {"loss": 4.0, "error": 0.0, "accuracy": 0.75}  # always one more: nothing uncertain in it
-    assert chosen(table) == "tune"
+    assert one_standard_error_rule(table) == "tune"
 
 
 def test_how_sure_a_way_is_counts_for_nothing():
@@ -348,7 +348,9 @@ def test_how_sure_a_way_is_counts_for_nothing():
     logits_BC = torch.nn.functional.one_hot(targets_B, 3) + torch.randn(30, 3, generator=random)
 
     def mean(logits_BC: torch.Tensor) -> float:
-        return float(selection._comparable(selection.Held(torch.full((30,), 9.0), [], logits_BC), targets_B).mean())
+        return float(
+            selection._comparable(selection.HeldOutResult(torch.full((30,), 9.0), [], logits_BC), targets_B).mean()
+        )
 
     assert mean(2 * logits_BC) == pytest.approx(mean(logits_BC))
     timid = 0.2 * (logits_BC + torch.nn.functional.one_hot(targets_B, 3))
@@ -356,21 +358,21 @@ def test_how_sure_a_way_is_counts_for_nothing():
 
 
 def test_losses_of_tasks_without_labels_are_compared_as_they_are():
-    held = selection.Held(torch.tensor([1.0, 2.0]), [])
+    held = selection.HeldOutResult(torch.tensor([1.0, 2.0]), [])
     assert torch.equal(selection._comparable(held, torch.tensor([0.3, 0.4])), held.loss_B)
 
 
 def test_folds_part_the_records_and_deal_out_each_class(library, model):
     shots = shots_of(library, model, count=16)
-    parts = folds(shots, 1)
+    parts = stratified_folds(shots, 1)
     assert sorted(i for part in parts for i in part) == list(range(16))
     assert len(parts) == 5
     for part in parts:
         labels = [shots.records[i].fields["target"] for i in part]
         assert abs(labels.count("warm") - labels.count("cold")) <= 1
-    assert parts == folds(shots, 1)
-    assert parts != folds(shots, 2)
-    assert [len(part) for part in folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
+    assert parts == stratified_folds(shots, 1)
+    assert parts != stratified_folds(shots, 2)
+    assert [len(part) for part in stratified_folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
 
 
 def test_what_is_tried_on_a_record_has_not_seen_it(library, model):
@@ -378,8 +380,8 @@ def test_what_is_tried_on_a_record_has_not_seen_it(library, model):
     given = records("heat", 12, 3)
     lie = {"warm": "cold", "cold": "warm"}[given[0].fields["target"]]
     given[0] = Record(given[0].key, {**given[0].fields, "target": lie})
-    shots = gather(library, given, task_of("heat"), model, TRAINING)
-    table = tried(shots, ["demonstrations"], model)
+    shots = prepare_shots(library, given, task_of("heat"), model, TRAINING)
+    table = cross_validate(shots, ["demonstrations"], model)
     fitted = fit("demonstrations", shots, model)
     for variant, one in fitted.items():
         assert loss(one, task_of("heat"), given, model) < table[variant]["loss"] - 0.02
@@ -388,16 +390,18 @@ def test_what_is_tried_on_a_record_has_not_seen_it(library, model):
 def test_folds_are_answered_in_lock_step(library, model, monkeypatch):
     shots = shots_of(library, model, count=10)
     asked: list[int] = []
-    answer = Compute.answer
-    monkeypatch.setattr(Compute, "answer", lambda self, queries: asked.append(len(queries)) or answer(self, queries))
+    answer = QueryEngine.answer
+    monkeypatch.setattr(
+        QueryEngine, "answer", lambda self, queries: asked.append(len(queries)) or answer(self, queries)
+    )
     monkeypatch.setattr(selection, "FEW", 1)
-    tried(shots, ["compose"], model)
+    cross_validate(shots, ["compose"], model)
     assert asked == [5] * (ways.WEIGHT_STEPS + 1) + [0]
 
 
 def test_a_way_that_is_named_is_taken_and_its_best_variant_tried(library, model):
     given = records("heat", 8, 3)
-    for way in WAYS:
+    for way in STRATEGIES:
         found = selection.adapt(library, given, task_of("heat"), model, TRAINING, way)
         assert found.way.startswith(way)
         assert all(variant.startswith(way) for variant in found.table)
@@ -503,7 +507,7 @@ def test_what_cannot_be_done_is_said(library, model):
         selection.adapt(library, records("heat", 8), task_of("heat"), model, TRAINING, "compos")
     with pytest.raises(LibraryError, match=r"there is no record to adapt to; .* not tune"):
         selection.adapt(library, [], task_of("heat"), model, TRAINING, "tune")
-    other = Compute(small.backbone(width=16))
+    other = QueryEngine(small.backbone(width=16))
     with pytest.raises(LibraryError, match="mean nothing here"):
         selection.adapt(library, records("heat", 8), task_of("heat"), other, TRAINING)
     assert selection.adapt(library, [], task_of("heat"), model, TRAINING, "leave").way == "leave"
@@ -520,14 +524,14 @@ def test_a_real_library_is_adapted_to_labels_it_has_never_seen(minilm_run):
     from ficpd.library.session import open_library
 
     opened = open_library(minilm_run)
-    rated = loading.read_all(loading.Config(source="ratings", columns={"text": "text", "target": "domain"}))
+    rated = loading.load_all(loading.Config(source="ratings", columns={"text": "text", "target": "domain"}))
     by_domain: dict[str, list[Record]] = {}
     for record in small.shuffled(rated):
         by_domain.setdefault(record.fields["target"], []).append(record)
     few = [record for of in by_domain.values() for record in of[:4]]
     test = [record for of in by_domain.values() for record in of[4:44]]
     task = classification.build(classification.Config(labels={name: name.replace("_", " ") for name in by_domain}))
-    training = Training(learning_rate=opened.library.card["training"]["learning_rate"])
+    training = LocalTrainingConfig(learning_rate=opened.library.card["training"]["learning_rate"])
     found = selection.adapt(opened.library, few, task, opened.model, training)
     left = selection.adapt(opened.library, few, task, opened.model, training, "leave")
     assert loss(found.fitted, task, test, opened.model) < loss(left.fitted, task, test, opened.model) - 0.1

@@ -9,10 +9,10 @@ import torch
 
 import small
 from disk import to_the_disk
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.library.card import guarantee
-from ficpd.library.library import FORMAT, PromptLibrary, keys_of, task_key
+from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, task_key
 from ficpd.tasks import classification, generation
 from ficpd.types import Prompt, Query
 
@@ -27,7 +27,7 @@ CARD = {
 KEYS = {"global": torch.eye(16)[0], "prototype-0": torch.eye(16)[1]}
 
 
-def library(model: Compute, task=None, **ways: torch.Tensor) -> PromptLibrary:
+def library(model: QueryEngine, task=None, **ways: torch.Tensor) -> PromptLibrary:
     """Prompts that have come these ways from one start; two of a fixed seed if none are given."""
     begin = small.start(model, task or small.classes())
     random = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def same(left: Prompt, right: Prompt) -> bool:
     return alike and torch.equal(left.vectors_PD, right.vectors_PD)
 
 
-def axis(model: Compute, place: int, length: float = 1.0) -> torch.Tensor:
+def axis(model: QueryEngine, place: int, length: float = 1.0) -> torch.Tensor:
     way = torch.zeros_like(small.start(model, small.classes()).vectors_PD)
     way.view(-1)[place] = length
     return way
@@ -159,7 +159,7 @@ def test_a_damaged_library_is_refused(tmp_path, model, damage):
 
 
 def test_a_library_of_another_backbone_is_refused(model):
-    other = Compute(small.backbone(width=32))
+    other = QueryEngine(small.backbone(width=32))
     with pytest.raises(LibraryError, match=r"made on backbone tiny \(tiny:16x2\), this is tiny \(tiny:32x2\)"):
         library(model).check(other.backbone)
     library(model).check(model.backbone)
@@ -234,13 +234,13 @@ def test_a_task_without_answers_has_the_key_of_its_instruction(model):
 
 def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
     tasks = {"mood": task_of(a="good fine", b="bad dull"), "heat": task_of(a="hot warm", b="cold icy")}
-    keys = keys_of(["global", "one", "two"], tasks, {"one": ["mood"], "two": ["heat"]}, model.backbone)
+    keys = prompt_keys(["global", "one", "two"], tasks, {"one": ["mood"], "two": ["heat"]}, model.backbone)
     given = PromptLibrary(small.start(model, small.classes()), {}, CARD, keys)
     assert given.nearest(task_key(task_of(x="bad dull", y="good fine"), model.backbone), 2) == ["one", "global"]
     assert given.nearest(task_key(task_of(x="cold icy", y="hot warm"), model.backbone))[0] == "two"
     between = torch.nn.functional.normalize(keys["one"] + keys["two"], dim=0)
     assert small.close(keys["global"], between)
-    assert small.same(keys_of(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
+    assert small.same(prompt_keys(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
 
 
 # ---------------------------------------------------------------- composed
@@ -263,7 +263,7 @@ def test_a_composition_of_what_is_not_there_is_refused(model):
 # ---------------------------------------------------------------- asked
 
 
-def loss_of(prompt: Prompt, records, task, model: Compute) -> float:
+def loss_of(prompt: Prompt, records, task, model: QueryEngine) -> float:
     batch = task.encode(records, model.backbone, prompt)
     return float(model.answer([Query(prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
 

@@ -8,16 +8,23 @@ import torch
 
 import decoders
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.library.library import PromptLibrary
-from ficpd.library.peft_distillation import Texts, centred, find_texts, logits, reenter, reenter_from
+from ficpd.library.peft_distillation import (
+    Texts,
+    center_logits,
+    default_texts,
+    distill_library_prompt,
+    distill_to_input,
+    logits,
+)
 from ficpd.library.peft_io import export, own_base, read_folder, reentry_lines
 from ficpd.tasks import classification, generation
 from ficpd.tasks.build import start_text
-from ficpd.types import Outputs, Prompt, Record
+from ficpd.types import ModelOutput, Prompt, Record
 
 LONG = {"good": "very good", "bad": "bad and dull", "so": "fine"}
 
@@ -33,7 +40,7 @@ def few_texts() -> Texts:
     return Texts([Record(line, {"text": line}) for line in lines], "lines")
 
 
-def strong(model: Compute, task, enters_at: int = 1, scale: float = 3.0) -> Prompt:
+def strong(model: QueryEngine, task, enters_at: int = 1, scale: float = 3.0) -> Prompt:
     """A prompt far from any start, so that its answers are its own."""
     prompt = small.start(model, task, 3, enters_at)
     drawn = torch.randn(prompt.vectors_PD.shape, generator=torch.Generator().manual_seed(7))
@@ -49,8 +56,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Compute:
-    return Compute(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
+def decoder(tmp_path_factory) -> QueryEngine:
+    return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
 
 
 # ---------------------------------------------------------------- it learns
@@ -59,7 +66,7 @@ def decoder(tmp_path_factory) -> Compute:
 def test_the_imitation_answers_like_the_original(model):
     task = small.classes()
     prompt = strong(model, task)
-    done = reenter(prompt, texts(), task, model, steps=80)
+    done = distill_to_input(prompt, texts(), task, model, steps=80)
     assert (done.prompt.enters_at, done.prompt.head_rows, done.prompt.vectors_PD.shape) == (0, 0, (3, 16))
     assert done.after.loss < done.before.loss / 4
     assert done.after.same > 0.85
@@ -70,15 +77,15 @@ def test_what_it_says_of_itself_is_so(model):
     """The agreement is that of its logits with the original's on the quarter held back, which tuning never saw."""
     task, given = small.classes(), texts(16)
     prompt = strong(model, task)
-    done = reenter(prompt, given, task, model, steps=20, seed=1)
+    done = distill_to_input(prompt, given, task, model, steps=20, seed=1)
     shown: list = []
 
-    class Watched(Compute):
+    class Watched(QueryEngine):
         def answer(self, queries):
             shown.extend(item for q in queries if q.grad for items in q.batch.items for item in items)
             return super().answer(queries)
 
-    again = reenter(prompt, given, task, Watched(model.backbone), steps=20, seed=1)
+    again = distill_to_input(prompt, given, task, Watched(model.backbone), steps=20, seed=1)
     assert torch.equal(done.prompt.vectors_PD, again.prompt.vectors_PD)
     seen = {tuple(item.content.tolist()) for item in shown}
     held = []
@@ -96,7 +103,7 @@ def test_what_it_says_of_itself_is_so(model):
 def test_the_seed_and_the_number_of_virtual_tokens_are_free(model):
     task = small.classes()
     prompt, given = strong(model, task), texts(16)
-    first, other = (reenter(prompt, given, task, model, num_tokens=5, steps=20, seed=seed) for seed in (1, 2))
+    first, other = (distill_to_input(prompt, given, task, model, num_tokens=5, steps=20, seed=seed) for seed in (1, 2))
     assert first.prompt.vectors_PD.shape == other.prompt.vectors_PD.shape == (5, 16)
     assert first.facts["helped"]
     assert other.facts["helped"]
@@ -108,7 +115,7 @@ def test_targets_of_the_texts_are_not_looked_at(model):
     task = small.classes()
     given = texts(16)
     other = Texts([replace(r, fields={**r.fields, "target": "neither"}) for r in given.records], "other")
-    found = [reenter(strong(model, task), t, task, model, steps=3).prompt.vectors_PD for t in (given, other)]
+    found = [distill_to_input(strong(model, task), t, task, model, steps=3).prompt.vectors_PD for t in (given, other)]
     assert torch.equal(*found)
 
 
@@ -116,7 +123,7 @@ def test_tuning_that_does_not_help_is_not_taken(model):
     """Nothing is nearer to the untuned start than itself."""
     task = small.classes()
     prompt = Prompt(model.backbone.start(start_text([task]), 3, 0, 0), model.backbone.fingerprint)
-    done = reenter(prompt, texts(16), task, model, steps=10)
+    done = distill_to_input(prompt, texts(16), task, model, steps=10)
     assert done.before.same == 1
     assert not done.facts["helped"]
     assert torch.equal(done.prompt.vectors_PD, done.start.vectors_PD)
@@ -127,7 +134,7 @@ def test_a_tuned_head_is_imitated_without_one(model):
     task = small.classes(tuned_head=True)
     prompt = strong(model, task)
     assert prompt.head_rows == 2
-    done = reenter(prompt, texts(), task, model, steps=80)
+    done = distill_to_input(prompt, texts(), task, model, steps=80)
     assert (done.prompt.head_rows, len(done.prompt.vectors_PD)) == (0, 3)
     assert done.after.loss < done.before.loss / 2
     headless = small.classes()
@@ -142,8 +149,8 @@ def test_a_readout_of_the_prompts_own_is_imitated(model):
     task = small.classes()
     prompt, given = strong(model, task), texts()
     swapped_CD = task.readout(model.backbone).flip(0)
-    plain = reenter(prompt, given, task, model, steps=60)
-    swapped = reenter(prompt, given, task, model, readout_CD=swapped_CD, steps=60)
+    plain = distill_to_input(prompt, given, task, model, steps=60)
+    swapped = distill_to_input(prompt, given, task, model, readout_CD=swapped_CD, steps=60)
     theirs = -logits(prompt.vectors_PD, task.encode(given.records, model.backbone, prompt), model)
     batch = task.encode(given.records, model.backbone, plain.prompt)
     near, far = (logits(p.vectors_PD, batch, model) - theirs for p in (swapped.prompt, plain.prompt))
@@ -154,7 +161,7 @@ def test_answers_of_several_tokens_are_imitated(decoder):
     """Their logits are likelihoods, one item per answer."""
     task = classification.build(classification.Config(labels=LONG, instruction="the sentiment is"))
     prompt = strong(decoder, task, 2)
-    done = reenter(prompt, few_texts(), task, decoder, steps=100)
+    done = distill_to_input(prompt, few_texts(), task, decoder, steps=100)
     assert done.after.loss < done.before.loss / 2
     assert done.after.same == 1
 
@@ -162,7 +169,7 @@ def test_answers_of_several_tokens_are_imitated(decoder):
 def test_a_prompt_that_writes_is_imitated_in_what_it_writes(decoder):
     task = generation.build(generation.Config(instruction="the sentiment is", max_new_tokens=4))
     prompt = strong(decoder, task, 2, 1.0)
-    done = reenter(prompt, few_texts(), task, decoder, steps=200)
+    done = distill_to_input(prompt, few_texts(), task, decoder, steps=200)
     assert done.facts["writes"]
     assert done.after.loss < done.before.loss / 2
     assert done.after.same > done.before.same
@@ -172,9 +179,9 @@ def test_a_missing_answer_counts_for_nothing():
     """A row with fewer candidates is padded with -inf: neither a difference nor a gradient comes of it."""
     scores_RN = torch.tensor([[1.0, 3.0, -torch.inf], [0.0, 0.0, 6.0]], requires_grad=True)
     batch = small.classes().encode(
-        small.records(2), small.backbone(), strong(Compute(small.backbone()), small.classes())
+        small.records(2), small.backbone(), strong(QueryEngine(small.backbone()), small.classes())
     )
-    found = centred(Outputs(torch.zeros(2, 1), scores_RN), replace(batch, readout_CD=None))
+    found = center_logits(ModelOutput(torch.zeros(2, 1), scores_RN), replace(batch, readout_CD=None))
     assert found.tolist() == [[-1.0, 1.0, 0.0], [-2.0, -2.0, 4.0]]
     found.square().sum().backward()
     assert torch.isfinite(scores_RN.grad).all()
@@ -186,26 +193,26 @@ def test_a_missing_answer_counts_for_nothing():
 def test_too_few_texts_are_refused(model):
     task = small.classes()
     with pytest.raises(LibraryError, match=r"7 texts \(texts.csv\) are too few .* at least 8"):
-        reenter(strong(model, task), texts(7), task, model)
-    reenter(strong(model, task), texts(8), task, model, steps=1)
+        distill_to_input(strong(model, task), texts(7), task, model)
+    distill_to_input(strong(model, task), texts(8), task, model, steps=1)
 
 
 def test_synthetic_examples_are_taken_where_the_run_has_some(folder, model, tmp_path):
-    assert find_texts(folder, model).weak
+    assert default_texts(folder, model).weak
     lines = [json.dumps({"text": f"film {i}", "label": "good"}) for i in range(9)]
     for place in (tmp_path / "library", tmp_path):
         place.mkdir(exist_ok=True)
         (place / "synthetic.jsonl").write_text("\n".join(lines))
-        found = find_texts(tmp_path, model)
+        found = default_texts(tmp_path, model)
         assert (found.weak, found.records[8].fields, len(found.records)) == (False, {"text": "film 8"}, 9)
         (place / "synthetic.jsonl").unlink()
     (tmp_path / "synthetic.jsonl").write_text(lines[0] + '\n{"word": 3}\n')
     with pytest.raises(LibraryError, match='line 2: expected a JSON object with a "text"'):
-        find_texts(tmp_path, model)
+        default_texts(tmp_path, model)
 
 
 def test_made_up_words_are_called_weak(folder):
-    found = reenter_from(folder, "global", steps=2)
+    found = distill_library_prompt(folder, "global", steps=2)
     said = " ".join(reentry_lines(found.card))
     assert "made-up words" in said
     assert "expect little of it" in said
@@ -216,7 +223,7 @@ def test_made_up_words_are_called_weak(folder):
 
 def test_a_library_with_the_imitation_alone(folder):
     whole = PromptLibrary.load(folder)
-    found = reenter_from(folder, "global", texts(16), steps=2, num_tokens=4)
+    found = distill_library_prompt(folder, "global", texts(16), steps=2, num_tokens=4)
     assert found.prompts.keys() == {"global"}
     assert {prompt.enters_at for prompt in found.candidates().values()} == {0}
     assert found.card["backbone"]["enters_at"] == 0
@@ -230,23 +237,23 @@ def test_a_library_with_the_imitation_alone(folder):
 
 def test_a_wrong_prompt_or_task_is_named(folder, tmp_path):
     with pytest.raises(LibraryError, match="no prompt 'globl' in this library; it has global"):
-        reenter_from(folder, "globl")
+        distill_library_prompt(folder, "globl")
     with pytest.raises(LibraryError, match="unknown task 'x'"):
-        reenter_from(folder, "global", task="x")
+        distill_library_prompt(folder, "global", task="x")
     two = PromptLibrary.load(folder)
     task = next(iter(two.card["tasks"].values()))
     replace(two, card={**two.card, "tasks": {"a": task, "b": task}}).save(tmp_path / "two")
     with pytest.raises(LibraryError, match=r"no task was named; name the task .*--task.: a, b"):
-        reenter_from(tmp_path / "two", "global")
-    assert reenter_from(tmp_path / "two", "global", texts(8), task="b", steps=1).prompts.keys() == {"global"}
+        distill_library_prompt(tmp_path / "two", "global")
+    assert distill_library_prompt(tmp_path / "two", "global", texts(8), task="b", steps=1).prompts.keys() == {"global"}
 
 
 @pytest.mark.slow
 def test_on_minilm_an_input_prompt_answers_as_the_librarys_does(minilm_run, tmp_path):
     """What PEFT can load in place of a prompt that enters at layer 3, tuned on texts that the federation never saw."""
     resolved = parse((minilm_run / "resolved.toml").read_text(), "resolved.toml")
-    records = [record for shard in build_world(resolved).shards.values() for record in shard.test][:160]
-    made = reenter_from(minilm_run, "global", Texts(records, "test records"), steps=120)
+    records = [record for shard in build_context(resolved).shards.values() for record in shard.test][:160]
+    made = distill_library_prompt(minilm_run, "global", Texts(records, "test records"), steps=120)
     facts = made.card["reentered"]
     assert facts["from_layer"] == 3
     assert facts["after"]["loss"] < 0.5 * facts["before"]["loss"]

@@ -21,8 +21,8 @@ import small
 from disk import to_the_disk
 from ficpd import cli
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
-from ficpd.backbones.lora import entered
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.lora import prompt_or_lora
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.library.library import PromptLibrary
 from ficpd.library.peft_io import export, imported, own_base, read_folder
@@ -177,7 +177,7 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
     assert "virtual tokens" not in page
     for text in TEXTS:
         item = backbone.read(text, None, "", None, 0)
-        with entered(backbone, rows_PD[None], LORA) as (none, layer), torch.no_grad():
+        with prompt_or_lora(backbone, rows_PD[None], LORA) as (none, layer), torch.no_grad():
             ours_D = backbone.above(none, backbone.below([item], 0), [item], layer).features_RD[0]
             ids = item.content[None]
             said = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
@@ -367,7 +367,7 @@ def test_a_dozen_lines_of_transformers_agree_at_any_layer(kind, layer, request, 
     task = classification.build(classification.Config(**{k: v for k, v in TASK.items() if k != "name"}))
     records = [Record(text, {"text": text}) for text in TEXTS]
     batch = task.encode(records, backbone, made.prompts["global"])
-    answer = Compute(backbone).answer([Query(made.prompts["global"].vectors_PD[None], batch, outputs=True)])[0]
+    answer = QueryEngine(backbone).answer([Query(made.prompts["global"].vectors_PD[None], batch, outputs=True)])[0]
     scale = 20.0 if kind == "bert" else 1.0
     for line, logits in zip(lines, task.logits(answer.outputs_KB, batch), strict=True):
         label, said = line.split(" ", 1)

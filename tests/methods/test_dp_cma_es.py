@@ -7,19 +7,21 @@ import torch
 
 import small
 from ficpd import storage
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.federation.client import Client, participate, personal_prompt
-from ficpd.federation.rounds import Schedule
-from ficpd.federation.validation import check_order
+from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.federation.validation import validate_assignment
 from ficpd.methods.dp_cma_es import DpCmaEs
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clipping import clipped_sum
-from ficpd.types import ClientUpdate, Plan, Query
+from ficpd.types import ClientUpdate, ClientWorkload, Query
 
-TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, population=9, search_dimension=12, seed=3)
+TRAINING = LocalTrainingConfig(
+    local_steps=2, batch_size=4, learning_rate=0.1, population=9, search_dimension=12, seed=3
+)
 PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
 
 
@@ -30,10 +32,10 @@ def method(**more) -> DpCmaEs:
 def test_one_vector_goes_up_and_no_covariance_comes_down(model):
     of = method()
     members = small.clients(model, of)
-    state, reports = small.rounds(of, members, model, Schedule(3, 5, 0))
+    state, reports = small.rounds(of, members, model, RoundSchedule(3, 5, 0))
     header = len(codec.encode_update(ClientUpdate("site-0", {}), 1, model.backbone.fingerprint))
     assert [report.bytes_up for report in reports] == [5 * (header + 9 * 4)] * 3
-    order = of.assign(state, members["site-0"].card, 4)
+    order = of.make_assignment(state, members["site-0"].card, 4)
     assert {name: tuple(array.shape) for name, array in order.arrays.items()} == {
         "candidates_KN": (9, 12),
         "mean": (12,),
@@ -44,22 +46,23 @@ def test_one_vector_goes_up_and_no_covariance_comes_down(model):
 def test_an_order_asks_once_about_all_its_records(model):
     of = method()
     client = small.clients(model, of)["site-4"]
-    order = of.assign(small.first_state(of, {"site-4": client}), client.card, 1)
-    drive(model, participate(of, client, order))
-    assert client.asked == {1: [9 * 2 * 4, 0]}
-    assert of.work(small.first_state(of, {"site-4": client})) == (1, 8)
+    order = of.make_assignment(small.first_state(of, {"site-4": client}), client.card, 1)
+    run_queries(model, execute_assignment(of, client, order))
+    assert client.query_counts == {1: [9 * 2 * 4, 0]}
+    assert of.local_workload(small.first_state(of, {"site-4": client})) == (1, 8)
 
 
 def test_it_learns(model):
     of = method(batch_size=8, population=16)
     members = small.clients(model, of)
-    state, _ = small.rounds(of, members, model, Schedule(30, 5, 0))
-    both = torch.stack([members["site-0"].start.vectors_PD, of.prompt(state)])
+    state, _ = small.rounds(of, members, model, RoundSchedule(30, 5, 0))
+    both = torch.stack([members["site-0"].start.vectors_PD, of.global_prompt(state)])
     losses = torch.cat([model.answer([Query(both, client.encoded())])[0].loss_KB for client in members.values()], 1)
     first, last = losses.mean(1)
     assert last < 0.95 * first
     assert torch.equal(
-        personal_prompt(of, members["site-0"], of.assign(state, members["site-0"].card, 31)), of.prompt(state)
+        personal_prompt(of, members["site-0"], of.make_assignment(state, members["site-0"].card, 31)),
+        of.global_prompt(state),
     )
 
 
@@ -68,7 +71,8 @@ def test_a_search_that_is_read_from_a_checkpoint_asks_what_it_would_have_asked(m
     state = small.first_state(of, members)
     for round in (1, 2, 3):
         updates = [
-            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
+            for client in members.values()
         ]
         read, _ = storage.decode_state(storage.encode_state(state, {}))
         state = of.aggregate(state, updates, round, model)
@@ -81,13 +85,13 @@ class Silent:
 
     kind = "simulated"
 
-    def gaussian(self, values, deviation):
+    def add_gaussian(self, values, deviation):
         return values.detach().cpu().float()
 
-    def poisson(self, number, rate):
+    def poisson_sample(self, number, rate):
         return torch.arange(number)
 
-    shuffled = staticmethod(torch.randperm)
+    permutation = staticmethod(torch.randperm)
 
 
 CLIP = 0.02
@@ -98,12 +102,14 @@ def farthest(model, monkeypatch, number: int = 7) -> float:
     monkeypatch.setattr(Client, "stream", lambda *_: Silent())
     of, records, found = method(local_steps=1, batch_size=number), small.records(number, 4), []
     config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
-    mechanism = record_gaussian.build(config, Plan(number, 1.0, 1, 1, 1, 1.0, 1))
+    mechanism = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1))
     for left_out in (None, *range(number)):
         client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
         client.train = [record for place, record in enumerate(records) if place != left_out]
-        order = of.assign(small.first_state(of, {"site-0": client}), client.card, 1)
-        found.append(drive(model, participate(of, client, order)).arrays["losses_1K"].double() * len(client.train))
+        order = of.make_assignment(small.first_state(of, {"site-0": client}), client.card, 1)
+        found.append(
+            run_queries(model, execute_assignment(of, client, order)).arrays["losses_1K"].double() * len(client.train)
+        )
     return max(float((found[0] - other).norm()) for other in found[1:])
 
 
@@ -142,8 +148,8 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
     of = method()
     members = small.clients(model, of)
     start, state = members["site-0"].start, small.first_state(of, members)
-    good = of.assign(state, members["site-0"].card, 1)
-    check_order(good, of, start, 5)
+    good = of.make_assignment(state, members["site-0"].card, 1)
+    validate_assignment(good, of, start, 5)
     candidates, mean = good.arrays["candidates_KN"], good.arrays["mean"]
     for bad in (
         replace(good, arrays={}),
@@ -155,4 +161,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, facts={"rate": 0.1}),
     ):
         with pytest.raises(CodecError):
-            check_order(bad, of, start, 5)
+            validate_assignment(bad, of, start, 5)

@@ -7,13 +7,13 @@ from pydantic import ValidationError
 import small
 from contracts.test_leak import Deaf
 from contracts.test_mechanism import Silent
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import ConfigError
-from ficpd.federation.client import participate, personal_prompt
-from ficpd.federation.rounds import Schedule
-from ficpd.methods.dp_fpl import Carried, Config, factorised, rebuilt
+from ficpd.federation.client import execute_assignment, personal_prompt
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.methods.dp_fpl import Config, LowRankContext, low_rank_factors, low_rank_gradient
 from ficpd.privacy import record_gaussian
-from ficpd.types import Plan, Query
+from ficpd.types import ClientWorkload, Query
 
 EXACT = small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
 """Every step sees all records."""
@@ -33,7 +33,7 @@ def random(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("local", [torch.zeros(6, 16), normal(6, 16), normal(6, 2) @ normal(2, 16, seed=1)])
 @pytest.mark.parametrize("rank", [1, 3, 6, 40])
 def test_factors_are_orthonormal_also_of_nothing(local, rank):
-    u, v = factorised(local, rank, random())
+    u, v = low_rank_factors(local, rank, random())
     k = min(rank, 6)
     assert (u.shape, v.shape) == ((6, k), (k, 16))
     assert small.close(u.T @ u, torch.eye(k))
@@ -43,28 +43,28 @@ def test_factors_are_orthonormal_also_of_nothing(local, rank):
 def test_factors_span_a_local_prompt_of_their_rank():
     """One power iteration finds all of a matrix of rank k."""
     local = normal(6, 2) @ normal(2, 16, seed=1)
-    u, v = factorised(local, 2, random())
+    u, v = low_rank_factors(local, 2, random())
     assert small.close(u @ (u.T @ local), local, 1e-4)
     assert small.close(local @ v.T @ v, local, 1e-4)
 
 
 def test_what_is_rebuilt_is_the_gradients_projection_and_never_longer():
-    u, v = factorised(normal(6, 16), 3, random())
+    u, v = low_rank_factors(normal(6, 16), 3, random())
     gradient = normal(6, 16, seed=2)
-    found = rebuilt(gradient @ v.T, u.T @ gradient, u, v)
+    found = low_rank_gradient(gradient @ v.T, u.T @ gradient, u, v)
     across = (torch.eye(6) - u @ u.T) @ gradient @ (torch.eye(16) - v.T @ v)  # what neither factor sees
     assert small.close(found, gradient - across)
     assert found.norm() < gradient.norm()
-    assert small.close(rebuilt(found @ v.T, u.T @ found, u, v), found)
-    whole = factorised(normal(6, 16), 6, random())
-    assert small.close(rebuilt(gradient @ whole[1].T, whole[0].T @ gradient, *whole), gradient)
+    assert small.close(low_rank_gradient(found @ v.T, u.T @ found, u, v), found)
+    whole = low_rank_factors(normal(6, 16), 6, random())
+    assert small.close(low_rank_gradient(gradient @ whole[1].T, whole[0].T @ gradient, *whole), gradient)
 
 
 @pytest.mark.parametrize(("rank", "numbers"), [(1, 21), (2, 40), (4, 72), (6, 96)])
 def test_the_lower_the_rank_the_less_noise_there_is_in_what_is_rebuilt(rank, numbers):
     """Of noise of variance 1 on both factors' gradients k(P + D) - k² numbers' worth stays in g_l: all P·D at full rank."""
-    u, v = factorised(normal(6, 16), rank, random())
-    draws = [rebuilt(normal(6, rank, seed=3 * i), normal(rank, 16, seed=3 * i + 1), u, v) for i in range(400)]
+    u, v = low_rank_factors(normal(6, 16), rank, random())
+    draws = [low_rank_gradient(normal(6, rank, seed=3 * i), normal(rank, 16, seed=3 * i + 1), u, v) for i in range(400)]
     assert sum(float(one.square().sum()) for one in draws) / len(draws) == pytest.approx(numbers, rel=0.06)
 
 
@@ -79,7 +79,7 @@ class Noting:
     def __init__(self):
         self.given = []
 
-    def mean(self, values):
+    def noisy_mean(self, values):
         self.given.append(values)
         return values.mean(1)
 
@@ -89,8 +89,8 @@ def test_a_records_three_gradients_are_those_of_the_factors_and_averaged_as_one(
     client = small.clients(model, small.method("local"), 1)["site-0"]
     shared, batch = client.start.vectors_PD, client.encoded()
     local, noting = 0.1 * normal(*shared.shape), Noting()
-    carried = Carried(noting, 2, 1)
-    carried.factors = u, v = factorised(local, 2, random())
+    carried = LowRankContext(noting, 2, 1)
+    carried.factors = u, v = low_rank_factors(local, 2, random())
     answer = model.answer([Query((shared + local)[None], batch, grad=True)])[0]
     carried.mean(answer.grad_KBPD)
     (rows,) = noting.given
@@ -106,15 +106,15 @@ def test_a_records_three_gradients_are_those_of_the_factors_and_averaged_as_one(
 
 def test_one_record_moves_all_that_is_noised_by_at_most_the_clip_norm(model):
     clip, silent = 0.05, Silent()
-    plan = Plan(8, 1.0, 1, 1, 1, 1.0, 1)
+    plan = ClientWorkload(8, 1.0, 1, 1, 1, 1.0, 1)
     mechanism = record_gaussian.build(record_gaussian.Config(noise_multiplier=1.0, delta=1e-3, clip_norm=clip), plan)
     gradients = 10 * normal(1, 8, 6, 16)
     found = []
     for rows in (gradients, gradients[:, 1:]):
         noting = Noting()
-        noting.mean = lambda values: found.append(mechanism.mean(values, 1, silent)) or found[-1]
-        carried = Carried(noting, 3, 1)
-        carried.factors = factorised(normal(6, 16), 3, random())
+        noting.noisy_mean = lambda values: found.append(mechanism.noisy_mean(values, 1, silent)) or found[-1]
+        carried = LowRankContext(noting, 3, 1)
+        carried.factors = low_rank_factors(normal(6, 16), 3, random())
         carried.mean(rows)
     assert (found[0] - found[1]).norm() <= clip * (1 + 1e-5)
     assert (found[0] - found[1]).norm() > 0.9 * clip
@@ -130,24 +130,26 @@ def test_gradients_are_taken_where_only_noised_numbers_lead(model):
         client.train = small.records(12, seed)
         state = small.first_state(method, {"site-0": client}, 3)
         for round in (1, 2, 3):
-            update = drive(listening, participate(method, client, method.assign(state, client.card, round)))
+            update = run_queries(
+                listening, execute_assignment(method, client, method.make_assignment(state, client.card, round))
+            )
             state = method.aggregate(state, [update], round, model)
-        heard.append([*listening.asked, client.kept["local"]])
-        assert client.kept["local"].abs().max() > 1e-3
+        heard.append([*listening.asked, client.client_state["local"]])
+        assert client.client_state["local"].abs().max() > 1e-3
     assert all(torch.equal(a, b) for a, b in zip(*heard, strict=True))
 
 
 def test_it_costs_what_fedavg_does_and_the_plan_is_what_is_spent(model):
     spent = {}
     for name in ("dp_fpl", "fedavg"):
-        plan = Plan(12, 1 / 3, small.TRAINING.local_steps, 2, 1, 1.0, 2)
+        plan = ClientWorkload(12, 1 / 3, small.TRAINING.local_steps, 2, 1, 1.0, 2)
         mechanism = record_gaussian.build(record_gaussian.Config(epsilon=8.0, clip_norm=1.0), plan)
         method = small.method(name)
         members = small.clients(model, method, 1, mechanism=mechanism)
         members["site-0"].train = small.records(12)
         small.rounds(method, members, model)
-        spent[name] = members["site-0"].book.spent()
-        assert spent[name] == list(mechanism.planned())
+        spent[name] = members["site-0"].account.spent()
+        assert spent[name] == list(mechanism.planned_costs())
     assert spent["dp_fpl"] == spent["fedavg"]
 
 
@@ -158,11 +160,11 @@ def test_it_costs_what_fedavg_does_and_the_plan_is_what_is_spent(model):
 def test_the_local_prompt_is_better_at_home_than_the_global_alone(model, rank):
     method = small.method("dp_fpl", EXACT, rank=rank)
     members = small.clients(model, method)
-    state, _ = small.rounds(method, members, model, Schedule(8, 5, 0))
+    state, _ = small.rounds(method, members, model, RoundSchedule(8, 5, 0))
     losses = []
     for client in members.values():
-        mine = personal_prompt(method, client, method.assign(state, client.card, 9))
-        asked = Query(torch.stack([method.prompt(state), mine]), client.encoded())
+        mine = personal_prompt(method, client, method.make_assignment(state, client.card, 9))
+        asked = Query(torch.stack([method.global_prompt(state), mine]), client.encoded())
         losses.append(model.answer([asked])[0].loss_KB.mean(1))
     at_shared, at_mine = torch.stack(losses).mean(0)
     assert at_mine < 0.9 * at_shared
@@ -173,7 +175,9 @@ def test_a_newcomer_uses_the_global_prompt(model):
     members = small.clients(model, method)
     state, _ = small.rounds(method, members, model)
     new = small.clients(model, method, 1)["site-0"]
-    assert torch.equal(personal_prompt(method, new, method.assign(state, new.card, 3)), method.prompt(state))
+    assert torch.equal(
+        personal_prompt(method, new, method.make_assignment(state, new.card, 3)), method.global_prompt(state)
+    )
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5])
@@ -182,10 +186,10 @@ def test_a_rank_that_is_none_is_refused(rank):
         Config(rank=rank)
 
 
-@pytest.mark.parametrize("tuner", ["spsa", "cma_es"])
-def test_losses_alone_have_nothing_to_carry(tmp_path, tuner):
-    with pytest.raises(ConfigError, match=f"training.tuner = '{tuner}' on tiny has none"):
-        small.run(tmp_path, "dp_fpl", f"training.tuner={tuner}")
+@pytest.mark.parametrize("optimizer", ["spsa", "cma_es"])
+def test_losses_alone_have_nothing_to_carry(tmp_path, optimizer):
+    with pytest.raises(ConfigError, match=f"training.optimizer = '{optimizer}' on tiny has none"):
+        small.run(tmp_path, "dp_fpl", f"training.optimizer={optimizer}")
     assert not (tmp_path / "run").exists()
 
 

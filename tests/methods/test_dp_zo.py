@@ -6,21 +6,21 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.federation.client import Client, participate, personal_prompt
+from ficpd.federation.client import Client, execute_assignment, personal_prompt
 from ficpd.federation.compression import subspace
-from ficpd.federation.rounds import Schedule
-from ficpd.federation.validation import check_order
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.federation.validation import validate_assignment
 from ficpd.methods import dp_zo
 from ficpd.methods.dp_zo import DpZo
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clipping import clipped_sum
-from ficpd.types import Assignment, ClientUpdate, Plan, Query
+from ficpd.types import Assignment, ClientUpdate, ClientWorkload, Query
 
-TRAINING = Training(local_steps=2, batch_size=4, learning_rate=0.1, directions=4, seed=3)
+TRAINING = LocalTrainingConfig(local_steps=2, batch_size=4, learning_rate=0.1, directions=4, seed=3)
 PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
 
 
@@ -29,7 +29,7 @@ def method(**more) -> DpZo:
 
 
 def ran(model, of: DpZo, members, rounds: int):
-    return small.rounds(of, members, model, Schedule(rounds, len(members), 0))[0]
+    return small.rounds(of, members, model, RoundSchedule(rounds, len(members), 0))[0]
 
 
 # ---------------------------------------------------------------- what leaves
@@ -38,7 +38,7 @@ def ran(model, of: DpZo, members, rounds: int):
 def test_tens_of_bytes_go_up_and_fewer_than_a_prompts_come_down(model):
     of = method()
     members = small.clients(model, of)
-    _, reports = small.rounds(of, members, model, Schedule(4, 5, 0))
+    _, reports = small.rounds(of, members, model, RoundSchedule(4, 5, 0))
     header = len(codec.encode_update(ClientUpdate("site-0", {}), 1, model.backbone.fingerprint))
     assert [report.bytes_up for report in reports] == [5 * (header + 2 * 4 * 4)] * 4
     assert header + 2 * 4 * 4 < 80
@@ -52,14 +52,15 @@ def test_a_long_history_gives_way_to_the_prompt_and_nothing_changes(model):
     members = small.clients(model, of)
     state, kinds = small.first_state(of, members, 9), []
     for round in range(1, 10):
-        order = of.assign(state, members["site-0"].card, round)
+        order = of.make_assignment(state, members["site-0"].card, round)
         kinds.append(*order.arrays)
         both = [replace(order, arrays={name: state.arrays[name]}) for name in ("moves_TK", "y")]
         at = [personal_prompt(of, members["site-0"], one) for one in both]
         assert torch.equal(*at)
-        assert torch.equal(at[0], of.prompt(state))
+        assert torch.equal(at[0], of.global_prompt(state))
         updates = [
-            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
+            for client in members.values()
         ]
         state = of.aggregate(state, updates, round, model)
     assert kinds == ["moves_TK"] * 7 + ["y"] * 2
@@ -70,12 +71,14 @@ def test_a_round_without_answers_moves_nothing_and_the_next_is_replayed_right(mo
     members = small.clients(model, of)
     state = small.first_state(of, members, 5)
     for round in (1, 2, 4):  # nobody came in the third
-        order = of.assign(state, members["site-2"].card, round)
-        state = of.aggregate(state, [drive(model, participate(of, members["site-2"], order))], round, model)
+        order = of.make_assignment(state, members["site-2"].card, round)
+        state = of.aggregate(
+            state, [run_queries(model, execute_assignment(of, members["site-2"], order))], round, model
+        )
     replayed = personal_prompt(of, members["site-2"], Assignment("dp_zo", 5, {"moves_TK": state.arrays["moves_TK"]}))
     assert len(state.arrays["moves_TK"]) == 8
     assert torch.equal(state.arrays["moves_TK"][4:6], torch.zeros(2, 4))
-    assert torch.equal(replayed, of.prompt(state))
+    assert torch.equal(replayed, of.global_prompt(state))
 
 
 # ---------------------------------------------------------------- what is made of it
@@ -84,18 +87,18 @@ def test_a_round_without_answers_moves_nothing_and_the_next_is_replayed_right(mo
 class Watched(DpZo):
     """Notes where each client's last candidates lay: halfway between them is where it stood."""
 
-    def train(self, client, order):
-        work, answer = super().train(client, order), None
+    def local_update(self, client, order):
+        work, answer = super().local_update(client, order), None
         try:
             while True:
                 query = work.send(answer)  # type: ignore[arg-type]
-                signs = self._signs(self._space(client.start), order.round, len(client.kept.get("seen", ())))
+                signs = self._signs(self._space(client.start), order.round, len(client.client_state.get("seen", ())))
                 answer = yield query
                 slopes = (answer.loss_KB[:4] - answer.loss_KB[4:]).mean(1) / (2 * order.facts["rate"] * 4**0.5)
                 stood = (query.prompts_KPD[:4] + query.prompts_KPD[4:]).mean(0) / 2
                 moved = stood.flatten() - order.facts["step"] * (slopes @ signs)
-                seen = client.kept.get("seen", moved[:0].view(0, len(moved)))
-                client.kept["seen"] = torch.cat([seen, moved[None]])
+                seen = client.client_state.get("seen", moved[:0].view(0, len(moved)))
+                client.client_state["seen"] = torch.cat([seen, moved[None]])
         except StopIteration as end:
             return end.value
 
@@ -106,16 +109,17 @@ def test_the_servers_replay_is_the_mean_of_the_clients_own_steps(model):
     state = small.first_state(of, members, 4)
     for round in (1, 2, 3):
         for client in members.values():
-            client.kept = {}
+            client.client_state = {}
         updates = [
-            drive(model, participate(of, client, of.assign(state, client.card, round))) for client in members.values()
+            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
+            for client in members.values()
         ]
         state = of.aggregate(state, updates, round, model)
         if round > 1:  # in the first they do not know how far to go
             weights = torch.tensor([float(len(client.train)) for client in members.values()])
-            stood = torch.stack([client.kept["seen"][-1] for client in members.values()])
+            stood = torch.stack([client.client_state["seen"][-1] for client in members.values()])
             mean = (weights / weights.sum()) @ stood
-            assert small.close(of.prompt(state).flatten(), mean, 1e-5)
+            assert small.close(of.global_prompt(state).flatten(), mean, 1e-5)
 
 
 def test_it_learns(model):
@@ -123,7 +127,7 @@ def test_it_learns(model):
     members = small.clients(model, of)
     state = ran(model, of, members, 12)
     start = members["site-0"].start.vectors_PD
-    both = torch.stack([start, of.prompt(state)])
+    both = torch.stack([start, of.global_prompt(state)])
     losses = torch.cat([model.answer([Query(both, client.encoded())])[0].loss_KB for client in members.values()], 1)
     first, last = losses.mean(1)
     assert last < 0.9 * first
@@ -133,7 +137,9 @@ def test_all_clients_try_the_same_directions(model):
     of = method()
     members = small.clients(model, of)
     state = small.first_state(of, members)
-    queries = [next(participate(of, client, of.assign(state, client.card, 1))) for client in members.values()]
+    queries = [
+        next(execute_assignment(of, client, of.make_assignment(state, client.card, 1))) for client in members.values()
+    ]
     assert all(torch.equal(queries[0].prompts_KPD, query.prompts_KPD) for query in queries)
 
 
@@ -145,13 +151,13 @@ class Silent:
 
     kind = "simulated"
 
-    def gaussian(self, values, deviation):
+    def add_gaussian(self, values, deviation):
         return values.detach().cpu().float()
 
-    def poisson(self, number, rate):
+    def poisson_sample(self, number, rate):
         return torch.arange(number)
 
-    shuffled = staticmethod(torch.randperm)
+    permutation = staticmethod(torch.randperm)
 
 
 CLIP = 0.02
@@ -162,12 +168,12 @@ def sums(model, monkeypatch, number: int) -> list[torch.Tensor]:
     monkeypatch.setattr(Client, "stream", lambda *_: Silent())
     of, records = method(local_steps=1, batch_size=number), small.records(number, 4)
     config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
-    mechanism, found = record_gaussian.build(config, Plan(number, 1.0, 1, 1, 1, 1.0, 1)), []
+    mechanism, found = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1)), []
     for left_out in (None, *range(number)):
         client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
         client.train = [record for place, record in enumerate(records) if place != left_out]
-        order = of.assign(small.first_state(of, {"site-0": client}), client.card, 1)
-        update = drive(model, participate(of, client, order))
+        order = of.make_assignment(small.first_state(of, {"site-0": client}), client.card, 1)
+        update = run_queries(model, execute_assignment(of, client, order))
         found.append(update.arrays["slopes_SK"].double() * len(client.train))
     return found
 
@@ -212,9 +218,9 @@ def test_what_it_leaves_lies_in_the_subspace(model):
     start = small.start(model, task)
     compression = subspace.build(subspace.Config(dimension=6, directions="random"), start, 0)
     of = method()
-    of.coordinates = compression.coordinates
+    of.subspace = compression.subspace
     members = small.clients(model, of, compression=compression)
-    delta = of.prompt(ran(model, of, members, 3)) - start.vectors_PD
+    delta = of.global_prompt(ran(model, of, members, 3)) - start.vectors_PD
     assert float(delta.norm()) > 1e-3
     assert small.close(compression.coordinates.up(compression.coordinates.down(delta)), delta, 1e-5)  # type: ignore[union-attr]
 
@@ -242,8 +248,8 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
     of = method()
     members = small.clients(model, of)
     start, state = members["site-0"].start, ran(model, of, members, 3)
-    good = of.assign(state, members["site-0"].card, 4)
-    check_order(good, of, start, 5)
+    good = of.make_assignment(state, members["site-0"].card, 4)
+    validate_assignment(good, of, start, 5)
     y, moves = state.arrays["y"], good.arrays["moves_TK"]
     for bad in (
         replace(good, arrays={}),
@@ -263,4 +269,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, facts={**good.facts, "rate": True}),
     ):
         with pytest.raises(CodecError):
-            check_order(bad, of, start, 5)
+            validate_assignment(bad, of, start, 5)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import BackboneError, CodecError, ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import Client, Visit, participate
-from ficpd.federation.rounds import Schedule
-from ficpd.federation.validation import check_order
+from ficpd.federation.client import Client, ClientSession, execute_assignment
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.federation.validation import validate_assignment
 from ficpd.methods.fedbpt import FedBpt
-from ficpd.tasks import masked
+from ficpd.tasks import corrupt_words
 from ficpd.types import Answer, ClientUpdate, Query
 
 
@@ -59,10 +59,12 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
         members = small.clients(model, of, 6)
         bowls, state = Bowls(model, members), small.first_state(of, members, 40)
         for round in range(1, 41):
-            orders = {name: of.assign(state, client.card, round) for name, client in members.items()}
-            updates = [drive(bowls, participate(of, client, orders[name])) for name, client in members.items()]  # type: ignore[arg-type]
+            orders = {name: of.make_assignment(state, client.card, round) for name, client in members.items()}
+            updates = [
+                run_queries(bowls, execute_assignment(of, client, orders[name])) for name, client in members.items()
+            ]  # type: ignore[arg-type]
             state = of.aggregate(state, updates, round, bowls)  # type: ignore[arg-type]
-        left[kind] = float(bowls.loss(of.prompt(state)[None], "site-1")) - 1
+        left[kind] = float(bowls.loss(of.global_prompt(state)[None], "site-1")) - 1
     first = float(bowls.loss(members["site-0"].start.vectors_PD[None], "site-1")) - 1
     assert left[Averages] < first
     assert left[FedBpt] < 0.3 * left[Averages]
@@ -117,7 +119,7 @@ def test_fewer_than_four_are_averaged(model):
 def test_what_travels_is_counted_as_it_is_encoded(model):
     of = method(dimension=20)
     members = small.clients(model, of)
-    _, (report, *_) = small.rounds(of, members, model, Schedule(1, 5, 0))
+    _, (report, *_) = small.rounds(of, members, model, RoundSchedule(1, 5, 0))
     header = len(codec.encode_update(ClientUpdate("site-0", {}), 1, model.backbone.fingerprint))
     assert report.bytes_up == 5 * (header + 4 * (20 + 1 + 8))
     assert report.bytes_down > 5 * 4 * (20 + 20 * 21 // 2)
@@ -129,42 +131,42 @@ def test_what_travels_is_counted_as_it_is_encoded(model):
 def test_the_fitness_is_the_loss_over_that_of_the_masked_twins(model):
     of = method(masked=0.6)
     client = small.clients(model, of)["site-4"]
-    visit = Visit(client, 1, "fedbpt")
-    batch = next(iter(visit.batches(1, 99)))
+    session = ClientSession(client, 1, "fedbpt")
+    batch = next(iter(session.batches(1, 99)))
     prompts = torch.stack([client.start.vectors_PD, client.start.vectors_PD + 0.3])
-    plain, twins = (model.answer([Query(prompts, b)])[0].loss_KB for b in (batch, visit.masked(0.6)))
+    plain, twins = (model.answer([Query(prompts, b)])[0].loss_KB for b in (batch, session.corrupted_batch(0.6)))
     space = of._space(client.start.vectors_PD)
     candidates = torch.stack([torch.zeros(space.size), torch.full((space.size,), 0.3)])
-    found = drive(model, of._fitness(visit, candidates, batch))
+    found = run_queries(model, of._fitness(session, candidates, batch))
     assert small.close(found, plain.mean(1) / twins.mean(1), 1e-4)
     assert not small.close(plain, twins, 1e-3)
 
 
 def test_a_share_of_the_words_falls_each_by_itself(model):
     records = small.records(200, 3)
-    twins = masked(records, 0.4, model.backbone, 7)
+    twins = corrupt_words(records, 0.4, model.backbone, 7)
     pairs = [
         pair for one, two in zip(records, twins, strict=True)
         for pair in zip(one.fields["text"].split(), two.fields["text"].split(), strict=True)
     ]  # fmt: skip
     assert sum(one != two for one, two in pairs) / len(pairs) == pytest.approx(0.4, abs=0.05)
     assert [two.fields["target"] for two in twins] == [one.fields["target"] for one in records]
-    assert masked(records, 0.4, model.backbone, 7) == twins
-    assert masked(records, 0.4, model.backbone, 8) != twins
+    assert corrupt_words(records, 0.4, model.backbone, 7) == twins
+    assert corrupt_words(records, 0.4, model.backbone, 8) != twins
 
 
 def test_twins_are_those_of_the_batch_and_the_same_all_through_an_order(model):
-    visit = Visit(small.clients(model, method())["site-4"], 1, "fedbpt")
-    all_of_them = visit.client.encoded()
+    session = ClientSession(small.clients(model, method())["site-4"], 1, "fedbpt")
+    all_of_them = session.client.encoded()
     places = {items: place for place, items in enumerate(all_of_them.items)}
     seen: dict[int, object] = {}
-    for batch in visit.batches(3, 5):
-        twins = visit.masked(0.5)
+    for batch in session.batches(3, 5):
+        twins = session.corrupted_batch(0.5)
         assert torch.equal(twins.targets, batch.targets)  # type: ignore[arg-type]
         for items, twin in zip(batch.items, twins.items, strict=True):
             assert seen.setdefault(places[items], twin) is twin
     with pytest.raises(AssertionError, match="drawn last"):
-        Visit(visit.client, 1, "fedbpt").masked(0.5)
+        ClientSession(session.client, 1, "fedbpt").corrupted_batch(0.5)
 
 
 def test_the_plain_loss_asks_half_as_much(model):
@@ -172,9 +174,14 @@ def test_the_plain_loss_asks_half_as_much(model):
     for ratio in (True, False):
         of = method(ratio=ratio, dimension=6)
         client = small.clients(model, of)["site-4"]
-        drive(model, participate(of, client, of.assign(small.first_state(of, {"site-4": client}), client.card, 1)))
-        counts[ratio] = client.asked[1]
-        assert client.asked[1][0] == round(of.candidates * 9 * 13)
+        run_queries(
+            model,
+            execute_assignment(
+                of, client, of.make_assignment(small.first_state(of, {"site-4": client}), client.card, 1)
+            ),
+        )
+        counts[ratio] = client.query_counts[1]
+        assert client.query_counts[1][0] == round(of.candidates * 9 * 13)
     assert counts == {True: [2 * 41 * 13, 0], False: [41 * 13, 0]}
 
 
@@ -198,18 +205,18 @@ def test_as_a_baseline_of_a_private_run_it_is_refused_before_anything_runs(tmp_p
 def test_images_have_no_words_to_mask(model):
     model.backbone.sees = True
     with pytest.raises(ConfigError, match="set it to false"):
-        method().fits([small.classes()], model.backbone)
+        method().check_compatible([small.classes()], model.backbone)
     with pytest.raises(BackboneError, match="only words can be masked"):
-        masked(small.records(2), 0.5, model.backbone, 0)
-    method(ratio=False).fits([small.classes()], model.backbone)
+        corrupt_words(small.records(2), 0.5, model.backbone, 0)
+    method(ratio=False).check_compatible([small.classes()], model.backbone)
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):
     of = method(dimension=6)
     members = small.clients(model, of)
     start, state = members["site-0"].start, small.first_state(of, members)
-    good = of.assign(state, members["site-0"].card, 1)
-    check_order(good, of, start, 5)
+    good = of.make_assignment(state, members["site-0"].card, 1)
+    validate_assignment(good, of, start, 5)
     for bad in (
         replace(good, arrays={}),
         replace(good, arrays={"prompt": start.vectors_PD}),
@@ -220,7 +227,7 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, arrays={**good.arrays, "mean": good.arrays["mean"] + 1e6}),
     ):
         with pytest.raises(CodecError):
-            check_order(bad, of, start, 5)
+            validate_assignment(bad, of, start, 5)
 
 
 def test_a_better_half_that_never_moved_leaves_the_step_size_as_it_was(model):
@@ -229,4 +236,4 @@ def test_a_better_half_that_never_moved_leaves_the_step_size_as_it_was(model):
     still = {"mean_1N": torch.zeros(1, 6), "loss": torch.ones(1), "sigmas": torch.zeros(of.config.iterations)}
     after = of.aggregate(state, [ClientUpdate(f"site-{i}", dict(still)) for i in range(4)], 1, model)
     assert 0 < after.facts["sigma"] < float("inf")
-    assert of.prompt(after).isfinite().all()
+    assert of.global_prompt(after).isfinite().all()

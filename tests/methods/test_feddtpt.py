@@ -11,27 +11,27 @@ import decoders
 import planted
 import small
 from contracts.test_leak import leaks
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BackboneError, ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import Visit, participate
+from ficpd.federation.client import ClientSession, execute_assignment
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import open_library, predicted, scores
-from ficpd.methods.feddtpt import Config, FedDtpt, wrong
-from ficpd.optimizers import Training
+from ficpd.library.session import open_library, predicted, score_library
+from ficpd.methods.feddtpt import Config, FedDtpt, is_wrong
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian
-from ficpd.types import IDS, Batch, ClientUpdate, Outputs, Plan, Prompt, Query
+from ficpd.types import TOKEN_DTYPE, Batch, ClientUpdate, ClientWorkload, ModelOutput, Prompt, Query
 
-TRAINING = Training(local_steps=6, batch_size=16, learning_rate=1.0)
+TRAINING = LocalTrainingConfig(local_steps=6, batch_size=16, learning_rate=1.0)
 START = [10, 11, 12, 13, 14, 15]
 
 
 @pytest.fixture
-def model() -> Compute:
-    return Compute(planted.Planted())
+def model() -> QueryEngine:
+    return QueryEngine(planted.Planted())
 
 
-def members(model: Compute, method, mechanism=None, count: int = 4, own_kind: bool = False):
+def members(model: QueryEngine, method, mechanism=None, count: int = 4, own_kind: bool = False):
     """Clients with records of all kinds, or each of one kind; they start from words that open nothing."""
     found = small.clients(model, method, count, mechanism=mechanism)
     for place, client in enumerate(found.values()):
@@ -42,13 +42,13 @@ def members(model: Compute, method, mechanism=None, count: int = 4, own_kind: bo
     return found
 
 
-def accuracy(model: Compute, client, ids_P1: torch.Tensor) -> float:
-    query = Query(ids_P1[None], client.encoded("test"), loss=wrong)
+def accuracy(model: QueryEngine, client, ids_P1: torch.Tensor) -> float:
+    query = Query(ids_P1[None], client.encoded("test"), loss=is_wrong)
     return 1 - float(model.answer([query])[0].loss_KB.mean())
 
 
-def update_of(model: Compute, method, client, state, round: int = 1) -> ClientUpdate:
-    return drive(model, participate(method, client, method.assign(state, client.card, round)))
+def update_of(model: QueryEngine, method, client, state, round: int = 1) -> ClientUpdate:
+    return run_queries(model, execute_assignment(method, client, method.assign(state, client.card, round)))
 
 
 # ---------------------------------------------------------------- the published behaviour
@@ -83,7 +83,7 @@ def test_clients_of_one_round_are_offered_the_same_words_and_of_another_round_ot
     state = small.first_state(method, own)
 
     def offered(client, round: int) -> list[int]:
-        work = method.train(Visit(client, round), method.assign(state, client.card, round))
+        work = method.local_update(ClientSession(client, round), method.make_assignment(state, client.card, round))
         return next(work).prompts_KPD[:, (round - 1) * TRAINING.local_steps % len(START), 0].tolist()
 
     first, second = list(own.values())[:2]
@@ -108,15 +108,15 @@ def test_what_stands_there_stays_unless_another_word_is_better(model):
 def test_right_is_only_what_scores_above_all_others():
     task, targets = small.classes(), torch.tensor([0, 0, 1])
     batch = Batch(task, ((), (), ()), targets, torch.eye(2), 0)
-    told = Outputs(torch.tensor([[2.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
-    assert wrong(told, batch).tolist() == [0.0, 1.0, 1.0]
+    told = ModelOutput(torch.tensor([[2.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+    assert is_wrong(told, batch).tolist() == [0.0, 1.0, 1.0]
 
 
 def test_a_task_without_answers_to_choose_from_goes_by_its_loss():
     task = small.numbers()
     batch = Batch(task, ((), ()), torch.tensor([1.0, 5.0]), torch.eye(2), 0)
-    outputs = Outputs(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
-    assert torch.equal(wrong(outputs, batch), task.loss(outputs, batch))
+    outputs = ModelOutput(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    assert torch.equal(is_wrong(outputs, batch), task.loss(outputs, batch))
 
 
 # ---------------------------------------------------------------- privacy
@@ -124,7 +124,7 @@ def test_a_task_without_answers_to_choose_from_goes_by_its_loss():
 
 def record_level(noise_multiplier: float, steps: int = 6, clip_norm: float = 1.0):
     config = record_gaussian.Config(noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=1e-3)
-    return record_gaussian.build(config, Plan(32, 1.0, steps, 1, 1, 1.0, 1))
+    return record_gaussian.build(config, ClientWorkload(32, 1.0, steps, 1, 1, 1.0, 1))
 
 
 class Watching:
@@ -147,12 +147,12 @@ def test_each_step_is_one_noised_sum_over_all_candidates_and_is_paid_for(model):
     own = members(model, method, watching, count=1)
     client = next(iter(own.values()))
     update = update_of(model, method, client, small.first_state(method, own))
-    assert [(line.name, line.noise_multiplier, line.count) for line in client.book.spent()] == [("prompt", 2.0, 6)]
+    assert [(line.name, line.noise_multiplier, line.count) for line in client.account.spent()] == [("prompt", 2.0, 6)]
     assert [tuple(v.shape[:1]) for v in watching.averaged] == [(9,)] * 6
     for values_KB in watching.averaged:
         assert values_KB.sum(0).abs().max() < 1e-5, "less its own mean: a record that all answer alike weighs nothing"
         assert values_KB.abs().max() <= 1
-    assert (update.arrays["words"].dtype, update.weight) == (IDS, 1.0)
+    assert (update.arrays["words"].dtype, update.weight) == (TOKEN_DTYPE, 1.0)
 
 
 def test_with_little_noise_it_chooses_as_without_and_with_much_it_does_not(model):
@@ -182,19 +182,19 @@ def test_a_run_keeps_within_its_budget_with_a_clip_norm_of_its_own(tmp_path):
 class ChoosesByItself(FedDtpt):
     """By the records' own mean, past the mechanism."""
 
-    def train(self, client, order):
+    def local_update(self, client, order):
         def mean(values_KB):
-            client.mean(values_KB)
+            client.private_mean(values_KB)
             return values_KB.mean(1)
 
         beside = SimpleNamespace(
-            id=client.id, weight=client.weight, words=client.words, batches=client.batches, mean=mean
+            id=client.id, weight=client.weight, words=client.vocabulary, batches=client.batches, mean=mean
         )
-        return super().train(beside, order)
+        return super().local_update(beside, order)
 
 
 def test_a_choice_past_the_mechanism_is_seen_in_the_words_that_leave():
-    tiny = Compute(small.backbone())
+    tiny = QueryEngine(small.backbone())
     assert leaks(ChoosesByItself(Config(), small.TRAINING), tiny)
     assert not leaks(FedDtpt(Config(), small.TRAINING), tiny)
 
@@ -219,12 +219,15 @@ def test_large_ids_pass_the_check_of_the_norm_and_ids_that_are_no_words_are_set_
     method = small.method("feddtpt", TRAINING)
     own = members(model, method)
     state = small.first_state(method, own)
-    layout = small.wire(method.layout(state))
-    huge = ClientUpdate("site-9", {"words": torch.full((6,), 2**31 - 1, dtype=IDS)})
+    layout = small.wire(method.update_spec(state))
+    huge = ClientUpdate("site-9", {"words": torch.full((6,), 2**31 - 1, dtype=TOKEN_DTYPE)})
     body = codec.encode_update(huge, 1, "tiny")
-    assert codec.decode_update(body, codec.Expected("site-9", 1, "tiny", layout, 1.0)).arrays["words"][0] == 2**31 - 1
-    honest = [ClientUpdate(f"site-{i}", {"words": torch.tensor(START, dtype=IDS)}) for i in range(2)]
-    below = ClientUpdate("site-8", {"words": torch.tensor([-1, *START[1:]], dtype=IDS)})
+    assert (
+        codec.decode_update(body, codec.ExpectedUpdate("site-9", 1, "tiny", layout, 1.0)).arrays["words"][0]
+        == 2**31 - 1
+    )
+    honest = [ClientUpdate(f"site-{i}", {"words": torch.tensor(START, dtype=TOKEN_DTYPE)}) for i in range(2)]
+    below = ClientUpdate("site-8", {"words": torch.tensor([-1, *START[1:]], dtype=TOKEN_DTYPE)})
     after = method.aggregate(state, [*honest, below, huge], 1, model)
     assert after.facts["set_aside"].keys() == {"site-8", "site-9"}
     assert after.arrays["prompt"][:, 0].tolist() == START
@@ -243,10 +246,10 @@ def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_re
         in (tmp_path / "run" / "library" / "README.md").read_text()
     )
     opened, experiment = open_library(tmp_path / "run"), small.experiment(tmp_path, "feddtpt")
-    from ficpd.experiments.build import build_world
+    from ficpd.experiments.build import build_context
 
-    test = [record for shard in build_world(experiment).shards.values() for record in shard.test]
-    assert scores(opened, test, "global")["global"]["accuracy"] == pytest.approx(
+    test = [record for shard in build_context(experiment).shards.values() for record in shard.test]
+    assert score_library(opened, test, "global")["global"]["accuracy"] == pytest.approx(
         result["metrics"]["global"]["accuracy"]
     )
     assert len(predicted(opened, test, None)) == len(test)
@@ -256,36 +259,36 @@ def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_re
 def test_words_answer_as_their_vectors_do_and_are_proposed_whole(tmp_path, kind):
     write, load = (decoders.write, decoders.load) if kind == "causal_lm" else (berts.bert, berts.load)
     backbone = load(write(tmp_path))
-    ids = torch.tensor(backbone.words.ids("the film was good"))
+    ids = torch.tensor(backbone.vocabulary.ids("the film was good"))
     task = small.classes()
     start = Prompt(ids[:, None], backbone.fingerprint)
     batch = task.encode(small.records(5), backbone, start)
-    words = Compute(backbone).answer([Query(start.vectors_PD[None], batch)])[0].loss_KB
-    vectors = backbone.start("the film was good", 4, 0, 0)
-    assert small.close(words, Compute(backbone).answer([Query(vectors[None], batch)])[0].loss_KB)
-    proposed = backbone.words.proposals(ids.tolist(), 1, 6, seed=3)
+    words = QueryEngine(backbone).answer([Query(start.vectors_PD[None], batch)])[0].loss_KB
+    vectors = backbone.init_prompt("the film was good", 4, 0, 0)
+    assert small.close(words, QueryEngine(backbone).answer([Query(vectors[None], batch)])[0].loss_KB)
+    proposed = backbone.vocabulary.proposals(ids.tolist(), 1, 6, seed=3)
     assert len(set(proposed)) == 6
     assert int(ids[1]) not in proposed
-    assert all(backbone.words.ids(backbone.words.text([one])) == [one] for one in proposed)
+    assert all(backbone.vocabulary.ids(backbone.vocabulary.text([one])) == [one] for one in proposed)
     assert (
         proposed
-        == backbone.words.proposals(ids.tolist(), 1, 6, seed=3)
-        != backbone.words.proposals(ids.tolist(), 1, 6, 4)
+        == backbone.vocabulary.proposals(ids.tolist(), 1, 6, seed=3)
+        != backbone.vocabulary.proposals(ids.tolist(), 1, 6, 4)
     )
 
 
 def test_a_masked_language_model_proposes_what_it_expects_there(tmp_path):
     """The one word that it puts nearly all weight on comes first, whatever the seed."""
     backbone = berts.load(berts.bert(tmp_path))
-    ids, wanted = backbone.words.ids("the film was good"), backbone.words.ids("dull")[0]
-    sharp = torch.zeros(backbone.words.size)
+    ids, wanted = backbone.vocabulary.ids("the film was good"), backbone.vocabulary.ids("dull")[0]
+    sharp = torch.zeros(backbone.vocabulary.size)
     sharp[wanted] = 50.0
-    backbone.words.likely = lambda given, place: sharp
-    assert {backbone.words.proposals(ids, 2, 1, seed)[0] for seed in range(5)} == {wanted}
-    filled = berts.load(tmp_path).words.likely(ids, 2)
-    other = berts.load(tmp_path).words.likely([*ids[:2], wanted, *ids[3:]], 2)
+    backbone.vocabulary.likely = lambda given, place: sharp
+    assert {backbone.vocabulary.proposals(ids, 2, 1, seed)[0] for seed in range(5)} == {wanted}
+    filled = berts.load(tmp_path).vocabulary.likely(ids, 2)
+    other = berts.load(tmp_path).vocabulary.likely([*ids[:2], wanted, *ids[3:]], 2)
     assert torch.equal(filled, other), "what stands in the place is not looked at"
-    assert not small.close(filled, berts.load(tmp_path).words.likely(ids, 1), 1e-3)
+    assert not small.close(filled, berts.load(tmp_path).vocabulary.likely(ids, 1), 1e-3)
 
 
 def test_what_words_cannot_be_asked_with_is_refused(model):

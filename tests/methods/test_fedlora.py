@@ -5,20 +5,20 @@ import torch
 
 import small
 from ficpd.errors import BackboneError, ConfigError, LibraryError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.library.library import PromptLibrary
-from ficpd.library.peft_distillation import Texts, reenter
+from ficpd.library.peft_distillation import Texts, distill_to_input
 from ficpd.library.session import (
     ZERO_SHOT,
     adapt_library,
     library_facts,
     open_library,
-    own_task,
     predicted,
-    scores,
+    resolve_task,
+    score_library,
 )
 from ficpd.privacy import record_gaussian
-from ficpd.types import LORA, Plan, Query
+from ficpd.types import LORA, ClientWorkload, Query
 
 RECORD = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
 QUICK = "method.learning_rate=0.05"
@@ -34,11 +34,11 @@ def test_a_run_learns_and_its_library_predicts_as_the_run_did(tmp_path, more):
     accuracy = result["metrics"]["global"]["accuracy"]
     assert accuracy > result["metrics"]["zero_shot"]["accuracy"] + 0.1
     heads = 2 if more else 0
-    opened, world = open_library(tmp_path / "run"), build_world(small.experiment(tmp_path, "fedlora", QUICK, *more))
-    assert (opened.library.start.enters_at, opened.library.start.room) == (LORA, 0)
+    opened, context = open_library(tmp_path / "run"), build_context(small.experiment(tmp_path, "fedlora", QUICK, *more))
+    assert (opened.library.start.enters_at, opened.library.start.num_virtual_tokens) == (LORA, 0)
     assert tuple(opened.library.start.vectors_PD.shape) == (64 + heads, 16)
-    test = [record for shard in world.shards.values() for record in shard.test]
-    found = scores(opened, test, "global")
+    test = [record for shard in context.shards.values() for record in shard.test]
+    found = score_library(opened, test, "global")
     assert found["global"]["accuracy"] == pytest.approx(accuracy)
     if not more:
         assert found[ZERO_SHOT]["accuracy"] == pytest.approx(result["metrics"]["zero_shot"]["accuracy"])
@@ -78,12 +78,12 @@ def test_a_rank_and_8_bits_are_what_travels(tmp_path):
 
 def test_records_are_clipped_to_a_norm_that_fits_lora_and_noised(tmp_path):
     given = small.experiment(tmp_path, "fedlora", *RECORD)
-    world = build_world(given)
-    begun = world.starting(small.method("fedlora", world.experiment.training))
+    context = build_context(given)
+    begun = context.with_method(small.method("fedlora", context.experiment.training))
     stated = small.experiment(tmp_path, "fedlora", *RECORD, "privacy.clip_norm=1e-6")
-    again = build_world(stated).starting(small.method("fedlora", world.experiment.training))
+    again = build_context(stated).with_method(small.method("fedlora", context.experiment.training))
     assert begun.experiment.privacy["clip_norm"] == again.experiment.privacy["clip_norm"] > 1e-3
-    assert begun.experiment.privacy["clip_norm"] != pytest.approx(world.experiment.privacy["clip_norm"], rel=0.01)
+    assert begun.experiment.privacy["clip_norm"] != pytest.approx(context.experiment.privacy["clip_norm"], rel=0.01)
     result = small.run(tmp_path, "fedlora", *RECORD)
     assert 1.9 < result["privacy"]["epsilon"] <= 2.0
     (line,) = result["privacy"]["lines"]
@@ -102,8 +102,8 @@ def test_a_records_gradient_is_clipped_by_itself(model):
     norms_B = grad_KBPD[0].flatten(1).norm(dim=1)
     clip = float(norms_B.median())
     config = record_gaussian.Config(noise_multiplier=1e-6, clip_norm=clip, delta=1e-3)
-    mechanism = record_gaussian.build(config, Plan(len(batch), 1.0, 1, 1, 1, 1.0, 1))
-    found = mechanism.mean(grad_KBPD, len(batch), member.stream("fedlora", 1))[0]
+    mechanism = record_gaussian.build(config, ClientWorkload(len(batch), 1.0, 1, 1, 1, 1.0, 1))
+    found = mechanism.noisy_mean(grad_KBPD, len(batch), member.noise_source("fedlora", 1))[0]
     expected = (grad_KBPD[0] * (clip / norms_B).clamp(max=1)[:, None, None]).mean(0)
     assert small.close(found / clip, expected / clip, 1e-4)
     assert len(set(norms_B.tolist())) == len(batch)
@@ -115,7 +115,7 @@ def test_a_records_gradient_is_clipped_by_itself(model):
 def test_somebodys_few_records_fit_it_as_they_fit_a_prompt(tmp_path):
     small.run(tmp_path, "fedlora")
     opened, shots = open_library(tmp_path / "run"), small.records(12, 3)
-    own = own_task(opened, shots, None, {}, None)
+    own = resolve_task(opened, shots, None, {}, None)
     adapt_library(opened, own, shots, tmp_path / "mine", "tune")
     mine = PromptLibrary.load(tmp_path / "mine")
     assert not torch.equal(mine.prompts["adapted"].vectors_PD, mine.prompts["global"].vectors_PD)
@@ -130,10 +130,10 @@ def test_a_compression_for_prompts_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_a_backbone_without_lora_is_refused_by_name(tmp_path):
-    world = build_world(small.experiment(tmp_path))
-    del world.model.backbone.adapters  # type: ignore[attr-defined]
+    context = build_context(small.experiment(tmp_path))
+    del context.model.backbone.adapters  # type: ignore[attr-defined]
     with pytest.raises(BackboneError, match="tiny has no LoRA"):
-        world.start_of(small.method("fedlora"))
+        context.init_prompt_for(small.method("fedlora"))
 
 
 def test_no_prompt_starts_from_lora_weights_nor_imitates_them(tmp_path):
@@ -143,4 +143,4 @@ def test_no_prompt_starts_from_lora_weights_nor_imitates_them(tmp_path):
         small.run(tmp_path / "b", "fedavg", "prompt.init=library", f"prompt.library={tmp_path / 'run'}")
     opened = open_library(tmp_path / "run")
     with pytest.raises(LibraryError, match="export them as they are"):
-        reenter(library.prompts["global"], Texts(small.records(8), "texts"), opened.task, opened.model)
+        distill_to_input(library.prompts["global"], Texts(small.records(8), "texts"), opened.task, opened.model)

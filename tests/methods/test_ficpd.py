@@ -9,11 +9,11 @@ from pydantic import ValidationError
 import small
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import simulation
-from ficpd.federation.rounds import Schedule
+from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
 from ficpd.methods import ficpd
-from ficpd.optimizers import Training
-from ficpd.types import ClientCard, ClientUpdate, Prompt, Setup, State
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.types import ClientCard, ClientUpdate, FederationInfo, Prompt, State
 
 NORTH, EAST = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
 NAMES = ("a", "b", "c", "d")
@@ -21,13 +21,13 @@ SPACES = ("delta", "metadata")
 
 
 def method(**config) -> ficpd.Ficpd:
-    return ficpd.build(ficpd.Config(num_prototypes=2, **config), Training(learning_rate=0.1))
+    return ficpd.build(ficpd.Config(num_prototypes=2, **config), LocalTrainingConfig(learning_rate=0.1))
 
 
 def begun(of: ficpd.Ficpd) -> State:
     """Two clients went north in the first round, two went east."""
     cards = [ClientCard(name, {"group": "north" if name in "ab" else "east"}) for name in NAMES]
-    state = of.init(Setup(Prompt(torch.zeros(1, 2), "none"), cards, 5, 4, 0))
+    state = of.init(FederationInfo(Prompt(torch.zeros(1, 2), "none"), cards, 5, 4, 0))
     return after(of, state, 1, a=NORTH, b=NORTH, c=EAST, d=EAST)
 
 
@@ -37,7 +37,7 @@ def after(of: ficpd.Ficpd, state: State, round: int, **deltas: torch.Tensor) -> 
 
 
 def prompt_of(of: ficpd.Ficpd, state: State, name: str) -> torch.Tensor:
-    return of.assign(state, ClientCard(name), 2).arrays["prompt"]
+    return of.make_assignment(state, ClientCard(name), 2).arrays["prompt"]
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -46,7 +46,7 @@ def test_each_goes_on_from_what_its_own_kind_learned(space):
     state = begun(of)
     for name in NAMES:
         assert small.close(prompt_of(of, state, name), NORTH if name in "ab" else EAST)
-    assert small.close(of.prompt(state), (NORTH + EAST) / 2)
+    assert small.close(of.global_prompt(state), (NORTH + EAST) / 2)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -65,7 +65,7 @@ def test_where_clusters_are_drawn_anew_everybody_counts_as_last_heard():
         "a": 3 * NORTH,
         "b": NORTH,
     }  # off the global prompt of their round, (N + E) / 2, and of this one, (5 N + E) / 2
-    now, then = of.prompt(state), (NORTH + EAST) / 2
+    now, then = of.global_prompt(state), (NORTH + EAST) / 2
     assert small.close(prompt_of(of, state, "b"), now + ((stood["a"] - now) + (stood["b"] - then)) / 2)
 
 
@@ -75,15 +75,15 @@ def test_a_small_cluster_is_drawn_back_by_the_noise_that_is_known():
     noisy = State(state.arrays, {**state.facts, "noise": 0.5})
     alone, together = after(of, noisy, 2, a=NORTH), after(of, noisy, 2, a=NORTH, b=NORTH)
     for state, came in ((alone, 1), (together, 2)):
-        offset = 2 * NORTH - of.prompt(state)
+        offset = 2 * NORTH - of.global_prompt(state)
         drawn = 0.5 / came / float(offset.square().sum())
-        assert small.close(prompt_of(of, state, "a"), of.prompt(state) + (1 - drawn) * offset)
+        assert small.close(prompt_of(of, state, "a"), of.global_prompt(state) + (1 - drawn) * offset)
 
 
 def of_five(of: ficpd.Ficpd, ways: torch.Tensor, noise: float | None = 0.0) -> State:
     """After one round of four clients of one group and a fifth of another."""
     cards = [ClientCard(name, {"group": "east" if name == "e" else "north"}) for name in "abcde"]
-    start = of.init(Setup(Prompt(torch.zeros(1, 5), "none"), cards, 5, 5, 0))
+    start = of.init(FederationInfo(Prompt(torch.zeros(1, 5), "none"), cards, 5, 5, 0))
     return after(of, State(start.arrays, {**start.facts, "noise": noise}), 1, **dict(zip("abcde", ways, strict=True)))
 
 
@@ -100,17 +100,17 @@ def test_a_prototype_goes_farther_where_its_clients_disagree_and_the_global_prom
     state = of_five(of, WAYS)
     assert small.close(prompt_of(of, state, "a"), 2 * NORTHERN)
     assert small.close(prompt_of(of, state, "e"), WAYS[4])
-    assert small.close(of.prompt(state), 0.8 * 2 * NORTHERN + 0.2 * WAYS[4])
+    assert small.close(of.global_prompt(state), 0.8 * 2 * NORTHERN + 0.2 * WAYS[4])
     plain = method(space="metadata", shrinkage=0.0)
     assert small.close(prompt_of(plain, of_five(plain, WAYS), "a"), NORTHERN)
-    assert small.close(of.prompt(of_five(of, WAYS, noise=None)), EVERYBODY)
+    assert small.close(of.global_prompt(of_five(of, WAYS, noise=None)), EVERYBODY)
 
 
 @pytest.mark.parametrize(("shrinkage", "share"), [(0.2, 0.25), (0.5, 1.0), (1.0, 1.0)])
 def test_the_global_prompt_goes_by_itself_as_far_as_prototypes_follow_it(shrinkage, share):
     of = farther(shrinkage=shrinkage)
     with_them = 0.8 * 2 * NORTHERN + 0.2 * WAYS[4]
-    assert small.close(of.prompt(of_five(of, WAYS)), with_them + share * (2.5 * EVERYBODY - with_them))
+    assert small.close(of.global_prompt(of_five(of, WAYS)), with_them + share * (2.5 * EVERYBODY - with_them))
 
 
 def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
@@ -124,10 +124,10 @@ def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
 def wandering(stay: float) -> set[int]:
     """The prototypes that a client between two groups has had, which itself never moves again, while four others of
     either group are heard a little differently in every round and clusters are drawn anew."""
-    of = method(space="way", redraw_every=1, stay=stay, shrinkage=0.0)
+    of = method(space="offset", redraw_every=1, stay=stay, shrinkage=0.0)
     random = torch.Generator().manual_seed(0)
     cards = [ClientCard(name) for name in (*(f"n{i}" for i in range(4)), *(f"e{i}" for i in range(4)), "x")]
-    state = of.init(Setup(Prompt(torch.zeros(1, 2), "none"), cards, 20, 9, 0))
+    state = of.init(FederationInfo(Prompt(torch.zeros(1, 2), "none"), cards, 20, 9, 0))
     had: set[int] = set()
     for round in range(1, 13):
         goals = {c.name: (NORTH if c.name[0] == "n" else EAST) for c in cards}
@@ -160,12 +160,12 @@ def test_rounds_go_on_where_updates_are_lost_or_late(model, options):
     of = small.method("ficpd", num_prototypes=2)
     members = small.clients(model, of)
     engine = simulation.build(simulation.Config(**options), of, members, model)
-    patient = Schedule(5, len(members), 0, everyone_first=True, accept_late=1)
+    patient = RoundSchedule(5, len(members), 0, everyone_first=True, accept_late=1)
     state, reports = small.rounds(of, members, model, patient, engine)
     assert min(report.updates for report in reports) < len(members)
     assert set(state.facts["clusters"]) == set(members)
     assert all(torch.isfinite(array).all() for array in state.arrays.values())
-    basis = of.basis(state)
+    basis = of.library_prompts(state)
     for name in members:
         assert any(torch.equal(prompt_of(of, state, name), prompt) for prompt in basis.values())
 

@@ -10,27 +10,27 @@ import torch
 
 import small
 from contracts.test_leak import Deaf
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError, ConfigError, PrivacyError
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.evaluation.personalization import levels
-from ficpd.experiments.setup import method_of
-from ficpd.federation.client import FEW, Client, Visit, participate, personal_prompt
-from ficpd.federation.rounds import Schedule
-from ficpd.federation.validation import check_order
+from ficpd.evaluation.personalization import personalization_levels
+from ficpd.experiments.setup import build_method
+from ficpd.federation.client import MIN_HOLDOUT_RECORDS, Client, ClientSession, execute_assignment, personal_prompt
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.federation.validation import validate_assignment
 from ficpd.methods.fpl import Fpl
 from ficpd.methods.shared.residual import (
     TOWARDS,
     WEIGHT,
-    Contrast,
+    ContrastiveConfig,
     _factors,
     _multiplied,
     _product,
     _pull,
-    aligned_loss,
+    contrastive_loss,
 )
 from ficpd.privacy import record_gaussian
-from ficpd.types import ClientCard, ClientUpdate, Outputs, Plan, Query, Setup
+from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, ModelOutput, Query
 
 EXACT = small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
 """Every step sees all records, so that what two methods do can be compared."""
@@ -56,42 +56,42 @@ def fpl(**config) -> Fpl:
 
 def test_without_clusters_and_residuals_it_is_fedavg(model):
     bare, plain = fpl(clusters="none", residual="none"), small.method("fedavg", EXACT)
-    ours, _ = small.rounds(bare, members(model, bare), model, Schedule(3, 5, 0))
-    theirs, _ = small.rounds(plain, members(model, plain), model, Schedule(3, 5, 0))
-    assert small.close(bare.prompt(ours), plain.prompt(theirs))
+    ours, _ = small.rounds(bare, members(model, bare), model, RoundSchedule(3, 5, 0))
+    theirs, _ = small.rounds(plain, members(model, plain), model, RoundSchedule(3, 5, 0))
+    assert small.close(bare.global_prompt(ours), plain.global_prompt(theirs))
 
 
 def test_a_cluster_is_fedavg_of_its_members(model):
     method = fpl(residual="none")
-    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, Schedule(3, 5, 0))
+    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, RoundSchedule(3, 5, 0))
     plain = small.method("fedavg", EXACT)
     own = {n: c for n, c in members(model, plain).items() if int(n[-1]) % 2 == 0}
-    alone, _ = small.rounds(plain, own, model, Schedule(3, 3, 0))
-    assert small.close(method.basis(state)["prototype-0"], plain.prompt(alone))
+    alone, _ = small.rounds(plain, own, model, RoundSchedule(3, 3, 0))
+    assert small.close(method.library_prompts(state)["prototype-0"], plain.global_prompt(alone))
 
 
 def test_the_global_prompt_is_the_mean_over_members_of_clusters(model):
     method = fpl(residual="none")
-    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, Schedule(2, 5, 0))
-    three, two = method.basis(state)["prototype-0"], method.basis(state)["prototype-1"]
-    assert small.close(method.prompt(state), 0.6 * three + 0.4 * two)
+    state, _ = small.rounds(method, members(model, method, cards=two_kinds()), model, RoundSchedule(2, 5, 0))
+    three, two = method.library_prompts(state)["prototype-0"], method.library_prompts(state)["prototype-1"]
+    assert small.close(method.global_prompt(state), 0.6 * three + 0.4 * two)
 
 
 @pytest.mark.parametrize("residual", ["full", "low_rank"])
 def test_a_personal_prompt_is_better_at_home(model, residual):
     method = fpl(residual=residual, clusters="none")
     own = members(model, method)
-    state, _ = small.rounds(method, own, model, Schedule(6, 5, 0))
+    state, _ = small.rounds(method, own, model, RoundSchedule(6, 5, 0))
     shared, personal = [], []
     for client in own.values():
-        mine = personal_prompt(method, client, method.assign(state, client.card, 7))
-        asked = Query(torch.stack([method.prompt(state), mine]), client.encoded())
+        mine = personal_prompt(method, client, method.make_assignment(state, client.card, 7))
+        asked = Query(torch.stack([method.global_prompt(state), mine]), client.encoded())
         at_shared, at_mine = model.answer([asked])[0].loss_KB.mean(1)
         shared.append(at_shared)
         personal.append(at_mine)
     assert sum(personal) < 0.9 * sum(shared)
     if residual == "low_rank":
-        assert torch.linalg.matrix_rank(own["site-0"].kept["residual"], atol=1e-5) <= 4
+        assert torch.linalg.matrix_rank(own["site-0"].client_state["residual"], atol=1e-5) <= 4
 
 
 def test_a_low_rank_residual_tunes_its_factors_by_their_own_gradients(model):
@@ -104,7 +104,7 @@ def test_a_low_rank_residual_tunes_its_factors_by_their_own_gradients(model):
         answer = yield Query(factors[None], batch, grad=True)
         return answer.grad_KBPD[0].mean(0)
 
-    found, free = drive(model, _multiplied(ask(), base)), factors.clone().requires_grad_()
+    found, free = run_queries(model, _multiplied(ask(), base)), factors.clone().requires_grad_()
     answer = model.answer([Query((base + _product(factors, len(base)))[None], batch, grad=True)])[0]
     (_product(free, len(base)) * answer.grad_KBPD[0].mean(0)).sum().backward()
     assert found.abs().max() > 1e-3
@@ -131,17 +131,19 @@ def test_the_shared_gradient_is_never_taken_at_a_residual(model):
 
     heard = []
     for seed in (1, 2):
-        method = small.method("fpl", contrast=Contrast(weight=0.5, space="both"))
+        method = small.method("fpl", contrast=ContrastiveConfig(weight=0.5, space="both"))
         client = members(model, method, 1, mechanism=Deaf())["site-0"]
         client.train = small.records(12, seed)
         state, rounds = small.first_state(method, {"site-0": client}, 3), []
         for round in (1, 2, 3):
             listening = Listening(model)
-            update = drive(listening, participate(method, client, method.assign(state, client.card, round)))
+            update = run_queries(
+                listening, execute_assignment(method, client, method.make_assignment(state, client.card, round))
+            )
             state = method.aggregate(state, [update], round, model)
             rounds.append(listening.asked)
         heard.append(rounds)
-        assert client.kept["residual"].abs().max() > 0
+        assert client.client_state["residual"].abs().max() > 0
     steps = small.TRAINING.local_steps
     for first, second in zip(*heard, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:steps], second[:steps], strict=True))
@@ -152,13 +154,13 @@ def test_what_is_tuned_at_home_costs_nothing_and_the_rest_what_fedavg_does(model
     spent = {}
     for name in ("fpl", "fedavg"):
         method = small.method(name)
-        plan = Plan(12, 1 / 3, small.TRAINING.local_steps, 2, 1, 1.0, 2)
+        plan = ClientWorkload(12, 1 / 3, small.TRAINING.local_steps, 2, 1, 1.0, 2)
         mechanism = record_gaussian.build(record_gaussian.Config(epsilon=8.0, clip_norm=1.0), plan)
         own = members(model, method, 1, mechanism=mechanism)
         own["site-0"].train = small.records(12)
         small.rounds(method, own, model)
-        spent[name] = own["site-0"].book.spent()
-        assert ("residual" in own["site-0"].kept) == (name == "fpl")
+        spent[name] = own["site-0"].account.spent()
+        assert ("residual" in own["site-0"].client_state) == (name == "fpl")
     assert spent["fpl"] == spent["fedavg"]
 
 
@@ -167,9 +169,9 @@ def test_one_noised_sum_has_a_part_for_each_cluster_and_each_client_is_in_one(mo
     own = members(model, method, cards=two_kinds())
     state = small.first_state(method, own)
     delta = torch.ones_like(state.arrays["start"])
-    placed = {n: method.in_its_part(state, ClientUpdate(n, {"delta": delta})) for n in own}
-    assert all(set(update.arrays) == set(method.parts(state)) for update in placed.values())
-    summed = {part: sum(update.arrays[part] for update in placed.values()) for part in method.parts(state)}
+    placed = {n: method.in_cluster_sum(state, ClientUpdate(n, {"delta": delta})) for n in own}
+    assert all(set(update.arrays) == set(method.cluster_sums(state)) for update in placed.values())
+    summed = {part: sum(update.arrays[part] for update in placed.values()) for part in method.cluster_sums(state)}
     assert [float(total.mean()) for _, total in sorted(summed.items())] == [3.0, 2.0]
     mean = ClientUpdate("everybody", {part: total / len(own) for part, total in summed.items()})
     after = method.aggregate(state, [mean], 1, model)
@@ -198,26 +200,29 @@ def test_a_small_cluster_is_drawn_back_by_the_noise_of_the_sum(model):
 
 
 def test_a_client_first_heard_in_round_seven(model):
-    method = small.method("fpl", contrast=Contrast(weight=0.1))
+    method = small.method("fpl", contrast=ContrastiveConfig(weight=0.1))
     own = members(model, method, cards=two_kinds())
     state = small.first_state(method, own, 9)
     early = [n for n in own if n != "site-4"]
     for round in range(1, 10):
         came = early if round < 7 else [*early, "site-4"]
-        updates = [drive(model, participate(method, own[n], method.assign(state, own[n].card, round))) for n in came]
+        updates = [
+            run_queries(model, execute_assignment(method, own[n], method.make_assignment(state, own[n].card, round)))
+            for n in came
+        ]
         state = method.aggregate(state, updates, round, model)
-    assert "start" not in method.assign(state, own["site-4"].card, 10).arrays
-    visit = Visit(own["site-4"], 10).home()
-    assert small.close(visit.start, state.arrays["start"]), "what its contrast is counted from"
-    assert not small.close(visit.start, state.arrays["global"])
+    assert "start" not in method.make_assignment(state, own["site-4"].card, 10).arrays
+    session = ClientSession(own["site-4"], 10).local_context()
+    assert small.close(session.start, state.arrays["start"]), "what its contrast is counted from"
+    assert not small.close(session.start, state.arrays["global"])
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):
-    method = small.method("fpl", contrast=Contrast(weight=0.1))
+    method = small.method("fpl", contrast=ContrastiveConfig(weight=0.1))
     own = members(model, method, cards=two_kinds())
     start, state = own["site-0"].start, small.first_state(method, own)
-    good = method.assign(state, own["site-0"].card, 1)
-    check_order(good, method, start, 5)
+    good = method.make_assignment(state, own["site-0"].card, 1)
+    validate_assignment(good, method, start, 5)
     prompt, others = good.arrays["prompt"], good.arrays["others_KPD"]
     for bad in (
         replace(good, arrays={}),
@@ -234,18 +239,20 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, method="fedavg"),
     ):
         with pytest.raises(CodecError):
-            check_order(bad, method, start, 5)
+            validate_assignment(bad, method, start, 5)
 
 
 def test_a_client_nobody_knew_is_sent_the_prompt_of_the_nearest_card(model):
     method = fpl(residual="none")
     own = members(model, method, cards=two_kinds())
-    state, _ = small.rounds(method, own, model, Schedule(2, 5, 0))
-    sent = method.assign(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"]
-    assert torch.equal(sent, method.basis(state)["prototype-1"])
+    state, _ = small.rounds(method, own, model, RoundSchedule(2, 5, 0))
+    sent = method.make_assignment(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"]
+    assert torch.equal(sent, method.library_prompts(state)["prototype-1"])
     plain = fpl(clusters="none")
-    state, _ = small.rounds(plain, members(model, plain), model, Schedule(2, 5, 0))
-    assert torch.equal(plain.assign(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"], plain.prompt(state))
+    state, _ = small.rounds(plain, members(model, plain), model, RoundSchedule(2, 5, 0))
+    assert torch.equal(
+        plain.make_assignment(state, ClientCard("new", {"kind": "b"}), 3).arrays["prompt"], plain.global_prompt(state)
+    )
 
 
 def test_a_cluster_nobody_came_of_stays_where_it_is(model):
@@ -253,7 +260,10 @@ def test_a_cluster_nobody_came_of_stays_where_it_is(model):
     own = members(model, method, cards=two_kinds())
     state = small.first_state(method, own)
     some = {n: own[n] for n in ("site-0", "site-2")}
-    updates = [drive(model, participate(method, c, method.assign(state, c.card, 1))) for c in some.values()]
+    updates = [
+        run_queries(model, execute_assignment(method, c, method.make_assignment(state, c.card, 1)))
+        for c in some.values()
+    ]
     after = method.aggregate(state, updates, 1, model)
     assert torch.equal(after.arrays["prototypes_KPD"][1], state.arrays["prototypes_KPD"][1])
     assert not torch.equal(after.arrays["prototypes_KPD"][0], state.arrays["prototypes_KPD"][0])
@@ -265,7 +275,7 @@ def test_a_step_goes_farther_where_the_clients_of_a_cluster_disagree(model):
     found = {}
     for kind in ("plain", "extrapolated"):
         method = fpl(residual="none", server={"kind": kind})
-        assert method.sums == (kind == "plain")
+        assert method.linear == (kind == "plain")
         state = small.first_state(method, members(model, method, 8, cards))
         start, ways = (
             state.arrays["global"],
@@ -273,7 +283,7 @@ def test_a_step_goes_farther_where_the_clients_of_a_cluster_disagree(model):
         )
         came = [ClientUpdate(f"site-{i}", {"delta": ways[min(i, 6)]}) for i in range(8)]
         after = method.aggregate(state, came, 1, model)
-        found[kind] = after.arrays["prototypes_KPD"] - start, method.prompt(after) - start
+        found[kind] = after.arrays["prototypes_KPD"] - start, method.global_prompt(after) - start
     (plain, whole), (far, farther) = found["plain"], found["extrapolated"]
     assert small.close(far[0], 3 * plain[0])
     assert small.close(far[1], plain[1])
@@ -296,9 +306,9 @@ def test_an_extrapolated_step_needs_each_update(tmp_path):
 
 def test_clusters_by_signatures_are_drawn_from_the_first_round(model):
     method = fpl(clusters="signatures", num_clusters=2, residual="none")
-    assert method.gathers
-    assert not method.sums
-    state, _ = small.rounds(method, members(model, method), model, Schedule(3, 5, 0))
+    assert method.full_first_round
+    assert not method.linear
+    state, _ = small.rounds(method, members(model, method), model, RoundSchedule(3, 5, 0))
     assert sorted(set(state.facts["clusters"].values())) == [0, 1]
     assert len(state.arrays["prototypes_KPD"]) == 2
 
@@ -349,10 +359,10 @@ def test_the_contrast_in_outputs_is_least_at_the_cluster_and_the_start(model):
             return torch.zeros(2)
 
     quiet = replace(batch, extra=extra, task=Silent())
-    near = aligned_loss(Outputs(torch.stack([own + start, own + start])), quiet)
-    far = aligned_loss(Outputs(torch.stack([other, other])), quiet)
+    near = contrastive_loss(ModelOutput(torch.stack([own + start, own + start])), quiet)
+    far = contrastive_loss(ModelOutput(torch.stack([other, other])), quiet)
     assert near.max() < 0.1 < 5 < far.min()
-    between = aligned_loss(Outputs(torch.stack([own, own])), quiet)
+    between = contrastive_loss(ModelOutput(torch.stack([own, own])), quiet)
     assert near.max() < between.min() < far.min()
 
 
@@ -360,14 +370,14 @@ def test_a_contrast_in_prompts_turns_personal_prompts_towards_their_cluster(mode
     """The cosine of the way from the start to the own prototype, less that to the other."""
     lead = {}
     for weight in (0.0, 5.0):
-        method = fpl(contrast=Contrast(weight=weight, space="prompt", temperature=0.2), held_back=0.0)
+        method = fpl(contrast=ContrastiveConfig(weight=weight, space="prompt", temperature=0.2), held_back=0.0)
         own = members(model, method, cards=two_kinds())
-        state, _ = small.rounds(method, own, model, Schedule(4, 5, 0))
+        state, _ = small.rounds(method, own, model, RoundSchedule(4, 5, 0))
         ways = state.arrays["prototypes_KPD"] - state.arrays["start"]
         lead[weight] = 0.0
         for name, client in own.items():
             k = state.facts["clusters"][name]
-            way = personal_prompt(method, client, method.assign(state, client.card, 5)) - state.arrays["start"]
+            way = personal_prompt(method, client, method.make_assignment(state, client.card, 5)) - state.arrays["start"]
             cosines = torch.cosine_similarity(way.flatten()[None], ways.flatten(1))
             lead[weight] += float(cosines[k] - cosines[1 - k])
     assert lead[5.0] > lead[0.0] + 0.1
@@ -377,10 +387,10 @@ def test_a_contrast_in_prompts_turns_personal_prompts_towards_their_cluster(mode
 def test_a_contrast_in_outputs_is_part_of_what_is_tuned_at_home_and_of_nothing_else(model, space):
     left = {}
     for weight in (0.0, 1.0):
-        method = fpl(contrast=Contrast(weight=weight, space=space))
+        method = fpl(contrast=ContrastiveConfig(weight=weight, space=space))
         own = members(model, method, cards=two_kinds())
-        state, _ = small.rounds(method, own, model, Schedule(3, 5, 0))
-        left[weight] = (method.basis(state), {n: c.kept["residual"] for n, c in own.items()})
+        state, _ = small.rounds(method, own, model, RoundSchedule(3, 5, 0))
+        left[weight] = (method.library_prompts(state), {n: c.client_state["residual"] for n, c in own.items()})
     assert small.same(left[0.0][0], left[1.0][0])
     assert not small.same(left[0.0][1], left[1.0][1])
 
@@ -391,14 +401,14 @@ def test_a_contrast_in_outputs_is_part_of_what_is_tuned_at_home_and_of_nothing_e
 def test_levels_at_home_and_elsewhere(model):
     method = fpl()
     own = members(model, method, cards=two_kinds())
-    state, _ = small.rounds(method, own, model, Schedule(3, 5, 0))
-    found = levels(method, state, own, model, 4, 0)
+    state, _ = small.rounds(method, own, model, RoundSchedule(3, 5, 0))
+    found = personalization_levels(method, state, own, model, 4, 0)
     assert list(found) == ["personal", "cluster", "global"]
     assert all(score and 0 <= score["accuracy"] <= 1 for level in found.values() for score in level.values())
     plain = small.method("fedavg", EXACT)
     average = members(model, plain)
     state, _ = small.rounds(plain, average, model)
-    assert list(levels(plain, state, average, model, 3, 0)) == ["global"]
+    assert list(personalization_levels(plain, state, average, model, 3, 0)) == ["global"]
 
 
 def test_cards_of_words_and_numbers_make_a_state_that_can_be_kept(model):
@@ -406,7 +416,7 @@ def test_cards_of_words_and_numbers_make_a_state_that_can_be_kept(model):
     method = fpl()
     cards = [ClientCard("a", {"beds": 3, "country": "fr"}), ClientCard("b", {"beds": 90.5, "country": "fr"})]
     start = small.start(model, small.classes())
-    json.dumps(method.init(Setup(start, cards, 2, 2, 0)).facts)
+    json.dumps(method.init(FederationInfo(start, cards, 2, 2, 0)).facts)
 
 
 # ---------------------------------------------------------------- how much of its own a client uses
@@ -417,17 +427,17 @@ def test_records_are_held_back_from_what_is_tuned_and_are_the_same_in_every_roun
     client.train = small.records(40)
     seen = []
     for round in (1, 2, 3):
-        home = Visit(client, round, "fpl").home(0.25)
-        held = set(home.unlearnt().items)
+        home = ClientSession(client, round, "fpl").local_context(0.25)
+        held = set(home.holdout().items)
         learnt = {items for batch in home.batches(8, 10) for items in batch.items}
         assert len(held) == 10
         assert len(learnt) == 30
         assert not held & learnt
         seen.append(held)
     assert seen[0] == seen[1] == seen[2]
-    assert len(Visit(client, 1, "fpl").home(0.0).unlearnt()) == 0
-    client.train = small.records(FEW - 1)
-    assert len(Visit(client, 1, "fpl").home(0.25).unlearnt()) == 0
+    assert len(ClientSession(client, 1, "fpl").local_context(0.0).holdout()) == 0
+    client.train = small.records(MIN_HOLDOUT_RECORDS - 1)
+    assert len(ClientSession(client, 1, "fpl").local_context(0.25).holdout()) == 0
 
 
 def test_a_client_takes_the_most_common_of_what_is_as_good_on_what_it_held_back(model):
@@ -440,15 +450,15 @@ def test_a_client_takes_the_most_common_of_what_is_as_good_on_what_it_held_back(
         if place == 3:  # here all labels are the wrong way round
             swap = {"good": "bad", "bad": "good"}
             client.train = [replace(r, fields={**r.fields, "target": swap[r.fields["target"]]}) for r in client.train]
-    state, _ = small.rounds(method, own, model, Schedule(5, 4, 0))
+    state, _ = small.rounds(method, own, model, RoundSchedule(5, 4, 0))
     state = replace(state, facts={**state.facts, "num_rounds": 9})
     chosen = {}
     for client in own.values():
-        order = method.assign(state, client.card, 6)
-        drive(model, participate(method, client, order))
-        kept, base = client.kept, order.arrays["prompt"]
+        order = method.make_assignment(state, client.card, 6)
+        run_queries(model, execute_assignment(method, client, order))
+        kept, base = client.client_state, order.arrays["prompt"]
         tried = [order.arrays["global"]] + [base + share * kept["residual"] for share in (0.0, 0.25, 0.5, 1.0)]
-        held = Visit(client, 6, "fpl").home(0.5).unlearnt()
+        held = ClientSession(client, 6, "fpl").local_context(0.5).holdout()
         losses = model.answer([Query(torch.stack(tried), held)])[0].loss_KB.double()
         best = losses[losses.mean(1).argmin()]
         as_good = [i for i, x in enumerate(losses) if (x - best).mean() <= (x - best).std() / len(held) ** 0.5]
@@ -456,16 +466,16 @@ def test_a_client_takes_the_most_common_of_what_is_as_good_on_what_it_held_back(
         chosen[client.name] = as_good[0], kept["share"], kept["global"]
     assert len({place for place, *_ in chosen.values()}) > 1
     for client in own.values():
-        before = client.kept["residual"]
-        order = method.assign(state, client.card, 7)
-        drive(model, participate(method, client, order))
-        assert (client.kept["share"], client.kept["global"]) == chosen[client.name][1:]
-        assert not torch.equal(client.kept["residual"], before)
+        before = client.client_state["residual"]
+        order = method.make_assignment(state, client.card, 7)
+        run_queries(model, execute_assignment(method, client, order))
+        assert (client.client_state["share"], client.client_state["global"]) == chosen[client.name][1:]
+        assert not torch.equal(client.client_state["residual"], before)
     late = members(model, method, 1, cards=two_kinds(1))["site-0"]
     late.train = small.records(40)
-    order = method.assign(state, late.card, 8)
-    drive(model, participate(method, late, order))
-    assert "share" in late.kept
+    order = method.make_assignment(state, late.card, 8)
+    run_queries(model, execute_assignment(method, late, order))
+    assert "share" in late.client_state
 
 
 def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
@@ -504,10 +514,10 @@ def test_a_prompt_tuned_with_priors_favours_nobodys_label(model):
     for prior in (False, True):
         method = fpl(clusters="none", residual="none", label_prior=prior)
         own = dict(list(skewed(model, method).items())[:1])
-        state, _ = small.rounds(method, own, model, Schedule(6, 1, 0))
+        state, _ = small.rounds(method, own, model, RoundSchedule(6, 1, 0))
         batch = small.classes().encode(small.records(60, 9), model.backbone, next(iter(own.values())).start)
         logits = batch.task.logits(
-            model.answer([Query(method.prompt(state)[None], batch, outputs=True)])[0].outputs_KB, batch
+            model.answer([Query(method.global_prompt(state)[None], batch, outputs=True)])[0].outputs_KB, batch
         )
         favoured[prior] = float((logits[:, 0] - logits[:, 1]).mean())
     assert favoured[False] > favoured[True] + 0.5
@@ -517,30 +527,30 @@ def test_a_prompt_tuned_with_priors_favours_nobodys_label(model):
 def test_what_a_client_knows_of_its_labels_decides_where_the_prompt_does_not(model, name):
     method = small.method(name, EXACT, label_prior=True)
     own = skewed(model, method)
-    state = method.init(Setup(next(iter(own.values())).start, [c.card for c in own.values()], 1, 4, 0))
+    state = method.init(FederationInfo(next(iter(own.values())).start, [c.card for c in own.values()], 1, 4, 0))
     evaluation = evaluate(method, state, own, model, 1)
     plain = evaluate(fpl(clusters="none", residual="none"), state, own, model, 1)
     assert evaluation.mean["accuracy"] > plain.mean["accuracy"] + 0.1
     assert evaluation.everyone == plain.everyone, "the prompt that all share knows no prior"
-    found = levels(method, state, own, model, 1, seed=0)
+    found = personalization_levels(method, state, own, model, 1, seed=0)
     assert found["personal"]["own"]["accuracy"] > found["global"]["own"]["accuracy"]
     assert found["personal"]["others"]["accuracy"] <= found["global"]["others"]["accuracy"] + 0.1
 
 
 def test_label_counts_are_a_noised_total_that_is_paid_once_and_exact_at_home(model):
     method = fpl(clusters="none", label_prior=True)
-    plan = Plan(20, 1.0, EXACT.local_steps, 2, 1, 1.0, 2)
+    plan = ClientWorkload(20, 1.0, EXACT.local_steps, 2, 1, 1.0, 2)
     config = record_gaussian.Config(epsilon=8.0, clip_norm=1.0, statistics={"labels": 0.1})
     own = dict(list(skewed(model, method, mechanism=record_gaussian.build(config, plan)).items())[:1])
-    small.rounds(method, own, model, Schedule(2, 1, 0))
+    small.rounds(method, own, model, RoundSchedule(2, 1, 0))
     client = own["site-0"]
-    assert [(line.name, line.count) for line in client.book.spent()] == [("labels", 1), ("prompt", 6)]
+    assert [(line.name, line.count) for line in client.account.spent()] == [("labels", 1), ("prompt", 6)]
     exact = torch.tensor([18.5, 2.5]).log() - torch.tensor(21.0).log()
-    visit = Visit(client, 3, "fpl")
-    assert small.close(visit.home().label_prior, exact)
-    assert not torch.allclose(visit.label_prior, exact, atol=1e-3), "what enters an update is noised"
-    assert torch.equal(visit.label_prior, visit.label_prior)
-    assert not visit.spends
+    session = ClientSession(client, 3, "fpl")
+    assert small.close(session.local_context().label_prior, exact)
+    assert not torch.allclose(session.label_prior, exact, atol=1e-3), "what enters an update is noised"
+    assert torch.equal(session.label_prior, session.label_prior)
+    assert not session.costs
 
 
 def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
@@ -556,4 +566,4 @@ def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
     with pytest.raises(
         ConfigError, match="label_prior = true goes by how frequent each label is, and its task has none"
     ):
-        method_of(ratings, {"name": "fpl", "label_prior": True})
+        build_method(ratings, {"name": "fpl", "label_prior": True})

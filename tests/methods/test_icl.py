@@ -5,9 +5,9 @@ import torch
 
 import decoders
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
-from ficpd.evaluation.evaluate import evaluate, predicted_by
+from ficpd.evaluation.evaluate import evaluate, predict_all
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import classification
 from ficpd.types import Record
@@ -17,8 +17,8 @@ LABELS = {"good": "positive", "bad": "negative"}
 
 
 @pytest.fixture
-def decoder(tmp_path) -> Compute:
-    return Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=64))
+def decoder(tmp_path) -> QueryEngine:
+    return QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=64))
 
 
 def task() -> classification.Classification:
@@ -50,7 +50,7 @@ def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monke
     method = small.method("icl", examples=examples)
     clients, read = members(decoder, method), []
     monkeypatch.setattr(
-        "ficpd.evaluation.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+        "ficpd.evaluation.evaluate.predict_all", lambda work, model: read.append(work) or predict_all(work, model)
     )
     evaluate(method, small.first_state(method, clients), clients, decoder, 1)
     (work,) = read
@@ -66,15 +66,15 @@ def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str
     """The first client's test texts as they reach the backbone."""
     read = []
     monkeypatch.setattr(
-        "ficpd.evaluation.evaluate.predicted_by", lambda work, model: read.append(work) or predicted_by(work, model)
+        "ficpd.evaluation.evaluate.predict_all", lambda work, model: read.append(work) or predict_all(work, model)
     )
     evaluate(method, small.first_state(method, clients), clients, model, 1)
     return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][1].items]
 
 
-def narrow(tmp_path, method, train: list[str]) -> tuple[Compute, dict]:
+def narrow(tmp_path, method, train: list[str]) -> tuple[QueryEngine, dict]:
     """Room for 24 tokens, a start of ten, and a text of sixteen words that fits if nothing stands beside it."""
-    model = Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+    model = QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
     clients = members(model, method)
     client = clients["site-0"]
     client.start = client.start.with_vectors(torch.zeros(10, model.backbone.width))
@@ -91,7 +91,7 @@ def test_a_text_is_not_cut_for_examples_nor_for_virtual_tokens_that_are_not_ther
 
 
 def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path):
-    model = Compute(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+    model = QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
     method = small.method("icl")
     clients = members(model, method)
     client = clients["site-0"]
@@ -112,7 +112,7 @@ def test_examples_are_shown_up_to_the_first_that_does_not_fit(tmp_path, monkeypa
 
 def test_examples_help_where_the_labels_texts_say_nothing():
     """An encoder: each text is compared with the examples' own features, too."""
-    model = Compute(small.backbone(width=32))
+    model = QueryEngine(small.backbone(width=32))
     labels = classification.build(classification.Config(labels={"good": "twice", "bad": "story"}, instruction="it was"))
     accuracy = {}
     for name in ("icl", "zero_shot"):

@@ -7,13 +7,13 @@ import torch
 
 import small
 from contracts.test_leak import Deaf
-from ficpd.backbones.query_engine import drive
+from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError, PrivacyError
-from ficpd.federation.client import participate, personal_prompt
-from ficpd.federation.rounds import Schedule
-from ficpd.federation.validation import check_order
+from ficpd.federation.client import execute_assignment, personal_prompt
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.federation.validation import validate_assignment
 from ficpd.privacy import record_gaussian
-from ficpd.types import Plan, Query
+from ficpd.types import ClientWorkload, Query
 
 STRONG = small.Training(local_steps=4, batch_size=8, learning_rate=0.1)
 CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.clip_norm=1")
@@ -29,13 +29,13 @@ def test_without_privacy_it_is_local(model):
     for name in ("prompt_dpsgd", "local"):
         method = small.method(name, small.Training(local_steps=3, batch_size=64, learning_rate=0.1))
         members = small.clients(model, method, 3)
-        state, _ = small.rounds(method, members, model, Schedule(3, 3, 0))
+        state, _ = small.rounds(method, members, model, RoundSchedule(3, 3, 0))
         found.append(prompts(method, state, members))
     assert all(small.close(found[0][name], prompt) for name, prompt in found[1].items())
 
 
 def test_all_that_is_tuned_is_deaf_under_a_deaf_mechanism(model):
-    """The prompt and what the tuner remembers, whoever's records they are."""
+    """The prompt and what the optimizer remembers, whoever's records they are."""
     kept = []
     for seed in (1, 2):
         method = small.method("prompt_dpsgd", STRONG)
@@ -43,16 +43,18 @@ def test_all_that_is_tuned_is_deaf_under_a_deaf_mechanism(model):
         client.train = small.records(12, seed)
         state = small.first_state(method, {"site-0": client}, 3)
         for round in (1, 2, 3):
-            update = drive(model, participate(method, client, method.assign(state, client.card, round)))
+            update = run_queries(
+                model, execute_assignment(method, client, method.make_assignment(state, client.card, round))
+            )
             assert update.arrays == {}
             state = method.aggregate(state, [update], round, model)
-        kept.append(client.kept)
+        kept.append(client.client_state)
     assert small.same(*kept)
     assert not small.close(kept[0]["prompt"], client.start.vectors_PD, 1e-3)
 
 
 def private(number: int, records: int, rounds: int, epsilon: float = 2.0):
-    plan = Plan(records, min(8, records) / records, STRONG.local_steps, rounds, number, 1.0, rounds)
+    plan = ClientWorkload(records, min(8, records) / records, STRONG.local_steps, rounds, number, 1.0, rounds)
     return record_gaussian.build(record_gaussian.Config(epsilon=epsilon, delta=1e-3, clip_norm=1.0), plan)
 
 
@@ -60,9 +62,9 @@ def test_each_step_is_paid_for_and_the_plan_is_what_is_spent(model):
     mechanism = private(1, 5, 3)
     method = small.method("prompt_dpsgd", STRONG)
     members = small.clients(model, method, 1, mechanism=mechanism)
-    small.rounds(method, members, model, Schedule(3, 1, 0))
-    spent = members["site-0"].book.spent()
-    assert spent == list(mechanism.planned())
+    small.rounds(method, members, model, RoundSchedule(3, 1, 0))
+    spent = members["site-0"].account.spent()
+    assert spent == list(mechanism.planned_costs())
     assert spent[0].count == 3 * STRONG.local_steps
 
 
@@ -75,7 +77,7 @@ def test_a_small_epsilon_costs_what_was_learned_and_a_large_one_leaves_some(mode
         members = small.clients(model, method, 3, mechanism=mechanism)
         for place, client in enumerate(members.values()):
             client.train = small.records(40, place)
-        state, _ = small.rounds(method, members, model, Schedule(8, 3, 0))
+        state, _ = small.rounds(method, members, model, RoundSchedule(8, 3, 0))
         losses = []
         for name, prompt in prompts(method, state, members).items():
             asked = Query(torch.stack([members[name].start.vectors_PD, prompt]), members[name].encoded())
@@ -107,8 +109,8 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model, name):
     method = small.method(name)
     members = small.clients(model, method)
     start, state = members["site-0"].start, small.first_state(method, members)
-    good = method.assign(state, members["site-0"].card, 1)
-    check_order(good, method, start, 5)
+    good = method.make_assignment(state, members["site-0"].card, 1)
+    validate_assignment(good, method, start, 5)
     for bad in (
         replace(good, arrays={"prompt": start.vectors_PD}),
         replace(good, facts={}),
@@ -117,4 +119,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model, name):
         replace(good, round=True),
     ):
         with pytest.raises(CodecError):
-            check_order(bad, method, start, 5)
+            validate_assignment(bad, method, start, 5)

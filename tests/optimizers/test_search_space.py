@@ -1,13 +1,13 @@
-"""What black-box tuners move in: how far, where, and that everybody draws the same."""
+"""What black-box optimizers move in: how far, where, and that everybody draws the same."""
 
 import pytest
 import torch
 
 import small
-from ficpd.experiments.initialization import public_gradients, slopes_for_norms
+from ficpd.experiments.initialization import estimate_grad_norms_zeroth_order, public_gradients
 from ficpd.federation.client import clip_units
 from ficpd.federation.compression import subspace
-from ficpd.optimizers.search_space import Space, pull
+from ficpd.optimizers.search_space import SearchSpace, regularizer
 
 
 def compressed(model, directions: str = "gradient", dimension: int = 8):
@@ -17,13 +17,13 @@ def compressed(model, directions: str = "gradient", dimension: int = 8):
     return start, subspace.build(config, start, 0, lambda number: public_gradients(model, [task], start, 0, number))
 
 
-def spaces(model) -> dict[str, Space]:
+def spaces(model) -> dict[str, SearchSpace]:
     shape = tuple(small.start(model, small.classes()).vectors_PD.shape)
     return {
-        "whole": Space(shape, None),
-        "of its own": Space(shape, None, 12, seed=3),
-        "random": Space(shape, compressed(model, "random")[1].coordinates),
-        "gradient": Space(shape, compressed(model)[1].coordinates),
+        "whole": SearchSpace(shape, None),
+        "of its own": SearchSpace(shape, None, 12, seed=3),
+        "random": SearchSpace(shape, compressed(model, "random")[1].subspace),
+        "gradient": SearchSpace(shape, compressed(model)[1].subspace),
     }
 
 
@@ -38,22 +38,22 @@ def test_a_unit_moves_the_prompts_numbers_by_one(model, kind):
 def test_a_slope_is_what_a_gradient_is_before_it_is_clipped(model):
     """d loss / d y in the space's own units against the gradient that `Visit.mean` clips."""
     start, compression = compressed(model)
-    coordinates = compression.coordinates
+    coordinates = compression.subspace
     assert coordinates is not None
-    space, gradient = Space(tuple(start.vectors_PD.shape), coordinates), torch.randn(3, 16)
+    space, gradient = SearchSpace(tuple(start.vectors_PD.shape), coordinates), torch.randn(3, 16)
     y = torch.zeros(8, requires_grad=True)
     (space.up(y) * gradient).sum().backward()
     assert small.close(y.grad, coordinates.down(gradient) * clip_units(coordinates), 1e-5)  # type: ignore[arg-type]
 
 
 def test_it_is_the_whole_prompt_where_that_is_no_larger_than_the_subspace():
-    assert Space((3, 16), None, 48).size == 48
-    assert torch.equal(Space((3, 16), None, 500).up(torch.arange(48.0)), torch.arange(48.0).view(3, 16))
+    assert SearchSpace((3, 16), None, 48).size == 48
+    assert torch.equal(SearchSpace((3, 16), None, 500).up(torch.arange(48.0)), torch.arange(48.0).view(3, 16))
 
 
 def test_draws_go_by_names_alone(model):
     shape = (3, 16)
-    first, again, other = (Space(shape, None, 12, seed) for seed in (1, 1, 2))
+    first, again, other = (SearchSpace(shape, None, 12, seed) for seed in (1, 1, 2))
     y = torch.ones(12)
     assert torch.equal(first.up(y), again.up(y))
     assert not torch.equal(first.up(y), other.up(y))
@@ -65,15 +65,15 @@ def test_draws_go_by_names_alone(model):
 
 def test_pulls_are_those_of_tuners_with_gradients():
     prompt, start = torch.randn(1, 3, 16, requires_grad=True), torch.randn(3, 16)
-    pull(prompt, start, 0.3, 0.7).sum().backward()
+    regularizer(prompt, start, 0.3, 0.7).sum().backward()
     assert small.close(prompt.grad[0], (0.3 * prompt + 0.7 * (prompt - start))[0].detach(), 1e-5)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("directions", ["gradient", "random"])
 def test_slopes_tell_how_long_gradients_are(model, directions):
     start, compression = compressed(model, directions)
-    coordinates, task = compression.coordinates, small.classes()
+    coordinates, task = compression.subspace, small.classes()
     assert coordinates is not None
-    gradients = coordinates.down(public_gradients(model, [task], start, 0, 200)) * clip_units(coordinates)
-    told = slopes_for_norms(model, [task], start, compression, 0, 200)
+    gradients = coordinates.project(public_gradients(model, [task], start, 0, 200)) * clip_units(coordinates)
+    told = estimate_grad_norms_zeroth_order(model, [task], start, compression, 0, 200)
     assert float(told.median()) == pytest.approx(float(gradients.norm(dim=1).median()), rel=0.1)

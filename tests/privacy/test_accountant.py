@@ -12,15 +12,15 @@ from scipy.special import log_ndtr, ndtr
 
 from ficpd.errors import PrivacyError
 from ficpd.privacy import accountant
-from ficpd.privacy.accountant import COARSE, FINE, calibrate, covers, epsilon, epsilon_rdp, merged, shares
-from ficpd.types import Spend
+from ficpd.privacy.accountant import COARSE, FINE, calibrate, cost_shares, epsilon, epsilon_rdp, is_covered_by, merge
+from ficpd.types import PrivacyCost
 
 DELTA = 1e-5
 PLANS = {
-    "one step": [Spend("prompt", 0.1, 1.0)],
-    "a short run": [Spend("prompt", 0.05, 0.8, 60)],
-    "much noise": [Spend("prompt", 0.2, 4.0, 200)],
-    "with a total": [Spend("prompt", 0.1, 1.2, 40), Spend("weight", 1.0, 15.0)],
+    "one step": [PrivacyCost("prompt", 0.1, 1.0)],
+    "a short run": [PrivacyCost("prompt", 0.05, 0.8, 60)],
+    "much noise": [PrivacyCost("prompt", 0.2, 4.0, 200)],
+    "with a total": [PrivacyCost("prompt", 0.1, 1.2, 40), PrivacyCost("weight", 1.0, 15.0)],
 }
 
 
@@ -35,7 +35,7 @@ def silent():
 
 def test_the_published_example_of_dpsgd():
     """60,000 records, batches of 256, noise 1.1, 60 epochs: 3.0 by Rényi DP (Mironov's bound), less by what came after."""
-    run = [Spend("prompt", 256 / 60_000, 1.1, 60 * 60_000 // 256)]
+    run = [PrivacyCost("prompt", 256 / 60_000, 1.1, 60 * 60_000 // 256)]
     assert 2.3 < epsilon(run, DELTA) < epsilon_rdp(run, DELTA) < 3.01
     assert epsilon_rdp(run, DELTA) > 2.5
 
@@ -54,14 +54,14 @@ def analytic(multiplier: float, delta: float) -> float:
 @pytest.mark.parametrize("multiplier", [0.5, 1.0, 3.0, 20.0])
 def test_one_release_costs_what_the_analytic_gaussian_says(multiplier, delta):
     exact = analytic(multiplier, delta)
-    assert exact - 1e-6 <= epsilon([Spend("update", 1.0, multiplier)], delta) <= exact + 1e-3
+    assert exact - 1e-6 <= epsilon([PrivacyCost("update", 1.0, multiplier)], delta) <= exact + 1e-3
 
 
 @pytest.mark.parametrize("count", [4, 25])
 def test_releases_on_all_records_add_up_as_gaussians_do(count):
     """k releases of noise z are one of noise z/√k."""
     exact = analytic(3.0 / count**0.5, DELTA)
-    assert exact - 1e-6 <= epsilon([Spend("update", 1.0, 3.0, count)], DELTA) <= exact + 2e-3
+    assert exact - 1e-6 <= epsilon([PrivacyCost("update", 1.0, 3.0, count)], DELTA) <= exact + 2e-3
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -82,7 +82,7 @@ def test_a_coarse_grid_never_reads_lower(plan):
 )
 def test_more_steps_a_larger_sample_less_noise_or_a_smaller_delta_cost_more(rate, multiplier, count, delta):
     def cost(rate=rate, multiplier=multiplier, count=count, delta=delta) -> float:
-        return epsilon([Spend("prompt", rate, multiplier, count)], delta, COARSE)
+        return epsilon([PrivacyCost("prompt", rate, multiplier, count)], delta, COARSE)
 
     assert 0 <= cost() <= cost(count=2 * count)
     assert cost() <= cost(rate=min(1.0, 1.5 * rate)) <= cost(rate=1.0)
@@ -91,14 +91,14 @@ def test_more_steps_a_larger_sample_less_noise_or_a_smaller_delta_cost_more(rate
 
 
 def test_names_and_order_cost_nothing():
-    lines = [Spend("a", 0.1, 1.0, 3), Spend("b", 1.0, 9.0), Spend("c", 0.1, 1.0, 2)]
+    lines = [PrivacyCost("a", 0.1, 1.0, 3), PrivacyCost("b", 1.0, 9.0), PrivacyCost("c", 0.1, 1.0, 2)]
     assert epsilon(lines, DELTA) == epsilon(lines[::-1], DELTA)
-    assert epsilon(lines, DELTA) == epsilon([Spend("x", 0.1, 1.0, 5), Spend("x", 1.0, 9.0)], DELTA)
+    assert epsilon(lines, DELTA) == epsilon([PrivacyCost("x", 0.1, 1.0, 5), PrivacyCost("x", 1.0, 9.0)], DELTA)
 
 
 def test_nothing_costs_nothing_and_no_noise_costs_everything():
-    assert epsilon([], DELTA) == epsilon([Spend("prompt", 0.1, 1.0, 0)], DELTA) == 0.0
-    assert epsilon([Spend("prompt", 0.1, 1.0), Spend("update", 1.0, 0.0)], DELTA) == math.inf
+    assert epsilon([], DELTA) == epsilon([PrivacyCost("prompt", 0.1, 1.0, 0)], DELTA) == 0.0
+    assert epsilon([PrivacyCost("prompt", 0.1, 1.0), PrivacyCost("update", 1.0, 0.0)], DELTA) == math.inf
 
 
 # ---------------------------------------------------------------- noise for a budget
@@ -106,8 +106,8 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything():
 
 @pytest.mark.parametrize(("target", "rate", "count"), [(2.0, 0.1, 60), (1.0, 1.0, 1), (8.0, 0.05, 200)])
 def test_the_noise_that_a_budget_pays_for_is_the_least(target, rate, count):
-    def priced(multiplier: float) -> list[Spend]:
-        return [Spend("prompt", rate, multiplier, count), Spend("weight", 1.0, 20 * multiplier)]
+    def priced(multiplier: float) -> list[PrivacyCost]:
+        return [PrivacyCost("prompt", rate, multiplier, count), PrivacyCost("weight", 1.0, 20 * multiplier)]
 
     multiplier = calibrate(target, DELTA, priced)
     assert epsilon(priced(multiplier), DELTA) <= target
@@ -115,54 +115,64 @@ def test_the_noise_that_a_budget_pays_for_is_the_least(target, rate, count):
 
 
 def test_the_noise_of_a_long_plan_is_nearly_the_least():
-    def priced(multiplier: float) -> list[Spend]:
-        return [Spend("prompt", 0.01, multiplier, 10_000)]
+    def priced(multiplier: float) -> list[PrivacyCost]:
+        return [PrivacyCost("prompt", 0.01, multiplier, 10_000)]
 
     multiplier = calibrate(2.0, DELTA, priced)
     assert 0.98 * 2.0 < epsilon(priced(multiplier), DELTA) <= 2.0
 
 
 def test_equal_plans_are_calibrated_once(monkeypatch):
-    first = calibrate(3.0, DELTA, lambda z: [Spend("prompt", 0.3, z, 7)])
+    first = calibrate(3.0, DELTA, lambda z: [PrivacyCost("prompt", 0.3, z, 7)])
     monkeypatch.setattr(accountant, "epsilon", None)
-    assert calibrate(3.0, DELTA, lambda z: [Spend("prompt", 0.3, z, 7)]) == first
+    assert calibrate(3.0, DELTA, lambda z: [PrivacyCost("prompt", 0.3, z, 7)]) == first
 
 
 def test_a_plan_that_no_noise_makes_cheap_enough_says_so():
     with pytest.raises(PrivacyError, match=r"no noise multiplier up to a million gives epsilon = 1.0.*fewer rounds"):
-        calibrate(1.0, DELTA, lambda z: [Spend("update", 1.0, min(z, 2.0))])
+        calibrate(1.0, DELTA, lambda z: [PrivacyCost("update", 1.0, min(z, 2.0))])
 
 
 # ---------------------------------------------------------------- lines
 
 
 def test_shares_name_each_line_and_sum_to_one():
-    found = shares([*PLANS["with a total"], Spend("prompt", 0.1, 1.2, 2)], DELTA)
+    found = cost_shares([*PLANS["with a total"], PrivacyCost("prompt", 0.1, 1.2, 2)], DELTA)
     assert [(s["name"], s["releases"]) for s in found] == [("prompt", 42), ("weight", 1)]
     assert [(s["sampling_rate"], s["noise_multiplier"]) for s in found] == [(0.1, 1.2), (1.0, 15.0)]
     assert sum(s["share"] for s in found) == pytest.approx(1.0)
-    assert found[1]["epsilon_alone"] == epsilon([Spend("weight", 1.0, 15.0)], DELTA)
+    assert found[1]["epsilon_alone"] == epsilon([PrivacyCost("weight", 1.0, 15.0)], DELTA)
     assert found[0]["share"] > found[1]["share"] > 0
 
 
 def test_shares_of_releases_that_cost_nothing_at_this_delta():
-    (only,) = shares([Spend("prompt", 0.01, 1e5)], 1e-3)
+    (only,) = cost_shares([PrivacyCost("prompt", 0.01, 1e5)], 1e-3)
     assert (only["name"], only["epsilon_alone"]) == ("prompt", 0.0)
 
 
 def test_equal_lines_are_merged_and_unequal_ones_are_not():
-    lines = [Spend("b", 0.1, 1.0), Spend("a", 0.1, 1.0, 2), Spend("b", 0.1, 1.0, 4), Spend("b", 0.2, 1.0)]
-    assert merged(lines) == [Spend("a", 0.1, 1.0, 2), Spend("b", 0.1, 1.0, 5), Spend("b", 0.2, 1.0)]
+    lines = [
+        PrivacyCost("b", 0.1, 1.0),
+        PrivacyCost("a", 0.1, 1.0, 2),
+        PrivacyCost("b", 0.1, 1.0, 4),
+        PrivacyCost("b", 0.2, 1.0),
+    ]
+    assert merge(lines) == [PrivacyCost("a", 0.1, 1.0, 2), PrivacyCost("b", 0.1, 1.0, 5), PrivacyCost("b", 0.2, 1.0)]
 
 
 def test_a_certified_plan_covers_its_parts_and_no_more():
-    plan = [Spend("prompt", 0.1, 1.0, 5), Spend("weight", 1.0, 9.0)]
-    assert covers(plan, plan)
-    assert covers(plan, [])
-    assert covers(plan, [Spend("prompt", 0.1, 1.0, 2), Spend("prompt", 0.1, 1.0, 3)])
-    assert not covers([], plan)
-    for extra in [plan[1], Spend("prompt", 0.1, 1.0), Spend("prompt", 0.1, 1.1), Spend("prompt", 0.09, 1.0)]:
-        assert not covers(plan, [*plan, extra])
+    plan = [PrivacyCost("prompt", 0.1, 1.0, 5), PrivacyCost("weight", 1.0, 9.0)]
+    assert is_covered_by(plan, plan)
+    assert is_covered_by(plan, [])
+    assert is_covered_by(plan, [PrivacyCost("prompt", 0.1, 1.0, 2), PrivacyCost("prompt", 0.1, 1.0, 3)])
+    assert not is_covered_by([], plan)
+    for extra in [
+        plan[1],
+        PrivacyCost("prompt", 0.1, 1.0),
+        PrivacyCost("prompt", 0.1, 1.1),
+        PrivacyCost("prompt", 0.09, 1.0),
+    ]:
+        assert not is_covered_by(plan, [*plan, extra])
 
 
 # ---------------------------------------------------------------- an independent oracle
@@ -172,8 +182,8 @@ def test_a_certified_plan_covers_its_parts_and_no_more():
 @pytest.mark.parametrize("plan", ["a short run", "much noise", "the published example", "one full release"])
 def test_opacus_agrees(plan):
     others = {
-        "the published example": [Spend("prompt", 256 / 60_000, 1.1, 14_062)],
-        "one full release": [Spend("update", 0.999999, 2.0, 4)],
+        "the published example": [PrivacyCost("prompt", 256 / 60_000, 1.1, 14_062)],
+        "one full release": [PrivacyCost("update", 0.999999, 2.0, 4)],
     }
     (line,) = (PLANS | others)[plan]
     with warnings.catch_warnings():

@@ -6,13 +6,13 @@ from scipy.stats import binom
 
 import small
 from ficpd.errors import BudgetError
-from ficpd.federation.rounds import Schedule, federate
+from ficpd.federation.rounds import RoundSchedule, run_rounds
 from ficpd.privacy import accountant, client_gaussian
-from ficpd.privacy.central_gaussian import NoisedSum
+from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.types import ClientUpdate, Plan, Spend
+from ficpd.privacy.noise import SecureNoise, SeededNoise
+from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 
 DELTA = 1e-5
 CLIP, MULTIPLIER, EXPECTED = 0.5, 2.0, 4.0
@@ -28,18 +28,20 @@ class Silent:
     def __init__(self):
         self.deviations: list[float] = []
 
-    def poisson(self, number: int, rate: float) -> torch.Tensor:
+    def poisson_sample(self, number: int, rate: float) -> torch.Tensor:
         return torch.arange(number)
 
-    def gaussian(self, values: torch.Tensor, deviation: float) -> torch.Tensor:
+    def add_gaussian(self, values: torch.Tensor, deviation: float) -> torch.Tensor:
         self.deviations.append(deviation)
         return values
 
 
-def noised(stream=None, rate: float = 0.5, epsilon: float | None = None, ledger: Ledger | None = None) -> NoisedSum:
-    book = (ledger or Ledger(":memory:", "a run")).book("server", Budget(epsilon, DELTA))
-    price = Spend("sum", rate, MULTIPLIER)
-    return NoisedSum(price, CLIP, EXPECTED, stream or (lambda round: Simulated("central", round)), book)
+def noised(
+    stream=None, rate: float = 0.5, epsilon: float | None = None, ledger: Ledger | None = None
+) -> CentralGaussian:
+    account = (ledger or Ledger(":memory:", "a run")).account("server", Budget(epsilon, DELTA))
+    price = PrivacyCost("sum", rate, MULTIPLIER)
+    return CentralGaussian(price, CLIP, EXPECTED, stream or (lambda round: SeededNoise("central", round)), account)
 
 
 def update(name: str, value: float, seed: int = 0) -> ClientUpdate:
@@ -57,8 +59,8 @@ def flat(mean: ClientUpdate) -> torch.Tensor:
 def unnoised(updates: list[ClientUpdate]) -> torch.Tensor:
     silent = Silent()
     central = noised(lambda round: silent)
-    central.cohort(NAMES, 1)
-    mean = central.mean(updates, LAYOUT, 1, "fedavg")
+    central.sample_cohort(NAMES, 1)
+    mean = central.noisy_mean(updates, LAYOUT, 1, "fedavg")
     assert silent.deviations == [MULTIPLIER * CLIP]
     return flat(mean)
 
@@ -95,9 +97,9 @@ def test_the_divisor_is_the_expected_cohort_whoever_came():
 
 def test_nobody_came_and_there_is_noise_of_the_same_deviation():
     layout = {"a": (100, 100)}
-    central = noised(lambda round: Cryptographic())
-    central.cohort(NAMES, 1)
-    mean = central.mean([], layout, 1, "fedavg")
+    central = noised(lambda round: SecureNoise())
+    central.sample_cohort(NAMES, 1)
+    mean = central.noisy_mean([], layout, 1, "fedavg")
     assert (mean.client, mean.weight, mean.arrays["a"].shape) == ("everybody", 1.0, (100, 100))
     assert float(mean.arrays["a"].std()) == pytest.approx(MULTIPLIER * CLIP / EXPECTED, rel=0.06)
 
@@ -110,10 +112,10 @@ def test_arrays_come_back_under_their_own_names():
 # ---------------------------------------------------------------- the cohort
 
 
-@pytest.mark.parametrize("stream", [lambda round: Simulated("cohort", round), lambda round: Cryptographic()])
+@pytest.mark.parametrize("stream", [lambda round: SeededNoise("cohort", round), lambda round: SecureNoise()])
 def test_each_client_joins_a_round_independently(stream):
     central = noised(stream, rate=0.3)
-    drawn = [central.cohort(NAMES, round) for round in range(400)]
+    drawn = [central.sample_cohort(NAMES, round) for round in range(400)]
     low, high = binom.ppf([1e-9, 1 - 1e-9], 400, 0.3)
     assert all(low <= sum(name in cohort for cohort in drawn) <= high for name in NAMES)
     assert len({len(cohort) for cohort in drawn}) >= 4
@@ -122,8 +124,8 @@ def test_each_client_joins_a_round_independently(stream):
 
 
 def test_the_cohort_has_the_rate_that_is_paid_for():
-    assert noised(rate=1.0).cohort(NAMES, 1) == NAMES
-    assert noised(rate=1e-12).cohort(NAMES, 1) == []
+    assert noised(rate=1.0).sample_cohort(NAMES, 1) == NAMES
+    assert noised(rate=1e-12).sample_cohort(NAMES, 1) == []
 
 
 # ---------------------------------------------------------------- paid for, once
@@ -132,37 +134,37 @@ def test_the_cohort_has_the_rate_that_is_paid_for():
 def test_a_mean_is_in_the_ledger_before_anybody_sees_it(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite", "a run")
     central = noised(ledger=ledger)
-    central.cohort(NAMES, 1)
-    assert central.answered(1, "fedavg") is None
-    first = central.mean(OTHERS, LAYOUT, 1, "fedavg")
+    central.sample_cohort(NAMES, 1)
+    assert central.stored_mean(1, "fedavg") is None
+    first = central.noisy_mean(OTHERS, LAYOUT, 1, "fedavg")
     again = noised(ledger=Ledger(tmp_path / "ledger.sqlite", "a run"))
-    assert again.book.spent() == [Spend("sum", 0.5, MULTIPLIER)]
-    stored = again.answered(1, "fedavg")
+    assert again.account.spent() == [PrivacyCost("sum", 0.5, MULTIPLIER)]
+    stored = again.stored_mean(1, "fedavg")
     assert (stored.client, stored.weight) == (first.client, first.weight)
     assert small.same(stored.arrays, first.arrays)
-    assert again.answered(2, "fedavg") is again.answered(1, "fedprox") is None
+    assert again.stored_mean(2, "fedavg") is again.stored_mean(1, "fedprox") is None
 
 
 def test_a_mean_that_cannot_be_paid_for_is_not_seen(monkeypatch):
     central = noised()
-    central.cohort(NAMES, 1)
+    central.sample_cohort(NAMES, 1)
 
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(central.book, "settle", refuse)
+    monkeypatch.setattr(central.account, "settle", refuse)
     with pytest.raises(OSError, match="full"):
-        central.mean(OTHERS, LAYOUT, 1, "fedavg")
+        central.noisy_mean(OTHERS, LAYOUT, 1, "fedavg")
 
 
 def test_a_round_that_the_budget_does_not_allow_draws_no_cohort():
-    allowed = 1.001 * accountant.epsilon([Spend("sum", 0.5, MULTIPLIER)], DELTA)
+    allowed = 1.001 * accountant.epsilon([PrivacyCost("sum", 0.5, MULTIPLIER)], DELTA)
     central = noised(epsilon=allowed)
-    central.cohort(NAMES, 1)
-    central.mean([], LAYOUT, 1, "fedavg")
+    central.sample_cohort(NAMES, 1)
+    central.noisy_mean([], LAYOUT, 1, "fedavg")
     with pytest.raises(BudgetError, match="server has spent"):
-        central.cohort(NAMES, 2)
-    assert central.book.spent() == [central.price]
+        central.sample_cohort(NAMES, 2)
+    assert central.account.spent() == [central.cost]
 
 
 # ---------------------------------------------------------------- whole rounds
@@ -184,27 +186,29 @@ class Watching:
 
 def federation(model, rate: float = 0.6, epsilon: float | None = None, ledger: Ledger | None = None, name="fedavg"):
     method, ledger = small.method(name), ledger or Ledger(":memory:", "a run")
-    plan = Plan(9, 0.5, 2, 2, 5, rate, 2)
+    plan = ClientWorkload(9, 0.5, 2, 2, 5, rate, 2)
     config = client_gaussian.Config(placement="central", noise_multiplier=MULTIPLIER, clip_norm=CLIP)
     mechanism = client_gaussian.build(config, plan)
     members = small.clients(model, method, mechanism=mechanism, ledger=ledger)
-    book = ledger.book("server", Budget(epsilon, DELTA))
-    central = NoisedSum(mechanism.price("sum"), CLIP, 5 * rate, lambda round: Simulated("server", round), book)
+    account = ledger.account("server", Budget(epsilon, DELTA))
+    central = CentralGaussian(
+        mechanism.cost("sum"), CLIP, 5 * rate, lambda round: SeededNoise("server", round), account
+    )
     return method, members, Watching(small.engine(method, members, model)), central
 
 
 def rounds(model, method, members, engine, central, count: int = 2):
     state = small.first_state(method, members, count)
-    schedule, compression = Schedule(count, 5, 0), next(iter(members.values())).compression
-    return state, list(federate(method, engine, model, state, schedule, compression, central=central))
+    schedule, compression = RoundSchedule(count, 5, 0), next(iter(members.values())).compression
+    return state, list(run_rounds(method, engine, model, state, schedule, compression, central=central))
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox"])
 def test_a_method_that_sums_runs_and_only_the_server_pays(model, name):
     method, members, engine, central = federation(model, name=name)
     first, done = rounds(model, method, members, engine, central)
-    assert central.book.spent() == [Spend("sum", 0.6, MULTIPLIER, 2)]
-    assert all(client.book.spent() == [] for client in members.values())
+    assert central.account.spent() == [PrivacyCost("sum", 0.6, MULTIPLIER, 2)]
+    assert all(client.account.spent() == [] for client in members.values())
     for (after, report), asked in zip(done, engine.asked, strict=True):
         assert (report.clients, report.updates, report.dropped) == (len(asked), len(asked), {})
         moved = after.arrays["prompt"] - first.arrays["prompt"]
@@ -216,7 +220,7 @@ def test_a_method_that_sums_runs_and_only_the_server_pays(model, name):
 def test_what_the_state_moved_by_is_the_noised_mean(model):
     method, members, engine, central = federation(model)
     first, ((after, _), *_) = rounds(model, method, members, engine, central, 1)
-    mean = central.answered(1, "fedavg").arrays["delta"]
+    mean = central.stored_mean(1, "fedavg").arrays["delta"]
     assert torch.allclose(after.arrays["prompt"], first.arrays["prompt"] + mean, atol=1e-6)
 
 
@@ -226,7 +230,7 @@ def test_a_round_to_which_nobody_came_is_aggregated_all_the_same(model):
     first, done = rounds(model, method, members, engine, central)
     assert [(report.clients, report.updates) for _, report in done] == [(0, 0), (0, 0)]
     assert not small.close(done[0][0].arrays["prompt"], first.arrays["prompt"])
-    assert central.book.spent() == [Spend("sum", 1e-9, MULTIPLIER, 2)]
+    assert central.account.spent() == [PrivacyCost("sum", 1e-9, MULTIPLIER, 2)]
 
 
 def test_a_round_that_was_paid_for_is_used_again_and_nobody_is_asked(model):
@@ -234,24 +238,24 @@ def test_a_round_that_was_paid_for_is_used_again_and_nobody_is_asked(model):
     ledger = Ledger(":memory:", "a run")
     _, ((once, _),) = rounds(model, *federation(model, ledger=ledger), count=1)
     method, members, engine, central = federation(model, ledger=ledger)
-    central.stream = lambda round: Cryptographic()
+    central.stream = lambda round: SecureNoise()
     _, ((again, report),) = rounds(model, method, members, engine, central, count=1)
     assert (engine.asked, report.clients, report.updates) == ([[]], 0, 0)
     assert small.same(once.arrays, again.arrays)
-    assert central.book.spent() == [Spend("sum", 0.6, MULTIPLIER)]
+    assert central.account.spent() == [PrivacyCost("sum", 0.6, MULTIPLIER)]
 
 
 def test_the_budget_ends_the_run_before_anybody_is_asked(model):
-    allowed = 1.001 * accountant.epsilon([Spend("sum", 0.6, MULTIPLIER)], DELTA)
+    allowed = 1.001 * accountant.epsilon([PrivacyCost("sum", 0.6, MULTIPLIER)], DELTA)
     method, members, engine, central = federation(model, epsilon=allowed)
     state = small.first_state(method, members)
     compression = next(iter(members.values())).compression
-    going = federate(method, engine, model, state, Schedule(2, 5, 0), compression, central=central)
+    going = run_rounds(method, engine, model, state, RoundSchedule(2, 5, 0), compression, central=central)
     next(going)
     with pytest.raises(BudgetError):
         next(going)
     assert len(engine.asked) == 1
-    assert central.book.spent() == [Spend("sum", 0.6, MULTIPLIER)]
+    assert central.account.spent() == [PrivacyCost("sum", 0.6, MULTIPLIER)]
 
 
 def test_a_client_that_sends_nothing_good_still_leaves_a_noised_round(model):

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
-from ficpd.federation.client import Client, Visit, participate
+from ficpd.federation.client import Client, ClientSession, execute_assignment
 from ficpd.privacy import client_gaussian, record_gaussian
 from ficpd.privacy.clipping import MARGIN
-from ficpd.privacy.ledger import Book, Budget, Ledger
+from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
-from ficpd.types import Answer, Assignment, ClientUpdate, Plan, Query, Spend
+from ficpd.types import Answer, Assignment, ClientUpdate, ClientWorkload, PrivacyCost, Query
 
 DELTA = 1e-5
 RECORDS = 9  # of site-2
-PLAN = Plan(RECORDS, 4 / RECORDS, steps=2, participations=3, num_clients=5, cohort_rate=1.0, num_rounds=3)
-STEPS = Spend("prompt", 4 / RECORDS, 2.0, 2)
+PLAN = ClientWorkload(RECORDS, 4 / RECORDS, steps=2, participations=3, num_clients=5, cohort_rate=1.0, num_rounds=3)
+STEPS = PrivacyCost("prompt", 4 / RECORDS, 2.0, 2)
 
 
-def record_level(plan: Plan = PLAN, **config):
+def record_level(plan: ClientWorkload = PLAN, **config):
     return record_gaussian.build(record_gaussian.Config(noise_multiplier=2.0, clip_norm=0.5, **config), plan)
 
 
@@ -35,8 +35,8 @@ def member(model):
 
     def made(mechanism=None, epsilon: float | None = None) -> Client:
         client = small.clients(model, small.method("fedavg"), 3, mechanism=mechanism or record_level())["site-2"]
-        if client.book is not None:
-            client.book = Ledger(":memory:", "a run").book("site-2", Budget(epsilon, DELTA))
+        if client.account is not None:
+            client.account = Ledger(":memory:", "a run").account("site-2", Budget(epsilon, DELTA))
         return client
 
     return made
@@ -45,7 +45,7 @@ def member(model):
 class Counting:
     """The model, and how often it was asked."""
 
-    def __init__(self, model: Compute):
+    def __init__(self, model: QueryEngine):
         self.model, self.asked = model, 0
 
     def answer(self, queries):
@@ -59,11 +59,11 @@ class Written:
     name = "written"
 
     def __init__(self, work):
-        self.work = work
+        self.local_workload = work
 
-    def train(self, client, order: Assignment):
+    def local_update(self, client, order: Assignment):
         yield from ()
-        arrays = self.work(client)
+        arrays = self.local_workload(client)
         client.kept["trace"] = torch.ones(1)
         return ClientUpdate(client.id, arrays if arrays is not None else {"delta": torch.zeros(2)}, client.weight)
 
@@ -74,7 +74,7 @@ def order_of(client: Client, round: int = 1, method: str = "fedavg") -> Assignme
 
 def carried_out(client: Client, model, round: int = 1, method=None) -> ClientUpdate:
     method = method or small.method("fedavg")
-    return drive(model, participate(method, client, order_of(client, round, method.name)))
+    return run_queries(model, execute_assignment(method, client, order_of(client, round, method.name)))
 
 
 def same(left: ClientUpdate, right: ClientUpdate) -> bool:
@@ -100,16 +100,16 @@ def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member,
     client = member(mechanism())
     client.kept = {"old": torch.zeros(1)}
     written = []
-    settle = Book.settle
+    settle = Account.commit
 
-    def watched(book, round, method, spends, body):
+    def watched(account, round, method, spends, body):
         assert client.kept.keys() == {"old"}
-        settle(book, round, method, spends, body)
-        written.append((book.spent(), book.answered(round, method)))
+        settle(account, round, method, spends, body)
+        written.append((account.spent(), account.answered(round, method)))
 
-    monkeypatch.setattr(Book, "settle", watched)
+    monkeypatch.setattr(Account, "settle", watched)
     carried_out(client, model)
-    price = [STEPS] if mechanism is record_level else [Spend("update", 1.0, 2.0)]
+    price = [STEPS] if mechanism is record_level else [PrivacyCost("update", 1.0, 2.0)]
     assert written == [(price, client.book.answered(1, "fedavg"))]
     assert written[0][1]
 
@@ -157,7 +157,7 @@ def test_an_order_that_fails_on_the_way_is_paid_and_not_tried_again(member, mode
 class Failing:
     """A model that answers so many questions and then fails, as one does that has no memory for a long record."""
 
-    def __init__(self, model: Compute, answers: int):
+    def __init__(self, model: QueryEngine, answers: int):
         self.model, self.answers = model, answers
 
     def answer(self, queries):
@@ -182,9 +182,9 @@ def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model
     client = member(record_level(statistics={"weight": 0.1}))
 
     class Weighs(Written):
-        def train(self, visit, order):
-            visit.kept["other"] = torch.ones(1)
-            assert visit.weight > 0
+        def train(self, session, order):
+            session.kept["other"] = torch.ones(1)
+            assert session.weight > 0
             raise RuntimeError("out of memory")
             yield
 
@@ -223,14 +223,14 @@ def test_nobody_is_asked_about_prompts_where_records_depend_on_one_another(membe
 
     prompt = client.start.vectors_PD
     far = Assignment("fedavg", 1, {"prompt": prompt}, {"rate": 1e6})
-    drive(Watched(model), participate(small.method("fedavg"), client, far))
+    run_queries(Watched(model), execute_assignment(small.method("fedavg"), client, far))
     assert len(lengths) == 2
     assert (max(lengths) <= client.start.reach * (1 + 1e-6)) == held
     assert lengths[0] == pytest.approx(float(prompt.norm(dim=-1).max()))
 
 
 def test_what_is_owed_is_paid_with_the_first_order_alone(member, model):
-    client, whole = member(client_level(placement="central")), client_level(placement="central").planned()
+    client, whole = member(client_level(placement="central")), client_level(placement="central").planned_costs()
     client.owed = whole
     carried_out(client, model)
     assert client.book.spent() == list(whole)
@@ -278,7 +278,7 @@ def test_another_order_in_the_same_round_changes_no_answer(member, model):
     client = member()
     first = carried_out(client, model)
     other = Assignment("fedavg", 1, {"prompt": client.start.vectors_PD + 1}, {"rate": 5.0})
-    assert same(drive(model, participate(small.method("fedavg"), client, other)), first)
+    assert same(run_queries(model, execute_assignment(small.method("fedavg"), client, other)), first)
 
 
 def test_what_the_client_kept_then_it_keeps_again(member, model):
@@ -313,12 +313,12 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
     """Each draw alone would be within the budget, both together are not."""
     client = member()
     client.book.settle(1, "fedavg", [STEPS], b"")
-    client.book = Ledger(":memory:", "a run").book("site-2", Budget(1.01 * client.book.epsilon(), DELTA))
-    visit = Visit(client, 2)
-    list(visit.batches(2, 4))
+    client.book = Ledger(":memory:", "a run").account("site-2", Budget(1.01 * client.book.epsilon(), DELTA))
+    session = ClientSession(client, 2)
+    list(session.batches(2, 4))
     with pytest.raises(BudgetError):
-        next(visit.batches(2, 4))
-    assert visit.spends == [STEPS]
+        next(session.batches(2, 4))
+    assert session.costs == [STEPS]
 
 
 # ---------------------------------------------------------------- one mean per batch
@@ -335,23 +335,23 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
     ids=["without a batch", "twice", "too few", "too many"],
 )
 def test_a_batch_is_averaged_once_and_whole(member, work, words):
-    visit = Visit(member(record_level(noise="simulated")), 3)
+    session = ClientSession(member(record_level(noise="simulated")), 3)
     rows = torch.ones(1, 1, 2)
     if "none" not in words:
-        batch = next(batch for batch in visit.batches(20, 4) if len(batch))
+        batch = next(batch for batch in session.batches(20, 4) if len(batch))
         rows = torch.ones(1, len(batch), 2)
     with pytest.raises(PrivacyError, match=words):
-        work(visit, rows)
+        work(session, rows)
 
 
 def test_a_mean_of_an_earlier_batch_is_refused(member):
     """Only the last batch that was drawn may be averaged, and drawing another forgoes it."""
-    visit = Visit(member(), 1)
-    lengths = [len(batch) for batch in visit.batches(20, 4)]
+    session = ClientSession(member(), 1)
+    lengths = [len(batch) for batch in session.batches(20, 4)]
     other = next(length for length in lengths if length != lengths[-1])
     with pytest.raises(PrivacyError):
-        visit.mean(torch.ones(1, other, 2))
-    assert visit.mean(torch.ones(1, lengths[-1], 2)).shape == (1, 2)
+        session.private_mean(torch.ones(1, other, 2))
+    assert session.private_mean(torch.ones(1, lengths[-1], 2)).shape == (1, 2)
 
 
 def test_a_method_that_breaks_the_rule_sends_nothing(member, model):
@@ -365,18 +365,18 @@ def test_a_method_that_breaks_the_rule_sends_nothing(member, model):
 
 
 def test_an_empty_sample_is_an_ordinary_one(member):
-    client = member(record_level(Plan(RECORDS, 1e-9, 3, 3, 5, 1.0, 3)))
+    client = member(record_level(ClientWorkload(RECORDS, 1e-9, 3, 3, 5, 1.0, 3)))
     client.mechanism.sample = lambda *_: [torch.zeros(0, dtype=torch.long)] * 3
-    visit = Visit(client, 1)
-    means = [visit.mean(torch.ones(2, len(batch), 3)) for batch in visit.batches(3, 4)]
+    session = ClientSession(client, 1)
+    means = [session.private_mean(torch.ones(2, len(batch), 3)) for batch in session.batches(3, 4)]
     assert [mean.shape for mean in means] == [(2, 3)] * 3
     assert all(bool(mean.all()) for mean in means)  # nothing but noise
 
 
 def test_a_larger_batch_than_was_planned_is_refused(member):
-    visit = Visit(member(), 1)
+    session = ClientSession(member(), 1)
     with pytest.raises(PrivacyError, match="a batch of 5 of 9 records"):
-        next(visit.batches(1, 5))
+        next(session.batches(1, 5))
 
 
 # ---------------------------------------------------------------- who needs a book
@@ -421,53 +421,53 @@ def test_a_noised_weight_is_released_once_and_kept(member, model):
     assert weights[0] >= 1.0
     assert weights[0] != RECORDS
     lines = [line for line in client.book.spent() if line.name == "weight"]
-    assert lines == [mechanism.price("total:weight")]
-    assert client.book.spent() == sorted(mechanism.planned())
+    assert lines == [mechanism.cost("total:weight")]
+    assert client.book.spent() == sorted(mechanism.planned_costs())
     assert carried_out(member(mechanism), model).weight != weights[0]
 
 
 def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     mechanism = record_level(statistics={"weight": 0.1})
-    visit = Visit(member(mechanism), 1)
+    session = ClientSession(member(mechanism), 1)
     seen = []
-    visit.noise.gaussian = lambda values, deviation: seen.append(deviation) or values
-    assert visit.weight == pytest.approx(MARGIN * RECORDS, rel=1e-5)
-    assert seen == [visit.spends[0].noise_multiplier] == [mechanism.price("total:weight").noise_multiplier]
-    assert visit.spends[0].sampling_rate == 1.0
+    session.noise.add_gaussian = lambda values, deviation: seen.append(deviation) or values
+    assert session.weight == pytest.approx(MARGIN * RECORDS, rel=1e-5)
+    assert seen == [session.costs[0].noise_multiplier] == [mechanism.cost("total:weight").noise_multiplier]
+    assert session.costs[0].sampling_rate == 1.0
 
 
 def test_each_record_counts_at_most_one_in_a_total(member):
-    visit = Visit(member(record_level(statistics={"sizes": 0.1})), 1)
-    visit.noise.gaussian = lambda values, deviation: values
+    session = ClientSession(member(record_level(statistics={"sizes": 0.1})), 1)
+    session.noise.add_gaussian = lambda values, deviation: values
     rows = torch.zeros(RECORDS, 2)
     rows[0, 0], rows[1, 1] = 1e6, float("nan")
-    assert torch.allclose(visit.total("sizes", rows).double(), torch.tensor([MARGIN, 0.0]).double(), atol=1e-5)
+    assert torch.allclose(session.private_sum("sizes", rows).double(), torch.tensor([MARGIN, 0.0]).double(), atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 8, 10])
 def test_a_total_of_another_number_of_rows_is_refused_and_free(member, count):
-    visit = Visit(member(record_level(statistics={"weight": 0.1})), 1)
+    session = ClientSession(member(record_level(statistics={"weight": 0.1})), 1)
     with pytest.raises(PrivacyError, match=f"was given {count} rows"):
-        visit.total("weight", torch.ones(count, 1))
-    assert visit.spends == []
+        session.private_sum("weight", torch.ones(count, 1))
+    assert session.costs == []
 
 
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 @pytest.mark.parametrize("name", ["sizes", "step", "release", "sum", "prompt"])
 def test_a_total_without_a_share_of_the_budget_is_refused(member, name, mechanism):
     """Also one that is called like a door: a full sum at a step's price would cost far more than it states."""
-    visit = Visit(member(mechanism()), 1)
+    session = ClientSession(member(mechanism()), 1)
     with pytest.raises(PrivacyError, match=name):
-        visit.total(name, torch.ones(RECORDS, 1))
+        session.private_sum(name, torch.ones(RECORDS, 1))
 
 
 @pytest.mark.parametrize("name", ["step", "release", "sum"])
 def test_a_total_that_is_called_like_a_door_is_a_total_all_the_same(name):
     """ "sum" would make the run a central one, whose clients pay nothing; "step" would be underpaid."""
     mechanism = record_level(statistics={name: 0.1})
-    assert mechanism.price("release") is mechanism.price("sum") is None
-    assert mechanism.price("step")[0] == "prompt"
-    assert mechanism.price(f"total:{name}")[:2] == (name, 1.0)
+    assert mechanism.cost("release") is mechanism.cost("sum") is None
+    assert mechanism.cost("step")[0] == "prompt"
+    assert mechanism.cost(f"total:{name}")[:2] == (name, 1.0)
 
 
 @pytest.mark.parametrize("shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.2}])
@@ -478,9 +478,9 @@ def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
 
 def test_a_client_that_is_never_asked_has_a_mechanism_too():
     """Small cohorts and few rounds leave some out."""
-    never = Plan(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
+    never = ClientWorkload(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
     for config in ({}, {"statistics": {"weight": 0.1}}):
-        assert record_level(never, **config).price("step") is not None
+        assert record_level(never, **config).cost("step") is not None
 
 
 # ---------------------------------------------------------------- what leaves
@@ -498,7 +498,7 @@ def test_what_a_method_returns_is_noised_at_client_level(member, model):
 def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
     """The first query of an order comes after its charge."""
     client = member()
-    work = participate(small.method("fedavg"), client, order_of(client))
+    work = execute_assignment(small.method("fedavg"), client, order_of(client))
     charged = []
     client.book.afford = lambda spends: charged.append(list(spends))
     query = next(work)
@@ -512,6 +512,8 @@ def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
 def test_two_methods_of_one_round_do_not_share_their_noise(model):
     client = small.clients(model, small.method("fedavg"), 1)["site-0"]
     zeros = torch.zeros(6)
-    first, again, other = (client.stream(name, 1).gaussian(zeros, 1.0) for name in ("fedavg", "fedavg", "ficpd"))
+    first, again, other = (
+        client.noise_source(name, 1).add_gaussian(zeros, 1.0) for name in ("fedavg", "fedavg", "ficpd")
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -1,6 +1,6 @@
 """Both sources of randomness: the deviation and rate they state, and what each promises of its stream.
 
-Tests of `Cryptographic` cannot fix a seed: their bounds are such that an honest source fails once in 10^9 runs.
+Tests of `SecureNoise` cannot fix a seed: their bounds are such that an honest source fails once in 10^9 runs.
 """
 
 import random
@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import binom, chi2, norm
 
-from ficpd.privacy.noise import GRID_BITS, MARGIN, Cryptographic, Simulated, gaussian_measurement
+from ficpd.privacy.noise import GRID_BITS, MARGIN, SecureNoise, SeededNoise, gaussian_measurement
 
 CHANCE = 1e-9
 NUMBERS = 20_000
@@ -49,7 +49,7 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[bool]:
     return [torch.equal(a, b) for a, b in zip(left, right, strict=True)]
 
 
-SOURCES = [lambda: Simulated(1, "noise", 2), Cryptographic]
+SOURCES = [lambda: SeededNoise(1, "noise", 2), SecureNoise]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -82,31 +82,31 @@ def test_what_is_noised_is_not_changed_and_carries_no_gradient(source):
 
 
 def test_equal_names_give_one_stream_others_another():
-    first = draws(Simulated(7, "noise", 3))
-    assert equal(first, draws(Simulated(7, "noise", 3))) == [True] * 3
+    first = draws(SeededNoise(7, "noise", 3))
+    assert equal(first, draws(SeededNoise(7, "noise", 3))) == [True] * 3
     for names in [(7, "noise", 4), (8, "noise", 3), (7, "cohort", 3), ("7", "noise", 3), (7, "noise", 3, 0)]:
-        assert equal(first, draws(Simulated(*names))) == [False] * 3
+        assert equal(first, draws(SeededNoise(*names))) == [False] * 3
 
 
 def test_a_stream_goes_on():
-    source = Simulated(7, "noise", 3)
+    source = SeededNoise(7, "noise", 3)
     assert equal(draws(source), draws(source)) == [False] * 3
 
 
 @pytest.mark.parametrize("rate", [0.003, 0.3, 0.9])
 def test_simulated_samples_have_the_rate(rate):
-    check_poisson(Simulated("sampled", rate), rate, 0.01)
+    check_poisson(SeededNoise("sampled", rate), rate, 0.01)
 
 
 @pytest.mark.parametrize(("deviation", "centre"), [(1.0, 0.0), (0.02, 0.0), (30.0, 1000.0)])
 def test_simulated_noise_has_the_deviation(deviation, centre):
-    check_gaussian(Simulated("deviation", deviation), deviation, centre, 0.01)
+    check_gaussian(SeededNoise("deviation", deviation), deviation, centre, 0.01)
 
 
 def test_records_join_independently():
     """Of pairs of records, as many join together as chance would have it."""
-    source = Simulated("independent")
-    together = sum({0, 1} <= set(source.poisson(2, 0.3).tolist()) for _ in range(2000))
+    source = SeededNoise("independent")
+    together = sum({0, 1} <= set(source.poisson_sample(2, 0.3).tolist()) for _ in range(2000))
     assert binom.ppf(0.005, 2000, 0.09) <= together <= binom.ppf(0.995, 2000, 0.09)
 
 
@@ -119,22 +119,22 @@ def test_no_seed_repeats_a_cryptographic_stream():
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        seen.append(draws(Cryptographic()))
+        seen.append(draws(SecureNoise()))
     assert equal(*seen) == [False] * 3
 
 
 @pytest.mark.parametrize("rate", [0.003, 0.3, 0.9])
 def test_cryptographic_samples_have_the_rate(rate):
-    check_poisson(Cryptographic(), rate, CHANCE)
+    check_poisson(SecureNoise(), rate, CHANCE)
 
 
 @pytest.mark.parametrize(("deviation", "centre"), [(1.0, 0.0), (0.02, 0.0), (30.0, 1000.0)])
 def test_cryptographic_noise_has_the_deviation(deviation, centre):
-    check_gaussian(Cryptographic(), deviation, centre, CHANCE)
+    check_gaussian(SecureNoise(), deviation, centre, CHANCE)
 
 
 def test_cryptographic_orders_put_each_number_anywhere():
-    first = [int(Cryptographic().shuffled(4)[0]) for _ in range(2000)]
+    first = [int(SecureNoise().permutation(4)[0]) for _ in range(2000)]
     for place in range(4):
         assert binom.ppf(CHANCE / 8, 2000, 0.25) <= first.count(place) <= binom.ppf(1 - CHANCE / 8, 2000, 0.25)
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import decoders
 import small
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.cli import app
 from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
@@ -23,7 +23,7 @@ from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.experiments.config import parse
 from ficpd.experiments.report.markdown import rows
 from ficpd.experiments.runner import run
-from ficpd.library.session import open_library, scores
+from ficpd.library.session import open_library, score_library
 from ficpd.tasks import generation
 from ficpd.tasks.build import build_task
 from ficpd.types import Answer, Prompt, Query, Record
@@ -49,8 +49,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> Compute:
-    return Compute(decoders.load(folder))
+def model(folder) -> QueryEngine:
+    return QueryEngine(decoders.load(folder))
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def prompt_of(model: Compute, length: int = 4, enters_at: int = 0, seed: int = 0) -> Prompt:
+def prompt_of(model: QueryEngine, length: int = 4, enters_at: int = 0, seed: int = 0) -> Prompt:
     vectors = torch.randn(length, model.backbone.width, generator=torch.Generator().manual_seed(seed))
     return Prompt(vectors, model.backbone.fingerprint, enters_at)
 
 
-def asked(model: Compute, records=RECORDS, length: int = 4, enters_at: int = 0, task=None, **query) -> Answer:
+def asked(model: QueryEngine, records=RECORDS, length: int = 4, enters_at: int = 0, task=None, **query) -> Answer:
     prompt = prompt_of(model, length, enters_at)
     batch = (task or build()).encode(records, model.backbone, prompt)
     return model.answer([Query(prompt.vectors_PD[None], batch, **query)])[0]
@@ -95,7 +95,7 @@ def test_the_loss_is_the_plain_models_own_on_the_targets_tokens(model, plain, le
 def test_what_is_written_is_what_the_plain_model_generates(model, plain, length):
     prompt = prompt_of(model, length)
     batch = build().encode(RECORDS, model.backbone, prompt)
-    found = drive(model, predictions(prompt.vectors_PD, batch))
+    found = run_queries(model, predictions(prompt.vectors_PD, batch))
     lengths = set()
     for (item,), text in zip(batch.items, found, strict=True):
         front = opening(plain, item, prompt.vectors_PD)
@@ -127,7 +127,7 @@ def test_at_a_later_layer_writing_is_a_plain_loop(model, layer):
 # ---------------------------------------------------------------- what is read
 
 
-def tokens(model: Compute, item) -> str:
+def tokens(model: QueryEngine, item) -> str:
     return " ".join(model.backbone.tokenizer.convert_ids_to_tokens(item.content.tolist()))
 
 
@@ -146,7 +146,7 @@ def test_a_record_is_one_sequence_and_its_target_ends_with_the_end_token(model):
 def test_a_tokeniser_without_an_end_token_ends_with_the_target(folder):
     backbone = decoders.load(folder)
     backbone.tokenizer.eos_token = None
-    ((item,),) = build().encode(RECORDS[:1], backbone, prompt_of(Compute(backbone))).items
+    ((item,),) = build().encode(RECORDS[:1], backbone, prompt_of(QueryEngine(backbone))).items
     assert (item.scored, item.content[-1].item()) == (6, backbone.tokenizer.convert_tokens_to_ids("good"))
 
 
@@ -160,7 +160,7 @@ def test_of_a_long_target_as_much_is_learned_as_is_written(model):
 
 
 def test_a_source_is_cut_alike_whatever_its_target(folder):
-    short = Compute(decoders.load(folder, max_tokens=32))
+    short = QueryEngine(decoders.load(folder, max_tokens=32))
     text = "the film was very long and dull but not bad " * 5
     records = [Record("a", {"text": text, "target": t}) for t in ("bad", "the story was not bad", None)]
     items = [items[0] for items in build().encode(records, short.backbone, prompt_of(short)).items]
@@ -180,7 +180,7 @@ def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
     mixed = [RECORDS[0], BARE[1], RECORDS[2], BARE[3]]
     whole = asked(model, grad=True)
     for chunk_tokens in (1, 10_000):
-        answer = asked(Compute(model.backbone, chunk_tokens=chunk_tokens), mixed, grad=True)
+        answer = asked(QueryEngine(model.backbone, chunk_tokens=chunk_tokens), mixed, grad=True)
         assert answer.loss_KB.isnan().tolist() == [[False, True, False, True]]
         assert small.close(answer.loss_KB[0, ::2], known.loss_KB[0, ::2])
         assert small.close(answer.grad_KBPD[0, ::2], whole.grad_KBPD[0, ::2])
@@ -197,7 +197,7 @@ def test_a_record_is_encoded_and_lost_alike_alone(model):
 
 
 def test_a_backbone_that_cannot_write_is_refused_before_anything_is_tuned():
-    tiny = Compute(small.backbone())
+    tiny = QueryEngine(small.backbone())
     for records in (RECORDS, BARE):
         with pytest.raises(BackboneError, match="tiny cannot write; use a causal_lm backbone"):
             build().encode(records, tiny.backbone, small.start(tiny, build()))
@@ -206,19 +206,19 @@ def test_a_backbone_that_cannot_write_is_refused_before_anything_is_tuned():
 def test_records_can_be_made_up(model):
     """`beginning.public_gradients` gives made-up texts every possible target in turn."""
     task = build()
-    assert task.possible[0] == "the sentiment is"
-    assert len(build(instruction=" ").possible) == len(task.possible) - 1 >= 4
-    made_up = [Record("made-up", {"text": "the film", "target": target}) for target in task.possible]
+    assert task.label_space[0] == "the sentiment is"
+    assert len(build(instruction=" ").label_space) == len(task.label_space) - 1 >= 4
+    made_up = [Record("made-up", {"text": "the film", "target": target}) for target in task.label_space]
     answer = asked(model, made_up, task=task, grad=True)
     assert torch.isfinite(answer.grad_KBPD).all()
     assert (answer.grad_KBPD.flatten(2).norm(dim=2) > 0).all()
 
 
 def test_what_the_task_says_of_itself_builds_it_again():
-    told = json.loads(json.dumps(build().describe()))
+    told = json.loads(json.dumps(build().to_config()))
     again = build_task(told)
-    assert again.describe() == told == {"name": "generation", "instruction": "the sentiment is", "max_new_tokens": 8}
-    assert (again.writes, again.head_rows) == (8, 0)
+    assert again.to_config() == told == {"name": "generation", "instruction": "the sentiment is", "max_new_tokens": 8}
+    assert (again.max_new_tokens, again.head_rows) == (8, 0)
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         build(max_new_tokens=0)
 
@@ -310,7 +310,7 @@ def test_references_are_read_from_a_file(tmp_path, ending):
     else:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     columns = {"text": "source", "target": "target", "references": "references"}
-    data = loading.read(loading.Config(source=str(file), columns=columns, split_column="split"), 0)
+    data = loading.load(loading.Config(source=str(file), columns=columns, split_column="split"), 0)
     assert build().targets(data.train) == [("Aa is Bb.", "It is Bb.")]
     assert build().targets(data.test) == [("Cc is Dd.",), ("Ee is Ff.",)]
 
@@ -370,7 +370,7 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     for line in lines:
         (expected,) = opened.model.backbone.generate(prompt, [line["text"]], 5)
         assert line["prediction"] == expected.strip()
-    found = scores(opened, RECORDS, None)
+    found = score_library(opened, RECORDS, None)
     assert found.keys() == {"zero-shot", "global"}
 
 

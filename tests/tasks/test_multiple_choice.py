@@ -12,19 +12,19 @@ from typer.testing import CliRunner
 import berts
 import decoders
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.cli import app
 from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
-from ficpd.evaluation.audit.canary_injection import mislabelled
+from ficpd.evaluation.audit.canary_injection import make_mislabelled_canaries
 from ficpd.evaluation.evaluate import score_prompt
 from ficpd.experiments.config import parse
 from ficpd.experiments.initialization import public_gradients
 from ficpd.experiments.runner import run
-from ficpd.library.session import open_library, scores
+from ficpd.library.session import open_library, score_library
 from ficpd.tasks import multiple_choice
 from ficpd.traits import MakesUp
-from ficpd.types import Prompt, Query, Record, Shard
+from ficpd.types import ClientData, Prompt, Query, Record
 
 TWO = {"text": "the film was", "options": ["good", "very long and dull"], "target": 1}
 FIVE = {"text": "a story", "options": ["bad", "not bad", "fine and good", "the film", "dull"], "target": 4}
@@ -38,16 +38,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder(folder) -> Compute:
-    return Compute(decoders.load(folder))
+def decoder(folder) -> QueryEngine:
+    return QueryEngine(decoders.load(folder))
 
 
-def prompt_of(model: Compute, length: int = 3) -> Prompt:
+def prompt_of(model: QueryEngine, length: int = 3) -> Prompt:
     vectors = torch.randn(length, model.backbone.width, generator=torch.Generator().manual_seed(0))
     return Prompt(vectors, model.backbone.fingerprint, 0)
 
 
-def asked(model: Compute, records, task=None, **more):
+def asked(model: QueryEngine, records, task=None, **more):
     prompt = prompt_of(model)
     batch = (task or small.choices()).encode(records, model.backbone, prompt)
     return batch, model.answer([Query(prompt.vectors_PD[None], batch, outputs=True, **more)])[0]
@@ -56,7 +56,7 @@ def asked(model: Compute, records, task=None, **more):
 # ---------------------------------------------------------------- scores
 
 
-def plain_scores(folder: Path, model: Compute, batch) -> list[list[torch.Tensor]]:
+def plain_scores(folder: Path, model: QueryEngine, batch) -> list[list[torch.Tensor]]:
     """The log-likelihoods of each option's tokens, by the plain model: one forward per option."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     front_PD = prompt_of(model).vectors_PD
@@ -95,7 +95,7 @@ def test_the_question_and_its_context_stand_before_every_option(decoder):
 
 
 def test_a_masked_model_reads_every_option_too(tmp_path):
-    model, task = Compute(berts.load(berts.bert(tmp_path))), small.choices()
+    model, task = QueryEngine(berts.load(berts.bert(tmp_path))), small.choices()
     records = [Record("row 1", {"text": "the film was", "options": ["good", "a dull story", "awful"], "target": 0})]
     batch, answer = asked(model, records, task)
     assert [item.scored for item in batch.items[0]] == [1, 3, 1]
@@ -251,7 +251,7 @@ def test_made_up_records_have_options_and_different_gradients(model, decoder):
 
 def test_a_canary_has_another_of_its_own_options():
     task, records = small.choices(), small.questions(30)
-    wrong = mislabelled(task, records, {"a": Shard(records, [], {})}, 0)
+    wrong = make_mislabelled_canaries(task, records, {"a": ClientData(records, [], {})}, 0)
     pairs = list(zip(task.targets(records), task.targets(wrong), strict=True))
     assert len(pairs) == 30
     assert all(right != other for right, other in pairs)
@@ -316,7 +316,7 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
         for p in (opened.library.start, opened.library.prompts["global"])
     )
     assert after < before
-    assert scores(opened, few, None).keys() == {"zero-shot", "global"}
+    assert score_library(opened, few, None).keys() == {"zero-shot", "global"}
     table(tmp_path / "few.jsonl", 8)
     base = [str(tmp_path / "run"), "--data", str(tmp_path / "few.jsonl"), "-c", "options=options"]
     for how in ("leave", "tune", "auto"):
@@ -378,9 +378,9 @@ def test_smollm2_answers_an_exam_and_trains_on_it():
         split_column="split",
     )
     backbone, _ = load_backbone(BackboneConfig(name="smollm2"), EngineConfig())
-    task, model = multiple_choice.build(multiple_choice.Config(instruction="Answer:")), Compute(backbone)
-    prompt = Prompt(backbone.start("Answer the exam question.", 8, 0, 0), backbone.fingerprint)
-    test = sorted(loading.read(config, 0).test, key=lambda record: len(record.fields["text"]))[:40]
+    task, model = multiple_choice.build(multiple_choice.Config(instruction="Answer:")), QueryEngine(backbone)
+    prompt = Prompt(backbone.init_prompt("Answer the exam question.", 8, 0, 0), backbone.fingerprint)
+    test = sorted(loading.load(config, 0).test, key=lambda record: len(record.fields["text"]))[:40]
     bare = prompt.vectors_PD[:0]
     score = score_prompt(bare, task.encode(test, backbone, prompt), task.targets(test), model)
     assert score["chance"] == 0.25

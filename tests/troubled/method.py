@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ficpd.interfaces import Model
 from ficpd.methods.fedavg import FedAvg
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.types import ClientUpdate, State
 
 
@@ -23,14 +23,14 @@ class Config(BaseModel):
     unless: str = ""
 
 
-def build(config: Config, training: Training) -> "Troubled":
+def build(config: Config, training: LocalTrainingConfig) -> "Troubled":
     return Troubled(config, training)
 
 
 class Troubled(FedAvg):
     name = "troubled"
 
-    def __init__(self, config: Config, training: Training):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
         super().__init__(training)
         self.config = config
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.interfaces import Backbone
-from ficpd.types import Item, Prompt, Record
+from ficpd.types import EncodedInput, Prompt, Record
 
 MOST_UNKNOWN = 0.05
 """Above this share of unknown tokens a client's texts are not read as they were written."""
@@ -20,30 +20,30 @@ NONSENSE = 8
 """Words of a nonsense text."""
 
 
-class Reads:
+class TextBackbone:
     """The common part of all backbones of texts, which see no images."""
 
-    sees, knows_words, gives_features = False, True, True
+    sees_images, has_text_encoder, supports_features = False, True, True
     name: str
 
-    def look(self, image: Any, room: int) -> Item:
+    def preprocess_image(self, image: Any, room: int) -> EncodedInput:
         raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
+    def unk_rate(self, texts: Sequence[str]) -> float:
         return 0.0
 
 
-class Tokenised(Reads):
+class Tokenised(TextBackbone):
     """The common part of backbones with a tokeniser."""
 
     tokenizer: Any
 
-    def nonsense(self, number: int, seed: int) -> list[str]:
+    def synthetic_inputs(self, number: int, seed: int) -> list[str]:
         ids, texts = self._vocabulary(seed), range(number)
         rows = [[ids[(NONSENSE * i + j) % len(ids)] for j in range(NONSENSE)] for i in texts]
         return [self.tokenizer.decode(row) for row in rows]
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
+    def unk_rate(self, texts: Sequence[str]) -> float:
         return unknown_share(self.tokenizer, texts)
 
     def _ids(self, text: str) -> list[int]:
@@ -58,7 +58,7 @@ class Tokenised(Reads):
     def _vocabulary(self, seed: int) -> list[int]:
         """Returns all ordinary words of the vocabulary, in an order drawn from the seed."""
         special = self._special()
-        drawn = torch.randperm(len(self.tokenizer), generator=rng.generator(seed, "vocabulary")).tolist()
+        drawn = torch.randperm(len(self.tokenizer), generator=rng.make_generator(seed, "vocabulary")).tolist()
         return [i for i in drawn if i not in special]
 
     def _special(self) -> set[int]:
@@ -66,13 +66,15 @@ class Tokenised(Reads):
         return {*self.tokenizer.all_special_ids}
 
 
-class Silent:
+class NonGenerative:
     """The common part of backbones that cannot write; `about` describes one in errors."""
 
-    writes, about = False, ""
+    can_generate, about = False, ""
     name: str
 
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+    def generate_greedy(
+        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
+    ) -> list[str]:
         raise self._cannot_write()
 
     def generate(
@@ -93,9 +95,9 @@ def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
     return sum(row.count(tokenizer.unk_token_id) for row in rows) / max(1, sum(len(row) for row in rows))
 
 
-def warn_of_unknown(backbone: Backbone, records_of: Mapping[str, Sequence[Record]]) -> None:
+def warn_unk_rate(backbone: Backbone, records_of: Mapping[str, Sequence[Record]]) -> None:
     """Warns once, about the worst client, where more than `MOST_UNKNOWN` of its tokens are unknown."""
-    shares = {who: backbone.unknown_share(_texts(records)) for who, records in records_of.items()}
+    shares = {who: backbone.unk_rate(_texts(records)) for who, records in records_of.items()}
     worst = max(shares, key=lambda who: shares[who], default=None)
     if worst is None or shares[worst] <= MOST_UNKNOWN:
         return

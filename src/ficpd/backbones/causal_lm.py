@@ -17,19 +17,19 @@ from transformers.utils.logging import get_verbosity
 
 from ficpd.backbones import Tokenised
 from ficpd.backbones.bert import load
-from ficpd.backbones.decoding import Pick, Step, decode, greedy, picker, streams
+from ficpd.backbones.decoding import Pick, Step, decode, greedy, row_generators, sampler
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.vocabulary import Vocabulary
+from ficpd.backbones.vocabulary import TokenizerVocabulary
 from ficpd.errors import BackboneError
-from ficpd.registry import Frozen
-from ficpd.types import Hidden, Item, Outputs, Prompt
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, HiddenStates, ModelOutput, Prompt
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOGETHER = 16
 """How many texts are continued at once."""
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """`max_tokens`: longest input, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
@@ -54,7 +54,7 @@ class CausalLM(Tokenised):
     """A frozen decoder. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer
     n it joins the input of the n-th block."""
 
-    gives_gradients, writes = True, True
+    supports_gradients, can_generate = True, True
 
     def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -67,7 +67,7 @@ class CausalLM(Tokenised):
         self.max_tokens = min(config.max_tokens, self.context)
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(model, self.width)
-        self.words = Vocabulary(tokenizer, self._word_vectors, model.config.vocab_size)
+        self.vocabulary = TokenizerVocabulary(tokenizer, self._word_vectors, model.config.vocab_size)
         begin = tokenizer.bos_token_id  # begins every sequence, if the tokeniser sets one by itself
         self._first = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
         known = inspect.signature(model.model.layers[0].forward).parameters
@@ -78,9 +78,9 @@ class CausalLM(Tokenised):
 
     # ------------------------------------------------------------ text to items
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         """`text`, `pair` and `instruction` on a line each, then the answer, whose tokens are the scored ones.
 
         The text is cut first, a pair only down to half of the space. With `writes` the end token closes the answer, which
@@ -104,7 +104,7 @@ class CausalLM(Tokenised):
         ids = [*self._first, *words[: space - len(line)], *line, *frame]
         if not ids:
             raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
-        return Item(torch.tensor(ids + tail), len(ids) + len(tail), len(tail))
+        return EncodedInput(torch.tensor(ids + tail), len(ids) + len(tail), len(tail))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """[C, D]: the language head's row of each answer, if each is one token and no two are the same."""
@@ -113,7 +113,7 @@ class CausalLM(Tokenised):
             return None
         return self.model.lm_head.weight[[i[0] for i in ids]].float()
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
         return torch.nn.functional.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
@@ -137,7 +137,7 @@ class CausalLM(Tokenised):
 
     # ------------------------------------------------------------ starts
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         """[num_tokens, D] float32, on the CPU. A text's tokens, or the drawn ones, are repeated if they are too few.
 
         A token stands before them and is dropped: above the first layers a decoder parks attention on its first
@@ -146,37 +146,39 @@ class CausalLM(Tokenised):
         ids = self._vocabulary(seed) if text is None else self._start_ids(text)
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
         led = torch.tensor([*(self._first or ids[-1:]), *ids], dtype=torch.long)
-        return self.below([Item(led, len(led))], enters_at)[0][-num_tokens:].float().cpu()
+        return self.encode_prefix([EncodedInput(led, len(led))], enters_at)[0][-num_tokens:].float().cpu()
 
     # ------------------------------------------------------------ layers
 
     @torch.no_grad()
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         self._check(layer)
         embedded = [self._word_vectors(item.content) for item in items]
         if layer == 0:
             return embedded
-        hidden = Hidden.of(embedded)
+        hidden = HiddenStates.of(embedded)
         states_STD = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
         return [states_TD[: item.length].clone() for states_TD, item in zip(states_STD, items, strict=True)]
 
     def _word_vectors(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids.to(self.device))
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         """Features are the last position's state after the final norm; scores mean log-likelihoods of scored tokens."""
         self._check(layer)
-        states, mask = Hidden.of(hidden, left=True).joined(prompts_SPD.to(self.device))
+        states, mask = HiddenStates.of(hidden, left=True).joined(prompts_SPD.to(self.device))
         states_STD = self._run(states, mask, layer, self.depth)
         features_SD = self.model.model.norm(states_STD[:, -1]).float()
         scored = [row for row, item in enumerate(items) if item.scored]
         if not scored:
-            return Outputs(features_SD)
+            return ModelOutput(features_SD)
         likelihoods = [self._likelihood(states_STD[row], items[row]) for row in scored]
         scores_S = features_SD.new_full((len(items),), -torch.inf)
-        return Outputs(features_SD, scores_S.index_put((self._index(scored),), torch.stack(likelihoods))[:, None])
+        return ModelOutput(features_SD, scores_S.index_put((self._index(scored),), torch.stack(likelihoods))[:, None])
 
-    def _likelihood(self, states_TD: Tensor, item: Item) -> Tensor:
+    def _likelihood(self, states_TD: Tensor, item: EncodedInput) -> Tensor:
         """Each scored token is predicted at the position before it; the last of them stands in the last column."""
         logits = self.model.lm_head(self.model.model.norm(states_TD[-1 - item.scored : -1]))
         return -torch.nn.functional.cross_entropy(logits.float(), item.content[-item.scored :].to(self.device))
@@ -212,10 +214,12 @@ class CausalLM(Tokenised):
     # ------------------------------------------------------------ writing
 
     @torch.no_grad()
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+    def generate_greedy(
+        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
+    ) -> list[str]:
         """Greedy texts of up to `max_tokens` tokens or the end token. Raises `BackboneError` where they do not fit."""
         self._check(layer)
-        openings = [Item(i.content[: i.length - i.scored], i.length - i.scored) for i in items]
+        openings = [EncodedInput(i.content[: i.length - i.scored], i.length - i.scored) for i in items]
         if not openings:
             return []
         longest = max(item.length for item in openings)
@@ -242,13 +246,13 @@ class CausalLM(Tokenised):
                 f"{self.name} is {self.fingerprint}, width {self.width}. Use the backbone that it was tuned on."
             )
         items = [self._opening(text, len(tokens_PD), max_tokens) for text in texts]
-        drawn_from, written = streams(texts, seed), []
+        drawn_from, written = row_generators(texts, seed), []
         for at in range(0, len(items), TOGETHER):
-            part, pick = items[at : at + TOGETHER], picker(drawn_from[at : at + TOGETHER], temperature)
+            part, pick = items[at : at + TOGETHER], sampler(drawn_from[at : at + TOGETHER], temperature)
             written += self._texts(tokens_PD.expand(len(part), -1, -1), part, prompt.enters_at, max_tokens, pick)
         return written
 
-    def _opening(self, text: str, room: int, max_tokens: int) -> Item:
+    def _opening(self, text: str, room: int, max_tokens: int) -> EncodedInput:
         space = min(self.max_tokens, self.context - max_tokens) - room - len(self._first)
         if space < 1:
             raise BackboneError(
@@ -258,18 +262,20 @@ class CausalLM(Tokenised):
         ids = [*self._first, *self._ids(text)[-space:]]
         if not ids:
             raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
-        return Item(torch.tensor(ids), len(ids))
+        return EncodedInput(torch.tensor(ids), len(ids))
 
-    def _texts(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int, pick: Pick) -> list[str]:
+    def _texts(
+        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int, pick: Pick
+    ) -> list[str]:
         ids = decode(self._steps(prompts_SPD, items, layer), pick, len(items), self._ends(), max_tokens)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _steps(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int) -> Step:
+    def _steps(self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int) -> Step:
         """The layers below `layer` never see the prompt, those above always do: the cache's lengths differ by P."""
         embed, cache = self.model.get_input_embeddings(), DynamicCache()
         front = prompts_SPD.to(self.device, self.dtype)
         before = torch.ones(front.shape[:2], dtype=torch.bool, device=self.device)
-        text = Hidden.of([embed(item.content.to(self.device)) for item in items], left=True)
+        text = HiddenStates.of([embed(item.content.to(self.device)) for item in items], left=True)
         mask = text.mask_ST
 
         def step(ids_S: Tensor | None) -> Tensor:

@@ -24,17 +24,17 @@ def greedy(logits_SV: Tensor) -> Tensor:
     return logits_SV.argmax(-1).cpu()
 
 
-def streams(texts: Sequence[str], seed: int) -> list[torch.Generator]:
+def row_generators(texts: Sequence[str], seed: int) -> list[torch.Generator]:
     """Makes one generator per text, from the seed, the text and the count of equal texts before it. A row's draws do not
     depend on other texts, and equal texts differ."""
     before, found = Counter(), []
     for text in texts:
-        found.append(rng.generator(seed, "writing", text, before[text]))
+        found.append(rng.make_generator(seed, "writing", text, before[text]))
         before[text] += 1
     return found
 
 
-def picker(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
+def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
     """The likeliest token (temperature 0), or one drawn from each row's own stream.
 
     Raises `BackboneError` for a temperature below 0.
@@ -46,12 +46,12 @@ def picker(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
 
     def drawn(logits_SV: Tensor) -> Tensor:
         uniform_S = torch.stack([torch.rand((), generator=stream) for stream in drawn_from])
-        return from_nucleus(logits_SV / temperature, uniform_S)
+        return nucleus_sample(logits_SV / temperature, uniform_S)
 
     return drawn
 
 
-def from_nucleus(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
+def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """[S]: of each row, the token at this place (0 to 1) of the likeliest `TOP_P` of the probability, likeliest first."""
     sorted_SV, ids_SV = logits_SV.float().cpu().softmax(-1).sort(dim=-1, descending=True)
     below_SV = sorted_SV.cumsum(-1) - sorted_SV

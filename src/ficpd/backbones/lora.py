@@ -41,7 +41,7 @@ class Adapters:
 
     def start(self, rank: int, seed: int) -> Tensor:
         """[P, D] float32 that change nothing yet, as PEFT begins: A uniform within 1/√in (kaiming), B zero."""
-        random, parts = rng.generator(seed, "lora"), []
+        random, parts = rng.make_generator(seed, "lora"), []
         for module in self.modules.values():
             drawn = 2 * torch.rand(rank, module.in_features, generator=random) - 1
             parts += [drawn.flatten() / module.in_features**0.5, torch.zeros(rank * module.out_features)]
@@ -71,7 +71,7 @@ class Adapters:
         return found
 
     @contextmanager
-    def changed(self, rows_SPD: Tensor) -> Iterator[None]:
+    def applied(self, rows_SPD: Tensor) -> Iterator[None]:
         """Meanwhile each sequence of a forward runs with the weights of its own row; no rows at all change nothing. For one
         forward at a time: two threads on one model would add to each other's."""
         with ExitStack() as hooks:
@@ -92,7 +92,7 @@ def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
     return hook
 
 
-def of(backbone: Backbone) -> Adapters:
+def lora_of(backbone: Backbone) -> Adapters:
     """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
     found = getattr(backbone, "adapters", None)
     if found is None:
@@ -104,11 +104,11 @@ def of(backbone: Backbone) -> Adapters:
 
 
 @contextmanager
-def entered(backbone: Backbone, rows_SPD: Tensor, layer: int) -> Iterator[tuple[Tensor, int]]:
+def prompt_or_lora(backbone: Backbone, rows_SPD: Tensor, layer: int) -> Iterator[tuple[Tensor, int]]:
     """The virtual tokens of each sequence and the layer they enter at: of LoRA weights none, at the input, and meanwhile the
     backbone runs with them."""
     if layer != LORA:
         yield rows_SPD, layer
         return
-    with of(backbone).changed(rows_SPD):
+    with lora_of(backbone).applied(rows_SPD):
         yield rows_SPD[:, :0], 0

@@ -18,15 +18,15 @@ from transformers import AutoModelForMaskedLM
 
 from ficpd.backbones.bert import Bert, load
 from ficpd.errors import BackboneError
-from ficpd.registry import Frozen
-from ficpd.types import Item, Outputs
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, ModelOutput
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 MASK = "[MASK]"
 """Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """`max_tokens`: longest input, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
@@ -64,7 +64,7 @@ class MaskedLM(Bert):
         self.head = model.lm_head if self.roberta else model.cls.predictions
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._constant(self.head.layer_norm if self.roberta else self.head.transform.LayerNorm)
-        self.words.likely = self._likely
+        self.vocabulary.likely = self._likely
         some = range(0, model.config.vocab_size, max(1, model.config.vocab_size // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 
@@ -78,9 +78,9 @@ class MaskedLM(Bert):
 
     # ------------------------------------------------------------ text to items
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         """`[CLS] text cloze [SEP]`, or `[CLS] text [SEP] pair cloze [SEP]`; with an answer, whose tokens follow the item's
         `length`, the cloze has a mask for each. The text is cut first, a pair only down to half of the space."""
         if writes:
@@ -98,7 +98,7 @@ class MaskedLM(Bert):
         words, line = self._plain(text), self._plain(pair or "")
         line = line[: max(space - len(words), space // 2)]
         ids = [self.tokenizer.cls_token_id, *words[: space - len(line)], *between, *line, *cloze, *sep]
-        return Item(torch.tensor(ids + tail), len(ids), len(tail))
+        return EncodedInput(torch.tensor(ids + tail), len(ids), len(tail))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """[C, D]: each answer's row of the language head and its bias; None if one has several tokens."""
@@ -116,7 +116,7 @@ class MaskedLM(Bert):
                 )
         return None if any(len(i) > 1 for i in ids) else self._rows([i[0] for i in ids])
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
         return F.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
@@ -146,7 +146,9 @@ class MaskedLM(Bert):
 
     # ------------------------------------------------------------ layers
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         """Features at the (first) mask; scores of items with an answer, mean log-likelihoods of its tokens at the masks."""
         states_STD, _ = self._top(prompts_SPD, hidden, layer)
         masks = [(i.content[: i.length] == self.tokenizer.mask_token_id).nonzero()[:, 0] for i in items]
@@ -158,11 +160,11 @@ class MaskedLM(Bert):
         along_S = self._one - firsts_SD @ self._across_D
         features_SD = firsts_SD + along_S[:, None] * self._across_D
         if not any(item.scored for item in items):
-            return Outputs(features_SD)
+            return ModelOutput(features_SD)
         scores = [self._likelihood(word, item) for word, item in zip(words, items, strict=True)]
-        return Outputs(features_SD, torch.stack(scores)[:, None])
+        return ModelOutput(features_SD, torch.stack(scores)[:, None])
 
-    def _likelihood(self, words_ND: Tensor, item: Item) -> Tensor:
+    def _likelihood(self, words_ND: Tensor, item: EncodedInput) -> Tensor:
         if not item.scored:
             return words_ND.new_full((), -torch.inf, dtype=torch.float32)
         wanted = item.content[item.length :].to(self.device)
@@ -178,7 +180,7 @@ class MaskedLM(Bert):
         """[V]: which token might stand at a place of these ids."""
         mask = self.tokenizer.mask_token_id
         whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
-        item = Item(torch.tensor(whole), len(whole))
+        item = EncodedInput(torch.tensor(whole), len(whole))
         states_STD, _ = self._top(torch.zeros(1, 0, self.width, device=self.device), [self._word_vectors(item)], 0)
         return self.head.decoder(self._transformed(states_STD[0, place + 1]))
 
@@ -188,7 +190,7 @@ class MaskedLM(Bert):
         along_N = rows_ND @ self._across_D
         return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
 
-    def _word_vectors(self, item: Item) -> Tensor:
+    def _word_vectors(self, item: EncodedInput) -> Tensor:
         """What BERT adds to the words of a second segment is added here; a prompt is of the first."""
         vectors_TD, kinds = super()._word_vectors(item), self.model.embeddings.token_type_embeddings.weight
         if len(kinds) < 2:

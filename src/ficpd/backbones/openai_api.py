@@ -26,22 +26,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ficpd.backbones import Reads, catalog, weights
-from ficpd.backbones.openai_client import Asking, NoAnswerError
-from ficpd.backbones.openai_responses import Choice, choices, first_named, groups, mean, text_of, tokens_of
-from ficpd.backbones.vocabulary import Vocabulary, prompt_of
+from ficpd.backbones import TextBackbone, catalog, weights
+from ficpd.backbones.openai_client import CompletionClient, EndpointUnavailableError
+from ficpd.backbones.openai_responses import (
+    Choice,
+    choices,
+    first_mentioned,
+    same_question_groups,
+    span_logprob,
+    text_of,
+    tokens_of,
+)
+from ficpd.backbones.vocabulary import TokenizerVocabulary, token_prompt
 from ficpd.errors import BackboneError, LibraryError
-from ficpd.registry import Frozen, load
-from ficpd.types import Item, Outputs, Prompt
+from ficpd.registry import FrozenConfig, load
+from ficpd.types import EncodedInput, ModelOutput, Prompt
 
-WRONG = -10.0
+WRONG_LOGPROB = -10.0
 """The log-likelihood of an answer that was not named, where 0 is that of the one that was."""
 PROBE = "One two three"
-HERE = "FICPD_ENDPOINT"
+ENDPOINT_ENV = "FICPD_ENDPOINT"
 """The environment variable with the address that libraries are used through."""
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """`url` without the last part (`http://127.0.0.1:8000/v1`). `key_from`: the environment variable with the API key; the
     key itself belongs in no file. `api` "chat": only texts come back. `together`: texts in one request, for servers that
     take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. `timeout`
@@ -73,65 +81,65 @@ def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, dev
             f"backbone.options.url of {parts.hostname} holds a name, password or query, and would be written into results; "
             "put the key into an environment variable and name that (key_from)"
         )
-    words, sha256 = local_words(config.words)
+    words, sha256 = load_local_vocabulary(config.words)
     return Endpoint(config, words, sha256, name)
 
 
-def of_card(options: Mapping[str, Any]) -> dict[str, Any]:
+def options_from_card(options: Mapping[str, Any]) -> dict[str, Any]:
     """A library's options, with the address from `FICPD_ENDPOINT`, if that is set. Raises `LibraryError` for an address on
     another machine that its user has not set: whoever made a library shall not choose where others' texts and keys go."""
-    url = os.environ.get(HERE) or str(options.get("url"))
-    if HERE not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
+    url = os.environ.get(ENDPOINT_ENV) or str(options.get("url"))
+    if ENDPOINT_ENV not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
         raise LibraryError(
             f"this library asks a model at {url}, and would send it your texts; if you trust that address, set "
-            f"{HERE}={url}, else set it to one of your own that serves {options.get('model')!r}"
+            f"{ENDPOINT_ENV}={url}, else set it to one of your own that serves {options.get('model')!r}"
         )
     return {**options, "url": url}
 
 
-def local_words(name: str) -> tuple[Vocabulary, str]:
+def load_local_vocabulary(name: str) -> tuple[TokenizerVocabulary, str]:
     """The words of a model that is here, and the hash of its weights."""
     named = catalog.NAMED.get(name)
     found = weights.resolve(named.weights if named else name)
-    module = load("backbones", catalog.kind_of(Path(found.folder)))
+    module = load("backbones", catalog.detect_kind(Path(found.folder)))
     cpu = torch.device("cpu")
     built = module.build(module.Config(), found, dtype=torch.float32, attention="eager", device=cpu, name=name)
     return built.words, found.sha256
 
 
-class Remote(Vocabulary):
+class TextVocabulary(TokenizerVocabulary):
     """Words that stay words: an address takes no vectors."""
 
-    def entering(self, ids_RP: Tensor) -> Tensor:
+    def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         return ids_RP
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptedQuestion:
     """What stands before an answer, without the prompt, and the answer that is asked about, if one is."""
 
     before: str
     answer: str | None
 
 
-class Endpoint(Reads):
-    gives_gradients, gives_features, writes = False, False, True
+class Endpoint(TextBackbone):
+    supports_gradients, supports_features, can_generate = False, False, True
 
-    def __init__(self, config: Config, words: Vocabulary, sha256: str, name: str):
+    def __init__(self, config: Config, words: TokenizerVocabulary, sha256: str, name: str):
         self.config, self.name, self.max_tokens = config, name, config.max_words
         self.width, self.depth, self.device = 1, 1, torch.device("cpu")
-        self.words = Remote(words.tokenizer, words.table, words.size, words.likely)
+        self.vocabulary = TextVocabulary(words.tokenizer, words.table, words.size, words.likely)
         self.fingerprint = f"endpoint:{hashlib.sha256(repr([config.model, sha256]).encode()).hexdigest()[:16]}"
-        self.asking = Asking(
+        self.asking = CompletionClient(
             config.url, config.api == "chat", config.key_from, config.timeout, config.tries, config.workers
         )
         self.likelihoods = self._gives_likelihoods()
 
     # ------------------------------------------------------------ text to items
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         """`text`, `pair` and `instruction` on a line each; the text is cut first, a pair only down to half of the space."""
         frame = len(instruction.split()) + len((answer or "").split())
         space = self.max_tokens - room - frame
@@ -147,41 +155,47 @@ class Endpoint(Reads):
         before = "\n".join(part for part in lines if part)
         if not before.strip():
             raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
-        return Item(Asked(before, None if answer is None else answer.strip()), 1, int(answer is not None))
+        return EncodedInput(
+            PromptedQuestion(before, None if answer is None else answer.strip()), 1, int(answer is not None)
+        )
 
     def readout(self, instruction: str, answers: Sequence[str]) -> None:
         """There is none: each answer is asked about."""
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         raise BackboneError(f"{self.name} gives no features for a head to read; set task.tuned_head = false")
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        return prompt_of(self.words, self.name, text, num_tokens, seed)
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        return token_prompt(self.vocabulary, self.name, text, num_tokens, seed)
 
-    def nonsense(self, number: int, seed: int) -> list[str]:
-        ids = self.words.proposals([-1], 0, 8 * number, seed)
-        return [self.words.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
+    def synthetic_inputs(self, number: int, seed: int) -> list[str]:
+        ids = self.vocabulary.proposals([-1], 0, 8 * number, seed)
+        return [self.vocabulary.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
 
     # ------------------------------------------------------------ asking
 
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         """Nothing is computed here."""
         return [torch.zeros(0, 1) for _ in items]
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         """Of scored items the score; there are no features (zeros). Raises `BackboneError` for a soft prompt."""
         fronts, none = self._fronts(prompts_SPD), torch.zeros(len(items), 1)
         scored = [place for place, item in enumerate(items) if item.scored]
         if not scored:
-            return Outputs(none)
+            return ModelOutput(none)
         befores = [_joined(fronts[place], items[place].content.before) for place in scored]
         answers = [items[place].content.answer for place in scored]
         found = self._scores(befores, answers) if self.likelihoods else self._named(befores, answers)
         scores_S1 = torch.full((len(items), 1), -torch.inf)
         scores_S1[scored, 0] = torch.tensor(found)
-        return Outputs(none, scores_S1)
+        return ModelOutput(none, scores_S1)
 
-    def write(self, prompts_SPD: Tensor, items: Sequence[Item], layer: int, max_tokens: int) -> list[str]:
+    def generate_greedy(
+        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
+    ) -> list[str]:
         fronts = self._fronts(prompts_SPD)
         return self._texts([_joined(f, i.content.before) for f, i in zip(fronts, items, strict=True)], max_tokens)
 
@@ -193,7 +207,11 @@ class Endpoint(Reads):
             raise BackboneError(f"the prompt is for {prompt.backbone}; {self.name} is {self.fingerprint}")
         if any(not text.strip() for text in texts):
             raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
-        fronts = self._fronts(self.words.entering(prompt.vectors_PD[..., 0])[None]) if len(prompt.vectors_PD) else [""]
+        fronts = (
+            self._fronts(self.vocabulary.embed_for_prompt(prompt.vectors_PD[..., 0])[None])
+            if len(prompt.vectors_PD)
+            else [""]
+        )
         drawn = {"seed": seed % (1 << 31)} if temperature else {}
         befores = [_joined(fronts[0], text) for text in texts]
         return self._texts(befores, max_tokens, {"temperature": temperature, **drawn})
@@ -207,7 +225,7 @@ class Endpoint(Reads):
             )
         texts: dict[tuple[int, ...], str] = {}
         rows = [tuple(row) for row in prompts_SPD.flatten(1).tolist()]
-        return [texts[row] if row in texts else texts.setdefault(row, self.words.text(row)) for row in rows]
+        return [texts[row] if row in texts else texts.setdefault(row, self.vocabulary.text(row)) for row in rows]
 
     def _gives_likelihoods(self) -> bool:
         """Whether the server scores what it is given. Raises `BackboneError` if it has to and does not, or does nothing."""
@@ -217,7 +235,7 @@ class Endpoint(Reads):
             try:
                 self._scores([PROBE], ["four"])
                 return True
-            except NoAnswerError:
+            except EndpointUnavailableError:
                 raise
             except BackboneError:
                 if self.config.answers == "likelihood":
@@ -231,17 +249,17 @@ class Endpoint(Reads):
         texts = [f"{before} {answer}" for before, answer in zip(befores, answers, strict=True)]
         more = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         tokens = self._completed(texts, more, tokens_of)
-        return [mean(one, len(b) + 1, len(t)) for one, b, t in zip(tokens, befores, texts, strict=True)]
+        return [span_logprob(one, len(b) + 1, len(t)) for one, b, t in zip(tokens, befores, texts, strict=True)]
 
     def _named(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
         """0 for the answer that the text written behind names first, `WRONG` for the others."""
         written, scores = self._texts(befores, self.config.answer_tokens), []
-        for group in groups(befores, answers):
+        for group in same_question_groups(befores, answers):
             own = [answers[place] for place in group]
-            right = first_named(written[group[0]], own)
+            right = first_mentioned(written[group[0]], own)
             if right is None and len(own) > 1:
                 right = own[int(hashlib.sha256(befores[group[0]].encode()).hexdigest(), 16) % len(own)]
-            scores += [0.0 if answer == right else WRONG for answer in own]
+            scores += [0.0 if answer == right else WRONG_LOGPROB for answer in own]
         return scores
 
     def _texts(self, befores: Sequence[str], max_tokens: int, more: dict[str, Any] | None = None) -> list[str]:

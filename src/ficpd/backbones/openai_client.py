@@ -29,12 +29,12 @@ KEPT = 200_000
 """Answers that are kept; the least recently used are dropped first."""
 
 
-class NoAnswerError(BackboneError):
+class EndpointUnavailableError(BackboneError):
     """The server was down or busy for too long; the question may still have an answer."""
 
 
 @dataclass(eq=False)
-class Asking:
+class CompletionClient:
     """`key_from`: the environment variable with the key, read for every question and never kept. `timeout` of one try in
     seconds. `answered` counts the questions that have an answer."""
 
@@ -96,7 +96,7 @@ class Asking:
             self.known.update(zip(keys, answers, strict=True))
 
     def _json(self, body: Mapping[str, Any]) -> Any:
-        """The JSON of the response to a body. Raises `NoAnswerError` after the last try."""
+        """The JSON of the response to a body. Raises `EndpointUnavailableError` after the last try."""
         from openai import APIConnectionError, APIStatusError, omit
 
         key = f"Bearer {self._key()}" if self.key_from else omit
@@ -117,7 +117,7 @@ class Asking:
                 return response.http_response.json()
             except ValueError as error:
                 raise BackboneError(self.nonsense("a JSON object", response.text)) from error
-        raise NoAnswerError(
+        raise EndpointUnavailableError(
             f"{self.url} gave no answer (tries = {self.tries}, {time.monotonic() - began:.1f} s); the last: {given}. Check "
             "that the server runs and that the address is right (backbone.options.url), or raise timeout or tries; "
             "finished rounds are kept, and `ficpd run --resume` continues"

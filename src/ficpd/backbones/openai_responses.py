@@ -69,7 +69,7 @@ def tokens_of(choice: Choice, sent: str) -> Tokens:
     return places, [0.0, *behind]
 
 
-def mean(tokens: Tokens, first: int, last: int) -> float:
+def span_logprob(tokens: Tokens, first: int, last: int) -> float:
     """The mean log-likelihood of the tokens of letters [first, last) of their text, from the one that letter `first` is in.
     A token's end is not told: a blank behind it may be nobody's.
 
@@ -82,7 +82,7 @@ def mean(tokens: Tokens, first: int, last: int) -> float:
     return sum(own) / max(1, len(own))
 
 
-def first_named(text: str, answers: Sequence[str]) -> str | None:
+def first_mentioned(text: str, answers: Sequence[str]) -> str | None:
     """The answer whose words stand first in a text, of those that begin there the longest; None if none does.
 
     >>> first_named("It is not good, I think", ["good", "not good", "bad"])
@@ -96,7 +96,7 @@ def first_named(text: str, answers: Sequence[str]) -> str | None:
     return min(found)[2] if found else None
 
 
-def groups(befores: Sequence[str], answers: Sequence[str]) -> Iterator[list[int]]:
+def same_question_groups(befores: Sequence[str], answers: Sequence[str]) -> Iterator[list[int]]:
     """Places that ask about the answers of one and the same record: neighbours, until an answer comes again.
 
     >>> list(groups(["a", "a", "a", "a"], ["yes", "no", "yes", "no"]))

@@ -2,7 +2,7 @@
 
 `Compute.answer` puts the rows of all queries (candidate x record, whoever asked) into as few forwards as fit, each row
 with its own copy of its prompt; so the prompt's gradient is per record after one ordinary backward. `drive` answers one
-client's generator, `drive_many` holds many and answers one query of each in lock step.
+client's generator, `run_queries_lockstep` holds many and answers one query of each in lock step.
 """
 
 import threading
@@ -18,23 +18,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ficpd.backbones.lora import entered
+from ficpd.backbones.lora import prompt_or_lora
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
-from ficpd.types import LORA, Answer, Batch, Item, Outputs, Query
+from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
 """Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
-ONE_ROW = 1
+UNBATCHED = 1
 """So few positions that every row has a forward to itself: what comes out is a function of its record and prompt alone, to
 the last bit, whoever else is asked about. On MiniLM 1.3 to 1.4 times as long in float32, 2.6 to 2.9 times in bfloat16."""
 THREADS = torch.get_num_threads()
 """As many as torch had when this was imported."""
 
 
-def one_thread_a_forward() -> None:
-    """From now on a forward on a CPU has one thread, and `Compute` works on `THREADS` of them at a time.
+def set_single_threaded_forward() -> None:
+    """From now on a forward on a CPU has one thread, and `QueryEngine` works on `THREADS` of them at a time.
 
     Chunks are small matrices: two threads with a forward each do twice the work of two threads on one (MiniLM, bfloat16).
     Chunks do not depend on the number of cores, so what comes out agrees to rounding on any (which chunk computes a record's
@@ -43,31 +43,31 @@ def one_thread_a_forward() -> None:
     torch.set_num_threads(1)
 
 
-class Kept:
+class HiddenStateCache:
     """What the layers below a prompt's entry gave, per item, least recently used dropped first. Bounded in bytes."""
 
     def __init__(self, limit_bytes: int, chunk_tokens: int):
         self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
-        self.states: OrderedDict[tuple[Item, int], Tensor] = OrderedDict()
+        self.states: OrderedDict[tuple[EncodedInput, int], Tensor] = OrderedDict()
         self.lock = threading.Lock()
 
-    def fetch(self, items: Sequence[Item], layer: int, backbone: Backbone) -> list[Tensor]:
+    def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
         """[T, D] of each item, computed only where it is not kept."""
-        found: dict[Item, Tensor] = {}
+        found: dict[EncodedInput, Tensor] = {}
         with self.lock:
             for item in items:
                 if (item, layer) in self.states:
                     self.states.move_to_end((item, layer))
                     found[item] = self.states[item, layer]
         missing = [item for item in dict.fromkeys(items) if item not in found]
-        for part in chunked(sorted(missing, key=lambda i: i.length), self.chunk_tokens):
-            for item, state in zip(part, backbone.below(part, layer), strict=True):
+        for part in bucket_by_length(sorted(missing, key=lambda i: i.length), self.chunk_tokens):
+            for item, state in zip(part, backbone.encode_prefix(part, layer), strict=True):
                 found[item] = state
                 with self.lock:
                     self._keep(item, layer, state)
         return [found[item] for item in items]
 
-    def _keep(self, item: Item, layer: int, state: Tensor) -> None:
+    def _keep(self, item: EncodedInput, layer: int, state: Tensor) -> None:
         if (item, layer) in self.states:
             return
         self.states[item, layer] = state
@@ -76,7 +76,7 @@ class Kept:
             self.size -= self.states.popitem(last=False)[1].nbytes
 
 
-def chunked(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
+def bucket_by_length(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
     """Split items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
     part: list = []
     for item in items:
@@ -97,13 +97,13 @@ class Row:
     length: int
 
 
-class Compute:
+class QueryEngine:
     """Answers queries on one backbone. `keep_bytes` bounds the kept lower layers; `chunk_tokens` one forward."""
 
     def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
         self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
-        self.kept = Kept(keep_bytes, self.chunk_tokens)
-        here = backbone.device.type == "cpu" and backbone.gives_features  # an address has threads of its own
+        self.kept = HiddenStateCache(keep_bytes, self.chunk_tokens)
+        here = backbone.device.type == "cpu" and backbone.supports_features  # an address has threads of its own
         self.workers = THREADS if here and torch.get_num_threads() == 1 else 1
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
@@ -119,8 +119,8 @@ class Compute:
         """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
         _check_writing(queries[0])
         _check_words(queries[0], self.backbone)
-        if queries[0].grad and not self.backbone.gives_gradients:
-            raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box tuner (spsa, cma_es)")
+        if queries[0].grad and not self.backbone.supports_gradients:
+            raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box optimizer (spsa, cma_es)")
         rows = [
             Row(q, k, b, sum(item.length for item in items))
             for q, query in enumerate(queries)
@@ -131,15 +131,15 @@ class Compute:
             return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
-        overhead = virtual + queries[0].write
-        parts = list(chunked([rows[r] for r in order], self.chunk_tokens, overhead))
+        overhead = virtual + queries[0].max_new_tokens
+        parts = list(bucket_by_length([rows[r] for r in order], self.chunk_tokens, overhead))
         losses, grads, outputs = zip(*self._each(partial(self._forward, queries), parts, queries[0].batch), strict=True)
         texts = [text for part in parts for text in self._written(queries, part)]
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
-        output_R = _joined(list(outputs)).take(back) if queries[0].outputs else None
+        output_R = _joined(list(outputs)).select(back) if queries[0].outputs else None
         text_R = [texts[place] for place in back.tolist()] if texts else []
         answers, first = [], 0
         for query in queries:
@@ -156,7 +156,7 @@ class Compute:
         ) as pool:  # a new thread has all cores else
             return list(pool.map(work, parts))
 
-    def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, Outputs | None]:
+    def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, ModelOutput | None]:
         """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""
         grad = queries[0].grad
         prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
@@ -165,39 +165,39 @@ class Compute:
             loss_R = self._losses(queries, part, outputs)
             if grad:
                 loss_R.sum().backward()
-        detached = Outputs(*(None if t is None else t.detach() for t in outputs.parts()))  # type: ignore[arg-type]
+        detached = ModelOutput(*(None if t is None else t.detach() for t in outputs.parts()))  # type: ignore[arg-type]
         return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
 
     def _prompts(self, queries: list[Query], part: list[Row]) -> Tensor:
         """[R, P, D]: each row's own copy, on the backbone's device; of words what the backbone takes for them."""
         prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part]).detach()
         if not prompts_RPD.is_floating_point():
-            assert self.backbone.words is not None, "checked before"
-            return self.backbone.words.entering(prompts_RPD[..., 0])
+            assert self.backbone.vocabulary is not None, "checked before"
+            return self.backbone.vocabulary.embed_for_prompt(prompts_RPD[..., 0])
         return prompts_RPD.to(self.backbone.device, torch.float32)
 
     def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
         """[R] texts that follow each record's first sequence; none at all where the queries do not write."""
-        batch, tokens = queries[0].batch, queries[0].write
+        batch, tokens = queries[0].batch, queries[0].max_new_tokens
         if not tokens:
             return []
         prompts_RPD = self._prompts(queries, part)
         items = [queries[row.query].batch.items[row.record][0] for row in part]
         virtual = prompts_RPD.shape[1] - batch.task.head_rows
-        with entered(self.backbone, prompts_RPD[:, :virtual], batch.enters_at) as (front_RPD, layer):
-            return self.backbone.write(front_RPD, items, layer, tokens)
+        with prompt_or_lora(self.backbone, prompts_RPD[:, :virtual], batch.enters_at) as (front_RPD, layer):
+            return self.backbone.generate_greedy(front_RPD, items, layer, tokens)
 
-    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> Outputs:
+    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> ModelOutput:
         """The backbone on each row's sequences, candidates of one record put side by side again."""
         batch, device = queries[0].batch, self.backbone.device
         heads = batch.task.head_rows
         tokens_RPD = prompts_RPD[:, : prompts_RPD.shape[1] - heads]
-        readout = self.backbone.as_readout(prompts_RPD[:, prompts_RPD.shape[1] - heads :]) if heads else None
+        readout = self.backbone.head_to_readout(prompts_RPD[:, prompts_RPD.shape[1] - heads :]) if heads else None
         groups = [queries[row.query].batch.items[row.record] for row in part]
         items = [item for group in groups for item in group]
         if len(items) == len(part):
             outputs = self._run(tokens_RPD, items, batch.enters_at)
-            return Outputs(outputs.features_RD, outputs.scores_RN, readout)
+            return ModelOutput(outputs.features_RD, outputs.scores_RN, readout)
         counts = torch.tensor([len(group) for group in groups], device=device)
         row_S = torch.arange(len(part), device=device).repeat_interleave(counts)
         outputs = self._run(tokens_RPD[row_S], items, batch.enters_at)
@@ -207,14 +207,14 @@ class Compute:
             column_S = torch.arange(len(items), device=device) - first_R[row_S]
             scores = outputs.scores_RN.new_full((len(part), int(counts.max())), -torch.inf)
             scores = scores.index_put((row_S, column_S), outputs.scores_RN[:, 0])
-        return Outputs(outputs.features_RD[first_R], scores, readout)
+        return ModelOutput(outputs.features_RD[first_R], scores, readout)
 
-    def _run(self, rows_SPD: Tensor, items: Sequence[Item], enters_at: int) -> Outputs:
+    def _run(self, rows_SPD: Tensor, items: Sequence[EncodedInput], enters_at: int) -> ModelOutput:
         """One sequence each, behind its own virtual tokens or with its own weights."""
-        with entered(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
-            return self.backbone.above(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
+        with prompt_or_lora(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
+            return self.backbone.forward(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
 
-    def _losses(self, queries: list[Query], part: list[Row], outputs: Outputs) -> Tensor:
+    def _losses(self, queries: list[Query], part: list[Row], outputs: ModelOutput) -> Tensor:
         """[R]: the task's loss, or each query's own, on the rows it belongs to. NaN where the target is not known."""
         loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
         by_loss: dict[tuple, list[int]] = {}
@@ -227,30 +227,32 @@ class Compute:
             batch = _merged(queries, [part[place] for place in places], self.backbone.device)
             chosen = torch.tensor(places, device=loss_R.device)
             whole = len(places) == len(part)
-            loss = (query.loss or batch.task.loss)(outputs if whole else outputs.take(chosen), batch)
+            loss = (query.loss or batch.task.loss)(outputs if whole else outputs.select(chosen), batch)
             loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
         return loss_R
 
     def _no_grads(self, query: Query) -> Tensor | None:
         return torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None
 
-    def _nothing(self) -> Outputs:
-        return Outputs(torch.zeros(0, self.backbone.width))
+    def _nothing(self) -> ModelOutput:
+        return ModelOutput(torch.zeros(0, self.backbone.width))
 
 
 def _kind(query: Query) -> tuple:
     """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
     batch = query.batch
     prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
-    return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.write
+    return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.max_new_tokens
 
 
 def _check_writing(query: Query) -> None:
-    if query.write < 0:
-        raise BackboneError(f"a query cannot write {query.write} tokens; expected 0 (nothing is written) or more")
-    if query.write and query.grad:
+    if query.max_new_tokens < 0:
         raise BackboneError(
-            f"a query asks for gradients and for {query.write} written tokens; what is written has none: ask twice"
+            f"a query cannot write {query.max_new_tokens} tokens; expected 0 (nothing is written) or more"
+        )
+    if query.max_new_tokens and query.grad:
+        raise BackboneError(
+            f"a query asks for gradients and for {query.max_new_tokens} written tokens; what is written has none: ask twice"
         )
 
 
@@ -258,7 +260,7 @@ def _check_words(query: Query, backbone: Backbone) -> None:
     """Raises `BackboneError` for token ids where they mean nothing."""
     if query.prompts_KPD.is_floating_point():
         return
-    if backbone.words is None:
+    if backbone.vocabulary is None:
         raise BackboneError(
             f"{backbone.name} knows no words for a prompt to be made of; use a backbone that reads texts"
         )
@@ -294,7 +296,7 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
     )
 
 
-def _joined(parts: list[Outputs | None]) -> Outputs:
+def _joined(parts: list[ModelOutput | None]) -> ModelOutput:
     """The outputs of all chunks; candidates are padded to the widest chunk."""
     some = [part for part in parts if part is not None]
     features = torch.cat([part.features_RD for part in some])
@@ -303,32 +305,32 @@ def _joined(parts: list[Outputs | None]) -> Outputs:
         readout = torch.cat([part.readout_RCD for part in some if part.readout_RCD is not None])
     wide = max((part.scores_RN.shape[1] for part in some if part.scores_RN is not None), default=0)
     if not wide:
-        return Outputs(features, None, readout)
+        return ModelOutput(features, None, readout)
     scores, first = features.new_full((len(features), wide), -torch.inf), 0
     for part in some:
         last = first + len(part.features_RD)
         if part.scores_RN is not None:
             scores[first:last, : part.scores_RN.shape[1]] = part.scores_RN
         first = last
-    return Outputs(features, scores, readout)
+    return ModelOutput(features, scores, readout)
 
 
 def _split(
-    query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: Outputs | None, text_R: list[str]
+    query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: ModelOutput | None, text_R: list[str]
 ) -> Answer:
     """This query's rows out of all, as [K, B, ...]."""
     K, B = len(query.prompts_KPD), len(query.batch)
-    texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.write else None
+    texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.max_new_tokens else None
     rows = slice(first, first + K * B)
     return Answer(
         loss_R[rows].view(K, B),
         None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
-        None if outputs is None or not query.outputs else outputs.take(torch.arange(first, first + K * B)),
+        None if outputs is None or not query.outputs else outputs.select(torch.arange(first, first + K * B)),
         texts,
     )
 
 
-def drive(model: Compute, work: Generator[Query, Answer, Result]) -> Result:
+def run_queries(model: QueryEngine, work: Generator[Query, Answer, Result]) -> Result:
     """Answer one generator until it returns: what a site does. Where the model fails, the generator hears of it at the
     question it asked: an order has to be paid for also then."""
     try:
@@ -344,8 +346,8 @@ def drive(model: Compute, work: Generator[Query, Answer, Result]) -> Result:
         return end.value
 
 
-def drive_many(
-    model: Compute, works: Mapping[str, Generator[Query, Answer, Result]]
+def run_queries_lockstep(
+    model: QueryEngine, works: Mapping[str, Generator[Query, Answer, Result]]
 ) -> Iterator[tuple[str, Result | Exception]]:
     """Answer many generators in lock step, one query of each a turn; yields each result as it comes.
 

@@ -16,13 +16,13 @@ from transformers import AutoModel
 
 from ficpd.backbones.bert import Bert, load
 from ficpd.errors import BackboneError
-from ficpd.registry import Frozen
-from ficpd.types import Item, Outputs
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, ModelOutput
 
 SCALE = 20.0
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """`max_tokens`: longest input, prompt included. `prefix`: what the encoder was trained to see before a text."""
 
     max_tokens: int = Field(default=256, ge=8)
@@ -45,9 +45,9 @@ class Encoder(Bert):
         super().__init__(config.max_tokens, model, tokenizer, sha256, name)
         self.config = config
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         """The instruction is not read with the text: it frames the answers (`readout`)."""
         if writes:
             raise self._cannot_write()
@@ -59,24 +59,26 @@ class Encoder(Bert):
             )
         texts = (self.config.prefix + text,) if pair is None else (self.config.prefix + text, pair)
         ids = self.tokenizer(*texts, truncation=True, max_length=limit)["input_ids"]
-        return Item(torch.tensor(ids), len(ids))
+        return EncodedInput(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
         """[C, D]: each answer's embedded text, `instruction answer.`, times the scale."""
         for answer in answers:
             if not self._ids(answer):
                 raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
-        items = [self.read(f"{instruction} {answer}".strip() + ".", None, "", None, 0) for answer in answers]
+        items = [self.tokenize(f"{instruction} {answer}".strip() + ".", None, "", None, 0) for answer in answers]
         none = torch.zeros(len(items), 0, self.width, device=self.device)
         with torch.no_grad():
-            features = self.above(none, self.below(items, 0), items, 0).features_RD
+            features = self.forward(none, self.encode_prefix(items, 0), items, 0).features_RD
         return features * SCALE
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """Any row length means the same readout: only the direction counts, as with the embedded texts."""
         return F.normalize(rows_RCD.float(), dim=-1) * SCALE
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         states_STD, mask_ST = self._top(prompts_SPD, hidden, layer)
         weight = mask_ST[..., None].float()
-        return Outputs(F.normalize((states_STD.float() * weight).sum(1) / weight.sum(1), dim=-1))
+        return ModelOutput(F.normalize((states_STD.float() * weight).sum(1) / weight.sum(1), dim=-1))

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.backbones import Reads, Silent
+from ficpd.backbones import NonGenerative, TextBackbone
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.vocabulary import checked
+from ficpd.backbones.vocabulary import validate_ids
 from ficpd.errors import BackboneError
-from ficpd.registry import Frozen
-from ficpd.types import Hidden, Item, Outputs
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, HiddenStates, ModelOutput
 
 SCALE = 20.0
 VOCABULARY = 4096
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     width: int = Field(default=32, ge=4, multiple_of=4)
     depth: int = Field(default=2, ge=1)
     max_tokens: int = Field(default=64, ge=8)
@@ -35,7 +35,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     return Tiny(config, dtype, device, name)
 
 
-class Hashed:
+class HashTokenizer:
     """Its words, each by its hash: no vocabulary file, and no spelling but the number."""
 
     size = VOCABULARY
@@ -51,13 +51,13 @@ class Hashed:
         return " ".join(f"#{i}" for i in ids)
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return self.table[checked(ids, VOCABULARY).to(self.table.device)].float()
+        return self.table[validate_ids(ids, VOCABULARY).to(self.table.device)].float()
 
     def entering(self, ids_RP: Tensor) -> Tensor:
         return self.vectors(ids_RP)
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
-        drawn = torch.randperm(VOCABULARY, generator=rng.generator(seed, "proposals")).tolist()
+        drawn = torch.randperm(VOCABULARY, generator=rng.make_generator(seed, "proposals")).tolist()
         return [i for i in drawn[: number + 1] if i != ids[place]][:number]
 
 
@@ -76,15 +76,15 @@ class Block(nn.Module):
         return states_STD + self.narrow(F.gelu(self.wide(self.norm2(states_STD))))
 
 
-class Tiny(Silent, Reads):
-    gives_gradients = True
+class Tiny(NonGenerative, TextBackbone):
+    supports_gradients = True
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
         self.device, self.dtype = device, dtype
-        random = rng.generator("tiny", config.width, config.depth)
+        random = rng.make_generator("tiny", config.width, config.depth)
         self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
-        self.words = Hashed(self.table)
+        self.vocabulary = HashTokenizer(self.table)
         with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
             self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
         for weight in self.blocks.parameters():
@@ -98,9 +98,9 @@ class Tiny(Silent, Reads):
         self.fingerprint = f"tiny:{config.width}x{config.depth}"
         self.adapters = Adapters(self.blocks, self.width)
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         if writes:
             raise self._cannot_write()
         limit = self.max_tokens - room
@@ -109,43 +109,45 @@ class Tiny(Silent, Reads):
                 f"a prompt of {room} virtual tokens leaves {limit} of {self.name}'s {self.max_tokens} positions for "
                 "the text; take fewer virtual tokens (prompt.num_tokens)"
             )
-        ids = self.words.ids(text if pair is None else f"{text} | {pair}")[:limit]
-        return Item(torch.tensor(ids), len(ids))
+        ids = self.vocabulary.ids(text if pair is None else f"{text} | {pair}")[:limit]
+        return EncodedInput(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
         for answer in answers:
             if not answer.split():
                 raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
-        items = [self.read(f"{instruction} {answer}", None, "", None, 0) for answer in answers]
+        items = [self.tokenize(f"{instruction} {answer}", None, "", None, 0) for answer in answers]
         none = torch.zeros(len(items), 0, self.width, device=self.device)
         with torch.no_grad():
-            return self.above(none, self.below(items, 0), items, 0).features_RD * SCALE
+            return self.forward(none, self.encode_prefix(items, 0), items, 0).features_RD * SCALE
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         return F.normalize(rows_RCD.float(), dim=-1) * SCALE
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        drawn = torch.randint(VOCABULARY, (num_tokens,), generator=rng.generator(seed, "vocabulary")).tolist()
-        ids = drawn if text is None else self.words.ids(text)
-        states_TD = self.below([Item(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+        drawn = torch.randint(VOCABULARY, (num_tokens,), generator=rng.make_generator(seed, "vocabulary")).tolist()
+        ids = drawn if text is None else self.vocabulary.ids(text)
+        states_TD = self.encode_prefix([EncodedInput(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 
-    def nonsense(self, number: int, seed: int) -> list[str]:
-        drawn = torch.randint(10**6, (number, 8), generator=rng.generator(seed, "nonsense")).tolist()
+    def synthetic_inputs(self, number: int, seed: int) -> list[str]:
+        drawn = torch.randint(10**6, (number, 8), generator=rng.make_generator(seed, "nonsense")).tolist()
         return [" ".join(f"w{word}" for word in words) for words in drawn]
 
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         with torch.no_grad():
-            hidden = Hidden.of([self.table[item.content.to(self.device)] for item in items])
+            hidden = HiddenStates.of([self.table[item.content.to(self.device)] for item in items])
             states = self._run(hidden.states_STD, hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
-        text = Hidden.of(hidden)
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
+        text = HiddenStates.of(hidden)
         states, mask = text.joined(prompts_SPD)
         states = self._run(states, mask, layer, self.depth)[:, prompts_SPD.shape[1] :].float()
         weight = text.mask_ST[..., None].float()
-        return Outputs(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
+        return ModelOutput(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
 
     def _run(self, states: Tensor, mask_ST: Tensor, first: int, last: int) -> Tensor:
         for block in self.blocks[first:last]:

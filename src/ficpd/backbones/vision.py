@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import rng
-from ficpd.backbones import Silent
+from ficpd.backbones import NonGenerative
 from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
-from ficpd.registry import Frozen
-from ficpd.types import Item, Outputs
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, ModelOutput
 
 MODELS = ("dinov2", "vit", "clip")
 SCALE = 40.0
@@ -39,7 +39,7 @@ SIDE = 256
 """Pixels of a made-up image's side."""
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """`image_size`: pixels of the square that images are brought to, a multiple of the patch size; None: as the model's own
     image processor does it. Smaller is faster; positions are interpolated as the model does."""
 
@@ -67,22 +67,28 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
 
 @dataclass(frozen=True)
-class Colours:
+class RandomImage:
     """A made-up image: a smooth field of colours, coarse or fine, drawn from a seed."""
 
     seed: int
 
     def open(self) -> Image.Image:
-        random = rng.generator(self.seed, "colours")
+        random = rng.make_generator(self.seed, "colours")
         fine = 2 ** int(torch.randint(1, 6, (1,), generator=random))
         drawn = torch.randint(256, (fine, fine, 3), generator=random, dtype=torch.uint8)
         return Image.fromarray(drawn.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-class Vision(Silent):
+class Vision(NonGenerative):
     """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
 
-    gives_gradients, gives_features, sees, about, words = True, True, True, "a vision transformer", None
+    supports_gradients, supports_features, sees_images, about, vocabulary = (
+        True,
+        True,
+        True,
+        "a vision transformer",
+        None,
+    )
 
     def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.processor, self.tokenizer, self.name = (
@@ -97,26 +103,26 @@ class Vision(Silent):
         self.fingerprint = f"vision:{sha256[:16]}:{size}"
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.tower, self.width)
-        self.knows_words = tokenizer is not None
+        self.has_text_encoder = tokenizer is not None
         self.scale, self.projection_ND = SCALE, None
-        if self.knows_words:
+        if self.has_text_encoder:
             self.scale = float(model.logit_scale.float().exp())
             self.projection_ND = model.visual_projection.weight.float()
 
     # ------------------------------------------------------------ items and readouts
 
-    def look(self, image: Any, room: int) -> Item:
+    def preprocess_image(self, image: Any, room: int) -> EncodedInput:
         """`length`: the patches and the class token."""
         if room + self.length > self.max_tokens:
             raise BackboneError(
                 f"a prompt of {room} virtual tokens is longer than the {MOST} that {self.name} takes; take fewer "
                 "(prompt.num_tokens)"
             )
-        return Item(image, self.length)
+        return EncodedInput(image, self.length)
 
-    def read(
+    def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
-    ) -> Item:
+    ) -> EncodedInput:
         if writes:
             raise self._cannot_write()
         raise BackboneError(
@@ -143,7 +149,7 @@ class Vision(Silent):
             embedded_CN = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
         return self.scale * embedded_CN @ self.projection_ND
 
-    def as_readout(self, rows_RCD: Tensor) -> Tensor:
+    def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """Any row length means the same readout: only the direction counts. Those of a CLIP are as long as its texts' t W
         are in the root mean square; each of these is a little longer or shorter."""
         longer = 1.0 if self.projection_ND is None else self.projection_ND.norm() / len(self.projection_ND) ** 0.5
@@ -151,37 +157,39 @@ class Vision(Silent):
 
     # ------------------------------------------------------------ starts
 
-    def start(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
+    def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         """Patches of made-up images, as they are at the layer. The text says nothing here: what a vision transformer has
         within is no words, with a text half beside it or without."""
-        items = [Item(image, self.length) for image in self.nonsense(8, seed)]
-        states_TD = torch.cat([states[1:] for states in self.below(items, enters_at)]).float().cpu()
-        drawn = torch.randperm(len(states_TD), generator=rng.generator(seed, "patches"))
+        items = [EncodedInput(image, self.length) for image in self.synthetic_inputs(8, seed)]
+        states_TD = torch.cat([states[1:] for states in self.encode_prefix(items, enters_at)]).float().cpu()
+        drawn = torch.randperm(len(states_TD), generator=rng.make_generator(seed, "patches"))
         return states_TD[drawn[torch.arange(num_tokens) % len(drawn)]]
 
-    def nonsense(self, number: int, seed: int) -> list[Colours]:
-        return [Colours(rng.derive(seed, "nonsense", i)) for i in range(number)]
+    def synthetic_inputs(self, number: int, seed: int) -> list[RandomImage]:
+        return [RandomImage(rng.derive_seed(seed, "nonsense", i)) for i in range(number)]
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
+    def unk_rate(self, texts: Sequence[str]) -> float:
         return 0.0
 
     # ------------------------------------------------------------ layers
 
-    def below(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+    def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         with torch.no_grad():
             states_STD = self._run(self._embedded(self._pixels(items)), 0, layer)
         return [states_TD.clone() for states_TD in states_STD]
 
-    def above(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[Item], layer: int) -> Outputs:
+    def forward(
+        self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
+    ) -> ModelOutput:
         states_STD = torch.cat([prompts_SPD.to(self.dtype), torch.stack(list(hidden))], dim=1)
         states_SD = self._run(states_STD, layer, self.depth)[:, prompts_SPD.shape[1]]
-        norm = self.tower.post_layernorm if self.knows_words else self.tower.layernorm
+        norm = self.tower.post_layernorm if self.has_text_encoder else self.tower.layernorm
         states_SD = norm(states_SD).float()
         if self.projection_ND is None:
-            return Outputs(F.normalize(states_SD, dim=-1))
-        return Outputs(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
+            return ModelOutput(F.normalize(states_SD, dim=-1))
+        return ModelOutput(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
-    def _pixels(self, items: Sequence[Item]) -> Tensor:
+    def _pixels(self, items: Sequence[EncodedInput]) -> Tensor:
         """[S, 3, height, width]: decoded here and nowhere kept."""
         images = [item.content.open() for item in items]
         return self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"].to(self.device, self.dtype)
@@ -191,7 +199,7 @@ class Vision(Silent):
         if self.model.config.model_type == "dinov2":
             return self.tower.embeddings(pixels)
         states_STD = self.tower.embeddings(pixels, interpolate_pos_encoding=True)
-        return self.tower.pre_layrnorm(states_STD) if self.knows_words else states_STD
+        return self.tower.pre_layrnorm(states_STD) if self.has_text_encoder else states_STD
 
     def _run(self, states_STD: Tensor, first: int, last: int) -> Tensor:
         for block in self.blocks[first:last]:

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from ficpd import rng
 from ficpd.errors import BackboneError
-from ficpd.interfaces import Words
+from ficpd.interfaces import Vocabulary
 
 Likely = Callable[[Sequence[int], int], Tensor]
 """Of token ids and a place among them: a logit for each token of the vocabulary [V], were the place empty."""
 
 
-class Vocabulary:
+class TokenizerVocabulary:
     """The words of a tokeniser from `transformers`. `table`: ids [...] to word vectors [..., D]; `likely`: a masked language
     model's view of a place; without one all words are equally likely to be proposed."""
 
@@ -32,24 +32,24 @@ class Vocabulary:
 
     def vectors(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.table(checked(ids, self.size)).float()
+            return self.table(validate_ids(ids, self.size)).float()
 
-    def entering(self, ids_RP: Tensor) -> Tensor:
+    def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         return self.vectors(ids_RP)
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
         """Drawn without replacement, by Gumbel noise on the logits (Kool et al., ICML 2019, arXiv 1903.06059)."""
-        random = rng.generator(seed, "proposals")
-        drawn = torch.rand(len(self.ordinary), generator=random).clamp(min=1e-30, max=1 - 1e-7)
+        random = rng.make_generator(seed, "proposals")
+        drawn = torch.rand(len(self.whole_words), generator=random).clamp(min=1e-30, max=1 - 1e-7)
         scores = -(-drawn.log()).log()
         if self.likely is not None:
-            scores = scores + F.log_softmax(self.likely(ids, place).float().cpu()[self.ordinary], 0)
-        scores = scores.masked_fill(self.ordinary == ids[place], -torch.inf)
+            scores = scores + F.log_softmax(self.likely(ids, place).float().cpu()[self.whole_words], 0)
+        scores = scores.masked_fill(self.whole_words == ids[place], -torch.inf)
         wanted = min(number, int(scores.isfinite().sum()))
-        return self.ordinary[scores.topk(wanted).indices].tolist()
+        return self.whole_words[scores.topk(wanted).indices].tolist()
 
     @cached_property
-    def ordinary(self) -> Tensor:
+    def whole_words(self) -> Tensor:
         """The ids of all whole words: letters only, and read as the same token when written out. All that are not special
         where there are none."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
@@ -60,7 +60,7 @@ class Vocabulary:
         return torch.tensor(whole or plain)
 
 
-def checked(ids: Tensor, size: int) -> Tensor:
+def validate_ids(ids: Tensor, size: int) -> Tensor:
     """The ids, which may be anybody's. Raises `BackboneError` for one that is none of this vocabulary."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BackboneError(
@@ -70,7 +70,7 @@ def checked(ids: Tensor, size: int) -> Tensor:
     return ids.long()
 
 
-def prompt_of(words: Words | None, name: str, text: str | None, num_tokens: int, seed: int) -> Tensor:
+def token_prompt(words: Vocabulary | None, name: str, text: str | None, num_tokens: int, seed: int) -> Tensor:
     """[num_tokens, 1], int64: the tokens of a text, from its beginning again where they are too few; None: words drawn by
     the seed. Raises `BackboneError` for a text without tokens, or where there are no words (`name`: whose)."""
     if words is None:

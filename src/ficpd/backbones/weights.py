@@ -103,7 +103,7 @@ def _sha256(files: Sequence[Path]) -> str:
 def _known_sha256(files: Sequence[Path]) -> str:
     """The same, read only once as long as the files' place, size and time stay: big models take a minute."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    note = storage.folder() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
+    note = storage.cache_dir() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
     with contextlib.suppress(OSError):
         if re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
             return known
@@ -118,7 +118,7 @@ def _known_sha256(files: Sequence[Path]) -> str:
 
 def _kept(name: str, fill: Callable[[Path], None]) -> Path:
     """The cache's folder of that name, filled if it is not there; of two processes that fill it, one's work stays."""
-    place = storage.folder() / "weights" / name
+    place = storage.cache_dir() / "weights" / name
     if place.is_dir():
         return place
     try:
@@ -134,7 +134,7 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
                     raise
     except OSError as error:
         raise BackboneError(
-            f"cache {storage.folder()}: {error}. Set FICPD_CACHE to a folder with room to write in."
+            f"cache {storage.cache_dir()}: {error}. Set FICPD_CACHE to a folder with room to write in."
         ) from error
     return place
 

@@ -82,7 +82,7 @@ def _run(
 
     from ficpd.experiments.comparison.compare import compare as run_comparison
     from ficpd.experiments.comparison.grid import read_plan
-    from ficpd.experiments.comparison.progress import screened
+    from ficpd.experiments.comparison.progress import progress
     from ficpd.experiments.tracking import followed
 
     console, errors = Console(), Console(stderr=True)
@@ -90,7 +90,7 @@ def _run(
     out = out or Path("runs") / f"compare-{plan.spec.name}"
     console.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
     try:
-        with screened(console, errors) as screen, followed(track, out / "cells") as look:
+        with progress(console, errors) as screen, followed(track, out / "cells") as look:
 
             def seen(event: Any) -> None:
                 screen.seen(event)

@@ -12,7 +12,7 @@ from rich.table import Table
 screen, errors = Console(), Console(stderr=True)
 
 
-def print_lines(heads: list[str], cells: list[list[str]]) -> None:
+def print_table(heads: list[str], cells: list[list[str]]) -> None:
     drawn = Table(*heads)
     for line in cells:
         drawn.add_row(*map(escape, line))
@@ -23,11 +23,11 @@ def print_scores(first: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     """A line of figures for each name; empty where one has not what others have."""
     metrics = sorted({metric for score in scores.values() for metric in score})
     cells = [[name, *(f"{s[m]:.3f}" if m in s else "" for m in metrics)] for name, s in scores.items()]
-    print_lines([first, *metrics], cells)
+    print_table([first, *metrics], cells)
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     """A bar per method: rounds done and planned, time gone and left, clients and latest figures. Into a file: lines."""
     from rich.progress import (
         BarColumn,

@@ -36,9 +36,9 @@ def check(
 
     Example: `ficpd deploy check federation.example.org:9443 --ca /etc/ficpd/ca.crt`
     """
-    from ficpd.deployment.tls_check import reach
+    from ficpd.deployment.tls_check import check_tls
 
-    typer.echo(reach(address, ca))
+    typer.echo(check_tls(address, ca))
 
 
 @deploy.command()

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from ficpd import __version__, registry
-from ficpd.backbones.autotune import machine
+from ficpd.backbones.autotune import machine_info
 from ficpd.backbones.catalog import NAMED
 from ficpd.experiments.config import recipes
 
 
-def installed() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """What this installation knows: the registries, recipes and the machine."""
     known = {
         kind: ", ".join(registry.names(kind))
@@ -19,5 +19,5 @@ def installed() -> dict[str, Any]:
     named = "; ".join(f"{name}: {entry.about}" for name, entry in NAMED.items())
     return {
         "ficpd": __version__, **known, "named backbones": named, "recipes": ", ".join(recipes()),
-        "machine": machine(torch.device("cpu")), "cuda": torch.cuda.is_available(),
+        "machine": machine_info(torch.device("cpu")), "cuda": torch.cuda.is_available(),
     }  # fmt: skip

@@ -16,12 +16,12 @@ def evaluate(
     task: TaskName = None, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Score a library's prompts, and no prompt at all, on labelled records."""
-    from ficpd.library.session import open_library, read_records, scores
+    from ficpd.library.session import open_library, read_records, score_library
 
     opened = open_library(library, device)
     opened.named(task)
     records = read_records(data, roles(columns), labelled=True)
-    found = scores(opened, records, prompt, task)
+    found = score_library(opened, records, prompt, task)
     screen.print(f"{len(records)} records from {data}")
     print_scores("prompt", found)
 
@@ -46,17 +46,24 @@ def adapt(
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
-    from ficpd.library.session import adapt_library, draw_shots, missing, open_library, own_task, read_records
+    from ficpd.library.session import (
+        adapt_library,
+        draw_shots,
+        missing_labels,
+        open_library,
+        read_records,
+        resolve_task,
+    )
 
     if task and (label or instruction is not None):
         raise typer.BadParameter("--task is one that the library knows, --label and --instruction make a new one")
     labels = pairs(label, "--label takes label=text, such as lost_card=lost card")
     opened = open_library(library, device)
     records = read_records(data, roles(columns), labelled=True) if data else []
-    own = own_task(opened, records, task, labels, instruction)
+    own = resolve_task(opened, records, task, labels, instruction)
     chosen = draw_shots(records, shots, per_class, seed)
     screen.print(escape(own.said), highlight=False)
-    if absent := missing(own.task, chosen):
+    if absent := missing_labels(own.task, chosen):
         screen.print(escape(f"none of the {len(chosen)} records is: {', '.join(absent)}"), highlight=False)
     found = adapt_library(opened, own, chosen, out, how, seed)
     if found.table:
@@ -126,10 +133,10 @@ def export(
 
 def _reentered(library: Path, prompt: str, data: str | None, roles: dict[str, str], **options: Any) -> Any:
     """The imitation alone as a library; the screen says how well it agrees."""
-    from ficpd.library.peft_distillation import reenter_from, texts_of
+    from ficpd.library.peft_distillation import distill_library_prompt, load_texts
     from ficpd.library.peft_io import reentry_lines
 
-    found = reenter_from(library, prompt, texts_of(data, roles) if data else None, **options)
+    found = distill_library_prompt(library, prompt, load_texts(data, roles) if data else None, **options)
     for line in reentry_lines(found.card):
         screen.print(escape(line), highlight=False, soft_wrap=True)
     return found
@@ -152,13 +159,13 @@ def import_(
     from ficpd.backbones.loading import BackboneConfig
     from ficpd.errors import LibraryError
     from ficpd.library.peft_io import IMPORTED, imported
-    from ficpd.registry import part
+    from ficpd.registry import validated_section
 
     if out.exists():
         raise LibraryError(f"{out} exists already; choose another --out")
     labels = pairs(label, "--label takes label=text, such as good=positive")
     kind = {"name": "classification", "labels": labels} if labels else {"name": "generation"}
-    task = part("tasks", {**kind, "instruction": instruction}, "--label")
+    task = validated_section("tasks", {**kind, "instruction": instruction}, "--label")
     library, base = imported(folder, BackboneConfig(name=backbone), task, device)
     library.save(out)
     typer.echo(f"the folder says it is for {base}; nothing in it can prove that {backbone} is the same")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ficpd.cli.console import bars, errors, print_lines, screen
+from ficpd.cli.console import errors, print_table, progress_bars, screen
 from ficpd.cli.options import Columns, Device, roles
 from ficpd.experiments.tracking import Track
 
@@ -39,12 +39,12 @@ def run(
         f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
     )
     if experiment.engine.name == "flower":
-        from ficpd.deployment.flower_cli import over_flower
+        from ficpd.deployment.flower_cli import run_with_flower
 
         with followed(track, out):
-            raise typer.Exit(over_flower(experiment, recipe if not changes else None, out, resume))
+            raise typer.Exit(run_with_flower(experiment, recipe if not changes else None, out, resume))
     try:
-        with followed(track, out) as look, bars() as progress:
+        with followed(track, out) as look, progress_bars() as progress:
 
             def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
                 progress(method, done, planned, figures)
@@ -55,7 +55,7 @@ def run(
         errors.print("stopped; `--resume` goes on from the last finished round")
         raise typer.Exit(130) from None
     results = rows(out)
-    print_lines(*table(results))
+    print_table(*table(results))
     if results[-1]["privacy"].get("lines"):
         typer.echo(f"privacy: {guarantee(results[-1]['privacy'])}; noise multipliers {chosen(results[-1]['privacy'])}")
     typer.echo(f"library: {out / 'library'}")
@@ -98,7 +98,7 @@ def audit(
         f"[bold]{escape(found.prompt)}[/] of {escape(str(run))}: {found.num_members:,} records that were trained on, "
         f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
     )
-    print_lines(*table(found))
+    print_table(*table(found))
     for name, bound in found.bounds.items():
         stated = "none stated" if bound.stated is None else f"{bound.stated:.2f} stated"
         screen.print(
@@ -114,8 +114,8 @@ def info(
     path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
 ) -> None:
     """Say what a library or a run is; with nothing given, what this installation has."""
-    from ficpd.cli.environment import installed
+    from ficpd.cli.environment import environment_info
     from ficpd.library.session import library_facts
 
-    for name, value in (library_facts(path) if path else installed()).items():
+    for name, value in (library_facts(path) if path else environment_info()).items():
         screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)

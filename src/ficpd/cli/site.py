@@ -17,9 +17,9 @@ def run(file: File) -> None:
     Example: `ficpd site run north.toml`
     """
     from ficpd.deployment.site.http import serve
-    from ficpd.deployment.site.load import open_site
+    from ficpd.deployment.site.load import build_site
 
-    serve(open_site(file, _say))
+    serve(build_site(file, _say))
 
 
 @site.command()
@@ -32,16 +32,16 @@ def check(
 
     Example: `ficpd site check north.toml --recipe recipe.toml`
     """
-    from ficpd.deployment.site.preflight import lines
+    from ficpd.deployment.site.preflight import preflight_lines
 
-    for line in lines(file, recipe, clients):
+    for line in preflight_lines(file, recipe, clients):
         typer.echo(line)
 
 
 @site.command()
 def status(file: File) -> None:
     """What was spent, which runs were served, and the last error; from the running site, or from its ledger."""
-    from ficpd.deployment.site.preflight import status as asked
+    from ficpd.deployment.site.preflight import site_status as asked
 
     _print(asked(file))
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from ficpd.data import tables
 from ficpd.data.tables import SPLITS, Table, utf8
-from ficpd.errors import DataError, unknown
+from ficpd.errors import DataError, did_you_mean
 
 Cells = Mapping[str, Any]
 OPTIONS = ("opa", "opb", "opc", "opd")
@@ -76,14 +76,14 @@ XGLUE = {
 }  # fmt: skip
 
 
-class Layout(NamedTuple):
+class BenchmarkSchema(NamedTuple):
     """`columns` of every row that `row` makes of a place (for errors) and a row of the files."""
 
     columns: tuple[str, ...]
     row: Callable[..., dict[str, Any]]
 
 
-def columns(layout: str) -> dict[str, str]:
+def schema_columns(layout: str) -> dict[str, str]:
     """What `data.columns` is unless it is stated: all that the layout has."""
     return {column: column for column in LAYOUTS[layout].columns}
 
@@ -95,7 +95,7 @@ def read(layout: str, path: Path) -> list[Table]:
     return tables.read_files(path)
 
 
-def arranged(layout: str, found: Sequence[Table]) -> list[Table]:
+def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
     """The same tables in our roles. Raises `DataError` with the row that is not of this layout."""
     of = LAYOUTS[layout]
     row = partial(of.row, first=_first_option(found)) if layout == "medmcqa" else of.row
@@ -114,7 +114,7 @@ def _get(place: str, cells: Cells, *names: str) -> Any:
     """The value of the column that a copy of the data calls one of these names."""
     found = next((name for name in names if name in cells), None)
     if found is None:
-        raise DataError(f"{place}: {unknown('column', names[0], cells)}; is it the right layout for this file?")
+        raise DataError(f"{place}: {did_you_mean('column', names[0], cells)}; is it the right layout for this file?")
     return cells[found]
 
 
@@ -190,7 +190,7 @@ def _pair(task: str, place: str, cells: Cells) -> dict[str, Any]:
     first, *others, last = XGLUE[task].columns
     said, labels = _get(place, cells, last), XGLUE[task].labels
     if labels is not None and said not in labels:
-        raise DataError(f"{place}: {unknown('label', str(said), labels)}")
+        raise DataError(f"{place}: {did_you_mean('label', str(said), labels)}")
     paired = [_get(place, cells, name, *TYPING_ERRORS.get(name, ())) for name in others]
     return {
         "text": _get(place, cells, first),
@@ -214,7 +214,7 @@ def _xglue_files(task: str, path: Path) -> list[Table]:
         if match is None or match.get("side") == "tgt":
             continue
         if match["lang"] not in known:
-            raise DataError(f"{file}: {unknown('language', match['lang'], known)} (in XGLUE's {of.folder})")
+            raise DataError(f"{file}: {did_you_mean('language', match['lang'], known)} (in XGLUE's {of.folder})")
         rows = {n: cells | {"lang": match["lang"]} for n, cells in enumerate(_lines(file, of, match), 1)}
         if not rows:
             raise DataError(f"{file.name}: no rows; copy it again")
@@ -262,11 +262,13 @@ def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 LAYOUTS = {
-    "medqa": Layout(("text", "options", "target", "step"), _medqa),
-    "medmcqa": Layout(("text", "options", "target", "subject", "topic", "choice_type", "id"), _medmcqa),
-    "pubmedqa": Layout(("text", "text_pair", "target", "year", "id"), _pubmedqa),
+    "medqa": BenchmarkSchema(("text", "options", "target", "step"), _medqa),
+    "medmcqa": BenchmarkSchema(("text", "options", "target", "subject", "topic", "choice_type", "id"), _medmcqa),
+    "pubmedqa": BenchmarkSchema(("text", "text_pair", "target", "year", "id"), _pubmedqa),
     **{
-        f"xglue-{task}": Layout(("text", *["text_pair"][: len(of.columns) - 2], "target", "lang"), partial(_pair, task))
+        f"xglue-{task}": BenchmarkSchema(
+            ("text", *["text_pair"][: len(of.columns) - 2], "target", "lang"), partial(_pair, task)
+        )
         for task, of in XGLUE.items()
     },
 }

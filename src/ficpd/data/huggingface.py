@@ -40,7 +40,7 @@ def _table(name: str, dataset: Any, split: str | None = None) -> Table:
     kinds = {column: getattr(feature, "dtype", "") for column, feature in dataset.features.items()}
     binary = ("binary", "large_binary")
     seen = [c for c, kind in kinds.items() if isinstance(dataset.features[c], Image) or kind in binary]
-    pictures, texts = images.of_hub(name, dataset, seen), dataset.remove_columns(seen)
+    pictures, texts = images.hub_images(name, dataset, seen), dataset.remove_columns(seen)
     named = {column: feature for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
 
     def words(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ Place = Path | bytes | Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class LazyImage:
     """An image, not yet decoded. `key`: of the record it belongs to. `place`: a file, the bytes of one, or what gives either
     when it is called."""
 
@@ -72,7 +72,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
     """Raises `DataError` for a row, given by key and cell, in which there is no image."""
     for key, cell in cells:
-        if not isinstance(cell, Picture):
+        if not isinstance(cell, LazyImage):
             given = "is empty" if cell is None else f"holds {str(cell)[:60]!r}"
             raise DataError(
                 f"{key}, column {column!r}: {given}; expected an image: its path, or in Parquet its bytes; fill or drop "
@@ -85,7 +85,7 @@ def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
 
 
 def read_tables(path: Path, column: str) -> list[Table]:
-    """As `read_files`, the cells of `column` being `Picture`s (None where nothing is written); or a folder of images.
+    """As `read_files`, the cells of `column` being `LazyImage`s (None where nothing is written); or a folder of images.
 
     In CSV, TSV and JSON Lines the column holds paths, seen from the table's folder; in Parquet paths, bytes, or the hub's
     `{"bytes", "path"}`. A folder without tables holds images, in a folder for each label, and above these, if it likes, in
@@ -109,7 +109,7 @@ def _with_pictures(file: Path, table: Table, column: str) -> Table:
         place, cell = stored.get(number), cells.get(column)
         if not place and isinstance(cell, str) and cell.strip():
             place = file.parent / Path(cell.strip()).expanduser()
-        rows[number] = {**cells, column: place and Picture(f"{table.name} row {number}", place)}
+        rows[number] = {**cells, column: place and LazyImage(f"{table.name} row {number}", place)}
     return table._replace(rows=rows)
 
 
@@ -124,7 +124,7 @@ def _labelled(path: Path) -> Table:
         )
     rows = {}
     for number, (image, label) in enumerate(found, 1):
-        rows[number] = {"image": Picture(f"{path.name} row {number}", image)} | ({"target": label} if labels else {})
+        rows[number] = {"image": LazyImage(f"{path.name} row {number}", image)} | ({"target": label} if labels else {})
     return Table(path.name, ["image", "target"] if labels else ["image"], rows)
 
 
@@ -154,10 +154,10 @@ def _cells(file: Path, column: str) -> dict[int, Place]:
 
 
 def _stored(file: Path, column: str, group: int, row: int) -> Place:
-    return given(_groups.fetch(file, column, group)[row].as_py(), file.parent)
+    return image_bytes(_groups.fetch(file, column, group)[row].as_py(), file.parent)
 
 
-def given(value: Any, folder: Path) -> Place:
+def image_bytes(value: Any, folder: Path) -> Place:
     """The bytes or path in a cell. Raises `ValueError` if it holds neither."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -190,7 +190,7 @@ class _Groups:
 _groups = _Groups(KEEP_BYTES)
 
 
-def of_hub(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[str, Picture]]:
+def hub_images(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[str, LazyImage]]:
     """Of the n-th row (from 1) of a hub's data set: its images, which stay where the data set lies."""
     from datasets import Image as Feature
 
@@ -198,6 +198,6 @@ def of_hub(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[
         dataset = dataset.cast_column(column, Feature(decode=False))
 
     def place(number: int, column: str) -> Place:
-        return given(dataset[number - 1][column], Path())
+        return image_bytes(dataset[number - 1][column], Path())
 
-    return lambda number: {c: Picture(f"{name} row {number}", partial(place, number, c)) for c in columns}
+    return lambda number: {c: LazyImage(f"{name} row {number}", partial(place, number, c)) for c in columns}

@@ -14,16 +14,16 @@ from pydantic import Field, field_validator, model_validator
 from ficpd.data import benchmarks, huggingface, images
 from ficpd.data.sentence_ratings import read_ratings
 from ficpd.data.tables import SPLITS, Table, read_files
-from ficpd.data.untyped import Spelled, number_of, spelled
-from ficpd.errors import DataError, unknown
-from ficpd.registry import Frozen
-from ficpd.rng import derive
+from ficpd.data.untyped import UntypedStr, parse_cell, parse_number
+from ficpd.errors import DataError, did_you_mean
+from ficpd.registry import FrozenConfig
+from ficpd.rng import derive_seed
 from ficpd.types import Record
 
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """Where the records are and which column plays which role.
 
     `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
@@ -54,14 +54,14 @@ class Config(Frozen):
     @classmethod
     def _laid_out(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.get("layout") in benchmarks.LAYOUTS and "columns" not in given:
-            return {**given, "columns": benchmarks.columns(given["layout"])}
+            return {**given, "columns": benchmarks.schema_columns(given["layout"])}
         return given
 
     @field_validator("layout")
     @classmethod
     def _known(cls, layout: str | None) -> str | None:
         if layout is not None and layout not in benchmarks.LAYOUTS:
-            raise ValueError(unknown("layout", layout, benchmarks.LAYOUTS))
+            raise ValueError(did_you_mean("layout", layout, benchmarks.LAYOUTS))
         return layout
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class Config(Frozen):
         for role, column in self.columns.items():
             if role not in ROLES and role != column:
                 raise ValueError(
-                    f"columns: {unknown('role', role, ROLES)}. A column that plays none keeps its name: keep = [{column!r}]"
+                    f"columns: {did_you_mean('role', role, ROLES)}. A column that plays none keeps its name: keep = [{column!r}]"
                 )
         if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
             raise ValueError(
@@ -99,7 +99,7 @@ class Row(NamedTuple):
     split: str | None
 
 
-def read(config: Config, seed: int) -> Dataset:
+def load(config: Config, seed: int) -> Dataset:
     """Reads, checks, samples and splits all records. The same seed and files give the same split on every machine.
 
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
@@ -108,14 +108,14 @@ def read(config: Config, seed: int) -> Dataset:
     return _split(_seen([rows[i] for i in _sample(len(rows), config.max_records, seed)], config), config, seed)
 
 
-def unused(config: Config, seed: int) -> list[Record]:
+def unsampled(config: Config, seed: int) -> list[Record]:
     """Returns the rows that `max_records` left out of `read`, in file order."""
     rows = _checked_rows(config)
     used = set(_sample(len(rows), config.max_records, seed))
     return [Record(row.key, row.fields) for i, row in enumerate(rows) if i not in used]
 
 
-def read_all(config: Config) -> list[Record]:
+def load_all(config: Config) -> list[Record]:
     """Reads all records in file order without a split, to evaluate, adapt or predict on."""
     return [Record(row.key, row.fields) for row in _seen(_checked_rows(config), config)]
 
@@ -153,7 +153,7 @@ def _tables(config: Config) -> list[Table]:
     path, on_hub = Path(config.source).expanduser(), config.source.startswith("hf:")
     of_hub = partial(huggingface.read, config.source, config.subset, config.hf_split, config.dev_as_train)
     if config.layout:
-        return benchmarks.arranged(config.layout, of_hub() if on_hub else benchmarks.read(config.layout, path))
+        return benchmarks.to_records(config.layout, of_hub() if on_hub else benchmarks.read(config.layout, path))
     if on_hub:
         return of_hub()
     return images.read_tables(path, config.columns["image"]) if "image" in config.columns else read_files(path)
@@ -170,12 +170,12 @@ def _check_columns(tables: list[Table], config: Config) -> None:
     split = [config.split_column] if config.split_column else []
     for column in [*config.wanted.values(), *config.options, *config.where, *split]:
         if column not in first.columns:
-            raise DataError(f"{first.name}: {unknown('column', column, first.columns)} (set it in `columns`)")
+            raise DataError(f"{first.name}: {did_you_mean('column', column, first.columns)} (set it in `columns`)")
     for column, values in config.where.items():
         present = {str(cells.get(column)) for table in tables for cells in table.rows.values()}
         if missing := [value for value in values if value not in present]:
             of = first.name if len(tables) == 1 else f"{len(tables)} files of {config.source}"
-            raise DataError(f"{of}, column {column!r}: {unknown('value', missing[0], sorted(present)[:50])}")
+            raise DataError(f"{of}, column {column!r}: {did_you_mean('value', missing[0], sorted(present)[:50])}")
 
 
 def _rows(table: Table, config: Config) -> Iterable[Row]:
@@ -189,7 +189,7 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
         if config.options:
             fields["options"] = [_cell(cells.get(column)) for column in config.options]
         if table.untyped and isinstance(target := fields.get("target"), str):
-            fields["target"] = number_of(target) if choice else Spelled(target)  # of options a number is the place
+            fields["target"] = parse_cell(target) if choice else UntypedStr(target)  # of options a number is the place
         yield Row(key, fields, _side(key, cells, config.split_column) or table.split)
 
 
@@ -215,7 +215,7 @@ def _seen(rows: list[Row], config: Config) -> list[Row]:
     return rows
 
 
-KINDS = {str: "text", Spelled: "text", int: "a number", float: "a number", bool: "true/false"}
+KINDS = {str: "text", UntypedStr: "text", int: "a number", float: "a number", bool: "true/false"}
 
 
 def _check_targets(rows: list[Row], column: str) -> None:
@@ -224,7 +224,7 @@ def _check_targets(rows: list[Row], column: str) -> None:
     them off it (`spelled`)."""
     if any(type(row.fields["target"]) in (int, float) for row in rows):
         for row in rows:
-            row.fields["target"] = spelled(row.fields["target"])
+            row.fields["target"] = parse_number(row.fields["target"])
     kinds = [_kind(row, column) for row in rows]
     usual, count = Counter(kinds).most_common(1)[0] if kinds else ("", 0)
     for row, kind in zip(rows, kinds, strict=True):
@@ -250,14 +250,14 @@ def _sample(number: int, size: int | None, seed: int) -> list[int]:
     """Which of `number` rows are used, ascending."""
     if size is None or size >= number:
         return list(range(number))
-    return sorted(np.random.default_rng(derive(seed, "sample")).choice(number, size, replace=False).tolist())
+    return sorted(np.random.default_rng(derive_seed(seed, "sample")).choice(number, size, replace=False).tolist())
 
 
 def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
     sides = [row.split for row in rows]
     if None in sides:
         size = max(1, round(len(rows) * config.test_fraction))
-        test = set(np.random.default_rng(derive(seed, "split")).permutation(len(rows))[:size].tolist())
+        test = set(np.random.default_rng(derive_seed(seed, "split")).permutation(len(rows))[:size].tolist())
         sides = ["test" if i in test else "train" for i in range(len(rows))]
     sorted_out: dict[str, list[Record]] = {"train": [], "test": []}
     for row, side in zip(rows, sides, strict=True):

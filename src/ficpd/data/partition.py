@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ficpd.data.tables import read_files
-from ficpd.data.untyped import are_real, number_of, spelled
-from ficpd.errors import DataError, unknown
-from ficpd.registry import Frozen
-from ficpd.rng import derive
-from ficpd.types import Record, Shard
+from ficpd.data.untyped import is_regression_target, parse_cell, parse_number
+from ficpd.errors import DataError, did_you_mean
+from ficpd.registry import FrozenConfig
+from ficpd.rng import derive_seed
+from ficpd.types import ClientData, Record
 
 NUM_BINS = 10
 """A target that is a real number is skewed by its quantile bin."""
@@ -27,7 +27,7 @@ NUM_DRAWS = 1000
 """How often the shares are drawn before giving up on `min_records`."""
 
 
-class Config(Frozen):
+class Config(FrozenConfig):
     """How records become clients.
 
     `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
@@ -53,7 +53,7 @@ class Config(Frozen):
         return self
 
 
-class Data(Protocol):
+class SplitRecords(Protocol):
     """Train and test records to divide."""
 
     @property
@@ -62,7 +62,7 @@ class Data(Protocol):
     def test(self) -> Sequence[Record]: ...
 
 
-def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, Shard]:
+def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dict[str, ClientData]:
     """Every record, train and test, to exactly one client; clients by name, in order.
 
     Test records are dealt by the same shares as train records, so that a client is tested on its own skew. A client
@@ -78,7 +78,7 @@ def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, S
     """
     if not data.train:
         raise DataError("there are no train records to partition; the source must hold at least one")
-    shards = {"client": Shard(list(data.train), list(data.test), {})}
+    shards = {"client": ClientData(list(data.train), list(data.test), {})}
     if config.column is not None:
         shards = _by_column(config.column, shards["client"])
     if config.num_clients is not None:
@@ -92,13 +92,13 @@ def partition(config: Config, data: Data, target: str, seed: int) -> dict[str, S
         for name, facts in read_cards(config.cards).items():
             if name not in shards:
                 raise DataError(
-                    f"{config.cards}: {unknown('client', name, shards)}; cards name the clients of the partition"
+                    f"{config.cards}: {did_you_mean('client', name, shards)}; cards name the clients of the partition"
                 )
             shards[name].metadata.update(facts)
     return dict(sorted(shards.items()))
 
 
-def _agreed(client: str, shard: Shard, column: str) -> str | float:
+def _agreed(client: str, shard: ClientData, column: str) -> str | float:
     """The one value of a column in all of a client's records. What only most of them have would tell of the records."""
     records = [*shard.train, *shard.test]
     first = _field(records[0], column)
@@ -118,7 +118,7 @@ def read_cards(path: str) -> dict[str, dict[str, str | float]]:
     for table in read_files(Path(path).expanduser()):
         if "client" not in table.columns:
             raise DataError(
-                f"{table.name}: {unknown('column', 'client', table.columns)}; cards need one that names the client"
+                f"{table.name}: {did_you_mean('column', 'client', table.columns)}; cards need one that names the client"
             )
         for number, row in table.rows.items():
             name = str(row["client"])
@@ -126,18 +126,18 @@ def read_cards(path: str) -> dict[str, dict[str, str | float]]:
                 raise DataError(
                     f"{table.name} row {number}: client {name!r} has a card already; give each client one row"
                 )
-            facts = {key: number_of(value) for key, value in row.items() if key != "client"}
+            facts = {key: parse_cell(value) for key, value in row.items() if key != "client"}
             cards[name] = {key: v for key, v in facts.items() if v is not None and v == v and str(v).strip()}
     return cards
 
 
-def _by_column(column: str, data: Shard) -> dict[str, Shard]:
+def _by_column(column: str, data: ClientData) -> dict[str, ClientData]:
     """One shard per value of the column."""
-    groups: dict[str, Shard] = {}
+    groups: dict[str, ClientData] = {}
     for side in ("train", "test"):
         for record in getattr(data, side):
             value = str(_field(record, column))
-            group = groups.setdefault(value, Shard([], [], {column: value}))
+            group = groups.setdefault(value, ClientData([], [], {column: value}))
             getattr(group, side).append(record)
     return groups
 
@@ -154,7 +154,7 @@ def _field(record: Record, name: str) -> Any:
     return value
 
 
-def _clients_of(config: Config, num_clients: int, groups: Mapping[str, Shard]) -> dict[str, int]:
+def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientData]) -> dict[str, int]:
     """How many clients each group becomes: equally many; the largest take one more where it does not divide."""
     if num_clients < len(groups):
         raise DataError(
@@ -166,11 +166,13 @@ def _clients_of(config: Config, num_clients: int, groups: Mapping[str, Shard]) -
     return {name: each + (place < more) for place, name in enumerate(by_size)}
 
 
-def _deal(config: Config, group: str, data: Shard, num_clients: int, target: str, seed: int) -> dict[str, Shard]:
+def _deal(
+    config: Config, group: str, data: ClientData, num_clients: int, target: str, seed: int
+) -> dict[str, ClientData]:
     """A group's records to its clients, label by label, in the shares that were drawn for the label."""
-    rng = np.random.default_rng(derive(seed, "partition", group))
+    rng = np.random.default_rng(derive_seed(seed, "partition", group))
     names = [f"{group}-{i:0{len(str(num_clients - 1))}}" for i in range(num_clients)]
-    shards = {name: Shard([], [], dict(data.metadata)) for name in names}
+    shards = {name: ClientData([], [], dict(data.metadata)) for name in names}
     labels = _labels(config, data, target)
     shares = _shares(config, labels, names, rng)
     for side in ("train", "test"):
@@ -180,15 +182,15 @@ def _deal(config: Config, group: str, data: Shard, num_clients: int, target: str
     return shards
 
 
-def _labels(config: Config, data: Shard, target: str) -> dict[str, list[str]]:
+def _labels(config: Config, data: ClientData, target: str) -> dict[str, list[str]]:
     """What the skew goes by: the target as text, the quantile bin of a real number, or (iid) one label for all. Targets of
     a file without types are numbers if all of them spell one."""
     sides = {"train": data.train, "test": data.test}
     if config.kind == "iid":
         return {side: [""] * len(records) for side, records in sides.items()}
     values = {side: [_field(record, target) for record in records] for side, records in sides.items()}
-    if are_real(value for column in values.values() for value in column):
-        numbers = {side: [spelled(value) for value in column] for side, column in values.items()}
+    if is_regression_target(value for column in values.values() for value in column):
+        numbers = {side: [parse_number(value) for value in column] for side, column in values.items()}
         edges = np.unique(np.quantile(numbers["train"], np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
         values = {side: np.digitize(column, edges).tolist() for side, column in numbers.items()}
     return {side: [str(value) for value in column] for side, column in values.items()}

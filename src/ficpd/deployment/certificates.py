@@ -19,7 +19,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedCert:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
@@ -37,7 +37,7 @@ class Signed:
         return self.certificate.not_valid_after_utc.date().isoformat()
 
 
-def authority() -> Signed:
+def create_ca() -> SignedCert:
     """A certificate authority of this federation alone; it signs servers and no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _named("FICPD federation authority")
@@ -48,10 +48,10 @@ def authority() -> Signed:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
-    return Signed(key, built.sign(key, hashes.SHA384()))
+    return SignedCert(key, built.sign(key, hashes.SHA384()))
 
 
-def server(ca: Signed, host: str) -> Signed:
+def create_server_cert(ca: SignedCert, host: str) -> SignedCert:
     """A server's certificate for `host` (a DNS name or an IP address) and for this machine's own names."""
     key = ec.generate_private_key(ec.SECP384R1())
     names = [_alternative(name) for name in dict.fromkeys((host, *LOCAL))]
@@ -65,10 +65,10 @@ def server(ca: Signed, host: str) -> Signed:
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(of_ca, critical=False)
     )
-    return Signed(key, built.sign(ca.key, hashes.SHA384()))
+    return SignedCert(key, built.sign(ca.key, hashes.SHA384()))
 
 
-def node(comment: str) -> tuple[bytes, bytes]:
+def create_node_key(comment: str) -> tuple[bytes, bytes]:
     """A SuperNode's private and public key in OpenSSH's formats, as `ssh-keygen -t ecdsa -b 384` writes them."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -12,33 +12,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ficpd.backbones.autotune import machine
+from ficpd.backbones.autotune import machine_info
 from ficpd.deployment import run_spec
-from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.errors import BudgetError, ConfigError, FicpdError, SiteError
-from ficpd.evaluation.evaluate import summary
-from ficpd.experiments.build import World, served_world
+from ficpd.evaluation.evaluate import client_mean
+from ficpd.experiments.build import ExperimentContext, build_context_without_records
 from ficpd.experiments.config import Experiment, parse, to_toml
-from ficpd.experiments.distillation import DISTILLED, check_refine
+from ficpd.experiments.distillation import DISTILLED, validate_distillation
 from ficpd.experiments.run_directory import SITES, RunDir
 from ficpd.experiments.setup import (
     VERSIONS,
-    clusters_of,
-    knowing_the_noise,
-    labels_of,
-    library_of,
-    method_of,
-    refined_of,
-    schedule_of,
-    settings_of,
+    build_library,
+    build_method,
+    build_schedule,
+    cluster_report,
+    distill_if_configured,
+    method_config,
+    num_labels_by_group,
+    with_noise_scale,
 )
 from ficpd.federation import codec
-from ficpd.federation.privacy_plan import NONE, Guard, build_guard, part_for, public_seed
-from ficpd.federation.rounds import Round, federate
+from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for, public_seed
+from ficpd.federation.rounds import Round, run_rounds
 from ficpd.interfaces import Method
 from ficpd.library.card import guarantee
-from ficpd.registry import checked
-from ficpd.types import ClientCard, Setup, Shard, State
+from ficpd.registry import validate
+from ficpd.types import ClientCard, ClientData, FederationInfo, State
 
 if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flower
     from flwr.app import Context
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flowe
 Say = Callable[[str], None]
 
 
-def serve_app(grid: "Grid", context: "Context") -> None:
+def server_main(grid: "Grid", context: "Context") -> None:
     """What Flower's server process runs. Settings: `recipe` (TOML text), `recipe-name`, `out`, `resume`."""
     from ficpd.deployment.flower_engine import Config, Flower
 
@@ -58,8 +58,8 @@ def serve_app(grid: "Grid", context: "Context") -> None:
     try:
         recipe, name = str(given["recipe"]), str(given.get("recipe-name", "recipe.toml"))
         experiment = parse(recipe, name, records=False)
-        engine = Flower(checked(Config, experiment.engine.options, f"{name}: engine.options"), grid, "", say)
-        serve(recipe, name, Path(str(given["out"])), engine, bool(given.get("resume", False)), say)
+        engine = Flower(validate(Config, experiment.engine.options, f"{name}: engine.options"), grid, "", say)
+        run_coordinator(recipe, name, Path(str(given["out"])), engine, bool(given.get("resume", False)), say)
     except FicpdError as error:
         say(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
@@ -69,15 +69,15 @@ def _to_the_log(line: str) -> None:
     print(line, flush=True)
 
 
-def serve(
+def run_coordinator(
     recipe: str, recipe_name: str, out: Path, engine: "Flower", resume: bool = False, say: Say = _to_the_log
 ) -> dict[str, Any]:
     """Run a recipe's method among the sites that come. Raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError`,
-    before any site is waited for, if the method is not for sites or not private in this way, what `check_refine` raises,
+    before any site is waited for, if the method is not for sites or not private in this way, what `validate_distillation` raises,
     `SiteError` for sites that do not come or have another backbone; nothing is asked of anybody before all of that is known.
     """
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
-    with directory.held():
+    with directory.lock():
         directory.check(to_toml(experiment), resume)
         return _serve(experiment, directory, engine, (recipe, recipe_name), say)
 
@@ -90,16 +90,18 @@ def _serve(
         say(f"this run is finished: {out / 'report.md'}")
         return done
     resolved = out / "resolved.toml"
-    world = served_world(parse(resolved.read_text(), resolved.name, records=False) if resolved.exists() else experiment)
-    method = method_of(world, world.experiment.method)
-    if method.pools_data or not method.trains:
+    world = build_context_without_records(
+        parse(resolved.read_text(), resolved.name, records=False) if resolved.exists() else experiment
+    )
+    method = build_method(world, world.experiment.method)
+    if method.centralized or not method.trains:
         raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
-    part_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
-    check_refine(world, method)
+    privacy_config_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
+    validate_distillation(world, method)
     say(f"{experiment.name}: {method.name} on {world.experiment.backbone.name}, waiting for sites")
-    engine.gather(_sites_of(out))
+    engine.wait_for_sites(_sites_of(out))
     world = _with_sites(world, {card.name: card for card in engine.clients()}, engine.told)
-    world = world.starting(method)
+    world = world.with_method(method)
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(world.experiment))
     directory.write(SITES, json.dumps({card.name: dict(card.metadata) for card in engine.clients()}, indent=2) + "\n")
@@ -107,23 +109,23 @@ def _serve(
 
 
 def _rounds(
-    world: World, method: Method, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say
+    world: ExperimentContext, method: Method, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say
 ) -> dict[str, Any]:
-    experiment, schedule = world.experiment, schedule_of(world, method)
+    experiment, schedule = world.experiment, build_schedule(world, method)
     state, _, rounds, totals = directory.load() or _beginning(world, method, engine)
-    directory.check_told(len(rounds))
-    guard = _guard(world, method, state, directory, rounds)
-    directory.check_books([guard.central.book] if guard.central else [], method.name, len(rounds))
-    state = knowing_the_noise(world, method, state, guard)
+    directory.check_rounds_file(len(rounds))
+    plan = _guard(world, method, state, directory, rounds)
+    directory.check_ledgers([plan.central.account] if plan.central else [], method.name, len(rounds))
+    state = with_noise_scale(world, method, state, plan)
     engine.run = directory.run_id()
     names = [card.name for card in engine.clients()]
-    coordinates = world.compression.coordinates
-    body = run_spec.encode(Terms(experiment, *recipe, names, schedule, world.start, coordinates))
-    engine.terms_of = lambda site: body
-    promise = guarantee(_agreed(experiment.privacy, guard))
+    coordinates = world.compression.subspace
+    body = run_spec.encode(RunSpec(experiment, *recipe, names, schedule, world.start, coordinates))
+    engine.spec_for = lambda site: body
+    promise = guarantee(_agreed(experiment.privacy, plan))
     say(f"{len(names)} sites: {', '.join(names)}; terms of {len(body):,} bytes to each, once; privacy: {promise}")
-    going = federate(
-        method, engine, world.model, state, schedule, world.compression, len(rounds) + 1, guard.central
+    going = run_rounds(
+        method, engine, world.model, state, schedule, world.compression, len(rounds) + 1, plan.central
     )  # fmt: skip
     stopped = None
     try:
@@ -133,23 +135,23 @@ def _rounds(
             totals["train"] += done.seconds_train
             totals["aggregate"] += done.seconds_aggregate
             directory.save(state, {}, rounds, totals)
-            say(_line(done, schedule.num_rounds, guard))
+            say(_line(done, schedule.num_rounds, plan))
     except BudgetError as error:
         stopped = str(error)
         say(f"stopped: {stopped}")
     scores = engine.evaluate(
         {
             card.name: codec.encode_assignment(
-                method.assign(state, card, schedule.num_rounds + 1), world.model.backbone.fingerprint
+                method.make_assignment(state, card, schedule.num_rounds + 1), world.model.backbone.fingerprint
             )
             for card in engine.clients()
         }
     )
-    return _left(world, method, state, directory, rounds, totals, guard, scores, stopped, len(body), say)
+    return _left(world, method, state, directory, rounds, totals, plan, scores, stopped, len(body), say)
 
 
 def _left(
-    world, method, state, directory, rounds, totals, guard, scores, stopped, terms_bytes: int, say: Say
+    world, method, state, directory, rounds, totals, plan, scores, stopped, terms_bytes: int, say: Say
 ) -> dict[str, Any]:
     """The library, the result and the report."""
     experiment = world.experiment
@@ -174,19 +176,19 @@ def _left(
         "seconds": dict(totals),
         "dropped_updates": sum(len(done.dropped) for done in rounds),
         "compression": experiment.compression,
-        "clusters": clusters_of(world, state),
-        "settings": settings_of(experiment.method),
-        "privacy": _agreed(experiment.privacy, guard),
+        "clusters": cluster_report(world, state),
+        "settings": method_config(experiment.method),
+        "privacy": _agreed(experiment.privacy, plan),
         "stopped": stopped,
-        "machine": {**machine(world.model.backbone.device), "system": platform.system()},
+        "machine": {**machine_info(world.model.backbone.device), "system": platform.system()},
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }
-    guard.close()
+    plan.close()
     distilled = {}
-    if result["clusters"] and (refined := refined_of(world, method, state, directory)):
+    if result["clusters"] and (refined := distill_if_configured(world, method, state, directory)):
         result["distillation"], distilled = refined.facts, {DISTILLED: refined.prompt}
-    library_of(world, method, state, result, distilled).save(directory.path / "library")
-    directory.write("report.md", report(result, rounds))
+    build_library(world, method, state, result, distilled).save(directory.path / "library")
+    directory.write("report.md", coordinator_report(result, rounds))
     directory.write("result.json", json.dumps(result, indent=2) + "\n")
     say(f"library: {directory.path / 'library'}")
     say(f"report:  {directory.path / 'report.md'}")
@@ -201,7 +203,9 @@ def _sites_of(out: Path) -> dict[str, ClientCard] | None:
     return {name: ClientCard(name, facts) for name, facts in json.loads(file.read_text()).items()}
 
 
-def _with_sites(world: World, cards: Mapping[str, ClientCard], told: Mapping[str, Mapping[str, Any]]) -> World:
+def _with_sites(
+    world: ExperimentContext, cards: Mapping[str, ClientCard], told: Mapping[str, Mapping[str, Any]]
+) -> ExperimentContext:
     """The sites as clients without records. Raises `SiteError` for one that has another backbone or no task here."""
     fingerprint, groups = world.model.backbone.fingerprint, world.experiment.groups
     others = {
@@ -218,40 +222,42 @@ def _with_sites(world: World, cards: Mapping[str, ClientCard], told: Mapping[str
         raise SiteError(
             f"sites {', '.join(lost)}: a name begins with its task's group and a dot, and the recipe has {', '.join(groups)}"
         )
-    shards = {name: Shard([], [], dict(cards[name].metadata)) for name in sorted(cards)}
+    shards = {name: ClientData([], [], dict(cards[name].metadata)) for name in sorted(cards)}
     return replace(world, shards=shards, group_of=group)
 
 
 def _beginning(
-    world: World, method: Method, engine: "Flower"
+    world: ExperimentContext, method: Method, engine: "Flower"
 ) -> tuple[State, dict[str, Any], list[Round], dict[str, Any]]:
     federation, number = world.experiment.federation, len(world.shards)
     cohort = min(federation.clients_per_round or number, number)
     cards = sorted(engine.clients(), key=lambda card: card.name)
     seed = public_seed(world.experiment.seed)
-    setup = Setup(world.start, cards, federation.num_rounds, cohort, seed, labels_of(world))
+    setup = FederationInfo(world.start, cards, federation.num_rounds, cohort, seed, num_labels_by_group(world))
     return method.init(setup), {}, [], {"train": 0.0, "aggregate": 0.0}
 
 
-def _guard(world: World, method: Method, state: State, directory: RunDir, rounds: list[Round]) -> Guard:
+def _guard(
+    world: ExperimentContext, method: Method, state: State, directory: RunDir, rounds: list[Round]
+) -> PrivacyPlan:
     """What the server itself has to pay for: the noise on a sum, and the noise on an update that it may know of. That of a
     sum is the operating system's: every site has the experiment's seed and could take away what comes from it. What is
     noised per record, each site plans and pays by itself, for only it knows how many it has."""
-    part = part_for(method, world.experiment.privacy)
+    part = privacy_config_for(method, world.experiment.privacy)
     part = {**part, "noise": "cryptographic"} if "placement" in part else NONE
-    batch_size = 1 if part is NONE else method.work(state)[1]
-    nobody = {name: Shard([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
+    batch_size = 1 if part is NONE else method.local_workload(state)[1]
+    nobody = {name: ClientData([None] * batch_size, [], {}) for name in world.shards}  # type: ignore[list-item]
     paid = max((done.round for done in rounds if done.updates), default=0) if part.get("placement") == "central" else 0
-    return build_guard(
-        part, method, state, nobody, schedule_of(world, method), world.experiment.seed, directory.path,
+    return plan_privacy(
+        part, method, state, nobody, build_schedule(world, method), world.experiment.seed, directory.path,
         directory.run_id(), paid,
     )  # fmt: skip
 
 
-def _agreed(privacy: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
+def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> dict[str, Any]:
     """The guarantee that every site's own noise has to keep; what a site has spent of it, its own ledger says."""
-    if guard.central:
-        return guard.block()
+    if plan.central:
+        return plan.to_report()
     if privacy["name"] == "none":
         return {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None, "noise": None}
     return {
@@ -265,18 +271,18 @@ def _agreed(privacy: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
     }
 
 
-def _line(done: Round, planned: int, guard: Guard) -> str:
+def _line(done: Round, planned: int, plan: PrivacyPlan) -> str:
     """A round as its operator sees it."""
     words = f"round {done.round}/{planned}: {done.updates} of {done.clients} sites, {done.seconds_train:.1f} s, "
     words += f"{done.bytes_up:,} bytes up, {done.bytes_down:,} down"
-    if guard.central:
-        words += f", epsilon {guard.central.book.epsilon():.3g}"
+    if plan.central:
+        words += f", epsilon {plan.central.account.epsilon():.3g}"
     for kind, named in (("dropped", done.dropped), ("set aside", done.set_aside)):
         words += "".join(f"; {kind} {name}: {why}" for name, why in sorted(named.items()))
     return words
 
 
-def report(result: Mapping[str, Any], rounds: list[Round]) -> str:
+def coordinator_report(result: Mapping[str, Any], rounds: list[Round]) -> str:
     """A page for the coordinator."""
     privacy = result["privacy"]
     lines = [
@@ -296,7 +302,7 @@ def report(result: Mapping[str, Any], rounds: list[Round]) -> str:
             f"- {kind}: "
             + ", ".join(
                 f"{metric} {value:.3f}"
-                for metric, value in summary({n: s[kind] for n, s in scores.items() if kind in s}).items()
+                for metric, value in client_mean({n: s[kind] for n, s in scores.items() if kind in s}).items()
             )
             for kind in kinds
         ] + [""]

@@ -20,7 +20,7 @@ from typing import Any
 
 import tomli_w
 
-from ficpd.deployment.flower_cli import environment, flower, free_ports, submit
+from ficpd.deployment.flower_cli import clean_env, flower_binary, flwr_run, free_ports
 from ficpd.deployment.provision import INNER_PORT, init
 from ficpd.errors import RunError
 
@@ -69,14 +69,14 @@ def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack
     say(f"{len(SITES)} sites are connected after {time.monotonic() - began:.1f} s")
     began = time.monotonic()
     recipe = folder / "recipe.toml"
-    status = submit(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], {"FLWR_HOME": str(home)})
+    status = flwr_run(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], {"FLWR_HOME": str(home)})
     if status:
         raise RunError(f"the run ended without a result in {out}:\n{_tail(folder / 'superlink.log')}")
     say(f"{rounds} rounds, and what comes before and after them: {time.monotonic() - began:.1f} s")
     for name in SITES:
         say(f"\n{name}:")
         command = [sys.executable, "-m", "ficpd", "site", "status", str(folder / f"{name}.toml")]
-        subprocess.run(command, env=environment(), check=True)
+        subprocess.run(command, env=clean_env(), check=True)
     say(f"\nlibrary: {out / 'library'}")
 
 
@@ -109,7 +109,7 @@ def _site(folder: Path, name: str, domain: str) -> Path:
 def _superlink(folder: Path, port: int) -> list[str]:
     written = folder / "deploy" / "coordinator"
     return [
-        flower("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
+        flower_binary("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
         "--ssl-ca-certfile", str(written / "ca.crt"), "--ssl-certfile", str(written / "server.crt"),
         "--ssl-keyfile", str(written / "server.key"), "--enable-supernode-auth",
         "--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation",
@@ -119,7 +119,7 @@ def _superlink(folder: Path, port: int) -> list[str]:
 def _supernode(folder: Path, name: str, ca: Path, superlink: int, port: int) -> list[str]:
     key = folder / "deploy" / "sites" / name / "supernode.key"
     return [
-        flower("flower-supernode"), "--superlink", f"127.0.0.1:{superlink}", "--root-certificates", str(ca),
+        flower_binary("flower-supernode"), "--superlink", f"127.0.0.1:{superlink}", "--root-certificates", str(ca),
         "--auth-supernode-private-key", str(key), "--host", "127.0.0.1", "--port", str(port),
         "--node-config", f'socket="{folder / name}.sock" name="{name}"',
     ]  # fmt: skip
@@ -132,7 +132,11 @@ def _online(home: Path) -> int:
 
 def _flwr(home: Path, *words: str) -> str:
     done = subprocess.run(
-        [flower("flwr"), *words], env=environment({"FLWR_HOME": str(home)}), capture_output=True, text=True, check=False
+        [flower_binary("flwr"), *words],
+        env=clean_env({"FLWR_HOME": str(home)}),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RunError(f"flwr {' '.join(words)}: {(done.stdout + done.stderr).strip()}")
@@ -144,7 +148,7 @@ def _started(name: str, command: list[str], more: Mapping[str, str], folder: Pat
     """Starts a process in a session of its own, with its output in a log; ends it with all of its children."""
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=environment(more), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=clean_env(more), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         yield process

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import tomli_w
 
-from ficpd.errors import ConfigError, unknown
+from ficpd.errors import ConfigError, did_you_mean
 from ficpd.experiments.config import Experiment, to_toml
-from ficpd.registry import checked
+from ficpd.registry import validate
 
 APP = Path(__file__).parent / "flower-app"
 QUIET = {
@@ -28,7 +28,7 @@ QUIET = {
 """Turns telemetry and downloads off."""
 
 
-def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
+def run_with_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
     """Runs an experiment among real sites; returns the exit status of `flwr run`.
 
     `recipe`: the file that the experiment was read from without changes, so that a site can name its lines. Raises
@@ -36,7 +36,7 @@ def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: b
     """
     from ficpd.deployment.flower_engine import Config
 
-    config = checked(Config, experiment.engine.options, "engine.options")
+    config = validate(Config, experiment.engine.options, "engine.options")
     if config.superlink is None:
         raise ConfigError(
             'engine.name = "flower" runs among real sites and needs engine.options.superlink, the name of a connection in '
@@ -45,11 +45,11 @@ def over_flower(experiment: Experiment, recipe: str | None, out: Path, resume: b
     text, name = to_toml(experiment), f"{experiment.name}.toml"
     if recipe and Path(recipe).is_file():
         text, name = Path(recipe).read_text(encoding="utf-8"), Path(recipe).name
-    reachable(config.superlink)
-    return submit(text, name, out, resume, [config.superlink])
+    check_superlink(config.superlink)
+    return flwr_run(text, name, out, resume, [config.superlink])
 
 
-def submit(
+def flwr_run(
     text: str, name: str, out: Path, resume: bool, where: Sequence[str], more: Mapping[str, str] | None = None
 ) -> int:
     """Runs the app with a recipe by `flwr run`; returns its exit status.
@@ -61,17 +61,17 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
         config = Path(folder) / "run.toml"
         config.write_text(tomli_w.dumps(given), encoding="utf-8")
-        command = [flower("flwr"), "run", str(APP), *where, "--run-config", str(config), "--stream"]
-        return subprocess.run(command, env=environment(more), check=False).returncode
+        command = [flower_binary("flwr"), "run", str(APP), *where, "--run-config", str(config), "--stream"]
+        return subprocess.run(command, env=clean_env(more), check=False).returncode
 
 
-def reachable(connection: str) -> None:
+def check_superlink(connection: str) -> None:
     """Checks that a SuperLink answers.
 
     Raises `SiteError` within ten seconds where it does not, and `ConfigError` for a connection that Flower's
     configuration does not have.
     """
-    from ficpd.deployment.tls_check import reach
+    from ficpd.deployment.tls_check import check_tls
 
     file = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
     try:
@@ -81,16 +81,16 @@ def reachable(connection: str) -> None:
     named = {name: place for name, place in known.items() if isinstance(place, dict)}
     if connection not in named or "address" not in named[connection]:
         raise ConfigError(
-            f"{file}: {unknown('superlink', connection, named)}. engine.options.superlink names one with an address; "
+            f"{file}: {did_you_mean('superlink', connection, named)}. engine.options.superlink names one with an address; "
             "`ficpd deploy init` writes such a file"
         )
     place = named[connection]
     if not place.get("insecure", False):
         ca = place.get("root-certificates")
-        reach(str(place["address"]), Path(ca) if ca else None)
+        check_tls(str(place["address"]), Path(ca) if ca else None)
 
 
-def flower(program: str) -> str:
+def flower_binary(program: str) -> str:
     """Returns the path of one of Flower's programs. Raises `ConfigError` where Flower is not installed."""
     path = Path(sys.executable).parent / program
     if find_spec("flwr") is None or not path.exists():
@@ -98,7 +98,7 @@ def flower(program: str) -> str:
     return str(path)
 
 
-def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+def clean_env(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Returns this process's environment without telemetry, and with this Python's programs first in PATH.
 
     Flower starts its helpers by name.

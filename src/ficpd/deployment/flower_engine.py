@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field
 
 from ficpd.errors import ConfigError, SiteError
-from ficpd.federation.codec import Call, encode_call
+from ficpd.federation.codec import SiteRequest, encode_call
 from ficpd.types import ClientCard, Reply
 
 CALL, ANSWER = "call", "answer"
@@ -45,7 +45,7 @@ def build(config: Config, *_: Any) -> None:
 
 
 @dataclass
-class Sent:
+class PendingCall:
     """A call under way."""
 
     site: str
@@ -58,18 +58,18 @@ class Flower:
 
     def __init__(self, config: Config, grid: Grid, run: str, say: Callable[[str], None] = lambda line: None):
         self.config, self.grid, self.run, self.say = config, grid, run, say
-        self.terms_of: Callable[[str], bytes] = lambda site: b""
+        self.spec_for: Callable[[str], bytes] = lambda site: b""
         self.node: dict[str, int] = {}
         self.cards: dict[str, ClientCard] = {}
         self.told: dict[str, dict[str, Any]] = {}
         self.briefed: set[str] = set()
-        self.underway: dict[str, Sent] = {}
+        self.underway: dict[str, PendingCall] = {}
         self._asked: set[int] = set()
 
     def clients(self) -> Sequence[ClientCard]:
         return [self.cards[name] for name in sorted(self.cards)]
 
-    def gather(self, known: Mapping[str, ClientCard] | None = None) -> None:
+    def wait_for_sites(self, known: Mapping[str, ClientCard] | None = None) -> None:
         """Asks every node for its card until all wanted sites have come.
 
         `known`: the cards of a resumed run, which goes on once one of its sites is there. Raises `SiteError` for sites that
@@ -96,7 +96,7 @@ class Flower:
                 name: card for name, card in (known or {}).items() if name not in here
             }
 
-    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+    def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
         """Sends one call a site, the first with the run's terms, and yields the replies, late ones to earlier rounds too.
 
         New nodes are asked for their cards meanwhile, and a site that comes late joins the round. Without any site it waits
@@ -105,17 +105,17 @@ class Flower:
         until = time.monotonic() + self.config.deadline_seconds
         self.underway = {id: sent for id, sent in self.underway.items() if sent.what != "evaluate"}
         self._hello()
-        if not any(name in self.node for name in orders):
+        if not any(name in self.node for name in assignments):
             self._meet(self._greeted(), min(until, time.monotonic() + self.config.wait_seconds))
-        present = {name: order for name, order in orders.items() if name in self.node}
+        present = {name: assignment for name, assignment in assignments.items() if name in self.node}
         waiting = self._send("train", present)
         for sent, answer in self._answers(waiting, until):
             status, body = answer
             if sent.what == "hello":
                 name = self._answered_hello(sent, status, body)
-                if name is not None and name in orders and name not in present:
-                    present[name] = orders[name]
-                    waiting |= self._send("train", {name: orders[name]})
+                if name is not None and name in assignments and name not in present:
+                    present[name] = assignments[name]
+                    waiting |= self._send("train", {name: assignments[name]})
             elif status == TERMS_WANTED and sent.site in present:
                 self.briefed.discard(sent.site)
                 waiting |= self._send("train", {sent.site: present[sent.site]})
@@ -124,41 +124,43 @@ class Flower:
                 yield Reply(sent.site, body)
             else:
                 yield Reply(sent.site, None, _words(status, body), status == REFUSED)
-        for name in orders.keys() - present.keys():
+        for name in assignments.keys() - present.keys():
             yield Reply(name, None, f"{name} is not connected")
         for id in waiting & self.underway.keys():
             self.say(f"{self.underway[id].site} has not answered within {self.config.deadline_seconds:g} s")
 
-    def evaluate(self, orders: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    def evaluate(self, assignments: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
         """Has each site score its own test records. Scores come back where the site's policy shares them."""
-        waiting = self._send("evaluate", {name: order for name, order in orders.items() if name in self.node})
+        waiting = self._send(
+            "evaluate", {name: assignment for name, assignment in assignments.items() if name in self.node}
+        )
         found = {}
         for sent, (status, body) in self._answers(waiting, time.monotonic() + self.config.deadline_seconds):
             if sent.what == "evaluate" and status == 200:
                 found[sent.site] = json.loads(body)
         return found
 
-    def _send(self, what: str, orders: Mapping[str, bytes]) -> set[str]:
+    def _send(self, what: str, assignments: Mapping[str, bytes]) -> set[str]:
         """Pushes a call to each site; returns the ids of the messages."""
-        messages, names = [], list(orders)
+        messages, names = [], list(assignments)
         for name in names:
-            terms = b"" if name in self.briefed else self.terms_of(name)
-            messages.append(self._message(self.node[name], Call(what, self.run, orders[name], terms)))
-        return self._pushed(messages, [Sent(name, what) for name in names])
+            terms = b"" if name in self.briefed else self.spec_for(name)
+            messages.append(self._message(self.node[name], SiteRequest(what, self.run, assignments[name], terms)))
+        return self._pushed(messages, [PendingCall(name, what) for name in names])
 
-    def _message(self, node: int, call: Call) -> Message:
+    def _message(self, node: int, call: SiteRequest) -> Message:
         kind = "train" if call.what == "train" else "query"
         record = RecordDict({CALL: ConfigRecord({"body": encode_call(call)})})
         return Message(record, dst_node_id=node, message_type=kind, ttl=2 * self.config.deadline_seconds)
 
-    def _pushed(self, messages: Sequence[Message], sent: Sequence[Sent]) -> set[str]:
+    def _pushed(self, messages: Sequence[Message], sent: Sequence[PendingCall]) -> set[str]:
         if not messages:
             return set()
         ids = list(self.grid.push_messages(messages))
         self.underway |= {id: one for id, one in zip(ids, sent, strict=True) if id}
         return {id for id in ids if id}
 
-    def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[Sent, tuple[int, bytes]]]:
+    def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[PendingCall, tuple[int, bytes]]]:
         """Yields answers as they come, to earlier calls too, until all of `waiting` is answered or the time is over."""
         while waiting & self.underway.keys():
             for message in self.grid.pull_messages(list(self.underway)):
@@ -182,14 +184,14 @@ class Flower:
         self.node = {name: node for name, node in self.node.items() if node in here}
         new = sorted(here - self._asked)
         self._asked |= set(new)
-        self._pushed([self._message(n, Call("hello")) for n in new], [Sent(str(n), "hello") for n in new])
+        self._pushed([self._message(n, SiteRequest("hello")) for n in new], [PendingCall(str(n), "hello") for n in new])
 
     def _meet(self, hellos: set[str], until: float) -> None:
         for sent, (status, body) in self._answers(hellos, until):
             if sent.what == "hello":
                 self._answered_hello(sent, status, body)
 
-    def _answered_hello(self, sent: Sent, status: int, body: bytes) -> str | None:
+    def _answered_hello(self, sent: PendingCall, status: int, body: bytes) -> str | None:
         """Returns the site's name; None without an answer, and then the node is asked again: it may be starting."""
         if status == 200:
             return self._met(int(sent.site), json.loads(body))

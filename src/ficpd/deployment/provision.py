@@ -80,8 +80,8 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
     except ImportError as error:
         raise ConfigError(f"{error}; install what a deployment needs: pip install 'ficpd[flower]'") from error
     here = resources.files("ficpd.deployment")
-    ca = certificates.authority()
-    server = certificates.server(ca, host)
+    ca = certificates.create_ca()
+    server = certificates.create_server_cert(ca, host)
     words = {
         "ADDRESS": address, "HOST": host, "PORT": str(port), "INNER": str(INNER_PORT), "NAMES": ", ".join(sites),
         "SITES": ", ".join(f'"{name}"' for name in sites), "CA_ENDS": ca.ends, "SERVER_ENDS": server.ends,
@@ -99,7 +99,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
     (coordinator / "sites").mkdir()
     lines = ["# Once, when SuperLink runs: lets these sites' SuperNodes in, and nobody else's.\n", "set -e\n"]
     for name in sites:
-        private, public = certificates.node(name)
+        private, public = certificates.create_node_key(name)
         site = made / "sites" / name
         _fill(here / "templates" / "site", site, words | {"NAME": name})
         _secret(site / "supernode.key", private)

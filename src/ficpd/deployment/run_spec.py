@@ -12,17 +12,17 @@ from torch import Tensor
 from ficpd import storage
 from ficpd.errors import CodecError, ConfigError
 from ficpd.experiments.config import Experiment, parse, to_toml
-from ficpd.federation.compression.subspace import Directions
-from ficpd.federation.privacy_plan import planned
-from ficpd.federation.rounds import Schedule
-from ficpd.interfaces import Backbone, Compression, Coordinates, Method, Task
-from ficpd.registry import settings
+from ficpd.federation.compression.subspace import GradientSubspace
+from ficpd.federation.privacy_plan import client_workloads
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.interfaces import Backbone, Compression, Method, Subspace, Task
+from ficpd.registry import build_config
 from ficpd.traits import Rebuilds
-from ficpd.types import FARTHEST, Plan, Prompt, State
+from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 
 @dataclass(frozen=True)
-class Terms:
+class RunSpec:
     """`experiment` with every "auto" resolved at the coordinator; `recipe` is the text as it was written, `recipe_name` its
     file. `names`: all clients, because cohorts are drawn from them by a public seed."""
 
@@ -30,33 +30,33 @@ class Terms:
     recipe: str
     recipe_name: str
     names: Sequence[str]
-    schedule: Schedule
+    schedule: RoundSchedule
     start: Prompt
-    coordinates: Coordinates | None
+    coordinates: Subspace | None
 
     def method(self) -> Method:
-        module, config = settings("methods", self.experiment.method)
+        module, config = build_config("methods", self.experiment.method)
         method: Method = module.build(config, self.experiment.training)
         if isinstance(method, Rebuilds):
-            method.coordinates = self.compression().coordinates
+            method.subspace = self.compression().subspace
         return method
 
     def compression(self) -> Compression:
         """The same as the coordinator's: directions that were found there are taken from there."""
-        module, config = settings("compression", self.experiment.compression)
+        module, config = build_config("compression", self.experiment.compression)
         return module.build(config, self.start, self.schedule.seed, self.coordinates)
 
-    def plan(self, client: str, num_records: int) -> Plan:
+    def plan(self, client: str, num_records: int) -> ClientWorkload:
         """What this client will be asked in the whole run."""
         if client not in self.names:
             raise ConfigError(f"the run's terms know no client {client!r}, but {', '.join(sorted(self.names))}")
-        return planned(self.method(), State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
+        return client_workloads(self.method(), State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
 
 
-def encode(terms: Terms) -> bytes:
+def encode(terms: RunSpec) -> bytes:
     arrays: dict[str, Tensor] = {"start": terms.start.vectors_PD}
-    if isinstance(terms.coordinates, Directions):
-        arrays |= {"rows": terms.coordinates.rows, "typical": terms.coordinates.typical}
+    if isinstance(terms.coordinates, GradientSubspace):
+        arrays |= {"rows": terms.coordinates.rows, "typical": terms.coordinates.grad_scale}
     facts = {
         "experiment": to_toml(terms.experiment),
         "recipe": terms.recipe,
@@ -68,7 +68,7 @@ def encode(terms: Terms) -> bytes:
     return storage.encode_state(State(arrays, facts), {})
 
 
-def decode(body: bytes, known: Sequence[str] = ()) -> Terms:
+def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
     """Raises `CodecError` for anything but whole terms of this version. A module outside the package is loaded only if it is
     `known`: whoever sends terms shall not choose what a site imports."""
     state, _ = storage.decode_state(body)
@@ -79,10 +79,10 @@ def decode(body: bytes, known: Sequence[str] = ()) -> Terms:
         coordinates = None
         if "rows" in arrays:
             _check_rows(arrays["rows"], arrays["typical"], start)
-            coordinates = Directions(arrays["rows"], arrays["typical"], tuple(start.vectors_PD.shape))
+            coordinates = GradientSubspace(arrays["rows"], arrays["typical"], tuple(start.vectors_PD.shape))
         experiment = parse(facts["experiment"], "the run's terms", records=False)
-        schedule = Schedule(**facts["schedule"])
-        return Terms(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
+        schedule = RoundSchedule(**facts["schedule"])
+        return RunSpec(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CodecError(f"these are no terms of this version: {error}") from error
 
@@ -92,7 +92,11 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
     tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
     parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
     named = [part.get("name") for part in (*parts, *tasks)]
-    named += [tree.get("training", {}).get("tuner"), tree.get("backbone", {}).get("kind"), *tree.get("baselines", ())]
+    named += [
+        tree.get("training", {}).get("optimizer"),
+        tree.get("backbone", {}).get("kind"),
+        *tree.get("baselines", ()),
+    ]
     for name in named:
         if "." in str(name or "") and name not in known:
             raise ValueError(
@@ -110,7 +114,7 @@ def _check_rows(rows: Tensor, typical: Tensor, start: Prompt) -> None:
         raise ValueError("directions that are not orthonormal, or not of positive length")
 
 
-def check_start(start: Prompt, task: Task, backbone: Backbone) -> None:
+def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone) -> None:
     """Raises `CodecError` for a start that no run on this backbone and task has: one with more or fewer rows of a readout
     would have the site cut its texts elsewhere than it uses them, so that long records fail and tell of themselves; one far
     outside of what the backbone knows is where rounding lets records depend on one another."""
@@ -127,9 +131,11 @@ def check_start(start: Prompt, task: Task, backbone: Backbone) -> None:
         raise CodecError(f"the run's prompts enter at layer {enters_at}, expected 0 to {backbone.depth - 1}")
     if not bool(torch.isfinite(vectors_PD).all()):
         raise CodecError("the run's start has numbers that are not finite")
-    known_PD = backbone.start(None, max(start.room, 1), enters_at, 0)
-    if not Prompt(known_PD, backbone.fingerprint).reaches(vectors_PD):
-        raise CodecError(f"the run's start is more than {FARTHEST:g} times as long as words of {backbone.name}")
+    known_PD = backbone.init_prompt(None, max(start.num_virtual_tokens, 1), enters_at, 0)
+    if not Prompt(known_PD, backbone.fingerprint).within_max_norm(vectors_PD):
+        raise CodecError(
+            f"the run's start is more than {MAX_PROMPT_NORM_RATIO:g} times as long as words of {backbone.name}"
+        )
 
 
 def group_of(client: str, groups: Mapping[str, object]) -> str:

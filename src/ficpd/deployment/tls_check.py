@@ -13,7 +13,7 @@ from ficpd.errors import SiteError
 SECONDS = 8.0
 
 
-def reach(address: str, ca: Path | None = None, seconds: float = SECONDS) -> str:
+def check_tls(address: str, ca: Path | None = None, seconds: float = SECONDS) -> str:
     """Makes a handshake with `address` (HOST:PORT), checked as Flower checks it; returns a sentence on the certificate.
 
     `ca`: the authority's certificate (PEM); None: the authorities that this machine trusts. Raises `SiteError` with the

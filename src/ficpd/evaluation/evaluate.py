@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ficpd.backbones.query_engine import Compute, drive, drive_many
+from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
-from ficpd.federation.client import Client, at_home, personal_prompt
+from ficpd.federation.client import Client, calibrated_batch, personal_prompt
 from ficpd.interfaces import Method
 from ficpd.traits import Demonstrates
 from ficpd.types import Answer, Batch, Query, Score, State
@@ -16,7 +16,7 @@ from ficpd.types import Answer, Batch, Query, Score, State
 
 def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
     """The task's predictions under one prompt, in the records' order."""
-    writes = batch.task.writes
+    writes = batch.task.max_new_tokens
     answer = yield Query(prompt_PD[None], batch, outputs=not writes, write=writes)
     return batch.task.predict(answer, batch)
 
@@ -34,60 +34,60 @@ class Evaluation:
     predicted: Mapping[str, list]
 
 
-def evaluate(method: Method, state: State, clients: Mapping[str, Client], model: Compute, round: int) -> Evaluation:
+def evaluate(method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int) -> Evaluation:
     """All of a method's prompts, in lock step."""
     tested = {name: client for name, client in clients.items() if client.test}
-    orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
-    personal = {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}
-    shared = method.prompt(state)
+    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
+    personal = {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}
+    shared = method.global_prompt(state)
     batches = {name: client.encoded("test") for name, client in tested.items()}
     at_their = {name: _asked(method, tested[name], personal[name], batch, model) for name, batch in batches.items()}
-    own = predicted_by({name: (personal[name], batch) for name, batch in at_their.items()}, model)
+    own = predict_all({name: (personal[name], batch) for name, batch in at_their.items()}, model)
     same = shared is not None and all(
         torch.equal(prompt, shared) and at_their[name] is batches[name] for name, prompt in personal.items()
     )
     if same:
         everyone = own
     elif shared is not None:
-        everyone = predicted_by({name: (shared, batch) for name, batch in batches.items()}, model)
+        everyone = predict_all({name: (shared, batch) for name, batch in batches.items()}, model)
     else:
         everyone = None
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
-        None if everyone is None else _pooled(everyone, tested), scores, summary(scores), worst_of(scores), own
+        None if everyone is None else _pooled(everyone, tested), scores, client_mean(scores), worst_client(scores), own
     )
 
 
-def _asked(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: Compute) -> Batch:
+def _asked(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: QueryEngine) -> Batch:
     """A client's test records as it asks about them: with what it knows of its own, and what it shows beside them."""
     if not isinstance(method, Demonstrates):
-        return at_home(method, client, batch)
+        return calibrated_batch(method, client, batch)
     prompt = client.start.with_vectors(prompt_PD)
     known = client.task, client.train, client.encoded(), prompt, client.backbone
-    return drive(model, method.demonstrate(*known)).encode(client.task, client.test, client.backbone, prompt, batch)
-
-
-def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: Compute) -> Score:
-    """One prompt on everybody's test records; of several tasks, each counts once."""
-    tested = {name: client for name, client in clients.items() if client.test}
-    return _pooled(
-        predicted_by({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested
+    return run_queries(model, method.demonstrate(*known)).encode(
+        client.task, client.test, client.backbone, prompt, batch
     )
 
 
-def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: Compute) -> Score:
+def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: QueryEngine) -> Score:
+    """One prompt on everybody's test records; of several tasks, each counts once."""
+    tested = {name: client for name, client in clients.items() if client.test}
+    return _pooled(predict_all({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested)
+
+
+def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: QueryEngine) -> Score:
     """One prompt on one batch."""
-    return batch.task.score(drive(model, predictions(prompt_PD, batch)), targets)
+    return batch.task.score(run_queries(model, predictions(prompt_PD, batch)), targets)
 
 
-def summary(scores: Mapping[str, Score]) -> Score:
+def client_mean(scores: Mapping[str, Score]) -> Score:
     """The mean over clients, each client counting once."""
     names = sorted({name for score in scores.values() for name in score})
     return {name: sum(s[name] for s in scores.values() if name in s) / sum(name in s for s in scores.values())
             for name in names}  # fmt: skip
 
 
-def worst_of(scores: Mapping[str, Score]) -> Score:
+def worst_client(scores: Mapping[str, Score]) -> Score:
     """Each metric of the client that does worst in it: the lowest, or of an error the highest."""
     names = sorted({name for score in scores.values() for name in score})
     return {
@@ -95,9 +95,9 @@ def worst_of(scores: Mapping[str, Score]) -> Score:
     }
 
 
-def predicted_by(work: Mapping[str, tuple[Tensor, Batch]], model: Compute) -> dict[str, list]:
+def predict_all(work: Mapping[str, tuple[Tensor, Batch]], model: QueryEngine) -> dict[str, list]:
     """What each prompt predicts of its own batch, all in lock step."""
-    results = dict(drive_many(model, {name: predictions(*given) for name, given in work.items()}))
+    results = dict(run_queries_lockstep(model, {name: predictions(*given) for name, given in work.items()}))
     for result in results.values():
         if isinstance(result, Exception):
             raise result
@@ -111,4 +111,4 @@ def _pooled(predicted: Mapping[str, list], clients: Mapping[str, Client]) -> Sco
         own = {name: client for name, client in clients.items() if client.task is task}
         truth = [target for client in own.values() for target in task.targets(client.test)]
         scores[str(place)] = task.score([p for name in own for p in predicted[name]], truth)
-    return summary(scores)
+    return client_mean(scores)

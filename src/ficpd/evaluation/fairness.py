@@ -17,7 +17,7 @@ from ficpd.errors import DataError
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client
 from ficpd.interfaces import Task
-from ficpd.rng import derive
+from ficpd.rng import derive_seed
 from ficpd.types import JSON, Record, Score
 
 FEW = 10
@@ -26,7 +26,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 
 
-class Rate(NamedTuple):
+class ConditionalRate(NamedTuple):
     """How often `hit_N` is true among the records `over_N`; `of` says in words of what it is the rate."""
 
     hit_N: np.ndarray
@@ -48,7 +48,7 @@ def over_clients(scores: Mapping[str, Score], seed: int) -> dict[str, JSON]:
     }
 
 
-def worse_off(scores: Mapping[str, Score], alone: Mapping[str, Score]) -> dict[str, JSON]:
+def share_worse_off(scores: Mapping[str, Score], alone: Mapping[str, Score]) -> dict[str, JSON]:
     """Per metric, the share of clients that do worse, by however little, than `alone`; equal is not worse. Its interval
     is Wilson's (1927), for by resampling 0 of 20 would be none for certain."""
     found = {}
@@ -76,7 +76,7 @@ def groups_of(records: Sequence[Record], column: str) -> list[str]:
 def over_groups(
     predicted: Mapping[str, list], clients: Mapping[str, Client], tasks: Mapping[str, Task], column: str, seed: int
 ) -> dict[str, JSON]:
-    """Per task, what `between_groups` says of all clients' test records, whoever holds them."""
+    """Per task, what `group_gaps` says of all clients' test records, whoever holds them."""
     found = {}
     for name, task in tasks.items():
         own = [client for client in predicted if clients[client].task is task]
@@ -88,11 +88,11 @@ def over_groups(
                 "said": "no test records whose answers are right or wrong: no figures by group",
             }
         else:
-            found[name] = between_groups(answers, truths, groups_of(records, column), seed)
+            found[name] = group_gaps(answers, truths, groups_of(records, column), seed)
     return found
 
 
-def between_groups(answers: Sequence, truths: Sequence, groups: Sequence[str], seed: int) -> dict[str, JSON]:
+def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed: int) -> dict[str, JSON]:
     """Accuracy per group with Wilson's interval, and the largest gap in each of the three senses above.
 
     Labels are taken one against the rest and the one with the largest gap is named (of a multiple choice that is a place,
@@ -115,17 +115,17 @@ def between_groups(answers: Sequence, truths: Sequence, groups: Sequence[str], s
     given, odds = [], []
     for label in sorted({*answers, *truths}):
         given_N, true_N = np.array([a == label for a in answers]), np.array([t == label for t in truths])
-        given.append(Rate(given_N, whole_N, {"label": label}))
-        odds.append(Rate(given_N, true_N, {"label": label, "among": "those it is true of"}))
-        odds.append(Rate(given_N, ~true_N, {"label": label, "among": "those it is not true of"}))
+        given.append(ConditionalRate(given_N, whole_N, {"label": label}))
+        odds.append(ConditionalRate(given_N, true_N, {"label": label, "among": "those it is true of"}))
+        odds.append(ConditionalRate(given_N, ~true_N, {"label": label, "among": "those it is not true of"}))
     return found | {
-        "accuracy": _largest([Rate(right_N, whole_N, {})], group_N, seed),
+        "accuracy": _largest([ConditionalRate(right_N, whole_N, {})], group_N, seed),
         "demographic_parity": _largest(given, group_N, seed),
         "equalised_odds": _largest(odds, group_N, seed),
     }
 
 
-def _largest(rates: Sequence[Rate], group_N: np.ndarray, seed: int) -> dict[str, JSON] | None:
+def _largest(rates: Sequence[ConditionalRate], group_N: np.ndarray, seed: int) -> dict[str, JSON] | None:
     """The rate that differs most between two groups, its gap, and the interval of the difference of just these two. They
     were picked for differing most, so of many groups or labels the interval is too narrow, and leans upwards. None in its
     place where one of the two has fewer than 10 such records, or where resampling would change nothing."""
@@ -182,7 +182,7 @@ def _interval(samples: Sequence[np.ndarray], statistic: Callable[..., Any], seed
     """The percentile interval of a statistic, each sample resampled on its own; None where one has a single value."""
     if min(map(len, samples)) < 2:
         return None
-    random = np.random.default_rng(derive(seed, "resampled"))
+    random = np.random.default_rng(derive_seed(seed, "resampled"))
     settings: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": 100}
     drawn = bootstrap(samples, statistic, rng=random, **settings).confidence_interval
     return [float(drawn.low), float(drawn.high)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute
-from ficpd.evaluation.evaluate import predicted_by, summary
-from ficpd.federation.client import Client, at_home, personal_prompt
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.evaluation.evaluate import client_mean, predict_all
+from ficpd.federation.client import Client, calibrated_batch, personal_prompt
 from ficpd.interfaces import Method
 from ficpd.traits import Calibrates
 from ficpd.types import Batch, Record, Score, State
@@ -25,8 +25,8 @@ Work = tuple[Tensor, Batch, Sequence[Record]]
 """A prompt, and the records that it is tried on, encoded and as they are."""
 
 
-def levels(
-    method: Method, state: State, clients: Mapping[str, Client], model: Compute, round: int, seed: int
+def personalization_levels(
+    method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int, seed: int
 ) -> Levels:
     """`personal`, `cluster` and `global`, as far as the method has them: scores on the client's `own` test records and on
     those of clients of `others`' clusters (of other clients, where there is one cluster or none) with the same task. Means
@@ -44,17 +44,17 @@ def levels(
     return found
 
 
-def at_newcomers(
-    method: Method, state: State, newcomers: Mapping[str, Client], model: Compute, round: int
+def unseen_client_scores(
+    method: Method, state: State, unseen: Mapping[str, Client], model: QueryEngine, round: int
 ) -> dict[str, Score | None]:
     """Clients that took no part, each on its own test records: the `global` prompt, and the `assigned` one that the method
     would send to a client with such a card."""
-    tested = {name: client for name, client in newcomers.items() if client.test}
-    orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
-    shared = method.prompt(state)
+    tested = {name: client for name, client in unseen.items() if client.test}
+    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
+    shared = method.global_prompt(state)
     prompts = {
         "global": {} if shared is None else dict.fromkeys(tested, shared),
-        "assigned": {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()},
+        "assigned": {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()},
     }
     return {
         level: _mean(
@@ -67,7 +67,7 @@ def at_newcomers(
 def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
     """With what each client knows of itself, which may be of no use elsewhere."""
     return {
-        name: (prompt, at_home(method, clients[name], batch), records)
+        name: (prompt, calibrated_batch(method, clients[name], batch), records)
         for name, (prompt, batch, records) in work.items()
     }
 
@@ -77,16 +77,16 @@ def _prompts(
 ) -> dict[str, dict[str, Tensor]]:
     """Level to client to prompt; a level that is the same as the one above it for everybody is left out. A client that no
     cluster has yet, for it was never heard, stands in its cluster's place with the prompt that all share."""
-    orders = {name: method.assign(state, client.card, round) for name, client in tested.items()}
-    basis, shared = method.basis(state), method.prompt(state)
-    found = {PERSONAL: {name: personal_prompt(method, client, orders[name]) for name, client in tested.items()}}
+    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
+    basis, shared = method.library_prompts(state), method.global_prompt(state)
+    found = {PERSONAL: {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}}
     if member and "prototype-0" in basis:
         of_clusters = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
         found["cluster"] = ({} if shared is None else dict.fromkeys(tested, shared)) | of_clusters
     if shared is not None:
         found["global"] = dict.fromkeys(tested, shared)
-    order = list(found)
-    for above, below in pairwise(order):
+    assignment = list(found)
+    for above, below in pairwise(assignment):
         if above == PERSONAL and isinstance(method, Calibrates) and method.statistics:
             continue
         if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
@@ -107,13 +107,13 @@ def _elsewhere(
     if not others:
         return None
     places = [(client, place) for client in others for place in range(len(client.test))]
-    drawn = torch.randperm(len(places), generator=rng.generator(seed, "elsewhere", name))[:ELSEWHERE].tolist()
+    drawn = torch.randperm(len(places), generator=rng.make_generator(seed, "elsewhere", name))[:ELSEWHERE].tolist()
     chosen = [places[i] for i in drawn]
     batches = [client.encoded("test").take([place]) for client, place in chosen]
-    return joined(batches), [client.test[place] for client, place in chosen]
+    return concat_batches(batches), [client.test[place] for client, place in chosen]
 
 
-def joined(batches: list[Batch]) -> Batch:
+def concat_batches(batches: list[Batch]) -> Batch:
     """Batches of one task as one."""
     first = batches[0]
     return replace(
@@ -124,10 +124,10 @@ def joined(batches: list[Batch]) -> Batch:
     )
 
 
-def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: Compute) -> Score | None:
-    predicted = predicted_by({name: (prompt, batch) for name, (prompt, batch, _) in work.items()}, model)
+def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: QueryEngine) -> Score | None:
+    predicted = predict_all({name: (prompt, batch) for name, (prompt, batch, _) in work.items()}, model)
     scores = {}
     for name, (_, _, records) in work.items():
         task = clients[name].task
         scores[name] = task.score(predicted[name], task.targets(records))
-    return summary(scores) if scores else None
+    return client_mean(scores) if scores else None

@@ -13,31 +13,31 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.errors import PrivacyError, RunError
 from ficpd.evaluation.audit import canaries as mechanism_canaries
-from ficpd.evaluation.audit.attack_metrics import best_advantage, outcome
-from ficpd.evaluation.audit.canary_injection import has_labels, mislabelled, plant
-from ficpd.evaluation.audit.epsilon_bounds import one_run, two_worlds
+from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
+from ficpd.evaluation.audit.canary_injection import has_labels, inject_canaries, make_mislabelled_canaries
+from ficpd.evaluation.audit.epsilon_bounds import one_run_bound, two_world_bound
 from ficpd.evaluation.audit.member_split import Split, split_records
-from ficpd.evaluation.audit.membership import ATTACKS, Evidence
+from ficpd.evaluation.audit.membership import ATTACKS, AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, markdown
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import one_method, silent
-from ficpd.experiments.setup import schedule_of
+from ficpd.experiments.runner import no_progress, run_method
+from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
-from ficpd.federation.privacy_plan import SERVER, part_for, planned
+from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
 from ficpd.interfaces import Compression, Method, Task
 from ficpd.library.card import guarantee
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import PREFERRED, open_library, pick, training_at_home
-from ficpd.optimizers import Training
-from ficpd.registry import settings
-from ficpd.types import Plan, Prompt, Record, State
+from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, local_training_config, open_library
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import build_config
+from ficpd.types import ClientWorkload, Prompt, Record, State
 
 SHADOW_BATCH = 32
 DELTA = 1e-5
@@ -49,7 +49,7 @@ class Finished:
     """A finished run, opened again. `state` is the server's after its last round."""
 
     directory: RunDir
-    world: World
+    context: ExperimentContext
     method: Method
     state: State
     library: PromptLibrary
@@ -60,11 +60,11 @@ class Finished:
 class Target:
     """A prompt under attack, and what shadows of it are tuned with: settings, and for how many `steps`."""
 
-    model: Compute
+    model: QueryEngine
     task: Task
     start: Prompt
     compression: Compression
-    training: Training
+    training: LocalTrainingConfig
     steps: int
     vectors_PD: Tensor
 
@@ -81,10 +81,12 @@ def audit_run(
     """
     run = open_run(Path(folder), device)
     name = _named(run.library, prompt)
-    experiment, shards, task = run.world.experiment, run.world.shards.values(), run.world.task
-    (party,) = experiment.parties.values()
+    experiment, shards, task = run.context.experiment, run.context.shards.values(), run.context.task
+    (party,) = experiment.all_groups.values()
     train = [record for shard in shards for record in shard.train]
-    spare = [record for shard in shards for record in shard.test] + loading.unused(party.held[0], experiment.seed)
+    spare = [record for shard in shards for record in shard.test] + loading.unsampled(
+        party.data_and_partition[0], experiment.seed
+    )
     target, split = _target(run, name), split_records(task, train, spare, members, seed)
     shadow_SPD = _shadows(target, split, shadows, seed)
     planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
@@ -107,7 +109,7 @@ def audit_library(
     opened = open_library(Path(folder), device)
     library, card = opened.library, opened.library.card
     name = _named(library, prompt)
-    training = training_at_home(library)
+    training = local_training_config(library)
     steps = max(int(card.get("num_rounds", 1)) * training.local_steps, 1)
     whole = none.build(none.Config(), library.start, 0)
     vectors_PD = library.prompts[name].vectors_PD
@@ -138,7 +140,7 @@ def _audit(
         num_nonmembers=len(split.outside),
         num_shadows=len(shadow_SPD),
         shadow_records=split.shadow_size,
-        attacks={name: outcome(score, evidence.member_N, seed) for name, score in scores.items()},
+        attacks={name: attack_metrics(score, evidence.member_N, seed) for name, score in scores.items()},
         advantage=advantage,
         advantage_interval=interval,
         mechanism=None,
@@ -161,7 +163,7 @@ def open_run(folder: Path, device: str) -> Finished:
     if result is None:
         raise RunError(f"the run in {folder} has not finished (no result.json); go on with it first (--resume)")
     experiment = parse(resolved.read_text(encoding="utf-8"), str(resolved), [f"engine.device={json.dumps(device)}"])
-    module, config = settings("methods", experiment.method)
+    module, config = build_config("methods", experiment.method)
     method, library = module.build(config, experiment.training), PromptLibrary.load(folder)
     saved = directory.load()
     if not method.releases or not library.prompts or saved is None:
@@ -169,15 +171,15 @@ def open_run(folder: Path, device: str) -> Finished:
             f"{method.name} left no prompt that depends on records in {folder}: nothing was left to attack. Audit a run "
             "of a method that shares one (fedavg, ficpd, ...)"
         )
-    world = build_world(experiment).starting(method)
-    library.check(world.model.backbone)
-    return Finished(directory, world, method, saved[0], library, result)
+    context = build_context(experiment).with_method(method)
+    library.check(context.model.backbone)
+    return Finished(directory, context, method, saved[0], library, result)
 
 
 def _named(library: PromptLibrary, name: str | None) -> str:
     """Which prompt is attacked. Raises `LibraryError` if the library lacks it."""
-    name = name or next((n for n in PREFERRED if n in library.prompts), next(iter(library.prompts), None))
-    pick(library, name)
+    name = name or next((n for n in DEFAULT_PROMPTS if n in library.prompts), next(iter(library.prompts), None))
+    get_prompt(library, name)
     return str(name)
 
 
@@ -186,9 +188,9 @@ def _named(library: PromptLibrary, name: str | None) -> str:
 
 def _target(run: Finished, name: str) -> Target:
     """Shadows take as many steps as a client in the whole run."""
-    world, steps = run.world, max(run.method.work(run.state)[0] * run.result["num_rounds"], 1)
-    training, vectors_PD = world.experiment.training, run.library.prompts[name].vectors_PD
-    return Target(world.model, world.task, world.start, world.compression, training, steps, vectors_PD)
+    context, steps = run.context, max(run.method.local_workload(run.state)[0] * run.result["num_rounds"], 1)
+    training, vectors_PD = context.experiment.training, run.library.prompts[name].vectors_PD
+    return Target(context.model, context.task, context.start, context.compression, training, steps, vectors_PD)
 
 
 def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
@@ -199,13 +201,13 @@ def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
     )  # fmt: skip
 
 
-def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> Evidence:
+def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> AttackData:
     every_SPD = torch.cat([target.vectors_PD[None], shadow_SPD])
     loss_SN = _losses(target, every_SPD, [*split.members, *split.outside])
     loss_SZ = _losses(target, every_SPD, split.population)
     member_N = np.arange(loss_SN.shape[1]) < len(split.members)
     likelihood = has_labels(target.task, split.members)
-    return Evidence(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
+    return AttackData(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
 
 
 def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:
@@ -223,23 +225,23 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     block = run.result["privacy"]
     if not block.get("lines"):
         return None
-    module, config = settings("privacy", part_for(run.method, run.world.experiment.privacy))
-    holders = run.world.holders(run.method.pools_data)
-    plans = planned(
-        run.method, run.state, {n: len(s.train) for n, s in holders.items()}, schedule_of(run.world, run.method)
+    module, config = build_config("privacy", privacy_config_for(run.method, run.context.experiment.privacy))
+    holders = run.context.shards_for(run.method.centralized)
+    plans = client_workloads(
+        run.method, run.state, {n: len(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
     )
     plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
-    door = mechanism_canaries.door(mechanism)
+    door = mechanism_canaries.release_kind(mechanism)
     released = sum(line["releases"] for line in block["lines"] if line["name"] == mechanism.price(door).name)
     plan = _played(plan, door, released)
-    runs = mechanism_canaries.affordable(mechanism, plan, trials)
+    runs = mechanism_canaries.num_trials(mechanism, plan, trials)
     found = mechanism_canaries.lower_bound(mechanism, plan, block["delta"], trials, seed=seed)
-    reach = two_worlds([0.0] * runs, [1.0] * runs, block["delta"])
+    reach = two_world_bound([0.0] * runs, [1.0] * runs, block["delta"])
     return LowerBound(found, block["epsilon"], block["delta"], reach, runs)
 
 
-def _played(plan: Plan, door: str, released: int) -> Plan:
+def _played(plan: ClientWorkload, door: str, released: int) -> ClientWorkload:
     """The plan of a run that made this many releases."""
     if door == "step":
         return replace(plan, participations=released // plan.steps)
@@ -254,14 +256,20 @@ def planted_bound(
     None if fewer than six can be made. A record's change is a client's change too; where the server noises whole clients
     the guarantee is for one client more or less, and a changed client is two steps: (2ε, (1 + e^ε) δ).
     """
-    planted = mislabelled(run.world.task, list({r.key: r for r in pool}.values())[:number], run.world.shards, seed)
+    planted = make_mislabelled_canaries(
+        run.context.task, list({r.key: r for r in pool}.values())[:number], run.context.shards, seed
+    )
     if len(planted) < 6:
         return None
-    coin_M = np.random.default_rng(rng.derive(seed, "coins")).random(len(planted)) < 0.5
-    shards = plant(run.world.shards, [record for record, heads in zip(planted, coin_M, strict=True) if heads], seed)
+    coin_M = np.random.default_rng(rng.derive_seed(seed, "coins")).random(len(planted)) < 0.5
+    shards = inject_canaries(
+        run.context.shards, [record for record, heads in zip(planted, coin_M, strict=True) if heads], seed
+    )
     with tempfile.TemporaryDirectory(prefix="ficpd-audit-") as folder:
         again = RunDir(Path(folder) / "run")
-        result = one_method(replace(run.world, shards=shards), run.world.experiment.method, again, None, silent)
+        result = run_method(
+            replace(run.context, shards=shards), run.context.experiment.method, again, None, no_progress
+        )
         library = PromptLibrary.load(again.path)
     trained_again = replace(run, library=library)
     name = name if name in library.prompts else _named(library, None)
@@ -270,8 +278,8 @@ def planted_bound(
     )
     stated, delta = _for_a_record(result["privacy"])
     score_M = loss_SM[1:].mean(0) - loss_SM[0]
-    reach = one_run(coin_M.astype(float), coin_M, delta)
-    return LowerBound(one_run(score_M, coin_M, delta), stated, delta, reach, len(planted))
+    reach = one_run_bound(coin_M.astype(float), coin_M, delta)
+    return LowerBound(one_run_bound(score_M, coin_M, delta), stated, delta, reach, len(planted))
 
 
 def _for_a_record(block: Mapping[str, Any]) -> tuple[float | None, float]:

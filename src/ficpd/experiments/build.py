@@ -7,26 +7,31 @@ from typing import NamedTuple
 import torch
 
 from ficpd import rng
-from ficpd.backbones import warn_of_unknown
+from ficpd.backbones import warn_unk_rate
 from ficpd.backbones.loading import load_backbone
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.data.partition import partition
 from ficpd.errors import ConfigError
 from ficpd.evaluation.fairness import groups_of
 from ficpd.experiments.config import Experiment, Group
-from ficpd.experiments.initialization import HEADROOM, measured, start_prompt, start_words
+from ficpd.experiments.initialization import (
+    CLIP_NORM_MULTIPLE,
+    calibrate_clipping_and_compression,
+    init_soft_prompt,
+    init_token_prompt,
+)
 from ficpd.federation.client import Client, Encodings
-from ficpd.federation.privacy_plan import Guard, private_seed
+from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
 from ficpd.interfaces import Compression, Method, Task
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks.build import build_task
 from ficpd.traits import Rebuilds, StartsElsewhere, TunesWords
-from ficpd.types import ClientCard, Prompt, Shard
+from ficpd.types import ClientCard, ClientData, Prompt
 
 
 @dataclass(frozen=True)
-class World:
+class ExperimentContext:
     """`experiment` has every "auto" and every default resolved to what is really used. `tasks` by group (see
     `Experiment.parties`); `group_of` says to which one each client belongs. `unseen`: clients that take
     no part."""
@@ -34,11 +39,11 @@ class World:
     experiment: Experiment
     tasks: Mapping[str, Task]
     group_of: Mapping[str, str]
-    model: Compute
+    model: QueryEngine
     start: Prompt
     compression: Compression
-    shards: Mapping[str, Shard]
-    unseen: Mapping[str, Shard] = field(default_factory=dict)
+    shards: Mapping[str, ClientData]
+    unseen: Mapping[str, ClientData] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -50,7 +55,7 @@ class World:
             )
         return next(iter(self.tasks.values()))
 
-    def holders(self, pooled: bool = False) -> Mapping[str, Shard]:
+    def shards_for(self, pooled: bool = False) -> Mapping[str, ClientData]:
         """Who holds which records; `pooled`: one client of each group holds all of that group's."""
         if not pooled:
             return self.shards
@@ -64,7 +69,7 @@ class World:
     def task_of(self, client: str) -> Task:
         return self.tasks[self.group_of.get(client, client.removesuffix("everyone").removesuffix("."))]
 
-    def start_of(self, method: Method) -> Prompt:
+    def init_prompt_for(self, method: Method) -> Prompt:
         """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts, or
         the backbone takes prompts of words and the method tunes vectors."""
         if not isinstance(method, StartsElsewhere):
@@ -81,10 +86,10 @@ class World:
             )
         given, backbone = self.start, self.model.backbone
         if isinstance(method, TunesWords):
-            given = start_words(self.experiment, list(self.tasks.values()), backbone)
-        return method.start(given, backbone, rng.derive(self.experiment.seed, "public"))
+            given = init_token_prompt(self.experiment, list(self.tasks.values()), backbone)
+        return method.init_prompt(given, backbone, rng.derive_seed(self.experiment.seed, "public"))
 
-    def starting(self, method: Method) -> "World":
+    def with_method(self, method: Method) -> "ExperimentContext":
         """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
         if isinstance(method, Rebuilds) and "placement" in self.experiment.privacy:
             return self._sending_slopes(method)
@@ -95,27 +100,29 @@ class World:
         privacy, clip = dict(self.experiment.privacy), method.clip_norm if isinstance(method, TunesWords) else None
         privacy |= {key: value for key, value in {"clip_norm": clip, "clip_norms": {}}.items() if key in privacy}
         experiment = self.experiment.model_copy(update={"training": training, "privacy": privacy})
-        start = self.start_of(method)
-        experiment, compression = measured(experiment, list(self.tasks.values()), self.model, start)
+        start = self.init_prompt_for(method)
+        experiment, compression = calibrate_clipping_and_compression(
+            experiment, list(self.tasks.values()), self.model, start
+        )
         return replace(self, experiment=experiment, start=start, compression=compression)
 
-    def _sending_slopes(self, method: Rebuilds) -> "World":
+    def _sending_slopes(self, method: Rebuilds) -> "ExperimentContext":
         """For whole clients, and a method whose clients send slopes and no prompts: a clip norm of the median length of a
         record's slopes (`open_clip`), times √steps, for that many stand side by side in what a client sends."""
         alone = self.experiment.model_copy(update={"privacy": {"clip_norm": None}})
-        found = measured(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
+        found = calibrate_clipping_and_compression(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
         of_records = found["clip_norm"] or max(found["clip_norms"].values())
-        clip = method.client_clip_norm or of_records / HEADROOM * method.steps**0.5
+        clip = method.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * method.steps**0.5
         return replace(
             self,
             experiment=self.experiment.model_copy(update={"privacy": {**self.experiment.privacy, "clip_norm": clip}}),
         )
 
-    def newcomers(self) -> dict[str, Client]:
+    def unseen_clients(self) -> dict[str, Client]:
         """The clients that take no part."""
         return replace(self, shards=self.unseen).clients()
 
-    def clients(self, guard: Guard | None = None, pooled: bool = False) -> dict[str, Client]:
+    def clients(self, plan: PrivacyPlan | None = None, pooled: bool = False) -> dict[str, Client]:
         """Fresh clients with nothing kept. Without a guard nothing of them may leave: they are for looking at."""
         return {
             name: Client(
@@ -124,30 +131,30 @@ class World:
                 shard.test,
                 self.task_of(name),
                 self.model.backbone,
-                guard.mechanisms[name] if guard else NoPrivacy(),
+                plan.mechanisms[name] if plan else NoPrivacy(),
                 self.compression,
                 self.start,
                 private_seed(self.experiment.seed, name),
-                guard.books.get(name) if guard else None,
+                plan.accounts.get(name) if plan else None,
                 encodings=self.encodings,
             )
-            for name, shard in self.holders(pooled).items()
+            for name, shard in self.shards_for(pooled).items()
         }
 
 
-class Dealt(NamedTuple):
+class PartitionedData(NamedTuple):
     """Who holds which records, before a backbone is loaded."""
 
     tasks: dict[str, Task]
-    shards: dict[str, Shard]
-    unseen: dict[str, Shard]
+    shards: dict[str, ClientData]
+    unseen: dict[str, ClientData]
     group_of: dict[str, str]
 
 
-def deal(experiment: Experiment) -> Dealt:
+def load_and_partition(experiment: Experiment) -> PartitionedData:
     """Raises `DataError` or `ConfigError` where the data are not what the experiment says."""
     tasks, shards, group_of = {}, {}, {}
-    for group, party in experiment.parties.items():
+    for group, party in experiment.all_groups.items():
         tasks[group] = build_task(party.task)
         dealt = _dealt(group, party, experiment.seed)
         _check_targets(tasks[group], dealt)
@@ -156,23 +163,23 @@ def deal(experiment: Experiment) -> Dealt:
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
-    return Dealt(tasks, *_set_apart(shards, group_of, experiment), group_of)
+    return PartitionedData(tasks, *_set_apart(shards, group_of, experiment), group_of)
 
 
-def build_world(experiment: Experiment) -> World:
+def build_context(experiment: Experiment) -> ExperimentContext:
     """Read the data before the weights are fetched: a wrong column should not cost a download."""
-    tasks, shards, unseen, group_of = deal(experiment)
-    world = _begun(
+    tasks, shards, unseen, group_of = load_and_partition(experiment)
+    context = _begun(
         experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks}
     )
     for group in tasks:
-        warn_of_unknown(world.model.backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
-    return replace(world, group_of=group_of, shards=shards, unseen=unseen)
+        warn_unk_rate(context.model.backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
+    return replace(context, group_of=group_of, shards=shards, unseen=unseen)
 
 
-def served_world(experiment: Experiment) -> World:
+def build_context_without_records(experiment: Experiment) -> ExperimentContext:
     """A world without records: the coordinator's, whose sites hold their own."""
-    tasks = {group: build_task(party.task) for group, party in experiment.parties.items()}
+    tasks = {group: build_task(party.task) for group, party in experiment.all_groups.items()}
     _check_heads(tasks)
     if experiment.federation.unseen_clients:
         raise ConfigError("federation.unseen_clients is for simulations; a site that shall not take part is not asked")
@@ -183,43 +190,47 @@ def served_world(experiment: Experiment) -> World:
     return _begun(experiment, tasks, {})
 
 
-def another_start(world: World, experiment: Experiment) -> World:
+def with_config(context: ExperimentContext, experiment: Experiment) -> ExperimentContext:
     """The same records on the same backbone, both in memory already, for an experiment that differs in neither: another
     prompt, training, privacy, compression or number of rounds."""
-    by_group = {group: [s for n, s in world.shards.items() if world.group_of[n] == group] for group in world.tasks}
-    experiment = experiment.model_copy(update={"backbone": world.experiment.backbone})
-    begun = _started(experiment, world.tasks, by_group, world.model)
-    return replace(world, experiment=begun.experiment, start=begun.start, compression=begun.compression)
+    by_group = {
+        group: [s for n, s in context.shards.items() if context.group_of[n] == group] for group in context.tasks
+    }
+    experiment = experiment.model_copy(update={"backbone": context.experiment.backbone})
+    begun = _started(experiment, context.tasks, by_group, context.model)
+    return replace(context, experiment=begun.experiment, start=begun.start, compression=begun.compression)
 
 
-def _begun(experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]]) -> World:
+def _begun(
+    experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[ClientData]]
+) -> ExperimentContext:
     """Backbone, start prompt and compression, for clients that are yet to come."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
-    model = Compute(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
+    model = QueryEngine(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
     return _started(experiment, tasks, shards, model)
 
 
 def _started(
-    experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[Shard]], model: Compute
-) -> World:
+    experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[ClientData]], model: QueryEngine
+) -> ExperimentContext:
     backbone = model.backbone
-    if backbone.sees and experiment.distillation.how != "none":
+    if backbone.sees_images and experiment.distillation.how != "none":
         raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
-    start, experiment = start_prompt(experiment, list(tasks.values()), backbone)
+    start, experiment = init_soft_prompt(experiment, list(tasks.values()), backbone)
     for group, of_group in shards.items():
         for shard in of_group:
             tasks[group].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
-    experiment, compression = measured(experiment, list(tasks.values()), model, start)
-    return World(experiment, tasks, {}, model, start, compression, {})
+    experiment, compression = calibrate_clipping_and_compression(experiment, list(tasks.values()), model, start)
+    return ExperimentContext(experiment, tasks, {}, model, start, compression, {})
 
 
 def _set_apart(
-    shards: Mapping[str, Shard], group_of: Mapping[str, str], experiment: Experiment
-) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    shards: Mapping[str, ClientData], group_of: Mapping[str, str], experiment: Experiment
+) -> tuple[dict[str, ClientData], dict[str, ClientData]]:
     """Those who take part, and those who do not. Every group keeps a client."""
     number, names = experiment.federation.unseen_clients, sorted(shards)
-    random = rng.generator(rng.derive(experiment.seed, "public"), "unseen")
+    random = rng.make_generator(rng.derive_seed(experiment.seed, "public"), "unseen")
     apart: set[str] = set()
     for place in torch.randperm(len(names), generator=random).tolist():
         group = [name for name in names if group_of[name] == group_of[names[place]]]
@@ -232,16 +243,16 @@ def _set_apart(
     return {n: shards[n] for n in names if n not in apart}, {n: shards[n] for n in names if n in apart}
 
 
-def _dealt(group: str, party: Group, seed: int) -> dict[str, Shard]:
+def _dealt(group: str, party: Group, seed: int) -> dict[str, ClientData]:
     """A group's clients; in a federation of several they bear its name, and it is public which group each is of."""
-    source, how = party.held
-    shards = partition(how, loading.read(source, seed), "target", seed)
+    source, how = party.data_and_partition
+    shards = partition(how, loading.load(source, seed), "target", seed)
     if not group:
         return shards
     return {f"{group}.{name}": replace(s, metadata={**s.metadata, "group": group}) for name, s in shards.items()}
 
 
-def _who(name: str, shard: Shard) -> str:
+def _who(name: str, shard: ClientData) -> str:
     """A client and what its card says, for a sentence."""
     facts = ", ".join(f"{key} {value}" for key, value in shard.metadata.items() if key != "group")
     return f"client {name!r} ({facts})" if facts else f"client {name!r}"
@@ -256,12 +267,12 @@ def _check_heads(tasks: Mapping[str, Task]) -> None:
         )
 
 
-def _pool(shards: Mapping[str, Shard]) -> Shard:
+def _pool(shards: Mapping[str, ClientData]) -> ClientData:
     ordered = [shards[name] for name in sorted(shards)]
-    return Shard([r for s in ordered for r in s.train], [r for s in ordered for r in s.test], {})
+    return ClientData([r for s in ordered for r in s.train], [r for s in ordered for r in s.test], {})
 
 
-def _check_targets(task: Task, shards: Mapping[str, Shard]) -> None:
+def _check_targets(task: Task, shards: Mapping[str, ClientData]) -> None:
     """Every label known and every number a number, before anything slow begins."""
     for shard in shards.values():
         task.targets([*shard.train, *shard.test])

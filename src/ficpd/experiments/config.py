@@ -16,14 +16,14 @@ from pydantic import BaseModel, Field, model_validator
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
-from ficpd.errors import ConfigError, unknown
-from ficpd.optimizers import Training
-from ficpd.registry import Frozen, checked, load, part
+from ficpd.errors import ConfigError, did_you_mean
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import FrozenConfig, load, validate, validated_section
 
 QUICKSTART = "quickstart"
 
 
-class PromptConfig(Frozen):
+class PromptConfig(FrozenConfig):
     """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
     "vocabulary": from words drawn from the backbone's vocabulary; "library": from the prompt `of` the saved `library`.
 
@@ -45,7 +45,7 @@ class PromptConfig(Frozen):
         return self
 
 
-class FederationConfig(Frozen):
+class FederationConfig(FrozenConfig):
     """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end. `accept_late`: how many rounds late an
     update may arrive and still count. `unseen_clients`: so many of all take no part, drawn by the seed; what the others
     leave is tried on them at the end. `max_queries`, in simulations: how many queries (one candidate prompt on one record,
@@ -60,7 +60,7 @@ class FederationConfig(Frozen):
     max_queries: int | None = Field(default=None, ge=1)
 
 
-class DistillationConfig(Frozen):
+class DistillationConfig(FrozenConfig):
     """What the server does when the rounds of a method with prototypes are over. `how`: "squared" or "kl" distil one prompt
     from them, "reptile" or "maml" find one that each task is soon learned from; all on examples that are nobody's.
 
@@ -83,13 +83,13 @@ class DistillationConfig(Frozen):
         return self
 
 
-class FairnessConfig(Frozen):
+class FairnessConfig(FrozenConfig):
     """`group`: a public column of every test record, named in `data.keep` too, by whose values accuracy is compared."""
 
     group: str | None = None
 
 
-class Group(Frozen):
+class Group(FrozenConfig):
     """Clients that share a task: what it is, where their records are, who holds which. Real sites hold their own."""
 
     task: dict[str, Any]
@@ -97,14 +97,14 @@ class Group(Frozen):
     partition: Partition | None = None
 
     @property
-    def held(self) -> tuple[Source, Partition]:
+    def data_and_partition(self) -> tuple[Source, Partition]:
         """Records and who holds them, which a simulation has."""
         if self.data is None or self.partition is None:
             raise ConfigError(f"{'data' if self.data is None else 'partition'} is missing; it has no default")
         return self.data, self.partition
 
 
-class Experiment(Frozen):
+class Experiment(FrozenConfig):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
     `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end, each with
@@ -123,7 +123,7 @@ class Experiment(Frozen):
     partition: Partition | None = None
     groups: dict[str, Group] = {}
     method: dict[str, Any] = {"name": "ficpd"}
-    training: Training = Training()
+    training: LocalTrainingConfig = LocalTrainingConfig()
     federation: FederationConfig = FederationConfig()
     privacy: dict[str, Any] = {"name": "none"}
     compression: dict[str, Any] = {"name": "none", "bits": 32}
@@ -132,7 +132,7 @@ class Experiment(Frozen):
     engine: EngineConfig = EngineConfig()
 
     @property
-    def parties(self) -> dict[str, Group]:
+    def all_groups(self) -> dict[str, Group]:
         """The groups by name; a federation of one task is one group without a name."""
         if self.groups:
             return self.groups
@@ -141,7 +141,7 @@ class Experiment(Frozen):
 
 PARTS: dict[str, type[BaseModel]] = {
     "backbone": BackboneConfig, "prompt": PromptConfig, "data": Source, "partition": Partition,
-    "training": Training, "federation": FederationConfig, "distillation": DistillationConfig,
+    "training": LocalTrainingConfig, "federation": FederationConfig, "distillation": DistillationConfig,
     "fairness": FairnessConfig, "engine": EngineConfig,
 }  # fmt: skip
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
@@ -156,7 +156,7 @@ def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = Tr
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
     for change in changes:
-        changed(tree, change)
+        apply_override(tree, change)
     return build(tree, where, records)
 
 
@@ -167,7 +167,7 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
         records = False  # its sites hold their own
     for key in tree:
         if key not in Experiment.model_fields:
-            raise ConfigError(f"{where}: {unknown('part', key, Experiment.model_fields)}")
+            raise ConfigError(f"{where}: {did_you_mean('part', key, Experiment.model_fields)}")
     parts: dict[str, Any] = dict(tree)
     own = [key for key in Group.model_fields if key in tree]
     if tree.get("groups") and own:
@@ -180,17 +180,17 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
         raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     for key, model in PARTS.items():
         if key in parts:
-            parts[key] = checked(model, parts[key], f"{where}: {key}")
+            parts[key] = validate(model, parts[key], f"{where}: {key}")
     for key, registry in REGISTRIES.items():
         if key in parts:
-            parts[key] = part(registry, parts[key], f"{where}: {key}")
-    built = checked(Experiment, parts, where)
+            parts[key] = validated_section(registry, parts[key], f"{where}: {key}")
+    built = validate(Experiment, parts, where)
     for name in built.baselines:
         method, _, private = name.partition(":")
         load("methods", method)
         if private not in ("", "none"):
             raise ConfigError(f"{where}.baselines: {name!r} is no baseline; write {method!r}, or '{method}:none'")
-    load("optimizers", built.training.tuner)
+    load("optimizers", built.training.optimizer)
     load("engines", built.engine.name)
     return built
 
@@ -202,19 +202,19 @@ def _group(tree: Any, where: str, records: bool) -> Group:
         raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     parts: dict[str, Any] = dict(tree)
     if "task" in parts:
-        parts["task"] = part("tasks", parts["task"], f"{where}.task")
+        parts["task"] = validated_section("tasks", parts["task"], f"{where}.task")
     for key in ("data", "partition"):
         if key in parts:
-            parts[key] = checked(PARTS[key], parts[key], f"{where}.{key}")
-    return checked(Group, parts, where)
+            parts[key] = validate(PARTS[key], parts[key], f"{where}.{key}")
+    return validate(Group, parts, where)
 
 
 def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
-    return parse(*text_of(recipe or QUICKSTART), changes)
+    return parse(*read_recipe(recipe or QUICKSTART), changes)
 
 
-def text_of(name: str) -> tuple[str, str]:
+def read_recipe(name: str) -> tuple[str, str]:
     """The text of a TOML file or of a recipe that comes with the package, and what to call it in a message."""
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
@@ -225,7 +225,7 @@ def text_of(name: str) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     if name not in recipes():
-        raise ConfigError(unknown("recipe", name, recipes()) + " (or give a .toml file)")
+        raise ConfigError(did_you_mean("recipe", name, recipes()) + " (or give a .toml file)")
     return (resources.files("ficpd.experiments") / "recipes" / f"{name}.toml").read_text(
         encoding="utf-8"
     ), f"{name}.toml"
@@ -248,7 +248,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def changed(tree: dict[str, Any], change: str) -> None:
+def apply_override(tree: dict[str, Any], change: str) -> None:
     """Apply `a.b=c`; c is read as TOML, and as plain text if it is none."""
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")

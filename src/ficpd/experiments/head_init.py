@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.errors import ConfigError, DataError
 from ficpd.interfaces import Backbone, Task
@@ -17,14 +17,14 @@ from ficpd.types import Prompt, Query, Record
 ROLES = ("text", "text_pair", "image", "target")
 
 
-def start(task: Task, backbone: Backbone, examples: Sequence[Record] | None, seed: int) -> Tensor:
+def init_head(task: Task, backbone: Backbone, examples: Sequence[Record] | None, seed: int) -> Tensor:
     """[head_rows, D], each of root mean square 1. The examples' classes count more than the answers' texts; a backbone that
     has neither gets directions drawn from the seed, and a head that knows nothing yet."""
     if not task.head_rows:
         return torch.zeros(0, backbone.width)
     if examples is not None:
         rows_CD = class_means(task, backbone, examples)
-    elif backbone.knows_words:
+    elif backbone.has_text_encoder:
         readout_CD = task.readout(backbone)
         if readout_CD is None:
             raise ConfigError(
@@ -33,7 +33,7 @@ def start(task: Task, backbone: Backbone, examples: Sequence[Record] | None, see
             )
         rows_CD = readout_CD.float().cpu()
     else:
-        rows_CD = torch.randn(task.head_rows, backbone.width, generator=rng.generator(seed, "head"))
+        rows_CD = torch.randn(task.head_rows, backbone.width, generator=rng.make_generator(seed, "head"))
     return rows_CD / rows_CD.square().mean(1, keepdim=True).sqrt()
 
 
@@ -43,10 +43,10 @@ def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Te
 
     Raises `ConfigError` for a task without labels, `DataError` for a label without an example.
     """
-    labels = list(task.describe().get("labels") or ())
+    labels = list(task.to_config().get("labels") or ())
     if not labels:
         raise ConfigError(
-            f"prompt.head_examples: a {task.describe()['name']} has no classes to take means of; leave it out"
+            f"prompt.head_examples: a {task.to_config()['name']} has no classes to take means of; leave it out"
         )
     found = task.targets(records)
     if missing := [label for label in labels if label not in found]:
@@ -55,7 +55,7 @@ def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Te
         )
     nothing = Prompt(torch.zeros(task.head_rows, backbone.width), backbone.fingerprint, 0, task.head_rows)
     batch = replace(task.encode(records, backbone, nothing), targets=None)
-    outputs = Compute(backbone, 0).answer([Query(nothing.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
+    outputs = QueryEngine(backbone, 0).answer([Query(nothing.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
     assert outputs is not None
     features_BD = outputs.features_RD.cpu()
     return torch.stack([features_BD[torch.tensor([one == label for one in found])].mean(0) for label in labels])
@@ -78,6 +78,6 @@ def examples(place: str, data: loading.Config) -> list[Record]:
         "dev_as_train": False,
     }
     try:
-        return loading.read_all(data.model_copy(update=elsewhere))
+        return loading.load_all(data.model_copy(update=elsewhere))
     except DataError as error:
         raise DataError(f"prompt.head_examples: {error}") from error

@@ -9,30 +9,30 @@ import torch
 
 from ficpd import rng
 from ficpd.backbones import catalog
-from ficpd.backbones.query_engine import Compute
-from ficpd.backbones.vocabulary import prompt_of
-from ficpd.errors import ConfigError, unknown
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.backbones.vocabulary import token_prompt
+from ficpd.errors import ConfigError, did_you_mean
 from ficpd.experiments import head_init
 from ficpd.experiments.config import Experiment, PromptConfig
 from ficpd.federation.compression.subspace import Gradients
 from ficpd.interfaces import Backbone, Compression, Task
 from ficpd.library.library import PromptLibrary
-from ficpd.optimizers.search_space import Space, clip_units
-from ficpd.registry import settings
-from ficpd.tasks import made_up
+from ficpd.optimizers.search_space import SearchSpace, clip_scale
+from ficpd.registry import build_config
+from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import start_text
 from ficpd.traits import MakesUp
 from ficpd.types import LORA, Batch, Prompt, Query, Record
 
-HEADROOM = 2.0
+CLIP_NORM_MULTIPLE = 2.0
 """At the median norm itself half of the records are clipped, those that are answered wrongly most of all, and the most
 frequent answer wins: 72.5 and 69.6 % (two noise seeds, ε = 2) where twice the norm gave 76.4 and 77.9 %, thrice 75.3."""
-SLOPES, APART = 32, 0.05
+NUM_PROBES, PROBE_STEP = 32, 0.05
 Norms = Callable[[int], torch.Tensor]
 """How many, to the lengths of that many public gradients."""
 
 
-def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
+def init_soft_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
     """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
     config, defaults = (
         experiment.prompt,
@@ -45,7 +45,7 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
             f"prompt.enters_at = {enters_at}: {backbone.name} has {backbone.depth} layers, so 0 to {backbone.depth - 1}"
         )
     text = None if config.init == "vocabulary" else config.text or start_text(tasks)
-    tokens_PD = saved.vectors_PD if saved else backbone.start(text, config.num_tokens, enters_at, experiment.seed)
+    tokens_PD = saved.vectors_PD if saved else backbone.init_prompt(text, config.num_tokens, enters_at, experiment.seed)
     rms = float(tokens_PD.float().square().mean().sqrt())
     head_CD = _head(experiment, tasks[0], backbone)
     vectors_PD = torch.cat([tokens_PD, head_CD * rms]) if len(head_CD) else tokens_PD
@@ -53,7 +53,7 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": defaults.learning_rate * rms})
     if training.seed is None:
-        training = training.model_copy(update={"seed": rng.derive(experiment.seed, "public", "training")})
+        training = training.model_copy(update={"seed": rng.derive_seed(experiment.seed, "public", "training")})
     prompt = config.model_copy(update={"enters_at": enters_at, "num_tokens": len(tokens_PD)})
     return (
         Prompt(vectors_PD, backbone.fingerprint, enters_at, tasks[0].head_rows),
@@ -61,7 +61,7 @@ def start_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbo
     )
 
 
-def start_words(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> Prompt:
+def init_token_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> Prompt:
     """The same start as token ids, [P, 1]. `ConfigError` where it would be a library's vectors, or a head is tuned."""
     config = experiment.prompt
     if config.library or tasks[0].head_rows:
@@ -70,7 +70,7 @@ def start_words(experiment: Experiment, tasks: Sequence[Task], backbone: Backbon
         )
         raise ConfigError(f"{what} is no words, and this method's prompts are; leave it out")
     text = None if config.init == "vocabulary" else config.text or start_text(tasks)
-    ids_P1 = prompt_of(backbone.words, backbone.name, text, config.num_tokens, experiment.seed)
+    ids_P1 = token_prompt(backbone.vocabulary, backbone.name, text, config.num_tokens, experiment.seed)
     return Prompt(ids_P1, backbone.fingerprint)
 
 
@@ -79,7 +79,7 @@ def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> P
     library = PromptLibrary.load(Path(str(config.library)).expanduser())
     library.check(backbone)
     if config.of not in library.prompts:
-        raise ConfigError(f"prompt.{unknown('of', config.of, library.prompts)}")
+        raise ConfigError(f"prompt.{did_you_mean('of', config.of, library.prompts)}")
     found = library.prompts[config.of]
     if found.enters_at == LORA:
         raise ConfigError("prompt.init = 'library': that library holds LoRA weights, which no prompt can start from")
@@ -100,30 +100,30 @@ def _head(experiment: Experiment, task: Task, backbone: Backbone) -> torch.Tenso
     if place is None or not task.head_rows:
         if place is not None:
             raise ConfigError("prompt.head_examples: no head is tuned; set task.tuned_head = true, or leave it out")
-        return head_init.start(task, backbone, None, experiment.seed)
-    data, _ = next(iter(experiment.parties.values())).held
-    return head_init.start(task, backbone, head_init.examples(place, data), experiment.seed)
+        return head_init.init_head(task, backbone, None, experiment.seed)
+    data, _ = next(iter(experiment.all_groups.values())).data_and_partition
+    return head_init.init_head(task, backbone, head_init.examples(place, data), experiment.seed)
 
 
-def measured(
-    experiment: Experiment, tasks: Sequence[Task], model: Compute, start: Prompt
+def calibrate_clipping_and_compression(
+    experiment: Experiment, tasks: Sequence[Task], model: QueryEngine, start: Prompt
 ) -> tuple[Experiment, Compression]:
     """The experiment with a clip norm, and the compression: both may go by gradients at the start on made-up records."""
-    module, config = settings("compression", experiment.compression)
-    seed = rng.derive(experiment.seed, "public")
+    module, config = build_config("compression", experiment.compression)
+    seed = rng.derive_seed(experiment.seed, "public")
     public = lru_cache(partial(public_gradients, model, tasks, start, seed))
-    gradients = public if model.backbone.gives_gradients else None
+    gradients = public if model.backbone.supports_gradients else None
     compression = module.build(config, start, seed, gradients)
-    norms = partial(slopes_for_norms, model, tasks, start, compression, seed)
-    privacy = open_clip(experiment, start, compression, gradients, norms)
+    norms = partial(estimate_grad_norms_zeroth_order, model, tasks, start, compression, seed)
+    privacy = calibrate_clip_norm(experiment, start, compression, gradients, norms)
     return experiment.model_copy(update={"privacy": privacy}), compression
 
 
-def open_clip(
+def calibrate_clip_norm(
     experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None, norms_of: Norms
 ) -> dict[str, Any]:
     """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
-    units that the tuner sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
+    units that the optimizer sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
     of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at. Where
     there are no gradients, `norms_of` so many made-up records are taken instead."""
     privacy = dict(experiment.privacy)
@@ -135,54 +135,58 @@ def open_clip(
         return privacy | {"clip_norm": longest / 2}
     if not start.vectors_PD.is_floating_point():  # words: left open, a method may have one of its own
         return privacy
-    groups = list(experiment.parties)
+    groups = list(experiment.all_groups)
     number = max(256, 8 * len(groups))
     if gradients is None:
         lengths = norms_of(number)
     else:
-        found, coordinates = gradients(number), compression.coordinates
-        flat = coordinates.down(found) * clip_units(coordinates) if coordinates else found.flatten(1)
+        found, coordinates = gradients(number), compression.subspace
+        flat = coordinates.project(found) * clip_scale(coordinates) if coordinates else found.flatten(1)
         lengths = flat.norm(dim=1)
     norms = lengths.split([len(range(place, number, len(groups))) for place in range(len(groups))])
-    clips = {group: HEADROOM * float(own.median()) for group, own in zip(groups, norms, strict=True)}
+    clips = {group: CLIP_NORM_MULTIPLE * float(own.median()) for group, own in zip(groups, norms, strict=True)}
     return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
 
 
-def public_gradients(model: Compute, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
+def public_gradients(model: QueryEngine, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
     """[number, P, D]: gradients at the start prompt on made-up records, every task and every possible answer in turn;
     nobody's data."""
-    compute, found = Compute(model.backbone, 0, model.chunk_tokens), []
-    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+    compute, found = QueryEngine(model.backbone, 0, model.chunk_tokens), []
+    for batch in synthetic_batches(model.backbone, tasks, start, seed, number):
         answer = compute.answer([Query(start.vectors_PD[None], batch, grad=True)])[0]  # nothing below is worth keeping
         assert answer.grad_KBPD is not None
         found.append(answer.grad_KBPD[0].cpu())
     return torch.cat(found)
 
 
-def slopes_for_norms(
-    model: Compute, tasks: Sequence[Task], start: Prompt, compression: Compression, seed: int, number: int
+def estimate_grad_norms_zeroth_order(
+    model: QueryEngine, tasks: Sequence[Task], start: Prompt, compression: Compression, seed: int, number: int
 ) -> torch.Tensor:
     """[number]: about how long these gradients would be, from losses alone: along `SLOPES` directions of random signs a
     gradient's slope is as large as it is long, in root mean square. Tried at a distance of `APART` of the start's root mean
     square, per number of the prompt."""
-    space = Space(tuple(start.vectors_PD.shape), compression.coordinates)
-    apart = APART * float(start.vectors_PD.square().mean().sqrt()) * space.unit
-    signs_KN, compute, found = space.signs(SLOPES, seed, "norms"), Compute(model.backbone, 0, model.chunk_tokens), []
+    space = SearchSpace(tuple(start.vectors_PD.shape), compression.subspace)
+    apart = PROBE_STEP * float(start.vectors_PD.square().mean().sqrt()) * space.unit
+    signs_KN, compute, found = (
+        space.signs(NUM_PROBES, seed, "norms"),
+        QueryEngine(model.backbone, 0, model.chunk_tokens),
+        [],
+    )
     prompts_KPD = start.vectors_PD + space.up(torch.cat([apart * signs_KN, -apart * signs_KN]))
-    for batch in made_up_batches(model.backbone, tasks, start, seed, number):
+    for batch in synthetic_batches(model.backbone, tasks, start, seed, number):
         up_KB, down_KB = compute.answer([Query(prompts_KPD, batch)])[0].loss_KB.cpu().chunk(2)
         found.append(((up_KB - down_KB) / (2 * apart)).square().mean(0).sqrt())
     return torch.cat(found)
 
 
-def made_up_batches(
+def synthetic_batches(
     backbone: Backbone, tasks: Sequence[Task], start: Prompt, seed: int, number: int
 ) -> Iterator[Batch]:
     """`number` records that are nobody's, one batch a task, every possible answer in turn."""
-    records = made_up(backbone, number, seed)
+    records = synthetic_records(backbone, number, seed)
     for place, task in enumerate(tasks[:number]):
         own = [
-            Record(r.key, {**r.fields, "target": task.possible[i % len(task.possible)], **_beside(task, i)})
+            Record(r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **_beside(task, i)})
             for i, r in enumerate(records[place :: len(tasks)])
         ]
         yield task.encode(own, backbone, start)
@@ -190,4 +194,4 @@ def made_up_batches(
 
 def _beside(task: Task, place: int) -> Mapping[str, Any]:
     """What a made-up record of this task has beside text and target."""
-    return task.beside(place) if isinstance(task, MakesUp) else {}
+    return task.synthetic_fields(place) if isinstance(task, MakesUp) else {}

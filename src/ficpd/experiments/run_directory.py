@@ -28,8 +28,8 @@ from ficpd import storage
 from ficpd.errors import CodecError, LedgerError, RunError
 from ficpd.federation.privacy_plan import LEDGER
 from ficpd.federation.rounds import Round
-from ficpd.privacy.ledger import Book
-from ficpd.storage import write
+from ficpd.privacy.ledger import Account
+from ficpd.storage import atomic_write
 from ficpd.types import State
 
 SITES = "sites.json"
@@ -84,7 +84,7 @@ class RunDir:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """This process alone works in the directory, which is made, and taken away again if nothing was put into it. Raises
         `RunError` if another process is at work there. The lock is the system's, on the directory itself: it goes with the
         process, and where a system or a network drive has none, nothing is held."""
@@ -104,7 +104,7 @@ class RunDir:
                 os.close(number)
 
     def write(self, name: str, content: str | bytes) -> Path:
-        return write(self.path / name, content)
+        return atomic_write(self.path / name, content)
 
     def run_id(self) -> str:
         """This run's own name, drawn when it begins."""
@@ -141,7 +141,7 @@ class RunDir:
         arrays = {name: array for name, array in state.arrays.items() if not name.startswith((KEPT, ROUNDS))}
         return State(arrays, state.facts), kept, rounds, totals
 
-    def check_told(self, rounds: int) -> None:
+    def check_rounds_file(self, rounds: int) -> None:
         """Raises `RunError` if more rounds were written down than the checkpoint has: sites that carried them out do not
         answer them again, and the run would go on without their updates."""
         file = self.path / "rounds.jsonl"
@@ -153,10 +153,10 @@ class RunDir:
                 + ". Sites do not answer a round twice: restore the newest checkpoint, or begin in a new directory"
             )
 
-    def check_books(self, books: Iterable[Book], method: str, rounds: int) -> None:
+    def check_ledgers(self, accounts: Iterable[Account], method: str, rounds: int) -> None:
         """Raises `LedgerError` if somebody has carried out more than the round after the checkpoint's `rounds`: earlier ones
         are not answered again, and the run would go on without them."""
-        ahead = {book.site: newest for book in books if (newest := book.newest(method)) > rounds + 1}
+        ahead = {account.site: newest for account in accounts if (newest := account.last_round(method)) > rounds + 1}
         if ahead:
             site = max(ahead, key=lambda name: ahead[name])
             raise LedgerError(

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from ficpd import rng, storage
 from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
-from ficpd.interfaces import TOTAL, Backbone, Compression, Coordinates, Mechanism, Method, Noise, Task, Words
-from ficpd.optimizers.search_space import clip_units
-from ficpd.privacy.ledger import Book
-from ficpd.privacy.noise import Cryptographic, Simulated
+from ficpd.interfaces import TOTAL, Backbone, Compression, Mechanism, Method, NoiseSource, Subspace, Task, Vocabulary
+from ficpd.optimizers.search_space import clip_scale
+from ficpd.privacy.ledger import Account
+from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.privacy.none import NoPrivacy
-from ficpd.tasks import masked
+from ficpd.tasks import corrupt_words
 from ficpd.traits import Calibrates, Classifies
 from ficpd.types import (
     LORA,
@@ -23,17 +23,17 @@ from ficpd.types import (
     Batch,
     ClientCard,
     ClientUpdate,
+    PrivacyCost,
     Prompt,
     Query,
     Record,
-    Spend,
     State,
 )
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
 LABELS = "labels"
 """The name of the total that `label_prior` is made of."""
-FEW = 20
+MIN_HOLDOUT_RECORDS = 20
 """Of fewer records none can be spared to choose by."""
 
 
@@ -55,16 +55,16 @@ class Client:
     compression: Compression
     start: Prompt
     private_seed: int
-    book: Book | None = None
-    owed: Sequence[Spend] = ()
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    account: Account | None = None
+    pending_costs: Sequence[PrivacyCost] = ()
+    client_state: dict[str, Tensor] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False)
-    asked: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    query_counts: dict[int, list[int]] = field(default_factory=dict, repr=False)
     """By round: how many forward queries and how many gradients (one candidate on one record each) its orders asked for. It
     never leaves: how many records a Poisson sample has is private."""
 
     def __post_init__(self) -> None:
-        if self.mechanism.unit != "none" and self.book is None:
+        if self.mechanism.unit != "none" and self.account is None:
             raise PrivacyError(f"{self.name} has a {self.mechanism.unit}-level mechanism and no ledger; give it a book")
 
     @property
@@ -79,7 +79,7 @@ class Client:
             self.encodings[key] = records, self.task.encode(records, self.backbone, self.start)
         return self.encodings[key][1]
 
-    def take_encoding(self, part: str, batch: Batch) -> None:
+    def set_encoding(self, part: str, batch: Batch) -> None:
         """Use these encoded records, which somebody has already, for a part's own."""
         key, records = self._encoding(part)
         self.encodings[key] = records, batch
@@ -88,22 +88,22 @@ class Client:
         start, records = self.start, self.train if part == "train" else self.test
         return (self.name, part, len(start.vectors_PD), start.head_rows, start.enters_at), records
 
-    def stream(self, method: str, round: int) -> Noise:
+    def noise_source(self, method: str, round: int) -> NoiseSource:
         """The private stream of one method's round: two methods' noises do not cancel."""
         if self.mechanism.noise == "cryptographic":
-            return Cryptographic()
-        return Simulated(self.private_seed, "noise", method, round)
+            return SecureNoise()
+        return SeededNoise(self.private_seed, "noise", method, round)
 
 
-class Visit:
+class ClientSession:
     """One client carrying out one order: what a method sees (`ClientSide`). Nothing is kept until the order is done."""
 
     def __init__(self, client: Client, round: int, method: str = ""):
         self.client, self.id, self._order = client, client.name, (round, method)
-        self.kept = dict(client.kept)
-        self.noise = client.stream(method, round)
+        self.client_state = dict(client.client_state)
+        self.noise = client.noise_source(method, round)
         self.expected_batch = 1
-        self.spends: list[Spend] = []
+        self.costs: list[PrivacyCost] = []
         self.totals: list[str] = []
         self._open: int | None = None
         self._drawn: Tensor | None = None
@@ -114,19 +114,21 @@ class Visit:
         return self.client.start.vectors_PD
 
     @property
-    def coordinates(self) -> Coordinates | None:
-        return self.client.compression.coordinates
+    def subspace(self) -> Subspace | None:
+        return self.client.compression.subspace
 
     @property
     def weight(self) -> float:
         """The record count where no privacy is asked; its noised total where it has a share of the budget; else 1."""
         if self.client.mechanism.unit == "none":
             return float(len(self.client.train))
-        if self.client.mechanism.price(TOTAL + "weight") is None:
+        if self.client.mechanism.cost(TOTAL + "weight") is None:
             return 1.0
-        if "weight" not in self.kept:
-            self.kept["weight"] = self.total("weight", torch.ones(len(self.client.train), 1)).clamp(min=1.0)
-        return float(self.kept["weight"])
+        if "weight" not in self.client_state:
+            self.client_state["weight"] = self.private_sum("weight", torch.ones(len(self.client.train), 1)).clamp(
+                min=1.0
+            )
+        return float(self.client_state["weight"])
 
     @property
     def label_prior(self) -> Tensor:
@@ -136,14 +138,14 @@ class Visit:
         assert batch.targets is not None
         counts_BC = F.one_hot(batch.targets, batch.task.num_labels).float()
         if self.client.mechanism.unit != "record":
-            return smoothed(counts_BC.sum(0))
-        if LABELS not in self.kept:
-            self.kept[LABELS] = self.total(LABELS, counts_BC).clamp(min=0.0)
-        return smoothed(self.kept[LABELS])
+            return log_label_prior(counts_BC.sum(0))
+        if LABELS not in self.client_state:
+            self.client_state[LABELS] = self.private_sum(LABELS, counts_BC).clamp(min=0.0)
+        return log_label_prior(self.client_state[LABELS])
 
     @property
-    def words(self) -> Words:
-        words = self.client.backbone.words
+    def vocabulary(self) -> Vocabulary:
+        words = self.client.backbone.vocabulary
         if words is None:
             raise BackboneError(f"{self.client.backbone.name} knows no words for a prompt to be made of")
         return words
@@ -156,18 +158,18 @@ class Visit:
         records = self.client.encoded()
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
             self._open, self._drawn = len(rows), rows
-            yield records.take(rows)
+            yield records.select(rows)
 
-    def masked(self, share: float) -> Batch:
+    def corrupted_batch(self, share: float) -> Batch:
         """See `ClientSide`. All records' twins are made once for each visit."""
         assert self._drawn is not None, "of the batch that was drawn last"
         if share not in self._masked:
-            client, words = self.client, rng.derive(self.client.private_seed, "masked", *self._order)
-            twins = masked(client.train, share, client.backbone, words)
+            client, words = self.client, rng.derive_seed(self.client.private_seed, "masked", *self._order)
+            twins = corrupt_words(client.train, share, client.backbone, words)
             self._masked[share] = client.task.encode(twins, client.backbone, client.start)
-        return self._masked[share].take(self._drawn)
+        return self._masked[share].select(self._drawn)
 
-    def mean(self, values_KB: Tensor) -> Tensor:
+    def private_mean(self, values_KB: Tensor) -> Tensor:
         """[K, B, ...] to [K, ...] on the CPU, by the client's mechanism: the only way records are averaged."""
         if self._open != values_KB.shape[1]:
             given = (
@@ -179,20 +181,20 @@ class Visit:
             )
         self._open = None
         units = torch.ones(())
-        if self.coordinates and values_KB.shape[2:] == self.coordinates.typical.shape:
-            units = clip_units(self.coordinates)
+        if self.subspace and values_KB.shape[2:] == self.subspace.grad_scale.shape:
+            units = clip_scale(self.subspace)
         values_KB = values_KB * units.to(values_KB.device)
-        return self.client.mechanism.mean(values_KB, self.expected_batch, self.noise).cpu() / units
+        return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise).cpu() / units
 
-    def total(self, name: str, values_BN: Tensor) -> Tensor:
+    def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
         """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
         self.charge(TOTAL + name, 1)
         self.totals.append(name)
-        return self.client.mechanism.total(name, values_BN, self.noise).cpu()
+        return self.client.mechanism.noisy_sum(name, values_BN, self.noise).cpu()
 
-    def whole(self) -> Batch:
+    def full_batch(self) -> Batch:
         return self.client.encoded()
 
     def release(self, update: ClientUpdate) -> ClientUpdate:
@@ -202,21 +204,21 @@ class Visit:
             update = replace(update, weight=self.weight)
         compression = self.client.compression
         projected = replace(update, arrays=compression.project(update.arrays))
-        released = self.client.mechanism.release(projected, self.noise)
+        released = self.client.mechanism.privatize_update(projected, self.noise)
         return replace(released, arrays=compression.pack(released.arrays))
 
-    def home(self, held_back: float = 0.0) -> "Home":
-        return Home(self, *self._order, held_back)
+    def local_context(self, held_back: float = 0.0) -> "LocalSession":
+        return LocalSession(self, *self._order, held_back)
 
     def charge(self, door: str, count: int) -> None:
         """Put a passage on this visit's bill, before it takes place. Raises `BudgetError` if it cannot be paid."""
-        price = self.client.mechanism.price(door)
-        if price is not None and self.client.book is not None:
-            self.client.book.afford([*self.spends, price._replace(count=count)])
-            self.spends.append(price._replace(count=count))
+        price = self.client.mechanism.cost(door)
+        if price is not None and self.client.account is not None:
+            self.client.account.check_budget([*self.costs, price._replace(count=count)])
+            self.costs.append(price._replace(count=count))
 
 
-class Home(Visit):
+class LocalSession(ClientSession):
     """The same records without mechanism, ledger or compression: for what a client tunes for itself. Whatever was made with
     it may only go into `kept`, never into an update, nor into a prompt that is asked about with records that will.
 
@@ -224,71 +226,80 @@ class Home(Visit):
     than `FEW` records none.
     """
 
-    def __init__(self, visit: Visit, round: int, method: str, held_back: float):
-        super().__init__(replace(visit.client, mechanism=NoPrivacy(), book=None), round, f"{method} at home")
-        self.kept = visit.kept
+    def __init__(self, session: ClientSession, round: int, method: str, held_back: float):
+        super().__init__(replace(session.client, mechanism=NoPrivacy(), account=None), round, f"{method} at home")
+        self.client_state = session.client_state
         records = len(self.client.train)
-        order = Simulated(self.client.private_seed, "held back").shuffled(records)
-        held = int(records * held_back + 0.5) if records >= FEW else 0
-        self._unlearnt, self._learnt = order[:held], order[held:]
+        assignment = SeededNoise(self.client.private_seed, "held back").permutation(records)
+        held = int(records * held_back + 0.5) if records >= MIN_HOLDOUT_RECORDS else 0
+        self._unlearnt, self._learnt = assignment[:held], assignment[held:]
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
-        records = self.client.encoded().take(self._learnt)
+        records = self.client.encoded().select(self._learnt)
         self.expected_batch = min(batch_size, len(records))
         for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
             self._open, self._drawn = len(rows), self._learnt[rows]
-            yield records.take(rows)
+            yield records.select(rows)
 
-    def unlearnt(self) -> Batch:
-        return self.client.encoded().take(self._unlearnt)
+    def holdout(self) -> Batch:
+        return self.client.encoded().select(self._unlearnt)
 
     @property
-    def coordinates(self) -> None:
+    def subspace(self) -> None:
         return None
 
 
-def smoothed(counts_C: Tensor) -> Tensor:
+def log_label_prior(counts_C: Tensor) -> Tensor:
     """[C]: logarithms of shares, with half a record more for each label."""
     return ((counts_C + 0.5) / (counts_C + 0.5).sum()).log()
 
 
-def participate(method: Method, client: Client, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+def execute_assignment(
+    method: Method, client: Client, assignment: Assignment
+) -> Generator[Query, Answer, ClientUpdate]:
     """Carry out an order. The one door out: what leaves is what the mechanism released, whatever the method returned,
     and only after its price stands in the ledger. An order that was carried out before is answered as it was then; one of
     an earlier round, whose answer is not kept any more, is refused with `PolicyError`: it would be paid for twice. One that
     fails once records were drawn is paid for and not tried again: that it failed may tell of the records.
     """
-    if client.book is not None:
-        if (stored := client.book.answered(order.round, order.method)) is not None:
-            return restored(client, stored, order.round)
-        if order.round < (newest := client.book.newest(order.method)):
+    if client.account is not None:
+        if (stored := client.account.stored_answer(assignment.round, assignment.method)) is not None:
+            return restore_update(client, stored, assignment.round)
+        if assignment.round < (newest := client.account.last_round(assignment.method)):
             raise PolicyError(
-                f"{client.name} was asked for round {order.round} of {order.method} after round {newest} was answered; that "
+                f"{client.name} was asked for round {assignment.round} of {assignment.method} after round {newest} was answered; that "
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
-    visit, asked = Visit(client, order.round, order.method), client.asked.setdefault(order.round, [0, 0])
-    visit.spends.extend(client.owed)
-    visit.charge("release", 1)
+    session, asked = (
+        ClientSession(client, assignment.round, assignment.method),
+        client.query_counts.setdefault(assignment.round, [0, 0]),
+    )
+    session.costs.extend(client.pending_costs)
+    session.charge("release", 1)
     try:
         near = client.start if client.mechanism.unit == "record" else None
-        update = yield from counted(method.train(visit, order), asked, near)
-        released = visit.release(update)
+        update = yield from count_queries(method.local_update(session, assignment), asked, near)
+        released = session.release(update)
     except PrivacyError:  # a price that is too high, or a method that is not sound: so for any records
         raise
     except Exception:
-        if client.book is not None and client.mechanism.unit != "none":
-            kept = client.kept | {name: visit.kept[name] for name in visit.totals if name in visit.kept}
+        if client.account is not None and client.mechanism.unit != "none":
+            kept = client.client_state | {
+                name: session.client_state[name] for name in session.totals if name in session.client_state
+            }
             failed = _stored(ClientUpdate(client.name, {}), kept, asked, failed=True)
-            client.book.settle(order.round, order.method, visit.spends, failed)
-            client.kept, client.owed = kept, ()
+            client.account.commit(assignment.round, assignment.method, session.costs, failed)
+            client.client_state, client.pending_costs = kept, ()
         raise
-    if client.book is not None:
-        client.book.settle(order.round, order.method, visit.spends, _stored(released, visit.kept, asked))
-    client.kept, client.owed = visit.kept, ()
+    if client.account is not None:
+        client.account.commit(
+            assignment.round, assignment.method, session.costs, _stored(released, session.client_state, asked)
+        )
+    client.client_state, client.pending_costs = session.client_state, ()
     return released
 
 
-def counted(
+def count_queries(
     work: Generator[Query, Answer, ClientUpdate], asked: list[int], near: Prompt | None = None
 ) -> Generator[Query, Answer, ClientUpdate]:
     """The same work; what it asks for is added to `asked`: forward queries, gradients. Prompts farther off than `near`
@@ -297,7 +308,7 @@ def counted(
         query = next(work)
         while True:
             if near is not None and near.enters_at != LORA:
-                query = query._replace(prompts_KPD=near.within_reach(query.prompts_KPD))
+                query = query._replace(prompts_KPD=near.clip_to_max_norm(query.prompts_KPD))
             asked[query.grad] += len(query.prompts_KPD) * len(query.batch)
             query = work.send((yield query))
     except StopIteration as end:
@@ -310,7 +321,7 @@ def _stored(update: ClientUpdate, kept: Mapping[str, Tensor], asked: list[int], 
     return storage.encode_state(State(arrays), {"weight": update.weight, "failed": failed, "asked": asked})
 
 
-def restored(client: Client, body: bytes, round: int | None = None) -> ClientUpdate:
+def restore_update(client: Client, body: bytes, round: int | None = None) -> ClientUpdate:
     """The update that was released then; the client keeps what it kept then, and has asked in its `round` what it asked
     then. Raises `PolicyError` if it failed."""
     try:
@@ -321,31 +332,33 @@ def restored(client: Client, body: bytes, round: int | None = None) -> ClientUpd
     for path, array in state.arrays.items():
         part, _, name = path.partition("/")
         parts[part][name] = array
-    client.kept = parts["kept"]
+    client.client_state = parts["kept"]
     if round is not None:
-        client.asked[round] = list(extra.get("asked", (0, 0)))
+        client.query_counts[round] = list(extra.get("asked", (0, 0)))
     if extra["failed"]:
         raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
     return ClientUpdate(client.name, parts["sent"], extra["weight"])
 
 
-def personal_prompt(method: Method, client: Client, order: Assignment) -> Tensor:
+def personal_prompt(method: Method, client: Client, assignment: Assignment) -> Tensor:
     """[P, D] this client would use now; a question to the client, nothing leaves."""
-    return method.personal(Visit(client, order.round), order)
+    return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 
-def at_home(method: Method, client: Client, batch: Batch) -> Batch:
+def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
     """Records of its own as this client would ask about them, by a method that knows more of it than a prompt."""
-    return method.at_home(Visit(client, 0).home(), batch) if isinstance(method, Calibrates) else batch
+    return (
+        method.local_batch(ClientSession(client, 0).local_context(), batch) if isinstance(method, Calibrates) else batch
+    )
 
 
-def kept_arrays(clients: Mapping[str, Client]) -> dict[str, Tensor]:
+def client_states(clients: Mapping[str, Client]) -> dict[str, Tensor]:
     """All that clients keep, as one flat mapping `client/name`, for a simulation's checkpoint."""
-    return {f"{name}/{key}": value for name, client in clients.items() for key, value in client.kept.items()}
+    return {f"{name}/{key}": value for name, client in clients.items() for key, value in client.client_state.items()}
 
 
-def restore_kept(clients: Mapping[str, Client], arrays: Mapping[str, Tensor]) -> None:
-    """The inverse of `kept_arrays`."""
+def load_client_states(clients: Mapping[str, Client], arrays: Mapping[str, Tensor]) -> None:
+    """The inverse of `client_states`."""
     for path, value in arrays.items():
         name, _, key = path.rpartition("/")
-        clients[name].kept[key] = value
+        clients[name].client_state[key] = value

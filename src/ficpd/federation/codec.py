@@ -7,7 +7,7 @@ with the client's name some 40) and its arrays, nothing else: both sides know th
     8  of the SHA-256 of the backbone's fingerprint            4  CRC-32 of the layout: names, shapes, types
     1  length of the client's name, then the name in UTF-8     then the arrays, in the order of their names
 
-Whoever reads trusts nobody: `Expected` says which names, shapes, types, norm and backbone an update must have; what does
+Whoever reads trusts nobody: `ExpectedUpdate` says which names, shapes, types, norm and backbone an update must have; what does
 not fit raises `CodecError` with what was given and what was expected.
 """
 
@@ -25,25 +25,27 @@ from torch import Tensor
 
 from ficpd.errors import CodecError
 from ficpd.storage import HEADER_LIMIT, pack_tensors, unpack_tensors
-from ficpd.types import IDS, ArrayKind, Assignment, ClientUpdate
+from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate
 
 UPDATE_HEADER = struct.Struct("<2sBIf8sIB")
 UPDATE_KIND = (b"FU", 1)
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedUpdate:
     """What an update has to look like. `max_norm` bounds the L2 norm over all its arrays."""
 
     client: str
     round: int
     backbone: str
-    layout: Mapping[str, ArrayKind]
+    layout: Mapping[str, ArraySpec]
     max_norm: float = 1e6
 
 
-def encode_assignment(order: Assignment, backbone: str) -> bytes:
-    return pack_tensors(order.arrays, {"m": order.method, "r": order.round, "b": backbone, "f": dict(order.facts)})
+def encode_assignment(assignment: Assignment, backbone: str) -> bytes:
+    return pack_tensors(
+        assignment.arrays, {"m": assignment.method, "r": assignment.round, "b": backbone, "f": dict(assignment.facts)}
+    )
 
 
 def decode_assignment(body: bytes, backbone: str) -> Assignment:
@@ -66,12 +68,12 @@ def encode_update(update: ClientUpdate, round: int, backbone: str) -> bytes:
         raise CodecError(f"the round is {round}, expected 0 to {(1 << 32) - 1}")
     if not math.isfinite(update.weight) or abs(update.weight) > 1e38:
         raise CodecError(f"the update's weight is {update.weight!r}, expected a finite number")
-    layout = {n: ArrayKind(tuple(array.shape), array.dtype) for n, array in update.arrays.items()}
+    layout = {n: ArraySpec(tuple(array.shape), array.dtype) for n, array in update.arrays.items()}
     header = UPDATE_HEADER.pack(*UPDATE_KIND, round, update.weight, _mark(backbone), _digest(layout), len(name))
     return b"".join([header, name, *(_raw(update.arrays[n]) for n in sorted(layout))])
 
 
-def decode_update(body: bytes, expected: Expected) -> ClientUpdate:
+def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
     """A checked update. The size is checked before anything is read.
 
     >>> body = encode_update(ClientUpdate("a", {"x": torch.ones(2)}), 1, "tiny")
@@ -98,7 +100,7 @@ def decode_update(body: bytes, expected: Expected) -> ClientUpdate:
 
 
 @dataclass(frozen=True)
-class Call:
+class SiteRequest:
     """What a server asks of a real site, whatever carries it: `what` is "hello", "train" or "evaluate". `terms` (what the
     run asks for, as bytes of `encode_state`) go along until the site has them."""
 
@@ -108,28 +110,28 @@ class Call:
     terms: bytes = b""
 
 
-def encode_call(call: Call) -> bytes:
+def encode_call(call: SiteRequest) -> bytes:
     """4 bytes: the header's length; the header, JSON; the order; the terms."""
     header = json.dumps({"w": call.what, "r": call.run, "o": len(call.order), "t": len(call.terms)}).encode()
     return b"".join([struct.pack("<I", len(header)), header, call.order, call.terms])
 
 
-def decode_call(body: bytes) -> Call:
+def decode_call(body: bytes) -> SiteRequest:
     """Raises `CodecError` for anything but a whole call."""
     try:
         (length,) = struct.unpack_from("<I", body)
         if length > HEADER_LIMIT:
             raise ValueError(f"its header has {length} bytes")
         header = json.loads(body[4 : 4 + length])
-        what, run, order, terms = header["w"], header["r"], int(header["o"]), int(header["t"])
-        if not isinstance(what, str) or not isinstance(run, str) or min(order, terms) < 0:
+        what, run, assignment, terms = header["w"], header["r"], int(header["o"]), int(header["t"])
+        if not isinstance(what, str) or not isinstance(run, str) or min(assignment, terms) < 0:
             raise ValueError("its header says something else")
-        if len(body) != 4 + length + order + terms:
-            raise ValueError(f"{4 + length + order + terms} bytes were announced")
+        if len(body) != 4 + length + assignment + terms:
+            raise ValueError(f"{4 + length + assignment + terms} bytes were announced")
     except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"not a whole call of this version ({len(body)} bytes): {error}") from error
     place = 4 + length
-    return Call(what, run, body[place : place + order], body[place + order :])
+    return SiteRequest(what, run, body[place : place + assignment], body[place + assignment :])
 
 
 def _check_finite(arrays: Mapping[str, Tensor]) -> None:
@@ -139,7 +141,7 @@ def _check_finite(arrays: Mapping[str, Tensor]) -> None:
             raise CodecError(f"array {name!r} has {bad} values that are not finite, expected none")
 
 
-def _checked_header(header: bytes, expected: Expected) -> float:
+def _checked_header(header: bytes, expected: ExpectedUpdate) -> float:
     """The weight, once all else is as expected."""
     magic, version, round, weight, mark, digest, length = UPDATE_HEADER.unpack_from(header)
     if (magic, version) != UPDATE_KIND:
@@ -175,12 +177,12 @@ def _mark(backbone: str) -> bytes:
     return hashlib.sha256(backbone.encode()).digest()[:8]
 
 
-def _digest(layout: Mapping[str, ArrayKind]) -> int:
+def _digest(layout: Mapping[str, ArraySpec]) -> int:
     kinds = [[name, list(kind.shape), str(kind.dtype)] for name, kind in sorted(layout.items())]
     return zlib.crc32(json.dumps(kinds, separators=(",", ":")).encode())
 
 
-def _words(layout: Mapping[str, ArrayKind]) -> str:
+def _words(layout: Mapping[str, ArraySpec]) -> str:
     kinds = [f"{name} {kind.dtype} {tuple(kind.shape)}" for name, kind in sorted(layout.items())]
     return ", ".join(kinds) or "no arrays"
 
@@ -190,7 +192,7 @@ def _raw(array: Tensor) -> bytes:
     return _little(flat, array.dtype.itemsize).numpy().tobytes()
 
 
-def _array(raw: bytes, kind: ArrayKind) -> Tensor:
+def _array(raw: bytes, kind: ArraySpec) -> Tensor:
     # Of a copy that may be written to; torch makes no tensor of an empty buffer.
     flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
     return _little(flat, kind.dtype.itemsize).clone().view(kind.dtype).reshape(kind.shape)
@@ -206,7 +208,7 @@ def _norm(arrays: Mapping[str, Tensor]) -> float:
     scales = {name: f"{name}.scale" for name, array in arrays.items() if not array.is_floating_point()}
     total = 0.0
     for name in arrays.keys() - scales.values():
-        if arrays[name].dtype == IDS:
+        if arrays[name].dtype == TOKEN_DTYPE:
             continue
         values = arrays[name].double()
         if (scale := arrays.get(scales.get(name, ""))) is not None:

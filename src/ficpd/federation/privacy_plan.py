@@ -7,52 +7,52 @@ from typing import Any
 
 from ficpd import rng
 from ficpd.errors import LedgerError, PrivacyError
-from ficpd.federation.rounds import Schedule, cohort_of
-from ficpd.interfaces import TOTAL, Mechanism, Method, Noise
+from ficpd.federation.rounds import RoundSchedule, sample_cohort
+from ficpd.interfaces import TOTAL, Mechanism, Method, NoiseSource
 from ficpd.privacy import accountant
-from ficpd.privacy.central_gaussian import NoisedSum
-from ficpd.privacy.ledger import Book, Budget, Ledger
-from ficpd.privacy.noise import Cryptographic, Simulated
-from ficpd.registry import settings
+from ficpd.privacy.central_gaussian import CentralGaussian
+from ficpd.privacy.ledger import Account, Budget, Ledger
+from ficpd.privacy.noise import SecureNoise, SeededNoise
+from ficpd.registry import build_config
 from ficpd.traits import Calibrates, ReleasesTotals, TunesWords, Unprotected
-from ficpd.types import JSON, Plan, Shard, State
+from ficpd.types import JSON, ClientData, ClientWorkload, State
 
 NONE = {"name": "none"}
-NOTHING_LEAVES = {"mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0}
+NO_RELEASE_GUARANTEE = {"mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0}
 LEDGER = "ledger.sqlite"
 SERVER = "server"
 
 
 @dataclass(frozen=True)
-class Guard:
+class PrivacyPlan:
     """`mechanisms` and `books` by client; `central` is the server's noise where it adds any."""
 
     mechanisms: Mapping[str, Mechanism]
-    books: Mapping[str, Book]
+    accounts: Mapping[str, Account]
     ledger: Ledger | None
-    central: NoisedSum | None
+    central: CentralGaussian | None
     releases: bool
 
     def close(self) -> None:
         if self.ledger is not None:
             self.ledger.close()
 
-    def noise_on(self, size: int) -> float | None:
+    def expected_noise_norm_sq(self, size: int) -> float | None:
         """What `Mechanism.noise_on` says of one client's update, the mean over clients."""
-        known = [mechanism.noise_on(size) for mechanism in self.mechanisms.values()]
+        known = [mechanism.expected_noise_norm_sq(size) for mechanism in self.mechanisms.values()]
         return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]
 
-    def block(self) -> dict[str, JSON]:
+    def to_report(self) -> dict[str, JSON]:
         """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
         if not self.releases:
-            return {**NOTHING_LEAVES, "noise": None}
+            return {**NO_RELEASE_GUARANTEE, "noise": None}
         first = next(iter(self.mechanisms.values()))
         if first.unit == "none":
             return {**first.guarantee(), "noise": None}
-        books = [self.central.book] if self.central else list(self.books.values())
-        spent = {book.site: book.epsilon() for book in books}
-        worst = max(books, key=lambda book: spent[book.site])
-        noisy = {book.site: book.spent() for book in books}
+        books = [self.central.account] if self.central else list(self.accounts.values())
+        spent = {account.site: account.epsilon() for account in books}
+        worst = max(books, key=lambda account: spent[account.site])
+        noisy = {account.site: account.spent() for account in books}
         multipliers = [line.noise_multiplier for lines in noisy.values() for line in lines]
         delta = first.guarantee()["delta"]
         return {
@@ -62,11 +62,11 @@ class Guard:
             "noise": first.noise,
             "site_that_spent_most": worst.site,
             "epsilon_of_sites": spent,
-            "lines": accountant.shares(noisy[worst.site], delta) if noisy[worst.site] else [],
+            "lines": accountant.cost_shares(noisy[worst.site], delta) if noisy[worst.site] else [],
         }
 
 
-def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
+def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
     """The privacy settings that apply to a method: none where nothing leaves, or where all records are one client's.
 
     Raises `PrivacyError` where the method cannot have the guarantee.
@@ -75,9 +75,9 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
         return NONE
     if part["name"] != "none" and isinstance(method, Unprotected):
         raise PrivacyError(f"{method.name} has no private form: {method.unprotected}")
-    if part.get("placement") is not None and method.pools_data:
+    if part.get("placement") is not None and method.centralized:
         return NONE
-    if part.get("placement") == "central" and not method.sums:
+    if part.get("placement") == "central" and not method.linear:
         raise PrivacyError(
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
             "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
@@ -91,21 +91,21 @@ def part_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
     return part
 
 
-def build_guard(
-    part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, Shard], schedule: Schedule,
+def plan_privacy(
+    part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, ClientData], schedule: RoundSchedule,
     seed: int, folder: Path, run: str, rounds_paid: int,
-) -> Guard:  # fmt: skip
+) -> PrivacyPlan:  # fmt: skip
     """Plans the run, chooses the noise, opens the ledger. `rounds_paid`: the last round that released anything; raises
     `LedgerError` if the ledger does not reach it."""
-    part = part_for(method, part)
+    part = privacy_config_for(method, part)
     if part.get("placement") == "central" and schedule.accept_late:
         raise PrivacyError(
             f"federation.accept_late = {schedule.accept_late}: noise on a round's sum is accounted for its own sample, "
             "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
-    module, config = settings("privacy", part)
-    plans = planned(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
-    mechanisms = {name: module.build(clipping(config, part, name), plans[name]) for name in shards}
+    module, config = build_config("privacy", part)
+    plans = client_workloads(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
+    mechanisms = {name: module.build(with_group_clip_norm(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     for name in method.statistics if first.unit == "record" and isinstance(method, Calibrates) else ():
         if first.price(TOTAL + name) is None:
@@ -114,8 +114,8 @@ def build_guard(
                 f"such as privacy.statistics = {{ {name} = 0.05 }}"
             )
     if first.unit == "none":
-        return Guard(mechanisms, {}, None, None, method.releases)
-    if first.unit == "client" and not method.layout(state):
+        return PrivacyPlan(mechanisms, {}, None, None, method.releases)
+    if first.unit == "client" and not method.update_spec(state):
         raise PrivacyError(
             f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have "
             "no guarantee; use privacy.name = 'record_gaussian'"
@@ -128,24 +128,24 @@ def build_guard(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / LEDGER, f"run {run}", rounds_paid)
 
-    def book(site: str, mechanism: Mechanism) -> Book:
-        return ledger.book(site, Budget.of(config.epsilon, config.delta, mechanism.planned()))
+    def account(site: str, mechanism: Mechanism) -> Account:
+        return ledger.account(site, Budget.of(config.epsilon, config.delta, mechanism.planned_costs()))
 
     price = first.price("sum")
     if price is None:
-        return Guard(mechanisms, {n: book(n, m) for n, m in mechanisms.items()}, ledger, None, True)
+        return PrivacyPlan(mechanisms, {n: account(n, m) for n, m in mechanisms.items()}, ledger, None, True)
 
-    def stream(round: int) -> Noise:
-        simulated = Simulated(seed, "private", SERVER, "noise", round)
-        return Cryptographic() if first.noise == "cryptographic" else simulated
+    def stream(round: int) -> NoiseSource:
+        simulated = SeededNoise(seed, "private", SERVER, "noise", round)
+        return SecureNoise() if first.noise == "cryptographic" else simulated
 
     expected = price.sampling_rate * len(shards)
-    central = NoisedSum(price, first.guarantee()["clip_norm"], expected, stream, book(SERVER, first))
-    unpaid = {name: ledger.book(name, Budget(None, config.delta)) for name in mechanisms}
-    return Guard(mechanisms, unpaid, ledger, central, True)
+    central = CentralGaussian(price, first.guarantee()["clip_norm"], expected, stream, account(SERVER, first))
+    unpaid = {name: ledger.account(name, Budget(None, config.delta)) for name in mechanisms}
+    return PrivacyPlan(mechanisms, unpaid, ledger, central, True)
 
 
-def clipping(config: Any, part: Mapping[str, Any], name: str) -> Any:
+def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any:
     """The settings of one client's mechanism: with its group's clip norm, where groups have their own."""
     norms = part.get("clip_norms")
     if not norms:
@@ -158,13 +158,15 @@ def clipping(config: Any, part: Mapping[str, Any], name: str) -> Any:
     return config.model_copy(update={"clip_norm": norms[group]})
 
 
-def planned(method: Method, state: State, records: Mapping[str, int], schedule: Schedule) -> dict[str, Plan]:
+def client_workloads(
+    method: Method, state: State, records: Mapping[str, int], schedule: RoundSchedule
+) -> dict[str, ClientWorkload]:
     """What the run will ask of each client, given how many `records` it has. Cohorts come from a public seed, so everybody
     can count them ahead."""
-    steps, batch_size = method.work(state)
+    steps, batch_size = method.local_workload(state)
     counts = participations(schedule, list(records))
     return {
-        name: Plan(
+        name: ClientWorkload(
             num_records=number,
             sampling_rate=min(batch_size, number) / number,
             steps=steps,
@@ -178,19 +180,19 @@ def planned(method: Method, state: State, records: Mapping[str, int], schedule: 
     }
 
 
-def participations(schedule: Schedule, names: Sequence[str]) -> dict[str, int]:
+def participations(schedule: RoundSchedule, names: Sequence[str]) -> dict[str, int]:
     """In how many rounds each client is asked."""
     counts = dict.fromkeys(names, 0)
     for round in range(1, schedule.num_rounds + 1):
-        for name in cohort_of(schedule, names, round):
+        for name in sample_cohort(schedule, names, round):
             counts[name] += 1
     return counts
 
 
 def public_seed(seed: int) -> int:
     """The seed that the server's half may know: no private stream can be derived from it."""
-    return rng.derive(seed, "public")
+    return rng.derive_seed(seed, "public")
 
 
 def private_seed(seed: int, client: str) -> int:
-    return rng.derive(seed, "private", client)
+    return rng.derive_seed(seed, "private", client)

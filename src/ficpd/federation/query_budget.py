@@ -17,14 +17,14 @@ UNLIKELY = 6.0
 """Deviations above its mean that a Poisson sample of records is expected never to reach (once in a thousand million)."""
 
 
-class Queries:
+class QueryBudget:
     """`rounds`: those that were run; `most`: queries of both kinds that each client may ask in the whole run."""
 
     def __init__(
         self, method: Method, state: State, clients: Mapping[str, Client], rounds: Sequence[Round], most: int | None
     ):
         self.clients, self.most = clients, most
-        self.steps, self.batch_size = method.work(state)
+        self.steps, self.batch_size = method.local_workload(state)
         training = getattr(method, "training", None)
         self.candidates = getattr(method, "candidates", None) or getattr(training, "candidates", 1)
         self.asked = {name: [0, 0] for name in clients}
@@ -35,7 +35,7 @@ class Queries:
 
     def before(self, round: int, cohort: Sequence[str]) -> None:
         """Raises `BudgetError` if any of these clients could ask more than it may. A method says by its `candidates` how
-        many it asks about each record of a step, else its tuner does; from the second round on it is also known by what was
+        many it asks about each record of a step, else its optimizer does; from the second round on it is also known by what was
         asked."""
         if self.most is None:
             return
@@ -50,11 +50,15 @@ class Queries:
     def after(self, done: Round) -> None:
         """Writes into the round's record what its clients asked."""
         done.queries.update(
-            {name: list(c.asked[done.round]) for name, c in sorted(self.clients.items()) if done.round in c.asked}
+            {
+                name: list(c.query_counts[done.round])
+                for name, c in sorted(self.clients.items())
+                if done.round in c.query_counts
+            }
         )
         self._add(done)
 
-    def block(self) -> dict[str, Any]:
+    def to_report(self) -> dict[str, Any]:
         """The result's `queries`."""
         forwards, gradients = (sum(asked[kind] for asked in self.asked.values()) for kind in (0, 1))
         return {

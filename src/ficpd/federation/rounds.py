@@ -11,11 +11,11 @@ from ficpd import rng
 from ficpd.errors import BudgetError, CodecError
 from ficpd.federation import codec
 from ficpd.interfaces import Compression, Engine, Method, Model
-from ficpd.privacy.central_gaussian import NoisedSum
+from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.traits import SumsByPart
-from ficpd.types import ArrayKind, ClientUpdate, Reply, State
+from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
-Wire = Mapping[str, ArrayKind]
+Wire = Mapping[str, ArraySpec]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RoundSchedule:
     """How a run goes. `cohort` clients a round, drawn anew each round; `max_norm` bounds every update's L2 norm.
 
     `everyone_first`: all are asked in the first round. `accept_late`: how many rounds late an update may come; it counts
@@ -56,23 +56,23 @@ class Schedule:
     accept_late: int = 0
 
 
-def cohort_of(schedule: Schedule, names: Sequence[str], round: int) -> list[str]:
+def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> list[str]:
     """The clients of a round: `cohort` of them, drawn without replacement from a seed of the round's own."""
     if round == 1 and schedule.everyone_first:
         return sorted(names)
-    drawn = torch.randperm(len(names), generator=rng.generator(schedule.seed, "cohort", round)).tolist()
+    drawn = torch.randperm(len(names), generator=rng.make_generator(schedule.seed, "cohort", round)).tolist()
     return sorted(str(names[i]) for i in drawn[: schedule.cohort])
 
 
-def federate(
+def run_rounds(
     method: Method,
     engine: Engine,
     model: Model,
     state: State,
-    schedule: Schedule,
+    schedule: RoundSchedule,
     compression: Compression,
     first_round: int = 1,
-    central: NoisedSum | None = None,
+    central: CentralGaussian | None = None,
     before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
 ) -> Iterator[tuple[State, Round]]:
     """Yields the state after each round. An update that does not pass the checks is dropped, counted and named.
@@ -85,29 +85,32 @@ def federate(
     fingerprint, asked = model.backbone.fingerprint, {}
     for round in range(first_round, schedule.num_rounds + 1):
         started = time.perf_counter()
-        layout = method.layout(state)
-        wire = compression.wire(layout)
-        known = central.answered(round, method.name) if central else None
+        layout = method.update_spec(state)
+        wire = compression.encoded_spec(layout)
+        known = central.stored_mean(round, method.name) if central else None
         if central is None:
-            cohort = cohort_of(schedule, list(cards), round)
+            cohort = sample_cohort(schedule, list(cards), round)
         else:
-            cohort = [] if known else central.cohort(sorted(cards), round)
+            cohort = [] if known else central.sample_cohort(sorted(cards), round)
         before(round, cohort)
-        orders = {
-            name: codec.encode_assignment(method.assign(state, cards[name], round), fingerprint) for name in cohort
+        assignments = {
+            name: codec.encode_assignment(method.make_assignment(state, cards[name], round), fingerprint)
+            for name in cohort
         }
-        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late} | {round: set(orders)}
+        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late} | {
+            round: set(assignments)
+        }
         check = partial(_checked, asked, fingerprint, wire, schedule.max_norm)
-        came = _collect(engine, orders, asked, check)
-        if orders and len(came.refused) == len(orders):
+        came = _collect(engine, assignments, asked, check)
+        if assignments and len(came.refused) == len(assignments):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
         answered = len(updates)
         if central:
             if isinstance(method, SumsByPart):
-                layout = method.parts(state)
-                updates = [method.in_its_part(state, update) for update in updates]
-            mean = known or central.mean(updates, layout, round, method.name)
+                layout = method.cluster_sums(state)
+                updates = [method.in_cluster_sum(state, update) for update in updates]
+            mean = known or central.noisy_mean(updates, layout, round, method.name)
             arrays = compression.unpack(compression.project(mean.arrays))  # noise outside the subspace is dropped
             updates = [replace(mean, arrays=arrays)]
         trained = time.perf_counter()
@@ -118,11 +121,11 @@ def federate(
             state,
             Round(
                 round,
-                len(orders),
+                len(assignments),
                 answered,
                 came.dropped,
                 came.bytes_up,
-                sum(map(len, orders.values())),
+                sum(map(len, assignments.values())),
                 trained - started,
                 time.perf_counter() - trained,
                 set_aside=dict(noted.get("set_aside", {})),
@@ -132,7 +135,7 @@ def federate(
 
 
 @dataclass
-class Came:
+class RoundReplies:
     """What came back in a round. `refused` are those of `dropped` whose budget did not allow it."""
 
     updates: list[ClientUpdate] = field(default_factory=list)
@@ -142,11 +145,14 @@ class Came:
 
 
 def _collect(
-    engine: Engine, orders: Mapping[str, bytes], asked: Mapping[int, set[str]], checked: Callable[[Reply], ClientUpdate]
-) -> Came:
+    engine: Engine,
+    assignments: Mapping[str, bytes],
+    asked: Mapping[int, set[str]],
+    checked: Callable[[Reply], ClientUpdate],
+) -> RoundReplies:
     """Every reply counted; the first good update of each client that was asked, and why the others were dropped."""
-    came = Came()
-    for reply in engine.exchange(orders):
+    came = RoundReplies()
+    for reply in engine.exchange(assignments):
         came.bytes_up += len(reply.body or b"")
         counted = any(update.client == reply.client for update in came.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
@@ -166,7 +172,7 @@ def _collect(
         else:
             came.updates.append(update)
     good = {update.client for update in came.updates}
-    came.dropped |= {name: "no reply" for name in orders if name not in good and name not in came.dropped}
+    came.dropped |= {name: "no reply" for name in assignments if name not in good and name not in came.dropped}
     return came
 
 
@@ -178,7 +184,7 @@ def _checked(
         raise CodecError(reply.error or "no update")
     newest, complaint = max(asked), CodecError("no update")
     for round in sorted((r for r, names in asked.items() if reply.client in names), reverse=True):
-        expected = codec.Expected(reply.client, round, fingerprint, wire, max_norm)
+        expected = codec.ExpectedUpdate(reply.client, round, fingerprint, wire, max_norm)
         try:
             update = codec.decode_update(reply.body, expected)
         except CodecError as error:

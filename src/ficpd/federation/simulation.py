@@ -6,9 +6,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute, drive_many
+from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
 from ficpd.errors import BudgetError, PrivacyError
-from ficpd.federation.client import Client, participate
+from ficpd.federation.client import Client, execute_assignment
 from ficpd.federation.codec import decode_assignment, encode_update
 from ficpd.interfaces import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
@@ -25,50 +25,50 @@ class Config(BaseModel):
     seed: int = 0
 
 
-def build(config: Config, method: Method, clients: Mapping[str, Client], model: Compute) -> "InProcess":
-    return InProcess(config, method, clients, model)
+def build(config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine) -> "SimulationEngine":
+    return SimulationEngine(config, method, clients, model)
 
 
-class InProcess:
+class SimulationEngine:
     """Holds the clients' generators and answers one query of each at a time."""
 
-    def __init__(self, config: Config, method: Method, clients: Mapping[str, Client], model: Compute):
+    def __init__(self, config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine):
         self.config, self.method, self.members, self.model = config, method, clients, model
         self.underway: list[Reply] = []
 
     def clients(self) -> Sequence[ClientCard]:
         return [client.card for client in self.members.values()]
 
-    def exchange(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+    def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
         """What arrives in this round: of its own updates those that are neither lost nor late, then the last round's."""
         before, self.underway = self.underway, []
-        for reply in self._made(orders):
-            fate = float(torch.rand((), generator=self._fate(reply.client, orders[reply.client])))
+        for reply in self._made(assignments):
+            fate = float(torch.rand((), generator=self._fate(reply.client, assignments[reply.client])))
             if fate >= self.config.lost + self.config.late:
                 yield reply
             elif fate >= self.config.lost:
                 self.underway.append(reply)
         yield from before
 
-    def _fate(self, client: str, order: bytes) -> torch.Generator:
-        round = decode_assignment(order, self.model.backbone.fingerprint).round
-        return rng.generator(self.config.seed, "fate", client, round)
+    def _fate(self, client: str, assignment: bytes) -> torch.Generator:
+        round = decode_assignment(assignment, self.model.backbone.fingerprint).round
+        return rng.make_generator(self.config.seed, "fate", client, round)
 
-    def _made(self, orders: Mapping[str, bytes]) -> Iterator[Reply]:
+    def _made(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
         """A client's error is its reply; the others go on. Raises `CodecError` only for an order of its own making."""
-        names, fingerprint = list(orders), self.model.backbone.fingerprint
+        names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
-            decoded = {name: decode_assignment(orders[name], fingerprint) for name in cohort}
-            works = {name: participate(self.method, self.members[name], decoded[name]) for name in cohort}
-            for name, result in drive_many(self.model, works):
+            decoded = {name: decode_assignment(assignments[name], fingerprint) for name in cohort}
+            works = {name: execute_assignment(self.method, self.members[name], decoded[name]) for name in cohort}
+            for name, result in run_queries_lockstep(self.model, works):
                 if isinstance(result, ClientUpdate):
                     yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
                 else:
-                    yield Reply(name, None, told(self.members[name], result), isinstance(result, BudgetError))
+                    yield Reply(name, None, public_error(self.members[name], result), isinstance(result, BudgetError))
 
 
-def told(client: Client, error: Exception) -> str:
+def public_error(client: Client, error: Exception) -> str:
     """What the server may hear of a client's error: with privacy, no words that may quote a record."""
     if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
         return f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.library import START, PromptLibrary
-from ficpd.optimizers import Training
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import Demonstrations, demonstrate
 from ficpd.types import Answer, Batch, Prompt, Query, Record
 
@@ -36,7 +36,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Fitted:
+class AdaptedPrompt:
     """A prompt for somebody's records, what it was made of, and what is shown beside it."""
 
     prompt: Prompt
@@ -51,24 +51,26 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Shots:
+class FewShotSet:
     """Somebody's records, encoded once, and the losses [J, B] of all of the library's candidates on them."""
 
     library: PromptLibrary
     task: Task
     backbone: Backbone
-    training: Training
+    training: LocalTrainingConfig
     seed: int
     records: Sequence[Record]
     batch: Batch
     loss_JB: Tensor
-    composed: dict[str, Fitted] = field(default_factory=dict)
+    composed: dict[str, AdaptedPrompt] = field(default_factory=dict)
     """What these shots' composition came to, once it is known: three ways begin from it."""
 
-    def take(self, rows: Sequence[int]) -> "Shots":
+    def take(self, rows: Sequence[int]) -> "FewShotSet":
         index = torch.as_tensor(rows, dtype=torch.long)
         records = [self.records[i] for i in rows]
-        return replace(self, records=records, batch=self.batch.take(index), loss_JB=self.loss_JB[:, index], composed={})
+        return replace(
+            self, records=records, batch=self.batch.select(index), loss_JB=self.loss_JB[:, index], composed={}
+        )
 
     def ranked(self, names: Sequence[str] | None = None) -> list[str]:
         """Candidates by their loss, lowest first; of equal loss in the library's order."""
@@ -79,28 +81,28 @@ class Shots:
         """The records of one step: all, or as many as a step takes."""
         if len(self.batch) <= BATCH:
             return self.batch
-        random = rng.generator(self.seed, "adapt", step)
-        return self.batch.take(torch.randperm(len(self.batch), generator=random)[:BATCH])
+        random = rng.make_generator(self.seed, "adapt", step)
+        return self.batch.select(torch.randperm(len(self.batch), generator=random)[:BATCH])
 
 
-Work = Generator[Query, Answer, dict[str, Fitted]]
+Work = Generator[Query, Answer, dict[str, AdaptedPrompt]]
 
 # ---------------------------------------------------------------- the ways, simplest first
 
 
-def leave(shots: Shots) -> Work:
+def keep(shots: FewShotSet) -> Work:
     """The global prompt or the start as it is, whichever has the lower loss."""
     yield from ()
-    return {"leave": as_it_is(shots.library, _usual(shots))}
+    return {"leave": unchanged(shots.library, _usual(shots))}
 
 
-def nearest(shots: Shots) -> Work:
+def nearest(shots: FewShotSet) -> Work:
     """The one prompt of the library with the lowest loss on the shots; their losses were asked already."""
     yield from ()
-    return {"nearest": as_it_is(shots.library, shots.ranked()[0])}
+    return {"nearest": unchanged(shots.library, shots.ranked()[0])}
 
 
-def compose(shots: Shots) -> Work:
+def compose(shots: FewShotSet) -> Work:
     """start + Σ w_j (prompt_j - start), weights tuned from those of the prompt that `leave` takes; at most 16 of them.
 
     A basis of prompts and a few weights is what SPoT (Vu et al., ACL 2022, arXiv 2110.07904) and ATTEMPT (Asai et al.,
@@ -110,15 +112,15 @@ def compose(shots: Shots) -> Work:
     if "compose" not in shots.composed:
         names = _basis(shots)
         begin = torch.tensor([float(name == _usual(shots)) for name in names])
-        work = (descended if shots.backbone.gives_gradients else evolved)(shots, names, begin)
+        work = (fit_weights_adam if shots.backbone.supports_gradients else fit_weights_cma)(shots, names, begin)
         weights_J = (yield from work) if names else begin
         weights = dict(zip(names, weights_J.tolist(), strict=True))
         note = " + ".join(f"{weight:.2f} {name}" for name, weight in weights.items()) or START
-        shots.composed["compose"] = Fitted(shots.library.compose(weights), note)
+        shots.composed["compose"] = AdaptedPrompt(shots.library.compose(weights), note)
     return dict(shots.composed)
 
 
-def tune(shots: Shots) -> Work:
+def tune(shots: FewShotSet) -> Work:
     """The whole prompt, by Adam at a fifth of the library's rate, from the composed prompt; a variant for each number of
     steps, so few that it stays near where it began."""
     (begin,) = (yield from compose(shots)).values()
@@ -126,27 +128,27 @@ def tune(shots: Shots) -> Work:
     pull = TUNE_PULL / float(shots.library.start.vectors_PD.square().mean())
     found = yield from _adam(shots, begin.prompt.vectors_PD, lambda prompt_PD: prompt_PD, rate, pull, TUNE_STEPS)
     return {
-        f"tune {steps}": Fitted(begin.prompt.with_vectors(vectors_PD), f"{steps} steps from {begin.note}")
+        f"tune {steps}": AdaptedPrompt(begin.prompt.with_vectors(vectors_PD), f"{steps} steps from {begin.note}")
         for steps, vectors_PD in found.items()
     }
 
 
-def demonstrations(shots: Shots) -> Work:
+def demonstrations(shots: FewShotSet) -> Work:
     """The library's prompt as it is, with the shots shown beside it."""
-    (begin,) = (yield from leave(shots)).values()
+    (begin,) = (yield from keep(shots)).values()
     found = yield from _shown(shots, begin, "demonstrations")
     return found
 
 
-def compose_and_demonstrate(shots: Shots) -> Work:
+def compose_and_demonstrate(shots: FewShotSet) -> Work:
     """The composed prompt, with the shots shown beside it."""
     (begin,) = (yield from compose(shots)).values()
     found = yield from _shown(shots, begin, "compose+demonstrations")
     return found
 
 
-WAYS: dict[str, Callable[[Shots], Work]] = {
-    "leave": leave,
+STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
+    "leave": keep,
     "nearest": nearest,
     "compose": compose,
     "tune": tune,
@@ -157,8 +159,8 @@ WAYS: dict[str, Callable[[Shots], Work]] = {
 # ---------------------------------------------------------------- what they are made of
 
 
-def descended(
-    shots: Shots, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
+def fit_weights_adam(
+    shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
 ) -> Generator[Query, Answer, Tensor]:
     """[J]: weights by Adam on the shots' mean loss + pull/2 |w - begin|²."""
     ways_JPD, start_PD = _ways(shots, names), shots.library.start.vectors_PD
@@ -170,15 +172,15 @@ def descended(
     return found[WEIGHT_STEPS]
 
 
-def evolved(
-    shots: Shots, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
+def fit_weights_cma(
+    shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
 ) -> Generator[Query, Answer, Tensor]:
     """[J]: the same without gradients, by CMA-ES (Hansen, arXiv 1604.00772): each query asks of one generation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of plots that it cannot draw
         import cma
     ways_JPD, start_PD = _ways(shots, names), shots.library.start.vectors_PD
-    random = np.random.default_rng(rng.derive(shots.seed, "cma"))
+    random = np.random.default_rng(rng.derive_seed(shots.seed, "cma"))
     options = {
         "seed": np.nan,
         "randn": lambda *shape: random.standard_normal(shape),
@@ -197,7 +199,7 @@ def evolved(
 
 
 def _adam(
-    shots: Shots, begin: Tensor, lift: Callable[[Tensor], Tensor], rate: float, pull: float, stops: Sequence[int]
+    shots: FewShotSet, begin: Tensor, lift: Callable[[Tensor], Tensor], rate: float, pull: float, stops: Sequence[int]
 ) -> Generator[Query, Answer, dict[int, Tensor]]:
     """What `begin` has become after each number of steps, where `lift` makes a prompt [P, D] of it."""
     at = begin.clone().requires_grad_()
@@ -215,30 +217,30 @@ def _adam(
     return found
 
 
-def _shown(shots: Shots, begin: Fitted, way: str) -> Work:
+def _shown(shots: FewShotSet, begin: AdaptedPrompt, way: str) -> Work:
     """The shots shown beside a prompt, a variant for each share that they have in the readout."""
     found = yield from demonstrate(shots.task, shots.records, shots.batch, begin.prompt, shots.backbone)
     return {
-        f"{way} {mix}".strip(): Fitted(begin.prompt, f"{len(shots.records)} records beside {begin.note}", shown)
+        f"{way} {mix}".strip(): AdaptedPrompt(begin.prompt, f"{len(shots.records)} records beside {begin.note}", shown)
         for mix, shown in found.items()
     }
 
 
-def _usual(shots: Shots) -> str:
+def _usual(shots: FewShotSet) -> str:
     """The global prompt or the start, whichever has the lower loss."""
     return shots.ranked([name for name in (GLOBAL, START) if name in shots.library.candidates()])[0]
 
 
-def _basis(shots: Shots) -> list[str]:
+def _basis(shots: FewShotSet) -> list[str]:
     """The prompts that are composed: those of the lowest loss, the global one always among them."""
     ranked = [name for name in shots.ranked() if name != START]
     first = [GLOBAL] if GLOBAL in ranked else []
     return [*first, *(name for name in ranked if name not in first)][:MOST_WEIGHTS]
 
 
-def _ways(shots: Shots, names: Sequence[str]) -> Tensor:
-    return torch.stack([shots.library.way(name) for name in names])
+def _ways(shots: FewShotSet, names: Sequence[str]) -> Tensor:
+    return torch.stack([shots.library.offset(name) for name in names])
 
 
-def as_it_is(library: PromptLibrary, name: str) -> Fitted:
-    return Fitted(library.candidates()[name], name)
+def unchanged(library: PromptLibrary, name: str) -> AdaptedPrompt:
+    return AdaptedPrompt(library.candidates()[name], name)

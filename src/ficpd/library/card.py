@@ -12,7 +12,7 @@ WORDS = "words"
 """The card's part that says how prompts of words read: by name."""
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def join_names(names: Iterable[str], most: int = 20) -> str:
     """Names for a sentence.
 
     >>> listed(["a", "b", "c"], 2)
@@ -23,25 +23,25 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
-def shape_of(prompt: Prompt) -> str:
+def describe_shape(prompt: Prompt) -> str:
     """A prompt's size and where it goes in, for a sentence."""
     width = prompt.vectors_PD.shape[1]
     if prompt.enters_at == LORA:
         rows = len(prompt.vectors_PD) - prompt.head_rows
         return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
     if not prompt.vectors_PD.is_floating_point():
-        return f"{prompt.room} words, in front of every text"
-    return f"{prompt.room} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
+        return f"{prompt.num_virtual_tokens} words, in front of every text"
+    return f"{prompt.num_virtual_tokens} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
 
 
 def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], readouts: Container[str]) -> str:
     """A page for people: what the library is, for which backbone, what it cost in privacy."""
     return (
-        f"# Prompt library: {listed(prompts, 8)}\n\n"
+        f"# Prompt library: {join_names(prompts, 8)}\n\n"
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
-        f"- {shape_of(start)}\n"
-        f"- tasks: {listed(card.get('tasks', {}))}\n"
-        f"- made by: {made_by(card)}\n"
+        f"- {describe_shape(start)}\n"
+        f"- tasks: {join_names(card.get('tasks', {}))}\n"
+        f"- made by: {describe_run(card)}\n"
         f"- privacy: {guarantee(card.get('privacy', {}))}\n"
         f"{_settings_lines(card)}{_words_lines(card)}{adapted_line(card, readouts)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
@@ -89,7 +89,7 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
     return f"ε = {privacy['epsilon']:.2f} per {privacy['unit']}, {privacy['noise']} noise"
 
 
-def made_by(card: Mapping[str, Any]) -> str:
+def describe_run(card: Mapping[str, Any]) -> str:
     """Which run a card is of, in one phrase."""
     method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
     more = f", {card['prototypes']} prototypes" if "prototypes" in card else ""

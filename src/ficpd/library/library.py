@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.card import ADAPTED, listed, model_card
-from ficpd.storage import flush, write
+from ficpd.library.card import ADAPTED, join_names, model_card
+from ficpd.storage import atomic_write, fsync
 from ficpd.types import Batch, Prompt, Query, Record
 
 FORMAT = 2
@@ -43,7 +43,7 @@ class PromptLibrary:
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     readouts: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def way(self, name: str) -> Tensor:
+    def offset(self, name: str) -> Tensor:
         """[P, D]: how far a prompt has come from the start."""
         return self.prompts[name].vectors_PD - self.start.vectors_PD
 
@@ -67,14 +67,14 @@ class PromptLibrary:
             )
         for name in weights:
             if name not in self.prompts:
-                raise LibraryError(f"no prompt {name!r} in this library; it has {listed(self.prompts)}")
-        moved = sum((weight * self.way(name) for name, weight in weights.items()), torch.zeros(()))
+                raise LibraryError(f"no prompt {name!r} in this library; it has {join_names(self.prompts)}")
+        moved = sum((weight * self.offset(name) for name, weight in weights.items()), torch.zeros(()))
         return self.start.with_vectors(self.start.vectors_PD + moved)
 
     def candidates(self) -> dict[str, Prompt]:
         return {START: self.start, **self.prompts}
 
-    def losses(self, records: Sequence[Record], task: Task, model: Compute) -> dict[str, float]:
+    def losses(self, records: Sequence[Record], task: Task, model: QueryEngine) -> dict[str, float]:
         """The mean loss of every prompt on these records, asked in one query. They are the caller's own records."""
         self.check(model.backbone)
         batch = task.encode(records, model.backbone, self.start)
@@ -104,15 +104,15 @@ class PromptLibrary:
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
-        write(beside / "prompts.safetensors", save(whole, meta))
-        write(beside / "card.json", json.dumps(self.card, indent=2) + "\n")
-        write(beside / "README.md", self.page())
+        atomic_write(beside / "prompts.safetensors", save(whole, meta))
+        atomic_write(beside / "card.json", json.dumps(self.card, indent=2) + "\n")
+        atomic_write(beside / "README.md", self.page())
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         beside.rename(folder)
-        flush(folder.parent)
+        fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def page(self) -> str:
@@ -190,24 +190,24 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
     The mean feature that the bare backbone gives the task's answers, each framed by the instruction (an encoder's readout
     rows); the instruction's alone where a task has no fixed answers.
     """
-    if backbone.sees:
+    if backbone.sees_images:
         readout_CD = task.readout(backbone)
         assert readout_CD is not None
         return F.normalize(readout_CD.float().mean(0), dim=0).cpu()
-    items = tuple((backbone.read(text, None, "", None, 0),) for text in _framed(task.describe()))
+    items = tuple((backbone.tokenize(text, None, "", None, 0),) for text in _framed(task.to_config()))
     nothing = torch.zeros(1, task.head_rows, backbone.width)
     query = Query(nothing, Batch(task, items, None, None, 0), outputs=True)
-    outputs = Compute(backbone, 0).answer([query])[0].outputs_KB
+    outputs = QueryEngine(backbone, 0).answer([query])[0].outputs_KB
     assert outputs is not None
     return F.normalize(outputs.features_RD.float().mean(0), dim=0).cpu()
 
 
-def keys_of(
+def prompt_keys(
     names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
 ) -> dict[str, Tensor]:
     """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known. None where
     the backbone knows no words to describe a task by, or gives no features of them."""
-    names = list(names) if backbone.knows_words and backbone.gives_features else []
+    names = list(names) if backbone.has_text_encoder and backbone.supports_features else []
     keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
     mine = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
     return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in mine.items()}
@@ -220,7 +220,7 @@ def _framed(described: Mapping[str, Any]) -> list[str]:
     return [f"{instruction} {answer}".strip() + "." for answer in answers] or [instruction or str(described["name"])]
 
 
-def check_alone(library: PromptLibrary, name: str) -> None:
+def require_standalone(library: PromptLibrary, name: str) -> None:
     """Raises `LibraryError` for a prompt that means nothing without the texts shown beside it."""
     texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
     if texts:

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.backbones.loading import EngineConfig, load_backbone
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data import loading
-from ficpd.errors import LibraryError, unknown
-from ficpd.federation.client import Client, Visit
+from ficpd.errors import LibraryError, did_you_mean
+from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
 from ficpd.interfaces import Task
-from ficpd.library.library import PromptLibrary, check_alone
+from ficpd.library.library import PromptLibrary, require_standalone
 from ficpd.library.peft_io import backbone_config
-from ficpd.optimizers import Training, tune
+from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.privacy.none import NoPrivacy
-from ficpd.registry import checked
-from ficpd.tasks import made_up
+from ficpd.registry import validate
+from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import build_task, start_text
-from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, Outputs, Prompt, Query, Record
+from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
 
 Result = TypeVar("Result")
 FEWEST = 8
@@ -60,7 +60,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Reentered:
+class InputPromptResult:
     """An input prompt that imitates another, and how well: `before` any tuning and `after` it. `facts` is JSON."""
 
     start: Prompt
@@ -78,20 +78,20 @@ class Reentered:
 
 
 @dataclass(frozen=True)
-class Goal:
+class DistillationTarget:
     """What is imitated: records encoded for the input prompt, the loss on them (None: the task's), what the original
     answers [one per record], and how a prompt's answers are read."""
 
     batch: Batch
-    loss: Callable[[Outputs, Batch], Tensor] | None
+    loss: Callable[[ModelOutput, Batch], Tensor] | None
     wanted: Sequence
     said: Callable[[Tensor, Batch], Sequence]
 
 
-def reenter(
-    prompt: Prompt, texts: Texts, task: Task, model: Compute, *, readout_CD: Tensor | None = None,
+def distill_to_input(
+    prompt: Prompt, texts: Texts, task: Task, model: QueryEngine, *, readout_CD: Tensor | None = None,
     num_tokens: int | None = None, steps: int = 200, learning_rate: float = RATE, batch_size: int = 8, seed: int = 0,
-) -> Reentered:  # fmt: skip
+) -> InputPromptResult:  # fmt: skip
     """An input prompt of `num_tokens` virtual tokens (None: as many as the original has) that imitates `prompt`.
 
     A tuned head and a readout of the prompt's own (`readout_CD`) are imitated as well: the input prompt has neither.
@@ -105,28 +105,30 @@ def reenter(
             f"{len(texts.records)} texts ({texts.source}) are too few to imitate a prompt on; give at least {FEWEST}, "
             "better some hundred, like those that the prompt will be used on"
         )
-    start_PD = model.backbone.start(
+    start_PD = model.backbone.init_prompt(
         start_text([task]), num_tokens or len(prompt.vectors_PD) - prompt.head_rows, 0, seed
     )
     start = Prompt(start_PD, model.backbone.fingerprint)
     records = [replace(r, fields={k: v for k, v in r.fields.items() if k != "target"}) for r in texts.records]
-    goal = (_written if task.writes else _answered)(prompt, start, records, task, model, readout_CD)
-    order = torch.randperm(len(goal.batch), generator=rng.generator(seed, "reenter")).tolist()
+    goal = (_written if task.max_new_tokens else _answered)(prompt, start, records, task, model, readout_CD)
+    order = torch.randperm(len(goal.batch), generator=rng.make_generator(seed, "reenter")).tolist()
     held, rest = order[: len(order) // 4], order[len(order) // 4 :]
-    training = Training(learning_rate=learning_rate * float(start_PD.square().mean().sqrt()), batch_size=batch_size)
-    tuned = _tuned(start, goal.batch.take(rest), goal.loss, model, training, steps, seed)
+    training = LocalTrainingConfig(
+        learning_rate=learning_rate * float(start_PD.square().mean().sqrt()), batch_size=batch_size
+    )
+    tuned = _tuned(start, goal.batch.select(rest), goal.loss, model, training, steps, seed)
     before, after = (_agreement(some, goal, held, model) for some in (start, tuned))
     helped = after.loss < before.loss
     tuned, after = (tuned, after) if helped else (start, before)
     facts = {
         "from_layer": prompt.enters_at, "head_rows": prompt.head_rows, "readout": readout_CD is not None,
         "texts": texts.source, "weak": texts.weak, "tuned_on": len(rest), "held_back": len(held), "steps": steps,
-        "writes": bool(task.writes), "helped": helped,
+        "writes": bool(task.max_new_tokens), "helped": helped,
     }  # fmt: skip
-    return Reentered(start, tuned, before, after, facts)
+    return InputPromptResult(start, tuned, before, after, facts)
 
 
-def reenter_from(
+def distill_library_prompt(
     folder: Path, name: str, data: Texts | None = None, *, task: str | None = None, device: str = "cpu", **options: Any
 ) -> PromptLibrary:
     """A library (or run) with nothing but an imitation of its prompt `name`, tuned on `data` or on what the library has.
@@ -136,32 +138,34 @@ def reenter_from(
     library = PromptLibrary.load(folder)
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
-    check_alone(library, name)
+    require_standalone(library, name)
     tasks = library.card["tasks"]
     if task not in tasks and (task is not None or len(tasks) > 1):
-        given = "no task was named" if task is None else unknown("task", task, tasks)
+        given = "no task was named" if task is None else did_you_mean("task", task, tasks)
         raise LibraryError(f"{given}; name the task to imitate the prompt on (--task): {', '.join(tasks)}")
-    backbone, _ = load_backbone(backbone_config(library), checked(EngineConfig, {"device": device}, "--device"))
+    backbone, _ = load_backbone(backbone_config(library), validate(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)
-    model, chosen = Compute(backbone), build_task(tasks[task or next(iter(tasks))])
-    texts = data or find_texts(folder, model, options.get("seed", 0))
-    done = reenter(library.prompts[name], texts, chosen, model, readout_CD=library.readouts.get(name), **options)
+    model, chosen = QueryEngine(backbone), build_task(tasks[task or next(iter(tasks))])
+    texts = data or default_texts(folder, model, options.get("seed", 0))
+    done = distill_to_input(
+        library.prompts[name], texts, chosen, model, readout_CD=library.readouts.get(name), **options
+    )
     return done.library(library, name)
 
 
-def texts_of(data: str, columns: Mapping[str, str]) -> Texts:
+def load_texts(data: str, columns: Mapping[str, str]) -> Texts:
     """The texts of a file, without their labels; `columns`: role to column name."""
-    config = checked(loading.Config, {"source": data, "columns": {"text": "text", **columns}}, "--data")
-    return Texts(loading.read_all(config), Path(data).name)
+    config = validate(loading.Config, {"source": data, "columns": {"text": "text", **columns}}, "--data")
+    return Texts(loading.load_all(config), Path(data).name)
 
 
-def find_texts(folder: Path, model: Compute, seed: int = 0) -> Texts:
+def default_texts(folder: Path, model: QueryEngine, seed: int = 0) -> Texts:
     """The library's synthetic examples where it has some (in its folder or its run's), else made-up words."""
     folder = Path(folder)
     for file in (folder / "library" / SYNTHETIC, folder / SYNTHETIC):
         if file.is_file():
             return Texts(_synthetic(file), f"the library's synthetic examples, {file.name}")
-    return Texts(made_up(model.backbone, MADE_UP, seed), "made-up words", weak=True)
+    return Texts(synthetic_records(model.backbone, MADE_UP, seed), "made-up words", weak=True)
 
 
 def _synthetic(file: Path) -> list[Record]:
@@ -181,7 +185,7 @@ def _synthetic(file: Path) -> list[Record]:
 # ---------------------------------------------------------------- what is imitated
 
 
-def _answered(prompt, start, records, task: Task, model: Compute, readout_CD: Tensor | None) -> Goal:
+def _answered(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
     """The logits of the task's answers."""
     backbone, plain = model.backbone, _without_head(task)
     theirs = task.encode(records, backbone, prompt)
@@ -193,14 +197,14 @@ def _answered(prompt, start, records, task: Task, model: Compute, readout_CD: Te
     def said(vectors_PD: Tensor, batch: Batch) -> list[int]:
         return logits(vectors_PD, batch, model).argmax(-1).tolist()
 
-    return Goal(batch, distance, wanted_BC.argmax(-1).tolist(), said)
+    return DistillationTarget(batch, logit_mse, wanted_BC.argmax(-1).tolist(), said)
 
 
-def _written(prompt, start, records, task: Task, model: Compute, readout_CD: Tensor | None) -> Goal:
+def _written(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
     """The texts that the original writes, where it writes any."""
 
     def said(vectors_PD: Tensor, batch: Batch) -> list:
-        answer = model.answer([Query(vectors_PD[None], batch, write=task.writes)])[0]
+        answer = model.answer([Query(vectors_PD[None], batch, write=task.max_new_tokens)])[0]
         return task.predict(answer, batch)
 
     wanted = said(prompt.vectors_PD, task.encode(records, model.backbone, prompt))
@@ -210,27 +214,27 @@ def _written(prompt, start, records, task: Task, model: Compute, readout_CD: Ten
             f"the prompt writes something after {len(kept)} of {len(records)} texts only; give other texts"
         )
     answered = [replace(records[i], fields={**records[i].fields, "target": wanted[i]}) for i in kept]
-    return Goal(task.encode(answered, model.backbone, start), None, [wanted[i] for i in kept], said)
+    return DistillationTarget(task.encode(answered, model.backbone, start), None, [wanted[i] for i in kept], said)
 
 
 def _without_head(task: Task) -> Task:
-    return build_task({**task.describe(), "tuned_head": False}) if task.head_rows else task
+    return build_task({**task.to_config(), "tuned_head": False}) if task.head_rows else task
 
 
-def distance(outputs: Outputs, batch: Batch) -> Tensor:
+def logit_mse(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: mean squared difference to the original's logits."""
-    return (centred(outputs, batch) - batch.extra["wanted"]).square().mean(-1)
+    return (center_logits(outputs, batch) - batch.extra["wanted"]).square().mean(-1)
 
 
-def logits(vectors_PD: Tensor, batch: Batch, model: Compute) -> Tensor:
+def logits(vectors_PD: Tensor, batch: Batch, model: QueryEngine) -> Tensor:
     """[B, C] on the CPU, as `centred`."""
     asked = replace(batch, targets=None, extra={})
     outputs = model.answer([Query(vectors_PD[None], asked, outputs=True)])[0].outputs_KB
     assert outputs is not None
-    return centred(outputs, batch).cpu()
+    return center_logits(outputs, batch).cpu()
 
 
-def centred(outputs: Outputs, batch: Batch) -> Tensor:
+def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R, C]: the answers' logits about their mean, for a shift of all of them says nothing; 0 where a row lacks one."""
     if outputs.readout_RCD is not None:
         scores_RC = torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
@@ -247,17 +251,19 @@ def centred(outputs: Outputs, batch: Batch) -> Tensor:
 # ---------------------------------------------------------------- tuning and measuring
 
 
-def _tuned(start: Prompt, batch: Batch, loss, model: Compute, training: Training, steps: int, seed: int) -> Prompt:
+def _tuned(
+    start: Prompt, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
+) -> Prompt:
     """Adam in `STAGES` of falling rate, its moments kept from one to the next."""
     whole, records = none.build(none.Config(), start, seed), [Record("text", {})] * len(batch)
     client = Client(ClientCard("imitation"), records, [], batch.task, model.backbone, NoPrivacy(), whole, start, seed)
-    client.take_encoding("train", batch)
+    client.set_encoding("train", batch)
     vectors_PD, memory = start.vectors_PD, {}
     for stage in range(1, STAGES + 1):
         order = Assignment("reenter", stage, {}, {"rate": training.rate(stage, STAGES)})
         if some := steps * stage // STAGES - steps * (stage - 1) // STAGES:
-            work = tune(training, Visit(client, stage, "reenter"), order, vectors_PD, memory=memory, steps=some)
-            vectors_PD = drive(model, _asking(work, loss))
+            work = tune(training, ClientSession(client, stage, "reenter"), order, vectors_PD, memory=memory, steps=some)
+            vectors_PD = run_queries(model, _asking(work, loss))
     return start.with_vectors(vectors_PD)
 
 
@@ -271,8 +277,8 @@ def _asking(work: Generator[Query, Answer, Result], loss) -> Generator[Query, An
         return end.value
 
 
-def _agreement(prompt: Prompt, goal: Goal, held: Sequence[int], model: Compute) -> Agreement:
-    batch = goal.batch.take(held)
+def _agreement(prompt: Prompt, goal: DistillationTarget, held: Sequence[int], model: QueryEngine) -> Agreement:
+    batch = goal.batch.select(held)
     loss_B = model.answer([Query(prompt.vectors_PD[None], batch, loss=goal.loss)])[0].loss_KB[0]
     said = goal.said(prompt.vectors_PD, batch)
     same = sum(mine == goal.wanted[i] for i, mine in zip(held, said, strict=True))

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ficpd.backbones import catalog, lora, weights
-from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, locate
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
 from ficpd.errors import BackboneError, LibraryError
-from ficpd.library.card import ADAPTED, adapted_line, guarantee, made_by, shape_of
-from ficpd.library.library import PromptLibrary, check_alone, keys_of
-from ficpd.optimizers import Training
-from ficpd.registry import checked
-from ficpd.storage import flush, write
+from ficpd.library.card import ADAPTED, adapted_line, describe_run, describe_shape, guarantee
+from ficpd.library.library import PromptLibrary, prompt_keys, require_standalone
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import validate
+from ficpd.storage import atomic_write, fsync
 from ficpd.tasks.build import build_task, start_text
 from ficpd.types import LORA, Prompt, Record
 
@@ -81,17 +81,17 @@ def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
     beside.mkdir(parents=True)
     _write(prompt, kind, config, base, beside)
     for file in beside.iterdir():
-        flush(file)
-    write(beside / "README.md", page(library, name, kind, base))
+        fsync(file)
+    atomic_write(beside / "README.md", page(library, name, kind, base))
     beside.rename(folder)
-    flush(folder.parent)
+    fsync(folder.parent)
 
 
 def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
     """The prompt of that name, if PEFT can express it. Raises `LibraryError` with the reason and the way out."""
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
-    check_alone(library, name)
+    require_standalone(library, name)
     prompt, reasons = library.prompts[name], []
     if prompt.enters_at not in (0, LORA):
         reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT puts virtual tokens at the input only")
@@ -108,7 +108,7 @@ def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
 
 def own_base(library: PromptLibrary) -> str:
     """The folder of the backbone that the library's card names. Raises `LibraryError` if transformers knows it not."""
-    kind, found = locate(backbone_config(library))
+    kind, found = resolve_backbone(backbone_config(library))
     if found is None:
         raise LibraryError(f"the library's backbone is {kind}, which is no model of transformers; PEFT cannot load it")
     return str(Path(found.folder).resolve())
@@ -117,7 +117,7 @@ def own_base(library: PromptLibrary) -> str:
 def backbone_config(library: PromptLibrary) -> BackboneConfig:
     """The backbone as the library's card names it."""
     named = {key: value for key, value in library.card["backbone"].items() if key in ("name", "kind", "options")}
-    return checked(BackboneConfig, named, "card.json: backbone")
+    return validate(BackboneConfig, named, "card.json: backbone")
 
 
 def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kind, Any]:
@@ -129,7 +129,7 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
 
     if Path(folder).exists():
         raise LibraryError(f"{folder} exists already; choose another --out")
-    own, named = own_base(library), locate(backbone_config(library))[0]
+    own, named = own_base(library), resolve_backbone(backbone_config(library))[0]
     kind = KINDS.get(named)
     if kind is None:
         raise LibraryError(f"a {named} backbone has no prompt tuning in PEFT; what can be exported: {', '.join(KINDS)}")
@@ -197,14 +197,14 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
     tokens, width = prompt.vectors_PD.shape
     changes = prompt.enters_at == LORA
     what, tag = ("LoRA weights", "lora") if changes else ("Soft prompt", "prompt-tuning")
-    size = shape_of(prompt) if changes else f"{tokens} virtual tokens of width {width} in front of the input"
+    size = describe_shape(prompt) if changes else f"{tokens} virtual tokens of width {width} in front of the input"
     head = ["library_name: peft", *([] if Path(base).is_dir() else [f"base_model: {base}"]), f"tags: [{tag}]"]
     tasks = "; ".join(f"{task}: {json.dumps(about, ensure_ascii=False)}" for task, about in card["tasks"].items())
     lines = [
         f"- {size}, for `{base}`",
         f"- tuned on the frozen backbone {card['backbone'].get('name', '?')} (`{prompt.backbone}`)",
         f"- task: {tasks}",
-        f"- made by: {made_by(card)}",
+        f"- made by: {describe_run(card)}",
         f"- privacy: {guarantee(card.get('privacy', {}))}",
     ]
     if name == ADAPTED:
@@ -278,7 +278,7 @@ def imported(
     if the folder is no prompt-tuning folder, or the prompt does not fit the backbone.
     """
     vectors_PD, said = read_folder(folder)
-    engine = checked(EngineConfig, {"device": device}, "--device")
+    engine = validate(EngineConfig, {"device": device}, "--device")
     loaded, config = load_backbone(backbone, engine)
     if vectors_PD.shape[1] != loaded.width:
         raise LibraryError(
@@ -288,19 +288,19 @@ def imported(
     built = build_task(task)
     prompt = Prompt(vectors_PD, loaded.fingerprint)
     built.encode([Record("a text", {"text": "a text"})], loaded, prompt)  # too many virtual tokens are an error now
-    start = prompt.with_vectors(loaded.start(start_text([built]), len(vectors_PD), 0, 0))
+    start = prompt.with_vectors(loaded.init_prompt(start_text([built]), len(vectors_PD), 0, 0))
     rate = catalog.defaults(config.name, config.kind, loaded.depth).learning_rate
     rms = float(start.vectors_PD.square().mean().sqrt())
     card = {
         "method": "imported from PEFT",
         "privacy": {},
-        "tasks": {task["name"]: dict(built.describe())},
+        "tasks": {task["name"]: dict(built.to_config())},
         "backbone": {
             "enters_at": 0, "name": config.name, "kind": config.kind, "options": config.options,
             "fingerprint": loaded.fingerprint,
         },
         "imported": {"base": said.get("base_model_name_or_path"), "peft_version": said.get("peft_version")},
-        "training": Training(learning_rate=rate * rms).model_dump(),
+        "training": LocalTrainingConfig(learning_rate=rate * rms).model_dump(),
     }  # fmt: skip
-    keys = keys_of([IMPORTED], {task["name"]: built}, {}, loaded)
+    keys = prompt_keys([IMPORTED], {task["name"]: built}, {}, loaded)
     return PromptLibrary(start, {IMPORTED: prompt}, card, keys), str(said.get("base_model_name_or_path"))

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute, drive, drive_many
-from ficpd.errors import LibraryError, unknown
+from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
+from ficpd.errors import LibraryError, did_you_mean
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.adaptation import WAYS, Fitted, Shots, as_it_is
-from ficpd.library.card import listed
+from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt, FewShotSet, unchanged
+from ficpd.library.card import join_names
 from ficpd.library.distillation.distill import logits
 from ficpd.library.library import START, PromptLibrary, task_key
-from ficpd.optimizers import Training
-from ficpd.tasks.demonstrations import possible
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.tasks.demonstrations import supports_demonstrations
 from ficpd.types import Answer, Query, Record, Score
 
 AUTO = "auto"
@@ -43,19 +43,19 @@ SAME = 0.9
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptationResult:
     """`way` is the variant chosen. `table`: of each that was tried the mean held-out `loss`, the standard `error` of how
     much more that is than the best one's, and its held-out scores; empty if nothing could be tried. `said`: why, in words.
     """
 
     way: str
-    fitted: Fitted
+    fitted: AdaptedPrompt
     table: Mapping[str, Score]
     said: str
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutResult:
     """What one variant did on the records that were held back from it: losses [b], predictions, and the logits [b, C] of a
     task with labels."""
 
@@ -65,9 +65,9 @@ class Held:
 
 
 def adapt(
-    library: PromptLibrary, records: Sequence[Record], task: Task, model: Compute, training: Training, how: str = AUTO,
+    library: PromptLibrary, records: Sequence[Record], task: Task, model: QueryEngine, training: LocalTrainingConfig, how: str = AUTO,
     seed: int = 0,
-) -> Adapted:  # fmt: skip
+) -> AdaptationResult:  # fmt: skip
     """Fit a library to somebody's own records of any task, in the way named, or (`auto`) in the one that does best.
 
     With fewer than four records, or all of one class, nothing can be tried: `auto` then takes the prompt that was made for
@@ -78,31 +78,36 @@ def adapt(
     lack = _lacking(task, records)
     if lack and (how == AUTO or (how == "nearest" and not records)):
         return _by_key(library, task, model.backbone, lack)
-    shots = gather(library, records, task, model, training, seed)
+    shots = prepare_shots(library, records, task, model, training, seed)
     ways = [how] if how != AUTO else _worth_trying(shots)
-    table = {} if lack else tried(shots, ways, model)
-    found = drive(model, WAYS[_way_of(table, ways)](shots))
-    way = chosen(table) if table else list(found)[len(found) // 2]
-    return Adapted(way, found[way], table, _said(how, way, table, lack))
+    table = {} if lack else cross_validate(shots, ways, model)
+    found = run_queries(model, STRATEGIES[_way_of(table, ways)](shots))
+    way = one_standard_error_rule(table) if table else list(found)[len(found) // 2]
+    return AdaptationResult(way, found[way], table, _said(how, way, table, lack))
 
 
-def gather(
-    library: PromptLibrary, records: Sequence[Record], task: Task, model: Compute, training: Training, seed: int = 0
-) -> Shots:
+def prepare_shots(
+    library: PromptLibrary,
+    records: Sequence[Record],
+    task: Task,
+    model: QueryEngine,
+    training: LocalTrainingConfig,
+    seed: int = 0,
+) -> FewShotSet:
     """Records encoded, and the loss of every prompt of the library on each of them: one query."""
     batch = task.encode(records, model.backbone, library.start)
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
-    return Shots(library, task, model.backbone, training, seed, list(records), batch, loss_JB)
+    return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB)
 
 
 # ---------------------------------------------------------------- trying
 
 
-def tried(shots: Shots, ways: Sequence[str], model: Compute) -> dict[str, Score]:
-    """The table of `Adapted`: every variant of these ways, in their order, on records held back from it."""
+def cross_validate(shots: FewShotSet, ways: Sequence[str], model: QueryEngine) -> dict[str, Score]:
+    """The table of `AdaptationResult`: every variant of these ways, in their order, on records held back from it."""
     repeats = 1 if len(shots.records) >= FEW else REPEATS
-    draws = [_tried_once(shots, ways, model, rng.derive(shots.seed, "folds", repeat)) for repeat in range(repeats)]
+    draws = [_tried_once(shots, ways, model, rng.derive_seed(shots.seed, "folds", repeat)) for repeat in range(repeats)]
     targets_B = shots.batch.targets
     losses = {
         variant: torch.stack([_comparable(draw[variant], targets_B) for draw in draws]).mean(0) for variant in draws[0]
@@ -110,21 +115,21 @@ def tried(shots: Shots, ways: Sequence[str], model: Compute) -> dict[str, Score]
     return _table(losses, {variant: [_scored(shots, draw[variant]) for draw in draws] for variant in draws[0]})
 
 
-def _tried_once(shots: Shots, ways: Sequence[str], model: Compute, seed: int) -> dict[str, Held]:
+def _tried_once(shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed: int) -> dict[str, HeldOutResult]:
     """Every variant on every record, each held back once; all folds are answered in lock step."""
-    number, parts = len(shots.records), folds(shots, seed)
+    number, parts = len(shots.records), stratified_folds(shots, seed)
     works = {
         str(place): _tried_on(shots.take([i for i in range(number) if i not in part]), shots.take(part), ways)
         for place, part in enumerate(parts)
     }
-    results, whole = dict(drive_many(model, works)), {}
+    results, whole = dict(run_queries_lockstep(model, works)), {}
     for place, part in enumerate(parts):
         found = results[str(place)]
         if isinstance(found, Exception):
             raise found
         for variant, held in found.items():
             none = None if held.logits_BC is None else torch.zeros(number, held.logits_BC.shape[1])
-            whole.setdefault(variant, Held(torch.zeros(number), [None] * number, none))
+            whole.setdefault(variant, HeldOutResult(torch.zeros(number), [None] * number, none))
             whole[variant].loss_B[part] = held.loss_B
             if none is not None:
                 whole[variant].logits_BC[part] = held.logits_BC
@@ -133,7 +138,7 @@ def _tried_once(shots: Shots, ways: Sequence[str], model: Compute, seed: int) ->
     return whole
 
 
-def _comparable(held: Held, targets_B: Tensor | None) -> Tensor:
+def _comparable(held: HeldOutResult, targets_B: Tensor | None) -> Tensor:
     """[B] losses that do not depend on how sure a way is: with labels the cross entropy at the temperature of `TEMPERATURES`
     that is best for this way (Guo et al., ICML 2017, arXiv 1706.04599). Demonstrations spread the logits, and so would win
     by their losses alone where an encoder is timid."""
@@ -143,9 +148,9 @@ def _comparable(held: Held, targets_B: Tensor | None) -> Tensor:
     return min(tried, key=lambda loss_B: float(loss_B.mean()))
 
 
-def _scored(shots: Shots, held: Held) -> Score:
+def _scored(shots: FewShotSet, held: HeldOutResult) -> Score:
     """The task's score; none where predicting would mean writing, which is slow, and the loss is enough."""
-    return {} if shots.task.writes else shots.task.score(held.predicted, shots.task.targets(shots.records))
+    return {} if shots.task.max_new_tokens else shots.task.score(held.predicted, shots.task.targets(shots.records))
 
 
 def _table(loss_B: Mapping[str, Tensor], scores: Mapping[str, list[Score]]) -> dict[str, Score]:
@@ -159,28 +164,30 @@ def _table(loss_B: Mapping[str, Tensor], scores: Mapping[str, list[Score]]) -> d
     return table
 
 
-def _tried_on(train: Shots, held: Shots, ways: Sequence[str]) -> Generator[Query, Answer, dict[str, Held]]:
+def _tried_on(
+    train: FewShotSet, held: FewShotSet, ways: Sequence[str]
+) -> Generator[Query, Answer, dict[str, HeldOutResult]]:
     """Every variant fitted to `train` and asked about `held`; all folds do this in lock step."""
-    fitted: dict[str, Fitted] = {}
+    fitted: dict[str, AdaptedPrompt] = {}
     for way in ways:
-        fitted |= yield from WAYS[way](train)
+        fitted |= yield from STRATEGIES[way](train)
     found = {}
     for variant, one in fitted.items():
         batch = one.encode(held.task, held.records, held.backbone, held.batch)
         answer = yield Query(one.prompt.vectors_PD[None], batch, outputs=True)
-        told = [None] * len(batch) if held.task.writes else held.task.predict(answer, batch)
+        told = [None] * len(batch) if held.task.max_new_tokens else held.task.predict(answer, batch)
         assert answer.outputs_KB is not None
-        labelled = bool(held.task.describe().get("labels"))
-        found[variant] = Held(
+        labelled = bool(held.task.to_config().get("labels"))
+        found[variant] = HeldOutResult(
             answer.loss_KB[0].cpu(), told, logits(answer.outputs_KB, batch).cpu() if labelled else None
         )
     return found
 
 
-def folds(shots: Shots, seed: int) -> list[list[int]]:
+def stratified_folds(shots: FewShotSet, seed: int) -> list[list[int]]:
     """At most five parts of the shots' places; each class is dealt out evenly. As many also where a class has fewer
     shots: with two parts half of the shots would be missing, and what lives on them would look worse than it is."""
-    random, number = rng.generator(seed), len(shots.records)
+    random, number = rng.make_generator(seed), len(shots.records)
     classes: dict[str, list[int]] = {}
     for i in torch.randperm(number, generator=random).tolist():
         classes.setdefault(_class_of(shots.task, shots.records[i]), []).append(i)
@@ -189,7 +196,7 @@ def folds(shots: Shots, seed: int) -> list[list[int]]:
     return [sorted(order[place::count]) for place in range(count)]
 
 
-def chosen(table: Mapping[str, Score]) -> str:
+def one_standard_error_rule(table: Mapping[str, Score]) -> str:
     """The first variant whose loss is within its error of the lowest, and no higher than the first of all's; the first of
     all (to leave the prompt as it is) where it is within `SURE` errors."""
     lowest = min(row["loss"] for row in table.values())
@@ -205,8 +212,8 @@ def chosen(table: Mapping[str, Score]) -> str:
 def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbone: Backbone, how: str) -> None:
     """Raises `LibraryError` for what cannot be done at all."""
     library.check(backbone)
-    if how not in (AUTO, *WAYS):
-        raise LibraryError(unknown("way to adapt", how, [AUTO, *WAYS]))
+    if how not in (AUTO, *STRATEGIES):
+        raise LibraryError(did_you_mean("way to adapt", how, [AUTO, *STRATEGIES]))
     if task.head_rows != library.start.head_rows:
         raise LibraryError(
             f"the library's prompts carry a tuned head of {library.start.head_rows} rows and this task needs "
@@ -214,19 +221,19 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if not records and how not in (AUTO, "nearest", "leave"):
         raise LibraryError(f"there is no record to adapt to; give some, or take --how nearest or leave, not {how}")
-    if "demonstrations" in how and not possible(task):
+    if "demonstrations" in how and not supports_demonstrations(task):
         raise LibraryError(
             "only a classification without a tuned head can be shown demonstrations; adapt in another way"
         )
 
 
-def _worth_trying(shots: Shots) -> list[str]:
-    can_show, can_tune = possible(shots.task), shots.backbone.gives_gradients
-    return [way for way in WAYS if (can_show or "demonstrations" not in way) and (can_tune or way != "tune")]
+def _worth_trying(shots: FewShotSet) -> list[str]:
+    can_show, can_tune = supports_demonstrations(shots.task), shots.backbone.supports_gradients
+    return [way for way in STRATEGIES if (can_show or "demonstrations" not in way) and (can_tune or way != "tune")]
 
 
 def _class_of(task: Task, record: Record) -> str:
-    return str(record.fields["target"]) if task.describe().get("labels") else ""
+    return str(record.fields["target"]) if task.to_config().get("labels") else ""
 
 
 def _lacking(task: Task, records: Sequence[Record]) -> str:
@@ -234,12 +241,12 @@ def _lacking(task: Task, records: Sequence[Record]) -> str:
     if len(records) < FEWEST:
         return f"{len(records)} records are too few to try anything on (at least {FEWEST})"
     found = {_class_of(task, record) for record in records}
-    if task.describe().get("labels") and len(found) == 1:
+    if task.to_config().get("labels") and len(found) == 1:
         return f"all {len(records)} records are {found.pop()!r}, so that nothing can be told apart"
     return ""
 
 
-def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -> Adapted:
+def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -> AdaptationResult:
     """The prompt made for the same task; the start as it is where no task is that similar: a prompt of another task leans
     to that one's answers. Without keys nothing is known, and the global prompt is left."""
     if library.keys:
@@ -247,20 +254,20 @@ def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -
         name = library.nearest(key_D)[0]
         cosine = float(library.keys[name] @ key_D)
         if cosine >= SAME:
-            return Adapted(
-                "nearest", as_it_is(library, name), {}, f"{lack}; took {name}, made for such a task ({cosine:.2f})"
+            return AdaptationResult(
+                "nearest", unchanged(library, name), {}, f"{lack}; took {name}, made for such a task ({cosine:.2f})"
             )
         said = (
             f"{lack}; no prompt was made for such a task (the nearest is {name}, {cosine:.2f}); left the start as it is"
         )
-        return Adapted("leave", as_it_is(library, START), {}, said)
+        return AdaptationResult("leave", unchanged(library, START), {}, said)
     name = "global" if "global" in library.prompts else START
-    return Adapted("leave", as_it_is(library, name), {}, f"{lack}; took {name} as it is")
+    return AdaptationResult("leave", unchanged(library, name), {}, f"{lack}; took {name} as it is")
 
 
 def _way_of(table: Mapping[str, Score], ways: Sequence[str]) -> str:
     """The way that the chosen variant is of."""
-    variant = chosen(table) if table else ways[0]
+    variant = one_standard_error_rule(table) if table else ways[0]
     return max((way for way in ways if variant.startswith(way)), key=len)
 
 
@@ -268,7 +275,7 @@ def _said(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
     if lack:
         return f"{lack}; {way} as asked"
     if how != AUTO:
-        return f"{way} as asked" + (f", the best of {listed(table)}" if len(table) > 1 else "")
+        return f"{way} as asked" + (f", the best of {join_names(table)}" if len(table) > 1 else "")
     best = min(table, key=lambda variant: table[variant]["loss"])
     if way == best:
         return f"{way}: the best"

@@ -9,34 +9,34 @@ import torch
 
 from ficpd.backbones import openai_api
 from ficpd.backbones.loading import ENDPOINT, BackboneConfig, EngineConfig, load_backbone
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data import loading
-from ficpd.data.untyped import are_real
-from ficpd.errors import DataError, LibraryError, unknown
+from ficpd.data.untyped import is_regression_target
+from ficpd.errors import DataError, LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.interfaces import Task
-from ficpd.library.card import ADAPTED, guarantee, listed, made_by, shape_of
+from ficpd.library.card import ADAPTED, describe_run, describe_shape, guarantee, join_names
 from ficpd.library.library import PromptLibrary, task_key
-from ficpd.library.selection import AUTO, Adapted
+from ficpd.library.selection import AUTO, AdaptationResult
 from ficpd.library.selection import adapt as fit
-from ficpd.optimizers import Training
-from ficpd.registry import checked
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import validate
 from ficpd.tasks.build import build_task
 from ficpd.tasks.demonstrations import Demonstrations
 from ficpd.types import Batch, Prompt, Record, Score
 
 ZERO_SHOT = "zero-shot"
-PREFERRED = (ADAPTED, "global")
-OWN = "own"
+DEFAULT_PROMPTS = (ADAPTED, "global")
+NEW_TASK = "own"
 """The name of a task that is new to the library."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class LibrarySession:
     """A library with its backbone and tasks, ready to use."""
 
     library: PromptLibrary
-    model: Compute
+    model: QueryEngine
     tasks: Mapping[str, Task]
 
     @property
@@ -47,7 +47,7 @@ class Opened:
     def named(self, task: str | None = None) -> str:
         """Which task: the one named, else what the library was adapted to, else the only one."""
         if task is not None and task not in self.tasks:
-            raise LibraryError(f"{unknown('task', task, self.tasks)} (--task)")
+            raise LibraryError(f"{did_you_mean('task', task, self.tasks)} (--task)")
         adapted = adapted_facts(self.library).get("task")
         known = [name for name in (task, adapted) if name in self.tasks]
         if not known and len(self.tasks) > 1:
@@ -74,18 +74,18 @@ def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
     return library.card.get(ADAPTED, {})
 
 
-def open_library(folder: Path, device: str = "cpu") -> Opened:
+def open_library(folder: Path, device: str = "cpu") -> LibrarySession:
     """Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on."""
     library = PromptLibrary.load(folder)
     given = library.card["backbone"]
     named = {key: given[key] for key in ("name", "kind", "options") if key in given}
     if ENDPOINT in (named.get("name"), named.get("kind")):
-        named["options"] = openai_api.of_card(named.get("options", {}))
-    config = checked(BackboneConfig, named, f"{folder}: card.json: backbone")
-    backbone, _ = load_backbone(config, checked(EngineConfig, {"device": device}, "--device"))
+        named["options"] = openai_api.options_from_card(named.get("options", {}))
+    config = validate(BackboneConfig, named, f"{folder}: card.json: backbone")
+    backbone, _ = load_backbone(config, validate(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)
     tasks = {name: build_task(about) for name, about in library.card["tasks"].items()}
-    return Opened(library, Compute(backbone), tasks)
+    return LibrarySession(library, QueryEngine(backbone), tasks)
 
 
 def read_records(data: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
@@ -97,17 +97,19 @@ def read_records(data: str, columns: Mapping[str, str], labelled: bool) -> list[
         **columns,
     }
     options = roles.pop("options").split(",") if "," in roles.get("options", "") else []
-    return loading.read_all(checked(loading.Config, {"source": data, "columns": roles, "options": options}, "--data"))
+    return loading.load_all(validate(loading.Config, {"source": data, "columns": roles, "options": options}, "--data"))
 
 
 def texts_as_records(texts: Sequence[str]) -> list[Record]:
     return [Record(f"text {place}", {"text": text}) for place, text in enumerate(texts, 1)]
 
 
-def scores(opened: Opened, records: Sequence[Record], name: str | None, task: str | None = None) -> dict[str, Score]:
+def score_library(
+    opened: LibrarySession, records: Sequence[Record], name: str | None, task: str | None = None
+) -> dict[str, Score]:
     """The score of the named prompt (or all), beside the backbone without any."""
     library, chosen = opened.library, opened.tasks[opened.named(task)]
-    prompts = library.prompts if name is None else {name: pick(library, name)}
+    prompts = library.prompts if name is None else {name: get_prompt(library, name)}
     bare = replace(
         library.start, vectors_PD=library.start.vectors_PD[len(library.start.vectors_PD) - chosen.head_rows :]
     )
@@ -119,30 +121,30 @@ def scores(opened: Opened, records: Sequence[Record], name: str | None, task: st
     return found
 
 
-def predicted(opened: Opened, records: Sequence[Record], name: str | None, task: str | None = None) -> list:
+def predicted(opened: LibrarySession, records: Sequence[Record], name: str | None, task: str | None = None) -> list:
     """One prediction per record, by the named prompt, else by `usual`."""
-    name = name or usual(opened, task)
-    prompt = pick(opened.library, name)
-    return drive(opened.model, predictions(prompt.vectors_PD, opened.encode(records, name, task)))
+    name = name or default_prompt(opened, task)
+    prompt = get_prompt(opened.library, name)
+    return run_queries(opened.model, predictions(prompt.vectors_PD, opened.encode(records, name, task)))
 
 
-def usual(opened: Opened, task: str | None = None) -> str | None:
+def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:
     """The prompt for a task where none is named: the one adapted to it, the global one, else that of the nearest key."""
     library, task = opened.library, opened.named(task)
-    for name in PREFERRED:
+    for name in DEFAULT_PROMPTS:
         if name in library.prompts and (name != ADAPTED or adapted_facts(library).get("task", task) == task):
             return name
     return library.nearest(task_key(opened.tasks[task], opened.model.backbone))[0] if library.keys else None
 
 
-def pick(library: PromptLibrary, name: str | None) -> Prompt:
+def get_prompt(library: PromptLibrary, name: str | None) -> Prompt:
     if name is None or name not in library.prompts:
-        raise LibraryError(f"no prompt {name!r} in this library; it has {listed(library.prompts)}")
+        raise LibraryError(f"no prompt {name!r} in this library; it has {join_names(library.prompts)}")
     return library.prompts[name]
 
 
 @dataclass(frozen=True)
-class Own:
+class TargetTask:
     """A task to adapt to: its name in the adapted library, and what is to be said of it."""
 
     name: str
@@ -150,9 +152,13 @@ class Own:
     said: str
 
 
-def own_task(
-    opened: Opened, records: Sequence[Record], name: str | None, labels: Mapping[str, str], instruction: str | None
-) -> Own:
+def resolve_task(
+    opened: LibrarySession,
+    records: Sequence[Record],
+    name: str | None,
+    labels: Mapping[str, str],
+    instruction: str | None,
+) -> TargetTask:
     """The task named; else a new classification into `labels`; else the task of the library that all targets are of;
     else a new classification whose labels are the targets found.
 
@@ -160,26 +166,26 @@ def own_task(
     """
     if name is not None or not (records or labels):
         name = opened.named(name)
-        return Own(name, opened.tasks[name], f"task {name}")
+        return TargetTask(name, opened.tasks[name], f"task {name}")
     if not labels and instruction is None and (known := _task_of(opened, records)) is not None:
-        return Own(known, opened.tasks[known], f"task {known}, for all targets are its own")
+        return TargetTask(known, opened.tasks[known], f"task {known}, for all targets are its own")
     labels = labels or _labels_of(records)
     task = build_task({"name": "classification", "labels": dict(labels), "instruction": instruction or ""})
     task.targets(records)
     taken = {key for key in opened.tasks if key != adapted_facts(opened.library).get("task")}
-    free = next(key for key in (OWN, *(f"{OWN}-{i}" for i in range(2, len(taken) + 3))) if key not in taken)
-    return Own(free, task, f"a new task, {free}: which of {listed(labels)}")
+    free = next(key for key in (NEW_TASK, *(f"{NEW_TASK}-{i}" for i in range(2, len(taken) + 3))) if key not in taken)
+    return TargetTask(free, task, f"a new task, {free}: which of {join_names(labels)}")
 
 
-def _task_of(opened: Opened, records: Sequence[Record]) -> str | None:
+def _task_of(opened: LibrarySession, records: Sequence[Record]) -> str | None:
     """The library's task that all targets are of: of several, the one with the fewest answers. A task without fixed answers
     takes any text, and is meant only if it is the only one."""
     fitting = {}
     for name, task in opened.tasks.items():
-        about = task.describe()
+        about = task.to_config()
         told = about.get("labels") or about.get("anchors") or about["name"] == "multiple_choice"
         if (told or len(opened.tasks) == 1) and _fits(task, records):
-            fitting[name] = len(task.possible)
+            fitting[name] = len(task.label_space)
     return min(fitting, key=fitting.__getitem__) if fitting else None
 
 
@@ -194,7 +200,7 @@ def _fits(task: Task, records: Sequence[Record]) -> bool:
 def _labels_of(records: Sequence[Record]) -> dict[str, str]:
     """Each target found, with the text that stands for it: underscores are blanks."""
     found = sorted({str(record.fields["target"]) for record in records})
-    if are_real(record.fields["target"] for record in records):
+    if is_regression_target(record.fields["target"] for record in records):
         raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
     if len(found) < 2:
         raise LibraryError(
@@ -219,20 +225,20 @@ def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int
     return chosen
 
 
-def missing(task: Task, records: Sequence[Record]) -> list[str]:
+def missing_labels(task: Task, records: Sequence[Record]) -> list[str]:
     """The labels of a classification that no record has."""
     seen = {str(record.fields.get("target")) for record in records}
-    return [label for label in task.describe().get("labels", {}) if label not in seen]
+    return [label for label in task.to_config().get("labels", {}) if label not in seen]
 
 
 def adapt_library(
-    opened: Opened, own: Own, shots: Sequence[Record], out: Path, how: str = AUTO, seed: int = 0
-) -> Adapted:
+    opened: LibrarySession, own: TargetTask, shots: Sequence[Record], out: Path, how: str = AUTO, seed: int = 0
+) -> AdaptationResult:
     """Fit the library to these records; saves a library with one prompt more, `adapted`, and the task it is for."""
     if out.exists():
         raise LibraryError(f"{out} exists already; choose another --out")
     library = opened.library
-    found = fit(library, shots, own.task, opened.model, training_at_home(library), how, seed)
+    found = fit(library, shots, own.task, opened.model, local_training_config(library), how, seed)
     shown = found.fitted.demonstrations
     facts = {
         "task": own.name, "how": how, "way": found.way, "made_of": found.fitted.note, "why": found.said,
@@ -240,7 +246,7 @@ def adapt_library(
     }  # fmt: skip
     card = {
         **library.card,
-        "tasks": {**library.card["tasks"], own.name: dict(own.task.describe())},
+        "tasks": {**library.card["tasks"], own.name: dict(own.task.to_config())},
         ADAPTED: facts,
     }
     keys = {**library.keys, ADAPTED: task_key(own.task, opened.model.backbone)} if library.keys else {}
@@ -251,15 +257,15 @@ def adapt_library(
     return found
 
 
-def training_at_home(library: PromptLibrary) -> Training:
+def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:
     """How the library's prompts were tuned, as it is done on one's own records: the whole prompt by Adam, no noise.
 
     Raises `LibraryError` if the card states no learning rate.
     """
-    training = checked(Training, library.card.get("training", {}), "card.json: training")
+    training = validate(LocalTrainingConfig, library.card.get("training", {}), "card.json: training")
     if training.learning_rate is None:
         raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
-    return training.model_copy(update={"tuner": "adam"})
+    return training.model_copy(update={"optimizer": "adam"})
 
 
 def library_facts(path: Path) -> dict[str, Any]:
@@ -267,11 +273,11 @@ def library_facts(path: Path) -> dict[str, Any]:
     library = PromptLibrary.load(path)
     card, start = library.card, library.start
     return {
-        "prompts": listed(library.prompts),
+        "prompts": join_names(library.prompts),
         "backbone": f"{card['backbone'].get('name', '?')} ({start.backbone})",
-        "shape": shape_of(start),
+        "shape": describe_shape(start),
         "tasks": _tasks(card["tasks"]),
-        "made by": made_by(card),
+        "made by": describe_run(card),
         "privacy": guarantee(card.get("privacy", {})),
         "adapted": {k: v for k, v in adapted_facts(library).items() if k not in ("table", "demonstrations")} or "no",
     }
@@ -286,4 +292,4 @@ def _tasks(tasks: Mapping[str, Any]) -> str:
     if len(tasks) == 1:
         return "; ".join(f"{name}: {about}" for name, about in tasks.items())
     counts = {name: f", {len(about['labels'])} labels" if about.get("labels") else "" for name, about in tasks.items()}
-    return listed(f"{name} ({about['name']}{counts[name]})" for name, about in tasks.items())
+    return join_names(f"{name} ({about['name']}{counts[name]})" for name, about in tasks.items())

@@ -10,7 +10,7 @@ upload means, losses and step sizes that no noise fits, and are sent a covarianc
 
 That a record's losses are taken around their own mean changes no ranking, and ranks are all that CMA-ES goes by; it leaves
 the clip norm to what tells candidates apart. In units of the candidates' spread, such a vector is about as long as the
-record's gradient, and the clip norm that is found for gradients is used (`tuners/cma_es.width`).
+record's gradient, and the clip norm that is found for gradients is used (`optimizers/cma_es.width`).
 
 An order asks about `training.local_steps` times `training.batch_size` records at once. Candidates lie in the coordinates of
 a subspace, if one is configured, else in `training.search_dimension` random ones; the first spread is
@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.federation.aggregation.robust import MEAN, Means, Robust
-from ficpd.federation.validation import check_arrays, check_facts, check_reach
-from ficpd.interfaces import ClientSide, Coordinates, Model
-from ficpd.optimizers import Training
-from ficpd.optimizers.cma_es import Search, begun, centred, width
-from ficpd.optimizers.search_space import Space
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
+from ficpd.interfaces import ClientContext, Model, Subspace
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers.cma_es import CMAES, center_losses, init_state, spread
+from ficpd.optimizers.search_space import SearchSpace
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SEARCH = "search/"
 
@@ -41,76 +41,80 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     client_clip_norm: float | None = Field(default=None, gt=0)
-    robust: Robust = MEAN
+    robust: RobustConfig = MEAN
 
 
-def build(config: Config, training: Training) -> "DpCmaEs":
+def build(config: Config, training: LocalTrainingConfig) -> "DpCmaEs":
     return DpCmaEs(config, training)
 
 
 class DpCmaEs:
-    name, pools_data, trains, releases, gathers = "dp_cma_es", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "dp_cma_es", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
-        self.training, self.robust, self.sums = training, config.robust, config.robust.sums
-        self.coordinates: Coordinates | None = None
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        self.training, self.robust, self.linear = training, config.robust, config.robust.sums
+        self.subspace: Subspace | None = None
         self.steps, self.client_clip_norm = 1, config.client_clip_norm
         self.candidates = training.population
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
-        search = begun(space.size, (self.training.perturbation or self.training.rate(1, setup.num_rounds)) * space.unit)
+        search = init_state(
+            space.size, (self.training.perturbation or self.training.rate(1, setup.num_rounds)) * space.unit
+        )
         return self._state(start, search, {})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return 1, self.training.local_steps * self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         arrays = {"candidates_KN": state.arrays["candidates_KN"], "mean": state.arrays[SEARCH + "mean"].float()}
         return Assignment(self.name, round, arrays)
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        candidates_KN, sent = order.arrays["candidates_KN"], []
-        scale = width(candidates_KN) * len(candidates_KN) ** 0.5
-        for batch in client.batches(*self.work(State({}))):
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        candidates_KN, sent = assignment.arrays["candidates_KN"], []
+        scale = spread(candidates_KN) * len(candidates_KN) ** 0.5
+        for batch in client.batches(*self.local_workload(State({}))):
             answer = yield Query(client.start + self._space(client.start).up(candidates_KN), batch)
-            sent.append(client.mean(centred(answer.loss_KB) / scale))
+            sent.append(client.private_mean(center_losses(answer.loss_KB) / scale))
         return ClientUpdate(client.id, {"losses_1K": torch.stack(sent)}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"losses_1K": (1, self.training.population)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = Means(self.robust, updates)
-        losses_K = means.of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, means.weights)[0]
+        means = RobustAggregator(self.robust, updates)
+        losses_K = means.mean_of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, means.weights)[0]
         search = {n.removeprefix(SEARCH): array for n, array in state.arrays.items() if n.startswith(SEARCH)}
-        told = Search(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
+        told = CMAES(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
         return self._state(state.arrays["start"], told.state, {**state.facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
         return start + self._space(start).up(state.arrays[SEARCH + "mean"].float())
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(order.arrays["mean"])
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(assignment.arrays["mean"])
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.prompt(state)}
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.global_prompt(state)}
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a population and its mean, not too far away."""
         space, K = self._space(start.vectors_PD), self.training.population
-        check_facts(order, {})
-        check_arrays(order, {"candidates_KN": (K, space.size), "mean": (space.size,)})
-        for name, array in order.arrays.items():
-            check_reach(start.vectors_PD + space.up(array), start, name)
+        validate_facts(assignment, {})
+        validate_arrays(assignment, {"candidates_KN": (K, space.size), "mean": (space.size,)})
+        for name, array in assignment.arrays.items():
+            validate_norm(start.vectors_PD + space.up(array), start, name)
 
-    def _space(self, start_PD: Tensor) -> Space:
-        return Space(tuple(start_PD.shape), self.coordinates, self.training.search_dimension, self.training.public_seed)
+    def _space(self, start_PD: Tensor) -> SearchSpace:
+        return SearchSpace(
+            tuple(start_PD.shape), self.subspace, self.training.search_dimension, self.training.public_seed
+        )
 
     def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
         """With the candidates of the next generation."""
-        random = rng.generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
-        candidates_KN = Search(search, self.training.population).ask(random)
+        random = rng.make_generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
+        candidates_KN = CMAES(search, self.training.population).ask(random)
         arrays = {"start": start_PD, "candidates_KN": candidates_KN}
         return State(arrays | {SEARCH + name: array for name, array in search.items()}, dict(facts))

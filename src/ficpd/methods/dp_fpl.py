@@ -19,7 +19,7 @@ What is ours, for the published code proves nothing of what it states:
 - the noise on g_G is the client's own. (The code's server adds it, and sees what clients send as it is.)
 - the last term of g_l is subtracted, which makes g_l the projection of G. (The code adds it.)
 - l_i starts at zero, at a public random u and v: the start is a text's activations, which a random l_i would drown.
-- as many steps a round as the experiment asks for, by its tuner (the paper: one of plain SGD, p_G synchronised after it).
+- as many steps a round as the experiment asks for, by its optimizer (the paper: one of plain SGD, p_G synchronised after it).
 
 A subspace (`compression.subspace`) is not tuned in: low rank is this method's own way to fewer numbers; what leaves is
 projected onto it all the same.
@@ -33,11 +33,11 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.aggregation.robust import MEAN, Means, Robust
-from ficpd.interfaces import Backbone, ClientSide, Model, Task
-from ficpd.optimizers import Training
+from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import load
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
 
 SMALL = 1e-6
 """Of the public noise beside l_i when it is factorised: it decides where l_i is zero, and nowhere else."""
@@ -49,10 +49,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)
-    robust: Robust = MEAN
+    robust: RobustConfig = MEAN
 
 
-def build(config: Config, training: Training) -> "DpFpl":
+def build(config: Config, training: LocalTrainingConfig) -> "DpFpl":
     return DpFpl(config, training)
 
 
@@ -61,76 +61,80 @@ class DpFpl:
     `ClientSide.mean`, which is given all that is noised of a record as one vector; factors are orthonormal, and g_l without
     noise is the projection of G onto what they span, so never longer."""
 
-    name, pools_data, trains, releases, gathers = "dp_fpl", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "dp_fpl", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
-        self.config, self.training, self.sums = config, training, config.robust.sums
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        self.config, self.training, self.linear = config, training, config.robust.sums
 
-    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        tuner = self.training.tuner
-        if not backbone.gives_gradients or getattr(load("optimizers", tuner), "black_box", False):
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        optimizer = self.training.optimizer
+        if not backbone.supports_gradients or getattr(load("optimizers", optimizer), "black_box", False):
             raise ConfigError(
-                f"dp_fpl carries gradients in few numbers, and training.tuner = {tuner!r} on {backbone.name} has none; take "
+                f"dp_fpl carries gradients in few numbers, and training.optimizer = {optimizer!r} on {backbone.name} has none; take "
                 "adam or sgd and a backbone that gives them, or another method (dp_zo, dp_cma_es)"
             )
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"rate": rate})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        shared = order.arrays["prompt"]
-        both = torch.stack([shared, client.kept.get("local", torch.zeros_like(shared))])
-        carried = Carried(client, self.config.rank, order.round)
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        shared = assignment.arrays["prompt"]
+        both = torch.stack([shared, client.client_state.get("local", torch.zeros_like(shared))])
+        carried = LowRankContext(client, self.config.rank, assignment.round)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
-        settings = {"learning_rate": order.facts["rate"], "l2_weight": self.training.l2_weight, "memory": client.kept}
+        settings = {
+            "learning_rate": assignment.facts["rate"],
+            "l2_weight": self.training.l2_weight,
+            "memory": client.client_state,
+        }
         tuned = yield from carried.asking(
-            load("optimizers", self.training.tuner).tune(carried, both, batches, **settings)
+            load("optimizers", self.training.optimizer).tune(carried, both, batches, **settings)
         )
-        client.kept["local"] = tuned[1]
+        client.client_state["local"] = tuned[1]
         return ClientUpdate(client.id, {"delta": tuned[0] - shared}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = Means(self.config.robust, updates)
-        return State({"prompt": state.arrays["prompt"] + means.everyone()}, {**state.facts, **means.facts})
+        means = RobustAggregator(self.config.robust, updates)
+        return State({"prompt": state.arrays["prompt"] + means.mean_all()}, {**state.facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        shared = order.arrays["prompt"]
-        return shared + client.kept["local"] if "local" in client.kept else shared
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        shared = assignment.arrays["prompt"]
+        return shared + client.client_state["local"] if "local" in client.client_state else shared
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": state.arrays["prompt"]}
 
 
-class Carried:
-    """What a tuner that moves [p_G, l_i], [2, P, D], sees of a client: gradients that carry G in few numbers."""
+class LowRankContext:
+    """What a optimizer that moves [p_G, l_i], [2, P, D], sees of a client: gradients that carry G in few numbers."""
 
-    coordinates = None
+    subspace = None
 
-    def __init__(self, client: ClientSide, rank: int, round: int):
+    def __init__(self, client: ClientContext, rank: int, round: int):
         self.client, self.rank = client, rank
-        self.random = rng.generator("dp_fpl", client.id, round)  # public
+        self.random = rng.make_generator("dp_fpl", client.id, round)  # public
         self.factors = torch.empty(0), torch.empty(0)
 
     def asking(self, work: Generator[Query, Answer, Tensor]) -> Generator[Query, Answer, Tensor]:
-        """The tuner's questions, of p_G + l_i instead of both."""
+        """The optimizer's questions, of p_G + l_i instead of both."""
         try:
             query = next(work)
             while True:
                 shared_PD, local_PD = query.prompts_KPD[0]
-                self.factors = factorised(local_PD, self.rank, self.random)
+                self.factors = low_rank_factors(local_PD, self.rank, self.random)
                 query = work.send((yield query._replace(prompts_KPD=(shared_PD + local_PD)[None])))
         except StopIteration as end:
             return end.value
@@ -144,14 +148,14 @@ class Carried:
             [u.T @ row for row in gradient_BPD],
         )  # record by record: `_lifted`
         parts = gradient_BPD, *(torch.stack(of) if of else gradient_BPD for of in (of_u, of_v))  # g_G, g_u, g_v
-        mean_N = self.client.mean(torch.cat([part.flatten(1) for part in parts], dim=1)[None])[0]
+        mean_N = self.client.private_mean(torch.cat([part.flatten(1) for part in parts], dim=1)[None])[0]
         shapes = gradient_BPD.shape[1:], u_Pk.shape, v_kD.shape
         split = mean_N.split([shape.numel() for shape in shapes])
         shared_PD, of_u, of_v = (part.view(shape) for part, shape in zip(split, shapes, strict=True))
-        return torch.stack([shared_PD, rebuilt(of_u, of_v, u_Pk, v_kD)])[None]
+        return torch.stack([shared_PD, low_rank_gradient(of_u, of_v, u_Pk, v_kD)])[None]
 
 
-def factorised(local_PD: Tensor, rank: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def low_rank_factors(local_PD: Tensor, rank: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """u [P, k] and v [k, D], orthonormal columns and rows, k = min(rank, P, D): one power iteration from a random matrix."""
     num_tokens, width = local_PD.shape
     noise_PD = torch.randn(num_tokens, width, generator=random, dtype=torch.float64)
@@ -162,7 +166,7 @@ def factorised(local_PD: Tensor, rank: int, random: torch.Generator) -> tuple[Te
     return u_Pk.float(), v_Dk.T.float().contiguous()
 
 
-def rebuilt(of_u_Pk: Tensor, of_v_kD: Tensor, u_Pk: Tensor, v_kD: Tensor) -> Tensor:
+def low_rank_gradient(of_u_Pk: Tensor, of_v_kD: Tensor, u_Pk: Tensor, v_kD: Tensor) -> Tensor:
     """g_l [P, D] = g_u v + u g_v - u uᵀ g_u v."""
     along_v = of_u_Pk @ v_kD
     return along_v + u_Pk @ of_v_kD - u_Pk @ (u_Pk.T @ along_v)

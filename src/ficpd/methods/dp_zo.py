@@ -15,9 +15,9 @@ the start rebuilds the prompt, or the prompt.
 
 Ours: signs for directions (DPZero: the sphere, MeZO: Gaussian); K directions a step, in the coordinates of a subspace if
 one is configured; the step's length. η is such that a step goes by what one of Adam's at the same rate would, as far as K
-directions show it (`tuners/spsa.stride`), for slopes that are as large as they have been: their root mean square is
+directions show it (`optimizers/spsa.stride`), for slopes that are as large as they have been: their root mean square is
 followed by the server, on what it was sent, and is not known before the first answers: in the first round clients do not
-move. Tuned by `training.directions` and `training.perturbation`; `training.tuner` is not used.
+move. Tuned by `training.directions` and `training.perturbation`; `training.optimizer` is not used.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -27,13 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
-from ficpd.federation.aggregation.robust import MEAN, Means, Robust
-from ficpd.federation.validation import RATE, check_arrays, check_facts, check_reach
-from ficpd.interfaces import ClientSide, Coordinates, Model
-from ficpd.optimizers import Training
-from ficpd.optimizers.search_space import Space
-from ficpd.optimizers.spsa import slopes, stride
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts, validate_norm
+from ficpd.interfaces import ClientContext, Model, Subspace
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers.search_space import SearchSpace
+from ficpd.optimizers.spsa import directional_derivatives, step_scale
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 MEMORY = 0.9
 """How much of the mean squared slope is that of the rounds before."""
@@ -45,56 +45,56 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     client_clip_norm: float | None = Field(default=None, gt=0)
-    robust: Robust = MEAN
+    robust: RobustConfig = MEAN
 
 
-def build(config: Config, training: Training) -> "DpZo":
+def build(config: Config, training: LocalTrainingConfig) -> "DpZo":
     return DpZo(config, training)
 
 
 class DpZo:
-    name, pools_data, trains, releases, gathers = "dp_zo", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "dp_zo", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
-        self.training, self.robust, self.sums = training, config.robust, config.robust.sums
-        self.coordinates: Coordinates | None = None
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        self.training, self.robust, self.linear = training, config.robust, config.robust.sums
+        self.subspace: Subspace | None = None
         self.steps, self.client_clip_norm = training.local_steps, config.client_clip_norm
         self.candidates = 2 * training.directions
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         """`moves_TK`: by how much of each direction of each step the prompt was moved, since the start."""
         start = setup.start.vectors_PD
         arrays = {"start": start, "y": torch.zeros(self._space(start).size), "moves_TK": self._moves(0)}
         return State(arrays, {"num_rounds": setup.num_rounds, "slope": 0.0})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         moves, y = state.arrays["moves_TK"], state.arrays["y"]
         arrays = {"moves_TK": moves} if moves.numel() <= y.numel() else {"y": y}
         facts = {"rate": rate, "step": self._step(rate, state.facts["slope"], self._space(state.arrays["start"]))}
         return Assignment(self.name, round, arrays, facts)
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         space, sent = self._space(client.start), []
-        apart, y = self.training.apart(order) * space.unit, self._place(client.start, order)
+        apart, y = self.training.apart(assignment) * space.unit, self._place(client.start, assignment)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
         for step, batch in enumerate(batches):
-            signs_KN = self._signs(space, order.round, step)
+            signs_KN = self._signs(space, assignment.round, step)
             both = torch.cat([y + apart * signs_KN, y - apart * signs_KN])
             answer = yield Query(client.start + space.up(both), batch)
-            sent.append(client.mean(slopes(answer.loss_KB, apart)))
-            y = y - order.facts["step"] * (sent[-1] @ signs_KN)
+            sent.append(client.private_mean(directional_derivatives(answer.loss_KB, apart)))
+            y = y - assignment.facts["step"] * (sent[-1] @ signs_KN)
         return ClientUpdate(client.id, {"slopes_SK": torch.stack(sent)}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"slopes_SK": (self.training.local_steps, self.training.directions)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means, start = Means(self.robust, updates), state.arrays["start"]
-        slopes_SK = means.of("global", {u.client: u.arrays["slopes_SK"] for u in means.updates}, means.weights)
+        means, start = RobustAggregator(self.robust, updates), state.arrays["start"]
+        slopes_SK = means.mean_of("global", {u.client: u.arrays["slopes_SK"] for u in means.updates}, means.weights)
         space, before = self._space(start), state.facts["slope"]
         square = float(slopes_SK.square().mean())
         slope = (MEMORY * before**2 + (1 - MEMORY) * square if before else square) ** 0.5
@@ -105,50 +105,50 @@ class DpZo:
         y = self._walked(state.arrays["y"], space, moves_SK, done)
         return State({"start": start, "y": y, "moves_TK": moves_TK}, {**state.facts, "slope": slope, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
         return start + self._space(start).up(state.arrays["y"])
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(self._place(client.start, order))
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(self._place(client.start, assignment))
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.prompt(state)}
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.global_prompt(state)}
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has one of both arrays, a rate and a step."""
         space, K = self._space(start.vectors_PD), self.training.directions
-        check_facts(order, {**RATE, "step": (float, int)})
-        moves = order.arrays.get("moves_TK")
+        validate_facts(assignment, {**RATE, "step": (float, int)})
+        moves = assignment.arrays.get("moves_TK")
         steps = (
             0 if moves is None else min(moves.numel(), space.size) // K
         )  # if longer than y, that would be sent instead
-        check_arrays(order, {"y": (space.size,)} if moves is None else {"moves_TK": (steps, K)})
-        if order.facts["rate"] == 0:
+        validate_arrays(assignment, {"y": (space.size,)} if moves is None else {"moves_TK": (steps, K)})
+        if assignment.facts["rate"] == 0:
             raise CodecError("the order's rate is 0, which would ask about one prompt twice")
-        apart = self.training.apart(order) * space.unit * self._signs(space, order.round, 0)
-        y = self._place(start.vectors_PD, order)
-        check_reach(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])), start, "prompts asked about")
+        apart = self.training.apart(assignment) * space.unit * self._signs(space, assignment.round, 0)
+        y = self._place(start.vectors_PD, assignment)
+        validate_norm(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])), start, "prompts asked about")
 
-    def _space(self, start_PD: Tensor) -> Space:
-        return Space(tuple(start_PD.shape), self.coordinates)
+    def _space(self, start_PD: Tensor) -> SearchSpace:
+        return SearchSpace(tuple(start_PD.shape), self.subspace)
 
-    def _signs(self, space: Space, round: int, step: int) -> Tensor:
+    def _signs(self, space: SearchSpace, round: int, step: int) -> Tensor:
         return space.signs(self.training.directions, self.training.public_seed, self.name, round, step)
 
-    def _step(self, rate: float, slope: float, space: Space) -> float:
+    def _step(self, rate: float, slope: float, space: SearchSpace) -> float:
         """η, for slopes of this root mean square; 0 where it is not known."""
         K = self.training.directions
-        return rate * space.unit * stride(K, space.size) / slope if slope else 0.0
+        return rate * space.unit * step_scale(K, space.size) / slope if slope else 0.0
 
-    def _place(self, start_PD: Tensor, order: Assignment) -> Tensor:
+    def _place(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
         """[size]: where the order's prompt is, from the prompt or by replaying all moves."""
-        if "y" in order.arrays:
-            return order.arrays["y"]
+        if "y" in assignment.arrays:
+            return assignment.arrays["y"]
         space = self._space(start_PD)
-        return self._walked(torch.zeros(space.size), space, order.arrays["moves_TK"], 0)
+        return self._walked(torch.zeros(space.size), space, assignment.arrays["moves_TK"], 0)
 
-    def _walked(self, y: Tensor, space: Space, moves_TK: Tensor, first: int) -> Tensor:
+    def _walked(self, y: Tensor, space: SearchSpace, moves_TK: Tensor, first: int) -> Tensor:
         """[size]: y after these moves along their directions; `first` is the step, of all rounds, of the first of them."""
         steps = self.training.local_steps
         for place, moves_K in enumerate(moves_TK, first):

@@ -6,55 +6,55 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.federation.aggregation.robust import MEAN, Means, Robust
-from ficpd.interfaces import ClientSide, Model
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.interfaces import ClientContext, Model
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    robust: Robust = MEAN
+    robust: RobustConfig = MEAN
 
 
-def build(config: Config, training: Training) -> "FedAvg":
+def build(config: Config, training: LocalTrainingConfig) -> "FedAvg":
     return FedAvg(training, config.robust)
 
 
 class FedAvg:
-    name, pools_data, trains, releases, gathers = "fedavg", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "fedavg", False, True, True, False
 
-    def __init__(self, training: Training, robust: Robust = MEAN):
-        self.training, self.robust, self.sums = training, robust, robust.sums
+    def __init__(self, training: LocalTrainingConfig, robust: RobustConfig = MEAN):
+        self.training, self.robust, self.linear = training, robust, robust.sums
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"rate": rate})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        prompt = order.arrays["prompt"]
-        tuned = yield from tune(self.training, client, order, prompt)  # w_k <- ClientUpdate(k, w_t)
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt = assignment.arrays["prompt"]
+        tuned = yield from tune(self.training, client, assignment, prompt)  # w_k <- ClientUpdate(k, w_t)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = Means(self.robust, updates)
-        prompt = state.arrays["prompt"] + means.everyone()  # w_{t+1} <- Σ n_k/n w_k
+        means = RobustAggregator(self.robust, updates)
+        prompt = state.arrays["prompt"] + means.mean_all()  # w_{t+1} <- Σ n_k/n w_k
         return State({"prompt": prompt}, {**state.facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["prompt"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["prompt"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": state.arrays["prompt"]}

@@ -32,12 +32,12 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import CodecError, ConfigError
 from ficpd.federation.aggregation.mean import weighted_mean
-from ficpd.federation.validation import check_arrays, check_facts, check_reach
-from ficpd.interfaces import Backbone, ClientSide, Coordinates, Model, Task
-from ficpd.optimizers import Training
-from ficpd.optimizers.cma_es import Search, begun
-from ficpd.optimizers.search_space import Space
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
+from ficpd.interfaces import Backbone, ClientContext, Model, Subspace, Task
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers.cma_es import CMAES, init_state
+from ficpd.optimizers.search_space import SearchSpace
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SEARCH = "search/"
 FEWEST = 4
@@ -58,12 +58,12 @@ class Config(BaseModel):
     masked: float = Field(default=0.5, gt=0, le=1)
 
 
-def build(config: Config, training: Training) -> "FedBpt":
+def build(config: Config, training: LocalTrainingConfig) -> "FedBpt":
     return FedBpt(config, training.public_seed)
 
 
 class FedBpt:
-    name, pools_data, trains, releases, sums, gathers = "fedbpt", False, True, True, False, False
+    name, centralized, trains, releases, linear, full_first_round = "fedbpt", False, True, True, False, False
     unprotected = (
         "its clients send means, losses and step sizes of a search of their own, by a ratio of losses in which no "
         "record's share is bounded; use dp_cma_es, or run it without privacy"
@@ -71,36 +71,36 @@ class FedBpt:
 
     def __init__(self, config: Config, seed: int):
         self.config, self.seed = config, seed
-        self.coordinates: Coordinates | None = None
+        self.subspace: Subspace | None = None
         self.steps, self.client_clip_norm = 1, None  # nobody protects it
         passes = config.iterations * config.population + 1
         self.candidates = passes * (2 if config.ratio else 1) / (config.iterations + 1)
 
-    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        if self.config.ratio and backbone.sees:
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        if self.config.ratio and backbone.sees_images:
             raise ConfigError(
                 f"method.ratio = true masks words, and {backbone.name} sees images; set it to false (the plain loss)"
             )
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
         sigma = self.config.spread * float(start.square().mean().sqrt()) * space.unit
-        return self._state(start, begun(space.size, sigma, full=True), {"sigma": sigma})
+        return self._state(start, init_state(space.size, sigma, full=True), {"sigma": sigma})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.config.iterations + 1, EVERYTHING
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         search = _search(state)
         lower = search["shape"][*torch.tril_indices(*search["shape"].shape)]
         arrays = {"mean": search["mean"].float(), "shape_lower": lower.float()}
         return Assignment(self.name, round, arrays, {"sigma": state.facts["sigma"]})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        search, sigmas = Search(self._begun_at(order), self.config.population), []
-        batches = client.batches(*self.work(State({})))
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        search, sigmas = CMAES(self._begun_at(assignment), self.config.population), []
+        batches = client.batches(*self.local_workload(State({})))
         for j in range(self.config.iterations):
-            random = rng.generator("candidates", self.seed, self.name, client.id, order.round, j)
+            random = rng.make_generator("candidates", self.seed, self.name, client.id, assignment.round, j)
             candidates_KN = search.ask(random)
             fitness_K = yield from self._fitness(client, candidates_KN, next(batches))
             sigmas.append(search.sigma)
@@ -110,7 +110,7 @@ class FedBpt:
         arrays = {"mean_1N": mean_1N, "loss": fitness_1.float(), "sigmas": torch.tensor(sigmas)}
         return ClientUpdate(client.id, arrays, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         size = self._space(state.arrays["start"]).size
         return {"mean_1N": (1, size), "loss": (1,), "sigmas": (self.config.iterations,)}
 
@@ -126,48 +126,48 @@ class FedBpt:
         better = losses_S.argsort(stable=True)[: len(updates) // 2]
         wide = 2 * (squares_S[better].sum() / (len(updates) * self.config.population)).sqrt()  # equation 6
         wide = wide if wide > 0 else torch.tensor(sigma)  # nobody of the better half has moved at all
-        told = Search(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
+        told = CMAES(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
         return self._state(start, told.state, {**state.facts, "sigma": sigma * told.sigma / float(wide)})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
         return start + self._space(start).up(_search(state)["mean"].float())
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(order.arrays["mean"])
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return client.start + self._space(client.start).up(assignment.arrays["mean"])
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.prompt(state)}
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
+        return {"global": self.global_prompt(state)}
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a mean, half a covariance and a step size, none of them out of the world."""
         size = self._space(start.vectors_PD).size
-        check_facts(order, {"sigma": (float,)})
-        check_arrays(order, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})
+        validate_facts(assignment, {"sigma": (float,)})
+        validate_arrays(assignment, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})
         space = self._space(start.vectors_PD)
-        check_reach(start.vectors_PD + space.up(order.arrays["mean"]), start, "mean")
-        if not 0 < order.facts["sigma"] < 1e6:
-            raise CodecError(f"the order's sigma is {order.facts['sigma']}, expected one above 0 and below 1e6")
+        validate_norm(start.vectors_PD + space.up(assignment.arrays["mean"]), start, "mean")
+        if not 0 < assignment.facts["sigma"] < 1e6:
+            raise CodecError(f"the order's sigma is {assignment.facts['sigma']}, expected one above 0 and below 1e6")
 
-    def _fitness(self, client: ClientSide, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
+    def _fitness(self, client: ClientContext, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
         """[K]: the ratio of both mean losses, or the mean loss."""
         prompts_KPD = client.start + self._space(client.start).up(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
         if not self.config.ratio:
-            return client.mean(answer.loss_KB)
-        masked = yield Query(prompts_KPD, client.masked(self.config.masked))
-        loss_K, masked_K = client.mean(torch.cat([answer.loss_KB, masked.loss_KB])).chunk(2)
+            return client.private_mean(answer.loss_KB)
+        masked = yield Query(prompts_KPD, client.corrupted_batch(self.config.masked))
+        loss_K, masked_K = client.private_mean(torch.cat([answer.loss_KB, masked.loss_KB])).chunk(2)
         return loss_K / masked_K.clamp(min=1e-6)
 
-    def _begun_at(self, order: Assignment) -> dict[str, Tensor]:
-        mean = order.arrays["mean"].double()
+    def _begun_at(self, assignment: Assignment) -> dict[str, Tensor]:
+        mean = assignment.arrays["mean"].double()
         shape = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        shape[*torch.tril_indices(*shape.shape)] = order.arrays["shape_lower"].double()
+        shape[*torch.tril_indices(*shape.shape)] = assignment.arrays["shape_lower"].double()
         whole = shape + shape.tril(-1).T
-        return begun(len(mean), order.facts["sigma"], full=True) | {"mean": mean, "shape": whole}
+        return init_state(len(mean), assignment.facts["sigma"], full=True) | {"mean": mean, "shape": whole}
 
-    def _space(self, start_PD: Tensor) -> Space:
-        return Space(tuple(start_PD.shape), self.coordinates, self.config.dimension, self.seed)
+    def _space(self, start_PD: Tensor) -> SearchSpace:
+        return SearchSpace(tuple(start_PD.shape), self.subspace, self.config.dimension, self.seed)
 
     def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
         return State({"start": start_PD, **{SEARCH + name: array for name, array in search.items()}}, dict(facts))

@@ -26,26 +26,26 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.vocabulary import prompt_of
+from ficpd.backbones.vocabulary import token_prompt
 from ficpd.errors import ConfigError
-from ficpd.interfaces import Backbone, ClientSide, Model
-from ficpd.methods.shared.token_aggregation import aggregated
-from ficpd.optimizers import Training
-from ficpd.optimizers.cma_es import centred
+from ficpd.interfaces import Backbone, ClientContext, Model
+from ficpd.methods.shared.token_aggregation import aggregate_tokens
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers.cma_es import center_losses
 from ficpd.types import (
-    IDS,
+    TOKEN_DTYPE,
     Answer,
-    ArrayKind,
+    ArraySpec,
     Assignment,
     Batch,
     ClientCard,
     ClientUpdate,
-    Layout,
-    Outputs,
+    FederationInfo,
+    ModelOutput,
     Prompt,
     Query,
-    Setup,
     State,
+    UpdateSpec,
 )
 
 
@@ -60,53 +60,56 @@ class Config(BaseModel):
     clip_norm: float = Field(default=1.0, gt=0)
 
 
-def build(config: Config, training: Training) -> "FedDtpt":
+def build(config: Config, training: LocalTrainingConfig) -> "FedDtpt":
     return FedDtpt(config, training)
 
 
 class FedDtpt:
-    name, pools_data, trains, releases, sums, gathers = "feddtpt", False, True, True, False, False
+    name, centralized, trains, releases, linear, full_first_round = "feddtpt", False, True, True, False, False
     learning_rate = None
 
-    def __init__(self, config: Config, training: Training):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
         self.config, self.training, self.clip_norm = config, training, config.clip_norm
 
-    def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+    def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
         """Words as they are; for vectors as many words, drawn by the seed."""
         if prompt.head_rows:
             raise ConfigError("task.tuned_head = true: a head is no words, and feddtpt's prompts are; leave it out")
         if not prompt.vectors_PD.is_floating_point():
             return prompt
-        return Prompt(prompt_of(backbone.words, backbone.name, None, prompt.room, seed), backbone.fingerprint)
+        return Prompt(
+            token_prompt(backbone.vocabulary, backbone.name, None, prompt.num_virtual_tokens, seed),
+            backbone.fingerprint,
+        )
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"seed": setup.seed})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"seed": state.facts["seed"]})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        prompt_P1 = order.arrays["prompt"]
-        steps, signal = self.training.local_steps, wrong if self.config.signal == "accuracy" else None
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt_P1 = assignment.arrays["prompt"]
+        steps, signal = self.training.local_steps, is_wrong if self.config.signal == "accuracy" else None
         for step, batch in enumerate(client.batches(steps, self.training.batch_size)):
-            place = ((order.round - 1) * steps + step) % len(prompt_P1)
-            seed = rng.derive(order.facts["seed"], "words", order.round, step)
-            words = client.words.proposals(prompt_P1[:, 0].tolist(), place, self.config.candidates, seed)
+            place = ((assignment.round - 1) * steps + step) % len(prompt_P1)
+            seed = rng.derive_seed(assignment.facts["seed"], "words", assignment.round, step)
+            words = client.vocabulary.proposals(prompt_P1[:, 0].tolist(), place, self.config.candidates, seed)
             tried_KP1 = prompt_P1.repeat(1 + len(words), 1, 1)
             tried_KP1[1:, place, 0] = torch.tensor(words)
             answer = yield Query(tried_KP1, batch, loss=signal)
-            prompt_P1 = tried_KP1[least(client.mean(centred(answer.loss_KB)))]
-        return ClientUpdate(client.id, {"words": prompt_P1[:, 0].to(IDS)}, client.weight)
+            prompt_P1 = tried_KP1[argmin_first(client.private_mean(center_losses(answer.loss_KB)))]
+        return ClientUpdate(client.id, {"words": prompt_P1[:, 0].to(TOKEN_DTYPE)}, client.weight)
 
-    def layout(self, state: State) -> Layout:
-        return {"words": ArrayKind((len(state.arrays["prompt"]),), IDS)}
+    def update_spec(self, state: State) -> UpdateSpec:
+        return {"words": ArraySpec((len(state.arrays["prompt"]),), TOKEN_DTYPE)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """An update with ids that are no words is set aside, by name; every other client counts once."""
-        words = model.backbone.words
+        words = model.backbone.vocabulary
         assert words is not None, "it started from them"
         sent = {u.client: u.arrays["words"].long() for u in sorted(updates, key=lambda u: u.client)}
         bad = [name for name, ids in sent.items() if not bool(((ids >= 0) & (ids < words.size)).all())]
@@ -115,20 +118,20 @@ class FedDtpt:
         prompt_P1 = state.arrays["prompt"]
         if good_KN:
             ids_KN = torch.stack(good_KN)
-            prompt_P1 = aggregated(ids_KN, words.vectors(ids_KN).cpu())[:, None]
+            prompt_P1 = aggregate_tokens(ids_KN, words.vectors(ids_KN).cpu())[:, None]
         return State({"prompt": prompt_P1}, {**state.facts, "set_aside": aside})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["prompt"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["prompt"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": state.arrays["prompt"]}
 
 
-def wrong(outputs: Outputs, batch: Batch) -> Tensor:
+def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: 1 where another answer than the right one scores as high, else 0; of a task without answers to choose from the
     task's loss."""
     logits = getattr(batch.task, "logits", None)
@@ -140,7 +143,7 @@ def wrong(outputs: Outputs, batch: Batch) -> Tensor:
     return ((logits_RC >= right_R1).sum(1) > 1).float()
 
 
-def least(mean_K: Tensor) -> int:
+def argmin_first(mean_K: Tensor) -> int:
     """The place of the least, the first of several: what stands there stays unless another word is better.
 
     >>> least(torch.tensor([0.25, 0.5, 0.25]))

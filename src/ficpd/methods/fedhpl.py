@@ -27,11 +27,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import CodecError, ConfigError
-from ficpd.federation.validation import RATE, check_arrays, check_facts
-from ficpd.interfaces import Backbone, ClientSide, Model, Task
-from ficpd.optimizers import Training, tune
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts
+from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.traits import Classifies
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Outputs, Prompt, Query, Setup, State
+from ficpd.types import (
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    FederationInfo,
+    ModelOutput,
+    Prompt,
+    Query,
+    State,
+)
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"
@@ -54,7 +65,7 @@ class Config(BaseModel):
     share: float = Field(default=0.25, gt=0, lt=1)
 
 
-def build(config: Config, training: Training) -> "FedHpl":
+def build(config: Config, training: LocalTrainingConfig) -> "FedHpl":
     return FedHpl(config, training)
 
 
@@ -63,58 +74,62 @@ class FedHpl:
     `ClientSide.mean`; a record's row in the total, logits and count together, is as long as `logit_norm` says and clipped
     to norm 1; the ledger has a line of the logits for each round that the client answered."""
 
-    name, pools_data, trains, releases, sums, gathers = "fedhpl", False, True, True, False, False
+    name, centralized, trains, releases, linear, full_first_round = "fedhpl", False, True, True, False, False
 
-    def __init__(self, config: Config, training: Training):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
         self.config, self.training = config, training
         self.totals = {LOGITS: config.share}
 
-    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         if not all(isinstance(task, Classifies) for task in tasks):
-            kinds = ", ".join(str(task.describe()["name"]) for task in tasks)
+            kinds = ", ".join(str(task.to_config()["name"]) for task in tasks)
             raise ConfigError(f"fedhpl compares logits label by label, and not every task here has labels ({kinds})")
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         facts = {"num_rounds": setup.num_rounds, "num_labels": dict(setup.num_labels)}
         facts["group"] = {card.name: _group(card) for card in setup.clients}
         return State({}, facts)
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         """Logits as soon as there are any."""
         own, facts, arrays = _group(client), state.facts, {}
         known = {name.removeprefix(SENT): array for name, array in sorted(state.arrays.items())}
         if sent := {name: array for name, array in known.items() if facts["group"].get(name) == own}:
             number = facts["num_labels"][own]
             of_label = {name: array[:number, : number + 1] for name, array in sent.items()}
-            arrays[LOGITS], arrays[KNOWN] = for_client(of_label, client.name, self.config.own_share)
+            arrays[LOGITS], arrays[KNOWN] = personalized_logits(of_label, client.name, self.config.own_share)
         rate = self.training.rate(round, facts["num_rounds"])
         return Assignment(self.name, round, arrays, {"rate": rate, "most_labels": max(facts["num_labels"].values())})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        records = client.whole()
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        records = client.full_batch()
         assert isinstance(records.task, Classifies)
-        if LOGITS in order.arrays and len(order.arrays[LOGITS]) != records.task.num_labels:
+        if LOGITS in assignment.arrays and len(assignment.arrays[LOGITS]) != records.task.num_labels:
             raise CodecError(
-                f"the order has logits of {len(order.arrays[LOGITS])} labels, and the task here {records.task.num_labels}"
+                f"the order has logits of {len(assignment.arrays[LOGITS])} labels, and the task here {records.task.num_labels}"
             )
-        tuning = tune(self.training, client, order, self.personal(client, order), memory=client.kept)
-        client.kept["prompt"] = yield from self._distilled(tuning, order)
-        answer = yield Query(client.kept["prompt"][None], records, outputs=True)
+        tuning = tune(
+            self.training, client, assignment, self.personal_prompt(client, assignment), memory=client.client_state
+        )
+        client.client_state["prompt"] = yield from self._distilled(tuning, assignment)
+        answer = yield Query(client.client_state["prompt"][None], records, outputs=True)
         assert answer.outputs_KB is not None
-        rows_BCN = rows_of(answer.outputs_KB, records, self.config.logit_norm)
-        summed = client.total(LOGITS, rows_BCN.flatten(1)).view(rows_BCN.shape[1:]) / HALF
+        rows_BCN = logit_sums(answer.outputs_KB, records, self.config.logit_norm)
+        summed = client.private_sum(LOGITS, rows_BCN.flatten(1)).view(rows_BCN.shape[1:]) / HALF
         summed[:, 1:] *= self.config.logit_norm
-        missing = order.facts["most_labels"] - len(summed)  # another task may have more labels
+        missing = assignment.facts["most_labels"] - len(summed)  # another task may have more labels
         return ClientUpdate(client.id, {LOGITS: F.pad(summed, (0, missing, 0, missing))})
 
-    def _distilled(self, work: Generator[Query, Answer, Tensor], order: Assignment) -> Generator[Query, Answer, Tensor]:
-        """The tuner's questions, each record's loss with its class's global logits to be like."""
-        if LOGITS not in order.arrays or not self.config.weight:
+    def _distilled(
+        self, work: Generator[Query, Answer, Tensor], assignment: Assignment
+    ) -> Generator[Query, Answer, Tensor]:
+        """The optimizer's questions, each record's loss with its class's global logits to be like."""
+        if LOGITS not in assignment.arrays or not self.config.weight:
             return (yield from work)
-        logits_CC, known_C, temperature = order.arrays[LOGITS], order.arrays[KNOWN], self.config.temperature
+        logits_CC, known_C, temperature = assignment.arrays[LOGITS], assignment.arrays[KNOWN], self.config.temperature
         try:
             query = next(work)
             while True:
@@ -123,11 +138,13 @@ class FedHpl:
                 weight_B = self.config.weight * temperature**2 * known_C[labels_B]
                 weights_B2 = torch.stack([weight_B, torch.full_like(weight_B, temperature)], dim=1)
                 extra = {**query.batch.extra, TARGET: logits_CC[labels_B], WEIGHT: weights_B2}
-                query = work.send((yield query._replace(batch=replace(query.batch, extra=extra), loss=distilling)))
+                query = work.send(
+                    (yield query._replace(batch=replace(query.batch, extra=extra), loss=distillation_loss))
+                )
         except StopIteration as end:
             return end.value
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         most = max(state.facts["num_labels"].values())
         return {LOGITS: (most, most + 1)}
 
@@ -136,39 +153,39 @@ class FedHpl:
         sent = {SENT + update.client: update.arrays[LOGITS] for update in updates}
         return State({**state.arrays, **sent}, state.facts)
 
-    def prompt(self, state: State) -> None:
+    def global_prompt(self, state: State) -> None:
         return None
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.kept.get("prompt", client.start)
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return client.client_state.get("prompt", client.start)
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a rate and, if any, logits that a mean of clipped ones could be. (Whether they
         are of this client's labels, `train` sees before a record is drawn.)"""
-        check_facts(order, {**RATE, "most_labels": (int,)})
-        number = order.arrays[KNOWN].numel() if KNOWN in order.arrays else 0
-        check_arrays(order, {LOGITS: (number, number), KNOWN: (number,)} if order.arrays else {})
-        most = order.facts["most_labels"]
+        validate_facts(assignment, {**RATE, "most_labels": (int,)})
+        number = assignment.arrays[KNOWN].numel() if KNOWN in assignment.arrays else 0
+        validate_arrays(assignment, {LOGITS: (number, number), KNOWN: (number,)} if assignment.arrays else {})
+        most = assignment.facts["most_labels"]
         if not max(number, 1) <= most <= MOST_LABELS:
             raise CodecError(f"the order is of {most} labels at most, and has {number}; expected at most {MOST_LABELS}")
-        if order.arrays and not torch.isin(order.arrays[KNOWN], torch.tensor([0.0, 1.0])).all():
+        if assignment.arrays and not torch.isin(assignment.arrays[KNOWN], torch.tensor([0.0, 1.0])).all():
             raise CodecError("the order says of a label neither that it is known nor that it is not")
-        if order.arrays and not (order.arrays[LOGITS].abs() <= LARGEST_LOGIT).all():
+        if assignment.arrays and not (assignment.arrays[LOGITS].abs() <= LARGEST_LOGIT).all():
             raise CodecError(f"the order has logits beyond {LARGEST_LOGIT:g}, which no mean of clipped ones comes to")
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         """Nothing that anybody shares."""
         return {}
 
 
-def rows_of(outputs: Outputs, batch: Batch, logit_norm: float) -> Tensor:
+def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
     """[B, C, 1 + C]: in the row of its class, each correctly classified record's one and its centred logits over
     `logit_norm`, so that a record with logits of that length has norm 1; nothing of a record that is misclassified."""
     assert isinstance(batch.task, Classifies)
     assert batch.targets is not None
     rows = []
     for b, target in enumerate(batch.targets.tolist()):  # one by one: all at once are rounded by how many there are
-        logits_C = batch.task.logits(outputs.take(torch.tensor([b])), batch.take([b]))[0].float().cpu()
+        logits_C = batch.task.logits(outputs.select(torch.tensor([b])), batch.select([b]))[0].float().cpu()
         row_CN = torch.zeros(len(logits_C), 1 + len(logits_C))
         if int(logits_C.argmax()) == target:
             row_CN[target] = HALF * F.pad((logits_C - logits_C.mean()) / logit_norm, (1, 0), value=1.0)
@@ -176,7 +193,7 @@ def rows_of(outputs: Outputs, batch: Batch, logit_norm: float) -> Tensor:
     return torch.stack(rows)
 
 
-def for_client(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:
+def personalized_logits(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:
     """Ẑ_k [C, C] and whether there is one of each class ([C], 1 or 0), of all clients' counts beside sums [C, 1 + C]. Of a
     class that only the client itself has answered for, or only the others, theirs counts whole."""
     nothing = torch.zeros_like(next(iter(sent.values())))
@@ -195,7 +212,7 @@ def _means(summed_CN: Tensor) -> tuple[Tensor, Tensor]:
     return means_CC * known_C[:, None], known_C
 
 
-def distilling(outputs: Outputs, batch: Batch) -> Tensor:
+def distillation_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: the task's loss plus γ τ² KL(softmax(Ẑ/τ) ‖ softmax(f/τ)) (Hinton et al., 2015, arXiv 1503.02531, section 2: τ²
     keeps the gradient's size as τ changes)."""
     assert isinstance(batch.task, Classifies)

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.backbones import lora
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.interfaces import Backbone, ClientSide, Model
-from ficpd.optimizers import Training, tune
-from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.interfaces import Backbone, ClientContext, Model
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import LORA, Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 
 class Config(BaseModel):
@@ -27,57 +27,57 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
-    robust: Robust = Robust()
+    robust: RobustConfig = RobustConfig()
 
 
-def build(config: Config, training: Training) -> "FedLora":
+def build(config: Config, training: LocalTrainingConfig) -> "FedLora":
     return FedLora(config, training)
 
 
 class FedLora:
-    name, pools_data, trains, releases, gathers = "fedlora", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "fedlora", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
         self.rank, self.learning_rate = config.rank, config.learning_rate
-        self.robust, self.sums = config.robust, config.robust.sums
+        self.robust, self.linear = config.robust, config.robust.sums
         self.training = training.model_copy(update={"learning_rate": config.learning_rate})
 
-    def start(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+    def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
         """Weights that change nothing yet, and a tuned head's rows as large as A's. `BackboneError` if it has no LoRA."""
         if prompt.enters_at == LORA:
             return prompt
-        rows_PD = lora.of(backbone).start(self.rank, seed)
+        rows_PD = lora.lora_of(backbone).start(self.rank, seed)
         head_CD = prompt.vectors_PD[len(prompt.vectors_PD) - prompt.head_rows :]
         head_CD = head_CD / head_CD.square().mean().sqrt() / (3 * backbone.width) ** 0.5
         return replace(prompt, vectors_PD=torch.cat([rows_PD, head_CD]), enters_at=LORA)
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({"weights": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {"weights": state.arrays["weights"]}, {"rate": rate})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        weights = order.arrays["weights"]
-        tuned = yield from tune(self.training, client, order, weights)
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        weights = assignment.arrays["weights"]
+        tuned = yield from tune(self.training, client, assignment, weights)
         return ClientUpdate(client.id, {"delta": tuned - weights}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["weights"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = Means(self.robust, updates)
-        return State({"weights": state.arrays["weights"] + means.everyone()}, {**state.facts, **means.facts})
+        means = RobustAggregator(self.robust, updates)
+        return State({"weights": state.arrays["weights"] + means.mean_all()}, {**state.facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["weights"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["weights"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["weights"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": state.arrays["weights"]}

@@ -9,10 +9,10 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.interfaces import ClientSide, Model
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Setup, State
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.interfaces import ClientContext, Model
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
 
 
 class Config(BaseModel):
@@ -20,47 +20,49 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     proximal_weight: float = Field(default=0.01, ge=0)
-    robust: Robust = Robust()
+    robust: RobustConfig = RobustConfig()
 
 
-def build(config: Config, training: Training) -> "FedProx":
+def build(config: Config, training: LocalTrainingConfig) -> "FedProx":
     return FedProx(config, training)
 
 
 class FedProx:
-    name, pools_data, trains, releases, gathers = "fedprox", False, True, True, False
+    name, centralized, trains, releases, full_first_round = "fedprox", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
-        self.config, self.training, self.sums = config, training, config.robust.sums
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        self.config, self.training, self.linear = config, training, config.robust.sums
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"rate": rate})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        prompt = order.arrays["prompt"]
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt = assignment.arrays["prompt"]
         weight = self.config.proximal_weight
-        tuned = yield from tune(self.training, client, order, prompt, proximal_weight=weight)  # ∇F_k(w) + μ(w - w_t)
+        tuned = yield from tune(
+            self.training, client, assignment, prompt, proximal_weight=weight
+        )  # ∇F_k(w) + μ(w - w_t)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["prompt"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = Means(self.config.robust, updates)
-        return State({"prompt": state.arrays["prompt"] + means.everyone()}, {**state.facts, **means.facts})
+        means = RobustAggregator(self.config.robust, updates)
+        return State({"prompt": state.arrays["prompt"] + means.mean_all()}, {**state.facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["prompt"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["prompt"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": state.arrays["prompt"]}

@@ -18,15 +18,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.federation.aggregation.server_optimizer import ServerStep, extrapolation
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.federation.aggregation.server_optimizer import ServerOptimizer, fedexp_factor
 from ficpd.federation.client import LABELS
-from ficpd.interfaces import ClientSide, Model
-from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, followed, shrinkage
-from ficpd.methods.shared.function_space import Probes
-from ficpd.methods.shared.residual import calibrated
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.interfaces import ClientContext, Model
+from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, relabel_clusters, shrinkage
+from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
+from ficpd.methods.shared.residual import with_label_prior
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SIGNATURE = "signature/"
 
@@ -55,8 +55,8 @@ class Config(BaseModel):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     label_prior: bool = False
     proximal_weight: float = Field(default=0.0, ge=0)
-    server: ServerStep = ServerStep()
-    robust: Robust = Robust()
+    server: ServerOptimizer = ServerOptimizer()
+    robust: RobustConfig = RobustConfig()
 
     @model_validator(mode="after")
     def _lengths_count(self) -> "Config":
@@ -64,18 +64,18 @@ class Config(BaseModel):
         return self
 
 
-def build(config: Config, training: Training) -> "Ficpd":
+def build(config: Config, training: LocalTrainingConfig) -> "Ficpd":
     return Ficpd(config, training)
 
 
 class Ficpd:
-    name, pools_data, trains, releases, sums = "ficpd", False, True, True, False
+    name, centralized, trains, releases, linear = "ficpd", False, True, True, False
 
-    def __init__(self, config: Config, training: Training):
-        self.config, self.training, self.gathers = config, training, config.gather
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        self.config, self.training, self.full_first_round = config, training, config.gather
         self.statistics = (LABELS,) if config.label_prior else ()
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         start, by = setup.start.vectors_PD, self.config.by
         facts = {
             "num_rounds": setup.num_rounds,
@@ -88,37 +88,37 @@ class Ficpd:
         }
         return State({"start": start, "global": start, "prototypes_KPD": start[None]}, facts)
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {"prompt": self._sent(state, client.name)}, {"rate": rate})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        prompt, weight = order.arrays["prompt"], self.config.proximal_weight
-        work = tune(self.training, client, order, prompt, proximal_weight=weight)
-        tuned = yield from calibrated(work, client.label_prior if self.config.label_prior else None)
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
+        work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
+        tuned = yield from with_label_prior(work, client.label_prior if self.config.label_prior else None)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
-    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
         return batch.with_prior(client.label_prior) if self.config.label_prior else batch
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """A client that did not take part keeps its signature, and how it stood off the global prompt then: that counts
         again only when clusters are drawn anew, because it ages. What a late update learned is added to the prompt that its
         client would be sent now."""
-        means = Means(self.config.robust, updates)
+        means = RobustAggregator(self.config.robust, updates)
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
         signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
         clusters, drawn = self._clusters(state, signatures, round)
         whole, more = self._steps(means, clusters, noise)
-        move, moments = self.config.server.moved(whole, state.arrays)
+        move, moments = self.config.server.step(whole, state.arrays)
         shared = state.arrays["global"] + move
         offsets = _of_clients(state, "offset/") | {n: p + more.get(n, 0.0) - shared for n, p in reached.items()}
         weights = state.facts["weights"] | came
@@ -132,13 +132,13 @@ class Ficpd:
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
         return State(arrays, {**state.facts, **facts, **means.facts})
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["prompt"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["prompt"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}
         return {"global": state.arrays["global"], **prototypes}
 
@@ -157,9 +157,11 @@ class Ficpd:
         if self.config.space == "function":
             enters_at, head_rows = state.facts["shape"]
             shared = Prompt(start, model.backbone.fingerprint, enters_at, head_rows)
-            found = Probes(model, shared, state.facts["seed"]).signatures(torch.stack(list(reached.values())))
+            found = FunctionSpaceEmbedding(model, shared, state.facts["seed"]).signatures(
+                torch.stack(list(reached.values()))
+            )
             return dict(zip(reached, found, strict=True))
-        return {n: p - start if self.config.space == "way" else p for n, p in reached.items()}
+        return {n: p - start if self.config.space == "offset" else p for n, p in reached.items()}
 
     def _clusters(self, state: State, signatures: Mapping[str, Tensor], round: int) -> tuple[Clusters, int]:
         """As they were; drawn anew when somebody new was heard, or it is time. And the round they were drawn in."""
@@ -173,10 +175,12 @@ class Ficpd:
             found = cosine_kmeans(
                 signatures, self.config.num_prototypes, state.facts["seed"], least_members=self.config.least_members
             )
-            return followed(before, found, signatures, self.config.stay), round
+            return relabel_clusters(before, found, signatures, self.config.stay), round
         return Clusters(before, max(before.values()) + 1), drawn
 
-    def _steps(self, means: Means, clusters: Clusters, noise: float | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _steps(
+        self, means: RobustAggregator, clusters: Clusters, noise: float | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The global prompt's move, before the server's rate; and how much farther each client is taken to have come than it
         did, if steps are extrapolated, each cluster's by its own clients.
 
@@ -185,17 +189,17 @@ class Ficpd:
         with its prototypes, and farther by its own η as far as they are less than a round behind: min(1, λ / (1 - λ)) of
         the way.
         """
-        deltas, weights, whole = {u.client: u.arrays["delta"] for u in means.updates}, means.weights, means.everyone()
-        more = self.config.server.farther(means, clusters.member, noise)
+        deltas, weights, whole = {u.client: u.arrays["delta"] for u in means.updates}, means.weights, means.mean_all()
+        more = self.config.server.per_client_extrapolation(means, clusters.member, noise)
         if not more:
             return whole, {}
-        apart = means.of("global", {name: delta + more[name] for name, delta in deltas.items()}, weights)
+        apart = means.mean_of("global", {name: delta + more[name] for name, delta in deltas.items()}, weights)
         drawn = 0.0 if isinstance(self.config.shrinkage, str) else self.config.shrinkage
         share = min(1.0, drawn / max(1 - drawn, 1e-9))
-        return apart + share * (extrapolation(whole, deltas, weights, noise) * whole - apart), more
+        return apart + share * (fedexp_factor(whole, deltas, weights, noise) * whole - apart), more
 
     def _prototypes(
-        self, means: Means, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],
+        self, means: RobustAggregator, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],
         clusters: Clusters, noise: float | None, before_KPD: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """[K, P, D]; a cluster of which nobody counts stays as it was before, or has the global prompt if it is new."""
@@ -207,7 +211,7 @@ class Ficpd:
         else:
             drawn_back = dict.fromkeys(heard, given)
         return torch.stack([
-            shared + (1 - drawn_back[k]) * means.of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
+            shared + (1 - drawn_back[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
             else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip

@@ -27,23 +27,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.federation.aggregation.mean import mean_of
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.federation.aggregation.server_optimizer import ServerStep
+from ficpd.federation.aggregation.mean import weighted_mean_of
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.federation.aggregation.server_optimizer import ServerOptimizer
 from ficpd.federation.client import LABELS
-from ficpd.federation.validation import RATE, check_facts, check_prompts
-from ficpd.interfaces import ClientSide, Model
+from ficpd.federation.validation import RATE, validate_facts, validate_prompts
+from ficpd.interfaces import ClientContext, Model
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
-from ficpd.methods.shared.metadata_clustering import clusters_of_cards, nearest_card
-from ficpd.methods.shared.residual import Contrast, calibrated, own_prompt, personalised
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.methods.shared.metadata_clustering import cluster_by_metadata, nearest_client
+from ficpd.methods.shared.residual import ContrastiveConfig, personal_prompt, tune_residual, with_label_prior
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SIGNATURE, SUM = "signature/", "delta/"
 
 
 class Config(BaseModel):
-    """`clusters`: "metadata" (see `clusters_of_cards`: `by`, `num_clusters`, `distance`), "given" (each different card in
+    """`clusters`: "metadata" (see `cluster_by_metadata`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
     `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first
@@ -63,11 +63,11 @@ class Config(BaseModel):
     residual_weight: float = Field(default=0.0, ge=0)
     held_back: float = Field(default=0.25, ge=0, lt=1)
     label_prior: bool = False
-    contrast: Contrast = Contrast()
+    contrast: ContrastiveConfig = ContrastiveConfig()
     proximal_weight: float = Field(default=0.0, ge=0)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    server: ServerStep = ServerStep()
-    robust: Robust = Robust()
+    server: ServerOptimizer = ServerOptimizer()
+    robust: RobustConfig = RobustConfig()
 
     @model_validator(mode="after")
     def _lengths_count(self) -> "Config":
@@ -75,20 +75,20 @@ class Config(BaseModel):
         return self
 
 
-def build(config: Config, training: Training) -> "Fpl":
+def build(config: Config, training: LocalTrainingConfig) -> "Fpl":
     return Fpl(config, training)
 
 
 class Fpl:
-    name, pools_data, trains, releases = "fpl", False, True, True
+    name, centralized, trains, releases = "fpl", False, True, True
 
-    def __init__(self, config: Config, training: Training):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
         self.config, self.training = config, training
         self.statistics = (LABELS,) if config.label_prior else ()
-        self.gathers = config.clusters == "signatures"
-        self.sums = config.robust.sums and config.server.sums and not self.gathers
+        self.full_first_round = config.clusters == "signatures"
+        self.linear = config.robust.sums and config.server.sums and not self.full_first_round
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         start = setup.start.vectors_PD
         cards = {card.name: dict(card.metadata) for card in setup.clients}
         drawn = self._clusters_of(cards, setup.seed)
@@ -102,10 +102,10 @@ class Fpl:
         arrays = {"start": start, "global": start, "prototypes_KPD": start.repeat(drawn.number, 1, 1)}
         return State(arrays, facts)
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         """Its cluster's prompt; the global one and other clusters', if it is to choose or they are contrasted."""
         number, facts = state.facts["num_rounds"], {}
         facts["rate"] = self.training.rate(round, number)
@@ -121,54 +121,58 @@ class Fpl:
                 arrays["others_KPD"] = state.arrays["prototypes_KPD"][others]
         return Assignment(self.name, round, arrays, facts)
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         """First what will leave, from a prompt that everybody may know; only then what stays."""
-        prompt, weight = order.arrays["prompt"], self.config.proximal_weight
-        tuned = yield from calibrated(
-            tune(self.training, client, order, prompt, proximal_weight=weight), self._prior(client)
+        prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
+        tuned = yield from with_label_prior(
+            tune(self.training, client, assignment, prompt, proximal_weight=weight), self._prior(client)
         )
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
-            choosing = order.facts["choosing"] or "share" not in client.kept
-            home = client.home(self.config.held_back if choosing else 0.0)
-            yield from calibrated(personalised(self.config, self.training, home, order), self._prior(home))
+            choosing = assignment.facts["choosing"] or "share" not in client.client_state
+            home = client.local_context(self.config.held_back if choosing else 0.0)
+            yield from with_label_prior(tune_residual(self.config, self.training, home, assignment), self._prior(home))
         return update
 
-    def _prior(self, client: ClientSide) -> Tensor | None:
+    def _prior(self, client: ClientContext) -> Tensor | None:
         return client.label_prior if self.config.label_prior else None
 
-    def at_home(self, client: ClientSide, batch: Batch) -> Batch:
+    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
         return batch.with_prior(client.label_prior) if self.config.label_prior else batch
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}
 
-    def parts(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def cluster_sums(self, state: State) -> Mapping[str, tuple[int, ...]]:
         shape = tuple(state.arrays["start"].shape)
         return {f"{SUM}{k}": shape for k in range(len(state.arrays["prototypes_KPD"]))}
 
-    def in_its_part(self, state: State, update: ClientUpdate) -> ClientUpdate:
+    def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
         own, delta = state.facts["clusters"][update.client], update.arrays["delta"]
-        arrays = {name: torch.zeros_like(delta) for name in self.parts(state)} | {f"{SUM}{own}": delta}
+        arrays = {name: torch.zeros_like(delta) for name in self.cluster_sums(state)} | {f"{SUM}{own}": delta}
         return ClientUpdate(update.client, arrays, update.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """A cluster of which nobody came stays where it is. By another rule than the mean, the global prompt goes by the
         updates and not by their clusters: a few poisoned ones may be all of a cluster, but not of everybody."""
-        means = Means(self.config.robust, updates)
+        means = RobustAggregator(self.config.robust, updates)
         updates = means.updates
         clusters, signatures = self._redrawn(state, updates)
         before = state.arrays["prototypes_KPD"]
         if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
-        more = self.config.server.farther(means, clusters.member, state.facts.get("noise", 0.0))
+        more = self.config.server.per_client_extrapolation(means, clusters.member, state.facts.get("noise", 0.0))
         reached = {u.client: u.arrays["delta"] + more.get(u.client, 0.0) for u in updates if "delta" in u.arrays}
         moved = self._moves(means, clusters, reached)
         sizes = {k: float(sum(own == k for own in clusters.member.values())) for k in range(clusters.number)}
         weights = {str(k): sizes[k] for k in moved}
         of_clusters = {str(k): delta for k, (delta, _) in moved.items()}
-        whole = mean_of(of_clusters, weights) if self.config.robust.sums else means.of("global", reached, means.weights)
-        step, moments = self.config.server.moved(whole, state.arrays)
+        whole = (
+            weighted_mean_of(of_clusters, weights)
+            if self.config.robust.sums
+            else means.mean_of("global", reached, means.weights)
+        )
+        step, moments = self.config.server.step(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
         drawn_back = self._drawn_back(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
@@ -179,19 +183,19 @@ class Fpl:
         facts = {**state.facts, "clusters": clusters.member, **means.facts}
         return State(arrays | {"prototypes_KPD": torch.stack(prototypes)}, facts)
 
-    def prompt(self, state: State) -> Tensor:
+    def global_prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         """Of the prompts as they are now, and the client's residual, what it chose."""
-        return own_prompt(client.kept, order)
+        return personal_prompt(client.client_state, assignment)
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has its three facts, a prompt and, if any, the global one and other clusters'."""
-        check_facts(order, {**RATE, "contrast": (float, int), "choosing": (bool,)})
-        check_prompts(order, start, ("prompt", "global"), ("others_KPD",))
+        validate_facts(assignment, {**RATE, "contrast": (float, int), "choosing": (bool,)})
+        validate_prompts(assignment, start, ("prompt", "global"), ("others_KPD",))
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}
         return {"global": state.arrays["global"], **prototypes}
 
@@ -200,7 +204,7 @@ class Fpl:
         if kind in ("none", "signatures"):
             return Clusters(dict.fromkeys(cards, 0), 1)
         number = len(cards) if kind == "given" else self.config.num_clusters
-        return clusters_of_cards(cards, by, number, self.config.distance, seed)
+        return cluster_by_metadata(cards, by, number, self.config.distance, seed)
 
     def _cluster(self, state: State, client: ClientCard) -> int | None:
         """Of a client that was not there when clusters were drawn: that of the nearest card, where cards tell."""
@@ -209,7 +213,7 @@ class Fpl:
             return member[client.name]
         if self.config.clusters not in ("metadata", "given") or len(state.arrays["prototypes_KPD"]) == 1:
             return None
-        return member[nearest_card(state.facts["cards"], client.metadata, self.config.by)]
+        return member[nearest_client(state.facts["cards"], client.metadata, self.config.by)]
 
     def _redrawn(self, state: State, updates: Sequence[ClientUpdate]) -> tuple[Clusters, dict[str, Tensor]]:
         """The clusters, and the signatures that they were drawn by, if they are."""
@@ -229,7 +233,7 @@ class Fpl:
         return Clusters(dict.fromkeys(member, 0) | drawn.member, drawn.number), new
 
     def _moves(
-        self, means: Means, clusters: Clusters, reached: Mapping[str, Tensor]
+        self, means: RobustAggregator, clusters: Clusters, reached: Mapping[str, Tensor]
     ) -> dict[int, tuple[Tensor, float]]:
         """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
         updates = means.updates
@@ -239,7 +243,7 @@ class Fpl:
             return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
-            k: (means.of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, means.weights),
+            k: (means.mean_of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, means.weights),
                 len(came))
             for k, came in of.items()
             if came

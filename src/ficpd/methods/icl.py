@@ -16,10 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ficpd.errors import ConfigError
-from ficpd.interfaces import Backbone, ClientSide, Model, Task
-from ficpd.optimizers import Training
-from ficpd.tasks.demonstrations import MIXES, Demonstrations, demonstrate, possible
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Prompt, Query, Record, Setup, State
+from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.tasks.demonstrations import MIXES, Demonstrations, demonstrate, supports_demonstrations
+from ficpd.types import (
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    FederationInfo,
+    Prompt,
+    Query,
+    Record,
+    State,
+)
 
 
 class Config(BaseModel):
@@ -29,36 +40,36 @@ class Config(BaseModel):
     examples: int = Field(default=32, ge=1)
 
 
-def build(config: Config, training: Training) -> "Icl":
+def build(config: Config, training: LocalTrainingConfig) -> "Icl":
     return Icl(config)
 
 
 class Icl:
-    name, pools_data, trains, releases, sums, gathers = "icl", False, False, False, False, False
+    name, centralized, trains, releases, linear, full_first_round = "icl", False, False, False, False, False
 
     def __init__(self, config: Config):
         self.config = config
 
-    def fits(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        unfit = [str(task.describe()["name"]) for task in tasks if not possible(task)]
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        unfit = [str(task.to_config()["name"]) for task in tasks if not supports_demonstrations(task)]
         if unfit:
             raise ConfigError(
                 f"icl shows examples with their labels' texts, and {', '.join(unfit)} has no labels, or a head that is "
                 "tuned; take a classification with task.tuned_head = false, or another method"
             )
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         """No virtual tokens; the head rows, if there are any, as they start."""
         start = setup.start
         return State({"prompt": start.vectors_PD[len(start.vectors_PD) - start.head_rows :]})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return 0, 1
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, state.arrays)
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         return ClientUpdate(client.id, {})
         yield
 
@@ -69,17 +80,17 @@ class Icl:
         shown = found.get("") or found[f"{MIXES[-1]:g}"]
         return replace(shown, texts=shown.texts[: self.config.examples])
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return state
 
-    def prompt(self, state: State) -> None:
+    def global_prompt(self, state: State) -> None:
         """Nothing that all share: each has examples of its own."""
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return order.arrays["prompt"]
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return assignment.arrays["prompt"]
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {}

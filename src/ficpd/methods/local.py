@@ -8,57 +8,59 @@ from collections.abc import Generator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.federation.validation import RATE, check_arrays, check_facts
-from ficpd.interfaces import ClientSide, Model
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Prompt, Query, Setup, State
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts
+from ficpd.interfaces import ClientContext, Model
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def build(config: Config, training: Training) -> "Local":
+def build(config: Config, training: LocalTrainingConfig) -> "Local":
     return Local(training)
 
 
 class Local:
-    name, pools_data, trains, releases, sums, gathers = "local", False, True, False, False, False
+    name, centralized, trains, releases, linear, full_first_round = "local", False, True, False, False, False
 
-    def __init__(self, training: Training):
+    def __init__(self, training: LocalTrainingConfig):
         self.training = training
 
-    def init(self, setup: Setup) -> State:
+    def init(self, setup: FederationInfo) -> State:
         return State({}, {"num_rounds": setup.num_rounds})
 
-    def work(self, state: State) -> tuple[int, int]:
+    def local_workload(self, state: State) -> tuple[int, int]:
         return self.training.local_steps, self.training.batch_size
 
-    def assign(self, state: State, client: ClientCard, round: int) -> Assignment:
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, {}, {"rate": self.training.rate(round, state.facts["num_rounds"])})
 
-    def train(self, client: ClientSide, order: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        prompt = self.personal(client, order)
-        client.kept["prompt"] = yield from tune(self.training, client, order, prompt, memory=client.kept)
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        prompt = self.personal_prompt(client, assignment)
+        client.client_state["prompt"] = yield from tune(
+            self.training, client, assignment, prompt, memory=client.client_state
+        )
         return ClientUpdate(client.id, {})
 
-    def layout(self, state: State) -> Mapping[str, tuple[int, ...]]:
+    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return state
 
-    def prompt(self, state: State) -> None:
+    def global_prompt(self, state: State) -> None:
         return None
 
-    def personal(self, client: ClientSide, order: Assignment) -> Tensor:
-        return client.kept.get("prompt", client.start)
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        return client.client_state.get("prompt", client.start)
 
-    def check_order(self, order: Assignment, start: Prompt) -> None:
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless a rate is all that it has."""
-        check_facts(order, RATE)
-        check_arrays(order, {})
+        validate_facts(assignment, RATE)
+        validate_arrays(assignment, {})
 
-    def basis(self, state: State) -> Mapping[str, Tensor]:
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         """Nothing that anybody shares."""
         return {}

@@ -6,25 +6,25 @@ from collections.abc import Generator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.interfaces import ClientSide, Coordinates
+from ficpd.interfaces import ClientContext, Subspace
 from ficpd.registry import load
 from ficpd.types import Answer, Assignment, Query
 
 
-class Training(BaseModel):
+class LocalTrainingConfig(BaseModel):
     """A client's share of one round. `learning_rate` None: the backbone's measured default times the start's RMS.
 
     `decay` ends the run at this share of the learning rate (cosine over the rounds). `l2_weight` pulls to zero,
     a method's own proximal weight to where the round began.
 
-    The rest is for tuners and methods that see losses alone. `directions`: how many a step of spsa tries (two candidates
+    The rest is for optimizers and methods that see losses alone. `directions`: how many a step of spsa tries (two candidates
     each). `population`: candidates of a generation of cma_es. `perturbation`: how far from where they are they try, per
     number of the prompt, as in `learning_rate`; None: the rate of the round. `search_dimension`: so many numbers cma_es
     searches in where no subspace is configured. `seed`: of the public draws that clients share; None: the experiment's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    tuner: str = "adam"
+    optimizer: str = "adam"
     local_steps: int = Field(default=5, ge=1)
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -38,9 +38,9 @@ class Training(BaseModel):
 
     @property
     def candidates(self) -> int:
-        """How many candidates the tuner asks about each record of a step."""
-        tuner = load("optimizers", self.tuner)
-        return tuner.asked(self) if getattr(tuner, "black_box", False) else 1
+        """How many candidates the optimizer asks about each record of a step."""
+        optimizer = load("optimizers", self.optimizer)
+        return optimizer.asked(self) if getattr(optimizer, "black_box", False) else 1
 
     @property
     def public_seed(self) -> int:
@@ -63,8 +63,8 @@ class Training(BaseModel):
 
 
 def tune(
-    training: Training,
-    client: ClientSide,
+    training: LocalTrainingConfig,
+    client: ClientContext,
     order: Assignment,
     start_PD: Tensor,
     *,
@@ -73,42 +73,42 @@ def tune(
     steps: int | None = None,
     batch_size: int | None = None,
 ) -> Generator[Query, Answer, Tensor]:
-    """The client's tuned [P, D], by the configured tuner, at the rate the order states.
+    """The client's tuned [P, D], by the configured optimizer, at the rate the order states.
 
-    Where the client tunes in coordinates z of a subspace, the tuner sees z [k] for the prompt, and the rate grows by
+    Where the client tunes in coordinates z of a subspace, the optimizer sees z [k] for the prompt, and the rate grows by
     √(PD/k): a step then moves the prompt as far as one in all its numbers would.
     """
-    tuner, coordinates = load("optimizers", training.tuner), client.coordinates
+    optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
     weights = {"l2_weight": training.l2_weight, "proximal_weight": proximal_weight}
-    if getattr(tuner, "black_box", False):  # it asks for losses alone, and knows coordinates by itself
-        tuned = yield from tuner.tune(client, start_PD, batches, training=training, order=order, **weights)
+    if getattr(optimizer, "black_box", False):  # it asks for losses alone, and knows coordinates by itself
+        tuned = yield from optimizer.tune(client, start_PD, batches, training=training, order=order, **weights)
         return tuned
-    begin = start_PD if coordinates is None else coordinates.down(start_PD)
+    begin = start_PD if coordinates is None else coordinates.project(start_PD)
     rate = order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
-    work = tuner.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
+    work = optimizer.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
         tuned = yield from work
         return tuned
-    tuned = yield from _lifted(work, coordinates, start_PD - coordinates.up(begin))
+    tuned = yield from _lifted(work, coordinates, start_PD - coordinates.lift(begin))
     return tuned
 
 
 def _lifted(
-    work: Generator[Query, Answer, Tensor], coordinates: Coordinates, rest_PD: Tensor
+    work: Generator[Query, Answer, Tensor], coordinates: Subspace, rest_PD: Tensor
 ) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts rest + A z where the tuner asks for z, and hand back gradients with respect to z: each record's by
+    """Ask for the prompts rest + A z where the optimizer asks for z, and hand back gradients with respect to z: each record's by
     itself, for a product of all of them rounds each by how many there are."""
     try:
         query = next(work)
         while True:
-            answer = yield query._replace(prompts_KPD=rest_PD + coordinates.up(query.prompts_KPD))
+            answer = yield query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD))
             grad_KBN = None
             if answer.grad_KBPD is not None:
                 (K, B), shape = answer.grad_KBPD.shape[:2], answer.grad_KBPD.shape[2:]
                 grad_KBN = answer.grad_KBPD.new_zeros(K, B, coordinates.size)
                 for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), answer.grad_KBPD.reshape(-1, *shape), strict=True):
-                    row_N.copy_(coordinates.down(grad_PD.clone()))
+                    row_N.copy_(coordinates.project(grad_PD.clone()))
             query = work.send(answer._replace(grad_KBPD=grad_KBN))
     except StopIteration as end:
-        return rest_PD + coordinates.up(end.value)
+        return rest_PD + coordinates.lift(end.value)

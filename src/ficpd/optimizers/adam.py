@@ -5,12 +5,12 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from ficpd.interfaces import ClientSide
+from ficpd.interfaces import ClientContext
 from ficpd.types import Answer, Batch, Query
 
 
 def tune(
-    client: ClientSide,
+    client: ClientContext,
     start_PD: Tensor,
     batches: Iterator[Batch],
     *,
@@ -31,7 +31,7 @@ def tune(
     for batch in batches:
         answer = yield Query(prompt[None], batch, grad=True)
         assert answer.grad_KBPD is not None
-        gradient = client.mean(answer.grad_KBPD)[0] + l2_weight * prompt + proximal_weight * (prompt - start_PD)
+        gradient = client.private_mean(answer.grad_KBPD)[0] + l2_weight * prompt + proximal_weight * (prompt - start_PD)
         step += 1
         mean = betas[0] * mean + (1 - betas[0]) * gradient
         square = betas[1] * square + (1 - betas[1]) * gradient**2

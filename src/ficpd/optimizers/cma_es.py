@@ -17,9 +17,9 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.interfaces import ClientSide
-from ficpd.optimizers import Training
-from ficpd.optimizers.search_space import Space, pull
+from ficpd.interfaces import ClientContext
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers.search_space import SearchSpace, regularizer
 from ficpd.types import Answer, Assignment, Batch, Query
 
 Given = ParamSpec("Given")
@@ -29,17 +29,17 @@ FULL = 128
 """Up to so many dimensions the covariance is a full matrix."""
 
 
-def asked(training: Training) -> int:
+def num_candidates(training: LocalTrainingConfig) -> int:
     """Candidates about each record of a step."""
     return training.population
 
 
 def tune(
-    client: ClientSide,
+    client: ClientContext,
     start_PD: Tensor,
     batches: Iterator[Batch],
     *,
-    training: Training,
+    training: LocalTrainingConfig,
     order: Assignment,
     l2_weight: float = 0.0,
     proximal_weight: float = 0.0,
@@ -47,28 +47,28 @@ def tune(
     """[P, D] at the mean of the last generation; a batch is a generation. It begins anew in every order, around the prompt
     and as wide as the rate of the round (`Training.apart`), in coordinates or in a random subspace that all clients
     share."""
-    space = Space(tuple(start_PD.shape), client.coordinates, training.search_dimension, training.public_seed)
-    search = Search(begun(space.size, training.apart(order) * space.unit), training.population)
+    space = SearchSpace(tuple(start_PD.shape), client.subspace, training.search_dimension, training.public_seed)
+    search = CMAES(init_state(space.size, training.apart(order) * space.unit), training.population)
     for step, batch in enumerate(batches):
-        random = rng.generator("candidates", training.public_seed, order.method, order.round, step)
+        random = rng.make_generator("candidates", training.public_seed, order.method, order.round, step)
         candidates_KN = search.ask(random)
         prompts_KPD = start_PD + space.up(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
-        scale = width(candidates_KN) * len(candidates_KN) ** 0.5
-        fitness_K = client.mean(centred(answer.loss_KB) / scale) * scale
-        fitness_K = fitness_K + pull(prompts_KPD, start_PD, l2_weight, proximal_weight)
+        scale = spread(candidates_KN) * len(candidates_KN) ** 0.5
+        fitness_K = client.private_mean(center_losses(answer.loss_KB) / scale) * scale
+        fitness_K = fitness_K + regularizer(prompts_KPD, start_PD, l2_weight, proximal_weight)
         search.tell(candidates_KN, fitness_K)
     return start_PD + space.up(search.mean)
 
 
-def centred(loss_KB: Tensor) -> Tensor:
+def center_losses(loss_KB: Tensor) -> Tensor:
     """[K, B]: each record's losses around their mean over the candidates. Which candidate is better does not change, and
     what all have in common, which is most of a loss, needs no room in a clip norm. The mean is added up candidate by
     candidate: a sum over a dimension is rounded by how many records stand beside."""
     return loss_KB - sum(loss_KB) / len(loss_KB)
 
 
-def width(candidates_KN: Tensor) -> float:
+def spread(candidates_KN: Tensor) -> float:
     """How far candidates are from their mean, per number: centred losses over this and √K are about as long together as the
     record's gradient, so that a clip norm for gradients fits them."""
     return float((candidates_KN - candidates_KN.mean(0)).square().mean().sqrt().clamp(min=1e-12))
@@ -77,7 +77,7 @@ def width(candidates_KN: Tensor) -> float:
 # ---------------------------------------------------------------- pycma, its state in tensors
 
 
-def begun(size: int, sigma: float, full: bool | None = None) -> dict[str, Tensor]:
+def init_state(size: int, sigma: float, full: bool | None = None) -> dict[str, Tensor]:
     """A search that has not begun: mean zero, [size]. All float64 but the generation. `full` None: up to `FULL`
     dimensions."""
     full = size <= FULL if full is None else full
@@ -110,7 +110,7 @@ def _one_thread(work: Callable[Given, Result]) -> Callable[Given, Result]:
     return alone
 
 
-class Search:
+class CMAES:
     """pycma at a state (see `begun`). `parents` None: the better half of a population."""
 
     @_one_thread
@@ -144,7 +144,7 @@ class Search:
         return torch.from_numpy(np.array(self.pycma.ask())).float()
 
     @_one_thread
-    def tell(self, candidates_KN: Tensor, losses_K: Tensor) -> "Search":
+    def tell(self, candidates_KN: Tensor, losses_K: Tensor) -> "CMAES":
         """One generation further; itself. A loss that is not finite counts like the worst."""
         if not self.asked:
             self.pycma.ask()  # pycma wants to be asked first; these candidates are nobody's
@@ -163,7 +163,7 @@ class Search:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What the next `Search` goes on from."""
+        """What the next `CMAES` goes on from."""
         found = {
             "mean": self.pycma.mean,
             "sigma": self.pycma.sigma,

@@ -1,4 +1,4 @@
-"""What black-box tuners move in: a few numbers y around a prompt, and the public draws that all clients share."""
+"""What black-box optimizers move in: a few numbers y around a prompt, and the public draws that all clients share."""
 
 from functools import lru_cache
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.interfaces import Coordinates
+from ficpd.interfaces import Subspace
 
 
-def clip_units(coordinates: Coordinates) -> Tensor:
+def clip_scale(coordinates: Subspace) -> Tensor:
     """[size]: what contributions are multiplied by before they are clipped and noised, and divided by after it.
 
     1/√typical: of isotropic noise each direction then gets a share that makes the sum of their relative errors least.
     """
-    return (coordinates.typical.max() / coordinates.typical).sqrt()
+    return (coordinates.grad_scale.max() / coordinates.grad_scale).sqrt()
 
 
-class Space:
+class SearchSpace:
     """prompt = origin + up(y), y [size].
 
     In the client's coordinates, if it has any, where y is in their clip units: a slope along y is then what a gradient is
@@ -29,12 +29,12 @@ class Space:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], coordinates: Coordinates | None, dimension: int | None = None, seed: int = 0
+        self, shape: tuple[int, ...], coordinates: Subspace | None, dimension: int | None = None, seed: int = 0
     ):
         self.shape, self.coordinates, numbers = shape, coordinates, shape[0] * shape[1]
         self.rows: Tensor | None = None
         if coordinates is not None:
-            self.units = clip_units(coordinates)
+            self.units = clip_scale(coordinates)
             self.size, self.unit = coordinates.size, (numbers / float(self.units.square().sum())) ** 0.5
         elif dimension is not None and dimension < numbers:
             self.rows = _gaussian_rows(dimension, numbers, seed)
@@ -45,23 +45,23 @@ class Space:
     def up(self, values: Tensor) -> Tensor:
         """[..., size] to [..., P, D]."""
         if self.coordinates is not None:
-            return self.coordinates.up(values * self.units)
+            return self.coordinates.lift(values * self.units)
         if self.rows is not None:
             values = values @ self.rows
         return values.unflatten(-1, self.shape)
 
     def signs(self, number: int, *names: object) -> Tensor:
         """[number, size] of ±1, equal for equal names everywhere (Rademacher: Spall, IEEE Trans. Automatic Control 1992)."""
-        return 1.0 - 2.0 * torch.randint(2, (number, self.size), generator=rng.generator("signs", *names))
+        return 1.0 - 2.0 * torch.randint(2, (number, self.size), generator=rng.make_generator("signs", *names))
 
 
 @lru_cache(maxsize=4)
 def _gaussian_rows(size: int, numbers: int, seed: int) -> Tensor:
     """[size, numbers], each row of length 1 in expectation."""
-    return torch.randn(size, numbers, generator=rng.generator("rows", size, numbers, seed)) / numbers**0.5
+    return torch.randn(size, numbers, generator=rng.make_generator("rows", size, numbers, seed)) / numbers**0.5
 
 
-def pull(prompts_KPD: Tensor, start_PD: Tensor, l2_weight: float, proximal_weight: float) -> Tensor:
-    """[K]: what a tuner with gradients would add to the loss, in its own terms: l2/2 |p|² + proximal/2 |p - start|²."""
+def regularizer(prompts_KPD: Tensor, start_PD: Tensor, l2_weight: float, proximal_weight: float) -> Tensor:
+    """[K]: what a optimizer with gradients would add to the loss, in its own terms: l2/2 |p|² + proximal/2 |p - start|²."""
     to_zero, to_start = prompts_KPD.flatten(1), (prompts_KPD - start_PD).flatten(1)
     return (l2_weight * to_zero.square().sum(1) + proximal_weight * to_start.square().sum(1)) / 2

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from ficpd.interfaces import ClientSide
+from ficpd.interfaces import ClientContext
 from ficpd.types import Answer, Batch, Query
 
 AGREEMENT = 4.0
@@ -19,7 +19,7 @@ AGREEMENT = 4.0
 
 
 def tune(
-    client: ClientSide,
+    client: ClientContext,
     start_PD: Tensor,
     batches: Iterator[Batch],
     *,
@@ -34,10 +34,10 @@ def tune(
     weakest of hundreds of directions noise over what is typical is large (70.6 % where Adam had 72.1 %: 256 directions,
     300 records a site, ε = 2)."""
     prompt = start_PD
-    typical = client.coordinates.typical if client.coordinates is not None else torch.ones(())
+    typical = client.subspace.grad_scale if client.subspace is not None else torch.ones(())
     for batch in batches:
         answer = yield Query(prompt[None], batch, grad=True)
         assert answer.grad_KBPD is not None
-        gradient = client.mean(answer.grad_KBPD)[0] + l2_weight * prompt + proximal_weight * (prompt - start_PD)
+        gradient = client.private_mean(answer.grad_KBPD)[0] + l2_weight * prompt + proximal_weight * (prompt - start_PD)
         prompt = prompt - AGREEMENT * learning_rate * gradient / typical
     return prompt

@@ -1,6 +1,6 @@
 """What releases cost together: `dp-accounting`'s privacy loss distributions, never our own arithmetic.
 
-All our releases are Gaussian on a Poisson sample (`Spend`), composed adaptively. PLD: Koskela, Jälkö and Honkela,
+All our releases are Gaussian on a Poisson sample (`PrivacyCost`), composed adaptively. PLD: Koskela, Jälkö and Honkela,
 AISTATS 2020, arXiv 1906.03049; Doroshenko et al., PoPETs 2022, arXiv 2207.04380 (its discretisation is pessimistic, so a
 coarse grid reads too high, never too low). RDP (Mironov et al., 2019, arXiv 1908.10530) only to cross-check.
 """
@@ -15,19 +15,19 @@ from typing import Any
 from scipy.optimize import brentq
 
 from ficpd.errors import PrivacyError
-from ficpd.types import JSON, Spend
+from ficpd.types import JSON, PrivacyCost
 
 FINE, COARSE = 1e-3, 1e-2
 """Steps of the discretised privacy loss. Over 40 to 100 subsampled steps 1e-3 agrees with 1e-4 to five digits."""
 Key = tuple[tuple[float, float, int], ...]
 
 
-def name() -> str:
+def describe() -> str:
     """The accountant as a result states it."""
     return f"dp-accounting {metadata.version('dp-accounting')} PLD"
 
 
-def epsilon(spends: Iterable[Spend], delta: float, grid: float = FINE) -> float:
+def epsilon(spends: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> float:
     """The ε of all these releases together at `delta`, adding or removing one unit.
 
     >>> round(epsilon([Spend("prompt", 0.01, 1.1, 1000)], 1e-5), 2)
@@ -36,14 +36,14 @@ def epsilon(spends: Iterable[Spend], delta: float, grid: float = FINE) -> float:
     return _pld(_key(spends), delta, grid)
 
 
-def epsilon_rdp(spends: Iterable[Spend], delta: float) -> float:
+def epsilon_rdp(spends: Iterable[PrivacyCost], delta: float) -> float:
     """The same by Rényi differential privacy: an upper bound too, and a looser one."""
     from dp_accounting.rdp import RdpAccountant
 
     return _composed(RdpAccountant(), _key(spends)).get_epsilon(delta)
 
 
-def calibrate(target: float, delta: float, priced: Callable[[float], Sequence[Spend]]) -> float:
+def calibrate(target: float, delta: float, priced: Callable[[float], Sequence[PrivacyCost]]) -> float:
     """A noise multiplier at which `priced(multiplier)` costs at most `target`, and at least 99 % of it.
 
     Raises `PrivacyError` if no multiplier up to a million does.
@@ -54,7 +54,7 @@ def calibrate(target: float, delta: float, priced: Callable[[float], Sequence[Sp
 class _Priced:
     """A price list that hashes by what it asks for at multiplier 1, so that equal plans are calibrated once."""
 
-    def __init__(self, priced: Callable[[float], Sequence[Spend]]):
+    def __init__(self, priced: Callable[[float], Sequence[PrivacyCost]]):
         self.priced, self.key = priced, (_key(priced(1.0)), _key(priced(2.0)))
 
     def __hash__(self) -> int:
@@ -75,7 +75,7 @@ def _calibrated(target: float, delta: float, plan: _Priced) -> float:
     return found
 
 
-def _solved(target: float, plan: _Priced, cost: Callable[[Sequence[Spend]], float], high: float) -> float:
+def _solved(target: float, plan: _Priced, cost: Callable[[Sequence[PrivacyCost]], float], high: float) -> float:
     """The multiplier that costs the target, from a guess; never one that costs more."""
     while cost(plan.priced(high)) > target:
         high *= 1.5
@@ -99,15 +99,15 @@ def _solved(target: float, plan: _Priced, cost: Callable[[Sequence[Spend]], floa
     return found
 
 
-def _guess(target: float, delta: float, unit: Sequence[Spend]) -> float:
+def _guess(target: float, delta: float, unit: Sequence[PrivacyCost]) -> float:
     """Rather too much noise: the classical bound for one Gaussian release as sensitive as all of the plan's together."""
     sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in unit))
     return max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
 
 
-def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:
+def cost_shares(spends: Sequence[PrivacyCost], delta: float) -> list[dict[str, JSON]]:
     """Each line with what it would cost alone, and its share of the sum of those."""
-    lines = merged(spends)
+    lines = merge(spends)
     alone = [epsilon([line], delta) for line in lines]
     return [
         {
@@ -122,15 +122,15 @@ def shares(spends: Sequence[Spend], delta: float) -> list[dict[str, JSON]]:
     ]
 
 
-def merged(spends: Iterable[Spend]) -> list[Spend]:
+def merge(spends: Iterable[PrivacyCost]) -> list[PrivacyCost]:
     """Equal lines added up, in a fixed order."""
     counts: Counter[tuple[str, float, float]] = Counter()
     for spend in spends:
         counts[spend.name, spend.sampling_rate, spend.noise_multiplier] += spend.count
-    return [Spend(name, rate, multiplier, count) for (name, rate, multiplier), count in sorted(counts.items())]
+    return [PrivacyCost(name, rate, multiplier, count) for (name, rate, multiplier), count in sorted(counts.items())]
 
 
-def _key(spends: Iterable[Spend]) -> Key:
+def _key(spends: Iterable[PrivacyCost]) -> Key:
     counts: Counter[tuple[float, float]] = Counter()
     for spend in spends:
         counts[spend.sampling_rate, spend.noise_multiplier] += spend.count
@@ -159,7 +159,7 @@ def _composed(accountant: Any, key: Key) -> Any:
     return accountant
 
 
-def covers(certified: Iterable[Spend], spends: Iterable[Spend]) -> bool:
+def is_covered_by(certified: Iterable[PrivacyCost], spends: Iterable[PrivacyCost]) -> bool:
     """Whether `spends` is part of `certified`: then it costs no more, and nothing has to be computed."""
     have: Mapping[tuple[float, float], int] = {(rate, z): count for rate, z, count in _key(certified)}
     return all(count <= have.get((rate, z), 0) for rate, z, count in _key(spends))

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ficpd import storage
-from ficpd.interfaces import Noise
+from ficpd.interfaces import NoiseSource
 from ficpd.privacy.clipping import clipped_sum
-from ficpd.privacy.ledger import Book
-from ficpd.types import ClientUpdate, Layout, Spend, State, zeros_of
+from ficpd.privacy.ledger import Account
+from ficpd.types import ClientUpdate, PrivacyCost, State, UpdateSpec, zero_update
 
 EVERYBODY = "everybody"
 
 
-class NoisedSum:
+class CentralGaussian:
     """One noised mean stands for a round's updates. Methods whose `sums` is true cannot tell it from one client.
 
     Guarantees: one client more or less moves the sum by at most `clip_norm`, whatever it sent; the noise has deviation
@@ -22,36 +22,41 @@ class NoisedSum:
     """
 
     def __init__(
-        self, price: Spend, clip_norm: float, expected_cohort: float, stream: Callable[[int], Noise], book: Book
+        self,
+        price: PrivacyCost,
+        clip_norm: float,
+        expected_cohort: float,
+        stream: Callable[[int], NoiseSource],
+        account: Account,
     ):
-        self.price, self.clip_norm, self.expected_cohort = price, clip_norm, expected_cohort
-        self.stream, self.book = stream, book
-        self._noise: Noise | None = None
+        self.cost, self.clip_norm, self.expected_cohort = price, clip_norm, expected_cohort
+        self.stream, self.account = stream, account
+        self._noise: NoiseSource | None = None
 
-    def cohort(self, names: list[str], round: int) -> list[str]:
+    def sample_cohort(self, names: list[str], round: int) -> list[str]:
         """Each client independently. Raises `BudgetError` before anybody is asked if the budget has no more rounds."""
-        self.book.afford([self.price])
+        self.account.check_budget([self.cost])
         self._noise = self.stream(round)
-        return [names[i] for i in self._noise.poisson(len(names), self.price.sampling_rate).tolist()]
+        return [names[i] for i in self._noise.poisson_sample(len(names), self.cost.sampling_rate).tolist()]
 
-    def mean(self, updates: Sequence[ClientUpdate], layout: Layout, round: int, method: str):
+    def noisy_mean(self, updates: Sequence[ClientUpdate], layout: UpdateSpec, round: int, method: str):
         """The noised mean as one update of weight 1, in the ledger before anybody sees it."""
         assert self._noise is not None, "the cohort is drawn first, from the same stream"
-        shapes = {name: zeros.shape for name, zeros in sorted(zeros_of(layout).items())}
+        shapes = {name: zeros.shape for name, zeros in sorted(zero_update(layout).items())}
         names, sizes = list(shapes), [shape.numel() for shape in shapes.values()]
         rows = [torch.cat([update.arrays[name].flatten() for name in names]) for update in updates]
         stacked = torch.stack(rows) if rows else torch.zeros(0, sum(sizes))
         summed = clipped_sum(stacked, self.clip_norm)
-        noised = self._noise.gaussian(summed, self.price.noise_multiplier * self.clip_norm) / self.expected_cohort
+        noised = self._noise.add_gaussian(summed, self.cost.noise_multiplier * self.clip_norm) / self.expected_cohort
         arrays = {n: part.view(shapes[n]) for n, part in zip(names, noised.split(sizes), strict=True)}
-        self.book.settle(round, method, [self.price], storage.encode_state(State(arrays), {}))
+        self.account.commit(round, method, [self.cost], storage.encode_state(State(arrays), {}))
         return ClientUpdate(EVERYBODY, arrays)
 
-    def noise_on(self, size: int) -> float:
+    def expected_noise_norm_sq(self, size: int) -> float:
         """The expected squared length of the noise in `size` numbers of a round's sum, before it is divided."""
-        return size * (self.price.noise_multiplier * self.clip_norm) ** 2
+        return size * (self.cost.noise_multiplier * self.clip_norm) ** 2
 
-    def answered(self, round: int, method: str) -> ClientUpdate | None:
+    def stored_mean(self, round: int, method: str) -> ClientUpdate | None:
         """The mean of a round that was paid for before: it is used again, and nobody is asked."""
-        stored = self.book.answered(round, method)
+        stored = self.account.stored_answer(round, method)
         return None if stored is None else ClientUpdate(EVERYBODY, storage.decode_state(stored, own=True)[0].arrays)

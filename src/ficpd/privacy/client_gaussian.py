@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.interfaces import Noise
+from ficpd.interfaces import NoiseSource
 from ficpd.privacy import accountant
 from ficpd.privacy import config as settings
 from ficpd.privacy.clipping import clipped_sum
-from ficpd.privacy.none import in_epochs
-from ficpd.types import JSON, ClientUpdate, Plan, Spend
+from ficpd.privacy.none import shuffled_epochs
+from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
 
 RELATION = {
     "local": "all records of one client replaced by any others; who takes part is known",
@@ -25,11 +25,11 @@ RELATION = {
 }
 
 
-class Config(settings.Guarantee):
+class Config(settings.DPConfig):
     placement: Literal["local", "central"] = "local"
 
 
-def build(config: Config, plan: Plan) -> "ClientGaussian":
+def build(config: Config, plan: ClientWorkload) -> "ClientGaussian":
     """Raises `PrivacyError` if no noise keeps the plan within the budget, or it has totals: they are of records."""
     if plan.totals:
         raise PrivacyError(
@@ -38,12 +38,12 @@ def build(config: Config, plan: Plan) -> "ClientGaussian":
         )
     settings.warn_of_delta(config.delta, plan.num_clients, "clients")
 
-    def priced(multiplier: float) -> list[Spend]:
+    def priced(multiplier: float) -> list[PrivacyCost]:
         if config.placement == "central":
-            return [Spend("sum", plan.cohort_rate, multiplier, plan.num_rounds)]
-        return [Spend("update", 1.0, multiplier, plan.participations)]
+            return [PrivacyCost("sum", plan.cohort_rate, multiplier, plan.num_rounds)]
+        return [PrivacyCost("update", 1.0, multiplier, plan.participations)]
 
-    multiplier = settings.chosen_noise(config, priced)
+    multiplier = settings.calibrate_noise(config, priced)
     return ClientGaussian(config, multiplier, priced(multiplier))
 
 
@@ -60,41 +60,41 @@ class ClientGaussian:
 
     unit: Literal["client"] = "client"
 
-    def __init__(self, config: Config, multiplier: float, whole: list[Spend]):
+    def __init__(self, config: Config, multiplier: float, whole: list[PrivacyCost]):
         self.config, self.noise, self.clip_norm = config, config.noise, settings.clip_norm(config)
         self.noise_multiplier, self._whole = multiplier, whole
 
-    def price(self, door: str) -> Spend | None:
+    def cost(self, door: str) -> PrivacyCost | None:
         wanted = "sum" if self.config.placement == "central" else "release"
         return self._whole[0]._replace(count=1) if door == wanted else None
 
-    def planned(self) -> Sequence[Spend]:
+    def planned_costs(self) -> Sequence[PrivacyCost]:
         return self._whole
 
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: Noise) -> list[Tensor]:
-        return in_epochs(num_records, expected_batch, steps, noise)
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
+        return shuffled_epochs(num_records, expected_batch, steps, noise)
 
-    def mean(self, values_KB: Tensor, expected_batch: int, noise: Noise) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
         return values_KB.sum(1) / expected_batch
 
-    def total(self, name: str, values_BN: Tensor, noise: Noise) -> Tensor:
+    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         raise PrivacyError(
             f"client-level privacy has no release for the total {name!r}; leave it out, or use record_gaussian"
         )
 
-    def release(self, update: ClientUpdate, noise: Noise) -> ClientUpdate:
+    def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
         names = sorted(update.arrays)
         if not names:
             return ClientUpdate(update.client, {})
         flat = clipped_sum(torch.cat([update.arrays[name].flatten() for name in names])[None], self.clip_norm)
         flat = flat.float().cpu()
         if self.config.placement == "local":
-            flat = noise.gaussian(flat, self.noise_multiplier * 2 * self.clip_norm)
+            flat = noise.add_gaussian(flat, self.noise_multiplier * 2 * self.clip_norm)
         parts = flat.split([update.arrays[name].numel() for name in names])
         arrays = {name: part.view(update.arrays[name].shape) for name, part in zip(names, parts, strict=True)}
         return ClientUpdate(update.client, arrays)
 
-    def noise_on(self, size: int) -> float:
+    def expected_noise_norm_sq(self, size: int) -> float:
         """Participations are public, and so is the multiplier. Central: none on any one update."""
         local = self.config.placement == "local"
         return size * (self.noise_multiplier * 2 * self.clip_norm) ** 2 if local else 0.0
@@ -109,5 +109,5 @@ class ClientGaussian:
             "budget": self.config.epsilon,
             "clip_norm": self.clip_norm,
             "noise_multiplier": self.noise_multiplier,
-            "accountant": accountant.name(),
+            "accountant": accountant.describe(),
         }

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.privacy import accountant
-from ficpd.types import Spend
+from ficpd.types import PrivacyCost
 
 
-class Guarantee(BaseModel):
+class DPConfig(BaseModel):
     """`epsilon`: the budget; without `noise_multiplier` the noise is the least that keeps the planned run within it.
     `noise_multiplier` alone: the run costs what it costs, and says so; with both, the run ends where the budget does.
     `clip_norm`: the L2 norm that one unit's contribution is clipped to. None: found without any record, for the record
@@ -27,13 +27,13 @@ class Guarantee(BaseModel):
     noise: Literal["simulated", "cryptographic"] = "simulated"
 
     @model_validator(mode="after")
-    def _stated(self) -> "Guarantee":
+    def _stated(self) -> "DPConfig":
         if self.epsilon is None and self.noise_multiplier is None:
             raise ValueError("state epsilon (the budget, such as 2) or noise_multiplier, or both")
         return self
 
 
-def chosen_noise(config: Guarantee, priced: Callable[[float], Sequence[Spend]]) -> float:
+def calibrate_noise(config: DPConfig, priced: Callable[[float], Sequence[PrivacyCost]]) -> float:
     """The noise multiplier that was given, or the least that keeps `priced(multiplier)` within the budget."""
     if config.noise_multiplier is not None:
         return config.noise_multiplier
@@ -52,7 +52,7 @@ def warn_of_delta(delta: float, units: int, what: str) -> None:
         )
 
 
-def clip_norm(config: Guarantee) -> float:
+def clip_norm(config: DPConfig) -> float:
     """The clip norm, which whoever built the world has filled in by now. Raises `PrivacyError` if nobody did."""
     if config.clip_norm is None:
         raise PrivacyError("privacy.clip_norm is open; state it (the norm that a record's gradient is clipped to)")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ficpd.errors import BudgetError, LedgerError
 from ficpd.privacy import accountant
-from ficpd.types import Spend
+from ficpd.types import PrivacyCost
 
 VERSION = 2
 SCHEMA = """
@@ -39,10 +39,10 @@ class Budget:
 
     epsilon: float | None
     delta: float
-    certified: Sequence[Spend] = ()
+    certified: Sequence[PrivacyCost] = ()
 
     @staticmethod
-    def of(epsilon: float | None, delta: float, planned: Sequence[Spend]) -> "Budget":
+    def of(epsilon: float | None, delta: float, planned: Sequence[PrivacyCost]) -> "Budget":
         """The plan is certified if the accountant finds that it fits."""
         fits = epsilon is not None and accountant.epsilon(planned, delta) <= epsilon
         return Budget(epsilon, delta, tuple(planned) if fits else ())
@@ -128,46 +128,46 @@ class Ledger:
             (count,) = self.file.execute("select count(*) from orders").fetchone()
         return count
 
-    def book(self, site: str, budget: Budget, run: str = "") -> "Book":
+    def account(self, site: str, budget: Budget, run: str = "") -> "Account":
         """`run`: which of several runs, in a site's own ledger."""
-        return Book(self, site, budget, run)
+        return Account(self, site, budget, run)
 
     def close(self) -> None:
         self.file.close()
 
 
-class Book:
+class Account:
     """One site's pages of a ledger, and its budget. The budget is the site's, over all runs; answers are the run's."""
 
     def __init__(self, ledger: Ledger, site: str, budget: Budget, run: str = ""):
         self.ledger, self.site, self.budget, self.run = ledger, site, budget, run
 
-    def spent(self) -> list[Spend]:
+    def spent(self) -> list[PrivacyCost]:
         """All that this site has released in any run, equal lines added up."""
         rows = self.ledger.file.execute(
             "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? group by 1, 2, 3",
             (self.site,),
         )
-        return accountant.merged(Spend(*row) for row in rows)
+        return accountant.merge(PrivacyCost(*row) for row in rows)
 
-    def spent_by_others(self) -> list[Spend]:
+    def spent_in_other_runs(self) -> list[PrivacyCost]:
         """What this site has released in runs other than this one."""
         rows = self.ledger.file.execute(
             "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? and run <> ? "
             "group by 1, 2, 3",
             (self.site, self.run),
         )
-        return accountant.merged(Spend(*row) for row in rows)
+        return accountant.merge(PrivacyCost(*row) for row in rows)
 
     def epsilon(self) -> float:
         return accountant.epsilon(self.spent(), self.budget.delta)
 
-    def afford(self, spends: Iterable[Spend]) -> None:
+    def check_budget(self, spends: Iterable[PrivacyCost]) -> None:
         """Raises `BudgetError` if these releases on top of what was spent would cross the budget."""
         if self.budget.epsilon is None:
             return
         together = [*self.spent(), *spends]
-        if accountant.covers(self.budget.certified, together):
+        if accountant.is_covered_by(self.budget.certified, together):
             return
         after = accountant.epsilon(together, self.budget.delta)
         if after > self.budget.epsilon:
@@ -177,7 +177,7 @@ class Book:
                 "fewer rounds or steps, or agree on a larger budget"
             )
 
-    def answered(self, round: int, method: str) -> bytes | None:
+    def stored_answer(self, round: int, method: str) -> bytes | None:
         """The stored answer to an order that was carried out before."""
         row = self.ledger.file.execute(
             "select body from answers where run = ? and site = ? and round = ? and method = ?",
@@ -185,7 +185,7 @@ class Book:
         ).fetchone()
         return row and row[0]
 
-    def newest(self, method: str) -> int:
+    def last_round(self, method: str) -> int:
         """The last round that was carried out; 0 if none was."""
         (round,) = self.ledger.file.execute(
             "select coalesce(max(round), 0) from orders where run = ? and site = ? and method = ?",
@@ -193,7 +193,7 @@ class Book:
         ).fetchone()
         return round
 
-    def carried_out(self) -> int:
+    def num_orders(self) -> int:
         """How many orders of this run."""
         (count,) = self.ledger.file.execute(
             "select count(*) from orders where run = ? and site = ?", (self.run, self.site)
@@ -206,15 +206,15 @@ class Book:
             "select max(at) from orders where run = ? and site = ?", (self.run, self.site)
         ).fetchone()[0]
 
-    def settle(self, round: int, method: str, spends: Iterable[Spend], body: bytes) -> None:
+    def commit(self, round: int, method: str, spends: Iterable[PrivacyCost], body: bytes) -> None:
         """Commit an order's price and its answer together, then forget the answers of earlier rounds.
 
         Checks the budget once more under the lock, for two processes may have asked at the same time.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        spends, order = accountant.merged(spends), (self.run, self.site, round, method)
+        spends, order = accountant.merge(spends), (self.run, self.site, round, method)
         with self.ledger.transaction():
-            self.afford(spends)
+            self.check_budget(spends)
             self.ledger.file.executemany(
                 "insert into lines values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(*order, *spend, now) for spend in spends]
             )

@@ -17,26 +17,26 @@ MARGIN = 1 + 1e-4
 """The deviation is enlarged by this much: it pays for what rounding to the grid adds to the sensitivity."""
 
 
-class Simulated:
+class SeededNoise:
     """A stream from a seed, so that a simulation reproduces. Whoever knows the seed can subtract the noise."""
 
     kind: Literal["simulated"] = "simulated"
 
     def __init__(self, *names: object):
-        self.generator = rng.generator(*names)
+        self.generator = rng.make_generator(*names)
 
-    def shuffled(self, number: int) -> Tensor:
+    def permutation(self, number: int) -> Tensor:
         return torch.randperm(number, generator=self.generator)
 
-    def poisson(self, number: int, rate: float) -> Tensor:
+    def poisson_sample(self, number: int, rate: float) -> Tensor:
         return torch.nonzero(torch.rand(number, generator=self.generator, dtype=torch.float64) < rate).flatten()
 
-    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+    def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
         values = values.detach().cpu().double()  # rounded to float32 only after the noise, as post-processing
         return (values + deviation * torch.randn(values.shape, generator=self.generator)).float()
 
 
-class Cryptographic:
+class SecureNoise:
     """The operating system's cryptographic source; Gaussian noise by OpenDP's sampler.
 
     OpenDP rounds the values to a grid and adds a discrete Gaussian drawn exactly (Canonne, Kamath and Steinke, NeurIPS
@@ -48,14 +48,14 @@ class Cryptographic:
 
     kind: Literal["cryptographic"] = "cryptographic"
 
-    def shuffled(self, number: int) -> Tensor:
+    def permutation(self, number: int) -> Tensor:
         return torch.from_numpy(np.argsort(_words(number)))
 
-    def poisson(self, number: int, rate: float) -> Tensor:
+    def poisson_sample(self, number: int, rate: float) -> Tensor:
         chosen = np.ones(number, bool) if rate >= 1 else _words(number) < np.uint64(math.floor(rate * 2.0**64))
         return torch.from_numpy(np.flatnonzero(chosen))
 
-    def gaussian(self, values: Tensor, deviation: float) -> Tensor:
+    def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
         flat = values.detach().cpu().double().flatten()
         noised = gaussian_measurement(len(flat), deviation)(flat.tolist())
         return torch.tensor(noised, dtype=torch.float64).view(values.shape).float()

@@ -1,4 +1,4 @@
-"""Tasks: what a record means. Those whose answers are texts share how they are asked and scored: `Answers`."""
+"""Tasks: what a record means. Those whose answers are texts share how they are asked and scored: `LabelTask`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +9,10 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
-from ficpd.types import Batch, Item, Outputs, Prompt, Record
+from ficpd.types import Batch, EncodedInput, ModelOutput, Prompt, Record
 
 
-class Answers:
+class LabelTask:
     """A fixed list of answer texts behind an instruction, scored by the backbone's readout or by likelihood."""
 
     def __init__(self, instruction: str, texts: Sequence[str]):
@@ -29,15 +29,17 @@ class Answers:
         self, task: Task, records: Sequence[Record], targets: Tensor | None, backbone: Backbone, prompt: Prompt
     ) -> Batch:
         """One item per record, or one per record and answer where likelihoods are needed."""
-        readout = None if prompt.head_rows and not backbone.knows_words else self.readout(backbone)
+        readout = None if prompt.head_rows and not backbone.has_text_encoder else self.readout(backbone)
         asked: list[str | None] = [None] if readout is not None or prompt.head_rows else [*self.texts]
         items = tuple(
-            tuple(item_of(record, backbone, prompt.room, self.instruction, answer) for answer in asked)
+            tuple(
+                encode_record(record, backbone, prompt.num_virtual_tokens, self.instruction, answer) for answer in asked
+            )
             for record in records
         )
         return Batch(task, items, targets, readout, prompt.enters_at)
 
-    def scores(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def scores(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R, C]: features against the readout that travelled or the batch's own, else mean log-likelihoods."""
         if outputs.readout_RCD is not None:
             return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
@@ -47,43 +49,43 @@ class Answers:
         return outputs.scores_RN[:, : len(self.texts)]
 
 
-def item_of(
+def encode_record(
     record: Record, backbone: Backbone, room: int, instruction: str = "", answer: str | None = None, writes: int = 0
-) -> Item:
+) -> EncodedInput:
     """What the backbone reads, or looks at, of a record, as `Backbone.read` and `look` do it.
 
     Raises `DataError` for a record that has no image where the backbone sees, or no text where it reads.
     """
     text, image = record.fields.get("text"), record.fields.get("image")
-    if backbone.sees and answer is None and not writes:
+    if backbone.sees_images and answer is None and not writes:
         if image is None:
             raise DataError(
                 f"{record.key}: no image, and {backbone.name} sees nothing else; name the column of images in data.columns "
                 "(image), or take a backbone that reads texts"
             )
-        return backbone.look(image, room)
-    if text is None and not backbone.sees:
+        return backbone.preprocess_image(image, room)
+    if text is None and not backbone.sees_images:
         has = "an image and no text" if image is not None else "no text"
         raise DataError(
             f"{record.key}: {has}, and {backbone.name} reads nothing else; name the column of texts in data.columns (text)"
             + (", or take a vision backbone (DINOv2, ViT, CLIP)" if image is not None else "")
         )
-    return backbone.read(text or "", record.fields.get("text_pair"), instruction, answer, room, writes)
+    return backbone.tokenize(text or "", record.fields.get("text_pair"), instruction, answer, room, writes)
 
 
-def made_up(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
+def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
     """Records without targets of what the backbone calls nonsense: public, and nobody's."""
-    role = "image" if backbone.sees else "text"
-    return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.nonsense(number, seed))]
+    role = "image" if backbone.sees_images else "text"
+    return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
 
 
-def masked(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
+def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
     """The same records with a share of their words (what stands between spaces) in other words' place, drawn from what the
     backbone calls nonsense; each word falls by itself. Raises `BackboneError` where records are images."""
-    if backbone.sees:
+    if backbone.sees_images:
         raise BackboneError(f"{backbone.name} sees images, and only words can be masked; do without masked records")
-    random = rng.generator(seed, "which words")
-    known = [word for text in backbone.nonsense(64, seed) for word in str(text).split()]
+    random = rng.make_generator(seed, "which words")
+    known = [word for text in backbone.synthetic_inputs(64, seed) for word in str(text).split()]
 
     def other(word: str) -> str:
         falls = float(torch.rand((), generator=random)) < share
@@ -98,6 +100,6 @@ def masked(records: Sequence[Record], share: float, backbone: Backbone, seed: in
     ]
 
 
-def known(records: Sequence[Record]) -> bool:
+def has_targets(records: Sequence[Record]) -> bool:
     """Whether every record has a target."""
     return all(record.fields.get("target") is not None for record in records)

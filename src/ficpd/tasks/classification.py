@@ -8,10 +8,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.errors import DataError, unknown
+from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Backbone
-from ficpd.tasks import Answers, known
-from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, Outputs, Prompt, Record, Score
+from ficpd.tasks import LabelTask, has_targets
+from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 
 class Config(BaseModel):
@@ -31,34 +31,34 @@ def build(config: Config) -> "Classification":
 
 
 class Classification:
-    writes = 0
+    max_new_tokens = 0
 
     def __init__(self, config: Config):
         self.config, self.names = config, list(config.labels)
         self.head_rows = len(self.names) if config.tuned_head else 0
-        self.answers = Answers(config.instruction, list(config.labels.values()))
+        self.answers = LabelTask(config.instruction, list(config.labels.values()))
 
     @property
-    def possible(self) -> Sequence[str]:
+    def label_space(self) -> Sequence[str]:
         return self.names
 
     def readout(self, backbone: Backbone) -> Tensor | None:
         return self.answers.readout(backbone)
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if known(records) else None
+        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if has_targets(records) else None
         return self.answers.encode(self, records, targets, backbone, prompt)
 
     @property
     def num_labels(self) -> int:
         return len(self.names)
 
-    def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R, C] in the labels' order, shifted by what the batch knows of how frequent each is."""
         scores_RC = self.answers.scores(outputs, batch)
         return scores_RC + batch.extra[LABEL_PRIOR] if LABEL_PRIOR in batch.extra else scores_RC
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         assert batch.targets is not None
         return F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
 
@@ -74,14 +74,14 @@ class Classification:
         f1 = f1_score(targets, predictions, **options)  # type: ignore[arg-type]
         return {"accuracy": float(accuracy_score(targets, predictions)), "f1": float(f1)}
 
-    def describe(self) -> Mapping[str, JSON]:
+    def to_config(self) -> Mapping[str, JSON]:
         return {"name": "classification", **self.config.model_dump()}
 
     def _index(self, record: Record) -> int:
         label = str(record.fields["target"])
         if label not in self.config.labels:
             raise DataError(
-                f"{record.key}, column target: {unknown('label', label, self.names)}. Add it to task.labels with the "
+                f"{record.key}, column target: {did_you_mean('label', label, self.names)}. Add it to task.labels with the "
                 "text that stands for it, or mend the record"
             )
         return self.names.index(label)

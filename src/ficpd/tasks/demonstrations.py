@@ -39,10 +39,10 @@ class Demonstrations:
             batch = encoded or task.encode(records, backbone, prompt)
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
         own = task.encode(records, backbone, prompt)  # `encoded` may have been cut for another prompt
-        lengths = [backbone.read(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
+        lengths = [backbone.tokenize(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
         for record, items in zip(records, own.items, strict=True):
-            space = backbone.max_tokens - prompt.room - max(item.length for item in items)
+            space = backbone.max_tokens - prompt.num_virtual_tokens - max(item.length for item in items)
             shown.append(self._before(record, lengths, space))
         return task.encode(shown, backbone, prompt)
 
@@ -57,16 +57,16 @@ class Demonstrations:
         return Record(record.key, {**record.fields, "text": "\n\n".join([*fit, record.fields["text"]])})
 
 
-def possible(task: Task) -> bool:
+def supports_demonstrations(task: Task) -> bool:
     """Whether examples of the task can be shown: its answers are texts by label, and no head was tuned for them."""
-    return bool(task.describe().get("labels")) and not task.head_rows
+    return bool(task.to_config().get("labels")) and not task.head_rows
 
 
-def reads_context(backbone: Backbone) -> bool:
+def is_in_context(backbone: Backbone) -> bool:
     """Whether what stands before or behind a text is read with it: whether an instruction makes it longer."""
-    if backbone.sees:
+    if backbone.sees_images:
         return False
-    return backbone.read("a", None, "a", None, 0).length > backbone.read("a", None, "", None, 0).length
+    return backbone.tokenize("a", None, "a", None, 0).length > backbone.tokenize("a", None, "", None, 0).length
 
 
 def demonstrate(
@@ -76,21 +76,23 @@ def demonstrate(
 
     `batch` is the records encoded. Raises `LibraryError` for a task that has no labels, or a head of its own.
     """
-    if not possible(task):
+    if not supports_demonstrations(task):
         raise LibraryError(
             "only a classification without a tuned head can be shown demonstrations; adapt in another way"
         )
-    if reads_context(backbone):
+    if is_in_context(backbone):
         return {"": Demonstrations(tuple(_written(task, record) for record in balanced(records)))}
     assert batch.targets is not None
     assert batch.readout_CD is not None
     answer = yield Query(prompt.vectors_PD[None], batch, outputs=True)
     assert answer.outputs_KB is not None
     features_BD, own_CD = answer.outputs_KB.features_RD.cpu(), batch.readout_CD.float().cpu()
-    return {f"{mix:g}": Demonstrations(readout_CD=mixed(own_CD, features_BD, batch.targets, mix)) for mix in MIXES}
+    return {
+        f"{mix:g}": Demonstrations(readout_CD=mix_readout(own_CD, features_BD, batch.targets, mix)) for mix in MIXES
+    }
 
 
-def mixed(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:
+def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:
     """[C, D]: of each class (1 - w) of its own row and w of what its examples' mean has beside the mean of all classes',
     in the rows' own length; w = mix · n / (n + 1) for n examples. A class without examples keeps its row.
 
@@ -122,7 +124,7 @@ def balanced(records: Sequence[Record]) -> list[Record]:
 
 def _written(task: Task, record: Record) -> str:
     """An example as the backbone reads it: text (and pair), then the instruction with the answer behind it."""
-    described = task.describe()
+    described = task.to_config()
     answer = described["labels"][str(record.fields["target"])]
     lines = [
         record.fields["text"],

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ficpd.errors import DataError
 from ficpd.interfaces import Backbone
-from ficpd.tasks import item_of
-from ficpd.types import JSON, Answer, Batch, Item, Outputs, Prompt, Record, Score
+from ficpd.tasks import encode_record
+from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 MADE_UP = (
     "The old bridge crosses the river near the market.",
@@ -52,10 +52,10 @@ class Generation:
     head_rows = 0
 
     def __init__(self, config: Config):
-        self.config, self.writes = config, config.max_new_tokens
+        self.config, self.max_new_tokens = config, config.max_new_tokens
 
     @property
-    def possible(self) -> Sequence[str]:
+    def label_space(self) -> Sequence[str]:
         """Any text is a possible target. Records that are made up take these in turn: the instruction's own words, the
         only public text that speaks of the task, and a few plain sentences."""
         own = self.config.instruction.strip()
@@ -69,12 +69,12 @@ class Generation:
 
         The batch's targets are the tails' lengths, in tokens.
         """
-        items = [self._item(record, backbone, prompt.room) for record in records]
+        items = [self._item(record, backbone, prompt.num_virtual_tokens) for record in records]
         lengths_B = torch.tensor([item.scored for item in items], dtype=torch.long)
         targets = lengths_B if lengths_B.any() else None
         return Batch(self, tuple((item,) for item in items), targets, None, prompt.enters_at)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """Minus the mean log-likelihood of the target's tokens, each after the true ones before it. NaN, with a gradient
         of zero, where a record of the batch has no target."""
         assert batch.targets is not None
@@ -103,12 +103,12 @@ class Generation:
         }
         return {name: min(float(value), 100.0) for name, value in measured.items()}  # rounding may lead past the best
 
-    def describe(self) -> Mapping[str, JSON]:
+    def to_config(self) -> Mapping[str, JSON]:
         return {"name": "generation", **self.config.model_dump()}
 
-    def _item(self, record: Record, backbone: Backbone, room: int) -> Item:
+    def _item(self, record: Record, backbone: Backbone, room: int) -> EncodedInput:
         answer = None if record.fields.get("target") is None else self._target(record)
-        return item_of(record, backbone, room, self.config.instruction, answer, self.writes)
+        return encode_record(record, backbone, room, self.config.instruction, answer, self.max_new_tokens)
 
     def _target(self, record: Record) -> str:
         return _text(record, "target", record.fields.get("target")).strip()

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone
-from ficpd.tasks import item_of, known
+from ficpd.tasks import encode_record, has_targets
 from ficpd.tasks.generation import MADE_UP
-from ficpd.types import JSON, Answer, Batch, Item, Outputs, Prompt, Record, Score
+from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 USUAL, MOST = 4, len(ascii_uppercase)
 """How many options a record has that is made up, and any record at most."""
@@ -35,8 +35,8 @@ class Config(BaseModel):
     normalise: Literal["tokens", "none"] = "tokens"
 
 
-def build(config: Config) -> "Choice":
-    return Choice(config)
+def build(config: Config) -> "MultipleChoice":
+    return MultipleChoice(config)
 
 
 class Option(int):
@@ -50,11 +50,11 @@ class Option(int):
         return self
 
 
-class Choice:
+class MultipleChoice:
     """Fields: `text` (and `text_pair`); `options`, a list of texts or a mapping of names to texts; `target`, a number (the
     option's place, the first is 0) or a text: a name, in a list A, B, C, ...; the option's own words; or its place."""
 
-    writes, head_rows = 0, 0
+    max_new_tokens, head_rows = 0, 0
 
     def __init__(self, config: Config):
         self.config = config
@@ -62,10 +62,10 @@ class Choice:
         self._places: dict[tuple[str, str], int] = {}  # by backbone and text
 
     @property
-    def possible(self) -> Sequence[int]:
+    def label_space(self) -> Sequence[int]:
         return range(USUAL)
 
-    def beside(self, place: int) -> Mapping[str, Any]:
+    def synthetic_fields(self, place: int) -> Mapping[str, Any]:
         """The options of a record that is made up: plain sentences, in eight changing sets."""
         return {"options": [MADE_UP[(place + i) % len(MADE_UP)] for i in range(USUAL)]}
 
@@ -75,8 +75,8 @@ class Choice:
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
         """One sequence per option where the backbone reads answers, else one per record, and beside it where its options
         stand among the embedded ones (`options` [B, 26], -1: none). `count` [B]: how many it has."""
-        options, room = [[*named(record).values()] for record in records], prompt.room
-        targets = torch.tensor(self.targets(records), dtype=torch.long) if known(records) else None
+        options, room = [[*named_options(record).values()] for record in records], prompt.num_virtual_tokens
+        targets = torch.tensor(self.targets(records), dtype=torch.long) if has_targets(records) else None
         scored = bool(records) and self._item(records[0], backbone, options[0][0], room).scored > 0
         items = tuple(
             tuple(self._item(record, backbone, option, room) for option in (own if scored else [None]))
@@ -87,7 +87,7 @@ class Choice:
             extra["options"] = self._embedded(options, backbone)
         return Batch(self, items, targets, None, prompt.enters_at, extra)
 
-    def logits(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R, N]; `-inf` where a record has fewer options."""
         features_RD = outputs.features_RD
         if "options" in batch.extra:
@@ -103,7 +103,7 @@ class Choice:
             lengths_RN[row, : len(items)] = lengths_RN.new_tensor([item.scored for item in items])
         return outputs.scores_RN * lengths_RN
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """Cross entropy over each record's own options."""
         assert batch.targets is not None
         return F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
@@ -114,7 +114,7 @@ class Choice:
         return [Option(place, of) for place, of in zip(best, batch.extra["count"].tolist(), strict=True)]
 
     def targets(self, records: Sequence[Record]) -> list[Option]:
-        return [_right(record, named(record)) for record in records]
+        return [_right(record, named_options(record)) for record in records]
 
     def score(self, predictions: Sequence[int], targets: Sequence[Option]) -> Score:
         """`accuracy`, the ends of its 95 % interval (Wilson, 1927), and `chance`, what guessing would come to."""
@@ -123,12 +123,12 @@ class Choice:
         chance = sum(1 / target.of for target in targets) / number
         return {"accuracy": right / number, "accuracy_low": float(low), "accuracy_high": float(high), "chance": chance}
 
-    def describe(self) -> Mapping[str, JSON]:
+    def to_config(self) -> Mapping[str, JSON]:
         return {"name": "multiple_choice", **self.config.model_dump()}
 
-    def _item(self, record: Record, backbone: Backbone, option: str | None, room: int) -> Item:
+    def _item(self, record: Record, backbone: Backbone, option: str | None, room: int) -> EncodedInput:
         try:
-            return item_of(record, backbone, room, self.config.instruction, option)
+            return encode_record(record, backbone, room, self.config.instruction, option)
         except BackboneError as error:  # of thousands of records one may have an option that is too long
             raise BackboneError(f"{record.key}: {error}") from error
 
@@ -148,7 +148,7 @@ class Choice:
         return torch.tensor([own + [-1] * (MOST - len(own)) for own in places], dtype=torch.long)
 
 
-def named(record: Record) -> dict[str, str]:
+def named_options(record: Record) -> dict[str, str]:
     """A record's options by name, in order: those of a list are A, B, C, ... Empty ones at the end do not count.
 
     Raises `DataError` for what is no list or mapping of texts, or fewer than two.

@@ -12,11 +12,11 @@ from scipy.stats import pearsonr
 from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
 
-from ficpd.data.untyped import spelled
+from ficpd.data.untyped import parse_number
 from ficpd.errors import DataError
 from ficpd.interfaces import Backbone
-from ficpd.tasks import Answers, known
-from ficpd.types import JSON, Answer, Batch, Outputs, Prompt, Record, Score
+from ficpd.tasks import LabelTask, has_targets
+from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 
 class Config(BaseModel):
@@ -42,32 +42,32 @@ def build(config: Config) -> "Regression":
 
 
 class Regression:
-    writes = 0
+    max_new_tokens = 0
 
     def __init__(self, config: Config):
         self.config = config
         self.values_C = torch.tensor(list(config.anchors.values()))
         self.half_range = float(self.values_C.max() - self.values_C.min()) / 2
         self.head_rows = len(self.values_C) if config.tuned_head else 0
-        self.answers = Answers(config.instruction, list(config.anchors))
+        self.answers = LabelTask(config.instruction, list(config.anchors))
 
     @property
-    def possible(self) -> Sequence[float]:
+    def label_space(self) -> Sequence[float]:
         return self.values_C.tolist()
 
     def readout(self, backbone: Backbone) -> Tensor | None:
         return self.answers.readout(backbone)
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        targets = torch.tensor(self.targets(records), dtype=torch.float32) if known(records) else None
+        targets = torch.tensor(self.targets(records), dtype=torch.float32) if has_targets(records) else None
         return self.answers.encode(self, records, targets, backbone, prompt)
 
-    def values(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def values(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R]: the predicted numbers, in the target's own unit."""
         scores_RC = self.answers.scores(outputs, batch)
         return scores_RC.softmax(-1) @ self.values_C.to(scores_RC.device)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """Squared error in units of half the anchors' range, so that a learning rate carries over between scales."""
         assert batch.targets is not None
         return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
@@ -91,11 +91,11 @@ class Regression:
             }
         )
 
-    def describe(self) -> Mapping[str, JSON]:
+    def to_config(self) -> Mapping[str, JSON]:
         return {"name": "regression", **self.config.model_dump()}
 
     def _number(self, record: Record) -> float:
-        target = spelled(record.fields["target"])
+        target = parse_number(record.fields["target"])
         if isinstance(target, bool) or not isinstance(target, (int, float)):
             raise DataError(f"{record.key}, column target: {target!r} is no number; a regression needs numbers")
         return float(target)

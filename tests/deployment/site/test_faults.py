@@ -339,10 +339,10 @@ def test_flower_takes_answers_while_a_clock_is_less_than_two_deadlines_ahead(mon
     from flwr.server.utils import validate_message
 
     from ficpd.deployment.flower_engine import Config, Flower
-    from ficpd.federation.codec import Call
+    from ficpd.federation.codec import SiteRequest
 
     grid = grids.Loopback({7: Path("none.sock")})
-    order = Flower(Config(deadline_seconds=600), grid, "")._message(7, Call("hello"))  # type: ignore[arg-type]
+    order = Flower(Config(deadline_seconds=600), grid, "")._message(7, SiteRequest("hello"))  # type: ignore[arg-type]
     order.metadata._message_id = "order"
     now = flowers.now
     with monkeypatch.context() as patch:

@@ -12,11 +12,11 @@ import pytest
 
 import grids
 from ficpd.deployment.site import config, http
-from ficpd.deployment.site.preflight import _as_owner, status
+from ficpd.deployment.site.preflight import _as_owner, site_status
 from ficpd.errors import ConfigError, SiteError
 from ficpd.federation import codec
-from ficpd.federation.codec import Call
-from site_of import NOISED, begun, recipe, site, train, world
+from ficpd.federation.codec import SiteRequest
+from site_of import NOISED, begun, recipe, site, train
 
 pytestmark = [  # httpx does not close a socket that nobody answers
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
@@ -30,50 +30,50 @@ def asked(path: Path, body: bytes, where: str = "train") -> httpx.Response:
 
 
 def test_every_answer_has_a_status_of_its_own(tmp_path, monkeypatch):
-    one = world(tmp_path, "fedavg", *NOISED)
+    one = context(tmp_path, "fedavg", *NOISED)
     orders, said = begun(one)
     with grids.short_folder() as folder, grids.answering(site(one, "site-0", folder, max_rounds=2)) as path:
-        hello = asked(path, codec.encode_call(Call("hello")), "query")
+        hello = asked(path, codec.encode_call(SiteRequest("hello")), "query")
         assert (hello.status_code, hello.json()["name"], hello.json()["card"]) == (200, "site-0", {"site": "site-0"})
         assert asked(path, train(orders[0])).status_code == 428
         refused = asked(path, train(orders[0], said))
         assert (refused.status_code, refused.json()["refused"]) == (409, True)
         assert "max_rounds" not in refused.json()["error"]
         assert "federation.num_rounds = 3" in refused.json()["error"]
-        for body in (b"", b"nonsense", train(orders[0])[:-1], codec.encode_call(Call("copy the records"))):
+        for body in (b"", b"nonsense", train(orders[0])[:-1], codec.encode_call(SiteRequest("copy the records"))):
             assert asked(path, body).status_code == 422
         monkeypatch.setattr(http, "LARGEST", 1000)
         assert asked(path, b"x" * 1001).status_code == 413
-        assert asked(path, codec.encode_call(Call("hello")), "records").status_code == 404
+        assert asked(path, codec.encode_call(SiteRequest("hello")), "records").status_code == 404
 
 
 def test_the_socket_is_its_owners_alone_and_goes_when_the_site_goes():
     with grids.short_folder() as folder:
         path = folder / "a.sock"
-        sock = http.bound(path)
+        sock = http.bind_socket(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with pytest.raises(SiteError, match="another process answers"):
-            http.bound(path)
+            http.bind_socket(path)
         sock.close()
-        again = http.bound(path)  # what a dead process left there
+        again = http.bind_socket(path)  # what a dead process left there
         again.close()
         path.unlink()
         path.write_text("not a socket")
         with pytest.raises(SiteError, match="is no socket"):
-            http.bound(path)
+            http.bind_socket(path)
         with pytest.raises(SiteError, match="no folder"):
-            http.bound(folder / "nowhere" / "a.sock")
+            http.bind_socket(folder / "nowhere" / "a.sock")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket to somebody else")
 def test_another_users_socket_or_state_is_left_alone(tmp_path):
     with grids.short_folder() as folder:
         path = folder / "a.sock"
-        http.bound(path).close()
+        http.bind_socket(path).close()
         os.chown(path, 54321, 54321)
         with pytest.raises(SiteError, match="belongs to user 54321"):
-            http.bound(path)
-        one = world(tmp_path)
+            http.bind_socket(path)
+        one = context(tmp_path)
         (folder / "site-0").mkdir()
         os.chown(folder / "site-0", 54321, 54321)
         with pytest.raises(SiteError, match="belongs to user 54321"):
@@ -98,7 +98,7 @@ def test_a_socket_that_systemd_hands_over_is_used_as_it_is():
         )
         listening.close()
         assert run.stdout.strip() == str(path), run.stderr
-        assert http.handed_over() is None
+        assert http.systemd_socket() is None
 
 
 def test_a_path_that_is_too_long_is_an_error_of_the_file(tmp_path):
@@ -131,14 +131,16 @@ def test_a_mistake_in_the_sites_file_is_named(tmp_path, text, words):
 
 def test_lines_are_found_in_every_way_of_writing_toml():
     text = 'seed = 1\n[policy]\n# epsilon = 9\nepsilon = 2\n[groups.a.task]\n"name" = "x"\n[data]\ncolumns.text = "t"\n'
-    found = [config.line_of(text, key) for key in ("seed", "policy.epsilon", "groups.a.task.name", "data.columns.text")]
+    found = [
+        config.line_number(text, key) for key in ("seed", "policy.epsilon", "groups.a.task.name", "data.columns.text")
+    ]
     assert found == [1, 4, 6, 8]
-    assert config.line_of(text, "policy.delta") is None
-    assert config.where("site.toml", text, "policy.delta") == "site.toml, by default"
+    assert config.line_number(text, "policy.delta") is None
+    assert config.location("site.toml", text, "policy.delta") == "site.toml, by default"
 
 
 def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_path):
-    one = world(tmp_path, "fedavg", *NOISED)
+    one = context(tmp_path, "fedavg", *NOISED)
     orders, said = begun(one)
     with grids.short_folder() as folder:
         file = folder / "site.toml"
@@ -146,7 +148,7 @@ def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_
             f'name = "site-0"\nsocket = "site-0.sock"\nstate = "site-0"\n[task]\nname = "classification"\n'
             f'labels = {{ a = "a", b = "b" }}\n[data]\nsource = "{tmp_path / "records.csv"}"\n[policy]\nepsilon = 1.0\n'
         )
-        before = status(file)
+        before = site_status(file)
         assert (before["running"], before["epsilon"]["spent"], before["runs"], before["last_error"]) == (
             False,
             0,
@@ -156,8 +158,8 @@ def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_
         own = site(one, "site-0", folder)
         with grids.answering(own):
             asked(own.config.socket, train(orders[0], said))
-            running = status(file)
-        rest = status(file)
+            running = site_status(file)
+        rest = site_status(file)
         assert (running.pop("running"), rest.pop("running")) == (True, False)
         assert rest == running
         assert rest["epsilon"]["spent"] > 0
@@ -182,10 +184,10 @@ def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
 
 
 def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_path):
-    from ficpd.deployment.site.preflight import lines
+    from ficpd.deployment.site.preflight import preflight_lines
     from ficpd.errors import PolicyError
 
-    one = world(tmp_path, "fedavg", *NOISED, "training.local_steps=3")
+    one = context(tmp_path, "fedavg", *NOISED, "training.local_steps=3")
     (tmp_path / "recipe.toml").write_text(recipe(one))
     task = 'name = "classification"\ninstruction = "it was"\nlabels = { good = "good fine", bad = "bad dull" }'
     file = tmp_path / "site.toml"
@@ -194,7 +196,7 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         f'options = {{ width = 16 }}\n[task]\n{task}\n[data]\nsource = "{tmp_path / "records.csv"}"\n'
         "[policy]\nepsilon = 8.0\ndelta = 1e-3\n"
     )
-    said = "\n".join(lines(file, tmp_path / "recipe.toml", 3))
+    said = "\n".join(preflight_lines(file, tmp_path / "recipe.toml", 3))
     for words in (
         "country = north",
         "noised by record_gaussian",
@@ -208,4 +210,4 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
     with pytest.raises(
         PolicyError, match=r"recipe.toml line \d+: training.local_steps = 3; site.toml line 18: at most 2"
     ):
-        list(lines(file, tmp_path / "recipe.toml", 3))
+        list(preflight_lines(file, tmp_path / "recipe.toml", 3))

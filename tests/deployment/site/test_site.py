@@ -14,9 +14,9 @@ import torch
 import grids
 import small
 from ficpd.deployment import coordinator, run_spec
-from ficpd.deployment.run_spec import Terms
-from ficpd.deployment.site.load import open_site
-from ficpd.deployment.site.site import LEDGER, Site, TermsWantedError
+from ficpd.deployment.run_spec import RunSpec
+from ficpd.deployment.site.load import build_site
+from ficpd.deployment.site.site import LEDGER, Site, SpecMissingError
 from ficpd.errors import (
     BackboneError,
     BudgetError,
@@ -29,15 +29,15 @@ from ficpd.errors import (
     RunError,
     SiteError,
 )
-from ficpd.experiments.build import World, build_world
+from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.runner import run
-from ficpd.experiments.setup import method_of, schedule_of
+from ficpd.experiments.setup import build_method, build_schedule
 from ficpd.federation import codec
-from ficpd.federation.codec import Call
+from ficpd.federation.codec import SiteRequest
 from ficpd.library.library import PromptLibrary
-from ficpd.privacy.noise import Cryptographic
+from ficpd.privacy.noise import SecureNoise
 from ficpd.types import Query
-from site_of import NOISED, begun, recipe, site, train, world
+from site_of import NOISED, begun, recipe, site, train
 
 pytest.importorskip("flwr")
 pytestmark = [  # httpx does not close a socket that nobody answers
@@ -47,9 +47,9 @@ pytestmark = [  # httpx does not close a socket that nobody answers
 
 
 @contextmanager
-def sites(world: World, **policy: Any) -> Iterator[dict[str, Site]]:
+def sites(context: ExperimentContext, **policy: Any) -> Iterator[dict[str, Site]]:
     with grids.short_folder() as folder, ExitStack() as stack:
-        found = {name: site(world, name, folder, **policy) for name in world.shards}
+        found = {name: site(context, name, folder, **policy) for name in context.shards}
         for one in found.values():
             stack.enter_context(grids.answering(one))
         yield found
@@ -91,9 +91,9 @@ def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, ch
         def gather(self, known):
             raise AssertionError("waits for sites")
 
-    world = build_world(small.experiment(tmp_path, method, *changes))
+    context = build_context(small.experiment(tmp_path, method, *changes))
     with pytest.raises((PrivacyError, ConfigError), match=why):
-        coordinator.serve(recipe(world), "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
+        coordinator.run_coordinator(recipe(context), "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
     assert not (tmp_path / "served" / "resolved.toml").exists()
 
 
@@ -111,10 +111,10 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     experiment = small.experiment(tmp_path, method, *changes)
     run(experiment, tmp_path / "run")
     expected = small.library(tmp_path)
-    world = build_world(experiment)
-    with sites(world, methods=(method,)) as found:
-        result = coordinator.serve(
-            recipe(world), "small.toml", tmp_path / "served", engine(found), say=lambda line: None
+    context = build_context(experiment)
+    with sites(context, methods=(method,)) as found:
+        result = coordinator.run_coordinator(
+            recipe(context), "small.toml", tmp_path / "served", engine(found), say=lambda line: None
         )
         scores = {name: next(iter(one.status()["runs"].values()))["scores"]["personal"] for name, one in found.items()}
     served = PromptLibrary.load(tmp_path / "served").candidates()
@@ -135,25 +135,25 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
 
 
 @pytest.fixture
-def noised(tmp_path: Path) -> World:
-    return world(tmp_path, "fedavg", *NOISED)
+def noised(tmp_path: Path) -> ExperimentContext:
+    return context(tmp_path, "fedavg", *NOISED)
 
 
 def test_the_same_order_is_answered_with_the_same_bytes_and_costs_nothing(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path, simulated=False), begun(noised)
-    first = own.answer(train(orders[0], said))
+    first = own.handle(train(orders[0], said))
     spent = own.status()["epsilon"]["spent"]
     assert spent > 0
-    assert own.answer(train(orders[0])) == first
+    assert own.handle(train(orders[0])) == first
     own.close()
     again = site(noised, "site-0", tmp_path, simulated=False)  # after a restart, without the terms
-    assert again.answer(train(orders[0])) == first
+    assert again.handle(train(orders[0])) == first
     assert again.status()["epsilon"]["spent"] == spent
-    second = again.answer(train(orders[1]))
+    second = again.handle(train(orders[1]))
     assert second != first
     assert again.status()["epsilon"]["spent"] > spent
     with pytest.raises(PrivacyError, match="round 1 of fedavg after round 2"):  # out of order: over, and not paid again
-        again.answer(train(orders[0]))
+        again.handle(train(orders[0]))
     again.close()
 
 
@@ -162,9 +162,9 @@ def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(
     bodies = []
     for place in range(2):
         own = site(noised, "site-0", tmp_path / str(place), simulated=False)
-        bodies.append(own.answer(train(orders[0], said)))
+        bodies.append(own.handle(train(orders[0], said)))
         (one,) = own.runs.values()
-        assert isinstance(one.client.stream("fedavg", 1), Cryptographic)
+        assert isinstance(one.client.noise_source("fedavg", 1), SecureNoise)
         own.close()
     assert bodies[0] != bodies[1]
     seeds = {(tmp_path / str(place) / "site-0" / "seed").read_text() for place in range(2)}
@@ -172,32 +172,32 @@ def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(
 
 
 def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_have(tmp_path):
-    one = world(tmp_path, "fedavg", *SUMMED)
+    one = context(tmp_path, "fedavg", *SUMMED)
     assert one.experiment.privacy.get("noise", "simulated") == "simulated"
     left = []
     for place in range(2):
         with sites(one, mechanisms=["client_gaussian:central"]) as found:
             folder = tmp_path / f"served{place}"
-            coordinator.serve(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
+            coordinator.run_coordinator(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
         left.append(PromptLibrary.load(folder).prompts["global"].vectors_PD)
     assert not torch.equal(*left)
     assert json.loads((folder / "result.json").read_text())["privacy"]["noise"] == "cryptographic"
 
 
 def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path):
-    one = world(tmp_path, "fedavg", *SUMMED)
+    one = context(tmp_path, "fedavg", *SUMMED)
     orders, said = begun(one)
     policy: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "epsilon": 10.0, "delta": 1e-5}
     own = site(one, "site-0", tmp_path, **policy)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     spent = own.status()["epsilon"]["spent"]
     assert 7.0 < spent <= 8.0, "all that the run plans"
     own.close()
     own = site(one, "site-0", tmp_path, **policy)
-    own.answer(train(orders[1]))
+    own.handle(train(orders[1]))
     assert own.status()["epsilon"]["spent"] == spent
     with pytest.raises(BudgetError, match="on other runs"):
-        own.answer(train(orders[0], said, run="b" * 32))
+        own.handle(train(orders[0], said, run="b" * 32))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
 
@@ -219,13 +219,13 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
     ]
     for other, why in bad:
         with pytest.raises(CodecError, match=why):
-            own.answer(train(orders[0], run_spec.encode(replace(found, start=other))))
+            own.handle(train(orders[0], run_spec.encode(replace(found, start=other))))
     longer = start.with_vectors(torch.cat([start.vectors_PD] * 20))
     with pytest.raises(PolicyError, match=r"prompt.num_tokens = 60; site.toml, by default: at most 32"):
-        own.answer(train(orders[0], run_spec.encode(replace(found, start=longer))))
+        own.handle(train(orders[0], run_spec.encode(replace(found, start=longer))))
     assert not own.runs
     assert own.status()["epsilon"]["spent"] == 0
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     own.close()
 
 
@@ -237,32 +237,32 @@ def test_a_site_whose_records_do_not_fit_beside_a_prompt_does_not_open(noised, t
 
 def test_a_round_is_scored_once_where_the_scores_stay(noised, tmp_path, monkeypatch):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     scored: list[int] = []
     monkeypatch.setattr(own, "_scores", lambda run, order: scored.append(order.round) or {})
     for place in (0, 0, 1, 0, 1):
-        assert own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[place]))) == b"{}"
+        assert own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[place]))) == b"{}"
     assert scored == [1, 2]
     own.close()
 
 
 def test_terms_are_asked_for_and_then_kept(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    with pytest.raises(TermsWantedError):
-        own.answer(train(orders[0]))
-    own.answer(train(orders[0], said))
-    own.answer(train(orders[1]))
+    with pytest.raises(SpecMissingError):
+        own.handle(train(orders[0]))
+    own.handle(train(orders[0], said))
+    own.handle(train(orders[1]))
     own.close()
 
 
 def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised, rounds=4)
     for order in orders[:3]:
-        own.answer(train(order, said))
+        own.handle(train(order, said))
     spent = own.status()["epsilon"]["spent"]
     assert spent <= 4.0
     with pytest.raises(PolicyError, match="not in the run's terms"):
-        own.answer(train(orders[3]))
+        own.handle(train(orders[3]))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
 
@@ -270,15 +270,15 @@ def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
 def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path, epsilon=5.0), begun(noised)
     for order in orders:
-        own.answer(train(order, said))
+        own.handle(train(order, said))
     spent = own.status()["epsilon"]["spent"]
     assert 3.0 < spent <= 4.0
     with pytest.raises(BudgetError, match=r"on other runs, and this one would make it .* allows 5"):
-        own.answer(train(orders[0], said, run="b" * 32))
+        own.handle(train(orders[0], said, run="b" * 32))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
     wider = site(noised, "site-0", tmp_path, epsilon=9.0)
-    wider.answer(train(orders[0], said, run="b" * 32))
+    wider.handle(train(orders[0], said, run="b" * 32))
     assert spent < wider.status()["epsilon"]["spent"] < 9.0
     assert [r["rounds_served"] for r in wider.status()["runs"].values()] == [3, 1]
     wider.close()
@@ -300,28 +300,28 @@ def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(
 def test_what_the_policy_does_not_allow_is_refused_by_line_and_spends_nothing(noised, tmp_path, policy, words):
     own, (orders, said) = site(noised, "site-0", tmp_path, **policy), begun(noised)
     with pytest.raises(PolicyError, match=words):
-        own.answer(train(orders[0], said))
+        own.handle(train(orders[0], said))
     assert own.status()["epsilon"]["spent"] == 0
     assert not own.runs
     own.close()
 
 
 def test_a_search_has_no_more_generations_than_the_policy_has_steps(tmp_path):
-    searched = world(tmp_path, "fedbpt")
+    searched = context(tmp_path, "fedbpt")
     own, (orders, said) = site(searched, "site-0", tmp_path, methods=["fedbpt"], max_local_steps=7), begun(searched)
     with pytest.raises(PolicyError, match=r"method.iterations = 8; site.toml, by default: at most 7"):
-        own.answer(train(orders[0], said))
+        own.handle(train(orders[0], said))
     own.close()
 
 
 def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     own.close()
     ledger = tmp_path / "site-0" / LEDGER
     copy = {file.name: file.read_bytes() for file in ledger.parent.glob(LEDGER + "*")}
     own = site(noised, "site-0", tmp_path)
-    own.answer(train(orders[1]))
+    own.handle(train(orders[1]))
     own.close()
     for file in ledger.parent.glob(LEDGER + "*"):
         file.unlink()
@@ -333,13 +333,13 @@ def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
 
 def test_a_half_written_ledger_is_refused_and_left_as_it_is(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     own.close()
     ledger = tmp_path / "site-0" / LEDGER
     half = ledger.read_bytes()[: ledger.stat().st_size // 2]
     ledger.write_bytes(half)
     with pytest.raises(LedgerError, match="restore the file"):
-        site(noised, "site-0", tmp_path).answer(train(orders[1]))
+        site(noised, "site-0", tmp_path).handle(train(orders[1]))
     assert ledger.read_bytes() == half
 
 
@@ -353,12 +353,12 @@ def test_one_process_at_a_time(noised, tmp_path):
 
 def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path):
     own = site(noised, "site-0", tmp_path)
-    assert "round 3" in own.failed(PolicyError("round 3"))
+    assert "round 3" in own.public_error(PolicyError("round 3"))
     kinds = (ValueError, DataError, BackboneError, PrivacyError, LedgerError, ConfigError, KeyError)
-    assert len({own.failed(kind("secret words")) for kind in kinds}) == 1
-    assert "1.987" not in own.failed(BudgetError("epsilon = 1.987, which tells the number of records"))
+    assert len({own.public_error(kind("secret words")) for kind in kinds}) == 1
+    assert "1.987" not in own.public_error(BudgetError("epsilon = 1.987, which tells the number of records"))
     assert "1.987" in own.status()["last_error"]["error"]
-    assert "secret" not in own.failed(DataError("secret words of a record"))
+    assert "secret" not in own.public_error(DataError("secret words of a record"))
     assert "secret words" in own.status()["last_error"]["error"]
     own.close()
 
@@ -366,19 +366,21 @@ def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path)
 def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_path):
     for changes, shares, told in (((), True, True), ((), False, False), (NOISED, True, False)):
         where = tmp_path / f"{len(changes)}{shares}"
-        one = world(where, "fedavg", *changes)
+        one = context(where, "fedavg", *changes)
         own, (orders, said) = site(one, "site-0", where, share_metrics=shares), begun(one)
-        own.answer(train(orders[0], said))
-        found = json.loads(own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0]))))
+        own.handle(train(orders[0], said))
+        found = json.loads(own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0]))))
         assert bool(found) == told
         assert "accuracy" in own.status()["runs"]["a" * 32]["scores"]["personal"]
         own.close()
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
-    one = world(tmp_path, "fpl", *NOISED)
+    one = context(tmp_path, "fpl", *NOISED)
     with sites(one) as found:
-        whole = coordinator.serve(recipe(one), "small.toml", tmp_path / "whole", engine(found), say=lambda line: None)
+        whole = coordinator.run_coordinator(
+            recipe(one), "small.toml", tmp_path / "whole", engine(found), say=lambda line: None
+        )
     spent = {}
     with sites(one) as found:
         lines: list[str] = []
@@ -389,9 +391,11 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            coordinator.serve(recipe(one), "small.toml", tmp_path / "cut", engine(found), say=stops)
+            coordinator.run_coordinator(recipe(one), "small.toml", tmp_path / "cut", engine(found), say=stops)
         checkpoint = tmp_path / "cut" / "checkpoint"
-        coordinator.serve(recipe(one), "small.toml", tmp_path / "cut", engine(found), resume=True, say=lines.append)
+        coordinator.run_coordinator(
+            recipe(one), "small.toml", tmp_path / "cut", engine(found), resume=True, say=lines.append
+        )
         spent = {name: own.status()["epsilon"]["spent"] for name, own in found.items()}
         assert checkpoint.exists()
     assert all(0 < epsilon <= 4.0 for epsilon in spent.values())
@@ -401,7 +405,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
 
 
 def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_have_sent(tmp_path):
-    one, out = world(tmp_path, "fedavg", *NOISED), tmp_path / "cut"
+    one, out = context(tmp_path, "fedavg", *NOISED), tmp_path / "cut"
 
     def stops(line: str) -> None:
         if line.startswith("round 2/"):
@@ -409,13 +413,17 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
 
     with sites(one) as found:
         with pytest.raises(KeyboardInterrupt):
-            coordinator.serve(recipe(one), "small.toml", out, engine(found), say=stops)
+            coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), say=stops)
         newest = (out / "checkpoint").read_bytes()
         (out / "checkpoint").unlink()
         with pytest.raises(RunError, match=r"tells of 2 rounds.*is gone.*restore the newest checkpoint"):
-            coordinator.serve(recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None)
+            coordinator.run_coordinator(
+                recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None
+            )
         (out / "checkpoint").write_bytes(newest)
-        assert coordinator.serve(recipe(one), "small.toml", out, engine(found), resume=True)["num_rounds"] == 3
+        assert (
+            coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), resume=True)["num_rounds"] == 3
+        )
 
 
 def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path):
@@ -425,7 +433,7 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
         tree = noised.experiment.model_copy(update={part: {"name": module}})
         body = run_spec.encode(replace(found, experiment=tree))
         with pytest.raises(CodecError, match="module of somebody's own"):
-            own.answer(train(orders[0], body))
+            own.handle(train(orders[0], body))
     assert not own.runs
     own.close()
 
@@ -433,9 +441,9 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
     """Whether it could be carried out would depend on the records that were drawn, or on what the site chose by them."""
-    one = world(tmp_path, "fpl", *NOISED)
+    one = context(tmp_path, "fpl", *NOISED)
     own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     spent, fingerprint = own.status()["epsilon"]["spent"], one.model.backbone.fingerprint
     good = codec.decode_assignment(orders[1], fingerprint)
     prompt = good.arrays["prompt"]
@@ -458,41 +466,41 @@ def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
     ]
     for order in bad:
         with pytest.raises(CodecError):
-            own.answer(codec.encode_call(Call(what, "a" * 32, codec.encode_assignment(order, fingerprint))))
+            own.handle(codec.encode_call(SiteRequest(what, "a" * 32, codec.encode_assignment(order, fingerprint))))
     assert own.status()["epsilon"]["spent"] == spent
-    assert own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[1]))) == b"{}"
+    assert own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[1]))) == b"{}"
     own.close()
 
 
 def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
     with pytest.raises(CodecError, match="begins with its first order"):
-        own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0], said)))
-    own.answer(train(orders[0], said))
+        own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0], said)))
+    own.handle(train(orders[0], said))
     (kept,) = (tmp_path / "site-0" / "runs").glob("*/terms")
     first, found = kept.read_bytes(), run_spec.decode(said)
     other = run_spec.encode(replace(found, schedule=replace(found.schedule, num_rounds=100)))
     own.close()
     again = site(noised, "site-0", tmp_path)
-    again.answer(train(orders[1], other))
+    again.handle(train(orders[1], other))
     assert kept.read_bytes() == first
     assert again.runs["a" * 32].participations == 3
     for name in ("", "../x", "A" * 32, "a" * 65):
         with pytest.raises(CodecError, match="hexadecimal"):
-            again.answer(train(orders[1], said, run=name))
+            again.handle(train(orders[1], said, run=name))
     again.close()
 
 
 def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path):
-    one = world(tmp_path, "fedavg", *NOISED, "federation.num_rounds=6", "federation.clients_per_round=1")
+    one = context(tmp_path, "fedavg", *NOISED, "federation.num_rounds=6", "federation.clients_per_round=1")
     own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     (run,) = own.runs.values()
     assert 1 <= run.participations < 6
     for order in orders[1 : run.participations]:
-        own.answer(train(order))
+        own.handle(train(order))
     with pytest.raises(PolicyError, match="all that its terms plan"):
-        own.answer(train(orders[run.participations]))
+        own.handle(train(orders[run.participations]))
     assert own.status()["epsilon"]["spent"] <= 4.0
     own.close()
 
@@ -504,7 +512,7 @@ def test_what_would_tell_how_many_records_there_are_by_being_refused_is_refused_
         privacy = {**found.experiment.privacy, **more}
         body = run_spec.encode(replace(found, experiment=found.experiment.model_copy(update={"privacy": privacy})))
         with pytest.raises(PolicyError, match=next(iter(more))):
-            own.answer(train(orders[0], body))
+            own.handle(train(orders[0], body))
     own.close()
 
 
@@ -517,25 +525,25 @@ def test_a_state_folder_that_others_may_look_into_is_closed_to_them(noised, tmp_
 
 
 def test_directions_that_stretch_are_refused(tmp_path):
-    one = world(tmp_path, "fedavg", *NOISED, 'compression.name="subspace"', "compression.dimension=8")
+    one = context(tmp_path, "fedavg", *NOISED, 'compression.name="subspace"', "compression.dimension=8")
     own, (orders, _) = site(one, "site-0", tmp_path), begun(one)
-    method = method_of(one, one.experiment.method)
-    coordinates = one.compression.coordinates
-    said = Terms(
-        one.experiment, recipe(one), "small.toml", list(one.shards), schedule_of(one, method), one.start, coordinates
+    method = build_method(one, one.experiment.method)
+    coordinates = one.compression.subspace
+    said = RunSpec(
+        one.experiment, recipe(one), "small.toml", list(one.shards), build_schedule(one, method), one.start, coordinates
     )
     coordinates.rows = 3 * coordinates.rows
     with pytest.raises(CodecError, match="not orthonormal"):
-        own.answer(train(orders[0], run_spec.encode(said)))
+        own.handle(train(orders[0], run_spec.encode(said)))
     own.close()
 
 
 def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(tmp_path):
     """`local` releases nothing by its own word, and so gets no noise; what leaves would still carry a count of records."""
-    one = world(tmp_path, "local", *NOISED)
+    one = context(tmp_path, "local", *NOISED)
     own, (orders, said) = site(one, "site-0", tmp_path, methods=["local"], mechanisms=["record_gaussian"]), begun(one)
     with pytest.raises(PolicyError, match="local runs without any guarantee"):
-        own.answer(train(orders[0], said))
+        own.handle(train(orders[0], said))
     assert own.status()["runs"] == {}
     own.close()
 
@@ -557,7 +565,7 @@ name = "tiny"
 {dtype}
 """
     )
-    return open_site(folder / "site.toml", lambda line: None)
+    return build_site(folder / "site.toml", lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -572,8 +580,8 @@ name = "tiny"
 def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, alone, taken):
     """Unless the owner wants it otherwise, and then in float32, unless the owner wants that otherwise, too."""
     own = opened(tmp_path, mechanisms, dtype, chunk)
-    asked, above = [], own.model.backbone.above
-    own.model.backbone.above = lambda rows, hidden, items, layer: (
+    asked, above = [], own.model.backbone.forward
+    own.model.backbone.forward = lambda rows, hidden, items, layer: (
         asked.append(len(items)) or above(rows, hidden, items, layer)
     )
     batch = own.task.encode(own.shard.train, own.model.backbone, small.start(own.model, own.task))
@@ -586,12 +594,12 @@ def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mecha
 
 def test_a_run_with_noise_at_the_server_asks_a_site_as_often_as_the_server_draws_it(tmp_path):
     """Its cohorts are drawn in private, and who is in the public ones says nothing."""
-    one = world(tmp_path, "fedavg", *SUMMED, "federation.num_rounds=6", "federation.clients_per_round=1")
+    one = context(tmp_path, "fedavg", *SUMMED, "federation.num_rounds=6", "federation.clients_per_round=1")
     orders, said = begun(one)
     own = site(one, "site-0", tmp_path, mechanisms=["client_gaussian:central"])
-    own.answer(train(orders[0], said))
+    own.handle(train(orders[0], said))
     for order in orders[1:]:
-        own.answer(train(order))
+        own.handle(train(order))
     own.close()
 
 
@@ -601,8 +609,8 @@ def test_what_was_scored_is_known_after_a_restart(noised, tmp_path, monkeypatch)
     monkeypatch.setattr(Site, "_scores", lambda self, run, order: scored.append(order.round) or {})
     for _ in range(2):
         own = site(noised, "site-0", tmp_path)
-        own.answer(train(orders[0], said))
-        own.answer(codec.encode_call(Call("evaluate", "a" * 32, orders[0])))
+        own.handle(train(orders[0], said))
+        own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0])))
         own.close()
     assert scored == [1]
 
@@ -612,8 +620,8 @@ def test_a_readout_that_is_far_too_long_does_not_lengthen_the_reach(noised):
     task = small.classes(tuned_head=True)
     rows = torch.cat([start.vectors_PD, start.vectors_PD[:1].repeat(task.head_rows, 1)])
     legal = replace(start.with_vectors(rows), head_rows=task.head_rows)
-    run_spec.check_start(legal, task, backbone)
+    run_spec.validate_initial_prompt(legal, task, backbone)
     rows = rows.clone()
     rows[-1] *= 1e18
     with pytest.raises(CodecError, match="times as long"):
-        run_spec.check_start(legal.with_vectors(rows), task, backbone)
+        run_spec.validate_initial_prompt(legal.with_vectors(rows), task, backbone)

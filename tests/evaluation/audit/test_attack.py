@@ -16,16 +16,16 @@ from ficpd import cli, rng
 from ficpd.data import loading
 from ficpd.errors import LibraryError, PrivacyError, RunError
 from ficpd.evaluation.audit import canaries
-from ficpd.evaluation.audit.epsilon_bounds import one_run
+from ficpd.evaluation.audit.epsilon_bounds import one_run_bound
 from ficpd.evaluation.audit.member_split import split_records
-from ficpd.evaluation.audit.membership import Evidence
+from ficpd.evaluation.audit.membership import AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, markdown, table, verdict
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.audit import audit_run, mislabelled, open_run, plant, planted_bound
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import generation
-from ficpd.types import Query, Record, Shard
+from ficpd.types import ClientData, Query, Record
 
 OVERFITTED = ("backbone.options={ width = 64 }", "prompt.num_tokens=8", "task.tuned_head=true", "data.max_records=50",
               "training.local_steps=5", "training.batch_size=20", "training.learning_rate=0.3")  # fmt: skip
@@ -34,7 +34,7 @@ NOISED = ("privacy.epsilon=2", "privacy.clip_norm=0.1", "privacy.delta=1e-3")
 
 def random_labels(path: Path, count: int = 500) -> Path:
     """Different sentences of one site, each with a label that nothing in it tells."""
-    random, words, found = rng.generator("random labels"), small.OTHER + small.GOOD + small.BAD, {}
+    random, words, found = rng.make_generator("random labels"), small.OTHER + small.GOOD + small.BAD, {}
     while len(found) < count:
         text = " ".join(words[int(i)] for i in torch.randint(len(words), (6,), generator=random))
         found[text] = "good" if bool(torch.randint(2, (1,), generator=random)) else "bad"
@@ -114,13 +114,13 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, fic
 def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
     """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
     run, guessed = open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"), []
-    (shard,), start_SPD = run.world.shards.values(), run.world.start.vectors_PD[None]
-    spare = [*shard.test, *loading.unused(run.world.experiment.data, 0)]
-    pool = split_records(run.world.task, shard.train, spare, 1000, 0).pool
+    (shard,), start_SPD = run.context.shards.values(), run.context.start.vectors_PD[None]
+    spare = [*shard.test, *loading.unsampled(run.context.experiment.data, 0)]
+    pool = split_records(run.context.task, shard.train, spare, 1000, 0).pool
 
     def watched(score_M, coin_M, delta):
         guessed.append(float(roc_auc_score(coin_M, score_M)))
-        return one_run(score_M, coin_M, delta)
+        return one_run_bound(score_M, coin_M, delta)
 
     monkeypatch.setattr("ficpd.experiments.audit.one_run", watched)
     found = planted_bound(run, "global", start_SPD, pool, 60, 0)
@@ -169,7 +169,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
 def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
     likelihood = []
     monkeypatch.setattr(
-        "ficpd.experiments.audit.Evidence", lambda *given: likelihood.append(given[-1]) or Evidence(*given)
+        "ficpd.experiments.audit.Evidence", lambda *given: likelihood.append(given[-1]) or AttackData(*given)
     )
     rows = "".join(f"{r.fields['text']},{r.fields['target']},one\n" for r in small.records(60, 1, real=True))
     (tmp_path / "records.csv").write_text("text,target,site\n" + rows)
@@ -186,9 +186,9 @@ def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
 
 def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
     run = open_run(modest, "cpu")
-    train = [record for shard in run.world.shards.values() for record in shard.train]
-    spare = [record for shard in run.world.shards.values() for record in shard.test]
-    split = split_records(run.world.task, train, [*spare, *train, *small.records(60, 7)], 1000, 0)
+    train = [record for shard in run.context.shards.values() for record in shard.train]
+    spare = [record for shard in run.context.shards.values() for record in shard.test]
+    split = split_records(run.context.task, train, [*spare, *train, *small.records(60, 7)], 1000, 0)
 
     def contents(records):
         return {(r.fields["text"], r.fields["target"]) for r in records}
@@ -199,34 +199,36 @@ def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
     assert not contents(mine) & contents(split.outside)
     share = [np.mean([r.fields["target"] == "good" for r in part]) for part in (split.members, split.outside)]
     assert share[0] == pytest.approx(share[1], abs=0.5 / len(split.outside) + 1e-9)
-    assert len(split_records(run.world.task, train, spare, 5, 0).members) == 5
+    assert len(split_records(run.context.task, train, spare, 5, 0).members) == 5
 
 
 def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
     records = small.records(30)
-    shards = {"one": Shard(records, [], {})}
+    shards = {"one": ClientData(records, [], {})}
     wrong = mislabelled(small.classes(), records, shards, 0)
     assert all(a.fields["target"] != b.fields["target"] for a, b in zip(records, wrong, strict=True))
     assert all(record.fields["target"] in small.LABELS for record in wrong)
     real = small.records(30, real=True)
-    mirrored = mislabelled(small.numbers(), real, {"one": Shard(real, [], {})}, 0)
+    mirrored = mislabelled(small.numbers(), real, {"one": ClientData(real, [], {})}, 0)
     low, high = min(r.fields["target"] for r in real), max(r.fields["target"] for r in real)
     pairs = zip(real, mirrored, strict=True)
     assert all(a.fields["target"] + b.fields["target"] == pytest.approx(low + high) for a, b in pairs)
     one = [record for record in records if record.fields["target"] == "good"]
-    assert mislabelled(small.classes(), records, {"one": Shard(one, [], {})}, 0) == []
+    assert mislabelled(small.classes(), records, {"one": ClientData(one, [], {})}, 0) == []
 
 
 def test_where_texts_are_written_another_records_target_is_the_wrong_one():
     records = [Record(f"row {i}", {"text": f"colour {i}", "target": f"it is {i}"}) for i in range(4)]
-    wrong = mislabelled(generation.build(generation.Config()), records, {"one": Shard(records, [], {})}, 0)
+    wrong = mislabelled(generation.build(generation.Config()), records, {"one": ClientData(records, [], {})}, 0)
     assert [r.fields["text"] for r in wrong] == [r.fields["text"] for r in records]
     assert [r.fields["target"] for r in wrong] == ["it is 1", "it is 2", "it is 3", "it is 0"]
-    assert mislabelled(generation.build(generation.Config()), records[:1], {"one": Shard(records, [], {})}, 0) == []
+    assert (
+        mislabelled(generation.build(generation.Config()), records[:1], {"one": ClientData(records, [], {})}, 0) == []
+    )
 
 
 def test_planting_adds_and_takes_nothing_away():
-    shards = {name: Shard(small.records(5, i, name), small.records(2), {}) for i, name in enumerate("abc")}
+    shards = {name: ClientData(small.records(5, i, name), small.records(2), {}) for i, name in enumerate("abc")}
     planted = plant(shards, small.records(20, 9, "canaries"), 0)
     assert sum(len(shard.train) for shard in planted.values()) == 35
     assert all(planted[name].train[:5] == shard.train for name, shard in shards.items())
@@ -340,10 +342,10 @@ def test_an_audit_that_breaks_leaves_the_old_page(modest, monkeypatch):
 @pytest.fixture(scope="module")
 def given_away(overfitted, tmp_path_factory) -> Path:
     """The overfitted run's library alone, with its members in `in.csv` and as good others in `out.csv`."""
-    folder, world = tmp_path_factory.mktemp("given away"), open_run(overfitted, "cpu").world
+    folder, context = tmp_path_factory.mktemp("given away"), open_run(overfitted, "cpu").context
     shutil.copytree(overfitted / "library", folder / "library")
-    members = [record for shard in world.shards.values() for record in shard.train]
-    for name, records in (("in", members), ("out", loading.unused(world.experiment.data, 0))):
+    members = [record for shard in context.shards.values() for record in shard.train]
+    for name, records in (("in", members), ("out", loading.unsampled(context.experiment.data, 0))):
         lines = [f"{r.fields['text']},{r.fields['target']}" for r in records]
         (folder / f"{name}.csv").write_text("\n".join(["sentence,target", *lines]) + "\n")
     return folder

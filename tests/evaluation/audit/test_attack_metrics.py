@@ -6,7 +6,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.attack_metrics import best_advantage, label_matched, outcome
+from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage, label_matched
 
 
 def scores(shift: float, seed: int, each: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def most_on_the_same_records(score_N: np.ndarray, member_N: np.ndarray) -> float
 
 def test_separated_members_are_all_found():
     score_N, member_N = scores(shift=20.0, seed=0)
-    found = outcome(score_N, member_N, seed=0)
+    found = attack_metrics(score_N, member_N, seed=0)
     assert (found.auc, found.auc_interval, found.advantage) == (1.0, (1.0, 1.0), pytest.approx(1.0, abs=0.005))
     assert found.advantage_interval[0] > 0.98
     assert found.tpr == {0.01: 1.0, 0.001: 1.0}
@@ -32,7 +32,7 @@ def test_separated_members_are_all_found():
 
 
 def test_known_normal_scores():
-    found = outcome(*scores(shift=1.0, seed=1, each=10000), seed=1)
+    found = attack_metrics(*scores(shift=1.0, seed=1, each=10000), seed=1)
     assert found.auc == pytest.approx(norm.cdf(1 / np.sqrt(2)), abs=0.01)
     assert found.advantage == pytest.approx(2 * norm.cdf(0.5) - 1, abs=0.02)
     assert found.tpr[0.01] == pytest.approx(norm.sf(norm.isf(0.01) - 1), abs=0.02)
@@ -42,7 +42,7 @@ def test_known_normal_scores():
 
 def test_the_intervals_hold_at_about_their_rate():
     truth = {"auc": norm.cdf(0.5 / np.sqrt(2)), "advantage": 2 * norm.cdf(0.25) - 1}
-    found = [outcome(*scores(shift=0.5, seed=seed, each=300), seed) for seed in range(30)]
+    found = [attack_metrics(*scores(shift=0.5, seed=seed, each=300), seed) for seed in range(30)]
     auc_held = [o.auc_interval[0] <= truth["auc"] <= o.auc_interval[1] for o in found]
     advantage_held = [o.advantage_interval[0] <= truth["advantage"] <= o.advantage_interval[1] for o in found]
     assert sum(auc_held) >= 26
@@ -51,7 +51,7 @@ def test_the_intervals_hold_at_about_their_rate():
 
 
 def test_nothing_is_found_where_there_is_nothing():
-    found = [outcome(*scores(shift=0.0, seed=seed, each=200), seed) for seed in range(20)]
+    found = [attack_metrics(*scores(shift=0.0, seed=seed, each=200), seed) for seed in range(20)]
     assert sum(o.auc_interval[0] <= 0.5 <= o.auc_interval[1] for o in found) >= 17
     assert sum(o.advantage_interval[0] <= 0 <= o.advantage_interval[1] for o in found) >= 17
 
@@ -86,19 +86,19 @@ def test_the_best_attack_is_the_one_that_works():
 
 def test_the_seed_fixes_all():
     score_N, member_N = scores(shift=0.5, seed=0, each=100)
-    assert outcome(score_N, member_N, seed=1) == outcome(score_N, member_N, seed=1)
-    assert outcome(score_N, member_N, seed=1) != outcome(score_N, member_N, seed=2)
+    assert attack_metrics(score_N, member_N, seed=1) == attack_metrics(score_N, member_N, seed=1)
+    assert attack_metrics(score_N, member_N, seed=1) != attack_metrics(score_N, member_N, seed=2)
 
 
 def test_equal_scores_tell_nothing():
-    found = outcome(np.zeros(400), np.arange(400) < 200, seed=0)
+    found = attack_metrics(np.zeros(400), np.arange(400) < 200, seed=0)
     assert (found.auc, found.auc_interval, found.advantage, found.tpr[0.01]) == (0.5, (0.5, 0.5), 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("others", "seen"), [(99, []), (100, [0.01]), (999, [0.01]), (1000, [0.01, 0.001])])
 def test_a_rate_too_low_to_be_seen_is_not_told(others, seen):
     member_N = np.arange(50 + others) < 50
-    found = outcome(np.random.default_rng(0).standard_normal(50 + others) + 3 * member_N, member_N, seed=0)
+    found = attack_metrics(np.random.default_rng(0).standard_normal(50 + others) + 3 * member_N, member_N, seed=0)
     assert [rate for rate, value in found.tpr.items() if value is not None] == seen
     assert [rate for rate, value in found.tpr_interval.items() if value is not None] == seen
 
@@ -122,8 +122,8 @@ def test_matched_labels_give_a_label_reader_nothing():
     random = np.random.default_rng(0)
     members, others = random.random(2000) < 0.8, random.random(2000) < 0.3
     drawn = others[label_matched(members, others, seed=0)]
-    matched = outcome(np.r_[members, drawn].astype(float), np.arange(2000 + len(drawn)) < 2000, seed=0)
-    unmatched = outcome(np.r_[members, others].astype(float), np.arange(4000) < 2000, seed=0)
+    matched = attack_metrics(np.r_[members, drawn].astype(float), np.arange(2000 + len(drawn)) < 2000, seed=0)
+    unmatched = attack_metrics(np.r_[members, others].astype(float), np.arange(4000) < 2000, seed=0)
     assert matched.auc == pytest.approx(0.5, abs=0.002)
     assert unmatched.auc > 0.7
 
@@ -139,6 +139,6 @@ def test_matched_labels_give_a_label_reader_nothing():
 )
 def test_scores_that_do_not_fit_are_refused(score_N, member_N, says):
     with pytest.raises(PrivacyError, match=says):
-        outcome(score_N, member_N, seed=0)
+        attack_metrics(score_N, member_N, seed=0)
     with pytest.raises(PrivacyError, match="no attack"):
         best_advantage({}, member_N, seed=0)

@@ -8,18 +8,20 @@ from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.canaries import (
     AFFORDED,
     HUGE,
-    affordable,
     client_scores,
-    door,
     lower_bound,
+    num_trials,
     record_scores,
+    release_kind,
 )
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
-from ficpd.privacy.noise import Simulated
-from ficpd.types import Plan
+from ficpd.privacy.noise import SeededNoise
+from ficpd.types import ClientWorkload
 
 DELTA = 1e-3
-PLAN = Plan(num_records=60, sampling_rate=0.2, steps=2, participations=3, num_clients=6, cohort_rate=0.5, num_rounds=4)
+PLAN = ClientWorkload(
+    num_records=60, sampling_rate=0.2, steps=2, participations=3, num_clients=6, cohort_rate=0.5, num_rounds=4
+)
 SOUND = {
     "record": (record_gaussian, {}),
     "local": (client_gaussian, {"placement": "local"}),
@@ -34,17 +36,17 @@ def quick(monkeypatch):
     monkeypatch.setitem(AFFORDED, "sum", 1000)
 
 
-def built(kind: str, epsilon: float, plan: Plan = PLAN):
+def built(kind: str, epsilon: float, plan: ClientWorkload = PLAN):
     module, options = SOUND[kind]
     return module.build(module.Config(epsilon=epsilon, delta=DELTA, clip_norm=0.1, **options), plan)
 
 
-def unsound(how: str, epsilon: float, plan: Plan = PLAN):
+def unsound(how: str, epsilon: float, plan: ClientWorkload = PLAN):
     return broken.build(broken.Config(epsilon=epsilon, delta=DELTA, clip_norm=0.1, how=how), plan)
 
 
-def streams(trial: int) -> Simulated:
-    return Simulated("a test", trial)
+def streams(trial: int) -> SeededNoise:
+    return SeededNoise("a test", trial)
 
 
 # ---------------------------------------------------------------- sound and broken
@@ -67,7 +69,7 @@ def test_a_large_epsilon_shows(kind):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_broken_mechanism_is_above_its_epsilon(how, seed):
     mechanism = unsound(how, 2.0)
-    assert accountant.epsilon(mechanism.planned(), DELTA) <= 2.0
+    assert accountant.epsilon(mechanism.planned_costs(), DELTA) <= 2.0
     assert lower_bound(mechanism, PLAN, DELTA, trials=300, seed=seed) > 2.0
 
 
@@ -131,20 +133,23 @@ def test_equal_streams_give_equal_scores_and_each_world_its_own():
 
 def test_a_plan_without_releases_says_nothing():
     for kind in SOUND:
-        quiet = Plan(60, 0.2, 2, 0, 6, 0.5, 0)
+        quiet = ClientWorkload(60, 0.2, 2, 0, 6, 0.5, 0)
         assert lower_bound(built(kind, 2.0), quiet, DELTA, trials=50) == 0.0
 
 
-class Silent(Simulated):
+class Silent(SeededNoise):
     """No noise at all."""
 
-    def gaussian(self, values, deviation):
+    def add_gaussian(self, values, deviation):
         return values
 
 
 def test_the_score_is_the_log_likelihood_ratio():
     """One release x of rate 1: log N(x; 1, z²) - log N(x; 0, z²) = (2x - 1) / 2z², x in clip norms."""
-    for kind, plan in (("record", Plan(60, 1.0, 1, 1, 6, 1.0, 1)), ("central", Plan(60, 1.0, 1, 1, 6, 1.0, 1))):
+    for kind, plan in (
+        ("record", ClientWorkload(60, 1.0, 1, 1, 6, 1.0, 1)),
+        ("central", ClientWorkload(60, 1.0, 1, 1, 6, 1.0, 1)),
+    ):
         mechanism = built(kind, 8.0, plan)
         play = record_scores if kind == "record" else client_scores
         without, with_ = play(mechanism, plan, 1, lambda trial: Silent("a test"))
@@ -156,13 +161,17 @@ def test_the_score_is_the_log_likelihood_ratio():
 
 
 def test_the_door_is_the_units():
-    assert {kind: door(built(kind, 2.0)) for kind in SOUND} == {"record": "step", "local": "release", "central": "sum"}
+    assert {kind: release_kind(built(kind, 2.0)) for kind in SOUND} == {
+        "record": "step",
+        "local": "release",
+        "central": "sum",
+    }
     with pytest.raises(PrivacyError, match="promises nothing"):
         lower_bound(none.NoPrivacy(), PLAN, DELTA)
 
 
 def test_long_runs_are_played_fewer_times_but_not_too_few(monkeypatch):
     monkeypatch.setitem(AFFORDED, "step", 3000)
-    assert [affordable(built("record", 2.0), PLAN, asked) for asked in (100, 400, 2000)] == [100, 400, 500]
-    long = Plan(60, 0.2, 100, 10, 6, 0.5, 4)
-    assert affordable(built("record", 2.0), long, 2000) == 200
+    assert [num_trials(built("record", 2.0), PLAN, asked) for asked in (100, 400, 2000)] == [100, 400, 500]
+    long = ClientWorkload(60, 0.2, 100, 10, 6, 0.5, 4)
+    assert num_trials(built("record", 2.0), long, 2000) == 200

@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.membership import ATTACKS, Evidence, lira, rmia, yeom
+from ficpd.evaluation.audit.membership import ATTACKS, AttackData, lira, rmia, yeom
 
 
-def evidence(effect: float, difficulty: float, seed: int = 0, records: int = 600, shadows: int = 4) -> Evidence:
+def evidence(effect: float, difficulty: float, seed: int = 0, records: int = 600, shadows: int = 4) -> AttackData:
     """Losses of a made-up classifier. Being a member adds `effect` to a record's log odds, which else differ between
     records by `difficulty` and between prompts by 0.5."""
     random = np.random.default_rng(seed)
@@ -22,10 +22,10 @@ def evidence(effect: float, difficulty: float, seed: int = 0, records: int = 600
 
     odds_N, odds_Z = (1 + difficulty * random.standard_normal(records) for _ in range(2))
     every_SN, every_SZ = np.tile(odds_N, (shadows, 1)), np.tile(odds_Z, (shadows, 1))
-    return Evidence(loss(odds_N + effect * member_N), loss(every_SN), member_N, loss(odds_Z), loss(every_SZ))
+    return AttackData(loss(odds_N + effect * member_N), loss(every_SN), member_N, loss(odds_Z), loss(every_SZ))
 
 
-def auc(name: str, given: Evidence) -> float:
+def auc(name: str, given: AttackData) -> float:
     return float(roc_auc_score(given.member_N, ATTACKS[name](given)))
 
 
@@ -63,7 +63,7 @@ def test_a_lower_loss_never_scores_less(name):
 
 def test_lira_is_the_papers_z_score():
     p_N, p_SN = np.array([0.7, 0.4, 0.99]), np.array([[0.5, 0.3, 0.9], [0.6, 0.5, 0.95], [0.2, 0.4, 0.8]])
-    given = Evidence(-np.log(p_N), -np.log(p_SN), np.array([True, False, True]), np.ones(1), np.ones((3, 1)))
+    given = AttackData(-np.log(p_N), -np.log(p_SN), np.array([True, False, True]), np.ones(1), np.ones((3, 1)))
     phi_N, phi_SN = np.log(p_N / (1 - p_N)), np.log(p_SN / (1 - p_SN))
     deviation = np.sqrt(np.mean([phi_SN[:, i].var(ddof=1) for i in range(3)]))
     assert lira(given) == pytest.approx((phi_N - phi_SN.mean(axis=0)) / deviation)
@@ -71,7 +71,7 @@ def test_lira_is_the_papers_z_score():
 
 def test_sure_and_hopeless_predictions_are_borne():
     loss_N = np.array([0.0, -1e-9, 1e-12, 1e-7, 1e-3, 1.0, 50.0, 5000.0])
-    given = Evidence(loss_N, np.ones((1, 8)), np.zeros(8, bool), loss_N, np.ones((1, 8)))
+    given = AttackData(loss_N, np.ones((1, 8)), np.zeros(8, bool), loss_N, np.ones((1, 8)))
     for attack in ATTACKS.values():
         assert np.isfinite(attack(given)).all()
     assert (np.diff(lira(given)) <= 0).all()
@@ -121,8 +121,8 @@ def test_tensors_are_taken():
     given = evidence(effect=1.0, difficulty=1.0)
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     tensors = {name: torch.tensor(value) for name, value in fields.items() if name != "likelihood"}
-    assert np.array_equal(yeom(Evidence(**tensors)), yeom(given))
-    assert np.array_equal(lira(Evidence(**tensors)), lira(given))
+    assert np.array_equal(yeom(AttackData(**tensors)), yeom(given))
+    assert np.array_equal(lira(AttackData(**tensors)), lira(given))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,6 @@ def test_tensors_are_taken():
     ],
 )
 def test_evidence_that_does_not_fit_is_refused(field, value, says):
-    good = Evidence(np.ones(6), np.ones((3, 6)), np.ones(6, bool), np.ones(4), np.ones((3, 4)))
+    good = AttackData(np.ones(6), np.ones((3, 6)), np.ones(6, bool), np.ones(4), np.ones((3, 4)))
     with pytest.raises(PrivacyError, match=says):
         dataclasses.replace(good, **{field: value})

@@ -16,16 +16,16 @@ import pytest
 import small
 from ficpd import cli
 from ficpd.errors import RunError
-from ficpd.experiments.build import build_world
+from ficpd.experiments.build import build_context
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.comparison.compare import compare, read_comparison
-from ficpd.experiments.comparison.grid import Cell, Plan, planned
-from ficpd.experiments.comparison.results_dir import locked
-from ficpd.experiments.comparison.run_cell import Worlds, data_of, run_cell
+from ficpd.experiments.comparison.grid import Cell, Grid, expand
+from ficpd.experiments.comparison.results_dir import lock_directory
+from ficpd.experiments.comparison.run_cell import ContextCache, data_of, run_cell
+from ficpd.experiments.runner import no_progress
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.experiments.runner import silent
-from ficpd.experiments.setup import method_of, schedule_of
-from ficpd.federation.rounds import cohort_of
+from ficpd.experiments.setup import build_method, build_schedule
+from ficpd.federation.rounds import sample_cohort
 
 TESTS = Path(__file__).parents[2]
 FREE = "[budgets.free]\nepsilon = inf\nrounds = 3\n"
@@ -37,14 +37,14 @@ def workers_find_the_tests(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
-def plan(folder: Path, axes: str = "[methods.fedavg]\n", seeds: str = "[0]", more: str = "") -> Plan:
+def plan(folder: Path, axes: str = "[methods.fedavg]\n", seeds: str = "[0]", more: str = "") -> Grid:
     """A comparison's file beside its recipe and records."""
     folder.mkdir(exist_ok=True, parents=True)
     small.table(folder / "records.csv")
     (folder / "small.toml").write_text(small.toml(folder / "records.csv", rounds=3))
     text = f'name = "test"\nrecipe = "small.toml"\nreference = "fedavg"\nseeds = {seeds}\n{more}\n{axes}'
     (folder / "test.toml").write_text(text)
-    return planned(text, "test.toml", (), folder)
+    return expand(text, "test.toml", (), folder)
 
 
 def troubled(how: str, unless: Path | str = "") -> str:
@@ -65,7 +65,7 @@ def times(out: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, Plan, dict[str, Any]]:
+def finished(tmp_path_factory) -> tuple[Path, Grid, dict[str, Any]]:
     """Two budgets and two seeds; one method fails, one cannot be run with the private budget's compression."""
     folder = tmp_path_factory.mktemp("grid")
     axes = troubled("error") + '[methods.lora]\nmethod.name = "fedlora"\n[methods.ficpd]\nmethod.num_prototypes = 2\n'
@@ -149,9 +149,9 @@ def test_all_methods_of_a_condition_see_the_same_records_and_cohorts(finished):
 def cohorts(cell: Cell, size: int) -> tuple[tuple[str, ...], ...]:
     """Who is asked in each round, if not everybody is."""
     federation = cell.experiment.federation.model_copy(update={"clients_per_round": size})
-    world = build_world(cell.experiment.model_copy(update={"federation": federation}))
-    schedule = schedule_of(world, method_of(world, world.experiment.method))
-    return tuple(tuple(cohort_of(schedule, list(world.shards), round)) for round in (1, 2, 3))
+    context = build_context(cell.experiment.model_copy(update={"federation": federation}))
+    schedule = build_schedule(context, build_method(context, context.experiment.method))
+    return tuple(tuple(sample_cohort(schedule, list(context.shards), round)) for round in (1, 2, 3))
 
 
 def test_statistics_and_targets_are_of_the_cells(finished):
@@ -206,7 +206,7 @@ def test_a_second_call_runs_only_what_failed(finished):
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory) -> tuple[Plan, Path]:
+def once(tmp_path_factory) -> tuple[Grid, Path]:
     """One method, one seed: four runs that are finished."""
     folder = tmp_path_factory.mktemp("once")
     given = plan(folder)
@@ -215,7 +215,7 @@ def once(tmp_path_factory) -> tuple[Plan, Path]:
 
 
 @pytest.fixture
-def again(once, tmp_path) -> tuple[Plan, Path]:
+def again(once, tmp_path) -> tuple[Grid, Path]:
     """The same plan, and a copy of what it left."""
     given, folder = once
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -310,15 +310,15 @@ def test_records_that_changed_in_between_stop_the_comparison(again):
 
 def test_the_hash_of_the_records_tells_a_changed_word_and_another_holder(tmp_path):
     given = plan(tmp_path).cells[0].experiment
-    worlds = [build_world(given), build_world(given)]
+    worlds = [build_context(given), build_context(given)]
     file = tmp_path / "records.csv"
     before = file.read_text()
     file.write_text(before.replace(" was ", " is ", 1))
-    worlds.append(build_world(given))
+    worlds.append(build_context(given))
     lines = before.splitlines()
     file.write_text("\n".join([lines[0], lines[1].replace("site-0", "site-1"), *lines[2:]]) + "\n")
-    worlds.append(build_world(given))
-    hashes = [data_of(world.shards) for world in worlds]
+    worlds.append(build_context(given))
+    hashes = [data_of(context.shards) for context in worlds]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
 
@@ -327,12 +327,12 @@ def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
     """The same backbone in memory; its figures are those of a world of their own."""
     given = plan(tmp_path, "[methods.fedavg]\n" + FREE + PRIVATE)
     own = [c for c in given.cells if c.method == "fedavg"]
-    shared, found = Worlds(), {}
-    for name, worlds in (("shared", lambda: shared), ("alone", Worlds)):
+    shared, found = ContextCache(), {}
+    for name, worlds in (("shared", lambda: shared), ("alone", ContextCache)):
         for cell in own:
-            got = run_cell(cell.experiment, cell.hash, cell.ground, tmp_path / name, worlds(), silent)
+            got = run_cell(cell.experiment, cell.hash, cell.ground, tmp_path / name, worlds(), no_progress)
             found.setdefault(cell.hash, []).append(got)
-    assert shared.world is not None
+    assert shared.context is not None
     for one, other in found.values():
         assert one["figures"]["own"] == pytest.approx(other["figures"]["own"], abs=0.04)
         assert (one["bytes"], one["epsilon"], one["data"]) == (other["bytes"], other["epsilon"], other["data"])
@@ -344,7 +344,7 @@ def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     given = plan(tmp_path)
     with (
-        locked(tmp_path / "out"),
+        lock_directory(tmp_path / "out"),
         pytest.raises(RunError, match=rf"another `ficpd compare` is at work in .*out \(process {os.getpid()}\); wait"),
     ):
         compare(given, tmp_path / "out")
@@ -503,7 +503,7 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path):
     process.kill()
     process.communicate(timeout=300)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    with locked(out):
+    with lock_directory(out):
         pass
 
 

@@ -7,8 +7,8 @@ import pytest
 import small
 from ficpd.errors import ConfigError
 from ficpd.experiments.comparison import grid as plans
-from ficpd.experiments.comparison.grid import Plan, comparisons, planned, read_plan
-from ficpd.experiments.comparison.overrides import laid_over, parsed_sweeps
+from ficpd.experiments.comparison.grid import Grid, comparisons, expand, read_plan
+from ficpd.experiments.comparison.overrides import merge, parsed_sweeps
 
 AXES = """
 [methods.ficpd]
@@ -24,8 +24,8 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def plan(folder: Path, axes: str = AXES, *ablate: str, head: str = "seeds = [0, 1]") -> Plan:
-    return planned(f'name = "test"\nrecipe = "small.toml"\n{head}\n{axes}', "test.toml", ablate, folder)
+def plan(folder: Path, axes: str = AXES, *ablate: str, head: str = "seeds = [0, 1]") -> Grid:
+    return expand(f'name = "test"\nrecipe = "small.toml"\n{head}\n{axes}', "test.toml", ablate, folder)
 
 
 def refused(folder: Path, axes: str = AXES, *ablate: str, head: str = "") -> str:
@@ -34,7 +34,7 @@ def refused(folder: Path, axes: str = AXES, *ablate: str, head: str = "") -> str
     return str(caught.value)
 
 
-def values(found: Plan, method: str, path: str) -> list:
+def values(found: Grid, method: str, path: str) -> list:
     part, key = path.split(".")
 
     def of(cell) -> object:
@@ -123,7 +123,7 @@ def test_a_partition_is_that_of_every_group(folder):
     )
     (folder / "small.toml").write_text(rest + groups)
     found = plan(folder, AXES + '[partitions.iid]\npartition = { kind = "iid", num_clients = 2 }\n')
-    assert {party.partition.kind for c in found.cells for party in c.experiment.parties.values()} == {"iid"}
+    assert {party.partition.kind for c in found.cells for party in c.experiment.all_groups.values()} == {"iid"}
 
 
 def test_a_run_is_named_by_what_it_asks_for(folder):
@@ -161,7 +161,7 @@ def test_every_comparison_that_comes_with_the_package_is_one(monkeypatch):
         ("privcy.epsilon=1,2", "unknown part 'privcy'; did you mean 'privacy'?"),
         ("seed.x=1,2", "unknown part 'seed'"),
         ("method.name=fedavg,fpl", "methods are entries of the file"),
-        ("training.tuner=adam,,sgd", "a value is empty"),
+        ("training.optimizer=adam,,sgd", "a value is empty"),
         ("training.local_steps=1,2,1", "a value stands there twice"),
         (
             "method.num_prototype=1,2",
@@ -245,7 +245,7 @@ def test_a_name_that_is_not_there_names_the_nearest():
 
 def test_a_piece_of_another_name_takes_the_place_of_the_part():
     base = {"privacy": {"name": "none"}, "partition": {"kind": "column", "column": "site"}}
-    over = laid_over(base, {"privacy": {"name": "record_gaussian", "epsilon": 1.0}, "partition": {"min_records": 2}})
+    over = merge(base, {"privacy": {"name": "record_gaussian", "epsilon": 1.0}, "partition": {"min_records": 2}})
     assert over == {
         "privacy": {"name": "record_gaussian", "epsilon": 1.0},
         "partition": {"kind": "column", "column": "site", "min_records": 2},

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ficpd.experiments.comparison.pareto import fronts, on_front, reached, targets
-from ficpd.experiments.comparison.results import NOTHING, within
-from ficpd.experiments.comparison.summary import Seen, conditions, settings
+from ficpd.experiments.comparison.pareto import cost_to_target, first_reaching, is_pareto, pareto_fronts
+from ficpd.experiments.comparison.results import NOTHING, truncate_to_budget
+from ficpd.experiments.comparison.summary import ResultView, conditions, settings
 
 METRIC = {"name": "accuracy", "scale": 100, "digits": 1, "unit": " %", "less_is_better": False}
 ERROR = {"name": "rmse", "scale": 1, "digits": 3, "unit": "", "less_is_better": True}
@@ -52,19 +52,19 @@ def row(
     return {**NOTHING, **labels, **went, "figures": figures, "curve": points, **spent}
 
 
-def seen(rows: list[dict], reference: str = "a", metrics: dict | None = None) -> Seen:
+def seen(rows: list[dict], reference: str = "a", metrics: dict | None = None) -> ResultView:
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    return Seen(rows, methods, "own", "t", reference, metrics or {"t": METRIC})
+    return ResultView(rows, methods, "own", "t", reference, metrics or {"t": METRIC})
 
 
 # ---------------------------------------------------------------- targets
 
 
 def test_a_target_is_reached_in_the_first_round_at_or_beyond_it():
-    found = reached(curve([0.5, 0.75, 0.7, 0.8]), "own", 0.75, less_is_better=False)
+    found = first_reaching(curve([0.5, 0.75, 0.7, 0.8]), "own", 0.75, less_is_better=False)
     assert found == {"round": 2, "bytes": 200, "bytes_up": 120, "bytes_down": 80, "queries": 20, "seconds": 1.0}
-    assert reached(curve([0.5, 0.7]), "own", 0.75, less_is_better=False) is None
-    assert reached(curve([3.0, 2.0, 1.0]), "own", 2.5, less_is_better=True)["round"] == 2
+    assert first_reaching(curve([0.5, 0.7]), "own", 0.75, less_is_better=False) is None
+    assert first_reaching(curve([3.0, 2.0, 1.0]), "own", 2.5, less_is_better=True)["round"] == 2
 
 
 def test_targets_are_shares_of_each_seeds_own_centralised_end():
@@ -72,7 +72,7 @@ def test_targets_are_shares_of_each_seeds_own_centralised_end():
         row("centralized", [0.9, 1.0], 0), row("centralized", [0.5, 0.5], 1),
         row("a", [0.85, 0.9, 0.95], 0), row("a", [0.4, 0.44, 0.46], 1),
     ]  # fmt: skip
-    nine, more = targets(seen(rows), [0.9, 0.95])
+    nine, more = cost_to_target(seen(rows), [0.9, 0.95])
     assert nine["target"] == pytest.approx(0.675)
     assert [one and one["round"] for one in nine["methods"]["a"]["seeds"]] == [2, 3]  # of 0.90 and 0.45
     assert (nine["methods"]["a"]["reached"], nine["methods"]["a"]["rounds"], nine["methods"]["a"]["bytes"]) == (
@@ -87,7 +87,7 @@ def test_targets_are_shares_of_each_seeds_own_centralised_end():
 
 def test_of_an_error_the_target_is_above_the_end():
     rows = [row("centralized", [1.0, 0.9]), row("a", [1.2, 1.01, 0.99])]
-    (found,) = targets(seen(rows, metrics={"t": ERROR}), [0.9])
+    (found,) = cost_to_target(seen(rows, metrics={"t": ERROR}), [0.9])
     assert found["target"] == pytest.approx(1.0)
     assert found["methods"]["a"]["rounds"] == 3
 
@@ -97,9 +97,9 @@ def test_of_an_error_the_target_is_above_the_end():
 
 def test_the_front_is_whom_nobody_beats():
     points = [(10, 0.5), (20, 0.7), (20, 0.6), (30, 0.7), (40, 0.9), (5, 0.1)]
-    assert on_front(points) == [True, True, False, False, True, True]
-    assert on_front([(1, 2.0), (2, 3.0), (3, 1.0)], less_is_better=True) == [True, False, True]
-    assert on_front([]) == []
+    assert is_pareto(points) == [True, True, False, False, True, True]
+    assert is_pareto([(1, 2.0), (2, 3.0), (3, 1.0)], less_is_better=True) == [True, False, True]
+    assert is_pareto([]) == []
 
 
 def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
@@ -107,7 +107,7 @@ def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
         row("a", [0.6, 0.8], 0, epsilon=2.0), row("a", [0.6, 0.6], 1, epsilon=2.0),
         row("b", [0.9], 0), row("b", [0.7], 1), row("centralized", [0.95], 0),
     ]  # fmt: skip
-    found = {front["cost"]: front for front in fronts(seen(rows))}
+    found = {front["cost"]: front for front in pareto_fronts(seen(rows))}
     assert [(p["method"], p["cost"], p["on_front"]) for p in found["bytes"]["points"]] == [
         ("a", 200, False),
         ("b", 100, True),
@@ -120,20 +120,20 @@ def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
 
 
 def test_a_budget_of_bytes_takes_the_last_round_that_it_pays_for():
-    found = within(row("a", [0.5, 0.6, 0.7]), {"bytes": 250})
+    found = truncate_to_budget(row("a", [0.5, 0.6, 0.7]), {"bytes": 250})
     assert (found["figures"]["own"], found["at_round"], found["bytes"]["total"]) == (0.6, 2, 200)
     assert (found["rounds"], len(found["curve"])) == (3, 2)
-    assert within(row("a", [0.5, 0.6]), {"bytes": 200})["figures"]["own"] == 0.6
-    assert within(row("a", [0.5, 0.6]), {"bytes": 1000, "queries": 10})["at_round"] == 1
+    assert truncate_to_budget(row("a", [0.5, 0.6]), {"bytes": 200})["figures"]["own"] == 0.6
+    assert truncate_to_budget(row("a", [0.5, 0.6]), {"bytes": 1000, "queries": 10})["at_round"] == 1
 
 
 def test_a_budget_that_pays_for_nothing_says_so():
-    found = within(row("a", [0.5]), {"bytes": 99})
+    found = truncate_to_budget(row("a", [0.5]), {"bytes": 99})
     assert (found["status"], found["figures"]) == ("refused", None)
     assert found["reason"] == "its first evaluated round takes 100 bytes where the budget has 99"
     uncounted = row("a", [0.5])
     uncounted["curve"][0]["queries"] = None
-    assert "were not counted" in within(uncounted, {"queries": 5})["reason"]
+    assert "were not counted" in truncate_to_budget(uncounted, {"queries": 5})["reason"]
 
 
 # ---------------------------------------------------------------- together

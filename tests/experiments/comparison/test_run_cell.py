@@ -4,8 +4,8 @@ import pytest
 
 import small
 from ficpd.errors import DataError
-from ficpd.experiments.comparison.run_cell import Worlds, curve_of, figures_of, run_cell
-from ficpd.experiments.runner import silent
+from ficpd.experiments.comparison.run_cell import ContextCache, curve_of, figures_of, run_cell
+from ficpd.experiments.runner import no_progress
 
 
 def result(own: float = 0.8, **more) -> dict:
@@ -70,5 +70,5 @@ def test_what_is_no_number_is_none():
 def test_a_cell_that_could_not_be_distilled_at_its_end_is_not_begun(tmp_path):
     given = small.experiment(tmp_path, "ficpd", "distillation.how=kl", "distillation.texts=nowhere.txt")
     with pytest.raises(DataError, match=r"distillation\.texts: nowhere\.txt"):
-        run_cell(given, "key", "ground", tmp_path / "cells", Worlds(), silent)
+        run_cell(given, "key", "ground", tmp_path / "cells", ContextCache(), no_progress)
     assert not (tmp_path / "cells").exists()

@@ -2,12 +2,20 @@
 
 import pytest
 
-from ficpd.experiments.comparison.statistics import Pairs, against, corrected, holm, mean_ranks, p_of, spread
+from ficpd.experiments.comparison.statistics import (
+    PairedSamples,
+    apply_holm,
+    holm,
+    mean_ci,
+    mean_ranks,
+    p_of,
+    paired_test,
+)
 
 
 def test_mean_and_interval_of_three():
     """80, 82, 87: mean 83, sum of squares 26, sd √13, t(2) at 97.5 % is 4.302653."""
-    found = spread([80.0, 82.0, 87.0])
+    found = mean_ci([80.0, 82.0, 87.0])
     assert found.mean == 83
     assert found.sd == pytest.approx(13**0.5)
     half = 4.302653 * 13**0.5 / 3**0.5
@@ -15,15 +23,15 @@ def test_mean_and_interval_of_three():
 
 
 def test_of_one_or_none_there_is_no_interval():
-    assert spread([0.5]) == (0.5, None, None)
-    assert spread([]) == (None, None, None)
-    assert spread([0.5, 0.5]) == (0.5, 0.0, [0.5, 0.5])
+    assert mean_ci([0.5]) == (0.5, None, None)
+    assert mean_ci([]) == (None, None, None)
+    assert mean_ci([0.5, 0.5]) == (0.5, 0.0, [0.5, 0.5])
 
 
 def test_a_paired_t_test_by_hand():
     """Differences 1, 2, 3: mean 2, sd 1, t = 2√3 = 3.4641 with 2 degrees of freedom. For those the two-sided
     p is 1 - t/√(2 + t²) = 1 - √(12/14)."""
-    p, why = p_of(Pairs([11.0, 22.0, 33.0], [10.0, 20.0, 30.0]), "t")
+    p, why = p_of(PairedSamples([11.0, 22.0, 33.0], [10.0, 20.0, 30.0]), "t")
     assert why is None
     assert p == pytest.approx(1 - (12 / 14) ** 0.5)
 
@@ -31,15 +39,15 @@ def test_a_paired_t_test_by_hand():
 def test_wilcoxon_by_hand():
     """Six differences of one sign: of 2⁶ signings two are as extreme, p = 2/64."""
     own, other = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    assert p_of(Pairs(own, other), "wilcoxon")[0] == pytest.approx(2 / 64)
-    assert p_of(Pairs(own[:5], other[:5]), "wilcoxon")[0] == pytest.approx(2 / 32)
+    assert p_of(PairedSamples(own, other), "wilcoxon")[0] == pytest.approx(2 / 64)
+    assert p_of(PairedSamples(own[:5], other[:5]), "wilcoxon")[0] == pytest.approx(2 / 32)
 
 
 def test_where_there_is_no_test_it_says_why():
-    assert p_of(Pairs([1.0], [2.0]), "t") == (None, "one pair is too few")
-    assert p_of(Pairs([1.0, 2.0], [1.0, 2.0]), "t") == (None, "no pair differs")
-    assert p_of(Pairs([1.0, 2.0], [0.5, 1.5]), "t") == (None, "all pairs differ by the same")
-    assert against(Pairs([], []), "t", "ficpd")["why"] == "no pair of finished cells with ficpd"
+    assert p_of(PairedSamples([1.0], [2.0]), "t") == (None, "one pair is too few")
+    assert p_of(PairedSamples([1.0, 2.0], [1.0, 2.0]), "t") == (None, "no pair differs")
+    assert p_of(PairedSamples([1.0, 2.0], [0.5, 1.5]), "t") == (None, "all pairs differ by the same")
+    assert paired_test(PairedSamples([], []), "t", "ficpd")["why"] == "no pair of finished cells with ficpd"
 
 
 def test_holm_by_hand():
@@ -52,12 +60,12 @@ def test_holm_by_hand():
 
 def test_a_line_is_not_tested_and_does_not_count():
     entries = {
-        label: against(Pairs(own, [1.0, 2.0, 3.0]), "t", "ref")
+        label: paired_test(PairedSamples(own, [1.0, 2.0, 3.0]), "t", "ref")
         for label, own in {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.1, 2.8], "local": [3.0, 2.0, 9.0]}.items()
     }
     first = entries["a"]["p"]
     found = {**entries, "ref": None}
-    corrected(found, ["local"])
+    apply_holm(found, ["local"])
     assert found["a"]["p_holm"] == pytest.approx(2 * first)
     assert found["local"]["p"] is None
     assert found["local"]["difference"] == pytest.approx(8 / 3)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ficpd import rng
-from ficpd.evaluation.fairness import over_clients, worse_off
+from ficpd.evaluation.fairness import over_clients, share_worse_off
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.rounds import Round
 from ficpd.library.library import PromptLibrary
@@ -34,7 +34,9 @@ def run(folder: Path, clients: int = 12) -> Path:
     names = [HOSTILE, *(f"site-{i}" for i in range(1, clients))]
     folder.mkdir(parents=True)
     own, alone = result("ficpd", names, 0.8, 2.0), result("local", names, 0.75, 0.0)
-    own["fairness"]["worse_off_than_local"] = worse_off(own["metrics"]["per_client"], alone["metrics"]["per_client"])
+    own["fairness"]["worse_off_than_local"] = share_worse_off(
+        own["metrics"]["per_client"], alone["metrics"]["per_client"]
+    )
     own |= {
         "clusters": {
             "member": {n: i % 2 for i, n in enumerate(names)}, "number": 2, "agreement": {"domain": 0.5, LABEL: None}
@@ -142,7 +144,7 @@ def left(folder: Path, names: list[str]) -> None:
     start = Prompt(torch.zeros(3, 8), "tiny-0", 1)
 
     def drawn(*what: object) -> torch.Tensor:
-        return torch.randn(3, 8, generator=rng.generator("made up", *what))
+        return torch.randn(3, 8, generator=rng.make_generator("made up", *what))
 
     prompts = {name: start.with_vectors(drawn(name)) for name in ("global", "prototype-0", "prototype-1")}
     keys = {name: torch.nn.functional.normalize(drawn("key", name)[0], dim=0) for name in prompts}

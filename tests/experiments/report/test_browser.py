@@ -13,7 +13,7 @@ import pytest
 import small
 import test_groups
 from ficpd.experiments.comparison.compare import compare
-from ficpd.experiments.comparison.grid import planned
+from ficpd.experiments.comparison.grid import expand
 from ficpd.experiments.report.build import write_page
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -68,7 +68,7 @@ def _real_comparison(folder: Path) -> Path:
     small.table(folder / "records.csv")
     (folder / "small.toml").write_text(small.toml(folder / "records.csv", rounds=3))
     text = f'name = "test"\nrecipe = "small.toml"\nreference = "fedavg"\nseeds = [0, 1]\nevaluate_every = 1\n{axes}'
-    compare(planned(text, "test.toml", (), folder), folder / "out", jobs=2)
+    compare(expand(text, "test.toml", (), folder), folder / "out", jobs=2)
     return folder / "out"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import small
-from ficpd.federation.aggregation.mean import mean_of, weighted_mean
+from ficpd.federation.aggregation.mean import weighted_mean, weighted_mean_of
 from ficpd.types import ClientUpdate
 
 
@@ -57,5 +57,5 @@ def test_a_mean_of_one_is_that_one_and_of_equals_theirs():
 def test_named_arrays_are_averaged_alike_and_absent_names_ignored():
     given = updates()
     arrays, weights = {u.client: u.arrays["delta"] for u in given}, {u.client: u.weight for u in given} | {"gone": 9.0}
-    assert torch.equal(mean_of(arrays, weights), weighted_mean(given, "delta"))
-    assert torch.equal(mean_of(dict(reversed(list(arrays.items()))), weights), weighted_mean(given, "delta"))
+    assert torch.equal(weighted_mean_of(arrays, weights), weighted_mean(given, "delta"))
+    assert torch.equal(weighted_mean_of(dict(reversed(list(arrays.items()))), weights), weighted_mean(given, "delta"))

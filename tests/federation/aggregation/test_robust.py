@@ -15,9 +15,9 @@ from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import ROUNDS, RunDir
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.aggregation.mean import weighted_mean
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.federation.privacy_plan import part_for
-from ficpd.federation.rounds import Schedule
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.federation.privacy_plan import privacy_config_for
+from ficpd.federation.rounds import RoundSchedule
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 from ficpd.types import ClientCard, ClientUpdate, Query, State
@@ -25,7 +25,7 @@ from ficpd.types import ClientCard, ClientUpdate, Query, State
 RULES = ("trimmed_mean", "norm_bound", "multi_krum")
 APART = {"fedbpt", "feddtpt", "fedhpl", "prompt_dpsgd"}
 """What their clients send is a search's population, words, logits kept by client, nothing: no mean is taken of it."""
-AVERAGING = [n for n in names("methods") if n not in APART and (m := small.method(n)).releases and not m.pools_data]
+AVERAGING = [n for n in names("methods") if n not in APART and (m := small.method(n)).releases and not m.centralized]
 POISONED = "site-3"
 
 
@@ -40,7 +40,7 @@ def build(config, plan):
 class Lying(NoPrivacy):
     """Lets everything through, but of one client fifty times the opposite."""
 
-    def release(self, update, noise):
+    def privatize_update(self, update, noise):
         factor = -50.0 if update.client == POISONED else 1.0
         return ClientUpdate(update.client, {n: factor * a for n, a in update.arrays.items()}, update.weight)
 
@@ -52,8 +52,8 @@ def updates(*values, weights=None) -> list[ClientUpdate]:
 
 
 def mean(rule: str, given: list[ClientUpdate], **config) -> tuple[torch.Tensor, dict]:
-    means = Means(Robust(rule=rule, **config), given)  # type: ignore[arg-type]
-    return means.everyone(), means.facts
+    means = RobustAggregator(RobustConfig(rule=rule, **config), given)  # type: ignore[arg-type]
+    return means.mean_all(), means.facts
 
 
 def honest(count: int = 9, size: int = 12) -> list[ClientUpdate]:
@@ -167,7 +167,7 @@ def test_each_rule_by_hand():
 
 def test_an_update_within_the_bound_is_not_touched():
     given = honest()
-    means = Means(Robust(rule="norm_bound", max_norm=1e3), given)
+    means = RobustAggregator(RobustConfig(rule="norm_bound", max_norm=1e3), given)
     assert all(after is before for after, before in zip(means.updates, given, strict=True))
     assert means.facts == {"set_aside": {}, "too_few": {}}
 
@@ -216,14 +216,16 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
         method = small.method(name, robust={"rule": "mean" if setting == "honest" else setting})
         members = small.clients(model, method, 7, mechanism=mechanism)
         first = loss(method, members, small.first_state(method, members), model)
-        state, reports = small.rounds(method, members, model, Schedule(4, 7, 0))
+        state, reports = small.rounds(method, members, model, RoundSchedule(4, 7, 0))
         losses[setting] = loss(method, members, state, model)
         assert not any(report.dropped for report in reports)
         if setting == rule:
             assert all(POISONED in report.set_aside for report in reports)
             read, _ = storage.decode_state(storage.encode_state(state, {}))
             assert read.facts == state.facts
-            updates = [ClientUpdate(n, {k: torch.randn(s) for k, s in method.layout(state).items()}) for n in members]
+            updates = [
+                ClientUpdate(n, {k: torch.randn(s) for k, s in method.update_spec(state).items()}) for n in members
+            ]
             after = [method.aggregate(state, small.shuffled(updates, seed), 5, model) for seed in (0, 1)]
             assert small.same(after[0].arrays, after[1].arrays)
             assert after[0].facts == after[1].facts
@@ -237,8 +239,10 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
 @pytest.mark.parametrize(("name", "config"), [("ficpd", {"num_prototypes": 1}), ("fpl", {"clusters": "none"})])
 def test_a_prototype_goes_by_the_rule_as_the_global_prompt_does(model, rule, name, config):
     method = small.method(name, robust={"rule": rule}, **config)
-    state, reports = small.rounds(method, small.clients(model, method, 7, mechanism=Lying()), model, Schedule(3, 7, 0))
-    assert small.close(method.basis(state)["prototype-0"], method.prompt(state))
+    state, reports = small.rounds(
+        method, small.clients(model, method, 7, mechanism=Lying()), model, RoundSchedule(3, 7, 0)
+    )
+    assert small.close(method.library_prompts(state)["prototype-0"], method.global_prompt(state))
     assert rule == "norm_bound" or "prototype-0" in reports[-1].set_aside[POISONED]
 
 
@@ -255,9 +259,9 @@ def test_one_noised_sum_is_refused_by_all_rules_but_the_mean(name):
     central = {"name": "client_gaussian", "placement": "central"}
     for rule in RULES:
         with pytest.raises(PrivacyError, match=r"method.robust.rule = 'mean'"):
-            part_for(small.method(name, robust={"rule": rule}), central)
+            privacy_config_for(small.method(name, robust={"rule": rule}), central)
     if name != "ficpd":
-        assert part_for(small.method(name), central) == central
+        assert privacy_config_for(small.method(name), central) == central
 
 
 # ---------------------------------------------------------------- what a person sees

@@ -4,34 +4,36 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ficpd.federation.aggregation.robust import Means, Robust
-from ficpd.federation.aggregation.server_optimizer import FIRST, SECOND, ServerStep, extrapolation
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.federation.aggregation.server_optimizer import FIRST, SECOND, ServerOptimizer, fedexp_factor
 from ficpd.types import ClientUpdate
 
 DELTAS = [torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 4.0]])]
 
 
-def walked(step: ServerStep) -> list[torch.Tensor]:
+def walked(step: ServerOptimizer) -> list[torch.Tensor]:
     arrays, moves = {}, []
     for delta in DELTAS:
-        move, arrays = step.moved(delta, arrays)
+        move, arrays = step.step(delta, arrays)
         moves.append(move)
     return moves
 
 
 def test_plain_is_the_mean_update_times_the_rate():
-    assert all(torch.equal(move, 0.5 * delta) for move, delta in zip(walked(ServerStep(rate=0.5)), DELTAS, strict=True))
-    assert ServerStep().moved(DELTAS[0], {})[1] == {}
+    assert all(
+        torch.equal(move, 0.5 * delta) for move, delta in zip(walked(ServerOptimizer(rate=0.5)), DELTAS, strict=True)
+    )
+    assert ServerOptimizer().step(DELTAS[0], {})[1] == {}
 
 
 def test_momentum_adds_up_what_came_before():
-    moves = walked(ServerStep(kind="momentum", momentum=0.5, rate=2.0))
+    moves = walked(ServerOptimizer(kind="momentum", momentum=0.5, rate=2.0))
     expected = 2 * (DELTAS[2] + 0.5 * DELTAS[1] + 0.25 * DELTAS[0])
     torch.testing.assert_close(moves[2], expected)
 
 
 def test_adam_is_algorithm_2():
-    moves = walked(ServerStep(kind="adam", rate=0.1, adaptivity=0.01))
+    moves = walked(ServerOptimizer(kind="adam", rate=0.1, adaptivity=0.01))
     first = second = torch.zeros(1, 2)
     for delta in DELTAS:
         first, second = 0.9 * first + 0.1 * delta, 0.99 * second + 0.01 * delta * delta
@@ -39,21 +41,21 @@ def test_adam_is_algorithm_2():
 
 
 def test_moments_are_found_again_and_no_others_kept():
-    _, kept = ServerStep(kind="adam").moved(DELTAS[0], {"else": torch.ones(1)})
+    _, kept = ServerOptimizer(kind="adam").step(DELTAS[0], {"else": torch.ones(1)})
     assert set(kept) == {FIRST, SECOND}
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "sgd"}, {"rate": 0}, {"momentum": 1.0}, {"adaptivity": 0.0}, {"beta": 0.9}])
 def test_what_is_no_step_is_refused(wrong):
     with pytest.raises(ValidationError):
-        ServerStep(**wrong)
+        ServerOptimizer(**wrong)
 
 
 def eta(deltas: torch.Tensor, weights: list[float] | None = None, noise: float | None = 0.0) -> float:
     shares = weights or [1.0] * len(deltas)
     mean = torch.tensordot(torch.tensor(shares) / sum(shares), deltas, dims=1)
     named = {str(place): delta for place, delta in enumerate(deltas)}
-    return extrapolation(mean, named, dict(zip(named, shares, strict=True)), noise)
+    return fedexp_factor(mean, named, dict(zip(named, shares, strict=True)), noise)
 
 
 def test_a_step_is_longer_by_as_much_as_clients_disagree():
@@ -90,19 +92,19 @@ def test_noise_is_no_disagreement():
 
 
 def test_lengths_are_not_taken_of_what_a_rule_distrusts():
-    step = ServerStep(kind="extrapolated")
-    step.check(Robust(rule="norm_bound"))
+    step = ServerOptimizer(kind="extrapolated")
+    step.check(RobustConfig(rule="norm_bound"))
     for rule in ("trimmed_mean", "multi_krum"):
         with pytest.raises(ValueError, match=f'"{rule}"'):
-            step.check(Robust(rule=rule))
-        ServerStep().check(Robust(rule=rule))
+            step.check(RobustConfig(rule=rule))
+        ServerOptimizer().check(RobustConfig(rule=rule))
 
 
 def test_by_another_rule_than_the_mean_no_claimed_weight_makes_a_step_longer():
     """Four at right angles; the first says that it counts a million times."""
     claims = (1e6, 1.0, 1.0, 1.0)
     came = [ClientUpdate(str(i), {"delta": torch.eye(4)[None, i]}, claims[i]) for i in range(4)]
-    step, member = ServerStep(kind="extrapolated"), dict.fromkeys("0123", 0)
-    more = step.farther(Means(Robust(rule="norm_bound"), came), member, 0.0)
+    step, member = ServerOptimizer(kind="extrapolated"), dict.fromkeys("0123", 0)
+    more = step.per_client_extrapolation(RobustAggregator(RobustConfig(rule="norm_bound"), came), member, 0.0)
     torch.testing.assert_close(more["3"], torch.full((1, 4), 0.25))  # η = 2: once more the mean
-    assert ServerStep().farther(Means(Robust(), came), member, 0.0) == {}
+    assert ServerOptimizer().per_client_extrapolation(RobustAggregator(RobustConfig(), came), member, 0.0) == {}

@@ -11,12 +11,12 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 
 from ficpd.errors import ConfigError
 from ficpd.federation import codec
-from ficpd.federation.compression.projected import Rows, orthonormal_rows
-from ficpd.federation.compression.quantization import Bits, Quantised, dequantise, quantise
-from ficpd.federation.compression.subspace import Buckets, Directions
+from ficpd.federation.compression.projected import TokenProjection, orthonormal_rows
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression, dequantise, quantise
+from ficpd.federation.compression.subspace import GradientSubspace, SparseRandomSubspace
 from ficpd.interfaces import Compression
 from ficpd.registry import load, names
-from ficpd.types import ArrayKind, ClientUpdate, Prompt
+from ficpd.types import ArraySpec, ClientUpdate, Prompt
 
 P, D, HEADS = 8, 6, 2
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_every_compression_is_tested_here():
 def test_what_travels_is_what_wire_says(name, bits):
     compression = build(name, bits)
     packed = compression.pack(compression.project(update()))
-    assert {n: ArrayKind(tuple(a.shape), a.dtype) for n, a in packed.items()} == compression.wire(LAYOUT)
+    assert {n: ArraySpec(tuple(a.shape), a.dtype) for n, a in packed.items()} == compression.encoded_spec(LAYOUT)
     assert {"delta", "counts", "prototypes"} <= packed.keys() <= {*LAYOUT, "delta.scale"}
     assert packed["delta"].dtype == {8: torch.int8, 16: torch.int16, 32: torch.float32}[bits]
 
@@ -81,7 +81,7 @@ def test_what_travels_is_what_wire_says(name, bits):
 def test_what_travels_passes_the_codec(name, bits):
     compression = build(name, bits)
     sent = ClientUpdate("site-1", compression.pack(compression.project(update())), 2.0)
-    expected = codec.Expected("site-1", 3, "tiny", compression.wire(LAYOUT), max_norm=1e3)
+    expected = codec.ExpectedUpdate("site-1", 3, "tiny", compression.encoded_spec(LAYOUT), max_norm=1e3)
     read = codec.decode_update(codec.encode_update(sent, 3, "tiny"), expected)
     back, direct = compression.unpack(read.arrays), compression.unpack(sent.arrays)
     assert back.keys() == direct.keys()
@@ -103,7 +103,7 @@ def test_what_is_no_prompt_travels_untouched(name, bits):
     assert torch.equal(back["counts"], sent["counts"])
     assert torch.equal(back["prototypes"], sent["prototypes"])
     assert there_and_back(build(name, bits), {}) == {}
-    assert build(name, bits).wire({}) == {}
+    assert build(name, bits).encoded_spec({}) == {}
 
 
 def test_what_comes_back_is_the_orthogonal_projection(name):
@@ -181,17 +181,17 @@ def test_an_array_that_looks_like_a_projected_one_is_refused(named, shape):
     compression = build(named)
     words = "'counts' is .*expected another shape"
     with pytest.raises(ConfigError, match=words):
-        compression.wire({"delta": (P, D), "counts": shape})
+        compression.encoded_spec({"delta": (P, D), "counts": shape})
     with pytest.raises(ConfigError, match=words):
         compression.project({"delta": torch.zeros(P, D), "counts": torch.zeros(shape)})
 
 
 def test_an_array_named_like_a_scale_is_refused_where_there_are_scales(name):
     layout = {"delta": (P, D), "delta.scale": (1,)}
-    assert build(name, 32).wire(layout).keys() == layout.keys()
+    assert build(name, 32).encoded_spec(layout).keys() == layout.keys()
     with pytest.raises(ConfigError, match=r"'delta\.scale' has the name"):
-        build(name, 8).wire(layout)
-    assert build(name, 8).wire({"counts": (4,), "counts.scale": (1,)}).keys() == {"counts", "counts.scale"}
+        build(name, 8).encoded_spec(layout)
+    assert build(name, 8).encoded_spec({"counts": (4,), "counts.scale": (1,)}).keys() == {"counts", "counts.scale"}
 
 
 # ---------------------------------------------------------------- bits
@@ -265,7 +265,7 @@ def test_head_rows_travel_as_they_are():
     assert projected.shape == (3 + HEADS, D)
     assert torch.equal(projected[-HEADS:], delta[-HEADS:])
     assert torch.equal(compression.unpack({"delta": projected})["delta"][-HEADS:], delta[-HEADS:])
-    assert build("projected", heads=0).wire({"delta": (P, D)}) == {"delta": ArrayKind((3, D))}
+    assert build("projected", heads=0).encoded_spec({"delta": (P, D)}) == {"delta": ArraySpec((3, D))}
 
 
 def test_virtual_tokens_are_mixed_by_a_matrix_with_orthonormal_rows():
@@ -286,33 +286,33 @@ def test_projected_needs_fewer_tokens_than_the_prompt_has(given_):
     words = rf"num_tokens = {given_}, expected 1 to 5: the prompt has 6 virtual tokens .* choose"
     with pytest.raises(ConfigError, match=words):
         build("projected", num_tokens=given_)
-    assert build("projected", num_tokens=5).wire({"delta": (P, D)})["delta"].shape == (5 + HEADS, D)
+    assert build("projected", num_tokens=5).encoded_spec({"delta": (P, D)})["delta"].shape == (5 + HEADS, D)
 
 
 # ---------------------------------------------------------------- subspace
 
 
 def test_only_a_subspace_has_coordinates():
-    assert build("none").coordinates is None
-    assert build("projected").coordinates is None
-    coordinates = build("subspace").coordinates
+    assert build("none").subspace is None
+    assert build("projected").subspace is None
+    coordinates = build("subspace").subspace
     assert coordinates is not None
     assert coordinates.size == 13
     delta = update()["delta"]
-    assert torch.equal(build("subspace").project({"delta": delta})["delta"], coordinates.down(delta))
+    assert torch.equal(build("subspace").project({"delta": delta})["delta"], coordinates.project(delta))
 
 
 def test_what_lies_in_the_subspace_is_not_changed():
     compression = build("subspace")
-    assert compression.coordinates is not None
-    delta = compression.coordinates.up(drawn(13))
+    assert compression.subspace is not None
+    delta = compression.subspace.lift(drawn(13))
     back = there_and_back(compression, {"delta": delta})["delta"]
     assert float((back - delta).norm()) <= 1e-6 * float(delta.norm())
 
 
 @pytest.mark.parametrize(("numbers", "size"), [(48, 1), (48, 13), (48, 47), (48, 48), (7680, 256)])
 def test_buckets_are_nearly_equal_and_signs_balanced(numbers, size):
-    buckets = Buckets(size, (numbers // 6, 6), 0)
+    buckets = SparseRandomSubspace(size, (numbers // 6, 6), 0)
     counts = buckets.bucket.bincount(minlength=size)
     assert len(counts) == size
     assert counts.max() - counts.min() <= 1
@@ -322,13 +322,13 @@ def test_buckets_are_nearly_equal_and_signs_balanced(numbers, size):
 
 
 def test_one_bucket_of_a_long_prompt_does_not_drift():
-    buckets, z = Buckets(1, (200, 1024), 0), torch.tensor([0.1234567])
-    assert torch.allclose(buckets.down(buckets.up(z)), z, rtol=1e-6, atol=0)
+    buckets, z = SparseRandomSubspace(1, (200, 1024), 0), torch.tensor([0.1234567])
+    assert torch.allclose(buckets.project(buckets.lift(z)), z, rtol=1e-6, atol=0)
 
 
 def test_the_basis_of_a_seed_is_fixed():
     """Numbers sent in another basis mean nothing: a server and a client of two versions must agree on it."""
-    buckets = Buckets(3, (2, 4), 0)
+    buckets = SparseRandomSubspace(3, (2, 4), 0)
     signed = (buckets.entry.sign() * (buckets.bucket + 1)).int().tolist()
     assert signed == [2, -2, -2, 1, -1, -1, -3, 3]
 
@@ -337,15 +337,15 @@ def test_the_basis_of_a_seed_is_fixed():
 def test_a_subspace_is_no_larger_than_the_prompt(given_):
     with pytest.raises(ConfigError, match=rf"dimension = {given_}, expected 1 to 48: the prompt is 8 x 6 .* choose"):
         build("subspace", dimension=given_)
-    assert build("subspace", dimension=P * D).wire({"delta": (P, D)})["delta"].shape == (48,)
+    assert build("subspace", dimension=P * D).encoded_spec({"delta": (P, D)})["delta"].shape == (48,)
 
 
 def test_projections_are_small_in_memory():
-    buckets, rows = Buckets(256, (20, 384), 0), Rows(20, 5, (20, 384), 0)
+    buckets, rows = SparseRandomSubspace(256, (20, 384), 0), TokenProjection(20, 5, (20, 384), 0)
     held = sum(tensor.numel() for tensor in vars(buckets).values() if isinstance(tensor, torch.Tensor))
     assert held == 2 * 20 * 384 + 256  # bucket and entry of each number, and the weights
     assert rows.matrix.shape == (5, 20)
-    assert isinstance(build("none"), Quantised)
+    assert isinstance(build("none"), QuantizedCompression)
 
 
 # ---------------------------------------------------------------- directions of gradients
@@ -353,15 +353,15 @@ def test_projections_are_small_in_memory():
 
 def test_the_leading_directions_of_the_gradients_are_the_subspace():
     low_rank = drawn(40, 5, seed=1) @ drawn(5, P * D, seed=2)
-    found = Directions.of(low_rank.unflatten(1, (P, D)), 5)
+    found = GradientSubspace.of(low_rank.unflatten(1, (P, D)), 5)
     inside = (drawn(1, 5, seed=3) @ drawn(5, P * D, seed=2)).unflatten(1, (P, D))
-    assert torch.allclose(found.up(found.down(inside)), inside, atol=1e-4)
+    assert torch.allclose(found.lift(found.project(inside)), inside, atol=1e-4)
 
 
 def test_fewer_gradients_than_dimensions_are_filled_up_to_orthonormal_rows():
-    found = Directions.of(drawn(4, P, D), 13)
+    found = GradientSubspace.of(drawn(4, P, D), 13)
     assert torch.allclose(found.rows @ found.rows.T, torch.eye(13), atol=1e-6)
-    assert Directions.of(drawn(4, P, D), P * D).rows.shape == (P * D, P * D)
+    assert GradientSubspace.of(drawn(4, P, D), P * D).rows.shape == (P * D, P * D)
 
 
 def test_gradients_that_cannot_be_had_are_an_error():

@@ -5,27 +5,27 @@ import torch
 from torch.nn import functional as F
 
 import small
-from ficpd.backbones.query_engine import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError
 from ficpd.library.distillation import distill, meta_learning
-from ficpd.library.distillation.distill import TEMPERATURE, Lesson, distil
-from ficpd.library.distillation.meta_learning import Inner, first_order_maml, reptile
+from ficpd.library.distillation.distill import TEMPERATURE, TaskExamples, distill
+from ficpd.library.distillation.meta_learning import InnerLoop, first_order_maml, reptile
 from ficpd.tasks import classification
-from ficpd.types import Batch, Outputs, Prompt, Query, Record
+from ficpd.types import Batch, ModelOutput, Prompt, Query, Record
 
 RATE, TOKENS = 0.2, 8
 PLACES = {"sea": "sea beach", "town": "town street"}
 WORDS = {"sea": ["waves", "boat", "shore", "salt"], "town": ["tram", "shop", "roof", "crowd"]}
-INNER = Inner(steps=4, rate=0.1)
+INNER = InnerLoop(steps=4, rate=0.1)
 
 
 @pytest.fixture(scope="module")
-def model() -> Compute:
+def model() -> QueryEngine:
     """Wide enough for a prompt to teach it something."""
-    return Compute(small.backbone(width=64))
+    return QueryEngine(small.backbone(width=64))
 
 
-def start(model: Compute, task) -> Prompt:
+def start(model: QueryEngine, task) -> Prompt:
     return small.start(model, task, TOKENS)
 
 
@@ -45,7 +45,7 @@ def place_records(count: int, seed: int = 0) -> list[Record]:
     return found
 
 
-def encoded(model: Compute, task, records: list[Record]) -> Batch:
+def encoded(model: QueryEngine, task, records: list[Record]) -> Batch:
     return task.encode(records, model.backbone, start(model, task))
 
 
@@ -55,21 +55,21 @@ def flipped(records: list[Record], wrong: str, right: str) -> list[Record]:
     return [Record(r.key, {"text": r.fields["text"], "target": other[r.fields["target"]]}) for r in records]
 
 
-def tuned(model: Compute, batch: Batch, begin: torch.Tensor, steps: int = 80) -> torch.Tensor:
-    return Inner(steps, RATE).adapted(model, begin, [batch], 0)[0]
+def tuned(model: QueryEngine, batch: Batch, begin: torch.Tensor, steps: int = 80) -> torch.Tensor:
+    return InnerLoop(steps, RATE).adapted(model, begin, [batch], 0)[0]
 
 
-def answers(model: Compute, prompt: torch.Tensor, batch: Batch) -> torch.Tensor:
+def answers(model: QueryEngine, prompt: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[B]: which answer."""
     answer = model.answer([Query(prompt[None], batch, outputs=True)])[0]
     return distill.logits(answer.outputs_KB, batch).argmax(-1)
 
 
-def agreement(model: Compute, one: torch.Tensor, other: torch.Tensor, batch: Batch) -> float:
+def agreement(model: QueryEngine, one: torch.Tensor, other: torch.Tensor, batch: Batch) -> float:
     return float((answers(model, one, batch) == answers(model, other, batch)).float().mean())
 
 
-def loss(model: Compute, prompt: torch.Tensor, batch: Batch) -> float:
+def loss(model: QueryEngine, prompt: torch.Tensor, batch: Batch) -> float:
     return float(model.answer([Query(prompt[None], batch)])[0].loss_KB.mean())
 
 
@@ -88,8 +88,8 @@ def two(model):
 @pytest.mark.parametrize("kind", ["squared", "kl"])
 def test_one_prompt_learns_what_two_teachers_of_different_label_sets_say(model, two, kind):
     begin, taught = two
-    lessons = [Lesson(batch, teacher[None]) for batch, teacher in taught]
-    learned = distil(model, begin, lessons, steps=100, learning_rate=RATE, seed=0, loss=kind)
+    lessons = [TaskExamples(batch, teacher[None]) for batch, teacher in taught]
+    learned = distill(model, begin, lessons, steps=100, learning_rate=RATE, seed=0, loss=kind)
     assert learned.gained
     assert learned.after < 0.3 * learned.before
     for batch, teacher in taught:
@@ -106,26 +106,26 @@ def test_each_example_is_taught_by_the_teacher_assigned_to_it(model, kind):
     teachers = torch.stack([tuned(model, honest, begin), tuned(model, liar, begin)])
     assert agreement(model, *teachers, honest) < 0.1
     assert honest.targets is not None
-    lesson = Lesson(honest, teachers, honest.targets.tolist())
-    learned = distil(model, begin, [lesson], steps=40, learning_rate=RATE, seed=0, loss=kind)
+    lesson = TaskExamples(honest, teachers, honest.targets.tolist())
+    learned = distill(model, begin, [lesson], steps=40, learning_rate=RATE, seed=0, loss=kind)
     assert answers(model, learned.vectors_PD, honest).float().mean() < 0.1
-    contrary = Lesson(honest, teachers, (1 - honest.targets).tolist())
-    turned = distil(model, begin, [contrary], steps=40, learning_rate=RATE, seed=0, loss=kind)
+    contrary = TaskExamples(honest, teachers, (1 - honest.targets).tolist())
+    turned = distill(model, begin, [contrary], steps=40, learning_rate=RATE, seed=0, loss=kind)
     assert answers(model, turned.vectors_PD, honest).float().mean() > 0.9
 
 
 def test_teachers_of_weight_nought_are_not_heard(model, two):
     begin, ((batch, teacher), (_, other)) = two
-    alone = distil(model, begin, [Lesson(batch, teacher[None])], steps=3, learning_rate=RATE, seed=0)
-    both = Lesson(batch, torch.stack([other, teacher]), weights=[0.0, 3.0])
-    assert small.close(distil(model, begin, [both], steps=3, learning_rate=RATE, seed=0).vectors_PD, alone.vectors_PD)
+    alone = distill(model, begin, [TaskExamples(batch, teacher[None])], steps=3, learning_rate=RATE, seed=0)
+    both = TaskExamples(batch, torch.stack([other, teacher]), weights=[0.0, 3.0])
+    assert small.close(distill(model, begin, [both], steps=3, learning_rate=RATE, seed=0).vectors_PD, alone.vectors_PD)
 
 
 def test_answers_that_an_example_has_not_stay_missing():
     said_KBC = torch.tensor([[[9.0, 9.0, -torch.inf]], [[1.0, 2.0, -torch.inf]]])
     batch = Batch(small.classes(), ((),), None, None, 0)
-    assert distill._of_all(said_KBC, Lesson(batch, said_KBC, weights=[0, 3])).tolist() == [[1, 2, -torch.inf]]
-    assert distill._of_all(said_KBC, Lesson(batch, said_KBC)).tolist() == [[5, 5.5, -torch.inf]]
+    assert distill._of_all(said_KBC, TaskExamples(batch, said_KBC, weights=[0, 3])).tolist() == [[1, 2, -torch.inf]]
+    assert distill._of_all(said_KBC, TaskExamples(batch, said_KBC)).tolist() == [[5, 5.5, -torch.inf]]
 
 
 @pytest.mark.parametrize("kind", ["squared", "kl"])
@@ -135,14 +135,16 @@ def test_the_teachers_mean_is_of_logits_or_of_probabilities(model, two, kind):
     said = model.answer([Query(stacked, batch, outputs=True)])[0].outputs_KB
     said_KBC = distill.logits(said, batch).view(2, len(batch), -1)
     expected = said_KBC.mean(0) if kind == "squared" else (said_KBC / TEMPERATURE).softmax(-1).mean(0)
-    found = distill._taught(model, Lesson(batch, stacked), kind)
+    found = distill._taught(model, TaskExamples(batch, stacked), kind)
     assert small.close(found.extra[distill.TEACHER], expected)
 
 
 @pytest.mark.parametrize("kind", ["squared", "kl"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(model, two, kind):
     _, ((batch, teacher), _) = two
-    learned = distil(model, teacher, [Lesson(batch, teacher[None])], steps=2, learning_rate=1e-9, seed=0, loss=kind)
+    learned = distill(
+        model, teacher, [TaskExamples(batch, teacher[None])], steps=2, learning_rate=1e-9, seed=0, loss=kind
+    )
     assert learned.before == pytest.approx(0, abs=1e-5)
 
 
@@ -150,7 +152,7 @@ def test_losses_are_what_they_say_and_missing_answers_do_not_count():
     mine = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, 1.0, 3.0]])
     theirs = torch.tensor([[2.0, 0.0, -torch.inf, -torch.inf], [0.0, 1.0, 1.0, -torch.inf]])
     scores = mine.clone().requires_grad_()
-    outputs = Outputs(torch.zeros(2, 4), scores)
+    outputs = ModelOutput(torch.zeros(2, 4), scores)
 
     def batch(teacher: torch.Tensor) -> Batch:
         return Batch(small.classes(), ((), ()), None, None, 0, {distill.TEACHER: teacher})
@@ -158,7 +160,7 @@ def test_losses_are_what_they_say_and_missing_answers_do_not_count():
     squared = distill.squared(outputs, batch(theirs))
     assert squared.tolist() == pytest.approx([2.5, 4 / 3])
     soft = (theirs / TEMPERATURE).softmax(-1)
-    divergence = distill.divergence(outputs, batch(soft))
+    divergence = distill.kl_loss(outputs, batch(soft))
     first = F.kl_div((mine[0, :2] / 2).log_softmax(-1), soft[0, :2], reduction="sum")
     second = F.kl_div((mine[1] / 2).log_softmax(-1), soft[1, :3], reduction="sum")
     assert divergence.tolist() == pytest.approx([4 * float(first), 4 * float(second)], rel=1e-5)
@@ -172,7 +174,7 @@ def test_a_tuned_head_is_distilled_as_well(model):
     begin = start(model, task).vectors_PD
     batch = encoded(model, task, flipped(small.records(24), "good", "bad"))
     teacher = tuned(model, batch, begin)
-    learned = distil(model, begin, [Lesson(batch, teacher[None])], steps=40, learning_rate=RATE, seed=0)
+    learned = distill(model, begin, [TaskExamples(batch, teacher[None])], steps=40, learning_rate=RATE, seed=0)
     assert learned.after < 0.5 * learned.before
     assert not torch.equal(learned.vectors_PD[-2:], begin[-2:])
 
@@ -180,7 +182,7 @@ def test_a_tuned_head_is_distilled_as_well(model):
 def test_tasks_weigh_the_same_however_many_examples_they_have(model, two):
     begin, taught = two
     many, few = (
-        Lesson(batch.take(range(n)), teacher[None]) for n, (batch, teacher) in zip((32, 4), taught, strict=True)
+        TaskExamples(batch.take(range(n)), teacher[None]) for n, (batch, teacher) in zip((32, 4), taught, strict=True)
     )
     grads = []
     for lesson in (many, few):
@@ -193,10 +195,10 @@ def test_tasks_weigh_the_same_however_many_examples_they_have(model, two):
 
 def test_the_seed_fixes_what_is_distilled(model, two):
     begin, taught = two
-    lessons = [Lesson(batch, teacher[None]) for batch, teacher in taught]
+    lessons = [TaskExamples(batch, teacher[None]) for batch, teacher in taught]
     kept = begin.clone()
     first, again, other = (
-        distil(model, begin, lessons, steps=4, learning_rate=RATE, seed=seed, batch_size=4) for seed in (0, 0, 1)
+        distill(model, begin, lessons, steps=4, learning_rate=RATE, seed=seed, batch_size=4) for seed in (0, 0, 1)
     )
     assert torch.equal(first.vectors_PD, again.vectors_PD)
     assert first[1:] == again[1:]
@@ -216,9 +218,9 @@ def test_what_is_measured_was_not_trained_on(model, two):
 
 def test_a_worse_prompt_has_not_gained(model, two):
     begin, ((batch, teacher), _) = two
-    learned = distil(model, teacher, [Lesson(batch, teacher[None])], steps=1, learning_rate=50.0, seed=0)
+    learned = distill(model, teacher, [TaskExamples(batch, teacher[None])], steps=1, learning_rate=50.0, seed=0)
     assert not learned.gained
-    assert not distill.Learned(begin, 1.0, float("nan")).gained
+    assert not distill.DistilledPrompt(begin, 1.0, float("nan")).gained
 
 
 def test_lessons_that_cannot_be_taught_say_why(model, two):
@@ -227,21 +229,21 @@ def test_lessons_that_cannot_be_taught_say_why(model, two):
 
     def refused(lessons, match):
         with pytest.raises(ConfigError, match=match):
-            distil(model, begin, lessons, steps=1, learning_rate=RATE, seed=0)
+            distill(model, begin, lessons, steps=1, learning_rate=RATE, seed=0)
 
     refused([], "nothing to distil on")
-    refused([Lesson(batch.take([]), stacked)], "nothing to distil on")
-    refused([Lesson(batch, stacked, [0] * 3)], "assignment of 3 examples.*each of 40 examples")
-    refused([Lesson(batch, stacked, [2] * 40)], r"teachers \[2\].*0 to 1")
-    refused([Lesson(batch, stacked, weights=[1.0])], "expected 2 numbers")
-    refused([Lesson(batch, stacked, weights=[0.0, 0.0])], "not all 0")
-    refused([Lesson(batch, stacked, weights=[2.0, -1.0])], "from 0 on")
+    refused([TaskExamples(batch.take([]), stacked)], "nothing to distil on")
+    refused([TaskExamples(batch, stacked, [0] * 3)], "assignment of 3 examples.*each of 40 examples")
+    refused([TaskExamples(batch, stacked, [2] * 40)], r"teachers \[2\].*0 to 1")
+    refused([TaskExamples(batch, stacked, weights=[1.0])], "expected 2 numbers")
+    refused([TaskExamples(batch, stacked, weights=[0.0, 0.0])], "not all 0")
+    refused([TaskExamples(batch, stacked, weights=[2.0, -1.0])], "from 0 on")
 
 
 # ---------------------------------------------------------------- meta-learning
 
 
-def episodes(model: Compute, number: int = 4, seed: int = 0) -> list[Batch]:
+def episodes(model: QueryEngine, number: int = 4, seed: int = 0) -> list[Batch]:
     """Tasks that have one thing in common: everything is by the sea. The start says so of half of it."""
     found = []
     for i in range(number):
@@ -267,10 +269,10 @@ def test_a_new_task_is_sooner_learned_from_where_meta_learning_ends(model, learn
     assert learned.gained
     assert learned.after < 0.7 * learned.before
     (new,) = episodes(model, 1, seed=50)
-    support, held = new.take(range(12)), new.take(range(12, 24))
+    support, held = new.select(range(12)), new.select(range(12, 24))
 
     def fitted(prompt: torch.Tensor, steps: int) -> float:
-        return loss(model, Inner(steps, INNER.rate).adapted(model, prompt, [support], 0)[0], held)
+        return loss(model, InnerLoop(steps, INNER.rate).adapted(model, prompt, [support], 0)[0], held)
 
     assert fitted(learned.vectors_PD, 1) < fitted(begin, 4)
     assert fitted(learned.vectors_PD, 2) < 0.7 * fitted(begin, 2)
@@ -297,7 +299,7 @@ def test_no_steps_leave_the_start(model, learn):
 
 def test_one_step_of_reptile_is_its_formula(model):
     begin = start(model, places()).vectors_PD
-    tasks = [batch.take(range(6)) for batch in episodes(model, 3)]  # so few that all are in one batch, in any order
+    tasks = [batch.select(range(6)) for batch in episodes(model, 3)]  # so few that all are in one batch, in any order
     found = reptiles(model, tasks, begin, outer_rate=0.25, outer_steps=1).vectors_PD
     adapted = torch.stack([INNER.adapted(model, begin, [batch], 9)[0] for batch in tasks])
     assert small.close(found, begin + 0.25 * (adapted.mean(0) - begin))
@@ -325,19 +327,19 @@ def test_tasks_with_different_label_sets_are_learned_together(model):
 
 
 class Broken:
-    """A tuner that asks once and fails."""
+    """A optimizer that asks once and fails."""
 
     @staticmethod
     def tune(client, start_PD, batches, **_):
         yield Query(start_PD[None], next(batches), grad=True)
-        raise FloatingPointError("the tuner's own")
+        raise FloatingPointError("the optimizer's own")
 
 
 def test_an_inner_loop_that_fails_is_heard(model, monkeypatch):
     begin, tasks = start(model, places()).vectors_PD, episodes(model, 2)
     with monkeypatch.context() as patch:
         patch.setattr(meta_learning, "load", lambda kind, name: Broken)
-        with pytest.raises(FloatingPointError, match="the tuner's own"):
+        with pytest.raises(FloatingPointError, match="the optimizer's own"):
             reptiles(model, tasks, begin)
     monkeypatch.setattr(model.backbone, "gives_gradients", False)
     with pytest.raises(BackboneError, match="no gradients"):
@@ -351,6 +353,6 @@ def test_episodes_that_cannot_be_learned_from_say_why(model, learn):
     with pytest.raises(ConfigError, match="no episodes"):
         learn(model, [], begin)
     with pytest.raises(ConfigError, match=r"1 examples with labels.*at least two"):
-        learn(model, [task.take([0])], begin)
+        learn(model, [task.select([0])], begin)
     with pytest.raises(ConfigError, match="4 examples without labels"):
         learn(model, [encoded(model, small.classes(), unlabelled)], begin)

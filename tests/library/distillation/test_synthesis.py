@@ -13,21 +13,21 @@ from ficpd.backbones import catalog, causal_lm, weights
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.library.distillation import generation
 from ficpd.library.distillation.filters import (
-    Example,
-    Made,
+    FilterResult,
+    SyntheticExample,
     balanced,
     distinct,
+    drop_memorised,
     load,
     memorised,
     records,
     save,
-    unremembered,
 )
 from ficpd.types import Prompt, Query, Record
 
 
-def example(text: str, label: str | None = "good", prototype: str = "a", agreement: float = 1.0) -> Example:
-    return Example(text, label, prototype, agreement)
+def example(text: str, label: str | None = "good", prototype: str = "a", agreement: float = 1.0) -> SyntheticExample:
+    return SyntheticExample(text, label, prototype, agreement)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,14 @@ def writer(tmp_path_factory):
     return decoders.load(decoders.write(tmp_path_factory.mktemp("llama")))
 
 
-BRIEF = generation.Form("", "{request}")
+BRIEF = generation.PromptTemplate("", "{request}")
 """The small decoder's context has no room for demonstrations."""
 
 
-def written(writer, prompts=None, per_label: int = 6, seed: int = 0, **more) -> Made:
-    return generation.write(writer, prompts or {}, small.classes(), per_label, seed, form=BRIEF, max_tokens=12, **more)
+def written(writer, prompts=None, per_label: int = 6, seed: int = 0, **more) -> FilterResult:
+    return generation.generate_texts(
+        writer, prompts or {}, small.classes(), per_label, seed, form=BRIEF, max_tokens=12, **more
+    )
 
 
 # ---------------------------------------------------------------- what is written
@@ -78,20 +80,20 @@ def test_prototypes_of_another_backbone_do_not_write(writer):
 
 
 def test_a_writer_is_asked_for_the_instruction_and_the_labels_text():
-    assert generation.wishes_of(small.classes()) == {"good": "it was good fine", "bad": "it was bad dull"}
-    asked = generation.opening("it was bad dull", generation.CHAT)
+    assert generation.label_requests(small.classes()) == {"good": "it was good fine", "bad": "it was bad dull"}
+    asked = generation.few_shot_prefix("it was bad dull", generation.CHAT)
     assert asked.endswith("user\nWrite one sentence. it was bad dull.<|im_end|>\n<|im_start|>assistant\n")
     assert asked.count("Write one sentence.") == 1 + len(generation.SHOWN)
 
 
 def test_a_backbone_that_cannot_write_says_what_to_configure(model):
     with pytest.raises(BackboneError, match=r"tiny.*Configure a writer.*seed texts"):
-        generation.write(model.backbone, {}, small.classes(), 3, 0)
+        generation.generate_texts(model.backbone, {}, small.classes(), 3, 0)
 
 
 def test_a_task_without_labels_cannot_be_written_for(writer):
     with pytest.raises(ConfigError, match=r"regression.*no list of labels.*classifications only"):
-        generation.write(writer, {}, small.numbers(), 3, 0)
+        generation.generate_texts(writer, {}, small.numbers(), 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_task_without_labels_cannot_be_written_for(writer):
     ],
 )
 def test_drafts_are_cleaned(text, line, reason):
-    assert generation.cleaned(text, "Write one sentence. It was bad dull.") == (line, reason)
+    assert generation.clean_text(text, "Write one sentence. It was bad dull.") == (line, reason)
 
 
 def test_public_texts_need_no_writer(tmp_path):
@@ -165,13 +167,13 @@ def ballots(model, prompts, examples) -> list[list[str]]:
     return found
 
 
-def texts(count: int = 60) -> list[Example]:
+def texts(count: int = 60) -> list[SyntheticExample]:
     return [example(r.fields["text"], None) for r in small.records(count)]
 
 
 def test_a_vote_keeps_what_prompts_agree_on(model):
     prompts, examples = voters(model, spread=2.0), texts()
-    made, votes = generation.vote(model, prompts, small.classes(), examples), ballots(model, prompts, examples)
+    made, votes = generation.vote_labels(model, prompts, small.classes(), examples), ballots(model, prompts, examples)
     agreed = {e.text: max(v.count("good"), v.count("bad")) / 4 for e, v in zip(examples, votes, strict=True)}
     assert {e.text: e.agreement for e in made.examples} == {t: a for t, a in agreed.items() if a >= 0.75}
     winner = {e.text: max(("good", "bad"), key=v.count) for e, v in zip(examples, votes, strict=True)}
@@ -181,16 +183,16 @@ def test_a_vote_keeps_what_prompts_agree_on(model):
 
 
 def test_unanimity_can_be_asked_for(model):
-    made = generation.vote(model, voters(model, spread=2.0), small.classes(), texts(), least_agreement=1.0)
+    made = generation.vote_labels(model, voters(model, spread=2.0), small.classes(), texts(), least_agreement=1.0)
     assert {e.agreement for e in made.examples} == {1.0}
 
 
 def test_a_text_written_for_another_label_is_dropped(model):
     prompts, task = voters(model), small.classes()
-    sure = generation.vote(model, prompts, task, texts(), least_agreement=1.0).examples
+    sure = generation.vote_labels(model, prompts, task, texts(), least_agreement=1.0).examples
     other = {"good": "bad", "bad": "good"}
     lying = [replace(e, label=other[e.label]) if i % 3 == 0 else e for i, e in enumerate(sure)]
-    made = generation.vote(model, prompts, task, lying, least_agreement=1.0)
+    made = generation.vote_labels(model, prompts, task, lying, least_agreement=1.0)
     assert made.examples == [e for i, e in enumerate(sure) if i % 3]
     assert made.dropped == {"voted for another label": -(-len(sure) // 3)}
 
@@ -198,15 +200,15 @@ def test_a_text_written_for_another_label_is_dropped(model):
 def test_the_order_of_prompts_does_not_matter(model):
     prompts = voters(model, spread=2.0)
     backwards = dict(reversed(prompts.items()))
-    assert generation.vote(model, backwards, small.classes(), texts()) == generation.vote(
+    assert generation.vote_labels(model, backwards, small.classes(), texts()) == generation.vote_labels(
         model, prompts, small.classes(), texts()
     )
 
 
 def test_nothing_to_vote_on_and_nobody_to_vote(model):
-    assert generation.vote(model, voters(model), small.classes(), []) == ([], Counter())
-    made = generation.vote(model, {}, small.classes(), texts(3))
-    assert (made.examples, made.said()) == ([], "0 examples; dropped: 3 no prompt to vote")
+    assert generation.vote_labels(model, voters(model), small.classes(), []) == ([], Counter())
+    made = generation.vote_labels(model, {}, small.classes(), texts(3))
+    assert (made.examples, made.summary()) == ([], "0 examples; dropped: 3 no prompt to vote")
 
 
 # ---------------------------------------------------------------- which are kept
@@ -239,10 +241,10 @@ def test_labels_are_balanced_and_the_surest_stay():
 
 
 def test_steps_follow_one_another_and_nothing_surviving_is_no_error():
-    start = Made([example("we saw it"), example("We saw it!")], Counter(blank=2, **{"near duplicate": 1}))
-    made = start.then(distinct).then(lambda some: Made([], Counter({"prototypes disagree": len(some)})))
+    start = FilterResult([example("we saw it"), example("We saw it!")], Counter(blank=2, **{"near duplicate": 1}))
+    made = start.then(distinct).then(lambda some: FilterResult([], Counter({"prototypes disagree": len(some)})))
     assert made == ([], {"blank": 2, "near duplicate": 2, "prototypes disagree": 1})
-    assert made.said() == "0 examples; dropped: 2 blank, 2 near duplicate, 1 prototypes disagree"
+    assert made.summary() == "0 examples; dropped: 2 blank, 2 near duplicate, 1 prototypes disagree"
 
 
 NOTE = "Patient complains of chest pain since Tuesday and was sent home with aspirin"
@@ -273,7 +275,7 @@ def test_a_planted_copy_is_found_and_nothing_else(text, found):
 def test_pairs_count_and_memorised_examples_are_removed_and_counted():
     private = [Record("a", {"text": "nothing to see here today", "text_pair": NOTE})]
     examples = [example("we saw it twice"), example(NOTE), example("and a third one")]
-    made = unremembered(examples, private)
+    made = drop_memorised(examples, private)
     assert (made.examples, made.dropped) == ([examples[0], examples[2]], {"memorised": 1})
     assert memorised([example(" ".join(NOTE.split()[:6]))], private) == []
     assert len(memorised([example(" ".join(NOTE.split()[:6]))], private, words=6)) == 1
@@ -334,7 +336,7 @@ def test_smollm2_writes_for_two_labels():
     task = small.classification.build(
         small.classification.Config(labels={"sports": "sports", "health": "health"}, instruction="This text is about")
     )
-    made = generation.write(writer, {}, task, 4, 0)
+    made = generation.generate_texts(writer, {}, task, 4, 0)
     assert {e.label for e in made.examples} == {"sports", "health"}
     assert all(sum(c.isalpha() or c.isspace() for c in e.text) > 0.6 * len(e.text) for e in made.examples)
     assert all(len(e.text.split()) >= 3 and "<|" not in e.text and "\n" not in e.text for e in made.examples)

@@ -9,9 +9,9 @@ from ficpd.methods.shared.clustering import (
     Clusters,
     _kmeans,
     _stability,
-    agreement,
+    adjusted_rand,
     cosine_kmeans,
-    followed,
+    relabel_clusters,
     shrinkage,
 )
 
@@ -101,7 +101,7 @@ def test_the_number_is_found_by_the_silhouette(clusters):
     vectors, truth = planted(clusters, each=5, noise=0.2)
     found = cosine_kmeans(vectors, "auto", 0)
     assert found.number == clusters
-    assert agreement(found.member, {name: str(k) for name, k in truth.items()}) == 1.0
+    assert adjusted_rand(found.member, {name: str(k) for name, k in truth.items()}) == 1.0
 
 
 def test_clusters_that_are_there_are_found_again_among_four_fifths_and_others_are_not():
@@ -162,7 +162,7 @@ def test_clusters_drawn_again_keep_their_numbers():
     vectors, _ = planted(3, 4)
     first = cosine_kmeans(vectors, 3, 0)
     swapped = Clusters({name: (k + 1) % 3 for name, k in first.member.items()}, 3)
-    assert followed(first.member, swapped, vectors, 0.0) == first
+    assert relabel_clusters(first.member, swapped, vectors, 0.0) == first
 
 
 def test_nobody_moves_for_a_trifle_and_who_has_moved_does():
@@ -172,17 +172,17 @@ def test_nobody_moves_for_a_trifle_and_who_has_moved_does():
     between = vectors | {"x": torch.tensor([1.0, 1.05])}
     assert cosine_kmeans(between, 2, 0).member["x"] == cosine_kmeans(between, 2, 0).member["n0"]
     drawn = cosine_kmeans(between, 2, 0)
-    assert followed(before, drawn, between, 0.2).member["x"] == 0
-    assert followed(before, drawn, vectors | {"x": north}, 0.2).member["x"] == 1
+    assert relabel_clusters(before, drawn, between, 0.2).member["x"] == 0
+    assert relabel_clusters(before, drawn, vectors | {"x": north}, 0.2).member["x"] == 1
 
 
 def test_newcomers_and_a_cluster_that_vanished():
     vectors, _ = planted(2, 3)
     first = cosine_kmeans(vectors, 2, 0)
     more = vectors | {"new": vectors["site-00"]}
-    found = followed(first.member, cosine_kmeans(more, 2, 0), more, 0.05)
+    found = relabel_clusters(first.member, cosine_kmeans(more, 2, 0), more, 0.05)
     assert found.member["new"] == first.member["site-00"]
-    one = followed(first.member, Clusters(dict.fromkeys(vectors, 0), 1), vectors, 2.0)
+    one = relabel_clusters(first.member, Clusters(dict.fromkeys(vectors, 0), 1), vectors, 2.0)
     assert sorted(set(one.member.values())) == list(range(one.number))
 
 
@@ -216,8 +216,8 @@ def test_where_the_noise_is_known_scatter_does_not_count():
 
 def test_agreement_says_nothing_where_there_is_nothing_to_say():
     member = {"a": 0, "b": 0, "c": 1}
-    assert agreement(member, {"a": "x", "b": "x", "c": "y"}) == 1.0
-    assert agreement(member, {"a": "x", "b": "y", "c": "y"}) < 0.5
-    assert agreement(member, dict.fromkeys("abc", "x")) is None
-    assert agreement(member, {"a": "x", "b": "y", "c": "z"}) is None
-    assert agreement(member, {}) is None
+    assert adjusted_rand(member, {"a": "x", "b": "x", "c": "y"}) == 1.0
+    assert adjusted_rand(member, {"a": "x", "b": "y", "c": "y"}) < 0.5
+    assert adjusted_rand(member, dict.fromkeys("abc", "x")) is None
+    assert adjusted_rand(member, {"a": "x", "b": "y", "c": "z"}) is None
+    assert adjusted_rand(member, {}) is None

@@ -5,17 +5,17 @@ import torch
 from torch.nn import functional as F
 
 import small
-from ficpd.backbones.query_engine import Compute
-from ficpd.methods.shared.function_space import SIZE, Probes
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.methods.shared.function_space import SIZE, FunctionSpaceEmbedding
 from ficpd.types import Prompt
 
 
 @pytest.fixture
 def model():
-    return Compute(small.backbone())
+    return QueryEngine(small.backbone())
 
 
-def start(model: Compute, head_rows: int = 0) -> Prompt:
+def start(model: QueryEngine, head_rows: int = 0) -> Prompt:
     task = small.classes(tuned_head=bool(head_rows))
     return small.start(model, task)
 
@@ -23,7 +23,7 @@ def start(model: Compute, head_rows: int = 0) -> Prompt:
 def test_the_start_has_no_signature_and_others_have(model):
     begin = start(model)
     moved = begin.vectors_PD + torch.randn(begin.vectors_PD.shape, generator=torch.Generator().manual_seed(0))
-    found = Probes(model, begin, 0).signatures(torch.stack([begin.vectors_PD, moved]))
+    found = FunctionSpaceEmbedding(model, begin, 0).signatures(torch.stack([begin.vectors_PD, moved]))
     assert found.shape == (2, SIZE)
     assert found[0].abs().max() < 1e-5
     assert found[1].norm() > 0.1
@@ -34,7 +34,7 @@ def test_a_prompt_that_does_the_same_has_the_same_signature(model):
     begin = start(model)
     one = begin.vectors_PD + torch.randn(begin.vectors_PD.shape, generator=torch.Generator().manual_seed(1))
     other = begin.vectors_PD - (one - begin.vectors_PD)
-    found = Probes(model, begin, 0).signatures(torch.stack([one, one.flip(0), other]))
+    found = FunctionSpaceEmbedding(model, begin, 0).signatures(torch.stack([one, one.flip(0), other]))
     same, different = (float(F.cosine_similarity(found[0], f, dim=0)) for f in found[1:])
     assert F.cosine_similarity(one.flatten(), one.flip(0).flatten(), dim=0) < 0.9
     assert same > 0.999
@@ -44,14 +44,14 @@ def test_a_prompt_that_does_the_same_has_the_same_signature(model):
 def test_signatures_are_fixed_by_the_seed_and_near_in_length_to_the_movement(model):
     begin = start(model)
     moved = (begin.vectors_PD + 1.0)[None]
-    first, again, another = (Probes(model, begin, seed).signatures(moved) for seed in (0, 0, 1))
+    first, again, another = (FunctionSpaceEmbedding(model, begin, seed).signatures(moved) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, another)
 
 
 def test_head_rows_have_no_say(model):
     begin = start(model, head_rows=2)
-    probes = Probes(model, begin, 0)
+    probes = FunctionSpaceEmbedding(model, begin, 0)
     head = begin.vectors_PD.clone()
     head[-2:] += 5.0
     assert probes.signatures(head[None]).abs().max() < 1e-5

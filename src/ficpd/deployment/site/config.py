@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
-from ficpd.backbones.query_engine import ONE_ROW
+from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.data.loading import Config as Source
-from ficpd.errors import ConfigError, unknown
-from ficpd.registry import Frozen, checked, part
+from ficpd.errors import ConfigError, did_you_mean
+from ficpd.registry import FrozenConfig, validate, validated_section
 
 EXACT = "float32"
 """What records are computed in side by side where noise is for one of them: bfloat16 rounds the others too much."""
@@ -19,7 +19,7 @@ LONGEST_SOCKET = 107
 """Bytes of a Unix socket's path (Linux, sun_path)."""
 
 
-class Policy(Frozen):
+class Policy(FrozenConfig):
     """What the owner allows, whatever a server asks.
 
     `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
@@ -46,13 +46,13 @@ class Policy(Frozen):
     share_metrics: bool = False
 
 
-class Simulation(Frozen):
+class Simulation(FrozenConfig):
     """For rehearsals: noise and sampling from a seed, so that a run can be repeated. Whoever knows it can take noise off."""
 
     private_seed: int
 
 
-class SiteConfig(Frozen):
+class SiteConfig(FrozenConfig):
     """`name`: as the coordinator knows the site; in a federation of several tasks it begins with the task's group and a
     dot. `card`: all that is public of it. `state`: a folder of its own, for ledger, terms and what stays here."""
 
@@ -71,7 +71,7 @@ class SiteConfig(Frozen):
     def chunk_tokens(self) -> int | None:
         """Positions of one forward. Where noise is for one record, and the owner says nothing else, each has a forward to
         itself: computed beside others its numbers would depend on them, if by rounding only (`clip.MARGIN`)."""
-        return self.engine.chunk_tokens or (ONE_ROW if "record_gaussian" in self.policy.mechanisms else None)
+        return self.engine.chunk_tokens or (UNBATCHED if "record_gaussian" in self.policy.mechanisms else None)
 
     @field_validator("name")
     @classmethod
@@ -106,17 +106,17 @@ def read(path: Path | str) -> SiteConfig:
         raise ConfigError(f"{path.name} is not TOML: {error}") from error
     for key in tree:
         if key not in SiteConfig.model_fields:
-            raise ConfigError(f"{path.name}: {unknown('part', key, SiteConfig.model_fields)}")
+            raise ConfigError(f"{path.name}: {did_you_mean('part', key, SiteConfig.model_fields)}")
     parts: dict[str, Any] = dict(tree)
     for key, model in PARTS.items():
         if key in parts:
-            parts[key] = checked(model, parts[key], f"{path.name}: {key}")
+            parts[key] = validate(model, parts[key], f"{path.name}: {key}")
     if "task" in parts:
-        parts["task"] = part("tasks", parts["task"], f"{path.name}: task")
-    config = checked(SiteConfig, parts, path.name)
+        parts["task"] = validated_section("tasks", parts["task"], f"{path.name}: task")
+    config = validate(SiteConfig, parts, path.name)
     here, backbone = path.resolve().parent, config.backbone
     found = here / Path(config.data.source).expanduser()
-    beside = config.chunk_tokens not in (None, ONE_ROW)
+    beside = config.chunk_tokens not in (None, UNBATCHED)
     if beside and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
@@ -129,7 +129,7 @@ def read(path: Path | str) -> SiteConfig:
     )
 
 
-def line_of(text: str, key: str) -> int | None:
+def line_number(text: str, key: str) -> int | None:
     """The line, from 1, in which TOML text gives `part.key` a value; None where it does not, so that a default holds.
 
     >>> line_of('name = "a"\\n[policy]\\nepsilon = 2', "policy.epsilon")
@@ -147,7 +147,7 @@ def line_of(text: str, key: str) -> int | None:
     return None
 
 
-def where(name: str, text: str, key: str) -> str:
+def location(name: str, text: str, key: str) -> str:
     """`site.toml line 12`, or that it is that file's default."""
-    line = line_of(text, key)
+    line = line_number(text, key)
     return f"{name} line {line}" if line else f"{name}, by default"

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from ficpd.deployment.site.site import Site, TermsWantedError
+from ficpd.deployment.site.site import Site, SpecMissingError
 from ficpd.errors import BudgetError, CodecError, PolicyError, SiteError
 
 LARGEST = 64 << 20
@@ -28,7 +28,7 @@ FIRST_HANDED_OVER = 3
 """systemd's SD_LISTEN_FDS_START."""
 
 
-def app_of(site: Site) -> FastAPI:
+def create_app(site: Site) -> FastAPI:
     app = FastAPI(title="ficpd site", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.post("/train")
@@ -37,21 +37,21 @@ def app_of(site: Site) -> FastAPI:
         body = await _body(request)
         if body is None:
             return JSONResponse({"error": f"a call has at most {LARGEST} bytes", "refused": False}, 413)
-        return await run_in_threadpool(answered, site, body)
+        return await run_in_threadpool(handle_call, site, body)
 
     return app
 
 
-def answered(site: Site, body: bytes) -> Response:
+def handle_call(site: Site, body: bytes) -> Response:
     """Returns the site's answer, or an error as JSON."""
     try:
-        return Response(site.answer(body), media_type="application/octet-stream")
-    except TermsWantedError:
+        return Response(site.handle(body), media_type="application/octet-stream")
+    except SpecMissingError:
         return JSONResponse({"error": "this site has not the run's terms", "refused": False}, 428)
     except Exception as error:  # whatever it was, the site goes on, and says no more than it may
         refused = isinstance(error, (PolicyError, BudgetError))
         kind = 409 if refused else 422 if isinstance(error, CodecError) else 500
-        return JSONResponse({"error": site.failed(error), "refused": refused}, kind)
+        return JSONResponse({"error": site.public_error(error), "refused": refused}, kind)
 
 
 async def _body(request: Request) -> bytes | None:
@@ -71,8 +71,8 @@ async def _body(request: Request) -> bytes | None:
 def serve(site: Site) -> None:
     """Answers calls until SIGTERM or Ctrl-C; a call under way is finished."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has stopped
-    given = handed_over()
-    sock = given or bound(site.config.socket)
+    given = systemd_socket()
+    sock = given or bind_socket(site.config.socket)
     site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
     try:
         server_of(site).run(sockets=[sock])
@@ -86,20 +86,20 @@ def serve(site: Site) -> None:
 def server_of(site: Site) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
-            app_of(site), log_level="warning", access_log=False, lifespan="off", ws="none", limit_concurrency=64,
+            create_app(site), log_level="warning", access_log=False, lifespan="off", ws="none", limit_concurrency=64,
             timeout_keep_alive=SECONDS_OF_SILENCE, timeout_graceful_shutdown=600,
         )
     )  # fmt: skip
 
 
-def handed_over() -> socket.socket | None:
+def systemd_socket() -> socket.socket | None:
     """Returns the socket that systemd opened (`ficpd-site.socket`); its unit sets owner and mode."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
         return None
     return socket.socket(fileno=FIRST_HANDED_OVER)
 
 
-def bound(path: Path) -> socket.socket:
+def bind_socket(path: Path) -> socket.socket:
     """Makes a socket of mode 0600. Removes a dead process's socket; raises `SiteError` for anything else in its place."""
     if not path.parent.is_dir():
         raise SiteError(f"there is no folder {path.parent} for the socket; make it, or set another `socket`")

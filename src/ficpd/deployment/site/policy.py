@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 
-from ficpd.deployment.run_spec import Terms, group_of
-from ficpd.deployment.site.config import SiteConfig, where
+from ficpd.deployment.run_spec import RunSpec, group_of
+from ficpd.deployment.site.config import SiteConfig, location
 from ficpd.errors import BackboneError, PolicyError, SiteError
 from ficpd.federation.client import LABELS
 from ficpd.interfaces import Backbone, Task
-from ficpd.types import Prompt, Shard
+from ficpd.types import ClientData, Prompt
 
 
-def check(config: SiteConfig, own: str, own_name: str, terms: Terms, backbone: Backbone) -> None:
+def check(config: SiteConfig, own: str, own_name: str, terms: RunSpec, backbone: Backbone) -> None:
     """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written;
     `backbone`: the site's."""
     objections = [
-        f"{where(terms.recipe_name, terms.recipe, theirs)}: {given}; {where(own_name, own, ours)}: {allowed}"
-        for theirs, given, ours, allowed in _objections(config, terms, most_tokens(config, backbone))
+        f"{location(terms.recipe_name, terms.recipe, theirs)}: {given}; {location(own_name, own, ours)}: {allowed}"
+        for theirs, given, ours, allowed in _objections(config, terms, max_virtual_tokens(config, backbone))
     ]
     if objections:
         raise PolicyError(
@@ -28,10 +28,10 @@ def check(config: SiteConfig, own: str, own_name: str, terms: Terms, backbone: B
         )
 
 
-def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple[str, str, str, str]]:
+def _objections(config: SiteConfig, terms: RunSpec, tokens: int) -> Iterator[tuple[str, str, str, str]]:
     """The recipe's key and value, the site's key and what it allows."""
     policy, experiment = config.policy, terms.experiment
-    method, mechanism = experiment.method["name"], mechanism_of(experiment.privacy)
+    method, mechanism = experiment.method["name"], mechanism_name(experiment.privacy)
     if method not in policy.methods:
         yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
     if mechanism not in policy.mechanisms:
@@ -49,7 +49,7 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
     personal, iterations, candidates = counts
     training, rounds = experiment.training, terms.schedule.num_rounds
     for theirs, given, ours, most in (
-        ("prompt.num_tokens", terms.start.room, "policy.max_num_tokens", tokens),
+        ("prompt.num_tokens", terms.start.num_virtual_tokens, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
         ("training.directions", training.directions, "policy.max_candidates", policy.max_candidates // 2),  # two each
@@ -63,7 +63,7 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
         if most is not None and given > most:
             yield theirs, f"{theirs} = {given:g}", ours, f"at most {most:g}"
     group = group_of(config.name, experiment.groups)
-    asked = experiment.parties[group].task if group in experiment.parties else None
+    asked = experiment.all_groups[group].task if group in experiment.all_groups else None
     prefix = f"groups.{group}." if group else ""
     if asked is None:
         yield (
@@ -77,15 +77,15 @@ def _objections(config: SiteConfig, terms: Terms, tokens: int) -> Iterator[tuple
         yield f"{prefix}task.{key}", f"task.{key} = {asked.get(key)!r}", f"task.{key}", f"{config.task.get(key)!r}"
 
 
-def most_tokens(config: SiteConfig, backbone: Backbone) -> int:
+def max_virtual_tokens(config: SiteConfig, backbone: Backbone) -> int:
     """Virtual tokens that a prompt may have at this site."""
     return config.policy.max_num_tokens or backbone.max_tokens // 2
 
 
-def check_room(config: SiteConfig, shard: Shard, task: Task, backbone: Backbone) -> None:
+def check_record_lengths(config: SiteConfig, shard: ClientData, task: Task, backbone: Backbone) -> None:
     """Raises `SiteError` if a record does not fit beside the longest prompt that the policy allows. Found by the owner, and
     not by an order: which orders fail would tell of the longest record."""
-    tokens = most_tokens(config, backbone)
+    tokens = max_virtual_tokens(config, backbone)
     rows = torch.zeros(tokens + task.head_rows, backbone.width)
     longest = Prompt(rows, backbone.fingerprint, head_rows=task.head_rows)
     try:
@@ -98,12 +98,12 @@ def check_room(config: SiteConfig, shard: Shard, task: Task, backbone: Backbone)
         ) from error
 
 
-def mechanism_of(privacy: dict[str, Any]) -> str:
+def mechanism_name(privacy: dict[str, Any]) -> str:
     """A mechanism's name as policies write it: with "central", where the server is trusted with the noise."""
     return privacy["name"] + (":central" if privacy.get("placement") == "central" else "")
 
 
-def _clips(config: SiteConfig, terms: Terms) -> list[float]:
+def _clips(config: SiteConfig, terms: RunSpec) -> list[float]:
     privacy = terms.experiment.privacy
     norms = privacy.get("clip_norms") or {}
     clip = norms.get(group_of(config.name, terms.experiment.groups), privacy.get("clip_norm"))

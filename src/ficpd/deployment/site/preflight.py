@@ -9,34 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.backbones.loading import load_backbone
-from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import config as settings
 from ficpd.deployment.site import policy
-from ficpd.deployment.site.load import records_of
+from ficpd.deployment.site.load import load_records
 from ficpd.deployment.site.site import LEDGER
 from ficpd.deployment.site.status import ledger_status
 from ficpd.errors import SiteError
-from ficpd.experiments.build import served_world
+from ficpd.experiments.build import build_context_without_records
 from ficpd.experiments.config import parse
-from ficpd.experiments.setup import labels_of, method_of, schedule_of
+from ficpd.experiments.setup import build_method, build_schedule, num_labels_by_group
 from ficpd.federation import codec
-from ficpd.federation.privacy_plan import clipping, part_for
+from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Ledger
-from ficpd.registry import settings as of_part
-from ficpd.types import ClientCard, ClientUpdate, Setup, Shard, zeros_of
+from ficpd.registry import build_config as of_part
+from ficpd.types import ClientCard, ClientData, ClientUpdate, FederationInfo, zero_update
 
 
-def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
+def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
     """Yields the facts that an owner reads before the first run. Raises the first error in site file, data or recipe."""
     config = settings.read(file)
-    task, shard = records_of(config)
+    task, shard = load_records(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
     if recipe is None:
         backbone, _ = load_backbone(config.backbone, config.engine)
         yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
-        policy.check_room(config, shard, task, backbone)
-        yield f"prompts   of at most {policy.most_tokens(config, backbone)} virtual tokens; every record fits beside them"
+        policy.check_record_lengths(config, shard, task, backbone)
+        yield f"prompts   of at most {policy.max_virtual_tokens(config, backbone)} virtual tokens; every record fits beside them"
     card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
     yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
     allowed = config.policy.mechanisms
@@ -46,7 +46,7 @@ def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[
     yield f"leaves    scores on the test records: {scores}"
     yield "stays     records, personal prompts, the ledger, every error that may quote a record"
     yield "roughly   told by the noise, which is larger the fewer there are: how many records you have"
-    spent = status(file)["epsilon"]
+    spent = site_status(file)["epsilon"]
     yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
     if recipe is not None:
         yield from _of_recipe(config, file, recipe, clients, len(shard.train))
@@ -55,29 +55,31 @@ def lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[
 def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: int, records: int) -> Iterator[str]:
     """Whether the policy allows it, what one update is, what the whole run costs."""
     text = recipe.read_text(encoding="utf-8")
-    world = served_world(parse(text, recipe.name, records=False))
-    method = method_of(world, world.experiment.method)
-    world = world.starting(method)
+    context = build_context_without_records(parse(text, recipe.name, records=False))
+    method = build_method(context, context.experiment.method)
+    context = context.with_method(method)
     names = [config.name, *(f"another {place}" for place in range(1, clients))]
-    world = replace(world, shards={name: Shard([], [], {}) for name in names})
-    schedule = schedule_of(world, method)
-    terms = Terms(world.experiment, text, recipe.name, names, schedule, world.start, world.compression.coordinates)
-    yield f"backbone  {world.experiment.backbone.name}: {world.start.backbone}"
-    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms, world.model.backbone)
+    context = replace(context, shards={name: ClientData([], [], {}) for name in names})
+    schedule = build_schedule(context, method)
+    terms = RunSpec(context.experiment, text, recipe.name, names, schedule, context.start, context.compression.subspace)
+    yield f"backbone  {context.experiment.backbone.name}: {context.start.backbone}"
+    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms, context.model.backbone)
     yield f"recipe    {recipe.name}: the policy allows it"
     cards = [ClientCard(name) for name in names]
-    setup = Setup(world.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, labels_of(world))
+    setup = FederationInfo(
+        context.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, num_labels_by_group(context)
+    )
     state = method.init(setup)
-    arrays = world.compression.pack(world.compression.project(zeros_of(method.layout(state))))
+    arrays = context.compression.pack(context.compression.project(zero_update(method.update_spec(state))))
     update = ClientUpdate(config.name, arrays)
-    body = codec.encode_update(update, 1, world.start.backbone)
+    body = codec.encode_update(update, 1, context.start.backbone)
     yield f"update    {len(body)} bytes a round: " + ", ".join(
         f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
     )
-    module, settled = of_part("privacy", part_for(method, world.experiment.privacy))
-    group = group_of(config.name, world.experiment.groups)
+    module, settled = of_part("privacy", privacy_config_for(method, context.experiment.privacy))
+    group = group_of(config.name, context.experiment.groups)
     plan = terms.plan(config.name, records)
-    mechanism = module.build(clipping(settled, world.experiment.privacy, group), plan)
+    mechanism = module.build(with_group_clip_norm(settled, context.experiment.privacy, group), plan)
     costs = list(mechanism.planned())
     if costs:
         whole = accountant.epsilon(costs, config.policy.delta)
@@ -86,7 +88,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
         )
 
 
-def status(file: Path) -> dict[str, Any]:
+def site_status(file: Path) -> dict[str, Any]:
     """Reads the state folder, which only the site's own user and root may read. `running`: a process holds it."""
     config = settings.read(file)
     with _as_owner(config.state):

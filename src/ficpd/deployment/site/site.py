@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import __version__
-from ficpd.backbones.query_engine import Compute, drive
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.deployment import run_spec
-from ficpd.deployment.run_spec import Terms, group_of
+from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, SiteError
 from ficpd.evaluation.evaluate import score_prompt
 from ficpd.federation import codec
-from ficpd.federation.client import Client, at_home, participate, personal_prompt, restored
-from ficpd.federation.codec import Call
-from ficpd.federation.privacy_plan import clipping, part_for
-from ficpd.federation.validation import check_order
+from ficpd.federation.client import Client, calibrated_batch, execute_assignment, personal_prompt, restore_update
+from ficpd.federation.codec import SiteRequest
+from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
+from ficpd.federation.validation import validate_assignment
 from ficpd.interfaces import Mechanism, Method, Task
 from ficpd.privacy import accountant
-from ficpd.privacy.config import Guarantee
+from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.registry import settings
-from ficpd.storage import write
-from ficpd.types import JSON, Assignment, ClientCard, Shard
+from ficpd.registry import build_config
+from ficpd.storage import atomic_write
+from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
 MOST_RUNS = 4
 """So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
@@ -42,7 +42,7 @@ TELLS = (PolicyError, CodecError, SiteError)
 """Errors whose words are about terms and messages, and that come whatever the records are."""
 
 
-class TermsWantedError(Exception):
+class SpecMissingError(Exception):
     """An order of a run whose terms this site has not."""
 
 
@@ -50,7 +50,7 @@ class TermsWantedError(Exception):
 class Run:
     """A run that the site takes part in: its method, and this site as a client of it."""
 
-    terms: Terms
+    terms: RunSpec
     method: Method
     client: Client
     participations: int
@@ -68,14 +68,14 @@ class Site:
     """
 
     def __init__(
-        self, config: SiteConfig, shard: Shard, task: Task, model: Compute, own: tuple[str, str] = ("", "site.toml"),
+        self, config: SiteConfig, shard: ClientData, task: Task, model: QueryEngine, own: tuple[str, str] = ("", "site.toml"),
         say: Callable[[str], None] = lambda line: None, lock: "threading.Lock | None" = None,
     ):  # fmt: skip
         self.config, self.shard, self.task, self.model, self.own, self.say = config, shard, task, model, own, say
         self.folder = config.state
         self.turn = lock or threading.Lock()  # one order at a time; sites that share a backbone share the lock
         self.runs: dict[str, Run] = {}
-        policy.check_room(config, shard, task, model.backbone)
+        policy.check_record_lengths(config, shard, task, model.backbone)
         _owned(self.folder)
         self._held = _hold(self.folder)
         self.ledger = Ledger(self.folder / LEDGER, f"site {config.name}")
@@ -87,8 +87,8 @@ class Site:
         group = self.config.name.partition(".")[0] if "." in self.config.name else None
         return ClientCard(self.config.name, self.config.card | ({"group": group} if group else {}))
 
-    def answer(self, body: bytes) -> bytes:
-        """Whatever was asked, answered. Raises `TermsWantedError`, or a `FicpdError` whose words may leave."""
+    def handle(self, body: bytes) -> bytes:
+        """Whatever was asked, answered. Raises `SpecMissingError`, or a `FicpdError` whose words may leave."""
         call = codec.decode_call(body)
         if call.what == "hello":
             card = self.card
@@ -99,62 +99,64 @@ class Site:
         with self.turn:
             began = time.perf_counter()
             run = self._run(call)
-            order = codec.decode_assignment(call.order, self.model.backbone.fingerprint)
-            check_order(order, run.method, run.client.start, run.terms.schedule.num_rounds)
+            assignment = codec.decode_assignment(call.order, self.model.backbone.fingerprint)
+            validate_assignment(assignment, run.method, run.client.start, run.terms.schedule.num_rounds)
             if call.what == "evaluate":
-                return self._evaluated(call.run, run, order)
-            return self._trained(call.run, run, order, began)
+                return self._evaluated(call.run, run, assignment)
+            return self._trained(call.run, run, assignment, began)
 
-    def _trained(self, name: str, run: Run, order: Assignment, began: float) -> bytes:
-        book = run.client.book
-        assert book is not None
-        again = book.answered(order.round, order.method) is not None
-        if not again and order.round > run.terms.schedule.num_rounds:
+    def _trained(self, name: str, run: Run, assignment: Assignment, began: float) -> bytes:
+        account = run.client.account
+        assert account is not None
+        again = account.stored_answer(assignment.round, assignment.method) is not None
+        if not again and assignment.round > run.terms.schedule.num_rounds:
             last = run.terms.schedule.num_rounds
-            raise PolicyError(f"round {order.round} is not in the run's terms, which end with {last}")
-        if not again and (done := book.carried_out()) >= run.participations:
+            raise PolicyError(f"round {assignment.round} is not in the run's terms, which end with {last}")
+        if not again and (done := account.num_orders()) >= run.participations:
             raise PolicyError(
                 f"{self.config.name} has carried out {done} orders of this run, which is all that its terms plan; nothing "
                 "was spent on this one. A longer run needs terms of its own"
             )
-        update = drive(self.model, participate(run.method, run.client, order))
-        body = codec.encode_update(update, order.round, self.model.backbone.fingerprint)
+        update = run_queries(self.model, execute_assignment(run.method, run.client, assignment))
+        body = codec.encode_update(update, assignment.round, self.model.backbone.fingerprint)
         self._witness()
         spent = (
-            f"epsilon {book.epsilon():.3g} of {self.config.policy.epsilon:g}" if book.spent() else "no epsilon spent"
+            f"epsilon {account.epsilon():.3g} of {self.config.policy.epsilon:g}"
+            if account.spent()
+            else "no epsilon spent"
         )
         how = "again, from store" if again else f"{time.perf_counter() - began:.1f} s"
-        self.say(f"run {name[:8]} round {order.round} {order.method}: {len(body)} bytes, {how}; {spent}")
+        self.say(f"run {name[:8]} round {assignment.round} {assignment.method}: {len(body)} bytes, {how}; {spent}")
         return body
 
-    def _evaluated(self, name: str, run: Run, order: Assignment) -> bytes:
+    def _evaluated(self, name: str, run: Run, assignment: Assignment) -> bytes:
         """Scores on the site's own test records stay here; they are told only where nothing was promised. Where they are
         not, the answer is the same whatever comes of it, and a round is scored once, since how long that takes may tell of
         the records: prompts are the caller's, the choice among them is the records'."""
         client = run.client
         share, scores = self.config.policy.share_metrics and client.mechanism.unit == "none", {}
-        again = order.round <= run.scored and not share
+        again = assignment.round <= run.scored and not share
         try:
             if client.test and not again:
-                run.scored = max(run.scored, order.round)
-                write(self._run_folder(name) / SCORED, f"{run.scored}\n")
-                scores = self._scores(run, order)
-                write(self._run_folder(name) / "scores.json", json.dumps(scores, indent=2) + "\n")
+                run.scored = max(run.scored, assignment.round)
+                atomic_write(self._run_folder(name) / SCORED, f"{run.scored}\n")
+                scores = self._scores(run, assignment)
+                atomic_write(self._run_folder(name) / "scores.json", json.dumps(scores, indent=2) + "\n")
         except Exception as error:
             if share:
                 raise
-            self.failed(error)
+            self.public_error(error)
         return json.dumps(scores if share else {}).encode()
 
-    def _scores(self, run: Run, order: Assignment) -> dict[str, JSON]:
+    def _scores(self, run: Run, assignment: Assignment) -> dict[str, JSON]:
         client = run.client
         batch, targets = client.encoded("test"), client.task.targets(client.test)
-        prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, order)}
-        prompts |= {key: order.arrays[key] for key in ("prompt", "global") if key in order.arrays}
-        batches = dict.fromkeys(prompts, batch) | {"personal": at_home(run.method, client, batch)}
+        prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, assignment)}
+        prompts |= {key: assignment.arrays[key] for key in ("prompt", "global") if key in assignment.arrays}
+        batches = dict.fromkeys(prompts, batch) | {"personal": calibrated_batch(run.method, client, batch)}
         return {key: score_prompt(prompt, batches[key], targets, self.model) for key, prompt in prompts.items()}
 
-    def _run(self, call: Call) -> Run:
+    def _run(self, call: SiteRequest) -> Run:
         """The run of a call: known, kept from before a restart, or new and within the policy."""
         if call.run in self.runs:
             return self.runs[call.run]
@@ -163,7 +165,7 @@ class Site:
         if not kept.exists() and call.what != "train":
             raise CodecError("a run begins with its first order, and this site has carried out none of it")
         if not kept.exists() and not call.terms:
-            raise TermsWantedError
+            raise SpecMissingError
         if not kept.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
             raise PolicyError(
                 f"{self.config.name} has taken part in {self.config.policy.max_runs} runs, its policy's max_runs"
@@ -172,12 +174,12 @@ class Site:
         found = run_spec.decode(body, self.config.policy.methods)
         run = self._begun(call.run, found)
         if not kept.exists():
-            write(kept, body)
+            atomic_write(kept, body)
             self.say(f"run {call.run[:8]}: takes part in {found.experiment.name}, up to {run.participations} rounds")
         self.runs = dict(list(self.runs.items())[-MOST_RUNS + 1 :]) | {call.run: run}
         return run
 
-    def _begun(self, name: str, found: Terms) -> Run:
+    def _begun(self, name: str, found: RunSpec) -> Run:
         """Raises `PolicyError`, or `BudgetError` if what the whole run would cost is more than is left."""
         config, fingerprint = self.config, self.model.backbone.fingerprint
         if found.start.backbone != fingerprint:
@@ -185,37 +187,37 @@ class Site:
                 f"the run is for backbone {found.start.backbone}, this site has {fingerprint}; load the same"
             )
         policy.check(config, *self.own, found, self.model.backbone)
-        run_spec.check_start(found.start, self.task, self.model.backbone)
+        run_spec.validate_initial_prompt(found.start, self.task, self.model.backbone)
         method, compression = found.method(), found.compression()
         plan = found.plan(config.name, len(self.shard.train))
         mechanism = self._mechanism(found, method, plan)
-        book = self.ledger.book(config.name, self._budget(name, mechanism), name)
+        account = self.ledger.account(config.name, self._budget(name, mechanism), name)
         # Noised at the server, no single release has a price here: the first order pays for the whole plan, since the sum
         # costs a member the same in every round; and orders come as often as the server's private cohorts have it.
-        central = mechanism.price("sum") is not None
-        owed = mechanism.planned() if central and not book.carried_out() else ()
+        central = mechanism.cost("sum") is not None
+        owed = mechanism.planned_costs() if central and not account.num_orders() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
-            found.start, self.seed, book, owed,
+            found.start, self.seed, account, owed,
         )  # fmt: skip
-        if (newest := book.newest(method.name)) and (stored := book.answered(newest, method.name)):
+        if (newest := account.last_round(method.name)) and (stored := account.stored_answer(newest, method.name)):
             with suppress(PolicyError):  # it failed, and is kept as such
-                restored(client, stored)
-        orders = found.schedule.num_rounds if central else plan.participations
-        return Run(found, method, client, orders, self._scored(name))
+                restore_update(client, stored)
+        assignments = found.schedule.num_rounds if central else plan.participations
+        return Run(found, method, client, assignments, self._scored(name))
 
     def _scored(self, name: str) -> int:
         """The last round of a run whose prompts were scored; kept over restarts."""
         file = self._run_folder(name) / SCORED
         return int(file.read_text()) if file.exists() else 0
 
-    def _mechanism(self, found: Terms, method: Method, plan: Any) -> Mechanism:
+    def _mechanism(self, found: RunSpec, method: Method, plan: Any) -> Mechanism:
         """As the recipe asks for it, with noise that nobody can repeat unless this is a rehearsal."""
-        module, settled = settings("privacy", part_for(method, found.experiment.privacy))
-        if isinstance(settled, Guarantee) and not self.config.simulation:
+        module, settled = build_config("privacy", privacy_config_for(method, found.experiment.privacy))
+        if isinstance(settled, DPConfig) and not self.config.simulation:
             settled = settled.model_copy(update={"noise": "cryptographic"})
         group = group_of(self.config.name, found.experiment.groups)
-        mechanism = module.build(clipping(settled, found.experiment.privacy, group), plan)
+        mechanism = module.build(with_group_clip_norm(settled, found.experiment.privacy, group), plan)
         # Whatever was asked for, a method that says it releases nothing gets no noise.
         if mechanism.unit == "none" and "none" not in self.config.policy.mechanisms:
             raise PolicyError(
@@ -226,12 +228,12 @@ class Site:
 
     def _budget(self, run: str, mechanism: Mechanism) -> Budget:
         """The policy's, over all runs. The whole of this run has to fit into what is left before any of it is paid."""
-        allowed, planned = self.config.policy, list(mechanism.planned())
-        book = self.ledger.book(self.config.name, Budget(None, allowed.delta), run)
+        allowed, planned = self.config.policy, list(mechanism.planned_costs())
+        account = self.ledger.account(self.config.name, Budget(None, allowed.delta), run)
         if not planned:
             return Budget(allowed.epsilon, allowed.delta)
-        others = book.spent_by_others()
-        together = accountant.merged([*others, *planned])
+        others = account.spent_in_other_runs()
+        together = accountant.merge([*others, *planned])
         after = accountant.epsilon(together, allowed.delta)
         if after > allowed.epsilon:
             raise BudgetError(
@@ -245,12 +247,12 @@ class Site:
         """For the site's own people; nothing of it goes to a server."""
         return ledger_status(self.ledger, self.config)
 
-    def failed(self, error: Exception) -> str:
+    def public_error(self, error: Exception) -> str:
         """What may be said of an error to whoever called; all of it is kept here."""
         kept = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": f"{type(error).__name__}: {error}"}
         self.say(f"refused or failed: {kept['error']}")
         try:
-            write(self.folder / LAST_ERROR, json.dumps(kept, indent=2) + "\n")
+            atomic_write(self.folder / LAST_ERROR, json.dumps(kept, indent=2) + "\n")
         except OSError:
             self.say("and this could not be written down: the disk may be full")
         if isinstance(error, BudgetError):  # an exact epsilon would tell how many records there are
@@ -271,7 +273,7 @@ class Site:
 
     def _witness(self) -> None:
         """How many orders were carried out, told beside the ledger: an older copy of the ledger would not know."""
-        write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
+        atomic_write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
 
     def _check_witness(self) -> None:
         file, found = self.folder / WITNESS, self.ledger.orders()
@@ -315,6 +317,6 @@ def _hold(folder: Path):
 def _own_seed(file: Path) -> int:
     """Drawn from the operating system once: which records are held back must stay the same over restarts."""
     if not file.exists():
-        write(file, f"{secrets.randbits(62)}\n")
+        atomic_write(file, f"{secrets.randbits(62)}\n")
         file.chmod(0o600)
     return int(file.read_text())

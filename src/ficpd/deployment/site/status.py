@@ -12,17 +12,21 @@ RUNS, LAST_ERROR = "runs", "last-error.json"
 def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
     """Budget, runs and the last error, as ledger and state folder have them."""
     allowed = config.policy
-    book, runs, error = ledger.book(config.name, Budget(None, allowed.delta)), {}, config.state / LAST_ERROR
+    account, runs, error = ledger.account(config.name, Budget(None, allowed.delta)), {}, config.state / LAST_ERROR
     for folder in sorted((config.state / RUNS).glob("*")):
-        of_run, scores = ledger.book(config.name, book.budget, folder.name), folder / "scores.json"
+        of_run, scores = ledger.account(config.name, account.budget, folder.name), folder / "scores.json"
         runs[folder.name] = {
-            "rounds_served": of_run.carried_out(),
+            "rounds_served": of_run.num_orders(),
             "last_order": of_run.last_order(),
             "scores": json.loads(scores.read_text()) if scores.exists() else {},
         }
     return {
         "name": config.name,
-        "epsilon": {"spent": book.epsilon() if book.spent() else 0.0, "of": allowed.epsilon, "delta": allowed.delta},
+        "epsilon": {
+            "spent": account.epsilon() if account.spent() else 0.0,
+            "of": allowed.epsilon,
+            "delta": allowed.delta,
+        },
         "runs": runs,
         "last_error": json.loads(error.read_text()) if error.exists() else None,
     }

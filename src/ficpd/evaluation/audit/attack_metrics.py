@@ -12,14 +12,14 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.membership import flags, vector
+from ficpd.evaluation.audit.membership import as_bool_vector, as_float_vector
 
 Interval = tuple[float, float]
 RATES = (0.01, 0.001)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackMetrics:
     """`auc`: the probability that a member scores above a non-member. `advantage`: TPR - FPR, measured on records that
     had no say in the threshold; about 0 (below or above) if the attack learns nothing. `tpr`: the share of members found
     at a false positive rate of at most 1% and 0.1%; None where there are too few non-members to see such a rate."""
@@ -34,7 +34,7 @@ class Outcome:
     num_nonmembers: int
 
 
-def outcome(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> Outcome:
+def attack_metrics(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> AttackMetrics:
     """One attack's outcome. The seed fixes the bootstrap and the halves.
 
     >>> outcome([0.9, 0.8, 0.2, 0.1], [True, True, False, False], seed=0).auc
@@ -43,7 +43,7 @@ def outcome(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> Outcome:
     score, member = _checked(score_N, member_N)
     advantage, advantage_interval = best_advantage({"": score}, member, seed)
     tpr = {rate: _tpr_at(rate, score, member) for rate in RATES}
-    return Outcome(
+    return AttackMetrics(
         float(roc_auc_score(member, score)),
         _auc_interval(score, member, seed),
         advantage,
@@ -95,8 +95,8 @@ def label_matched(labels_members: ArrayLike, labels_nonmembers: ArrayLike, seed:
 
 
 def _checked(score_N: ArrayLike, member_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    score = vector("score_N", score_N)
-    member = flags("member_N", member_N, len(score))
+    score = as_float_vector("score_N", score_N)
+    member = as_bool_vector("member_N", member_N, len(score))
     if min(member.sum(), (~member).sum()) < 2:
         raise PrivacyError(
             f"{member.sum()} members and {(~member).sum()} non-members were given, expected at least 2 of each."

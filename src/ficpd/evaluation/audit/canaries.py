@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.epsilon_bounds import two_worlds
-from ficpd.interfaces import Mechanism, Noise
-from ficpd.privacy.central_gaussian import NoisedSum
+from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
+from ficpd.interfaces import Mechanism, NoiseSource
+from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.privacy.noise import Simulated
-from ficpd.types import ClientUpdate, Plan, Spend
+from ficpd.privacy.noise import SeededNoise
+from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far beyond any clip norm; and everybody else's, in turns above and below zero."""
@@ -26,11 +26,16 @@ CANARY = "canary"
 AFFORDED = {"step": 48_000, "release": 80_000, "sum": 16_000}
 """Releases of one door played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
 Scores = tuple[list[float], list[float]]
-Streams = Callable[[int], Noise]
+Streams = Callable[[int], NoiseSource]
 
 
 def lower_bound(
-    mechanism: Mechanism, plan: Plan, delta: float, trials: int = 2000, confidence: float = 0.95, seed: int = 0
+    mechanism: Mechanism,
+    plan: ClientWorkload,
+    delta: float,
+    trials: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> float:
     """What the mechanism's epsilon at `delta` is at least, for a run of this plan; 0 when nothing can be said.
 
@@ -39,30 +44,30 @@ def lower_bound(
     Guarantees: if the mechanism does what it says, the number is above its epsilon with probability at most
     1 - `confidence` over the streams (`tests/audit/test_canaries.py`).
     """
-    play = record_scores if door(mechanism) == "step" else client_scores
+    play = record_scores if release_kind(mechanism) == "step" else client_scores
 
-    def stream(trial: int) -> Noise:
-        return Simulated(seed, CANARY, trial)
+    def stream(trial: int) -> NoiseSource:
+        return SeededNoise(seed, CANARY, trial)
 
-    without, with_ = play(mechanism, plan, affordable(mechanism, plan, trials), stream)
-    return two_worlds(without, with_, delta, confidence)
+    without, with_ = play(mechanism, plan, num_trials(mechanism, plan, trials), stream)
+    return two_world_bound(without, with_, delta, confidence)
 
 
-def affordable(mechanism: Mechanism, plan: Plan, trials: int) -> int:
+def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
     """How many runs of this plan are played when `trials` are asked for; at least 200."""
-    passed = door(mechanism)
+    passed = release_kind(mechanism)
     releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
     return min(trials, max(200, AFFORDED[passed] // max(releases[passed], 1)))
 
 
-def door(mechanism: Mechanism) -> str:
+def release_kind(mechanism: Mechanism) -> str:
     """Through which door the unit's contribution leaves, as in `Mechanism.price`: "step", "release" or "sum"."""
     if mechanism.unit == "none":
         raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
-    return "step" if mechanism.unit == "record" else "release" if mechanism.price("sum") is None else "sum"
+    return "step" if mechanism.unit == "record" else "release" if mechanism.cost("sum") is None else "sum"
 
 
-def record_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """Each run's score on ordinary records, and on these and one canary more, which joins steps as they do.
 
     The ordinary records' contributions cancel, so that a mechanism that clips the batch's mean and not each record lets
@@ -72,10 +77,10 @@ def record_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams
     canary, expected = plan.num_records - 1, max(1, round(plan.sampling_rate * plan.num_records))
     contribution_N = torch.cat([_in_turns(canary), torch.tensor([HUGE])])
 
-    def released(rows: Tensor, noise: Noise) -> float:
-        return float(mechanism.mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
+    def released(rows: Tensor, noise: NoiseSource) -> float:
+        return float(mechanism.noisy_mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
 
-    def run(noise: Noise) -> tuple[float, float]:
+    def run(noise: NoiseSource) -> tuple[float, float]:
         sums = []
         for _ in range(plan.participations):
             for rows in mechanism.sample(plan.num_records, expected, plan.steps, noise):
@@ -87,40 +92,42 @@ def record_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams
     return _in_both_worlds(run, trials, stream)
 
 
-def client_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """Each run's score in two worlds that differ in one client, as the placement's guarantee says.
 
     Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is and
     joins rounds as all clients do.
     """
-    if door(mechanism) == "sum":
+    if release_kind(mechanism) == "sum":
         return _central_scores(mechanism, plan, trials, stream)
     low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
 
-    def sent(update: ClientUpdate, noise: Noise) -> float:
-        return sum(float(mechanism.release(update, noise).arrays["delta"]) for _ in range(plan.participations))
+    def sent(update: ClientUpdate, noise: NoiseSource) -> float:
+        return sum(float(mechanism.privatize_update(update, noise).arrays["delta"]) for _ in range(plan.participations))
 
     return _in_both_worlds(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
 
 
-def _central_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Streams) -> Scores:
+def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """What the clients send is the same in every round; trials are kept apart in the ledger by the site's name."""
     price, ledger = _price(mechanism, "sum"), Ledger(":memory:", "audit")
-    expected, silent = price.sampling_rate * plan.num_clients, Simulated("audit")
+    expected, silent = price.sampling_rate * plan.num_clients, SeededNoise("audit")
     values = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())} | {CANARY: HUGE}
-    updates = {n: mechanism.release(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()}
+    updates = {
+        n: mechanism.privatize_update(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()
+    }
     names, clip_norm = sorted(values), mechanism.guarantee()["clip_norm"]
-    books = (ledger.book(f"run {number}", Budget(None, 0.5)) for number in range(trials))
+    accounts = (ledger.account(f"run {number}", Budget(None, 0.5)) for number in range(trials))
 
-    def run(noise: Noise) -> tuple[float, float]:
-        server, sums = NoisedSum(price, clip_norm, expected, lambda round: noise, next(books)), []
+    def run(noise: NoiseSource) -> tuple[float, float]:
+        server, sums = CentralGaussian(price, clip_norm, expected, lambda round: noise, next(accounts)), []
 
-        def released(cohort: list[str], round: int, world: str) -> float:
-            mean = server.mean([updates[name] for name in cohort], {"delta": (1,)}, round, world)
+        def released(cohort: list[str], round: int, context: str) -> float:
+            mean = server.noisy_mean([updates[name] for name in cohort], {"delta": (1,)}, round, context)
             return float(mean.arrays["delta"]) * expected
 
         for round in range(1, plan.num_rounds + 1):
-            cohort = server.cohort(names, round)
+            cohort = server.sample_cohort(names, round)
             others = [name for name in cohort if name != CANARY]
             without = released(others, round, "without")
             sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
@@ -132,7 +139,7 @@ def _central_scores(mechanism: Mechanism, plan: Plan, trials: int, stream: Strea
         ledger.close()
 
 
-def _in_both_worlds(run: Callable[[Noise], tuple[float, float]], trials: int, stream: Streams) -> Scores:
+def _in_both_worlds(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
     pairs = [run(stream(trial)) for trial in range(trials)]
     return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 
@@ -151,8 +158,8 @@ def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, passed: st
     return without, with_
 
 
-def _price(mechanism: Mechanism, passed: str) -> Spend:
-    price = mechanism.price(passed)
+def _price(mechanism: Mechanism, passed: str) -> PrivacyCost:
+    price = mechanism.cost(passed)
     if price is None:
         raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and no price for the door {passed!r}; state it")
     return price

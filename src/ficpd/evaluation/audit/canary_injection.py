@@ -8,14 +8,16 @@ import numpy as np
 from ficpd import rng
 from ficpd.interfaces import Task
 from ficpd.tasks.multiple_choice import Option
-from ficpd.types import Record, Shard
+from ficpd.types import ClientData, Record
 
 
-def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shard], seed: int) -> list[Record]:
+def make_mislabelled_canaries(
+    task: Task, records: Sequence[Record], shards: Mapping[str, ClientData], seed: int
+) -> list[Record]:
     """The same records with another label of those seen, the number mirrored within the range seen, or, where texts are to
     be written, the target of another record."""
     train = [record for shard in shards.values() for record in shard.train]
-    if task.writes:
+    if task.max_new_tokens:
         turned = [*records[1:], *records[:1]] if len(records) > 1 else []
         return [
             replace(r, fields={**r.fields, **_targets_of(other)}) for r, other in zip(records, turned, strict=False)
@@ -23,7 +25,7 @@ def mislabelled(task: Task, records: Sequence[Record], shards: Mapping[str, Shar
     seen = sorted(set(task.targets(train)))
     if len(seen) < 2:
         return []
-    random, truths = np.random.default_rng(rng.derive(seed, "labels")), task.targets(records) if records else []
+    random, truths = np.random.default_rng(rng.derive_seed(seed, "labels")), task.targets(records) if records else []
     if has_labels(task, train):
         wrong = [random.choice([label for label in _labels(truth, seen) if label != truth]).item() for truth in truths]
     else:
@@ -35,9 +37,9 @@ def _targets_of(record: Record) -> dict[str, object]:
     return {name: record.fields.get(name) for name in ("target", "references")}
 
 
-def plant(shards: Mapping[str, Shard], records: Sequence[Record], seed: int) -> dict[str, Shard]:
+def inject_canaries(shards: Mapping[str, ClientData], records: Sequence[Record], seed: int) -> dict[str, ClientData]:
     """Each record goes to the training records of a client drawn at random."""
-    names, random = list(shards), np.random.default_rng(rng.derive(seed, "sites"))
+    names, random = list(shards), np.random.default_rng(rng.derive_seed(seed, "sites"))
     given: dict[str, list[Record]] = {name: [] for name in names}
     for record in records:
         given[names[random.integers(len(names))]].append(record)

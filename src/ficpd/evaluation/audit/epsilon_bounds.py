@@ -9,14 +9,14 @@ from scipy.special import bdtrc, betaincinv
 from scipy.stats import binom
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.membership import flags, vector
+from ficpd.evaluation.audit.membership import as_bool_vector, as_float_vector
 
 CAUTION = 50
 """A threshold is chosen at this many times less error than it is counted at: else the most promising of many thresholds
 is often one that a few runs in the tail made look good."""
 
 
-def two_worlds(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, confidence: float = 0.95) -> float:
+def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, confidence: float = 0.95) -> float:
     """Epsilon's lower bound from many runs without and with one canary; the higher a score, the likelier it was in.
 
     Jagielski et al., NeurIPS 2020, arXiv 2006.07709 (algorithm 2); Nasr et al., S&P 2021, arXiv 2101.04535. The first half
@@ -30,7 +30,7 @@ def two_worlds(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, 
     3.28
     """
     _check(delta, confidence)
-    all_out, all_in = vector("scores_without", scores_without), vector("scores_with", scores_with)
+    all_out, all_in = as_float_vector("scores_without", scores_without), as_float_vector("scores_with", scores_with)
     if min(len(all_out), len(all_in)) < 2:
         raise PrivacyError(f"{len(all_out)} and {len(all_in)} runs were given, expected at least 2 in each world.")
     (choose_out, out), (choose_in, in_) = _in_half(all_out), _in_half(all_in)
@@ -39,7 +39,7 @@ def two_worlds(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, 
     return float(_bound(out, in_, thresholds_T[best, None], delta, confidence)[0])
 
 
-def one_run(
+def one_run_bound(
     scores: ArrayLike, included: ArrayLike, delta: float, confidence: float = 0.95, guesses: int | None = None
 ) -> float:
     """Epsilon's lower bound from one run, into which each of M canaries went or not by the flip of a fair coin.
@@ -58,14 +58,14 @@ def one_run(
     4.71
     """
     _check(delta, confidence)
-    score = vector("scores", scores)
-    inside, m = flags("included", included, len(score)), len(score)
+    score = as_float_vector("scores", scores)
+    inside, m = as_bool_vector("included", included, len(score)), len(score)
     r = m // 3 if guesses is None else guesses
     if not 2 <= r <= m:
         raise PrivacyError(f"{r} guesses on {m} canaries, expected 2 to {m}; take more canaries.")
     lots = np.random.default_rng(0).permutation(m)
-    order = np.lexsort((lots, score))
-    correct = int(inside[order[m - (r + 1) // 2 :]].sum() + (~inside[order[: r // 2]]).sum())
+    assignment = np.lexsort((lots, score))
+    correct = int(inside[assignment[m - (r + 1) // 2 :]].sum() + (~inside[assignment[: r // 2]]).sum())
     return _largest_rejected(m, r, correct, delta, 1 - confidence)
 
 

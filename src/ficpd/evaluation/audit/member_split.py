@@ -73,4 +73,4 @@ def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limi
 
 def _shuffled(things: Iterable[Record], seed: int, what: str) -> list[Record]:
     kept = list(things)
-    return [kept[i] for i in torch.randperm(len(kept), generator=rng.generator(seed, "audit", what)).tolist()]
+    return [kept[i] for i in torch.randperm(len(kept), generator=rng.make_generator(seed, "audit", what)).tolist()]

@@ -18,7 +18,7 @@ FLOAT32_STEP = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class AttackData:
     """All that an attacker without shadows of the record itself ("offline") looks at.
 
     `target_N` and `population_Z` are losses under the attacked prompt, `shadow_SN` and `shadow_SZ` under S prompts tuned
@@ -62,7 +62,7 @@ class Evidence:
             )
 
 
-def yeom(evidence: Evidence) -> np.ndarray:
+def yeom(evidence: AttackData) -> np.ndarray:
     """The prompt fits members better: minus the loss (Yeom et al., CSF 2018, arXiv 1709.01604, adversary 2). [N]
 
     >>> yeom(Evidence([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
@@ -71,7 +71,7 @@ def yeom(evidence: Evidence) -> np.ndarray:
     return -evidence.target_N
 
 
-def lira(evidence: Evidence) -> np.ndarray:
+def lira(evidence: AttackData) -> np.ndarray:
     """Offline LiRA (Carlini et al., S&P 2022, arXiv 2112.03570, algorithm 1 without its "in" half). [N]
 
     How many deviations the record's logit-scaled confidence lies above its mean over the shadows. One variance for all
@@ -83,7 +83,7 @@ def lira(evidence: Evidence) -> np.ndarray:
     return (phi_N - phi_SN.mean(axis=0)) / (np.sqrt(variance) or 1.0)
 
 
-def _confidence(losses: np.ndarray, evidence: Evidence) -> np.ndarray:
+def _confidence(losses: np.ndarray, evidence: AttackData) -> np.ndarray:
     """Equation 4: log(p / (1 - p)), p = exp(-loss), which over shadows is nearly normal; or minus another loss."""
     if not evidence.likelihood:
         return -losses
@@ -91,7 +91,7 @@ def _confidence(losses: np.ndarray, evidence: Evidence) -> np.ndarray:
     return -losses - np.log(-np.expm1(-losses))
 
 
-def rmia(evidence: Evidence, gamma: float = 1.0, offline_scale: float = 0.3) -> np.ndarray:
+def rmia(evidence: AttackData, gamma: float = 1.0, offline_scale: float = 0.3) -> np.ndarray:
     """Offline RMIA (Zarifzadeh et al., ICML 2024, arXiv 2312.03262, algorithm 1): the share of the population that the
     record beats. [N], in (0, 1)
 
@@ -120,7 +120,7 @@ def _log(number: float) -> float:
     return float(np.log(number)) if number > 0 else -np.inf
 
 
-def vector(name: str, values: ArrayLike) -> np.ndarray:
+def as_float_vector(name: str, values: ArrayLike) -> np.ndarray:
     """Values as a float64 vector; PrivacyError if they are not one finite number per record, canary or run."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
@@ -128,7 +128,7 @@ def vector(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def flags(name: str, values: ArrayLike, size: int) -> np.ndarray:
+def as_bool_vector(name: str, values: ArrayLike, size: int) -> np.ndarray:
     """Values as `size` booleans; PrivacyError if they are not."""
     array = np.asarray(values)
     if array.shape != (size,) or array.dtype != bool:
@@ -136,4 +136,4 @@ def flags(name: str, values: ArrayLike, size: int) -> np.ndarray:
     return array
 
 
-ATTACKS: Mapping[str, Callable[[Evidence], np.ndarray]] = {"yeom": yeom, "lira": lira, "rmia": rmia}
+ATTACKS: Mapping[str, Callable[[AttackData], np.ndarray]] = {"yeom": yeom, "lira": lira, "rmia": rmia}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ficpd.evaluation.audit.attack_metrics import Interval, Outcome
+from ficpd.evaluation.audit.attack_metrics import AttackMetrics, Interval
 
 FEW = 1000
 """With fewer non-members than this, a false positive rate of 0.1% is not seen."""
@@ -40,7 +40,7 @@ class Audit:
     num_nonmembers: int
     num_shadows: int
     shadow_records: int
-    attacks: Mapping[str, Outcome]
+    attacks: Mapping[str, AttackMetrics]
     advantage: float
     advantage_interval: Interval
     mechanism: LowerBound | None

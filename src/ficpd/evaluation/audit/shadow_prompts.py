@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import Compute, drive_many
+from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
 from ficpd.errors import PrivacyError
-from ficpd.federation.client import Client, Visit
+from ficpd.federation.client import Client, ClientSession
 from ficpd.interfaces import Compression, Task
-from ficpd.optimizers import Training, tune
+from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.privacy.none import NoPrivacy
 from ficpd.types import Assignment, ClientCard, Prompt, Query, Record
 
 
 def shadow_prompts(
-    model: Compute, task: Task, start: Prompt, compression: Compression, training: Training, pool: Sequence[Record],
+    model: QueryEngine, task: Task, start: Prompt, compression: Compression, training: LocalTrainingConfig, pool: Sequence[Record],
     size: int, steps: int, batch_size: int, number: int, seed: int,
 ) -> Tensor:  # fmt: skip
     """[S, P, D]: `number` prompts, each tuned without privacy on its own `size` records of the pool, drawn at random.
@@ -31,17 +31,19 @@ def shadow_prompts(
             "one record of the pool"
         )
     encoded, works = task.encode(pool, model.backbone, start), {}
-    order = Assignment("shadow", 1, {}, {"rate": training.rate(1, 1)})
+    assignment = Assignment("shadow", 1, {}, {"rate": training.rate(1, 1)})
     for name in map(str, range(number)):
-        places = torch.randperm(len(pool), generator=rng.generator(seed, "shadow", name))[:size].tolist()
-        mine, private = [pool[i] for i in places], rng.derive(seed, "private", name)
+        places = torch.randperm(len(pool), generator=rng.make_generator(seed, "shadow", name))[:size].tolist()
+        mine, private = [pool[i] for i in places], rng.derive_seed(seed, "private", name)
         client = Client(
             ClientCard(name), mine, [], task, model.backbone, NoPrivacy(), compression, start, private
         )  # fmt: skip
-        client.take_encoding("train", encoded.take(places))
-        visit = Visit(client, 1)
-        works[name] = tune(training, visit, order, start.vectors_PD, steps=steps, batch_size=min(batch_size, size))
-    tuned = dict(drive_many(model, works))
+        client.set_encoding("train", encoded.select(places))
+        session = ClientSession(client, 1)
+        works[name] = tune(
+            training, session, assignment, start.vectors_PD, steps=steps, batch_size=min(batch_size, size)
+        )
+    tuned = dict(run_queries_lockstep(model, works))
     for result in tuned.values():
         if isinstance(result, Exception):
             raise result
@@ -49,10 +51,10 @@ def shadow_prompts(
 
 
 def losses(
-    model: Compute, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256
+    model: QueryEngine, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256
 ) -> np.ndarray:
     """[S, N]: every record's loss under every prompt; `at_once` records a query bound the memory."""
     batch = task.encode(records, model.backbone, start)
-    parts = [batch.take(range(first, min(first + at_once, len(batch)))) for first in range(0, len(batch), at_once)]
+    parts = [batch.select(range(first, min(first + at_once, len(batch)))) for first in range(0, len(batch), at_once)]
     answers = [model.answer([Query(prompts_SPD, part)])[0].loss_KB.cpu() for part in parts]
     return torch.cat(answers, dim=1).double().numpy() if answers else np.zeros((len(prompts_SPD), 0))

@@ -10,23 +10,30 @@ from typing import Any
 from ficpd import __version__
 from ficpd.errors import RunError
 from ficpd.experiments.comparison import SCHEMA, pareto, summary
-from ficpd.experiments.comparison.grid import Plan
-from ficpd.experiments.comparison.overrides import LINES
-from ficpd.experiments.comparison.results import rows
-from ficpd.experiments.comparison.results_dir import CELLS, check_versions, keys, locked, outcome, take
+from ficpd.experiments.comparison.grid import Grid
+from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
+from ficpd.experiments.comparison.results import result_rows
+from ficpd.experiments.comparison.results_dir import (
+    CELLS,
+    check_versions,
+    import_results,
+    load_result,
+    lock_directory,
+    run_keys,
+)
 from ficpd.experiments.comparison.run_cell import Outcome
 from ficpd.experiments.comparison.statistics import CONFIDENCE
-from ficpd.experiments.comparison.worker_pool import Crew, Event, Job
+from ficpd.experiments.comparison.worker_pool import Event, Job, WorkerPool
 from ficpd.experiments.config import to_toml
 from ficpd.experiments.report.comparison_tables import write_tables
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 
 JSON_FILE = "compare.json"
 Seen = Callable[[Event], None]
 
 
 def compare(
-    plan: Plan, out: Path, jobs: int | None = None, redo: bool = False, planned: Callable[[int, int], None] | None = None,
+    plan: Grid, out: Path, jobs: int | None = None, redo: bool = False, planned: Callable[[int, int], None] | None = None,
     seen: Seen = lambda event: None, known: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing in `out`, `jobs` runs at a time (None: one for each core; one where a GPU does the work), and
@@ -36,12 +43,12 @@ def compare(
     again), or if `known` holds no comparison.
     """
     earlier = read_comparison(known) if known is not None else None
-    with locked(out) as lock:
-        names = keys(out, plan.cells)
+    with lock_directory(out) as lock:
+        names = run_keys(out, plan.cells)
         check_versions(out, list(names.values()), redo)
         if earlier is not None:
-            take(out, earlier, plan.cells, names)
-        write(out / "compare.toml", plan.text)
+            import_results(out, earlier, plan.cells, names)
+        atomic_write(out / "compare.toml", plan.text)
         missing = _missing(plan, out, names)
         if planned is not None:
             planned(len(names), len(missing))
@@ -49,31 +56,31 @@ def compare(
         number = min(jobs or (1 if _on_gpu(plan) else cores), max(len(missing), 1))
         try:
             if missing:
-                Crew(out / CELLS, number, max(1, cores // number), lock, seen).work(missing)
+                WorkerPool(out / CELLS, number, max(1, cores // number), lock, seen).work(missing)
         finally:
-            found = described(plan, {h: outcome(out, key) for h, key in names.items()}, names)
-            write(out / JSON_FILE, json.dumps(found, indent=1) + "\n")
+            found = described(plan, {h: load_result(out, key) for h, key in names.items()}, names)
+            atomic_write(out / JSON_FILE, json.dumps(found, indent=1) + "\n")
             write_tables(found, out)
         return found
 
 
-def _missing(plan: Plan, out: Path, names: Mapping[str, str]) -> list[Job]:
+def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
     """The runs without a figure, each once; of one ground in the plan's order."""
     first = {cell.hash: cell for cell in reversed(plan.cells)}
-    open_ = [h for h in names if (outcome(out, names[h]) or {}).get("status") != "done"]
+    open_ = [h for h in names if (load_result(out, names[h]) or {}).get("status") != "done"]
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     return [Job(names[h], to_toml(first[h].experiment), first[h].ground) for h in open_]
 
 
-def _on_gpu(plan: Plan) -> bool:
+def _on_gpu(plan: Grid) -> bool:
     return any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
 
 
-def described(plan: Plan, outcomes: Mapping[str, Outcome | None], names: Mapping[str, str]) -> dict[str, Any]:
+def described(plan: Grid, outcomes: Mapping[str, Outcome | None], names: Mapping[str, str]) -> dict[str, Any]:
     """`compare.json` (its schema is the docstring of `ficpd.experiments.comparison`)."""
-    spec, cells = plan.spec, rows(plan.cells, names, outcomes)
+    spec, cells = plan.spec, result_rows(plan.cells, names, outcomes)
     metrics = summary.metrics_of(cells, plan.axes["tasks"])
-    seen = summary.Seen(cells, list(plan.methods), spec.figure, spec.test, plan.reference, metrics)
+    seen = summary.ResultView(cells, list(plan.methods), spec.figure, spec.test, plan.reference, metrics)
     return {
         "schema": SCHEMA,
         "ficpd": __version__,
@@ -94,8 +101,8 @@ def described(plan: Plan, outcomes: Mapping[str, Outcome | None], names: Mapping
         ],
         "conditions": summary.conditions(seen),
         "settings": summary.settings(seen),
-        "fronts": pareto.fronts(seen),
-        "targets": pareto.targets(seen, spec.targets),
+        "fronts": pareto.pareto_fronts(seen),
+        "targets": pareto.cost_to_target(seen, spec.targets),
         "counts": dict(Counter(row["status"] for row in cells)),
     }
 
@@ -104,13 +111,19 @@ def _method(label: str, piece: Mapping[str, Any]) -> dict[str, Any]:
     parts = {key: value for key, value in piece.items() if key not in ("private", "method")}
     own = {key: value for key, value in piece["method"].items() if key != "name"}
     set_ = {**({"method": own} if own else {}), **parts}
-    return {"name": piece["method"]["name"], "line": label in LINES, "private": piece.get("private", True), "set": set_}
+    return {
+        "name": piece["method"]["name"],
+        "line": label in REFERENCE_METHODS,
+        "private": piece.get("private", True),
+        "set": set_,
+    }
 
 
-def _task(plan: Plan, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:
+def _task(plan: Grid, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:
     experiment = next(cell.experiment for cell in plan.cells if cell.task == label)
     names = [
-        f"{group}: {party.task['name']}" if group else party.task["name"] for group, party in experiment.parties.items()
+        f"{group}: {party.task['name']}" if group else party.task["name"]
+        for group, party in experiment.all_groups.items()
     ]
     return {"task": ", ".join(names), "backbone": experiment.backbone.name, "metric": dict(metric) if metric else None}
 

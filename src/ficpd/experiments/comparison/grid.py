@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ficpd.errors import ConfigError, PrivacyError, unknown
+from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments.comparison import overrides
-from ficpd.experiments.comparison.overrides import GIVEN, LINES, Piece, Sweeps
+from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, Piece, Sweeps
 from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, to_toml
-from ficpd.federation.privacy_plan import part_for
-from ficpd.optimizers import Training
-from ficpd.registry import Frozen, checked, settings
+from ficpd.federation.privacy_plan import privacy_config_for
+from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import FrozenConfig, build_config, validate
 
 AXES = ("methods", "tasks", "partitions", "budgets")
-GROUND = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "engine"}
+SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "engine"}
 
 
-class Spec(Frozen):
+class ComparisonConfig(FrozenConfig):
     """What the file says besides its axes. `evaluate_every`: rounds between two points of a curve; targets and budgets of
     bytes and queries go by those points."""
 
@@ -78,16 +78,22 @@ class Cell:
     @property
     def readable(self) -> str:
         """The run's name, if this is the first cell to ask for it: a folder's name on any file system."""
-        labels = [self.task, self.partition, self.budget, *map(overrides.shown, self.sweep.values()), self.method]
-        words = [re.sub(r"[^A-Za-z0-9=.]+", "_", label).strip("_.")[:24] for label in labels if label != GIVEN]
+        labels = [
+            self.task,
+            self.partition,
+            self.budget,
+            *map(overrides.format_value, self.sweep.values()),
+            self.method,
+        ]
+        words = [re.sub(r"[^A-Za-z0-9=.]+", "_", label).strip("_.")[:24] for label in labels if label != DEFAULT]
         return "-".join([*filter(None, words), f"s{self.seed}", self.hash])
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """`text`: the file, as it is kept beside the results. `methods` has the lines and every variant of a sweep."""
 
-    spec: Spec
+    spec: ComparisonConfig
     text: str
     methods: Mapping[str, Piece]
     axes: Mapping[str, Mapping[str, Piece]]
@@ -107,23 +113,23 @@ def _referred(given: str | None, methods: Iterable[str]) -> str | None:
     >>> _referred("a", ["local", "a k=1", "a k=2"]), _referred("a", ["a b", "a"]), _referred(None, ["local", "b"])
     ('a k=1', 'a', 'b')
     """
-    named = [label for label in methods if label == given or (given is None and label not in LINES)]
+    named = [label for label in methods if label == given or (given is None and label not in REFERENCE_METHODS)]
     return next(iter(named or [label for label in methods if label.startswith(f"{given} ")]), None)
 
 
-def read_plan(name: str, ablate: Sequence[str] = ()) -> Plan:
+def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
     """A TOML file, or one of the comparisons that come with the package."""
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"no comparison file {name}; those that come with ficpd: {', '.join(comparisons())}")
-        return planned(path.read_text(encoding="utf-8"), path.name, ablate, path.parent)
+        return expand(path.read_text(encoding="utf-8"), path.name, ablate, path.parent)
     if name not in comparisons():
         raise ConfigError(
-            unknown("comparison", name, comparisons()) + " (or give a .toml file, or a comparison's folder)"
+            did_you_mean("comparison", name, comparisons()) + " (or give a .toml file, or a comparison's folder)"
         )
     text = (resources.files("ficpd.experiments") / "recipes" / "compare" / f"{name}.toml").read_text(encoding="utf-8")
-    return planned(text, f"{name}.toml", ablate, None)
+    return expand(text, f"{name}.toml", ablate, None)
 
 
 def comparisons() -> list[str]:
@@ -131,15 +137,17 @@ def comparisons() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def planned(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Plan:
+def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Grid:
     """All cells, or the `ConfigError` of the first that is no experiment: nothing is run of a file with a mistake."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
-    spec: Spec = checked(Spec, {key: value for key, value in tree.items() if key not in AXES}, where)
-    axes = {axis: overrides.checked_pieces(axis, tree.get(axis, {}), where) for axis in AXES}
-    if not axes["methods"].keys() - LINES.keys():
+    spec: ComparisonConfig = validate(
+        ComparisonConfig, {key: value for key, value in tree.items() if key not in AXES}, where
+    )
+    axes = {axis: overrides.validate_overrides(axis, tree.get(axis, {}), where) for axis in AXES}
+    if not axes["methods"].keys() - REFERENCE_METHODS.keys():
         raise ConfigError(
             f"{where}: methods is missing, or names none but the lines that are always there; name those to compare, such "
             "as [methods.fedavg]"
@@ -147,43 +155,45 @@ def planned(text: str, where: str, ablate: Sequence[str] = (), beside: Path | No
     sweeps = overrides.parsed_sweeps([*spec.sweeps, *ablate])
     methods = overrides.methods_of(axes["methods"], sweeps, where)
     if _referred(spec.reference, methods) is None:
-        raise ConfigError(f"{where}: {unknown('reference', str(spec.reference), methods)}")
-    axes = {axis: entries or {GIVEN: {}} for axis, entries in axes.items() if axis != "methods"}
+        raise ConfigError(f"{where}: {did_you_mean('reference', str(spec.reference), methods)}")
+    axes = {axis: entries or {DEFAULT: {}} for axis, entries in axes.items() if axis != "methods"}
     beyond = {path: values for path, values in sweeps.items() if not path.startswith("method.")}
     cells = _cells(spec, axes, methods, beyond, where, beside)
     beside_it = f"# with --ablate {' '.join(ablate)}\n" if ablate else ""
-    return Plan(spec, beside_it + text, methods, axes, beyond, cells)
+    return Grid(spec, beside_it + text, methods, axes, beyond, cells)
 
 
 def _cells(
-    spec: Spec, axes: Mapping[str, Mapping[str, Piece]], methods: Mapping[str, Piece], sweeps: Sweeps, where: str,
+    spec: ComparisonConfig, axes: Mapping[str, Mapping[str, Piece]], methods: Mapping[str, Piece], sweeps: Sweeps, where: str,
     beside: Path | None,
 ) -> list[Cell]:  # fmt: skip
     points = [dict(zip(sweeps, values, strict=True)) for values in product(*sweeps.values())]
     found = []
     for (task, of_task), (part, of_part), (budget, of_budget) in product(*(axes[a].items() for a in AXES[1:])):
-        base, recipe = overrides.base_of(of_task.get("recipe", spec.recipe), spec.set, beside)
+        base, recipe = overrides.load_base(of_task.get("recipe", spec.recipe), spec.set, beside)
         tree = overrides.with_budget(overrides.with_partition(overrides.with_task(base, of_task), of_part), of_budget)
         budgeted = {key: of_budget[key] for key in ("bytes", "queries") if key in of_budget}
         for point, seed, (method, of_method) in product(points, spec.seeds, methods.items()):
-            at = ", ".join([method, *(x for x in (task, part, budget) if x != GIVEN), *map(str, point.values())])
+            at = ", ".join([method, *(x for x in (task, part, budget) if x != DEFAULT), *map(str, point.values())])
             experiment = _experiment(tree, spec, point, seed, of_method, f"{where}, cell {at} on {recipe}")
-            limits = {} if method in LINES else budgeted  # nothing of a line travels that anybody would have to pay for
+            limits = (
+                {} if method in REFERENCE_METHODS else budgeted
+            )  # nothing of a line travels that anybody would have to pay for
             found.append(_cell(Cell(method, task, part, budget, point, seed, experiment, limits, "", "")))
     return found
 
 
 def _experiment(
-    tree: dict[str, Any], spec: Spec, point: Mapping[str, Any], seed: int, of_method: Piece, where: str
+    tree: dict[str, Any], spec: ComparisonConfig, point: Mapping[str, Any], seed: int, of_method: Piece, where: str
 ) -> Experiment:
     """The recipe, the method's piece, the sweep, and what every cell has: in this order."""
     tree = {key: part for key, part in tree.items() if key != "method"}
-    tree = overrides.laid_over(tree, {key: part for key, part in of_method.items() if key != "private"})
+    tree = overrides.merge(tree, {key: part for key, part in of_method.items() if key != "private"})
     tree = overrides.with_sweep(tree, point)
     if not of_method.get("private", True):
         tree["privacy"] = {"name": "none"}
     tree |= {"seed": seed, "baselines": []}
-    built = build(overrides.laid_over(tree, {"federation": {"evaluate_every": spec.evaluate_every}}), where)
+    built = build(overrides.merge(tree, {"federation": {"evaluate_every": spec.evaluate_every}}), where)
     if built.engine.name == "flower":
         raise ConfigError(
             f'{where}: engine.name = "flower" is for real sites, and a comparison is a simulation; leave it out'
@@ -192,25 +202,27 @@ def _experiment(
 
 
 def _cell(cell: Cell) -> Cell:
-    experiment = only_what_counts(cell.experiment)
+    experiment = canonical_experiment(cell.experiment)
     whole = to_toml(experiment)
-    parts = experiment.model_dump(mode="json", include=GROUND) | {"apart": experiment.federation.unseen_clients}
+    parts = experiment.model_dump(mode="json", include=SHARED_SECTIONS) | {
+        "apart": experiment.federation.unseen_clients
+    }
     ground = json.dumps(parts, sort_keys=True)
     names = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (whole, ground)]
     return Cell(**{**vars(cell), "experiment": experiment, "hash": names[0], "ground": names[1]})
 
 
-def only_what_counts(experiment: Experiment) -> Experiment:
+def canonical_experiment(experiment: Experiment) -> Experiment:
     """The same without settings that its method does not go by, so that cells which differ only in those are one run."""
-    module, config = settings("methods", experiment.method)
+    module, config = build_config("methods", experiment.method)
     method = module.build(config, experiment.training)
     try:
-        privacy = dict(part_for(method, experiment.privacy))
+        privacy = dict(privacy_config_for(method, experiment.privacy))
     except PrivacyError:  # the run will say so
         privacy = experiment.privacy
     update: dict[str, Any] = {"privacy": privacy}
     if experiment.method["name"] == "zero_shot":
         federation = FederationConfig(num_rounds=0, unseen_clients=experiment.federation.unseen_clients)
-        update |= {"training": Training(), "federation": federation}
+        update |= {"training": LocalTrainingConfig(), "federation": federation}
         update |= {"compression": Experiment.model_fields["compression"].default}
     return experiment.model_copy(update=update)

@@ -6,36 +6,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ficpd.errors import ConfigError, unknown
-from ficpd.experiments.config import Experiment, changed, text_of
+from ficpd.errors import ConfigError, did_you_mean
+from ficpd.experiments.config import Experiment, apply_override, read_recipe
 from ficpd.registry import load
 
 Piece = Mapping[str, Any]
 Sweeps = dict[str, list[Any]]
 
-LINES: dict[str, Piece] = {
+REFERENCE_METHODS: dict[str, Piece] = {
     "zero_shot": {"method": {"name": "zero_shot"}},
     "local": {"method": {"name": "local"}},
     "centralized": {"method": {"name": "centralized"}, "private": False},
 }
-OWN_AXIS = {"name", "seed", "baselines", "method"}
+RESERVED = {"name", "seed", "baselines", "method"}
 PARTS = {
     "methods": {"method", "training", "prompt", "compression", "distillation"},
-    "tasks": set(Experiment.model_fields) - OWN_AXIS,
+    "tasks": set(Experiment.model_fields) - RESERVED,
     "partitions": {"partition"},
     "budgets": {"privacy", "federation", "compression"},
 }
-BESIDES = {
+EXTRA_KEYS = {
     "methods": {"private"},
     "tasks": {"recipe"},
     "partitions": set(),
     "budgets": {"epsilon", "rounds", "bytes", "queries"},
 }
-GIVEN = "given"
+DEFAULT = "given"
 """The label of an axis that the file leaves out: as the recipe has it."""
 
 
-def checked_pieces(axis: str, table: Any, where: str) -> dict[str, Piece]:
+def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
     """The entries of one axis. Raises `ConfigError` for a part that this axis must not change."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: {axis} is a table of entries, such as [{axis}.LABEL]")
@@ -50,17 +50,17 @@ def checked_pieces(axis: str, table: Any, where: str) -> dict[str, Piece]:
 
 
 def _check_key(axis: str, label: str, key: str, value: Any, where: str) -> None:
-    here, may = f"{where}: {axis}.{label}", PARTS[axis] | BESIDES[axis]
-    if key in OWN_AXIS | set(Experiment.model_fields) and key not in may:
+    here, may = f"{where}: {axis}.{label}", PARTS[axis] | EXTRA_KEYS[axis]
+    if key in RESERVED | set(Experiment.model_fields) and key not in may:
         raise ConfigError(
             f"{here}.{key}: an entry of {axis} may change {', '.join(sorted(may))}; what else there is is the same for all "
             "cells that are compared"
         )
     if key not in may:
-        raise ConfigError(f"{here}: {unknown('key', key, may)}")
+        raise ConfigError(f"{here}: {did_you_mean('key', key, may)}")
     if key in PARTS[axis] and not isinstance(value, Mapping):
         raise ConfigError(f"{here}.{key} = {value!r}: expected a part of a recipe, such as {key} = {{ ... }}")
-    if key in BESIDES["budgets"]:
+    if key in EXTRA_KEYS["budgets"]:
         _check_number(f"{here}.{key}", key, value)
     if key == "private" and not isinstance(value, bool):
         raise ConfigError(f"{here}.private = {value!r}: expected true or false")
@@ -79,8 +79,8 @@ def _check_number(here: str, key: str, value: Any) -> None:
 def parsed_sweeps(given: Iterable[str]) -> Sweeps:
     """`part.key=a,b,c`, each value as `--set` reads it.
 
-    >>> parsed_sweeps(["privacy.epsilon=1,2,4", "training.tuner=adam, sgd", "prompt.text='a, b','c'"])
-    {'privacy.epsilon': [1, 2, 4], 'training.tuner': ['adam', 'sgd'], 'prompt.text': ['a, b', 'c']}
+    >>> parsed_sweeps(["privacy.epsilon=1,2,4", "training.optimizer=adam, sgd", "prompt.text='a, b','c'"])
+    {'privacy.epsilon': [1, 2, 4], 'training.optimizer': ['adam', 'sgd'], 'prompt.text': ['a, b', 'c']}
     """
     sweeps: Sweeps = {}
     for sweep in given:
@@ -89,9 +89,9 @@ def parsed_sweeps(given: Iterable[str]) -> Sweeps:
         keys = path.split(".")
         if not equals or not text.strip() or len(keys) < 2 or not all(keys):
             raise ConfigError(f"--ablate {sweep!r}: expected part.key=value,value, such as privacy.epsilon=1,2,4")
-        if keys[0] not in Experiment.model_fields or keys[0] in OWN_AXIS - {"method"}:
-            known = sorted(set(Experiment.model_fields) - OWN_AXIS | {"method"})
-            raise ConfigError(f"--ablate {sweep!r}: {unknown('part', keys[0], known)}")
+        if keys[0] not in Experiment.model_fields or keys[0] in RESERVED - {"method"}:
+            known = sorted(set(Experiment.model_fields) - RESERVED | {"method"})
+            raise ConfigError(f"--ablate {sweep!r}: {did_you_mean('part', keys[0], known)}")
         if path == "method.name":
             raise ConfigError(f"--ablate {sweep!r}: methods are entries of the file, [methods.LABEL]")
         if path in sweeps:
@@ -123,7 +123,7 @@ def _word(word: str) -> Any:
 
 def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
     """Every method and line by label, its module named; those with a setting that is swept once for each value."""
-    named = {label: _named(label, piece, where) for label, piece in {**LINES, **pieces}.items()}
+    named = {label: _named(label, piece, where) for label, piece in {**REFERENCE_METHODS, **pieces}.items()}
     for path, values in sweeps.items():
         if not path.startswith("method."):
             continue
@@ -137,7 +137,7 @@ def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[
             known = {
                 k for piece in named.values() for k in load("methods", piece["method"]["name"]).Config.model_fields
             }
-            raise ConfigError(f"--ablate {path}: no method here has it: {unknown('setting', key, known)}")
+            raise ConfigError(f"--ablate {path}: no method here has it: {did_you_mean('setting', key, known)}")
         named = {
             new: variant
             for label, piece in named.items()
@@ -149,26 +149,26 @@ def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[
 def _named(label: str, piece: Piece, where: str) -> Piece:
     method = dict(piece.get("method", {}))
     method.setdefault("name", label)
-    if label in LINES and method["name"] != label:
+    if label in REFERENCE_METHODS and method["name"] != label:
         raise ConfigError(
             f"{where}: methods.{label} is a line that is always there; give {method['name']} another label"
         )
     if label == "centralized" and piece.get("private"):
         raise ConfigError(f"{where}: methods.centralized is the line without privacy; give a private one another label")
     load("methods", method["name"])
-    return {**LINES.get(label, {}), **piece, "method": method}
+    return {**REFERENCE_METHODS.get(label, {}), **piece, "method": method}
 
 
 def _variants(label: str, piece: Piece, path: str, values: list[Any]) -> dict[str, Piece]:
     found = {}
     for value in values:
         tree: dict[str, Any] = {"method": dict(piece["method"])}
-        put(tree, path, value)
-        found[f"{label} {path.removeprefix('method.')}={shown(value)}"] = {**piece, **tree}
+        set_path(tree, path, value)
+        found[f"{label} {path.removeprefix('method.')}={format_value(value)}"] = {**piece, **tree}
     return found
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A swept value in a label.
 
     >>> shown(0.5), shown("adam"), shown(True), shown([1, 2])
@@ -177,7 +177,7 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
+def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set one value; the mappings on its way are copied, so that nothing else that holds them changes."""
     *above, last = path.split(".")
     for key in above:
@@ -189,21 +189,21 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def base_of(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple[dict[str, Any], str]:
+def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple[dict[str, Any], str]:
     """A recipe's tree with changes, and what to call it; a TOML file is looked for beside the comparison's own."""
     if beside is not None and recipe.endswith(".toml"):
         recipe = str(beside / Path(recipe).expanduser())
-    text, where = text_of(recipe)
+    text, where = read_recipe(recipe)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
     for change in changes:
-        changed(tree, change)
+        apply_override(tree, change)
     return tree, where
 
 
-def laid_over(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
+def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """The tree with the piece's keys in its parts. A part of another name or kind takes the old one's place whole.
 
     >>> laid_over({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
@@ -227,21 +227,21 @@ def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """Groups and a task of one's own exclude each other: whichever the piece has, the other goes."""
     if "groups" in piece:
         tree = {key: part for key, part in tree.items() if key not in ("task", "data", "partition")}
-    return laid_over(tree, {key: part for key, part in piece.items() if key != "recipe"})
+    return merge(tree, {key: part for key, part in piece.items() if key != "recipe"})
 
 
 def with_partition(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """In a recipe with groups, each group's."""
     if "groups" not in tree:
-        return laid_over(tree, piece)
-    return {**tree, "groups": {name: laid_over(dict(group), piece) for name, group in tree["groups"].items()}}
+        return merge(tree, piece)
+    return {**tree, "groups": {name: merge(dict(group), piece) for name, group in tree["groups"].items()}}
 
 
 def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """The parts it changes, then epsilon and rounds; bytes and queries do not change a run."""
-    tree = laid_over(tree, {key: part for key, part in piece.items() if key in PARTS["budgets"]})
+    tree = merge(tree, {key: part for key, part in piece.items() if key in PARTS["budgets"]})
     if "rounds" in piece:
-        tree = laid_over(tree, {"federation": {"num_rounds": piece["rounds"]}})
+        tree = merge(tree, {"federation": {"num_rounds": piece["rounds"]}})
     return with_epsilon(tree, piece["epsilon"]) if "epsilon" in piece else tree
 
 
@@ -261,5 +261,5 @@ def with_sweep(tree: dict[str, Any], sweep: Mapping[str, Any]) -> dict[str, Any]
         if path == "privacy.epsilon":
             tree = with_epsilon(tree, value)
         else:
-            put(tree, path, value)
+            set_path(tree, path, value)
     return tree

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ficpd.experiments.comparison.results import Row
-from ficpd.experiments.comparison.summary import CONDITION, Seen, mean_of
+from ficpd.experiments.comparison.summary import CONDITION, ResultView, mean_of
 
 UPPER = "centralized"
 COSTS = {
@@ -16,20 +16,20 @@ COSTS = {
 }
 
 
-def fronts(seen: Seen) -> list[dict[str, Any]]:
+def pareto_fronts(seen: ResultView) -> list[dict[str, Any]]:
     """Figure against each cost, task by task. Without the centralised line: what it moves, all records, is not counted."""
     found = []
     for labels, rows in seen.grouped(("task", "partition")):
         for cost, of in COSTS.items():
             points = _points(seen, [row for row in rows if row["method"] != UPPER], of)
             if points:
-                marked = on_front([(p["cost"], p["value"]) for p in points], seen.less_is_better(labels["task"]))
+                marked = is_pareto([(p["cost"], p["value"]) for p in points], seen.less_is_better(labels["task"]))
                 points = [{**point, "on_front": on} for point, on in zip(points, marked, strict=True)]
                 found.append({**labels, "cost": cost, "points": points})
     return found
 
 
-def _points(seen: Seen, rows: Sequence[Row], cost: Any) -> list[dict[str, Any]]:
+def _points(seen: ResultView, rows: Sequence[Row], cost: Any) -> list[dict[str, Any]]:
     """One of each method, budget and sweep: means over its seeds."""
     found, keys = [], ("method", "budget", "sweep")
     for labels, of_point in replace(seen, rows=rows).grouped(keys):
@@ -41,7 +41,7 @@ def _points(seen: Seen, rows: Sequence[Row], cost: Any) -> list[dict[str, Any]]:
     return found
 
 
-def on_front(points: Sequence[tuple[float, float]], less_is_better: bool = False) -> list[bool]:
+def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = False) -> list[bool]:
     """Of (cost, value) pairs, which no other beats: none that costs no more and is no worse, and better in one of both.
 
     >>> on_front([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.7)])
@@ -52,7 +52,7 @@ def on_front(points: Sequence[tuple[float, float]], less_is_better: bool = False
     return [not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in whole) for cost, value in whole]
 
 
-def targets(seen: Seen, shares: Sequence[float]) -> list[dict[str, Any]]:
+def cost_to_target(seen: ResultView, shares: Sequence[float]) -> list[dict[str, Any]]:
     """For each condition and share: who reaches it, and with what."""
     found = []
     for labels, rows in seen.grouped(CONDITION):
@@ -72,7 +72,7 @@ def targets(seen: Seen, shares: Sequence[float]) -> list[dict[str, Any]]:
 
 def _of_method(rows: Sequence[Row], goals: Mapping[int, float], figure: str, less: bool) -> dict[str, Any]:
     asked = [row for row in rows if row["curve"] and row["seed"] in goals]
-    seeds = [reached(row["curve"], figure, goals[row["seed"]], less) for row in asked]
+    seeds = [first_reaching(row["curve"], figure, goals[row["seed"]], less) for row in asked]
     there = [one for one in seeds if one is not None]
     everybody = bool(asked) and len(there) == len(asked)
 
@@ -89,7 +89,7 @@ def _of_method(rows: Sequence[Row], goals: Mapping[int, float], figure: str, les
     }
 
 
-def reached(
+def first_reaching(
     curve: Sequence[Mapping[str, Any]], figure: str, goal: float, less_is_better: bool
 ) -> dict[str, Any] | None:
     """The first point at or beyond the goal; None if no point is. Nothing is interpolated."""

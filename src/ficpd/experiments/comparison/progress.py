@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 Event = Mapping[str, Any]
 
 
-class Screen:
+class ProgressDisplay:
     """`planned` comes before the first event. A run counts by the rounds that it has done: the time left is no staircase."""
 
     def __init__(self, console: Console, errors: Console):
@@ -70,7 +70,7 @@ class Screen:
 
 
 @contextmanager
-def screened(console: Console, errors: Console) -> Iterator[Screen]:
-    screen = Screen(console, errors)
+def progress(console: Console, errors: Console) -> Iterator[ProgressDisplay]:
+    screen = ProgressDisplay(console, errors)
     with screen.bars:
         yield screen

@@ -20,7 +20,7 @@ NOTHING: Row = {
 }
 
 
-def rows(cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mapping[str, Outcome | None]) -> list[Row]:
+def result_rows(cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mapping[str, Outcome | None]) -> list[Row]:
     """All cells, in the plan's order. Raises `RunError` where cells that should hold the same records do not."""
     found = [_row(cell, keys[cell.hash], outcomes[cell.hash]) for cell in cells]
     _check_fair(cells, found)
@@ -45,10 +45,10 @@ def _row(cell: Cell, key: str, outcome: Outcome | None) -> Row:
         return row
     row |= {name: outcome[name] for name in (*NOTHING, "metric", "task", "backbone") if name in outcome}
     row |= {"of_task": row.pop("task"), "task": cell.task, "at_round": outcome["curve"][-1]["round"]}
-    return within(row, cell.limits) if cell.limits else row
+    return truncate_to_budget(row, cell.limits) if cell.limits else row
 
 
-def within(row: Row, limits: Mapping[str, float]) -> Row:
+def truncate_to_budget(row: Row, limits: Mapping[str, float]) -> Row:
     """The cell at the last evaluated round that its bytes and queries pay for."""
     if "queries" in limits and any(point["queries"] is None for point in row["curve"]):
         return {

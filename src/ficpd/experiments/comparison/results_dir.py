@@ -10,18 +10,18 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.errors import RunError
-from ficpd.experiments.build import deal
+from ficpd.experiments.build import load_and_partition
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.comparison.grid import Cell
 from ficpd.experiments.comparison.results import NOTHING
 from ficpd.experiments.comparison.run_cell import Outcome, data_of
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 
 CELLS = "cells"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
+def lock_directory(folder: Path) -> Iterator[int]:
     """Hold the folder; the file descriptor is for workers to hold it, too. Raises `RunError` if another process does."""
     import fcntl
 
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
+def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
     """The run's KEY of each hash: that of the folder or outcome which is there, else the first cell's readable name."""
     there = {name.rsplit("-", 1)[-1]: name for name in _names(folder / CELLS)}
     found: dict[str, str] = {}
@@ -62,7 +62,7 @@ def _names(cells: Path) -> list[str]:
     )
 
 
-def outcome(folder: Path, key: str) -> Outcome | None:
+def load_result(folder: Path, key: str) -> Outcome | None:
     """What `KEY.json` says, or None if there is none."""
     file = folder / CELLS / f"{key}.json"
     if not file.exists():
@@ -74,7 +74,9 @@ def outcome(folder: Path, key: str) -> Outcome | None:
     return found if isinstance(found, dict) else {"schema": "unreadable"}
 
 
-def take(folder: Path, known: Mapping[str, Any], cells: Sequence[Cell], names: Mapping[str, str]) -> list[str]:
+def import_results(
+    folder: Path, known: Mapping[str, Any], cells: Sequence[Cell], names: Mapping[str, str]
+) -> list[str]:
     """Put what an earlier comparison (its `compare.json`) knows of these runs, by hash, into the folder; its KEYs.
 
     What is there already stays. A cell whose budget has bytes or queries may tell of the run's beginning alone, and is not
@@ -101,10 +103,10 @@ def _take(folder: Path, known: Mapping[str, Any], cells: Mapping[str, Cell], nam
         if run not in names or row["status"] != "done" or row["budget"] in limited:
             continue
         key, cell = names[run], cells[run]
-        if outcome(folder, key) is not None or (folder / CELLS / key).exists():
+        if load_result(folder, key) is not None or (folder / CELLS / key).exists():
             continue
         if cell.ground not in here:
-            here[cell.ground] = data_of(deal(cell.experiment).shards)
+            here[cell.ground] = data_of(load_and_partition(cell.experiment).shards)
         if here[cell.ground] != row["data"]:
             raise RunError(
                 f"{key} of the known comparison was run on other records than those here: a file has changed since, or is "
@@ -113,7 +115,9 @@ def _take(folder: Path, known: Mapping[str, Any], cells: Mapping[str, Cell], nam
         task = known["tasks"][row["task"]]
         found = {name: row[name] for name in ("status", "reason", *NOTHING) if name != "at_round"}
         found |= {"metric": task["metric"], "task": task["task"], "backbone": task["backbone"]}
-        write(folder / CELLS / f"{key}.json", json.dumps({"schema": SCHEMA, "ficpd": __version__, "key": key, **found}))
+        atomic_write(
+            folder / CELLS / f"{key}.json", json.dumps({"schema": SCHEMA, "ficpd": __version__, "key": key, **found})
+        )
         taken.append(key)
     return taken
 
@@ -137,7 +141,7 @@ def check_versions(folder: Path, wanted: Sequence[str], redo: bool) -> list[str]
 
 def _version(folder: Path, key: str) -> str | None:
     """Which other version a run is of; None if it is of this one, or not there."""
-    found = outcome(folder, key)
+    found = load_result(folder, key)
     if found is not None and found.get("schema") != SCHEMA:
         return f"schema {found.get('schema', 'none')}"
     by = found.get("ficpd") if found is not None else _made_by(folder / CELLS / key / "result.json")

@@ -12,17 +12,17 @@ from typing import Any
 from ficpd import __version__
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.evaluation.metrics import main_metric
-from ficpd.experiments.build import World, another_start, build_world
+from ficpd.experiments.build import ExperimentContext, build_context, with_config
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.config import Experiment, parse, to_toml
-from ficpd.experiments.distillation import check_refine
+from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.report.markdown import report
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import Progress, one_method
-from ficpd.experiments.setup import method_of
+from ficpd.experiments.runner import Progress, run_method
+from ficpd.experiments.setup import build_method
 from ficpd.federation.privacy_plan import public_seed
 from ficpd.library.card import guarantee
-from ficpd.types import ClientCard, Score, Setup, Shard
+from ficpd.types import ClientCard, ClientData, FederationInfo, Score
 
 Outcome = dict[str, Any]
 """Of `cells/KEY.json`: schema, ficpd, key, status ("done", "refused", "failed"), reason; and of one that is done metric,
@@ -30,46 +30,46 @@ task, backbone, figures, rounds, bytes, queries, gradients, seconds, epsilon, gu
 each as `compare.json` has it, for the whole run."""
 
 
-class Worlds:
+class ContextCache:
     """The world that was needed last: most cells need the same records and the same backbone as the one before them."""
 
     def __init__(self) -> None:
-        self.ground, self.world, self.floor = "", None, None
+        self.ground, self.context, self.floor = "", None, None
 
-    def of(self, experiment: Experiment, ground: str) -> World:
-        """Raises whatever `build_world` raises. The old world is let go before the next one is built."""
-        if self.world is None or ground != self.ground:
-            self.ground, self.world, self.floor = ground, None, None
+    def of(self, experiment: Experiment, ground: str) -> ExperimentContext:
+        """Raises whatever `build_context` raises. The old world is let go before the next one is built."""
+        if self.context is None or ground != self.ground:
+            self.ground, self.context, self.floor = ground, None, None
             gc.collect()
-            self.world = build_world(experiment)
-            return self.world
-        return another_start(self.world, experiment)
+            self.context = build_context(experiment)
+            return self.context
+        return with_config(self.context, experiment)
 
-    def zero_shot(self, world: World) -> Score | None:
+    def zero_shot(self, context: ExperimentContext) -> Score | None:
         """What the frozen backbone scores on these records, which no prompt or training changes."""
         if self.floor is None:
-            method = method_of(world, {"name": "zero_shot"})
-            cards = [ClientCard(name, shard.metadata) for name, shard in world.shards.items()]
-            state = method.init(Setup(world.start, cards, 0, 1, public_seed(world.experiment.seed)))
-            self.floor = evaluate(method, state, world.clients(), world.model, 1).everyone
+            method = build_method(context, {"name": "zero_shot"})
+            cards = [ClientCard(name, shard.metadata) for name, shard in context.shards.items()]
+            state = method.init(FederationInfo(context.start, cards, 0, 1, public_seed(context.experiment.seed)))
+            self.floor = evaluate(method, state, context.clients(), context.model, 1).everyone
         return self.floor
 
 
 def run_cell(
-    experiment: Experiment, key: str, ground: str, folder: Path, worlds: Worlds, progress: Progress
+    experiment: Experiment, key: str, ground: str, folder: Path, worlds: ContextCache, progress: Progress
 ) -> Outcome:
     """Begin or go on with the run in `folder/key`, to its end. What is seen to be wrong before leaves no directory."""
     directory = RunDir(folder / key)
     directory.check(to_toml(experiment), resume=True)
     resolved = directory.path / "resolved.toml"  # a run that goes on has what was chosen when it began
-    world = worlds.of(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment, ground)
-    method = method_of(world, world.experiment.method)
-    world.start_of(method)
-    check_refine(world, method)
-    floor = worlds.zero_shot(world)
+    context = worlds.of(parse(resolved.read_text(), resolved.name) if resolved.exists() else experiment, ground)
+    method = build_method(context, context.experiment.method)
+    context.init_prompt_for(method)
+    validate_distillation(context, method)
+    floor = worlds.zero_shot(context)
     directory.write("experiment.toml", to_toml(experiment))
-    directory.write("resolved.toml", to_toml(world.experiment))
-    result = one_method(world, world.experiment.method, directory, floor, progress)
+    directory.write("resolved.toml", to_toml(context.experiment))
+    result = run_method(context, context.experiment.method, directory, floor, progress)
     directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     figures = figures_of(result, rounds)
@@ -79,7 +79,7 @@ def run_cell(
         "reason": "its figure is no number: the tuning went astray; try a smaller learning rate",
     }
     ended = said if broken else {"status": "done", "reason": None}
-    return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(world.shards)}
+    return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(context.shards)}
 
 
 def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Outcome:
@@ -149,7 +149,7 @@ def _asked(line: Mapping[str, Any]) -> int | None:
     return None if queries is None else sum(sum(kinds) for kinds in queries.values())
 
 
-def data_of(shards: Mapping[str, Shard]) -> str:
+def data_of(shards: Mapping[str, ClientData]) -> str:
     """A hash of who holds which records. Equal grounds must have equal ones, unless a file was changed in between."""
     hashed = hashlib.sha256()
     for name, shard in sorted(shards.items()):

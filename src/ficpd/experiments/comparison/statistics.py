@@ -11,20 +11,20 @@ from scipy import stats
 CONFIDENCE = 0.95
 
 
-class Spread(NamedTuple):
+class MeanCI(NamedTuple):
     mean: float | None
     sd: float | None
     interval: list[float] | None
 
 
-class Pairs(NamedTuple):
+class PairedSamples(NamedTuple):
     """Figures of a method and of the reference, place by place of the same seed (and task)."""
 
     own: list[float]
     other: list[float]
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_ci(values: Sequence[float]) -> MeanCI:
     """Mean, standard deviation (n - 1), and Student's interval of the mean.
 
     >>> found = spread([1.0, 2.0, 3.0])
@@ -32,26 +32,26 @@ def spread(values: Sequence[float]) -> Spread:
     (2.0, 1.0, [-0.484, 4.484])
     """
     if not values:
-        return Spread(None, None, None)
+        return MeanCI(None, None, None)
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Spread(mean, None, None)
+        return MeanCI(mean, None, None)
     sd = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
-    return Spread(mean, sd, [mean - half, mean + half])
+    return MeanCI(mean, sd, [mean - half, mean + half])
 
 
-def against(pairs: Pairs, test: str, reference: str) -> dict[str, Any]:
+def paired_test(pairs: PairedSamples, test: str, reference: str) -> dict[str, Any]:
     """AGAINST of the schema, with `p_holm` still open."""
     differences = [own - other for own, other in zip(*pairs, strict=True)]
-    found = spread(differences)
+    found = mean_ci(differences)
     p, why = p_of(pairs, test) if differences else (None, f"no pair of finished cells with {reference}")
     return {
         "pairs": len(differences), "difference": found.mean, "interval": found.interval, "p": p, "p_holm": None, "why": why,
     }  # fmt: skip
 
 
-def p_of(pairs: Pairs, test: str) -> tuple[float | None, str | None]:
+def p_of(pairs: PairedSamples, test: str) -> tuple[float | None, str | None]:
     """The two-sided p of a paired test, or why there is none."""
     differences = np.subtract(pairs.own, pairs.other)
     if len(differences) < 2:
@@ -79,7 +79,7 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def corrected(found: Mapping[str, dict[str, Any] | None], lines: Sequence[str]) -> None:
+def apply_holm(found: Mapping[str, dict[str, Any] | None], lines: Sequence[str]) -> None:
     """Fill `p_holm` over the methods that were tested; a line is none of them."""
     for label, entry in found.items():
         if entry is not None and label in lines and entry["p"] is not None:

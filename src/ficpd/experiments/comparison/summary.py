@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ficpd.experiments.comparison import statistics
-from ficpd.experiments.comparison.overrides import LINES
+from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
 from ficpd.experiments.comparison.results import Row
-from ficpd.experiments.comparison.statistics import Pairs
+from ficpd.experiments.comparison.statistics import PairedSamples
 
 
 @dataclass(frozen=True)
-class Seen:
+class ResultView:
     """The grid, and how it is looked at: the `figure` of a cell, `test`, `reference`. `metrics`: METRIC of each task, or
     None."""
 
@@ -24,7 +24,7 @@ class Seen:
 
     @property
     def lines(self) -> list[str]:
-        return [label for label in self.methods if label in LINES]
+        return [label for label in self.methods if label in REFERENCE_METHODS]
 
     def value(self, row: Row) -> float | None:
         """The figure that is compared; None where there is none."""
@@ -55,18 +55,18 @@ def metrics_of(rows: Iterable[Row], tasks: Iterable[str]) -> dict[str, Mapping[s
     return {task: known.get(task) for task in tasks}
 
 
-def conditions(seen: Seen) -> list[dict[str, Any]]:
+def conditions(seen: ResultView) -> list[dict[str, Any]]:
     found = []
     for labels, rows in seen.grouped(CONDITION):
         by_method = {label: [row for row in rows if row["method"] == label] for label in seen.methods}
         tests = _tests(seen, by_method)
-        statistics.corrected(tests, seen.lines)
+        statistics.apply_holm(tests, seen.lines)
         methods = {label: {**_summary(seen, own), "against": tests[label]} for label, own in by_method.items()}
         found.append({**labels, "methods": methods})
     return found
 
 
-def settings(seen: Seen) -> list[dict[str, Any]]:
+def settings(seen: ResultView) -> list[dict[str, Any]]:
     found = []
     for labels, rows in seen.grouped(SETTING):
         by_method = {label: [row for row in rows if row["method"] == label] for label in seen.methods}
@@ -76,16 +76,16 @@ def settings(seen: Seen) -> list[dict[str, Any]]:
             if len(names) > 1:
                 said = f"tasks are measured differently ({', '.join(sorted(map(str, names)))}): see their ranks"
                 test |= {"difference": None, "interval": None, "p": None, "why": said}
-        statistics.corrected(tests, seen.lines)
+        statistics.apply_holm(tests, seen.lines)
         ranks, ranked, friedman = _ranks(seen, rows)
         methods = {label: {"rank": ranks.get(label), "against": tests[label]} for label in seen.methods}
         found.append({**labels, "methods": methods, "ranked": ranked, "friedman": friedman})
     return found
 
 
-def _summary(seen: Seen, rows: Sequence[Row]) -> dict[str, Any]:
+def _summary(seen: ResultView, rows: Sequence[Row]) -> dict[str, Any]:
     done = [row for row in rows if seen.value(row) is not None]
-    found = statistics.spread([value for row in done if (value := seen.value(row)) is not None])
+    found = statistics.mean_ci([value for row in done if (value := seen.value(row)) is not None])
     return {
         "n": len(done),
         **found._asdict(),
@@ -97,7 +97,7 @@ def _summary(seen: Seen, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _tests(seen: Seen, by_method: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any] | None]:
+def _tests(seen: ResultView, by_method: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any] | None]:
     """AGAINST of each method; None of the reference."""
     reference = by_method[seen.reference]
     return {
@@ -112,16 +112,16 @@ def mean_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float 
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _against(seen: Seen, own: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
+def _against(seen: ResultView, own: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
     """In pairs of the same task and seed, where both have a figure."""
     values = {(row["task"], row["seed"]): value for row in other if (value := seen.value(row)) is not None}
     mine = {(row["task"], row["seed"]): value for row in own if (value := seen.value(row)) is not None}
     both = [place for place in mine if place in values]
-    pairs = Pairs([mine[place] for place in both], [values[place] for place in both])
-    return statistics.against(pairs, seen.test, seen.reference)
+    pairs = PairedSamples([mine[place] for place in both], [values[place] for place in both])
+    return statistics.paired_test(pairs, seen.test, seen.reference)
 
 
-def _ranks(seen: Seen, rows: Sequence[Row]) -> tuple[dict[str, float], list[str], dict[str, float] | None]:
+def _ranks(seen: ResultView, rows: Sequence[Row]) -> tuple[dict[str, float], list[str], dict[str, float] | None]:
     """Over the tasks in which every method that has any figure has one: its mean over seeds."""
     ranked = [label for label in seen.methods if label not in seen.lines]
     by_task: dict[str, dict[str, float]] = {}

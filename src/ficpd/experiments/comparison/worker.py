@@ -20,9 +20,9 @@ from typing import Any, TextIO
 from ficpd import __version__
 from ficpd.errors import BackboneError, ConfigError, FicpdError, PrivacyError
 from ficpd.experiments.comparison import SCHEMA
-from ficpd.experiments.comparison.run_cell import Outcome, Worlds, run_cell
+from ficpd.experiments.comparison.run_cell import ContextCache, Outcome, run_cell
 from ficpd.experiments.config import parse
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 
 CANNOT = (ConfigError, PrivacyError, BackboneError)
 """The file as a whole was checked before: what is raised now says that this method cannot do what the cell asks."""
@@ -42,15 +42,15 @@ def main(folder: Path) -> None:
             _say(out, {"warning": str(message)})
 
     warnings.showwarning = warn
-    worlds = Worlds()
+    worlds = ContextCache()
     while True:
         job = jobs.get()
-        outcome = attempt(job, folder, worlds, out)
-        write(folder / f"{job['key']}.json", json.dumps(outcome, indent=1) + "\n")
+        outcome = run_job(job, folder, worlds, out)
+        atomic_write(folder / f"{job['key']}.json", json.dumps(outcome, indent=1) + "\n")
         _say(out, {name: outcome[name] for name in ("key", "status", "reason")})
 
 
-def attempt(job: dict[str, Any], folder: Path, worlds: Worlds, out: TextIO) -> Outcome:
+def run_job(job: dict[str, Any], folder: Path, worlds: ContextCache, out: TextIO) -> Outcome:
     """The run's outcome; one that raised is an outcome, too, and its traceback stands in `KEY.log`."""
     key = job["key"]
 
@@ -61,17 +61,17 @@ def attempt(job: dict[str, Any], folder: Path, worlds: Worlds, out: TextIO) -> O
         experiment = parse(job["experiment"], f"{key}.toml")
         outcome = run_cell(experiment, key, job["ground"], folder, worlds, progress)
     except CANNOT as error:
-        return ended(key, "refused", str(error))
+        return result_event(key, "refused", str(error))
     except FicpdError as error:
-        return ended(key, "failed", str(error))
+        return result_event(key, "failed", str(error))
     except Exception as error:
-        write(folder / f"{key}.log", traceback.format_exc())
-        return ended(key, "failed", f"{type(error).__name__}: {error} (see {key}.log)")
+        atomic_write(folder / f"{key}.log", traceback.format_exc())
+        return result_event(key, "failed", f"{type(error).__name__}: {error} (see {key}.log)")
     (folder / f"{key}.log").unlink(missing_ok=True)
     return outcome
 
 
-def ended(key: str, status: str, reason: str) -> Outcome:
+def result_event(key: str, status: str, reason: str) -> Outcome:
     return {"schema": SCHEMA, "ficpd": __version__, "key": key, "status": status, "reason": reason}
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ficpd.experiments.comparison.worker import ended
-from ficpd.storage import write
+from ficpd.experiments.comparison.worker import result_event
+from ficpd.storage import atomic_write
 
 WORKER = "ficpd.experiments.comparison.worker"
 
@@ -30,7 +30,7 @@ class Job:
     ground: str
 
 
-class Crew:
+class WorkerPool:
     """`jobs` worker processes of `threads` threads each, on the runs of `folder`. `seen` gets every event, one at a time;
     an event with a status is the end of its run. `lock`: a file descriptor that the processes hold too, as long as they
     live."""
@@ -84,7 +84,7 @@ class Crew:
 
     def _next(self, place: int) -> Job | None:
         with self._guard:
-            job = chosen(self._left, self._grounds.get(place), set(self._grounds.values()))
+            job = next_job(self._left, self._grounds.get(place), set(self._grounds.values()))
             if job is not None:
                 self._left.remove(job)
                 self._grounds[place] = job.ground
@@ -134,9 +134,9 @@ class Crew:
                 return False
             place = next(place for place, one in self._processes.items() if one is process)
             words = self._words(place).read_bytes()[-LAST_WORDS:].decode(errors="replace")
-            write(self.folder / f"{job.key}.log", words)
-            outcome = ended(job.key, "failed", f"its process {how_it_ended(code)} (see {job.key}.log)")
-            write(self.folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
+            atomic_write(self.folder / f"{job.key}.log", words)
+            outcome = result_event(job.key, "failed", f"its process {describe_exit(code)} (see {job.key}.log)")
+            atomic_write(self.folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
             self.seen(outcome)
         return False
 
@@ -148,7 +148,7 @@ def _ended(process: subprocess.Popen[str]) -> int:
     return process.wait()
 
 
-def chosen(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | None:
+def next_job(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | None:
     """What a worker does next: of the ground that it has in memory; else of one that nobody has, the largest first; else
     help where most is left.
 
@@ -165,7 +165,7 @@ def chosen(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | None:
     return next(job for job in left if job.ground == ground)
 
 
-def how_it_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """
     >>> how_it_ended(3), how_it_ended(-9)
     ('ended with status 3', 'was killed by SIGKILL; most often the machine had no memory left: try fewer --jobs')

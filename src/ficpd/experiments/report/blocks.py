@@ -60,7 +60,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Facts:
+class KeyValues:
     """Names and what they are, a line each. `large`: figures to be seen first."""
 
     pairs: Sequence[tuple[str, str]]
@@ -78,7 +78,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Quotes:
+class Examples:
     """Texts to read under one heading, each with a few words about it."""
 
     title: str
@@ -87,7 +87,7 @@ class Quotes:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TwoColumn:
     """Figures side by side where there is room."""
 
     figures: Sequence[Figure]
@@ -95,7 +95,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Fold:
+class Collapsible:
     """Tables to unfold."""
 
     title: str
@@ -103,7 +103,7 @@ class Fold:
     kind: Literal["fold"] = "fold"
 
 
-Block = Table | Figure | Text | Facts | Code | Quotes | Pair | Fold
+Block = Table | Figure | Text | KeyValues | Code | Examples | TwoColumn | Collapsible
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,12 @@ class Page:
     def figures(self) -> list[Figure]:
         found: list[Figure] = []
         for block in [*self.lead, *(block for section in self.sections for block in section.blocks)]:
-            found += [block] if isinstance(block, Figure) else list(block.figures) if isinstance(block, Pair) else []
+            found += (
+                [block] if isinstance(block, Figure) else list(block.figures) if isinstance(block, TwoColumn) else []
+            )
         return found
 
 
-def kept(*sections: Section | None) -> list[Section]:
+def non_empty(*sections: Section | None) -> list[Section]:
     """Those that have something to show."""
     return [section for section in sections if section and section.blocks]

@@ -14,11 +14,11 @@ from ficpd.experiments.report import (
     privacy,
     targets,
 )
-from ficpd.experiments.report.blocks import Page, kept
+from ficpd.experiments.report.blocks import Page, non_empty
 from ficpd.experiments.report.comparison import COMPARISON, Tree
 from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 
 PAGE = "report.html"
 
@@ -27,7 +27,7 @@ def write_page(directory: Path, out: Path | None = None) -> Path:
     """One HTML file (none named: `report.html` in the directory) of a run, or of a comparison. Raises `RunError` for what is
     neither."""
     directory = Path(directory)
-    return write(out or directory / PAGE, render(page_of(directory)))
+    return atomic_write(out or directory / PAGE, render(page_of(directory)))
 
 
 def page_of(directory: Path) -> Page:
@@ -43,8 +43,8 @@ def of_run(run: Finished) -> Page:
     return Page(
         f"{own['method']} on {own['backbone']['name']}: {own['task']}",
         overview.headline(run),
-        overview.lead(run),
-        kept(
+        overview.summary_blocks(run),
+        non_empty(
             overview.methods(run),
             costs.costs(run),
             overview.over_rounds(run),
@@ -65,8 +65,8 @@ def of_comparison(tree: Tree, text: str) -> Page:
     return Page(
         f"Comparison: {tree['name']}",
         comparison.headline(tree),
-        comparison.lead(tree),
-        kept(
+        comparison.summary_blocks(tree),
+        non_empty(
             grid.grid(tree),
             grid.ranks(tree),
             targets.fronts(tree),
@@ -91,7 +91,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
         run = opened(directory)
         lines, drawn = export.lines(run), [export.shown(run)]
     if csv:
-        found["csv"] = write(page.with_suffix(".csv"), export.csv(lines))
+        found["csv"] = atomic_write(page.with_suffix(".csv"), export.csv(lines))
     if latex:
-        found["latex"] = write(page.with_suffix(".tex"), export.latex(drawn))
+        found["latex"] = atomic_write(page.with_suffix(".tex"), export.latex(drawn))
     return found

@@ -7,8 +7,8 @@ from typing import Any
 
 from ficpd.errors import RunError
 from ficpd.evaluation.metrics import Metric
-from ficpd.experiments.report.blocks import Block, Code, Facts, Section, Table, Text
-from ficpd.experiments.report.overview import apart, with_unit
+from ficpd.experiments.report.blocks import Block, Code, KeyValues, Section, Table, Text
+from ficpd.experiments.report.overview import format_gap, with_unit
 
 COMPARISON, SCHEMA = "compare.json", 1
 GIVEN, AS_GIVEN = "given", "as given"
@@ -79,7 +79,7 @@ def mean_of(summary: Tree, metric: Metric) -> str:
     return metric.shown(summary["mean"]) + (f" [{', '.join(map(metric.shown, interval))}]" if interval else "")
 
 
-def judged(against: Tree | None, metric: Metric) -> int:
+def verdict(against: Tree | None, metric: Metric) -> int:
     """1 where a method is better than the reference beyond chance, -1 where it is worse, 0 where that is open."""
     if not against or against["p_holm"] is None or against["p_holm"] >= SURE:
         return 0
@@ -108,9 +108,9 @@ def headline(tree: Tree) -> str:
     if len(pairs) == 1:
         against, metric = pairs[0]
         (other,) = [label for at, _ in known for label in at["methods"] if label not in lines | {reference}]
-        sure = "beyond chance" if judged(against, metric) else "which may be chance"
-        return f"{reference} is {apart(metric, 0.0, against['difference'])} {other}, {sure}."
-    verdicts = [judged(against, metric) for against, metric in tested]
+        sure = "beyond chance" if verdict(against, metric) else "which may be chance"
+        return f"{reference} is {format_gap(metric, 0.0, against['difference'])} {other}, {sure}."
+    verdicts = [verdict(against, metric) for against, metric in tested]
     return (
         f"{reference} beats other methods in {verdicts.count(-1)} of {len(verdicts)} comparisons, is beaten in "
         f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided."
@@ -124,12 +124,12 @@ def _alone(reference: str, known: Sequence[tuple[Tree, Metric]]) -> str:
     if not found:
         return f"{reference} has not finished anything yet."
     mean, zero, metric = found[0]
-    beside = "" if zero is None else f", {apart(metric, mean, zero)} no prompt at all"
+    beside = "" if zero is None else f", {format_gap(metric, mean, zero)} no prompt at all"
     where = f" in the first of {len(found)} conditions" if len(found) > 1 else ""
     return f"{reference} has {with_unit(metric, mean)} {metric.name}{beside}{where}."
 
 
-def lead(tree: Tree) -> list[Block]:
+def summary_blocks(tree: Tree) -> list[Block]:
     counts = tree["counts"]
     numbers = {
         "method": sum(not about["line"] for about in tree["methods"].values()),
@@ -148,7 +148,7 @@ def lead(tree: Tree) -> list[Block]:
         f"{figure}. {tested} over seeds against {tree['reference']}, corrected after Holm; beaten or "
         f"beating means p below {SURE:g}. Intervals at {100 * tree['confidence']:g} %."
     )
-    blocks: list[Block] = [Facts(pairs, large=True), Text(said)]
+    blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]
     if counts.get("failed"):
         failed = "1 cell" if counts["failed"] == 1 else f"{counts['failed']} cells"
         blocks.append(Text(f"{failed} failed; why is said below.", alarm=True))
@@ -183,7 +183,7 @@ def settings(tree: Tree, text: str) -> Section:
         ("version", f"ficpd {tree['ficpd']}"),
     ]
     code: list[Block] = [Code("The comparison (compare.toml)", text)] if text else []
-    return Section("compared", "What was compared", [Facts([pair for pair in pairs if pair[1]]), *code])
+    return Section("compared", "What was compared", [KeyValues([pair for pair in pairs if pair[1]]), *code])
 
 
 def _described(entries: Mapping[str, Tree]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
-from ficpd.experiments.comparison.overrides import GIVEN, shown
+from ficpd.experiments.comparison.overrides import DEFAULT, format_value
 from ficpd.experiments.report.table_formats import Table, as_csv, as_latex, as_markdown
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 
 Found = Mapping[str, Any]
 NONE = "–"
@@ -136,7 +136,7 @@ def _needed(method: Found, key: str) -> str:
 def _front(found: Found, front: Found) -> Table:
     metric, labels = (
         _metric(found, front["task"]),
-        {"partition": front["partition"], "budget": GIVEN, "sweep": {}, "task": front["task"]},
+        {"partition": front["partition"], "budget": DEFAULT, "sweep": {}, "task": front["task"]},
     )
     how: dict[str, Callable[[float], str]] = {
         "bytes": _bytes,
@@ -147,7 +147,7 @@ def _front(found: Found, front: Found) -> Table:
     lines = [
         [
             p["method"],
-            _title(found, {**p, "partition": GIVEN}) or NONE,
+            _title(found, {**p, "partition": DEFAULT}) or NONE,
             how[front["cost"]](p["cost"]),
             metric.shown(p["value"]),
             "yes" if p["on_front"] else "",
@@ -168,13 +168,13 @@ def _same(one: Found, other: Found) -> bool:
 def _title(found: Found, labels: Found) -> str:
     """What the labels say, without those of an axis that has no entries."""
     words = [_task(found, labels["task"])] if labels.get("task") else []
-    words += [labels[key] for key in ("partition", "budget") if labels[key] != GIVEN]
-    words += [f"{path} = {shown(value)}" for path, value in labels["sweep"].items()]
+    words += [labels[key] for key in ("partition", "budget") if labels[key] != DEFAULT]
+    words += [f"{path} = {format_value(value)}" for path, value in labels["sweep"].items()]
     return ", ".join(words) or ("" if "method" in labels else found["name"])
 
 
 def _task(found: Found, label: str) -> str:
-    return found["tasks"][label]["task"] if label == GIVEN else label
+    return found["tasks"][label]["task"] if label == DEFAULT else label
 
 
 def _metric(found: Found, task: str) -> Metric:
@@ -249,12 +249,12 @@ def _epsilon(found: Found, condition: Found, label: str) -> str:
 def write_tables(found: Found, out: Path) -> None:
     """`compare.md` and `tables/`."""
     tables = all_tables(found)
-    write(out / "compare.md", page(found, tables))
+    atomic_write(out / "compare.md", page(found, tables))
     for name in ("overview", "results", "targets", "fronts"):
         own = [table for table in (overviews(found) if name == "overview" else tables) if table.name == name]
-        write(out / "tables" / f"{name}.csv", as_csv(own))
-        write(out / "tables" / f"{name}.tex", "\n".join(map(as_latex, own)))
-    write(out / "tables" / "cells.csv", cells_csv(found))
+        atomic_write(out / "tables" / f"{name}.csv", as_csv(own))
+        atomic_write(out / "tables" / f"{name}.tex", "\n".join(map(as_latex, own)))
+    atomic_write(out / "tables" / "cells.csv", cells_csv(found))
 
 
 def page(found: Found, tables: Sequence[Table]) -> str:

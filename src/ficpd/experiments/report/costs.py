@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Figure, Pair, Section, Table, Text
+from ficpd.experiments.report.blocks import Figure, Section, Table, Text, TwoColumn
 from ficpd.experiments.report.load import Finished, Result
 from ficpd.experiments.report.overview import number
 
@@ -13,7 +13,9 @@ def costs(run: Finished) -> Section | None:
     if len(run.results) < 2:
         return None
     said = "Compared by the mean client's own test, which every method has."
-    return Section("costs", "What accuracy costs", [Text(said), Pair([_against_bytes(run), _against_epsilon(run)])])
+    return Section(
+        "costs", "What accuracy costs", [Text(said), TwoColumn([_against_bytes(run), _against_epsilon(run)])]
+    )
 
 
 def _scores(run: Finished) -> list[float]:

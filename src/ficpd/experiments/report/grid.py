@@ -5,17 +5,17 @@ from typing import Any
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Figure, Fold, Section, Table, Text
+from ficpd.experiments.report.blocks import Block, Collapsible, Figure, Section, Table, Text
 from ficpd.experiments.report.comparison import (
     GIVEN,
     MOST_FIGURES,
     Tree,
     condition_name,
     finished,
-    judged,
     mean_of,
     named,
     same_setting,
+    verdict,
 )
 from ficpd.experiments.report.overview import number, paired
 
@@ -36,7 +36,7 @@ def grid(tree: Tree) -> Section:
     blocks += paired([_dots(tree, place, at, metric) for place, (at, metric) in enumerate(shown)])
     if len(known) > len(shown):
         blocks.append(Text(f"The first {len(shown)} of {len(known)} conditions are drawn; all are below."))
-    blocks += [Fold(f"All figures: {condition_name(at)}", [_table(tree, at, metric)]) for at, metric in known]
+    blocks += [Collapsible(f"All figures: {condition_name(at)}", [_table(tree, at, metric)]) for at, metric in known]
     return Section("grid", "The grid", blocks)
 
 
@@ -47,7 +47,7 @@ def _matrix(tree: Tree, setting: Tree, own: Sequence[tuple[Tree, Metric]]) -> Ta
 
     def cell(label: str, at: Tree, metric: Metric) -> str:
         of = at["methods"].get(label)
-        return "–" if of is None else mean_of(of, metric) + {1: " ▲", -1: " ▼", 0: ""}[judged(of["against"], metric)]
+        return "–" if of is None else mean_of(of, metric) + {1: " ▲", -1: " ▼", 0: ""}[verdict(of["against"], metric)]
 
     cells = [[label, *(cell(label, at, metric) for at, metric in own)] for label in labels]
     marked = frozenset({labels.index(tree["reference"])} if tree["reference"] in labels else ())

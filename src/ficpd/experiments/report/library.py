@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from ficpd.evaluation.metrics import main_metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Figure, Quotes, Section, Table, Text
+from ficpd.experiments.report.blocks import Block, Examples, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.overview import number
-from ficpd.library.card import shape_of
+from ficpd.library.card import describe_shape
 from ficpd.library.library import PromptLibrary
 from ficpd.types import State
 
@@ -47,7 +47,7 @@ def prototypes(run: Finished) -> Section | None:
 
 def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
     """Prompts as they stand off the global one, and clients' own where the server knows them."""
-    ways = {name: library.way(name) for name in library.prompts}
+    ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
         return []
     clients = offsets(run.state, ways["global"]) if "global" in ways else {}
@@ -121,7 +121,7 @@ def library(run: Finished) -> Section | None:
         return None
     served = Counter(f"prototype-{k}" for k in (run.own.get("clusters") or {}).get("member", {}).values())
     cells = [
-        [name, f"{float(found.way(name).norm()):.3f}", str(served[name]) if name in served else "–",
+        [name, f"{float(found.offset(name).norm()):.3f}", str(served[name]) if name in served else "–",
          found_first(found, name)]
         for name in found.prompts
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def library(run: Finished) -> Section | None:
     tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
     heads = ["prompt", "way from the start", "clients", "most like it"]
     return Section("library", "The prompt library", [
-        Text(f"Made for: {tasks}. Each prompt is {shape_of(found.start)}."),
+        Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
         Table("Prompts, and how far they have come", heads, cells),
         *_similar_prompts(found), *_similar_keys(found),
     ])  # fmt: skip
@@ -138,15 +138,17 @@ def library(run: Finished) -> Section | None:
 def found_first(library: PromptLibrary, name: str) -> str:
     """The other prompt whose way from the start points most nearly the same way."""
     others = [other for other in library.prompts if other != name]
-    if not others or not library.way(name).any():
+    if not others or not library.offset(name).any():
         return "–"
-    cosine = {o: float(F.cosine_similarity(library.way(o).flatten(), library.way(name).flatten(), 0)) for o in others}
+    cosine = {
+        o: float(F.cosine_similarity(library.offset(o).flatten(), library.offset(name).flatten(), 0)) for o in others
+    }
     best = max(others, key=lambda other: cosine[other])
     return f"{best} ({cosine[best]:.2f})"
 
 
 def _similar_prompts(library: PromptLibrary) -> list[Figure]:
-    ways = {name: library.way(name).flatten() for name in library.prompts if library.way(name).any()}
+    ways = {name: library.offset(name).flatten() for name in library.prompts if library.offset(name).any()}
     if len(ways) < 3:
         return []
     return [
@@ -196,7 +198,7 @@ def examples(run: Finished) -> Section | None:
         own = [line for line in lines if str(line.get("label")) == label]
         more = f", {MOST_EXAMPLES} of {len(own)} shown" if len(own) > MOST_EXAMPLES else f", {len(own)}"
         texts = [(str(e.get("text", "")), _about(e)) for e in own[:MOST_EXAMPLES]]
-        blocks.append(Quotes(f"{label}{more}", texts))
+        blocks.append(Examples(f"{label}{more}", texts))
     return Section("examples", "Synthetic examples", blocks)
 
 

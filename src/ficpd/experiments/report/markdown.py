@@ -10,7 +10,7 @@ from ficpd.errors import ConfigError
 from ficpd.evaluation.metrics import Metric, main_metric
 from ficpd.experiments.run_directory import RunDir
 from ficpd.library.card import guarantee
-from ficpd.registry import part
+from ficpd.registry import validated_section
 from ficpd.types import LORA
 
 PERCENT = Metric("share", 100, 1)
@@ -45,7 +45,9 @@ def _ran_as(out: Path, baseline: str) -> bool:
     """Whether the run's own method had a baseline's settings, the default ones; not if that cannot be told."""
     try:
         given = tomllib.loads(recipe(out)).get("method", {})
-        return part("methods", given, "method") == part("methods", {"name": baseline}, "baselines")
+        return validated_section("methods", given, "method") == validated_section(
+            "methods", {"name": baseline}, "baselines"
+        )
     except ConfigError:
         return False
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Code, Facts, Figure, Fold, Pair, Section, Table, Text
+from ficpd.experiments.report.blocks import Block, Code, Collapsible, Figure, KeyValues, Section, Table, Text, TwoColumn
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.markdown import set_aside, table
 from ficpd.library.card import guarantee
@@ -32,10 +32,10 @@ def headline(run: Finished) -> str:
     said = f"With one prompt for all, {own['label']} has {score} on everyone's test"
     if not zero or run.own["method"] == "zero_shot":
         return f"{said}."
-    return f"{said}: {apart(main, everyone[main.name], zero[main.name])} no prompt at all."
+    return f"{said}: {format_gap(main, everyone[main.name], zero[main.name])} no prompt at all."
 
 
-def apart(main: Metric, value: float, other: float) -> str:
+def format_gap(main: Metric, value: float, other: float) -> str:
     """How far a figure is from another one, in a reader's words.
 
     >>> apart(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), apart(Metric("rmse", less_is_better=True), 1.2, 1.2)
@@ -51,7 +51,7 @@ def with_unit(main: Metric, value: float) -> str:
     return main.shown(value) + main.unit
 
 
-def lead(run: Finished) -> list[Block]:
+def summary_blocks(run: Finished) -> list[Block]:
     """The figures to see first, and how far to trust them."""
     own, pairs = run.own, []
     if "metrics" in own:
@@ -67,7 +67,7 @@ def lead(run: Finished) -> list[Block]:
     strength, _, kind = guarantee(own["privacy"]).partition(" per ")
     pairs.append((f"per {kind}" if kind else "privacy", at_most + strength))
     pairs.append(("bytes up, a client and round", f"{own['bytes']['up_per_client_round']:,.0f}"))
-    blocks: list[Block] = [Facts(pairs, large=True)]
+    blocks: list[Block] = [KeyValues(pairs, large=True)]
     if own.get("stopped"):
         blocks.append(Text(f"Stopped early. {own['stopped']}", alarm=True))
     if "metrics" in own:
@@ -149,7 +149,7 @@ def settings(run: Finished) -> Section:
         ("versions", ", ".join(f"{name} {version}" for name, version in own["versions"].items())),
     ]
     code = [Code("The whole experiment, every default resolved (resolved.toml)", run.recipe)] if run.recipe else []
-    return Section("run", "What was run", [Facts([pair for pair in pairs if pair[1]]), *code])
+    return Section("run", "What was run", [KeyValues([pair for pair in pairs if pair[1]]), *code])
 
 
 def _described(part: Mapping[str, Any]) -> str:
@@ -192,13 +192,13 @@ def over_rounds(run: Finished) -> Section | None:
         for r in lines
     ]  # fmt: skip
     title = f"Every round of {run.own['label']}"
-    each = [Fold(title, [Table(title, heads, cells)])] if cells else []
+    each = [Collapsible(title, [Table(title, heads, cells)])] if cells else []
     return Section("rounds", "Round by round", [*paired(curves), *paired(costs), *each])
 
 
 def paired(found: Sequence[Figure]) -> list[Block]:
     """Two and two; an odd one has the whole width."""
-    return [Pair(found[i : i + 2]) if len(found) > i + 1 else found[i] for i in range(0, len(found), 2)]
+    return [TwoColumn(found[i : i + 2]) if len(found) > i + 1 else found[i] for i in range(0, len(found), 2)]
 
 
 def _curves(run: Finished, way: str) -> list[Figure]:

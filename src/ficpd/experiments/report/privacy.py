@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ficpd.errors import RunError
-from ficpd.evaluation.audit.attack_metrics import Outcome
+from ficpd.evaluation.audit.attack_metrics import AttackMetrics
 from ficpd.evaluation.audit.report import Audit, LowerBound, table, verdict
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
@@ -127,7 +127,7 @@ def read_audit(tree: Mapping[str, Any]) -> Audit:
     """What `attack._leave` wrote (JSON's keys are texts). Raises what a wrong tree raises."""
     parts = {key: value for key, value in tree.items() if key != "alarm"}
     parts["attacks"] = {
-        name: Outcome(**{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}})
+        name: AttackMetrics(**{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}})
         for name, of in tree["attacks"].items()
     }  # fmt: skip
     for key in ("mechanism", "planted"):

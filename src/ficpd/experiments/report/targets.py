@@ -5,7 +5,7 @@ from statistics import fmean
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Figure, Fold, Section, Table, Text
+from ficpd.experiments.report.blocks import Block, Collapsible, Figure, Section, Table, Text
 from ficpd.experiments.report.comparison import (
     AS_GIVEN,
     MOST_FIGURES,
@@ -132,7 +132,9 @@ def targets(tree: Tree) -> Section:
         if cells:
             heads = ["method and share", f"{metric.name}{metric.unit} to reach", "seeds that reached it", "rounds", "bytes",
                      "queries", "seconds"]  # fmt: skip
-            blocks.append(Fold(condition_name(at), [Table(f"{condition_name(at)}: medians over seeds", heads, cells)]))
+            blocks.append(
+                Collapsible(condition_name(at), [Table(f"{condition_name(at)}: medians over seeds", heads, cells)])
+            )
     if blocks:
         blocks.insert(
             0, Text("What it takes to come within a share of the centralised line; a dash where not every seed did.")

@@ -19,6 +19,6 @@ def weighted_mean(updates: Sequence[ClientUpdate], name: str) -> Tensor:
     return (torch.tensordot(weights, stacked, dims=1) / weights.sum()).float()
 
 
-def mean_of(arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def weighted_mean_of(arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The same over named arrays."""
     return weighted_mean([ClientUpdate(name, {"x": array}, weights[name]) for name, array in arrays.items()], "x")

@@ -10,14 +10,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.federation.aggregation.mean import mean_of
+from ficpd.federation.aggregation.mean import weighted_mean_of
 from ficpd.types import ClientUpdate
 
 SELDOM = 0.1
 """A client is named if so small a part of its fair share of numbers survived the trimming, or less."""
 
 
-class Robust(BaseModel):
+class RobustConfig(BaseModel):
     """How several updates become one. "mean": the weighted one. A weight is its sender's own claim (and less for an update
     that comes late), so by every other rule each client counts once.
 
@@ -33,7 +33,7 @@ class Robust(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rule: Literal["mean", "trimmed_mean", "norm_bound", "multi_krum"] = "mean"
-    poisoned: int = Field(default=1, ge=1)
+    num_byzantine: int = Field(default=1, ge=1)
     max_norm: float | None = Field(default=None, gt=0)
     medians: float = Field(default=2.0, gt=0)
 
@@ -43,17 +43,17 @@ class Robust(BaseModel):
         return self.rule == "mean"
 
 
-MEAN = Robust()
+MEAN = RobustConfig()
 
 
-class Means:
+class RobustAggregator:
     """The means of one round. `updates`: those that came, cut if the rule cuts; a method goes on with these.
 
     `facts` says what became of whom, for the state, from where `federate` reports it: `set_aside` by client, `too_few` by
     mean; none by the rule "mean".
     """
 
-    def __init__(self, robust: Robust, updates: Sequence[ClientUpdate]):
+    def __init__(self, robust: RobustConfig, updates: Sequence[ClientUpdate]):
         self.robust, self.updates = robust, list(updates)
         self.facts: dict[str, dict[str, str]] = {} if robust.sums else {"set_aside": {}, "too_few": {}}
         if robust.rule == "norm_bound" and updates:
@@ -64,17 +64,17 @@ class Means:
         """By client, what it counts for in a mean of these updates."""
         return {u.client: u.weight if self.robust.rule == "mean" else 1.0 for u in self.updates}
 
-    def everyone(self) -> Tensor:
+    def mean_all(self) -> Tensor:
         """The mean `delta` of all that came."""
-        return self.of("global", {update.client: update.arrays["delta"] for update in self.updates}, self.weights)
+        return self.mean_of("global", {update.client: update.arrays["delta"] for update in self.updates}, self.weights)
 
-    def of(self, where: str, arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    def mean_of(self, where: str, arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         """The mean of these clients' arrays, all of one shape, whatever their order; `where` names it in the report."""
         rule, number = self.robust.rule, len(arrays)
         if rule in ("mean", "norm_bound"):
-            return mean_of(arrays, weights if rule == "mean" else dict.fromkeys(arrays, 1.0))
-        enough = 2 * self.robust.poisoned + (3 if rule == "multi_krum" else 1)
-        trimmed = min(self.robust.poisoned, (number - 1) // 2)
+            return weighted_mean_of(arrays, weights if rule == "mean" else dict.fromkeys(arrays, 1.0))
+        enough = 2 * self.robust.num_byzantine + (3 if rule == "multi_krum" else 1)
+        trimmed = min(self.robust.num_byzantine, (number - 1) // 2)
         if number < enough:
             self.facts["too_few"][where] = f"{number} came, {rule} needs {enough}: {trimmed} trimmed at each end"
         names = sorted(arrays)
@@ -93,13 +93,13 @@ class Means:
 
     def _krum(self, where: str, names: list[str], stacked: Tensor) -> Tensor:
         """A score is the sum of squared distances to the n - poisoned - 2 nearest others (section 4 of the paper)."""
-        rows, kept = stacked.flatten(1), len(names) - self.robust.poisoned
+        rows, kept = stacked.flatten(1), len(names) - self.robust.num_byzantine
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         score = apart.sort(dim=1).values[:, 1 : kept - 1].sum(1)  # the nearest of all is oneself
-        order = score.sort(stable=True).indices.tolist()
-        for name in [names[int(place)] for place in order[kept:]]:
+        assignment = score.sort(stable=True).indices.tolist()
+        for name in [names[int(place)] for place in assignment[kept:]]:
             self._note(name, f"left out of {where}")
-        return stacked[sorted(order[:kept])].mean(0).float()
+        return stacked[sorted(assignment[:kept])].mean(0).float()
 
     def _cut(self) -> None:
         """Of an even number the lower median: of two, the shorter says how long the other may be."""

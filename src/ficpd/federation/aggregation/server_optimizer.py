@@ -8,12 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ficpd.federation.aggregation.robust import Means, Robust
+from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 
 FIRST, SECOND = "server/first", "server/second"
 
 
-class ServerStep(BaseModel):
+class ServerOptimizer(BaseModel):
     """Of the global prompt. `rate` 1 and "plain" is FedAvg. "momentum": Δ + momentum · what came before (FedAvgM, Hsu et
     al., 2019, arXiv 1909.06335). "adam": FedAdam with β₂ = 0.99 and `adaptivity` τ; its `rate` is a step in the prompt's
     own unit.
@@ -34,7 +34,7 @@ class ServerStep(BaseModel):
         """Whether the weighted sum of the updates is all that it needs."""
         return self.kind != "extrapolated"
 
-    def check(self, robust: Robust) -> None:
+    def check(self, robust: RobustConfig) -> None:
         """Raises `ValueError` if lengths are asked for that `robust` may not trust."""
         if not self.sums and robust.rule not in ("mean", "norm_bound"):
             raise ValueError(
@@ -42,16 +42,18 @@ class ServerStep(BaseModel):
                 'out what it distrusts: take the rule "norm_bound" or "mean", or another server.kind'
             )
 
-    def farther(self, means: Means, member: Mapping[str, int], noise: float | None) -> dict[str, Tensor]:
+    def per_client_extrapolation(
+        self, means: RobustAggregator, member: Mapping[str, int], noise: float | None
+    ) -> dict[str, Tensor]:
         """By client, how much farther than their mean update the clients of its cluster go; nothing if not extrapolated."""
         deltas, more = {} if self.sums else {u.client: u.arrays["delta"] for u in means.updates}, {}
         for k in {member.get(name) for name in deltas}:
             there = {name: delta for name, delta in deltas.items() if member.get(name) == k}
-            mean = means.of(f"prototype-{k}", there, means.weights)
-            more |= dict.fromkeys(there, (extrapolation(mean, there, means.weights, noise) - 1) * mean)
+            mean = means.mean_of(f"prototype-{k}", there, means.weights)
+            more |= dict.fromkeys(there, (fedexp_factor(mean, there, means.weights, noise) - 1) * mean)
         return more
 
-    def moved(self, delta_PD: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, delta_PD: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """How far the global prompt goes, and the moments to keep beside it (found again in `arrays`)."""
         zero = torch.zeros_like(delta_PD)
         if self.kind in ("plain", "extrapolated"):
@@ -64,7 +66,7 @@ class ServerStep(BaseModel):
         return self.rate * first / (second.sqrt() + self.adaptivity), {FIRST: first, SECOND: second}
 
 
-def extrapolation(
+def fedexp_factor(
     mean_PD: Tensor, deltas: Mapping[str, Tensor], weights: Mapping[str, float], noise: float | None
 ) -> float:
     """How many times their mean a step of these clients may be: η = max(1, Σ w |δ|² / 2 |Σ w δ|²), w summing to one (FedExP:

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.federation.compression.quantization import Bits, Quantised, outer_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
 from ficpd.types import Prompt
 
 
@@ -16,12 +16,12 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Quantised:
-    shape = outer_shape(start)
-    return Quantised(Whole(shape), shape, config.bits)
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
+    shape = projected_shape(start)
+    return QuantizedCompression(IdentityProjection(shape), shape, config.bits)
 
 
-class Whole:
+class IdentityProjection:
     """The identity."""
 
     def __init__(self, shape: tuple[int, int]):

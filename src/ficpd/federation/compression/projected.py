@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.compression.quantization import Bits, Quantised, outer_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
 from ficpd.types import Prompt
 
 
@@ -25,19 +25,19 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Quantised:
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
     """Raises `ConfigError` unless the prompt has more virtual tokens than travel."""
-    outer, given = outer_shape(start), config.num_tokens
+    outer, given = projected_shape(start), config.num_tokens
     tokens = outer[0] - start.head_rows
     if not 1 <= given < tokens:
         raise ConfigError(
             f"compression.num_tokens = {given}, expected 1 to {tokens - 1}: the prompt has {tokens} virtual tokens and "
             "fewer than these travel; choose fewer, a longer prompt, or compression.name = none"
         )
-    return Quantised(Rows(tokens, given, outer, seed), outer, config.bits)
+    return QuantizedCompression(TokenProjection(tokens, given, outer, seed), outer, config.bits)
 
 
-class Rows:
+class TokenProjection:
     """W [L', L] on the virtual tokens; the head rows follow as they are.
 
     Guarantees: W's rows are orthonormal, so the projected update is never longer than the update: a clip norm, and with
@@ -66,7 +66,7 @@ def orthonormal_rows(rows: int, columns: int, seed: int) -> Tensor:
     >>> torch.allclose(W @ W.T, torch.eye(2), atol=1e-6)
     True
     """
-    gaussian = torch.randn(columns, rows, generator=rng.generator(seed, "projected"), dtype=torch.float64)
+    gaussian = torch.randn(columns, rows, generator=rng.make_generator(seed, "projected"), dtype=torch.float64)
     directions, upper = torch.linalg.qr(gaussian)
     return (directions * torch.where(upper.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
 

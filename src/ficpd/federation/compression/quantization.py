@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import ConfigError
-from ficpd.interfaces import Coordinates
-from ficpd.types import IDS, ArrayKind, Layout, Prompt
+from ficpd.interfaces import Subspace
+from ficpd.types import TOKEN_DTYPE, ArraySpec, Prompt, UpdateSpec
 
 Bits = Literal[8, 16, 32]
 INTEGERS = {8: torch.int8, 16: torch.int16}
@@ -44,7 +44,7 @@ def dequantise(whole: Tensor, scale: Tensor) -> Tensor:
     return (whole.double() * scale.double()).float()
 
 
-class Projection(Protocol):
+class LinearProjection(Protocol):
     """A linear map of prompt-shaped arrays: orthonormal rows from a public seed."""
 
     @property
@@ -62,7 +62,7 @@ class Projection(Protocol):
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantizedCompression:
     """A projection, then `bits` a number. At 32 bits nothing is quantised.
 
     At 8 and 16 bits a projected array `x` travels as int8 or int16, its step as `x.scale`, float32 [1]. Quantising sees
@@ -72,11 +72,11 @@ class Quantised:
     Wᵀ W of it; below, what travels is off by at most half a step each.
     """
 
-    projection: Projection
+    projection: LinearProjection
     outer: tuple[int, ...]
     """The prompt's [P, D]."""
     bits: Bits = 32
-    coordinates: Coordinates | None = None
+    subspace: Subspace | None = None
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ids, numbers = _apart(arrays)
@@ -104,18 +104,18 @@ class Quantised:
         inner = self.projection.shape
         return ids | {name: self.projection.up(a) if a.shape == inner else a for name, a in floats.items()}
 
-    def wire(self, layout: Layout) -> dict[str, ArrayKind]:
+    def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
         """Raises `ConfigError` for a layout that cannot be told apart on the way."""
-        kinds = {name: kind for name, kind in layout.items() if isinstance(kind, ArrayKind)}
-        numbers = {name: shape for name, shape in layout.items() if not isinstance(shape, ArrayKind)}
+        kinds = {name: kind for name, kind in layout.items() if isinstance(kind, ArraySpec)}
+        numbers = {name: shape for name, shape in layout.items() if not isinstance(shape, ArraySpec)}
         self._check(numbers)
         for name, shape in numbers.items():
             if tuple(shape) != self.outer:
-                kinds[name] = ArrayKind(tuple(shape))
+                kinds[name] = ArraySpec(tuple(shape))
                 continue
-            kinds[name] = ArrayKind(self.projection.shape, INTEGERS.get(self.bits, torch.float32))
+            kinds[name] = ArraySpec(self.projection.shape, INTEGERS.get(self.bits, torch.float32))
             if self.bits != 32:
-                kinds[name + SCALE] = ArrayKind((1,))
+                kinds[name + SCALE] = ArraySpec((1,))
         return kinds
 
     def _check(self, layout: Mapping[str, tuple[int, ...]]) -> None:
@@ -136,11 +136,11 @@ class Quantised:
 
 def _apart(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Token ids, and what is made of numbers."""
-    ids = {name: array for name, array in arrays.items() if array.dtype == IDS}
+    ids = {name: array for name, array in arrays.items() if array.dtype == TOKEN_DTYPE}
     return ids, {name: array for name, array in arrays.items() if name not in ids}
 
 
-def outer_shape(start: Prompt) -> tuple[int, int]:
+def projected_shape(start: Prompt) -> tuple[int, int]:
     """[P, D] as plain numbers."""
     P, D = start.vectors_PD.shape
     return P, D

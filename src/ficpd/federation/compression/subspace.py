@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.compression.quantization import Bits, Quantised, outer_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
 from ficpd.types import Prompt
 
 Gradients = Callable[[int], Tensor]
@@ -38,27 +38,29 @@ class Config(BaseModel):
     bits: Bits = 32
 
 
-def build(config: Config, start: Prompt, seed: int, gradients: "Gradients | Directions | None" = None) -> Quantised:
+def build(
+    config: Config, start: Prompt, seed: int, gradients: "Gradients | Directions | None" = None
+) -> QuantizedCompression:
     """`gradients`: where to get them, or directions that were found already. Raises `ConfigError` unless the prompt has at
     least as many numbers as the subspace has dimensions."""
-    outer = outer_shape(start)
+    outer = projected_shape(start)
     if not 1 <= config.dimension <= outer[0] * outer[1]:
         raise ConfigError(
             f"compression.dimension = {config.dimension}, expected 1 to {outer[0] * outer[1]}: the prompt is "
             f"{outer[0]} x {outer[1]} numbers; choose a smaller subspace or a longer prompt"
         )
     if config.directions == "random":
-        basis = Buckets(config.dimension, outer, seed)
-    elif isinstance(gradients, Directions):
+        basis = SparseRandomSubspace(config.dimension, outer, seed)
+    elif isinstance(gradients, GradientSubspace):
         basis = gradients
     elif gradients is None:
         raise ConfigError('compression.directions = "gradient" needs a backbone with gradients; use "random"')
     else:
-        basis = Directions.of(gradients(max(256, 2 * config.dimension)), config.dimension)
-    return Quantised(basis, outer, config.bits, basis)
+        basis = GradientSubspace.of(gradients(max(256, 2 * config.dimension)), config.dimension)
+    return QuantizedCompression(basis, outer, config.bits, basis)
 
 
-class Directions:
+class GradientSubspace:
     """The `size` leading right singular vectors of gradients [M, P, D], as A [k, P·D].
 
     One direction is often ten times longer than the rest together (for a classification: towards one answer). It would
@@ -71,10 +73,10 @@ class Directions:
 
     def __init__(self, rows: Tensor, typical: Tensor, outer: tuple[int, ...]):
         self.size, self.shape, self.outer = len(rows), (len(rows),), outer
-        self.rows, self.typical = rows, typical
+        self.rows, self.grad_scale = rows, typical
 
     @staticmethod
-    def of(gradients_MPD: Tensor, size: int) -> "Directions":
+    def of(gradients_MPD: Tensor, size: int) -> "GradientSubspace":
         flat = gradients_MPD.flatten(1).double()
         _, sizes, rows = torch.linalg.svd(flat, full_matrices=False)
         sizes, rows = sizes[:size], rows[:size]
@@ -83,16 +85,16 @@ class Directions:
         if len(rows) < size:  # fewer gradients than dimensions: a short prompt, all of whose directions are wanted
             rows = torch.linalg.qr(torch.cat([rows, torch.eye(flat.shape[1], dtype=rows.dtype)]).T)[0].T[:size]
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-        return Directions((rows * largest.sign()).float(), typical, tuple(gradients_MPD.shape[1:]))
+        return GradientSubspace((rows * largest.sign()).float(), typical, tuple(gradients_MPD.shape[1:]))
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         return values.flatten(-2) @ self.rows.T.to(values.device, values.dtype)
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         return (values @ self.rows.to(values.device, values.dtype)).unflatten(-1, self.outer)
 
 
-class Buckets:
+class SparseRandomSubspace:
     """A [k, P·D], one entry a column: ±1/√n in the row of the number's bucket, where n numbers share that bucket.
 
     Guarantees: rows have disjoint supports and unit length, so they are orthonormal: `down` never lengthens, `up` keeps
@@ -101,21 +103,21 @@ class Buckets:
     """
 
     def __init__(self, size: int, outer: tuple[int, int], seed: int):
-        self.size, self.shape, self.outer, self.typical = size, (size,), outer, torch.ones(size)
-        numbers, random = outer[0] * outer[1], rng.generator(seed, "subspace")
+        self.size, self.shape, self.outer, self.grad_scale = size, (size,), outer, torch.ones(size)
+        numbers, random = outer[0] * outer[1], rng.make_generator(seed, "subspace")
         self.bucket = torch.empty(numbers, dtype=torch.long)
         self.bucket[torch.randperm(numbers, generator=random)] = torch.arange(numbers) * size // numbers
         sign = 1 - 2 * torch.randint(2, (numbers,), generator=random)
         self.entry = sign / self.bucket.bincount(minlength=size).double().sqrt()[self.bucket]
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         """A v. Summed in float64: on one bucket of a long prompt float32 would be seen to drift."""
         bucket, entry = self.bucket.to(values.device), self.entry.to(values.device)
         weighted = values.flatten(-2).double() * entry
         summed = weighted.new_zeros(*weighted.shape[:-1], self.size).index_add(-1, bucket, weighted)
         return summed.to(values.dtype)
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         """Aᵀ z."""
         bucket, entry = self.bucket.to(values.device), self.entry.to(values.device)
         spread = values.double()[..., bucket] * entry

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from ficpd import rng
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Model
-from ficpd.types import Answer, Batch, Outputs, Query
+from ficpd.types import Answer, Batch, ModelOutput, Query
 
-Loss = Callable[[Outputs, Batch], Tensor]
+Loss = Callable[[ModelOutput, Batch], Tensor]
 TEACHER = "teacher"
 """The name under which what the teachers said travels in `Batch.extra`."""
 FEWEST = 8
@@ -25,7 +25,7 @@ FEWEST = 8
 TEMPERATURE = 2.0
 
 
-class Learned(NamedTuple):
+class DistilledPrompt(NamedTuple):
     """A tuned prompt [P, D], and the loss on examples held back: `before`, with the start, and `after`."""
 
     vectors_PD: Tensor
@@ -39,7 +39,7 @@ class Learned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaskExamples:
     """What is taught on one task: its examples, encoded, and the prototypes [K, P, D] that teach it.
 
     `assignment` [B] names one teacher for each example; without it all teach every example, in shares of `weights` [K]
@@ -52,10 +52,10 @@ class Lesson:
     weights: Sequence[float] | None = None
 
 
-def distil(
-    model: Model, start_PD: Tensor, lessons: Sequence[Lesson], *, steps: int, learning_rate: float, seed: int,
+def distill(
+    model: Model, start_PD: Tensor, lessons: Sequence[TaskExamples], *, steps: int, learning_rate: float, seed: int,
     loss: Literal["squared", "kl"] = "squared", batch_size: int = 16,
-) -> Learned:  # fmt: skip
+) -> DistilledPrompt:  # fmt: skip
     """One prompt [P, D] that answers each lesson's examples as its teachers do, by `steps` of Adam at `learning_rate`.
 
     "squared": mean squared difference of the logits; "kl": Kullback-Leibler divergence from the teachers' mean
@@ -64,21 +64,21 @@ def distil(
     """
     if not lessons or not all(len(lesson.batch) for lesson in lessons):
         raise ConfigError("there is nothing to distil on: every lesson needs examples (make some, or give seed texts)")
-    parts = [held_back(_taught(model, lesson, loss), rng.derive(seed, i)) for i, lesson in enumerate(lessons)]
-    streams = [batches(rest, steps, batch_size, rng.derive(seed, i, "steps")) for i, (rest, _) in enumerate(parts)]
+    parts = [held_back(_taught(model, lesson, loss), rng.derive_seed(seed, i)) for i, lesson in enumerate(lessons)]
+    streams = [batches(rest, steps, batch_size, rng.derive_seed(seed, i, "steps")) for i, (rest, _) in enumerate(parts)]
     prompt, optimiser = adam(start_PD, learning_rate)
     for together in zip(*streams, strict=True):
         prompt.grad = mean_gradient(model, [(prompt.detach(), batch) for batch in together], LOSSES[loss])
         optimiser.step()
     tuned_PD = prompt.detach()
     before, after = (mean_loss(model, [(p, held) for _, held in parts], LOSSES[loss]) for p in (start_PD, tuned_PD))
-    return Learned(tuned_PD, before, after)
+    return DistilledPrompt(tuned_PD, before, after)
 
 
 # ---------------------------------------------------------------- what the teachers say
 
 
-def _taught(model: Model, lesson: Lesson, loss: str) -> Batch:
+def _taught(model: Model, lesson: TaskExamples, loss: str) -> Batch:
     """The examples with what they are to be answered with: [B, C] logits, or probabilities. Asked once."""
     answer = model.answer([Query(lesson.teachers_KPD, lesson.batch, outputs=True)])[0]
     assert answer.outputs_KB is not None
@@ -100,7 +100,7 @@ def _of_one(said_KBC: Tensor, assignment: Sequence[int]) -> Tensor:
     return said_KBC[torch.tensor(list(assignment)), torch.arange(B)]
 
 
-def _of_all(said_KBC: Tensor, lesson: Lesson) -> Tensor:
+def _of_all(said_KBC: Tensor, lesson: TaskExamples) -> Tensor:
     """[B, C]: the teachers' weighted mean; a teacher of weight 0 is not heard."""
     K, weights = len(said_KBC), list(lesson.weights or [1.0] * len(said_KBC))
     if len(weights) != K or min(weights) < 0 or not sum(weights) > 0:
@@ -112,7 +112,7 @@ def _of_all(said_KBC: Tensor, lesson: Lesson) -> Tensor:
 # ---------------------------------------------------------------- how far the student is from it
 
 
-def logits(outputs: Outputs, batch: Batch) -> Tensor:
+def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R, C]: the scores of a task's answers, however it has them; `-inf` where a row has fewer answers."""
     if outputs.readout_RCD is not None:
         return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
@@ -123,7 +123,7 @@ def logits(outputs: Outputs, batch: Batch) -> Tensor:
     return outputs.scores_RN
 
 
-def squared(outputs: Outputs, batch: Batch) -> Tensor:
+def squared(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: mean over the answers of (student's logit - teacher's)²; answers that a row has not do not count."""
     mine_RC = logits(outputs, batch)
     theirs_RC = batch.extra[TEACHER][:, : mine_RC.shape[1]]
@@ -132,7 +132,7 @@ def squared(outputs: Outputs, batch: Batch) -> Tensor:
     return apart_RC.square().sum(1) / known_RC.sum(1).clamp(min=1)
 
 
-def divergence(outputs: Outputs, batch: Batch) -> Tensor:
+def kl_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: KL(teacher ‖ student) at the temperature, times its square, so that gradients keep their size."""
     mine_RC = logits(outputs, batch)
     theirs_RC = batch.extra[TEACHER][:, : mine_RC.shape[1]]
@@ -140,7 +140,7 @@ def divergence(outputs: Outputs, batch: Batch) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(log_mine_RC, theirs_RC, reduction="none").sum(1)
 
 
-LOSSES: Mapping[str, Loss] = {"squared": squared, "kl": divergence}
+LOSSES: Mapping[str, Loss] = {"squared": squared, "kl": kl_loss}
 
 
 # ---------------------------------------------------------------- steps on the server
@@ -148,17 +148,17 @@ LOSSES: Mapping[str, Loss] = {"squared": squared, "kl": divergence}
 
 def held_back(batch: Batch, seed: int) -> tuple[Batch, Batch]:
     """In an order drawn from the seed: three quarters, and one to measure on. Few examples are all in both."""
-    order = torch.randperm(len(batch), generator=rng.generator(seed, "held back"))
+    order = torch.randperm(len(batch), generator=rng.make_generator(seed, "held back"))
     if len(batch) < FEWEST:
-        return batch.take(order), batch
-    return batch.take(order[len(batch) // 4 :]), batch.take(order[: len(batch) // 4])
+        return batch.select(order), batch
+    return batch.select(order[len(batch) // 4 :]), batch.select(order[: len(batch) // 4])
 
 
 def batches(batch: Batch, steps: int, size: int, seed: int) -> Iterator[Batch]:
     """`steps` batches of `size` (all examples, if there are fewer), each drawn anew."""
-    random = rng.generator(seed, "batches")
+    random = rng.make_generator(seed, "batches")
     for _ in range(steps):
-        yield batch.take(torch.randperm(len(batch), generator=random)[:size])
+        yield batch.select(torch.randperm(len(batch), generator=random)[:size])
 
 
 def mean_gradient(model: Model, asked: Sequence[tuple[Tensor, Batch]], loss: Loss | None = None) -> Tensor:
@@ -177,6 +177,6 @@ def _asked(model: Model, asked: Sequence[tuple[Tensor, Batch]], loss: Loss | Non
 
 
 def adam(start_PD: Tensor, rate: float) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-    """A copy of the start, and Adam on it, with the constants of `tuners.adam`."""
+    """A copy of the start, and Adam on it, with the constants of `optimizers.adam`."""
     prompt = torch.nn.Parameter(start_PD.detach().float().cpu().clone())
     return prompt, torch.optim.Adam([prompt], lr=rate, betas=(0.9, 0.99))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ficpd.errors import DataError
-from ficpd.storage import write
+from ficpd.storage import atomic_write
 from ficpd.types import Record
 
 GRAM, ALIKE = 3, 0.7
@@ -19,7 +19,7 @@ ALONE = 3
 
 
 @dataclass(frozen=True)
-class Example:
+class SyntheticExample:
     """A text that is nobody's. `label`: as the data spells it, or None before a vote; `prototype`: who wrote it;
     `agreement`: the share of votes for the label."""
 
@@ -29,18 +29,18 @@ class Example:
     agreement: float = 1.0
 
 
-class Made(NamedTuple):
+class FilterResult(NamedTuple):
     """Examples, and how many were dropped for which reason. Both may be empty."""
 
-    examples: list[Example]
+    examples: list[SyntheticExample]
     dropped: Counter[str]
 
-    def then(self, step: "Callable[[list[Example]], Made]") -> "Made":
+    def then(self, step: "Callable[[list[SyntheticExample]], FilterResult]") -> "FilterResult":
         """One step more, with the reasons of both."""
         after = step(self.examples)
-        return Made(after.examples, self.dropped + after.dropped)
+        return FilterResult(after.examples, self.dropped + after.dropped)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """One line for a report.
 
         >>> Made([], Counter({"near duplicate": 12, "votes disagree": 3})).said()
@@ -53,30 +53,32 @@ class Made(NamedTuple):
 # ---------------------------------------------------------------- which are kept
 
 
-def distinct(examples: Sequence[Example]) -> Made:
+def distinct(examples: Sequence[SyntheticExample]) -> FilterResult:
     """Without those that are nearly one that was kept before."""
-    kept: list[tuple[Example, set]] = []
+    kept: list[tuple[SyntheticExample, set]] = []
     for example in examples:
         grams = grams_of(example.text)
         if all(len(grams & other) < ALIKE * len(grams | other) for _, other in kept):
             kept.append((example, grams))
-    return Made([example for example, _ in kept], _counted("near duplicate", len(examples) - len(kept)))
+    return FilterResult([example for example, _ in kept], _counted("near duplicate", len(examples) - len(kept)))
 
 
-def balanced(examples: Sequence[Example], ratio: float = 2.0) -> Made:
+def balanced(examples: Sequence[SyntheticExample], ratio: float = 2.0) -> FilterResult:
     """No label has more than `ratio` times the rarest of those that have any; those with most agreement stay."""
     counts = Counter(example.label for example in examples)
     most = int(ratio * min(counts.values(), default=0))
-    kept: list[Example] = []
+    kept: list[SyntheticExample] = []
     taken: Counter[str | None] = Counter()
     for example in sorted(examples, key=lambda e: -e.agreement):
         if taken[example.label] < most:
             taken[example.label] += 1
             kept.append(example)
-    return Made(kept, _counted("more than its label's share", len(examples) - len(kept)))
+    return FilterResult(kept, _counted("more than its label's share", len(examples) - len(kept)))
 
 
-def memorised(examples: Sequence[Example], private: Sequence[Record], words: int = 8) -> list[Example]:
+def memorised(
+    examples: Sequence[SyntheticExample], private: Sequence[Record], words: int = 8
+) -> list[SyntheticExample]:
     """The examples that share a run of `words` words with a record; case and punctuation do not count.
 
     A shorter record counts if an example holds all of it; one of one or two words only if the example is nothing else.
@@ -87,7 +89,7 @@ def memorised(examples: Sequence[Example], private: Sequence[Record], words: int
     short = {tuple(text) for text in texts if ALONE <= len(text) < words}
     whole = {tuple(text) for text in texts if 0 < len(text) < ALONE}
 
-    def holds(example: Example) -> bool:
+    def holds(example: SyntheticExample) -> bool:
         text = words_of(example.text)
         if not runs.isdisjoint(_runs(text, words)) or tuple(text) in whole:
             return True
@@ -96,16 +98,16 @@ def memorised(examples: Sequence[Example], private: Sequence[Record], words: int
     return [example for example in examples if holds(example)]
 
 
-def unremembered(examples: Sequence[Example], private: Sequence[Record], words: int = 8) -> Made:
+def drop_memorised(examples: Sequence[SyntheticExample], private: Sequence[Record], words: int = 8) -> FilterResult:
     """The examples without the memorised ones."""
     found = set(memorised(examples, private, words))
-    return Made([example for example in examples if example not in found], _counted("memorised", len(found)))
+    return FilterResult([example for example in examples if example not in found], _counted("memorised", len(found)))
 
 
 # ---------------------------------------------------------------- as records, as a file
 
 
-def records(examples: Sequence[Example], labelled: bool = True) -> list[Record]:
+def records(examples: Sequence[SyntheticExample], labelled: bool = True) -> list[Record]:
     """As a task reads them."""
     return [
         Record(f"synthetic example {i}", {"text": e.text} | ({"target": e.label} if labelled else {}))
@@ -113,13 +115,13 @@ def records(examples: Sequence[Example], labelled: bool = True) -> list[Record]:
     ]
 
 
-def save(examples: Sequence[Example], path: Path) -> None:
+def save(examples: Sequence[SyntheticExample], path: Path) -> None:
     """JSON Lines, one example a line, sorted by label and text."""
     ordered = sorted(examples, key=lambda e: (e.label or "", e.text, e.prototype))
-    write(Path(path), "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in ordered))
+    atomic_write(Path(path), "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in ordered))
 
 
-def load(path: Path) -> list[Example]:
+def load(path: Path) -> list[SyntheticExample]:
     """What `save` wrote. Raises `DataError` with the line that is no example."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -128,9 +130,9 @@ def load(path: Path) -> list[Example]:
     return [_parsed(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parsed(line: str, place: str) -> Example:
+def _parsed(line: str, place: str) -> SyntheticExample:
     try:
-        return Example(**json.loads(line))
+        return SyntheticExample(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{place} is no synthetic example ({error}); expected an object with text, label, prototype and agreement"

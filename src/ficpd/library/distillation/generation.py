@@ -20,7 +20,7 @@ import torch
 from ficpd import rng
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.interfaces import Backbone, Model, Task
-from ficpd.library.distillation.filters import Example, Made, distinct, grams_of, records, words_of
+from ficpd.library.distillation.filters import FilterResult, SyntheticExample, distinct, grams_of, records, words_of
 from ficpd.types import Answer, Prompt, Query
 
 WRITER, PUBLIC, NONSENSE = "writer", "public text", "nonsense"
@@ -40,15 +40,15 @@ SHOWN = (
 """Wishes with a text for each, made up for this file: a small writer does as it is shown, not as it is told."""
 
 
-class Form(NamedTuple):
+class PromptTemplate(NamedTuple):
     """How a writer is asked: `shown` with {request} and {text} for each demonstration, then `asked` with {request}."""
 
     shown: str
     asked: str
 
 
-PLAIN = Form("{request}\n{text}\n\n", "{request}\n")
-CHAT = Form(
+PLAIN = PromptTemplate("{request}\n{text}\n\n", "{request}\n")
+CHAT = PromptTemplate(
     "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n",
     "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n",
 )
@@ -58,40 +58,40 @@ CHAT = Form(
 # ---------------------------------------------------------------- texts
 
 
-def write(
-    writer: Backbone, prompts: Mapping[str, Prompt], task: Task, per_label: int, seed: int, *, form: Form = CHAT,
+def generate_texts(
+    writer: Backbone, prompts: Mapping[str, Prompt], task: Task, per_label: int, seed: int, *, form: PromptTemplate = CHAT,
     temperature: float = 0.8, max_tokens: int = 40,
-) -> Made:  # fmt: skip
+) -> FilterResult:  # fmt: skip
     """`per_label` drafts of every label, cleaned and without near duplicates; their label is the one written for.
 
     Prototypes whose prompts are the writer's own take turns; else the bare writer writes. Raises `BackboneError` if the
     backbone cannot write, and `ConfigError` for a task without labels.
     """
-    wishes = [wish for wish in wishes_of(task).items() for _ in range(per_label)]
-    drafts: list[Example] = []
+    wishes = [wish for wish in label_requests(task).items() for _ in range(per_label)]
+    drafts: list[SyntheticExample] = []
     reasons: Counter[str] = Counter()
     for turn, (name, prompt) in enumerate(own := _writers(writer, prompts)):
         mine = wishes[turn :: len(own)]
-        openings = [opening(wish, form) for _, wish in mine]
-        texts = _generated(writer, prompt, openings, max_tokens, temperature, rng.derive(seed, "write", name))
+        openings = [few_shot_prefix(wish, form) for _, wish in mine]
+        texts = _generated(writer, prompt, openings, max_tokens, temperature, rng.derive_seed(seed, "write", name))
         for (label, _), asked, text in zip(mine, openings, texts, strict=True):
-            line, reason = cleaned(text, asked)
+            line, reason = clean_text(text, asked)
             reasons.update([reason] if reason else [])
-            drafts += [Example(line, label, name)] if reason is None else []
-    return Made(drafts, reasons).then(distinct)
+            drafts += [SyntheticExample(line, label, name)] if reason is None else []
+    return FilterResult(drafts, reasons).then(distinct)
 
 
-def from_texts(texts: Iterable[str]) -> Made:
+def from_texts(texts: Iterable[str]) -> FilterResult:
     """Public texts without labels, cleaned and without near duplicates: no writer is needed."""
-    found = [cleaned(text, "") for text in texts]
-    kept = [Example(line, None, PUBLIC) for line, reason in found if reason is None]
-    return Made(kept, Counter(reason for _, reason in found if reason)).then(distinct)
+    found = [clean_text(text, "") for text in texts]
+    kept = [SyntheticExample(line, None, PUBLIC) for line, reason in found if reason is None]
+    return FilterResult(kept, Counter(reason for _, reason in found if reason)).then(distinct)
 
 
-def from_nonsense(backbone: Backbone, number: int, seed: int) -> Made:
+def from_nonsense(backbone: Backbone, number: int, seed: int) -> FilterResult:
     """Words drawn from the vocabulary, as a last resort: their outputs still tell two prompts apart."""
-    texts = backbone.nonsense(number, rng.derive(seed, "synthetic nonsense"))
-    return Made([Example(text, None, NONSENSE) for text in texts], Counter())
+    texts = backbone.synthetic_inputs(number, rng.derive_seed(seed, "synthetic nonsense"))
+    return FilterResult([SyntheticExample(text, None, NONSENSE) for text in texts], Counter())
 
 
 def read_texts(path: Path) -> list[str]:
@@ -105,10 +105,10 @@ def read_texts(path: Path) -> list[str]:
     return lines
 
 
-def wishes_of(task: Task) -> dict[str, str]:
+def label_requests(task: Task) -> dict[str, str]:
     """What is wished of a text of each label: the task's instruction and the label's text. Raises `ConfigError` for a task
     without labels: nothing can be written for it, and nothing voted on."""
-    told = task.describe()
+    told = task.to_config()
     labels: Mapping[str, str] = told.get("labels") or {}
     if not has_labels(task):
         raise ConfigError(
@@ -120,16 +120,16 @@ def wishes_of(task: Task) -> dict[str, str]:
 
 def has_labels(task: Task) -> bool:
     """Whether examples can be made for it."""
-    return bool(task.describe().get("labels"))
+    return bool(task.to_config().get("labels"))
 
 
-def opening(wish: str, form: Form) -> str:
+def few_shot_prefix(wish: str, form: PromptTemplate) -> str:
     """What the writer continues: three wishes with a text for each, then the one at hand."""
     shown = "".join(form.shown.format(request=f"Write one sentence. {w}.", text=text) for w, text in SHOWN)
     return shown + form.asked.format(request=f"Write one sentence. {wish}.")
 
 
-def cleaned(text: str, asked: str) -> tuple[str, str | None]:
+def clean_text(text: str, asked: str) -> tuple[str, str | None]:
     """The first line that says something, and why it cannot be used (None: it can).
 
     >>> cleaned('Sure, here is one:\\n"The match went to extra time', "")
@@ -171,18 +171,22 @@ def _generated(writer, prompt, openings, max_tokens, temperature, seed) -> list[
 # ---------------------------------------------------------------- choosing
 
 
-def vote(
-    model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[Example], least_agreement: float = 0.75
-) -> Made:
+def vote_labels(
+    model: Model,
+    prompts: Mapping[str, Prompt],
+    task: Task,
+    examples: Sequence[SyntheticExample],
+    least_agreement: float = 0.75,
+) -> FilterResult:
     """The label that most of the prompts give each text, where their share is at least `least_agreement`.
 
     A text that was written for another label is dropped. Of labels with equally many votes the task's first wins.
     """
-    names = list(wishes_of(task))
+    names = list(label_requests(task))
     if not examples or not prompts:
-        return Made([], Counter({"no prompt to vote": len(examples)} if examples else {}))
+        return FilterResult([], Counter({"no prompt to vote": len(examples)} if examples else {}))
     ballots = zip(*_labels(model, prompts, task, examples), strict=True)
-    kept: list[Example] = []
+    kept: list[SyntheticExample] = []
     reasons: Counter[str] = Counter()
     for example, ballot in zip(examples, ballots, strict=True):
         label = max(names, key=ballot.count)
@@ -193,12 +197,12 @@ def vote(
             reasons["voted for another label"] += 1
         else:
             kept.append(replace(example, label=label, agreement=agreement))
-    return Made(kept, reasons)
+    return FilterResult(kept, reasons)
 
 
 def labelled(
-    model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[Example]
-) -> dict[str, list[Example]]:
+    model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[SyntheticExample]
+) -> dict[str, list[SyntheticExample]]:
     """The same texts with the labels that each prompt alone gives them: what a prototype is as a task."""
     found = zip(sorted(prompts), _labels(model, prompts, task, examples), strict=True)
     return {
@@ -207,7 +211,9 @@ def labelled(
     }
 
 
-def _labels(model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[Example]) -> list[list]:
+def _labels(
+    model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[SyntheticExample]
+) -> list[list]:
     """What each prompt, in the order of their names, answers to each text."""
     ordered = [prompt for _, prompt in sorted(prompts.items())]
     batch = task.encode(records(examples, labelled=False), model.backbone, ordered[0])
@@ -220,4 +226,4 @@ def _one_by_one(answer: Answer) -> list[Answer]:
     assert answer.outputs_KB is not None
     K, B = answer.loss_KB.shape
     rows_KB = torch.arange(K * B).view(K, B)
-    return [Answer(answer.loss_KB[k : k + 1], None, answer.outputs_KB.take(rows_KB[k])) for k in range(K)]
+    return [Answer(answer.loss_KB[k : k + 1], None, answer.outputs_KB.select(rows_KB[k])) for k in range(K)]

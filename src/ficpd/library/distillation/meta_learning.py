@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import drive_many
+from ficpd.backbones.query_engine import run_queries_lockstep
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Model
-from ficpd.library.distillation.distill import Learned, adam, batches, held_back, mean_gradient, mean_loss
+from ficpd.library.distillation.distill import DistilledPrompt, adam, batches, held_back, mean_gradient, mean_loss
 from ficpd.registry import load
 from ficpd.types import Batch
 
@@ -30,22 +30,22 @@ class Episode(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Inner:
-    """The inner loop: `steps` of a tuner at `rate` on each of several tasks, all from one prompt and in lock step."""
+class InnerLoop:
+    """The inner loop: `steps` of a optimizer at `rate` on each of several tasks, all from one prompt and in lock step."""
 
     steps: int
     rate: float
     batch_size: int = 8
-    tuner: str = "adam"
+    optimizer: str = "adam"
 
     def adapted(self, model: Model, start_PD: Tensor, supports: Sequence[Batch], seed: int) -> Tensor:
         """[E, P, D]: the prompt tuned on each support alone."""
-        tuner, works = load("optimizers", self.tuner), {}
+        optimizer, works = load("optimizers", self.optimizer), {}
         for place, support in enumerate(supports):
-            learner = Learner(str(place), support, rng.derive(seed, place))
+            learner = LocalLearner(str(place), support, rng.derive_seed(seed, place))
             steps = learner.batches(self.steps, self.batch_size)
-            works[learner.id] = tuner.tune(learner, start_PD, steps, learning_rate=self.rate)
-        done = dict(drive_many(model, works))  # type: ignore[arg-type]  # it asks for no more than a `Model` has
+            works[learner.id] = optimizer.tune(learner, start_PD, steps, learning_rate=self.rate)
+        done = dict(run_queries_lockstep(model, works))  # type: ignore[arg-type]  # it asks for no more than a `Model` has
         for result in done.values():
             if isinstance(result, Exception):
                 raise result
@@ -53,8 +53,8 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Learner:
-    """A client's place in a tuner (`ClientSide`), taken by examples that are nobody's: no mechanism and no ledger."""
+class LocalLearner:
+    """A client's place in a optimizer (`ClientSide`), taken by examples that are nobody's: no mechanism and no ledger."""
 
     id: str
     examples: Batch
@@ -74,9 +74,9 @@ class Learner:
 
 
 def reptile(
-    model: Model, episodes: Sequence[Batch], start_PD: Tensor, inner: Inner, *, outer_rate: float, outer_steps: int,
+    model: Model, episodes: Sequence[Batch], start_PD: Tensor, inner: InnerLoop, *, outer_rate: float, outer_steps: int,
     seed: int,
-) -> Learned:  # fmt: skip
+) -> DistilledPrompt:  # fmt: skip
     """start <- start + `outer_rate` · mean over the episodes of (adapted - start), `outer_steps` times.
 
     `episodes`: a batch with labels per task. `outer_rate` is a share from 0 to 1. Raises `ConfigError` for an episode
@@ -86,22 +86,22 @@ def reptile(
     prompt_PD = start_PD.detach().float().cpu()
     for step in range(outer_steps):
         together = [_both(part.support, part.query) for part in parts]
-        adapted_EPD = inner.adapted(model, prompt_PD, together, rng.derive(seed, "reptile", step))
+        adapted_EPD = inner.adapted(model, prompt_PD, together, rng.derive_seed(seed, "reptile", step))
         prompt_PD = prompt_PD + outer_rate * (adapted_EPD - prompt_PD).mean(0)
     return _measured(model, inner, parts, start_PD, prompt_PD, seed)
 
 
 def first_order_maml(
-    model: Model, episodes: Sequence[Batch], start_PD: Tensor, inner: Inner, *, outer_rate: float, outer_steps: int,
+    model: Model, episodes: Sequence[Batch], start_PD: Tensor, inner: InnerLoop, *, outer_rate: float, outer_steps: int,
     seed: int,
-) -> Learned:  # fmt: skip
+) -> DistilledPrompt:  # fmt: skip
     """Adam at `outer_rate` on the mean over the episodes of ∇ L_query(adapted on the support), taken at the adapted
     prompt: second derivatives are left out. Support and query change places at every step. Errors as `reptile`."""
     parts = _episodes(episodes, seed)
     prompt, optimiser = adam(start_PD, outer_rate)
     for step in range(outer_steps):
         support, query = zip(*(part[:2] if step % 2 == 0 else part[1::-1] for part in parts), strict=True)
-        adapted_EPD = inner.adapted(model, prompt.detach(), support, rng.derive(seed, "maml", step))
+        adapted_EPD = inner.adapted(model, prompt.detach(), support, rng.derive_seed(seed, "maml", step))
         prompt.grad = mean_gradient(model, list(zip(adapted_EPD, query, strict=True)))
         optimiser.step()
     return _measured(model, inner, parts, start_PD, prompt.detach(), seed)
@@ -110,7 +110,7 @@ def first_order_maml(
 def _episodes(tasks: Sequence[Batch], seed: int) -> list[Episode]:
     if not tasks:
         raise ConfigError("meta-learning was given no episodes; give the examples of at least one task")
-    return [_episode(batch, rng.derive(seed, "episode", place)) for place, batch in enumerate(tasks)]
+    return [_episode(batch, rng.derive_seed(seed, "episode", place)) for place, batch in enumerate(tasks)]
 
 
 def _episode(batch: Batch, seed: int) -> Episode:
@@ -122,7 +122,7 @@ def _episode(batch: Batch, seed: int) -> Episode:
         )
     rest, held = held_back(batch, seed)
     half = len(rest) // 2
-    return Episode(rest.take(range(half)), rest.take(range(half, len(rest))), held)
+    return Episode(rest.select(range(half)), rest.select(range(half, len(rest))), held)
 
 
 def _both(one: Batch, other: Batch) -> Batch:
@@ -133,13 +133,13 @@ def _both(one: Batch, other: Batch) -> Batch:
 
 
 def _measured(
-    model: Model, inner: Inner, parts: Sequence[Episode], start_PD: Tensor, tuned_PD: Tensor, seed: int
-) -> Learned:
+    model: Model, inner: InnerLoop, parts: Sequence[Episode], start_PD: Tensor, tuned_PD: Tensor, seed: int
+) -> DistilledPrompt:
     """The mean loss on the held examples after adapting on the support, from the start and from where we came."""
 
     def loss_from(prompt_PD: Tensor) -> float:
         supports = [part.support for part in parts]
-        adapted_EPD = inner.adapted(model, prompt_PD, supports, rng.derive(seed, "measure"))
+        adapted_EPD = inner.adapted(model, prompt_PD, supports, rng.derive_seed(seed, "measure"))
         return mean_loss(model, [(a_PD, part.held) for a_PD, part in zip(adapted_EPD, parts, strict=True)])
 
-    return Learned(tuned_PD, loss_from(start_PD), loss_from(tuned_PD))
+    return DistilledPrompt(tuned_PD, loss_from(start_PD), loss_from(tuned_PD))

@@ -81,10 +81,10 @@ def _best_of_all(unit_ND: Tensor, most: int, seed: int, restarts: int) -> list[i
 def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
     """The mean adjusted Rand index of these clusters and those of four fifths of the vectors, over `STABLE` draws (Ben-Hur,
     Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
-    found, random = 0.0, rng.generator(seed, "stability")
+    found, random = 0.0, rng.make_generator(seed, "stability")
     for draw in range(STABLE):
         kept = torch.randperm(len(unit_ND), generator=random)[: max(len(unit_ND) * 4 // 5, len(set(labels)))]
-        again = _kmeans(unit_ND[kept], len(set(labels)), rng.derive(seed, "stability", draw), 3)
+        again = _kmeans(unit_ND[kept], len(set(labels)), rng.derive_seed(seed, "stability", draw), 3)
         found += adjusted_rand_score([labels[i] for i in kept.tolist()], again)
     return found / STABLE
 
@@ -108,7 +108,9 @@ def _centre(unit_ND: Tensor, labels: Sequence[int], cluster: int) -> Tensor:
     return F.normalize(unit_ND[[label == cluster for label in labels]].mean(0), dim=0)
 
 
-def followed(before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float) -> Clusters:
+def relabel_clusters(
+    before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float
+) -> Clusters:
     """Newly drawn clusters with the old ones' numbers, and nobody moved for a trifle.
 
     Clusters are matched so that most clients keep their number (Kuhn, 1955). A client moves only if the direction of its
@@ -151,7 +153,7 @@ def shrinkage(members: Mapping[int, Sequence[Tensor]], noise: float | None = Non
     return {k: min(1.0, noise / len(offsets) / lengths[k]) if lengths[k] > 0 else 1.0 for k, offsets in members.items()}
 
 
-def agreement(member: Mapping[str, int], truth: Mapping[str, str]) -> float | None:
+def adjusted_rand(member: Mapping[str, int], truth: Mapping[str, str]) -> float | None:
     """The adjusted Rand index (Hubert and Arabie, J. Classification 2, 1985) of clusters and known groups, over the
     clients in both. None where it says nothing: everybody is of one group, or each of its own."""
     names = sorted(name for name in member if name in truth)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.interfaces import Model
-from ficpd.tasks import classification, item_of, made_up
+from ficpd.tasks import classification, encode_record, synthetic_records
 from ficpd.types import Batch, Prompt, Query
 
 NUM_PROBES, SIZE = 24, 64
@@ -15,7 +15,7 @@ READING = classification.build(classification.Config(labels={"yes": "yes", "no":
 """Any task will do: probes are read, and never scored."""
 
 
-class Probes:
+class FunctionSpaceEmbedding:
     """How prompts move the backbone's features of public texts, against the shared start.
 
     `NUM_PROBES` texts of words drawn from the vocabulary, or images of colours; the movement [probes, D] is brought to
@@ -26,10 +26,10 @@ class Probes:
     def __init__(self, model: Model, start: Prompt, seed: int):
         tokens = len(start.vectors_PD) - start.head_rows
         bare = replace(start, vectors_PD=start.vectors_PD[:tokens], head_rows=0)
-        probes = made_up(model.backbone, NUM_PROBES, seed, "probe")
-        items = tuple((item_of(probe, model.backbone, bare.room),) for probe in probes)
+        probes = synthetic_records(model.backbone, NUM_PROBES, seed, "probe")
+        items = tuple((encode_record(probe, model.backbone, bare.num_virtual_tokens),) for probe in probes)
         self.model, self.tokens, self.batch = model, tokens, Batch(READING, items, None, None, start.enters_at)
-        random = torch.randn(NUM_PROBES * start.vectors_PD.shape[1], SIZE, generator=rng.generator(seed, "probes"))
+        random = torch.randn(NUM_PROBES * start.vectors_PD.shape[1], SIZE, generator=rng.make_generator(seed, "probes"))
         self.projection = torch.linalg.qr(random).Q
         self.still = self._features(start.vectors_PD[None])
 

@@ -8,14 +8,14 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from ficpd.errors import ConfigError, unknown
+from ficpd.errors import ConfigError, did_you_mean
 from ficpd.methods.shared.clustering import ALIKE, AUTO_MOST, Clusters
 
 Card = Mapping[str, str | float]
 MISSING = "(not stated)"
 
 
-def clusters_of_cards(
+def cluster_by_metadata(
     cards: Mapping[str, Card], by: Sequence[str], number: int | Literal["auto"], how: Literal["gower", "one_hot"],
     seed: int,
 ) -> Clusters:  # fmt: skip
@@ -26,8 +26,8 @@ def clusters_of_cards(
     there are different cards; "auto": the number of best silhouette (Rousseeuw, 1987), one where no silhouette says
     anything. Cards that are all alike, or empty, are one cluster. Raises `ConfigError` for a field that no card has.
     """
-    names, fields = sorted(cards), fields_of(cards, by)
-    distance_CC = gower([cards[name] for name in names], fields)
+    names, fields = sorted(cards), metadata_fields(cards, by)
+    distance_CC = gower_distance([cards[name] for name in names], fields)
     different = len(np.unique(distance_CC.round(9), axis=0))
     if not fields or different == 1:
         return Clusters(dict.fromkeys(names, 0), 1)
@@ -40,11 +40,11 @@ def clusters_of_cards(
         return KMeans(count, n_init=20, random_state=seed % 2**32).fit_predict(space_CN).tolist()  # type: ignore[arg-type]
 
     labels = drawn(min(number, different)) if number != "auto" else _best(distance_CC, different, drawn)
-    order = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
-    return Clusters({name: order.index(k) for name, k in zip(names, labels, strict=True)}, len(order))
+    assignment = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
+    return Clusters({name: assignment.index(k) for name, k in zip(names, labels, strict=True)}, len(assignment))
 
 
-def gower(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
+def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
     """[C, C] in 0..1 (Gower, Biometrics 27, 1971): the mean, over the fields that both cards state, of 0 or 1 for
     categories and of the difference over the range for numbers. Two cards that share no stated field are 1 apart, two that
     state nothing at all 0.
@@ -73,20 +73,20 @@ def gower(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
     return np.where(np.eye(len(cards), dtype=bool) | (silent[:, None] & silent), 0.0, apart)
 
 
-def nearest_card(cards: Mapping[str, Card], of: Card, by: Sequence[str]) -> str:
+def nearest_client(cards: Mapping[str, Card], of: Card, by: Sequence[str]) -> str:
     """The client whose card is nearest to this one, the first by name of several."""
     names = sorted(cards)
-    distance_CC = gower([*(cards[name] for name in names), of], fields_of(cards, by))
+    distance_CC = gower_distance([*(cards[name] for name in names), of], metadata_fields(cards, by))
     return names[int(distance_CC[-1, :-1].argmin())]
 
 
-def fields_of(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
+def metadata_fields(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
     """The fields to go by: those named, else all that any card states."""
     known = sorted({field for card in cards.values() for field in card})
     for field in by:
         if known and field not in known:
             raise ConfigError(
-                f"{unknown('field', field, known)} (no client's public card states it; see partition.cards and "
+                f"{did_you_mean('field', field, known)} (no client's public card states it; see partition.cards and "
                 "partition.publish)"
             )
     return [field for field in by if field in known] if by else known

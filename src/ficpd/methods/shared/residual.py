@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.interfaces import AtHome
-from ficpd.optimizers import Training, tune
-from ficpd.types import Answer, Assignment, Batch, Outputs, Query
+from ficpd.interfaces import LocalContext
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, Batch, ModelOutput, Query
 
 Result = TypeVar("Result")
 TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
 
 
-class Contrast(BaseModel):
+class ContrastiveConfig(BaseModel):
     """`weight` in the first round, falling to nothing over the rounds (constant, it takes personalisation back). `space`:
     "prompt" costs no forward, "output" one for each prototype and the start. `temperature` divides cosines."""
 
@@ -28,7 +28,7 @@ class Contrast(BaseModel):
     temperature: float = Field(default=0.5, gt=0)
 
 
-class Personal(Protocol):
+class ResidualConfig(Protocol):
     """The settings of a method whose clients have a residual."""
 
     @property
@@ -42,61 +42,65 @@ class Personal(Protocol):
     @property
     def held_back(self) -> float: ...
     @property
-    def contrast(self) -> Contrast: ...
+    def contrast(self) -> ContrastiveConfig: ...
 
 
-def personalised(
-    config: Personal, training: Training, home: AtHome, order: Assignment
+def tune_residual(
+    config: ResidualConfig, training: LocalTrainingConfig, home: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, None]:
-    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the tuner's moments are kept, too. Then
+    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the optimizer's moments are kept, too. Then
     choose how much of it is worth having (`_chosen`).
 
     The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrast. "low_rank": the residual is U V with
     U [P, r] and V [r, D], both tuned, V zero at first.
     """
-    base, steps = order.arrays["prompt"], config.personal_steps or training.local_steps
+    base, steps = assignment.arrays["prompt"], config.personal_steps or training.local_steps
     if config.residual == "low_rank":
-        begin = home.kept.get("factors", _factors(base, config.rank, home.id))
-        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
+        begin = home.client_state.get("factors", _factors(base, config.rank, home.id))
+        work = tune(training, home, assignment, begin, memory=home.client_state, steps=steps)
         work = _multiplied(work, base)
     else:
-        begin = base + home.kept.get("residual", torch.zeros_like(base))
-        work = tune(training, home, order, begin, memory=home.kept, steps=steps)
-    found = yield from _kept_near(work, config, home, order)
+        begin = base + home.client_state.get("residual", torch.zeros_like(base))
+        work = tune(training, home, assignment, begin, memory=home.client_state, steps=steps)
+    found = yield from _kept_near(work, config, home, assignment)
     if config.residual == "low_rank":
-        home.kept["factors"] = found
+        home.client_state["factors"] = found
         found = base + _product(found, len(base))
-    home.kept["residual"] = found - base
-    yield from _chosen(home, order)
+    home.client_state["residual"] = found - base
+    yield from _chosen(home, assignment)
 
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
-def own_prompt(kept: Mapping[str, Tensor], order: Assignment) -> Tensor:
+def personal_prompt(kept: Mapping[str, Tensor], assignment: Assignment) -> Tensor:
     """[P, D]: the client's own, given the prompts that it would be sent now."""
-    base = order.arrays["global"] if "global" in order.arrays and kept.get("global", ZERO) else order.arrays["prompt"]
+    base = (
+        assignment.arrays["global"]
+        if "global" in assignment.arrays and kept.get("global", ZERO)
+        else assignment.arrays["prompt"]
+    )
     return base + kept["share"] * kept["residual"] if "share" in kept else base
 
 
 ZERO = torch.zeros(())
 
 
-def _chosen(home: AtHome, order: Assignment) -> Generator[Query, Answer, None]:
+def _chosen(home: LocalContext, assignment: Assignment) -> Generator[Query, Answer, None]:
     """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual, so in this order from
     what most share to what nobody does: the first whose loss on the records held back is within a standard error of the
     least (of the difference, record by record). With none held back the choice stays as it was, at first the whole residual.
     """
-    held, base = home.unlearnt(), order.arrays["prompt"]
-    home.kept.setdefault("share", torch.ones(()))
-    home.kept.setdefault("global", ZERO)
+    held, base = home.holdout(), assignment.arrays["prompt"]
+    home.client_state.setdefault("share", torch.ones(()))
+    home.client_state.setdefault("global", ZERO)
     if not len(held):
         return
-    tried = [order.arrays["global"]] if "global" in order.arrays else []
-    tried += [base + share * home.kept["residual"] for share in SHARES]
+    tried = [assignment.arrays["global"]] if "global" in assignment.arrays else []
+    tried += [base + share * home.client_state["residual"] for share in SHARES]
     answer = yield Query(torch.stack(tried), held)
     best = _simplest(answer.loss_KB.cpu()) - (len(tried) - len(SHARES))
-    home.kept |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
+    home.client_state |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
 
 
 def _simplest(loss_KB: Tensor) -> int:
@@ -108,7 +112,7 @@ def _simplest(loss_KB: Tensor) -> int:
 
 def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:
     """[r, P + D]: U beside V. A step of V then moves the product about as far as one of the whole prompt would."""
-    random = torch.randn(rank, len(base_PD), generator=rng.generator("residual", client)) / rank**0.5
+    random = torch.randn(rank, len(base_PD), generator=rng.make_generator("residual", client)) / rank**0.5
     return torch.cat([random, torch.zeros(rank, base_PD.shape[1])], dim=1)
 
 
@@ -118,7 +122,7 @@ def _product(factors: Tensor, num_tokens: int) -> Tensor:
 
 
 def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts base + U V where the tuner asks for U and V, and hand back gradients with respect to those."""
+    """Ask for the prompts base + U V where the optimizer asks for U and V, and hand back gradients with respect to those."""
     num_tokens = len(base_PD)
     try:
         query = next(work)
@@ -137,11 +141,11 @@ def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Gene
 
 
 def _kept_near(
-    work: Generator[Query, Answer, Tensor], config: Personal, home: AtHome, order: Assignment
+    work: Generator[Query, Answer, Tensor], config: ResidualConfig, home: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, Tensor]:
-    """The tuner's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
-    base, start, others = order.arrays["prompt"], home.start, order.arrays.get("others_KPD")
-    contrast, weight = config.contrast, order.facts["contrast"]
+    """The optimizer's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
+    base, start, others = assignment.arrays["prompt"], home.start, assignment.arrays.get("others_KPD")
+    contrast, weight = config.contrast, assignment.facts["contrast"]
     alone = others is None or not len(others) or weight == 0
     in_outputs, in_prompts = contrast.space != "prompt" and not alone, contrast.space != "output" and not alone
     try:
@@ -161,7 +165,9 @@ def _kept_near(
         return end.value
 
 
-def calibrated(work: Generator[Query, Answer, Result], log_shares_C: Tensor | None) -> Generator[Query, Answer, Result]:
+def with_label_prior(
+    work: Generator[Query, Answer, Result], log_shares_C: Tensor | None
+) -> Generator[Query, Answer, Result]:
     """The same questions, of records of which it is known how frequent their labels are (None: as they are).
 
     Training under softmax(logits + log shares) leaves what sets labels apart in the prompt and how frequent they are out of
@@ -201,10 +207,10 @@ def _towards(query: Query, seen: Answer, weight: float, temperature: float) -> Q
     scale = torch.full((len(query.batch), 2), weight)
     scale[:, 1] = temperature
     extra = {**query.batch.extra, TOWARDS: towards_BND, WEIGHT: scale}
-    return query._replace(batch=replace(query.batch, extra=extra), loss=aligned_loss)
+    return query._replace(batch=replace(query.batch, extra=extra), loss=contrastive_loss)
 
 
-def aligned_loss(outputs: Outputs, batch: Batch) -> Tensor:
+def contrastive_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: the task's loss plus weight · InfoNCE in the space of features; the cluster's prompt and the frozen start are
     the positives, other clusters' prompts the negatives (after FedPGP, Cui et al., ICML 2024, arXiv 2405.09771)."""
     weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)

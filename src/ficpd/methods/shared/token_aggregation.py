@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def aggregated(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
+def aggregate_tokens(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
     """[N] of the words [K, N] of K clients, whose vectors are [K, N, D].
 
     Words that lie together are one cluster; from each the word of largest weight is kept, and they stand in the order of
@@ -19,21 +19,21 @@ def aggregated(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
     Equal weights go by place, then by client.
     """
     K, N = ids_KN.shape
-    ids_M, weight_M = ids_KN.flatten().tolist(), log_weights(vectors_KND).flatten()
-    order = sorted(range(K * N), key=lambda m: (-round(float(weight_M[m]), 6), m % N, m // N))
+    ids_M, weight_M = ids_KN.flatten().tolist(), token_weights(vectors_KND).flatten()
+    assignment = sorted(range(K * N), key=lambda m: (-round(float(weight_M[m]), 6), m % N, m // N))
     cluster_M, kept = clusters(ids_M, vectors_KND.flatten(0, 1)), []
     for wanted in (
         lambda m: cluster_M[m] not in {cluster_M[k] for k in kept},
         lambda m: m % N not in {k % N for k in kept},
         lambda m: (ids_M[m], m % N) not in {(ids_M[k], k % N) for k in kept},
     ):
-        for m in order:
+        for m in assignment:
             if len(kept) < N and wanted(m):
                 kept.append(m)
-    return torch.tensor([ids_M[m] for m in sorted(kept, key=lambda m: (m % N, order.index(m)))])
+    return torch.tensor([ids_M[m] for m in sorted(kept, key=lambda m: (m % N, assignment.index(m)))])
 
 
-def log_weights(vectors_KND: Tensor) -> Tensor:
+def token_weights(vectors_KND: Tensor) -> Tensor:
     """[K, N]: w of each word, the sum of its cosines to all words of the other clients (Eq. 6), and of that the logarithm of
     the softmax over the client's own. As a logarithm, because sums of (K - 1) N cosines make one word's softmax 1 in float32
     and all others' 0."""
@@ -56,13 +56,13 @@ def clusters(ids: Sequence[int], vectors_MD: Tensor) -> list[int]:
     first, second = torch.triu_indices(len(words), len(words), 1)
     equal = (count_U * (count_U - 1) / 2).sum()
     distances = torch.cat([torch.zeros(1).double(), torch.pdist(distinct_UD)])
-    radius = elbow(distances, torch.cat([equal[None], count_U[first] * count_U[second]]))
+    radius = elbow_point(distances, torch.cat([equal[None], count_U[first] * count_U[second]]))
     labels = DBSCAN(eps=radius * (1 + 1e-6) + 1e-9, min_samples=1).fit_predict(distinct_UD.numpy())
     of = dict(zip(words, labels.tolist(), strict=True))
     return [of[word] for word in ids]
 
 
-def elbow(values: Tensor, counts: Tensor) -> float:
+def elbow_point(values: Tensor, counts: Tensor) -> float:
     """Of values, each there so many times, sorted: the last before the curve bends, where it is farthest above the line from
     nothing to the largest (Satopää et al., ICDCS Workshops 2011). Distances before the bend are those between words that are
     alike; from the bend on, those between any two words.
@@ -70,7 +70,7 @@ def elbow(values: Tensor, counts: Tensor) -> float:
     >>> elbow(torch.tensor([0.0, 2.0, 9.0, 10.0]), torch.tensor([3, 1, 1, 3]))
     2.0
     """
-    order = values.argsort(stable=True)
-    rising, before = values[order], counts[order].cumsum(0) - counts[order]
+    assignment = values.argsort(stable=True)
+    rising, before = values[assignment], counts[assignment].cumsum(0) - counts[assignment]
     above = rising / rising[-1].clamp(min=1e-9) - before / counts.sum()
     return float(rising[max(0, int(above.argmax()) - 1)])

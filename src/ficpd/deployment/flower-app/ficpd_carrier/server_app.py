@@ -8,6 +8,6 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    from ficpd.deployment.coordinator import serve_app
+    from ficpd.deployment.coordinator import server_main
 
-    serve_app(grid, context)
+    server_main(grid, context)
