@@ -256,7 +256,7 @@ class Subspace(Protocol):
         ...
 
     def lift(self, values: Tensor) -> Tensor:
-        """[..., size] to [..., P, D]; `down(up(z)) == z`."""
+        """[..., size] to [..., P, D]; `project(lift(z)) == z`."""
         ...
 
 

@@ -106,9 +106,9 @@ def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
     assert torch.equal(rows, small.model.lm_head.weight[ids])
     assert small.readout(ASK, ["positive", "very good"]) is None
     assert small.readout(ASK, ["positive", "positive"]) is None
-    lengths = small.as_readout(rows * 7).norm(dim=-1)
+    lengths = small.head_to_readout(rows * 7).norm(dim=-1)
     torch.testing.assert_close(lengths, lengths[:1].expand(len(rows)))
-    cosine = torch.nn.functional.cosine_similarity(small.as_readout(rows * 7), rows, dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(small.head_to_readout(rows * 7), rows, dim=-1)
     torch.testing.assert_close(cosine, torch.ones(len(rows)))
 
 
@@ -203,7 +203,7 @@ def test_scores_are_the_mean_log_likelihood_of_the_answers_tokens(folder, small)
 def test_below_keeps_nothing_of_the_padded_batch(small):
     items = read(small)
     for layer in (0, 1):
-        for item, states in zip(items, small.below(items, layer), strict=True):
+        for item, states in zip(items, small.encode_prefix(items, layer), strict=True):
             assert states.shape == (item.length, 32)
             assert states.untyped_storage().nbytes() == states.numel() * 4
             assert not states.requires_grad
@@ -211,7 +211,7 @@ def test_below_keeps_nothing_of_the_padded_batch(small):
 
 def test_a_layer_that_does_not_exist_is_an_error(small):
     with pytest.raises(BackboneError, match="expected 0 to 2"):
-        small.below(read(small), 3)
+        small.encode_prefix(read(small), 3)
 
 
 # ---------------------------------------------------------------- starts

@@ -47,7 +47,7 @@ def pieces(backbone: MaskedLM, item: EncodedInput) -> list[str]:
 def test_logits_at_the_mask_are_the_models_own(folder, backbone, pair):
     cloze = FRAME.replace("[MASK]", backbone.tokenizer.mask_token)
     texts = ["we saw the film", "bad"]
-    items = [backbone.read(text, pair, FRAME, None, 4) for text in texts]
+    items = [backbone.tokenize(text, pair, FRAME, None, 4) for text in texts]
     readout = backbone.readout(FRAME, ["good", "bad", "awful"])
     assert readout.shape == (3, backbone.width)
     model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
@@ -69,7 +69,7 @@ def test_logits_at_the_mask_are_the_models_own(folder, backbone, pair):
 def test_answers_of_several_tokens_are_scored_at_a_mask_each(folder, backbone):
     answers = ["mending", "good"]
     assert backbone.readout(FRAME, answers) is None
-    items = [backbone.read("we saw the film", "a story", FRAME, answer, 4) for answer in answers]
+    items = [backbone.tokenize("we saw the film", "a story", FRAME, answer, 4) for answer in answers]
     assert [len(masks(backbone, item)) for item in items] == [item.scored for item in items] == [2, 1]
     model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
     outputs = features(backbone, items)
@@ -98,7 +98,7 @@ def test_a_word_of_a_script_without_blanks_is_one_token(tmp_path):
 @pytest.mark.parametrize("pair", [None, "a dull story " * 50])
 @pytest.mark.parametrize("text", ["bad", "the film was good " * 50])
 def test_the_text_is_cut_and_never_the_cloze(backbone, text, pair):
-    item = backbone.read(text, pair, FRAME, None, 10)
+    item = backbone.tokenize(text, pair, FRAME, None, 10)
     assert item.length == len(item.content)
     assert item.length == backbone.max_tokens - 10 or (len(text) < 5 and pair is None)
     end = backbone.tokenizer.tokenize(" " + FRAME.replace("[MASK]", backbone.tokenizer.mask_token))
@@ -110,19 +110,19 @@ def test_the_text_is_cut_and_never_the_cloze(backbone, text, pair):
 
 
 def test_without_a_mask_the_answer_stands_at_the_end(backbone):
-    last = [pieces(backbone, backbone.read("film", None, frame, None, 4))[-2] for frame in ("", "it was")]
+    last = [pieces(backbone, backbone.tokenize("film", None, frame, None, 4))[-2] for frame in ("", "it was")]
     assert last == [backbone.tokenizer.mask_token] * 2
     own = f"it was {backbone.tokenizer.mask_token}."
     assert torch.equal(
-        backbone.read("film", None, own, None, 4).content,
-        backbone.read("film", None, "it was [MASK].", None, 4).content,
+        backbone.tokenize("film", None, own, None, 4).content,
+        backbone.tokenize("film", None, "it was [MASK].", None, 4).content,
     )
 
 
 def test_a_mask_or_separator_in_a_text_is_not_the_clozes(backbone):
     mask, sep = backbone.tokenizer.mask_token, backbone.tokenizer.sep_token
-    plain = backbone.read("the film", "was good", FRAME, None, 4)
-    laid = backbone.read(f"the {mask} film {sep}", f"{mask} was good", FRAME, None, 4)
+    plain = backbone.tokenize("the film", "was good", FRAME, None, 4)
+    laid = backbone.tokenize(f"the {mask} film {sep}", f"{mask} was good", FRAME, None, 4)
     assert torch.equal(laid.content, plain.content)
 
 
@@ -141,7 +141,7 @@ def test_a_word_that_cannot_stand_there_is_named(backbone, answers, said):
 
 def test_two_masks_in_an_instruction_are_refused(backbone):
     with pytest.raises(BackboneError, match="has 2 masks; leave one"):
-        backbone.read("film", None, "[MASK] or [MASK]", None, 4)
+        backbone.tokenize("film", None, "[MASK] or [MASK]", None, 4)
 
 
 def test_weights_without_a_language_head_are_refused(folder, tmp_path):
@@ -160,13 +160,13 @@ def test_weights_without_a_language_head_are_refused(folder, tmp_path):
 @pytest.mark.parametrize("script", berts.SCRIPTS)
 def test_right_to_left_and_unspaced_scripts_are_read_cut_and_paired(backbone, script):
     text = berts.SCRIPTS[script]
-    alone, paired = backbone.read(text, None, FRAME, None, 4), backbone.read(text, text, FRAME, None, 4)
-    long = backbone.read(f"{text} " * 30, f"{text} " * 30, FRAME, None, 4)
-    assert backbone.unknown_share([text]) == 0.0
+    alone, paired = backbone.tokenize(text, None, FRAME, None, 4), backbone.tokenize(text, text, FRAME, None, 4)
+    long = backbone.tokenize(f"{text} " * 30, f"{text} " * 30, FRAME, None, 4)
+    assert backbone.unk_rate([text]) == 0.0
     assert alone.length < paired.length <= long.length == backbone.max_tokens - 4
     assert [len(masks(backbone, item)) for item in (alone, paired, long)] == [1, 1, 1]
     assert pieces(backbone, long)[:4] == pieces(backbone, alone)[:4]
-    told = features(backbone, [alone, paired, long, backbone.read("bad", None, FRAME, None, 4)]).features_RD
+    told = features(backbone, [alone, paired, long, backbone.tokenize("bad", None, FRAME, None, 4)]).features_RD
     assert torch.isfinite(told).all()
     assert min((told[0] - other).norm() for other in told[1:]) > 0.1
 

@@ -132,8 +132,8 @@ def test_it_writes_and_says_the_same_again(built, decoder):
     backbone = built()
     prompt = Prompt(ids_of(backbone, "the story")[0], backbone.fingerprint)
     written = backbone.generate(prompt, TEXTS, 3)
-    item = backbone.read(TEXTS[0], None, "", None, 2)
-    assert backbone.write(prompt.vectors_PD[None, :, 0], [item], 0, 3) == written[:1]
+    item = backbone.tokenize(TEXTS[0], None, "", None, 2)
+    assert backbone.generate_greedy(prompt.vectors_PD[None, :, 0], [item], 0, 3) == written[:1]
     assert written == backbone.generate(prompt, TEXTS, 3)
     with pytest.raises(BackboneError, match="the prompt is for tiny"):
         backbone.generate(Prompt(prompt.vectors_PD, "tiny"), TEXTS, 3)
@@ -147,12 +147,12 @@ def test_texts_that_travel_together_are_told_apart_by_their_index(built, served)
 
 def test_a_long_text_is_cut_and_nothing_else(built):
     backbone = built(max_words=20)
-    item = backbone.read("one  two " * 30, "a pair " * 20, "it is", "good", 3)
+    item = backbone.tokenize("one  two " * 30, "a pair " * 20, "it is", "good", 3)
     text, pair, instruction = item.content.before.split("\n")
     assert (len(text.split()), len(pair.split()), instruction) == (7, 7, "it is")
     assert text.startswith("one  two")
     with pytest.raises(BackboneError, match="leave nothing of the 20 words"):
-        backbone.read("one", None, "it is", "good", 17)
+        backbone.tokenize("one", None, "it is", "good", 17)
 
 
 # ---------------------------------------------------------------- what it cannot do
@@ -166,9 +166,9 @@ def test_soft_prompts_gradients_and_heads_are_refused_with_what_to_do(built):
     with pytest.raises(BackboneError, match=r"gives no gradients|without gradients"):
         QueryEngine(backbone).answer([Query(ids_of(backbone, "the story"), batch, grad=True)])
     with pytest.raises(BackboneError, match=r"tuned_head = false"):
-        backbone.as_readout(soft[0])
+        backbone.head_to_readout(soft[0])
     with pytest.raises(BackboneError, match="token ids 0 to 99999"):
-        backbone.words.vectors(torch.tensor([0, 99999]))
+        backbone.vocabulary.vectors(torch.tensor([0, 99999]))
 
 
 def test_its_fingerprint_is_of_model_and_words_and_not_of_the_address(built, served):

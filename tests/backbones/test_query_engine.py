@@ -26,7 +26,7 @@ def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torc
 
 
 def batch_of(model: QueryEngine, task, count: int = 6, seed: int = 0, enters_at: int = 1):
-    real = task.describe()["name"] == "regression"
+    real = task.to_config()["name"] == "regression"
     return task.encode(small.records(count, seed, real=real), model.backbone, small.start(model, task, 3, enters_at))
 
 
@@ -262,7 +262,7 @@ def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chun
         virtual = query.prompts_KPD.shape[1] - query.batch.task.head_rows
         for prompt, texts in zip(query.prompts_KPD[:, :virtual], answer.texts_KB, strict=True):
             alone = [
-                writer.backbone.write(prompt[None], [items[0]], 1, query.max_new_tokens)[0]
+                writer.backbone.generate_greedy(prompt[None], [items[0]], 1, query.max_new_tokens)[0]
                 for items in query.batch.items
             ]
             assert texts == alone
@@ -378,7 +378,7 @@ def test_lower_layers_are_run_once_per_record_and_layer(model, monkeypatch):
 def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
     batch = batch_of(model, small.classes(), 12)
     items, kept = [records[0] for records in batch.items], HiddenStateCache(limit, 512)
-    truth = {item: model.backbone.below([item], 1)[0] for item in items}
+    truth = {item: model.backbone.encode_prefix([item], 1)[0] for item in items}
     for seed in range(4):
         asked = small.shuffled(items, seed)[: 4 + seed]
         found = kept.fetch(asked, 1, model.backbone)
@@ -401,7 +401,7 @@ def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypa
 
 
 def test_the_least_recently_used_is_dropped_first(model, monkeypatch):
-    items = [model.backbone.read("the film", None, "", None, 3) for _ in range(4)]
+    items = [model.backbone.tokenize("the film", None, "", None, 3) for _ in range(4)]
     kept = HiddenStateCache(3 * 2 * 16 * 4, 512)
     kept.fetch(items[:3], 1, model.backbone)
     kept.fetch(items[:1], 1, model.backbone)

@@ -47,7 +47,9 @@ def rows(
 ) -> list[Tensor]:
     """What one order gives to the mechanism, [K, B, ...] each. Its answers are zeros: all steps are at one prompt."""
     model = QueryEngine(small.backbone(width=WIDTH, dtype=dtype), chunk_tokens=UNBATCHED)
-    method = small.method(name, small.Training(local_steps=1, batch_size=8, learning_rate=0.1, **how), **(config or {}))
+    method = small.method(
+        name, small.LocalTrainingConfig(local_steps=1, batch_size=8, learning_rate=0.1, **how), **(config or {})
+    )
     begin, compression = small.start(model, task), None
     if dimension:
         shape = 40, *begin.vectors_PD.shape
@@ -114,6 +116,6 @@ class MeansOverAll(FedAvg):
 
 
 def test_a_method_that_mixes_records_is_found(monkeypatch):
-    mixing = MeansOverAll(small.Training(local_steps=2, batch_size=8, learning_rate=0.1))
+    mixing = MeansOverAll(small.LocalTrainingConfig(local_steps=2, batch_size=8, learning_rate=0.1))
     monkeypatch.setattr(small, "method", lambda name, training, **config: mixing)
     assert not same_rows("fedavg", small.classes(), torch.float32, records=small.records(max(COUNTS)))

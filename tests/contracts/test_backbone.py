@@ -144,14 +144,14 @@ def backbone(kind) -> Any:
 
 @pytest.fixture
 def reader(backbone) -> Any:
-    if backbone.sees:
+    if backbone.sees_images:
         pytest.skip("it reads no texts")
     return backbone
 
 
 @pytest.fixture(params=TASKS)
 def case(request, kind) -> Case:
-    if not kind[2].knows_words and request.param != "head":
+    if not kind[2].has_text_encoder and request.param != "head":
         pytest.skip("it knows no words: only a head can be tuned")
     return Case(*kind, TASKS[request.param]())
 
@@ -176,9 +176,9 @@ def batch_of(case: Case, layer: int, texts: list[str] = TEXTS):
 
 
 def items_of(backbone: Any, texts: list[str] = TEXTS, room: int = TOKENS) -> list[EncodedInput]:
-    if backbone.sees:
-        return [backbone.look(sights.Seen(text), room) for text in texts]
-    return [backbone.read(text, None, "", None, room) for text in texts]
+    if backbone.sees_images:
+        return [backbone.preprocess_image(sights.Seen(text), room) for text in texts]
+    return [backbone.tokenize(text, None, "", None, room) for text in texts]
 
 
 def outcome(ask: Callable[[], Any]) -> Any:
@@ -222,7 +222,7 @@ def test_the_gradient_of_one_row_to_another_rows_prompt_is_zero(backbone):
     for layer in layers(backbone):
         random = torch.Generator().manual_seed(1)
         stacked = torch.randn(len(items), TOKENS, backbone.width, generator=random).requires_grad_()
-        features = backbone.above(stacked, backbone.below(items, layer), items, layer).features_RD
+        features = backbone.forward(stacked, backbone.encode_prefix(items, layer), items, layer).features_RD
         (features[1] * torch.arange(backbone.width)).sum().backward()
         assert stacked.grad[1].abs().max() > 1e-4
         assert stacked.grad[[0, 2, 3]].abs().max() == 0
@@ -236,10 +236,10 @@ def test_a_records_gradient_is_that_of_a_backward_of_its_own(case):
         for b in range(len(batch)):
             prompt, one = stacked[0].clone().requires_grad_(), batch.select([b])
             items = list(one.items[0])
-            hidden = case.backbone.below(items, layer)
-            outputs = case.backbone.above(prompt[:tokens].expand(len(items), -1, -1), hidden, items, layer)
+            hidden = case.backbone.encode_prefix(items, layer)
+            outputs = case.backbone.forward(prompt[:tokens].expand(len(items), -1, -1), hidden, items, layer)
             scores = None if outputs.scores_RN is None else outputs.scores_RN.T
-            head = case.backbone.as_readout(prompt[None, tokens:]) if case.task.head_rows else None
+            head = case.backbone.head_to_readout(prompt[None, tokens:]) if case.task.head_rows else None
             case.task.loss(type(outputs)(outputs.features_RD[:1], scores, head), one).sum().backward()
             assert small.close(answered[0, b], prompt.grad)
             assert prompt.grad.abs().max() > 0
@@ -263,18 +263,19 @@ def test_kept_lower_layers_answer_as_those_run_each_time(case):
 def test_layers_below_do_not_depend_on_company(backbone):
     items = items_of(backbone)
     for layer in layers(backbone):
-        together = backbone.below(items, layer)
+        together = backbone.encode_prefix(items, layer)
         assert [state.shape for state in together] == [(item.length, backbone.width) for item in items]
         assert not any(state.requires_grad for state in together)
         for item, state in zip(items, together, strict=True):
-            assert small.close(backbone.below([item], layer)[0], state)
+            assert small.close(backbone.encode_prefix([item], layer)[0], state)
 
 
 def test_without_a_prompt_the_layer_of_entry_changes_nothing(backbone):
     items = items_of(backbone)
     none = torch.zeros(len(items), 0, backbone.width)
     features = [
-        backbone.above(none, backbone.below(items, layer), items, layer).features_RD for layer in layers(backbone)
+        backbone.forward(none, backbone.encode_prefix(items, layer), items, layer).features_RD
+        for layer in layers(backbone)
     ]
     assert features[0].shape == (len(items), backbone.width)
     assert all(small.close(features[0], other) for other in features[1:])
@@ -284,10 +285,10 @@ def test_without_a_prompt_the_layer_of_entry_changes_nothing(backbone):
 def test_a_prompt_changes_what_the_backbone_says_at_every_layer(backbone):
     items = items_of(backbone)
     for layer in layers(backbone):
-        hidden = backbone.below(items, layer)
-        stacked = backbone.start("very good film", TOKENS, layer, 0).expand(len(items), -1, -1)
-        said = backbone.above(stacked, hidden, items, layer).features_RD
-        assert not small.close(said, backbone.above(stacked[:, :0], hidden, items, layer).features_RD, 1e-3)
+        hidden = backbone.encode_prefix(items, layer)
+        stacked = backbone.init_prompt("very good film", TOKENS, layer, 0).expand(len(items), -1, -1)
+        said = backbone.forward(stacked, hidden, items, layer).features_RD
+        assert not small.close(said, backbone.forward(stacked[:, :0], hidden, items, layer).features_RD, 1e-3)
 
 
 def test_an_all_zero_prompt_has_finite_gradients(case):
@@ -302,12 +303,12 @@ def test_an_all_zero_prompt_has_finite_gradients(case):
 def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
     name, folder, _ = kind
     built = BUILDERS[name].build(folder, torch.bfloat16)
-    case = Case(name, folder, built, one_word_labels(tuned_head=not built.knows_words))
+    case = Case(name, folder, built, one_word_labels(tuned_head=not built.has_text_encoder))
     query = Query(prompts(case, 1), batch_of(case, 0), grad=True, outputs=True)
     answer = QueryEngine(case.backbone).answer([query])[0]
     dtypes = {answer.loss_KB.dtype, answer.grad_KBPD.dtype, answer.outputs_KB.features_RD.dtype}
     assert dtypes == {torch.float32}
-    assert case.backbone.start("good", 2, 0, 0).dtype == torch.float32
+    assert case.backbone.init_prompt("good", 2, 0, 0).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- starts
@@ -317,51 +318,53 @@ def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
 def test_a_start_is_the_activations_of_words(kind, text):
     """At layer 0 each vector is a word's own; further up it is what the layers below make of those very words."""
     name, _, backbone = kind
-    if backbone.sees:
+    if backbone.sees_images:
         check_a_start_of_patches(backbone, text)
         return
     table = BUILDERS[name].vocabulary(backbone).float()
-    bottom = backbone.start(text, TOKENS, 0, 7)
+    bottom = backbone.init_prompt(text, TOKENS, 0, 7)
     distances = (bottom[:, None] - table).abs().amax(-1)
     assert distances.min(1).values.max() < 1e-5
     ids = distances.argmin(1)
     assert len(set(ids.tolist())) == TOKENS
     for layer in layers(backbone):
-        vectors = backbone.start(text, TOKENS, layer, 7)
+        vectors = backbone.init_prompt(text, TOKENS, layer, 7)
         assert (vectors.shape, vectors.dtype, vectors.device) == ((TOKENS, backbone.width), torch.float32, small.CPU)
         whole = torch.cat([BUILDERS[name].led(ids), ids])
-        assert small.close(vectors, backbone.below([EncodedInput(whole, len(whole))], layer)[0][-TOKENS:])
+        assert small.close(vectors, backbone.encode_prefix([EncodedInput(whole, len(whole))], layer)[0][-TOKENS:])
 
 
 def check_a_start_of_patches(backbone: Any, text: str | None) -> None:
     """At every layer each vector is one and the same patch of a made-up image, as it is there; no class token is."""
-    items = [backbone.look(image, TOKENS) for image in backbone.nonsense(8, 7)]
-    patches = [torch.cat([state[1:] for state in backbone.below(items, layer)]).float() for layer in layers(backbone)]
-    distances = (backbone.start(text, TOKENS, 0, 7)[:, None] - patches[0]).abs().amax(-1)
+    items = [backbone.preprocess_image(image, TOKENS) for image in backbone.synthetic_inputs(8, 7)]
+    patches = [
+        torch.cat([state[1:] for state in backbone.encode_prefix(items, layer)]).float() for layer in layers(backbone)
+    ]
+    distances = (backbone.init_prompt(text, TOKENS, 0, 7)[:, None] - patches[0]).abs().amax(-1)
     ids = distances.argmin(1)
     assert len(set(ids.tolist())) == TOKENS
     for layer in layers(backbone):
-        vectors = backbone.start(text, TOKENS, layer, 7)
+        vectors = backbone.init_prompt(text, TOKENS, layer, 7)
         assert (vectors.shape, vectors.dtype, vectors.device) == ((TOKENS, backbone.width), torch.float32, small.CPU)
         assert small.close(vectors, patches[layer][ids])
 
 
 def test_a_start_comes_from_its_text_or_seed_alone(backbone):
     for layer in layers(backbone):
-        text = backbone.start("the film was good", TOKENS, layer, 0)
-        if backbone.sees:  # a text says nothing to it
-            assert torch.equal(text, backbone.start(None, TOKENS, layer, 0))
+        text = backbone.init_prompt("the film was good", TOKENS, layer, 0)
+        if backbone.sees_images:  # a text says nothing to it
+            assert torch.equal(text, backbone.init_prompt(None, TOKENS, layer, 0))
         else:
-            assert torch.equal(text, backbone.start("the film was good", TOKENS, layer, 1))
-            assert not small.close(text, backbone.start("we saw it twice", TOKENS, layer, 0), 0.01)
-        drawn = backbone.start(None, TOKENS, layer, 0)
-        assert torch.equal(drawn, backbone.start(None, TOKENS, layer, 0))
-        assert not small.close(drawn, backbone.start(None, TOKENS, layer, 1), 0.01)
+            assert torch.equal(text, backbone.init_prompt("the film was good", TOKENS, layer, 1))
+            assert not small.close(text, backbone.init_prompt("we saw it twice", TOKENS, layer, 0), 0.01)
+        drawn = backbone.init_prompt(None, TOKENS, layer, 0)
+        assert torch.equal(drawn, backbone.init_prompt(None, TOKENS, layer, 0))
+        assert not small.close(drawn, backbone.init_prompt(None, TOKENS, layer, 1), 0.01)
 
 
 def test_a_start_longer_than_its_text_goes_through_it_again(backbone):
     for layer in layers(backbone):
-        vectors = backbone.start("good film", 5, layer, 0)
+        vectors = backbone.init_prompt("good film", 5, layer, 0)
         assert vectors.shape == (5, backbone.width)
         assert torch.isfinite(vectors).all()
 
@@ -370,7 +373,7 @@ def test_a_start_longer_than_its_text_goes_through_it_again(backbone):
 def test_a_start_longer_than_the_backbone_reads_is_made_or_refused(backbone, text):
     for layer in layers(backbone):
         for wanted in (backbone.max_tokens + 10, 200):
-            vectors = outcome(lambda layer=layer, wanted=wanted: backbone.start(text, wanted, layer, 0))
+            vectors = outcome(lambda layer=layer, wanted=wanted: backbone.init_prompt(text, wanted, layer, 0))
             assert isinstance(vectors, BackboneError) or vectors.shape == (wanted, backbone.width)
 
 
@@ -383,7 +386,7 @@ def test_the_same_weights_have_the_same_fingerprint_and_say_the_same(kind):
     assert again.fingerprint == backbone.fingerprint
     items = items_of(backbone)
     none = torch.zeros(len(items), 0, backbone.width)
-    said = [one.above(none, one.below(items, 0), items, 0).features_RD for one in (backbone, again)]
+    said = [one.forward(none, one.encode_prefix(items, 0), items, 0).features_RD for one in (backbone, again)]
     assert torch.equal(*said)
 
 
@@ -391,9 +394,9 @@ def test_it_leaves_the_global_random_state_alone(kind):
     name, folder, _ = kind
     before = torch.random.get_rng_state()
     backbone = BUILDERS[name].build(folder)
-    backbone.start(None, TOKENS, backbone.depth - 1, 0)
+    backbone.init_prompt(None, TOKENS, backbone.depth - 1, 0)
     items = items_of(backbone)
-    backbone.above(torch.zeros(len(items), 2, backbone.width), backbone.below(items, 0), items, 0)
+    backbone.forward(torch.zeros(len(items), 2, backbone.width), backbone.encode_prefix(items, 0), items, 0)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -401,22 +404,22 @@ def test_a_long_text_is_cut_so_that_the_prompt_fits(reader):
     for pair in (None, "bad story " * 200):
         item = reader.read("the film was good " * 200, pair, "", None, TOKENS)
         assert item.length == len(item.content) <= reader.max_tokens - TOKENS
-        answered = reader.above(torch.zeros(1, TOKENS, reader.width), reader.below([item], 0), [item], 0)
+        answered = reader.forward(torch.zeros(1, TOKENS, reader.width), reader.encode_prefix([item], 0), [item], 0)
         assert torch.isfinite(answered.features_RD).all()
 
 
 def test_the_share_of_a_text_that_is_unknown_is_told(kind):
     name, _, backbone = kind
-    assert backbone.unknown_share([]) == backbone.unknown_share(TEXTS) == 0.0
-    told = backbone.unknown_share(["the film ภาพยนตร์", "was ፊልም"])
-    assert told == (0.0 if name == "tiny" or backbone.sees else 0.4)
+    assert backbone.unk_rate([]) == backbone.unk_rate(TEXTS) == 0.0
+    told = backbone.unk_rate(["the film ภาพยนตร์", "was ፊልም"])
+    assert told == (0.0 if name == "tiny" or backbone.sees_images else 0.4)
 
 
 def test_images_are_looked_at_and_texts_read_never_the_other(backbone):
-    image = outcome(lambda: backbone.look(sights.Seen("a"), 0))
-    text = outcome(lambda: backbone.read("a", None, "", None, 0))
-    assert isinstance(text if backbone.sees else image, BackboneError)
-    assert isinstance(image if backbone.sees else text, EncodedInput)
+    image = outcome(lambda: backbone.preprocess_image(sights.Seen("a"), 0))
+    text = outcome(lambda: backbone.tokenize("a", None, "", None, 0))
+    assert isinstance(text if backbone.sees_images else image, BackboneError)
+    assert isinstance(image if backbone.sees_images else text, EncodedInput)
 
 
 def test_a_pair_is_read(reader):
@@ -431,7 +434,7 @@ def test_a_text_without_words_is_read_or_refused(reader, text):
     if isinstance(item, BackboneError):
         assert "empty" in str(item)
         return
-    answered = reader.above(torch.ones(1, TOKENS, reader.width), reader.below([item], 0), [item], 0)
+    answered = reader.forward(torch.ones(1, TOKENS, reader.width), reader.encode_prefix([item], 0), [item], 0)
     assert torch.isfinite(answered.features_RD).all()
 
 
@@ -443,17 +446,17 @@ def test_a_prompt_that_leaves_no_room_is_refused(backbone, more):
 
 @pytest.mark.parametrize("answer", ["", "  ", "\t"])
 def test_an_answer_without_tokens_is_refused(backbone, answer):
-    with pytest.raises(BackboneError, match="has no tokens" if backbone.knows_words else "task.tuned_head"):
+    with pytest.raises(BackboneError, match="has no tokens" if backbone.has_text_encoder else "task.tuned_head"):
         backbone.readout("is", ["good", answer])
 
 
 def test_a_backbone_writes_or_says_that_it_cannot(backbone):
-    prompt = Prompt(backbone.start("good", TOKENS, 0, 0), backbone.fingerprint)
+    prompt = Prompt(backbone.init_prompt("good", TOKENS, 0, 0), backbone.fingerprint)
     written = outcome(lambda: backbone.generate(prompt, TEXTS, 3))
     drawn = outcome(lambda: backbone.generate(prompt, TEXTS, 3, temperature=1.0, seed=1))
-    read = outcome(lambda: [backbone.read(text, None, "", "good", TOKENS, writes=3) for text in TEXTS])
+    read = outcome(lambda: [backbone.tokenize(text, None, "", "good", TOKENS, writes=3) for text in TEXTS])
     items = items_of(backbone)
-    after = outcome(lambda: backbone.write(prompt.vectors_PD.expand(len(items), -1, -1), items, 0, 3))
+    after = outcome(lambda: backbone.generate_greedy(prompt.vectors_PD.expand(len(items), -1, -1), items, 0, 3))
     if isinstance(written, BackboneError):
         assert all("cannot write" in str(refusal) for refusal in (written, drawn, read, after))
     else:
@@ -463,9 +466,9 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
 
 
 def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):
-    texts = backbone.nonsense(20, 3)
+    texts = backbone.synthetic_inputs(20, 3)
     assert len(texts) == 20
-    said = [(text.open().mode, text.open().tobytes()) if backbone.sees else text.strip() for text in texts]
+    said = [(text.open().mode, text.open().tobytes()) if backbone.sees_images else text.strip() for text in texts]
     assert all(said)
     assert len(set(said)) > 15
-    assert backbone.nonsense(20, 3) == texts != backbone.nonsense(20, 4)
+    assert backbone.synthetic_inputs(20, 3) == texts != backbone.synthetic_inputs(20, 4)

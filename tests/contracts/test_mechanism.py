@@ -221,7 +221,7 @@ def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism)
     """None where it goes by the number of records, and so must not be known."""
     size = 40_000
     released = mechanism.release(ClientUpdate("one", {"x": torch.zeros(size)}), SeededNoise("a test"))
-    known = mechanism.noise_on(size)
+    known = mechanism.expected_noise_norm_sq(size)
     if mechanism.unit == "record":
         assert known is None
     else:

@@ -67,7 +67,7 @@ def test_two_rounds_run_and_no_update_is_dropped(method, model):
     assert [report.round for report in reports] == [1, 2]
     assert [(report.updates, report.dropped) for report in reports] == [(len(members), {})] * 2
     shape = next(iter(members.values())).start.vectors_PD.shape
-    assert all(vectors.shape == shape for vectors in method.basis(state).values())
+    assert all(vectors.shape == shape for vectors in method.library_prompts(state).values())
     shared = method.prompt(state)
     assert shared is None or shared.shape[1:] == shape[1:]
     evaluation = evaluate(method, state, members, model, 3)

@@ -98,7 +98,7 @@ def test_predictions_targets_and_scores_are_of_one_form(task, model):
     json.dumps(predicted)
     score = task.score(predicted, targets)
     assert all(type(value) is float and math.isfinite(value) for value in score.values())
-    assert task.score(targets, targets) == pytest.approx(PERFECT[task.describe()["name"]])
+    assert task.score(targets, targets) == pytest.approx(PERFECT[task.to_config()["name"]])
     assert score != task.score(targets, targets)
 
 
@@ -179,9 +179,9 @@ def test_a_head_that_is_not_tuned_does_not_travel(name, model):
 
 
 def test_what_a_task_says_of_itself_builds_it_again(task, model):
-    told = json.loads(json.dumps(task.describe()))
+    told = json.loads(json.dumps(task.to_config()))
     again = build_task(told)
-    assert again.to_config() == task.describe()
+    assert again.to_config() == task.to_config()
     prompt = small.start(model, task)
     query, other = (
         Query(prompt.vectors_PD[None], one.encode(records(task), model.backbone, prompt)) for one in (task, again)

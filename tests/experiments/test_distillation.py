@@ -258,7 +258,7 @@ def test_some_task_must_have_labels(tmp_path, task):
     context = build_context(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
     method = build_method(context, context.experiment.method)
     validate_distillation(replace(context, tasks={"a": small.classes(), "b": task}), method)
-    with pytest.raises(ConfigError, match=rf'"squared": a task of kind .{task.describe()["name"]}'):
+    with pytest.raises(ConfigError, match=rf'"squared": a task of kind .{task.to_config()["name"]}'):
         validate_distillation(replace(context, tasks={"a": task, "b": task}), method)
 
 

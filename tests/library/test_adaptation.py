@@ -287,7 +287,7 @@ def test_only_examples_that_fit_whole_are_read(decoder):
 
 def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
     task = classification.build(classification.Config(labels={"g": "good", "b": "bad"}, instruction="sentiment is"))
-    begin = Prompt(decoder.backbone.start("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
+    begin = Prompt(decoder.backbone.init_prompt("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
     given = [Record(str(i), {"text": text, "target": "gb"[i % 2]}) for i, text in enumerate(["fine", "dull"] * 3)]
     found = selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "demonstrations")
     assert found.way == "demonstrations"
@@ -483,7 +483,7 @@ def test_numbers_are_adapted_to_without_demonstrations(model):
 def test_texts_are_adapted_to_by_their_loss_alone(decoder):
     """Nothing is written to find out which way is best."""
     task = generation.build(generation.Config(instruction="sentiment is", max_new_tokens=4))
-    begin = Prompt(decoder.backbone.start("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
+    begin = Prompt(decoder.backbone.init_prompt("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
     given = [
         Record(str(i), {"text": text, "target": "very good"}) for i, text in enumerate(["fine", "dull", "bad", "long"])
     ]

@@ -122,7 +122,7 @@ def test_targets_of_the_texts_are_not_looked_at(model):
 def test_tuning_that_does_not_help_is_not_taken(model):
     """Nothing is nearer to the untuned start than itself."""
     task = small.classes()
-    prompt = Prompt(model.backbone.start(start_text([task]), 3, 0, 0), model.backbone.fingerprint)
+    prompt = Prompt(model.backbone.init_prompt(start_text([task]), 3, 0, 0), model.backbone.fingerprint)
     done = distill_to_input(prompt, texts(16), task, model, steps=10)
     assert done.before.same == 1
     assert not done.facts["helped"]

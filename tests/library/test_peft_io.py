@@ -97,7 +97,7 @@ def same_as_ours(backbone: Any, prompt: Prompt, model: Any, texts: list[str], to
     """Logits of the next token to 1e-4, and the same greedy text."""
     for text in texts:
         item = backbone._opening(text, len(prompt.vectors_PD), tokens)
-        outputs = backbone.above(prompt.vectors_PD[None], backbone.below([item], 0), [item], 0)
+        outputs = backbone.forward(prompt.vectors_PD[None], backbone.encode_prefix([item], 0), [item], 0)
         ours_V = backbone.model.lm_head(outputs.features_RD)[0]
         ids = item.content[None]
         with torch.no_grad():
@@ -133,8 +133,8 @@ def test_peft_gives_our_features_once_they_are_pooled(bert, tmp_path):
     assert type(model) is peft.PeftModelForFeatureExtraction
     prompt_PD = made.prompts["global"].vectors_PD
     for text in TEXTS:
-        item = backbone.read(text, None, "", None, 4)
-        ours_D = backbone.above(prompt_PD[None], backbone.below([item], 0), [item], 0).features_RD[0]
+        item = backbone.tokenize(text, None, "", None, 4)
+        ours_D = backbone.forward(prompt_PD[None], backbone.encode_prefix([item], 0), [item], 0).features_RD[0]
         ids = item.content[None]
         with torch.no_grad():
             states_TD = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
@@ -176,9 +176,9 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
     assert "# LoRA weights `global`, for PEFT" in page
     assert "virtual tokens" not in page
     for text in TEXTS:
-        item = backbone.read(text, None, "", None, 0)
+        item = backbone.tokenize(text, None, "", None, 0)
         with prompt_or_lora(backbone, rows_PD[None], LORA) as (none, layer), torch.no_grad():
-            ours_D = backbone.above(none, backbone.below([item], 0), [item], layer).features_RD[0]
+            ours_D = backbone.forward(none, backbone.encode_prefix([item], 0), [item], layer).features_RD[0]
             ids = item.content[None]
             said = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
         last_TD = said.hidden_states[-1][0]
@@ -383,7 +383,7 @@ def test_a_dozen_lines_of_transformers_agree_at_any_layer(kind, layer, request, 
 def test_peft_and_we_agree_on_smollm2(tmp_path):
     """Logits to 1e-4, texts to the word, vectors to the bit."""
     backbone = backbone_of("smollm2")
-    made = library("smollm2", backbone.start("the sentiment of this text is", 6, 0, 0))
+    made = library("smollm2", backbone.init_prompt("the sentiment of this text is", 6, 0, 0))
     base = own_base(made)
     export(made, "global", tmp_path / "out", base)
     model = in_peft(AutoModelForCausalLM, base, tmp_path / "out")

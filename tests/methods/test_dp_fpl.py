@@ -15,7 +15,7 @@ from ficpd.methods.dp_fpl import Config, LowRankContext, low_rank_factors, low_r
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientWorkload, Query
 
-EXACT = small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
+EXACT = small.LocalTrainingConfig(local_steps=3, batch_size=64, learning_rate=0.1)
 """Every step sees all records."""
 
 

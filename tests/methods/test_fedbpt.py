@@ -203,7 +203,7 @@ def test_as_a_baseline_of_a_private_run_it_is_refused_before_anything_runs(tmp_p
 
 
 def test_images_have_no_words_to_mask(model):
-    model.backbone.sees = True
+    model.backbone.sees_images = True
     with pytest.raises(ConfigError, match="set it to false"):
         method().check_compatible([small.classes()], model.backbone)
     with pytest.raises(BackboneError, match="only words can be masked"):

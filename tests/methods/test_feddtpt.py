@@ -300,7 +300,7 @@ def test_what_words_cannot_be_asked_with_is_refused(model):
     with pytest.raises(BackboneError, match="without gradients"):
         model.answer([Query(ids, flat, grad=True)])
     with pytest.raises(BackboneError, match="token ids 10 to 5000"):
-        model.backbone.words.vectors(torch.tensor([10, 5000]))
+        model.backbone.vocabulary.vectors(torch.tensor([10, 5000]))
 
 
 def test_a_head_and_a_librarys_vectors_are_no_words(tmp_path):

@@ -129,7 +129,7 @@ def test_the_loss_is_the_tasks_and_what_is_between_softened_answers():
 @pytest.mark.parametrize(("weight", "rounds", "alike"), [(1.0, 1, True), (1.0, 2, False), (0.0, 3, True)])
 def test_the_first_round_and_all_without_weight_are_local(model, weight, rounds, alike):
     """Every step sees all records, so that what two methods do can be compared."""
-    kept, exact = [], small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
+    kept, exact = [], small.LocalTrainingConfig(local_steps=3, batch_size=64, learning_rate=0.1)
     for method in (small.method("fedhpl", exact, weight=weight), small.method("local", exact)):
         members = small.clients(model, method)
         small.rounds(method, members, model, RoundSchedule(rounds, 5, 0))
@@ -168,7 +168,7 @@ def test_where_labels_are_skewed_it_is_better_than_everybody_alone():
     labels = {label: " ".join(words) for label, words in MEANT.items()}
     task = small.classification.build(small.classification.Config(labels=labels, instruction="it was"))
     training, model = (
-        small.Training(local_steps=4, batch_size=8, learning_rate=0.3),
+        small.LocalTrainingConfig(local_steps=4, batch_size=8, learning_rate=0.3),
         QueryEngine(small.backbone(width=32)),
     )
     accuracy = {"local": 0.0, "fedhpl": 0.0}
@@ -202,11 +202,11 @@ def test_the_ledger_has_a_line_of_each_release_and_the_noise_that_was_added(mode
 
     def watched(name, values, noise):
         drawn = noise.gaussian
-        noise.gaussian = lambda v, deviation: noised.append((name, deviation)) or drawn(v, deviation)
+        noise.add_gaussian = lambda v, deviation: noised.append((name, deviation)) or drawn(v, deviation)
         try:
             return total(name, values, noise)
         finally:
-            noise.gaussian = drawn
+            noise.add_gaussian = drawn
 
     mechanism.noisy_sum = watched
     small.rounds(method, members, model, RoundSchedule(3, 1, 0))

@@ -32,7 +32,7 @@ from ficpd.methods.shared.residual import (
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, ModelOutput, Query
 
-EXACT = small.Training(local_steps=3, batch_size=64, learning_rate=0.1)
+EXACT = small.LocalTrainingConfig(local_steps=3, batch_size=64, learning_rate=0.1)
 """Every step sees all records, so that what two methods do can be compared."""
 
 
@@ -443,7 +443,9 @@ def test_records_are_held_back_from_what_is_tuned_and_are_the_same_in_every_roun
 def test_a_client_takes_the_most_common_of_what_is_as_good_on_what_it_held_back(model):
     """Global, cluster, a quarter, a half, all of the residual: the first that no other beats by a standard error. In the
     last third of the rounds the choice stays, and what was held back is learnt from."""
-    method = small.method("fpl", small.Training(local_steps=4, batch_size=16, learning_rate=0.3), held_back=0.5)
+    method = small.method(
+        "fpl", small.LocalTrainingConfig(local_steps=4, batch_size=16, learning_rate=0.3), held_back=0.5
+    )
     own = members(model, method, 4, cards=two_kinds(4))
     for place, client in enumerate(own.values()):
         client.train = small.records(40, place)

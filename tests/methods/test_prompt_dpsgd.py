@@ -15,7 +15,7 @@ from ficpd.federation.validation import validate_assignment
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientWorkload, Query
 
-STRONG = small.Training(local_steps=4, batch_size=8, learning_rate=0.1)
+STRONG = small.LocalTrainingConfig(local_steps=4, batch_size=8, learning_rate=0.1)
 CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.clip_norm=1")
 
 
@@ -27,7 +27,7 @@ def test_without_privacy_it_is_local(model):
     """Every step sees all records: the two methods draw them in orders of their own."""
     found = []
     for name in ("prompt_dpsgd", "local"):
-        method = small.method(name, small.Training(local_steps=3, batch_size=64, learning_rate=0.1))
+        method = small.method(name, small.LocalTrainingConfig(local_steps=3, batch_size=64, learning_rate=0.1))
         members = small.clients(model, method, 3)
         state, _ = small.rounds(method, members, model, RoundSchedule(3, 3, 0))
         found.append(prompts(method, state, members))

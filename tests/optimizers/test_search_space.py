@@ -5,7 +5,7 @@ import torch
 
 import small
 from ficpd.experiments.initialization import estimate_grad_norms_zeroth_order, public_gradients
-from ficpd.federation.client import clip_units
+from ficpd.optimizers.search_space import clip_scale
 from ficpd.federation.compression import subspace
 from ficpd.optimizers.search_space import SearchSpace, regularizer
 
@@ -30,7 +30,7 @@ def spaces(model) -> dict[str, SearchSpace]:
 @pytest.mark.parametrize("kind", ["whole", "of its own", "random", "gradient"])
 def test_a_unit_moves_the_prompts_numbers_by_one(model, kind):
     space = spaces(model)[kind]
-    moved = space.up(space.unit * space.signs(64, "a"))
+    moved = space.lift(space.unit * space.signs(64, "a"))
     assert moved.shape == (64, 3, 16)
     assert float(moved.square().mean().sqrt()) == pytest.approx(1.0, rel=0.15)
 
@@ -42,21 +42,21 @@ def test_a_slope_is_what_a_gradient_is_before_it_is_clipped(model):
     assert coordinates is not None
     space, gradient = SearchSpace(tuple(start.vectors_PD.shape), coordinates), torch.randn(3, 16)
     y = torch.zeros(8, requires_grad=True)
-    (space.up(y) * gradient).sum().backward()
-    assert small.close(y.grad, coordinates.down(gradient) * clip_units(coordinates), 1e-5)  # type: ignore[arg-type]
+    (space.lift(y) * gradient).sum().backward()
+    assert small.close(y.grad, coordinates.project(gradient) * clip_scale(coordinates), 1e-5)  # type: ignore[arg-type]
 
 
 def test_it_is_the_whole_prompt_where_that_is_no_larger_than_the_subspace():
     assert SearchSpace((3, 16), None, 48).size == 48
-    assert torch.equal(SearchSpace((3, 16), None, 500).up(torch.arange(48.0)), torch.arange(48.0).view(3, 16))
+    assert torch.equal(SearchSpace((3, 16), None, 500).lift(torch.arange(48.0)), torch.arange(48.0).view(3, 16))
 
 
 def test_draws_go_by_names_alone(model):
     shape = (3, 16)
     first, again, other = (SearchSpace(shape, None, 12, seed) for seed in (1, 1, 2))
     y = torch.ones(12)
-    assert torch.equal(first.up(y), again.up(y))
-    assert not torch.equal(first.up(y), other.up(y))
+    assert torch.equal(first.lift(y), again.lift(y))
+    assert not torch.equal(first.lift(y), other.lift(y))
     signs = first.signs(4, 7, "spsa", 2, 0)
     assert set(signs.flatten().tolist()) == {-1.0, 1.0}
     assert torch.equal(signs, other.signs(4, 7, "spsa", 2, 0))
@@ -74,6 +74,6 @@ def test_slopes_tell_how_long_gradients_are(model, directions):
     start, compression = compressed(model, directions)
     coordinates, task = compression.subspace, small.classes()
     assert coordinates is not None
-    gradients = coordinates.project(public_gradients(model, [task], start, 0, 200)) * clip_units(coordinates)
+    gradients = coordinates.project(public_gradients(model, [task], start, 0, 200)) * clip_scale(coordinates)
     told = estimate_grad_norms_zeroth_order(model, [task], start, compression, 0, 200)
     assert float(told.median()) == pytest.approx(float(gradients.norm(dim=1).median()), rel=0.1)

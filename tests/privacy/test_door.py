@@ -231,7 +231,7 @@ def test_nobody_is_asked_about_prompts_where_records_depend_on_one_another(membe
 
 def test_what_is_owed_is_paid_with_the_first_order_alone(member, model):
     client, whole = member(client_level(placement="central")), client_level(placement="central").planned_costs()
-    client.owed = whole
+    client.pending_costs = whole
     carried_out(client, model)
     assert client.book.spent() == list(whole)
     carried_out(client, model, 2)
@@ -291,7 +291,7 @@ def test_what_the_client_kept_then_it_keeps_again(member, model):
 
 def test_a_stored_answer_that_cannot_be_read_is_an_error_not_a_second_release(member, model):
     client, counting = member(), Counting(model)
-    client.book.settle(1, "fedavg", [STEPS], b"torn")
+    client.book.commit(1, "fedavg", [STEPS], b"torn")
     with pytest.raises(LedgerError, match="stored answer of site-2"):
         carried_out(client, counting)
     assert counting.asked == 0
@@ -312,7 +312,7 @@ def test_a_budget_that_does_not_pay_for_the_steps_refuses_before_a_query_is_aske
 def test_one_order_counts_all_that_it_has_spent_so_far(member):
     """Each draw alone would be within the budget, both together are not."""
     client = member()
-    client.book.settle(1, "fedavg", [STEPS], b"")
+    client.book.commit(1, "fedavg", [STEPS], b"")
     client.book = Ledger(":memory:", "a run").account("site-2", Budget(1.01 * client.book.epsilon(), DELTA))
     session = ClientSession(client, 2)
     list(session.batches(2, 4))
@@ -500,7 +500,7 @@ def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
     client = member()
     work = execute_assignment(small.method("fedavg"), client, order_of(client))
     charged = []
-    client.book.afford = lambda spends: charged.append(list(spends))
+    client.book.check_budget = lambda spends: charged.append(list(spends))
     query = next(work)
     assert isinstance(query, Query)
     assert charged == [[STEPS]]

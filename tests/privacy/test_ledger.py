@@ -54,10 +54,10 @@ class Killing:
 def work(statement):
     ledger = Ledger(f"{sys.argv[1]}/{statement}", "a run")
     book = ledger.book("north", Budget(None, 1e-5))
-    book.settle(1, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"first")
+    book.commit(1, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"first")
     ledger.file = Killing(ledger.file, statement)
-    book.afford([Spend("prompt", 0.1, 1.0, 2)])
-    book.settle(2, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"second")
+    book.check_budget([Spend("prompt", 0.1, 1.0, 2)])
+    book.commit(2, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"second")
     os.kill(os.getpid(), signal.SIGKILL)
 
 ends = []

@@ -24,7 +24,7 @@ def deviation_bounds(count: int, deviation: float, chance: float) -> tuple[float
 
 def check_gaussian(source, deviation: float, centre: float, chance: float) -> None:
     values = torch.full((NUMBERS // 100, 100), centre)
-    noise = source.gaussian(values, deviation).double() - values.double()
+    noise = source.add_gaussian(values, deviation).double() - values.double()
     assert noise.shape == values.shape
     low, high = deviation_bounds(NUMBERS, deviation * MARGIN if source.kind == "cryptographic" else deviation, chance)
     assert low < float(noise.square().mean()) ** 0.5 < high
@@ -34,7 +34,7 @@ def check_gaussian(source, deviation: float, centre: float, chance: float) -> No
 
 
 def check_poisson(source, rate: float, chance: float) -> None:
-    chosen = source.poisson(NUMBERS, rate)
+    chosen = source.poisson_sample(NUMBERS, rate)
     low, high = binom.ppf([chance / 2, 1 - chance / 2], NUMBERS, rate)
     assert low <= len(chosen) <= high
     assert torch.equal(chosen, chosen.unique())
@@ -42,7 +42,7 @@ def check_poisson(source, rate: float, chance: float) -> None:
 
 
 def draws(source) -> list[torch.Tensor]:
-    return [source.shuffled(50), source.poisson(500, 0.5), source.gaussian(torch.zeros(20), 1.0)]
+    return [source.permutation(50), source.poisson_sample(500, 0.5), source.add_gaussian(torch.zeros(20), 1.0)]
 
 
 def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[bool]:
@@ -54,11 +54,11 @@ SOURCES = [lambda: SeededNoise(1, "noise", 2), SecureNoise]
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_any_source_returns(source):
-    assert sorted(source().shuffled(30).tolist()) == list(range(30))
-    assert source().shuffled(0).tolist() == source().poisson(0, 0.5).tolist() == []
-    assert source().poisson(7, 1.0).tolist() == list(range(7))
-    assert source().poisson(1000, 0.0).tolist() == []
-    noised = source().gaussian(torch.zeros(2, 3, dtype=torch.float64), 1.0)
+    assert sorted(source().permutation(30).tolist()) == list(range(30))
+    assert source().permutation(0).tolist() == source().poisson_sample(0, 0.5).tolist() == []
+    assert source().poisson_sample(7, 1.0).tolist() == list(range(7))
+    assert source().poisson_sample(1000, 0.0).tolist() == []
+    noised = source().add_gaussian(torch.zeros(2, 3, dtype=torch.float64), 1.0)
     assert (noised.shape, noised.dtype, noised.device.type) == ((2, 3), torch.float32, "cpu")
     assert len(noised.unique()) == 6
 
@@ -74,7 +74,7 @@ def test_no_source_touches_a_global_generator(source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_is_noised_is_not_changed_and_carries_no_gradient(source):
     values = torch.ones(3, requires_grad=True)
-    assert not source().gaussian(values, 1.0).requires_grad
+    assert not source().add_gaussian(values, 1.0).requires_grad
     assert torch.equal(values, torch.ones(3))
 
 

@@ -116,8 +116,8 @@ def test_at_a_later_layer_writing_is_a_plain_loop(model, layer):
         ids = item.content.tolist()
         for _ in range(8):
             longer = type(item)(torch.tensor(ids), len(ids))
-            hidden = model.backbone.below([longer], layer)
-            outputs = model.backbone.above(prompt.vectors_PD[None], hidden, [longer], layer)
+            hidden = model.backbone.encode_prefix([longer], layer)
+            outputs = model.backbone.forward(prompt.vectors_PD[None], hidden, [longer], layer)
             ids.append(int(model.backbone.model.lm_head(outputs.features_RD).argmax()))
             if ids[-1] == END:
                 break

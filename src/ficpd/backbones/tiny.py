@@ -53,7 +53,7 @@ class HashTokenizer:
     def vectors(self, ids: Tensor) -> Tensor:
         return self.table[validate_ids(ids, VOCABULARY).to(self.table.device)].float()
 
-    def entering(self, ids_RP: Tensor) -> Tensor:
+    def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         return self.vectors(ids_RP)
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from ficpd.types import Answer, Batch, Query, Score, State
 def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
     """The task's predictions under one prompt, in the records' order."""
     writes = batch.task.max_new_tokens
-    answer = yield Query(prompt_PD[None], batch, outputs=not writes, write=writes)
+    answer = yield Query(prompt_PD[None], batch, outputs=not writes, max_new_tokens=writes)
     return batch.task.predict(answer, batch)
 
 

@@ -172,7 +172,7 @@ def estimate_grad_norms_zeroth_order(
         QueryEngine(model.backbone, 0, model.chunk_tokens),
         [],
     )
-    prompts_KPD = start.vectors_PD + space.up(torch.cat([apart * signs_KN, -apart * signs_KN]))
+    prompts_KPD = start.vectors_PD + space.lift(torch.cat([apart * signs_KN, -apart * signs_KN]))
     for batch in synthetic_batches(model.backbone, tasks, start, seed, number):
         up_KB, down_KB = compute.answer([Query(prompts_KPD, batch)])[0].loss_KB.cpu().chunk(2)
         found.append(((up_KB - down_KB) / (2 * apart)).square().mean(0).sqrt())

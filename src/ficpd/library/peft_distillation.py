@@ -204,7 +204,7 @@ def _written(prompt, start, records, task: Task, model: QueryEngine, readout_CD:
     """The texts that the original writes, where it writes any."""
 
     def said(vectors_PD: Tensor, batch: Batch) -> list:
-        answer = model.answer([Query(vectors_PD[None], batch, write=task.max_new_tokens)])[0]
+        answer = model.answer([Query(vectors_PD[None], batch, max_new_tokens=task.max_new_tokens)])[0]
         return task.predict(answer, batch)
 
     wanted = said(prompt.vectors_PD, task.encode(records, model.backbone, prompt))

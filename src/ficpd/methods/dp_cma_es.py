@@ -75,7 +75,7 @@ class DpCmaEs:
         candidates_KN, sent = assignment.arrays["candidates_KN"], []
         scale = spread(candidates_KN) * len(candidates_KN) ** 0.5
         for batch in client.batches(*self.local_workload(State({}))):
-            answer = yield Query(client.start + self._space(client.start).up(candidates_KN), batch)
+            answer = yield Query(client.start + self._space(client.start).lift(candidates_KN), batch)
             sent.append(client.private_mean(center_losses(answer.loss_KB) / scale))
         return ClientUpdate(client.id, {"losses_1K": torch.stack(sent)}, client.weight)
 
@@ -91,10 +91,10 @@ class DpCmaEs:
 
     def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
-        return start + self._space(start).up(state.arrays[SEARCH + "mean"].float())
+        return start + self._space(start).lift(state.arrays[SEARCH + "mean"].float())
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(assignment.arrays["mean"])
+        return client.start + self._space(client.start).lift(assignment.arrays["mean"])
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": self.global_prompt(state)}
@@ -105,7 +105,7 @@ class DpCmaEs:
         validate_facts(assignment, {})
         validate_arrays(assignment, {"candidates_KN": (K, space.size), "mean": (space.size,)})
         for name, array in assignment.arrays.items():
-            validate_norm(start.vectors_PD + space.up(array), start, name)
+            validate_norm(start.vectors_PD + space.lift(array), start, name)
 
     def _space(self, start_PD: Tensor) -> SearchSpace:
         return SearchSpace(

@@ -84,7 +84,7 @@ class DpZo:
         for step, batch in enumerate(batches):
             signs_KN = self._signs(space, assignment.round, step)
             both = torch.cat([y + apart * signs_KN, y - apart * signs_KN])
-            answer = yield Query(client.start + space.up(both), batch)
+            answer = yield Query(client.start + space.lift(both), batch)
             sent.append(client.private_mean(directional_derivatives(answer.loss_KB, apart)))
             y = y - assignment.facts["step"] * (sent[-1] @ signs_KN)
         return ClientUpdate(client.id, {"slopes_SK": torch.stack(sent)}, client.weight)
@@ -107,10 +107,10 @@ class DpZo:
 
     def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
-        return start + self._space(start).up(state.arrays["y"])
+        return start + self._space(start).lift(state.arrays["y"])
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(self._place(client.start, assignment))
+        return client.start + self._space(client.start).lift(self._place(client.start, assignment))
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": self.global_prompt(state)}
@@ -128,7 +128,7 @@ class DpZo:
             raise CodecError("the order's rate is 0, which would ask about one prompt twice")
         apart = self.training.apart(assignment) * space.unit * self._signs(space, assignment.round, 0)
         y = self._place(start.vectors_PD, assignment)
-        validate_norm(start.vectors_PD + space.up(torch.cat([y + apart, y - apart])), start, "prompts asked about")
+        validate_norm(start.vectors_PD + space.lift(torch.cat([y + apart, y - apart])), start, "prompts asked about")
 
     def _space(self, start_PD: Tensor) -> SearchSpace:
         return SearchSpace(tuple(start_PD.shape), self.subspace)

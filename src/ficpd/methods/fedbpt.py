@@ -131,10 +131,10 @@ class FedBpt:
 
     def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
-        return start + self._space(start).up(_search(state)["mean"].float())
+        return start + self._space(start).lift(_search(state)["mean"].float())
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return client.start + self._space(client.start).up(assignment.arrays["mean"])
+        return client.start + self._space(client.start).lift(assignment.arrays["mean"])
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {"global": self.global_prompt(state)}
@@ -145,13 +145,13 @@ class FedBpt:
         validate_facts(assignment, {"sigma": (float,)})
         validate_arrays(assignment, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})
         space = self._space(start.vectors_PD)
-        validate_norm(start.vectors_PD + space.up(assignment.arrays["mean"]), start, "mean")
+        validate_norm(start.vectors_PD + space.lift(assignment.arrays["mean"]), start, "mean")
         if not 0 < assignment.facts["sigma"] < 1e6:
             raise CodecError(f"the order's sigma is {assignment.facts['sigma']}, expected one above 0 and below 1e6")
 
     def _fitness(self, client: ClientContext, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
         """[K]: the ratio of both mean losses, or the mean loss."""
-        prompts_KPD = client.start + self._space(client.start).up(candidates_KN)
+        prompts_KPD = client.start + self._space(client.start).lift(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
         if not self.config.ratio:
             return client.private_mean(answer.loss_KB)

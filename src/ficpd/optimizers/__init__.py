@@ -40,7 +40,7 @@ class LocalTrainingConfig(BaseModel):
     def candidates(self) -> int:
         """How many candidates the optimizer asks about each record of a step."""
         optimizer = load("optimizers", self.optimizer)
-        return optimizer.asked(self) if getattr(optimizer, "black_box", False) else 1
+        return optimizer.num_candidates(self) if getattr(optimizer, "black_box", False) else 1
 
     @property
     def public_seed(self) -> int:

@@ -52,13 +52,13 @@ def tune(
     for step, batch in enumerate(batches):
         random = rng.make_generator("candidates", training.public_seed, order.method, order.round, step)
         candidates_KN = search.ask(random)
-        prompts_KPD = start_PD + space.up(candidates_KN)
+        prompts_KPD = start_PD + space.lift(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
         scale = spread(candidates_KN) * len(candidates_KN) ** 0.5
         fitness_K = client.private_mean(center_losses(answer.loss_KB) / scale) * scale
         fitness_K = fitness_K + regularizer(prompts_KPD, start_PD, l2_weight, proximal_weight)
         search.tell(candidates_KN, fitness_K)
-    return start_PD + space.up(search.mean)
+    return start_PD + space.lift(search.mean)
 
 
 def center_losses(loss_KB: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class SearchSpace:
         else:
             self.size, self.unit = numbers, 1.0
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         """[..., size] to [..., P, D]."""
         if self.coordinates is not None:
             return self.coordinates.lift(values * self.units)

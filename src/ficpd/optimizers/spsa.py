@@ -47,7 +47,7 @@ def tune(
     y, squares = torch.zeros(space.size), []
     for step, batch in enumerate(batches):
         signs_KN = space.signs(K, training.public_seed, order.method, order.round, step)
-        prompts_KPD = start_PD + space.up(torch.cat([y + apart * signs_KN, y - apart * signs_KN]))
+        prompts_KPD = start_PD + space.lift(torch.cat([y + apart * signs_KN, y - apart * signs_KN]))
         answer = yield Query(prompts_KPD, batch)
         slope_K = client.private_mean(directional_derivatives(answer.loss_KB, apart)) * K**0.5
         slope_K = (
@@ -59,7 +59,7 @@ def tune(
         )
         squares.append(slope_K.square().mean())
         y = y - rate * step_scale(K, space.size) / root_mean(squares) * (slope_K @ signs_KN)
-    return start_PD + space.up(y)
+    return start_PD + space.lift(y)
 
 
 def directional_derivatives(loss_KB: Tensor, apart: float) -> Tensor:

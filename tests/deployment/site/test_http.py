@@ -16,7 +16,7 @@ from ficpd.deployment.site.preflight import _as_owner, site_status
 from ficpd.errors import ConfigError, SiteError
 from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
-from site_of import NOISED, begun, recipe, site, train
+from site_of import NOISED, begun, context, recipe, site, train
 
 pytestmark = [  # httpx does not close a socket that nobody answers
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),

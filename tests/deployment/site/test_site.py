@@ -37,7 +37,7 @@ from ficpd.federation.codec import SiteRequest
 from ficpd.library.library import PromptLibrary
 from ficpd.privacy.noise import SecureNoise
 from ficpd.types import Query
-from site_of import NOISED, begun, recipe, site, train
+from site_of import NOISED, begun, context, recipe, site, train
 
 pytest.importorskip("flwr")
 pytestmark = [  # httpx does not close a socket that nobody answers

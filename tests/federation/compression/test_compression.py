@@ -52,7 +52,7 @@ def there_and_back(compression: Compression, arrays: dict[str, torch.Tensor]) ->
 def dense(compression: Any) -> torch.Tensor:
     """The projection as a matrix, [numbers that travel, P x D]."""
     units = torch.eye(P * D).unflatten(-1, (P, D))
-    return compression.projection.down(units).flatten(1).T
+    return compression.projection.project(units).flatten(1).T
 
 
 @pytest.fixture(params=CONFIGS)
@@ -132,19 +132,19 @@ def test_nothing_is_lengthened(named, delta, seed):
 def test_gradients_of_many_records_are_projected_each_on_its_own(name):
     projection: Any = build(name).projection  # pyright: ignore[reportAttributeAccessIssue]
     many = drawn(2, 3, P, D)
-    down = projection.down(many)
+    down = projection.project(many)
     assert down.shape == (2, 3, *projection.shape)
-    assert projection.up(down).shape == many.shape
+    assert projection.lift(down).shape == many.shape
     for k in range(2):
         for b in range(3):
-            assert torch.allclose(down[k, b], projection.down(many[k, b]), atol=1e-6)
-            assert torch.allclose(projection.up(down)[k, b], projection.up(down[k, b]), atol=1e-6)
+            assert torch.allclose(down[k, b], projection.project(many[k, b]), atol=1e-6)
+            assert torch.allclose(projection.lift(down)[k, b], projection.lift(down[k, b]), atol=1e-6)
 
 
 def test_going_up_and_down_again_changes_nothing(name):
     projection: Any = build(name).projection  # pyright: ignore[reportAttributeAccessIssue]
     z = drawn(*projection.shape)
-    assert torch.allclose(projection.down(projection.up(z)), z, atol=1e-6)
+    assert torch.allclose(projection.project(projection.lift(z)), z, atol=1e-6)
 
 
 @pytest.mark.parametrize("named", list(CONFIGS)[1:])

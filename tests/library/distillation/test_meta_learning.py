@@ -7,7 +7,8 @@ from torch.nn import functional as F
 import small
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError
-from ficpd.library.distillation import distill, meta_learning
+from ficpd.library.distillation import distill as kd
+from ficpd.library.distillation import meta_learning
 from ficpd.library.distillation.distill import TEMPERATURE, TaskExamples, distill
 from ficpd.library.distillation.meta_learning import InnerLoop, first_order_maml, reptile
 from ficpd.tasks import classification
@@ -62,7 +63,7 @@ def tuned(model: QueryEngine, batch: Batch, begin: torch.Tensor, steps: int = 80
 def answers(model: QueryEngine, prompt: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[B]: which answer."""
     answer = model.answer([Query(prompt[None], batch, outputs=True)])[0]
-    return distill.logits(answer.outputs_KB, batch).argmax(-1)
+    return kd.logits(answer.outputs_KB, batch).argmax(-1)
 
 
 def agreement(model: QueryEngine, one: torch.Tensor, other: torch.Tensor, batch: Batch) -> float:
@@ -124,8 +125,8 @@ def test_teachers_of_weight_nought_are_not_heard(model, two):
 def test_answers_that_an_example_has_not_stay_missing():
     said_KBC = torch.tensor([[[9.0, 9.0, -torch.inf]], [[1.0, 2.0, -torch.inf]]])
     batch = Batch(small.classes(), ((),), None, None, 0)
-    assert distill._of_all(said_KBC, TaskExamples(batch, said_KBC, weights=[0, 3])).tolist() == [[1, 2, -torch.inf]]
-    assert distill._of_all(said_KBC, TaskExamples(batch, said_KBC)).tolist() == [[5, 5.5, -torch.inf]]
+    assert kd._of_all(said_KBC, TaskExamples(batch, said_KBC, weights=[0, 3])).tolist() == [[1, 2, -torch.inf]]
+    assert kd._of_all(said_KBC, TaskExamples(batch, said_KBC)).tolist() == [[5, 5.5, -torch.inf]]
 
 
 @pytest.mark.parametrize("kind", ["squared", "kl"])
@@ -133,10 +134,10 @@ def test_the_teachers_mean_is_of_logits_or_of_probabilities(model, two, kind):
     _, ((batch, teacher), (_, other)) = two
     stacked = torch.stack([teacher, other])
     said = model.answer([Query(stacked, batch, outputs=True)])[0].outputs_KB
-    said_KBC = distill.logits(said, batch).view(2, len(batch), -1)
+    said_KBC = kd.logits(said, batch).view(2, len(batch), -1)
     expected = said_KBC.mean(0) if kind == "squared" else (said_KBC / TEMPERATURE).softmax(-1).mean(0)
-    found = distill._taught(model, TaskExamples(batch, stacked), kind)
-    assert small.close(found.extra[distill.TEACHER], expected)
+    found = kd._taught(model, TaskExamples(batch, stacked), kind)
+    assert small.close(found.extra[kd.TEACHER], expected)
 
 
 @pytest.mark.parametrize("kind", ["squared", "kl"])
@@ -155,12 +156,12 @@ def test_losses_are_what_they_say_and_missing_answers_do_not_count():
     outputs = ModelOutput(torch.zeros(2, 4), scores)
 
     def batch(teacher: torch.Tensor) -> Batch:
-        return Batch(small.classes(), ((), ()), None, None, 0, {distill.TEACHER: teacher})
+        return Batch(small.classes(), ((), ()), None, None, 0, {kd.TEACHER: teacher})
 
-    squared = distill.squared(outputs, batch(theirs))
+    squared = kd.squared(outputs, batch(theirs))
     assert squared.tolist() == pytest.approx([2.5, 4 / 3])
     soft = (theirs / TEMPERATURE).softmax(-1)
-    divergence = distill.kl_loss(outputs, batch(soft))
+    divergence = kd.kl_loss(outputs, batch(soft))
     first = F.kl_div((mine[0, :2] / 2).log_softmax(-1), soft[0, :2], reduction="sum")
     second = F.kl_div((mine[1] / 2).log_softmax(-1), soft[1, :3], reduction="sum")
     assert divergence.tolist() == pytest.approx([4 * float(first), 4 * float(second)], rel=1e-5)
@@ -186,10 +187,10 @@ def test_tasks_weigh_the_same_however_many_examples_they_have(model, two):
     )
     grads = []
     for lesson in (many, few):
-        batch = distill._taught(model, lesson, "squared")
-        grads.append(distill.mean_gradient(model, [(begin, batch)], distill.squared))
-    together = [(begin, distill._taught(model, lesson, "squared")) for lesson in (many, few)]
-    found = distill.mean_gradient(model, together, distill.squared)
+        batch = kd._taught(model, lesson, "squared")
+        grads.append(kd.mean_gradient(model, [(begin, batch)], kd.squared))
+    together = [(begin, kd._taught(model, lesson, "squared")) for lesson in (many, few)]
+    found = kd.mean_gradient(model, together, kd.squared)
     assert small.close(found, torch.stack(grads).mean(0))
 
 
@@ -209,10 +210,10 @@ def test_the_seed_fixes_what_is_distilled(model, two):
 
 def test_what_is_measured_was_not_trained_on(model, two):
     _, ((batch, _), _) = two
-    rest, held = distill.held_back(batch, 3)
+    rest, held = kd.held_back(batch, 3)
     assert (len(rest), len(held)) == (30, 10)
     assert {*map(id, rest.items)} | {*map(id, held.items)} == {*map(id, batch.items)}
-    few, same = distill.held_back(batch.take(range(7)), 3)
+    few, same = kd.held_back(batch.take(range(7)), 3)
     assert len(few) == len(same) == 7
 
 
@@ -220,7 +221,7 @@ def test_a_worse_prompt_has_not_gained(model, two):
     begin, ((batch, teacher), _) = two
     learned = distill(model, teacher, [TaskExamples(batch, teacher[None])], steps=1, learning_rate=50.0, seed=0)
     assert not learned.gained
-    assert not distill.DistilledPrompt(begin, 1.0, float("nan")).gained
+    assert not kd.DistilledPrompt(begin, 1.0, float("nan")).gained
 
 
 def test_lessons_that_cannot_be_taught_say_why(model, two):

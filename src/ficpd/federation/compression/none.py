@@ -27,8 +27,8 @@ class IdentityProjection:
     def __init__(self, shape: tuple[int, int]):
         self.shape = shape
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         return values
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         return values

@@ -49,11 +49,11 @@ class TokenProjection:
         self.shape = (kept + outer[0] - tokens, outer[1])
         self.matrix = orthonormal_rows(kept, tokens, seed)
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         matrix, virtual, heads = self.matrix.to(values.device), *_split(values, self.tokens)
         return torch.cat([matrix @ virtual, heads], dim=-2)
 
-    def up(self, values: Tensor) -> Tensor:
+    def lift(self, values: Tensor) -> Tensor:
         matrix, virtual, heads = self.matrix.to(values.device), *_split(values, self.kept)
         return torch.cat([matrix.T @ virtual, heads], dim=-2)
 

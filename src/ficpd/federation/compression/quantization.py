@@ -52,12 +52,12 @@ class LinearProjection(Protocol):
         """What [P, D] becomes."""
         ...
 
-    def down(self, values: Tensor) -> Tensor:
+    def project(self, values: Tensor) -> Tensor:
         """[..., P, D] to [..., *shape]; never lengthens."""
         ...
 
-    def up(self, values: Tensor) -> Tensor:
-        """The transpose: [..., *shape] to [..., P, D]; `down(up(z)) == z`."""
+    def lift(self, values: Tensor) -> Tensor:
+        """The transpose: [..., *shape] to [..., P, D]; `project(lift(z)) == z`."""
         ...
 
 
@@ -82,7 +82,7 @@ class QuantizedCompression:
         ids, numbers = _apart(arrays)
         self._check({name: tuple(array.shape) for name, array in numbers.items()})
         floats = {name: array.float() for name, array in numbers.items()}
-        return ids | {name: self.projection.down(a) if a.shape == self.outer else a for name, a in floats.items()}
+        return ids | {name: self.projection.project(a) if a.shape == self.outer else a for name, a in floats.items()}
 
     def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed = dict(arrays)
@@ -102,7 +102,7 @@ class QuantizedCompression:
             if name not in scales
         }
         inner = self.projection.shape
-        return ids | {name: self.projection.up(a) if a.shape == inner else a for name, a in floats.items()}
+        return ids | {name: self.projection.lift(a) if a.shape == inner else a for name, a in floats.items()}
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
         """Raises `ConfigError` for a layout that cannot be told apart on the way."""

@@ -39,7 +39,7 @@ class Config(BaseModel):
 
 
 def build(
-    config: Config, start: Prompt, seed: int, gradients: "Gradients | Directions | None" = None
+    config: Config, start: Prompt, seed: int, gradients: "Gradients | GradientSubspace | None" = None
 ) -> QuantizedCompression:
     """`gradients`: where to get them, or directions that were found already. Raises `ConfigError` unless the prompt has at
     least as many numbers as the subspace has dimensions."""
@@ -98,7 +98,7 @@ class SparseRandomSubspace:
     """A [k, P·D], one entry a column: ±1/√n in the row of the number's bucket, where n numbers share that bucket.
 
     Guarantees: rows have disjoint supports and unit length, so they are orthonormal: `down` never lengthens, `up` keeps
-    every length, and `down(up(z))` is z to within the rounding of a float32. No dense matrix and no factorisation:
+    every length, and `project(lift(z))` is z to within the rounding of a float32. No dense matrix and no factorisation:
     O(P·D) memory, and integers from the seed alone, so that A is identical on every machine.
     """
 
