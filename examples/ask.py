@@ -3,7 +3,7 @@
 import torch
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
-from ficpd.experiments.build import Compute
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.tasks import classification
 from ficpd.types import Prompt, Query, Record
 
@@ -14,6 +14,6 @@ records = [Record(text, {"text": text, "target": label}) for text, label in text
 start = Prompt(backbone.init_prompt("a good film", 4, 1, seed=0), backbone.fingerprint, enters_at=1)
 
 candidates_KPD = torch.stack([start.vectors_PD, torch.zeros_like(start.vectors_PD)])
-answer = Compute(backbone).answer([Query(candidates_KPD, task.encode(records, backbone, start), grad=True)])[0]
+answer = QueryEngine(backbone).answer([Query(candidates_KPD, task.encode(records, backbone, start), grad=True)])[0]
 print("a loss per candidate and record:", answer.loss_KB.shape)
 print("a gradient per candidate and record:", answer.grad_KBPD.shape)

@@ -6,9 +6,10 @@ import torch
 import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.experiments.initialization import public_gradients
-from ficpd.federation.client import ClientSession, clip_units
+from ficpd.federation.client import ClientSession
 from ficpd.federation.compression import subspace
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.optimizers.search_space import clip_scale
 from ficpd.privacy import record_gaussian
 from ficpd.types import Assignment, ClientWorkload, Query
 
@@ -74,7 +75,7 @@ def test_both_tuners_lower_the_loss(model):
 def test_clipping_is_in_units_of_what_is_typical(model):
     """The longest direction counts as it is, shorter ones more: what comes back is in the units that went in."""
     seen = session(model)
-    units = clip_units(seen.subspace)
+    units = clip_scale(seen.subspace)
     assert float(units.min()) == 1.0
     assert units.argmin() == seen.subspace.grad_scale.argmax()
     next(iter(seen.batches(1, 9)))

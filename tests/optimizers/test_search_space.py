@@ -5,9 +5,8 @@ import torch
 
 import small
 from ficpd.experiments.initialization import estimate_grad_norms_zeroth_order, public_gradients
-from ficpd.optimizers.search_space import clip_scale
 from ficpd.federation.compression import subspace
-from ficpd.optimizers.search_space import SearchSpace, regularizer
+from ficpd.optimizers.search_space import SearchSpace, clip_scale, regularizer
 
 
 def compressed(model, directions: str = "gradient", dimension: int = 8):

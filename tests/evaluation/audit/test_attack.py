@@ -21,7 +21,7 @@ from ficpd.evaluation.audit.member_split import split_records
 from ficpd.evaluation.audit.membership import AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, markdown, table, verdict
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
-from ficpd.experiments.audit import audit_run, mislabelled, open_run, plant, planted_bound
+from ficpd.experiments.audit import audit_run, inject_canaries, make_mislabelled_canaries, open_run, planted_bound
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import generation
@@ -205,31 +205,36 @@ def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
 def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
     records = small.records(30)
     shards = {"one": ClientData(records, [], {})}
-    wrong = mislabelled(small.classes(), records, shards, 0)
+    wrong = make_mislabelled_canaries(small.classes(), records, shards, 0)
     assert all(a.fields["target"] != b.fields["target"] for a, b in zip(records, wrong, strict=True))
     assert all(record.fields["target"] in small.LABELS for record in wrong)
     real = small.records(30, real=True)
-    mirrored = mislabelled(small.numbers(), real, {"one": ClientData(real, [], {})}, 0)
+    mirrored = make_mislabelled_canaries(small.numbers(), real, {"one": ClientData(real, [], {})}, 0)
     low, high = min(r.fields["target"] for r in real), max(r.fields["target"] for r in real)
     pairs = zip(real, mirrored, strict=True)
     assert all(a.fields["target"] + b.fields["target"] == pytest.approx(low + high) for a, b in pairs)
     one = [record for record in records if record.fields["target"] == "good"]
-    assert mislabelled(small.classes(), records, {"one": ClientData(one, [], {})}, 0) == []
+    assert make_mislabelled_canaries(small.classes(), records, {"one": ClientData(one, [], {})}, 0) == []
 
 
 def test_where_texts_are_written_another_records_target_is_the_wrong_one():
     records = [Record(f"row {i}", {"text": f"colour {i}", "target": f"it is {i}"}) for i in range(4)]
-    wrong = mislabelled(generation.build(generation.Config()), records, {"one": ClientData(records, [], {})}, 0)
+    wrong = make_mislabelled_canaries(
+        generation.build(generation.Config()), records, {"one": ClientData(records, [], {})}, 0
+    )
     assert [r.fields["text"] for r in wrong] == [r.fields["text"] for r in records]
     assert [r.fields["target"] for r in wrong] == ["it is 1", "it is 2", "it is 3", "it is 0"]
     assert (
-        mislabelled(generation.build(generation.Config()), records[:1], {"one": ClientData(records, [], {})}, 0) == []
+        make_mislabelled_canaries(
+            generation.build(generation.Config()), records[:1], {"one": ClientData(records, [], {})}, 0
+        )
+        == []
     )
 
 
 def test_planting_adds_and_takes_nothing_away():
     shards = {name: ClientData(small.records(5, i, name), small.records(2), {}) for i, name in enumerate("abc")}
-    planted = plant(shards, small.records(20, 9, "canaries"), 0)
+    planted = inject_canaries(shards, small.records(20, 9, "canaries"), 0)
     assert sum(len(shard.train) for shard in planted.values()) == 35
     assert all(planted[name].train[:5] == shard.train for name, shard in shards.items())
     assert all(len(shard.train) > 5 for shard in planted.values())
