@@ -32,7 +32,7 @@ from processes import Place, account, recipe, rounds, served
 from warm import Warm, clock, kill, slow
 
 SITES, ROUNDS, AT_ONCE = 2, 4, 4
-SETTLE, SEND = "ficpd.privacy.ledger:Book.settle", "ficpd.deployment.site.site:Site._witness"
+SETTLE, SEND = "ficpd.privacy.ledger:Account.commit", "ficpd.deployment.site.site:Site._witness"
 Fault = Callable[[Random, Warm, list[Place], Path], None]
 
 

@@ -48,10 +48,10 @@ def words(backbone: CausalLM, item) -> str:
 
 
 def test_a_text_is_read_with_its_pair_instruction_and_answer(small):
-    item = small.read("the film", "was long", ASK, "very good", room=0)
+    item = small.tokenize("the film", "was long", ASK, "very good", room=0)
     assert words(small, item) == "the film \n was long \n the sentiment is very good"
     assert (item.length, item.scored, item.content.dtype) == (11, 2, torch.int64)
-    assert words(small, small.read("the film", None, "", None, room=0)) == "the film"
+    assert words(small, small.tokenize("the film", None, "", None, room=0)) == "the film"
 
 
 def test_only_texts_are_cut(folder):
@@ -92,11 +92,11 @@ def test_a_prompt_longer_than_the_context_is_an_error(folder):
 
 def test_blank_answers_and_nothing_to_read_are_errors(small):
     with pytest.raises(BackboneError, match="' '"):
-        small.read("the film", None, ASK, " ", room=0)
+        small.tokenize("the film", None, ASK, " ", room=0)
     with pytest.raises(BackboneError, match="''"):
         small.readout(ASK, ["good", ""])
     with pytest.raises(BackboneError, match="nothing to read"):
-        small.read("", None, "", None, room=0)
+        small.tokenize("", None, "", None, room=0)
 
 
 def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
@@ -218,19 +218,19 @@ def test_a_layer_that_does_not_exist_is_an_error(small):
 
 
 def test_a_start_is_made_of_real_activations(small):
-    from_text = small.start("very good film", 5, 1, seed=0)
+    from_text = small.init_prompt("very good film", 5, 1, seed=0)
     ids = small.tokenizer("very good film very good")["input_ids"]
     led = [*(small._first or ids[-1:]), *ids]
     expected = small.model(torch.tensor([led]), output_hidden_states=True).hidden_states[1][0][-5:]
     torch.testing.assert_close(from_text, expected, atol=1e-5, rtol=1e-5)
-    drawn = small.start(None, 6, 0, seed=1)
+    drawn = small.init_prompt(None, 6, 0, seed=1)
     ordinary = small.model.get_input_embeddings().weight[3:]
     assert all((ordinary == row).all(1).any() for row in drawn)
-    assert torch.equal(drawn, small.start(None, 6, 0, seed=1))
-    assert not torch.equal(drawn, small.start(None, 6, 0, seed=2))
-    assert small.start(None, 40, 2, seed=1).shape == (40, 32)
+    assert torch.equal(drawn, small.init_prompt(None, 6, 0, seed=1))
+    assert not torch.equal(drawn, small.init_prompt(None, 6, 0, seed=2))
+    assert small.init_prompt(None, 40, 2, seed=1).shape == (40, 32)
     with pytest.raises(BackboneError, match="start text ''"):
-        small.start("", 5, 0, seed=0)
+        small.init_prompt("", 5, 0, seed=0)
 
 
 # ---------------------------------------------------------------- writing
@@ -278,27 +278,27 @@ def test_generation_wants_a_prompt_of_this_backbone(small):
 def test_each_row_is_written_behind_its_own_prompt_and_before_its_scored_tail(small, layer, length):
     items = [*read(small), *read(small, answer="very good"), *read(small, answer="not bad")]
     prompts_SPD = prompts(len(items), length)
-    written = small.write(prompts_SPD, items, layer, 6)
+    written = small.generate_greedy(prompts_SPD, items, layer, 6)
     for row, said in enumerate(written):
         item = EncodedInput(items[row % 3].content, items[row % 3].length)
-        assert small.write(prompts_SPD[row : row + 1], [item], layer, 6) == [said]
+        assert small.generate_greedy(prompts_SPD[row : row + 1], [item], layer, 6) == [said]
         text = f"{TEXTS[row % 3]}\n{ASK}"
         assert small.generate(Prompt(prompts_SPD[row], small.fingerprint, layer), [text], 6) == [said]
     assert (len(set(written)) > 3) == (length > 0)
-    assert small.write(prompts(0, length), [], layer, 6) == []
-    assert small.write(prompts_SPD[:2], items[:2], layer, 0) == ["", ""]
+    assert small.generate_greedy(prompts(0, length), [], layer, 6) == []
+    assert small.generate_greedy(prompts_SPD[:2], items[:2], layer, 0) == ["", ""]
 
 
 def test_what_does_not_fit_is_not_written(folder, small):
     items = read(small)
     longest = max(item.length for item in items)
     room = SIZES["max_position_embeddings"] - longest - 4
-    assert len(small.write(prompts(3, 4), items, 0, room)) == 3
+    assert len(small.generate_greedy(prompts(3, 4), items, 0, room)) == 3
     with pytest.raises(BackboneError, match=f"4 virtual tokens, {longest} read and {room + 1} to write"):
-        small.write(prompts(3, 4), items, 0, room + 1)
+        small.generate_greedy(prompts(3, 4), items, 0, room + 1)
     with pytest.raises(BackboneError, match="expected 0 to 2"):
-        small.write(prompts(3, 4), items, 3, 1)
-    for asked in (lambda: small.write(prompts(3, 4), items, 0, -1), lambda: generate(small, ["bad"], max_tokens=-1)):
+        small.generate_greedy(prompts(3, 4), items, 3, 1)
+    for asked in (lambda: small.generate_greedy(prompts(3, 4), items, 0, -1), lambda: generate(small, ["bad"], max_tokens=-1)):
         with pytest.raises(BackboneError, match="max_tokens = -1: expected 0 or more"):
             asked()
 

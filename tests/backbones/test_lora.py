@@ -163,7 +163,7 @@ def test_the_model_is_as_it_was_afterwards_even_if_a_forward_fails(case):
     def hooks() -> int:
         return sum(len(module._forward_hooks) for module in case.backbone.adapters.modules.values())
 
-    with case.backbone.adapters.changed(case.rows_KPD):
+    with case.backbone.adapters.applied(case.rows_KPD):
         assert hooks() == 6
     unknown = replace(batch(), items=((EncodedInput(torch.tensor([10**6]), 1),),))
     with pytest.raises(IndexError):
@@ -177,7 +177,7 @@ def test_it_writes_what_peft_writes(tmp_path):
     theirs = peft.get_peft_model(base.model, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=NAMES["causal_lm"]))
     case, task = Case("causal_lm", backbone, theirs.eval(), drawn(backbone, 2)), generation.build(generation.Config())
     asked = Batch(task, batch().items, None, None, LORA)
-    (answer,) = QueryEngine(backbone).answer([Query(case.rows_KPD, asked, write=6, loss=along)])
+    (answer,) = QueryEngine(backbone).answer([Query(case.rows_KPD, asked, max_new_tokens=6, loss=along)])
     assert answer.texts_KB is not None
     assert len({text for texts in answer.texts_KB for text in texts}) > 2
     for rows_PD, texts in zip(case.rows_KPD, answer.texts_KB, strict=True):

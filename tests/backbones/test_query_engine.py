@@ -90,7 +90,7 @@ def test_chunks_do_not_change_the_answers(model, chunk_tokens):
 
 def test_a_forward_stays_within_its_tokens(model, monkeypatch):
     seen = []
-    above = model.backbone.above
+    above = model.backbone.forward
 
     def watched(prompts_SPD, hidden, items, layer):
         seen.append((len(items), prompts_SPD.shape[1] + max(item.length for item in items)))
@@ -236,15 +236,15 @@ def writing(writer: QueryEngine, enters_at: int = 1) -> list[Query]:
     starts = {task: small.start(writer, task, 4, enters_at) for task in (head, bare)}
     batches = {task: task.encode(sentences, writer.backbone, start) for task, start in starts.items()}
     return [
-        Query(prompts(3, 4, width=32), batches[bare], write=6),
-        Query(prompts(1, 4, seed=1, width=32), batches[bare].select([4, 0]), write=6),
-        Query(prompts(1, 4, width=32), batches[bare], write=2),
-        Query(prompts(1, 4, width=32), batches[bare], outputs=True, write=6),
-        Query(prompts(2, 6, width=32), batches[head], write=3),
+        Query(prompts(3, 4, width=32), batches[bare], max_new_tokens=6),
+        Query(prompts(1, 4, seed=1, width=32), batches[bare].select([4, 0]), max_new_tokens=6),
+        Query(prompts(1, 4, width=32), batches[bare], max_new_tokens=2),
+        Query(prompts(1, 4, width=32), batches[bare], outputs=True, max_new_tokens=6),
+        Query(prompts(2, 6, width=32), batches[head], max_new_tokens=3),
         Query(prompts(2, 4, width=32), batches[bare], outputs=True),
         Query(prompts(1, 4, width=32), batches[bare], grad=True),
-        Query(prompts(2, 0, width=32), batches[bare], write=6),
-        Query(prompts(2, 4, width=32), batches[bare].select([]), write=6),
+        Query(prompts(2, 0, width=32), batches[bare], max_new_tokens=6),
+        Query(prompts(2, 4, width=32), batches[bare].select([]), max_new_tokens=6),
     ]
 
 
@@ -273,7 +273,7 @@ def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chun
 
 
 def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
-    seen, write = [], writer.backbone.write
+    seen, write = [], writer.backbone.generate_greedy
 
     def watched(prompts_SPD, items, layer, max_tokens):
         seen.append(len(items) * (prompts_SPD.shape[1] + max(item.length for item in items) + max_tokens))
@@ -286,7 +286,7 @@ def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
 
 
 def test_writing_that_cannot_be_is_refused(model, writer):
-    query = Query(prompts(1), batch_of(model, small.classes()), write=4)
+    query = Query(prompts(1), batch_of(model, small.classes()), max_new_tokens=4)
     with pytest.raises(BackboneError, match="tiny cannot write"):
         model.answer([query])
     with pytest.raises(BackboneError, match=r"gradients and for 4 written tokens.*ask twice"):
@@ -359,7 +359,7 @@ def test_the_backbone_and_the_prompts_are_left_as_they_were(model):
 
 def counted(backbone, monkeypatch) -> list[int]:
     calls: list[int] = []
-    below = backbone.below
+    below = backbone.encode_prefix
     monkeypatch.setattr(backbone, "below", lambda items, layer: calls.append(len(items)) or below(items, layer))
     return calls
 
@@ -394,7 +394,7 @@ def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
 
 def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypatch):
     """What else is missing goes by what other records have pushed out."""
-    items, below, asked = [records[0] for records in batch_of(model, small.classes()).items], model.backbone.below, []
+    items, below, asked = [records[0] for records in batch_of(model, small.classes()).items], model.backbone.encode_prefix, []
     monkeypatch.setattr(model.backbone, "below", lambda items, layer: asked.append(len(items)) or below(items, layer))
     HiddenStateCache(1 << 20, UNBATCHED).fetch(items, 1, model.backbone)
     assert asked == [1] * len(items)

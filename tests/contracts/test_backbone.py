@@ -202,7 +202,7 @@ def test_a_new_backbone_needs_an_entry_here():
 def test_a_row_alone_answers_as_in_a_padded_batch(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 2)
-        assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.sees
+        assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.sees_images
         model = QueryEngine(case.backbone)
         together = model.answer([Query(stacked, batch, grad=True, outputs=True)])[0]
         for k in range(2):
@@ -402,7 +402,7 @@ def test_it_leaves_the_global_random_state_alone(kind):
 
 def test_a_long_text_is_cut_so_that_the_prompt_fits(reader):
     for pair in (None, "bad story " * 200):
-        item = reader.read("the film was good " * 200, pair, "", None, TOKENS)
+        item = reader.tokenize("the film was good " * 200, pair, "", None, TOKENS)
         assert item.length == len(item.content) <= reader.max_tokens - TOKENS
         answered = reader.forward(torch.zeros(1, TOKENS, reader.width), reader.encode_prefix([item], 0), [item], 0)
         assert torch.isfinite(answered.features_RD).all()
@@ -423,14 +423,14 @@ def test_images_are_looked_at_and_texts_read_never_the_other(backbone):
 
 
 def test_a_pair_is_read(reader):
-    one, other = (reader.read("the film", pair, "", None, TOKENS) for pair in ("was good", "was bad"))
-    assert one.length > reader.read("the film", None, "", None, TOKENS).length
+    one, other = (reader.tokenize("the film", pair, "", None, TOKENS) for pair in ("was good", "was bad"))
+    assert one.length > reader.tokenize("the film", None, "", None, TOKENS).length
     assert one.content.tolist() != other.content.tolist()
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_a_text_without_words_is_read_or_refused(reader, text):
-    item = outcome(lambda: reader.read(text, None, "", None, TOKENS))
+    item = outcome(lambda: reader.tokenize(text, None, "", None, TOKENS))
     if isinstance(item, BackboneError):
         assert "empty" in str(item)
         return

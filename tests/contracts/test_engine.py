@@ -37,7 +37,7 @@ class Stumbling:
         return getattr(self.method, name)
 
     def train(self, client, order):
-        where, work = self.where.get(client.id), self.method.train(client, order)
+        where, work = self.where.get(client.id), self.method.local_update(client, order)
         if where == "first":
             raise ValueError("no records today")
         answer = yield next(work)
@@ -55,13 +55,13 @@ class Stumbling:
 def orders_for(method, members, model, round: int = 1) -> dict[str, bytes]:
     state = small.first_state(method, members)
     return {
-        name: codec.encode_assignment(method.assign(state, client.card, round), model.backbone.fingerprint)
+        name: codec.encode_assignment(method.make_assignment(state, client.card, round), model.backbone.fingerprint)
         for name, client in members.items()
     }
 
 
 def updates(method, members, model, replies, round: int = 1) -> dict:
-    layout, fingerprint = small.wire(method.layout(small.first_state(method, members))), model.backbone.fingerprint
+    layout, fingerprint = small.wire(method.update_spec(small.first_state(method, members))), model.backbone.fingerprint
     return {
         reply.client: codec.decode_update(reply.body, codec.ExpectedUpdate(reply.client, round, fingerprint, layout))
         for reply in replies
@@ -138,7 +138,7 @@ def test_clients_in_lock_step_share_forwards(monkeypatch):
     method, backbone = small.method("fedavg"), small.backbone()
     forwards = []
     above = backbone.forward
-    monkeypatch.setattr(backbone, "above", lambda *given: forwards.append(len(given[2])) or above(*given))
+    monkeypatch.setattr(backbone, "forward", lambda *given: forwards.append(len(given[2])) or above(*given))
     counts = {}
     for lock_step in (1, 64):
         model = QueryEngine(backbone)

@@ -209,7 +209,7 @@ def test_what_is_planned_is_every_participation_or_round():
 
 
 def test_only_mechanisms_without_a_guarantee_are_free(mechanism):
-    doors = [mechanism.price(door) for door in ("step", "release", "sum")]
+    doors = [mechanism.cost(door) for door in ("step", "release", "sum")]
     assert any(doors) == (mechanism.unit != "none")
     block = mechanism.guarantee()
     assert block["unit"] == mechanism.unit
@@ -220,7 +220,7 @@ def test_only_mechanisms_without_a_guarantee_are_free(mechanism):
 def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism):
     """None where it goes by the number of records, and so must not be known."""
     size = 40_000
-    released = mechanism.release(ClientUpdate("one", {"x": torch.zeros(size)}), SeededNoise("a test"))
+    released = mechanism.privatize_update(ClientUpdate("one", {"x": torch.zeros(size)}), SeededNoise("a test"))
     known = mechanism.expected_noise_norm_sq(size)
     if mechanism.unit == "record":
         assert known is None
@@ -256,7 +256,7 @@ def test_a_large_delta_is_warned_of_with_the_reason(module):
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
 def test_epsilon_chooses_the_noise_for_the_whole_plan(module):
     built = module.build(module.Config(epsilon=2.0, clip_norm=1.0), PLAN)
-    assert 1.95 < accountant.epsilon(built.planned(), 1e-5) <= 2.0
+    assert 1.95 < accountant.epsilon(built.planned_costs(), 1e-5) <= 2.0
     assert built.guarantee()["budget"] == 2.0
 
 

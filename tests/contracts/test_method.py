@@ -68,7 +68,7 @@ def test_two_rounds_run_and_no_update_is_dropped(method, model):
     assert [(report.updates, report.dropped) for report in reports] == [(len(members), {})] * 2
     shape = next(iter(members.values())).start.vectors_PD.shape
     assert all(vectors.shape == shape for vectors in method.library_prompts(state).values())
-    shared = method.prompt(state)
+    shared = method.global_prompt(state)
     assert shared is None or shared.shape[1:] == shape[1:]
     evaluation = evaluate(method, state, members, model, 3)
     assert evaluation.own.keys() == members.keys()
@@ -171,7 +171,7 @@ def test_the_layout_is_that_of_every_update(method, model):
         updates = updates_of(method, members, model, state, round)
         for update in updates:
             kinds = {name: ArraySpec(tuple(array.shape), array.dtype) for name, array in update.arrays.items()}
-            assert kinds == small.wire(method.layout(state))
+            assert kinds == small.wire(method.update_spec(state))
             assert {kind.dtype for kind in kinds.values()} <= {torch.float32, TOKEN_DTYPE}
         state = method.aggregate(state, updates, round, model)
 
@@ -188,7 +188,7 @@ def test_what_leaves_is_exactly_what_was_released(method, model):
     replies = list(small.engine(method, members, model).exchange(bodies))
     assert sorted(mechanism.released) == sorted(reply.client for reply in replies) == sorted(members)
     for reply in replies:
-        marks = {name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.layout(state)).items()}
+        marks = {name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.update_spec(state)).items()}
         assert reply.body == codec.encode_update(ClientUpdate(reply.client, marks, MARKED_WEIGHT), 1, fingerprint)
 
 

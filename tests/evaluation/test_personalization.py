@@ -34,7 +34,7 @@ def test_every_level_is_of_the_same_clients(model, monkeypatch):
         assert torch.equal(prompt, method.make_assignment(state, clients[name].card, 3).arrays["prompt"])
         assert name in member or torch.equal(prompt, method.global_prompt(state))
     counted = []
-    monkeypatch.setattr(module, "summary", lambda scores: counted.append(set(scores)) or {"accuracy": 1.0})
+    monkeypatch.setattr(module, "client_mean", lambda scores: counted.append(set(scores)) or {"accuracy": 1.0})
     personalization_levels(method, state, clients, model, 3, 0)
     assert counted[0] == counted[2] == clients.keys()
     assert counted[1] == counted[3]

@@ -73,12 +73,12 @@ def test_records_are_encoded_once(client):
 
 
 def test_what_a_visit_keeps_is_not_the_clients_until_it_is_done(client):
-    client.kept["prompt"] = torch.zeros(2)
+    client.client_state["prompt"] = torch.zeros(2)
     session = ClientSession(client, 1)
     session.client_state["prompt"] = torch.ones(2)
     session.client_state["more"] = torch.ones(1)
-    assert client.kept.keys() == {"prompt"}
-    assert torch.equal(client.kept["prompt"], torch.zeros(2))
+    assert client.client_state.keys() == {"prompt"}
+    assert torch.equal(client.client_state["prompt"], torch.zeros(2))
 
 
 def test_what_clients_keep_goes_to_a_checkpoint_and_back(model):

@@ -48,7 +48,7 @@ def accuracy(model: QueryEngine, client, ids_P1: torch.Tensor) -> float:
 
 
 def update_of(model: QueryEngine, method, client, state, round: int = 1) -> ClientUpdate:
-    return run_queries(model, execute_assignment(method, client, method.assign(state, client.card, round)))
+    return run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, round)))
 
 
 # ---------------------------------------------------------------- the published behaviour
@@ -138,7 +138,7 @@ class Watching:
 
     def mean(self, values_KB, expected_batch, noise):
         self.averaged.append(values_KB.clone())
-        return self.mechanism.mean(values_KB, expected_batch, noise)
+        return self.mechanism.noisy_mean(values_KB, expected_batch, noise)
 
 
 def test_each_step_is_one_noised_sum_over_all_candidates_and_is_paid_for(model):

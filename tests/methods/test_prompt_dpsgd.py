@@ -20,7 +20,7 @@ CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e
 
 
 def prompts(method, state, members) -> dict[str, torch.Tensor]:
-    return {n: personal_prompt(method, c, method.assign(state, c.card, 9)) for n, c in members.items()}
+    return {n: personal_prompt(method, c, method.make_assignment(state, c.card, 9)) for n, c in members.items()}
 
 
 def test_without_privacy_it_is_local(model):

@@ -64,7 +64,7 @@ class Written:
     def local_update(self, client, order: Assignment):
         yield from ()
         arrays = self.local_workload(client)
-        client.kept["trace"] = torch.ones(1)
+        client.client_state["trace"] = torch.ones(1)
         return ClientUpdate(client.id, arrays if arrays is not None else {"delta": torch.zeros(2)}, client.weight)
 
 
@@ -87,7 +87,7 @@ def averages(values: torch.Tensor, times: int = 1):
     def work(client):
         next(iter(client.batches(1, 4)))
         for _ in range(times):
-            client.mean(values)
+            client.private_mean(values)
 
     return Written(work)
 
@@ -98,35 +98,35 @@ def averages(values: torch.Tensor, times: int = 1):
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member, model, mechanism, monkeypatch):
     client = member(mechanism())
-    client.kept = {"old": torch.zeros(1)}
+    client.client_state = {"old": torch.zeros(1)}
     written = []
     settle = Account.commit
 
     def watched(account, round, method, spends, body):
-        assert client.kept.keys() == {"old"}
+        assert client.client_state.keys() == {"old"}
         settle(account, round, method, spends, body)
-        written.append((account.spent(), account.answered(round, method)))
+        written.append((account.spent(), account.stored_answer(round, method)))
 
     monkeypatch.setattr(Account, "settle", watched)
     carried_out(client, model)
     price = [STEPS] if mechanism is record_level else [PrivacyCost("update", 1.0, 2.0)]
-    assert written == [(price, client.book.answered(1, "fedavg"))]
+    assert written == [(price, client.account.stored_answer(1, "fedavg"))]
     assert written[0][1]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), BudgetError("spent"), KeyboardInterrupt()])
 def test_without_the_commit_nothing_leaves_and_nothing_is_kept(member, model, error, monkeypatch):
     client = member()
-    client.kept = {"old": torch.zeros(1)}
+    client.client_state = {"old": torch.zeros(1)}
 
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(client.book, "settle", refuse)
+    monkeypatch.setattr(client.account, "commit", refuse)
     with pytest.raises(type(error)):
         carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
-    assert client.kept.keys() == {"old"}
-    assert client.book.spent() == []
+    assert client.client_state.keys() == {"old"}
+    assert client.account.spent() == []
 
 
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
@@ -134,7 +134,7 @@ def test_what_a_round_costs_is_what_its_releases_cost(member, model, mechanism):
     client = member(mechanism())
     for round in (1, 2, 3):
         carried_out(client, model, round)
-    assert client.book.spent() == list(mechanism().planned())
+    assert client.account.spent() == list(mechanism().planned_costs())
 
 
 def test_an_order_that_fails_on_the_way_is_paid_and_not_tried_again(member, model):
@@ -147,11 +147,11 @@ def test_an_order_that_fails_on_the_way_is_paid_and_not_tried_again(member, mode
     client = member()
     with pytest.raises(RuntimeError):
         carried_out(client, model, method=Written(work))
-    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
-    assert client.kept == {}
+    assert [(spend.name, spend.count) for spend in client.account.spent()] == [("prompt", 2)]
+    assert client.client_state == {}
     with pytest.raises(PolicyError, match="is not tried again"):
         carried_out(client, model, method=Written(work))
-    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+    assert [(spend.name, spend.count) for spend in client.account.spent()] == [("prompt", 2)]
 
 
 class Failing:
@@ -172,10 +172,10 @@ def test_an_order_that_fails_in_the_model_is_paid_and_not_tried_again(member, mo
     client = member()
     with pytest.raises(RuntimeError):
         carried_out(client, Failing(model, answers))
-    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+    assert [(spend.name, spend.count) for spend in client.account.spent()] == [("prompt", 2)]
     with pytest.raises(PolicyError, match="is not tried again"):
         carried_out(client, model)
-    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+    assert [(spend.name, spend.count) for spend in client.account.spent()] == [("prompt", 2)]
 
 
 def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model):
@@ -183,17 +183,17 @@ def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model
 
     class Weighs(Written):
         def train(self, session, order):
-            session.kept["other"] = torch.ones(1)
+            session.client_state["other"] = torch.ones(1)
             assert session.weight > 0
             raise RuntimeError("out of memory")
             yield
 
     with pytest.raises(RuntimeError):
         carried_out(client, model, method=Weighs(None))
-    assert client.kept.keys() == {"weight"}
+    assert client.client_state.keys() == {"weight"}
     carried_out(client, model, 2)
-    assert {spend.name: spend.count for spend in client.book.spent()} == {"weight": 1, "prompt": 2}
-    client.kept = {}
+    assert {spend.name: spend.count for spend in client.account.spent()} == {"weight": 1, "prompt": 2}
+    client.client_state = {}
     with pytest.raises(PolicyError):
         carried_out(client, model, 1, method=Weighs(None))
 
@@ -208,7 +208,7 @@ def test_records_that_cannot_be_encoded_are_paid_for(member, model, monkeypatch)
     monkeypatch.setattr(type(client.task), "encode", encode)
     with pytest.raises(RuntimeError):
         carried_out(client, model)
-    assert [(spend.name, spend.count) for spend in client.book.spent()] == [("prompt", 2)]
+    assert [(spend.name, spend.count) for spend in client.account.spent()] == [("prompt", 2)]
 
 
 @pytest.mark.parametrize(("mechanism", "held"), [(record_level, True), (NoPrivacy, False)])
@@ -233,9 +233,9 @@ def test_what_is_owed_is_paid_with_the_first_order_alone(member, model):
     client, whole = member(client_level(placement="central")), client_level(placement="central").planned_costs()
     client.pending_costs = whole
     carried_out(client, model)
-    assert client.book.spent() == list(whole)
+    assert client.account.spent() == list(whole)
     carried_out(client, model, 2)
-    assert client.book.spent() == list(whole)
+    assert client.account.spent() == list(whole)
 
 
 # ---------------------------------------------------------------- an order that was carried out before
@@ -252,13 +252,13 @@ KINDS: Mapping[str, object] = {
 def test_an_order_carried_out_before_is_answered_as_it_was_and_costs_nothing(member, model, kind):
     client, counting = member(KINDS[kind]()), Counting(model)
     first = carried_out(client, counting)
-    asked, spent, kept = counting.asked, client.book.spent(), dict(client.kept)
+    asked, spent, kept = counting.asked, client.account.spent(), dict(client.client_state)
     assert asked == 2
     for _ in range(2):
-        client.kept = {}  # as after a kill between the commit and the answer
+        client.client_state = {}  # as after a kill between the commit and the answer
         assert same(carried_out(client, counting), first)
-        assert small.same(client.kept, kept)
-    assert (counting.asked, client.book.spent()) == (asked, spent)
+        assert small.same(client.client_state, kept)
+    assert (counting.asked, client.account.spent()) == (asked, spent)
     later = carried_out(client, counting, 2)
     assert not torch.equal(later.arrays["delta"], first.arrays["delta"])
     assert counting.asked == 2 * asked
@@ -267,7 +267,7 @@ def test_an_order_carried_out_before_is_answered_as_it_was_and_costs_nothing(mem
 def test_an_order_carried_out_before_is_answered_when_the_budget_is_spent(member, model):
     client = member()
     first = carried_out(client, model)
-    client.book.budget = Budget(1e-6, DELTA)
+    client.account.budget = Budget(1e-6, DELTA)
     assert same(carried_out(client, model), first)
     with pytest.raises(BudgetError):
         carried_out(client, model, 2)
@@ -284,14 +284,14 @@ def test_another_order_in_the_same_round_changes_no_answer(member, model):
 def test_what_the_client_kept_then_it_keeps_again(member, model):
     client = member()
     carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
-    client.kept = {"other": torch.zeros(3)}
+    client.client_state = {"other": torch.zeros(3)}
     carried_out(client, model, method=averages(torch.ones(1, 0, 2), 0))
-    assert small.same(client.kept, {"trace": torch.ones(1)})
+    assert small.same(client.client_state, {"trace": torch.ones(1)})
 
 
 def test_a_stored_answer_that_cannot_be_read_is_an_error_not_a_second_release(member, model):
     client, counting = member(), Counting(model)
-    client.book.commit(1, "fedavg", [STEPS], b"torn")
+    client.account.commit(1, "fedavg", [STEPS], b"torn")
     with pytest.raises(LedgerError, match="stored answer of site-2"):
         carried_out(client, counting)
     assert counting.asked == 0
@@ -305,15 +305,15 @@ def test_a_budget_that_does_not_pay_for_the_steps_refuses_before_a_query_is_aske
     with pytest.raises(BudgetError, match=r"site-2 has spent epsilon = 0 of 0.01"):
         carried_out(client, counting)
     assert counting.asked == 0
-    assert client.book.spent() == []
-    assert client.book.answered(1, "fedavg") is None
+    assert client.account.spent() == []
+    assert client.account.stored_answer(1, "fedavg") is None
 
 
 def test_one_order_counts_all_that_it_has_spent_so_far(member):
     """Each draw alone would be within the budget, both together are not."""
     client = member()
-    client.book.commit(1, "fedavg", [STEPS], b"")
-    client.book = Ledger(":memory:", "a run").account("site-2", Budget(1.01 * client.book.epsilon(), DELTA))
+    client.account.commit(1, "fedavg", [STEPS], b"")
+    client.account = Ledger(":memory:", "a run").account("site-2", Budget(1.01 * client.account.epsilon(), DELTA))
     session = ClientSession(client, 2)
     list(session.batches(2, 4))
     with pytest.raises(BudgetError):
@@ -327,10 +327,10 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        (lambda client, rows: client.mean(torch.ones(1, 4, 2)), "none that was drawn"),
-        (lambda client, rows: [client.mean(rows), client.mean(rows)], "a batch twice"),
-        (lambda client, rows: client.mean(rows[:, :-1]), "records where the last batch has"),
-        (lambda client, rows: client.mean(torch.cat([rows, rows[:, :1]], 1)), "records where the last batch has"),
+        (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
+        (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
+        (lambda client, rows: client.private_mean(rows[:, :-1]), "records where the last batch has"),
+        (lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)), "records where the last batch has"),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
 )
@@ -358,10 +358,10 @@ def test_a_method_that_breaks_the_rule_sends_nothing(member, model):
     client = member(NoPrivacy())
     for times in (0, 1):
         assert carried_out(client, model, method=averages(torch.ones(1, 4, 2), times)).arrays
-    client.kept = {}
+    client.client_state = {}
     with pytest.raises(PrivacyError):
         carried_out(client, model, method=averages(torch.ones(1, 4, 2), 2))
-    assert client.kept == {}
+    assert client.client_state == {}
 
 
 def test_an_empty_sample_is_an_ordinary_one(member):
@@ -385,7 +385,7 @@ def test_a_larger_batch_than_was_planned_is_refused(member):
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 def test_a_client_with_a_guarantee_and_no_book_is_refused(member, mechanism):
     client = member(NoPrivacy())
-    assert client.book is None
+    assert client.account is None
     settings = {name: value for name, value in vars(client).items() if not name.startswith("_")}
     with pytest.raises(PrivacyError, match=r"site-2 has a .*-level mechanism and no ledger"):
         Client(**settings | {"mechanism": mechanism()})
@@ -420,9 +420,9 @@ def test_a_noised_weight_is_released_once_and_kept(member, model):
     assert len(set(weights)) == 1
     assert weights[0] >= 1.0
     assert weights[0] != RECORDS
-    lines = [line for line in client.book.spent() if line.name == "weight"]
+    lines = [line for line in client.account.spent() if line.name == "weight"]
     assert lines == [mechanism.cost("total:weight")]
-    assert client.book.spent() == sorted(mechanism.planned_costs())
+    assert client.account.spent() == sorted(mechanism.planned_costs())
     assert carried_out(member(mechanism), model).weight != weights[0]
 
 
@@ -500,13 +500,13 @@ def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
     client = member()
     work = execute_assignment(small.method("fedavg"), client, order_of(client))
     charged = []
-    client.book.check_budget = lambda spends: charged.append(list(spends))
+    client.account.check_budget = lambda spends: charged.append(list(spends))
     query = next(work)
     assert isinstance(query, Query)
     assert charged == [[STEPS]]
     assert isinstance(model.answer([query])[0], Answer)
     work.close()
-    assert client.book.spent() == []
+    assert client.account.spent() == []
 
 
 def test_two_methods_of_one_round_do_not_share_their_noise(model):

@@ -39,7 +39,7 @@ def empty(account: Account) -> bool:
 KILLED = """
 import os, signal, sys
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.types import Spend
+from ficpd.types import PrivacyCost
 
 class Killing:
     def __init__(self, file, statement):
@@ -53,11 +53,11 @@ class Killing:
 
 def work(statement):
     ledger = Ledger(f"{sys.argv[1]}/{statement}", "a run")
-    book = ledger.book("north", Budget(None, 1e-5))
-    book.commit(1, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"first")
+    book = ledger.account("north", Budget(None, 1e-5))
+    book.commit(1, "fedavg", [PrivacyCost("prompt", 0.1, 1.0, 2)], b"first")
     ledger.file = Killing(ledger.file, statement)
-    book.check_budget([Spend("prompt", 0.1, 1.0, 2)])
-    book.commit(2, "fedavg", [Spend("prompt", 0.1, 1.0, 2)], b"second")
+    book.check_budget([PrivacyCost("prompt", 0.1, 1.0, 2)])
+    book.commit(2, "fedavg", [PrivacyCost("prompt", 0.1, 1.0, 2)], b"second")
     os.kill(os.getpid(), signal.SIGKILL)
 
 ends = []

@@ -104,7 +104,7 @@ def load_local_vocabulary(name: str) -> tuple[TokenizerVocabulary, str]:
     module = load("backbones", catalog.detect_kind(Path(found.folder)))
     cpu = torch.device("cpu")
     built = module.build(module.Config(), found, dtype=torch.float32, attention="eager", device=cpu, name=name)
-    return built.words, found.sha256
+    return built.vocabulary, found.sha256
 
 
 class TextVocabulary(TokenizerVocabulary):

@@ -161,7 +161,7 @@ def _left(
         "method": method.name,
         "label": method.name,
         "backbone": {"name": experiment.backbone.name, "fingerprint": world.start.backbone},
-        "task": ", ".join(f"{g}: {p.task['name']}" if g else p.task["name"] for g, p in experiment.parties.items()),
+        "task": ", ".join(f"{g}: {p.task['name']}" if g else p.task["name"] for g, p in experiment.all_groups.items()),
         "num_clients": len(world.shards),
         "num_rounds": len(rounds),
         "seed": experiment.seed,

@@ -33,7 +33,7 @@ from ficpd.types import ClientCard, ClientData, Prompt
 @dataclass(frozen=True)
 class ExperimentContext:
     """`experiment` has every "auto" and every default resolved to what is really used. `tasks` by group (see
-    `Experiment.parties`); `group_of` says to which one each client belongs. `unseen`: clients that take
+    `Experiment.all_groups`); `group_of` says to which one each client belongs. `unseen`: clients that take
     no part."""
 
     experiment: Experiment

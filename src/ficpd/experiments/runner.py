@@ -230,7 +230,7 @@ def _result(context, method, label, clients, rounds, totals, evaluation: Evaluat
         },
         "task": ", ".join(
             f"{group}: {party.task['name']}" if group else party.task["name"]
-            for group, party in experiment.parties.items()
+            for group, party in experiment.all_groups.items()
         ),
         "num_clients": len(clients),
         "num_records": {

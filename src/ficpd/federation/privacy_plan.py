@@ -108,7 +108,7 @@ def plan_privacy(
     mechanisms = {name: module.build(with_group_clip_norm(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     for name in method.statistics if first.unit == "record" and isinstance(method, Calibrates) else ():
-        if first.price(TOTAL + name) is None:
+        if first.cost(TOTAL + name) is None:
             raise PrivacyError(
                 f"{method.name} asks every client for the total {name!r}, which has no share of the budget; give it one, "
                 f"such as privacy.statistics = {{ {name} = 0.05 }}"
@@ -131,7 +131,7 @@ def plan_privacy(
     def account(site: str, mechanism: Mechanism) -> Account:
         return ledger.account(site, Budget.of(config.epsilon, config.delta, mechanism.planned_costs()))
 
-    price = first.price("sum")
+    price = first.cost("sum")
     if price is None:
         return PrivacyPlan(mechanisms, {n: account(n, m) for n, m in mechanisms.items()}, ledger, None, True)
 

@@ -139,7 +139,7 @@ class LowRankContext:
         except StopIteration as end:
             return end.value
 
-    def mean(self, values_KB: Tensor) -> Tensor:
+    def private_mean(self, values_KB: Tensor) -> Tensor:
         """[1, B, P, D], the gradients at p_i, to [1, 2, P, D]: g_G and g_l."""
         gradient_BPD, (u_Pk, v_kD) = values_KB[0], self.factors
         u, v = u_Pk.to(gradient_BPD.device), v_kD.to(gradient_BPD.device)

@@ -30,7 +30,7 @@ def describe() -> str:
 def epsilon(spends: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> float:
     """The ε of all these releases together at `delta`, adding or removing one unit.
 
-    >>> round(epsilon([Spend("prompt", 0.01, 1.1, 1000)], 1e-5), 2)
+    >>> round(epsilon([PrivacyCost("prompt", 0.01, 1.1, 1000)], 1e-5), 2)
     1.52
     """
     return _pld(_key(spends), delta, grid)

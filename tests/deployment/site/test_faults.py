@@ -25,7 +25,7 @@ pytestmark = [  # httpx does not close a socket that nobody answers
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-SETTLE, SEND = "ficpd.privacy.ledger:Book.settle", "ficpd.deployment.site.site:Site._witness"
+SETTLE, SEND = "ficpd.privacy.ledger:Account.commit", "ficpd.deployment.site.site:Site._witness"
 
 
 @pytest.fixture(scope="module")

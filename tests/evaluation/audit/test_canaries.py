@@ -56,7 +56,7 @@ def streams(trial: int) -> SeededNoise:
 @pytest.mark.parametrize("seed", range(3))
 def test_no_sound_mechanism_is_above_its_epsilon(kind, seed):
     mechanism = built(kind, 2.0)
-    spent = accountant.epsilon(mechanism.planned(), DELTA)
+    spent = accountant.epsilon(mechanism.planned_costs(), DELTA)
     assert lower_bound(mechanism, PLAN, DELTA, trials=300, seed=seed) <= spent <= 2.0
 
 

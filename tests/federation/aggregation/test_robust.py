@@ -205,7 +205,7 @@ def name(request) -> str:
 def loss(method, members, state, model) -> float:
     """Of the global prompt, on the training records of those who do not lie."""
     clients = [client for n, client in members.items() if n != POISONED]
-    answers = model.answer([Query(method.prompt(state)[None], client.encoded()) for client in clients])
+    answers = model.answer([Query(method.global_prompt(state)[None], client.encoded()) for client in clients])
     return float(torch.cat([answer.loss_KB for answer in answers], 1).mean())
 
 

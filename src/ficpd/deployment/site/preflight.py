@@ -80,7 +80,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     group = group_of(config.name, context.experiment.groups)
     plan = terms.plan(config.name, records)
     mechanism = module.build(with_group_clip_norm(settled, context.experiment.privacy, group), plan)
-    costs = list(mechanism.planned())
+    costs = list(mechanism.planned_costs())
     if costs:
         whole = accountant.epsilon(costs, config.policy.delta)
         yield f"cost      epsilon {whole:.4g} for {plan.participations} rounds, with noise multiplier " + ", ".join(
