@@ -258,7 +258,7 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
     shots = draw_shots(records, 0, False, 0)
     found = adapt_library(opened, own, shots, tmp_path / "mine", "demonstrations")
     batch = found.fitted.encode(own.task, records, opened.model.backbone)
-    fitted = score_prompt(found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
+    fitted = score_prompt(own.task, found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
     _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
     lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}
     assert lines["adapted"] == pytest.approx(fitted["accuracy"], abs=6e-4)

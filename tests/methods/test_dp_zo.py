@@ -218,7 +218,7 @@ def test_what_it_leaves_lies_in_the_subspace(model):
     start = small.start(model, task)
     compression = subspace.build(subspace.Config(dimension=6, directions="random"), start, 0)
     of = method()
-    of.subspace = compression.subspace
+    of.bind(compression.subspace)
     members = small.clients(model, of, compression=compression)
     delta = of.global_prompt(ran(model, of, members, 3)) - start.vectors_PD
     assert float(delta.norm()) > 1e-3

@@ -94,8 +94,9 @@ def test_the_loss_is_the_plain_models_own_on_the_targets_tokens(model, plain, le
 @pytest.mark.parametrize("length", [0, 4])
 def test_what_is_written_is_what_the_plain_model_generates(model, plain, length):
     prompt = prompt_of(model, length)
-    batch = build().encode(RECORDS, model.backbone, prompt)
-    found = run_queries(model, predictions(prompt.vectors_PD, batch))
+    task = build()
+    batch = task.encode(RECORDS, model.backbone, prompt)
+    found = run_queries(model, predictions(task, prompt.vectors_PD, batch))
     lengths = set()
     for (item,), text in zip(batch.items, found, strict=True):
         front = opening(plain, item, prompt.vectors_PD)
@@ -399,7 +400,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     before, after = opened.model.answer([Query(p.vectors_PD[None], batch) for p in (start, tuned)])
     assert after.loss_KB.mean() < 0.5 * before.loss_KB.mean()
     target = opened.task.targets(records)
-    assert score_prompt(tuned.vectors_PD, batch, target, opened.model)["bleu"] > 50
+    assert score_prompt(opened.task, tuned.vectors_PD, batch, target, opened.model)["bleu"] > 50
     said = json.loads(told("predict", str(tmp_path / "run"), "--text", "colour: pink; thing: hat"))
     assert "hat" in said["prediction"]
     assert "pink" in said["prediction"]

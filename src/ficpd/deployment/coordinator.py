@@ -35,8 +35,8 @@ from ficpd.experiments.setup import (
 from ficpd.federation import codec
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for, public_seed
 from ficpd.federation.rounds import Round, run_rounds
-from ficpd.interfaces import Method
 from ficpd.library.card import guarantee
+from ficpd.method import Method
 from ficpd.registry import validate
 from ficpd.types import ClientCard, ClientData, FederationInfo, State
 
@@ -94,7 +94,7 @@ def _serve(
         parse(resolved.read_text(), resolved.name, records=False) if resolved.exists() else experiment
     )
     method = build_method(world, world.experiment.method)
-    if method.centralized or not method.trains:
+    if method.capabilities.centralized or not method.capabilities.trains:
         raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
     privacy_config_for(method, world.experiment.privacy)  # no site is waited for where there is no such private form
     validate_distillation(world, method)

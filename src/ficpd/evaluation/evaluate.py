@@ -9,16 +9,16 @@ from torch import Tensor
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
-from ficpd.interfaces import Method
-from ficpd.traits import Demonstrates
+from ficpd.interfaces import Task
+from ficpd.method import Method
 from ficpd.types import Answer, Batch, Query, Score, State
 
 
-def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
+def predictions(task: Task, prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
     """The task's predictions under one prompt, in the records' order."""
-    writes = batch.task.max_new_tokens
+    writes = task.max_new_tokens
     answer = yield Query(prompt_PD[None], batch, outputs=not writes, max_new_tokens=writes)
-    return batch.task.predict(answer, batch)
+    return task.predict(answer, batch)
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     shared = method.global_prompt(state)
     batches = {name: client.encoded("test") for name, client in tested.items()}
     at_their = {name: _asked(method, tested[name], personal[name], batch, model) for name, batch in batches.items()}
-    own = predict_all({name: (personal[name], batch) for name, batch in at_their.items()}, model)
+    own = predict_all({n: (tested[n].task, personal[n], batch) for n, batch in at_their.items()}, model)
     same = shared is not None and all(
         torch.equal(prompt, shared) and at_their[name] is batches[name] for name, prompt in personal.items()
     )
     if same:
         everyone = own
     elif shared is not None:
-        everyone = predict_all({name: (shared, batch) for name, batch in batches.items()}, model)
+        everyone = predict_all({n: (tested[n].task, shared, batch) for n, batch in batches.items()}, model)
     else:
         everyone = None
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
@@ -60,24 +60,23 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
 
 def _asked(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: QueryEngine) -> Batch:
     """A client's test records as it asks about them: with what it knows of its own, and what it shows beside them."""
-    if not isinstance(method, Demonstrates):
-        return calibrated_batch(method, client, batch)
     prompt = client.start.with_vectors(prompt_PD)
-    known = client.task, client.train, client.encoded(), prompt, client.backbone
-    return run_queries(model, method.demonstrate(*known)).encode(
-        client.task, client.test, client.backbone, prompt, batch
-    )
+    work = method.demonstrate(client.task, client.train, client.encoded, prompt, client.backbone)
+    if work is None:
+        return calibrated_batch(method, client, batch)
+    return run_queries(model, work).encode(client.task, client.test, client.backbone, prompt, batch)
 
 
 def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: QueryEngine) -> Score:
     """One prompt on everybody's test records; of several tasks, each counts once."""
     tested = {name: client for name, client in clients.items() if client.test}
-    return _pooled(predict_all({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested)
+    work = {n: (client.task, prompt_PD, client.encoded("test")) for n, client in tested.items()}
+    return _pooled(predict_all(work, model), tested)
 
 
-def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: QueryEngine) -> Score:
+def score_prompt(task: Task, prompt_PD: Tensor, batch: Batch, targets: Sequence, model: QueryEngine) -> Score:
     """One prompt on one batch."""
-    return batch.task.score(run_queries(model, predictions(prompt_PD, batch)), targets)
+    return task.score(run_queries(model, predictions(task, prompt_PD, batch)), targets)
 
 
 def client_mean(scores: Mapping[str, Score]) -> Score:
@@ -95,7 +94,7 @@ def worst_client(scores: Mapping[str, Score]) -> Score:
     }
 
 
-def predict_all(work: Mapping[str, tuple[Tensor, Batch]], model: QueryEngine) -> dict[str, list]:
+def predict_all(work: Mapping[str, tuple[Task, Tensor, Batch]], model: QueryEngine) -> dict[str, list]:
     """What each prompt predicts of its own batch, all in lock step."""
     results = dict(run_queries_lockstep(model, {name: predictions(*given) for name, given in work.items()}))
     for result in results.values():

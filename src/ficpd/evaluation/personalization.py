@@ -12,8 +12,7 @@ from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.evaluation.evaluate import client_mean, predict_all
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
-from ficpd.interfaces import Method
-from ficpd.traits import Calibrates
+from ficpd.method import Method
 from ficpd.types import Batch, Record, Score, State
 
 PERSONAL = "personal"
@@ -87,7 +86,7 @@ def _prompts(
         found["global"] = dict.fromkeys(tested, shared)
     assignment = list(found)
     for above, below in pairwise(assignment):
-        if above == PERSONAL and isinstance(method, Calibrates) and method.statistics:
+        if above == PERSONAL and method.capabilities.statistics_once:
             continue
         if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
             del found[above]
@@ -125,7 +124,7 @@ def concat_batches(batches: list[Batch]) -> Batch:
 
 
 def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: QueryEngine) -> Score | None:
-    predicted = predict_all({name: (prompt, batch) for name, (prompt, batch, _) in work.items()}, model)
+    predicted = predict_all({n: (clients[n].task, prompt, batch) for n, (prompt, batch, _) in work.items()}, model)
     scores = {}
     for name, (_, _, records) in work.items():
         task = clients[name].task

@@ -37,7 +37,8 @@ from ficpd.federation.client import Client, client_states, load_client_states
 from ficpd.federation.privacy_plan import NONE, plan_privacy, privacy_config_for, public_seed
 from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round, run_rounds
-from ficpd.interfaces import Engine, Method
+from ficpd.interfaces import Engine
+from ficpd.method import Method
 from ficpd.registry import load, validate
 from ficpd.types import ClientCard, ClientData, FederationInfo, State
 
@@ -116,7 +117,7 @@ def run_method(
     experiment = context.experiment
     label = method.name if private else f"{method.name}, no privacy"
     schedule = build_schedule(context, method)
-    holders, saved = context.shards_for(method.centralized), directory.load()
+    holders, saved = context.shards_for(method.capabilities.centralized), directory.load()
     state, kept, rounds, totals = saved or _beginning(context, method, holders)
     plan = plan_privacy(
         experiment.privacy if private else NONE, method, state, holders, schedule, experiment.seed, directory.path,
@@ -125,8 +126,9 @@ def run_method(
     accounts = [*plan.accounts.values(), *([plan.central.account] if plan.central else [])]
     directory.check_ledgers(accounts, method.name, len(rounds))
     state = with_noise_scale(context, method, state, plan)
-    clients = context.clients(plan, method.centralized)
-    tested = context.clients() if method.centralized else clients  # one prompt, seen by each client on its own records
+    pooled = method.capabilities.centralized
+    clients = context.clients(plan, pooled)
+    tested = context.clients() if pooled else clients  # one prompt, seen by each client on its own records
     load_client_states(clients, kept)
     directory.write_rounds(rounds)
     queries = QueryBudget(method, state, clients, rounds, experiment.federation.max_queries)
@@ -154,9 +156,11 @@ def run_method(
     evaluation = _evaluated(context, method, state, tested, schedule.num_rounds + 1, totals)
     result = _result(context, method, label, clients, rounds, totals, evaluation, zero_shot)
     result |= {"clusters": cluster_report(context, state), "settings": method_config(part)}
-    if method.trains:
+    if method.capabilities.trains:
         asked = (method, state, clients, context.model, schedule.num_rounds + 1)
-        result["levels"] = None if method.centralized else personalization_levels(*asked, seed=experiment.seed)
+        result["levels"] = (
+            None if method.capabilities.centralized else personalization_levels(*asked, seed=experiment.seed)
+        )
         result["unseen"] = (
             unseen_client_scores(method, state, context.unseen_clients(), *asked[3:]) if context.unseen else None
         )

@@ -190,7 +190,7 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
     The mean feature that the bare backbone gives the task's answers, each framed by the instruction (an encoder's readout
     rows); the instruction's alone where a task has no fixed answers.
     """
-    if backbone.sees_images:
+    if backbone.modality == "image":
         readout_CD = task.readout(backbone)
         assert readout_CD is not None
         return F.normalize(readout_CD.float().mean(0), dim=0).cpu()

@@ -116,7 +116,7 @@ def distill_to_input(
     training = LocalTrainingConfig(
         learning_rate=learning_rate * float(start_PD.square().mean().sqrt()), batch_size=batch_size
     )
-    tuned = _tuned(start, goal.batch.select(rest), goal.loss, model, training, steps, seed)
+    tuned = _tuned(start, task, goal.batch.select(rest), goal.loss, model, training, steps, seed)
     before, after = (_agreement(some, goal, held, model) for some in (start, tuned))
     helped = after.loss < before.loss
     tuned, after = (tuned, after) if helped else (start, before)
@@ -252,11 +252,11 @@ def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _tuned(
-    start: Prompt, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
-) -> Prompt:
+    start: Prompt, task: Task, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
+) -> Prompt:  # fmt: skip
     """Adam in `STAGES` of falling rate, its moments kept from one to the next."""
     whole, records = none.build(none.Config(), start, seed), [Record("text", {})] * len(batch)
-    client = Client(ClientCard("imitation"), records, [], batch.task, model.backbone, NoPrivacy(), whole, start, seed)
+    client = Client(ClientCard("imitation"), records, [], task, model.backbone, NoPrivacy(), whole, start, seed)
     client.set_encoding("train", batch)
     vectors_PD, memory = start.vectors_PD, {}
     for stage in range(1, STAGES + 1):

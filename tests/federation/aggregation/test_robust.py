@@ -25,7 +25,9 @@ from ficpd.types import ClientCard, ClientUpdate, Query, State
 RULES = ("trimmed_mean", "norm_bound", "multi_krum")
 APART = {"fedbpt", "feddtpt", "fedhpl", "prompt_dpsgd"}
 """What their clients send is a search's population, words, logits kept by client, nothing: no mean is taken of it."""
-AVERAGING = [n for n in names("methods") if n not in APART and (m := small.method(n)).releases and not m.centralized]
+AVERAGING = [
+    n for n in names("methods") if n not in APART and (m := small.method(n).capabilities).releases and not m.centralized
+]
 POISONED = "site-3"
 
 

@@ -5,24 +5,24 @@ from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
 from ficpd.interfaces import LocalContext
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Query
 
 Result = TypeVar("Result")
 TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
 
 
-class ContrastiveConfig(BaseModel):
+class ContrastiveConfig(FrozenConfig):
     """`weight` in the first round, falling to nothing over the rounds (constant, it takes personalisation back). `space`:
     "prompt" costs no forward, "output" one for each prototype and the start. `temperature` divides cosines."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     weight: float = Field(default=0.0, ge=0)
     space: Literal["prompt", "output", "both"] = "prompt"
     temperature: float = Field(default=0.5, gt=0)
