@@ -153,7 +153,7 @@ def next_job(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | Non
     help where most is left.
 
     >>> jobs = [Job("a", "", "1"), Job("b", "", "1"), Job("c", "", "2")]
-    >>> [chosen(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]
+    >>> [next_job(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]
     ['c', 'c', 'a', 'a']
     """
     if not left:
@@ -167,7 +167,7 @@ def next_job(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | Non
 
 def describe_exit(code: int) -> str:
     """
-    >>> how_it_ended(3), how_it_ended(-9)
+    >>> describe_exit(3), describe_exit(-9)
     ('ended with status 3', 'was killed by SIGKILL; most often the machine had no memory left: try fewer --jobs')
     """
     if code >= 0:
