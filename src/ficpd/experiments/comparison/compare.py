@@ -100,12 +100,8 @@ def _method(label: str, piece: Mapping[str, Any]) -> dict[str, Any]:
     parts = {key: value for key, value in piece.items() if key not in ("private", "method")}
     own = {key: value for key, value in piece["method"].items() if key != "name"}
     set_ = {**({"method": own} if own else {}), **parts}
-    return {
-        "name": piece["method"]["name"],
-        "line": label in REFERENCE_METHODS,
-        "private": piece.get("private", True),
-        "set": set_,
-    }
+    line, private = label in REFERENCE_METHODS, piece.get("private", True)
+    return {"name": piece["method"]["name"], "line": line, "private": private, "set": set_}
 
 
 def _task(plan: Grid, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -132,26 +132,16 @@ def _needed(method: Found, key: str) -> str:
 
 
 def _front(found: Found, front: Found) -> Table:
-    metric, labels = (
-        _metric(found, front["task"]),
-        {"partition": front["partition"], "budget": DEFAULT, "sweep": {}, "task": front["task"]},
-    )
-    how: dict[str, Callable[[float], str]] = {
-        "bytes": _bytes,
-        "epsilon": lambda x: f"{x:.3g}",
-        "queries": lambda x: f"{x:,.0f}",
-    }
-    points = sorted(front["points"], key=lambda p: (p["cost"], p["method"]))
-    lines = [
-        [
-            p["method"],
-            _title(found, {**p, "partition": DEFAULT}) or NONE,
-            how[front["cost"]](p["cost"]),
-            metric.shown(p["value"]),
-            "yes" if p["on_front"] else "",
-        ]
-        for p in points
+    metric = _metric(found, front["task"])
+    labels = {"partition": front["partition"], "budget": DEFAULT, "sweep": {}, "task": front["task"]}
+    how: Callable[[float], str] = {"bytes": _bytes, "epsilon": "{:.3g}".format, "queries": "{:,.0f}".format}[
+        front["cost"]
     ]
+    lines = [
+        [p["method"], _title(found, {**p, "partition": DEFAULT}) or NONE, how(p["cost"]), metric.shown(p["value"]),
+         "yes" if p["on_front"] else ""]
+        for p in sorted(front["points"], key=lambda p: (p["cost"], p["method"]))
+    ]  # fmt: skip
     heads = ["method", "at", front["cost"].replace("epsilon", "ε"), f"{metric.name}{metric.unit}", "on the front"]
     return Table("fronts", f"Against {front['cost']}: {_title(found, labels)}", heads, lines)
 
