@@ -107,7 +107,7 @@ def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member,
         settle(account, round, method, spends, body)
         written.append((account.spent(), account.stored_answer(round, method)))
 
-    monkeypatch.setattr(Account, "settle", watched)
+    monkeypatch.setattr(Account, "commit", watched)
     carried_out(client, model)
     price = [STEPS] if mechanism is record_level else [PrivacyCost("update", 1.0, 2.0)]
     assert written == [(price, client.account.stored_answer(1, "fedavg"))]
@@ -330,10 +330,7 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
         (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
         (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
         (lambda client, rows: client.private_mean(rows[:, :-1]), "records where the last batch has"),
-        (
-            lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)),
-            "records where the last batch has",
-        ),
+        (lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)), "records where the last batch has"),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
 )

@@ -21,7 +21,7 @@ from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.experiments.config import parse
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run
 from ficpd.library.session import open_library, score_library
 from ficpd.tasks import generation
@@ -113,7 +113,7 @@ def test_what_is_written_is_what_the_plain_model_generates(model, plain, length)
 def test_at_a_later_layer_writing_is_a_plain_loop(model, layer):
     prompt = prompt_of(model, 4, layer)
     batch = build().encode(BARE, model.backbone, prompt)
-    for (item,), text in zip(batch.items, asked(model, enters_at=layer, write=8).texts_KB[0], strict=True):
+    for (item,), text in zip(batch.items, asked(model, enters_at=layer, max_new_tokens=8).texts_KB[0], strict=True):
         ids = item.content.tolist()
         for _ in range(8):
             longer = type(item)(torch.tensor(ids), len(ids))
@@ -168,14 +168,14 @@ def test_a_source_is_cut_alike_whatever_its_target(folder):
     read = [item.content[: item.length - item.scored].tolist() for item in items]
     assert read[0] == read[1] == read[2]
     assert len(read[0]) == 32 - 4 - 8
-    answer = asked(short, records, write=8)
+    answer = asked(short, records, max_new_tokens=8)
     assert len(set(answer.texts_KB[0])) == 1
     with pytest.raises(BackboneError, match="longer than the context"):
         build(max_new_tokens=28).encode(records, short.backbone, prompt_of(short))
 
 
 def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
-    known, unknown = asked(model, write=8), asked(model, BARE, write=8)
+    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, write=8)
     assert known.texts_KB == unknown.texts_KB
     assert torch.isnan(unknown.loss_KB).all()
     mixed = [RECORDS[0], BARE[1], RECORDS[2], BARE[3]]
@@ -189,9 +189,9 @@ def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
 
 
 def test_a_record_is_encoded_and_lost_alike_alone(model):
-    together = asked(model, write=8)
+    together = asked(model, max_new_tokens=8)
     for place, record in enumerate(RECORDS):
-        alone = asked(model, [record], write=8)
+        alone = asked(model, [record], max_new_tokens=8)
         assert small.close(alone.loss_KB[0], together.loss_KB[0, [place]])
         assert alone.texts_KB[0] == [together.texts_KB[0][place]]
     assert len(set(together.loss_KB[0].tolist())) == len(RECORDS)
@@ -361,7 +361,7 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     for score in (result["metrics"]["global"], result["metrics"]["per_client_mean"], result["metrics"]["zero_shot"]):
         assert score.keys() == {"bleu", "chrf"}
         assert all(0 <= value <= 100 for value in score.values())
-    assert "everyone's test bleu" in (tmp_path / "run" / "report.md").read_text()
+    assert "everyone's test bleu" in small.page(tmp_path)
     texts = ["the film was good", "bad"]
     answers = told("predict", str(tmp_path / "run"), *[part for text in texts for part in ("--text", text)])
     lines = [json.loads(line) for line in answers.splitlines()]
@@ -391,7 +391,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     training = "local_steps = 4\nbatch_size = 8"
     experiment = parse(toml("smollm2", file, "In one sentence:", 3, 10, training), "things.toml")
     run(experiment, tmp_path / "run")
-    bleu = {row["label"]: row["metrics"]["global"]["bleu"] for row in rows(tmp_path / "run")}
+    bleu = {row["label"]: row["metrics"]["global"]["bleu"] for row in load_results(tmp_path / "run")}
     assert bleu["fedavg"] > bleu["zero_shot"] + 20
     opened = open_library(tmp_path / "run")
     records = [Record(f"row {i}", line) for i, line in enumerate(lines[::8])]

@@ -35,7 +35,7 @@ SIGNATURE = "signature/"
 
 class Config(FrozenConfig):
     """`num_prototypes`: clusters at most, or "auto" (see `cosine_kmeans`). `space` of the signatures: "delta", what a
-    client learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the
+    client learned when it first started from the shared prompt; "offset", how far it has come from it since; "prompt", the
     prompt it reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at
     all: the clients' public `by` (the oracle, where that is the task).
 
@@ -47,7 +47,7 @@ class Config(FrozenConfig):
     """
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
-    space: Literal["delta", "way", "prompt", "function", "metadata"] = "delta"
+    space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
     by: str = "group"
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)
@@ -133,6 +133,9 @@ class Ficpd(Method):
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
         return State(arrays, {**state.facts, **facts, **means.facts})
+
+    def global_prompt(self, state: State) -> Tensor:
+        return state.arrays["global"]
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}

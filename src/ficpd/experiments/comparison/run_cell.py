@@ -16,7 +16,6 @@ from ficpd.experiments.build import ExperimentContext, build_context, with_confi
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.distillation import validate_distillation
-from ficpd.experiments.report.markdown import report
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import Progress, run_method
 from ficpd.experiments.setup import build_method
@@ -70,15 +69,12 @@ def run_cell(
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(context.experiment))
     result = run_method(context, context.experiment.method, directory, floor, progress)
-    directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     figures = figures_of(result, rounds)
-    broken = figures["figures"]["own"] is None
-    said = {
-        "status": "failed",
-        "reason": "its figure is no number: the tuning went astray; try a smaller learning rate",
-    }
-    ended = said if broken else {"status": "done", "reason": None}
+    ended: dict[str, str | None] = {"status": "done", "reason": None}
+    if figures["figures"]["own"] is None:
+        reason = "its figure is no number: the tuning went astray; try a smaller learning rate"
+        ended = {"status": "failed", "reason": reason}
     return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(context.shards)}
 
 
@@ -92,8 +88,7 @@ def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Ou
         "task": result["task"],
         "backbone": result["backbone"]["name"],
         "figures": {
-            "own": last["own"],
-            "everyone": last["everyone"],
+            **{key: last[key] for key in ("own", "everyone")},
             "worst": finite(scores["per_client_worst"][main.name]),
         },
         "rounds": len(rounds),
@@ -122,12 +117,8 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
 
     def point(place: int, own: float, everyone: float | None) -> dict[str, Any]:
         spent = {"bytes_up": up[place], "bytes_down": down[place], "queries": queries[place], "seconds": seconds[place]}
-        return {
-            "round": rounds[place - 1]["round"] if place else 0,
-            "own": finite(own),
-            "everyone": finite(everyone),
-            **spent,
-        }
+        at = rounds[place - 1]["round"] if place else 0
+        return {"round": at, "own": finite(own), "everyone": finite(everyone), **spent}
 
     points = [
         point(place, line["metrics"][f"own_{metric}"], line["metrics"].get(f"global_{metric}"))
