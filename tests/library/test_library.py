@@ -174,7 +174,7 @@ def test_a_library_without_keys_finds_no_nearest_prompt(model):
 @pytest.mark.parametrize("name", ["start", "key/a", "readout/a"])
 def test_a_name_that_the_file_needs_is_no_prompts(tmp_path, model, name):
     begin = small.start(model, small.classes())
-    with pytest.raises(LibraryError, match=f"cannot be named '{name}'"):
+    with pytest.raises(LibraryError, match=f"prompt name '{name}'"):
         PromptLibrary(begin, {name: begin}, CARD).save(tmp_path / "lib")
     assert list(tmp_path.iterdir()) == []
 
@@ -286,8 +286,8 @@ def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     given = library(model)
     facts = {"task": "own", "shots": 5, "way": "compose"}
     told = replace(given, card={**CARD, "adapted": facts}).page()
-    assert "adapted: to 5 records of its owner by compose" in told
-    assert "no guarantee covers those records" in told
+    assert "adapted: to 5 records by compose" in told
+    assert "no privacy guarantee for those records" in told
     assert "demonstrations" not in told
     shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()
     assert "demonstrations beside it" in shown

@@ -151,24 +151,23 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
 
 def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
     """Saves the prompt or LoRA weights with PEFT, on a model without weights."""
+    import peft
     import transformers
 
     common = {"task_type": kind.task_type, "inference_mode": True}
+    vectors_PD = prompt.vectors_PD
     with warnings.catch_warnings():  # PEFT uses names that transformers deprecates
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             empty = getattr(transformers, kind.auto).from_config(config)
-        model = (_with_lora if prompt.enters_at == LORA else _with_prompt)(empty, prompt.vectors_PD, common)
+        if prompt.enters_at == LORA:
+            model = _with_lora(empty, vectors_PD, common)
+        else:
+            tuning = peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common)
+            model: Any = peft.get_peft_model(empty, tuning)
+            model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
         model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)
-
-
-def _with_prompt(empty: Any, vectors_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
-    import peft
-
-    model: Any = peft.get_peft_model(empty, peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common))
-    model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
-    return model
 
 
 def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
@@ -221,7 +220,7 @@ def reentry_lines(card: Mapping[str, Any]) -> list[str]:
     facts = card["reentered"]
     before, after = facts["before"], facts["after"]
     measure = "minus log-likelihood of its words" if facts["writes"] else "mean squared difference of the logits"
-    weak = ": random words; quality on real texts may be low" if facts["weak"] else ""
+    weak = ": quality on real texts may be low" if facts["weak"] else ""
     vain = "" if facts["helped"] else "; tuning did not help, so it is the untuned start: give more texts"
     return [
         f"imitates a prompt that enters at layer {facts['from_layer']}; {facts['steps']} steps on {facts['tuned_on']} "

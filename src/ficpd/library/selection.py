@@ -117,7 +117,11 @@ def cross_validate(shots: FewShotSet, ways: Sequence[str], model: QueryEngine) -
     targets_B = shots.batch.targets
     variants = draws[0]
     losses = {name: torch.stack([_comparable(draw[name], targets_B) for draw in draws]).mean(0) for name in variants}
-    return _table(losses, {name: [_scored(shots, draw[name]) for draw in draws] for name in variants})
+    if shots.task.max_new_tokens:  # decoding is slow
+        return _table(losses, {name: [{}] for name in variants})
+    truths = shots.task.targets(shots.records)
+    scores = {name: [shots.task.score(draw[name].predicted, truths) for draw in draws] for name in variants}
+    return _table(losses, scores)
 
 
 def _cross_validate_once(
@@ -152,11 +156,6 @@ def _comparable(held: HeldOutResult, targets_B: Tensor | None) -> Tensor:
         return held.loss_B
     tried = [F.cross_entropy(held.logits_BC / t, targets_B, reduction="none") for t in TEMPERATURES]
     return min(tried, key=lambda loss_B: float(loss_B.mean()))
-
-
-def _scored(shots: FewShotSet, held: HeldOutResult) -> Score:
-    """Returns the task's score, or none for a generation task, where decoding is slow."""
-    return {} if shots.task.max_new_tokens else shots.task.score(held.predicted, shots.task.targets(shots.records))
 
 
 def _table(loss_B: Mapping[str, Tensor], scores: Mapping[str, list[Score]]) -> dict[str, Score]:

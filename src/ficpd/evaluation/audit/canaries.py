@@ -30,13 +30,8 @@ Streams = Callable[[int], NoiseSource]
 
 
 def lower_bound(
-    mechanism: Mechanism,
-    plan: ClientWorkload,
-    delta: float,
-    trials: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> float:
+    mechanism: Mechanism, plan: ClientWorkload, delta: float, trials: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> float:  # fmt: skip
     """Returns a lower bound on the mechanism's epsilon at `delta` for a run of this plan; 0 if none can be given.
 
     `num_trials` sets the number of runs. Raises `PrivacyError` for a mechanism without a guarantee.
@@ -85,7 +80,7 @@ def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
                 sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
         return _log_ratios(sums, mechanism, "step")
 
-    return _in_both_worlds(run, trials, stream)
+    return _run_trials(run, trials, stream)
 
 
 def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
@@ -101,7 +96,7 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
     def sent(update: ClientUpdate, noise: NoiseSource) -> float:
         return sum(float(mechanism.privatize_update(update, noise).arrays["delta"]) for _ in range(plan.participations))
 
-    return _in_both_worlds(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
+    return _run_trials(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
 
 
 def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
@@ -130,12 +125,12 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
         return _log_ratios(sums, mechanism, "sum")
 
     try:
-        return _in_both_worlds(run, trials, stream)
+        return _run_trials(run, trials, stream)
     finally:
         ledger.close()
 
 
-def _in_both_worlds(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
+def _run_trials(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
     pairs = [run(stream(trial)) for trial in range(trials)]
     return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 

@@ -64,7 +64,7 @@ def distinct(examples: Sequence[SyntheticExample]) -> FilterResult:
         grams = grams_of(example.text)
         if all(len(grams & other) < ALIKE * len(grams | other) for _, other in kept):
             kept.append((example, grams))
-    return FilterResult([example for example, _ in kept], _counted("near duplicate", len(examples) - len(kept)))
+    return FilterResult([example for example, _ in kept], +Counter({"near duplicate": len(examples) - len(kept)}))
 
 
 def balanced(examples: Sequence[SyntheticExample], ratio: float = 2.0) -> FilterResult:
@@ -77,7 +77,7 @@ def balanced(examples: Sequence[SyntheticExample], ratio: float = 2.0) -> Filter
         if taken[example.label] < most:
             taken[example.label] += 1
             kept.append(example)
-    return FilterResult(kept, _counted("more than its label's share", len(examples) - len(kept)))
+    return FilterResult(kept, +Counter({"more than its label's share": len(examples) - len(kept)}))
 
 
 def memorised(
@@ -106,7 +106,7 @@ def memorised(
 def drop_memorised(examples: Sequence[SyntheticExample], private: Sequence[Record], words: int = 8) -> FilterResult:
     """Drops the memorised examples."""
     found = set(memorised(examples, private, words))
-    return FilterResult([example for example in examples if example not in found], _counted("memorised", len(found)))
+    return FilterResult([example for example in examples if example not in found], +Counter({"memorised": len(found)}))
 
 
 # ---------------------------------------------------------------- records and files
@@ -159,7 +159,3 @@ def grams_of(text: str) -> set[tuple[str, ...]]:
     """Returns all trigrams of words; of a shorter text the whole."""
     words = words_of(text)
     return _runs(words, min(GRAM, len(words)))
-
-
-def _counted(reason: str, number: int) -> Counter[str]:
-    return Counter({reason: number} if number else {})

@@ -5,7 +5,7 @@ task is a prototype: synthetic examples with its labels (`generation.labelled`).
 derivatives are used. The gain is measured on held-out examples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,9 +43,8 @@ class InnerLoop:
         """Tunes the prompt on each support; returns [E, P, D]."""
         optimizer, works = load("optimizers", self.optimizer), {}
         for place, support in enumerate(supports):
-            learner = LocalLearner(str(place), support, rng.derive_seed(seed, place))
-            steps = learner.batches(self.steps, self.batch_size)
-            works[learner.id] = optimizer.tune(learner, start_PD, steps, learning_rate=self.rate)
+            steps = batches(support, self.steps, self.batch_size, rng.derive_seed(seed, place))
+            works[str(place)] = optimizer.tune(LocalLearner(str(place)), start_PD, steps, learning_rate=self.rate)
         done = run_all(model, works)  # type: ignore[arg-type]  # `answer` is enough, which a `Model` has
         return torch.stack([done[name] for name in works]).detach().cpu()
 
@@ -55,12 +54,7 @@ class LocalLearner:
     """The `ClientContext` of an optimizer on synthetic examples, without mechanism or ledger."""
 
     id: str
-    examples: Batch
-    seed: int
     subspace: None = None
-
-    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
-        return batches(self.examples, steps, batch_size, self.seed)
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         return values_KB.mean(1).cpu()

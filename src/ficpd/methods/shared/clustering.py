@@ -109,15 +109,12 @@ def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
         if labels.count(smallest) >= least:
             break
         others = sorted(set(labels) - {smallest})
-        centres = torch.stack([_centre(unit_ND, labels, k) for k in others])
+        members = [unit_ND[[label == k for label in labels]] for k in others]
+        centres = torch.stack([F.normalize(of.mean(0), dim=0) for of in members])
         for place, label in enumerate(labels):
             if label == smallest:
                 labels[place] = others[int((centres @ unit_ND[place]).argmax())]
     return labels
-
-
-def _centre(unit_ND: Tensor, labels: Sequence[int], cluster: int) -> Tensor:
-    return F.normalize(unit_ND[[label == cluster for label in labels]].mean(0), dim=0)
 
 
 def relabel_clusters(
