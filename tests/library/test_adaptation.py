@@ -442,7 +442,7 @@ def test_with_one_class_nothing_is_tried(library, model):
     given = [record for record in records("heat", 24, 3) if record.fields["target"] == "cold"]
     found = selection.adapt(library, given, task_of("heat"), model, TRAINING)
     assert (found.way, found.fitted.note) == ("nearest", "heat")
-    assert "all 12 records are 'cold'" in found.said
+    assert "all 12 records have the label 'cold'" in found.said
     asked = selection.adapt(library, given, task_of("heat"), model, TRAINING, "demonstrations")
     assert asked.table == {}
     assert "as requested" in asked.said
