@@ -325,10 +325,10 @@ def test_a_library_without_data_goes_by_what_the_task_is(ficpd, folder, tmp_path
     status, out, _ = ficpd(*call)
     assert status == 0
     assert "0 records are too few" in out
-    assert "no prompt was made for such a task" in out
+    assert "no prompt was tuned for a similar task" in out
     assert "left the start as it is" in out
     assert json.loads(ficpd("predict", tmp_path / "mine", "--text", "dull")[1])["prediction"] in "ab"
-    assert "there is no record to adapt to" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
+    assert "no records for --how tune" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
 
 
 def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):
