@@ -71,7 +71,8 @@ class Site:
 
     def __init__(
         self, config: SiteConfig, shard: ClientData, task: Task, model: QueryEngine,
-        own: tuple[str, str] = ("", "site.toml"), say: Callable[[str], None] = lambda line: None, lock: "threading.Lock | None" = None,
+        own: tuple[str, str] = ("", "site.toml"), say: Callable[[str], None] = lambda line: None,
+        lock: "threading.Lock | None" = None,
     ):  # fmt: skip
         self.config, self.shard, self.task, self.model, self.own, self.say = config, shard, task, model, own, say
         self.folder = config.state
