@@ -8,7 +8,7 @@ from ficpd.types import Assignment, Prompt
 def validate_assignment(assignment: Assignment, method: Method, start: Prompt, last: int) -> None:
     """Raises `CodecError` for an assignment of another method, round or shape than the run's (`start`, `last` round)."""
     if assignment.method != method.name:
-        raise CodecError(f"the order is of {assignment.method!r}, and the run of {method.name!r}")
+        raise CodecError(f"assignment.method = {assignment.method!r}, expected the run's {method.name!r}")
     if type(assignment.round) is not int or not 1 <= assignment.round <= last + 1:
-        raise CodecError(f"the order's round is {assignment.round!r}, expected 1 to {last}")
+        raise CodecError(f"assignment.round = {assignment.round!r}, expected 1 to {last}")
     method.validate_assignment(assignment, start)
