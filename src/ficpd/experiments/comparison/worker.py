@@ -1,6 +1,6 @@
 """A worker process: jobs come in as JSON lines, events go out as JSON lines; when its input ends, so does it.
 
-    python -m ficpd.experiments.comparison.worker FOLDER
+    python -m ficpd.experiments.comparison.worker FOLDER [FOLDER OF MODULES ...]
 
 In: {"key", "experiment": TOML, "ground"}. Out: {"key", "method", "done", "planned", "figures"} for a round,
 {"warning": text}, and {"key", "status", "reason"} once `FOLDER/KEY.json` is written. Nothing else may write to the standard
@@ -22,6 +22,7 @@ from ficpd.errors import BackboneError, ConfigError, FicpdError, PrivacyError
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.comparison.run_cell import ContextCache, Outcome, run_cell
 from ficpd.experiments.config import parse
+from ficpd.registry import search_in
 from ficpd.storage import atomic_write
 
 CANNOT = (ConfigError, PrivacyError, BackboneError)
@@ -93,4 +94,6 @@ def _say(out: TextIO, event: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    for place in sys.argv[2:]:
+        search_in(Path(place))
     main(Path(sys.argv[1]))

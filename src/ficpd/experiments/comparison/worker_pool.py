@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ficpd.experiments.comparison.worker import result_event
+from ficpd.registry import SEARCHED
 from ficpd.storage import atomic_write
 
 WORKER = "ficpd.experiments.comparison.worker"
@@ -91,14 +92,18 @@ class WorkerPool:
             return job
 
     def _started(self, place: int) -> subprocess.Popen[str] | None:
-        """A session of its own: the terminal's Ctrl-C is for the one process that can stop them all in order."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        """Starts a process that finds the same modules as this one.
+
+        It has a session of its own: the terminal's Ctrl-C is for the one process that can stop them all in order.
+        """
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **paths}
         with self._guard:
             if self._stopped:
                 return None
             with open(self._words(place), "wb") as words:
                 self._processes[place] = subprocess.Popen(
-                    [sys.executable, "-m", WORKER, str(self.folder)], text=True, env=environment,
+                    [sys.executable, "-m", WORKER, str(self.folder), *SEARCHED], text=True, env=environment,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True,
                     pass_fds=(self.lock,),
                 )  # fmt: skip
