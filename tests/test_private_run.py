@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypa
 
     whole = small.run(tmp_path / "whole", method, *TWO)
     experiment = small.experiment(tmp_path / "cut", method, *TWO)
-    cut, calls = (Account, "settle") if when == "before the ledger" else (RunDir, "save"), []
+    cut, calls = (Account, "commit") if when == "before the ledger" else (RunDir, "save"), []
     original = getattr(*cut)
 
     def dies(*given):

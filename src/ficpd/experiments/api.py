@@ -9,14 +9,13 @@ from ficpd.errors import ConfigError
 from ficpd.experiments import runner
 from ficpd.experiments.comparison.compare import compare as run_grid
 from ficpd.experiments.comparison.grid import read_plan
+from ficpd.experiments.comparison.worker import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
 from ficpd.experiments.report.markdown import rows
 from ficpd.library.card import guarantee
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-Event = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,18 @@ def default_directory(experiment: Experiment) -> Path:
 
 def compare(
     recipe: str | Path, out: str | Path | None = None, *, ablate: Sequence[str] = (), jobs: int | None = None,
-    redo: bool = False, progress: Callable[[Event], None] = lambda event: None,
+    progress: Callable[[Event], None] = lambda event: None,
 ) -> FinishedComparison:  # fmt: skip
     """Runs the cells of a comparison that `out` does not hold yet, in worker processes.
+
+    A script that calls this needs the guard `if __name__ == "__main__":`.
 
     recipe: a TOML file, or a comparison that comes with the package.
     out: the folder; None: `runs/compare-NAME`.
     ablate: settings to sweep over, such as "privacy.epsilon=1,2,4".
     jobs: runs at a time; None: one for each core, one on a GPU.
-    redo: replaces results of another version.
     progress: called with each event of a worker.
     """
     plan = read_plan(str(recipe), ablate)
     directory = Path(out) if out else Path("runs") / f"compare-{plan.spec.name}"
-    return FinishedComparison(directory, run_grid(plan, directory, jobs, redo, seen=progress))
+    return FinishedComparison(directory, run_grid(plan, directory, jobs, seen=progress))

@@ -15,7 +15,7 @@ WORDS = "words"
 def join_names(names: Iterable[str], most: int = 20) -> str:
     """Names for a sentence.
 
-    >>> listed(["a", "b", "c"], 2)
+    >>> join_names(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     names = list(names)

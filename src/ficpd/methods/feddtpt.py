@@ -146,7 +146,7 @@ def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
 def argmin_first(mean_K: Tensor) -> int:
     """The place of the least, the first of several: what stands there stays unless another word is better.
 
-    >>> least(torch.tensor([0.25, 0.5, 0.25]))
+    >>> argmin_first(torch.tensor([0.25, 0.5, 0.25]))
     0
     """
     return int((mean_K == mean_K.min()).nonzero()[0])

@@ -33,7 +33,7 @@ SIGNATURE = "signature/"
 
 class Config(BaseModel):
     """`num_prototypes`: clusters at most, or "auto" (see `cosine_kmeans`). `space` of the signatures: "delta", what a
-    client learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the
+    client learned when it first started from the shared prompt; "offset", how far it has come from it since; "prompt", the
     prompt it reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at
     all: the clients' public `by` (the oracle, where that is the task).
 
@@ -46,7 +46,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
-    space: Literal["delta", "way", "prompt", "function", "metadata"] = "delta"
+    space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
     by: str = "group"
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)

@@ -54,7 +54,7 @@ class LocalTrainingConfig(BaseModel):
     def rate(self, round: int, num_rounds: int) -> float:
         """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.
 
-        >>> Training(learning_rate=1.0, decay=0.2).rate(1, 1)
+        >>> LocalTrainingConfig(learning_rate=1.0, decay=0.2).rate(1, 1)
         1.0
         """
         assert self.learning_rate is not None, "resolved from the backbone's default before a method is built"

@@ -15,7 +15,7 @@ from ficpd.experiments.report.load import opened
 from ficpd.experiments.report.markdown import report, rows, table
 from ficpd.experiments.run_directory import RunDir
 
-OWN = "[method]\nname = 'fedavg'\n[method.robust]\nrule = 'trimmed_mean'\npoisoned = 2\n"
+OWN = "[method]\nname = 'fedavg'\n[method.robust]\nrule = 'trimmed_mean'\nnum_byzantine = 2\n"
 PLAIN = "[method]\nname = 'fedavg'\n"
 OTHER = "fedavg, default settings"
 

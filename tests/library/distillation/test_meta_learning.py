@@ -342,7 +342,7 @@ def test_an_inner_loop_that_fails_is_heard(model, monkeypatch):
         patch.setattr(meta_learning, "load", lambda kind, name: Broken)
         with pytest.raises(FloatingPointError, match="the optimizer's own"):
             reptiles(model, tasks, begin)
-    monkeypatch.setattr(model.backbone, "gives_gradients", False)
+    monkeypatch.setattr(model.backbone, "supports_gradients", False)
     with pytest.raises(BackboneError, match="no gradients"):
         reptiles(model, tasks, begin)
 

@@ -37,7 +37,7 @@ class AttackMetrics:
 def attack_metrics(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> AttackMetrics:
     """One attack's outcome. The seed fixes the bootstrap and the halves.
 
-    >>> outcome([0.9, 0.8, 0.2, 0.1], [True, True, False, False], seed=0).auc
+    >>> attack_metrics([0.9, 0.8, 0.2, 0.1], [True, True, False, False], seed=0).auc
     1.0
     """
     score, member = _checked(score_N, member_N)

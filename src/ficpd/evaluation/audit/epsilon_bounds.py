@@ -26,7 +26,7 @@ def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: fl
         If the runs are independent, with probability `confidence` over them the true epsilon at `delta` of the mechanism,
         for neighbours that differ as the worlds do, is at least the number returned. It is 0 when nothing can be said.
 
-    >>> round(two_worlds([0.0] * 200, [1.0] * 200, delta=0.0), 2)
+    >>> round(two_world_bound([0.0] * 200, [1.0] * 200, delta=0.0), 2)
     3.28
     """
     _check(delta, confidence)
@@ -54,7 +54,7 @@ def one_run_bound(
         over coins and run the mechanism's true epsilon at `delta`, for adding or removing one canary's unit, is at least
         the number returned. It is 0 when nothing can be said.
 
-    >>> round(one_run([0.0] * 500 + [1.0] * 500, [False] * 500 + [True] * 500, delta=0.0), 2)
+    >>> round(one_run_bound([0.0] * 500 + [1.0] * 500, [False] * 500 + [True] * 500, delta=0.0), 2)
     4.71
     """
     _check(delta, confidence)

@@ -65,7 +65,7 @@ class AttackData:
 def yeom(evidence: AttackData) -> np.ndarray:
     """The prompt fits members better: minus the loss (Yeom et al., CSF 2018, arXiv 1709.01604, adversary 2). [N]
 
-    >>> yeom(Evidence([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
+    >>> yeom(AttackData([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
     array([-0.1, -2. ])
     """
     return -evidence.target_N

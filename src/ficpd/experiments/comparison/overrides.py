@@ -128,15 +128,10 @@ def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[
         if not path.startswith("method."):
             continue
         key = path.split(".")[1]
-        having = [
-            label
-            for label, piece in named.items()
-            if key in load("methods", piece["method"]["name"]).Config.model_fields
-        ]
+        fields = {label: load("methods", piece["method"]["name"]).Config.model_fields for label, piece in named.items()}
+        having = [label for label in named if key in fields[label]]
         if not having:
-            known = {
-                k for piece in named.values() for k in load("methods", piece["method"]["name"]).Config.model_fields
-            }
+            known = {field for one in fields.values() for field in one}
             raise ConfigError(f"--ablate {path}: no method here has it: {did_you_mean('setting', key, known)}")
         named = {
             new: variant
@@ -171,7 +166,7 @@ def _variants(label: str, piece: Piece, path: str, values: list[Any]) -> dict[st
 def format_value(value: Any) -> str:
     """A swept value in a label.
 
-    >>> shown(0.5), shown("adam"), shown(True), shown([1, 2])
+    >>> format_value(0.5), format_value("adam"), format_value(True), format_value([1, 2])
     ('0.5', 'adam', 'true', '[1, 2]')
     """
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -206,21 +201,17 @@ def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple
 def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """The tree with the piece's keys in its parts. A part of another name or kind takes the old one's place whole.
 
-    >>> laid_over({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
+    >>> merge({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
     {'training': {'s': 2, 'n': 4}, 'task': {'name': 'b'}}
     """
     tree = dict(tree)
     for key, part in piece.items():
         before = tree.get(key)
-        if not isinstance(part, Mapping) or not isinstance(before, Mapping) or _another(before, part):
-            tree[key] = part
-        else:
-            tree[key] = {**before, **part}
+        if isinstance(part, Mapping) and isinstance(before, Mapping):
+            renamed = any(name in part and part[name] != before.get(name) for name in ("name", "kind"))
+            part = part if renamed else {**before, **part}
+        tree[key] = part
     return tree
-
-
-def _another(before: Piece, part: Piece) -> bool:
-    return any(key in part and part[key] != before.get(key) for key in ("name", "kind"))
 
 
 def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:

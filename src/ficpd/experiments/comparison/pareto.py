@@ -44,7 +44,7 @@ def _points(seen: ResultView, rows: Sequence[Row], cost: Any) -> list[dict[str, 
 def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = False) -> list[bool]:
     """Of (cost, value) pairs, which no other beats: none that costs no more and is no worse, and better in one of both.
 
-    >>> on_front([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.7)])
+    >>> is_pareto([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.7)])
     [True, True, False, True]
     """
     sign = -1 if less_is_better else 1

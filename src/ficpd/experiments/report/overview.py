@@ -38,7 +38,7 @@ def headline(run: Finished) -> str:
 def format_gap(main: Metric, value: float, other: float) -> str:
     """How far a figure is from another one, in a reader's words.
 
-    >>> apart(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), apart(Metric("rmse", less_is_better=True), 1.2, 1.2)
+    >>> format_gap(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), format_gap(Metric("rmse", less_is_better=True), 1.2, 1.2)
     ('5.6 points above', 'the same as')
     """
     gap = main.shown(abs(value - other))

@@ -43,7 +43,7 @@ class FilterResult(NamedTuple):
     def summary(self) -> str:
         """One line for a report.
 
-        >>> Made([], Counter({"near duplicate": 12, "votes disagree": 3})).said()
+        >>> FilterResult([], Counter({"near duplicate": 12, "votes disagree": 3})).summary()
         '0 examples; dropped: 12 near duplicate, 3 votes disagree'
         """
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))

@@ -132,9 +132,9 @@ def few_shot_prefix(wish: str, form: PromptTemplate) -> str:
 def clean_text(text: str, asked: str) -> tuple[str, str | None]:
     """The first line that says something, and why it cannot be used (None: it can).
 
-    >>> cleaned('Sure, here is one:\\n"The match went to extra time', "")
+    >>> clean_text('Sure, here is one:\\n"The match went to extra time', "")
     ('The match went to extra time', None)
-    >>> cleaned("1) 4 + 4 = 8 = 9 - 1", "")[1]
+    >>> clean_text("1) 4 + 4 = 8 = 9 - 1", "")[1]
     'no text'
     """
     lines = (re.sub(r"^([-*•]|\d+[.)])\s+", "", line.strip()).strip("\"'“”‘’` ") for line in text.splitlines())

@@ -66,10 +66,10 @@ class LocalLearner:
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
         return batches(self.examples, steps, batch_size, self.seed)
 
-    def mean(self, values_KB: Tensor) -> Tensor:
+    def private_mean(self, values_KB: Tensor) -> Tensor:
         return values_KB.mean(1).cpu()
 
-    def total(self, name: str, values_BN: Tensor) -> Tensor:
+    def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
         return values_BN.sum(0).cpu()
 
 

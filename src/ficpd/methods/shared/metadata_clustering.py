@@ -49,7 +49,7 @@ def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
     categories and of the difference over the range for numbers. Two cards that share no stated field are 1 apart, two that
     state nothing at all 0.
 
-    >>> gower([{"country": "fr", "beds": 100}, {"country": "fr", "beds": 300}, {"country": "de"}], ["country", "beds"])
+    >>> gower_distance([{"country": "fr", "beds": 100}, {"country": "fr", "beds": 300}, {"country": "de"}], ["country", "beds"])
     array([[0. , 0.5, 1. ],
            [0.5, 0. , 1. ],
            [1. , 1. , 0. ]])
