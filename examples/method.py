@@ -1,7 +1,6 @@
 """A method of your own: FedAvg whose clients send only the signs of their update.
 
-`ficpd run ... --set method.name=examples.method`, from the folder above, finds this module by its dotted name. As a script
-it does the same.
+`ficpd run ... --set method.name=examples.method` finds this module by its dotted name, from the folder above.
 """
 
 import tempfile

@@ -11,7 +11,7 @@ from ficpd.experiments.comparison.compare import compare as run_grid
 from ficpd.experiments.comparison.grid import read_plan
 from ficpd.experiments.comparison.worker import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 from ficpd.library.card import guarantee
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(
         raise ConfigError('engine.name = "flower": real sites are not simulated; start the run with `ficpd run`')
     directory = Path(out) if out else default_directory(experiment)
     runner.run(experiment, directory, resume, progress or runner.no_progress)
-    *baselines, result = rows(directory)
+    *baselines, result = load_results(directory)
     return FinishedRun(directory, result, baselines)
 
 

@@ -10,7 +10,7 @@ from ficpd.evaluation.audit.report import Audit, LowerBound, table, verdict
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.markdown import chosen
+from ficpd.experiments.report.summary import format_noise_multipliers
 
 MOST = 200
 
@@ -21,7 +21,13 @@ MOST = 200
 def ledger(run: Finished) -> Section | None:
     privacy = run.own["privacy"]
     if privacy.get("at_most"):
-        return _agreed(privacy) if privacy["epsilon"] is not None else None
+        if privacy["epsilon"] is None:
+            return None
+        said = (
+            f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site "
+            "has spent, its own ledger says (ficpd site status)."
+        )
+        return Section("privacy", "Privacy", [Text(said)])
     if privacy.get("epsilon") is None:
         return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
     if not privacy.get("lines"):
@@ -29,14 +35,6 @@ def ledger(run: Finished) -> Section | None:
     return Section(
         "privacy", "The privacy ledger", [_promise(privacy), *_shares(privacy), _lines(privacy), *_sites(privacy)]
     )
-
-
-def _agreed(privacy: Mapping[str, Any]) -> Section:
-    said = (
-        f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site has "
-        "spent, its own ledger says (ficpd site status)."
-    )
-    return Section("privacy", "Privacy", [Text(said)])
 
 
 def _promise(privacy: Mapping[str, Any]) -> Text:
@@ -48,8 +46,9 @@ def _promise(privacy: Mapping[str, Any]) -> Text:
     return Text(
         f"ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}, by {privacy['mechanism']}; the unit is one "
         f"{privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise multipliers "
-        f"{chosen(privacy)}; counted by {privacy['accountant']}. Each method of this page is a run of its own: a member "
-        f"that took part in several would pay for each.{simulated}"
+        f"{format_noise_multipliers(privacy)} ({privacy['noise']} noise); counted by {privacy['accountant']}. Each method "
+        "of this page is a run of its own: a member that took part in several would pay for each. Test scores are the "
+        f"simulation's own view: they do not leave a site.{simulated}"
     )
 
 
@@ -87,9 +86,7 @@ def _sites(privacy: Mapping[str, Any]) -> list[Figure]:
     budget, values = privacy["budget"], list(spent.values())
     most = max([*values, budget or 0.0])
     plot = figures.dots(list(spent), {"ε": values}, "ε", line=budget, shown=".3f")
-    plot["layout"] |= {"height": 90 + 24 * len(spent)}
-    plot["layout"]["xaxis"] |= {"range": [0, 1.08 * most], "zeroline": True}
-    plot["data"][0]["marker"] |= {"size": 9}
+    plot.update_layout(height=90 + 24 * len(spent), xaxis_range=[0, 1.08 * most]).update_traces(marker_size=9)
     return [
         Figure(
             "sites", "What each member spent", "ε of everything it released." + (" Dashed: the budget." if budget else ""),
