@@ -98,7 +98,7 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
     """Checks every name in the experiment that may import a module."""
     tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
     parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
-    named = [part.get("name") for part in (*parts, *tasks)]
+    named = [part.get("name") for part in (*parts, *tasks, *tree.get("metrics", ()))]
     named += [
         tree.get("training", {}).get("optimizer"),
         tree.get("backbone", {}).get("kind"),

@@ -34,7 +34,7 @@ from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_conf
 from ficpd.interfaces import Compression, Task
 from ficpd.library.card import guarantee
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, local_training_config, open_library
+from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
 from ficpd.method import Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import build_config
@@ -107,7 +107,7 @@ def audit_library(
 
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
-    opened = open_library(Path(folder), device)
+    opened = load_library(folder, device=device)
     library, card = opened.library, opened.library.card
     name = _named(library, prompt)
     training = local_training_config(library)

@@ -157,7 +157,7 @@ def load_and_partition(experiment: Experiment) -> PartitionedData:
     """Raises `DataError` or `ConfigError` where the data are not what the experiment says."""
     tasks, shards, group_of = {}, {}, {}
     for group, party in experiment.all_groups.items():
-        tasks[group] = build_task(party.task)
+        tasks[group] = build_task(party.task, experiment.metrics)
         dealt = _dealt(group, party, experiment.seed)
         _check_targets(tasks[group], dealt)
         if experiment.fairness.group:
