@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ficpd.experiments.api import compare as compare
     from ficpd.experiments.api import run as run
     from ficpd.experiments.config import Experiment as Experiment
+    from ficpd.federation.method import Method as Method
     from ficpd.interfaces import Backbone as Backbone
     from ficpd.interfaces import Mechanism as Mechanism
-    from ficpd.interfaces import Method as Method
     from ficpd.interfaces import Task as Task
     from ficpd.library.session import load_library as load_library
 
@@ -29,7 +29,8 @@ _MODULES = {
     "compare": "experiments.api",
     "load_library": "library.session",
     "Experiment": "experiments.config",
-    **dict.fromkeys(("Backbone", "Mechanism", "Method", "Task"), "interfaces"),
+    "Method": "federation.method",
+    **dict.fromkeys(("Backbone", "Mechanism", "Task"), "interfaces"),
 }
 
 
