@@ -55,7 +55,7 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
     """With the same queries: those whose losses are high are not among the parents of the next generation."""
     left = {}
     for kind in (FedBpt, Averages):
-        of = kind(type(method().config)(ratio=False, dimension=48), 0)
+        of = kind(type(method().config)(ratio=False, dimension=48), small.TRAINING)
         members = small.clients(model, of, 6)
         bowls, state = Bowls(model, members), small.first_state(of, members, 40)
         for round in range(1, 41):
