@@ -27,7 +27,6 @@ from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
 from ficpd.tasks.build import build_task
 from ficpd.tasks.demonstrations import Demonstrations
-from ficpd.traits import Classifies
 from ficpd.types import Batch, Prompt, Query, Record, Score
 
 if TYPE_CHECKING:
@@ -74,8 +73,9 @@ class LibrarySession:
 
         answer = self.model.answer([Query(vectors_PD[None], batch, outputs=True)])[0]
         assert answer.outputs_KB is not None
-        shares_BC = chosen.logits(answer.outputs_KB, batch).softmax(-1)
-        frame = pd.DataFrame(shares_BC.tolist(), columns=list(chosen.label_space))
+        logits_BC = chosen.logits(answer.outputs_KB, batch)
+        assert logits_BC is not None
+        frame = pd.DataFrame(logits_BC.softmax(-1).tolist(), columns=list(chosen.label_space))
         frame.insert(0, "label", chosen.predict(answer, batch), allow_duplicates=True)
         return frame
 
