@@ -1,21 +1,28 @@
-"""What the pages tell a reader to write is what the program takes."""
+"""The program takes what the pages tell a reader to write, and the pages name what exists."""
 
+import importlib
 import re
+import sys
 import tomllib
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+import ficpd
 from ficpd.experiments import config
 from ficpd.experiments.comparison.grid import expand
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     pytest.param(page, block, id=f"{page.stem}-{number}")
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!a]*.md")))
     for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
+ADDING = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("add_a_*.md")}
+FILES = re.compile(r"```(?:python|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
+NAMED = re.compile(r"`src/ficpd/([\w/-]+)\.py`:? `([\w.]+)`")
 
 
 def test_the_pages_have_recipes():
@@ -33,3 +40,54 @@ def test_a_recipe_of_the_pages_can_be_read(page, block, tmp_path):
     if not ({"task", "data", "partition"} <= tree.keys() or "groups" in tree):
         block = tomli_w.dumps({**tomllib.loads(quick), **tree})
     assert config.parse(block, page.name)
+
+
+@pytest.mark.parametrize("page", sorted(ADDING))
+def test_the_example_of_a_page_runs_and_is_short(page, tmp_path, monkeypatch):
+    files = dict(FILES.findall(ADDING[page]))
+    monkeypatch.setattr("sys.modules", {k: m for k, m in sys.modules.items() if k.partition(".")[0] != "mylab"})
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for recipe in (name for name in files if name.endswith(".toml")):
+        run = ficpd.run(tmp_path / recipe, tmp_path / recipe.removesuffix(".toml"))
+        assert len(run.to_frame()) == 2
+        assert set(re.findall(r"mylab\.\w+", files[recipe])) <= sys.modules.keys()
+        if "[metrics" in files[recipe] or "metrics =" in files[recipe]:
+            assert "kappa_own" in run.to_frame()
+    assert max(len([line for line in text.splitlines() if line]) for text in files.values()) < 40
+
+
+def test_every_step_of_the_tour_is_there():
+    steps = NAMED.findall((ROOT / "docs/tour_of_the_code.md").read_text(encoding="utf-8"))
+    assert len(steps) > 15
+    for file, name in steps:
+        module = importlib.import_module("ficpd." + file.replace("/", "."))
+        assert callable(reduce(getattr, name.split("."), module)), (file, name)
+
+
+def test_the_carriers_of_the_glossary_are_there():
+    lines = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| (.+) \|$", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    carriers = [carrier for line in lines for carrier in re.findall(r"`([\w.]+)`", line)]
+    assert len(lines) >= 40
+    for carrier in carriers:
+        parts = carrier.split(".")
+        place = next(
+            i
+            for i in range(len(parts), 0, -1)
+            if (Path(ficpd.__file__).parent / "/".join(parts[:i])).is_dir()
+            or (Path(ficpd.__file__).parent / ("/".join(parts[:i]) + ".py")).is_file()
+        )
+        module = importlib.import_module("ficpd." + ".".join(parts[:place]))
+        reduce(
+            lambda owner, name: vars(owner).get(name) or getattr(owner, "__annotations__", {})[name],
+            parts[place:],
+            module,
+        )
+
+
+@pytest.mark.parametrize("page", ["glossary", "tour_of_the_code", *sorted(ADDING)])
+def test_the_readme_links_the_page(page):
+    assert f"docs/{page}.md" in (ROOT / "README.md").read_text(encoding="utf-8")
