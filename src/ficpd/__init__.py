@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ficpd.experiments.api import compare as compare
     from ficpd.experiments.api import run as run
     from ficpd.experiments.config import Experiment as Experiment
+    from ficpd.federation.method import Method as Method
     from ficpd.interfaces import Backbone as Backbone
     from ficpd.interfaces import Mechanism as Mechanism
     from ficpd.interfaces import Task as Task
     from ficpd.library.session import load_library as load_library
-    from ficpd.method import Method as Method
 
 __version__ = "0.1.0"
 __all__ = ["Backbone", "Experiment", "Mechanism", "Method", "Task", "compare", "load_library", "run"]
@@ -29,7 +29,7 @@ _MODULES = {
     "compare": "experiments.api",
     "load_library": "library.session",
     "Experiment": "experiments.config",
-    "Method": "method",
+    "Method": "federation.method",
     **dict.fromkeys(("Backbone", "Mechanism", "Task"), "interfaces"),
 }
 

@@ -33,10 +33,10 @@ from ficpd.experiments.setup import (
     with_noise_scale,
 )
 from ficpd.federation import codec
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for, public_seed
 from ficpd.federation.rounds import Round, run_rounds
 from ficpd.library.card import guarantee
-from ficpd.method import Method
 from ficpd.registry import validate
 from ficpd.types import ClientCard, ClientData, FederationInfo, State
 

@@ -16,10 +16,10 @@ from ficpd import storage
 from ficpd.errors import CodecError, ConfigError
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.federation.compression.subspace import GradientSubspace
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import client_workloads
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone, Compression, Subspace, Task
-from ficpd.method import Method
 from ficpd.registry import build_config
 from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 

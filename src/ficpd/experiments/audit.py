@@ -30,12 +30,12 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
 from ficpd.interfaces import Compression, Task
 from ficpd.library.card import guarantee
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
-from ficpd.method import Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import build_config
 from ficpd.types import ClientWorkload, Prompt, Record, State

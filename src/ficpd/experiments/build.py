@@ -22,9 +22,9 @@ from ficpd.experiments.initialization import (
     init_token_prompt,
 )
 from ficpd.federation.client import Client, Encodings
+from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
 from ficpd.interfaces import Compression, Task
-from ficpd.method import Capabilities, Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks.build import build_task
 from ficpd.types import ClientCard, ClientData, Prompt

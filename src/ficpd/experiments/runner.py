@@ -34,11 +34,11 @@ from ficpd.experiments.setup import (
     with_noise_scale,
 )
 from ficpd.federation.client import Client, client_states, load_client_states
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, plan_privacy, privacy_config_for, public_seed
 from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round, run_rounds
 from ficpd.interfaces import Engine
-from ficpd.method import Method
 from ficpd.registry import load, validate
 from ficpd.types import ClientCard, ClientData, FederationInfo, State
 

@@ -10,8 +10,8 @@ import torch
 from ficpd import rng
 from ficpd.errors import BudgetError, CodecError
 from ficpd.federation import codec
+from ficpd.federation.method import Method
 from ficpd.interfaces import Compression, Engine, Model
-from ficpd.method import Method
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 

@@ -74,8 +74,9 @@ class LibrarySession:
         answer = self.model.answer([Query(vectors_PD[None], batch, outputs=True)])[0]
         assert answer.outputs_KB is not None
         logits_BC = chosen.logits(answer.outputs_KB, batch)
-        assert logits_BC is not None
-        frame = pd.DataFrame(logits_BC.softmax(-1).tolist(), columns=list(chosen.label_space))
+        assert logits_BC is not None, "a task with labels has logits"
+        shares_BC = logits_BC.softmax(-1)
+        frame = pd.DataFrame(shares_BC.tolist(), columns=list(chosen.label_space))
         frame.insert(0, "label", chosen.predict(answer, batch), allow_duplicates=True)
         return frame
 

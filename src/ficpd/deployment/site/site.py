@@ -25,10 +25,9 @@ from ficpd.evaluation.evaluate import score_prompt
 from ficpd.federation import codec
 from ficpd.federation.client import Client, calibrated_batch, execute_assignment, personal_prompt, restore_update
 from ficpd.federation.codec import SiteRequest
+from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
-from ficpd.federation.validation import validate_assignment
 from ficpd.interfaces import Mechanism, Task
-from ficpd.method import Method
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
