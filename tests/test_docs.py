@@ -1,21 +1,28 @@
-"""What the pages tell a reader to write is what the program takes."""
+"""The program takes what the pages tell a reader to write, and the pages name what exists."""
 
 import re
+import sys
 import tomllib
+from inspect import get_annotations
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import tomli_w
 
+import ficpd
 from ficpd.experiments import config
 from ficpd.experiments.comparison.grid import expand
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     pytest.param(page, block, id=f"{page.stem}-{number}")
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!a]*.md")))
     for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
+ADDING = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("add_a_*.md")}
+FILES = re.compile(r"```(?:python|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
+NAMED = re.compile(r"`src/ficpd/([\w/-]+)\.py`:\s+`([\w.]+)`")
 
 
 def test_the_pages_have_recipes():
@@ -33,3 +40,39 @@ def test_a_recipe_of_the_pages_can_be_read(page, block, tmp_path):
     if not ({"task", "data", "partition"} <= tree.keys() or "groups" in tree):
         block = tomli_w.dumps({**tomllib.loads(quick), **tree})
     assert config.parse(block, page.name)
+
+
+@pytest.mark.parametrize("page", sorted(ADDING))
+def test_the_example_of_a_page_runs_and_is_short(page, tmp_path, monkeypatch):
+    files = dict(FILES.findall(ADDING[page]))
+    monkeypatch.setattr("sys.modules", {k: m for k, m in sys.modules.items() if k.partition(".")[0] != "mylab"})
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for recipe in (name for name in files if name.endswith(".toml")):
+        run = ficpd.run(tmp_path / recipe, tmp_path / recipe.removesuffix(".toml"))
+        assert len(run.to_frame()) == 2
+        assert set(re.findall(r"mylab\.\w+", files[recipe])) <= sys.modules.keys()
+        if "[metrics" in files[recipe] or "metrics =" in files[recipe]:
+            assert "kappa_own" in run.to_frame()
+    assert max(len([line for line in text.splitlines() if line]) for text in files.values()) < 40
+
+
+def test_every_step_of_the_tour_is_there():
+    steps = NAMED.findall((ROOT / "docs/tour_of_the_code.md").read_text(encoding="utf-8"))
+    assert len(steps) > 20
+    for file, name in steps:
+        assert callable(resolve_name(f"ficpd.{file.replace('/', '.')}:{name}"))
+
+
+def test_every_word_of_the_glossary_is_there():
+    lines = re.findall(r"^\| [^`|]+ \| .+ \| (`.+`) \|$", (ROOT / "docs/glossary.md").read_text("utf-8"), re.MULTILINE)
+    assert len(lines) >= 40
+    for name in (name for line in lines for name in re.findall(r"`([\w.]+)`", line)):
+        owner, _, last = f"ficpd.{name}".rpartition(".")
+        assert last in get_annotations(resolve_name(owner)) or resolve_name(f"ficpd.{name}")
+
+
+@pytest.mark.parametrize("page", ["glossary", "tour_of_the_code", *sorted(ADDING)])
+def test_the_readme_links_the_page(page):
+    assert f"docs/{page}.md" in (ROOT / "README.md").read_text(encoding="utf-8")
