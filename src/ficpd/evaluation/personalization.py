@@ -109,7 +109,7 @@ def _elsewhere(
     places = [(client, place) for client in others for place in range(len(client.test))]
     drawn = torch.randperm(len(places), generator=rng.make_generator(seed, "elsewhere", name))[:ELSEWHERE].tolist()
     chosen = [places[i] for i in drawn]
-    batches = [client.encoded("test").take([place]) for client, place in chosen]
+    batches = [client.encoded("test").select([place]) for client, place in chosen]
     return concat_batches(batches), [client.test[place] for client, place in chosen]
 
 

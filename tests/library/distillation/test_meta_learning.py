@@ -183,7 +183,7 @@ def test_a_tuned_head_is_distilled_as_well(model):
 def test_tasks_weigh_the_same_however_many_examples_they_have(model, two):
     begin, taught = two
     many, few = (
-        TaskExamples(batch.take(range(n)), teacher[None]) for n, (batch, teacher) in zip((32, 4), taught, strict=True)
+        TaskExamples(batch.select(range(n)), teacher[None]) for n, (batch, teacher) in zip((32, 4), taught, strict=True)
     )
     grads = []
     for lesson in (many, few):
@@ -213,7 +213,7 @@ def test_what_is_measured_was_not_trained_on(model, two):
     rest, held = kd.held_back(batch, 3)
     assert (len(rest), len(held)) == (30, 10)
     assert {*map(id, rest.items)} | {*map(id, held.items)} == {*map(id, batch.items)}
-    few, same = kd.held_back(batch.take(range(7)), 3)
+    few, same = kd.held_back(batch.select(range(7)), 3)
     assert len(few) == len(same) == 7
 
 
@@ -233,7 +233,7 @@ def test_lessons_that_cannot_be_taught_say_why(model, two):
             distill(model, begin, lessons, steps=1, learning_rate=RATE, seed=0)
 
     refused([], "nothing to distil on")
-    refused([TaskExamples(batch.take([]), stacked)], "nothing to distil on")
+    refused([TaskExamples(batch.select([]), stacked)], "nothing to distil on")
     refused([TaskExamples(batch, stacked, [0] * 3)], "assignment of 3 examples.*each of 40 examples")
     refused([TaskExamples(batch, stacked, [2] * 40)], r"teachers \[2\].*0 to 1")
     refused([TaskExamples(batch, stacked, weights=[1.0])], "expected 2 numbers")
