@@ -22,9 +22,9 @@ Wire = Mapping[str, ArraySpec]
 class Round:
     """One finished round, as `rounds.jsonl` has it. Bytes are those of the encoded messages; seconds are wall time.
 
-    `dropped` did not pass the checks; `set_aside` did, and the method left them out or cut them (by client, why);
-    `too_few` are means of fewer updates than their rule needs (`server/robust`). `queries`, in simulations: how many forward
-    queries and how many gradients each client asked for."""
+    `dropped`: updates that did not pass the checks, by client, with the reason. `excluded_updates`: those that a robust rule
+    left out or cut. `underfilled_means`: means of fewer updates than a robust rule needs. `queries`: in simulations, the
+    forward queries and the gradients of each client."""
 
     round: int
     clients: int
@@ -35,8 +35,8 @@ class Round:
     seconds_train: float
     seconds_aggregate: float
     metrics: dict[str, float] = field(default_factory=dict)
-    set_aside: dict[str, str] = field(default_factory=dict)
-    too_few: dict[str, str] = field(default_factory=dict)
+    excluded_updates: dict[str, str] = field(default_factory=dict)
+    underfilled_means: dict[str, str] = field(default_factory=dict)
     queries: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -128,8 +128,8 @@ def run_rounds(
                 sum(map(len, assignments.values())),
                 trained - started,
                 time.perf_counter() - trained,
-                set_aside=dict(noted.get("set_aside", {})),
-                too_few=dict(noted.get("too_few", {})),
+                excluded_updates=dict(noted.get("set_aside", {})),
+                underfilled_means=dict(noted.get("too_few", {})),
             ),
         )
 
