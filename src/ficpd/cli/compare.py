@@ -24,10 +24,6 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(help="runs at a time; none: one for each core, one on a GPU", min=1)
     ] = None,
-    known: Annotated[
-        Path | None, typer.Option(help="a folder or compare.json: what it holds of the same runs is not run again")
-    ] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="delete results of another version, and run them again")] = False,
     table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
     track: Track = None,
 ) -> None:
@@ -42,11 +38,11 @@ def compare(
     if table is None and (Path(target) / "compare.json").is_file():
         table = "markdown"
     if table is not None:
-        if sweeps or out or known:
-            raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate, --out or --known")
+        if sweeps or out:
+            raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate or --out")
         typer.echo(_printed(Path(target), table), nl=False)
         return
-    _run(target, sweeps, out, jobs, known, redo, track)
+    _run(target, sweeps, out, jobs, track)
 
 
 def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
@@ -75,9 +71,7 @@ def _printed(path: Path, how: str) -> str:
     return "\n".join(as_markdown(one) if how == "markdown" else as_latex(one) for one in tables)
 
 
-def _run(
-    target: str, sweeps: list[str], out: Path | None, jobs: int | None, known: Path | None, redo: bool, track: str | None
-) -> None:  # fmt: skip
+def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, track: str | None) -> None:
     from rich.console import Console
 
     from ficpd.experiments.comparison.compare import compare as run_comparison
@@ -96,7 +90,7 @@ def _run(
                 screen.seen(event)
                 look()
 
-            found = run_comparison(plan, out, jobs, redo, screen.planned, seen, known)
+            found = run_comparison(plan, out, jobs, screen.planned, seen)
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on with what is missing")
         raise typer.Exit(130) from None

@@ -13,50 +13,43 @@ from ficpd.experiments.comparison import SCHEMA, pareto, summary
 from ficpd.experiments.comparison.grid import Grid
 from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
 from ficpd.experiments.comparison.results import result_rows
-from ficpd.experiments.comparison.results_dir import (
-    CELLS,
-    check_versions,
-    import_results,
-    load_result,
-    lock_directory,
-    run_keys,
-)
+from ficpd.experiments.comparison.results_dir import CELLS, check_versions, load_result, lock_directory, run_keys
 from ficpd.experiments.comparison.run_cell import Outcome
 from ficpd.experiments.comparison.statistics import CONFIDENCE
-from ficpd.experiments.comparison.worker_pool import Event, Job, WorkerPool
+from ficpd.experiments.comparison.worker import Event, Job
+from ficpd.experiments.comparison.worker_pool import run_jobs
 from ficpd.experiments.config import to_toml
+from ficpd.experiments.report.comparison import COMPARISON as JSON_FILE
+from ficpd.experiments.report.comparison import Tree, read
 from ficpd.experiments.report.comparison_tables import write_tables
 from ficpd.storage import atomic_write
 
-JSON_FILE = "compare.json"
 Seen = Callable[[Event], None]
 
 
 def compare(
-    plan: Grid, out: Path, jobs: int | None = None, redo: bool = False, planned: Callable[[int, int], None] | None = None,
-    seen: Seen = lambda event: None, known: Path | None = None,
+    plan: Grid, out: Path, jobs: int | None = None, planned: Callable[[int, int], None] | None = None,
+    seen: Seen = lambda event: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run what is missing in `out`, `jobs` runs at a time (None: one for each core; one where a GPU does the work), and
-    write the tables; also when it is interrupted. `planned` is told how many runs there are, and how many are missing.
+    """Runs what is missing in `out`, `jobs` runs at a time, and writes the tables, also when it is interrupted.
 
-    Raises `RunError` if another process is at work in `out`, or if it holds results of another version (`redo`: they are run
-    again), or if `known` holds no comparison.
+    `jobs` None: one for each core, and one on a GPU. `planned` gets the number of runs and the number of missing ones.
+    A script that calls this needs the guard `if __name__ == "__main__":`, as workers are spawned processes.
+
+    Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
     """
-    earlier = read_comparison(known) if known is not None else None
     with lock_directory(out) as lock:
         names = run_keys(out, plan.cells)
-        check_versions(out, list(names.values()), redo)
-        if earlier is not None:
-            import_results(out, earlier, plan.cells, names)
+        check_versions(out, names.values())
         atomic_write(out / "compare.toml", plan.text)
         missing = _missing(plan, out, names)
         if planned is not None:
             planned(len(names), len(missing))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        number = min(jobs or (1 if _on_gpu(plan) else cores), max(len(missing), 1))
+        on_gpu = any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
+        number = min(jobs or (1 if on_gpu else cores), max(len(missing), 1))
         try:
-            if missing:
-                WorkerPool(out / CELLS, number, max(1, cores // number), lock, seen).work(missing)
+            run_jobs(missing, out / CELLS, number, max(1, cores // number), lock, seen)
         finally:
             found = described(plan, {h: load_result(out, key) for h, key in names.items()}, names)
             atomic_write(out / JSON_FILE, json.dumps(found, indent=1) + "\n")
@@ -70,10 +63,6 @@ def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
     open_ = [h for h in names if (load_result(out, names[h]) or {}).get("status") != "done"]
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     return [Job(names[h], to_toml(first[h].experiment), first[h].ground) for h in open_]
-
-
-def _on_gpu(plan: Grid) -> bool:
-    return any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
 
 
 def described(plan: Grid, outcomes: Mapping[str, Outcome | None], names: Mapping[str, str]) -> dict[str, Any]:
@@ -111,12 +100,8 @@ def _method(label: str, piece: Mapping[str, Any]) -> dict[str, Any]:
     parts = {key: value for key, value in piece.items() if key not in ("private", "method")}
     own = {key: value for key, value in piece["method"].items() if key != "name"}
     set_ = {**({"method": own} if own else {}), **parts}
-    return {
-        "name": piece["method"]["name"],
-        "line": label in REFERENCE_METHODS,
-        "private": piece.get("private", True),
-        "set": set_,
-    }
+    line, private = label in REFERENCE_METHODS, piece.get("private", True)
+    return {"name": piece["method"]["name"], "line": line, "private": private, "set": set_}
 
 
 def _task(plan: Grid, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -135,23 +120,11 @@ def _budget(piece: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def read_comparison(path: Path) -> dict[str, Any]:
-    """The `compare.json` of a folder, or the file itself. Raises `RunError` if it is none, or of another schema."""
+def read_comparison(path: Path) -> Tree:
+    """Reads the `compare.json` of a folder, or the file itself. Raises `RunError` if it is none, or of another schema."""
     file = path / JSON_FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(
             f"{path} holds no comparison ({JSON_FILE}); make one with `ficpd compare FILE.toml --out {path}`"
         )
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(
-            f"{file} cannot be read: {error}. Give the comparison's TOML file again to have it written anew"
-        ) from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else None
-        raise RunError(
-            f"{file} is of schema {schema}, and this is ficpd {__version__}, which reads schema {SCHEMA}; give the "
-            "comparison's TOML file again to have it written anew"
-        )
-    return found
+    return read(file)

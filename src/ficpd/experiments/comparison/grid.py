@@ -78,13 +78,8 @@ class Cell:
     @property
     def readable(self) -> str:
         """The run's name, if this is the first cell to ask for it: a folder's name on any file system."""
-        labels = [
-            self.task,
-            self.partition,
-            self.budget,
-            *map(overrides.format_value, self.sweep.values()),
-            self.method,
-        ]
+        swept = map(overrides.format_value, self.sweep.values())
+        labels = [self.task, self.partition, self.budget, *swept, self.method]
         words = [re.sub(r"[^A-Za-z0-9=.]+", "_", label).strip("_.")[:24] for label in labels if label != DEFAULT]
         return "-".join([*filter(None, words), f"s{self.seed}", self.hash])
 
@@ -164,8 +159,8 @@ def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | Non
 
 
 def _cells(
-    spec: ComparisonConfig, axes: Mapping[str, Mapping[str, Piece]], methods: Mapping[str, Piece], sweeps: Sweeps, where: str,
-    beside: Path | None,
+    spec: ComparisonConfig, axes: Mapping[str, Mapping[str, Piece]], methods: Mapping[str, Piece], sweeps: Sweeps,
+    where: str, beside: Path | None,
 ) -> list[Cell]:  # fmt: skip
     points = [dict(zip(sweeps, values, strict=True)) for values in product(*sweeps.values())]
     found = []
@@ -176,9 +171,7 @@ def _cells(
         for point, seed, (method, of_method) in product(points, spec.seeds, methods.items()):
             at = ", ".join([method, *(x for x in (task, part, budget) if x != DEFAULT), *map(str, point.values())])
             experiment = _experiment(tree, spec, point, seed, of_method, f"{where}, cell {at} on {recipe}")
-            limits = (
-                {} if method in REFERENCE_METHODS else budgeted
-            )  # nothing of a line travels that anybody would have to pay for
+            limits = {} if method in REFERENCE_METHODS else budgeted  # a line has no communication to limit
             found.append(_cell(Cell(method, task, part, budget, point, seed, experiment, limits, "", "")))
     return found
 

@@ -128,15 +128,10 @@ def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[
         if not path.startswith("method."):
             continue
         key = path.split(".")[1]
-        having = [
-            label
-            for label, piece in named.items()
-            if key in load("methods", piece["method"]["name"]).Config.model_fields
-        ]
+        fields = {label: load("methods", piece["method"]["name"]).Config.model_fields for label, piece in named.items()}
+        having = [label for label in named if key in fields[label]]
         if not having:
-            known = {
-                k for piece in named.values() for k in load("methods", piece["method"]["name"]).Config.model_fields
-            }
+            known = {field for one in fields.values() for field in one}
             raise ConfigError(f"--ablate {path}: no method here has it: {did_you_mean('setting', key, known)}")
         named = {
             new: variant
@@ -212,15 +207,11 @@ def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     tree = dict(tree)
     for key, part in piece.items():
         before = tree.get(key)
-        if not isinstance(part, Mapping) or not isinstance(before, Mapping) or _another(before, part):
-            tree[key] = part
-        else:
-            tree[key] = {**before, **part}
+        if isinstance(part, Mapping) and isinstance(before, Mapping):
+            renamed = any(name in part and part[name] != before.get(name) for name in ("name", "kind"))
+            part = part if renamed else {**before, **part}
+        tree[key] = part
     return tree
-
-
-def _another(before: Piece, part: Piece) -> bool:
-    return any(key in part and part[key] != before.get(key) for key in ("name", "kind"))
 
 
 def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:

@@ -9,15 +9,9 @@ from ficpd.experiments.comparison.run_cell import Outcome
 
 Row = dict[str, Any]
 """A CELL of the schema."""
-NOTHING: Row = {
-    **dict.fromkeys(
-        ("figures", "at_round", "rounds", "bytes", "queries", "gradients", "seconds", "epsilon", "guarantee")
-    ),
-    "stopped": None,
-    "per_client": {},
-    "data": None,
-    "curve": [],
-}
+NOTHING: Row = dict.fromkeys((
+    "figures", "at_round", "rounds", "bytes", "queries", "gradients", "seconds", "epsilon", "guarantee", "stopped",
+)) | {"per_client": {}, "data": None, "curve": []}  # fmt: skip
 
 
 def result_rows(cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mapping[str, Outcome | None]) -> list[Row]:
@@ -29,15 +23,11 @@ def result_rows(cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mappin
 
 def _row(cell: Cell, key: str, outcome: Outcome | None) -> Row:
     labels = {"method": cell.method, "task": cell.task, "partition": cell.partition, "budget": cell.budget}
-    row = {
-        **labels,
-        "sweep": dict(cell.sweep),
-        "seed": cell.seed,
-        "status": "missing",
-        "reason": None,
-        "key": key,
-        **NOTHING,
-    }
+    row = (
+        labels
+        | {"sweep": dict(cell.sweep), "seed": cell.seed, "status": "missing", "reason": None, "key": key}
+        | NOTHING
+    )
     if outcome is None:
         return row
     row |= {name: outcome[name] for name in ("status", "reason")}
@@ -51,12 +41,8 @@ def _row(cell: Cell, key: str, outcome: Outcome | None) -> Row:
 def truncate_to_budget(row: Row, limits: Mapping[str, float]) -> Row:
     """The cell at the last evaluated round that its bytes and queries pay for."""
     if "queries" in limits and any(point["queries"] is None for point in row["curve"]):
-        return {
-            **row,
-            "status": "refused",
-            "reason": "its queries were not counted, so no budget of them can be kept",
-            **NOTHING,
-        }
+        reason = "its queries were not counted, so no budget of them can be kept"
+        return {**row, "status": "refused", "reason": reason, **NOTHING}
     spent = [{"bytes": p["bytes_up"] + p["bytes_down"], "queries": p["queries"]} for p in row["curve"]]
     paid = [
         point for point, cost in zip(row["curve"], spent, strict=True) if all(cost[k] <= v for k, v in limits.items())

@@ -73,12 +73,10 @@ def run_cell(
     directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     figures = figures_of(result, rounds)
-    broken = figures["figures"]["own"] is None
-    said = {
-        "status": "failed",
-        "reason": "its figure is no number: the tuning went astray; try a smaller learning rate",
-    }
-    ended = said if broken else {"status": "done", "reason": None}
+    ended: dict[str, str | None] = {"status": "done", "reason": None}
+    if figures["figures"]["own"] is None:
+        reason = "its figure is no number: the tuning went astray; try a smaller learning rate"
+        ended = {"status": "failed", "reason": reason}
     return {"schema": SCHEMA, "ficpd": __version__, "key": key, **ended, **figures, "data": data_of(context.shards)}
 
 
@@ -92,8 +90,7 @@ def figures_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]]) -> Ou
         "task": result["task"],
         "backbone": result["backbone"]["name"],
         "figures": {
-            "own": last["own"],
-            "everyone": last["everyone"],
+            **{key: last[key] for key in ("own", "everyone")},
             "worst": finite(scores["per_client_worst"][main.name]),
         },
         "rounds": len(rounds),
@@ -122,12 +119,8 @@ def curve_of(result: Mapping[str, Any], rounds: list[Mapping[str, Any]], metric:
 
     def point(place: int, own: float, everyone: float | None) -> dict[str, Any]:
         spent = {"bytes_up": up[place], "bytes_down": down[place], "queries": queries[place], "seconds": seconds[place]}
-        return {
-            "round": rounds[place - 1]["round"] if place else 0,
-            "own": finite(own),
-            "everyone": finite(everyone),
-            **spent,
-        }
+        at = rounds[place - 1]["round"] if place else 0
+        return {"round": at, "own": finite(own), "everyone": finite(everyone), **spent}
 
     points = [
         point(place, line["metrics"][f"own_{metric}"], line["metrics"].get(f"global_{metric}"))

@@ -1,5 +1,6 @@
 """Conditions and settings of `compare.json`: what the cells say together."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,14 +36,11 @@ class ResultView:
 
     def grouped(self, keys: Sequence[str]) -> list[tuple[dict[str, Any], list[Row]]]:
         """Rows by these keys, in the grid's order."""
-        found: list[tuple[dict[str, Any], list[Row]]] = []
+        found: dict[str, tuple[dict[str, Any], list[Row]]] = {}
         for row in self.rows:
-            at = {key: row[key] for key in keys}
-            own = next((rows for labels, rows in found if labels == at), None)
-            if own is None:
-                found.append((at, own := []))
-            own.append(row)
-        return found
+            labels = {key: row[key] for key in keys}
+            found.setdefault(json.dumps(labels), (labels, []))[1].append(row)
+        return list(found.values())
 
 
 SETTING = ("partition", "budget", "sweep")

@@ -1,21 +1,17 @@
-"""A worker process: jobs come in as JSON lines, events go out as JSON lines; when its input ends, so does it.
-
-    python -m ficpd.experiments.comparison.worker FOLDER
-
-In: {"key", "experiment": TOML, "ground"}. Out: {"key", "method", "done", "planned", "figures"} for a round,
-{"warning": text}, and {"key", "status", "reason"} once `FOLDER/KEY.json` is written. Nothing else may write to the standard
-output, so it is led to the standard error.
-"""
+"""The process that carries out runs of a comparison, one after the other."""
 
 import json
 import os
-import queue
-import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ficpd import __version__
 from ficpd.errors import BackboneError, ConfigError, FicpdError, PrivacyError
@@ -24,73 +20,71 @@ from ficpd.experiments.comparison.run_cell import ContextCache, Outcome, run_cel
 from ficpd.experiments.config import parse
 from ficpd.storage import atomic_write
 
+Event = Mapping[str, Any]
+"""{"key", "method", "done", "planned", "figures"} of a round, {"warning"}, or {"key", "status", "reason"} of a run's end."""
 CANNOT = (ConfigError, PrivacyError, BackboneError)
-"""The file as a whole was checked before: what is raised now says that this method cannot do what the cell asks."""
+"""The whole file was checked before. Such an error says that this method cannot do what the cell asks."""
 
 
-def main(folder: Path) -> None:
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    _threads()
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    said: set[str] = set()
+@dataclass(frozen=True)
+class Job:
+    """One missing run. Jobs of equal `ground` need the same records and backbone."""
 
-    def warn(message: Warning | str, *where: object, **more: object) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            _say(out, {"warning": str(message)})
+    key: str
+    experiment: str
+    ground: str
 
-    warnings.showwarning = warn
-    worlds = ContextCache()
+
+def work(jobs: Connection, folder: Path, log: Path, threads: int, lock: Connection) -> None:
+    """Runs the jobs that arrive, writes `folder/KEY.json`, and sends events. `lock` stays open as long as this process.
+
+    The process ends with its parent. Its standard output and error go to `log`.
+    """
+    import torch
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+
+    @cache
+    def warn(text: str) -> None:
+        jobs.send({"warning": text})
+
+    warnings.showwarning = lambda message, *where, **more: warn(str(message))
+    contexts = ContextCache()
     while True:
-        job = jobs.get()
-        outcome = run_job(job, folder, worlds, out)
-        atomic_write(folder / f"{job['key']}.json", json.dumps(outcome, indent=1) + "\n")
-        _say(out, {name: outcome[name] for name in ("key", "status", "reason")})
+        job = jobs.recv()
+        outcome = run_job(job, folder, contexts, jobs)
+        atomic_write(folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
+        jobs.send({name: outcome[name] for name in ("key", "status", "reason")})
 
 
-def run_job(job: dict[str, Any], folder: Path, worlds: ContextCache, out: TextIO) -> Outcome:
-    """The run's outcome; one that raised is an outcome, too, and its traceback stands in `KEY.log`."""
-    key = job["key"]
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
+
+
+def run_job(job: Job, folder: Path, contexts: ContextCache, events: Connection) -> Outcome:
+    """Returns the run's outcome, also of a run that raised. The traceback of an unexpected error goes to `KEY.log`."""
+    key, log = job.key, folder / f"{job.key}.log"
 
     def progress(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
-        _say(out, {"key": key, "method": method, "done": done, "planned": planned, "figures": figures})
+        events.send({"key": key, "method": method, "done": done, "planned": planned, "figures": figures})
 
     try:
-        experiment = parse(job["experiment"], f"{key}.toml")
-        outcome = run_cell(experiment, key, job["ground"], folder, worlds, progress)
-    except CANNOT as error:
-        return result_event(key, "refused", str(error))
+        outcome = run_cell(parse(job.experiment, f"{key}.toml"), key, job.ground, folder, contexts, progress)
     except FicpdError as error:
-        return result_event(key, "failed", str(error))
+        return result_event(key, "refused" if isinstance(error, CANNOT) else "failed", str(error))
     except Exception as error:
-        atomic_write(folder / f"{key}.log", traceback.format_exc())
+        atomic_write(log, traceback.format_exc())
         return result_event(key, "failed", f"{type(error).__name__}: {error} (see {key}.log)")
-    (folder / f"{key}.log").unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
     return outcome
 
 
 def result_event(key: str, status: str, reason: str) -> Outcome:
     return {"schema": SCHEMA, "ficpd": __version__, "key": key, "status": status, "reason": reason}
-
-
-def _threads() -> None:
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
-    """The end of the input means that nobody waits for this process any more; what it has begun can be gone on with."""
-    for line in sys.stdin:
-        jobs.put(json.loads(line))
-    os._exit(0)
-
-
-def _say(out: TextIO, event: dict[str, Any]) -> None:
-    out.write(json.dumps(event) + "\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

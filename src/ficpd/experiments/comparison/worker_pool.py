@@ -1,173 +1,119 @@
-"""The workers: each a process of its own, so that one that dies takes no other with it, and all cores are used."""
+"""The worker processes of a comparison. A worker that dies costs the run that it is at, and no other."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import IO, Any
 
-from ficpd.experiments.comparison.worker import result_event
+from ficpd.experiments.comparison.worker import Event, Job, result_event, work
 from ficpd.storage import atomic_write
 
-WORKER = "ficpd.experiments.comparison.worker"
-
-Event = Mapping[str, Any]
-LAST_WORDS = 4000
+LOG_TAIL = 4000
+SPAWN = get_context("spawn")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run that is missing. Jobs of equal `ground` need the same records and backbone."""
+class Worker:
+    """A process and the job that it is at."""
 
-    key: str
-    experiment: str
-    ground: str
+    def __init__(self, folder: Path, place: int, threads: int, lock: int):
+        self.folder, self.log, self.threads = folder, folder / f".worker-{place}.log", threads
+        self.job: Job | None = None
+        self.end, self._theirs = SPAWN.Pipe()
+        held = Connection(os.dup(lock))
+        self.process = SPAWN.Process(target=work, args=(self._theirs, folder, self.log, threads, held))
 
-
-class WorkerPool:
-    """`jobs` worker processes of `threads` threads each, on the runs of `folder`. `seen` gets every event, one at a time;
-    an event with a status is the end of its run. `lock`: a file descriptor that the processes hold too, as long as they
-    live."""
-
-    def __init__(self, folder: Path, jobs: int, threads: int, lock: int, seen: Callable[[Event], None]):
-        self.folder, self.jobs, self.threads, self.lock, self.seen = folder, jobs, threads, lock, seen
-        self._left: list[Job] = []
-        self._grounds: dict[int, str] = {}
-        self._processes: dict[int, subprocess.Popen[str]] = {}
-        self._guard, self._stopped = threading.Lock(), False
-
-    def work(self, jobs: Sequence[Job]) -> None:
-        """Return when all are done. A `KeyboardInterrupt` stops the processes, and is raised again."""
-        self._left = list(jobs)
-        hands = [
-            threading.Thread(target=self._hand, args=(place,), daemon=True)
-            for place in range(min(self.jobs, len(jobs)))
-        ]
+    def start(self) -> None:
+        """Starts the process without Ctrl-C: only the main process reacts to it, and stops all workers."""
+        before = dict(os.environ)
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        os.environ |= {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
         try:
-            for hand in hands:
-                hand.start()
-            for hand in hands:
-                while hand.is_alive():
-                    hand.join(0.2)
+            self.process.start()
+            self._theirs.close()
         finally:
-            self._stop()
-            for hand in hands:
-                hand.join(10)
-            for words in self.folder.glob(".worker-*.log"):
-                words.unlink(missing_ok=True)
+            os.environ.clear()
+            os.environ.update(before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
-    def _stop(self) -> None:
-        with self._guard:
-            self._stopped, self._left = True, []
-            for process in self._processes.values():
-                process.terminate()
+    def give(self, job: Job) -> None:
+        self.job = job
+        with suppress(OSError):  # a dead worker is seen when its answer is read
+            self.end.send(job)
 
-    def _hand(self, place: int) -> None:
-        """One worker's life: while there are jobs, a process that takes them; a new one where it died."""
-        process = None
-        while (job := self._next(place)) is not None:
-            if process is None:
-                process = self._started(place)
-                if process is None:
-                    return
-            if not self._carried_out(process, job):
-                self._grounds.pop(place, None)
-                process = None
-        if process is not None:
-            _ended(process)
-
-    def _next(self, place: int) -> Job | None:
-        with self._guard:
-            job = next_job(self._left, self._grounds.get(place), set(self._grounds.values()))
-            if job is not None:
-                self._left.remove(job)
-                self._grounds[place] = job.ground
-            return job
-
-    def _started(self, place: int) -> subprocess.Popen[str] | None:
-        """A session of its own: the terminal's Ctrl-C is for the one process that can stop them all in order."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
-        with self._guard:
-            if self._stopped:
-                return None
-            with open(self._words(place), "wb") as words:
-                self._processes[place] = subprocess.Popen(
-                    [sys.executable, "-m", WORKER, str(self.folder)], text=True, env=environment,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True,
-                    pass_fds=(self.lock,),
-                )  # fmt: skip
-            return self._processes[place]
-
-    def _words(self, place: int) -> Path:
-        return self.folder / f".worker-{place}.log"
-
-    def _carried_out(self, process: subprocess.Popen[str], job: Job) -> bool:
-        """Whether the process is alive after it. If it is not, the run has failed, unless we ended it ourselves."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(vars(job)) + "\n")
-            process.stdin.flush()
-        except OSError:
-            return self._died(process, job)
-        return self._followed(process.stdout, job) or self._died(process, job)
-
-    def _followed(self, events: IO[str], job: Job) -> bool:
-        for line in events:
-            event = json.loads(line)
-            with self._guard:
-                self.seen(event)
-            if event.get("key") == job.key and "status" in event:
-                return True
-        return False
-
-    def _died(self, process: subprocess.Popen[str], job: Job) -> bool:
-        code = _ended(process)
-        with self._guard:
-            if self._stopped:
-                return False
-            place = next(place for place, one in self._processes.items() if one is process)
-            words = self._words(place).read_bytes()[-LAST_WORDS:].decode(errors="replace")
-            atomic_write(self.folder / f"{job.key}.log", words)
-            outcome = result_event(job.key, "failed", f"its process {describe_exit(code)} (see {job.key}.log)")
-            atomic_write(self.folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
-            self.seen(outcome)
-        return False
+    def died(self) -> Event:
+        """Writes the outcome of the run that the dead process was at."""
+        assert self.job is not None
+        self.process.join()
+        code, key = self.process.exitcode or 0, self.job.key
+        log = self.log.read_bytes() if self.log.exists() else b""
+        atomic_write(self.folder / f"{key}.log", log[-LOG_TAIL:].decode(errors="replace"))
+        outcome = result_event(key, "failed", f"its process {describe_exit(code)} (see {key}.log)")
+        atomic_write(self.folder / f"{key}.json", json.dumps(outcome, indent=1) + "\n")
+        return outcome
 
 
-def _ended(process: subprocess.Popen[str]) -> int:
-    """The end of its input is the end of a worker; its exit status."""
-    with suppress(BrokenPipeError), process:
-        pass
-    return process.wait()
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, number: int, threads: int, lock: int, seen: Callable[[Event], None]
+) -> None:
+    """Runs all jobs in `number` processes of `threads` threads each, and calls `seen` with every event.
+
+    The processes hold the file descriptor `lock` as long as they live. An exception, also `KeyboardInterrupt`, stops them.
+    """
+    left, workers, grounds = list(jobs), dict[int, Worker](), dict[int, str]()
+    try:
+        while True:
+            for place in range(number):
+                if left and (place not in workers or workers[place].job is None):
+                    job = next_job(left, grounds.get(place), set(grounds.values()))
+                    left.remove(job)
+                    grounds[place] = job.ground
+                    if place not in workers:
+                        workers[place] = Worker(folder, place, threads, lock)
+                        workers[place].start()
+                    workers[place].give(job)
+            busy = {worker.end: place for place, worker in workers.items() if worker.job}
+            if not busy:
+                return
+            for end, place in [(end, busy[end]) for end in wait(list(busy)) if isinstance(end, Connection)]:
+                try:
+                    event = end.recv()
+                except (EOFError, OSError):
+                    event = workers.pop(place).died()
+                    del grounds[place]
+                seen(event)
+                if "status" in event and place in workers:
+                    workers[place].job = None
+    finally:
+        started = [worker.process for worker in workers.values() if worker.process.pid]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(10)
+        for log in folder.glob(".worker-*.log"):
+            log.unlink(missing_ok=True)
 
 
-def next_job(left: Sequence[Job], own: str | None, taken: set[str]) -> Job | None:
-    """What a worker does next: of the ground that it has in memory; else of one that nobody has, the largest first; else
-    help where most is left.
+def next_job(left: Sequence[Job], own: str | None, taken: set[str]) -> Job:
+    """Chooses a worker's next job: of the ground in its memory, else of the largest ground that no worker has, else of the
+    largest.
 
     >>> jobs = [Job("a", "", "1"), Job("b", "", "1"), Job("c", "", "2")]
-    >>> [chosen(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]
+    >>> [next_job(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]
     ['c', 'c', 'a', 'a']
     """
-    if not left:
-        return None
-    count: dict[str, int] = {}
-    for job in left:
-        count[job.ground] = count.get(job.ground, 0) + 1
+    count = Counter(job.ground for job in left)
     ground = own if own in count else max(count, key=lambda g: (g not in taken, count[g]))
     return next(job for job in left if job.ground == ground)
 
 
 def describe_exit(code: int) -> str:
     """
-    >>> how_it_ended(3), how_it_ended(-9)
+    >>> describe_exit(3), describe_exit(-9)
     ('ended with status 3', 'was killed by SIGKILL; most often the machine had no memory left: try fewer --jobs')
     """
     if code >= 0:

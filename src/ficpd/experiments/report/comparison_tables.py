@@ -1,7 +1,5 @@
 """The tables of a comparison, from `compare.json` alone."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,26 +132,16 @@ def _needed(method: Found, key: str) -> str:
 
 
 def _front(found: Found, front: Found) -> Table:
-    metric, labels = (
-        _metric(found, front["task"]),
-        {"partition": front["partition"], "budget": DEFAULT, "sweep": {}, "task": front["task"]},
-    )
-    how: dict[str, Callable[[float], str]] = {
-        "bytes": _bytes,
-        "epsilon": lambda x: f"{x:.3g}",
-        "queries": lambda x: f"{x:,.0f}",
-    }
-    points = sorted(front["points"], key=lambda p: (p["cost"], p["method"]))
-    lines = [
-        [
-            p["method"],
-            _title(found, {**p, "partition": DEFAULT}) or NONE,
-            how[front["cost"]](p["cost"]),
-            metric.shown(p["value"]),
-            "yes" if p["on_front"] else "",
-        ]
-        for p in points
+    metric = _metric(found, front["task"])
+    labels = {"partition": front["partition"], "budget": DEFAULT, "sweep": {}, "task": front["task"]}
+    how: Callable[[float], str] = {"bytes": _bytes, "epsilon": "{:.3g}".format, "queries": "{:,.0f}".format}[
+        front["cost"]
     ]
+    lines = [
+        [p["method"], _title(found, {**p, "partition": DEFAULT}) or NONE, how(p["cost"]), metric.shown(p["value"]),
+         "yes" if p["on_front"] else ""]
+        for p in sorted(front["points"], key=lambda p: (p["cost"], p["method"]))
+    ]  # fmt: skip
     heads = ["method", "at", front["cost"].replace("epsilon", "ε"), f"{metric.name}{metric.unit}", "on the front"]
     return Table("fronts", f"Against {front['cost']}: {_title(found, labels)}", heads, lines)
 
@@ -283,30 +271,17 @@ def without_figure(found: Found) -> list[str]:
 
 def cells_csv(found: Found) -> str:
     """Every cell, in numbers."""
-    text, sweeps = io.StringIO(), list(found["sweeps"])
-    lines = csv.writer(text, lineterminator="\n")
-    own = ["method", "task", "partition", "budget"]
-    after = [
-        "seed",
-        "status",
-        "own",
-        "everyone",
-        "worst",
-        "at_round",
-        "bytes_up",
-        "bytes_down",
-        "queries",
-        "seconds",
-        "epsilon",
-        "key",
-        "reason",
-    ]
-    lines.writerow([*own, *sweeps, *after])
-    for c in found["cells"]:
-        figures, sent = c["figures"] or {}, c["bytes"] or {}
-        lines.writerow([
-            *(c[key] for key in own), *(c["sweep"].get(path) for path in sweeps), c["seed"], c["status"],
-            *(figures.get(key) for key in ("own", "everyone", "worst")), c["at_round"], sent.get("up"), sent.get("down"),
-            *(c[key] for key in ("queries", "seconds", "epsilon", "key", "reason")),
-        ])  # fmt: skip
-    return text.getvalue()
+    import pandas as pd
+
+    lines = []
+    for cell in found["cells"]:
+        figures, sent = cell["figures"] or {}, cell["bytes"] or {}
+        lines.append(
+            {key: cell[key] for key in ("method", "task", "partition", "budget")}
+            | {path: cell["sweep"].get(path) for path in found["sweeps"]}
+            | {key: cell[key] for key in ("seed", "status")}
+            | {key: figures.get(key) for key in ("own", "everyone", "worst")}
+            | {"at_round": cell["at_round"], "bytes_up": sent.get("up"), "bytes_down": sent.get("down")}
+            | {key: cell[key] for key in ("queries", "seconds", "epsilon", "key", "reason")}
+        )
+    return pd.DataFrame(lines, dtype=object).to_csv(index=False)

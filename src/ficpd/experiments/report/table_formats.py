@@ -1,9 +1,11 @@
 """A table drawn: Markdown to read, CSV for a spreadsheet, LaTeX to print."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+SIGNS = {"ε": r"$\varepsilon$", "±": r"$\pm$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}"}
+"""Beyond what pandas escapes. After a line's end a bracket would be its option."""
 
 
 @dataclass(frozen=True)
@@ -41,40 +43,26 @@ def as_markdown(table: Table, level: str = "") -> str:
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """One table below the other, each line with its table's title in front; heads once, where they are the same."""
-    text, heads = io.StringIO(), None
-    lines = csv.writer(text, lineterminator="\n")
+    """Joins tables, each line with its table's title in front. Heads stand once, where they are the same."""
+    import pandas as pd
+
+    drawn, heads = [], None
     for table in tables:
-        if table.heads != heads:
-            lines.writerow(["table", *table.heads])
-            heads = table.heads
-        lines.writerows([table.title, *row] for row in table.rows)
-    return text.getvalue()
+        frame = pd.DataFrame([[table.title, *row] for row in table.rows], columns=["table", *table.heads])
+        drawn.append(frame.to_csv(index=False, header=table.heads != heads))
+        heads = table.heads
+    return "".join(drawn)
 
 
 def as_latex(table: Table) -> str:
-    """A `tabular` with booktabs' rules, to be put into a table of one's own."""
+    """Draws a `tabular` with booktabs' rules."""
+    import pandas as pd
+
     columns = "l" + "r" * (len(table.heads) - 1)
-    lines = [" & ".join(map(escaped, row)) + r" \\" for row in [table.heads, *table.rows]]
+    style: Any = pd.DataFrame(table.rows, columns=list(table.heads)).style.hide(axis="index")
+    style = style.format(escape="latex").format_index(escape="latex", axis=1)
+    drawn: str = style.to_latex(hrules=True, column_format=columns)
+    for sign, command in SIGNS.items():
+        drawn = drawn.replace(sign, command)
     note = f"% {' '.join(table.note.split())}\n" if table.note else ""
-    body = "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    )
-    return f"% {table.title}\n{note}{body}\n\\end{{tabular}}\n"
-
-
-TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "ε": r"$\varepsilon$",
-    "±": r"$\pm$", "–": "--", "-": r"-", "[": r"{[}",
-}  # fmt: skip
-"""A row that begins with a bracket would be an option of the line's end before it."""
-
-
-def escaped(text: str) -> str:
-    r"""
-    >>> escaped("50 % of x_1 & {y}")
-    '50 \\% of x\\_1 \\& \\{y\\}'
-    """
-    return "".join(TEX.get(sign, sign) for sign in text)
+    return f"% {table.title}\n{note}{drawn}"
