@@ -54,7 +54,10 @@ def test_a_misspelt_key_in_the_file_is_named_too():
             "method.name=fedavgg",
             "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, dp_cma_es, dp_fpl",
         ),
-        ("task.name=clasification", "did you mean 'classification'? Known: classification, generation, multiple_choice"),
+        (
+            "task.name=clasification",
+            "did you mean 'classification'? Known: classification, generation, multiple_choice",
+        ),
         ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
         ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
         ("method.name=my.module", "'my.module': No module named 'my'. A dotted name must be an importable module."),

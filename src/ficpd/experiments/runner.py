@@ -20,7 +20,7 @@ from ficpd.evaluation.personalization import at_newcomers, levels
 from ficpd.experiments.build import World, build_world
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.distillation import DISTILLED, check_refine
-from ficpd.experiments.report.markdown import report
+from ficpd.experiments.report.build import PAGE, write_page
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.setup import (
     VERSIONS,
@@ -62,7 +62,7 @@ def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> dict[
     names = [experiment.method["name"], *experiment.baselines]
     if (
         done
-        and (out / "report.md").exists()
+        and (out / PAGE).exists()
         and all(RunDir(out / "baselines" / name.replace(":", "-")).result() for name in experiment.baselines)
     ):
         return done
@@ -88,7 +88,7 @@ def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> dict[
         scores = [found["metrics"]["per_client"] for found in (result, alone)]
         result.setdefault("fairness", {})["worse_off_than_local"] = worse_off(*scores)
         directory.write("result.json", json.dumps(result, indent=2) + "\n")
-    directory.write("report.md", report(directory))
+    write_page(out)
     return result
 
 

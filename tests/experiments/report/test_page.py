@@ -17,8 +17,8 @@ from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Figure, Page, Section, Table
 from ficpd.experiments.report.build import page_of, write_page, write_tables
 from ficpd.experiments.report.load import opened
-from ficpd.experiments.report.markdown import table
 from ficpd.experiments.report.render import plots_of
+from ficpd.experiments.report.summary import results_table
 
 LIMIT = 6_000_000
 
@@ -83,9 +83,9 @@ def test_the_first_screen_says_the_result_in_one_sentence(folder):
     )
 
 
-def test_the_table_has_the_numbers_of_the_markdown_report(folder):
+def test_the_table_has_the_numbers_of_the_screen(folder):
     run = opened(folder)
-    heads, cells = table([dict(result) for result in run.results])
+    heads, cells = results_table(run.results)
     shown = next(t for t in tables_of(page_of(folder)) if t.heads == heads)
     assert shown.cells == cells
     assert [line[0] for line in cells] == ["zero_shot", "local", "fedavg", "ficpd"]

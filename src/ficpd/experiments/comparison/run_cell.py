@@ -16,7 +16,6 @@ from ficpd.experiments.build import World, another_start, build_world
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.distillation import check_refine
-from ficpd.experiments.report.markdown import report
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import Progress, one_method
 from ficpd.experiments.setup import method_of
@@ -70,7 +69,6 @@ def run_cell(
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(world.experiment))
     result = one_method(world, world.experiment.method, directory, floor, progress)
-    directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     figures = figures_of(result, rounds)
     broken = figures["figures"]["own"] is None

@@ -7,9 +7,10 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished, Result
-from ficpd.experiments.report.markdown import GAPS, PERCENT, gap_in_words, within
 from ficpd.experiments.report.overview import digits, number
+from ficpd.experiments.report.summary import PERCENT, format_interval, format_score
 
+GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}
 MOST = 200
 """Clients that a table of numbers lists one by one."""
 
@@ -38,9 +39,11 @@ def _said(run: Finished) -> Text | None:
     few = " Of so few clients the intervals are too narrow." if 1 < found["clients"] < 10 else ""
     alone = (
         f" Worse off than alone: {len(worse['worse'])} of {worse['clients']}, {PERCENT.shown(worse['share'])} %"
-        f"{within(worse['interval'], PERCENT)}." if worse else ""
+        f"{format_interval(worse['interval'], PERCENT)}." if worse else ""
     )  # fmt: skip
-    mean, tail = (main.shown(found[key]) + within(found[f"{key}_interval"], main) for key in ("mean", "worst_tenth"))
+    mean, tail = (
+        main.shown(found[key]) + format_interval(found[f"{key}_interval"], main) for key in ("mean", "worst_tenth")
+    )
     return Text(
         f"{run.own['label']}, own test {main.name}{main.unit} of {found['clients']} clients: mean {mean}, worst "
         f"{main.shown(found['worst'])} ({found['worst_client']}), worst tenth {tail}, best {main.shown(found['best'])}. "
@@ -77,8 +80,8 @@ def _worst_tenths(run: Finished) -> Table | None:
         if found:
             marked |= {len(cells)} if result["label"] == run.own["label"] else set()
             cells.append([
-                result["label"], main.shown(found["mean"]) + within(found["mean_interval"], main),
-                main.shown(found["worst_tenth"]) + within(found["worst_tenth_interval"], main),
+                result["label"], main.shown(found["mean"]) + format_interval(found["mean_interval"], main),
+                main.shown(found["worst_tenth"]) + format_interval(found["worst_tenth_interval"], main),
                 main.shown(found["worst"]), found["worst_client"], main.shown(found["best"]),
                 "–" if found["deviation"] is None else main.shown(found["deviation"]),
             ])  # fmt: skip
@@ -124,20 +127,16 @@ def levels(run: Finished) -> Section | None:
     if len(found) < 2 and not unseen:
         return None
     main, clusters = run.main, run.own.get("clusters")
-
-    def shown(score: Mapping[str, float] | None) -> str:
-        return main.shown(score[main.name]) if score else "–"
-
     blocks: list[Block] = []
     if len(found) > 1:
         elsewhere = "other clusters" if clusters and clusters["number"] > 1 else "other clients"
-        cells = [[name, shown(of["own"]), shown(of["others"])] for name, of in found.items()]
+        cells = [[name, format_score(of["own"], main), format_score(of["others"], main)] for name, of in found.items()]
         heads = ["prompt", "own test", f"test of {elsewhere}"]
         blocks.append(Table(f"Mean client {main.name}{main.unit}, by level of the prompt", heads, cells))
     if unseen:
         blocks.append(Text(
-            f"Clients that took no part: {shown(unseen['global'])}{main.unit} with the global prompt, "
-            f"{shown(unseen['assigned'])}{main.unit} with the one that their card gets them."
+            f"Clients that took no part: {format_score(unseen['global'], main)}{main.unit} with the global prompt, "
+            f"{format_score(unseen['assigned'], main)}{main.unit} with the one that their card gets them."
         ))  # fmt: skip
     return Section("levels", "Shared and personal prompts", blocks)
 
@@ -149,12 +148,12 @@ def groups(run: Finished) -> Section | None:
     blocks: list[Block] = [Text(
         f"The largest gaps between groups by {fairness['column']}, in points; own prompts, own test records. Where base "
         "rates differ, demographic parity contradicts accuracy: read it beside equalised odds. An interval is of the two "
-        "groups named, which were picked for differing most."
+        "groups named. They were picked for differing most, so of many groups or answers it is too narrow."
     )]  # fmt: skip
     for task, found in fairness["groups"].items():
         cells = [
             [f"{name}{' (few)' if name in found['few'] else ''}", f"{one['records']:,}",
-             f"{PERCENT.shown(one['accuracy'])}{within(one['interval'], PERCENT)}"]
+             f"{PERCENT.shown(one['accuracy'])}{format_interval(one['interval'], PERCENT)}"]
             for name, one in found["groups"].items()
         ]  # fmt: skip
         if cells:
@@ -168,6 +167,17 @@ def groups(run: Finished) -> Section | None:
         if "said" in found:
             blocks.append(Text(found["said"].capitalize() + "."))
         else:
-            gaps = [[gap, gap_in_words(found[key])] for key, gap in GAPS.items()]
+            gaps = [[gap, _format_gap(found[key])] for key, gap in GAPS.items()]
             blocks.append(Table(f"{task}: the largest gaps", ["gap", "how large, and between whom"], gaps))
     return Section("groups", "Groups of people", blocks)
+
+
+def _format_gap(gap: Mapping[str, Any] | None) -> str:
+    """Describes a gap between two groups, with its interval or the reason why there is none."""
+    if gap is None:
+        return "no two groups to compare"
+    what = f"; answer {gap['label']!r}" + (f" among {gap['among']}" if "among" in gap else "") if "label" in gap else ""
+    most, least = gap["between"]
+    interval = format_interval(gap["interval"], PERCENT) or " (no interval: too few records, or all of them alike)"
+    records = " and ".join(map(str, gap["records"]))
+    return f"{PERCENT.shown(gap['gap'])}{interval}, {most} over {least} ({records} records{what})"

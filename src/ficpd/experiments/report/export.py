@@ -5,7 +5,7 @@ from typing import Any
 
 from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.report.load import Finished, Result
-from ficpd.experiments.report.markdown import table
+from ficpd.experiments.report.summary import results_table
 
 SIGNS = {"ε": r"$\varepsilon$", "δ": r"$\delta$", "–": "--", "▲": r"$\uparrow$", "▼": r"$\downarrow$"}
 
@@ -36,7 +36,7 @@ def _line(main: str, result: Result) -> dict[str, Any]:
 
 
 def shown(run: Finished) -> Table:
-    heads, cells = table([dict(result) for result in run.results]) if run.results else ([], [])
+    heads, cells = results_table(run.results) if run.results else ([], [])
     return Table("", heads, cells)
 
 

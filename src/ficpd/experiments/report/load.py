@@ -8,7 +8,7 @@ from typing import Any
 
 from ficpd.errors import FicpdError, RunError
 from ficpd.evaluation.metrics import Metric, main_metric
-from ficpd.experiments.report.markdown import beside, recipe, rows
+from ficpd.experiments.report.summary import load_baselines, load_recipe, load_results
 from ficpd.experiments.run_directory import RunDir
 from ficpd.library.library import PromptLibrary
 from ficpd.types import State
@@ -64,11 +64,11 @@ def opened(path: Path) -> Finished:
         raise RunError(
             f"{path / 'result.json'} has no {missing[0]!r}: it is of another version of ficpd; run the experiment again"
         )
-    results = rows(path) if "metrics" in own else []
-    folders = {result["label"]: folder for folder, result in beside(path, own)} | {own["label"]: path}
+    results = load_results(path) if "metrics" in own else []
+    folders = {result["label"]: folder for folder, result in load_baselines(path, own)} | {own["label"]: path}
     rounds = {label: _lines(folder / "rounds.jsonl") for label, folder in folders.items()}
     return Finished(
-        path, results[-1] if results else own, results, rounds, _library(path), _state(directory), recipe(path)
+        path, results[-1] if results else own, results, rounds, _library(path), _state(directory), load_recipe(path)
     )
 
 

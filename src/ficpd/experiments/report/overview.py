@@ -8,8 +8,9 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Code, Facts, Figure, Fold, Pair, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.markdown import set_aside, table
+from ficpd.experiments.report.summary import results_table
 from ficpd.library.card import guarantee
+from ficpd.types import LORA
 
 WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 """What the figures of `rounds.jsonl` are of (`run._headline`)."""
@@ -81,7 +82,7 @@ def lead(run: Finished) -> list[Block]:
 def methods(run: Finished) -> Section | None:
     if not run.results:
         return None
-    heads, cells = table([dict(result) for result in run.results])
+    heads, cells = results_table(run.results)
     marked = frozenset({run.place})
     shown = Table("Every method on the same clients and records", heads, cells, marked)
     said = (
@@ -92,8 +93,14 @@ def methods(run: Finished) -> Section | None:
 
 
 def _robust(run: Finished) -> list[Block]:
-    said = set_aside(run.own)
-    return [Text(line) for line in said.replace("`", "").split("\n\n") if line.strip()]
+    """Names the clients that a robust rule left out or cut, and the means that had too few updates for it."""
+    blocks: list[Block] = []
+    for key, what in (("set_aside", "Left out or cut"), ("too_few", "Means of fewer updates than the rule needs")):
+        most_first = sorted(run.own.get(key, {}).items(), key=lambda item: (-item[1], item[0]))
+        if most_first:
+            rounds = ", ".join(f"{name} in {count}" for name, count in most_first)
+            blocks.append(Text(f"{what} (method.robust), in how many of {run.own['num_rounds']} rounds: {rounds}."))
+    return blocks
 
 
 def _at_a_glance(run: Finished) -> Figure:
@@ -137,6 +144,7 @@ def settings(run: Finished) -> Section:
         ("task", own["task"]),
         ("backbone", f"{backbone['name']} ({backbone['fingerprint']})"),
         ("numbers", ", ".join(f"{backbone[key]}" for key in ("dtype", "attention") if key in backbone)),
+        ("prompt", _enters_at(backbone)),
         ("data", _data(recipe)),
         ("records", f"{records['train']:,} for training, {records['test']:,} for tests" if records else ""),
         ("clients", f"{own['num_clients']:,}" + _asked(recipe)),
@@ -157,6 +165,11 @@ def _described(part: Mapping[str, Any]) -> str:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
+
+
+def _enters_at(backbone: Mapping[str, Any]) -> str:
+    layer = backbone.get("enters_at", "")
+    return "LoRA weights of all layers" if layer == LORA else f"enters at layer {layer}" if layer != "" else ""
 
 
 def _data(recipe: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from ficpd.evaluation.audit.report import Audit, LowerBound, table, verdict
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.markdown import chosen
+from ficpd.experiments.report.summary import format_noise_multipliers
 
 MOST = 200
 
@@ -48,8 +48,9 @@ def _promise(privacy: Mapping[str, Any]) -> Text:
     return Text(
         f"ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}, by {privacy['mechanism']}; the unit is one "
         f"{privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise multipliers "
-        f"{chosen(privacy)}; counted by {privacy['accountant']}. Each method of this page is a run of its own: a member "
-        f"that took part in several would pay for each.{simulated}"
+        f"{format_noise_multipliers(privacy)} ({privacy['noise']} noise); counted by {privacy['accountant']}. Each method "
+        "of this page is a run of its own: a member that took part in several would pay for each. Test scores are the "
+        f"simulation's own view: they do not leave a site.{simulated}"
     )
 
 
