@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Figure, Pair, Section, Table, Text
@@ -46,7 +47,7 @@ def sizes(run: Finished) -> list[float]:
     return [24 if i == run.place else 14 for i in range(len(run.results))]
 
 
-def logarithmic(values: Sequence[float]) -> tuple[list[float], figures.Plot]:
+def logarithmic(values: Sequence[float]) -> tuple[list[float], dict[str, Any]]:
     """Places on a logarithmic axis that has nought, too, a decade below the least value, and the axis."""
     positive = [value for value in values if value > 0] or [1.0]
     least, most = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))

@@ -88,9 +88,7 @@ def _sites(privacy: Mapping[str, Any]) -> list[Figure]:
     budget, values = privacy["budget"], list(spent.values())
     most = max([*values, budget or 0.0])
     plot = figures.dots(list(spent), {"ε": values}, "ε", line=budget, shown=".3f")
-    plot["layout"] |= {"height": 90 + 24 * len(spent)}
-    plot["layout"]["xaxis"] |= {"range": [0, 1.08 * most], "zeroline": True}
-    plot["data"][0]["marker"] |= {"size": 9}
+    plot.update_layout(height=90 + 24 * len(spent), xaxis_range=[0, 1.08 * most]).update_traces(marker_size=9)
     return [
         Figure(
             "sites", "What each member spent", "ε of everything it released." + (" Dashed: the budget." if budget else ""),
