@@ -21,7 +21,13 @@ MOST = 200
 def ledger(run: Finished) -> Section | None:
     privacy = run.own["privacy"]
     if privacy.get("at_most"):
-        return _agreed(privacy) if privacy["epsilon"] is not None else None
+        if privacy["epsilon"] is None:
+            return None
+        said = (
+            f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site "
+            "has spent, its own ledger says (ficpd site status)."
+        )
+        return Section("privacy", "Privacy", [Text(said)])
     if privacy.get("epsilon") is None:
         return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
     if not privacy.get("lines"):
@@ -29,14 +35,6 @@ def ledger(run: Finished) -> Section | None:
     return Section(
         "privacy", "The privacy ledger", [_promise(privacy), *_shares(privacy), _lines(privacy), *_sites(privacy)]
     )
-
-
-def _agreed(privacy: Mapping[str, Any]) -> Section:
-    said = (
-        f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site has "
-        "spent, its own ledger says (ficpd site status)."
-    )
-    return Section("privacy", "Privacy", [Text(said)])
 
 
 def _promise(privacy: Mapping[str, Any]) -> Text:
