@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import read
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run
 from measure import save, spread
 
@@ -20,7 +20,7 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
     experiment = read(recipe, [f"seed={seed}"])
     with tempfile.TemporaryDirectory() as folder:
         run(experiment, Path(folder) / "run")
-        found = rows(Path(folder) / "run")
+        found = load_results(Path(folder) / "run")
     main = "rmse" if experiment.task["name"] == "regression" else "accuracy"
     figures = {
         r["label"]: {

@@ -1,6 +1,8 @@
 """Small federations on the tiny backbone: what most tests run on."""
 
+import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,9 @@ def library(folder: Path) -> dict[str, torch.Tensor]:
     """All prompts that a run in `folder/run` left."""
     found = PromptLibrary.load(folder / "run")
     return {name: prompt.vectors_PD for name, prompt in found.candidates().items()}
+
+
+def page(folder: Path) -> str:
+    """The text of the page of the run in `folder`, without tags, styles and scripts."""
+    text = re.sub(r"<(style|script).*?</\1>", "", (folder / "run" / "report.html").read_text(), flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]*>", "", text))

@@ -92,7 +92,7 @@ def test_run_leaves_a_run_and_prints_its_table(ficpd, folder, tmp_path):
     )
     assert (status, err) == (0, "")
     assert "small: fedprox on tiny, into" in out
-    for words in ("zero_shot", "fedprox", "accuracy", "bytes up / client / round", "library:", "report:", "page:"):
+    for words in ("zero_shot", "fedprox", "accuracy", "bytes up / client / round", "library:", "page:"):
         assert words in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["method"], result["seed"], result["num_rounds"]) == ("fedprox", 3, 2)

@@ -72,8 +72,8 @@ def test_prototypes_part_what_opposes_and_beat_one_prompt_for_all(tmp_path):
     assert found["clusters"]["number"] == 2
     own, all_alike = (r["metrics"]["per_client_mean"]["accuracy"] for r in (found, naive))
     assert own > all_alike + 0.05
-    page = (tmp_path / "run" / "report.md").read_text()
-    assert ": opposed.site-0, opposed.site-1, opposed.site-2\n" in page
+    page = small.page(tmp_path)
+    assert "\nopposed.site-0, opposed.site-1, opposed.site-2\n" in page
     assert "group 1.00" in page
 
 

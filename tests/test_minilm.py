@@ -5,14 +5,14 @@ import json
 import pytest
 
 from ficpd.experiments.audit import audit_run
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 
 pytestmark = pytest.mark.slow
 
 
 def test_tuning_beats_zero_shot(minilm_run):
     """A short run of the centralised line gains at least three points on everyone's test records."""
-    accuracy = {r["label"]: r["metrics"]["global"]["accuracy"] for r in rows(minilm_run)}
+    accuracy = {r["label"]: r["metrics"]["global"]["accuracy"] for r in load_results(minilm_run)}
     assert accuracy["centralized, no privacy"] >= accuracy["zero_shot"] + 0.03
 
 

@@ -9,7 +9,7 @@ import torch
 
 import small
 from ficpd.errors import LedgerError, PrivacyError, RunError
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.privacy_plan import LEDGER, private_seed, public_seed
 from ficpd.methods import ficpd
@@ -89,7 +89,7 @@ def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
     assert "round 3 does not take place" in result["stopped"]
     assert result["privacy"]["epsilon"] <= two_rounds + 1e-6
     assert {round for _, round, *_ in lines(tmp_path)} <= {1, 2}
-    assert "Stopped early" in (tmp_path / "run" / "report.md").read_text()
+    assert "Stopped early" in small.page(tmp_path)
     assert result["dropped_updates"] > 0  # sites with less to spend went home a round earlier
 
 
@@ -251,12 +251,12 @@ def test_private_and_compressed(tmp_path, name, bits):
 
 def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     small.run(tmp_path, "fedavg", *TWO, 'baselines=["local", "fedavg:none"]')
-    found = {row["label"]: row["privacy"] for row in rows(tmp_path / "run")}
+    found = {row["label"]: row["privacy"] for row in load_results(tmp_path / "run")}
     assert found.keys() == {"zero_shot", "local", "fedavg, no privacy", "fedavg"}
     assert found["fedavg, no privacy"]["epsilon"] is None
     assert found["local"]["epsilon"] == 0
-    text = (tmp_path / "run" / "report.md").read_text()
-    assert "per record, simulated noise" in text
+    text = small.page(tmp_path)
+    assert "(simulated noise)" in text
     assert "ε alone" in text
 
 

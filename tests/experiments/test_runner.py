@@ -18,7 +18,9 @@ from disk import to_the_disk, watch_renames
 from ficpd import storage
 from ficpd.errors import ConfigError, DataError, RunError
 from ficpd.experiments.config import parse
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.blocks import Table
+from ficpd.experiments.report.build import page_of
+from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.run_directory import ROUNDS, RunDir
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import codec
@@ -69,7 +71,7 @@ def test_the_files_of_a_run(finished):
     found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     own = {"checkpoint", "rounds.jsonl", "result.json"}
     kept = {f"library/{name}" for name in ("prompts.safetensors", "card.json", "README.md")}
-    assert {"experiment.toml", "resolved.toml", "report.md", *own, *kept} <= found
+    assert {"experiment.toml", "resolved.toml", "report.html", *own, *kept} <= found
     for name in ("local", "centralized"):
         assert {f"baselines/{name}/{file}" for file in own | kept} <= found
     assert "baselines/zero_shot/result.json" in found
@@ -112,11 +114,14 @@ def test_every_round_has_its_line_and_bytes_add_up(finished):
 
 
 def test_the_report_has_a_row_for_each_method(finished):
-    report = (finished / "run" / "report.md").read_text().split("\n## ")[0]
-    names = [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")]
-    assert names == ["method", "---", "zero_shot", "local", "centralized", "ficpd"]
-    assert [result["method"] for result in rows(finished / "run")] == names[2:]
-    assert "3 clients, 4 rounds, seed 0" in report
+    names = ["zero_shot", "local", "centralized", "ficpd"]
+    assert [result["method"] for result in load_results(finished / "run")] == names
+    (methods,) = [section for section in page_of(finished / "run").sections if section.id == "methods"]
+    (table,) = [block for block in methods.blocks if isinstance(block, Table)]
+    assert [line[0] for line in table.cells] == names
+    lines = [line for line in small.page(finished).splitlines() if line]
+    for fact, value in {"clients": "3, all asked every round", "rounds": "4", "seed": "0"}.items():
+        assert f"{fact}{value}" in lines
 
 
 def test_all_settings_are_written_as_they_were_used(finished):
@@ -154,8 +159,7 @@ def test_a_run_whose_every_update_is_dropped_ends_and_says_so(tmp_path, method):
     result = small.run(tmp_path, method, "federation.max_update_norm=1e-9", rounds=2)
     assert result["dropped_updates"] == 6
     assert result["bytes"]["up_total"] > 0
-    report = (tmp_path / "run" / "report.md").read_text()
-    assert "dropped" in report, "the report says nothing of dropped updates"
+    assert "6 updates were dropped." in small.page(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "ficpd", "local", "centralized"])
@@ -265,7 +269,7 @@ def test_a_crash_before_any_file_is_in_its_place_changes_nothing(tmp_path, monke
     with monkeypatch.context() as patch:
         watch_renames(patch, lambda target: names.append(target.name))
         run_experiment(given, tmp_path / "whole")
-    assert {"experiment.toml", "checkpoint", "rounds.jsonl", "library", "result.json", "report.md"} <= set(names)
+    assert {"experiment.toml", "checkpoint", "rounds.jsonl", "library", "result.json", "report.html"} <= set(names)
     whole, wrong = left_by(tmp_path / "whole"), []
     for number, name in enumerate(names, 1):
         out = tmp_path / str(number)
@@ -302,9 +306,8 @@ def test_a_run_stopped_between_two_rounds_goes_on_with_the_baselines_too(tmp_pat
     run_experiment(given, tmp_path / "whole")
     for where in (".", "baselines/local"):
         assert_same(left_by(tmp_path / "broken" / where), left_by(tmp_path / "whole" / where))
-    assert (tmp_path / "broken" / "report.md").read_text().count("\n|") == (
-        tmp_path / "whole" / "report.md"
-    ).read_text().count("\n|")
+    tables = [(tmp_path / name / "report.html").read_text().count("<tr") for name in ("broken", "whole")]
+    assert tables[0] == tables[1] > 5
 
 
 # ---------------------------------------------------------------- directories that are taken or broken
@@ -507,7 +510,7 @@ def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):
     assert result["num_clients"] == 3
     assert len(result["metrics"]["per_client"]) == 3
     assert set(result["unseen"]) == {"global", "assigned"}
-    assert "Clients that took no part" in (tmp_path / "run" / "report.md").read_text()
+    assert "Clients that took no part" in small.page(tmp_path)
 
 
 def test_taking_everybody_out_is_refused(tmp_path):

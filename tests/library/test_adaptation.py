@@ -372,7 +372,7 @@ def test_folds_part_the_records_and_deal_out_each_class(library, model):
         assert abs(labels.count("warm") - labels.count("cold")) <= 1
     assert parts == stratified_folds(shots, 1)
     assert parts != stratified_folds(shots, 2)
-    assert [len(part) for part in stratified_folds(shots.select(range(4)), 1)] == [1, 1, 1, 1]
+    assert [len(part) for part in stratified_folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
 
 
 def test_what_is_tried_on_a_record_has_not_seen_it(library, model):

@@ -52,7 +52,7 @@ def test_what_a_run_says_of_its_weights(tmp_path):
     words = "LoRA weights (64 rows of width 16)"
     assert words in library_facts(tmp_path / "run")["shape"]
     assert words in (tmp_path / "run" / "library" / "README.md").read_text()
-    assert "LoRA weights of all layers" in (tmp_path / "run" / "report.md").read_text()
+    assert "LoRA weights of all layers" in small.page(tmp_path)
 
 
 def test_beside_prompts_each_has_its_own_start_rate_and_bytes(tmp_path):

@@ -225,4 +225,4 @@ def test_clients_that_are_all_alike_have_one_prototype_and_nothing_to_agree_with
     assert found["clusters"]["agreement"]["site"] is None
     library = PromptLibrary.load(tmp_path / "run")
     assert len(library.prompts) == 1 + found["clusters"]["number"]
-    assert "agree" not in (tmp_path / "run" / "report.md").read_text()
+    assert "Agreement" not in small.page(tmp_path)

@@ -21,7 +21,7 @@ from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.experiments.config import parse
-from ficpd.experiments.report.markdown import rows
+from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run
 from ficpd.library.session import open_library, score_library
 from ficpd.tasks import generation
@@ -360,7 +360,7 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     for score in (result["metrics"]["global"], result["metrics"]["per_client_mean"], result["metrics"]["zero_shot"]):
         assert score.keys() == {"bleu", "chrf"}
         assert all(0 <= value <= 100 for value in score.values())
-    assert "everyone's test bleu" in (tmp_path / "run" / "report.md").read_text()
+    assert "everyone's test bleu" in small.page(tmp_path)
     texts = ["the film was good", "bad"]
     answers = told("predict", str(tmp_path / "run"), *[part for text in texts for part in ("--text", text)])
     lines = [json.loads(line) for line in answers.splitlines()]
@@ -390,7 +390,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     training = "local_steps = 4\nbatch_size = 8"
     experiment = parse(toml("smollm2", file, "In one sentence:", 3, 10, training), "things.toml")
     run(experiment, tmp_path / "run")
-    bleu = {row["label"]: row["metrics"]["global"]["bleu"] for row in rows(tmp_path / "run")}
+    bleu = {row["label"]: row["metrics"]["global"]["bleu"] for row in load_results(tmp_path / "run")}
     assert bleu["fedavg"] > bleu["zero_shot"] + 20
     opened = open_library(tmp_path / "run")
     records = [Record(f"row {i}", line) for i, line in enumerate(lines[::8])]

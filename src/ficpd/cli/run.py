@@ -26,11 +26,10 @@ def run(
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd.experiments import config as experiments
-    from ficpd.experiments.report.build import write_page
-    from ficpd.experiments.report.markdown import chosen, rows, table
+    from ficpd.experiments.report.build import PAGE
+    from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
-    from ficpd.library.card import guarantee
 
     changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
     experiment = experiments.read(recipe, changed)
@@ -54,13 +53,13 @@ def run(
     except KeyboardInterrupt:
         errors.print("stopped; `--resume` goes on from the last finished round")
         raise typer.Exit(130) from None
-    results = rows(out)
-    print_table(*table(results))
-    if results[-1]["privacy"].get("lines"):
-        typer.echo(f"privacy: {guarantee(results[-1]['privacy'])}; noise multipliers {chosen(results[-1]['privacy'])}")
+    results = load_results(out)
+    print_table(*results_table(results))
+    privacy = results[-1].privacy
+    if privacy.lines:
+        typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
-    typer.echo(f"report:  {out / 'report.md'}")
-    typer.echo(f"page:    {write_page(out)}")
+    typer.echo(f"page:    {out / PAGE}")
 
 
 def audit(

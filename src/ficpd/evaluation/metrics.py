@@ -1,10 +1,11 @@
 """What is measured. Which figure stands for a task, and how it is read, is said here and nowhere else."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Metric(NamedTuple):
+@dataclass(frozen=True)
+class Metric:
     """`scale` and `unit`: how it is shown to a person. `less_is_better`: the worst client has the most of it."""
 
     name: str

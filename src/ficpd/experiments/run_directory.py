@@ -9,7 +9,7 @@ checkpoint        the state after the last finished round, what clients keep, th
 rounds.jsonl      one line a round
 result.json       the outcome; its presence says that the run is finished
 library/          the prompt library
-report.md         the table
+report.html       the page
 baselines/NAME/   the same for each baseline
 """
 

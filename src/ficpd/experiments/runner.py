@@ -18,7 +18,7 @@ from ficpd.evaluation.fairness import share_worse_off
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, to_toml
 from ficpd.experiments.distillation import DISTILLED
-from ficpd.experiments.report.markdown import report
+from ficpd.experiments.report.build import PAGE, write_page
 from ficpd.experiments.results import BackboneInfo, Bytes, RunResult, Seconds
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.setup import (
@@ -197,7 +197,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
 def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> RunResult:
     folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
     done = directory.result()
-    if done and (directory.path / "report.md").exists() and all(beside.result() for beside in folders.values()):
+    if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
         return done
     context = build_context(directory.resolved(experiment))
     configs = {name: baseline_method_config(context.experiment, name) for name in experiment.baselines}
@@ -217,7 +217,7 @@ def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> RunRe
         fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
         result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
         result.save(directory.path)
-    directory.write("report.md", report(directory))
+    write_page(directory.path)
     return result
 
 

@@ -119,7 +119,7 @@ def _tried_once(shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed
     """Every variant on every record, each held back once; all folds are answered in lock step."""
     number, parts = len(shots.records), stratified_folds(shots, seed)
     works = {
-        str(place): _tried_on(shots.select([i for i in range(number) if i not in part]), shots.select(part), ways)
+        str(place): _tried_on(shots.take([i for i in range(number) if i not in part]), shots.take(part), ways)
         for place, part in enumerate(parts)
     }
     results, whole = dict(run_queries_lockstep(model, works)), {}

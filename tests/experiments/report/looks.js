@@ -45,18 +45,18 @@
     return found;
   },
 
+  template: () => Object.values(JSON.parse(document.getElementById("plots").textContent))[0].layout.template,
+
   /* The contrast of each colour of data with the panel. */
   colours() {
-    const style = getComputedStyle(document.documentElement);
-    const of = (name) => this.hex(style.getPropertyValue(name));
-    return [...Array(8).keys()].map((i) => this.ratio(of("--c" + i), of("--panel")));
+    const panel = this.hex(getComputedStyle(document.documentElement).getPropertyValue("--panel"));
+    return this.template().layout.colorway.map((colour) => this.ratio(this.hex(colour), panel));
   },
 
   /* The contrast of a heat map's numbers with the two ends of its colours. */
   heat() {
-    const style = getComputedStyle(document.documentElement);
-    const of = (name) => this.hex(style.getPropertyValue(name));
-    return ["--heat0", "--heat1"].map((end) => this.ratio(of("--ink"), of(end)));
+    const { colorscale, textfont } = this.template().data.heatmap[0];
+    return colorscale.map(([, end]) => this.ratio(this.hex(textfont.color), this.hex(end)));
   },
 
   stops: () => [...document.querySelectorAll('a[href], button, summary, [tabindex="0"]')].filter((e) => e.checkVisibility()).length,

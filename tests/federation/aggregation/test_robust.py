@@ -275,7 +275,7 @@ def test_a_run_names_the_client_that_lied(tmp_path):
     assert result["too_few"] == {}
     lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert [line["set_aside"] for line in lines] == [{POISONED: "left out of global"}] * 3
-    assert f"{POISONED} in 3" in (tmp_path / "run" / "report.md").read_text()
+    assert f"{POISONED} in 3" in small.page(tmp_path)
 
 
 def test_a_checkpoint_that_was_written_before_there_were_rules_can_be_read(tmp_path):

@@ -16,7 +16,6 @@ from ficpd.experiments.build import ExperimentContext, build_context, with_confi
 from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.distillation import validate_distillation
-from ficpd.experiments.report.markdown import report
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import Progress, run_method
 from ficpd.experiments.setup import build_method
@@ -70,7 +69,6 @@ def run_cell(
     directory.write("experiment.toml", to_toml(experiment))
     directory.write("resolved.toml", to_toml(context.experiment))
     result = run_method(context, context.experiment.method, directory, floor, progress)
-    directory.write("report.md", report(directory))
     rounds = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     figures = figures_of(result, rounds)
     ended: dict[str, str | None] = {"status": "done", "reason": None}

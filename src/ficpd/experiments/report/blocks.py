@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from ficpd.experiments.report.figures import legend
+import plotly.graph_objects as go
 
 NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?\s?[▲▼]?$")
 
@@ -35,19 +35,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """`plot` is what plotly.js draws (see `figures`), `alt` says in a sentence what it shows, `numbers` are its data."""
+    """`alt` describes the plot in a sentence, `numbers` are its data."""
 
     id: str
     title: str
     said: str
     alt: str
-    plot: dict[str, Any]
+    plot: go.Figure
     numbers: Table
     kind: Literal["figure"] = "figure"
-
-    @property
-    def legend(self) -> list[tuple[str, str, str]]:
-        return legend(self.plot)
 
 
 @dataclass(frozen=True)

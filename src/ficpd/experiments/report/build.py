@@ -41,7 +41,7 @@ def page_of(directory: Path) -> Page:
 def of_run(run: Finished) -> Page:
     own = run.own
     return Page(
-        f"{own['method']} on {own['backbone']['name']}: {own['task']}",
+        f"{own.method} on {own.backbone.name}: {own.task}",
         overview.headline(run),
         overview.summary_blocks(run),
         non_empty(

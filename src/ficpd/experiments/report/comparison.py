@@ -9,6 +9,7 @@ from ficpd.errors import RunError
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report.blocks import Block, Code, KeyValues, Section, Table, Text
 from ficpd.experiments.report.overview import format_gap, with_unit
+from ficpd.experiments.report.summary import format_interval
 
 COMPARISON, SCHEMA = "compare.json", 1
 GIVEN, AS_GIVEN = "given", "as given"
@@ -75,8 +76,7 @@ def finished(tree: Tree) -> list[tuple[Tree, Metric]]:
 def mean_of(summary: Tree, metric: Metric) -> str:
     if summary["mean"] is None:
         return "–"
-    interval = summary["interval"]
-    return metric.shown(summary["mean"]) + (f" [{', '.join(map(metric.shown, interval))}]" if interval else "")
+    return metric.shown(summary["mean"]) + format_interval(summary["interval"], metric)
 
 
 def verdict(against: Tree | None, metric: Metric) -> int:

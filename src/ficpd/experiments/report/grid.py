@@ -18,6 +18,7 @@ from ficpd.experiments.report.comparison import (
     verdict,
 )
 from ficpd.experiments.report.overview import number, paired
+from ficpd.experiments.report.summary import format_interval
 
 # ---------------------------------------------------------------- the grid
 
@@ -95,7 +96,7 @@ def _table(tree: Tree, at: Tree, metric: Metric) -> Table:
 def _difference(against: Tree | None, metric: Metric) -> str:
     if not against or against["difference"] is None:
         return "–"
-    ends = f" [{', '.join(metric.shown(v) for v in against['interval'])}]" if against["interval"] else ""
+    ends = format_interval(against["interval"], metric)
     return f"{metric.scale * against['difference']:+.{metric.digits}f}{ends}"
 
 

@@ -9,45 +9,13 @@
     set: (theme) => { try { localStorage.setItem("ficpd-theme", theme); } catch { /* a file may have no storage */ } },
   };
 
-  /* A copy of a figure with its colours, which name properties of the page's style, put in. */
-  function coloured(value, style) {
-    if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() || value : value;
-    if (Array.isArray(value)) return value.map((item) => coloured(item, style));
-    if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, coloured(item, style)]));
-  }
-
-  function axis(given, style) {
-    const soft = style.getPropertyValue("--soft").trim();
-    const line = style.getPropertyValue("--line").trim();
-    return {
-      gridcolor: line, linecolor: line, zerolinecolor: line, zeroline: false, tickfont: { color: soft }, fixedrange: true,
-      ...given,
-      title: { font: { size: 13, color: soft }, standoff: 12, ...given.title },
-    };
-  }
-
+  /* The figures' texts have the colour of the page's. */
   function draw(width) {
-    const style = getComputedStyle(root);
-    const ink = style.getPropertyValue("--ink").trim();
-    const panel = style.getPropertyValue("--panel").trim();
-    for (const [id, plot] of Object.entries(plots)) {
+    const font = { color: getComputedStyle(root).getPropertyValue("--ink").trim() };
+    for (const [id, { data, layout }] of Object.entries(plots)) {
       const place = document.getElementById("plot-" + id);
       place.querySelector(".waiting")?.remove();
-      const layout = coloured(plot.layout, style);
-      Plotly.react(place, coloured(plot.data, style), {
-        ...layout,
-        width,
-        autosize: width === undefined,
-        dragmode: false,
-        hovermode: "closest",
-        font: { family: style.getPropertyValue("--sans").trim(), size: 13, color: ink },
-        paper_bgcolor: "rgba(0,0,0,0)",
-        plot_bgcolor: "rgba(0,0,0,0)",
-        hoverlabel: { bgcolor: ink, bordercolor: ink, font: { color: panel }, align: "left" },
-        xaxis: axis(layout.xaxis, style),
-        yaxis: axis(layout.yaxis, style),
-      }, settings);
+      Plotly.react(place, data, { ...layout, width, autosize: width === undefined, font }, settings);
     }
   }
 

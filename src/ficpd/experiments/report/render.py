@@ -6,6 +6,7 @@ never run, and no network is asked, whatever else goes wrong.
 
 import base64
 import hashlib
+import json
 import re
 from functools import cache
 from importlib import resources
@@ -13,7 +14,6 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.experiments.report.blocks import Page
-from ficpd.experiments.report.figures import drawn
 
 SCRIPT_END = re.compile(r"<(?=/script|!--)", re.IGNORECASE)
 """What would end a script's element, or hide its end."""
@@ -30,7 +30,7 @@ def render(page: Page) -> str:
     scripts = [plotly(), own("page.js")]
     return environment.get_template("template.html.jinja").render(
         page=page, version=__version__, style=own("page.css"), scripts=scripts, policy=policy(scripts),
-        plots={figure.id: drawn(figure.plot) for figure in page.figures},
+        plots={figure.id: json.loads(str(figure.plot.to_json(validate=False))) for figure in page.figures},
     )  # fmt: skip
 
 
@@ -55,7 +55,5 @@ def plotly() -> str:
 
 def plots_of(html: str) -> dict[str, Any]:
     """The figures of a rendered page, as its script reads them."""
-    import json
-
     found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', html, re.DOTALL)
     return json.loads(found.group(1)) if found else {}

@@ -52,11 +52,10 @@ def _front(tree: Tree, place: int, front: Tree) -> Figure:
     xs, axis = logarithmic([p["cost"] for p in points])
     plot = figures.bubbles(names, xs, ys, [18 if p["on_front"] else 11 for p in points], shown, x, y, marks, axis)
     on = sorted((a, b) for a, b, p in zip(xs, ys, points, strict=True) if p["on_front"])
-    plot["data"].insert(0, {
-        "type": "scatter", "mode": "lines",
-        "x": figures.rounded([a for a, _ in on]), "y": figures.rounded([b for _, b in on]),
-        "line": {"color": figures.SOFT, "width": 1.5, "shape": "hv"}, "hoverinfo": "skip", "showlegend": False,
-    })  # fmt: skip
+    plot.add_scatter(
+        mode="lines", x=[a for a, _ in on], y=[b for _, b in on], hoverinfo="skip", showlegend=False,
+        line={"color": figures.GREY, "width": 1.5, "shape": "hv"},
+    )  # fmt: skip
     cells = [
         [name, f"{v:.{metric.digits}f}", cost(p["cost"]), "yes" if p["on_front"] else "no"]
         for name, v, p in zip(names, ys, points, strict=True)
