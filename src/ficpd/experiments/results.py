@@ -39,6 +39,9 @@ class FrozenModel(BaseModel):
                 f"{file} is of another version than this ficpd {__version__} ({where}: {first['msg']}); make it anew"
             ) from error
 
+    def write(self, file: Path) -> Path:
+        return atomic_write(file, json.dumps(self.model_dump(), indent=1) + "\n")
+
 
 class BackboneInfo(FrozenModel):
     name: str
@@ -327,4 +330,4 @@ class RunResult(FrozenModel):
         return cls.read(file)
 
     def save(self, run_directory: Path) -> Path:
-        return atomic_write(Path(run_directory) / FILE, json.dumps(self.model_dump(), indent=2) + "\n")
+        return self.write(Path(run_directory) / FILE)

@@ -5,11 +5,14 @@ together: all that a researcher fixes before comparing methods. A *condition* is
 are 0..1; `null` means that there is none.
 """
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
+from ficpd.errors import RunError
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.results import FrozenModel, Interval
 
+COMPARISON = "compare.json"
 Sweep = dict[str, Any]
 """`part.key` to value; {} without sweeps."""
 
@@ -254,7 +257,7 @@ class BudgetInfo(FrozenModel):
 
 
 class ComparisonResult(FrozenModel):
-    """`compare.json`."""
+    """`compare.json`. A *line* is a method that is always there: zero_shot, local, centralized (without privacy)."""
 
     ficpd: str
     name: str
@@ -263,7 +266,6 @@ class ComparisonResult(FrozenModel):
     reference: str
     """The method that the others are tested against."""
     lines: list[str]
-    """The methods that are always there: zero_shot, local, centralized (without privacy)."""
     test: Literal["t", "wilcoxon"]
     """`scipy.stats.ttest_rel` or `scipy.stats.wilcoxon`."""
     confidence: float
@@ -283,3 +285,13 @@ class ComparisonResult(FrozenModel):
     targets: list[Target]
     counts: dict[str, int]
     """Cells by status."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a comparison's folder, or the file itself. Raises `RunError` if it is none, or of another version."""
+        file = path / COMPARISON if path.is_dir() else path
+        if not file.is_file():
+            raise RunError(
+                f"{path} holds no comparison ({COMPARISON}); make one with `ficpd compare FILE.toml --out {path}`"
+            )
+        return cls.read(file)
