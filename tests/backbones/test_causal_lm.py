@@ -298,7 +298,10 @@ def test_what_does_not_fit_is_not_written(folder, small):
         small.generate_greedy(prompts(3, 4), items, 0, room + 1)
     with pytest.raises(BackboneError, match="expected 0 to 2"):
         small.generate_greedy(prompts(3, 4), items, 3, 1)
-    for asked in (lambda: small.generate_greedy(prompts(3, 4), items, 0, -1), lambda: generate(small, ["bad"], max_tokens=-1)):
+    for asked in (
+        lambda: small.generate_greedy(prompts(3, 4), items, 0, -1),
+        lambda: generate(small, ["bad"], max_tokens=-1),
+    ):
         with pytest.raises(BackboneError, match="max_tokens = -1: expected 0 or more"):
             asked()
 

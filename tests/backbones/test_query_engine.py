@@ -394,7 +394,11 @@ def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
 
 def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypatch):
     """What else is missing goes by what other records have pushed out."""
-    items, below, asked = [records[0] for records in batch_of(model, small.classes()).items], model.backbone.encode_prefix, []
+    items, below, asked = (
+        [records[0] for records in batch_of(model, small.classes()).items],
+        model.backbone.encode_prefix,
+        [],
+    )
     monkeypatch.setattr(model.backbone, "below", lambda items, layer: asked.append(len(items)) or below(items, layer))
     HiddenStateCache(1 << 20, UNBATCHED).fetch(items, 1, model.backbone)
     assert asked == [1] * len(items)

@@ -40,7 +40,9 @@ def sent(method, model, count: int, seed: int) -> list[bytes]:
     client.train = small.records(count, seed)
     state, bodies = small.first_state(method, members, 3), []
     for round in (1, 2, 3):
-        update = run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, round)))
+        update = run_queries(
+            model, execute_assignment(method, client, method.make_assignment(state, client.card, round))
+        )
         bodies.append(codec.encode_update(update, round, model.backbone.fingerprint))
         state = method.aggregate(state, [update], round, model)
     return bodies

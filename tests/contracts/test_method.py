@@ -188,7 +188,9 @@ def test_what_leaves_is_exactly_what_was_released(method, model):
     replies = list(small.engine(method, members, model).exchange(bodies))
     assert sorted(mechanism.released) == sorted(reply.client for reply in replies) == sorted(members)
     for reply in replies:
-        marks = {name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.update_spec(state)).items()}
+        marks = {
+            name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.update_spec(state)).items()
+        }
         assert reply.body == codec.encode_update(ClientUpdate(reply.client, marks, MARKED_WEIGHT), 1, fingerprint)
 
 

@@ -330,7 +330,10 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
         (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
         (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
         (lambda client, rows: client.private_mean(rows[:, :-1]), "records where the last batch has"),
-        (lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)), "records where the last batch has"),
+        (
+            lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)),
+            "records where the last batch has",
+        ),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
 )

@@ -128,8 +128,8 @@ def run_rounds(
                 sum(map(len, assignments.values())),
                 trained - started,
                 time.perf_counter() - trained,
-                excluded_updates=dict(noted.get("set_aside", {})),
-                underfilled_means=dict(noted.get("too_few", {})),
+                excluded_updates=dict(noted.get("excluded_updates", {})),
+                underfilled_means=dict(noted.get("underfilled_means", {})),
             ),
         )
 

@@ -119,7 +119,7 @@ class FedDtpt:
         if good_KN:
             ids_KN = torch.stack(good_KN)
             prompt_P1 = aggregate_tokens(ids_KN, words.vectors(ids_KN).cpu())[:, None]
-        return State({"prompt": prompt_P1}, {**state.facts, "set_aside": aside})
+        return State({"prompt": prompt_P1}, {**state.facts, "excluded_updates": aside})
 
     def global_prompt(self, state: State) -> Tensor:
         return state.arrays["prompt"]

@@ -148,8 +148,8 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
 
     changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
     run = open_run(federation(tmp_path, *changes, rounds=8), "cpu")
-    assert run.result["stopped"]
-    (line,) = run.result["privacy"]["lines"]
+    assert run.result.stopped
+    (line,) = run.result.privacy.lines
     played = []
     original = canaries.lower_bound
 
@@ -163,7 +163,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     assert played == [line["releases"]]
     assert played[0] < 40
     assert bound is not None
-    assert bound.stated == run.result["privacy"]["epsilon"]
+    assert bound.stated == run.result.privacy.epsilon
 
 
 def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):

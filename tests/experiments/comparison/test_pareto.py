@@ -73,23 +73,23 @@ def test_targets_are_shares_of_each_seeds_own_centralised_end():
         row("a", [0.85, 0.9, 0.95], 0), row("a", [0.4, 0.44, 0.46], 1),
     ]  # fmt: skip
     nine, more = cost_to_target(seen(rows), [0.9, 0.95])
-    assert nine["target"] == pytest.approx(0.675)
-    assert [one and one["round"] for one in nine["methods"]["a"]["seeds"]] == [2, 3]  # of 0.90 and 0.45
-    assert (nine["methods"]["a"]["reached"], nine["methods"]["a"]["rounds"], nine["methods"]["a"]["bytes"]) == (
+    assert nine.target == pytest.approx(0.675)
+    assert [one and one["round"] for one in nine.methods["a"].seeds] == [2, 3]  # of 0.90 and 0.45
+    assert (nine.methods["a"].reached, nine.methods["a"].rounds, nine.methods["a"].bytes) == (
         2,
         2.5,
         250,
     )
-    assert more["methods"]["a"]["seeds"][1] is None  # 0.475 is never there
-    assert (more["methods"]["a"]["reached"], more["methods"]["a"]["rounds"]) == (1, None)
-    assert more["methods"]["a"]["of"] == [0, 1]
+    assert more.methods["a"].seeds[1] is None  # 0.475 is never there
+    assert (more.methods["a"].reached, more.methods["a"].rounds) == (1, None)
+    assert more.methods["a"].of == [0, 1]
 
 
 def test_of_an_error_the_target_is_above_the_end():
     rows = [row("centralized", [1.0, 0.9]), row("a", [1.2, 1.01, 0.99])]
     (found,) = cost_to_target(seen(rows, metrics={"t": ERROR}), [0.9])
-    assert found["target"] == pytest.approx(1.0)
-    assert found["methods"]["a"]["rounds"] == 3
+    assert found.target == pytest.approx(1.0)
+    assert found.methods["a"].rounds == 3
 
 
 # ---------------------------------------------------------------- fronts
@@ -108,12 +108,12 @@ def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
         row("b", [0.9], 0), row("b", [0.7], 1), row("centralized", [0.95], 0),
     ]  # fmt: skip
     found = {front["cost"]: front for front in pareto_fronts(seen(rows))}
-    assert [(p["method"], p["cost"], p["on_front"]) for p in found["bytes"]["points"]] == [
+    assert [(p.method, p.cost, p.on_front) for p in found["bytes"]["points"]] == [
         ("a", 200, False),
         ("b", 100, True),
     ]
-    assert [p["value"] for p in found["bytes"]["points"]] == pytest.approx([0.7, 0.8])
-    assert [(p["method"], p["cost"]) for p in found["epsilon"]["points"]] == [("a", 2.0)]
+    assert [p.value for p in found["bytes"]["points"]] == pytest.approx([0.7, 0.8])
+    assert [(p.method, p.cost) for p in found["epsilon"]["points"]] == [("a", 2.0)]
 
 
 # ---------------------------------------------------------------- budgets
@@ -144,23 +144,23 @@ def test_a_condition_pairs_seeds_and_a_setting_pairs_tasks_too():
     rows = [row(m, [v], s, t) for m, tasks in ends.items() for t, values in tasks.items() for s, v in enumerate(values)]
     both = seen(rows, metrics={"t": METRIC, "u": METRIC})
     first, _ = conditions(both)
-    assert (first["task"], first["methods"]["a"]["against"]) == ("t", None)
-    assert first["methods"]["b"]["against"]["difference"] == pytest.approx(-0.11)
-    assert first["methods"]["b"]["against"]["pairs"] == 2
+    assert (first.task, first.methods["a"].against) == ("t", None)
+    assert first.methods["b"].against.difference == pytest.approx(-0.11)
+    assert first.methods["b"].against.pairs == 2
     (whole,) = settings(both)
-    against = whole["methods"]["b"]["against"]
-    assert (against["pairs"], against["difference"]) == (4, pytest.approx(-0.0725))
-    assert against["p_holm"] == against["p"]
-    assert (whole["methods"]["a"]["rank"], whole["methods"]["b"]["rank"]) == (1.0, 2.0)
-    assert whole["ranked"] == ["t", "u"]
+    against = whole.methods["b"].against
+    assert (against.pairs, against.difference) == (4, pytest.approx(-0.0725))
+    assert against.p_holm == against.p
+    assert (whole.methods["a"].rank, whole.methods["b"].rank) == (1.0, 2.0)
+    assert whole.ranked == ["t", "u"]
 
 
 def test_tasks_with_different_measures_are_ranked_and_not_pooled():
     rows = [row(m, [v], s, t) for m, v in (("a", 0.8), ("b", 0.7)) for t in ("t", "u") for s in (0, 1)]
     (whole,) = settings(seen(rows, metrics={"t": METRIC, "u": ERROR}))
-    assert "measured differently (accuracy, rmse)" in whole["methods"]["b"]["against"]["why"]
-    assert whole["methods"]["b"]["against"]["difference"] is None
-    assert whole["methods"]["a"]["rank"] == 1.5  # the best of one, the worst of the other
+    assert "measured differently (accuracy, rmse)" in whole.methods["b"].against.why
+    assert whole.methods["b"].against.difference is None
+    assert whole.methods["a"].rank == 1.5  # the best of one, the worst of the other
 
 
 def test_a_missing_seed_is_no_pair():
@@ -169,5 +169,5 @@ def test_a_missing_seed_is_no_pair():
         {**row("b", [0.7], 1), "status": "failed", "figures": None, "curve": [], "bytes": None, "seconds": None}
     )
     (found,) = conditions(seen(rows))
-    assert (found["methods"]["b"]["n"], found["methods"]["b"]["against"]["pairs"]) == (1, 1)
-    assert found["methods"]["b"]["against"]["why"] == "one pair is too few"
+    assert (found.methods["b"]["n"], found.methods["b"]["against"]["pairs"]) == (1, 1)
+    assert found.methods["b"]["against"]["why"] == "one pair is too few"

@@ -128,7 +128,7 @@ def library(run: Finished) -> Section | None:
         for name in found.prompts
     ]  # fmt: skip
     of_tasks = found.card["tasks"].items()
-    tasks = ", ".join(name if name == about.name else f"{name} ({about.name})" for name, about in of_tasks)
+    tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
     heads = ["prompt", "way from the start", "clients", "most like it"]
     return Section("library", "The prompt library", [
         Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
