@@ -53,7 +53,7 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
         )
         prompt = run_queries(built.model, work)
         seconds += time.perf_counter() - began
-        accuracy = score_prompt(prompt, test, targets, built.model)["accuracy"]
+        accuracy = score_prompt(built.task, prompt, test, targets, built.model)["accuracy"]
         points.append({"steps": (part + 1) * every, "seconds": round(seconds, 2), "accuracy": round(accuracy, 4)})
     return {"layer": layer, "rate": rate, "rms of the start": round(rms, 4), "points": points}
 

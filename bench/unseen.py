@@ -84,7 +84,7 @@ class Newcomer:
     def score(self, fitted: AdaptedPrompt) -> float:
         batch = fitted.encode(self.task, self.test, self.context.model.backbone, self.encoded)
         truths = self.task.targets(self.test)
-        return 100 * score_prompt(fitted.prompt.vectors_PD, batch, truths, self.context.model)["accuracy"]
+        return 100 * score_prompt(self.task, fitted.prompt.vectors_PD, batch, truths, self.context.model)["accuracy"]
 
     def alone(self) -> PromptLibrary:
         """No library: a start of this task's own words."""

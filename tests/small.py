@@ -18,14 +18,14 @@ from ficpd.federation import simulation
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
 from ficpd.federation.rounds import Round, RoundSchedule, run_rounds
-from ficpd.interfaces import Compression, Engine, Method, Task
+from ficpd.interfaces import Compression, Engine, Task
 from ficpd.library.library import PromptLibrary
+from ficpd.method import Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
 from ficpd.tasks import classification, multiple_choice, regression
-from ficpd.traits import StartsElsewhere
 from ficpd.types import Answer, ArraySpec, ClientCard, FederationInfo, Prompt, Query, Record, State, UpdateSpec
 
 CPU = torch.device("cpu")
@@ -92,10 +92,10 @@ def clients(
     """Members of unequal size; one that holds all records where the method pools them."""
     task, mechanism = task or classes(), mechanism or NoPrivacy()
     shares = {f"site-{i}": records(5 + 2 * i, i, f"site-{i}.csv") for i in range(count)}
-    if method.centralized:
+    if method.capabilities.centralized:
         shares = {"everyone": [record for share in shares.values() for record in share]}
     begin = start(model, task)
-    if isinstance(method, StartsElsewhere):
+    if method.capabilities.prompt_type != "soft":
         begin = method.init_prompt(begin, model.backbone, 0)
     compression = compression or whole(begin)
     ledger = ledger or (Ledger(":memory:", "a run") if mechanism.unit != "none" else None)
@@ -133,7 +133,7 @@ def engine(
 def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0) -> State:
     cards = [client.card for client in members.values()]
     begin = next(iter(members.values())).start
-    labels = {"": getattr(next(iter(members.values())).task, "num_labels", 0)}
+    labels = {"": next(iter(members.values())).task.num_labels}
     return chosen.init(FederationInfo(begin, cards, rounds, len(cards), seed, labels))
 
 

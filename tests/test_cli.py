@@ -259,7 +259,7 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
     shots = draw_shots(records, 0, False, 0)
     found = adapt_library(opened, own, shots, tmp_path / "mine", "demonstrations")
     batch = found.fitted.encode(own.task, records, opened.model.backbone)
-    fitted = score_prompt(found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
+    fitted = score_prompt(own.task, found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
     _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
     lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}
     assert lines["adapted"] == pytest.approx(fitted["accuracy"], abs=6e-4)
@@ -326,10 +326,10 @@ def test_a_library_without_data_goes_by_what_the_task_is(ficpd, folder, tmp_path
     status, out, _ = ficpd(*call)
     assert status == 0
     assert "0 records are too few" in out
-    assert "no prompt was made for such a task" in out
+    assert "no prompt was tuned for a similar task" in out
     assert "left the start as it is" in out
     assert json.loads(ficpd("predict", tmp_path / "mine", "--text", "dull")[1])["prediction"] in "ab"
-    assert "there is no record to adapt to" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
+    assert "no records for --how tune" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
 
 
 def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypa
 
     whole = small.run(tmp_path / "whole", method, *TWO)
     experiment = small.experiment(tmp_path / "cut", method, *TWO)
-    cut, calls = (Account, "settle") if when == "before the ledger" else (RunDir, "save"), []
+    cut, calls = (Account, "commit") if when == "before the ledger" else (RunDir, "save"), []
     original = getattr(*cut)
 
     def dies(*given):
@@ -253,8 +253,8 @@ def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     small.run(tmp_path, "fedavg", *TWO, 'baselines=["local", "fedavg:none"]')
     found = {row.label: row.privacy for row in load_results(tmp_path / "run")}
     assert found.keys() == {"zero_shot", "local", "fedavg, no privacy", "fedavg"}
-    assert found["fedavg, no privacy"]["epsilon"] is None
-    assert found["local"]["epsilon"] == 0
+    assert found["fedavg, no privacy"].epsilon is None
+    assert found["local"].epsilon == 0
     text = small.page(tmp_path)
     assert "(simulated noise)" in text
     assert "ε alone" in text
@@ -264,7 +264,7 @@ def test_a_statistic_has_its_own_line(tmp_path):
     block = small.run(tmp_path, "fedavg", *TWO, "privacy.statistics={ weight = 0.2 }").privacy
     found = {line.name: line for line in block.lines}
     assert found.keys() == {"prompt", "weight"}
-    assert found["weight"]["releases"] == 1
+    assert found["weight"].releases == 1
     assert sum(line.share for line in found.values()) == pytest.approx(1)
     assert block.epsilon <= 2
 

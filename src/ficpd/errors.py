@@ -81,7 +81,7 @@ class BackboneWarning(UserWarning):
 def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest one that does.
 
-    >>> unknown("method", "fedvag", ["fedavg", "local"])
+    >>> did_you_mean("method", "fedvag", ["fedavg", "local"])
     "unknown method 'fedvag'; did you mean 'fedavg'? Known: fedavg, local"
     """
     known = sorted(known)

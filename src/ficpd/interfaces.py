@@ -1,29 +1,29 @@
-"""The seams: what a backbone, task, mechanism, method and engine have to be. Protocols of a few methods each, no trees."""
+"""Interfaces. Backbones and tasks extend a base class with defaults (methods: `method.py`); the rest are protocols."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ficpd.errors import BackboneError
 from ficpd.types import (
     JSON,
     Answer,
     ArraySpec,
-    Assignment,
     Batch,
     ClientCard,
     ClientUpdate,
     EncodedInput,
-    FederationInfo,
     ModelOutput,
+    Objective,
     PrivacyCost,
     Prompt,
     Query,
     Record,
     Reply,
     Score,
-    State,
     UpdateSpec,
 )
 
@@ -51,130 +51,137 @@ class Vocabulary(Protocol):
         ...
 
 
-class Backbone(Protocol):
-    """The frozen model. Contract: rows never see each other; no dropout; padding is masked; no state between calls."""
+class Backbone(ABC):
+    """A frozen model. Contract: rows never see each other; no dropout; padding is masked; no state between calls.
+
+    Capabilities: `modality` "image" takes images (`preprocess_image`), "text" takes texts (`tokenize`). `can_generate`
+    allows `generate`. `supports_gradients` is false for black boxes. `supports_features`: `ModelOutput.features_RD`
+    describes the text. `has_text_encoder`: texts of answers give a readout, so no head has to be tuned.
+    """
 
     name: str
     fingerprint: str
     width: int
     depth: int
     max_tokens: int
-    supports_gradients: bool
-    can_generate: bool
-    sees_images: bool
-    """It looks at images (`look`) and reads no texts; else it reads (`read`)."""
-    has_text_encoder: bool
-    """It can score answers by their texts; else a task on it has to tune a head."""
-    supports_features: bool
-    """`Outputs.features_RD` tell of the text; else of a text there is nothing but likelihoods and what is written."""
     device: torch.device
+    modality: Literal["text", "image"] = "text"
+    can_generate: bool = False
+    supports_gradients: bool = False
+    supports_features: bool = True
+    has_text_encoder: bool = True
+    about: str = ""
+    """Describes the kind of model in errors."""
+    vocabulary: Vocabulary | None = None
+    """Words for prompts of words; None: no such prompts."""
+    adapters: Any = None
+    """`backbones.lora.Adapters`; None: no LoRA."""
 
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """What a prompt of words is made of; None: it takes none."""
-        ...
-
+    @abstractmethod
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """Encode one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
+        """Encodes one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
 
         Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut. `writes` > 0:
-        the answer is a text that will be written in at most so many tokens, its end token among them; it is cut to them,
-        and the room is kept free also without an answer. Raises `BackboneError` where the backbone cannot write.
+        the answer is a text of at most so many tokens, its end token included; it is cut to them, and their room is kept
+        free without an answer too. Raises `BackboneError` where the backbone cannot write.
         """
-        ...
 
     def preprocess_image(self, image: Any, room: int) -> EncodedInput:
-        """One image, anything whose `open()` gives a PIL image in RGB; it is opened in `below`, and no pixels are kept.
-        Raises `BackboneError` where the backbone sees nothing, or if `room` virtual tokens do not fit."""
-        ...
+        """Encodes one image: any object whose `open()` gives a PIL image in RGB. `encode_prefix` opens it; no pixels are
+        kept. Raises `BackboneError` where the backbone takes no images or `room` virtual tokens do not fit."""
+        raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
 
+    @abstractmethod
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens).
         Raises `BackboneError` where the backbone knows no words."""
-        ...
 
+    @abstractmethod
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """A tuned head's rows as a readout; the inverse of what `start` stores for it."""
-        ...
+        """Turns a tuned head's rows into a readout."""
 
+    @abstractmethod
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D]: the real activations of a text, or (None) of words drawn from the vocabulary, at a layer. Where
-        images are seen the text says nothing: those of made-up images."""
-        ...
+        """[num_tokens, D]: real activations of a text, or (None) of words drawn from the vocabulary, at a layer. An image
+        backbone ignores the text and takes synthetic images."""
 
+    @abstractmethod
     def synthetic_inputs(self, number: int, seed: int) -> list[Any]:
-        """Texts of words drawn from the vocabulary, or images of colours: public, and nobody's."""
-        ...
+        """Draws public inputs: texts of words of the vocabulary, or images of colours."""
 
     def unk_rate(self, texts: Sequence[str]) -> float:
-        """Which share of the tokens of these texts stands for what it cannot read, 0 to 1; 0.0 where nothing does (bytes
-        or hashes for a vocabulary, or no texts at all: images)."""
-        ...
+        """The share of unknown tokens in these texts, 0 to 1; 0.0 for bytes, hashes and images."""
+        return 0.0
 
+    @abstractmethod
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
         """The layers under the prompt's entry, [T, D] per item, unpadded: no prompt, no gradient, computed once, kept."""
-        ...
 
+    @abstractmethod
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """The prompt and the rest, one row per item (`scores_RN` has one column)."""
-        ...
+        """The prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
 
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """One text per item behind its own prompt: what follows the part before the scored tail, the likeliest token at
-        every step. Raises `BackboneError` where the backbone cannot write."""
-        ...
+        """One text per item behind its own prompt, the likeliest token at every step, from the part before the scored
+        tail. Raises `BackboneError` where the backbone cannot write."""
+        raise self._cannot_write()
 
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Continue texts with the prompt in front: the likeliest tokens, or (temperature > 0) drawn ones. The same seed
-        gives the same texts, whatever texts stand beside them. Raises `BackboneError` where the backbone cannot write."""
-        ...
+        """Continues texts behind the prompt: the likeliest tokens, or (temperature > 0) drawn ones. The same seed gives the
+        same texts, whatever other texts are in the call. Raises `BackboneError` where the backbone cannot write."""
+        raise self._cannot_write()
+
+    def _cannot_write(self) -> BackboneError:
+        kind = f" is {self.about} and" if self.about else ""
+        return BackboneError(f"{self.name}{kind} cannot write; use a causal_lm backbone for text")
 
 
-class Task(Protocol):
-    """What a record means: how it is encoded, what is lost, predicted and scored.
+class Task(Objective, ABC):
+    """The meaning of a record: how it is encoded, its loss, its prediction and its score.
 
-    `writes`: how many tokens `predict` wants written after each record; 0 where it reads the outputs instead.
+    `max_new_tokens`: tokens that `predict` needs written after each record; 0 where it reads the outputs.
     """
 
-    head_rows: int
-    max_new_tokens: int
+    max_new_tokens: int = 0
 
     @property
+    @abstractmethod
     def label_space(self) -> Sequence:
         """Targets that a record may have, as its owner would write them."""
-        ...
 
+    @abstractmethod
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch: ...
 
-    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R]: one loss per row, never reduced."""
-        ...
-
+    @abstractmethod
     def predict(self, answer: Answer, batch: Batch) -> list:
         """One prediction per record from the answer for one candidate prompt."""
-        ...
 
+    @abstractmethod
     def targets(self, records: Sequence[Record]) -> list:
-        """The truths to score predictions against, in `predict`'s own form (of a text: all its references)."""
-        ...
+        """True values to score predictions against, in `predict`'s form (of a text: all its references)."""
 
+    @abstractmethod
     def score(self, predictions: Sequence, targets: Sequence) -> Score: ...
 
     def readout(self, backbone: Backbone) -> Tensor | None:
         """[C, D] that a tuned head starts from; None where there is none."""
-        ...
+        return None
 
+    def synthetic_fields(self, place: int) -> Mapping[str, JSON]:
+        """Public fields, besides text and target, of the place-th synthetic record."""
+        return {}
+
+    @abstractmethod
     def to_config(self) -> Mapping[str, JSON]:
         """The task's configuration, enough to build it again for a library's user."""
-        ...
 
 
 class NoiseSource(Protocol):
@@ -353,50 +360,6 @@ class Model(Protocol):
     backbone: Backbone
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]: ...
-
-
-class Method(Protocol):
-    """One paper, both halves, one file.
-
-    `pools_data`: it is the centralised upper line. `trains`: it has rounds. `releases`: something that depends on
-    records leaves its clients. `sums`: `aggregate` depends on the updates only through their weighted sum, so that one
-    noised sum may stand for all of them (client-level privacy at the server). `gathers`: everybody is asked in the
-    first round.
-    """
-
-    name: str
-    centralized: bool
-    trains: bool
-    releases: bool
-    linear: bool
-    full_first_round: bool
-
-    def init(self, setup: FederationInfo) -> State: ...
-    def local_workload(self, state: State) -> tuple[int, int]:
-        """Steps and batch size of one order: what the privacy of a run is planned from."""
-        ...
-
-    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment: ...
-    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
-    def update_spec(self, state: State) -> UpdateSpec:
-        """Names and shapes of the arrays of every update: what the codec checks arriving bytes against."""
-        ...
-
-    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: "Model") -> State:
-        """The facts `excluded_updates` (by client, why) and `underfilled_means` (by mean) of the new state reach the round's record."""
-        ...
-
-    def global_prompt(self, state: State) -> Tensor | None:
-        """[P, D] for anyone; None if the method leaves nothing that all share."""
-        ...
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        """[P, D] that this client would use, given what the server would send it now."""
-        ...
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        """The prompts worth keeping in a library, each [P, D], by name."""
-        ...
 
 
 class Engine(Protocol):

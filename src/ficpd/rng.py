@@ -1,8 +1,8 @@
 """Seeds are data: every random draw comes from a generator made here, from names, never from global state.
 
->>> derive(7, "batches", "site-3", 2) == derive(7, "batches", "site-3", 2)
+>>> derive_seed(7, "batches", "site-3", 2) == derive_seed(7, "batches", "site-3", 2)
 True
->>> derive(7, "batches", "site-3", 2) == derive(7, "batches", "site-3", 3)
+>>> derive_seed(7, "batches", "site-3", 2) == derive_seed(7, "batches", "site-3", 3)
 False
 """
 

@@ -4,16 +4,14 @@ Shapes are suffixes: K candidate prompts, B records, R rows (K x B of all client
 several), T positions, P virtual tokens (with the head rows, if the prompt has any), D width of the backbone, C answers.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-if TYPE_CHECKING:
-    from ficpd.interfaces import Task
 
 JSON = Any
 Score = dict[str, float]
@@ -63,7 +61,7 @@ class Batch:
     of one's own, such as a teacher's outputs.
     """
 
-    task: "Task"
+    task: "Objective"
     items: tuple[tuple[EncodedInput, ...], ...]
     targets: Tensor | None
     readout_CD: Tensor | None
@@ -129,6 +127,23 @@ class ModelOutput:
 
     def parts(self) -> tuple[Tensor | None, ...]:
         return self.features_RD, self.scores_RN, self.readout_RCD
+
+
+class Objective(Protocol):
+    """What a batch needs of its task: losses, and logits where records have labels. `head_rows`: rows of a tuned readout."""
+
+    head_rows: int = 0
+    num_labels: int = 0
+    """Labels of a classification; `Batch.targets` are places among them."""
+
+    @abstractmethod
+    def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
+        """[R]: one loss per row, never reduced."""
+        ...
+
+    def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor | None:
+        """[R, C], one per answer, shifted by `LABEL_PRIOR`; None where there are no answers to choose from."""
+        return None
 
 
 # ---------------------------------------------------------------- values: prompts, questions and what is sent

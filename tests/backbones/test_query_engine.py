@@ -97,7 +97,7 @@ def test_a_forward_stays_within_its_tokens(model, monkeypatch):
         return above(prompts_SPD, hidden, items, layer)
 
     query = Query(prompts(3), batch_of(model, small.classes(), 12), grad=True)
-    monkeypatch.setattr(model.backbone, "above", watched)
+    monkeypatch.setattr(model.backbone, "forward", watched)
     QueryEngine(model.backbone, chunk_tokens=45).answer([query])
     assert sum(rows for rows, _ in seen) == 36
     assert all(rows * longest <= 45 for rows, longest in seen)
@@ -279,7 +279,7 @@ def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
         seen.append(len(items) * (prompts_SPD.shape[1] + max(item.length for item in items) + max_tokens))
         return write(prompts_SPD, items, layer, max_tokens)
 
-    monkeypatch.setattr(writer.backbone, "write", watched)
+    monkeypatch.setattr(writer.backbone, "generate_greedy", watched)
     QueryEngine(writer.backbone, chunk_tokens=60).answer(writing(writer)[:1])
     assert 1 < len(seen) < 15
     assert max(seen) <= 60
@@ -338,7 +338,7 @@ def test_without_targets_the_loss_is_not_known_but_the_outputs_are(model):
 
 def test_a_backbone_without_gradients_refuses_to_give_any(model, monkeypatch):
     batch = batch_of(model, small.classes())
-    monkeypatch.setattr(model.backbone, "gives_gradients", False, raising=False)
+    monkeypatch.setattr(model.backbone, "supports_gradients", False, raising=False)
     with pytest.raises(BackboneError, match=r"tiny gives no gradients; use a black-box optimizer"):
         model.answer([Query(prompts(1), batch, grad=True)])
     assert model.answer([Query(prompts(1), batch)])[0].loss_KB.shape == (1, 6)
@@ -360,7 +360,7 @@ def test_the_backbone_and_the_prompts_are_left_as_they_were(model):
 def counted(backbone, monkeypatch) -> list[int]:
     calls: list[int] = []
     below = backbone.encode_prefix
-    monkeypatch.setattr(backbone, "below", lambda items, layer: calls.append(len(items)) or below(items, layer))
+    monkeypatch.setattr(backbone, "encode_prefix", lambda items, layer: calls.append(len(items)) or below(items, layer))
     return calls
 
 
@@ -399,7 +399,9 @@ def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypa
         model.backbone.encode_prefix,
         [],
     )
-    monkeypatch.setattr(model.backbone, "below", lambda items, layer: asked.append(len(items)) or below(items, layer))
+    monkeypatch.setattr(
+        model.backbone, "encode_prefix", lambda items, layer: asked.append(len(items)) or below(items, layer)
+    )
     HiddenStateCache(1 << 20, UNBATCHED).fetch(items, 1, model.backbone)
     assert asked == [1] * len(items)
 

@@ -144,7 +144,7 @@ def backbone(kind) -> Any:
 
 @pytest.fixture
 def reader(backbone) -> Any:
-    if backbone.sees_images:
+    if backbone.modality == "image":
         pytest.skip("it reads no texts")
     return backbone
 
@@ -176,7 +176,7 @@ def batch_of(case: Case, layer: int, texts: list[str] = TEXTS):
 
 
 def items_of(backbone: Any, texts: list[str] = TEXTS, room: int = TOKENS) -> list[EncodedInput]:
-    if backbone.sees_images:
+    if backbone.modality == "image":
         return [backbone.preprocess_image(sights.Seen(text), room) for text in texts]
     return [backbone.tokenize(text, None, "", None, room) for text in texts]
 
@@ -202,7 +202,7 @@ def test_a_new_backbone_needs_an_entry_here():
 def test_a_row_alone_answers_as_in_a_padded_batch(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 2)
-        assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.sees_images
+        assert len({item.length for items in batch.items for item in items}) > 2 or case.backbone.modality == "image"
         model = QueryEngine(case.backbone)
         together = model.answer([Query(stacked, batch, grad=True, outputs=True)])[0]
         for k in range(2):
@@ -318,7 +318,7 @@ def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
 def test_a_start_is_the_activations_of_words(kind, text):
     """At layer 0 each vector is a word's own; further up it is what the layers below make of those very words."""
     name, _, backbone = kind
-    if backbone.sees_images:
+    if backbone.modality == "image":
         check_a_start_of_patches(backbone, text)
         return
     table = BUILDERS[name].vocabulary(backbone).float()
@@ -352,7 +352,7 @@ def check_a_start_of_patches(backbone: Any, text: str | None) -> None:
 def test_a_start_comes_from_its_text_or_seed_alone(backbone):
     for layer in layers(backbone):
         text = backbone.init_prompt("the film was good", TOKENS, layer, 0)
-        if backbone.sees_images:  # a text says nothing to it
+        if backbone.modality == "image":  # a text says nothing to it
             assert torch.equal(text, backbone.init_prompt(None, TOKENS, layer, 0))
         else:
             assert torch.equal(text, backbone.init_prompt("the film was good", TOKENS, layer, 1))
@@ -412,14 +412,14 @@ def test_the_share_of_a_text_that_is_unknown_is_told(kind):
     name, _, backbone = kind
     assert backbone.unk_rate([]) == backbone.unk_rate(TEXTS) == 0.0
     told = backbone.unk_rate(["the film ภาพยนตร์", "was ፊልም"])
-    assert told == (0.0 if name == "tiny" or backbone.sees_images else 0.4)
+    assert told == (0.0 if name == "tiny" or backbone.modality == "image" else 0.4)
 
 
 def test_images_are_looked_at_and_texts_read_never_the_other(backbone):
     image = outcome(lambda: backbone.preprocess_image(sights.Seen("a"), 0))
     text = outcome(lambda: backbone.tokenize("a", None, "", None, 0))
-    assert isinstance(text if backbone.sees_images else image, BackboneError)
-    assert isinstance(image if backbone.sees_images else text, EncodedInput)
+    assert isinstance(text if backbone.modality == "image" else image, BackboneError)
+    assert isinstance(image if backbone.modality == "image" else text, EncodedInput)
 
 
 def test_a_pair_is_read(reader):
@@ -468,7 +468,9 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
 def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):
     texts = backbone.synthetic_inputs(20, 3)
     assert len(texts) == 20
-    said = [(text.open().mode, text.open().tobytes()) if backbone.sees_images else text.strip() for text in texts]
+    said = [
+        (text.open().mode, text.open().tobytes()) if backbone.modality == "image" else text.strip() for text in texts
+    ]
     assert all(said)
     assert len(set(said)) > 15
     assert backbone.synthetic_inputs(20, 3) == texts != backbone.synthetic_inputs(20, 4)

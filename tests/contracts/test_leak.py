@@ -61,7 +61,7 @@ def test_a_method_lets_out_only_what_the_mechanism_averaged(name, model):
 @pytest.mark.parametrize("name", names("methods"))
 def test_a_method_that_says_nothing_leaves_sends_nothing(name, model):
     method = small.method(name)
-    if not method.releases:
+    if not method.capabilities.releases:
         assert dict(method.update_spec(small.first_state(method, small.clients(model, method)))) == {}
 
 

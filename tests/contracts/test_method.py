@@ -13,10 +13,9 @@ from ficpd.evaluation.evaluate import evaluate
 from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, personal_prompt
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.interfaces import Method
+from ficpd.method import Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
-from ficpd.traits import Demonstrates, TunesWords
 from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
@@ -76,7 +75,7 @@ def test_two_rounds_run_and_no_update_is_dropped(method, model):
 
 
 def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
-    if not method.trains:
+    if not method.capabilities.trains:
         pytest.skip("nothing is trained")
     members = small.clients(model, method)
     before = outcome(method, members, small.first_state(method, members))
@@ -87,7 +86,7 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
         assert not small.close(first, last, 1e-3)
         losses.append(model.answer([Query(torch.stack([first, last]), client.encoded())])[0].loss_KB)
     first, last = torch.cat(losses, 1).mean(1)
-    assert last < first or isinstance(method, TunesWords), (
+    assert last < first or method.capabilities.prompt_type == "tokens", (
         "a random backbone heeds no words (tests/methods/test_feddtpt.py)"
     )
 
@@ -102,7 +101,7 @@ def test_two_of_five_clients_a_round(method, model):
 
 
 def test_a_task_with_a_tuned_head(method, model):
-    if isinstance(method, TunesWords):
+    if method.capabilities.prompt_type == "tokens":
         with pytest.raises(ConfigError, match="tuned_head"):
             small.clients(model, method, task=small.classes(tuned_head=True))
         return
@@ -112,7 +111,7 @@ def test_a_task_with_a_tuned_head(method, model):
     begin = next(iter(members.values())).start
     for name, prompt in outcome(method, members, state).items():
         assert len(prompt) in (len(begin.vectors_PD), begin.head_rows), name
-    if isinstance(method, Demonstrates):
+    if type(method).demonstrate is not Method.demonstrate:
         with pytest.raises(LibraryError, match="without a tuned head"):
             evaluate(method, state, members, model, 3)
         return
@@ -256,7 +255,7 @@ def test_a_seed_fixes_all_and_another_seed_does_not(method, model):
         state, _ = small.rounds(method, members, model, RoundSchedule(2, len(members), seed))
         left.append(outcome(method, members, state))
     assert small.same(left[0], left[1])
-    if method.trains:
+    if method.capabilities.trains:
         assert not small.same(left[0], left[2])
 
 

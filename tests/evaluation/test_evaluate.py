@@ -25,7 +25,7 @@ def test_every_client_is_scored_on_its_own_records_with_its_own_prompt(model):
         prompt = personal_prompt(method, client, order)
         assert torch.equal(prompt, client.client_state["prompt"])
         targets = client.task.targets(client.test)
-        assert score == score_prompt(prompt, client.encoded("test"), targets, model)
+        assert score == score_prompt(client.task, prompt, client.encoded("test"), targets, model)
     assert (found.mean, found.worst) == (client_mean(found.own), worst_client(found.own))
 
 
@@ -39,7 +39,7 @@ def test_everyones_score_is_that_of_one_prompt_on_all_records(model, name):
     everyone = [record for client in members.values() for record in client.test]
     task, begin = members["site-0"].task, members["site-0"].start
     batch = task.encode(everyone, model.backbone, begin)
-    alone = score_prompt(method.global_prompt(state), batch, task.targets(everyone), model)
+    alone = score_prompt(task, method.global_prompt(state), batch, task.targets(everyone), model)
     assert evaluate(method, state, members, model, 3).everyone == pytest.approx(alone)
 
 

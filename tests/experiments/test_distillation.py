@@ -71,7 +71,9 @@ def test_each_prototype_is_a_task_with_the_labels_that_it_gives(tmp_path, texts,
     other = start.with_vectors(-5 * one.vectors_PD)
     basis = {"global": start, "prototype-0": one, "prototype-1": other}
     mine = {"prototype-0": [""], "prototype-1": [""]}
-    monkeypatch.setattr(synthesis, "vote", lambda model, prompts, task, drafts, least: FilterResult(drafts, Counter()))
+    monkeypatch.setattr(
+        synthesis, "vote_labels", lambda model, prompts, task, drafts, least: FilterResult(drafts, Counter())
+    )
     distillation.distill_library(context, basis, mine, {"prototype-0": 2, "prototype-1": 1}, RunDir(tmp_path / "run"))
     (episodes,) = seen
     assert len(episodes) == 2

@@ -405,7 +405,7 @@ def test_a_way_that_is_named_is_taken_and_its_best_variant_tried(library, model)
         found = selection.adapt(library, given, task_of("heat"), model, TRAINING, way)
         assert found.way.startswith(way)
         assert all(variant.startswith(way) for variant in found.table)
-        assert f"{found.way} as asked" in found.said
+        assert f"{found.way} as requested" in found.said
 
 
 def test_a_seed_fixes_an_adaptation(library, model):
@@ -426,7 +426,7 @@ def test_with_too_few_records_the_prompt_made_for_the_task_is_taken(library, mod
     found = selection.adapt(library, records("size", count, 3), task_of("size"), model, TRAINING)
     assert (found.way, found.fitted.note, found.table) == ("nearest", "size", {})
     assert f"{count} records are too few" in found.said
-    assert "took size, made for such a task (1.00)" in found.said
+    assert "took size, tuned for a similar task (1.00)" in found.said
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -435,17 +435,17 @@ def test_with_too_few_records_of_a_task_unlike_all_the_start_is_left(library, mo
     found = selection.adapt(replace(library, keys=far), records("size", count, 3), task_of("size"), model, TRAINING)
     assert (found.way, found.fitted.note) == ("leave", "start")
     assert torch.equal(found.fitted.prompt.vectors_PD, library.start.vectors_PD)
-    assert "no prompt was made for such a task" in found.said
+    assert "no prompt was tuned for a similar task" in found.said
 
 
 def test_with_one_class_nothing_is_tried(library, model):
     given = [record for record in records("heat", 24, 3) if record.fields["target"] == "cold"]
     found = selection.adapt(library, given, task_of("heat"), model, TRAINING)
     assert (found.way, found.fitted.note) == ("nearest", "heat")
-    assert "all 12 records are 'cold'" in found.said
+    assert "all 12 records have the label 'cold'" in found.said
     asked = selection.adapt(library, given, task_of("heat"), model, TRAINING, "demonstrations")
     assert asked.table == {}
-    assert "as asked" in asked.said
+    assert "as requested" in asked.said
 
 
 def test_without_keys_and_records_the_global_prompt_is_left(library, model):
@@ -464,8 +464,8 @@ def test_a_library_of_five_hundred_is_adapted(library, model):
         library, prompts={**many, "global": library.prompts["global"], "heat": library.prompts["heat"]}, keys={}
     )
     found = selection.adapt(given, records("heat", 4, 3), task_of("heat"), model, TRAINING, "nearest")
-    losses = given.losses(records("heat", 4, 3), task_of("heat"), model)
-    assert found.fitted.note == min(losses, key=losses.__getitem__)
+    shots = selection.prepare_shots(given, records("heat", 4, 3), task_of("heat"), model, TRAINING)
+    assert found.fitted.note == list(given.candidates())[int(shots.loss_JB.mean(1).argmin())]
 
 
 def test_numbers_are_adapted_to_without_demonstrations(model):
@@ -476,7 +476,7 @@ def test_numbers_are_adapted_to_without_demonstrations(model):
     found = selection.adapt(PromptLibrary(begin, {"global": moved}, {}), given, task, model, TRAINING)
     assert "rmse" in found.table["leave"]
     assert not any("demonstrations" in way for way in found.table)
-    with pytest.raises(LibraryError, match="only a classification without a tuned head can be shown demonstrations"):
+    with pytest.raises(LibraryError, match="expected a classification without a tuned head"):
         selection.adapt(PromptLibrary(begin, {}, {}), given, task, model, TRAINING, "demonstrations")
 
 
@@ -498,17 +498,17 @@ def test_a_tuned_head_serves_its_own_labels_only(model):
     begin = small.start(model, task, 4, 0)
     found = selection.adapt(PromptLibrary(begin, {}, {}), small.records(12, 3), task, model, TRAINING)
     assert not any("demonstrations" in way for way in found.table)
-    with pytest.raises(LibraryError, match="carry a tuned head of 2 rows and this task needs 0"):
+    with pytest.raises(LibraryError, match="have a tuned head of 2 rows and this task needs 0"):
         selection.adapt(PromptLibrary(begin, {}, {}), small.records(12, 3), small.classes(), model, TRAINING)
 
 
 def test_what_cannot_be_done_is_said(library, model):
-    with pytest.raises(LibraryError, match="unknown way to adapt 'compos'; did you mean 'compose'"):
+    with pytest.raises(LibraryError, match="unknown strategy 'compos'; did you mean 'compose'"):
         selection.adapt(library, records("heat", 8), task_of("heat"), model, TRAINING, "compos")
-    with pytest.raises(LibraryError, match=r"there is no record to adapt to; .* not tune"):
+    with pytest.raises(LibraryError, match=r"no records for --how tune"):
         selection.adapt(library, [], task_of("heat"), model, TRAINING, "tune")
     other = QueryEngine(small.backbone(width=16))
-    with pytest.raises(LibraryError, match="mean nothing here"):
+    with pytest.raises(LibraryError, match="Load the backbone"):
         selection.adapt(library, records("heat", 8), task_of("heat"), other, TRAINING)
     assert selection.adapt(library, [], task_of("heat"), model, TRAINING, "leave").way == "leave"
     assert selection.adapt(library, records("heat", 1), task_of("heat"), model, TRAINING, "tune").way == "tune 20"

@@ -233,7 +233,7 @@ def test_a_hub_id_is_taken_as_it_is_and_no_network_is_asked(llama, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [({"enters_at": 2}, "it enters at layer 2"), ({"head_rows": 2}, "its answers are scored by a tuned readout")],
+    [({"enters_at": 2}, "it enters at layer 2"), ({"head_rows": 2}, "it has a tuned readout")],
 )
 def test_what_peft_cannot_express_is_refused_with_the_way_out(llama, tmp_path, more, reason):
     with pytest.raises(LibraryError, match=f"{reason}.*--reenter.*prompt.enters_at=0"):
@@ -257,9 +257,9 @@ def test_a_folder_that_exists_is_left_alone(llama, tmp_path):
 
 def test_another_base_and_another_name_are_refused(llama, bert, tmp_path):
     made = library(llama)
-    with pytest.raises(LibraryError, match="model_type is 'bert', and the prompt was tuned on causal_lm with 'llama'"):
+    with pytest.raises(LibraryError, match="model_type = 'bert': expected 'llama' as in causal_lm"):
         export(made, "global", tmp_path / "out", str(bert))
-    with pytest.raises(LibraryError, match="neither a folder nor a hub id"):
+    with pytest.raises(LibraryError, match="expected a folder or a hub id"):
         export(made, "global", tmp_path / "out", "no/such/folder")
     with pytest.raises(BackboneError, match="expected a transformers configuration"):
         export(made, "global", tmp_path / "out", str(tmp_path))
@@ -268,7 +268,7 @@ def test_another_base_and_another_name_are_refused(llama, bert, tmp_path):
 
 
 def test_a_backbone_that_transformers_does_not_know_is_refused():
-    with pytest.raises(LibraryError, match="tiny, which is no model of transformers"):
+    with pytest.raises(LibraryError, match="tiny: expected a transformers model"):
         own_base(library("tiny", torch.zeros(4, 16)))
 
 
@@ -332,7 +332,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(LibraryError, match=r"adapter_config\.json cannot be read"):
         read_folder(tmp_path)
     written(tmp_path / "in", torch.full((4, 32), torch.nan))
-    with pytest.raises(LibraryError, match="not finite"):
+    with pytest.raises(LibraryError, match="expected finite numbers"):
         read_folder(tmp_path / "in")
     (tmp_path / "in" / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(LibraryError, match="expected an array 'prompt_embeddings'"):
@@ -344,7 +344,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_the_backbone_is_refused(bert, tmp_path):
-    with pytest.raises(LibraryError, match=r"width 8, and .* has width 32; .* it is for 'owner/base'"):
+    with pytest.raises(LibraryError, match=r"width 8, and .* has width 32; give --backbone 'owner/base'"):
         brought(written(tmp_path / "wide", torch.ones(4, 8)), bert)
     with pytest.raises(BackboneError, match="a prompt of 44 virtual tokens leaves 4"):
         brought(written(tmp_path / "long", torch.ones(44, 32)), bert)
@@ -458,10 +458,10 @@ def test_an_adapted_prompt_is_exported_and_answers_the_same(ficpd, llama, tmp_pa
     assert not torch.equal(tuned.vectors_PD, made.prompts["global"].vectors_PD)
     same_as_ours(backbone_of(llama), tuned, in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), TEXTS, 8)
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "- adapted: to 6 records of its owner" in page
-    assert "no guarantee covers those records" in page
+    assert "- adapted: to 6 records by" in page
+    assert "no privacy guarantee for those records" in page
     assert ficpd("export", tmp_path / "mine", "--prompt", "global", "--out", tmp_path / "theirs")[0] == 0
-    assert "records of its owner" not in (tmp_path / "theirs" / "README.md").read_text()
+    assert "no privacy guarantee" not in (tmp_path / "theirs" / "README.md").read_text()
 
 
 def test_an_adapted_prompt_that_answers_beside_demonstrations_is_no_prompt_alone(ficpd, llama, tmp_path):
@@ -474,7 +474,7 @@ def test_an_adapted_prompt_that_answers_beside_demonstrations_is_no_prompt_alone
     for more in ((), ("--reenter",)):
         status, _, err = ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out", *more)
         assert status == 1
-        assert "answers beside" in err
+        assert "demonstrations, which are not part" in err
         assert "--how tune" in err
     assert not (tmp_path / "out").exists()
 
@@ -494,5 +494,5 @@ def test_reenter_from_the_command_line_states_the_agreement(ficpd, bert, tmp_pat
     for line in ("agreement on 3 texts held back", "enters at layer 2; 30 steps on 9 texts (texts.csv)"):
         assert line in out
         assert line in page
-    assert "texts that it was imitated on have none" in page
+    assert "not the texts of the distillation" in page
     assert read_folder(tmp_path / "out")[0].shape == (6, 32)

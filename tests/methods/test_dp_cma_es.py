@@ -99,7 +99,7 @@ CLIP = 0.02
 
 def farthest(model, monkeypatch, number: int = 7) -> float:
     """How far a client's summed losses move with one record less, at most."""
-    monkeypatch.setattr(Client, "stream", lambda *_: Silent())
+    monkeypatch.setattr(Client, "noise_source", lambda *_: Silent())
     of, records, found = method(local_steps=1, batch_size=number), small.records(number, 4), []
     config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
     mechanism = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1))
@@ -136,7 +136,7 @@ def test_a_generation_is_paid_once(tmp_path):
 @pytest.mark.parametrize("changes", [
     ("compression.name=subspace", "compression.dimension=8", "training.population=8"),
     ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.placement=central"),
-    ("method.robust={ rule = 'trimmed_mean', poisoned = 1 }",),
+    ("method.robust={ rule = 'trimmed_mean', num_byzantine = 1 }",),
 ])  # fmt: skip
 def test_whole_runs(tmp_path, changes):
     result = small.run(tmp_path, "dp_cma_es", *changes)

@@ -165,7 +165,7 @@ CLIP = 0.02
 
 def sums(model, monkeypatch, number: int) -> list[torch.Tensor]:
     """What a client sums over its records in the first step, with all of them and with each one left out."""
-    monkeypatch.setattr(Client, "stream", lambda *_: Silent())
+    monkeypatch.setattr(Client, "noise_source", lambda *_: Silent())
     of, records = method(local_steps=1, batch_size=number), small.records(number, 4)
     config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
     mechanism, found = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1)), []
@@ -218,7 +218,7 @@ def test_what_it_leaves_lies_in_the_subspace(model):
     start = small.start(model, task)
     compression = subspace.build(subspace.Config(dimension=6, directions="random"), start, 0)
     of = method()
-    of.subspace = compression.subspace
+    of.bind(compression.subspace)
     members = small.clients(model, of, compression=compression)
     delta = of.global_prompt(ran(model, of, members, 3)) - start.vectors_PD
     assert float(delta.norm()) > 1e-3
@@ -237,7 +237,7 @@ def test_client_level_noise(tmp_path, how):
 
 
 def test_a_robust_mean_of_slopes(tmp_path):
-    result = small.run(tmp_path, "dp_zo", "method.robust={ rule = 'trimmed_mean', poisoned = 1 }")
+    result = small.run(tmp_path, "dp_zo", "method.robust={ rule = 'trimmed_mean', num_byzantine = 1 }")
     assert result.dropped_updates == 0
 
 

@@ -181,7 +181,7 @@ def test_the_plain_loss_asks_half_as_much(model):
             ),
         )
         counts[ratio] = client.query_counts[1]
-        assert client.query_counts[1][0] == round(of.candidates * 9 * 13)
+        assert client.query_counts[1][0] == round(of.capabilities.candidates * 9 * 13)
     assert counts == {True: [2 * 41 * 13, 0], False: [41 * 13, 0]}
 
 
@@ -203,7 +203,7 @@ def test_as_a_baseline_of_a_private_run_it_is_refused_before_anything_runs(tmp_p
 
 
 def test_images_have_no_words_to_mask(model):
-    model.backbone.sees_images = True
+    model.backbone.modality = "image"
     with pytest.raises(ConfigError, match="set it to false"):
         method().check_compatible([small.classes()], model.backbone)
     with pytest.raises(BackboneError, match="only words can be masked"):

@@ -275,7 +275,7 @@ def test_a_step_goes_farther_where_the_clients_of_a_cluster_disagree(model):
     found = {}
     for kind in ("plain", "extrapolated"):
         method = fpl(residual="none", server={"kind": kind})
-        assert method.linear == (kind == "plain")
+        assert method.capabilities.linear == (kind == "plain")
         state = small.first_state(method, members(model, method, 8, cards))
         start, ways = (
             state.arrays["global"],
@@ -306,8 +306,8 @@ def test_an_extrapolated_step_needs_each_update(tmp_path):
 
 def test_clusters_by_signatures_are_drawn_from_the_first_round(model):
     method = fpl(clusters="signatures", num_clusters=2, residual="none")
-    assert method.full_first_round
-    assert not method.linear
+    assert method.capabilities.full_first_round
+    assert not method.capabilities.linear
     state, _ = small.rounds(method, members(model, method), model, RoundSchedule(3, 5, 0))
     assert sorted(set(state.facts["clusters"].values())) == [0, 1]
     assert len(state.arrays["prototypes_KPD"]) == 2

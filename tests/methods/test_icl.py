@@ -54,7 +54,7 @@ def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monke
     )
     evaluate(method, small.first_state(method, clients), clients, decoder, 1)
     (work,) = read
-    for prompt, batch in work.values():
+    for _, prompt, batch in work.values():
         assert prompt.shape == (0, decoder.backbone.width)
         texts = [decoder.backbone.tokenizer.decode(items[0].content) for items in batch.items]
         for text, own in zip(texts, ("not bad", "bad"), strict=True):
@@ -69,7 +69,7 @@ def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str
         "ficpd.evaluation.evaluate.predict_all", lambda work, model: read.append(work) or predict_all(work, model)
     )
     evaluate(method, small.first_state(method, clients), clients, model, 1)
-    return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][1].items]
+    return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][2].items]
 
 
 def narrow(tmp_path, method, train: list[str]) -> tuple[QueryEngine, dict]:

@@ -92,7 +92,7 @@ def work(seen: ClientSession, of: LocalTrainingConfig):
 
 @pytest.mark.parametrize("dimension", [500, 12])
 def test_it_learns_from_losses_alone(model, monkeypatch, dimension):
-    monkeypatch.setattr(type(model.backbone), "gives_gradients", False)
+    monkeypatch.setattr(type(model.backbone), "supports_gradients", False)
     seen = session(model)
     after = run_queries(model, work(seen, training(local_steps=30, search_dimension=dimension)))
     both = torch.stack([seen.client.start.vectors_PD, after])
@@ -126,7 +126,7 @@ def test_a_record_counts_about_as_much_as_its_gradient(model):
 def test_a_whole_run_without_gradients(tmp_path, monkeypatch):
     from ficpd.backbones.tiny import Tiny
 
-    monkeypatch.setattr(Tiny, "gives_gradients", False)
+    monkeypatch.setattr(Tiny, "supports_gradients", False)
     for place, changes in enumerate(((), ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3"))):
         result = small.run(
             tmp_path / str(place), "fedavg", "training.optimizer=cma_es", "training.population=6", *changes

@@ -70,7 +70,7 @@ def test_with_many_directions_it_goes_where_the_gradient_does(model):
 
 
 def test_it_learns_from_losses_alone(model, monkeypatch):
-    monkeypatch.setattr(type(model.backbone), "gives_gradients", False)
+    monkeypatch.setattr(type(model.backbone), "supports_gradients", False)
     seen = session(model)
     after = run_queries(model, work(seen, training(local_steps=40, directions=8)))
     first, last = losses(model, seen, seen.client.start.vectors_PD, after)
@@ -117,7 +117,7 @@ def test_a_strong_pull_keeps_it_where_it_began(model):
 def test_a_whole_run_without_gradients_finds_its_clip_norm(tmp_path, monkeypatch):
     from ficpd.backbones.tiny import Tiny
 
-    monkeypatch.setattr(Tiny, "gives_gradients", False)
+    monkeypatch.setattr(Tiny, "supports_gradients", False)
     private = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
     for place, changes in enumerate(((), private, (*private, "compression.name=subspace", "compression.dimension=8",
                                                    "compression.directions=random"))):  # fmt: skip

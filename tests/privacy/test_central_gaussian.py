@@ -152,7 +152,7 @@ def test_a_mean_that_cannot_be_paid_for_is_not_seen(monkeypatch):
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(central.account, "settle", refuse)
+    monkeypatch.setattr(central.account, "commit", refuse)
     with pytest.raises(OSError, match="full"):
         central.noisy_mean(OTHERS, LAYOUT, 1, "fedavg")
 

@@ -107,7 +107,7 @@ def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member,
         settle(account, round, method, spends, body)
         written.append((account.spent(), account.stored_answer(round, method)))
 
-    monkeypatch.setattr(Account, "settle", watched)
+    monkeypatch.setattr(Account, "commit", watched)
     carried_out(client, model)
     price = [STEPS] if mechanism is record_level else [PrivacyCost("update", 1.0, 2.0)]
     assert written == [(price, client.account.stored_answer(1, "fedavg"))]

@@ -261,6 +261,6 @@ def test_the_lock_is_held_while_the_budget_is_checked(path, monkeypatch):
         with pytest.raises(LedgerError, match="locked"):
             other.commit(2, "fedavg", [RELEASE], b"theirs")
 
-    monkeypatch.setattr(account, "afford", check)
+    monkeypatch.setattr(account, "check_budget", check)
     account.commit(1, "fedavg", [RELEASE], b"ours")
     assert account.spent() == [RELEASE]

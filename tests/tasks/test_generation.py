@@ -94,8 +94,9 @@ def test_the_loss_is_the_plain_models_own_on_the_targets_tokens(model, plain, le
 @pytest.mark.parametrize("length", [0, 4])
 def test_what_is_written_is_what_the_plain_model_generates(model, plain, length):
     prompt = prompt_of(model, length)
-    batch = build().encode(RECORDS, model.backbone, prompt)
-    found = run_queries(model, predictions(prompt.vectors_PD, batch))
+    task = build()
+    batch = task.encode(RECORDS, model.backbone, prompt)
+    found = run_queries(model, predictions(task, prompt.vectors_PD, batch))
     lengths = set()
     for (item,), text in zip(batch.items, found, strict=True):
         front = opening(plain, item, prompt.vectors_PD)
@@ -112,7 +113,7 @@ def test_what_is_written_is_what_the_plain_model_generates(model, plain, length)
 def test_at_a_later_layer_writing_is_a_plain_loop(model, layer):
     prompt = prompt_of(model, 4, layer)
     batch = build().encode(BARE, model.backbone, prompt)
-    for (item,), text in zip(batch.items, asked(model, enters_at=layer, write=8).texts_KB[0], strict=True):
+    for (item,), text in zip(batch.items, asked(model, enters_at=layer, max_new_tokens=8).texts_KB[0], strict=True):
         ids = item.content.tolist()
         for _ in range(8):
             longer = type(item)(torch.tensor(ids), len(ids))
@@ -167,14 +168,14 @@ def test_a_source_is_cut_alike_whatever_its_target(folder):
     read = [item.content[: item.length - item.scored].tolist() for item in items]
     assert read[0] == read[1] == read[2]
     assert len(read[0]) == 32 - 4 - 8
-    answer = asked(short, records, write=8)
+    answer = asked(short, records, max_new_tokens=8)
     assert len(set(answer.texts_KB[0])) == 1
     with pytest.raises(BackboneError, match="longer than the context"):
         build(max_new_tokens=28).encode(records, short.backbone, prompt_of(short))
 
 
 def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
-    known, unknown = asked(model, write=8), asked(model, BARE, write=8)
+    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, write=8)
     assert known.texts_KB == unknown.texts_KB
     assert torch.isnan(unknown.loss_KB).all()
     mixed = [RECORDS[0], BARE[1], RECORDS[2], BARE[3]]
@@ -188,9 +189,9 @@ def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
 
 
 def test_a_record_is_encoded_and_lost_alike_alone(model):
-    together = asked(model, write=8)
+    together = asked(model, max_new_tokens=8)
     for place, record in enumerate(RECORDS):
-        alone = asked(model, [record], write=8)
+        alone = asked(model, [record], max_new_tokens=8)
         assert small.close(alone.loss_KB[0], together.loss_KB[0, [place]])
         assert alone.texts_KB[0] == [together.texts_KB[0][place]]
     assert len(set(together.loss_KB[0].tolist())) == len(RECORDS)
@@ -399,7 +400,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     before, after = opened.model.answer([Query(p.vectors_PD[None], batch) for p in (start, tuned)])
     assert after.loss_KB.mean() < 0.5 * before.loss_KB.mean()
     target = opened.task.targets(records)
-    assert score_prompt(tuned.vectors_PD, batch, target, opened.model)["bleu"] > 50
+    assert score_prompt(opened.task, tuned.vectors_PD, batch, target, opened.model)["bleu"] > 50
     said = json.loads(told("predict", str(tmp_path / "run"), "--text", "colour: pink; thing: hat"))
     assert "hat" in said["prediction"]
     assert "pink" in said["prediction"]

@@ -23,7 +23,6 @@ from ficpd.experiments.initialization import public_gradients
 from ficpd.experiments.runner import run
 from ficpd.library.session import open_library, score_library
 from ficpd.tasks import multiple_choice
-from ficpd.traits import MakesUp
 from ficpd.types import ClientData, Prompt, Query, Record
 
 TWO = {"text": "the film was", "options": ["good", "very long and dull"], "target": 1}
@@ -240,8 +239,8 @@ def test_the_score_has_chance_and_an_interval():
 
 def test_made_up_records_have_options_and_different_gradients(model, decoder):
     task = small.choices()
-    assert isinstance(task, MakesUp)
-    assert not isinstance(small.classes(), MakesUp)
+    assert task.synthetic_fields(0)
+    assert not small.classes().synthetic_fields(0)
     for one in (model, decoder):
         found = public_gradients(one, [task, small.classes()], prompt_of(one), 0, 10)
         assert found.shape == (10, 3, one.backbone.width)
@@ -382,7 +381,7 @@ def test_smollm2_answers_an_exam_and_trains_on_it():
     prompt = Prompt(backbone.init_prompt("Answer the exam question.", 8, 0, 0), backbone.fingerprint)
     test = sorted(loading.load(config, 0).test, key=lambda record: len(record.fields["text"]))[:40]
     bare = prompt.vectors_PD[:0]
-    score = score_prompt(bare, task.encode(test, backbone, prompt), task.targets(test), model)
+    score = score_prompt(task, bare, task.encode(test, backbone, prompt), task.targets(test), model)
     assert score["chance"] == 0.25
     assert score["accuracy_low"] < 0.5  # a small model is near chance
     batch = task.encode(test[:2], backbone, prompt)

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.interfaces import Backbone
-from ficpd.types import EncodedInput, Prompt, Record
+from ficpd.types import Record
 
 MOST_UNKNOWN = 0.05
 """Above this share of unknown tokens a client's texts are not read as they were written."""
@@ -20,20 +19,7 @@ NONSENSE = 8
 """Words of a nonsense text."""
 
 
-class TextBackbone:
-    """The common part of all backbones of texts, which see no images."""
-
-    sees_images, has_text_encoder, supports_features = False, True, True
-    name: str
-
-    def preprocess_image(self, image: Any, room: int) -> EncodedInput:
-        raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
-
-    def unk_rate(self, texts: Sequence[str]) -> float:
-        return 0.0
-
-
-class Tokenised(TextBackbone):
+class Tokenised(Backbone):
     """The common part of backbones with a tokeniser."""
 
     tokenizer: Any
@@ -64,27 +50,6 @@ class Tokenised(TextBackbone):
     def _special(self) -> set[int]:
         """Returns the ids that are no words."""
         return {*self.tokenizer.all_special_ids}
-
-
-class NonGenerative:
-    """The common part of backbones that cannot write; `about` describes one in errors."""
-
-    can_generate, about = False, ""
-    name: str
-
-    def generate_greedy(
-        self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
-    ) -> list[str]:
-        raise self._cannot_write()
-
-    def generate(
-        self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        raise self._cannot_write()
-
-    def _cannot_write(self) -> BackboneError:
-        said = f" is {self.about} and" if self.about else ""
-        return BackboneError(f"{self.name}{said} cannot write; use a causal_lm backbone for text")
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:

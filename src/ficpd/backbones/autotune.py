@@ -17,7 +17,7 @@ import torch
 from ficpd import storage
 from ficpd.backbones.query_engine import THREADS, QueryEngine
 from ficpd.interfaces import Backbone
-from ficpd.types import Batch, ModelOutput, Prompt, Query
+from ficpd.types import Batch, ModelOutput, Objective, Prompt, Query
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS, TOKENS = 8, 32
@@ -65,10 +65,8 @@ def autotune(
     return ExecutionConfig(*known[key])
 
 
-class _Sum:
-    """The smallest task there is: the sum of the features. For timing."""
-
-    head_rows = 0
+class _Sum(Objective):
+    """The sum of the features, for timing."""
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
         return outputs.features_RD.sum(-1)
@@ -79,10 +77,14 @@ def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
     start = Prompt(backbone.init_prompt("word", 10, 0, 0), backbone.fingerprint)
     text = " ".join(["word"] * TOKENS)
     items = tuple(
-        (backbone.preprocess_image(it, 10) if backbone.sees_images else backbone.tokenize(text, None, "", None, 10),)
+        (
+            backbone.preprocess_image(it, 10)
+            if backbone.modality == "image"
+            else backbone.tokenize(text, None, "", None, 10),
+        )
         for it in backbone.synthetic_inputs(ROWS, 0)
     )
-    query = Query(start.vectors_PD[None], Batch(_Sum(), items, torch.zeros(ROWS), None, 0), grad=True)  # type: ignore[arg-type]
+    query = Query(start.vectors_PD[None], Batch(_Sum(), items, torch.zeros(ROWS), None, 0), grad=True)
     model = QueryEngine(backbone)
     return least_seconds(lambda: model.answer([query])[0].loss_KB.cpu(), repeats)
 

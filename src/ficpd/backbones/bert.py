@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ficpd.backbones import NonGenerative, Tokenised
+from ficpd.backbones import Tokenised
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import TokenizerVocabulary
 from ficpd.errors import BackboneError
@@ -49,13 +49,12 @@ def _quietly(level: int = ERROR) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class Bert(NonGenerative, Tokenised):
+class Bert(Tokenised):
     """The frozen blocks. At layer 0 the prompt joins the word embeddings (ordinary prompt tuning, as in PEFT); at layer n
     it joins the input of the n-th block. A subclass defines the reading and the name of its `kind`."""
 
     supports_gradients = True
     kind: str
-    about: str
 
     def __init__(self, max_tokens: int, model: Any, tokenizer: Any, sha256: str, name: str):
         if not hasattr(getattr(model.base_model, "encoder", None), "layer"):
@@ -69,7 +68,7 @@ class Bert(NonGenerative, Tokenised):
         self.max_tokens = min(max_tokens, model.config.max_position_embeddings - _positions_start(model.config))
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.model, self.width)
-        self.vocabulary = TokenizerVocabulary(tokenizer, self._embedded, model.config.vocab_size)
+        self.vocabulary = self.words = TokenizerVocabulary(tokenizer, self._embedded, model.config.vocab_size)
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         if text is None:

@@ -94,13 +94,12 @@ def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
 
 def lora_of(backbone: Backbone) -> Adapters:
     """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
-    found = getattr(backbone, "adapters", None)
-    if found is None:
+    if backbone.adapters is None:
         raise BackboneError(
             f"{backbone.name} has no LoRA: its kind of backbone names no query and value projections. Use an encoder, a "
             "masked_lm or a causal_lm, or a method that tunes prompts (fedavg, ficpd, ...)"
         )
-    return found
+    return backbone.adapters
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class MaskedLM(Bert):
         self.head = model.lm_head if self.roberta else model.cls.predictions
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._constant(self.head.layer_norm if self.roberta else self.head.transform.LayerNorm)
-        self.vocabulary.likely = self._likely
+        self.words.likely = self._likely
         some = range(0, model.config.vocab_size, max(1, model.config.vocab_size // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 

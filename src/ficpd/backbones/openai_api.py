@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ficpd.backbones import TextBackbone, catalog, weights
+from ficpd.backbones import catalog, weights
 from ficpd.backbones.openai_client import CompletionClient, EndpointUnavailableError
 from ficpd.backbones.openai_responses import (
     Choice,
@@ -39,6 +39,7 @@ from ficpd.backbones.openai_responses import (
 )
 from ficpd.backbones.vocabulary import TokenizerVocabulary, token_prompt
 from ficpd.errors import BackboneError, LibraryError
+from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig, load
 from ficpd.types import EncodedInput, ModelOutput, Prompt
 
@@ -122,13 +123,13 @@ class PromptedQuestion:
     answer: str | None
 
 
-class Endpoint(TextBackbone):
-    supports_gradients, supports_features, can_generate = False, False, True
+class Endpoint(Backbone):
+    supports_features, can_generate = False, True
 
     def __init__(self, config: Config, words: TokenizerVocabulary, sha256: str, name: str):
         self.config, self.name, self.max_tokens = config, name, config.max_words
         self.width, self.depth, self.device = 1, 1, torch.device("cpu")
-        self.vocabulary = TextVocabulary(words.tokenizer, words.table, words.size, words.likely)
+        self.vocabulary = self.words = TextVocabulary(words.tokenizer, words.table, words.size, words.likely)
         self.fingerprint = f"endpoint:{hashlib.sha256(repr([config.model, sha256]).encode()).hexdigest()[:16]}"
         self.asking = CompletionClient(
             config.url, config.api == "chat", config.key_from, config.timeout, config.tries, config.workers
@@ -166,11 +167,11 @@ class Endpoint(TextBackbone):
         raise BackboneError(f"{self.name} gives no features for a head to read; set task.tuned_head = false")
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        return token_prompt(self.vocabulary, self.name, text, num_tokens, seed)
+        return token_prompt(self.words, self.name, text, num_tokens, seed)
 
     def synthetic_inputs(self, number: int, seed: int) -> list[str]:
-        ids = self.vocabulary.proposals([-1], 0, 8 * number, seed)
-        return [self.vocabulary.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
+        ids = self.words.proposals([-1], 0, 8 * number, seed)
+        return [self.words.text([ids[(8 * i + j) % len(ids)] for j in range(8)]) for i in range(number)]
 
     # ------------------------------------------------------------ asking
 
@@ -208,7 +209,7 @@ class Endpoint(TextBackbone):
         if any(not text.strip() for text in texts):
             raise BackboneError(f"{self.name} was given an empty text: there is nothing to continue.")
         fronts = (
-            self._fronts(self.vocabulary.embed_for_prompt(prompt.vectors_PD[..., 0])[None])
+            self._fronts(self.words.embed_for_prompt(prompt.vectors_PD[..., 0])[None])
             if len(prompt.vectors_PD)
             else [""]
         )
@@ -225,7 +226,7 @@ class Endpoint(TextBackbone):
             )
         texts: dict[tuple[int, ...], str] = {}
         rows = [tuple(row) for row in prompts_SPD.flatten(1).tolist()]
-        return [texts[row] if row in texts else texts.setdefault(row, self.vocabulary.text(row)) for row in rows]
+        return [texts[row] if row in texts else texts.setdefault(row, self.words.text(row)) for row in rows]
 
     def _gives_likelihoods(self) -> bool:
         """Whether the server scores what it is given. Raises `BackboneError` if it has to and does not, or does nothing."""

@@ -73,7 +73,7 @@ def span_logprob(tokens: Tokens, first: int, last: int) -> float:
     """The mean log-likelihood of the tokens of letters [first, last) of their text, from the one that letter `first` is in.
     A token's end is not told: a blank behind it may be nobody's.
 
-    >>> mean(([0, 3, 8, 12], [0.0, -1.0, -2.0, -9.0]), 4, 12)
+    >>> span_logprob(([0, 3, 8, 12], [0.0, -1.0, -2.0, -9.0]), 4, 12)
     -1.5
     """
     places, values = tokens
@@ -85,7 +85,7 @@ def span_logprob(tokens: Tokens, first: int, last: int) -> float:
 def first_mentioned(text: str, answers: Sequence[str]) -> str | None:
     """The answer whose words stand first in a text, of those that begin there the longest; None if none does.
 
-    >>> first_named("It is not good, I think", ["good", "not good", "bad"])
+    >>> first_mentioned("It is not good, I think", ["good", "not good", "bad"])
     'not good'
     """
     found = []
@@ -99,7 +99,7 @@ def first_mentioned(text: str, answers: Sequence[str]) -> str | None:
 def same_question_groups(befores: Sequence[str], answers: Sequence[str]) -> Iterator[list[int]]:
     """Places that ask about the answers of one and the same record: neighbours, until an answer comes again.
 
-    >>> list(groups(["a", "a", "a", "a"], ["yes", "no", "yes", "no"]))
+    >>> list(same_question_groups(["a", "a", "a", "a"], ["yes", "no", "yes", "no"]))
     [[0, 1], [2, 3]]
     """
     group: list[int] = []

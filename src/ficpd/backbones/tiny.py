@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.backbones import NonGenerative, TextBackbone
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import validate_ids
 from ficpd.errors import BackboneError
+from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, HiddenStates, ModelOutput
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
         return states_STD + self.narrow(F.gelu(self.wide(self.norm2(states_STD))))
 
 
-class Tiny(NonGenerative, TextBackbone):
+class Tiny(Backbone):
     supports_gradients = True
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
@@ -84,7 +84,7 @@ class Tiny(NonGenerative, TextBackbone):
         self.device, self.dtype = device, dtype
         random = rng.make_generator("tiny", config.width, config.depth)
         self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
-        self.vocabulary = HashTokenizer(self.table)
+        self.vocabulary = self.words = HashTokenizer(self.table)
         with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
             self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
         for weight in self.blocks.parameters():
@@ -109,7 +109,7 @@ class Tiny(NonGenerative, TextBackbone):
                 f"a prompt of {room} virtual tokens leaves {limit} of {self.name}'s {self.max_tokens} positions for "
                 "the text; take fewer virtual tokens (prompt.num_tokens)"
             )
-        ids = self.vocabulary.ids(text if pair is None else f"{text} | {pair}")[:limit]
+        ids = self.words.ids(text if pair is None else f"{text} | {pair}")[:limit]
         return EncodedInput(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
@@ -126,7 +126,7 @@ class Tiny(NonGenerative, TextBackbone):
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         drawn = torch.randint(VOCABULARY, (num_tokens,), generator=rng.make_generator(seed, "vocabulary")).tolist()
-        ids = drawn if text is None else self.vocabulary.ids(text)
+        ids = drawn if text is None else self.words.ids(text)
         states_TD = self.encode_prefix([EncodedInput(torch.tensor(ids), len(ids))], enters_at)[0].float().cpu()
         return states_TD[torch.arange(num_tokens) % len(states_TD)].clone()
 

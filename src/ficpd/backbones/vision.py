@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import rng
-from ficpd.backbones import NonGenerative
 from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
 from ficpd.errors import BackboneError
+from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
@@ -79,16 +79,10 @@ class RandomImage:
         return Image.fromarray(drawn.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-class Vision(NonGenerative):
+class Vision(Backbone):
     """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
 
-    supports_gradients, supports_features, sees_images, about, vocabulary = (
-        True,
-        True,
-        True,
-        "a vision transformer",
-        None,
-    )
+    modality, supports_gradients, about = "image", True, "a vision transformer"
 
     def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, sha256: str, name: str):
         self.model, self.processor, self.tokenizer, self.name = (
@@ -167,9 +161,6 @@ class Vision(NonGenerative):
 
     def synthetic_inputs(self, number: int, seed: int) -> list[RandomImage]:
         return [RandomImage(rng.derive_seed(seed, "nonsense", i)) for i in range(number)]
-
-    def unk_rate(self, texts: Sequence[str]) -> float:
-        return 0.0
 
     # ------------------------------------------------------------ layers
 

@@ -9,7 +9,7 @@ from typing import Any
 def parse_cell(cell: Any) -> Any:
     """A CSV cell as the number it spells, else as it is.
 
-    >>> number_of("-3"), number_of("2.50"), number_of("1_0"), number_of("nan")
+    >>> parse_cell("-3"), parse_cell("2.50"), parse_cell("1_0"), parse_cell("nan")
     (-3, 2.5, '1_0', 'nan')
     """
     if not isinstance(cell, str) or not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell, re.ASCII):
@@ -25,7 +25,7 @@ def parse_number(target: Any) -> Any:
     """The finite number that a target of a file without types spells, else the target as it is. Where a file has types,
     text is text.
 
-    >>> spelled(Spelled("007")), spelled(Spelled("V45")), spelled("007")
+    >>> parse_number(UntypedStr("007")), parse_number(UntypedStr("V45")), parse_number("007")
     (7, 'V45', '007')
     """
     number = parse_cell(target) if isinstance(target, UntypedStr) else target
@@ -35,7 +35,7 @@ def parse_number(target: Any) -> Any:
 def is_regression_target(targets: Iterable[Any]) -> bool:
     """Whether these are real numbers and no labels: one is, and none is a text.
 
-    >>> are_real([Spelled("1"), Spelled("2.5")]), are_real([Spelled("V45"), Spelled("2.5")]), are_real([1, 2])
+    >>> is_regression_target([UntypedStr("1"), UntypedStr("2.5")]), is_regression_target([UntypedStr("V45"), UntypedStr("2.5")]), is_regression_target([1, 2])
     (True, False, False)
     """
     found = [parse_number(target) for target in targets]

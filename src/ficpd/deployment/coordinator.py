@@ -79,7 +79,7 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
     context = build_context_without_records(directory.resolved(experiment, records=False))
     config = context.experiment.method
     method = check_method(context, config)
-    if method.centralized or not method.trains:
+    if method.capabilities.centralized or not method.capabilities.trains:
         raise ConfigError(f"method {method.name!r} is for simulations; among sites run one that trains at them")
     say(f"{experiment.name}: {method.name} on {context.experiment.backbone.name}, waiting for sites")
     engine.wait_for_sites(_sites_of(directory.path))

@@ -15,9 +15,9 @@ from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.federation.compression.subspace import GradientSubspace
 from ficpd.federation.privacy_plan import client_workloads
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.interfaces import Backbone, Compression, Method, Subspace, Task
+from ficpd.interfaces import Backbone, Compression, Subspace, Task
+from ficpd.method import Method
 from ficpd.registry import build_config
-from ficpd.traits import Rebuilds
 from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 
@@ -37,8 +37,7 @@ class RunSpec:
     def method(self) -> Method:
         module, config = build_config("methods", self.experiment.method)
         method: Method = module.build(config, self.experiment.training)
-        if isinstance(method, Rebuilds):
-            method.subspace = self.compression().subspace
+        method.bind(self.compression().subspace)
         return method
 
     def compression(self) -> Compression:

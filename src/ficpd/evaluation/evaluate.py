@@ -1,7 +1,8 @@
-"""What a prompt is worth: on everybody's test records, on each client's own. A simulation's view: nothing leaves."""
+"""Evaluates prompts on all test records and on each client's own. For simulations: it reads every client's records."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,23 +10,29 @@ from torch import Tensor
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
-from ficpd.interfaces import Method
-from ficpd.traits import Demonstrates
+from ficpd.interfaces import Task
+from ficpd.method import Method
 from ficpd.types import Answer, Batch, Query, Score, State
 
+Result = TypeVar("Result")
 
-def predictions(prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
-    """The task's predictions under one prompt, in the records' order."""
-    writes = batch.task.max_new_tokens
+
+def predictions(task: Task, prompt_PD: Tensor, batch: Batch) -> Generator[Query, Answer, list]:
+    """Predicts a batch under one prompt, in the records' order."""
+    writes = task.max_new_tokens
     answer = yield Query(prompt_PD[None], batch, outputs=not writes, max_new_tokens=writes)
-    return batch.task.predict(answer, batch)
+    return task.predict(answer, batch)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`everyone`: one prompt on all test records, the mean over tasks if there are several (None if the method shares
-    none). `own`: each client's prompt on its own test records; `mean` and `worst` are over clients that have any.
-    `predicted`: what it predicts of each of them, by client."""
+    """The scores of a method's prompts.
+
+    everyone: one prompt on all test records, the mean over tasks; None if the method shares no prompt.
+    own: each client's prompt on its own test records.
+    mean, worst: over the clients with test records.
+    predicted: each client's predictions.
+    """
 
     everyone: Score | None
     own: Mapping[str, Score]
@@ -35,69 +42,72 @@ class Evaluation:
 
 
 def evaluate(method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int) -> Evaluation:
-    """All of a method's prompts, in lock step."""
+    """Evaluates all of a method's prompts, in lock step."""
     tested = {name: client for name, client in clients.items() if client.test}
     assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
     personal = {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}
     shared = method.global_prompt(state)
     batches = {name: client.encoded("test") for name, client in tested.items()}
-    at_their = {name: _asked(method, tested[name], personal[name], batch, model) for name, batch in batches.items()}
-    own = predict_all({name: (personal[name], batch) for name, batch in at_their.items()}, model)
-    same = shared is not None and all(
-        torch.equal(prompt, shared) and at_their[name] is batches[name] for name, prompt in personal.items()
-    )
-    if same:
-        everyone = own
-    elif shared is not None:
-        everyone = predict_all({name: (shared, batch) for name, batch in batches.items()}, model)
-    else:
-        everyone = None
+    local_batches = {
+        name: _test_batch(method, tested[name], personal[name], batch, model) for name, batch in batches.items()
+    }
+    own = predict_all({n: (tested[n].task, personal[n], batch) for n, batch in local_batches.items()}, model)
+    everyone = None
+    if shared is not None:
+        same = all(torch.equal(prompt, shared) and local_batches[n] is batches[n] for n, prompt in personal.items())
+        everyone = (
+            own if same else predict_all({n: (tested[n].task, shared, batch) for n, batch in batches.items()}, model)
+        )
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
         None if everyone is None else _pooled(everyone, tested), scores, client_mean(scores), worst_client(scores), own
     )
 
 
-def _asked(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: QueryEngine) -> Batch:
-    """A client's test records as it asks about them: with what it knows of its own, and what it shows beside them."""
-    if not isinstance(method, Demonstrates):
-        return calibrated_batch(method, client, batch)
+def _test_batch(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: QueryEngine) -> Batch:
+    """Returns a client's test batch with the method's calibration or demonstrations."""
     prompt = client.start.with_vectors(prompt_PD)
-    known = client.task, client.train, client.encoded(), prompt, client.backbone
-    return run_queries(model, method.demonstrate(*known)).encode(
-        client.task, client.test, client.backbone, prompt, batch
-    )
+    work = method.demonstrate(client.task, client.train, client.encoded, prompt, client.backbone)
+    if work is None:
+        return calibrated_batch(method, client, batch)
+    return run_queries(model, work).encode(client.task, client.test, client.backbone, prompt, batch)
 
 
 def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: QueryEngine) -> Score:
-    """One prompt on everybody's test records; of several tasks, each counts once."""
+    """Scores one prompt on all clients' test records; each task counts once."""
     tested = {name: client for name, client in clients.items() if client.test}
-    return _pooled(predict_all({n: (prompt_PD, client.encoded("test")) for n, client in tested.items()}, model), tested)
+    work = {n: (client.task, prompt_PD, client.encoded("test")) for n, client in tested.items()}
+    return _pooled(predict_all(work, model), tested)
 
 
-def score_prompt(prompt_PD: Tensor, batch: Batch, targets: Sequence, model: QueryEngine) -> Score:
-    """One prompt on one batch."""
-    return batch.task.score(run_queries(model, predictions(prompt_PD, batch)), targets)
+def score_prompt(task: Task, prompt_PD: Tensor, batch: Batch, targets: Sequence, model: QueryEngine) -> Score:
+    """Scores one prompt on one batch."""
+    return task.score(run_queries(model, predictions(task, prompt_PD, batch)), targets)
 
 
 def client_mean(scores: Mapping[str, Score]) -> Score:
-    """The mean over clients, each client counting once."""
+    """Returns the mean over clients; each counts once."""
     names = sorted({name for score in scores.values() for name in score})
     return {name: sum(s[name] for s in scores.values() if name in s) / sum(name in s for s in scores.values())
             for name in names}  # fmt: skip
 
 
 def worst_client(scores: Mapping[str, Score]) -> Score:
-    """Each metric of the client that does worst in it: the lowest, or of an error the highest."""
+    """Returns each metric's worst value over clients: the minimum, or the maximum of an error."""
     names = sorted({name for score in scores.values() for name in score})
     return {
         name: (max if less_is_better(name) else min)(s[name] for s in scores.values() if name in s) for name in names
     }
 
 
-def predict_all(work: Mapping[str, tuple[Tensor, Batch]], model: QueryEngine) -> dict[str, list]:
-    """What each prompt predicts of its own batch, all in lock step."""
-    results = dict(run_queries_lockstep(model, {name: predictions(*given) for name, given in work.items()}))
+def predict_all(work: Mapping[str, tuple[Task, Tensor, Batch]], model: QueryEngine) -> dict[str, list]:
+    """Predicts each batch under its prompt, in lock step."""
+    return run_all(model, {name: predictions(*given) for name, given in work.items()})
+
+
+def run_all(model: QueryEngine, works: Mapping[str, Generator[Query, Answer, Result]]) -> dict[str, Result]:
+    """Runs generators in lock step; raises the first exception of any of them."""
+    results = dict(run_queries_lockstep(model, works))
     for result in results.values():
         if isinstance(result, Exception):
             raise result
@@ -105,7 +115,7 @@ def predict_all(work: Mapping[str, tuple[Tensor, Batch]], model: QueryEngine) ->
 
 
 def _pooled(predicted: Mapping[str, list], clients: Mapping[str, Client]) -> Score:
-    """All test records of a task together; of several tasks, each counts once."""
+    """Scores all test records of a task together; each task counts once."""
     scores: dict[str, Score] = {}
     for place, task in enumerate(dict.fromkeys(client.task for client in clients.values())):
         own = {name: client for name, client in clients.items() if client.task is task}

@@ -1,10 +1,11 @@
-"""Who is served how well: over clients, and over the groups of a public column. A simulation's view: nothing leaves.
+"""Measures fairness over clients, and over the groups of a public column. For simulations.
 
-Three gaps are measured between groups. *Accuracy*: who is answered rightly. *Demographic parity*: who is given an answer,
-right or not. *Equalised odds* (Hardt, Price, Srebro, NeurIPS 2016, arXiv 1610.02413): who is given an answer among those
-it is true of, and among those it is not. Where base rates differ, as an illness is more frequent with age, demographic
-parity contradicts accuracy: a perfect answer violates it, and to meet it some group must be answered wrongly. A perfect
-answer has equalised odds; so they stand beside it, and a demographic parity gap alone is no finding.
+Three gaps between groups are measured. *Accuracy*: the share of correct answers. *Demographic parity*: the share that
+gets an answer, correct or not. *Equalised odds* (Hardt, Price, Srebro, NeurIPS 2016, arXiv 1610.02413): the share
+that gets an answer, among the records with that label and among the others.
+
+If base rates differ between groups, a perfect classifier violates demographic parity but has equalised odds. So a
+demographic parity gap alone is not evidence of unfairness.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,13 @@ from ficpd.rng import derive_seed
 from ficpd.types import JSON, Record, Score
 
 FEW = 10
-"""Of fewer records a resampled interval says nothing."""
+"""The minimum number of records for a bootstrap interval."""
 LEVEL = 0.95
 RESAMPLES = 2000
 
 
 class ConditionalRate(NamedTuple):
-    """How often `hit_N` is true among the records `over_N`; `of` says in words of what it is the rate."""
+    """The rate of `hit_N` among the records `over_N`; `of` describes it."""
 
     hit_N: np.ndarray
     over_N: np.ndarray
@@ -35,11 +36,11 @@ class ConditionalRate(NamedTuple):
 
 
 def over_clients(scores: Mapping[str, Score], seed: int) -> dict[str, JSON]:
-    """Per metric, over the clients that have it: mean, deviation (n-1; None of one client), best, worst, and the mean of
-    the worst tenth, rounded up to whole clients. An error counts as worst where it is highest.
+    """Returns per metric, over clients: mean, deviation (n-1), best, worst, and the mean of the worst tenth.
 
-    The intervals (95 %, of 2,000 resamples of the clients; None of one client) are too narrow for few clients, and that of
-    the worst tenth cannot reach below the worst client that was seen.
+    The worst tenth is rounded up to whole clients. An error is worst where it is highest. Intervals (95 %, 2,000
+    resamples of the clients) are too narrow for few clients; that of the worst tenth cannot go below the worst
+    client. One client has no deviation and no interval (None).
     """
     names = sorted({name for score in scores.values() for name in score})
     return {
@@ -49,8 +50,10 @@ def over_clients(scores: Mapping[str, Score], seed: int) -> dict[str, JSON]:
 
 
 def share_worse_off(scores: Mapping[str, Score], alone: Mapping[str, Score]) -> dict[str, JSON]:
-    """Per metric, the share of clients that do worse, by however little, than `alone`; equal is not worse. Its interval
-    is Wilson's (1927), for by resampling 0 of 20 would be none for certain."""
+    """Returns per metric the share of clients with a worse score than `alone`, with Wilson's interval (1927).
+
+    A bootstrap interval of 0 of 20 clients would have length 0.
+    """
     found = {}
     for name in sorted({name for score in scores.values() for name in score}):
         sign = -1 if less_is_better(name) else 1
@@ -62,13 +65,13 @@ def share_worse_off(scores: Mapping[str, Score], alone: Mapping[str, Score]) -> 
 
 
 def groups_of(records: Sequence[Record], column: str) -> list[str]:
-    """Each record's group, as text. Raises `DataError` for a record without one."""
+    """Returns each record's group as text. Raises `DataError` for a record without one."""
     for record in records:
         if record.fields.get(column) is None:
-            what = "is empty" if column in record.fields else "is not there"
+            state = "empty" if column in record.fields else "missing"
             raise DataError(
-                f"{record.key}, column {column!r}: {what}, and fairness.group goes by it; name it in data.keep and give "
-                "every test record a value, or leave fairness.group out"
+                f"{record.key}, column {column!r}: {state}; fairness.group needs a value in every test record. Name the "
+                "column in data.keep, or leave fairness.group out"
             )
     return [str(record.fields[column]) for record in records]
 
@@ -76,29 +79,25 @@ def groups_of(records: Sequence[Record], column: str) -> list[str]:
 def over_groups(
     predicted: Mapping[str, list], clients: Mapping[str, Client], tasks: Mapping[str, Task], column: str, seed: int
 ) -> dict[str, JSON]:
-    """Per task, what `group_gaps` says of all clients' test records, whoever holds them."""
+    """Returns per task the `group_gaps` of all clients' test records."""
     found = {}
     for name, task in tasks.items():
         own = [client for client in predicted if clients[client].task is task]
         records = [record for client in own for record in clients[client].test]
         answers, truths = [p for client in own for p in predicted[client]], task.targets(records)
         if not records or "accuracy" not in task.score(answers, truths):
-            found[name] = {
-                "groups": {},
-                "said": "no test records whose answers are right or wrong: no figures by group",
-            }
+            found[name] = {"groups": {}, "said": "no test records with an accuracy: no figures by group"}
         else:
             found[name] = group_gaps(answers, truths, groups_of(records, column), seed)
     return found
 
 
 def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed: int) -> dict[str, JSON]:
-    """Accuracy per group with Wilson's interval, and the largest gap in each of the three senses above.
+    """Returns the accuracy per group with Wilson's interval, and the largest gap of each of the three kinds.
 
-    Labels are taken one against the rest and the one with the largest gap is named (of a multiple choice that is a place,
-    which says something only where all records have the same options). A group without a record that a rate is over (none
-    that the label is true of) has no such rate and is left out of it. `few` names the groups of fewer than 10 records. A gap
-    is None where no two groups can be compared.
+    Labels are compared one against the rest, and the label with the largest gap is named. For a multiple choice a
+    label is a position, which needs equal options in all records. A group without records for a rate is left out of
+    it. `few` names the groups of fewer than 10 records. A gap is None if no two groups can be compared.
     """
     group_N, right_N = np.array(groups), np.array([a == t for a, t in zip(answers, truths, strict=True)])
     whole_N = np.ones(len(groups), dtype=bool)
@@ -111,7 +110,7 @@ def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed:
         "few": [name for name, size in sizes.items() if size < FEW],
     }
     if len(sizes) < 2:
-        return found | {"said": f"all {len(groups)} test records are of one group: nothing to compare"}
+        return found | {"said": f"all {len(groups)} test records are in one group: no comparison"}
     given, odds = [], []
     for label in sorted({*answers, *truths}):
         given_N, true_N = np.array([a == label for a in answers]), np.array([t == label for t in truths])
@@ -126,9 +125,11 @@ def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed:
 
 
 def _largest(rates: Sequence[ConditionalRate], group_N: np.ndarray, seed: int) -> dict[str, JSON] | None:
-    """The rate that differs most between two groups, its gap, and the interval of the difference of just these two. They
-    were picked for differing most, so of many groups or labels the interval is too narrow, and leans upwards. None in its
-    place where one of the two has fewer than 10 such records, or where resampling would change nothing."""
+    """Returns the rate with the largest gap between two groups, the gap, and its interval.
+
+    The interval ignores the choice of rate and groups, so it is too narrow and biased upwards for many of them. It is
+    None if a group has fewer than 10 records, or if resampling cannot change the rates.
+    """
     from fairlearn.metrics import MetricFrame, selection_rate
 
     compared = []
@@ -179,7 +180,7 @@ def _share(count: int, number: int, name: str) -> dict[str, JSON]:
 
 
 def _interval(samples: Sequence[np.ndarray], statistic: Callable[..., Any], seed: int) -> list[float] | None:
-    """The percentile interval of a statistic, each sample resampled on its own; None where one has a single value."""
+    """Returns the percentile interval of a statistic, or None if a sample has a single value."""
     if min(map(len, samples)) < 2:
         return None
     random = np.random.default_rng(derive_seed(seed, "resampled"))

@@ -1,4 +1,4 @@
-"""What is measured. Which figure stands for a task, and how it is read, is said here and nowhere else."""
+"""The metrics: the main figure of a task, and its format."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """`scale` and `unit`: how it is shown to a person. `less_is_better`: the worst client has the most of it."""
+    """A metric and its format (`scale`, `digits`, `unit`). `less_is_better`: a higher value is worse."""
 
     name: str
     scale: float = 1.0
@@ -15,7 +15,7 @@ class Metric:
     less_is_better: bool = False
 
     def shown(self, value: float) -> str:
-        """The figure for a table whose heading has the unit.
+        """Formats a value for a table with the unit in the heading.
 
         >>> Metric("accuracy", 100, 1, " %").shown(0.8125)
         '81.2'
@@ -24,11 +24,11 @@ class Metric:
 
 
 MAIN = (Metric("accuracy", 100, 1, " %"), Metric("rmse", less_is_better=True), Metric("bleu", digits=1))
-"""The figures that a task may be known by, the first that it has."""
+"""The main metrics, in order of precedence."""
 
 
 def main_metric(names: Iterable[str]) -> Metric:
-    """The one figure to show of a score; one that is not known here is shown as it is.
+    """Returns the main metric of a score, or its first metric unscaled.
 
     >>> main_metric({"f1": 0.7, "accuracy": 0.8}).name, main_metric(["loss", "regret"]).name
     ('accuracy', 'loss')
@@ -38,7 +38,8 @@ def main_metric(names: Iterable[str]) -> Metric:
 
 
 def less_is_better(name: str) -> bool:
-    """
+    """Whether a higher value of a metric is worse.
+
     >>> less_is_better("rmse"), less_is_better("pearson")
     (True, False)
     """

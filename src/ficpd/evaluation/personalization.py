@@ -1,5 +1,7 @@
-"""What each level of a method's prompts is worth at home and elsewhere: a prompt that wins at home by failing everywhere
-else has to be seen to do so. A simulation's view: nothing leaves."""
+"""Scores each level of a method's prompts on a client's own records and on other clients' records.
+
+A personal prompt that only fits its own client has low scores elsewhere. For simulations.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,34 +14,35 @@ from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.evaluation.evaluate import client_mean, predict_all
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
-from ficpd.interfaces import Method
-from ficpd.traits import Calibrates
+from ficpd.method import Method
 from ficpd.types import Batch, Record, Score, State
 
 PERSONAL = "personal"
 ELSEWHERE = 64
-"""Test records of other clusters that each client's prompts are tried on, at most."""
+"""The maximum number of other clients' test records to score a client's prompts on."""
 
 Levels = dict[str, dict[str, Score | None]]
 Work = tuple[Tensor, Batch, Sequence[Record]]
-"""A prompt, and the records that it is tried on, encoded and as they are."""
+"""A prompt, and its test records, encoded and raw."""
 
 
 def personalization_levels(
     method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int, seed: int
 ) -> Levels:
-    """`personal`, `cluster` and `global`, as far as the method has them: scores on the client's `own` test records and on
-    those of clients of `others`' clusters (of other clients, where there is one cluster or none) with the same task. Means
-    over clients, of every level over the same ones; None where nobody has any."""
+    """Scores `personal`, `cluster` and `global` prompts on `own` test records and on those of `others`.
+
+    `others` are clients of other clusters with the same task (or all other clients, without several clusters). Values
+    are means over the same clients at each level; None if there are none.
+    """
     tested = {name: client for name, client in clients.items() if client.test}
     member = state.facts.get("clusters") or {}
-    away = {name: _elsewhere(name, tested, member, seed) for name in tested}
+    away = {name: _others_batch(name, tested, member, seed) for name in tested}
     found: Levels = {}
     for level, prompts in _prompts(method, state, tested, round, member).items():
         own = {name: (prompt, tested[name].encoded("test"), tested[name].test) for name, prompt in prompts.items()}
-        others = {name: (prompt, *found_away) for name, prompt in prompts.items() if (found_away := away[name])}
+        others = {name: (prompt, *elsewhere) for name, prompt in prompts.items() if (elsewhere := away[name])}
         if level == PERSONAL:
-            own, others = _at_home(method, own, tested), _at_home(method, others, tested)
+            own, others = _calibrated(method, own, tested), _calibrated(method, others, tested)
         found[level] = {"own": _mean(own, tested, model), "others": _mean(others, tested, model)}
     return found
 
@@ -47,8 +50,8 @@ def personalization_levels(
 def unseen_client_scores(
     method: Method, state: State, unseen: Mapping[str, Client], model: QueryEngine, round: int
 ) -> dict[str, Score | None]:
-    """Clients that took no part, each on its own test records: the `global` prompt, and the `assigned` one that the method
-    would send to a client with such a card."""
+    """Scores clients that did not participate: the `global` prompt, and the `assigned` one for a client with this
+    card."""
     tested = {name: client for name, client in unseen.items() if client.test}
     assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
     shared = method.global_prompt(state)
@@ -64,8 +67,8 @@ def unseen_client_scores(
     }
 
 
-def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
-    """With what each client knows of itself, which may be of no use elsewhere."""
+def _calibrated(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
+    """Applies each client's own calibration to the batches."""
     return {
         name: (prompt, calibrated_batch(method, clients[name], batch), records)
         for name, (prompt, batch, records) in work.items()
@@ -75,8 +78,10 @@ def _at_home(method: Method, work: Mapping[str, Work], clients: Mapping[str, Cli
 def _prompts(
     method: Method, state: State, tested: Mapping[str, Client], round: int, member: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
-    """Level to client to prompt; a level that is the same as the one above it for everybody is left out. A client that no
-    cluster has yet, for it was never heard, stands in its cluster's place with the prompt that all share."""
+    """Returns level to client to prompt, without a level whose prompts equal those of the next.
+
+    A client without a cluster uses the global prompt at the cluster level.
+    """
     assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
     basis, shared = method.library_prompts(state), method.global_prompt(state)
     found = {PERSONAL: {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}}
@@ -85,19 +90,18 @@ def _prompts(
         found["cluster"] = ({} if shared is None else dict.fromkeys(tested, shared)) | of_clusters
     if shared is not None:
         found["global"] = dict.fromkeys(tested, shared)
-    assignment = list(found)
-    for above, below in pairwise(assignment):
-        if above == PERSONAL and isinstance(method, Calibrates) and method.statistics:
+    for above, below in pairwise(list(found)):
+        if above == PERSONAL and method.capabilities.statistics_once:
             continue
         if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
             del found[above]
     return found
 
 
-def _elsewhere(
+def _others_batch(
     name: str, tested: Mapping[str, Client], member: Mapping[str, int], seed: int
 ) -> tuple[Batch, list[Record]] | None:
-    """Some test records of clients that this one shares neither name nor cluster with, encoded; None if there are none."""
+    """Returns test records of clients with another name and cluster, encoded; None if there are none."""
     apart = len({member[other] for other in tested if other in member}) > 1
     others = [
         client
@@ -114,7 +118,7 @@ def _elsewhere(
 
 
 def concat_batches(batches: list[Batch]) -> Batch:
-    """Batches of one task as one."""
+    """Concatenates batches of one task."""
     first = batches[0]
     return replace(
         first,
@@ -125,7 +129,7 @@ def concat_batches(batches: list[Batch]) -> Batch:
 
 
 def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: QueryEngine) -> Score | None:
-    predicted = predict_all({name: (prompt, batch) for name, (prompt, batch, _) in work.items()}, model)
+    predicted = predict_all({n: (clients[n].task, prompt, batch) for n, (prompt, batch, _) in work.items()}, model)
     scores = {}
     for name, (_, _, records) in work.items():
         task = clients[name].task

@@ -31,9 +31,10 @@ from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
-from ficpd.interfaces import Compression, Method, Task
+from ficpd.interfaces import Compression, Task
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, local_training_config, open_library
+from ficpd.method import Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import build_config
 from ficpd.types import ClientWorkload, Prompt, Record, State
@@ -161,7 +162,7 @@ def open_run(folder: Path, device: str) -> Finished:
     module, config = build_config("methods", experiment.method)
     method, library = module.build(config, experiment.training), PromptLibrary.load(folder)
     saved = directory.load()
-    if not method.releases or not library.prompts or saved is None:
+    if not method.capabilities.releases or not library.prompts or saved is None:
         raise PrivacyError(
             f"{method.name} left no prompt that depends on records in {folder}: nothing was left to attack. Audit a run "
             "of a method that shares one (fedavg, ficpd, ...)"
@@ -221,7 +222,7 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     if not privacy.lines or privacy.delta is None:
         return None
     module, config = build_config("privacy", privacy_config_for(run.method, run.context.experiment.privacy))
-    holders = run.context.shards_for(run.method.centralized)
+    holders = run.context.shards_for(run.method.capabilities.centralized)
     plans = client_workloads(
         run.method, run.state, {n: len(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
     )

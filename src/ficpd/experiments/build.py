@@ -23,10 +23,10 @@ from ficpd.experiments.initialization import (
 )
 from ficpd.federation.client import Client, Encodings
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
-from ficpd.interfaces import Compression, Method, Task
+from ficpd.interfaces import Compression, Task
+from ficpd.method import Capabilities, Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks.build import build_task
-from ficpd.traits import Rebuilds, StartsElsewhere, TunesWords
 from ficpd.types import ClientCard, ClientData, Prompt
 
 
@@ -72,8 +72,9 @@ class ExperimentContext:
     def init_prompt_for(self, method: Method) -> Prompt:
         """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts, or
         the backbone takes prompts of words and the method tunes vectors."""
-        if not isinstance(method, StartsElsewhere):
-            if method.trains and not self.start.vectors_PD.is_floating_point():
+        declared = method.capabilities
+        if declared.prompt_type == "soft":
+            if declared.trains and not self.start.vectors_PD.is_floating_point():
                 raise ConfigError(
                     f"{self.experiment.backbone.name} takes prompts of words, and {method.name} tunes vectors (soft "
                     'prompts); use method.name = "feddtpt", or a backbone whose weights are here'
@@ -85,19 +86,20 @@ class ExperimentContext:
                 'something else; set compression.name = "none" (with compression.bits = 8 or 16, if bytes matter)'
             )
         given, backbone = self.start, self.model.backbone
-        if isinstance(method, TunesWords):
+        if declared.prompt_type == "tokens":
             given = init_token_prompt(self.experiment, list(self.tasks.values()), backbone)
         return method.init_prompt(given, backbone, rng.derive_seed(self.experiment.seed, "public"))
 
     def with_method(self, method: Method) -> "ExperimentContext":
         """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
-        if isinstance(method, Rebuilds) and "placement" in self.experiment.privacy:
-            return self._sending_slopes(method)
-        if not isinstance(method, StartsElsewhere):
+        declared = method.capabilities
+        if declared.means_per_update and "placement" in self.experiment.privacy:
+            return self._sending_slopes(declared)
+        if declared.prompt_type == "soft":
             return self
-        rate = method.learning_rate or self.experiment.training.learning_rate
+        rate = declared.learning_rate or self.experiment.training.learning_rate
         training = self.experiment.training.model_copy(update={"learning_rate": rate})
-        privacy, clip = dict(self.experiment.privacy), method.clip_norm if isinstance(method, TunesWords) else None
+        privacy, clip = dict(self.experiment.privacy), declared.record_clip_norm
         privacy |= {key: value for key, value in {"clip_norm": clip, "clip_norms": {}}.items() if key in privacy}
         experiment = self.experiment.model_copy(update={"training": training, "privacy": privacy})
         start = self.init_prompt_for(method)
@@ -106,13 +108,13 @@ class ExperimentContext:
         )
         return replace(self, experiment=experiment, start=start, compression=compression)
 
-    def _sending_slopes(self, method: Rebuilds) -> "ExperimentContext":
+    def _sending_slopes(self, declared: Capabilities) -> "ExperimentContext":
         """For whole clients, and a method whose clients send slopes and no prompts: a clip norm of the median length of a
         record's slopes (`open_clip`), times √steps, for that many stand side by side in what a client sends."""
         alone = self.experiment.model_copy(update={"privacy": {"clip_norm": None}})
         found = calibrate_clipping_and_compression(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
         of_records = found["clip_norm"] or max(found["clip_norms"].values())
-        clip = method.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * method.steps**0.5
+        clip = declared.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * declared.means_per_update**0.5
         return replace(
             self,
             experiment=self.experiment.model_copy(update={"privacy": {**self.experiment.privacy, "clip_norm": clip}}),
@@ -215,7 +217,7 @@ def _started(
     experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[ClientData]], model: QueryEngine
 ) -> ExperimentContext:
     backbone = model.backbone
-    if backbone.sees_images and experiment.distillation.how != "none":
+    if backbone.modality == "image" and experiment.distillation.how != "none":
         raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
     start, experiment = init_soft_prompt(experiment, list(tasks.values()), backbone)
     for group, of_group in shards.items():

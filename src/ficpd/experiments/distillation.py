@@ -20,13 +20,13 @@ from ficpd.experiments.config import DistillationConfig
 from ficpd.experiments.results import Distillation
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.privacy_plan import public_seed
-from ficpd.interfaces import Backbone, Method, Task
+from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation import filters as nobodys
 from ficpd.library.distillation import generation
 from ficpd.library.distillation.distill import DistilledPrompt, TaskExamples, distill
 from ficpd.library.distillation.filters import FilterResult, SyntheticExample
 from ficpd.library.distillation.meta_learning import InnerLoop, first_order_maml, reptile
-from ficpd.traits import Classifies
+from ficpd.method import Method
 from ficpd.types import Batch, ClientCard, FederationInfo, Prompt, Record
 
 SYNTHETIC = "synthetic.jsonl"
@@ -66,7 +66,7 @@ def validate_distillation(context: ExperimentContext, method: Method) -> None:
 
 def _has_prototypes(context: ExperimentContext, method: Method) -> bool:
     """Whether its state says who is alike, whoever the clients are."""
-    labels = {group: task.num_labels if isinstance(task, Classifies) else 0 for group, task in context.tasks.items()}
+    labels = {group: task.num_labels for group, task in context.tasks.items()}
     setup = FederationInfo(context.init_prompt_for(method), [ClientCard("somebody")], 1, 1, 0, labels)
     return "clusters" in method.init(setup).facts
 

@@ -21,7 +21,6 @@ from ficpd.optimizers.search_space import SearchSpace, clip_scale
 from ficpd.registry import build_config
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import start_text
-from ficpd.traits import MakesUp
 from ficpd.types import LORA, Batch, Prompt, Query, Record
 
 CLIP_NORM_MULTIPLE = 2.0
@@ -194,4 +193,4 @@ def synthetic_batches(
 
 def _beside(task: Task, place: int) -> Mapping[str, Any]:
     """What a made-up record of this task has beside text and target."""
-    return task.synthetic_fields(place) if isinstance(task, MakesUp) else {}
+    return task.synthetic_fields(place)

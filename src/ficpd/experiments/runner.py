@@ -93,7 +93,7 @@ class Runner:
         self.config, self.directory, self.clients = config, directory, clients
         self.method = build_method(context, config)
         self.context = context.with_method(self.method)
-        self.shards = self.context.shards_for(self.method.centralized)
+        self.shards = self.context.shards_for(self.method.capabilities.centralized)
         self.label = self.method.name if private else f"{self.method.name}, no privacy"
         self.stopped: str | None = None
 

@@ -16,12 +16,12 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.client import LABELS
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.interfaces import Backbone, Method
+from ficpd.interfaces import Backbone
 from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
+from ficpd.method import Method
 from ficpd.methods.shared.clustering import adjusted_rand
 from ficpd.registry import build_config
-from ficpd.traits import Calibrates, Classifies, Particular, Rebuilds, TunesWords
 from ficpd.types import JSON, TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update
 
 SITE_PRIVATE_FIELDS = {"noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines"}
@@ -34,15 +34,13 @@ def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
     """Raises `ConfigError` where a task or the backbone lacks what the method needs."""
     module, config = build_config("methods", part)
     method: Method = module.build(config, context.experiment.training)
-    unfit = [name or "its task" for name, task in context.tasks.items() if not isinstance(task, Classifies)]
-    if isinstance(method, Calibrates) and LABELS in method.statistics and unfit:
+    unfit = [name or "its task" for name, task in context.tasks.items() if not task.num_labels]
+    if LABELS in method.capabilities.statistics_once and unfit:
         raise ConfigError(
             f"method.label_prior = true goes by how frequent each label is, and {', '.join(unfit)} has none; set it to false"
         )
-    if isinstance(method, Rebuilds):
-        method.subspace = context.compression.subspace
-    if isinstance(method, Particular):
-        method.check_compatible(list(context.tasks.values()), context.model.backbone)
+    method.bind(context.compression.subspace)
+    method.check_compatible(list(context.tasks.values()), context.model.backbone)
     return method
 
 
@@ -74,7 +72,7 @@ def method_config(part: Mapping[str, Any]) -> dict[str, JSON]:
 
 def num_labels_by_group(context: ExperimentContext) -> dict[str, int]:
     """Counts the labels of each group's task; 0 where it has none."""
-    return {group: task.num_labels if isinstance(task, Classifies) else 0 for group, task in context.tasks.items()}
+    return {group: task.num_labels for group, task in context.tasks.items()}
 
 
 def with_noise_scale(context: ExperimentContext, method: Method, state: State, plan: PrivacyPlan) -> State:
@@ -88,13 +86,13 @@ def with_noise_scale(context: ExperimentContext, method: Method, state: State, p
 
 
 def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:
-    federation, clients = context.experiment.federation, 1 if method.centralized else len(context.shards)
+    federation, clients = context.experiment.federation, 1 if method.capabilities.centralized else len(context.shards)
     return RoundSchedule(
-        federation.num_rounds if method.trains else 0,
+        federation.num_rounds if method.capabilities.trains else 0,
         min(federation.clients_per_round or clients, clients),
         public_seed(context.experiment.seed),
         federation.max_update_norm,
-        method.full_first_round,
+        method.capabilities.full_first_round,
         federation.accept_late,
     )
 
@@ -128,7 +126,7 @@ def build_library(
     card["training"] = context.experiment.training.model_dump()
     if "seed" not in card:
         card["training"].pop("seed", None)
-    if backbone.vocabulary is not None and isinstance(method, TunesWords):
+    if backbone.vocabulary is not None and method.capabilities.prompt_type == "tokens":
         card[WORDS] = {name: backbone.vocabulary.text(ids_P1[:, 0].tolist()) for name, ids_P1 in basis.items()}
     keys = prompt_keys(prompts, tasks, tasks_of(context, state, list(tasks)), backbone)
     return PromptLibrary(start, prompts, card, keys)

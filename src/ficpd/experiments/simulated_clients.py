@@ -39,8 +39,8 @@ class SimulatedClients:
 
     def build_engine(self, run: "Runner", kept: Mapping[str, Tensor]) -> Engine:
         context, method, config = run.context, run.method, run.context.experiment.engine
-        self.clients = context.clients(run.plan, method.centralized)
-        self.tested = context.clients() if method.centralized else self.clients
+        self.clients = context.clients(run.plan, method.capabilities.centralized)
+        self.tested = context.clients() if method.capabilities.centralized else self.clients
         load_client_states(self.clients, kept)
         most = context.experiment.federation.max_queries
         self.queries = QueryBudget(method, run.state, self.clients, run.rounds, most)
@@ -68,9 +68,9 @@ class SimulatedClients:
         found = evaluate(*asked)
         run.seconds["evaluate"] = time.perf_counter() - began
         personalization = unseen = None
-        if method.trains and not method.centralized:
+        if method.capabilities.trains and not method.capabilities.centralized:
             personalization = personalization_levels(*asked, seed=experiment.seed)
-        if method.trains and context.unseen:
+        if method.capabilities.trains and context.unseen:
             unseen = unseen_client_scores(method, run.state, context.unseen_clients(), *asked[3:])
         fairness: dict[str, Any] = {"clients": over_clients(found.own, experiment.seed)}
         if column := experiment.fairness.group:

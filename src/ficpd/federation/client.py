@@ -1,6 +1,6 @@
 """A client: its records, its mechanism, its book of releases; and `participate`, the one door out."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from ficpd import rng, storage
 from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
-from ficpd.interfaces import TOTAL, Backbone, Compression, Mechanism, Method, NoiseSource, Subspace, Task, Vocabulary
+from ficpd.interfaces import TOTAL, Backbone, Compression, Mechanism, NoiseSource, Subspace, Task, Vocabulary
+from ficpd.method import Method
 from ficpd.optimizers.search_space import clip_scale
 from ficpd.privacy.ledger import Account
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks import corrupt_words
-from ficpd.traits import Calibrates, Classifies
 from ficpd.types import (
     LORA,
     Answer,
@@ -98,8 +98,10 @@ class Client:
 class ClientSession:
     """One client carrying out one order: what a method sees (`ClientSide`). Nothing is kept until the order is done."""
 
-    def __init__(self, client: Client, round: int, method: str = ""):
+    def __init__(self, client: Client, round: int, method: str = "", statistics: Collection[str] = ()):
+        """`statistics`: totals that the method declares; no other is released."""
         self.client, self.id, self._order = client, client.name, (round, method)
+        self._statistics = {"weight", *statistics}
         self.client_state = dict(client.client_state)
         self.noise = client.noise_source(method, round)
         self.expected_batch = 1
@@ -134,7 +136,7 @@ class ClientSession:
     def label_prior(self) -> Tensor:
         """[C]: see `ClientSide`. Under a record-level mechanism the noised counts are kept and not paid for again."""
         batch = self.client.encoded()
-        assert isinstance(batch.task, Classifies), "checked before the run"
+        assert batch.task.num_labels, "checked before the run"
         assert batch.targets is not None
         counts_BC = F.one_hot(batch.targets, batch.task.num_labels).float()
         if self.client.mechanism.unit != "record":
@@ -190,6 +192,10 @@ class ClientSession:
         """[B, N] over all of the client's records to [N] on the CPU: a statistic with a ledger line of its own."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the total {name!r} was given {len(values_BN)} rows, one per record was expected")
+        if name not in self._statistics and self.client.mechanism.unit != "none":
+            raise PrivacyError(
+                f"the total {name!r} is not declared in the method's Capabilities, so it is not released"
+            )
         self.charge(TOTAL + name, 1)
         self.totals.append(name)
         return self.client.mechanism.noisy_sum(name, values_BN, self.noise).cpu()
@@ -270,15 +276,16 @@ def execute_assignment(
                 f"{client.name} was asked for round {assignment.round} of {assignment.method} after round {newest} was answered; that "
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
-    session, asked = (
-        ClientSession(client, assignment.round, assignment.method),
-        client.query_counts.setdefault(assignment.round, [0, 0]),
-    )
+    declared = method.capabilities.statistics_per_round.keys() | set(method.capabilities.statistics_once)
+    session = ClientSession(client, assignment.round, assignment.method, declared)
+    asked = client.query_counts.setdefault(assignment.round, [0, 0])
     session.costs.extend(client.pending_costs)
     session.charge("release", 1)
     try:
         near = client.start if client.mechanism.unit == "record" else None
         update = yield from count_queries(method.local_update(session, assignment), asked, near)
+        if update.arrays and not method.capabilities.releases:
+            raise PrivacyError(f"{method.name} declares Capabilities.releases = False, and its update has arrays")
         released = session.release(update)
     except PrivacyError:  # a price that is too high, or a method that is not sound: so for any records
         raise
@@ -347,9 +354,7 @@ def personal_prompt(method: Method, client: Client, assignment: Assignment) -> T
 
 def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
     """Records of its own as this client would ask about them, by a method that knows more of it than a prompt."""
-    return (
-        method.local_batch(ClientSession(client, 0).local_context(), batch) if isinstance(method, Calibrates) else batch
-    )
+    return method.local_batch(ClientSession(client, 0).local_context(), batch)
 
 
 def client_states(clients: Mapping[str, Client]) -> dict[str, Tensor]:

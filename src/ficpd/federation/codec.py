@@ -77,7 +77,7 @@ def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
     """A checked update. The size is checked before anything is read.
 
     >>> body = encode_update(ClientUpdate("a", {"x": torch.ones(2)}), 1, "tiny")
-    >>> decode_update(body, Expected("a", 1, "tiny", {"x": ArrayKind((2,))}))
+    >>> decode_update(body, ExpectedUpdate("a", 1, "tiny", {"x": ArraySpec((2,))}))
     ClientUpdate(client='a', arrays={'x': tensor([1., 1.])}, weight=1.0)
     """
     sizes = {name: math.prod(kind.shape) * kind.dtype.itemsize for name, kind in sorted(expected.layout.items())}

@@ -8,13 +8,13 @@ from typing import Any
 from ficpd import rng
 from ficpd.errors import LedgerError, PrivacyError
 from ficpd.federation.rounds import RoundSchedule, sample_cohort
-from ficpd.interfaces import TOTAL, Mechanism, Method, NoiseSource
+from ficpd.interfaces import TOTAL, Mechanism, NoiseSource
+from ficpd.method import Method
 from ficpd.privacy import accountant
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.registry import build_config
-from ficpd.traits import Calibrates, ReleasesTotals, TunesWords, Unprotected
 from ficpd.types import JSON, ClientData, ClientWorkload, State
 
 NONE = {"name": "none"}
@@ -71,23 +71,21 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
 
     Raises `PrivacyError` where the method cannot have the guarantee.
     """
-    if not method.releases:
+    declared, unit = method.capabilities, "record" if part.get("placement") is None else "client"
+    if not declared.releases or part["name"] == "none":
         return NONE
-    if part["name"] != "none" and isinstance(method, Unprotected):
-        raise PrivacyError(f"{method.name} has no private form: {method.unprotected}")
-    if part.get("placement") is not None and method.centralized:
+    if not declared.private_units:
+        raise PrivacyError(f"{method.name} has no private form: {declared.not_private}")
+    if unit == "client" and declared.centralized:
         return NONE
-    if part.get("placement") == "central" and not method.linear:
+    if part.get("placement") == "central" and not declared.linear:
         raise PrivacyError(
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
             "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
             "with method.robust.rule = 'mean', for one sum hides who sent what)"
         )
-    if part.get("placement") is not None and isinstance(method, TunesWords):
-        raise PrivacyError(
-            f"client-level noise is on what a client sends, and {method.name} sends words, which no noise can be added to; "
-            "use privacy.name = 'record_gaussian'"
-        )
+    if unit not in declared.private_units:
+        raise PrivacyError(f"{method.name} has no private form at the {unit} level: {declared.not_private}")
     return part
 
 
@@ -107,14 +105,14 @@ def plan_privacy(
     plans = client_workloads(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
     mechanisms = {name: module.build(with_group_clip_norm(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
-    for name in method.statistics if first.unit == "record" and isinstance(method, Calibrates) else ():
+    for name in method.capabilities.statistics_once if first.unit == "record" else ():
         if first.cost(TOTAL + name) is None:
             raise PrivacyError(
                 f"{method.name} asks every client for the total {name!r}, which has no share of the budget; give it one, "
                 f"such as privacy.statistics = {{ {name} = 0.05 }}"
             )
     if first.unit == "none":
-        return PrivacyPlan(mechanisms, {}, None, None, method.releases)
+        return PrivacyPlan(mechanisms, {}, None, None, method.capabilities.releases)
     if first.unit == "client" and not method.update_spec(state):
         raise PrivacyError(
             f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have "
@@ -174,7 +172,7 @@ def client_workloads(
             num_clients=len(records),
             cohort_rate=min(schedule.cohort / len(records), 1.0),
             num_rounds=schedule.num_rounds,
-            totals=method.totals if isinstance(method, ReleasesTotals) else {},
+            totals=method.capabilities.statistics_per_round,
         )
         for name, number in records.items()
     }

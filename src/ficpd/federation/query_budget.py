@@ -10,7 +10,7 @@ from typing import Any
 from ficpd.errors import BudgetError
 from ficpd.federation.client import Client
 from ficpd.federation.rounds import Round
-from ficpd.interfaces import Method
+from ficpd.method import Method
 from ficpd.types import State
 
 UNLIKELY = 6.0
@@ -25,8 +25,7 @@ class QueryBudget:
     ):
         self.clients, self.most = clients, most
         self.steps, self.batch_size = method.local_workload(state)
-        training = getattr(method, "training", None)
-        self.candidates = getattr(method, "candidates", None) or getattr(training, "candidates", 1)
+        self.candidates = method.capabilities.candidates or method.training.candidates
         self.asked = {name: [0, 0] for name in clients}
         self.largest = 0.0
         self.rounds = 0
@@ -34,7 +33,7 @@ class QueryBudget:
             self._add(done)
 
     def before(self, round: int, cohort: Sequence[str]) -> None:
-        """Raises `BudgetError` if any of these clients could ask more than it may. A method says by its `candidates` how
+        """Raises `BudgetError` if any of these clients could ask more than it may. A method declares by its `candidates` how
         many it asks about each record of a step, else its optimizer does; from the second round on it is also known by what was
         asked."""
         if self.most is None:

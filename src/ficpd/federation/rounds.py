@@ -10,9 +10,9 @@ import torch
 from ficpd import rng
 from ficpd.errors import BudgetError, CodecError
 from ficpd.federation import codec
-from ficpd.interfaces import Compression, Engine, Method, Model
+from ficpd.interfaces import Compression, Engine, Model
+from ficpd.method import Method
 from ficpd.privacy.central_gaussian import CentralGaussian
-from ficpd.traits import SumsByPart
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
 Wire = Mapping[str, ArraySpec]
@@ -107,9 +107,8 @@ def run_rounds(
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
         answered = len(updates)
         if central:
-            if isinstance(method, SumsByPart):
-                layout = method.cluster_sums(state)
-                updates = [method.in_cluster_sum(state, update) for update in updates]
+            layout = method.cluster_sums(state)
+            updates = [method.in_cluster_sum(state, update) for update in updates]
             mean = known or central.noisy_mean(updates, layout, round, method.name)
             arrays = compression.unpack(compression.project(mean.arrays))  # noise outside the subspace is dropped
             updates = [replace(mean, arrays=arrays)]

@@ -10,7 +10,7 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
 from ficpd.errors import BudgetError, PrivacyError
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.federation.codec import decode_assignment, encode_update
-from ficpd.interfaces import Method
+from ficpd.method import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
 
 

@@ -1,8 +1,8 @@
-"""How a library is fitted to somebody's own few records: six ways, the first to leave it as it is.
+"""Adapts a library to a few records by one of six strategies. The simplest leaves the library unchanged.
 
-Each way is a generator that asks `Query`s, as a client does; the records are the caller's own, so nothing is private
-here. It returns variants by name, the simplest first (tuned for fewer steps, less of the demonstrations): which of them
-and which way is best is what `auto` finds by cross-validation.
+Each strategy is a generator that yields `Query`s, as a client does. The records belong to the caller, so nothing is
+private here. A strategy returns variants by name, the simplest first: fewer steps, or a smaller share of the
+demonstrations. `selection.adapt` (`auto`) chooses strategy and variant by cross-validation.
 """
 
 import warnings
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.interfaces import Backbone, Task
+from ficpd.library.distillation.distill import adam
 from ficpd.library.library import START, PromptLibrary
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import Demonstrations, demonstrate
@@ -23,28 +24,27 @@ from ficpd.types import Answer, Batch, Prompt, Query, Record
 GLOBAL = "global"
 MOST_WEIGHTS = 16
 WEIGHT_RATE, WEIGHT_STEPS, WEIGHT_PULL = 0.05, 20, 0.5
-"""Adam's rate on a composition's weights, its steps, and the L2 pull to where they began."""
+"""Adam's rate on a composition's weights, its steps, and the L2 weight towards the initial weights."""
 GENERATIONS, CANDIDATES, SPREAD = 20, 8, 0.3
-"""CMA-ES on the same weights: 20 queries of 8 candidates, drawn this wide at first."""
+"""CMA-ES on the same weights: 20 queries of 8 candidates, and the initial standard deviation."""
 TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
-"""Of the library's learning rate, which is for many records, and the numbers of steps that are tried. With 16 records at
-the whole rate MiniLM fell from 0.90 to 0.80 on eight intents of BANKING77."""
+"""A factor on the library's learning rate, which is set for many records, and the numbers of steps to compare."""
 TUNE_PULL = 0.005
-"""The L2 pull to where it began, over the start's mean square."""
+"""The L2 weight towards the initial prompt, divided by the start's mean square."""
 BATCH = 32
-"""Records of one step, at most."""
+"""The maximum number of records in a step."""
 
 
 @dataclass(frozen=True)
 class AdaptedPrompt:
-    """A prompt for somebody's records, what it was made of, and what is shown beside it."""
+    """A prompt adapted to a few records, a note on how, and its demonstrations."""
 
     prompt: Prompt
     note: str
     demonstrations: Demonstrations | None = None
 
     def encode(self, task: Task, records: Sequence[Record], backbone: Backbone, encoded: Batch | None = None) -> Batch:
-        """As `Demonstrations.encode`."""
+        """Encodes records with the demonstrations, as `Demonstrations.encode`."""
         if self.demonstrations is None:
             return encoded or task.encode(records, backbone, self.prompt)
         return self.demonstrations.encode(task, records, backbone, self.prompt, encoded)
@@ -52,7 +52,7 @@ class AdaptedPrompt:
 
 @dataclass(frozen=True)
 class FewShotSet:
-    """Somebody's records, encoded once, and the losses [J, B] of all of the library's candidates on them."""
+    """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them."""
 
     library: PromptLibrary
     task: Task
@@ -63,7 +63,7 @@ class FewShotSet:
     batch: Batch
     loss_JB: Tensor
     composed: dict[str, AdaptedPrompt] = field(default_factory=dict)
-    """What these shots' composition came to, once it is known: three ways begin from it."""
+    """The composed prompt of these records, once computed. Three strategies start from it."""
 
     def take(self, rows: Sequence[int]) -> "FewShotSet":
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -73,12 +73,12 @@ class FewShotSet:
         )
 
     def ranked(self, names: Sequence[str] | None = None) -> list[str]:
-        """Candidates by their loss, lowest first; of equal loss in the library's order."""
+        """Returns the candidates by increasing loss; ties keep the library's order."""
         mean_J = dict(zip(self.library.candidates(), self.loss_JB.mean(1).tolist(), strict=True))
         return sorted(names or mean_J, key=mean_J.__getitem__)
 
     def drawn(self, step: int) -> Batch:
-        """The records of one step: all, or as many as a step takes."""
+        """Draws the records of one step: all, or `BATCH` of them."""
         if len(self.batch) <= BATCH:
             return self.batch
         random = rng.make_generator(self.seed, "adapt", step)
@@ -87,27 +87,28 @@ class FewShotSet:
 
 Work = Generator[Query, Answer, dict[str, AdaptedPrompt]]
 
-# ---------------------------------------------------------------- the ways, simplest first
+# ---------------------------------------------------------------- strategies, simplest first
 
 
 def keep(shots: FewShotSet) -> Work:
-    """The global prompt or the start as it is, whichever has the lower loss."""
+    """Returns the global prompt or the start unchanged, whichever has the lower loss."""
     yield from ()
     return {"leave": unchanged(shots.library, _usual(shots))}
 
 
 def nearest(shots: FewShotSet) -> Work:
-    """The one prompt of the library with the lowest loss on the shots; their losses were asked already."""
+    """Returns the prompt of the library with the lowest loss, from the losses computed before."""
     yield from ()
     return {"nearest": unchanged(shots.library, shots.ranked()[0])}
 
 
 def compose(shots: FewShotSet) -> Work:
-    """start + Σ w_j (prompt_j - start), weights tuned from those of the prompt that `leave` takes; at most 16 of them.
+    """Tunes the weights of start + Σ w_j (prompt_j - start), with at most 16 prompts. The initial weights select the
+    prompt of `leave`.
 
-    A basis of prompts and a few weights is what SPoT (Vu et al., ACL 2022, arXiv 2110.07904) and ATTEMPT (Asai et al.,
-    EMNLP 2022, arXiv 2205.11961) transfer by. The gradient of a weight is the prompt's gradient along its way; where the
-    backbone gives none, the weights are searched by CMA-ES.
+    SPoT (Vu et al., ACL 2022, arXiv 2110.07904) and ATTEMPT (Asai et al., EMNLP 2022, arXiv 2205.11961) transfer by a
+    basis of prompts and a few weights. A weight's gradient is the prompt's gradient along its offset. A backbone
+    without gradients uses CMA-ES.
     """
     if "compose" not in shots.composed:
         names = _basis(shots)
@@ -121,8 +122,7 @@ def compose(shots: FewShotSet) -> Work:
 
 
 def tune(shots: FewShotSet) -> Work:
-    """The whole prompt, by Adam at a fifth of the library's rate, from the composed prompt; a variant for each number of
-    steps, so few that it stays near where it began."""
+    """Tunes the whole prompt by Adam from the composed prompt; returns a variant for each number of steps."""
     (begin,) = (yield from compose(shots)).values()
     rate = TUNE_RATE * shots.training.rate(1, 1)
     pull = TUNE_PULL / float(shots.library.start.vectors_PD.square().mean())
@@ -134,17 +134,15 @@ def tune(shots: FewShotSet) -> Work:
 
 
 def demonstrations(shots: FewShotSet) -> Work:
-    """The library's prompt as it is, with the shots shown beside it."""
+    """Adds the records as demonstrations to the unchanged prompt."""
     (begin,) = (yield from keep(shots)).values()
-    found = yield from _shown(shots, begin, "demonstrations")
-    return found
+    return (yield from _shown(shots, begin, "demonstrations"))
 
 
 def compose_and_demonstrate(shots: FewShotSet) -> Work:
-    """The composed prompt, with the shots shown beside it."""
+    """Adds the records as demonstrations to the composed prompt."""
     (begin,) = (yield from compose(shots)).values()
-    found = yield from _shown(shots, begin, "compose+demonstrations")
-    return found
+    return (yield from _shown(shots, begin, "compose+demonstrations"))
 
 
 STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
@@ -156,42 +154,39 @@ STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "compose+demonstrations": compose_and_demonstrate,
 }
 
-# ---------------------------------------------------------------- what they are made of
+# ---------------------------------------------------------------- parts
 
 
 def fit_weights_adam(
     shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
 ) -> Generator[Query, Answer, Tensor]:
-    """[J]: weights by Adam on the shots' mean loss + pull/2 |w - begin|²."""
-    ways_JPD, start_PD = _ways(shots, names), shots.library.start.vectors_PD
+    """Returns the weights [J] tuned by Adam on the mean loss + pull/2 |w - begin|²."""
+    offsets_JPD, start_PD = _offsets(shots, names), shots.library.start.vectors_PD
 
-    def lift(weights_J: Tensor) -> Tensor:
-        return start_PD + torch.einsum("j,jpd->pd", weights_J, ways_JPD)
+    def to_prompt(weights_J: Tensor) -> Tensor:
+        return start_PD + torch.einsum("j,jpd->pd", weights_J, offsets_JPD)
 
-    found = yield from _adam(shots, begin_J, lift, WEIGHT_RATE, pull, (WEIGHT_STEPS,))
+    found = yield from _adam(shots, begin_J, to_prompt, WEIGHT_RATE, pull, (WEIGHT_STEPS,))
     return found[WEIGHT_STEPS]
 
 
 def fit_weights_cma(
     shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
 ) -> Generator[Query, Answer, Tensor]:
-    """[J]: the same without gradients, by CMA-ES (Hansen, arXiv 1604.00772): each query asks of one generation."""
+    """Returns the weights [J] tuned without gradients, by CMA-ES (Hansen, arXiv 1604.00772). Each query evaluates one
+    generation."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of plots that it cannot draw
+        warnings.simplefilter("ignore")  # it warns that it cannot plot
         import cma
-    ways_JPD, start_PD = _ways(shots, names), shots.library.start.vectors_PD
+    offsets_JPD, start_PD = _offsets(shots, names), shots.library.start.vectors_PD
     random = np.random.default_rng(rng.derive_seed(shots.seed, "cma"))
-    options = {
-        "seed": np.nan,
-        "randn": lambda *shape: random.standard_normal(shape),
-        "popsize": CANDIDATES,
-        "verbose": -9,
-    }
+    options = {"seed": np.nan, "randn": lambda *shape: random.standard_normal(shape), "popsize": CANDIDATES}
+    options["verbose"] = -9
     search = cma.CMAEvolutionStrategy(begin_J.tolist(), SPREAD, options)
     for step in range(GENERATIONS):
         asked = search.ask()
         weights_KJ = torch.tensor(np.array(asked), dtype=torch.float32)
-        prompts_KPD = start_PD + torch.einsum("kj,jpd->kpd", weights_KJ, ways_JPD)
+        prompts_KPD = start_PD + torch.einsum("kj,jpd->kpd", weights_KJ, offsets_JPD)
         answer = yield Query(prompts_KPD, shots.drawn(step))
         loss_K = answer.loss_KB.mean(1).cpu() + pull / 2 * (weights_KJ - begin_J).square().sum(1)
         search.tell(asked, loss_K.tolist())
@@ -199,46 +194,52 @@ def fit_weights_cma(
 
 
 def _adam(
-    shots: FewShotSet, begin: Tensor, lift: Callable[[Tensor], Tensor], rate: float, pull: float, stops: Sequence[int]
+    shots: FewShotSet,
+    begin: Tensor,
+    to_prompt: Callable[[Tensor], Tensor],
+    rate: float,
+    pull: float,
+    stops: Sequence[int],
 ) -> Generator[Query, Answer, dict[int, Tensor]]:
-    """What `begin` has become after each number of steps, where `lift` makes a prompt [P, D] of it."""
-    at = begin.clone().requires_grad_()
-    adam, found = torch.optim.Adam([at], rate, betas=(0.9, 0.99)), {}
+    """Returns the parameters after each number of steps in `stops`. `to_prompt` maps them to a prompt [P, D]."""
+    at, optimizer = adam(begin, rate)
+    found = {}
     for step in range(1, max(stops) + 1):
-        prompt_PD = lift(at)
+        prompt_PD = to_prompt(at)
         answer = yield Query(prompt_PD.detach()[None], shots.drawn(step), grad=True)
         assert answer.grad_KBPD is not None
-        at.grad = torch.autograd.grad(prompt_PD, at, answer.grad_KBPD[0].mean(0).cpu())[0] + pull * (
-            at.detach() - begin
-        )
-        adam.step()
+        (slope,) = torch.autograd.grad(prompt_PD, at, answer.grad_KBPD[0].mean(0).cpu())
+        at.grad = slope + pull * (at.detach() - begin)
+        optimizer.step()
         if step in stops:
             found[step] = at.detach().clone()
     return found
 
 
 def _shown(shots: FewShotSet, begin: AdaptedPrompt, way: str) -> Work:
-    """The shots shown beside a prompt, a variant for each share that they have in the readout."""
+    """Adds the records as demonstrations; returns a variant for each of their shares in the readout."""
     found = yield from demonstrate(shots.task, shots.records, shots.batch, begin.prompt, shots.backbone)
     return {
-        f"{way} {mix}".strip(): AdaptedPrompt(begin.prompt, f"{len(shots.records)} records beside {begin.note}", shown)
+        f"{way} {mix}".strip(): AdaptedPrompt(
+            begin.prompt, f"{len(shots.records)} demonstrations with {begin.note}", shown
+        )
         for mix, shown in found.items()
     }
 
 
 def _usual(shots: FewShotSet) -> str:
-    """The global prompt or the start, whichever has the lower loss."""
+    """Returns the global prompt or the start, whichever has the lower loss."""
     return shots.ranked([name for name in (GLOBAL, START) if name in shots.library.candidates()])[0]
 
 
 def _basis(shots: FewShotSet) -> list[str]:
-    """The prompts that are composed: those of the lowest loss, the global one always among them."""
+    """Returns the prompts to compose: the global one, then those of the lowest loss."""
     ranked = [name for name in shots.ranked() if name != START]
     first = [GLOBAL] if GLOBAL in ranked else []
     return [*first, *(name for name in ranked if name not in first)][:MOST_WEIGHTS]
 
 
-def _ways(shots: FewShotSet, names: Sequence[str]) -> Tensor:
+def _offsets(shots: FewShotSet, names: Sequence[str]) -> Tensor:
     return torch.stack([shots.library.offset(name) for name in names])
 
 

@@ -1,4 +1,4 @@
-"""What a library's card says to people: a page, a line, a phrase."""
+"""Renders a library's card for people: the README page and its phrases."""
 
 import json
 from collections.abc import Container, Iterable, Mapping
@@ -7,15 +7,15 @@ from typing import Any
 from ficpd.types import LORA, Prompt
 
 ADAPTED = "adapted"
-"""The name of the prompt that somebody fitted to records of their own, and of the card's part that says how."""
+"""The name of the adapted prompt, and the key of its facts in the card."""
 WORDS = "words"
-"""The card's part that says how prompts of words read: by name."""
+"""The card's key for the text of prompts of words, by prompt name."""
 
 
 def join_names(names: Iterable[str], most: int = 20) -> str:
-    """Names for a sentence.
+    """Joins names for a sentence.
 
-    >>> listed(["a", "b", "c"], 2)
+    >>> join_names(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     names = list(names)
@@ -24,7 +24,7 @@ def join_names(names: Iterable[str], most: int = 20) -> str:
 
 
 def describe_shape(prompt: Prompt) -> str:
-    """A prompt's size and where it goes in, for a sentence."""
+    """Describes a prompt's size and entry layer in a phrase."""
     width = prompt.vectors_PD.shape[1]
     if prompt.enters_at == LORA:
         rows = len(prompt.vectors_PD) - prompt.head_rows
@@ -35,7 +35,8 @@ def describe_shape(prompt: Prompt) -> str:
 
 
 def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], readouts: Container[str]) -> str:
-    """A page for people: what the library is, for which backbone, what it cost in privacy."""
+    """Returns the library's README page: content, backbone and privacy cost."""
+    words = "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
     return (
         f"# Prompt library: {join_names(prompts, 8)}\n\n"
         f"- backbone: {card.get('backbone', {}).get('name', '?')} (`{start.backbone}`)\n"
@@ -43,41 +44,36 @@ def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], r
         f"- tasks: {join_names(card.get('tasks', {}))}\n"
         f"- made by: {describe_run(card)}\n"
         f"- privacy: {guarantee(card.get('privacy', {}))}\n"
-        f"{_settings_lines(card)}{_words_lines(card)}{adapted_line(card, readouts)}\n"
+        f"{_settings_lines(card)}{words}{adapted_line(card, readouts)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
 
 
-def _words_lines(card: Mapping[str, Any]) -> str:
-    """Prompts that were made of words, as they read."""
-    return "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
-
-
 def _settings_lines(card: Mapping[str, Any]) -> str:
-    """How the method was set, and what was distilled."""
+    """Returns the lines about the method's settings and the distillation."""
     lines = [f"- method: {json.dumps(card['settings'])}"] if card.get("settings") else []
     if distilled := card.get("distilled"):
-        gained = "" if distilled["gained"] else "; it gained nothing, so the global prompt stands for it"
+        gained = "" if distilled["gained"] else "; it did not improve, so this is the global prompt"
         lines.append(f"- distilled ({distilled['how']}) on examples by {distilled['writer']}{gained}")
     return "".join(f"{line}\n" for line in lines)
 
 
 def adapted_line(card: Mapping[str, Any], readouts: Container[str]) -> str:
-    """What the page says of a prompt that somebody fitted to records of their own: no guarantee covers those."""
+    """Returns the line about the adapted prompt. Its records have no privacy guarantee."""
     facts = card.get(ADAPTED)
     if facts is None:
         return ""
     holds = bool(facts.get("demonstrations")) or ADAPTED in readouts
-    beside = " and the demonstrations beside it, which are such records or made of them" if holds else ""
+    shown = ", and the demonstrations that come with it," if holds else ""
     return (
-        f"- adapted: to {facts.get('shots', '?')} records of its owner by {facts.get('way', '?')}. The prompt "
-        f"`{ADAPTED}`{beside}: no guarantee covers those records; pass this on only to who may see them\n"
+        f"- adapted: to {facts.get('shots', '?')} records by {facts.get('way', '?')}. The prompt `{ADAPTED}`{shown} has no "
+        "privacy guarantee for those records; share it only with people who may see them\n"
     )
 
 
 def guarantee(privacy: Mapping[str, Any]) -> str:
-    """A run's `privacy` block in one phrase.
+    """Returns a run's `privacy` block as one phrase.
 
     >>> guarantee({"unit": "record", "epsilon": 1.987, "delta": 1e-5, "noise": "simulated"})
     'ε = 1.99 per record, simulated noise'
@@ -90,7 +86,7 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
 
 
 def describe_run(card: Mapping[str, Any]) -> str:
-    """Which run a card is of, in one phrase."""
+    """Describes the run of a card in one phrase."""
     method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
     more = f", {card['prototypes']} prototypes" if "prototypes" in card else ""
     return f"{method}, {clients} clients, {rounds} rounds, seed {seed}{more}"

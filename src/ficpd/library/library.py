@@ -1,4 +1,4 @@
-"""What the federation leaves behind: a basis of prompts, keys to find them by, and a card that says what they are."""
+"""The result of a federation: a basis of prompts, keys to find them by, and a card that describes them."""
 
 import json
 import shutil
@@ -18,23 +18,24 @@ from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.card import ADAPTED, join_names, model_card
 from ficpd.storage import atomic_write, fsync
-from ficpd.types import Batch, Prompt, Query, Record
+from ficpd.types import Batch, Prompt, Query
 
 FORMAT = 2
-"""1: the card has one `task` and there are no keys. Still read."""
 START = "start"
 KEY, READOUT = "key/", "readout/"
 CARD = ("backbone", "tasks")
-"""The parts of a card that a library cannot be used without."""
+"""The required keys of a card."""
 
 
 @dataclass(frozen=True)
 class PromptLibrary:
-    """`prompts` by name (`global`, `prototype-0`, ...), all of one shape, layer and backbone; `start` is where all of
-    them came from. `card` is JSON: the backbone's name, the tasks by name, privacy spent, how it was made.
+    """The prompts of a run, all of one shape, layer and backbone.
 
-    `keys`: by prompt, the unit vector [D] of the tasks it was made for (see `task_key`). `readouts`: by prompt, the
-    [C, D] that answers are scored by instead of the task's own, where demonstrations joined it.
+    start: the initial prompt of the run.
+    prompts: by name (`global`, `prototype-0`, ...).
+    card: JSON: the backbone's name, the tasks by name, the privacy spent, the run's settings.
+    keys: by prompt, the unit vector [D] of its tasks (see `task_key`).
+    readouts: by prompt, the [C, D] that replaces the task's readout, if demonstrations are part of it.
     """
 
     start: Prompt
@@ -44,27 +45,30 @@ class PromptLibrary:
     readouts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def offset(self, name: str) -> Tensor:
-        """[P, D]: how far a prompt has come from the start."""
+        """Returns a prompt's difference from the start, [P, D]."""
         return self.prompts[name].vectors_PD - self.start.vectors_PD
 
     def nearest(self, key_D: Tensor, n: int = 1) -> list[str]:
-        """The n prompts made for what is most like `key_D` (a `task_key`), best first.
+        """Returns the n prompts whose keys are most similar to `key_D` (a `task_key`), best first.
 
         Raises `LibraryError` if the library has no keys.
         """
         if not self.keys:
             raise LibraryError(
-                "this library has no keys (it is of an older version, or its backbone knows no words); find prompts by "
-                "their loss on shots"
+                "this library has no keys: its backbone has no text encoder, or gives no features; find prompts by their "
+                "loss on shots"
             )
-        return _closest(self.keys, key_D)[:n]
+        names = list(self.keys)
+        cosine_N = F.cosine_similarity(torch.stack([self.keys[name] for name in names]), key_D[None]).tolist()
+        return [name for _, name in sorted((-cosine, name) for cosine, name in zip(cosine_N, names, strict=True))][:n]
 
     def compose(self, weights: Mapping[str, float]) -> Prompt:
-        """start + Σ w_j (prompt_j - start). Raises `LibraryError` for a name the library lacks, or prompts of words."""
+        """Returns start + Σ w_j (prompt_j - start).
+
+        Raises `LibraryError` for an unknown name, or for prompts of words.
+        """
         if not self.start.vectors_PD.is_floating_point():
-            raise LibraryError(
-                "this library's prompts are words of a remote model, which cannot be mixed; use one of them"
-            )
+            raise LibraryError("prompts of words cannot be mixed; use one of them")
         for name in weights:
             if name not in self.prompts:
                 raise LibraryError(f"no prompt {name!r} in this library; it has {join_names(self.prompts)}")
@@ -74,60 +78,51 @@ class PromptLibrary:
     def candidates(self) -> dict[str, Prompt]:
         return {START: self.start, **self.prompts}
 
-    def losses(self, records: Sequence[Record], task: Task, model: QueryEngine) -> dict[str, float]:
-        """The mean loss of every prompt on these records, asked in one query. They are the caller's own records."""
-        self.check(model.backbone)
-        batch = task.encode(records, model.backbone, self.start)
-        stacked_KPD = torch.stack([prompt.vectors_PD for prompt in self.candidates().values()])
-        loss_KB = model.answer([Query(stacked_KPD, batch)])[0].loss_KB
-        return dict(zip(self.candidates(), loss_KB.mean(1).tolist(), strict=True))
-
     def check(self, backbone: Backbone) -> None:
         """Raises `LibraryError` if the library was made on another backbone."""
         if self.start.backbone != backbone.fingerprint:
             made, here = f"{self.card.get('backbone', {}).get('name', '?')} ({self.start.backbone})", backbone.name
             raise LibraryError(
-                f"the library was made on backbone {made}, this is {here} ({backbone.fingerprint}); its "
-                "prompts mean nothing here. Load the backbone that the card names"
+                f"the library was made on backbone {made}, this is {here} ({backbone.fingerprint}). Load the backbone "
+                "that the card names"
             )
 
     def save(self, folder: Path) -> None:
-        """One folder: `prompts.safetensors`, `card.json`, `README.md`. Written beside, then renamed."""
-        self._check_names()
+        """Writes `prompts.safetensors`, `card.json` and `README.md` to a staging folder, then renames it."""
+        for name in self.prompts:
+            if name == START or name.startswith((KEY, READOUT)):
+                raise LibraryError(f"prompt name {name!r}: reserved in the file; choose another name")
         folder = Path(folder)
-        beside = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        staging = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         meta = {"format": str(FORMAT), "backbone": self.start.backbone, "enters_at": str(self.start.enters_at),
                 "head_rows": str(self.start.head_rows)}  # fmt: skip
         tensors = {name: prompt.vectors_PD for name, prompt in self.candidates().items()}
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
-        atomic_write(beside / "prompts.safetensors", save(whole, meta))
-        atomic_write(beside / "card.json", json.dumps(self.card, indent=2) + "\n")
-        atomic_write(beside / "README.md", self.page())
+        atomic_write(staging / "prompts.safetensors", save(whole, meta))
+        atomic_write(staging / "card.json", json.dumps(self.card, indent=2) + "\n")
+        atomic_write(staging / "README.md", self.page())
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        beside.rename(folder)
+        staging.rename(folder)
         fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def page(self) -> str:
-        """For people."""
+        """Returns the README page."""
         return model_card(self.card, self.start, self.prompts, self.readouts)
-
-    def _check_names(self) -> None:
-        """Raises `LibraryError` for a prompt whose name a key, a readout or the start would have in the file."""
-        for name in self.prompts:
-            if name == START or name.startswith((KEY, READOUT)):
-                raise LibraryError(f"a prompt cannot be named {name!r}: that is taken in the file; name it otherwise")
 
     @staticmethod
     def load(folder: Path) -> "PromptLibrary":
-        """A library's folder, or a run directory that holds one. Raises `LibraryError` if it is neither or damaged."""
+        """Loads a library's folder, or a run directory with one.
+
+        Raises `LibraryError` if there is none, or if it is damaged or of another format.
+        """
         folder = Path(folder)
         folder = folder / "library" if (folder / "library" / "card.json").exists() else folder
         path = folder / "prompts.safetensors"
@@ -139,38 +134,27 @@ class PromptLibrary:
             with safe_open(path, "pt") as file:
                 meta = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _assembled(meta, tensors, _read_card(folder / "card.json", int(meta["format"])))
+            if meta["format"] != str(FORMAT):
+                raise ValueError(f"format {meta['format']}, expected {FORMAT}")
+            return _from_tensors(meta, tensors, _read_card(folder / "card.json"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise LibraryError(f"{folder} is damaged or of another version: {error}; save the library again") from error
 
 
-def _closest(vectors: Mapping[str, Tensor], wanted: Tensor) -> list[str]:
-    """All names by falling cosine to `wanted`, those of equal cosine by name."""
-    names = list(vectors)
-    stacked = torch.stack([vectors[name].flatten() for name in names]) if names else torch.zeros(0, wanted.numel())
-    cosine = dict(zip(names, F.cosine_similarity(stacked, wanted.flatten()[None]).tolist(), strict=True))
-    return sorted(names, key=lambda name: (-cosine[name], name))
-
-
-def _read_card(path: Path, format: int) -> dict[str, Any]:
-    """Raises `ValueError` or `OSError` if it is none. A card of format 1 has one task, named by its kind."""
-    if format not in (1, FORMAT):
-        raise ValueError(f"format {format}, and this version of ficpd reads 1 to {FORMAT}")
+def _read_card(path: Path) -> dict[str, Any]:
+    """Reads a card. Raises `ValueError` or `OSError` if the file is not one."""
     card = json.loads(path.read_text())
-    if isinstance(card, dict) and format == 1 and isinstance(card.get("task"), dict):
-        task = card.pop("task")
-        card["tasks"] = {str(task.get("name", "task")): task}
     if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) and card[part] for part in CARD):
-        raise ValueError(f"card.json is no object with {', '.join(CARD)}")
+        raise ValueError(f"card.json: expected an object with {', '.join(CARD)}")
     if wrong := [name for name, task in card["tasks"].items() if not isinstance(task, dict) or "name" not in task]:
-        raise ValueError(f"card.json: tasks: {wrong[0]} does not say which kind of task it is (`name`)")
+        raise ValueError(f"card.json: tasks: {wrong[0]} has no task kind (`name`)")
     if not isinstance(card.get(ADAPTED, {}), dict):
-        raise ValueError(f"card.json: {ADAPTED} is no object")
+        raise ValueError(f"card.json: {ADAPTED}: expected an object")
     return card
 
 
-def _assembled(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:
-    """The library from what lay in its files. Raises `KeyError` or `ValueError` if parts do not fit."""
+def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:
+    """Builds the library from its file. Raises `KeyError` or `ValueError` if parts do not match."""
     keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
     readouts = {name.removeprefix(READOUT): t for name, t in tensors.items() if name.startswith(READOUT)}
     vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT))}
@@ -178,25 +162,25 @@ def _assembled(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Map
         raise ValueError("its prompts have different shapes")
     width = vectors[START].shape[1]
     if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in [*keys.values(), *readouts.values()]):
-        raise ValueError("a key or readout belongs to no prompt, or is of another width")
+        raise ValueError("a key or readout has no prompt, or another width")
     shape = int(meta["enters_at"]), int(meta["head_rows"])
     prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
     return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts)
 
 
 def task_key(task: Task, backbone: Backbone) -> Tensor:
-    """[D], of length 1: where a task lies among others, from nothing but its public description.
+    """Returns the unit vector [D] of a task, computed from its public description.
 
-    The mean feature that the bare backbone gives the task's answers, each framed by the instruction (an encoder's readout
-    rows); the instruction's alone where a task has no fixed answers.
+    The vector is the mean feature of the task's answers under the bare backbone, each after the instruction (an
+    encoder's readout rows). A task without fixed answers uses the instruction alone.
     """
-    if backbone.sees_images:
+    if backbone.modality == "image":
         readout_CD = task.readout(backbone)
         assert readout_CD is not None
         return F.normalize(readout_CD.float().mean(0), dim=0).cpu()
     items = tuple((backbone.tokenize(text, None, "", None, 0),) for text in _framed(task.to_config()))
-    nothing = torch.zeros(1, task.head_rows, backbone.width)
-    query = Query(nothing, Batch(task, items, None, None, 0), outputs=True)
+    empty = torch.zeros(1, task.head_rows, backbone.width)
+    query = Query(empty, Batch(task, items, None, None, 0), outputs=True)
     outputs = QueryEngine(backbone, 0).answer([query])[0].outputs_KB
     assert outputs is not None
     return F.normalize(outputs.features_RD.float().mean(0), dim=0).cpu()
@@ -205,27 +189,28 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
 def prompt_keys(
     names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
 ) -> dict[str, Tensor]:
-    """A key for each prompt: the mean over the tasks it was made for, over all of them where that is not known. None where
-    the backbone knows no words to describe a task by, or gives no features of them."""
+    """Returns a key for each prompt: the mean over its tasks, or over all tasks if they are unknown.
+
+    Returns no keys if the backbone has no text encoder or gives no features.
+    """
     names = list(names) if backbone.has_text_encoder and backbone.supports_features else []
     keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
-    mine = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
-    return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in mine.items()}
+    of_prompt = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
+    return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in of_prompt.items()}
 
 
 def _framed(described: Mapping[str, Any]) -> list[str]:
-    """What is embedded of a task: each answer behind the instruction, else the instruction, else the kind's name."""
+    """Returns the texts to embed: each answer after the instruction, else the instruction, else the task kind."""
     instruction = described.get("instruction", "")
     answers = [*described.get("labels", {}).values()] or [*described.get("anchors", {})]
     return [f"{instruction} {answer}".strip() + "." for answer in answers] or [instruction or str(described["name"])]
 
 
 def require_standalone(library: PromptLibrary, name: str) -> None:
-    """Raises `LibraryError` for a prompt that means nothing without the texts shown beside it."""
+    """Raises `LibraryError` for a prompt that needs demonstrations."""
     texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
     if texts:
         raise LibraryError(
-            f"the prompt {name!r} answers beside {len(texts)} demonstrations, texts of its owner's that are no part of a "
-            "prompt; fit one that stands alone (`ficpd adapt --how tune`, or compose), or load it with "
-            "examples/plain_transformers.py with them in front"
+            f"the prompt {name!r} needs {len(texts)} demonstrations, which are not part of a prompt; fit one without them "
+            "(`ficpd adapt --how tune`, or compose), or load both with examples/plain_transformers.py"
         )

@@ -1,8 +1,8 @@
-"""A prompt that enters at a later layer, imitated by one that enters at the input: PEFT knows only the latter.
+"""Distills a prompt that enters at a later layer to an input prompt, the only kind that PEFT supports.
 
-The imitator is tuned until its answers' logits are those of the original on the same texts (squared error on logits: Ba
-and Caruana, NIPS 2014, arXiv 1312.6184); where the task writes, on what the original writes (Kim and Rush, EMNLP 2016,
-arXiv 1606.07947). How well that worked is measured on texts that were held back.
+The input prompt is tuned to the original's logits on the same texts (squared error: Ba and Caruana, NIPS 2014, arXiv
+1312.6184). For a generation task it is tuned on the original's outputs (Kim and Rush, EMNLP 2016, arXiv 1606.07947).
+The agreement is measured on held-out texts.
 """
 
 import json
@@ -22,6 +22,7 @@ from ficpd.errors import LibraryError, did_you_mean
 from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
 from ficpd.interfaces import Task
+from ficpd.library.distillation.distill import logits as answer_scores
 from ficpd.library.library import PromptLibrary, require_standalone
 from ficpd.library.peft_io import backbone_config
 from ficpd.optimizers import LocalTrainingConfig, tune
@@ -33,17 +34,17 @@ from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, ModelOutput
 
 Result = TypeVar("Result")
 FEWEST = 8
-"""Texts that an imitation needs: with fewer, the quarter held back says nothing."""
-MADE_UP = 256
+"""The minimum number of texts: a quarter is held out."""
+NUM_RANDOM_TEXTS = 256
 RATE = 0.1
 STAGES = 10
-"""In how many steps the learning rate falls."""
+"""The number of steps of the learning-rate schedule."""
 SYNTHETIC = "synthetic.jsonl"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What an imitation is tuned on. `weak`: words drawn from the vocabulary, which no user will write."""
+    """The texts to distill on. `weak`: random words of the vocabulary."""
 
     records: Sequence[Record]
     source: str
@@ -52,8 +53,11 @@ class Texts:
 
 @dataclass(frozen=True)
 class Agreement:
-    """On texts held back: `same`, the share that is answered as the original answers it; `loss`, what was tuned: the
-    mean squared difference of the answers' logits, or minus the mean log-likelihood of the original's words."""
+    """Agreement on held-out texts.
+
+    same: the share of equal answers.
+    loss: the tuned loss: the mean squared difference of the logits, or minus the log-likelihood of the original's text.
+    """
 
     same: float
     loss: float
@@ -61,7 +65,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class InputPromptResult:
-    """An input prompt that imitates another, and how well: `before` any tuning and `after` it. `facts` is JSON."""
+    """An input prompt and its agreement with the original before and after tuning. `facts` is JSON."""
 
     start: Prompt
     prompt: Prompt
@@ -70,7 +74,7 @@ class InputPromptResult:
     facts: dict[str, Any]
 
     def library(self, library: PromptLibrary, name: str) -> PromptLibrary:
-        """The imitation alone, as a library; its card says what it imitates and how well."""
+        """Returns a library with this prompt only; its card describes the distillation."""
         card = dict(library.card)
         card["backbone"] = {**card["backbone"], "enters_at": 0}
         card["reentered"] = {**self.facts, "before": asdict(self.before), "after": asdict(self.after)}
@@ -79,44 +83,47 @@ class InputPromptResult:
 
 @dataclass(frozen=True)
 class DistillationTarget:
-    """What is imitated: records encoded for the input prompt, the loss on them (None: the task's), what the original
-    answers [one per record], and how a prompt's answers are read."""
+    """The records to distill on and the original's answers.
+
+    batch: the records, encoded for the input prompt.
+    loss: the loss on them; None: the task's.
+    wanted: the original's answer to each record.
+    predict: returns a prompt's answers.
+    """
 
     batch: Batch
     loss: Callable[[ModelOutput, Batch], Tensor] | None
     wanted: Sequence
-    said: Callable[[Tensor, Batch], Sequence]
+    predict: Callable[[Tensor, Batch], Sequence]
 
 
 def distill_to_input(
     prompt: Prompt, texts: Texts, task: Task, model: QueryEngine, *, readout_CD: Tensor | None = None,
     num_tokens: int | None = None, steps: int = 200, learning_rate: float = RATE, batch_size: int = 8, seed: int = 0,
 ) -> InputPromptResult:  # fmt: skip
-    """An input prompt of `num_tokens` virtual tokens (None: as many as the original has) that imitates `prompt`.
+    """Tunes an input prompt of `num_tokens` virtual tokens (None: as many as the original) to imitate `prompt`.
 
-    A tuned head and a readout of the prompt's own (`readout_CD`) are imitated as well: the input prompt has neither.
-    If tuning brings it no closer on a quarter held back, the untuned start is taken. `learning_rate` is Adam's, in
-    units of the start's root mean square. Raises `LibraryError` for fewer than `FEWEST` texts.
+    A tuned head and the prompt's readout (`readout_CD`) are imitated as well. The untuned start is returned if tuning
+    does not lower the held-out loss. `learning_rate` is Adam's, relative to the start's root mean square. Raises
+    `LibraryError` for fewer than `FEWEST` texts.
     """
     if prompt.enters_at == LORA:
-        raise LibraryError("LoRA weights are no prompt and need none: export them as they are (without --reenter)")
+        raise LibraryError("LoRA weights cannot be distilled to a prompt: export them without --reenter")
     if len(texts.records) < FEWEST:
         raise LibraryError(
             f"{len(texts.records)} texts ({texts.source}) are too few to imitate a prompt on; give at least {FEWEST}, "
-            "better some hundred, like those that the prompt will be used on"
+            "better some hundred of the kind that the prompt is used on"
         )
-    start_PD = model.backbone.init_prompt(
-        start_text([task]), num_tokens or len(prompt.vectors_PD) - prompt.head_rows, 0, seed
-    )
+    tokens = num_tokens or len(prompt.vectors_PD) - prompt.head_rows
+    start_PD = model.backbone.init_prompt(start_text([task]), tokens, 0, seed)
     start = Prompt(start_PD, model.backbone.fingerprint)
     records = [replace(r, fields={k: v for k, v in r.fields.items() if k != "target"}) for r in texts.records]
     goal = (_written if task.max_new_tokens else _answered)(prompt, start, records, task, model, readout_CD)
     order = torch.randperm(len(goal.batch), generator=rng.make_generator(seed, "reenter")).tolist()
     held, rest = order[: len(order) // 4], order[len(order) // 4 :]
-    training = LocalTrainingConfig(
-        learning_rate=learning_rate * float(start_PD.square().mean().sqrt()), batch_size=batch_size
-    )
-    tuned = _tuned(start, goal.batch.select(rest), goal.loss, model, training, steps, seed)
+    rate = learning_rate * float(start_PD.square().mean().sqrt())
+    training = LocalTrainingConfig(learning_rate=rate, batch_size=batch_size)
+    tuned = _tuned(start, task, goal.batch.select(rest), goal.loss, model, training, steps, seed)
     before, after = (_agreement(some, goal, held, model) for some in (start, tuned))
     helped = after.loss < before.loss
     tuned, after = (tuned, after) if helped else (start, before)
@@ -131,9 +138,9 @@ def distill_to_input(
 def distill_library_prompt(
     folder: Path, name: str, data: Texts | None = None, *, task: str | None = None, device: str = "cpu", **options: Any
 ) -> PromptLibrary:
-    """A library (or run) with nothing but an imitation of its prompt `name`, tuned on `data` or on what the library has.
+    """Returns a library with an input prompt distilled from the prompt `name`, on `data` or the library's texts.
 
-    `task` names one of the library's tasks, if it has several. `options` are `reenter`'s.
+    `task` names one of the library's tasks, if it has several. `options` are those of `distill_to_input`.
     """
     library = PromptLibrary.load(folder)
     if name not in library.prompts:
@@ -141,7 +148,7 @@ def distill_library_prompt(
     require_standalone(library, name)
     tasks = library.card["tasks"]
     if task not in tasks and (task is not None or len(tasks) > 1):
-        given = "no task was named" if task is None else did_you_mean("task", task, tasks)
+        given = "no task was given" if task is None else did_you_mean("task", task, tasks)
         raise LibraryError(f"{given}; name the task to imitate the prompt on (--task): {', '.join(tasks)}")
     backbone, _ = load_backbone(backbone_config(library), validate(EngineConfig, {"device": device}, "--device"))
     library.check(backbone)
@@ -154,80 +161,75 @@ def distill_library_prompt(
 
 
 def load_texts(data: str, columns: Mapping[str, str]) -> Texts:
-    """The texts of a file, without their labels; `columns`: role to column name."""
+    """Loads the texts of a file, without labels. `columns`: role to column name."""
     config = validate(loading.Config, {"source": data, "columns": {"text": "text", **columns}}, "--data")
     return Texts(loading.load_all(config), Path(data).name)
 
 
 def default_texts(folder: Path, model: QueryEngine, seed: int = 0) -> Texts:
-    """The library's synthetic examples where it has some (in its folder or its run's), else made-up words."""
+    """Returns the synthetic examples of the library or its run, else random words."""
     folder = Path(folder)
     for file in (folder / "library" / SYNTHETIC, folder / SYNTHETIC):
         if file.is_file():
             return Texts(_synthetic(file), f"the library's synthetic examples, {file.name}")
-    return Texts(synthetic_records(model.backbone, MADE_UP, seed), "made-up words", weak=True)
+    return Texts(synthetic_records(model.backbone, NUM_RANDOM_TEXTS, seed), "random words", weak=True)
 
 
 def _synthetic(file: Path) -> list[Record]:
-    """One record a line, by its "text". Raises `LibraryError` naming the line that has none."""
+    """Reads one record a line. Raises `LibraryError` for a line without a "text"."""
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise LibraryError(
-                f'{file}, line {number}: expected a JSON object with a "text"; mend it or give --data'
+                f'{file}, line {number}: expected a JSON object with a "text"; correct it or give --data'
             ) from error
         records.append(Record(f"{file.name} line {number}", {"text": str(text)}))
     return records
 
 
-# ---------------------------------------------------------------- what is imitated
+# ---------------------------------------------------------------- targets
 
 
 def _answered(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
-    """The logits of the task's answers."""
-    backbone, plain = model.backbone, _without_head(task)
+    """Returns the target for a task with fixed answers: the original's logits."""
+    backbone = model.backbone
+    plain = build_task({**task.to_config(), "tuned_head": False}) if task.head_rows else task
     theirs = task.encode(records, backbone, prompt)
     if readout_CD is not None:
         theirs = replace(theirs, readout_CD=readout_CD.to(backbone.device))
     wanted_BC = logits(prompt.vectors_PD, theirs, model)
     batch = replace(plain.encode(records, backbone, start), extra={"wanted": wanted_BC})
 
-    def said(vectors_PD: Tensor, batch: Batch) -> list[int]:
+    def predict(vectors_PD: Tensor, batch: Batch) -> list[int]:
         return logits(vectors_PD, batch, model).argmax(-1).tolist()
 
-    return DistillationTarget(batch, logit_mse, wanted_BC.argmax(-1).tolist(), said)
+    return DistillationTarget(batch, logit_mse, wanted_BC.argmax(-1).tolist(), predict)
 
 
 def _written(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
-    """The texts that the original writes, where it writes any."""
+    """Returns the target for a generation task: the original's texts."""
 
-    def said(vectors_PD: Tensor, batch: Batch) -> list:
+    def predict(vectors_PD: Tensor, batch: Batch) -> list:
         answer = model.answer([Query(vectors_PD[None], batch, max_new_tokens=task.max_new_tokens)])[0]
         return task.predict(answer, batch)
 
-    wanted = said(prompt.vectors_PD, task.encode(records, model.backbone, prompt))
+    wanted = predict(prompt.vectors_PD, task.encode(records, model.backbone, prompt))
     kept = [i for i, text in enumerate(wanted) if text]
     if len(kept) < FEWEST:
-        raise LibraryError(
-            f"the prompt writes something after {len(kept)} of {len(records)} texts only; give other texts"
-        )
+        raise LibraryError(f"the prompt writes a text for only {len(kept)} of {len(records)} texts; give other texts")
     answered = [replace(records[i], fields={**records[i].fields, "target": wanted[i]}) for i in kept]
-    return DistillationTarget(task.encode(answered, model.backbone, start), None, [wanted[i] for i in kept], said)
-
-
-def _without_head(task: Task) -> Task:
-    return build_task({**task.to_config(), "tuned_head": False}) if task.head_rows else task
+    return DistillationTarget(task.encode(answered, model.backbone, start), None, [wanted[i] for i in kept], predict)
 
 
 def logit_mse(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """[R]: mean squared difference to the original's logits."""
+    """Returns the mean squared difference to the original's logits, [R]."""
     return (center_logits(outputs, batch) - batch.extra["wanted"]).square().mean(-1)
 
 
 def logits(vectors_PD: Tensor, batch: Batch, model: QueryEngine) -> Tensor:
-    """[B, C] on the CPU, as `centred`."""
+    """Returns the centered logits [B, C] on the CPU."""
     asked = replace(batch, targets=None, extra={})
     outputs = model.answer([Query(vectors_PD[None], asked, outputs=True)])[0].outputs_KB
     assert outputs is not None
@@ -235,14 +237,8 @@ def logits(vectors_PD: Tensor, batch: Batch, model: QueryEngine) -> Tensor:
 
 
 def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """[R, C]: the answers' logits about their mean, for a shift of all of them says nothing; 0 where a row lacks one."""
-    if outputs.readout_RCD is not None:
-        scores_RC = torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
-    elif batch.readout_CD is not None:
-        scores_RC = outputs.features_RD @ batch.readout_CD.T
-    else:
-        assert outputs.scores_RN is not None
-        scores_RC = outputs.scores_RN
+    """Returns the answers' logits less their mean, [R, C]; 0 where a row has fewer answers."""
+    scores_RC = answer_scores(outputs, batch)
     there = torch.isfinite(scores_RC)
     known_RC = scores_RC.where(there, 0.0)
     return (known_RC - known_RC.sum(-1, keepdim=True) / there.sum(-1, keepdim=True)).where(there, 0.0)
@@ -252,23 +248,23 @@ def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _tuned(
-    start: Prompt, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
-) -> Prompt:
-    """Adam in `STAGES` of falling rate, its moments kept from one to the next."""
+    start: Prompt, task: Task, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
+) -> Prompt:  # fmt: skip
+    """Tunes by Adam in `STAGES` of falling learning rate, with the moments kept between stages."""
     whole, records = none.build(none.Config(), start, seed), [Record("text", {})] * len(batch)
-    client = Client(ClientCard("imitation"), records, [], batch.task, model.backbone, NoPrivacy(), whole, start, seed)
+    client = Client(ClientCard("imitation"), records, [], task, model.backbone, NoPrivacy(), whole, start, seed)
     client.set_encoding("train", batch)
     vectors_PD, memory = start.vectors_PD, {}
     for stage in range(1, STAGES + 1):
         order = Assignment("reenter", stage, {}, {"rate": training.rate(stage, STAGES)})
         if some := steps * stage // STAGES - steps * (stage - 1) // STAGES:
             work = tune(training, ClientSession(client, stage, "reenter"), order, vectors_PD, memory=memory, steps=some)
-            vectors_PD = run_queries(model, _asking(work, loss))
+            vectors_PD = run_queries(model, _with_loss(work, loss))
     return start.with_vectors(vectors_PD)
 
 
-def _asking(work: Generator[Query, Answer, Result], loss) -> Generator[Query, Answer, Result]:
-    """The same questions with another loss."""
+def _with_loss(work: Generator[Query, Answer, Result], loss) -> Generator[Query, Answer, Result]:
+    """Replaces the loss of a generator's queries."""
     try:
         query = next(work)
         while True:
@@ -280,6 +276,6 @@ def _asking(work: Generator[Query, Answer, Result], loss) -> Generator[Query, An
 def _agreement(prompt: Prompt, goal: DistillationTarget, held: Sequence[int], model: QueryEngine) -> Agreement:
     batch = goal.batch.select(held)
     loss_B = model.answer([Query(prompt.vectors_PD[None], batch, loss=goal.loss)])[0].loss_KB[0]
-    said = goal.said(prompt.vectors_PD, batch)
-    same = sum(mine == goal.wanted[i] for i, mine in zip(held, said, strict=True))
+    predicted = goal.predict(prompt.vectors_PD, batch)
+    same = sum(mine == goal.wanted[i] for i, mine in zip(held, predicted, strict=True))
     return Agreement(same / len(held), float(loss_B.mean()))

@@ -1,8 +1,8 @@
-"""Prompts as PEFT prompt-tuning folders, and back: what plain transformers users load with `PeftModel.from_pretrained`.
+"""Exports prompts as PEFT prompt-tuning folders, for `PeftModel.from_pretrained`, and imports such folders.
 
-PEFT puts virtual tokens in front of the word embeddings and knows nothing else: no later layer, no tuned readout. A
-prompt that has one of those is imitated first (`reentry`). PEFT itself writes the folder, on a base without weights.
-LoRA weights become a LoRA folder, and are not read back.
+PEFT supports virtual tokens before the word embeddings only, without a later layer or a tuned readout. Other prompts
+are distilled first (`peft_distillation`). PEFT itself writes the folder, on a model without weights. LoRA weights
+become a LoRA folder, which is not imported.
 """
 
 import json
@@ -30,12 +30,12 @@ from ficpd.types import LORA, Prompt, Record
 
 IMPORTED = "imported"
 VECTORS = "prompt_embeddings"
-"""The one array of a prompt-tuning folder."""
+"""The only array of a prompt-tuning folder."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of backbone is for PEFT and transformers, and how its answers are read, with a prompt or with LoRA."""
+    """How PEFT and transformers load a kind of backbone, and how to read its answers with a prompt or with LoRA."""
 
     task_type: str
     auto: str
@@ -65,65 +65,64 @@ KINDS = {
 }
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- export
 
 
 def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
-    """One prompt as a PEFT folder for the model `base` (a folder or a hub id): adapter_config.json,
-    adapter_model.safetensors, README.md. Written beside, then renamed.
+    """Exports one prompt as a PEFT folder for the model `base` (a folder or a hub id). Writes to a staging folder,
+    then renames it.
 
     Raises `LibraryError` if PEFT cannot express the prompt, `base` is another model, or the folder exists.
     """
     folder, prompt = Path(folder), checked_for_peft(library, name)
     kind, config = checked_target(library, folder, base)
-    beside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    _write(prompt, kind, config, base, beside)
-    for file in beside.iterdir():
+    staging = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    _write(prompt, kind, config, base, staging)
+    for file in staging.iterdir():
         fsync(file)
-    atomic_write(beside / "README.md", page(library, name, kind, base))
-    beside.rename(folder)
+    atomic_write(staging / "README.md", page(library, name, kind, base))
+    staging.rename(folder)
     fsync(folder.parent)
 
 
 def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
-    """The prompt of that name, if PEFT can express it. Raises `LibraryError` with the reason and the way out."""
+    """Returns the named prompt. Raises `LibraryError` if PEFT cannot express it."""
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
     require_standalone(library, name)
     prompt, reasons = library.prompts[name], []
     if prompt.enters_at not in (0, LORA):
-        reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT puts virtual tokens at the input only")
+        reasons.append(f"it enters at layer {prompt.enters_at}, and PEFT only has virtual tokens at the input")
     if prompt.head_rows or name in library.readouts:
-        reasons.append("its answers are scored by a tuned readout, for which PEFT has no place")
+        reasons.append("it has a tuned readout, which PEFT does not support")
     if reasons:
         raise LibraryError(
-            f"PEFT cannot express the prompt {name!r}: {'; '.join(reasons)}. Let an input prompt imitate it (--reenter), "
-            "tune one with prompt.enters_at=0 and no tuned head, or load it with plain transformers "
-            "(examples/plain_transformers.py)"
+            f"PEFT cannot express the prompt {name!r}: {'; '.join(reasons)}. Distill it to an input prompt (--reenter), "
+            "tune one with prompt.enters_at=0 and no tuned head, or use examples/plain_transformers.py"
         )
     return prompt
 
 
 def own_base(library: PromptLibrary) -> str:
-    """The folder of the backbone that the library's card names. Raises `LibraryError` if transformers knows it not."""
+    """Returns the folder of the card's backbone. Raises `LibraryError` if it is not a transformers model."""
     kind, found = resolve_backbone(backbone_config(library))
     if found is None:
-        raise LibraryError(f"the library's backbone is {kind}, which is no model of transformers; PEFT cannot load it")
+        raise LibraryError(f"the library's backbone is {kind}: expected a transformers model, which PEFT can load")
     return str(Path(found.folder).resolve())
 
 
 def backbone_config(library: PromptLibrary) -> BackboneConfig:
-    """The backbone as the library's card names it."""
+    """Returns the configuration of the backbone in the library's card."""
     named = {key: value for key, value in library.card["backbone"].items() if key in ("name", "kind", "options")}
     return validate(BackboneConfig, named, "card.json: backbone")
 
 
 def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kind, Any]:
-    """How PEFT sees the library's backbone, and its transformers configuration.
+    """Returns PEFT's view of the library's backbone, and its transformers configuration.
 
-    Raises `LibraryError` if `folder` exists, PEFT has no such kind, or `base` is a folder of another model.
+    Raises `LibraryError` if `folder` exists, PEFT does not support the kind, or `base` is a folder of another model.
     """
     from transformers import AutoConfig
 
@@ -132,48 +131,43 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
     own, named = own_base(library), resolve_backbone(backbone_config(library))[0]
     kind = KINDS.get(named)
     if kind is None:
-        raise LibraryError(f"a {named} backbone has no prompt tuning in PEFT; what can be exported: {', '.join(KINDS)}")
+        raise LibraryError(f"a {named} backbone has no prompt tuning in PEFT; expected one of {', '.join(KINDS)}")
     config = AutoConfig.from_pretrained(own, local_files_only=True)
     if Path(base).is_dir():
-        other = _configuration(Path(base))
+        try:
+            other = dict(json.loads((Path(base) / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BackboneError(f"{base}/config.json: expected a transformers configuration: {error}") from error
         for key in ("model_type", "hidden_size", "num_hidden_layers"):
             if other.get(key) != getattr(config, key):
                 raise LibraryError(
-                    f"base {base}: {key} is {other.get(key)!r}, and the prompt was tuned on {named} with "
-                    f"{getattr(config, key)!r} ({own}); name that model, or leave --base out"
+                    f"base {base}: {key} = {other.get(key)!r}: expected {getattr(config, key)!r} as in {named} ({own}), "
+                    "which the prompt was tuned on; name that model, or leave --base out"
                 )
     elif not weights.HUB_ID.fullmatch(base):
-        raise LibraryError(f"base {base!r} is neither a folder nor a hub id (owner/name)")
+        raise LibraryError(f"base {base!r}: expected a folder or a hub id (owner/name)")
     return kind, config
 
 
-def _configuration(folder: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BackboneError(f"{folder / 'config.json'}: expected a transformers configuration: {error}") from error
-
-
 def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
-    """Let PEFT save the prompt, or LoRA weights, joined to a model of the right form that has no weights."""
+    """Saves the prompt or LoRA weights with PEFT, on a model without weights."""
+    import peft
     import transformers
 
     common = {"task_type": kind.task_type, "inference_mode": True}
-    with warnings.catch_warnings():  # PEFT asks transformers for what it has renamed
+    vectors_PD = prompt.vectors_PD
+    with warnings.catch_warnings():  # PEFT uses names that transformers deprecates
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             empty = getattr(transformers, kind.auto).from_config(config)
-        model = (_with_lora if prompt.enters_at == LORA else _with_prompt)(empty, prompt.vectors_PD, common)
+        if prompt.enters_at == LORA:
+            model = _with_lora(empty, vectors_PD, common)
+        else:
+            tuning = peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common)
+            model: Any = peft.get_peft_model(empty, tuning)
+            model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
         model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)
-
-
-def _with_prompt(empty: Any, vectors_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
-    import peft
-
-    model: Any = peft.get_peft_model(empty, peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common))
-    model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
-    return model
 
 
 def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
@@ -192,7 +186,7 @@ def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> 
 
 
 def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
-    """The folder's README.md: what it is, what it cost in privacy, how it is loaded and read."""
+    """Returns the folder's README: content, privacy cost, and how to load and read it."""
     card, prompt = library.card, library.prompts[name]
     tokens, width = prompt.vectors_PD.shape
     changes = prompt.enters_at == LORA
@@ -211,7 +205,7 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         lines.append(adapted_line(card, library.readouts).strip())
     if "reentered" in card:
         lines += [f"- {line}" for line in reentry_lines(card)]
-        lines.append("- the privacy above is of the federation's records; texts that it was imitated on have none")
+        lines.append("- the privacy above covers the federation's records, not the texts of the distillation")
     return (
         "---\n" + "\n".join(head) + f"\n---\n# {what} `{name}`, for PEFT\n\n" + "\n".join(lines) + "\n\n"
         "```python\n"
@@ -222,12 +216,12 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
 
 
 def reentry_lines(card: Mapping[str, Any]) -> list[str]:
-    """How an imitation was made, and how well it agrees with the original."""
+    """Describes a distilled prompt and its agreement with the original."""
     facts = card["reentered"]
     before, after = facts["before"], facts["after"]
     measure = "minus log-likelihood of its words" if facts["writes"] else "mean squared difference of the logits"
-    weak = ": words in no order, expect little of it on real texts" if facts["weak"] else ""
-    vain = "" if facts["helped"] else "; tuning brought it no closer, so it is the untuned start: give more texts"
+    weak = ": quality on real texts may be low" if facts["weak"] else ""
+    vain = "" if facts["helped"] else "; tuning did not help, so it is the untuned start: give more texts"
     return [
         f"imitates a prompt that enters at layer {facts['from_layer']}; {facts['steps']} steps on {facts['tuned_on']} "
         f"texts ({facts['texts']}{weak}){vain}",
@@ -236,27 +230,28 @@ def reentry_lines(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- import
 
 
 def read_folder(folder: Path) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    """[P, D] float32 and the configuration of a PEFT prompt-tuning folder. Raises `LibraryError` if it is none."""
+    """Returns the vectors [P, D] and the configuration of a PEFT prompt-tuning folder.
+
+    Raises `LibraryError` if it is not one.
+    """
     folder = Path(folder)
     try:
         config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise LibraryError(f"{folder} is no PEFT folder: adapter_config.json cannot be read ({error})") from error
+        raise LibraryError(f"{folder}: expected a PEFT folder; adapter_config.json cannot be read ({error})") from error
     if config.get("peft_type") != "PROMPT_TUNING":
-        raise LibraryError(
-            f"{folder} holds {config.get('peft_type')!r}; expected 'PROMPT_TUNING': nothing else is a prompt of vectors"
-        )
+        raise LibraryError(f"{folder} holds {config.get('peft_type')!r}; expected 'PROMPT_TUNING'")
     file = folder / "adapter_model.safetensors"
     try:
         vectors_PD = load_file(file)[VECTORS].float()
     except (OSError, SafetensorError, KeyError) as error:
         raise LibraryError(
-            f"{file}: expected an array {VECTORS!r} ({error}). A folder with adapter_model.bin is a pickle and not read: "
-            "load it in PEFT and save it again"
+            f"{file}: expected an array {VECTORS!r} ({error}). adapter_model.bin is a pickle and not read: load it in "
+            "PEFT and save it again"
         ) from error
     expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
     if config.get("num_transformer_submodules") not in (None, 1) or tuple(vectors_PD.shape) != expected:
@@ -265,29 +260,29 @@ def read_folder(folder: Path) -> tuple[torch.Tensor, Mapping[str, Any]]:
             f"{config.get('num_transformer_submodules')} submodules; expected one model's [tokens, width]"
         )
     if not torch.isfinite(vectors_PD).all():
-        raise LibraryError(f"{file} holds numbers that are not finite; it is damaged")
+        raise LibraryError(f"{file}: expected finite numbers")
     return vectors_PD, config
 
 
 def imported(
     folder: Path, backbone: BackboneConfig, task: Mapping[str, Any], device: str = "cpu"
 ) -> tuple[PromptLibrary, str]:
-    """A library with the folder's prompt as `imported`, and the base that the folder says it is for.
+    """Returns a library with the folder's prompt as `imported`, and the base model that the folder names.
 
-    Its `start` is the task's own words: what the prompt truly started from is not in the folder. Raises `LibraryError`
-    if the folder is no prompt-tuning folder, or the prompt does not fit the backbone.
+    Its `start` is the task's text, because the folder does not contain the original start. Raises `LibraryError` if
+    the folder is not a prompt-tuning folder, or the prompt does not fit the backbone.
     """
-    vectors_PD, said = read_folder(folder)
+    vectors_PD, adapter = read_folder(folder)
     engine = validate(EngineConfig, {"device": device}, "--device")
     loaded, config = load_backbone(backbone, engine)
     if vectors_PD.shape[1] != loaded.width:
         raise LibraryError(
-            f"{folder}: virtual tokens of width {vectors_PD.shape[1]}, and {loaded.name} has width {loaded.width}; the "
-            f"folder says it is for {said.get('base_model_name_or_path')!r}: give that --backbone"
+            f"{folder}: virtual tokens of width {vectors_PD.shape[1]}, and {loaded.name} has width {loaded.width}; give "
+            f"--backbone {adapter.get('base_model_name_or_path')!r}, which the folder names"
         )
     built = build_task(task)
     prompt = Prompt(vectors_PD, loaded.fingerprint)
-    built.encode([Record("a text", {"text": "a text"})], loaded, prompt)  # too many virtual tokens are an error now
+    built.encode([Record("a text", {"text": "a text"})], loaded, prompt)  # raises for too many virtual tokens
     start = prompt.with_vectors(loaded.init_prompt(start_text([built]), len(vectors_PD), 0, 0))
     rate = catalog.defaults(config.name, config.kind, loaded.depth).learning_rate
     rms = float(start.vectors_PD.square().mean().sqrt())
@@ -299,8 +294,8 @@ def imported(
             "enters_at": 0, "name": config.name, "kind": config.kind, "options": config.options,
             "fingerprint": loaded.fingerprint,
         },
-        "imported": {"base": said.get("base_model_name_or_path"), "peft_version": said.get("peft_version")},
+        "imported": {"base": adapter.get("base_model_name_or_path"), "peft_version": adapter.get("peft_version")},
         "training": LocalTrainingConfig(learning_rate=rate * rms).model_dump(),
     }  # fmt: skip
     keys = prompt_keys([IMPORTED], {task["name"]: built}, {}, loaded)
-    return PromptLibrary(start, {IMPORTED: prompt}, card, keys), str(said.get("base_model_name_or_path"))
+    return PromptLibrary(start, {IMPORTED: prompt}, card, keys), str(adapter.get("base_model_name_or_path"))

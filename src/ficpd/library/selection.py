@@ -1,9 +1,8 @@
-"""Which way of fitting a library to few records is best: tried on the records themselves, by cross-validation.
+"""Selects the best adaptation strategy for a few records, by cross-validation on them.
 
-The simplest way within one standard error of the best is taken (Breiman et al., Classification and Regression Trees, 1984,
-section 3.4.3); to leave the library as it is, if that is within two. The standard error is that of the difference to the
-best, record by record, for all ways are tried on the same records. So the choice is never worse than to leave the library
-as it is, on its own measure.
+The simplest strategy within one standard error of the best is taken (Breiman et al., Classification and Regression
+Trees, 1984, section 3.4.3). The unchanged library is taken if it is within two. The standard error is that of the
+paired difference to the best strategy. So the choice has no higher cross-validated loss than the unchanged library.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import LibraryError, did_you_mean
+from ficpd.evaluation.evaluate import run_all
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt, FewShotSet, unchanged
+from ficpd.library.adaptation import GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, unchanged
 from ficpd.library.card import join_names
 from ficpd.library.distillation.distill import logits
 from ficpd.library.library import START, PromptLibrary, task_key
@@ -27,25 +27,28 @@ from ficpd.types import Answer, Query, Record, Score
 
 AUTO = "auto"
 FEWEST = 4
-"""Fewer shots than these cannot say which way is best."""
+"""The minimum number of records for cross-validation."""
 FOLDS = 5
 FEW = 12
-"""With fewer shots than these the folds are drawn several times."""
+"""With fewer records than this, the folds are drawn several times."""
 REPEATS = 3
 SURE = 2.0
-"""With one error, as among the others, 16 shots of a language that nobody had moved a prompt that was better left: 73.6 %
-where it had 76.0 (SIB-200 on E5, five newcomers); the best of nine ways looks better than it is."""
+"""The standard errors within which the unchanged library is taken. The minimum over strategies is biased, so one is
+too few."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SAME = 0.9
-"""The cosine of two tasks' keys from which on a prompt is taken unseen: the same labels in another domain or language have
-1.0, intents of one bank in parts 0.91 to 0.98, of CLINC's domains 0.60 to 0.87, tasks of different sets at most 0.59
-(`bench/unseen.py keys`)."""
+"""The minimum cosine of two tasks' keys to use a prompt without any record (`bench/unseen.py keys`)."""
 
 
 @dataclass(frozen=True)
 class AdaptationResult:
-    """`way` is the variant chosen. `table`: of each that was tried the mean held-out `loss`, the standard `error` of how
-    much more that is than the best one's, and its held-out scores; empty if nothing could be tried. `said`: why, in words.
+    """The chosen variant.
+
+    way: the variant's name.
+    fitted: its prompt.
+    table: for each variant its held-out `loss`, the standard `error` of the difference to the best, and its scores;
+        empty without cross-validation.
+    said: the reason, in words.
     """
 
     way: str
@@ -56,8 +59,7 @@ class AdaptationResult:
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """What one variant did on the records that were held back from it: losses [b], predictions, and the logits [b, C] of a
-    task with labels."""
+    """One variant on its held-out records: losses [b], predictions, and the logits [b, C] of a task with labels."""
 
     loss_B: Tensor
     predicted: list
@@ -65,69 +67,75 @@ class HeldOutResult:
 
 
 def adapt(
-    library: PromptLibrary, records: Sequence[Record], task: Task, model: QueryEngine, training: LocalTrainingConfig, how: str = AUTO,
+    library: PromptLibrary, records: Sequence[Record], task: Task, model: QueryEngine, training: LocalTrainingConfig,
+    how: str = AUTO,
     seed: int = 0,
 ) -> AdaptationResult:  # fmt: skip
-    """Fit a library to somebody's own records of any task, in the way named, or (`auto`) in the one that does best.
+    """Adapts a library to records of any task, by the strategy `how` or by the best one (`auto`).
 
-    With fewer than four records, or all of one class, nothing can be tried: `auto` then takes the prompt that was made for
-    the same task, or leaves the start as it is if there is none. Raises `LibraryError` if the way is not known or not for
-    this task, or the prompts do not fit.
+    With fewer than four records, or with one class only, no strategy can be compared. `auto` then takes the prompt of
+    the most similar task, or the start. Raises `LibraryError` for an unknown or unsuitable strategy, or for prompts
+    that do not fit the task.
     """
     _check(library, records, task, model.backbone, how)
     lack = _lacking(task, records)
     if lack and (how == AUTO or (how == "nearest" and not records)):
         return _by_key(library, task, model.backbone, lack)
     shots = prepare_shots(library, records, task, model, training, seed)
-    ways = [how] if how != AUTO else _worth_trying(shots)
+    can_show, can_tune = supports_demonstrations(task), model.backbone.supports_gradients
+    usable = [way for way in STRATEGIES if (can_show or "demonstrations" not in way) and (can_tune or way != "tune")]
+    ways = [how] if how != AUTO else usable
     table = {} if lack else cross_validate(shots, ways, model)
-    found = run_queries(model, STRATEGIES[_way_of(table, ways)](shots))
-    way = one_standard_error_rule(table) if table else list(found)[len(found) // 2]
-    return AdaptationResult(way, found[way], table, _said(how, way, table, lack))
+    best = one_standard_error_rule(table) if table else ways[0]
+    strategy = max((way for way in ways if best.startswith(way)), key=len)
+    found = run_queries(model, STRATEGIES[strategy](shots))
+    way = best if table else list(found)[len(found) // 2]
+    return AdaptationResult(way, found[way], table, _reason(how, way, table, lack))
 
 
 def prepare_shots(
-    library: PromptLibrary,
-    records: Sequence[Record],
-    task: Task,
-    model: QueryEngine,
-    training: LocalTrainingConfig,
+    library: PromptLibrary, records: Sequence[Record], task: Task, model: QueryEngine, training: LocalTrainingConfig,
     seed: int = 0,
-) -> FewShotSet:
-    """Records encoded, and the loss of every prompt of the library on each of them: one query."""
+) -> FewShotSet:  # fmt: skip
+    """Encodes the records and computes the loss of every prompt of the library, in one query."""
     batch = task.encode(records, model.backbone, library.start)
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
     return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB)
 
 
-# ---------------------------------------------------------------- trying
+# ---------------------------------------------------------------- cross-validation
 
 
 def cross_validate(shots: FewShotSet, ways: Sequence[str], model: QueryEngine) -> dict[str, Score]:
-    """The table of `AdaptationResult`: every variant of these ways, in their order, on records held back from it."""
+    """Returns the table of `AdaptationResult`: every variant of these strategies on held-out records."""
     repeats = 1 if len(shots.records) >= FEW else REPEATS
-    draws = [_tried_once(shots, ways, model, rng.derive_seed(shots.seed, "folds", repeat)) for repeat in range(repeats)]
+    draws = [
+        _cross_validate_once(shots, ways, model, rng.derive_seed(shots.seed, "folds", repeat))
+        for repeat in range(repeats)
+    ]
     targets_B = shots.batch.targets
-    losses = {
-        variant: torch.stack([_comparable(draw[variant], targets_B) for draw in draws]).mean(0) for variant in draws[0]
-    }
-    return _table(losses, {variant: [_scored(shots, draw[variant]) for draw in draws] for variant in draws[0]})
+    variants = draws[0]
+    losses = {name: torch.stack([_comparable(draw[name], targets_B) for draw in draws]).mean(0) for name in variants}
+    if shots.task.max_new_tokens:  # decoding is slow
+        return _table(losses, {name: [{}] for name in variants})
+    truths = shots.task.targets(shots.records)
+    scores = {name: [shots.task.score(draw[name].predicted, truths) for draw in draws] for name in variants}
+    return _table(losses, scores)
 
 
-def _tried_once(shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed: int) -> dict[str, HeldOutResult]:
-    """Every variant on every record, each held back once; all folds are answered in lock step."""
+def _cross_validate_once(
+    shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed: int
+) -> dict[str, HeldOutResult]:
+    """Evaluates every variant on every record, each held out once. All folds run in lock step."""
     number, parts = len(shots.records), stratified_folds(shots, seed)
     works = {
-        str(place): _tried_on(shots.take([i for i in range(number) if i not in part]), shots.take(part), ways)
+        str(place): _fit_and_predict(shots.take([i for i in range(number) if i not in part]), shots.take(part), ways)
         for place, part in enumerate(parts)
     }
-    results, whole = dict(run_queries_lockstep(model, works)), {}
+    results, whole = run_all(model, works), {}
     for place, part in enumerate(parts):
-        found = results[str(place)]
-        if isinstance(found, Exception):
-            raise found
-        for variant, held in found.items():
+        for variant, held in results[str(place)].items():
             none = None if held.logits_BC is None else torch.zeros(number, held.logits_BC.shape[1])
             whole.setdefault(variant, HeldOutResult(torch.zeros(number), [None] * number, none))
             whole[variant].loss_B[part] = held.loss_B
@@ -139,18 +147,15 @@ def _tried_once(shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed
 
 
 def _comparable(held: HeldOutResult, targets_B: Tensor | None) -> Tensor:
-    """[B] losses that do not depend on how sure a way is: with labels the cross entropy at the temperature of `TEMPERATURES`
-    that is best for this way (Guo et al., ICML 2017, arXiv 1706.04599). Demonstrations spread the logits, and so would win
-    by their losses alone where an encoder is timid."""
+    """Returns losses [B] that do not depend on the scale of the logits.
+
+    With labels this is the cross entropy at the best temperature of `TEMPERATURES` (Guo et al., ICML 2017, arXiv
+    1706.04599). Demonstrations scale up an encoder's logits, which alone would lower the loss.
+    """
     if held.logits_BC is None or targets_B is None:
         return held.loss_B
     tried = [F.cross_entropy(held.logits_BC / t, targets_B, reduction="none") for t in TEMPERATURES]
     return min(tried, key=lambda loss_B: float(loss_B.mean()))
-
-
-def _scored(shots: FewShotSet, held: HeldOutResult) -> Score:
-    """The task's score; none where predicting would mean writing, which is slow, and the loss is enough."""
-    return {} if shots.task.max_new_tokens else shots.task.score(held.predicted, shots.task.targets(shots.records))
 
 
 def _table(loss_B: Mapping[str, Tensor], scores: Mapping[str, list[Score]]) -> dict[str, Score]:
@@ -164,10 +169,10 @@ def _table(loss_B: Mapping[str, Tensor], scores: Mapping[str, list[Score]]) -> d
     return table
 
 
-def _tried_on(
+def _fit_and_predict(
     train: FewShotSet, held: FewShotSet, ways: Sequence[str]
 ) -> Generator[Query, Answer, dict[str, HeldOutResult]]:
-    """Every variant fitted to `train` and asked about `held`; all folds do this in lock step."""
+    """Fits every variant to `train` and evaluates it on `held`."""
     fitted: dict[str, AdaptedPrompt] = {}
     for way in ways:
         fitted |= yield from STRATEGIES[way](train)
@@ -175,18 +180,19 @@ def _tried_on(
     for variant, one in fitted.items():
         batch = one.encode(held.task, held.records, held.backbone, held.batch)
         answer = yield Query(one.prompt.vectors_PD[None], batch, outputs=True)
-        told = [None] * len(batch) if held.task.max_new_tokens else held.task.predict(answer, batch)
+        predicted = [None] * len(batch) if held.task.max_new_tokens else held.task.predict(answer, batch)
         assert answer.outputs_KB is not None
         labelled = bool(held.task.to_config().get("labels"))
-        found[variant] = HeldOutResult(
-            answer.loss_KB[0].cpu(), told, logits(answer.outputs_KB, batch).cpu() if labelled else None
-        )
+        logits_BC = logits(answer.outputs_KB, batch).cpu() if labelled else None
+        found[variant] = HeldOutResult(answer.loss_KB[0].cpu(), predicted, logits_BC)
     return found
 
 
 def stratified_folds(shots: FewShotSet, seed: int) -> list[list[int]]:
-    """At most five parts of the shots' places; each class is dealt out evenly. As many also where a class has fewer
-    shots: with two parts half of the shots would be missing, and what lives on them would look worse than it is."""
+    """Returns at most five folds of the records' indices, stratified by class.
+
+    A class with fewer records than folds does not reduce the number of folds.
+    """
     random, number = rng.make_generator(seed), len(shots.records)
     classes: dict[str, list[int]] = {}
     for i in torch.randperm(number, generator=random).tolist():
@@ -197,8 +203,10 @@ def stratified_folds(shots: FewShotSet, seed: int) -> list[list[int]]:
 
 
 def one_standard_error_rule(table: Mapping[str, Score]) -> str:
-    """The first variant whose loss is within its error of the lowest, and no higher than the first of all's; the first of
-    all (to leave the prompt as it is) where it is within `SURE` errors."""
+    """Returns the first variant within one standard error of the lowest loss and no worse than the first variant.
+
+    Returns the first variant (the unchanged prompt) if it is within `SURE` standard errors.
+    """
     lowest = min(row["loss"] for row in table.values())
     first, row = next(iter(table.items()))
     if row["loss"] <= lowest + SURE * row["error"]:
@@ -206,30 +214,23 @@ def one_standard_error_rule(table: Mapping[str, Score]) -> str:
     return next(v for v, other in table.items() if other["loss"] <= min(lowest + other["error"], row["loss"]))
 
 
-# ---------------------------------------------------------------- what can be tried
+# ---------------------------------------------------------------- checks
 
 
 def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbone: Backbone, how: str) -> None:
-    """Raises `LibraryError` for what cannot be done at all."""
+    """Raises `LibraryError` if the strategy cannot run."""
     library.check(backbone)
     if how not in (AUTO, *STRATEGIES):
-        raise LibraryError(did_you_mean("way to adapt", how, [AUTO, *STRATEGIES]))
+        raise LibraryError(did_you_mean("strategy", how, [AUTO, *STRATEGIES]))
     if task.head_rows != library.start.head_rows:
         raise LibraryError(
-            f"the library's prompts carry a tuned head of {library.start.head_rows} rows and this task needs "
-            f"{task.head_rows}: such prompts serve only the label set they were tuned on"
+            f"the library's prompts have a tuned head of {library.start.head_rows} rows and this task needs "
+            f"{task.head_rows}; adapt to the label set they were tuned on"
         )
     if not records and how not in (AUTO, "nearest", "leave"):
-        raise LibraryError(f"there is no record to adapt to; give some, or take --how nearest or leave, not {how}")
+        raise LibraryError(f"no records for --how {how}; give some, or use --how nearest or leave")
     if "demonstrations" in how and not supports_demonstrations(task):
-        raise LibraryError(
-            "only a classification without a tuned head can be shown demonstrations; adapt in another way"
-        )
-
-
-def _worth_trying(shots: FewShotSet) -> list[str]:
-    can_show, can_tune = supports_demonstrations(shots.task), shots.backbone.supports_gradients
-    return [way for way in STRATEGIES if (can_show or "demonstrations" not in way) and (can_tune or way != "tune")]
+        raise LibraryError(f"--how {how}: expected a classification without a tuned head; choose another strategy")
 
 
 def _class_of(task: Task, record: Record) -> str:
@@ -237,48 +238,41 @@ def _class_of(task: Task, record: Record) -> str:
 
 
 def _lacking(task: Task, records: Sequence[Record]) -> str:
-    """Why nothing can be tried on these records, in words; empty if it can."""
+    """Returns the reason why the records do not allow cross-validation; empty if they do."""
     if len(records) < FEWEST:
-        return f"{len(records)} records are too few to try anything on (at least {FEWEST})"
+        return f"{len(records)} records are too few to compare strategies (at least {FEWEST})"
     found = {_class_of(task, record) for record in records}
     if task.to_config().get("labels") and len(found) == 1:
-        return f"all {len(records)} records are {found.pop()!r}, so that nothing can be told apart"
+        return f"all {len(records)} records have the label {found.pop()!r}"
     return ""
 
 
 def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -> AdaptationResult:
-    """The prompt made for the same task; the start as it is where no task is that similar: a prompt of another task leans
-    to that one's answers. Without keys nothing is known, and the global prompt is left."""
+    """Returns the prompt of the most similar task, or the start if no task is similar enough.
+
+    Without keys it returns the global prompt.
+    """
     if library.keys:
         key_D = task_key(task, backbone)
         name = library.nearest(key_D)[0]
         cosine = float(library.keys[name] @ key_D)
         if cosine >= SAME:
-            return AdaptationResult(
-                "nearest", unchanged(library, name), {}, f"{lack}; took {name}, made for such a task ({cosine:.2f})"
-            )
-        said = (
-            f"{lack}; no prompt was made for such a task (the nearest is {name}, {cosine:.2f}); left the start as it is"
-        )
-        return AdaptationResult("leave", unchanged(library, START), {}, said)
-    name = "global" if "global" in library.prompts else START
-    return AdaptationResult("leave", unchanged(library, name), {}, f"{lack}; took {name} as it is")
+            reason = f"{lack}; took {name}, tuned for a similar task ({cosine:.2f})"
+            return AdaptationResult("nearest", unchanged(library, name), {}, reason)
+        reason = f"{lack}; no prompt was tuned for a similar task (nearest: {name}, {cosine:.2f}); took the start"
+        return AdaptationResult("leave", unchanged(library, START), {}, reason)
+    name = GLOBAL if GLOBAL in library.prompts else START
+    return AdaptationResult("leave", unchanged(library, name), {}, f"{lack}; took {name} unchanged")
 
 
-def _way_of(table: Mapping[str, Score], ways: Sequence[str]) -> str:
-    """The way that the chosen variant is of."""
-    variant = one_standard_error_rule(table) if table else ways[0]
-    return max((way for way in ways if variant.startswith(way)), key=len)
-
-
-def _said(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
+def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
     if lack:
-        return f"{lack}; {way} as asked"
+        return f"{lack}; {way} as requested"
     if how != AUTO:
-        return f"{way} as asked" + (f", the best of {join_names(table)}" if len(table) > 1 else "")
+        return f"{way} as requested" + (f", the best of {join_names(table)}" if len(table) > 1 else "")
     best = min(table, key=lambda variant: table[variant]["loss"])
     if way == best:
         return f"{way}: the best"
     if way == next(iter(table)):
-        return f"{way}: nothing is surely better ({best} looked best)"
+        return f"{way}: no other is better by {SURE:g} standard errors (best: {best})"
     return f"{way}: the simplest within a standard error of the best ({best})"

@@ -114,10 +114,10 @@ def score_library(
         library.start, vectors_PD=library.start.vectors_PD[len(library.start.vectors_PD) - chosen.head_rows :]
     )
     batch, targets = opened.encode(records, None, task), chosen.targets(records)
-    found = {ZERO_SHOT: score_prompt(bare.vectors_PD, batch, targets, opened.model)}
+    found = {ZERO_SHOT: score_prompt(chosen, bare.vectors_PD, batch, targets, opened.model)}
     for key, prompt in prompts.items():
         own = opened.encode(records, key, task) if key == ADAPTED else batch
-        found[key] = score_prompt(prompt.vectors_PD, own, targets, opened.model)
+        found[key] = score_prompt(chosen, prompt.vectors_PD, own, targets, opened.model)
     return found
 
 
@@ -125,7 +125,8 @@ def predicted(opened: LibrarySession, records: Sequence[Record], name: str | Non
     """One prediction per record, by the named prompt, else by `usual`."""
     name = name or default_prompt(opened, task)
     prompt = get_prompt(opened.library, name)
-    return run_queries(opened.model, predictions(prompt.vectors_PD, opened.encode(records, name, task)))
+    own = opened.tasks[opened.named(task)]
+    return run_queries(opened.model, predictions(own, prompt.vectors_PD, opened.encode(records, name, task)))
 
 
 def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:

@@ -4,19 +4,19 @@ It sees as many records a round as the whole cohort does, in batches of `batch_s
 the pools' prompts are averaged every round.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
 
 from ficpd.federation.aggregation.mean import weighted_mean
 from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(FrozenConfig):
     batch_size: int = Field(default=32, ge=1)
 
 
@@ -24,11 +24,13 @@ def build(config: Config, training: LocalTrainingConfig) -> "Centralized":
     return Centralized(config, training)
 
 
-class Centralized:
-    name, centralized, trains, releases, linear, full_first_round = "centralized", True, True, True, False, False
+class Centralized(Method):
+    name = "centralized"
+    capabilities = Capabilities(private_units=("record",), centralized=True)
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training = config, training
+        super().__init__(training)
+        self.config = config
 
     def init(self, setup: FederationInfo) -> State:
         records = setup.cohort * self.training.local_steps * self.training.batch_size
@@ -49,17 +51,5 @@ class Centralized:
         )
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
-    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
-        return {"delta": tuple(state.arrays["prompt"].shape)}
-
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return State({"prompt": state.arrays["prompt"] + weighted_mean(updates, "delta")}, state.facts)
-
-    def global_prompt(self, state: State) -> Tensor:
-        return state.arrays["prompt"]
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return assignment.arrays["prompt"]
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": state.arrays["prompt"]}

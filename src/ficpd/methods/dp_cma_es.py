@@ -20,26 +20,27 @@ others from the same seed."""
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
-from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
-from ficpd.interfaces import ClientContext, Model, Subspace
+from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import CMAES, center_losses, init_state, spread
 from ficpd.optimizers.search_space import SearchSpace
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.validation import validate_arrays, validate_facts, validate_norm
 
 SEARCH = "search/"
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`client_clip_norm`: in the place of `privacy.clip_norm`, which is for prompts, where whole clients are protected: the
     norm of what one of them sends. None: found from made-up records."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
 
@@ -48,14 +49,16 @@ def build(config: Config, training: LocalTrainingConfig) -> "DpCmaEs":
     return DpCmaEs(config, training)
 
 
-class DpCmaEs:
-    name, centralized, trains, releases, full_first_round = "dp_cma_es", False, True, True, False
+class DpCmaEs(Method):
+    name = "dp_cma_es"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.training, self.robust, self.linear = training, config.robust, config.robust.sums
-        self.subspace: Subspace | None = None
-        self.steps, self.client_clip_norm = 1, config.client_clip_norm
-        self.candidates = training.population
+        super().__init__(training)
+        self.robust = config.robust
+        self.capabilities = Capabilities(
+            private_units=("record", "client"), linear=config.robust.sums, candidates=training.population,
+            means_per_update=1, client_clip_norm=config.client_clip_norm,
+        )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
@@ -95,9 +98,6 @@ class DpCmaEs:
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         return client.start + self._space(client.start).lift(assignment.arrays["mean"])
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.global_prompt(state)}
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a population and its mean, not too far away."""

@@ -25,29 +25,29 @@ A subspace (`compression.subspace`) is not tuned in: low rank is this method's o
 projected onto it all the same.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
-from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.federation.aggregation.robust import MEAN, RobustConfig
+from ficpd.interfaces import Backbone, ClientContext, Task
+from ficpd.methods.fedavg import FedAvg
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import load
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
+from ficpd.registry import FrozenConfig, load
+from ficpd.types import Answer, Assignment, ClientUpdate, Query
 
 SMALL = 1e-6
 """Of the public noise beside l_i when it is factorised: it decides where l_i is zero, and nowhere else."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`rank` is k, the paper's 8 (at most the prompt's own rank is taken). The paper's batches of 32 and clip of 10 are not
     taken over: batch, rate and clip norm are the experiment's, as for all methods, so that they can be compared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(default=8, ge=1)
     robust: RobustConfig = MEAN
 
@@ -56,38 +56,29 @@ def build(config: Config, training: LocalTrainingConfig) -> "DpFpl":
     return DpFpl(config, training)
 
 
-class DpFpl:
+class DpFpl(FedAvg):
     """Guarantees (`tests/methods/test_dp_fpl.py`): every prompt that is asked about depends on the records only through
     `ClientSide.mean`, which is given all that is noised of a record as one vector; factors are orthonormal, and g_l without
     noise is the projection of G onto what they span, so never longer."""
 
-    name, centralized, trains, releases, full_first_round = "dp_fpl", False, True, True, False
+    name = "dp_fpl"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training, self.linear = config, training, config.robust.sums
+        super().__init__(training, config.robust)
+        self.rank = config.rank
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         optimizer = self.training.optimizer
-        if not backbone.supports_gradients or getattr(load("optimizers", optimizer), "black_box", False):
+        if not backbone.supports_gradients or load("optimizers", optimizer).black_box:
             raise ConfigError(
                 f"dp_fpl carries gradients in few numbers, and training.optimizer = {optimizer!r} on {backbone.name} has none; take "
                 "adam or sgd and a backbone that gives them, or another method (dp_zo, dp_cma_es)"
             )
 
-    def init(self, setup: FederationInfo) -> State:
-        return State({"prompt": setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
-
-    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
-        rate = self.training.rate(round, state.facts["num_rounds"])
-        return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"rate": rate})
-
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         shared = assignment.arrays["prompt"]
         both = torch.stack([shared, client.client_state.get("local", torch.zeros_like(shared))])
-        carried = LowRankContext(client, self.config.rank, assignment.round)
+        carried = LowRankContext(client, self.rank, assignment.round)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
         settings = {
             "learning_rate": assignment.facts["rate"],
@@ -100,22 +91,9 @@ class DpFpl:
         client.client_state["local"] = tuned[1]
         return ClientUpdate(client.id, {"delta": tuned[0] - shared}, client.weight)
 
-    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
-        return {"delta": tuple(state.arrays["prompt"].shape)}
-
-    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        means = RobustAggregator(self.config.robust, updates)
-        return State({"prompt": state.arrays["prompt"] + means.mean_all()}, {**state.facts, **means.facts})
-
-    def global_prompt(self, state: State) -> Tensor:
-        return state.arrays["prompt"]
-
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         shared = assignment.arrays["prompt"]
         return shared + client.client_state["local"] if "local" in client.client_state else shared
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": state.arrays["prompt"]}
 
 
 class LowRankContext:

@@ -23,27 +23,28 @@ move. Tuned by `training.directions` and `training.perturbation`; `training.opti
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
 from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
-from ficpd.federation.validation import RATE, validate_arrays, validate_facts, validate_norm
-from ficpd.interfaces import ClientContext, Model, Subspace
+from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.optimizers.spsa import directional_derivatives, step_scale
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.validation import RATE, validate_arrays, validate_facts, validate_norm
 
 MEMORY = 0.9
 """How much of the mean squared slope is that of the rounds before."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`client_clip_norm`: in the place of `privacy.clip_norm`, which is for prompts, where whole clients are protected: the
     norm of what one of them sends. None: found from made-up records."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
 
@@ -52,23 +53,22 @@ def build(config: Config, training: LocalTrainingConfig) -> "DpZo":
     return DpZo(config, training)
 
 
-class DpZo:
-    name, centralized, trains, releases, full_first_round = "dp_zo", False, True, True, False
+class DpZo(Method):
+    name = "dp_zo"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.training, self.robust, self.linear = training, config.robust, config.robust.sums
-        self.subspace: Subspace | None = None
-        self.steps, self.client_clip_norm = training.local_steps, config.client_clip_norm
-        self.candidates = 2 * training.directions
+        super().__init__(training)
+        self.robust = config.robust
+        self.capabilities = Capabilities(
+            private_units=("record", "client"), linear=config.robust.sums, candidates=2 * training.directions,
+            means_per_update=training.local_steps, client_clip_norm=config.client_clip_norm,
+        )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:
         """`moves_TK`: by how much of each direction of each step the prompt was moved, since the start."""
         start = setup.start.vectors_PD
         arrays = {"start": start, "y": torch.zeros(self._space(start).size), "moves_TK": self._moves(0)}
         return State(arrays, {"num_rounds": setup.num_rounds, "slope": 0.0})
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
@@ -111,9 +111,6 @@ class DpZo:
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         return client.start + self._space(client.start).lift(self._place(client.start, assignment))
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.global_prompt(state)}
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has one of both arrays, a rate and a step."""

@@ -20,24 +20,26 @@ than four updates are averaged, for pycma takes no smaller population; a late up
 ranks knows no weights; no mirrored candidates, which pycma's default adds to populations below six; C travels as its lower
 triangle in float32. `training.*` is not used but for its seed.
 
-Without privacy only: see `unprotected`.
+Without privacy only: see its `capabilities`.
 """
 
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import CodecError, ConfigError
 from ficpd.federation.aggregation.mean import weighted_mean
-from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
-from ficpd.interfaces import Backbone, ClientContext, Model, Subspace, Task
+from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import CMAES, init_state
 from ficpd.optimizers.search_space import SearchSpace
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.validation import validate_arrays, validate_facts, validate_norm
 
 SEARCH = "search/"
 FEWEST = 4
@@ -45,11 +47,10 @@ EVERYTHING = 1 << 30
 """A batch of all records, however many."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`spread`: the first σ, in units of the start prompt's root mean square (the paper's α). `ratio`: false takes the
     plain loss for fitness. `masked`: the share of words that fall."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     iterations: int = Field(default=8, ge=1)
     population: int = Field(default=5, ge=4)
     dimension: int = Field(default=500, ge=2)
@@ -59,25 +60,24 @@ class Config(BaseModel):
 
 
 def build(config: Config, training: LocalTrainingConfig) -> "FedBpt":
-    return FedBpt(config, training.public_seed)
+    return FedBpt(config, training)
 
 
-class FedBpt:
-    name, centralized, trains, releases, linear, full_first_round = "fedbpt", False, True, True, False, False
-    unprotected = (
-        "its clients send means, losses and step sizes of a search of their own, by a ratio of losses in which no "
-        "record's share is bounded; use dp_cma_es, or run it without privacy"
-    )
+class FedBpt(Method):
+    name = "fedbpt"
 
-    def __init__(self, config: Config, seed: int):
-        self.config, self.seed = config, seed
-        self.subspace: Subspace | None = None
-        self.steps, self.client_clip_norm = 1, None  # nobody protects it
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        super().__init__(training)
+        self.config, self.seed = config, training.public_seed
         passes = config.iterations * config.population + 1
-        self.candidates = passes * (2 if config.ratio else 1) / (config.iterations + 1)
+        self.capabilities = Capabilities(
+            not_private="its clients send means, losses and step sizes of a search of their own, by a ratio of losses in "
+            "which no record's share is bounded; use dp_cma_es, or run it without privacy",
+            candidates=passes * (2 if config.ratio else 1) / (config.iterations + 1),
+        )
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        if self.config.ratio and backbone.sees_images:
+        if self.config.ratio and backbone.modality == "image":
             raise ConfigError(
                 f"method.ratio = true masks words, and {backbone.name} sees images; set it to false (the plain loss)"
             )
@@ -135,9 +135,6 @@ class FedBpt:
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         return client.start + self._space(client.start).lift(assignment.arrays["mean"])
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": self.global_prompt(state)}
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless it has a mean, half a covariance and a step size, none of them out of the world."""

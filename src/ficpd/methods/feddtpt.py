@@ -18,20 +18,22 @@ Gaussian, so that the ledger prices it as the steps of any other method. Proposa
 far, so the words that leave are post-processing. Words cannot be noised themselves: client-level privacy is refused.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.backbones.vocabulary import token_prompt
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Backbone, ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.token_aggregation import aggregate_tokens
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import center_losses
+from ficpd.registry import FrozenConfig
 from ficpd.types import (
     TOKEN_DTYPE,
     Answer,
@@ -49,12 +51,11 @@ from ficpd.types import (
 )
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`candidates`: words that are tried for one place, beside the one that stands there (8 is ours: the paper's number was
     not to be read). `signal` "loss": the task's, where the backbone gives one. `clip_norm`: of a record's vector of right
     and wrong, under record-level privacy; at 1 one that tells a single candidate from the others counts whole."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     candidates: int = Field(default=8, ge=1)
     signal: Literal["accuracy", "loss"] = "accuracy"
     clip_norm: float = Field(default=1.0, gt=0)
@@ -64,12 +65,16 @@ def build(config: Config, training: LocalTrainingConfig) -> "FedDtpt":
     return FedDtpt(config, training)
 
 
-class FedDtpt:
-    name, centralized, trains, releases, linear, full_first_round = "feddtpt", False, True, True, False, False
-    learning_rate = None
+class FedDtpt(Method):
+    name = "feddtpt"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training, self.clip_norm = config, training, config.clip_norm
+        super().__init__(training)
+        self.config = config
+        self.capabilities = Capabilities(
+            private_units=("record",), prompt_type="tokens", record_clip_norm=config.clip_norm,
+            not_private="it sends words, which take no noise; use privacy.name = 'record_gaussian'",
+        )  # fmt: skip
 
     def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
         """Words as they are; for vectors as many words, drawn by the seed."""
@@ -84,9 +89,6 @@ class FedDtpt:
 
     def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"seed": setup.seed})
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"seed": state.facts["seed"]})
@@ -121,24 +123,14 @@ class FedDtpt:
             prompt_P1 = aggregate_tokens(ids_KN, words.vectors(ids_KN).cpu())[:, None]
         return State({"prompt": prompt_P1}, {**state.facts, "excluded_updates": aside})
 
-    def global_prompt(self, state: State) -> Tensor:
-        return state.arrays["prompt"]
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return assignment.arrays["prompt"]
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {"global": state.arrays["prompt"]}
-
 
 def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: 1 where another answer than the right one scores as high, else 0; of a task without answers to choose from the
     task's loss."""
-    logits = getattr(batch.task, "logits", None)
-    if logits is None:
+    logits_RC = batch.task.logits(outputs, batch)
+    if logits_RC is None:
         return batch.task.loss(outputs, batch)
     assert batch.targets is not None
-    logits_RC = logits(outputs, batch)
     right_R1 = logits_RC.gather(1, batch.targets[:, None])
     return ((logits_RC >= right_R1).sum(1) > 1).float()
 
@@ -146,7 +138,7 @@ def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
 def argmin_first(mean_K: Tensor) -> int:
     """The place of the least, the first of several: what stands there stays unless another word is better.
 
-    >>> least(torch.tensor([0.25, 0.5, 0.25]))
+    >>> argmin_first(torch.tensor([0.25, 0.5, 0.25]))
     0
     """
     return int((mean_K == mean_K.min()).nonzero()[0])

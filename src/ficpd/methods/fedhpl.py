@@ -22,15 +22,15 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import CodecError, ConfigError
-from ficpd.federation.validation import RATE, validate_arrays, validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
-from ficpd.traits import Classifies
+from ficpd.registry import FrozenConfig
 from ficpd.types import (
     Answer,
     Assignment,
@@ -43,6 +43,7 @@ from ficpd.types import (
     Query,
     State,
 )
+from ficpd.validation import RATE, validate_arrays, validate_facts
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"
@@ -52,12 +53,11 @@ HALF = 0.5**0.5
 """Logits and count have half each of a row's squared norm."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`weight` is γ, `temperature` τ, `own_share` α; all defaults are ours. `logit_norm`: how long centred logits may be
     beside a count of one; a record with longer ones counts for less (without privacy it changes nothing). `share`: of a
     record-level mechanism's budget, what the sums of all rounds take; the prompt gets the rest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)
     own_share: float = Field(default=0.25, ge=0, le=1)
@@ -69,19 +69,23 @@ def build(config: Config, training: LocalTrainingConfig) -> "FedHpl":
     return FedHpl(config, training)
 
 
-class FedHpl:
+class FedHpl(Method):
     """Guarantees (`tests/methods/test_fedhpl.py`): every prompt that is asked about depends on the records only through
     `ClientSide.mean`; a record's row in the total, logits and count together, is as long as `logit_norm` says and clipped
     to norm 1; the ledger has a line of the logits for each round that the client answered."""
 
-    name, centralized, trains, releases, linear, full_first_round = "fedhpl", False, True, True, False, False
+    name = "fedhpl"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training = config, training
-        self.totals = {LOGITS: config.share}
+        super().__init__(training)
+        self.config = config
+        self.capabilities = Capabilities(
+            private_units=("record",), statistics_per_round={LOGITS: config.share},
+            not_private="its clients release totals over their records; use privacy.name = 'record_gaussian'",
+        )  # fmt: skip
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        if not all(isinstance(task, Classifies) for task in tasks):
+        if not all(task.num_labels for task in tasks):
             kinds = ", ".join(str(task.to_config()["name"]) for task in tasks)
             raise ConfigError(f"fedhpl compares logits label by label, and not every task here has labels ({kinds})")
 
@@ -89,9 +93,6 @@ class FedHpl:
         facts = {"num_rounds": setup.num_rounds, "num_labels": dict(setup.num_labels)}
         facts["group"] = {card.name: _group(card) for card in setup.clients}
         return State({}, facts)
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         """Logits as soon as there are any."""
@@ -106,7 +107,6 @@ class FedHpl:
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         records = client.full_batch()
-        assert isinstance(records.task, Classifies)
         if LOGITS in assignment.arrays and len(assignment.arrays[LOGITS]) != records.task.num_labels:
             raise CodecError(
                 f"the order has logits of {len(assignment.arrays[LOGITS])} labels, and the task here {records.task.num_labels}"
@@ -153,9 +153,6 @@ class FedHpl:
         sent = {SENT + update.client: update.arrays[LOGITS] for update in updates}
         return State({**state.arrays, **sent}, state.facts)
 
-    def global_prompt(self, state: State) -> None:
-        return None
-
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         return client.client_state.get("prompt", client.start)
 
@@ -173,19 +170,14 @@ class FedHpl:
         if assignment.arrays and not (assignment.arrays[LOGITS].abs() <= LARGEST_LOGIT).all():
             raise CodecError(f"the order has logits beyond {LARGEST_LOGIT:g}, which no mean of clipped ones comes to")
 
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        """Nothing that anybody shares."""
-        return {}
-
 
 def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
     """[B, C, 1 + C]: in the row of its class, each correctly classified record's one and its centred logits over
     `logit_norm`, so that a record with logits of that length has norm 1; nothing of a record that is misclassified."""
-    assert isinstance(batch.task, Classifies)
     assert batch.targets is not None
     rows = []
     for b, target in enumerate(batch.targets.tolist()):  # one by one: all at once are rounded by how many there are
-        logits_C = batch.task.logits(outputs.select(torch.tensor([b])), batch.select([b]))[0].float().cpu()
+        logits_C = _logits(outputs.select(torch.tensor([b])), batch.select([b]))[0].float().cpu()
         row_CN = torch.zeros(len(logits_C), 1 + len(logits_C))
         if int(logits_C.argmax()) == target:
             row_CN[target] = HALF * F.pad((logits_C - logits_C.mean()) / logit_norm, (1, 0), value=1.0)
@@ -215,12 +207,17 @@ def _means(summed_CN: Tensor) -> tuple[Tensor, Tensor]:
 def distillation_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
     """[R]: the task's loss plus γ τ² KL(softmax(Ẑ/τ) ‖ softmax(f/τ)) (Hinton et al., 2015, arXiv 1503.02531, section 2: τ²
     keeps the gradient's size as τ changes)."""
-    assert isinstance(batch.task, Classifies)
     weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
-    own_RC = (batch.task.logits(outputs, batch) / temperature_R[:, None]).log_softmax(1)
+    own_RC = (_logits(outputs, batch) / temperature_R[:, None]).log_softmax(1)
     wanted_RC = (batch.extra[TARGET] / temperature_R[:, None]).log_softmax(1)
     apart_R = F.kl_div(own_RC, wanted_RC, reduction="none", log_target=True).sum(1)
     return batch.task.loss(outputs, batch) + weight_R * apart_R
+
+
+def _logits(outputs: ModelOutput, batch: Batch) -> Tensor:
+    logits_RC = batch.task.logits(outputs, batch)
+    assert logits_RC is not None, "checked before the run"
+    return logits_RC
 
 
 def _group(card: ClientCard) -> str:

@@ -15,25 +15,27 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer, fedexp_factor
 from ficpd.federation.client import LABELS
 from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, relabel_clusters, shrinkage
 from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
 from ficpd.methods.shared.residual import with_label_prior
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SIGNATURE = "signature/"
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`num_prototypes`: clusters at most, or "auto" (see `cosine_kmeans`). `space` of the signatures: "delta", what a
-    client learned when it first started from the shared prompt; "way", how far it has come from it since; "prompt", the
+    client learned when it first started from the shared prompt; "offset", how far it has come from it since; "prompt", the
     prompt it reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at
     all: the clients' public `by` (the oracle, where that is the task).
 
@@ -44,9 +46,8 @@ class Config(BaseModel):
     the logits itself (as in FPL; classifications only; at the record level it costs the total `labels`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
-    space: Literal["delta", "way", "prompt", "function", "metadata"] = "delta"
+    space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
     by: str = "group"
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)
@@ -68,12 +69,16 @@ def build(config: Config, training: LocalTrainingConfig) -> "Ficpd":
     return Ficpd(config, training)
 
 
-class Ficpd:
-    name, centralized, trains, releases, linear = "ficpd", False, True, True, False
+class Ficpd(Method):
+    name = "ficpd"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training, self.full_first_round = config, training, config.gather
-        self.statistics = (LABELS,) if config.label_prior else ()
+        super().__init__(training)
+        self.config = config
+        self.capabilities = Capabilities(
+            private_units=("record", "client"), full_first_round=config.gather,
+            statistics_once=(LABELS,) if config.label_prior else (),
+        )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:
         start, by = setup.start.vectors_PD, self.config.by
@@ -87,9 +92,6 @@ class Ficpd:
             "metadata": {card.name: card.metadata.get(by, "") for card in setup.clients},
         }
         return State({"start": start, "global": start, "prototypes_KPD": start[None]}, facts)
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
@@ -134,9 +136,6 @@ class Ficpd:
 
     def global_prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return assignment.arrays["prompt"]
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}

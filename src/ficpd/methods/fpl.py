@@ -23,7 +23,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,18 +31,20 @@ from ficpd.federation.aggregation.mean import weighted_mean_of
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer
 from ficpd.federation.client import LABELS
-from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
 from ficpd.methods.shared.metadata_clustering import cluster_by_metadata, nearest_client
 from ficpd.methods.shared.residual import ContrastiveConfig, personal_prompt, tune_residual, with_label_prior
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.validation import RATE, validate_facts, validate_prompts
 
 SIGNATURE, SUM = "signature/", "delta/"
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`clusters`: "metadata" (see `cluster_by_metadata`: `by`, `num_clusters`, `distance`), "given" (each different card in
     the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
     client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
@@ -52,7 +54,6 @@ class Config(BaseModel):
     it costs the total `labels`, which `privacy.statistics` gives a share of the budget).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     clusters: Literal["metadata", "given", "signatures", "none"] = "metadata"
     by: tuple[str, ...] = ()
     num_clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -79,14 +80,17 @@ def build(config: Config, training: LocalTrainingConfig) -> "Fpl":
     return Fpl(config, training)
 
 
-class Fpl:
-    name, centralized, trains, releases = "fpl", False, True, True
+class Fpl(Method):
+    name = "fpl"
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
-        self.config, self.training = config, training
-        self.statistics = (LABELS,) if config.label_prior else ()
-        self.full_first_round = config.clusters == "signatures"
-        self.linear = config.robust.sums and config.server.sums and not self.full_first_round
+        super().__init__(training)
+        self.config = config
+        drawn_first = config.clusters == "signatures"
+        self.capabilities = Capabilities(
+            private_units=("record", "client"), linear=config.robust.sums and config.server.sums and not drawn_first,
+            full_first_round=drawn_first, statistics_once=(LABELS,) if config.label_prior else (),
+        )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:
         start = setup.start.vectors_PD
@@ -101,9 +105,6 @@ class Fpl:
         }
         arrays = {"start": start, "global": start, "prototypes_KPD": start.repeat(drawn.number, 1, 1)}
         return State(arrays, facts)
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         """Its cluster's prompt; the global one and other clusters', if it is to choose or they are contrasted."""

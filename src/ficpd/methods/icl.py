@@ -9,23 +9,20 @@ The second is what untuned examples mean to an encoder (Tip-Adapter, Zhang et al
 leaves; but whoever is answered with them is told of records, so this has no guarantee to give.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
 
 from ficpd.errors import ConfigError
-from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.interfaces import Backbone, Task
+from ficpd.methods.zero_shot import ZeroShot
 from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import FrozenConfig
 from ficpd.tasks.demonstrations import MIXES, Demonstrations, demonstrate, supports_demonstrations
 from ficpd.types import (
     Answer,
-    Assignment,
     Batch,
-    ClientCard,
-    ClientUpdate,
-    FederationInfo,
     Prompt,
     Query,
     Record,
@@ -33,21 +30,21 @@ from ficpd.types import (
 )
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`examples`: how many are shown in a context, at most (the paper: as many as fit, 10 to 100). A readout takes all."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     examples: int = Field(default=32, ge=1)
 
 
 def build(config: Config, training: LocalTrainingConfig) -> "Icl":
-    return Icl(config)
+    return Icl(config, training)
 
 
-class Icl:
-    name, centralized, trains, releases, linear, full_first_round = "icl", False, False, False, False, False
+class Icl(ZeroShot):
+    name = "icl"
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, training: LocalTrainingConfig):
+        super().__init__(training)
         self.config = config
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
@@ -58,39 +55,12 @@ class Icl:
                 "tuned; take a classification with task.tuned_head = false, or another method"
             )
 
-    def init(self, setup: FederationInfo) -> State:
-        """No virtual tokens; the head rows, if there are any, as they start."""
-        start = setup.start
-        return State({"prompt": start.vectors_PD[len(start.vectors_PD) - start.head_rows :]})
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return 0, 1
-
-    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
-        return Assignment(self.name, round, state.arrays)
-
-    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        return ClientUpdate(client.id, {})
-        yield
-
     def demonstrate(
-        self, task: Task, records: Sequence[Record], batch: Batch, prompt: Prompt, backbone: Backbone
+        self, task: Task, records: Sequence[Record], encoded: Callable[[], Batch], prompt: Prompt, backbone: Backbone
     ) -> Generator[Query, Answer, Demonstrations]:
-        found = yield from demonstrate(task, records, batch, prompt, backbone)
+        found = yield from demonstrate(task, records, encoded(), prompt, backbone)
         shown = found.get("") or found[f"{MIXES[-1]:g}"]
         return replace(shown, texts=shown.texts[: self.config.examples])
 
-    def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
-        return {}
-
-    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        return state
-
     def global_prompt(self, state: State) -> None:
         """Nothing that all share: each has examples of its own."""
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return assignment.arrays["prompt"]
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        return {}

@@ -5,34 +5,29 @@ The line that a federation has to beat at home. The prompt and Adam's moments st
 
 from collections.abc import Generator, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.federation.validation import RATE, validate_arrays, validate_facts
 from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.validation import RATE, validate_arrays, validate_facts
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(FrozenConfig):
+    """The method has no settings."""
 
 
 def build(config: Config, training: LocalTrainingConfig) -> "Local":
     return Local(training)
 
 
-class Local:
-    name, centralized, trains, releases, linear, full_first_round = "local", False, True, False, False, False
-
-    def __init__(self, training: LocalTrainingConfig):
-        self.training = training
+class Local(Method):
+    name, capabilities = "local", Capabilities(releases=False)
 
     def init(self, setup: FederationInfo) -> State:
         return State({}, {"num_rounds": setup.num_rounds})
-
-    def local_workload(self, state: State) -> tuple[int, int]:
-        return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, {}, {"rate": self.training.rate(round, state.facts["num_rounds"])})
@@ -50,9 +45,6 @@ class Local:
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return state
 
-    def global_prompt(self, state: State) -> None:
-        return None
-
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         return client.client_state.get("prompt", client.start)
 
@@ -60,7 +52,3 @@ class Local:
         """Raises `CodecError` unless a rate is all that it has."""
         validate_facts(assignment, RATE)
         validate_arrays(assignment, {})
-
-    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        """Nothing that anybody shares."""
-        return {}

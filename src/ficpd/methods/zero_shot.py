@@ -2,24 +2,25 @@
 
 from collections.abc import Generator, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ficpd.interfaces import ClientContext, Model
+from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(FrozenConfig):
+    """The method has no settings."""
 
 
 def build(config: Config, training: LocalTrainingConfig) -> "ZeroShot":
-    return ZeroShot()
+    return ZeroShot(training)
 
 
-class ZeroShot:
-    name, centralized, trains, releases, linear, full_first_round = "zero_shot", False, False, False, False, False
+class ZeroShot(Method):
+    name, capabilities = "zero_shot", Capabilities(releases=False, trains=False, candidates=1)
 
     def init(self, setup: FederationInfo) -> State:
         """No virtual tokens; the head rows, if the task has any, as they start."""
@@ -41,12 +42,6 @@ class ZeroShot:
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return state
-
-    def global_prompt(self, state: State) -> Tensor:
-        return state.arrays["prompt"]
-
-    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return assignment.arrays["prompt"]
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
         return {}

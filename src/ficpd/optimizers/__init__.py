@@ -1,4 +1,5 @@
-"""Tuners: how a client moves a prompt. Each is a generator, `prompt = yield from tune(...)`, that asks `Query`s."""
+"""Optimizers of a client's prompt. Each is a module with `black_box` and a generator, `prompt = yield from tune(...)`, that
+yields `Query`s. A black box asks for losses only, takes other arguments, and has `num_candidates`."""
 
 import math
 from collections.abc import Generator
@@ -40,7 +41,7 @@ class LocalTrainingConfig(BaseModel):
     def candidates(self) -> int:
         """How many candidates the optimizer asks about each record of a step."""
         optimizer = load("optimizers", self.optimizer)
-        return optimizer.num_candidates(self) if getattr(optimizer, "black_box", False) else 1
+        return optimizer.num_candidates(self) if optimizer.black_box else 1
 
     @property
     def public_seed(self) -> int:
@@ -54,7 +55,7 @@ class LocalTrainingConfig(BaseModel):
     def rate(self, round: int, num_rounds: int) -> float:
         """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.
 
-        >>> Training(learning_rate=1.0, decay=0.2).rate(1, 1)
+        >>> LocalTrainingConfig(learning_rate=1.0, decay=0.2).rate(1, 1)
         1.0
         """
         assert self.learning_rate is not None, "resolved from the backbone's default before a method is built"
@@ -81,7 +82,7 @@ def tune(
     optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
     weights = {"l2_weight": training.l2_weight, "proximal_weight": proximal_weight}
-    if getattr(optimizer, "black_box", False):  # it asks for losses alone, and knows coordinates by itself
+    if optimizer.black_box:  # it asks for losses alone, and knows coordinates by itself
         tuned = yield from optimizer.tune(client, start_PD, batches, training=training, order=order, **weights)
         return tuned
     begin = start_PD if coordinates is None else coordinates.project(start_PD)

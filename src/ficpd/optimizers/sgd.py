@@ -14,6 +14,7 @@ from torch import Tensor
 from ficpd.interfaces import ClientContext
 from ficpd.types import Answer, Batch, Query
 
+black_box = False
 AGREEMENT = 4.0
 """Records agree to about a quarter of what is typical of one of them: with this factor, Adam's rates serve here too."""
 

@@ -57,14 +57,14 @@ def encode_record(
     Raises `DataError` for a record that has no image where the backbone sees, or no text where it reads.
     """
     text, image = record.fields.get("text"), record.fields.get("image")
-    if backbone.sees_images and answer is None and not writes:
+    if backbone.modality == "image" and answer is None and not writes:
         if image is None:
             raise DataError(
                 f"{record.key}: no image, and {backbone.name} sees nothing else; name the column of images in data.columns "
                 "(image), or take a backbone that reads texts"
             )
         return backbone.preprocess_image(image, room)
-    if text is None and not backbone.sees_images:
+    if text is None and backbone.modality == "text":
         has = "an image and no text" if image is not None else "no text"
         raise DataError(
             f"{record.key}: {has}, and {backbone.name} reads nothing else; name the column of texts in data.columns (text)"
@@ -75,14 +75,14 @@ def encode_record(
 
 def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
     """Records without targets of what the backbone calls nonsense: public, and nobody's."""
-    role = "image" if backbone.sees_images else "text"
+    role = "image" if backbone.modality == "image" else "text"
     return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
     """The same records with a share of their words (what stands between spaces) in other words' place, drawn from what the
     backbone calls nonsense; each word falls by itself. Raises `BackboneError` where records are images."""
-    if backbone.sees_images:
+    if backbone.modality == "image":
         raise BackboneError(f"{backbone.name} sees images, and only words can be masked; do without masked records")
     random = rng.make_generator(seed, "which words")
     known = [word for text in backbone.synthetic_inputs(64, seed) for word in str(text).split()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import DataError, did_you_mean
-from ficpd.interfaces import Backbone
+from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, Record, Score
 
@@ -30,12 +30,11 @@ def build(config: Config) -> "Classification":
     return Classification(config)
 
 
-class Classification:
-    max_new_tokens = 0
-
+class Classification(Task):
     def __init__(self, config: Config):
         self.config, self.names = config, list(config.labels)
-        self.head_rows = len(self.names) if config.tuned_head else 0
+        self.num_labels = len(self.names)
+        self.head_rows = self.num_labels if config.tuned_head else 0
         self.answers = LabelTask(config.instruction, list(config.labels.values()))
 
     @property
@@ -48,10 +47,6 @@ class Classification:
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
         targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if has_targets(records) else None
         return self.answers.encode(self, records, targets, backbone, prompt)
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.names)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R, C] in the labels' order, shifted by what the batch knows of how frequent each is."""

@@ -64,7 +64,7 @@ def supports_demonstrations(task: Task) -> bool:
 
 def is_in_context(backbone: Backbone) -> bool:
     """Whether what stands before or behind a text is read with it: whether an instruction makes it longer."""
-    if backbone.sees_images:
+    if backbone.modality == "image":
         return False
     return backbone.tokenize("a", None, "a", None, 0).length > backbone.tokenize("a", None, "", None, 0).length
 

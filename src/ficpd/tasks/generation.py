@@ -14,7 +14,7 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from ficpd.errors import DataError
-from ficpd.interfaces import Backbone
+from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import encode_record
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
@@ -45,11 +45,9 @@ def build(config: Config) -> "Generation":
     return Generation(config)
 
 
-class Generation:
+class Generation(Task):
     """Fields: `text` (and `text_pair`), `target`, a text, and if wanted `references`, a list of texts to score against in
     the target's place. Needs a backbone that writes."""
-
-    head_rows = 0
 
     def __init__(self, config: Config):
         self.config, self.max_new_tokens = config, config.max_new_tokens
@@ -60,9 +58,6 @@ class Generation:
         only public text that speaks of the task, and a few plain sentences."""
         own = self.config.instruction.strip()
         return [*([own] if own else []), *MADE_UP]
-
-    def readout(self, backbone: Backbone) -> None:
-        """There is none: the whole vocabulary is the answer."""
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
         """One sequence per record; a record without a target has no scored tail, and what is written is the same.

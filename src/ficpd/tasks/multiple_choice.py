@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import BackboneError, DataError
-from ficpd.interfaces import Backbone
+from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import encode_record, has_targets
 from ficpd.tasks.generation import MADE_UP
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
@@ -50,11 +50,9 @@ class Option(int):
         return self
 
 
-class MultipleChoice:
+class MultipleChoice(Task):
     """Fields: `text` (and `text_pair`); `options`, a list of texts or a mapping of names to texts; `target`, a number (the
     option's place, the first is 0) or a text: a name, in a list A, B, C, ...; the option's own words; or its place."""
-
-    max_new_tokens, head_rows = 0, 0
 
     def __init__(self, config: Config):
         self.config = config
@@ -68,9 +66,6 @@ class MultipleChoice:
     def synthetic_fields(self, place: int) -> Mapping[str, Any]:
         """The options of a record that is made up: plain sentences, in eight changing sets."""
         return {"options": [MADE_UP[(place + i) % len(MADE_UP)] for i in range(USUAL)]}
-
-    def readout(self, backbone: Backbone) -> None:
-        """There is none: every record has its own answers."""
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
         """One sequence per option where the backbone reads answers, else one per record, and beside it where its options

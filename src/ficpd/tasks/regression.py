@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ficpd.data.untyped import parse_number
 from ficpd.errors import DataError
-from ficpd.interfaces import Backbone
+from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
@@ -41,9 +41,7 @@ def build(config: Config) -> "Regression":
     return Regression(config)
 
 
-class Regression:
-    max_new_tokens = 0
-
+class Regression(Task):
     def __init__(self, config: Config):
         self.config = config
         self.values_C = torch.tensor(list(config.anchors.values()))

@@ -86,7 +86,7 @@ def test_an_overfitted_prompt_tells_its_members(overfitted):
     assert max(attack.auc for attack in found.attacks.values()) > 0.7
     assert (found.num_members, found.prompt, found.epsilon) == (40, "global", None)
     assert not found.alarm
-    assert "no upper bound to compare" in verdict(found)
+    assert "no stated ε to compare" in verdict(found)
 
 
 def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
@@ -98,7 +98,7 @@ def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
     assert found.mechanism.stated == found.epsilon <= 2.0
     assert found.planted.runs == 30
     assert not found.alarm
-    assert "this is no proof" in (run / "audit.md").read_text()
+    assert "not a proof" in (run / "audit.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["clips_the_mean", "noise_off_by_the_batch"])
@@ -106,7 +106,7 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, fic
     run = federation(tmp_path, unsound, f"privacy.how={how}", *NOISED, rounds=2)
     status, out, err = ficpd("audit", run, "--canaries", 0, "--shadows", 1)
     assert (status, err) == (2, "")
-    assert "ALARM: the privacy that was stated does not hold" in out
+    assert "ALARM: the stated privacy does not hold" in out
     assert json.loads((run / "audit.json").read_text())["alarm"] is True
     assert "**ALARM" in (run / "audit.md").read_text()
 
@@ -264,7 +264,7 @@ def test_each_shadow_has_records_and_a_stream_of_its_own(model):
 
 def test_no_shadows_or_too_large_ones_are_refused(model):
     for number, size in ((0, 12), (2, 21), (2, 0)):
-        with pytest.raises(PrivacyError, match="shadow prompts on"):
+        with pytest.raises(PrivacyError, match="shadow prompts ="):
             tuned(model, number, size)
 
 
@@ -363,7 +363,7 @@ def test_a_library_is_attacked_by_its_members(given_away, ficpd):
     kept = json.loads((given_away / "library-audit" / "audit.json").read_text())
     assert kept["advantage"] >= 0.3
     assert (kept["num_members"], kept["mechanism"], kept["planted"]) == (40, None, None)
-    assert "no upper bound to compare" in out
+    assert "no stated ε to compare" in out
     assert "library-audit/audit.md" in out
     assert {file.name for file in (given_away / "library").iterdir()} == {
         "README.md",
@@ -379,7 +379,7 @@ def test_members_and_others_come_together_and_differ(given_away, ficpd):
     assert "--trained and --others together" in err
     status, _, err = ficpd(*one, "--others", given_away / "in.csv")
     assert status == 1
-    assert "0 records that nobody trained on were found" in err
+    assert "0 distinct non-members" in err
 
 
 # ---------------------------------------------------------------- what cannot be audited
@@ -409,7 +409,7 @@ def test_an_unknown_prompt_and_too_few_records_are_said(modest, tmp_path):
     lines = [f"{word} film,{label},a" for word, label in (("good", "good"), ("bad", "bad")) for _ in range(10)]
     (tmp_path / "records.csv").write_text("\n".join(["text,target,site", *lines]) + "\n")
     run_experiment(parse(small.toml(tmp_path / "records.csv", "fedavg", 1), "small.toml"), tmp_path / "run")
-    with pytest.raises(PrivacyError, match="0 records that nobody trained on"):
+    with pytest.raises(PrivacyError, match="0 distinct non-members"):
         audit_run(tmp_path / "run")
 
 
@@ -431,13 +431,13 @@ def test_the_verdict_is_what_the_bounds_say():
     assert page(bound(0.0, 2.0), bound(2.1, 2.0), 2.0).alarm
     assert "mechanism alone: ε is at least 2.10, 2.00 was stated" in verdict(page(bound(2.1, 2.0), None, 2.0))
     assert not page(None, bound(4.0, None), None).alarm
-    assert "not put to the test" in verdict(page(None, None, 2.0))
-    assert "no proof" in verdict(page(bound(0.0, 2.0), None, 2.0))
+    assert "was not tested" in verdict(page(None, None, 2.0))
+    assert "not a proof" in verdict(page(bound(0.0, 2.0), None, 2.0))
 
 
 def test_the_page_has_every_column_explained():
     text = markdown(page(bound(1.0, 2.0), bound(0.5, 2.0), 2.0))
-    for column in (*table(page(None, None, 2.0))[0][1:], "ε is at least", "most that could be shown"):
+    for column in (*table(page(None, None, 2.0))[0][1:], "ε is at least", "largest possible bound"):
         assert f"{column.partition(',')[0]}" in text.partition("- AUC:")[2]
     assert "Few non-members" not in text
     assert "None" not in text

@@ -166,7 +166,7 @@ def test_the_door_is_the_units():
         "local": "release",
         "central": "sum",
     }
-    with pytest.raises(PrivacyError, match="promises nothing"):
+    with pytest.raises(PrivacyError, match="unit = 'none'"):
         lower_bound(none.NoPrivacy(), PLAN, DELTA)
 
 

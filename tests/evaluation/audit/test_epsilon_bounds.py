@@ -141,12 +141,12 @@ def test_more_confidence_and_more_delta_say_less():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: two_world_bound([1.0], [1.0, 2.0], 0.0), "1 and 2 runs were given"),
+        (lambda: two_world_bound([1.0], [1.0, 2.0], 0.0), "1 runs without and 2 with"),
         (lambda: two_world_bound([1.0, np.inf], [1.0, 2.0], 0.0), "scores_without has shape"),
-        (lambda: two_world_bound([1.0, 2.0], [1.0, 2.0], 1.0), r"delta 1.0 .* expected \[0, 1\)"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, confidence=95), "confidence 95"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0), "0 guesses on 2 canaries"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, guesses=3), "3 guesses on 2 canaries"),
+        (lambda: two_world_bound([1.0, 2.0], [1.0, 2.0], 1.0), r"delta = 1.0.* expected \[0, 1\)"),
+        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, confidence=95), "confidence = 95"),
+        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0), "guesses = 0"),
+        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, guesses=3), "guesses = 3"),
         (lambda: one_run_bound([1.0, 2.0], [True], 0.0), "included is bool of shape"),
     ],
 )

@@ -25,7 +25,9 @@ from ficpd.types import ClientCard, ClientUpdate, Query, State
 RULES = ("trimmed_mean", "norm_bound", "multi_krum")
 APART = {"fedbpt", "feddtpt", "fedhpl", "prompt_dpsgd"}
 """What their clients send is a search's population, words, logits kept by client, nothing: no mean is taken of it."""
-AVERAGING = [n for n in names("methods") if n not in APART and (m := small.method(n)).releases and not m.centralized]
+AVERAGING = [
+    n for n in names("methods") if n not in APART and (m := small.method(n).capabilities).releases and not m.centralized
+]
 POISONED = "site-3"
 
 
@@ -88,14 +90,14 @@ def test_whatever_the_poisoned_send_the_mean_stays_with_the_honest(drawn):
     good, bad, weights = drawn
     given, poisoned = updates(*good, *bad, weights=weights), len(bad)
     good = torch.tensor(good, dtype=torch.float64)
-    trimmed, _ = mean("trimmed_mean", given, poisoned=poisoned)
+    trimmed, _ = mean("trimmed_mean", given, num_byzantine=poisoned)
     assert bool(((trimmed >= good.amin(0) - 1e-5) & (trimmed <= good.amax(0) + 1e-5)).all())
     # A poisoned update is chosen only if it scores no worse than some honest one, whose n - f - 2 nearest are no further
     # than the honest ones' diameter; and at least n - 2f - 1 of its own nearest are honest.
-    krum, _ = mean("multi_krum", given, poisoned=poisoned)
+    krum, _ = mean("multi_krum", given, num_byzantine=poisoned)
     far = torch.cdist(good, good).max() * (1 + ((len(given) - poisoned - 2) / (len(given) - 2 * poisoned - 1)) ** 0.5)
     assert float((krum - good.mean(0)).norm()) <= float(far) + 1e-4
-    bounded, _ = mean("norm_bound", given, poisoned=poisoned)
+    bounded, _ = mean("norm_bound", given, num_byzantine=poisoned)
     assert float(bounded.norm()) <= 2 * float(good.norm(dim=1).max()) + 1e-4
 
 
@@ -134,9 +136,9 @@ def test_the_mean_is_the_weighted_mean_to_the_last_bit_and_says_nothing():
 def test_the_order_of_updates_does_not_matter(rule):
     given = [*honest(), *updates(torch.zeros(12), torch.zeros(12))]
     given = [ClientUpdate(f"site-{i:02}", u.arrays, u.weight) for i, u in enumerate(given)]
-    first = mean(rule, given, poisoned=3)
+    first = mean(rule, given, num_byzantine=3)
     for seed in range(4):
-        again = mean(rule, small.shuffled(given, seed), poisoned=3)
+        again = mean(rule, small.shuffled(given, seed), num_byzantine=3)
         assert torch.equal(again[0], first[0])
         assert again[1] == first[1]
 
@@ -150,7 +152,7 @@ def test_of_two_that_are_equally_far_the_order_of_arrival_does_not_choose():
 def test_each_rule_by_hand():
     given = updates([0.0, 3.0], [1.0, 4.0], [2.0, 5.0], [3.0, -90.0], [100.0, 6.0], weights=[9.0, 1.0, 1.0, 1.0, 1.0])
     assert mean("trimmed_mean", given)[0].tolist() == [2.0, 4.0]
-    assert mean("trimmed_mean", given, poisoned=2)[0].tolist() == [2.0, 4.0]
+    assert mean("trimmed_mean", given, num_byzantine=2)[0].tolist() == [2.0, 4.0]
     five = updates([0.0], [1.0], [2.0], [3.0], [100.0])
     found, facts = mean("multi_krum", five)
     assert (found.tolist(), facts["excluded_updates"]) == ([1.5], {"site-04": "left out of global"})
@@ -179,14 +181,14 @@ def test_an_update_within_the_bound_is_not_touched():
 )  # fmt: skip
 def test_of_too_few_as_many_as_can_be_are_trimmed_and_it_is_said(rule, count, poisoned, trimmed):
     given = honest(count)
-    found, facts = mean(rule, given, poisoned=poisoned)
+    found, facts = mean(rule, given, num_byzantine=poisoned)
     values = torch.stack([u.arrays["delta"].double() for u in given]).sort(0).values
     assert small.close(found, values[trimmed : count - trimmed].mean(0).float(), 1e-6)
     assert list(facts["underfilled_means"]) == ["global"]
     assert f"{count} came" in facts["underfilled_means"]["global"]
     assert f": {trimmed} trimmed" in facts["underfilled_means"]["global"]
     enough = 2 * poisoned + (3 if rule == "multi_krum" else 1)
-    assert mean(rule, honest(enough), poisoned=poisoned)[1]["underfilled_means"] == {}
+    assert mean(rule, honest(enough), num_byzantine=poisoned)[1]["underfilled_means"] == {}
 
 
 # ---------------------------------------------------------------- in every method that averages

@@ -98,23 +98,6 @@ def test_one_prompt_learns_what_two_teachers_of_different_label_sets_say(model, 
         assert agreement(model, learned.vectors_PD, teacher, batch) > agreement(model, begin, teacher, batch) + 0.2
 
 
-@pytest.mark.parametrize("kind", ["squared", "kl"])
-def test_each_example_is_taught_by_the_teacher_assigned_to_it(model, kind):
-    """Teachers contradict one another: on good texts the honest one says "good", on bad ones the liar does."""
-    task, begin = places(), start(model, places()).vectors_PD
-    records = place_records(32)
-    honest, liar = encoded(model, task, records), encoded(model, task, flipped(records, "sea", "town"))
-    teachers = torch.stack([tuned(model, honest, begin), tuned(model, liar, begin)])
-    assert agreement(model, *teachers, honest) < 0.1
-    assert honest.targets is not None
-    lesson = TaskExamples(honest, teachers, honest.targets.tolist())
-    learned = distill(model, begin, [lesson], steps=40, learning_rate=RATE, seed=0, loss=kind)
-    assert answers(model, learned.vectors_PD, honest).float().mean() < 0.1
-    contrary = TaskExamples(honest, teachers, (1 - honest.targets).tolist())
-    turned = distill(model, begin, [contrary], steps=40, learning_rate=RATE, seed=0, loss=kind)
-    assert answers(model, turned.vectors_PD, honest).float().mean() > 0.9
-
-
 def test_teachers_of_weight_nought_are_not_heard(model, two):
     begin, ((batch, teacher), (_, other)) = two
     alone = distill(model, begin, [TaskExamples(batch, teacher[None])], steps=3, learning_rate=RATE, seed=0)
@@ -232,10 +215,8 @@ def test_lessons_that_cannot_be_taught_say_why(model, two):
         with pytest.raises(ConfigError, match=match):
             distill(model, begin, lessons, steps=1, learning_rate=RATE, seed=0)
 
-    refused([], "nothing to distil on")
-    refused([TaskExamples(batch.select([]), stacked)], "nothing to distil on")
-    refused([TaskExamples(batch, stacked, [0] * 3)], "assignment of 3 examples.*each of 40 examples")
-    refused([TaskExamples(batch, stacked, [2] * 40)], r"teachers \[2\].*0 to 1")
+    refused([], "lessons")
+    refused([TaskExamples(batch.select([]), stacked)], "lessons")
     refused([TaskExamples(batch, stacked, weights=[1.0])], "expected 2 numbers")
     refused([TaskExamples(batch, stacked, weights=[0.0, 0.0])], "not all 0")
     refused([TaskExamples(batch, stacked, weights=[2.0, -1.0])], "from 0 on")
@@ -342,7 +323,7 @@ def test_an_inner_loop_that_fails_is_heard(model, monkeypatch):
         patch.setattr(meta_learning, "load", lambda kind, name: Broken)
         with pytest.raises(FloatingPointError, match="the optimizer's own"):
             reptiles(model, tasks, begin)
-    monkeypatch.setattr(model.backbone, "gives_gradients", False)
+    monkeypatch.setattr(model.backbone, "supports_gradients", False)
     with pytest.raises(BackboneError, match="no gradients"):
         reptiles(model, tasks, begin)
 
@@ -351,7 +332,7 @@ def test_an_inner_loop_that_fails_is_heard(model, monkeypatch):
 def test_episodes_that_cannot_be_learned_from_say_why(model, learn):
     begin, (task,) = start(model, places()).vectors_PD, episodes(model, 1)
     unlabelled = [Record(r.key, {"text": r.fields["text"]}) for r in small.records(4)]
-    with pytest.raises(ConfigError, match="no episodes"):
+    with pytest.raises(ConfigError, match="at least one"):
         learn(model, [], begin)
     with pytest.raises(ConfigError, match=r"1 examples with labels.*at least two"):
         learn(model, [task.select([0])], begin)

@@ -87,12 +87,12 @@ def test_a_writer_is_asked_for_the_instruction_and_the_labels_text():
 
 
 def test_a_backbone_that_cannot_write_says_what_to_configure(model):
-    with pytest.raises(BackboneError, match=r"tiny.*Configure a writer.*seed texts"):
+    with pytest.raises(BackboneError, match=r"tiny.*Configure a causal_lm.*public texts"):
         generation.generate_texts(model.backbone, {}, small.classes(), 3, 0)
 
 
 def test_a_task_without_labels_cannot_be_written_for(writer):
-    with pytest.raises(ConfigError, match=r"regression.*no list of labels.*classifications only"):
+    with pytest.raises(ConfigError, match=r"regression.*expected a classification"):
         generation.generate_texts(writer, {}, small.numbers(), 3, 0)
 
 
@@ -315,7 +315,7 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line):
     save([example("we saw it")], tmp_path / "s.jsonl")
     with (tmp_path / "s.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(DataError, match=r"s\.jsonl line 2 is no synthetic example.*expected an object with text"):
+    with pytest.raises(DataError, match=r"s\.jsonl line 2: expected an object with text"):
         load(tmp_path / "s.jsonl")
 
 

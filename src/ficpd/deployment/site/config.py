@@ -132,7 +132,7 @@ def read(path: Path | str) -> SiteConfig:
 def line_number(text: str, key: str) -> int | None:
     """The line, from 1, in which TOML text gives `part.key` a value; None where it does not, so that a default holds.
 
-    >>> line_of('name = "a"\\n[policy]\\nepsilon = 2', "policy.epsilon")
+    >>> line_number('name = "a"\\n[policy]\\nepsilon = 2', "policy.epsilon")
     3
     """
     *parts, name = key.split(".")

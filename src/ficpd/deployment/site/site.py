@@ -27,7 +27,8 @@ from ficpd.federation.client import Client, calibrated_batch, execute_assignment
 from ficpd.federation.codec import SiteRequest
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
 from ficpd.federation.validation import validate_assignment
-from ficpd.interfaces import Mechanism, Method, Task
+from ficpd.interfaces import Mechanism, Task
+from ficpd.method import Method
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
@@ -154,7 +155,9 @@ class Site:
         prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, assignment)}
         prompts |= {key: assignment.arrays[key] for key in ("prompt", "global") if key in assignment.arrays}
         batches = dict.fromkeys(prompts, batch) | {"personal": calibrated_batch(run.method, client, batch)}
-        return {key: score_prompt(prompt, batches[key], targets, self.model) for key, prompt in prompts.items()}
+        return {
+            key: score_prompt(client.task, prompt, batches[key], targets, self.model) for key, prompt in prompts.items()
+        }
 
     def _run(self, call: SiteRequest) -> Run:
         """The run of a call: known, kept from before a restart, or new and within the policy."""

@@ -1,4 +1,4 @@
-"""How well an attack does: AUC, advantage, and the share of members found while few others are accused.
+"""Measures an attack: AUC, advantage, and the true positive rate at low false positive rates.
 
 Shapes: N records, members and non-members together. All intervals are at 95%.
 """
@@ -20,9 +20,12 @@ RATES = (0.01, 0.001)
 
 @dataclass(frozen=True)
 class AttackMetrics:
-    """`auc`: the probability that a member scores above a non-member. `advantage`: TPR - FPR, measured on records that
-    had no say in the threshold; about 0 (below or above) if the attack learns nothing. `tpr`: the share of members found
-    at a false positive rate of at most 1% and 0.1%; None where there are too few non-members to see such a rate."""
+    """The metrics of one attack.
+
+    auc: the probability that a member scores above a non-member.
+    advantage: TPR - FPR at a threshold chosen on other records; about 0 for a useless attack.
+    tpr: at a false positive rate of at most 1% and 0.1%; None with too few non-members.
+    """
 
     auc: float
     auc_interval: Interval
@@ -35,9 +38,9 @@ class AttackMetrics:
 
 
 def attack_metrics(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> AttackMetrics:
-    """One attack's outcome. The seed fixes the bootstrap and the halves.
+    """Computes the metrics of one attack. The seed fixes the bootstrap and the halves.
 
-    >>> outcome([0.9, 0.8, 0.2, 0.1], [True, True, False, False], seed=0).auc
+    >>> attack_metrics([0.9, 0.8, 0.2, 0.1], [True, True, False, False], seed=0).auc
     1.0
     """
     score, member = _checked(score_N, member_N)
@@ -56,14 +59,14 @@ def attack_metrics(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> Attack
 
 
 def best_advantage(scores: Mapping[str, ArrayLike], member_N: ArrayLike, seed: int) -> tuple[float, Interval]:
-    """The advantage of the best attack at its best threshold, and its interval.
+    """Returns the advantage of the best attack at its best threshold, and its interval.
 
-    Both are chosen on one half of the records and measured on the other, both ways round: the most over attacks and
-    thresholds of what is measured on the same records would be above 0 for records that nobody saw. The interval is that
-    of two independent proportions (Agresti and Caffo, The American Statistician 54(4), 2000), also near 0 and 1.
+    Both are chosen on one half of the records and measured on the other, in both directions; choosing on the measured
+    records would bias the advantage upwards. The interval is that of two independent proportions (Agresti and Caffo,
+    The American Statistician 54(4), 2000), valid also near 0 and 1.
     """
     if not scores:
-        raise PrivacyError("no attack's scores were given, expected at least one.")
+        raise PrivacyError("scores: expected at least one attack")
     checked = [_checked(score, member_N) for score in scores.values()]
     score_AN, member = np.stack([score for score, _ in checked]), checked[0][1]
     accused, half = np.zeros(len(member), dtype=bool), _halves(member, seed)
@@ -75,8 +78,9 @@ def best_advantage(scores: Mapping[str, ArrayLike], member_N: ArrayLike, seed: i
 
 
 def label_matched(labels_members: ArrayLike, labels_nonmembers: ArrayLike, seed: int) -> np.ndarray:
-    """Indices, ascending, of non-members among whom each label has the share that it has among members: as many as there
-    can be, each label's count to the nearest record. Else an attack that only reads the label would seem to work.
+    """Returns the sorted indices of the most non-members with the members' label shares.
+
+    Without matching, an attack could succeed by the label alone.
 
     >>> label_matched(["a", "a", "b"], ["b", "b", "b", "a", "a"], seed=0).size
     3
@@ -85,7 +89,7 @@ def label_matched(labels_members: ArrayLike, labels_nonmembers: ArrayLike, seed:
     places = [np.flatnonzero(np.asarray(labels_nonmembers) == label) for label in labels]
     missing = [str(label) for label, place in zip(labels, places, strict=True) if not len(place)]
     if missing or not len(labels):
-        raise PrivacyError(f"no non-member has the label {', '.join(missing)}, expected every label of the members.")
+        raise PrivacyError(f"no non-member has the label {', '.join(missing)}: expected every label of the members")
     scarce = min(range(len(labels)), key=lambda i: len(places[i]) / wanted[i])
     have, need = len(places[scarce]), int(wanted[scarce])
     counts = [(2 * int(count) * have + need) // (2 * need) for count in wanted]
@@ -98,14 +102,12 @@ def _checked(score_N: ArrayLike, member_N: ArrayLike) -> tuple[np.ndarray, np.nd
     score = as_float_vector("score_N", score_N)
     member = as_bool_vector("member_N", member_N, len(score))
     if min(member.sum(), (~member).sum()) < 2:
-        raise PrivacyError(
-            f"{member.sum()} members and {(~member).sum()} non-members were given, expected at least 2 of each."
-        )
+        raise PrivacyError(f"{member.sum()} members and {(~member).sum()} non-members: expected at least 2 of each")
     return score, member
 
 
 def _halves(member_N: np.ndarray, seed: int) -> np.ndarray:
-    """True for half of the members and half of the non-members, drawn at random. [N]"""
+    """Returns True for a random half of the members and a random half of the non-members, [N]."""
     random, half = np.random.default_rng(seed), np.zeros(len(member_N), dtype=bool)
     for group in (np.flatnonzero(member_N), np.flatnonzero(~member_N)):
         half[random.permutation(group)[: len(group) // 2]] = True
@@ -113,7 +115,7 @@ def _halves(member_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _best_threshold(score_AN: np.ndarray, member_N: np.ndarray) -> tuple[int, float]:
-    """The attack and the threshold with the most TPR - FPR on these records."""
+    """Returns the attack and the threshold with the highest TPR - FPR."""
     best = []
     for score_N in score_AN:
         fpr, tpr, thresholds = roc_curve(member_N, score_N)
@@ -124,14 +126,14 @@ def _best_threshold(score_AN: np.ndarray, member_N: np.ndarray) -> tuple[int, fl
 
 
 def _difference_interval(true: np.ndarray, false: np.ndarray) -> Interval:
-    """One success and one failure are added to each proportion."""
+    """Adds one success and one failure to each proportion."""
     p, q, m, n = (true.sum() + 1) / (len(true) + 2), (false.sum() + 1) / (len(false) + 2), len(true) + 2, len(false) + 2
     margin = norm.ppf(0.975) * np.sqrt(p * (1 - p) / m + q * (1 - q) / n)
     return max(float(p - q - margin), -1.0), min(float(p - q + margin), 1.0)
 
 
 def _auc_interval(score_N: np.ndarray, member_N: np.ndarray, seed: int, resamples: int = 1000) -> Interval:
-    """Percentile bootstrap: members and non-members are drawn again, each among themselves."""
+    """Returns the percentile bootstrap interval; members and non-members are resampled separately."""
     place_N = np.unique(score_N, return_inverse=True)[1]
     members, others = place_N[member_N], place_N[~member_N]
     random, size = np.random.default_rng(seed), int(place_N.max()) + 1
@@ -145,10 +147,10 @@ def _auc_interval(score_N: np.ndarray, member_N: np.ndarray, seed: int, resample
 
 
 def _tpr_at(rate: float, score_N: np.ndarray, member_N: np.ndarray) -> tuple[float, Interval] | None:
-    """The most members found while at most `rate` of the non-members are accused, and the Clopper-Pearson interval.
+    """Returns the highest true positive rate at a false positive rate of at most `rate`, with its Clopper-Pearson
+    interval.
 
-    The interval is that of the members' draw, given the threshold, which the non-members fix. None if 1 / `rate`
-    non-members are not there: then the rate could only be met by accusing none.
+    The interval is over the members, given the threshold. Returns None with fewer than 1 / `rate` non-members.
     """
     members, others = int(member_N.sum()), int((~member_N).sum())
     if others * rate < 1 - 1e-9:

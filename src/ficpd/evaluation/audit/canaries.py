@@ -1,8 +1,8 @@
-"""A mechanism attacked directly: the worst record, or the worst client, plays the whole run, and no backbone is needed.
+"""Attacks a mechanism directly with the worst record or client over a whole run, without a backbone.
 
-Nasr et al., USENIX Security 2023, arXiv 2302.07956: a canary whose contribution is huge in one coordinate (a Dirac
-gradient), seen by an adversary who is given every release. What is audited is clipping, sampling, the divisor and the
-deviation asked for; the noise comes from seeded streams, whatever source the run drew from.
+Nasr et al., USENIX Security 2023, arXiv 2302.07956: the canary's contribution is huge in one coordinate (a Dirac
+gradient), and the adversary sees every release. The audit covers clipping, sampling, the divisor and the standard
+deviation. Its noise comes from seeded streams, whatever source the run used.
 """
 
 import math
@@ -21,61 +21,52 @@ from ficpd.privacy.noise import SeededNoise
 from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 
 HUGE, SMALL = 1e6, 1e-6
-"""A canary's contribution, far beyond any clip norm; and everybody else's, in turns above and below zero."""
+"""A canary's contribution, far above any clip norm, and the others', of alternating sign."""
 CANARY = "canary"
 AFFORDED = {"step": 48_000, "release": 80_000, "sum": 16_000}
-"""Releases of one door played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
+"""The maximum number of releases of a kind in all trials, which limits an audit to seconds."""
 Scores = tuple[list[float], list[float]]
 Streams = Callable[[int], NoiseSource]
 
 
 def lower_bound(
-    mechanism: Mechanism,
-    plan: ClientWorkload,
-    delta: float,
-    trials: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> float:
-    """What the mechanism's epsilon at `delta` is at least, for a run of this plan; 0 when nothing can be said.
+    mechanism: Mechanism, plan: ClientWorkload, delta: float, trials: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> float:  # fmt: skip
+    """Returns a lower bound on the mechanism's epsilon at `delta` for a run of this plan; 0 if none can be given.
 
-    As many runs are played as `affordable` says. Raises `PrivacyError` for a mechanism without a guarantee.
+    `num_trials` sets the number of runs. Raises `PrivacyError` for a mechanism without a guarantee.
 
-    Guarantees: if the mechanism does what it says, the number is above its epsilon with probability at most
-    1 - `confidence` over the streams (`tests/audit/test_canaries.py`).
+    Guarantees: for a correct mechanism, the bound is above its epsilon with probability at most 1 - `confidence` over the
+        streams (`tests/evaluation/audit/test_canaries.py`).
     """
     play = record_scores if release_kind(mechanism) == "step" else client_scores
-
-    def stream(trial: int) -> NoiseSource:
-        return SeededNoise(seed, CANARY, trial)
-
-    without, with_ = play(mechanism, plan, num_trials(mechanism, plan, trials), stream)
+    trials = num_trials(mechanism, plan, trials)
+    without, with_ = play(mechanism, plan, trials, lambda trial: SeededNoise(seed, CANARY, trial))
     return two_world_bound(without, with_, delta, confidence)
 
 
 def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
-    """How many runs of this plan are played when `trials` are asked for; at least 200."""
-    passed = release_kind(mechanism)
+    """Returns the number of runs for `trials` requested ones: at least 200, at most `AFFORDED` allows."""
+    kind = release_kind(mechanism)
     releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
-    return min(trials, max(200, AFFORDED[passed] // max(releases[passed], 1)))
+    return min(trials, max(200, AFFORDED[kind] // max(releases[kind], 1)))
 
 
 def release_kind(mechanism: Mechanism) -> str:
-    """Through which door the unit's contribution leaves, as in `Mechanism.price`: "step", "release" or "sum"."""
+    """Returns the kind of release of the unit's contribution, as in `Mechanism.cost`: "step", "release" or "sum"."""
     if mechanism.unit == "none":
-        raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
+        raise PrivacyError("unit = 'none': expected a mechanism with a guarantee")
     return "step" if mechanism.unit == "record" else "release" if mechanism.cost("sum") is None else "sum"
 
 
 def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """Each run's score on ordinary records, and on these and one canary more, which joins steps as they do.
+    """Returns each run's scores without and with a canary record, which is sampled like the others.
 
-    The ordinary records' contributions cancel, so that a mechanism that clips the batch's mean and not each record lets
-    the canary through. A trial is one run in both worlds: they share the steps that the canary did not join, so within
-    a world all runs are independent, and between worlds nothing has to be.
+    The other contributions cancel, so a mechanism that clips the mean instead of each record is detected. A trial is
+    one run in both settings. They share the steps without the canary, so runs are independent within a setting only.
     """
     canary, expected = plan.num_records - 1, max(1, round(plan.sampling_rate * plan.num_records))
-    contribution_N = torch.cat([_in_turns(canary), torch.tensor([HUGE])])
+    contribution_N = torch.cat([_alternating(canary), torch.tensor([HUGE])])
 
     def released(rows: Tensor, noise: NoiseSource) -> float:
         return float(mechanism.noisy_mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
@@ -87,16 +78,16 @@ def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
                 others = rows[rows != canary]
                 without = released(others, noise)
                 sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
-        return _scored(sums, mechanism, "step")
+        return _log_ratios(sums, mechanism, "step")
 
-    return _in_both_worlds(run, trials, stream)
+    return _run_trials(run, trials, stream)
 
 
 def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """Each run's score in two worlds that differ in one client, as the placement's guarantee says.
+    """Returns each run's scores in two settings that differ in one client.
 
-    Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is and
-    joins rounds as all clients do.
+    Local noise: the client's huge updates have either sign. Central noise: the client is absent, or is sampled like
+    the others.
     """
     if release_kind(mechanism) == "sum":
         return _central_scores(mechanism, plan, trials, stream)
@@ -105,14 +96,14 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
     def sent(update: ClientUpdate, noise: NoiseSource) -> float:
         return sum(float(mechanism.privatize_update(update, noise).arrays["delta"]) for _ in range(plan.participations))
 
-    return _in_both_worlds(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
+    return _run_trials(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
 
 
 def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """What the clients send is the same in every round; trials are kept apart in the ledger by the site's name."""
-    price, ledger = _price(mechanism, "sum"), Ledger(":memory:", "audit")
-    expected, silent = price.sampling_rate * plan.num_clients, SeededNoise("audit")
-    values = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())} | {CANARY: HUGE}
+    """Computes client scores under central noise. Updates are constant; each trial has its own ledger account."""
+    cost, ledger = _cost(mechanism, "sum"), Ledger(":memory:", "audit")
+    expected, silent = cost.sampling_rate * plan.num_clients, SeededNoise("audit")
+    values = {f"client-{i}": value for i, value in enumerate(_alternating(plan.num_clients).tolist())} | {CANARY: HUGE}
     updates = {
         n: mechanism.privatize_update(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()
     }
@@ -120,7 +111,7 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
     accounts = (ledger.account(f"run {number}", Budget(None, 0.5)) for number in range(trials))
 
     def run(noise: NoiseSource) -> tuple[float, float]:
-        server, sums = CentralGaussian(price, clip_norm, expected, lambda round: noise, next(accounts)), []
+        server, sums = CentralGaussian(cost, clip_norm, expected, lambda round: noise, next(accounts)), []
 
         def released(cohort: list[str], round: int, context: str) -> float:
             mean = server.noisy_mean([updates[name] for name in cohort], {"delta": (1,)}, round, context)
@@ -131,40 +122,41 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
             others = [name for name in cohort if name != CANARY]
             without = released(others, round, "without")
             sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
-        return _scored(sums, mechanism, "sum")
+        return _log_ratios(sums, mechanism, "sum")
 
     try:
-        return _in_both_worlds(run, trials, stream)
+        return _run_trials(run, trials, stream)
     finally:
         ledger.close()
 
 
-def _in_both_worlds(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
+def _run_trials(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
     pairs = [run(stream(trial)) for trial in range(trials)]
     return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 
 
-def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, passed: str) -> tuple[float, float]:
-    """Each world's log likelihood ratio, with the canary to without, if the mechanism did as its price says.
+def _log_ratios(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: str) -> tuple[float, float]:
+    """Returns each setting's log likelihood ratio of with to without the canary, under the stated cost.
 
-    A release x, in clip norms, is N(0, z²) without, and with it a mixture of that and N(1, z²) in the share q.
+    A release x, in clip norms, is N(0, z²) without it, and with it a mixture of that and N(1, z²) in the share q.
     """
     if not sums_T2:
         return 0.0, 0.0
-    q, z = _price(mechanism, passed).sampling_rate, max(_price(mechanism, passed).noise_multiplier, 1e-3)
+    cost = _cost(mechanism, kind)
+    q, z = cost.sampling_rate, max(cost.noise_multiplier, 1e-3)
     x_T2 = np.array(sums_T2) / mechanism.guarantee()["clip_norm"]
     absent = math.log1p(-q) if q < 1 else -math.inf
     without, with_ = np.logaddexp(absent, math.log(q) + (2 * x_T2 - 1) / (2 * z**2)).sum(0).tolist()
     return without, with_
 
 
-def _price(mechanism: Mechanism, passed: str) -> PrivacyCost:
-    price = mechanism.cost(passed)
-    if price is None:
-        raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and no price for the door {passed!r}; state it")
-    return price
+def _cost(mechanism: Mechanism, kind: str) -> PrivacyCost:
+    cost = mechanism.cost(kind)
+    if cost is None:
+        raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind!r}")
+    return cost
 
 
-def _in_turns(number: int) -> Tensor:
-    """[number]: small, above zero and below it in turns."""
+def _alternating(number: int) -> Tensor:
+    """Returns small values of alternating sign, [number]."""
     return SMALL * (1.0 - 2.0 * (torch.arange(number) % 2))

@@ -1,4 +1,4 @@
-"""Canaries among real records: the same texts with a wrong label, put into sites by the flip of a coin."""
+"""Mislabels records as canaries and adds them to random clients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,31 +14,29 @@ from ficpd.types import ClientData, Record
 def make_mislabelled_canaries(
     task: Task, records: Sequence[Record], shards: Mapping[str, ClientData], seed: int
 ) -> list[Record]:
-    """The same records with another label of those seen, the number mirrored within the range seen, or, where texts are to
-    be written, the target of another record."""
+    """Returns the records with wrong targets: another label, or the number mirrored in the observed range.
+
+    For a generation task it swaps the targets of the records.
+    """
     train = [record for shard in shards.values() for record in shard.train]
     if task.max_new_tokens:
         turned = [*records[1:], *records[:1]] if len(records) > 1 else []
-        return [
-            replace(r, fields={**r.fields, **_targets_of(other)}) for r, other in zip(records, turned, strict=False)
-        ]
+        targets = [{name: other.fields.get(name) for name in ("target", "references")} for other in turned]
+        return [replace(r, fields={**r.fields, **swapped}) for r, swapped in zip(records, targets, strict=False)]
     seen = sorted(set(task.targets(train)))
     if len(seen) < 2:
         return []
     random, truths = np.random.default_rng(rng.derive_seed(seed, "labels")), task.targets(records) if records else []
     if has_labels(task, train):
-        wrong = [random.choice([label for label in _labels(truth, seen) if label != truth]).item() for truth in truths]
+        options = [range(truth.of) if isinstance(truth, Option) else seen for truth in truths]
+        wrong = [random.choice([o for o in of if o != t]).item() for of, t in zip(options, truths, strict=True)]
     else:
         wrong = [seen[0] + seen[-1] - truth for truth in truths]
     return [replace(r, fields={**r.fields, "target": target}) for r, target in zip(records, wrong, strict=True)]
 
 
-def _targets_of(record: Record) -> dict[str, object]:
-    return {name: record.fields.get(name) for name in ("target", "references")}
-
-
 def inject_canaries(shards: Mapping[str, ClientData], records: Sequence[Record], seed: int) -> dict[str, ClientData]:
-    """Each record goes to the training records of a client drawn at random."""
+    """Adds each record to the training records of a random client."""
     names, random = list(shards), np.random.default_rng(rng.derive_seed(seed, "sites"))
     given: dict[str, list[Record]] = {name: [] for name in names}
     for record in records:
@@ -47,10 +45,5 @@ def inject_canaries(shards: Mapping[str, ClientData], records: Sequence[Record],
 
 
 def has_labels(task: Task, records: Sequence[Record]) -> bool:
-    """Whether the truths are names (classes) or one of several options, and not numbers."""
+    """Whether targets are classes or options, not numbers."""
     return isinstance(task.targets(records[:1])[0], (str, Option))
-
-
-def _labels(truth: str | Option, seen: Sequence[str]) -> Sequence:
-    """What might be said instead of a truth: another class, another of the record's own options."""
-    return range(truth.of) if isinstance(truth, Option) else seen

@@ -1,5 +1,7 @@
-"""Lower bounds on epsilon from attacks on canaries: if one exceeds the stated epsilon, the mechanism does less than it
-says. A low bound proves nothing: a better attack may exist."""
+"""Lower bounds on epsilon from attacks on canaries.
+
+A bound above the stated epsilon contradicts it. A low bound proves nothing: a better attack may exist.
+"""
 
 import math
 
@@ -12,28 +14,29 @@ from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.membership import as_bool_vector, as_float_vector
 
 CAUTION = 50
-"""A threshold is chosen at this many times less error than it is counted at: else the most promising of many thresholds
-is often one that a few runs in the tail made look good."""
+"""The threshold is chosen at an error this many times smaller, which avoids thresholds that a few extreme runs
+favour."""
 
 
 def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, confidence: float = 0.95) -> float:
-    """Epsilon's lower bound from many runs without and with one canary; the higher a score, the likelier it was in.
+    """Returns a lower bound on epsilon from many runs without and with one canary. A higher score indicates the
+    canary.
 
-    Jagielski et al., NeurIPS 2020, arXiv 2006.07709 (algorithm 2); Nasr et al., S&P 2021, arXiv 2101.04535. The first half
-    of each world's runs chooses the threshold at which the bound is highest, the second is counted there.
+    Jagielski et al., NeurIPS 2020, arXiv 2006.07709 (algorithm 2); Nasr et al., S&P 2021, arXiv 2101.04535. The first
+    half of the runs chooses the threshold, the second half gives the bound.
 
     Guarantees:
-        If the runs are independent, with probability `confidence` over them the true epsilon at `delta` of the mechanism,
-        for neighbours that differ as the worlds do, is at least the number returned. It is 0 when nothing can be said.
+        If the runs are independent, the true epsilon at `delta` is at least the bound with probability `confidence`, for
+        neighbours that differ by the canary. The bound is 0 if nothing can be concluded.
 
-    >>> round(two_worlds([0.0] * 200, [1.0] * 200, delta=0.0), 2)
+    >>> round(two_world_bound([0.0] * 200, [1.0] * 200, delta=0.0), 2)
     3.28
     """
     _check(delta, confidence)
     all_out, all_in = as_float_vector("scores_without", scores_without), as_float_vector("scores_with", scores_with)
     if min(len(all_out), len(all_in)) < 2:
-        raise PrivacyError(f"{len(all_out)} and {len(all_in)} runs were given, expected at least 2 in each world.")
-    (choose_out, out), (choose_in, in_) = _in_half(all_out), _in_half(all_in)
+        raise PrivacyError(f"{len(all_out)} runs without and {len(all_in)} with the canary: expected at least 2 each")
+    (choose_out, out), (choose_in, in_) = (np.split(runs, [len(runs) // 2]) for runs in (all_out, all_in))
     thresholds_T = np.unique(np.concatenate([choose_out, choose_in]))
     best = np.argmax(_bound(choose_out, choose_in, thresholds_T, delta, 1 - (1 - confidence) / CAUTION))
     return float(_bound(out, in_, thresholds_T[best, None], delta, confidence)[0])
@@ -42,19 +45,19 @@ def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: fl
 def one_run_bound(
     scores: ArrayLike, included: ArrayLike, delta: float, confidence: float = 0.95, guesses: int | None = None
 ) -> float:
-    """Epsilon's lower bound from one run, into which each of M canaries went or not by the flip of a fair coin.
+    """Returns a lower bound on epsilon from one run with M canaries, each included with probability 1/2.
 
-    Steinke, Nasr and Jagielski, NeurIPS 2023, arXiv 2305.08846 (algorithm 1). The highest half of `guesses` canaries by
-    score are called in, the lowest half out, and the rest passed over. `guesses` has to be fixed before the scores are
-    seen; unless given it is a third of M. Ties are broken by lot, never by the canaries' order. No bound is above
-    log(guesses / -log(1 - confidence)), 4.7 for M = 1000: larger epsilons are out of reach.
+    Steinke, Nasr and Jagielski, NeurIPS 2023, arXiv 2305.08846 (algorithm 1). Of `guesses` canaries the half with the
+    highest scores is guessed in, the half with the lowest out; the rest is ignored. `guesses` must be fixed before
+    the scores are seen; the default is M / 3. Ties are broken at random. The bound is at most log(guesses / -log(1 -
+    confidence)).
 
     Guarantees:
-        If the coins were fair and independent and nothing else in the run depends on them, with probability `confidence`
-        over coins and run the mechanism's true epsilon at `delta`, for adding or removing one canary's unit, is at least
-        the number returned. It is 0 when nothing can be said.
+        If inclusions are fair, independent and affect nothing else in the run, the mechanism's true epsilon at `delta`, for
+        adding or removing one canary's unit, is at least the bound with probability `confidence` over inclusions and run.
+        The bound is 0 if nothing can be concluded.
 
-    >>> round(one_run([0.0] * 500 + [1.0] * 500, [False] * 500 + [True] * 500, delta=0.0), 2)
+    >>> round(one_run_bound([0.0] * 500 + [1.0] * 500, [False] * 500 + [True] * 500, delta=0.0), 2)
     4.71
     """
     _check(delta, confidence)
@@ -62,19 +65,15 @@ def one_run_bound(
     inside, m = as_bool_vector("included", included, len(score)), len(score)
     r = m // 3 if guesses is None else guesses
     if not 2 <= r <= m:
-        raise PrivacyError(f"{r} guesses on {m} canaries, expected 2 to {m}; take more canaries.")
+        raise PrivacyError(f"guesses = {r}: expected 2 to {m}; use more canaries")
     lots = np.random.default_rng(0).permutation(m)
     assignment = np.lexsort((lots, score))
     correct = int(inside[assignment[m - (r + 1) // 2 :]].sum() + (~inside[assignment[: r // 2]]).sum())
     return _largest_rejected(m, r, correct, delta, 1 - confidence)
 
 
-def _in_half(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return runs[: len(runs) // 2], runs[len(runs) // 2 :]
-
-
 def _bound(out: np.ndarray, in_: np.ndarray, thresholds_T: np.ndarray, delta: float, confidence: float) -> np.ndarray:
-    """The bound at each threshold. [T] Half of the error goes to each rate's interval, so both hold at `confidence`."""
+    """Returns the bound at each threshold, [T]. Each rate's interval gets half of the error."""
     error = (1 - confidence) / 2
     false_positives = len(out) - np.searchsorted(np.sort(out), thresholds_T, side="left")
     false_negatives = np.searchsorted(np.sort(in_), thresholds_T, side="left")
@@ -84,14 +83,17 @@ def _bound(out: np.ndarray, in_: np.ndarray, thresholds_T: np.ndarray, delta: fl
 
 
 def _highest(successes_T: np.ndarray, trials: int, error: float) -> np.ndarray:
-    """Clopper-Pearson's upper limit on a rate, exceeded with probability at most `error`. [T]"""
+    """Returns Clopper-Pearson's upper limit of a rate, [T], exceeded with probability at most `error`."""
     failures_T = trials - successes_T
     return np.where(failures_T == 0, 1.0, betaincinv(successes_T + 1, np.maximum(failures_T, 1), 1 - error))
 
 
 def _largest_rejected(m: int, r: int, correct: int, delta: float, error: float, steps: int = 40) -> float:
-    """Bisection. A mechanism that is private at epsilon is so at every larger one, so that rejecting any epsilon rejects
-    all below it: the error stays the test's even where the p-value is not monotone."""
+    """Returns the largest rejected epsilon, by bisection.
+
+    A mechanism that is private at epsilon is private at every larger one, so a rejected epsilon rejects all smaller
+    ones. The error stays the test's even if the p-value is not monotone.
+    """
     low, high = 0.0, 1.0
     while _p_value(m, r, correct, high, delta) < error:
         low, high = high, 2 * high
@@ -102,7 +104,7 @@ def _largest_rejected(m: int, r: int, correct: int, delta: float, error: float, 
 
 
 def _p_value(m: int, r: int, correct: int, epsilon: float, delta: float) -> float:
-    """Theorem 5.2: how likely at least so many correct guesses of r are under (epsilon, delta)."""
+    """Returns the probability of at least `correct` of r correct guesses under (epsilon, delta) (theorem 5.2)."""
     accuracy = 1 / (1 + math.exp(-epsilon))
     tail = float(bdtrc(correct - 1, r, accuracy))
     if not correct or not delta:
@@ -113,4 +115,4 @@ def _p_value(m: int, r: int, correct: int, epsilon: float, delta: float) -> floa
 
 def _check(delta: float, confidence: float) -> None:
     if not (0 <= delta < 1 and 0 < confidence < 1):
-        raise PrivacyError(f"delta {delta} and confidence {confidence} were given, expected [0, 1) and (0, 1).")
+        raise PrivacyError(f"delta = {delta}, confidence = {confidence}: expected [0, 1) and (0, 1)")

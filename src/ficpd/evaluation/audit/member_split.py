@@ -1,4 +1,4 @@
-"""Who is a member, and who stands beside them: records that nobody trained on, with the members' labels."""
+"""Splits records into members and non-members with the members' labels."""
 
 import math
 from collections import Counter
@@ -21,8 +21,12 @@ POPULATION = 500
 
 @dataclass(frozen=True)
 class Split:
-    """`members` were trained on; nobody trained on the others. `outside` are scored beside the members, `population` and
-    `pool` are the attacker's own: the pool trains shadows, each on `shadow_size` of its records."""
+    """Members and non-members.
+
+    members: training records.
+    outside: non-members to score.
+    population, pool: the attacker's records; shadows train on `shadow_size` of the pool.
+    """
 
     members: Sequence[Record]
     outside: Sequence[Record]
@@ -32,10 +36,10 @@ class Split:
 
 
 def split_records(task: Task, train: Sequence[Record], spare: Sequence[Record], limit: int, seed: int) -> Split:
-    """At most `limit` members of `train`; of `spare`, one half to score, the other for the attacker.
+    """Takes at most `limit` members of `train`; half of `spare` is scored, the other half is the attacker's.
 
-    A spare record that reads like a training record, or like another, is left out of the halves. Raises `PrivacyError` if
-    too few are left.
+    Duplicates of training records or of each other are dropped from `spare`. Raises `PrivacyError` if too few are
+    left.
     """
     seen = {_contents(record) for record in train}
     fresh = _shuffled({_contents(r): r for r in spare if _contents(r) not in seen}.values(), seed, "halves")
@@ -44,8 +48,8 @@ def split_records(task: Task, train: Sequence[Record], spare: Sequence[Record], 
     outside = _alike(task, members, outside, max(limit, FEW), seed)
     if min(len(members), len(outside), len(mine)) < 2:
         raise PrivacyError(
-            f"{len(members)} members and {len(fresh)} records that nobody trained on were found, expected at least 2 "
-            "and 4 that differ from them; in a run a larger data.test_fraction, or data.max_records, sets more aside"
+            f"{len(members)} members and {len(fresh)} distinct non-members: expected at least 2 and 4. Set a larger "
+            "data.test_fraction, or data.max_records, to hold out more records"
         )
     rest = mine[POPULATION:]
     pool = rest if len(rest) >= len(train) else mine
@@ -53,12 +57,12 @@ def split_records(task: Task, train: Sequence[Record], spare: Sequence[Record], 
 
 
 def _contents(record: Record) -> str:
-    """What a record says, whoever holds it."""
+    """Returns a record's fields as text, without its client."""
     return repr([record.fields.get(role) for role in ROLES if role != "client"])
 
 
 def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limit: int, seed: int) -> list[Record]:
-    """At most about `limit` of the others, with the members' share of each label. Numbers are not matched."""
+    """Returns about `limit` of the others with the members' label shares. Numbers are not matched."""
     if not has_labels(task, members) or not others:
         return list(others[:limit])
     wanted, labels, room, kept = task.targets(members), task.targets(others), Counter(), []

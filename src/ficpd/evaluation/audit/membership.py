@@ -1,6 +1,6 @@
-"""Membership inference from losses: was this record among those that the prompt was tuned on?
+"""Membership inference from losses.
 
-An attack is one function from the evidence to a score per record, the higher the likelier a member. Shapes: N records
+An attack is a function from the losses to a score per record; a higher score indicates a member. Shapes: N records
 under test, S shadow prompts, Z records of the population.
 """
 
@@ -14,17 +14,19 @@ from scipy.special import logsumexp
 from ficpd.errors import PrivacyError
 
 FLOAT32_STEP = 2.0**-24
-"""The least loss that a model in float32 tells from none: half the distance from 1 to the next number below it."""
+"""The smallest positive loss in float32: half the distance from 1 to the next number below it."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttackData:
-    """All that an attacker without shadows of the record itself ("offline") looks at.
+    """The data of an attacker whose shadow prompts did not see the records ("offline").
 
-    `target_N` and `population_Z` are losses under the attacked prompt, `shadow_SN` and `shadow_SZ` under S prompts tuned
-    as it was. No shadow saw any of the N records; neither the prompt nor, if it can be had, a shadow saw the Z.
-    `likelihood`: a loss is -log of a probability (classification), hence never below 0. False: any number, the lower the
-    better the fit. Arrays and tensors are taken, and kept as float64 arrays.
+    target_N, population_Z: losses under the attacked prompt.
+    shadow_SN, shadow_SZ: losses under S shadow prompts, none of which saw any of the N records.
+    likelihood: a loss is -log of a probability, so at least 0. False: any number, lower for a better fit.
+
+    The prompt did not see the Z records; the shadows did not either, if possible. Arrays and tensors become float64
+    arrays.
     """
 
     target_N: np.ndarray
@@ -58,14 +60,14 @@ class AttackData:
         if self.likelihood and (losses < -1e-6).any():
             raise PrivacyError(
                 f"evidence {name} holds a loss of {losses.min():.3g}, expected at least 0 as for -log of a probability; "
-                "for any other loss say likelihood=False."
+                "for another loss set likelihood=False."
             )
 
 
 def yeom(evidence: AttackData) -> np.ndarray:
-    """The prompt fits members better: minus the loss (Yeom et al., CSF 2018, arXiv 1709.01604, adversary 2). [N]
+    """Scores by minus the loss (Yeom et al., CSF 2018, arXiv 1709.01604, adversary 2). [N]
 
-    >>> yeom(Evidence([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
+    >>> yeom(AttackData([0.1, 2.0], [[1.0, 2.0]], [True, False], [1.0], [[1.0]]))
     array([-0.1, -2. ])
     """
     return -evidence.target_N
@@ -74,9 +76,9 @@ def yeom(evidence: AttackData) -> np.ndarray:
 def lira(evidence: AttackData) -> np.ndarray:
     """Offline LiRA (Carlini et al., S&P 2022, arXiv 2112.03570, algorithm 1 without its "in" half). [N]
 
-    How many deviations the record's logit-scaled confidence lies above its mean over the shadows. One variance for all
-    records, as the paper advises for few shadows: it scales the scores and leaves their order. The paper reports the
-    normal distribution function of this number, which orders the same and rounds to 1 for the surest members.
+    The score is the record's logit-scaled confidence less its mean over the shadows, in standard deviations. One
+    variance for all records, as the paper advises for few shadows. The paper reports the normal distribution function
+    of this score; the order is the same.
     """
     phi_N, phi_SN = _confidence(evidence.target_N, evidence), _confidence(evidence.shadow_SN, evidence)
     variance = phi_SN.var(axis=0, ddof=1).mean() if len(phi_SN) > 1 else 0.0
@@ -84,7 +86,7 @@ def lira(evidence: AttackData) -> np.ndarray:
 
 
 def _confidence(losses: np.ndarray, evidence: AttackData) -> np.ndarray:
-    """Equation 4: log(p / (1 - p)), p = exp(-loss), which over shadows is nearly normal; or minus another loss."""
+    """Returns log(p / (1 - p)) with p = exp(-loss) (equation 4), nearly normal over shadows; or minus another loss."""
     if not evidence.likelihood:
         return -losses
     losses = np.maximum(losses, FLOAT32_STEP)
@@ -92,12 +94,11 @@ def _confidence(losses: np.ndarray, evidence: AttackData) -> np.ndarray:
 
 
 def rmia(evidence: AttackData, gamma: float = 1.0, offline_scale: float = 0.3) -> np.ndarray:
-    """Offline RMIA (Zarifzadeh et al., ICML 2024, arXiv 2312.03262, algorithm 1): the share of the population that the
-    record beats. [N], in (0, 1)
+    """Offline RMIA (Zarifzadeh et al., ICML 2024, arXiv 2312.03262, algorithm 1). [N], in (0, 1)
 
-    x beats z if (Pr(x | prompt) / Pr(x)) / (Pr(z | prompt) / Pr(z)) >= `gamma`. The share has Z + 1 values only. Records
-    with the same share are ordered by their own ratio: an amount below 1 is added to the number beaten and the sum is
-    divided by Z + 1. So the order is the one that an endless population would give, and the population sets the scale.
+    The score is the share of the population that the record x dominates: (Pr(x | prompt) / Pr(x)) / (Pr(z | prompt) /
+    Pr(z)) >= `gamma`. Ties are ordered by the record's own ratio: a number below 1 is added to the count, and the sum
+    is divided by Z + 1.
     """
     ratio_N = _log_ratio(evidence.target_N, evidence.shadow_SN, evidence.likelihood, offline_scale)
     ratio_Z = np.sort(_log_ratio(evidence.population_Z, evidence.shadow_SZ, evidence.likelihood, offline_scale))
@@ -107,21 +108,20 @@ def rmia(evidence: AttackData, gamma: float = 1.0, offline_scale: float = 0.3) -
 
 
 def _log_ratio(target_X: np.ndarray, shadow_SX: np.ndarray, likelihood: bool, offline_scale: float) -> np.ndarray:
-    """log Pr(x | prompt) - log Pr(x). Pr(x) is a mean over prompts; shadows that never saw x give it too low, so
-    the paper corrects it to ((1 + a) * mean + 1 - a) / 2, for z as for x. That is on the scale of a probability: other
-    losses go without."""
+    """Returns log Pr(x | prompt) - log Pr(x), where Pr(x) is a mean over shadow prompts.
+
+    Shadows that did not see x underestimate Pr(x), so the paper corrects it to ((1 + a) * mean + 1 - a) / 2. The
+    correction needs probabilities; other losses are not corrected.
+    """
     mean_X = logsumexp(-shadow_SX, axis=0) - np.log(len(shadow_SX))
     if likelihood:
-        mean_X = np.logaddexp(np.log1p(offline_scale) + mean_X, _log(1 - offline_scale)) - np.log(2)
+        floor = np.log(1 - offline_scale) if offline_scale < 1 else -np.inf
+        mean_X = np.logaddexp(np.log1p(offline_scale) + mean_X, floor) - np.log(2)
     return -target_X - mean_X
 
 
-def _log(number: float) -> float:
-    return float(np.log(number)) if number > 0 else -np.inf
-
-
 def as_float_vector(name: str, values: ArrayLike) -> np.ndarray:
-    """Values as a float64 vector; PrivacyError if they are not one finite number per record, canary or run."""
+    """Returns values as a float64 vector. Raises `PrivacyError` unless they are finite and one-dimensional."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise PrivacyError(f"{name} has shape {array.shape}, expected one finite number each in one dimension.")
@@ -129,7 +129,7 @@ def as_float_vector(name: str, values: ArrayLike) -> np.ndarray:
 
 
 def as_bool_vector(name: str, values: ArrayLike, size: int) -> np.ndarray:
-    """Values as `size` booleans; PrivacyError if they are not."""
+    """Returns values as `size` booleans. Raises `PrivacyError` if they are not."""
     array = np.asarray(values)
     if array.shape != (size,) or array.dtype != bool:
         raise PrivacyError(f"{name} is {array.dtype} of shape {array.shape}, expected bool of shape {(size,)}.")

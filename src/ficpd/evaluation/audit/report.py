@@ -1,4 +1,4 @@
-"""What an audit found, and its page: for a person who has to decide whether a library may leave the house."""
+"""The result of a privacy audit, and its page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from ficpd.evaluation.audit.attack_metrics import AttackMetrics, Interval
 
 FEW = 1000
-"""With fewer non-members than this, a false positive rate of 0.1% is not seen."""
+"""The minimum number of non-members to measure a false positive rate of 0.1%."""
 
 
 @dataclass(frozen=True)
 class LowerBound:
-    """`epsilon`: the true ε at `delta` is at least this, with 95% confidence. `stated`: the ε that was promised to the
-    same unit at the same `delta`; None: none was. `reach`: the most that this many `runs` (or canaries) could show."""
+    """A lower bound on the true ε at `delta`, with 95% confidence.
+
+    epsilon: the bound.
+    stated: the ε of the guarantee for the same unit and `delta`; None without one.
+    reach: the largest bound that this many `runs` (or canaries) could give.
+    """
 
     epsilon: float
     stated: float | None
@@ -27,8 +31,12 @@ class LowerBound:
 
 @dataclass(frozen=True)
 class Audit:
-    """`guarantee`: the run's privacy in a phrase, `epsilon` its ε (None: no privacy). `mechanism`: the bound from canaries
-    played against the mechanism alone; `planted`: from canaries in a second training of the run. None: not done."""
+    """The result of an audit.
+
+    guarantee: the run's privacy in a phrase; `epsilon` is its ε (None: no privacy).
+    mechanism: the bound from canaries against the mechanism alone; None: not computed.
+    planted: the bound from canaries in a second training of the run; None: not computed.
+    """
 
     run: str
     method: str
@@ -54,12 +62,12 @@ class Audit:
 
     @property
     def alarm(self) -> bool:
-        """Whether a lower bound is above what was stated."""
+        """Whether a lower bound is above the stated ε."""
         return any(bound.contradicts for bound in self.bounds.values())
 
 
 def table(audit: Audit) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: an attack a line, each figure with its interval at 95%."""
+    """Returns headings and cells: one attack a line, each figure with its 95% interval."""
     heads = ["attack", "AUC", "advantage", "members found, 1% accused", "members found, 0.1% accused"]
     cells = [
         [name, _figure(o.auc, o.auc_interval), _figure(o.advantage, o.advantage_interval)]
@@ -70,88 +78,81 @@ def table(audit: Audit) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(audit: Audit) -> str:
-    """The audit in one or two sentences.
+    """Returns the audit's verdict in one or two sentences.
 
-    A bound that exceeds what was stated raises the alarm; that none does proves nothing.
+    A bound above the stated ε raises the alarm; no such bound proves nothing.
     """
     broken = {name: bound for name, bound in audit.bounds.items() if bound.contradicts}
     if broken:
         found = "; ".join(
             f"{name}: ε is at least {b.epsilon:.2f}, {b.stated:.2f} was stated" for name, b in broken.items()
         )
-        return f"ALARM: the privacy that was stated does not hold ({found}). Do not release the library."
+        return f"ALARM: the stated privacy does not hold ({found}). Do not release the library."
     if audit.epsilon is None:
-        return "This run has no privacy: there is no upper bound to compare anything with. Members may be found."
+        return "This run has no privacy: there is no stated ε to compare with. Members may be found."
     if not audit.bounds:
-        return "No canaries were played: the stated ε was not put to the test."
-    return "No contradiction found: this is no proof, for a better attack may exist."
+        return "No canaries were used: the stated ε was not tested."
+    return "No contradiction found. This is not a proof: a better attack may exist."
 
 
 def markdown(audit: Audit) -> str:
-    """`audit.md`: one page that needs no other."""
+    """Returns the page `audit.md`."""
+    privacy = audit.guarantee if audit.delta is None else f"{audit.guarantee}, δ = {audit.delta:g}"
     return "\n".join(
         [
             f"# Audit of {audit.run}\n",
-            f"{_emphasised(audit)}\n",
-            f"Attacked: the prompt `{audit.prompt}` of a run of {audit.method}. Privacy of the run: {_privacy(audit)}. "
+            f"**{verdict(audit)}**\n" if audit.alarm else f"{verdict(audit)}\n",
+            f"Attacked: the prompt `{audit.prompt}` of a run of {audit.method}. Privacy of the run: {privacy}. "
             f"Seed {audit.seed}.\n",
-            "## Can it be told who was in the training data?\n",
+            "## Can members of the training data be identified?\n",
             *_attacks(audit),
-            "## Is ε what it is said to be?\n",
+            "## Does the stated ε hold?\n",
             *_bounds(audit),
         ]
     )
 
 
-def _emphasised(audit: Audit) -> str:
-    return f"**{verdict(audit)}**" if audit.alarm else verdict(audit)
-
-
-def _privacy(audit: Audit) -> str:
-    return audit.guarantee if audit.delta is None else f"{audit.guarantee}, δ = {audit.delta:g}"
-
-
 def _attacks(audit: Audit) -> list[str]:
     few = (
-        f"**Few non-members.** {audit.num_nonmembers} are fewer than {FEW:,}: the intervals are wide, and low shares of "
-        "falsely accused cannot be seen. More test records, or a run with `data.max_records`, would help.\n"
+        f"**Few non-members.** {audit.num_nonmembers} are fewer than {FEW:,}: the intervals are wide, and low false "
+        "positive rates cannot be measured. Use more test records, or a run with `data.max_records`.\n"
     )
     return [
-        f"{audit.num_members:,} records that were trained on and {audit.num_nonmembers:,} that were not, with the same "
-        f"share of each label, were mixed; each attack ranks them by their losses. {audit.num_shadows} shadow prompts, "
-        f"tuned in the same way on {audit.shadow_records:,} other records each, show what is usual.\n",
+        f"{audit.num_members:,} training records (members) were mixed with {audit.num_nonmembers:,} others (non-members), "
+        f"with the same label shares; each attack ranks them by their losses. {audit.num_shadows} shadow prompts, tuned "
+        f"likewise on {audit.shadow_records:,} other records each, give reference losses.\n",
         *([few] if audit.num_nonmembers < FEW else []),
         *_lines(*table(audit)),
-        "- AUC: how often a member is ranked above a non-member; 0.5 is a coin's flip, 1 tells them apart.",
+        "- AUC: how often a member is ranked above a non-member; 0.5 is chance, 1 is perfect.",
         "- advantage: the share of members accused less the share of non-members accused, at a threshold chosen on other "
-        "records; 0 is nothing learned, 1 everything. *best of them* also chooses the attack on other records.",
-        "- members found, 1% (0.1%) accused: the share of members that can be named while at most that share of "
-        "non-members is accused; about 1% (0.1%) is nothing learned. Few records named for sure is a breach for those "
-        "few, even where the AUC is near 0.5. A dash: too few non-members to see that share.",
-        "- In brackets: intervals at 95%.\n",
+        "records; 0 is chance, 1 is perfect. *best of them* also chooses the attack on other records.",
+        "- members found, 1% (0.1%) accused: the share of members found while at most that share of non-members is "
+        "accused; about 1% (0.1%) is chance. A few members found with certainty are a breach even if the AUC is near "
+        "0.5. A dash: too few non-members to measure that share.",
+        "- Brackets: intervals at 95%.\n",
     ]
 
 
 def _bounds(audit: Audit) -> list[str]:
     if not audit.bounds:
-        return ["No canaries were played.\n"]
-    heads = ["canaries", "ε is at least", "ε stated", "δ", "most that could be shown", "runs or canaries"]
+        return ["No canaries were used.\n"]
+    heads = ["canaries", "ε is at least", "ε stated", "δ", "largest possible bound", "runs or canaries"]
     cells = [
         [name, f"{b.epsilon:.2f}", "none" if b.stated is None else f"{b.stated:.2f}", f"{b.delta:.2g}",
          f"{b.reach:.2f}", f"{b.runs:,}"]
         for name, b in audit.bounds.items()
     ]  # fmt: skip
     return [
-        "Canaries are records made to be noticed. How well their presence is noticed shows how large ε is at least.\n",
+        "Canaries are records that are easy to detect. Their detection rate gives a lower bound on ε.\n",
         *_lines(heads, cells),
-        "- the mechanism alone: clipping, sampling and noise as configured, played many times with the worst record (or "
-        "client) there can be and without it. Noise is drawn from seeds here, also where the run drew it elsewhere.",
-        "- planted records: the federation was trained once more, with mislabelled records put in by the flip of a coin. "
-        "ε stated is that second training's (twice it, with δ to match, where the server adds noise for whole clients).",
-        "- ε is at least: holds with 95% confidence each, so one sound run in twenty may exceed what was stated by chance; "
-        "repeat an alarm with another `--seed`.",
-        "- most that could be shown: what the bound would be if every canary had been noticed. An ε above that cannot be "
-        "contradicted by so few.\n",
+        "- the mechanism alone: clipping, sampling and noise as configured, run many times with and without the worst "
+        "possible record (or client). The audit draws noise from seeds, whatever source the run used.",
+        "- planted records: a second training of the federation, with each mislabelled record included at random (1/2). "
+        "ε stated is that training's (twice it, with δ to match, if the server adds noise for whole clients).",
+        "- ε is at least: holds with 95% confidence each. One valid run in twenty exceeds the stated ε by chance; repeat "
+        "an alarm with another `--seed`.",
+        "- largest possible bound: the bound if every canary were detected. An ε above it cannot be contradicted by this "
+        "number of canaries.\n",
     ]
 
 

@@ -1,5 +1,7 @@
-"""Shadow prompts: tuned as the attacked prompt was, on records that the attacker knows. They tell what a record's loss is
-when it was not among those tuned on (Shokri et al., S&P 2017, arXiv 1610.05820)."""
+"""Trains shadow prompts like the attacked prompt, on the attacker's records.
+
+They give a record's loss when it was not trained on (Shokri et al., S&P 2017, arXiv 1610.05820).
+"""
 
 from collections.abc import Sequence
 
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import PrivacyError
+from ficpd.evaluation.evaluate import run_all
 from ficpd.federation.client import Client, ClientSession
 from ficpd.interfaces import Compression, Task
 from ficpd.optimizers import LocalTrainingConfig, tune
@@ -18,42 +21,35 @@ from ficpd.types import Assignment, ClientCard, Prompt, Query, Record
 
 
 def shadow_prompts(
-    model: QueryEngine, task: Task, start: Prompt, compression: Compression, training: LocalTrainingConfig, pool: Sequence[Record],
+    model: QueryEngine, task: Task, start: Prompt, compression: Compression,
+    training: LocalTrainingConfig, pool: Sequence[Record],
     size: int, steps: int, batch_size: int, number: int, seed: int,
 ) -> Tensor:  # fmt: skip
-    """[S, P, D]: `number` prompts, each tuned without privacy on its own `size` records of the pool, drawn at random.
+    """Tunes `number` prompts without privacy, each on its own random `size` records of the pool. [S, P, D]
 
-    All of them take their steps together. The pool is encoded once, so that they share the lower layers.
+    They run in lock step. The pool is encoded once, so they share the lower layers.
     """
     if number < 1 or not 1 <= size <= len(pool):
-        raise PrivacyError(
-            f"{number} shadow prompts on {size} of {len(pool)} records were asked for, expected at least one shadow and "
-            "one record of the pool"
-        )
+        raise PrivacyError(f"shadow prompts = {number}, records = {size} of {len(pool)}: expected at least one of each")
     encoded, works = task.encode(pool, model.backbone, start), {}
     assignment = Assignment("shadow", 1, {}, {"rate": training.rate(1, 1)})
     for name in map(str, range(number)):
         places = torch.randperm(len(pool), generator=rng.make_generator(seed, "shadow", name))[:size].tolist()
         mine, private = [pool[i] for i in places], rng.derive_seed(seed, "private", name)
-        client = Client(
-            ClientCard(name), mine, [], task, model.backbone, NoPrivacy(), compression, start, private
-        )  # fmt: skip
+        client = Client(ClientCard(name), mine, [], task, model.backbone, NoPrivacy(), compression, start, private)
         client.set_encoding("train", encoded.select(places))
         session = ClientSession(client, 1)
         works[name] = tune(
             training, session, assignment, start.vectors_PD, steps=steps, batch_size=min(batch_size, size)
         )
-    tuned = dict(run_queries_lockstep(model, works))
-    for result in tuned.values():
-        if isinstance(result, Exception):
-            raise result
-    return torch.stack([tuned[name] for name in works]).detach().cpu()  # type: ignore[arg-type]
+    tuned = run_all(model, works)
+    return torch.stack([tuned[name] for name in works]).detach().cpu()
 
 
 def losses(
     model: QueryEngine, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256
 ) -> np.ndarray:
-    """[S, N]: every record's loss under every prompt; `at_once` records a query bound the memory."""
+    """Returns every record's loss under every prompt, [S, N]. `at_once` records per query bound the memory."""
     batch = task.encode(records, model.backbone, start)
     parts = [batch.select(range(first, min(first + at_once, len(batch)))) for first in range(0, len(batch), at_once)]
     answers = [model.answer([Query(prompts_SPD, part)])[0].loss_KB.cpu() for part in parts]

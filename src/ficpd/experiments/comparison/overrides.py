@@ -166,7 +166,7 @@ def _variants(label: str, piece: Piece, path: str, values: list[Any]) -> dict[st
 def format_value(value: Any) -> str:
     """A swept value in a label.
 
-    >>> shown(0.5), shown("adam"), shown(True), shown([1, 2])
+    >>> format_value(0.5), format_value("adam"), format_value(True), format_value([1, 2])
     ('0.5', 'adam', 'true', '[1, 2]')
     """
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -201,7 +201,7 @@ def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple
 def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """The tree with the piece's keys in its parts. A part of another name or kind takes the old one's place whole.
 
-    >>> laid_over({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
+    >>> merge({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
     {'training': {'s': 2, 'n': 4}, 'task': {'name': 'b'}}
     """
     tree = dict(tree)

@@ -30,7 +30,7 @@ class PairedSamples(NamedTuple):
 def mean_ci(values: Sequence[float]) -> MeanCI:
     """Mean, standard deviation (n - 1), and Student's interval of the mean.
 
-    >>> found = spread([1.0, 2.0, 3.0])
+    >>> found = mean_ci([1.0, 2.0, 3.0])
     >>> found.mean, found.sd, [round(end, 3) for end in found.interval]
     (2.0, 1.0, [-0.484, 4.484])
     """

@@ -39,7 +39,7 @@ def headline(run: Finished) -> str:
 def format_gap(main: Metric, value: float, other: float) -> str:
     """How far a figure is from another one, in a reader's words.
 
-    >>> apart(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), apart(Metric("rmse", less_is_better=True), 1.2, 1.2)
+    >>> format_gap(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), format_gap(Metric("rmse", less_is_better=True), 1.2, 1.2)
     ('5.6 points above', 'the same as')
     """
     gap = main.shown(abs(value - other))
@@ -174,6 +174,11 @@ def _described(part: Mapping[str, Any]) -> str:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
+
+
+def _enters_at(backbone: Mapping[str, Any]) -> str:
+    layer = backbone.get("enters_at", "")
+    return "LoRA weights of all layers" if layer == LORA else f"enters at layer {layer}" if layer != "" else ""
 
 
 def _data(recipe: Mapping[str, Any]) -> str:

@@ -21,13 +21,13 @@ class RobustConfig(BaseModel):
     """How several updates become one. "mean": the weighted one. A weight is its sender's own claim (and less for an update
     that comes late), so by every other rule each client counts once.
 
-    "trimmed_mean": of each number, the `poisoned` largest and smallest are left out (Yin et al., ICML 2018, arXiv
-    1803.01498, definition 2). "multi_krum": the `poisoned` updates that are farthest from their nearest others are left
+    "trimmed_mean": of each number, the `num_byzantine` largest and smallest are left out (Yin et al., ICML 2018, arXiv
+    1803.01498, definition 2). "multi_krum": the `num_byzantine` updates that are farthest from their nearest others are left
     out, guilty or not (Blanchard et al., NeurIPS 2017, arXiv 1703.02757). "norm_bound": an update longer than `max_norm`
     is cut to it; without one, to `medians` times the median length in its round (Sun et al., 2019, arXiv 1911.07963).
 
-    `poisoned` is how many of the updates in one mean may be: n of them stand it from 2 · poisoned + 1 on, for "multi_krum"
-    from 2 · poisoned + 3. Of fewer, these are trimmed, as many as can be: at most (n - 1) // 2, which is the median, so of
+    `num_byzantine` is how many of the updates in one mean may be: n of them stand it from 2 · num_byzantine + 1 on, for "multi_krum"
+    from 2 · num_byzantine + 3. Of fewer, these are trimmed, as many as can be: at most (n - 1) // 2, which is the median, so of
     one or two none, and nothing protects that mean. Each such mean is reported.
     """
 
@@ -94,7 +94,7 @@ class RobustAggregator:
         return left.mean(0).float()
 
     def _krum(self, where: str, names: list[str], stacked: Tensor) -> Tensor:
-        """A score is the sum of squared distances to the n - poisoned - 2 nearest others (section 4 of the paper)."""
+        """A score is the sum of squared distances to the n - num_byzantine - 2 nearest others (section 4 of the paper)."""
         rows, kept = stacked.flatten(1), len(names) - self.robust.num_byzantine
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         score = apart.sort(dim=1).values[:, 1 : kept - 1].sum(1)  # the nearest of all is oneself

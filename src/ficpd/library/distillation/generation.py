@@ -1,11 +1,11 @@
-"""Synthetic examples: texts that the server writes by itself, and the prototypes label.
+"""Generates synthetic examples on the server: texts, labelled by the prototypes.
 
-A writer (a causal backbone) is asked for a text of every public label; where there is none, public texts or made-up words
-serve. The prototypes then vote: a text is kept where enough of them agree, and where they agree with the label it was
-written for. No client's record is asked for anything, so all of it is post-processing (docs/privacy.md).
+A writer (a causal backbone) generates texts for every public label. Without one, public texts or random words serve.
+The prototypes then vote: a text is kept if enough of them agree, and if they agree with its intended label. No
+client's record is read, so all of it is post-processing (docs/privacy.md).
 
-Zero-shot data generation: Ye et al., EMNLP 2022, arXiv 2202.07922. Labels from the sites' votes on public texts:
-Papernot et al., ICLR 2017, arXiv 1610.05755.
+Zero-shot data generation: Ye et al., EMNLP 2022, arXiv 2202.07922. Labels from votes on public texts: Papernot et
+al., ICLR 2017, arXiv 1610.05755.
 """
 
 import re
@@ -24,35 +24,33 @@ from ficpd.library.distillation.filters import FilterResult, SyntheticExample, d
 from ficpd.types import Answer, Prompt, Query
 
 WRITER, PUBLIC, NONSENSE = "writer", "public text", "nonsense"
-"""Who wrote an example, where it was no prototype."""
+"""The source of an example without a prototype."""
 SHORTEST, MOST_SIGNS, MOST_REPEATED = 3, 0.4, 0.5
-"""A text has at least three words, at most two signs in five that are no letters, and less than half of its runs of three
-words are the request's."""
+"""A text needs three words, at most 40 % non-letters, and at most half of its trigrams from the request."""
 OF_ITSELF = re.compile(
     r"\b(i['’]m sorry,? (but|for any)|as an ai|i['’]m an ai|language model|not able to assist)\b", re.I
 )
-"""A small assistant that was asked for a text often answers the asker instead."""
+"""Replies of an assistant about itself, which small writers often give instead of a text."""
 SHOWN = (
     ("This text is about the weather", "Dark clouds rolled in over the harbour, and by noon it was pouring."),
     ("The writer is tired", "I slept three hours last night and can hardly keep my eyes open."),
     ("The tone is polite", "Could you please let me know when the next train leaves?"),
 )
-"""Wishes with a text for each, made up for this file: a small writer does as it is shown, not as it is told."""
+"""Requests with a text each, written for this file: small writers follow examples better than instructions."""
 
 
 class PromptTemplate(NamedTuple):
-    """How a writer is asked: `shown` with {request} and {text} for each demonstration, then `asked` with {request}."""
+    """The template of a request: `shown` with {request} and {text} for each example, then `asked` with {request}."""
 
     shown: str
     asked: str
 
 
-PLAIN = PromptTemplate("{request}\n{text}\n\n", "{request}\n")
 CHAT = PromptTemplate(
     "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n",
     "<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n",
 )
-"""The turns of ChatML (SmolLM2, Qwen): for writers that were tuned on them."""
+"""The ChatML template (SmolLM2, Qwen), for writers that were tuned on it."""
 
 
 # ---------------------------------------------------------------- texts
@@ -62,15 +60,17 @@ def generate_texts(
     writer: Backbone, prompts: Mapping[str, Prompt], task: Task, per_label: int, seed: int, *, form: PromptTemplate = CHAT,
     temperature: float = 0.8, max_tokens: int = 40,
 ) -> FilterResult:  # fmt: skip
-    """`per_label` drafts of every label, cleaned and without near duplicates; their label is the one written for.
+    """Generates `per_label` drafts of every label, cleaned and without near duplicates.
 
-    Prototypes whose prompts are the writer's own take turns; else the bare writer writes. Raises `BackboneError` if the
-    backbone cannot write, and `ConfigError` for a task without labels.
+    Prototypes on the writer's own backbone take turns; without any, the bare writer generates. Raises `BackboneError`
+    if the backbone cannot generate, and `ConfigError` for a task without labels.
     """
     wishes = [wish for wish in label_requests(task).items() for _ in range(per_label)]
     drafts: list[SyntheticExample] = []
     reasons: Counter[str] = Counter()
-    for turn, (name, prompt) in enumerate(own := _writers(writer, prompts)):
+    own = [(name, prompt) for name, prompt in sorted(prompts.items()) if prompt.backbone == writer.fingerprint]
+    own = own or [(WRITER, Prompt(torch.zeros(0, writer.width), writer.fingerprint))]
+    for turn, (name, prompt) in enumerate(own):
         mine = wishes[turn :: len(own)]
         openings = [few_shot_prefix(wish, form) for _, wish in mine]
         texts = _generated(writer, prompt, openings, max_tokens, temperature, rng.derive_seed(seed, "write", name))
@@ -82,59 +82,58 @@ def generate_texts(
 
 
 def from_texts(texts: Iterable[str]) -> FilterResult:
-    """Public texts without labels, cleaned and without near duplicates: no writer is needed."""
+    """Cleans public texts without labels and drops near duplicates; needs no writer."""
     found = [clean_text(text, "") for text in texts]
     kept = [SyntheticExample(line, None, PUBLIC) for line, reason in found if reason is None]
     return FilterResult(kept, Counter(reason for _, reason in found if reason)).then(distinct)
 
 
 def from_nonsense(backbone: Backbone, number: int, seed: int) -> FilterResult:
-    """Words drawn from the vocabulary, as a last resort: their outputs still tell two prompts apart."""
+    """Returns random words of the vocabulary, the fallback without writer and texts."""
     texts = backbone.synthetic_inputs(number, rng.derive_seed(seed, "synthetic nonsense"))
     return FilterResult([SyntheticExample(text, None, NONSENSE) for text in texts], Counter())
 
 
 def read_texts(path: Path) -> list[str]:
-    """A file of public texts, one a line, empty lines left out. Raises `DataError` if it cannot be read or has none."""
+    """Reads a file of public texts, one a line. Raises `DataError` if it cannot be read or is empty."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}); give a UTF-8 file with one text a line") from error
     if not lines:
-        raise DataError(f"{path} holds no texts; expected one a line")
+        raise DataError(f"{path} has no texts; expected one a line")
     return lines
 
 
 def label_requests(task: Task) -> dict[str, str]:
-    """What is wished of a text of each label: the task's instruction and the label's text. Raises `ConfigError` for a task
-    without labels: nothing can be written for it, and nothing voted on."""
-    told = task.to_config()
-    labels: Mapping[str, str] = told.get("labels") or {}
+    """Returns the request for each label: the task's instruction and the label's text.
+
+    Raises `ConfigError` for a task without labels.
+    """
+    about = task.to_config()
+    labels: Mapping[str, str] = about.get("labels") or {}
     if not has_labels(task):
-        raise ConfigError(
-            f"a task of kind {told.get('name')!r} has no list of labels to write for and to vote on, whoever writes the "
-            "texts; examples are made for classifications only"
-        )
-    return {label: f"{told.get('instruction', '')} {text}".strip() for label, text in labels.items()}
+        raise ConfigError(f"task {about.get('name')!r}: expected a classification; examples need a list of labels")
+    return {label: f"{about.get('instruction', '')} {text}".strip() for label, text in labels.items()}
 
 
 def has_labels(task: Task) -> bool:
-    """Whether examples can be made for it."""
+    """Whether examples can be generated for a task."""
     return bool(task.to_config().get("labels"))
 
 
 def few_shot_prefix(wish: str, form: PromptTemplate) -> str:
-    """What the writer continues: three wishes with a text for each, then the one at hand."""
+    """Returns the writer's input: three requests with a text each, then this request."""
     shown = "".join(form.shown.format(request=f"Write one sentence. {w}.", text=text) for w, text in SHOWN)
     return shown + form.asked.format(request=f"Write one sentence. {wish}.")
 
 
 def clean_text(text: str, asked: str) -> tuple[str, str | None]:
-    """The first line that says something, and why it cannot be used (None: it can).
+    """#raw Returns the first line with content, and the reason to drop it (None: keep).
 
-    >>> cleaned('Sure, here is one:\\n"The match went to extra time', "")
+    >>> clean_text('Sure, here is one:\\n"The match went to extra time', "")
     ('The match went to extra time', None)
-    >>> cleaned("1) 4 + 4 = 8 = 9 - 1", "")[1]
+    >>> clean_text("1) 4 + 4 = 8 = 9 - 1", "")[1]
     'no text'
     """
     lines = (re.sub(r"^([-*•]|\d+[.)])\s+", "", line.strip()).strip("\"'“”‘’` ") for line in text.splitlines())
@@ -152,23 +151,17 @@ def clean_text(text: str, asked: str) -> tuple[str, str | None]:
     return line, None
 
 
-def _writers(writer: Backbone, prompts: Mapping[str, Prompt]) -> list[tuple[str, Prompt]]:
-    """The prototypes on the writer's own backbone by name, else the writer without a prompt."""
-    own = [(name, prompt) for name, prompt in sorted(prompts.items()) if prompt.backbone == writer.fingerprint]
-    return own or [(WRITER, Prompt(torch.zeros(0, writer.width), writer.fingerprint))]
-
-
 def _generated(writer, prompt, openings, max_tokens, temperature, seed) -> list[str]:
     try:
         return writer.generate(prompt, openings, max_tokens, temperature=temperature, seed=seed)
     except BackboneError as error:
         raise BackboneError(
-            f"no synthetic examples were written: {error}. Configure a writer that can (a causal_lm backbone, such as "
-            "smollm2), or give seed texts: a file of public texts, one a line"
+            f"the writer cannot generate: {error}. Configure a causal_lm backbone, such as smollm2, or give a file of "
+            "public texts, one a line"
         ) from error
 
 
-# ---------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- labels
 
 
 def vote_labels(
@@ -178,9 +171,9 @@ def vote_labels(
     examples: Sequence[SyntheticExample],
     least_agreement: float = 0.75,
 ) -> FilterResult:
-    """The label that most of the prompts give each text, where their share is at least `least_agreement`.
+    """Labels each text by the majority of the prompts, if their share is at least `least_agreement`.
 
-    A text that was written for another label is dropped. Of labels with equally many votes the task's first wins.
+    Drops a text whose intended label differs. Ties go to the task's first label.
     """
     names = list(label_requests(task))
     if not examples or not prompts:
@@ -203,7 +196,7 @@ def vote_labels(
 def labelled(
     model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[SyntheticExample]
 ) -> dict[str, list[SyntheticExample]]:
-    """The same texts with the labels that each prompt alone gives them: what a prototype is as a task."""
+    """Labels the texts by each prompt alone, which defines a prototype's task."""
     found = zip(sorted(prompts), _labels(model, prompts, task, examples), strict=True)
     return {
         name: [replace(example, label=label, agreement=1.0) for example, label in zip(examples, labels, strict=True)]
@@ -214,16 +207,14 @@ def labelled(
 def _labels(
     model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[SyntheticExample]
 ) -> list[list]:
-    """What each prompt, in the order of their names, answers to each text."""
+    """Returns each prompt's prediction of each text, by sorted prompt name."""
     ordered = [prompt for _, prompt in sorted(prompts.items())]
     batch = task.encode(records(examples, labelled=False), model.backbone, ordered[0])
     answer = model.answer([Query(torch.stack([p.vectors_PD for p in ordered]), batch, outputs=True)])[0]
-    return [task.predict(of_one, batch) for of_one in _one_by_one(answer)]
-
-
-def _one_by_one(answer: Answer) -> list[Answer]:
-    """The answer of each candidate prompt alone."""
     assert answer.outputs_KB is not None
-    K, B = answer.loss_KB.shape
-    rows_KB = torch.arange(K * B).view(K, B)
-    return [Answer(answer.loss_KB[k : k + 1], None, answer.outputs_KB.select(rows_KB[k])) for k in range(K)]
+    rows_KB = torch.arange(answer.loss_KB.numel()).view_as(answer.loss_KB)
+    alone = [
+        Answer(loss_B[None], None, answer.outputs_KB.select(rows_B))
+        for loss_B, rows_B in zip(answer.loss_KB, rows_KB, strict=True)
+    ]
+    return [task.predict(of_one, batch) for of_one in alone]

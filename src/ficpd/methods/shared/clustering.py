@@ -1,11 +1,9 @@
-"""Prototypes: cosine K-means of what the clients' prompts learned.
+"""Prototypes: cosine K-means of client signatures, which are vectors of any one shape."""
 
-Signatures are what clients are told apart by: vectors of any one shape, compared by direction alone.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
@@ -17,11 +15,11 @@ from ficpd import rng
 
 AUTO_MOST, STABLE = 20, 10
 ALIKE = 0.1
-"""A best silhouette below this is no structure at all: one prototype (Kaufman and Rousseeuw, 1990, call 0.25 none)."""
+"""The minimum silhouette of a clustering (Kaufman and Rousseeuw, 1990, require 0.25)."""
 
 
 class Clusters(NamedTuple):
-    """`member[name]` is the cluster of each client, numbered by size, the largest first; there are `number`."""
+    """Each client's cluster, numbered by size, the largest first; and the number of clusters."""
 
     member: dict[str, int]
     number: int
@@ -31,13 +29,12 @@ def cosine_kmeans(
     signatures: Mapping[str, Tensor], num_prototypes: int | Literal["auto"], seed: int, *, restarts: int = 20,
     least_members: int = 1,
 ) -> Clusters:  # fmt: skip
-    """Cluster vectors by their direction: K-means on the unit sphere (Hornik et al., J. Stat. Software 50(10), 2012).
+    """Clusters vectors by direction: K-means on the unit sphere (Hornik et al., J. Stat. Software 50(10), 2012).
 
-    At most as many clusters as there are different directions; a zero vector (nothing learned) has none and joins the
-    largest cluster. "auto": the number of best mean silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987) times
-    `_stability`, one if no silhouette is better than `ALIKE`. scikit-learn's K-means fills a cluster that falls empty with
-    the farthest vector. Clusters of fewer than `least_members` are given up, the smallest first, their members going to
-    the nearest of the others.
+    There are at most as many clusters as distinct directions. A zero vector joins the largest cluster. "auto"
+    maximises the mean silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987) times `_stability`, with one cluster if
+    no silhouette is above `ALIKE`. Clusters of fewer than `least_members` are dissolved, the smallest first; their
+    members join the nearest other cluster.
     """
     names = sorted(signatures)
     stacked = torch.stack([signatures[name].flatten().double() for name in names])
@@ -64,23 +61,38 @@ def _kmeans(unit_ND: Tensor, number: int, seed: int, restarts: int) -> list[int]
 
 
 def _best_of_all(unit_ND: Tensor, most: int, seed: int, restarts: int) -> list[int]:
-    """Silhouettes alone are not enough: with nearly the best one, four clusters of thirty clients once had a Rand index of
-    0.63 to their five tasks, in a draw that the next seed did not repeat."""
+    """Chooses the number of clusters by silhouette and stability. Silhouettes alone are unstable."""
     if len(unit_ND) < unit_ND.shape[1]:  # the same distances in fewer numbers
         left, sizes, _ = torch.linalg.svd(unit_ND, full_matrices=False)
         unit_ND = left * sizes
-    best, labels = 0.0, [0] * len(unit_ND)
-    for number in range(2, min(most, len(unit_ND) - 1) + 1):
-        tried = _kmeans(unit_ND, number, seed, restarts)
-        score = float(silhouette_score(unit_ND.numpy(), tried, metric="cosine"))
-        if score > max(best, ALIKE) and (score := score * _stability(unit_ND, tried, seed)) > best:
+
+    def stability(labels: list[int]) -> float:
+        return _stability(unit_ND, labels, seed)
+
+    return best_silhouette(
+        unit_ND.numpy(), "cosine", most, lambda number: _kmeans(unit_ND, number, seed, restarts), stability
+    )
+
+
+def best_silhouette(
+    points: np.ndarray, metric: str, most: int, draw: Callable[[int], list[int]], weight: Callable[[list[int]], float]
+) -> list[int]:
+    """Returns the labels of 2 to `most` clusters with the highest silhouette times weight.
+
+    Returns one cluster if no silhouette is above `ALIKE`. The smaller number wins a tie.
+    """
+    best, labels = 0.0, [0] * len(points)
+    for number in range(2, min(most, len(points) - 1) + 1):
+        tried = draw(number)
+        score = float(silhouette_score(points, tried, metric=metric))
+        if score > max(best, ALIKE) + 1e-9 and (score := score * weight(tried)) > best:
             best, labels = score, tried
     return labels
 
 
 def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
-    """The mean adjusted Rand index of these clusters and those of four fifths of the vectors, over `STABLE` draws (Ben-Hur,
-    Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
+    """Returns the mean adjusted Rand index to clusterings of four fifths of the vectors, over `STABLE` draws
+    (Ben-Hur, Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
     found, random = 0.0, rng.make_generator(seed, "stability")
     for draw in range(STABLE):
         kept = torch.randperm(len(unit_ND), generator=random)[: max(len(unit_ND) * 4 // 5, len(set(labels)))]
@@ -90,31 +102,28 @@ def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
 
 
 def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
-    """One cluster after another, as long as there is more than one and the smallest is too small."""
+    """Dissolves the smallest cluster while it is too small and not the only one."""
     labels = list(labels)
     while len(set(labels)) > 1:
         smallest = min(sorted(set(labels)), key=labels.count)
         if labels.count(smallest) >= least:
             break
         others = sorted(set(labels) - {smallest})
-        centres = torch.stack([_centre(unit_ND, labels, k) for k in others])
+        members = [unit_ND[[label == k for label in labels]] for k in others]
+        centres = torch.stack([F.normalize(of.mean(0), dim=0) for of in members])
         for place, label in enumerate(labels):
             if label == smallest:
                 labels[place] = others[int((centres @ unit_ND[place]).argmax())]
     return labels
 
 
-def _centre(unit_ND: Tensor, labels: Sequence[int], cluster: int) -> Tensor:
-    return F.normalize(unit_ND[[label == cluster for label in labels]].mean(0), dim=0)
-
-
 def relabel_clusters(
     before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float
 ) -> Clusters:
-    """Newly drawn clusters with the old ones' numbers, and nobody moved for a trifle.
+    """Gives new clusters the old numbers, and moves a client only for a clear gain.
 
-    Clusters are matched so that most clients keep their number (Kuhn, 1955). A client moves only if the direction of its
-    signature is nearer to the new cluster's centre than to its old one's by more than `stay` in cosine.
+    The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine to the new
+    centre exceeds that to the old one by more than `stay`.
     """
     names = sorted(name for name in drawn.member if name in before)
     if not names:
@@ -137,12 +146,11 @@ def relabel_clusters(
 
 
 def shrinkage(members: Mapping[int, Sequence[Tensor]], noise: float | None = None) -> dict[int, float]:
-    """How far each cluster's mean offset from the global prompt is to be drawn back to zero, in 0..1.
+    """Returns each cluster's shrinkage of its mean offset towards zero, in 0..1.
 
-    Positive-part empirical Bayes (Efron and Morris, J. Amer. Statist. Assoc. 68, 1973): λ_k = min(1, s² / (n_k |mean_k|²)).
-    s² is `noise`, the squared length of the noise that a mechanism put on one client's update. None: it is not known, and
-    all of the scatter of members around their cluster's mean (pooled over clusters) is taken for noise; without any cluster
-    of two nothing can be estimated then, and nothing is drawn back.
+    Positive-part empirical Bayes (Efron and Morris, J. Amer. Statist. Assoc. 68, 1973): λ_k = min(1, s² / (n_k
+    |mean_k|²)). s² is `noise`, the squared length of the noise on one client's update. None: s² is the pooled scatter
+    of members around their cluster's mean, or 0 without a cluster of two.
     """
     means = {k: torch.stack(list(offsets)).double().mean(0) for k, offsets in members.items()}
     if noise is None:
@@ -154,8 +162,10 @@ def shrinkage(members: Mapping[int, Sequence[Tensor]], noise: float | None = Non
 
 
 def adjusted_rand(member: Mapping[str, int], truth: Mapping[str, str]) -> float | None:
-    """The adjusted Rand index (Hubert and Arabie, J. Classification 2, 1985) of clusters and known groups, over the
-    clients in both. None where it says nothing: everybody is of one group, or each of its own."""
+    """Returns the adjusted Rand index (Hubert and Arabie, J. Classification 2, 1985) of clusters and known groups.
+
+    Uses the clients in both. Returns None if there is one group, or one per client.
+    """
     names = sorted(name for name in member if name in truth)
     groups = [truth[name] for name in names]
     if len(set(groups)) < 2 or len(set(groups)) == len(groups):

@@ -1,15 +1,14 @@
-"""Who is alike by what everybody may know: clusters of clients from their public cards, before anything is learned."""
+"""Clusters clients by their public cards, before training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from sklearn.cluster import AgglomerativeClustering, KMeans
-from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from ficpd.errors import ConfigError, did_you_mean
-from ficpd.methods.shared.clustering import ALIKE, AUTO_MOST, Clusters
+from ficpd.methods.shared.clustering import AUTO_MOST, Clusters, best_silhouette
 
 Card = Mapping[str, str | float]
 MISSING = "(not stated)"
@@ -19,12 +18,13 @@ def cluster_by_metadata(
     cards: Mapping[str, Card], by: Sequence[str], number: int | Literal["auto"], how: Literal["gower", "one_hot"],
     seed: int,
 ) -> Clusters:  # fmt: skip
-    """Cluster clients by the fields `by` of their cards (none named: by all). Numbered by size, the largest first.
+    """Clusters clients by the fields `by` of their cards (default: all), numbered by size, the largest first.
 
-    "gower": average linkage on Gower's distance (`gower`); "one_hot": K-means on one-hot categories and standardised
-    numbers, a value that is not stated being a category of its own (of a number: the mean). At most as many clusters as
-    there are different cards; "auto": the number of best silhouette (Rousseeuw, 1987), one where no silhouette says
-    anything. Cards that are all alike, or empty, are one cluster. Raises `ConfigError` for a field that no card has.
+    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers,
+        where a missing category is its own category and a missing number is the mean.
+    number: at most the number of distinct cards; "auto": the highest silhouette (Rousseeuw, 1987), or one cluster.
+
+    Raises `ConfigError` for a field that no card has.
     """
     names, fields = sorted(cards), metadata_fields(cards, by)
     distance_CC = gower_distance([cards[name] for name in names], fields)
@@ -39,17 +39,22 @@ def cluster_by_metadata(
         space_CN = _one_hot([cards[name] for name in names], fields)
         return KMeans(count, n_init=20, random_state=seed % 2**32).fit_predict(space_CN).tolist()  # type: ignore[arg-type]
 
-    labels = drawn(min(number, different)) if number != "auto" else _best(distance_CC, different, drawn)
+    if number == "auto":
+        labels = best_silhouette(distance_CC, "precomputed", min(AUTO_MOST, different), drawn, lambda _: 1.0)
+    else:
+        labels = drawn(min(number, different))
     assignment = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
     return Clusters({name: assignment.index(k) for name, k in zip(names, labels, strict=True)}, len(assignment))
 
 
 def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
-    """[C, C] in 0..1 (Gower, Biometrics 27, 1971): the mean, over the fields that both cards state, of 0 or 1 for
-    categories and of the difference over the range for numbers. Two cards that share no stated field are 1 apart, two that
-    state nothing at all 0.
+    """Returns Gower's distance in 0..1, [C, C] (Gower, Biometrics 27, 1971).
 
-    >>> gower([{"country": "fr", "beds": 100}, {"country": "fr", "beds": 300}, {"country": "de"}], ["country", "beds"])
+    The distance is the mean over the fields of both cards: 0 or 1 for categories, the difference over the range for
+    numbers. Two cards without a common field have distance 1, two empty cards 0.
+
+    >>> cards = [{"country": "fr", "beds": 100}, {"country": "fr", "beds": 300}, {"country": "de"}]
+    >>> gower_distance(cards, ["country", "beds"])
     array([[0. , 0.5, 1. ],
            [0.5, 0. , 1. ],
            [1. , 1. , 0. ]])
@@ -74,14 +79,14 @@ def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
 
 
 def nearest_client(cards: Mapping[str, Card], of: Card, by: Sequence[str]) -> str:
-    """The client whose card is nearest to this one, the first by name of several."""
+    """Returns the client with the nearest card, the first by name of a tie."""
     names = sorted(cards)
     distance_CC = gower_distance([*(cards[name] for name in names), of], metadata_fields(cards, by))
     return names[int(distance_CC[-1, :-1].argmin())]
 
 
 def metadata_fields(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
-    """The fields to go by: those named, else all that any card states."""
+    """Returns the named fields, else all fields of any card."""
     known = sorted({field for card in cards.values() for field in card})
     for field in by:
         if known and field not in known:
@@ -97,7 +102,7 @@ def _numeric(values: Sequence) -> bool:
 
 
 def _one_hot(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
-    """[C, N]: categories at 1/√2, so that two that differ are 1 apart; numbers in standard deviations."""
+    """Returns features [C, N]: categories at 1/√2, so two differ by 1; numbers in standard deviations."""
     columns = {field: [card.get(field) for card in cards] for field in fields}
     parts = []
     for values in columns.values():
@@ -108,13 +113,3 @@ def _one_hot(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
             words = [[MISSING if v is None else str(v)] for v in values]
             parts.append(OneHotEncoder(sparse_output=False).fit_transform(words) / 2**0.5)  # type: ignore[operator]
     return np.hstack(parts)
-
-
-def _best(distance_CC: np.ndarray, different: int, drawn) -> list[int]:
-    best, labels = ALIKE, [0] * len(distance_CC)
-    for count in range(2, min(AUTO_MOST, different, len(distance_CC) - 1) + 1):
-        tried = drawn(count)
-        score = float(silhouette_score(distance_CC, tried, metric="precomputed"))
-        if score > best + 1e-9:
-            best, labels = score, tried
-    return labels

@@ -1,35 +1,39 @@
-"""What a client tunes for itself: a residual on the prompt that it shares, kept near what is public. Nothing here leaves."""
+"""Tunes a client's residual on its shared prompt. The residual stays on the client."""
 
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
 from ficpd.interfaces import LocalContext
 from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Query
 
 Result = TypeVar("Result")
 TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
 
 
-class ContrastiveConfig(BaseModel):
-    """`weight` in the first round, falling to nothing over the rounds (constant, it takes personalisation back). `space`:
-    "prompt" costs no forward, "output" one for each prototype and the start. `temperature` divides cosines."""
+class ContrastiveConfig(FrozenConfig):
+    """The contrastive loss: `weight` in the first round, falling to 0, because a constant one undoes personalisation.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `space`: "prompt" needs no forward pass, "output" one for each prototype and the start. `temperature` divides
+    cosines.
+    """
+
+
     weight: float = Field(default=0.0, ge=0)
     space: Literal["prompt", "output", "both"] = "prompt"
     temperature: float = Field(default=0.5, gt=0)
 
 
 class ResidualConfig(Protocol):
-    """The settings of a method whose clients have a residual."""
+    """The settings of a method with client residuals."""
 
     @property
     def residual(self) -> str: ...
@@ -48,11 +52,11 @@ class ResidualConfig(Protocol):
 def tune_residual(
     config: ResidualConfig, training: LocalTrainingConfig, home: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, None]:
-    """Tune `kept["residual"]` [P, D] from where it is, on the prompt of the order; the optimizer's moments are kept, too. Then
-    choose how much of it is worth having (`_chosen`).
+    """Tunes the client state's "residual" [P, D] on the assigned prompt, with the optimizer's moments kept. Then
+    selects a share of it (`_chosen`).
 
-    The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrast. "low_rank": the residual is U V with
-    U [P, r] and V [r, D], both tuned, V zero at first.
+    The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrastive loss. "low_rank": the residual
+    is U V with U [P, r] and V [r, D], both tuned, V zero at first.
     """
     base, steps = assignment.arrays["prompt"], config.personal_steps or training.local_steps
     if config.residual == "low_rank":
@@ -74,7 +78,7 @@ SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
 def personal_prompt(kept: Mapping[str, Tensor], assignment: Assignment) -> Tensor:
-    """[P, D]: the client's own, given the prompts that it would be sent now."""
+    """Returns the client's own prompt [P, D], given its current assignment."""
     base = (
         assignment.arrays["global"]
         if "global" in assignment.arrays and kept.get("global", ZERO)
@@ -87,9 +91,11 @@ ZERO = torch.zeros(())
 
 
 def _chosen(home: LocalContext, assignment: Assignment) -> Generator[Query, Answer, None]:
-    """Of the global prompt, the cluster's, and that with a quarter, a half or all of the residual, so in this order from
-    what most share to what nobody does: the first whose loss on the records held back is within a standard error of the
-    least (of the difference, record by record). With none held back the choice stays as it was, at first the whole residual.
+    """Selects the global prompt, the cluster's prompt, or that with a quarter, half or all of the residual, in this
+    order.
+
+    It takes the first whose loss on the held-out records is within a standard error (of the paired difference) of the
+    lowest. Without held-out records the choice is unchanged, at first the whole residual.
     """
     held, base = home.holdout(), assignment.arrays["prompt"]
     home.client_state.setdefault("share", torch.ones(()))
@@ -104,25 +110,25 @@ def _chosen(home: LocalContext, assignment: Assignment) -> Generator[Query, Answ
 
 
 def _simplest(loss_KB: Tensor) -> int:
-    """The first candidate that the best one does not beat by more than a standard error."""
+    """Returns the first candidate within one standard error of the best."""
     worse_KB = loss_KB - loss_KB[loss_KB.mean(1).argmin()]
     error_K = worse_KB.std(1, correction=0) / max(loss_KB.shape[1] - 1, 1) ** 0.5
     return int((worse_KB.mean(1) <= error_K).int().argmax())
 
 
 def _factors(base_PD: Tensor, rank: int, client: str) -> Tensor:
-    """[r, P + D]: U beside V. A step of V then moves the product about as far as one of the whole prompt would."""
+    """Returns [r, P + D]: U and V. A step of V moves the product about as far as a step of the whole prompt."""
     random = torch.randn(rank, len(base_PD), generator=rng.make_generator("residual", client)) / rank**0.5
     return torch.cat([random, torch.zeros(rank, base_PD.shape[1])], dim=1)
 
 
 def _product(factors: Tensor, num_tokens: int) -> Tensor:
-    """[..., r, P + D] to [..., P, D]."""
+    """Maps [..., r, P + D] to [..., P, D]."""
     return factors[..., :num_tokens].transpose(-1, -2) @ factors[..., num_tokens:]
 
 
 def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts base + U V where the optimizer asks for U and V, and hand back gradients with respect to those."""
+    """Replaces queries for U and V by queries for base + U V, and maps the gradients back."""
     num_tokens = len(base_PD)
     try:
         query = next(work)
@@ -143,7 +149,7 @@ def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Gene
 def _kept_near(
     work: Generator[Query, Answer, Tensor], config: ResidualConfig, home: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, Tensor]:
-    """The optimizer's questions with what keeps the prompt near the shared one added to the loss and to the gradient."""
+    """Adds the L2 and the contrastive gradient to an optimizer's answers."""
     base, start, others = assignment.arrays["prompt"], home.start, assignment.arrays.get("others_KPD")
     contrast, weight = config.contrast, assignment.facts["contrast"]
     alone = others is None or not len(others) or weight == 0
@@ -168,11 +174,11 @@ def _kept_near(
 def with_label_prior(
     work: Generator[Query, Answer, Result], log_shares_C: Tensor | None
 ) -> Generator[Query, Answer, Result]:
-    """The same questions, of records of which it is known how frequent their labels are (None: as they are).
+    """Adds the known label shares to a generator's queries (None: unchanged).
 
-    Training under softmax(logits + log shares) leaves what sets labels apart in the prompt and how frequent they are out of
-    it: logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang
-    et al., ICML 2022, arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
+    Training under softmax(logits + log shares) removes the label shares from the prompt: logit adjustment (Menon et
+    al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang et al., ICML 2022,
+    arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
     """
     if log_shares_C is None:
         return (yield from work)
@@ -185,9 +191,11 @@ def with_label_prior(
 
 
 def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
-    """[P, D], the gradient of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over `towards` and all of `away`.
+    """Returns the gradient [P, D] of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over `towards` and
+    `away`.
 
-    Ways are counted from the shared start: whole prompts all point where the start does. Zero where there is no way yet.
+    Vectors are offsets from the shared start, because whole prompts are nearly parallel to it. A zero offset has a
+    zero gradient.
     """
     if way_PD.abs().max() < 1e-12 or towards_PD.abs().max() < 1e-12:
         return torch.zeros_like(way_PD)
@@ -200,7 +208,7 @@ def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: flo
 
 
 def _towards(query: Query, seen: Answer, weight: float, temperature: float) -> Query:
-    """The same question under a loss that compares each record's features with those of `seen`: [cluster, start, others]."""
+    """Adds the features of `seen` ([cluster, start, others]) and the contrastive loss to a query."""
     assert seen.outputs_KB is not None
     features = seen.outputs_KB.features_RD.cpu()
     towards_BND = features.view(len(features) // len(query.batch), len(query.batch), -1).transpose(0, 1)
@@ -211,8 +219,11 @@ def _towards(query: Query, seen: Answer, weight: float, temperature: float) -> Q
 
 
 def contrastive_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """[R]: the task's loss plus weight · InfoNCE in the space of features; the cluster's prompt and the frozen start are
-    the positives, other clusters' prompts the negatives (after FedPGP, Cui et al., ICML 2024, arXiv 2405.09771)."""
+    """Returns the task's loss plus weight · InfoNCE on features, [R].
+
+    The cluster's prompt and the frozen start are the positives, other clusters' prompts the negatives (after FedPGP,
+    Cui et al., ICML 2024, arXiv 2405.09771).
+    """
     weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
     cosines_RN = F.cosine_similarity(outputs.features_RD[:, None], batch.extra[TOWARDS], dim=-1)
     scores_RN = cosines_RN / temperature_R[:, None]

@@ -67,7 +67,7 @@ def elbow_point(values: Tensor, counts: Tensor) -> float:
     nothing to the largest (Satopää et al., ICDCS Workshops 2011). Distances before the bend are those between words that are
     alike; from the bend on, those between any two words.
 
-    >>> elbow(torch.tensor([0.0, 2.0, 9.0, 10.0]), torch.tensor([3, 1, 1, 3]))
+    >>> elbow_point(torch.tensor([0.0, 2.0, 9.0, 10.0]), torch.tensor([3, 1, 1, 3]))
     2.0
     """
     assignment = values.argsort(stable=True)

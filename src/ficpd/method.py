@@ -1,0 +1,162 @@
+"""The base class of federated methods, with the defaults of one soft prompt that all clients share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from ficpd.interfaces import Backbone, ClientContext, Model, Subspace, Task
+from ficpd.types import (
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    FederationInfo,
+    Prompt,
+    Query,
+    Record,
+    State,
+    UpdateSpec,
+)
+from ficpd.validation import RATE, validate_facts, validate_prompts
+
+
+class Shown(Protocol):
+    """Examples to show with every text."""
+
+    def encode(
+        self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
+    ) -> Batch:
+        """Encodes records together with the examples; `encoded`: the records without them, if available."""
+        ...
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method declares. Privacy plans, schedules and query budgets depend on nothing else.
+
+    The defaults are the strict answers: no private form, no statistics, not linear, releases.
+    """
+
+    private_units: tuple[Literal["record", "client"], ...] = ()
+    """Units of privacy that the method has a private form for."""
+    not_private: str = "it declares none (Capabilities.private_units); run it with privacy.name = 'none'"
+    """Explains a refused unit and names an alternative."""
+    releases: bool = True
+    """Whether anything that depends on records leaves a client, or a user receives it."""
+    linear: bool = False
+    """`aggregate` needs only the weighted sum of the updates (`cluster_sums`): central noise is possible."""
+    statistics_per_round: Mapping[str, float] = field(default_factory=dict)
+    """Totals over records released in every assignment, with their default shares of a record-level budget."""
+    statistics_once: tuple[str, ...] = ()
+    """Totals over records released once; at the record level `privacy.statistics` states a share for each."""
+    centralized: bool = False
+    """One client per task holds all records: the upper bound."""
+    trains: bool = True
+    full_first_round: bool = False
+    """The first round samples every client."""
+    prompt_type: Literal["soft", "tokens", "lora"] = "soft"
+    """Other types start from `init_prompt`. "tokens": token ids, int64 [P, 1], at layer 0, which take no noise."""
+    learning_rate: float | None = None
+    """Replaces `training.learning_rate`."""
+    record_clip_norm: float | None = None
+    """Replaces an open `privacy.clip_norm` where a method takes no gradients."""
+    means_per_update: int = 0
+    """Private means in one update of a method that sends no prompts; 0: it sends a prompt's change."""
+    client_clip_norm: float | None = None
+    """Clips such an update at the client level; None: `open_clip` finds it."""
+    candidates: float | None = None
+    """Queries about each record of a step; None: those of `training.optimizer`."""
+
+
+class Method(ABC):
+    """One paper, both halves, one file. The defaults are those of one soft prompt that all clients share.
+
+    A subclass inherits the `capabilities` of its base; where it changes what they say, it declares its own.
+    """
+
+    name: str
+    capabilities = Capabilities()
+    array = "prompt"
+    """Name of the tuned array in states and assignments."""
+    subspace: Subspace | None = None
+
+    def __init__(self, training: Any):
+        """`training`: an `optimizers.LocalTrainingConfig`."""
+        self.training = training
+
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:  # noqa: B027
+        """Raises `ConfigError` for tasks or a backbone that the method cannot use."""
+
+    def bind(self, subspace: Subspace | None) -> None:
+        """Receives the run's subspace, before any other call, for servers that rebuild prompts in it."""
+        self.subspace = subspace
+
+    def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
+        """The initial value of a `prompt_type` other than "soft", given the experiment's prompt. Idempotent."""
+        return prompt
+
+    # ------------------------------------------------------------ server
+
+    def init(self, setup: FederationInfo) -> State:
+        return State({self.array: setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
+
+    def local_workload(self, state: State) -> tuple[int, int]:
+        """Steps and batch size of one assignment: what the privacy of a run is planned from."""
+        return self.training.local_steps, self.training.batch_size
+
+    def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
+        rate = self.training.rate(round, state.facts["num_rounds"])
+        return Assignment(self.name, round, {self.array: state.arrays[self.array]}, {"rate": rate})
+
+    def update_spec(self, state: State) -> UpdateSpec:
+        """Names and shapes of the arrays of every update: the codec checks arriving bytes against them."""
+        return {"delta": tuple(state.arrays[self.array].shape)}
+
+    def cluster_sums(self, state: State) -> UpdateSpec:
+        """Names and shapes of the one sum over all clients that central noise is added to."""
+        return self.update_spec(state)
+
+    def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
+        """The update as a term of that sum; with clusters, zero in all parts but its own."""
+        return update
+
+    @abstractmethod
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        """The facts `excluded_updates` (by client, why) and `underfilled_means` (by mean) of the new state reach the round's record."""
+
+    def global_prompt(self, state: State) -> Tensor | None:
+        """[P, D] that all clients share; None if there is none."""
+        return state.arrays.get(self.array)
+
+    def library_prompts(self, state: State) -> Mapping[str, Tensor]:
+        """Prompts for a library, each [P, D], by name."""
+        shared = self.global_prompt(state)
+        return {} if shared is None else {"global": shared}
+
+    # ------------------------------------------------------------ client
+
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
+        """Raises `CodecError`, before a record is touched, for an assignment that the server half would not make."""
+        validate_facts(assignment, RATE)
+        validate_prompts(assignment, start, (self.array,))
+
+    @abstractmethod
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
+
+    def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
+        """[P, D] that this client would use, given its next assignment."""
+        return assignment.arrays[self.array]
+
+    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
+        """The client's own records with what it knows of them, such as its label prior, for its own use."""
+        return batch
+
+    def demonstrate(
+        self, task: Task, records: Sequence[Record], encoded: Callable[[], Batch], prompt: Prompt, backbone: Backbone
+    ) -> Generator[Query, Answer, Shown] | None:
+        """Examples of a client's training records to show with its texts; `encoded` gives the records as one batch."""
+        return None
