@@ -388,12 +388,12 @@ def test_members_and_others_come_together_and_differ(given_away, ficpd):
 def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
     with pytest.raises(RunError, match="holds no run"):
         audit_run(tmp_path)
-    (tmp_path / "resolved.toml").write_bytes((modest / "resolved.toml").read_bytes())
+    (tmp_path / "experiment.toml").write_bytes((modest / "experiment.toml").read_bytes())
     with pytest.raises(RunError, match="has not finished"):
         audit_run(tmp_path)
     status, _, err = ficpd("audit", tmp_path)
     assert status == 1
-    assert err.startswith("error: the run in")
+    assert err.startswith(f"error: {tmp_path} has not finished")
 
 
 @pytest.mark.parametrize("method", ["local", "zero_shot"])
