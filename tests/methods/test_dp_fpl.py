@@ -196,5 +196,5 @@ def test_losses_alone_have_nothing_to_carry(tmp_path, optimizer):
 def test_a_whole_run_at_record_level(tmp_path):
     record = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
     result = small.run(tmp_path, "dp_fpl", *record)
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    assert result["levels"].keys() == {"personal", "global"}
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    assert result.personalization.keys() == {"personal", "global"}

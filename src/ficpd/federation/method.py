@@ -127,7 +127,7 @@ class Method(ABC):
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """The facts `set_aside` (by client, why) and `too_few` (by mean) of the new state reach the round's record."""
+        """The facts `excluded_updates` (by client, why) and `underfilled_means` (by mean) of the new state reach the round's record."""
 
     def global_prompt(self, state: State) -> Tensor | None:
         """[P, D] that all clients share; None if there is none."""
