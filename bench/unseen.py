@@ -33,8 +33,8 @@ from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
 from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt
 from ficpd.library.library import PromptLibrary, task_key
+from ficpd.library.records import draw_shots
 from ficpd.library.selection import adapt, prepare_shots
-from ficpd.library.session import draw_shots
 from ficpd.registry import validated_section
 from ficpd.tasks.build import start_text
 from ficpd.types import Record

@@ -4,11 +4,11 @@ import torch
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.tasks import classification
+from ficpd.tasks.build import build_task
 from ficpd.types import Prompt, Query, Record
 
 backbone, _ = load_backbone(BackboneConfig(name="tiny"), EngineConfig())
-task = classification.build(classification.Config(labels={"bad": "bad", "good": "good"}))
+task = build_task({"name": "classification", "labels": {"bad": "bad", "good": "good"}})
 texts = {"a dull film": "bad", "a lovely film": "good", "lovely": "good"}
 records = [Record(text, {"text": text, "target": label}) for text, label in texts.items()]
 start = Prompt(backbone.init_prompt("a good film", 4, 1, seed=0), backbone.fingerprint, enters_at=1)

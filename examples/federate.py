@@ -1,12 +1,12 @@
-"""A whole federation from Python: a recipe, two changes, a result."""
+"""A whole federation in one call: a recipe, two changes, a table, a library."""
 
 import tempfile
 from pathlib import Path
 
-from ficpd.experiments.config import parse
-from ficpd.experiments.runner import run
+import ficpd
 
-RECIPE = """
+folder = Path(tempfile.mkdtemp())
+(folder / "recipe.toml").write_text("""
 [backbone]
 name = "tiny"
 [task]
@@ -21,10 +21,9 @@ kind = "column"
 column = "domain"
 [federation]
 num_rounds = 2
-"""
+""")
 
-out = Path(tempfile.mkdtemp()) / "run"
-result = run(parse(RECIPE, "example", ["method.name=fedavg", "training.batch_size=4"]), out)
-print("everyone's test:", result["metrics"]["global"])
-print("bytes up per client and round:", result["bytes"]["up_per_client_round"])
-print("library:", sorted(file.name for file in (out / "library").iterdir()))
+run = ficpd.run(folder / "recipe.toml", folder / "run", changes=["method.name=fedavg", "training.batch_size=4"])
+print(run)
+print(run.to_frame().T)
+print(ficpd.load_library(run.directory))

@@ -1,23 +1,19 @@
-"""Your own table: four hospitals in one CSV file, one client each, and what the library says of a new note."""
+"""Your own table: four hospitals in one CSV file, one client each, and the library's answer to a new note."""
 
-import csv
 import tempfile
 from pathlib import Path
 
-from ficpd.experiments.config import parse
-from ficpd.experiments.runner import run
-from ficpd.library.session import open_library, predicted, texts_as_records
+import pandas as pd
+
+import ficpd
 
 folder = Path(tempfile.mkdtemp())
 notes = {"cardio": "chest pain and a fast pulse", "neuro": "headache and a numb hand"}
-with open(folder / "notes.csv", "w", newline="") as file:
-    table = csv.writer(file)
-    table.writerow(["note", "department", "site"])
-    for number in range(80):
-        department = "cardio" if number % 2 else "neuro"
-        table.writerow([f"{notes[department]}, day {number}", department, f"hospital {number % 4}"])
+departments = ["neuro", "cardio"] * 40
+table = {"department": departments, "note": [f"{notes[name]}, day {day}" for day, name in enumerate(departments)]}
+pd.DataFrame({**table, "site": [f"hospital {day % 4}" for day in range(80)]}).to_csv(folder / "notes.csv", index=False)
 
-RECIPE = f"""
+(folder / "recipe.toml").write_text(f"""
 [backbone]
 name = "tiny"
 [task]
@@ -32,8 +28,9 @@ kind = "column"
 column = "site"
 [federation]
 num_rounds = 3
-"""
+""")
 
-result = run(parse(RECIPE, "own data"), folder / "run")
-print("accuracy by hospital:", {name: score["accuracy"] for name, score in result["metrics"]["per_client"].items()})
-print(predicted(open_library(folder / "run"), texts_as_records(["pulse and pain"]), None))
+run = ficpd.run(folder / "recipe.toml", folder / "run")
+print(run.to_frame()[["accuracy_global", "accuracy_own", "bytes_up"]])
+library = ficpd.load_library(run.directory)
+print(library.predict(["pulse and pain"]), library.predict(["pulse and pain"], scores=True), sep="\n")

@@ -17,10 +17,10 @@ from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import simulation
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
+from ficpd.federation.method import Method
 from ficpd.federation.rounds import Round, RoundSchedule, run_rounds
 from ficpd.interfaces import Compression, Engine, Task
 from ficpd.library.library import PromptLibrary
-from ficpd.method import Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy

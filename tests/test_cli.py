@@ -208,7 +208,7 @@ def test_adapt_saves_a_library_with_one_prompt_more(ficpd, folder, tmp_path):
     assert facts["table"][facts["way"]]["loss"] <= facts["table"]["leave"]["loss"]
     assert all(torch.equal(mine.prompts[name].vectors_PD, prompt.vectors_PD) for name, prompt in old.prompts.items())
     assert small.same({n: k for n, k in mine.keys.items() if n != "adapted"}, dict(old.keys))
-    assert "exists already; choose another --out" in failed(ficpd(*call))
+    assert "mine exists already" in failed(ficpd(*call))
     told = ficpd("info", tmp_path / "mine")[1]
     assert "'shots': 12" in told
     assert "table" not in told
@@ -251,15 +251,19 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
 def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path):
     """The readout of the demonstrations is saved and used, and beside the adapted prompt only."""
     from ficpd.evaluation.evaluate import score_prompt
-    from ficpd.library.session import adapt_library, draw_shots, open_library, read_records, resolve_task
+    from ficpd.library.records import draw_shots, read_records
+    from ficpd.library.selection import adapt
+    from ficpd.library.session import load_library, local_training_config
 
-    opened = open_library(folder / "run")
-    records = read_records(str(moods), {}, labelled=True)
-    own = resolve_task(opened, records, None, {"sad": "one", "very_happy": "two"}, None)
-    shots = draw_shots(records, 0, False, 0)
-    found = adapt_library(opened, own, shots, tmp_path / "mine", "demonstrations")
-    batch = found.fitted.encode(own.task, records, opened.model.backbone)
-    fitted = score_prompt(own.task, found.fitted.prompt.vectors_PD, batch, own.task.targets(records), opened.model)
+    opened, records = load_library(folder / "run"), read_records(moods)
+    labels = {"sad": "one", "very_happy": "two"}
+    mine = opened.adapt(moods, shots=0, how="demonstrations", labels=labels)
+    mine.save(tmp_path / "mine")
+    task, shots, training = mine.task, draw_shots(records, 0, False, 0), local_training_config(opened.library)
+    found = adapt(opened.library, shots, task, opened.model, training, "demonstrations")
+    batch = found.fitted.encode(task, records, opened.model.backbone)
+    fitted = score_prompt(task, found.fitted.prompt.vectors_PD, batch, task.targets(records), opened.model)
+    assert mine.evaluate(records) == fitted
     _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
     lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}
     assert lines["adapted"] == pytest.approx(fitted["accuracy"], abs=6e-4)
@@ -388,9 +392,9 @@ def test_a_library_without_a_global_prompt_answers_by_the_nearest_key(ficpd, fol
     key = library.keys["global"]
     given = replace(library, prompts=apart, keys={"east": -key, "west": key})
     given.save(tmp_path / "lib")
-    from ficpd.library.session import default_prompt, open_library
+    from ficpd.library.session import default_prompt, load_library
 
-    assert default_prompt(open_library(tmp_path / "lib")) == "west"
+    assert default_prompt(load_library(tmp_path / "lib")) == "west"
     assert ficpd("predict", tmp_path / "lib", "--text", "fine")[0] == 0
     replace(given, keys={}).save(tmp_path / "old")
     assert "no prompt None in this library; it has east, west" in failed(

@@ -7,36 +7,36 @@ from pathlib import Path
 
 import pytest
 
+import ficpd
+
 FOLDER = Path(__file__).parent.parent / "examples"
-SAYS = {
+PRINTS = {
     "ask": "a loss per candidate and record: torch.Size([2, 3])",
-    "federate": "prompts.safetensors",
-    "method": "round 3: 5 updates",
+    "federate": "<library: global; tiny; classification>",
+    "method": "sign_avg",
     "own_data": "['cardio']",
 }
 
 
-@pytest.mark.parametrize("name", sorted(SAYS))
-def test_an_example_runs(name, capsys):
+@pytest.mark.parametrize("name", sorted(PRINTS))
+def test_an_example_runs(name, capsys, monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    assert SAYS[name] in capsys.readouterr().out
+    assert PRINTS[name] in capsys.readouterr().out
 
 
-def test_no_example_is_forgotten_or_long():
-    found = {path.stem: len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")}
-    assert set(found) == {*SAYS, "plain_transformers"}
-    assert max(found.values()) < 60
+def test_every_example_is_tested_and_short():
+    lines = {path.stem: len(path.read_text().splitlines()) for path in FOLDER.glob("[!_]*.py")}
+    assert set(lines) == {*PRINTS, "plain_transformers"}
+    assert max(lines.values()) < 40
 
 
 @pytest.mark.slow
 def test_plain_transformers_agrees_with_predict(minilm_run):
-    """A prompt in a dozen lines of transformers gives what our own loader gives."""
-    from ficpd.library.session import open_library, predicted, texts_as_records
-
+    """Plain transformers give the same answers as the library."""
     out = subprocess.run(
         [sys.executable, str(FOLDER / "plain_transformers.py"), str(minilm_run / "library")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    texts = ["a quiet, lovely film", "the battery died within a week"]
-    answers = predicted(open_library(minilm_run), texts_as_records(texts), "global")
+    answers = ficpd.load_library(minilm_run).predict(["a quiet, lovely film", "the battery died within a week"])
     assert [line.split(" -> ")[1].split(" {")[0] for line in out.splitlines()] == answers

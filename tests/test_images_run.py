@@ -17,7 +17,8 @@ from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
-from ficpd.library.session import adapt_library, open_library, predicted, read_records, resolve_task, score_library
+from ficpd.library.records import read_records
+from ficpd.library.session import load_library
 
 EXAMPLES = 3
 
@@ -84,17 +85,17 @@ def test_a_federation_learns_to_see(finished):
 
 
 def test_its_library_sees_images_of_others(finished, place):
-    opened = open_library(finished)
+    opened = load_library(finished)
     assert not opened.library.keys  # the backbone knows no words that a task could be described with
-    records = read_records(str(place / "digits" / "test"), {"image": "image"}, labelled=True)
-    found = score_library(opened, records, "global")
+    records = read_records(place / "digits" / "test", {"image": "image"})
+    found = opened.evaluate_prompts(records)
     assert found["global"]["accuracy"] > found["zero-shot"]["accuracy"]
     one = place / "digits" / "test" / "7"
     told = CliRunner().invoke(app, ["predict", str(finished), "--data", str(one), "-c", "image=image"])
     lines = [json.loads(line) for line in told.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(file) for file in sorted(one.iterdir())]
-    assert [line["prediction"] for line in lines] == predicted(
-        opened, read_records(str(one), {"image": "image"}, False), "global"
+    assert [line["prediction"] for line in lines] == opened.predict(
+        read_records(one, {"image": "image"}, False), prompt="global"
     )
 
 
@@ -157,9 +158,10 @@ def test_a_clip_needs_no_head_and_its_tasks_have_keys(place, tmp_path):
     data = whole.data.model_copy(update={"where": {"target": ("0", "1")}})
     prompt = whole.prompt.model_copy(update={"head_examples": None})
     run(whole.model_copy(update={"prompt": prompt, "task": task, "data": data}), tmp_path / "run")
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     assert set(opened.library.keys) == {"global"}
-    records = [r for r in read_records(str(place / "public"), {"image": "image"}, True) if r.fields["target"] in two]
-    found = adapt_library(opened, resolve_task(opened, records, None, {}, None), records, tmp_path / "mine")
-    assert "demonstrations" in " ".join(found.table)
-    assert len(predicted(open_library(tmp_path / "mine"), records, "adapted")) == 2 * EXAMPLES
+    records = [r for r in read_records(place / "public", {"image": "image"}) if r.fields["target"] in two]
+    mine = opened.adapt(records, shots=0)
+    mine.save(tmp_path / "mine")
+    assert "demonstrations" in " ".join(mine.library.card["adapted"]["table"])
+    assert len(load_library(tmp_path / "mine").predict(records)) == 2 * EXAMPLES

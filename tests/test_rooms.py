@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ficpd
 
-GROUND = ("errors", "types", "rng", "registry", "storage", "validation", "interfaces", "method")
+GROUND = ("errors", "types", "rng", "registry", "storage", "interfaces")
 """Modules, in the order of their imports. They need torch, safetensors, pydantic and the standard library only."""
 ROOMS = (
     "data", "backbones", "tasks", "privacy", "optimizers", "federation", "methods", "evaluation", "library",

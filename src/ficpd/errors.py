@@ -1,21 +1,21 @@
-"""Everything that FICPD raises on purpose.
+"""Exceptions and warnings of FICPD.
 
 ```
 FicpdError
 ├── ConfigError        the experiment's TOML or --set: unknown key, unknown name, value out of range
 ├── DataError          a file, row or column of the records
-├── BackboneError      weights that cannot be had, a prompt that does not fit, another fingerprint
-├── CodecError         bytes that are not an update: truncated, wrong shape or type, not finite, too large
+├── BackboneError      weights that cannot be loaded, a prompt that does not fit, another fingerprint
+├── CodecError         an invalid message: truncated, wrong shape or type, not finite, too large
 ├── LibraryError       a prompt library that cannot be read or used here
-├── PrivacyError       a guarantee that cannot be given: a method, plan or noise that does not fit the mechanism
-│   ├── BudgetError    a release that the budget does not pay for; nothing was released
-│   ├── PolicyError    what a site's own policy does not allow; nothing was released
-│   └── LedgerError    a ledger that is another run's, or cannot be read
+├── PrivacyError       a guarantee that cannot hold: the method, plan or noise does not fit the mechanism
+│   ├── BudgetError    a release beyond the budget; nothing was released
+│   ├── PolicyError    a request that a site's policy refuses; nothing was released
+│   └── LedgerError    a ledger of another run, or one that cannot be read
 ├── RunError           a run directory that cannot be started or resumed
-└── SiteError          a site's file, socket or process; a federation whose sites do not come
+└── SiteError          a site's file, socket or process; sites that do not connect
 ```
 
-Each message says what was given, what was expected, and what to do.
+Each message states the given value, the expected value, and a remedy.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 
 class FicpdError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(FicpdError):
@@ -71,15 +71,15 @@ class SiteError(FicpdError):
 
 
 class PrivacyWarning(UserWarning):
-    """A guarantee that holds as stated and says less than it seems to."""
+    """The guarantee is valid but weak, e.g. delta > 1/n."""
 
 
 class BackboneWarning(UserWarning):
-    """A backbone that runs, and reads less than was written."""
+    """The backbone runs but does not read all of its input."""
 
 
 def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist, with the nearest one that does.
+    """Returns the error text for an unknown name, with the nearest known one.
 
     >>> did_you_mean("method", "fedvag", ["fedavg", "local"])
     "unknown method 'fedvag'; did you mean 'fedavg'? Known: fedavg, local"

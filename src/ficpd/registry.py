@@ -1,14 +1,16 @@
 """The registries: a method, task, backbone, mechanism, compression or optimizer is a module of its room.
 
 An entry is a module that defines a pydantic `Config` and a `build` function (its docstring says with what arguments). A
-dotted name (`mypackage.mymethod`) names a module outside the package, so that nothing here has to be edited to add one.
+dotted name (`mypackage.mymethod`) names a module outside the package: an installed one, or one in the recipe's folder or
+the current folder. Metrics, partitions and data sources have dotted names only, or kinds of their own section.
 """
 
 import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +22,12 @@ from ficpd.errors import ConfigError, did_you_mean
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
 ENGINES = {"in_process": "ficpd.federation.simulation", "flower": "ficpd.deployment.flower_engine"}
-ENTRY_POINTS = {"optimizers": "tune"}
-"""What an entry defines, where it is not `build`."""
+ENTRY_POINTS = {"optimizers": ("tune",)}
+"""The names that an entry defines, where they are not `Config` and `build`."""
+SEARCHED: list[str] = []
+"""The folders of the recipes that were read, and the current one: where dotted names are found first."""
+OUTSIDE = ("metrics", "partitions", "sources")
+"""Registries whose entries are all outside the package."""
 
 
 class FrozenConfig(BaseModel):
@@ -43,20 +49,48 @@ def names(kind: str) -> list[str]:
 
 
 def _is_entry(package: ModuleType, kind: str, name: str) -> bool:
-    file, entry = Path(package.__path__[0]) / f"{name}.py", ENTRY_POINTS.get(kind, "build")
+    file, entry = Path(package.__path__[0]) / f"{name}.py", ENTRY_POINTS.get(kind, ("build",))[-1]
     return file.is_file() and re.search(rf"^def {entry}\(", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def search_in(folder: Path) -> None:
+    """Finds dotted names in a folder too, from now on and in worker processes."""
+    if str(folder.resolve()) not in SEARCHED:
+        SEARCHED.append(str(folder.resolve()))
 
 
 def load(kind: str, name: str) -> ModuleType:
     """Imports the module of one entry. Raises `ConfigError`, listing the known names, if there is none."""
     if "." in name:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{kind} {name!r}: {error}. A dotted name must be an importable module.") from error
+        return _load_dotted(kind.removesuffix("s"), name, ENTRY_POINTS.get(kind, ("Config", "build")))
+    if kind in OUTSIDE:
+        raise ConfigError(
+            f"{kind.removesuffix('s')} {name!r}: expected the dotted name of a module, such as mylab.{name}"
+        )
     if name not in names(kind):
         raise ConfigError(did_you_mean(kind.removesuffix("s"), name, names(kind)))
     return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
+
+
+def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:
+    """Imports a module with the searched folders first. Afterwards they are last, so that they hide no package."""
+    search_in(Path.cwd())
+    before = list(sys.path)
+    sys.path[:0] = SEARCHED
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{kind} {name!r}: {error}. A dotted name is a module in the recipe's folder, in {Path.cwd()}, or installed"
+        ) from error
+    finally:
+        sys.path[:] = [*before, *(folder for folder in SEARCHED if folder not in before)]
+    for part in needed:
+        if not hasattr(module, part):
+            raise ConfigError(
+                f"{kind} {name!r}: {module.__file__} does not define `{part}`; it needs {' and '.join(needed)}"
+            )
+    return module
 
 
 def build_config(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:

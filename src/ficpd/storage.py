@@ -1,7 +1,7 @@
 """Atomic files, the cache folder, and tensors with a JSON header as bytes.
 
-A file is written beside its target, flushed and renamed. A reader sees the old file or the new one, also after a power cut.
-The cache folder holds downloads, converted weights and measured speeds. All of it may be deleted.
+A temporary file is written, flushed and renamed, so a reader sees the old file or the new one, even after a power cut.
+The cache folder holds downloads, converted weights and measured speeds. It may be deleted.
 """
 
 import errno
@@ -19,25 +19,27 @@ from ficpd.errors import CodecError
 from ficpd.types import JSON, State
 
 HEADER_LIMIT = 1 << 20
-"""Of what comes from elsewhere: a header is read whole before anything in it is checked."""
+"""Largest header of a received message in bytes. A header is read whole before its content is checked."""
 
 
 def atomic_write(target: Path, content: str | bytes) -> Path:
-    """The folder is made if it is not there."""
+    """Writes a file atomically; creates its folder if necessary."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".writing")
-    with open(beside, "wb") as file:
+    temporary = target.with_name(target.name + ".writing")
+    with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(target)
+    temporary.replace(target)
     fsync(target.parent)
     return target
 
 
 def fsync(path: Path) -> None:
-    """A file's content, or which names a folder has, to the disk. A folder that cannot be opened or flushed (on Windows, on
-    some network drives) is left to the system."""
+    """Flushes a file, or a folder's entries, to disk.
+
+    Ignores folders that cannot be opened or flushed (on Windows, on some network drives).
+    """
     folder = path.is_dir()
     try:
         number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -62,20 +64,19 @@ def cache_dir() -> Path:
 
 
 def encode_state(state: State, extra: Mapping[str, JSON]) -> bytes:
-    """A server state with whatever else a checkpoint must know (`extra`, JSON)."""
+    """Encodes a server state with further JSON (`extra`) for a checkpoint."""
     return pack_tensors(state.arrays, {"f": dict(state.facts), "x": dict(extra)})
 
 
 def decode_state(body: bytes, own: bool = False) -> tuple[State, dict[str, JSON]]:
-    """`own`: this machine wrote it and kept it itself (a checkpoint, an answer in the ledger), so that its header may be
-    as long as the run made it."""
+    """Decodes a state and its `extra`. `own`: this machine wrote it, so that its header may have any length."""
     arrays, header = unpack_tensors(body, ("f", "x"), own)
     return State(arrays, header["f"]), header["x"]
 
 
 def pack_tensors(arrays: Mapping[str, Tensor], header: Mapping[str, JSON]) -> bytes:
     """Packs tensors and a JSON header as safetensors."""
-    # Copied: safetensors refuses two names for one memory, as a global prompt and its only prototype may be.
+    # Copies, because safetensors refuses two names for one memory (a global prompt and its only prototype).
     tensors = {
         name: array.detach().cpu().clone(memory_format=torch.contiguous_format) for name, array in arrays.items()
     }
@@ -88,10 +89,10 @@ def unpack_tensors(body: bytes, keys: tuple[str, ...], own: bool = False) -> tup
         arrays = load(body)
         length = int.from_bytes(body[:8], "little")
         if length > HEADER_LIMIT and not own:
-            raise CodecError(f"the header has {length} bytes, at most {HEADER_LIMIT} are read")
+            raise CodecError(f"the header has {length} bytes, expected at most {HEADER_LIMIT}")
         header = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["ficpd"])
         if not isinstance(header, dict):
-            raise TypeError("its header is no object")
+            raise TypeError("its header is not an object")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CodecError(f"not a whole message of this version ({len(body)} bytes): {error}") from error
     if missing := [key for key in keys if key not in header]:

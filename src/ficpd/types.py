@@ -1,7 +1,7 @@
-"""The values that travel. The seams they travel through are in `seams`.
+"""The values that components exchange. `interfaces` has the protocols.
 
-Shapes are suffixes: K candidate prompts, B records, R rows (K x B of all clients), S sequences (a row has one or
-several), T positions, P virtual tokens (with the head rows, if the prompt has any), D width of the backbone, C answers.
+Shape suffixes: K candidate prompts, B records, R rows (K x B of all clients), S sequences (one or several per row), T
+positions, P virtual tokens (with the prompt's head rows), D width of the backbone, C answers.
 """
 
 from abc import abstractmethod
@@ -16,23 +16,24 @@ from torch.nn.utils.rnn import pad_sequence
 JSON = Any
 Score = dict[str, float]
 LORA = -1
-"""In the place of a layer (`enters_at`): the rows are no virtual tokens but low-rank changes of the weights."""
+"""Value of `enters_at` for prompts whose rows are low-rank weight changes instead of virtual tokens."""
 
 MAX_PROMPT_NORM_RATIO = 10.0
-"""How far from zero a site is asked about prompts, in lengths of the start's longest row. Far outside of what the backbone
-has seen, rounding alone makes one record's gradient, or loss, depend on which others share its forward."""
-LABEL_PRIOR = "label_prior"
-"""In `Batch.extra`: [B, C], the logarithm of each label's share, which a classification adds to its logits."""
+"""Maximum norm of a queried prompt row, as a multiple of the longest row of the initial prompt.
 
-# ---------------------------------------------------------------- values: records and what a backbone reads of them
+Far outside the backbone's range, rounding makes one record's gradient depend on the other records of a forward pass."""
+LABEL_PRIOR = "label_prior"
+"""Key of `Batch.extra`: [B, C], log shares of the labels, which a classification adds to its logits."""
+
+# ---------------------------------------------------------------- records and their encodings
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example as its owner wrote it.
+    """One raw example.
 
-    `key` says where it came from (`ratings.csv row 17`): errors name it. `fields` are keyed by role: `text`, `text_pair`,
-    `target`, later `options`, `image`, `references`; columns that a partition uses keep their own name.
+    `key`: its source for errors (`ratings.csv row 17`). `fields`: values by role (`text`, `text_pair`, `target`,
+    `options`, `image`, `references`); columns used by a partition keep their name.
     """
 
     key: str
@@ -41,10 +42,10 @@ class Record:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EncodedInput:
-    """One sequence that a backbone reads. Its identity is the key under which its lower layers' output is kept.
+    """One sequence that a backbone reads. Its identity is the key of cached hidden states.
 
-    `content` is the backbone's own: token ids, or an image that can be opened. Nothing between task and backbone looks
-    inside. `scored` > 0 asks for the likelihood of the last `scored` positions instead of a feature at the reading position.
+    `content`: token ids or a lazy image, opaque outside the backbone. `scored` > 0 requests the likelihood of the last
+    `scored` positions instead of a feature.
     """
 
     content: Any
@@ -54,11 +55,13 @@ class EncodedInput:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B records, encoded, and where a prompt joins them.
+    """B encoded records.
 
-    `items` has one tuple per record: one sequence, or one per candidate answer. `targets` is [B], or None when they are
-    not known. `readout_CD` turns features into scores. `extra` holds further per-record tensors ([B, ...]) for a loss
-    of one's own, such as a teacher's outputs.
+    items: one tuple per record, of one sequence or one per candidate answer.
+    targets: [B], or None when unknown.
+    readout_CD: maps features to scores.
+    enters_at: the layer where a prompt joins.
+    extra: further per-record tensors [B, ...] for a custom loss, such as a teacher's outputs.
     """
 
     task: "Objective"
@@ -72,7 +75,7 @@ class Batch:
         return len(self.items)
 
     def select(self, index: Sequence[int] | Tensor) -> "Batch":
-        """The records at these places, in this order."""
+        """Returns the records at these indices, in this order."""
         places = [int(i) for i in index]
         rows = torch.as_tensor(places, dtype=torch.long)
         return replace(
@@ -83,20 +86,20 @@ class Batch:
         )
 
     def with_prior(self, log_shares_C: Tensor) -> "Batch":
-        """The same records of a client whose labels are known to have these shares."""
+        """Returns the batch with the log label shares of its client."""
         return replace(self, extra={**self.extra, LABEL_PRIOR: log_shares_C.expand(len(self), -1)})
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What enters a layer: `states_STD`, and `mask_ST` (True where there is a token)."""
+    """A layer's input: `states_STD`, and `mask_ST` (True at tokens)."""
 
     states_STD: Tensor
     mask_ST: Tensor
 
     @staticmethod
     def of(states: Sequence[Tensor], left: bool = False) -> "HiddenStates":
-        """Pad ragged [T, D] states; on the left for a causal backbone, so that the last position is in one column."""
+        """Pads ragged [T, D] states; on the left for a causal backbone, so that last positions share a column."""
         lengths = torch.tensor([len(s) for s in states])
         states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
         places = torch.arange(states_STD.shape[1])
@@ -104,18 +107,18 @@ class HiddenStates:
         return HiddenStates(states_STD, mask_ST.to(states_STD.device))
 
     def joined(self, prompts_SPD: Tensor) -> tuple[Tensor, Tensor]:
-        """States and mask with each sequence's own prompt in front."""
+        """Returns states and mask with each sequence's prompt in front."""
         states = torch.cat([prompts_SPD.to(self.states_STD.dtype), self.states_STD], dim=1)
         return states, torch.cat([self.mask_ST.new_ones(prompts_SPD.shape[:2]), self.mask_ST], dim=1)
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a backbone says of R rows, always float32 and always one row each.
+    """A backbone's float32 output for R rows.
 
-    `features_RD`: at the reading position. `scores_RN`: mean log-likelihood per token of each candidate's scored
-    positions (None if no row has any; `-inf` where a row has fewer candidates). `readout_RCD`: the readout that
-    travelled with the prompt, when it did.
+    features_RD: features at the reading position.
+    scores_RN: mean log-likelihood per token of each candidate's scored positions; None without any, -inf for padding.
+    readout_RCD: the readout that is part of the prompt, if any.
     """
 
     features_RD: Tensor
@@ -146,17 +149,17 @@ class Objective(Protocol):
         return None
 
 
-# ---------------------------------------------------------------- values: prompts, questions and what is sent
+# ---------------------------------------------------------------- prompts, queries and messages
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is tuned, sent, clustered, kept: float32 [P, D]; of words int64 [P, 1], their token ids.
+    """A soft prompt, float32 [P, D], or a prompt of words, int64 [P, 1] token ids.
 
-    `backbone` is a fingerprint: prompts of different backbones or layers never mix. `enters_at` is the layer whose
-    input the virtual tokens join (0: ordinary prompt tuning). The last `head_rows` rows are no virtual tokens but the
-    readout of a task that tunes one; they travel, are clipped and noised like the rest. Where `enters_at` is `LORA`, the
-    other rows are weights (`backbones/lora.py`).
+    backbone: fingerprint. Prompts of different backbones or layers never mix.
+    enters_at: layer whose input the virtual tokens join (0: ordinary prompt tuning). With `LORA` the rows are weights
+        (`backbones/lora.py`).
+    head_rows: the last rows, which are a tuned readout. They are sent, clipped and noised like the others.
     """
 
     vectors_PD: Tensor
@@ -166,20 +169,20 @@ class Prompt:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """How many virtual tokens a text must leave room for."""
+        """Positions that the prompt takes from a text."""
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
     @property
     def max_norm(self) -> float:
-        """`FARTHEST` times as long as the longest row."""
+        """`MAX_PROMPT_NORM_RATIO` times the norm of the longest row."""
         return MAX_PROMPT_NORM_RATIO * max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
 
     def within_max_norm(self, rows: Tensor) -> bool:
-        """Whether no row of these [..., D] is longer than `reach`."""
+        """Returns whether no row of [..., D] is longer than `max_norm`."""
         return not rows.numel() or float(rows.norm(dim=-1).max()) <= self.max_norm
 
     def clip_to_max_norm(self, rows: Tensor) -> Tensor:
-        """These [..., D], longer rows drawn back to where the reach ends; words as they are."""
+        """Clips each row of [..., D] to `max_norm`; returns token ids unchanged."""
         if not rows.is_floating_point() or self.within_max_norm(rows):
             return rows
         return rows * (self.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
@@ -190,11 +193,10 @@ class Prompt:
 
 
 class Query(NamedTuple):
-    """A question to the backbone: K candidate prompts, [K, P, D] or of words [K, P, 1], on B records. The only thing a
-    client ever asks.
+    """Asks the backbone about K candidate prompts, [K, P, D] or of words [K, P, 1], on B records.
 
-    `loss` is a per-row loss of one's own, `(Outputs, Batch) -> [R]`; None means the task's. `write` > 0 asks for a text
-    of at most so many tokens after each record, the likeliest token at every step; such a query gives no gradients.
+    loss: custom per-row loss, `(ModelOutput, Batch) -> [R]`; None: the task's.
+    max_new_tokens: > 0 requests greedily generated text after each record, without gradients.
     """
 
     prompts_KPD: Tensor
@@ -206,7 +208,7 @@ class Query(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One loss per candidate and record and, if asked for, one gradient, output or text. Never reduced over records."""
+    """Losses per candidate and record, with gradients, outputs or texts if requested. Never reduced over records."""
 
     loss_KB: Tensor
     grad_KBPD: Tensor | None = None
@@ -216,7 +218,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Assignment:
-    """Server to client: what to start from."""
+    """A server's message to a client: the prompts and settings of one round."""
 
     method: str
     round: int
@@ -226,7 +228,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """Client to server. A method returns one; only what `Mechanism.release` let through is ever encoded."""
+    """A client's message to the server. Only the output of `Mechanism.privatize_update` is ever encoded."""
 
     client: str
     arrays: Mapping[str, Tensor]
@@ -234,27 +236,29 @@ class ClientUpdate:
 
 
 class ArraySpec(NamedTuple):
-    """Shape and type of one array as it travels."""
+    """Shape and type of one encoded array."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
 
 TOKEN_DTYPE = torch.int32
-"""As what token ids travel: no compression touches them."""
+"""Encoding of token ids. No compression applies to them."""
 UpdateSpec = Mapping[str, tuple[int, ...] | ArraySpec]
-"""Arrays by name: the shape of one of numbers, or what travels as it is, such as token ids."""
+"""Arrays by name: a shape for numbers, an `ArraySpec` for arrays that are never compressed, such as token ids."""
 
 
 def zero_update(layout: UpdateSpec) -> dict[str, Tensor]:
-    """An update's arrays, all zero."""
+    """Returns an update's arrays, all zero."""
     kinds = {name: kind if isinstance(kind, ArraySpec) else ArraySpec(tuple(kind)) for name, kind in layout.items()}
     return {name: torch.zeros(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
 
 
 class PrivacyCost(NamedTuple):
-    """What a release costs: `count` Gaussian releases, each on a Poisson sample of rate `sampling_rate` (1: on all),
-    with noise of `noise_multiplier` times the sensitivity. One line of a ledger; `name` says what was released."""
+    """One line of a ledger: `count` Gaussian releases with noise of `noise_multiplier` times the sensitivity.
+
+    Each release uses a Poisson sample of rate `sampling_rate` (1: all records). `name`: the released quantity.
+    """
 
     name: str
     sampling_rate: float
@@ -264,11 +268,12 @@ class PrivacyCost(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientWorkload:
-    """What a whole run asks of one client, as far as its privacy is concerned.
+    """The planned releases of one client in a whole run, from which its noise is chosen.
 
-    `participations` times an order of `steps` steps, each on a Poisson sample of rate `sampling_rate` of its `num_records`
-    records; `num_clients` clients, of whom each joins one of `num_rounds` rounds with probability `cohort_rate`. `totals`:
-    those that every order releases, and the share of the budget that each takes over all orders.
+    sampling_rate: Poisson sampling rate of its `num_records` records in each of the `steps` of an assignment.
+    participations: assignments that it executes.
+    cohort_rate: probability that one of `num_clients` clients joins one of `num_rounds` rounds.
+    totals: sums that every assignment releases, with each one's share of the budget over the run.
     """
 
     num_records: int
@@ -283,7 +288,7 @@ class ClientWorkload:
 
 @dataclass(frozen=True)
 class ClientCard:
-    """What everybody may know of a client: its name and public metadata, nothing that depends on records."""
+    """A client's name and public metadata, which do not depend on its records."""
 
     name: str
     metadata: Mapping[str, str | float] = field(default_factory=dict)
@@ -291,7 +296,7 @@ class ClientCard:
 
 @dataclass(frozen=True)
 class State:
-    """All that a method's server half knows between two rounds: tensors and JSON, so that every round is a checkpoint."""
+    """A method's server state between two rounds, as tensors and JSON, so that every round is a checkpoint."""
 
     arrays: Mapping[str, Tensor]
     facts: Mapping[str, JSON] = field(default_factory=dict)
@@ -299,8 +304,12 @@ class State:
 
 @dataclass(frozen=True)
 class FederationInfo:
-    """What a method starts from: the shared start (from public text and seed), clients, rounds, clients a round; how many
-    labels the task of each group has (0: it has none; the group of a federation with one task is called "")."""
+    """The inputs of a method's initial state.
+
+    start: the shared initial prompt, from public text and seed.
+    cohort: clients per round.
+    num_labels: labels of each group's task (0: no labels). A federation of one task has the group "".
+    """
 
     start: Prompt
     clients: Sequence[ClientCard]
@@ -312,7 +321,7 @@ class FederationInfo:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from one client: encoded bytes, or why there are none. `refused`: its budget does not allow it."""
+    """One client's encoded update, or its error. `refused`: its budget does not allow the release."""
 
     client: str
     body: bytes | None
@@ -322,7 +331,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's records. `metadata` is public: what its card says."""
+    """One client's records. `metadata` is public, for its card."""
 
     train: list[Record]
     test: list[Record]

@@ -15,7 +15,7 @@ from ficpd.backbones import openai_api
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError, LibraryError
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import open_library, predicted
+from ficpd.library.session import load_library
 from ficpd.tasks import classification
 from ficpd.types import Batch, Prompt, Query
 from remote import Served, serving
@@ -355,9 +355,9 @@ def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, 
     prompt = library.prompts["global"].vectors_PD
     assert (prompt.dtype, tuple(prompt.shape)) == (torch.int64, (3, 1))
     assert library.card["words"]["global"] in (tmp_path / "run" / "library" / "README.md").read_text()
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     assert opened.model.backbone.vocabulary.text(prompt[:, 0].tolist()) == library.card["words"]["global"]
-    assert len(predicted(opened, small.records(4, 7), "global")) == 4
+    assert len(opened.predict(small.records(4, 7), prompt="global")) == 4
     assert result["backbone"]["fingerprint"].startswith("endpoint:")
 
 

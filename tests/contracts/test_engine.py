@@ -173,5 +173,5 @@ def test_with_privacy_an_error_does_not_quote_a_record(model):
     private = small.clients(model, method, mechanism=record_level)["site-0"]
     error = DataError("row 7: the patient's name is Ada")
     assert "Ada" in simulation.public_error(open_one, error)
-    assert simulation.public_error(private, error) == "DataError (what it says stays at the client)"
+    assert simulation.public_error(private, error) == "DataError (its text stays at the client)"
     assert simulation.public_error(private, BudgetError("spent")) == "BudgetError: spent"

@@ -12,8 +12,8 @@ from ficpd.errors import ConfigError, LibraryError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.method import Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
 from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate, Query, State

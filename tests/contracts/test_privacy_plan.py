@@ -9,9 +9,9 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import PrivacyError
 from ficpd.federation.client import execute_assignment
+from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import NONE, plan_privacy
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.method import Capabilities, Method
 from ficpd.methods.fedavg import FedAvg
 from ficpd.methods.local import Local
 from ficpd.privacy.none import NoPrivacy

@@ -521,9 +521,9 @@ def test_what_cannot_be_done_is_said(library, model):
 def test_a_real_library_is_adapted_to_labels_it_has_never_seen(minilm_run):
     """A short quick start's library (good or bad), and four records of each kind of text: where they come from."""
     from ficpd.data import loading
-    from ficpd.library.session import open_library
+    from ficpd.library.session import load_library
 
-    opened = open_library(minilm_run)
+    opened = load_library(minilm_run)
     rated = loading.load_all(loading.Config(source="ratings", columns={"text": "text", "target": "domain"}))
     by_domain: dict[str, list[Record]] = {}
     for record in small.shuffled(rated):

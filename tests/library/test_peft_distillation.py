@@ -22,6 +22,7 @@ from ficpd.library.peft_distillation import (
     logits,
 )
 from ficpd.library.peft_io import export, own_base, read_folder, reentry_lines
+from ficpd.library.session import load_library
 from ficpd.tasks import classification, generation
 from ficpd.tasks.build import start_text
 from ficpd.types import ModelOutput, Prompt, Record
@@ -212,7 +213,7 @@ def test_synthetic_examples_are_taken_where_the_run_has_some(folder, model, tmp_
 
 
 def test_made_up_words_are_called_weak(folder):
-    found = distill_library_prompt(folder, "global", steps=2)
+    found = distill_library_prompt(load_library(folder), "global", steps=2)
     said = " ".join(reentry_lines(found.card))
     assert "random words" in said
     assert "quality on real texts" in said
@@ -223,7 +224,7 @@ def test_made_up_words_are_called_weak(folder):
 
 def test_a_library_with_the_imitation_alone(folder):
     whole = PromptLibrary.load(folder)
-    found = distill_library_prompt(folder, "global", texts(16), steps=2, num_tokens=4)
+    found = distill_library_prompt(load_library(folder), "global", texts(16), steps=2, num_tokens=4)
     assert found.prompts.keys() == {"global"}
     assert {prompt.enters_at for prompt in found.candidates().values()} == {0}
     assert found.card["backbone"]["enters_at"] == 0
@@ -237,15 +238,17 @@ def test_a_library_with_the_imitation_alone(folder):
 
 def test_a_wrong_prompt_or_task_is_named(folder, tmp_path):
     with pytest.raises(LibraryError, match="no prompt 'globl' in this library; it has global"):
-        distill_library_prompt(folder, "globl")
+        distill_library_prompt(load_library(folder), "globl")
     with pytest.raises(LibraryError, match="unknown task 'x'"):
-        distill_library_prompt(folder, "global", task="x")
+        distill_library_prompt(load_library(folder), "global", task="x")
     two = PromptLibrary.load(folder)
     task = next(iter(two.card["tasks"].values()))
     replace(two, card={**two.card, "tasks": {"a": task, "b": task}}).save(tmp_path / "two")
-    with pytest.raises(LibraryError, match=r"no task was given; name the task .*--task.: a, b"):
-        distill_library_prompt(tmp_path / "two", "global")
-    assert distill_library_prompt(tmp_path / "two", "global", texts(8), task="b", steps=1).prompts.keys() == {"global"}
+    with pytest.raises(LibraryError, match=r"several tasks; name one of them with --task: a, b"):
+        distill_library_prompt(load_library(tmp_path / "two"), "global")
+    assert distill_library_prompt(
+        load_library(tmp_path / "two"), "global", texts(8), task="b", steps=1
+    ).prompts.keys() == {"global"}
 
 
 @pytest.mark.slow
@@ -253,7 +256,7 @@ def test_on_minilm_an_input_prompt_answers_as_the_librarys_does(minilm_run, tmp_
     """What PEFT can load in place of a prompt that enters at layer 3, tuned on texts that the federation never saw."""
     resolved = parse((minilm_run / "resolved.toml").read_text(), "resolved.toml")
     records = [record for shard in build_context(resolved).shards.values() for record in shard.test][:160]
-    made = distill_library_prompt(minilm_run, "global", Texts(records, "test records"), steps=120)
+    made = distill_library_prompt(load_library(minilm_run), "global", Texts(records, "test records"), steps=120)
     facts = made.card["reentered"]
     assert facts["from_layer"] == 3
     assert facts["after"]["loss"] < 0.5 * facts["before"]["loss"]

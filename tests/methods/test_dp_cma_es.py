@@ -11,8 +11,8 @@ from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.methods.dp_cma_es import DpCmaEs
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian

@@ -11,8 +11,8 @@ from ficpd.errors import CodecError
 from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, personal_prompt
 from ficpd.federation.compression import subspace
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.methods import dp_zo
 from ficpd.methods.dp_zo import DpZo
 from ficpd.optimizers import LocalTrainingConfig

@@ -11,8 +11,8 @@ from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import BackboneError, CodecError, ConfigError, PrivacyError
 from ficpd.federation import codec
 from ficpd.federation.client import Client, ClientSession, execute_assignment
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.methods.fedbpt import FedBpt
 from ficpd.tasks import corrupt_words
 from ficpd.types import Answer, ClientUpdate, Query

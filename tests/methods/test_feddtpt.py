@@ -16,7 +16,7 @@ from ficpd.errors import BackboneError, ConfigError, PrivacyError
 from ficpd.federation import codec
 from ficpd.federation.client import ClientSession, execute_assignment
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import open_library, predicted, score_library
+from ficpd.library.session import load_library
 from ficpd.methods.feddtpt import Config, FedDtpt, is_wrong
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import record_gaussian
@@ -245,14 +245,12 @@ def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_re
         "`global` reads: " + json.dumps(library.card["words"]["global"])
         in (tmp_path / "run" / "library" / "README.md").read_text()
     )
-    opened, experiment = open_library(tmp_path / "run"), small.experiment(tmp_path, "feddtpt")
+    opened, experiment = load_library(tmp_path / "run"), small.experiment(tmp_path, "feddtpt")
     from ficpd.experiments.build import build_context
 
     test = [record for shard in build_context(experiment).shards.values() for record in shard.test]
-    assert score_library(opened, test, "global")["global"]["accuracy"] == pytest.approx(
-        result.scores.global_prompt["accuracy"]
-    )
-    assert len(predicted(opened, test, None)) == len(test)
+    assert opened.evaluate(test)["accuracy"] == pytest.approx(result.scores.global_prompt["accuracy"])
+    assert len(opened.predict(test)) == len(test)
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])

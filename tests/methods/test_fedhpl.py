@@ -16,8 +16,8 @@ from ficpd.evaluation.evaluate import evaluate
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.client import ClientSession, execute_assignment, personal_prompt
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.methods.fedhpl import (
     KNOWN,
     LOGITS,

@@ -10,12 +10,8 @@ from ficpd.library.library import PromptLibrary
 from ficpd.library.peft_distillation import Texts, distill_to_input
 from ficpd.library.session import (
     ZERO_SHOT,
-    adapt_library,
     library_facts,
-    open_library,
-    predicted,
-    resolve_task,
-    score_library,
+    load_library,
 )
 from ficpd.privacy import record_gaussian
 from ficpd.types import LORA, ClientWorkload, Query
@@ -34,15 +30,15 @@ def test_a_run_learns_and_its_library_predicts_as_the_run_did(tmp_path, more):
     accuracy = result.scores.global_prompt["accuracy"]
     assert accuracy > result.scores.zero_shot["accuracy"] + 0.1
     heads = 2 if more else 0
-    opened, context = open_library(tmp_path / "run"), build_context(small.experiment(tmp_path, "fedlora", QUICK, *more))
+    opened, context = load_library(tmp_path / "run"), build_context(small.experiment(tmp_path, "fedlora", QUICK, *more))
     assert (opened.library.start.enters_at, opened.library.start.num_virtual_tokens) == (LORA, 0)
     assert tuple(opened.library.start.vectors_PD.shape) == (64 + heads, 16)
     test = [record for shard in context.shards.values() for record in shard.test]
-    found = score_library(opened, test, "global")
+    found = opened.evaluate_prompts(test)
     assert found["global"]["accuracy"] == pytest.approx(accuracy)
     if not more:
         assert found[ZERO_SHOT]["accuracy"] == pytest.approx(result.scores.zero_shot["accuracy"])
-    said = predicted(opened, test, None)
+    said = opened.predict(test)
     assert sum(a == b.fields["target"] for a, b in zip(said, test, strict=True)) / len(test) == pytest.approx(accuracy)
 
 
@@ -114,12 +110,11 @@ def test_a_records_gradient_is_clipped_by_itself(model):
 
 def test_somebodys_few_records_fit_it_as_they_fit_a_prompt(tmp_path):
     small.run(tmp_path, "fedlora")
-    opened, shots = open_library(tmp_path / "run"), small.records(12, 3)
-    own = resolve_task(opened, shots, None, {}, None)
-    adapt_library(opened, own, shots, tmp_path / "mine", "tune")
+    opened, shots = load_library(tmp_path / "run"), small.records(12, 3)
+    opened.adapt(shots, how="tune").save(tmp_path / "mine")
     mine = PromptLibrary.load(tmp_path / "mine")
     assert not torch.equal(mine.prompts["adapted"].vectors_PD, mine.prompts["global"].vectors_PD)
-    assert len(predicted(open_library(tmp_path / "mine"), shots, "adapted")) == 12
+    assert len(load_library(tmp_path / "mine").predict(shots)) == 12
 
 
 def test_a_compression_for_prompts_is_refused_before_anything_is_written(tmp_path):
@@ -141,6 +136,6 @@ def test_no_prompt_starts_from_lora_weights_nor_imitates_them(tmp_path):
     library = PromptLibrary.load(tmp_path / "run")
     with pytest.raises(ConfigError, match="holds LoRA weights"):
         small.run(tmp_path / "b", "fedavg", "prompt.init=library", f"prompt.library={tmp_path / 'run'}")
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     with pytest.raises(LibraryError, match="export them as they are"):
         distill_to_input(library.prompts["global"], Texts(small.records(8), "texts"), opened.task, opened.model)

@@ -16,8 +16,8 @@ from ficpd.evaluation.evaluate import evaluate
 from ficpd.evaluation.personalization import personalization_levels
 from ficpd.experiments.setup import build_method
 from ficpd.federation.client import MIN_HOLDOUT_RECORDS, Client, ClientSession, execute_assignment, personal_prompt
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.methods.fpl import Fpl
 from ficpd.methods.shared.residual import (
     TOWARDS,

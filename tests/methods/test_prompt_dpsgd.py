@@ -10,8 +10,8 @@ from contracts.test_leak import Deaf
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError, PrivacyError
 from ficpd.federation.client import execute_assignment, personal_prompt
+from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
-from ficpd.federation.validation import validate_assignment
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientWorkload, Query
 

@@ -23,7 +23,7 @@ from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.experiments.config import parse
 from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run
-from ficpd.library.session import open_library, score_library
+from ficpd.library.session import load_library
 from ficpd.tasks import generation
 from ficpd.tasks.build import build_task
 from ficpd.types import Answer, Prompt, Query, Record
@@ -366,12 +366,12 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     answers = told("predict", str(tmp_path / "run"), *[part for text in texts for part in ("--text", text)])
     lines = [json.loads(line) for line in answers.splitlines()]
     assert [line["text"] for line in lines] == texts
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     prompt = opened.library.prompts["global"]
     for line in lines:
         (expected,) = opened.model.backbone.generate(prompt, [line["text"]], 5)
         assert line["prediction"] == expected.strip()
-    found = score_library(opened, RECORDS, None)
+    found = opened.evaluate_prompts(RECORDS)
     assert found.keys() == {"zero-shot", "global"}
 
 
@@ -393,7 +393,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     run(experiment, tmp_path / "run")
     bleu = {row.label: row.scores.global_prompt["bleu"] for row in load_results(tmp_path / "run")}
     assert bleu["fedavg"] > bleu["zero_shot"] + 20
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     records = [Record(f"row {i}", line) for i, line in enumerate(lines[::8])]
     start, tuned = opened.library.start, opened.library.prompts["global"]
     batch = opened.task.encode(records, opened.model.backbone, start)

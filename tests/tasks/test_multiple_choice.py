@@ -21,7 +21,7 @@ from ficpd.evaluation.evaluate import score_prompt
 from ficpd.experiments.config import parse
 from ficpd.experiments.initialization import public_gradients
 from ficpd.experiments.runner import run
-from ficpd.library.session import open_library, score_library
+from ficpd.library.session import load_library
 from ficpd.tasks import multiple_choice
 from ficpd.types import ClientData, Prompt, Query, Record
 
@@ -307,7 +307,7 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
     for score in (first, whole):
         ends = f"[{100 * score['accuracy_low']:.1f}, {100 * score['accuracy_high']:.1f}]"
         assert f"\n{100 * score['accuracy']:.1f} {ends}\n" in page
-    opened = open_library(tmp_path / "run")
+    opened = load_library(tmp_path / "run")
     few = small.questions(8, 5)
     batch = opened.encode(few)
     before, after = (
@@ -315,7 +315,7 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
         for p in (opened.library.start, opened.library.prompts["global"])
     )
     assert after < before
-    assert score_library(opened, few, None).keys() == {"zero-shot", "global"}
+    assert opened.evaluate_prompts(few).keys() == {"zero-shot", "global"}
     table(tmp_path / "few.jsonl", 8)
     base = [str(tmp_path / "run"), "--data", str(tmp_path / "few.jsonl"), "-c", "options=options"]
     for how in ("leave", "tune", "auto"):

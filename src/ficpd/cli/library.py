@@ -16,12 +16,13 @@ def evaluate(
     task: TaskName = None, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Score a library's prompts, and no prompt at all, on labelled records."""
-    from ficpd.library.session import open_library, read_records, score_library
+    from ficpd.library.records import read_records
+    from ficpd.library.session import load_library
 
-    opened = open_library(library, device)
+    opened = load_library(library, device=device)
     opened.named(task)
-    records = read_records(data, roles(columns), labelled=True)
-    found = score_library(opened, records, prompt, task)
+    records = read_records(data, roles(columns))
+    found = opened.evaluate_prompts(records, None if prompt is None else ["zero-shot", prompt], task=task)
     screen.print(f"{len(records)} records from {data}")
     print_scores("prompt", found)
 
@@ -46,31 +47,27 @@ def adapt(
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
-    from ficpd.library.session import (
-        adapt_library,
-        draw_shots,
-        missing_labels,
-        open_library,
-        read_records,
-        resolve_task,
-    )
+    from ficpd.library.session import load_library, require_new
 
     if task and (label or instruction is not None):
         raise typer.BadParameter("--task is one that the library knows, --label and --instruction make a new one")
     labels = pairs(label, "--label takes label=text, such as lost_card=lost card")
-    opened = open_library(library, device)
-    records = read_records(data, roles(columns), labelled=True) if data else []
-    own = resolve_task(opened, records, task, labels, instruction)
-    chosen = draw_shots(records, shots, per_class, seed)
-    screen.print(escape(own.said), highlight=False)
-    if absent := missing_labels(own.task, chosen):
-        screen.print(escape(f"none of the {len(chosen)} records is: {', '.join(absent)}"), highlight=False)
-    found = adapt_library(opened, own, chosen, out, how, seed)
-    if found.table:
-        print_scores("way, on records held back", found.table)
-    for line in (found.said, f"{found.fitted.note}; {len(chosen)} records. Saved in {out}"):
+    require_new(out)
+
+    def say(line: str) -> None:
         screen.print(escape(line), highlight=False)
-    if found.fitted.demonstrations:
+
+    mine = load_library(library, device=device).adapt(
+        data or (), shots=shots, per_class=per_class, how=how, task=task, labels=labels, instruction=instruction,
+        columns=roles(columns), seed=seed, say=say,
+    )  # fmt: skip
+    mine.save(out)
+    facts = mine.library.card["adapted"]
+    if facts["table"]:
+        print_scores("way, on records held back", facts["table"])
+    say(facts["why"])
+    say(f"{facts['made_of']}; {facts['shots']} records. Saved in {out}")
+    if facts["demonstrations"] or "adapted" in mine.library.readouts:
         screen.print("it holds your records, or what is made of them: pass it on only to who may see those")
 
 
@@ -86,15 +83,17 @@ def predict(
     """Answer texts with a library's prompt: one JSON line each."""
     import json
 
-    from ficpd.library.session import open_library, predicted, read_records, texts_as_records
+    from ficpd.library.records import read_records
+    from ficpd.library.session import load_library
 
     if bool(text) == bool(data):
         raise typer.BadParameter("give --text or --data, one of them")
-    records = texts_as_records(text) if text else read_records(str(data), roles(columns), labelled=False)
-    answers = predicted(open_library(library, device), records, prompt, task)
-    for record, answer in zip(records, answers, strict=True):
-        role = "image" if "image" in record.fields else "text"
-        typer.echo(json.dumps({role: str(record.fields[role]), "prediction": answer}, ensure_ascii=False))
+    asked: Any = text or read_records(str(data), roles(columns), labelled=False)
+    answers = load_library(library, device=device).predict(asked, prompt=prompt, task=task)
+    for one, answer in zip(asked, answers, strict=True):
+        fields = {"text": one} if text else one.fields
+        role = "image" if "image" in fields else "text"
+        typer.echo(json.dumps({role: str(fields[role]), "prediction": answer}, ensure_ascii=False))
 
 
 def export(
@@ -114,32 +113,20 @@ def export(
 
     Example: `ficpd export runs/demo --prompt global --out peft --reenter --data texts.csv -c text=review`
     """
-    from ficpd.library.library import PromptLibrary
-    from ficpd.library.peft_io import checked_target, own_base
-    from ficpd.library.peft_io import export as write_folder
+    from ficpd.library.session import load_library
 
     if data and not reenter:
         raise typer.BadParameter("--data is what --reenter tunes on; give both")
-    found = PromptLibrary.load(library)
-    base = base or own_base(found)
-    checked_target(found, out, base)
-    if reenter:
-        found = _reentered(library, prompt, data, roles(columns), task=task, num_tokens=tokens, steps=steps, seed=seed,
-                           device=device)  # fmt: skip
-    write_folder(found, prompt, out, base)
-    typer.echo(f"base:   {base}")
-    typer.echo(f"folder: {out} (README.md says how to load it)")
 
-
-def _reentered(library: Path, prompt: str, data: str | None, roles: dict[str, str], **options: Any) -> Any:
-    """The imitation alone as a library; the screen says how well it agrees."""
-    from ficpd.library.peft_distillation import distill_library_prompt, load_texts
-    from ficpd.library.peft_io import reentry_lines
-
-    found = distill_library_prompt(library, prompt, load_texts(data, roles) if data else None, **options)
-    for line in reentry_lines(found.card):
+    def say(line: str) -> None:
         screen.print(escape(line), highlight=False, soft_wrap=True)
-    return found
+
+    found = load_library(library, device=device).export_peft(
+        out, prompt, base=base, reenter=reenter, data=data, columns=roles(columns), say=say,
+        **({"task": task, "num_tokens": tokens, "steps": steps, "seed": seed} if reenter else {}),
+    )  # fmt: skip
+    typer.echo(f"base:   {found}")
+    typer.echo(f"folder: {out} (README.md says how to load it)")
 
 
 def import_(
@@ -157,12 +144,11 @@ def import_(
     Example: `ficpd import peft --out mine --backbone smollm2 --label good=positive --label bad=negative`
     """
     from ficpd.backbones.loading import BackboneConfig
-    from ficpd.errors import LibraryError
     from ficpd.library.peft_io import IMPORTED, imported
+    from ficpd.library.session import require_new
     from ficpd.registry import validated_section
 
-    if out.exists():
-        raise LibraryError(f"{out} exists already; choose another --out")
+    require_new(out)
     labels = pairs(label, "--label takes label=text, such as good=positive")
     kind = {"name": "classification", "labels": labels} if labels else {"name": "generation"}
     task = validated_section("tasks", {**kind, "instruction": instruction}, "--label")

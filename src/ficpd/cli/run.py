@@ -26,6 +26,7 @@ def run(
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd.experiments import config as experiments
+    from ficpd.experiments.api import default_directory
     from ficpd.experiments.report.build import PAGE
     from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table
     from ficpd.experiments.runner import run as run_experiment
@@ -33,7 +34,7 @@ def run(
 
     changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
     experiment = experiments.read(recipe, changed)
-    out = out or Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
+    out = out or default_directory(experiment)
     screen.print(
         f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
     )
@@ -82,13 +83,13 @@ def audit(
     """
     from ficpd.evaluation.audit.report import table, verdict
     from ficpd.experiments.audit import audit_library, audit_run
-    from ficpd.library.session import read_records
+    from ficpd.library.records import read_records
 
     if bool(trained) != bool(others):
         raise typer.BadParameter("give --trained and --others together: members, and records to tell them from")
     if trained and others:
         folder = out or run.with_name(run.resolve().name + "-audit")
-        known, unknown = (read_records(file, roles(columns), labelled=True) for file in (trained, others))
+        known, unknown = (read_records(file, roles(columns)) for file in (trained, others))
         found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device)
     else:
         folder = run

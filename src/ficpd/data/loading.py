@@ -1,6 +1,7 @@
 """Reads records from the user's table, the Hugging Face hub, or the built-in sentence ratings."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from ficpd import registry
 from ficpd.data import benchmarks, huggingface, images
 from ficpd.data.sentence_ratings import read_ratings
-from ficpd.data.tables import SPLITS, Table, read_files
+from ficpd.data.tables import READERS, SPLITS, Table, read_files
 from ficpd.data.untyped import UntypedStr, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
 from ficpd.registry import FrozenConfig
 from ficpd.rng import derive_seed
 from ficpd.types import Record
 
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
 
 
@@ -27,7 +30,8 @@ class Config(FrozenConfig):
     """Where the records are and which column plays which role.
 
     `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
-    "hf:DATASET_ID". "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
+    "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value, and
+    whose settings are `source_options`. "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
     for polarity) are dropped.
     `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
     own names. A target in a file without types (CSV, TSV) is text as it stands, which a regression reads as a number.
@@ -38,6 +42,7 @@ class Config(FrozenConfig):
     """
 
     source: str
+    source_options: dict[str, Any] = {}
     columns: dict[str, str] = {"text": "text", "target": "target"}
     layout: str | None = None
     options: tuple[str, ...] = ()
@@ -156,6 +161,11 @@ def _tables(config: Config) -> list[Table]:
         return benchmarks.to_records(config.layout, of_hub() if on_hub else benchmarks.read(config.layout, path))
     if on_hub:
         return of_hub()
+    if DOTTED.fullmatch(config.source) and not path.exists() and path.suffix.lower() not in READERS:
+        module = registry.load("sources", config.source)
+        rows = list(module.build(registry.validate(module.Config, config.source_options, "data.source_options")))
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        return [Table(config.source, columns, dict(enumerate(rows, 1)))]
     return images.read_tables(path, config.columns["image"]) if "image" in config.columns else read_files(path)
 
 

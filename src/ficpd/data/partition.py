@@ -8,7 +8,7 @@ arXiv 1909.06335) draw it the other way round, a mixture of labels for every cli
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 from ficpd.data.tables import read_files
 from ficpd.data.untyped import is_regression_target, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
-from ficpd.registry import FrozenConfig
+from ficpd.registry import FrozenConfig, load, validate
 from ficpd.rng import derive_seed
 from ficpd.types import ClientData, Record
 
+KINDS = ("column", "dirichlet", "iid", "column_dirichlet")
 NUM_BINS = 10
 """A target that is a real number is skewed by its quantile bin."""
 
@@ -31,22 +32,30 @@ class Config(FrozenConfig):
     """How records become clients.
 
     `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
-    smaller `concentration`. `column_dirichlet`: every value of a column becomes several clients with label skew.
+    smaller `concentration`. `column_dirichlet`: every value of a column becomes several clients with label skew. A dotted
+    name: the module's `build(config)` gives a function from the data set and a seed to `ClientData` by client's name;
+    `options` are the module's own.
 
     What is public of a client (its card): the column it was made by; `publish`, columns that all of its records agree
     in; and `cards`, a table with a column `client` and one for each public fact (language, specialty, beds, ...).
     """
 
-    kind: Literal["column", "dirichlet", "iid", "column_dirichlet"]
+    kind: str
     column: str | None = None
     num_clients: int | None = Field(default=None, ge=1)
     concentration: float = Field(default=0.5, gt=0, le=1e6)
     min_records: int = Field(default=1, ge=1, description="train records that every client has at least")
     publish: tuple[str, ...] = ()
     cards: str | None = None
+    options: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> "Config":
+        if "." in self.kind:
+            return self
+        if self.kind not in KINDS or self.options:
+            given = "options are for a dotted name" if self.kind in KINDS else did_you_mean("kind", self.kind, KINDS)
+            raise ValueError(f"{given} (or the dotted name of a module of yours)")
         for name, used in {"column": "column" in self.kind, "num_clients": self.kind != "column"}.items():
             if (getattr(self, name) is not None) != used:
                 raise ValueError(f"kind {self.kind!r} {'needs' if used else 'does not use'} {name!r}")
@@ -79,6 +88,8 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
     if not data.train:
         raise DataError("there are no train records to partition; the source must hold at least one")
     shards = {"client": ClientData(list(data.train), list(data.test), {})}
+    if "." in config.kind:
+        shards = _by_module(config, shards["client"], seed)
     if config.column is not None:
         shards = _by_column(config.column, shards["client"])
     if config.num_clients is not None:
@@ -96,6 +107,21 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
                 )
             shards[name].metadata.update(facts)
     return dict(sorted(shards.items()))
+
+
+def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientData]:
+    """Divides by a module outside the package. Raises `DataError` unless it deals every record to exactly one client."""
+    module = load("partitions", config.kind)
+    divide = module.build(validate(module.Config, config.options, "partition.options"))
+    shards = dict(divide(data, derive_seed(seed, "partition")))
+    for side in ("train", "test"):
+        dealt = Counter(record.key for shard in shards.values() for record in getattr(shard, side))
+        if dealt != Counter(record.key for record in getattr(data, side)):
+            raise DataError(
+                f"partition.kind = {config.kind!r}: expected every {side} record at exactly one client; "
+                f"{dealt.total()} were dealt, {len(getattr(data, side))} were given"
+            )
+    return shards
 
 
 def _agreed(client: str, shard: ClientData, column: str) -> str | float:

@@ -1,6 +1,6 @@
-"""Keys and certificates, all on the curve P-384: a private authority, the server's certificate, the SuperNodes' keys.
+"""Creates the keys and certificates of a federation on the curve P-384: its CA, its server, its SuperNodes.
 
-Needs `cryptography`, which Flower brings along.
+Needs `cryptography`, a dependency of Flower.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_YEARS, SERVER_YEARS = 10, 2
 LOCAL = ("localhost", "127.0.0.1", "::1")
-"""The coordinator's own programs and its proxy reach SuperLink by these."""
+"""The coordinator's programs and its proxy reach SuperLink by these names."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,25 @@ class SignedCert:
 
 
 def create_ca() -> SignedCert:
-    """A certificate authority of this federation alone; it signs servers and no further authorities."""
+    """Creates the federation's certificate authority, which signs servers but no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
-    name = _named("FICPD federation authority")
-    usage = _usage(key_cert_sign=True, crl_sign=True)
+    name = _common_name("FICPD federation authority")
     built = (
-        _begun(name, key.public_key(), CA_YEARS)
+        _builder(name, key.public_key(), CA_YEARS)
         .issuer_name(name)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
     )
     return SignedCert(key, built.sign(key, hashes.SHA384()))
 
 
 def create_server_cert(ca: SignedCert, host: str) -> SignedCert:
-    """A server's certificate for `host` (a DNS name or an IP address) and for this machine's own names."""
+    """Creates a server's certificate for `host` (a DNS name or an IP address) and for local names."""
     key = ec.generate_private_key(ec.SECP384R1())
     names = [_alternative(name) for name in dict.fromkeys((host, *LOCAL))]
     of_ca = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
     built = (
-        _begun(_named("FICPD coordinator"), key.public_key(), SERVER_YEARS)
+        _builder(_common_name("FICPD coordinator"), key.public_key(), SERVER_YEARS)
         .issuer_name(ca.certificate.subject)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
@@ -69,14 +68,14 @@ def create_server_cert(ca: SignedCert, host: str) -> SignedCert:
 
 
 def create_node_key(comment: str) -> tuple[bytes, bytes]:
-    """A SuperNode's private and public key in OpenSSH's formats, as `ssh-keygen -t ecdsa -b 384` writes them."""
+    """Creates a SuperNode's private and public key in OpenSSH's formats, like `ssh-keygen -t ecdsa -b 384`."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), public + f" {comment}\n".encode()
 
 
-def _begun(subject: x509.Name, public: ec.EllipticCurvePublicKey, years: int) -> x509.CertificateBuilder:
-    """Valid from an hour ago, for clocks that are a little slow."""
+def _builder(subject: x509.Name, public: ec.EllipticCurvePublicKey, years: int) -> x509.CertificateBuilder:
+    """Starts a certificate, valid from an hour ago so that slow clocks accept it."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -89,7 +88,7 @@ def _begun(subject: x509.Name, public: ec.EllipticCurvePublicKey, years: int) ->
     )
 
 
-def _named(name: str) -> x509.Name:
+def _common_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 

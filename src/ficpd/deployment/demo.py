@@ -1,7 +1,7 @@
-"""`ficpd deploy demo`: a federation of three organisations, each with processes of its own, on one machine.
+"""Runs `ficpd deploy demo`: a federation of three organisations with separate processes on one machine.
 
-TLS, SuperNode keys, sockets, ledgers and policies are those of `ficpd deploy init`. Paths, ports and records differ, and
-there is no nginx.
+TLS, SuperNode keys, sockets, ledgers and policies are those of `ficpd deploy init`. Paths, ports and records differ,
+and nginx is left out.
 """
 
 import json
@@ -33,46 +33,45 @@ Say = Callable[[str], Any]
 
 
 def demo(out: Path, rounds: int, say: Say) -> None:
-    """Runs it and leaves the run directory `out`. No process outlives it. Raises `RunError`."""
+    """Runs the demo, writes the run directory `out` and ends all processes. Raises `RunError`."""
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out")
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        # a socket's path has at most 107 bytes, so the folder is not below `out`
+        # a short folder, because a socket's path has at most 107 bytes
         with tempfile.TemporaryDirectory(prefix="ficpd-", ignore_cleanup_errors=True) as folder, ExitStack() as running:
-            _rehearse(Path(folder), out, rounds, say, running)
+            _run(Path(folder), out, rounds, say, running)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack) -> None:
+def _run(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack) -> None:
     inner, *outer = free_ports(1 + len(SITES))
     init(folder / "deploy", list(SITES), f"127.0.0.1:{inner}")
-    home = _coordinator(folder, inner, rounds)
+    flwr_home = _coordinator(folder, inner, rounds)
     ca = folder / "deploy" / "ca" / "ca.crt"
     began = time.monotonic()
-    link = running.enter_context(_started("superlink", _superlink(folder, inner), {"FLWR_HOME": str(home)}, folder))
+    env = {"FLWR_HOME": str(flwr_home)}
+    link = running.enter_context(_started("superlink", _superlink(folder, inner), env, folder))
     _wait(lambda: _listens(inner), link, folder / "superlink.log")
     say(f"SuperLink listens after {time.monotonic() - began:.1f} s")
     began = time.monotonic()
     for (name, domain), port in zip(SITES.items(), outer, strict=True):
-        settings = _site(folder, name, domain)
-        here = {"FLWR_HOME": str(folder / f"flower-{name}")}
         public = folder / "deploy" / "coordinator" / "sites" / f"{name}.pub"
-        _flwr(home, "supernode", "register", "--name", name, str(public), "ficpd")
-        command = [sys.executable, "-m", "ficpd", "site", "run", str(settings)]
+        _flwr(flwr_home, "supernode", "register", "--name", name, str(public), "ficpd")
+        command = [sys.executable, "-m", "ficpd", "site", "run", str(_site(folder, name, domain))]
         site = running.enter_context(_started(f"site-{name}", command, {}, folder))
         _wait(lambda name=name: (folder / f"{name}.sock").exists(), site, folder / f"site-{name}.log")
         command = _supernode(folder, name, ca, inner, port)
-        running.enter_context(_started(f"supernode-{name}", command, here, folder))
-    _wait(lambda: _online(home) == len(SITES), link, folder / "superlink.log")
+        site_env = {"FLWR_HOME": str(folder / f"flower-{name}")}
+        running.enter_context(_started(f"supernode-{name}", command, site_env, folder))
+    _wait(lambda: _online(flwr_home) == len(SITES), link, folder / "superlink.log")
     say(f"{len(SITES)} sites are connected after {time.monotonic() - began:.1f} s")
     began = time.monotonic()
     recipe = folder / "recipe.toml"
-    status = flwr_run(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], {"FLWR_HOME": str(home)})
-    if status:
+    if flwr_run(recipe.read_text(encoding="utf-8"), recipe.name, out, False, ["ficpd"], env):
         raise RunError(f"the run ended without a result in {out}:\n{_tail(folder / 'superlink.log')}")
-    say(f"{rounds} rounds, and what comes before and after them: {time.monotonic() - began:.1f} s")
+    say(f"{rounds} rounds with setup and evaluation: {time.monotonic() - began:.1f} s")
     for name in SITES:
         say(f"\n{name}:")
         command = [sys.executable, "-m", "ficpd", "site", "status", str(folder / f"{name}.toml")]
@@ -83,15 +82,15 @@ def _rehearse(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack
 def _coordinator(folder: Path, port: int, rounds: int) -> Path:
     """Writes FLWR_HOME and the recipe from those of `init`, with other paths and ports; returns FLWR_HOME."""
     written = folder / "deploy" / "coordinator"
-    home = folder / "flower-coordinator"
-    home.mkdir()
+    flwr_home = folder / "flower-coordinator"
+    flwr_home.mkdir()
     config = (written / "config.toml").read_text(encoding="utf-8")
     config = config.replace(f":{INNER_PORT}", f":{port}").replace("/etc/ficpd", str(written))
-    (home / "config.toml").write_text(config, encoding="utf-8")
+    (flwr_home / "config.toml").write_text(config, encoding="utf-8")
     recipe = tomllib.loads((written / "recipe.toml").read_text(encoding="utf-8"))
     recipe["federation"]["num_rounds"] = rounds
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
-    return home
+    return flwr_home
 
 
 def _site(folder: Path, name: str, domain: str) -> Path:
@@ -125,19 +124,14 @@ def _supernode(folder: Path, name: str, ca: Path, superlink: int, port: int) -> 
     ]  # fmt: skip
 
 
-def _online(home: Path) -> int:
-    listed = json.loads(_flwr(home, "supernode", "list", "ficpd", "--format", "json"))
+def _online(flwr_home: Path) -> int:
+    listed = json.loads(_flwr(flwr_home, "supernode", "list", "ficpd", "--format", "json"))
     return sum(node["status"] == "online" for node in listed["nodes"])
 
 
-def _flwr(home: Path, *words: str) -> str:
-    done = subprocess.run(
-        [flower_binary("flwr"), *words],
-        env=clean_env({"FLWR_HOME": str(home)}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _flwr(flwr_home: Path, *words: str) -> str:
+    command, env = [flower_binary("flwr"), *words], clean_env({"FLWR_HOME": str(flwr_home)})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"flwr {' '.join(words)}: {(done.stdout + done.stderr).strip()}")
     return done.stdout
@@ -145,7 +139,7 @@ def _flwr(home: Path, *words: str) -> str:
 
 @contextmanager
 def _started(name: str, command: list[str], more: Mapping[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a process in a session of its own, with its output in a log; ends it with all of its children."""
+    """Starts a process in a new session with its output in a log; ends it and all its children."""
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             command, env=clean_env(more), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -154,7 +148,7 @@ def _started(name: str, command: list[str], more: Mapping[str, str], folder: Pat
         yield process
     finally:
         with ExitStack() as family:
-            left = [family.enter_context(_held(pid)) for pid in _children(process.pid)]
+            left = [family.enter_context(_pidfd(pid)) for pid in _children(process.pid)]
             process.terminate()
             try:
                 process.wait(STOP_SECONDS)
@@ -167,7 +161,7 @@ def _started(name: str, command: list[str], more: Mapping[str, str], folder: Pat
 
 
 def _children(pid: int) -> list[int]:
-    """Lists a process's descendants: Flower gives some a session that no signal to a group reaches."""
+    """Lists a process's descendants. Some have their own session, so a signal to the group misses them."""
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -176,8 +170,8 @@ def _children(pid: int) -> list[int]:
 
 
 @contextmanager
-def _held(pid: int) -> Iterator[int | None]:
-    """Yields a handle that stays this process's when its number is reused; None if it has ended."""
+def _pidfd(pid: int) -> Iterator[int | None]:
+    """Yields a handle that stays valid when the process id is reused; None if the process has ended."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -193,8 +187,8 @@ def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path
     end = time.monotonic() + START_SECONDS
     while not ready():
         if process.poll() is not None or time.monotonic() > end:
-            what = "ended" if process.poll() is not None else f"was not ready after {START_SECONDS:.0f} s"
-            raise RunError(f"{log.stem} {what}:\n{_tail(log)}")
+            reason = "ended" if process.poll() is not None else f"was not ready after {START_SECONDS:.0f} s"
+            raise RunError(f"{log.stem} {reason}:\n{_tail(log)}")
         time.sleep(0.2)
 
 
@@ -203,5 +197,5 @@ def _tail(log: Path) -> str:
 
 
 def _listens(port: int) -> bool:
-    with socket.socket() as asking:
-        return asking.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

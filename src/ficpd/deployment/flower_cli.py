@@ -31,8 +31,8 @@ QUIET = {
 def run_with_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
     """Runs an experiment among real sites; returns the exit status of `flwr run`.
 
-    `recipe`: the file that the experiment was read from without changes, so that a site can name its lines. Raises
-    `ConfigError` where no SuperLink is set.
+    `recipe`: the unchanged file of the experiment, so that sites can name its lines. Raises `ConfigError` without a
+    SuperLink.
     """
     from ficpd.deployment.flower_engine import Config
 
@@ -68,8 +68,7 @@ def flwr_run(
 def check_superlink(connection: str) -> None:
     """Checks that a SuperLink answers.
 
-    Raises `SiteError` within ten seconds where it does not, and `ConfigError` for a connection that Flower's
-    configuration does not have.
+    Raises `SiteError` within ten seconds if it does not, and `ConfigError` for an unknown connection.
     """
     from ficpd.deployment.tls_check import check_tls
 
@@ -78,20 +77,20 @@ def check_superlink(connection: str) -> None:
         known = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.exists() else {}
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
-    named = {name: place for name, place in known.items() if isinstance(place, dict)}
+    named = {name: link for name, link in known.items() if isinstance(link, dict)}
     if connection not in named or "address" not in named[connection]:
         raise ConfigError(
             f"{file}: {did_you_mean('superlink', connection, named)}. engine.options.superlink names one with an address; "
             "`ficpd deploy init` writes such a file"
         )
-    place = named[connection]
-    if not place.get("insecure", False):
-        ca = place.get("root-certificates")
-        check_tls(str(place["address"]), Path(ca) if ca else None)
+    link = named[connection]
+    if not link.get("insecure", False):
+        ca = link.get("root-certificates")
+        check_tls(str(link["address"]), Path(ca) if ca else None)
 
 
 def flower_binary(program: str) -> str:
-    """Returns the path of one of Flower's programs. Raises `ConfigError` where Flower is not installed."""
+    """Returns the path of one of Flower's programs. Raises `ConfigError` if Flower is not installed."""
     path = Path(sys.executable).parent / program
     if find_spec("flwr") is None or not path.exists():
         raise ConfigError(f"{path} does not exist; install Flower: pip install 'ficpd[flower]'")
@@ -99,10 +98,8 @@ def flower_binary(program: str) -> str:
 
 
 def clean_env(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns this process's environment without telemetry, and with this Python's programs first in PATH.
-
-    Flower starts its helpers by name.
-    """
+    """Returns this process's environment without telemetry."""
+    # Flower starts its helpers by name, so this Python's programs come first in PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "PATH": path, **(more or {})}
 

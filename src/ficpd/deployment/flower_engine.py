@@ -1,7 +1,7 @@
-"""Reaches clients at real sites through Flower: one message a site and round, carried as bytes to the site's own socket.
+"""Reaches clients at real sites through Flower, by one message per site and round to the site's socket.
 
-Flower transports and lists the nodes; the round loop, its checks and its checkpoints are those of `federate`. Replies are
-pulled here, because `Grid.send_and_receive` sleeps three seconds between polls and drops what comes after a deadline.
+Flower only transports messages and lists nodes. `run_rounds` has the round loop, its checks and its checkpoints. The engine
+pulls replies itself, because `Grid.send_and_receive` sleeps three seconds between polls and drops late replies.
 """
 
 import json
@@ -19,15 +19,15 @@ from ficpd.federation.codec import SiteRequest, encode_call
 from ficpd.types import ClientCard, Reply
 
 CALL, ANSWER = "call", "answer"
-TERMS_WANTED, REFUSED = 428, 409
+SPEC_MISSING, REFUSED = 428, 409
 
 
 class Config(BaseModel):
-    """`superlink`: the connection's name in Flower's configuration, which `ficpd run` needs.
-
-    `sites`: who has to come before the run begins (none named: whoever comes within `wait_seconds`, `least_sites` at least).
-    `deadline_seconds`: how long a round waits; what comes later is dropped and counted, or kept (`federation.accept_late`).
-    Messages live twice as long, so no site's clock may be further ahead than that: Flower would call its answers expired.
+    """superlink: the connection's name in Flower's configuration, which `ficpd run` needs.
+    sites: sites that must connect before the run; without names, all that connect within `wait_seconds`, and at least
+        `least_sites`.
+    deadline_seconds: duration of a round. Later updates are dropped and counted, or kept (`federation.accept_late`).
+        Messages expire after twice this time, so no site's clock may be further ahead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,13 +40,13 @@ class Config(BaseModel):
 
 
 def build(config: Config, *_: Any) -> None:
-    """Raises `ConfigError`: only Flower's own server process can reach its sites."""
+    """Raises `ConfigError`: only Flower's server process can reach its sites."""
     raise ConfigError('engine.name = "flower" is run by `ficpd run RECIPE --engine flower`, not inside this process')
 
 
 @dataclass
 class PendingCall:
-    """A call under way."""
+    """A call without an answer yet."""
 
     site: str
     what: str
@@ -54,7 +54,7 @@ class PendingCall:
 
 
 class Flower:
-    """`run`: this run's id. `terms_of` maps a site's name to the terms that come with its first order, or when it asks."""
+    """`run`: this run's id. `spec_for`: returns a site's encoded spec for its first assignment, or on request."""
 
     def __init__(self, config: Config, grid: Grid, run: str, say: Callable[[str], None] = lambda line: None):
         self.config, self.grid, self.run, self.say = config, grid, run, say
@@ -62,18 +62,18 @@ class Flower:
         self.node: dict[str, int] = {}
         self.cards: dict[str, ClientCard] = {}
         self.told: dict[str, dict[str, Any]] = {}
-        self.briefed: set[str] = set()
         self.underway: dict[str, PendingCall] = {}
+        self._has_spec: set[str] = set()
         self._asked: set[int] = set()
 
     def clients(self) -> Sequence[ClientCard]:
         return [self.cards[name] for name in sorted(self.cards)]
 
     def wait_for_sites(self, known: Mapping[str, ClientCard] | None = None) -> None:
-        """Asks every node for its card until all wanted sites have come.
+        """Asks every node for its card until all wanted sites are connected.
 
-        `known`: the cards of a resumed run, which goes on once one of its sites is there. Raises `SiteError` for sites that
-        do not come in time.
+        `known`: the cards of a resumed run, which needs one of its sites. Raises `SiteError` for sites that do not connect
+        in time.
         """
         wanted = set(known or self.config.sites)
         until, least = time.monotonic() + self.config.wait_seconds, len(wanted) or self.config.least_sites
@@ -97,10 +97,9 @@ class Flower:
             }
 
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """Sends one call a site, the first with the run's terms, and yields the replies, late ones to earlier rounds too.
+        """Sends one call per site, the first with the run's spec; yields replies, also late ones of earlier rounds.
 
-        New nodes are asked for their cards meanwhile, and a site that comes late joins the round. Without any site it waits
-        for one.
+        Meanwhile greets new nodes; a late site joins the current round. Waits if no site is connected.
         """
         until = time.monotonic() + self.config.deadline_seconds
         self.underway = {id: sent for id, sent in self.underway.items() if sent.what != "evaluate"}
@@ -116,11 +115,11 @@ class Flower:
                 if name is not None and name in assignments and name not in present:
                     present[name] = assignments[name]
                     waiting |= self._send("train", {name: assignments[name]})
-            elif status == TERMS_WANTED and sent.site in present:
-                self.briefed.discard(sent.site)
+            elif status == SPEC_MISSING and sent.site in present:
+                self._has_spec.discard(sent.site)
                 waiting |= self._send("train", {sent.site: present[sent.site]})
             elif status == 200:
-                self.briefed.add(sent.site)
+                self._has_spec.add(sent.site)
                 yield Reply(sent.site, body)
             else:
                 yield Reply(sent.site, None, _words(status, body), status == REFUSED)
@@ -130,10 +129,8 @@ class Flower:
             self.say(f"{self.underway[id].site} has not answered within {self.config.deadline_seconds:g} s")
 
     def evaluate(self, assignments: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """Has each site score its own test records. Scores come back where the site's policy shares them."""
-        waiting = self._send(
-            "evaluate", {name: assignment for name, assignment in assignments.items() if name in self.node}
-        )
+        """Has each site score its test records; returns the scores that the sites' policies share."""
+        waiting = self._send("evaluate", {name: body for name, body in assignments.items() if name in self.node})
         found = {}
         for sent, (status, body) in self._answers(waiting, time.monotonic() + self.config.deadline_seconds):
             if sent.what == "evaluate" and status == 200:
@@ -142,11 +139,11 @@ class Flower:
 
     def _send(self, what: str, assignments: Mapping[str, bytes]) -> set[str]:
         """Pushes a call to each site; returns the ids of the messages."""
-        messages, names = [], list(assignments)
-        for name in names:
-            terms = b"" if name in self.briefed else self.spec_for(name)
-            messages.append(self._message(self.node[name], SiteRequest(what, self.run, assignments[name], terms)))
-        return self._pushed(messages, [PendingCall(name, what) for name in names])
+        messages = []
+        for name, assignment in assignments.items():
+            spec = b"" if name in self._has_spec else self.spec_for(name)
+            messages.append(self._message(self.node[name], SiteRequest(what, self.run, assignment, spec)))
+        return self._pushed(messages, [PendingCall(name, what) for name in assignments])
 
     def _message(self, node: int, call: SiteRequest) -> Message:
         kind = "train" if call.what == "train" else "query"
@@ -161,7 +158,7 @@ class Flower:
         return {id for id in ids if id}
 
     def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[PendingCall, tuple[int, bytes]]]:
-        """Yields answers as they come, to earlier calls too, until all of `waiting` is answered or the time is over."""
+        """Yields answers, to earlier calls too, until all of `waiting` are answered or the time is over."""
         while waiting & self.underway.keys():
             for message in self.grid.pull_messages(list(self.underway)):
                 sent = self.underway.pop(message.metadata.reply_to_message_id, None)
@@ -173,11 +170,11 @@ class Flower:
                 time.sleep(self.config.poll_seconds)
 
     def _greeted(self) -> set[str]:
-        """Returns the ids of the hellos that have no answer yet."""
+        """Returns the ids of the hello calls without an answer."""
         return {id for id, sent in self.underway.items() if sent.what == "hello"}
 
     def _hello(self) -> None:
-        """Asks nodes that are new, or have not answered for long, for their cards; forgets nodes that are gone."""
+        """Asks new nodes, and nodes that have not answered for long, for their cards; forgets nodes that are gone."""
         here, now = set(self.grid.get_node_ids()), time.monotonic()
         unheard = {id for id in self._greeted() if now - self.underway[id].at > self.config.wait_seconds}
         self._asked = (self._asked & here) - {int(self.underway.pop(id).site) for id in unheard}
@@ -192,31 +189,30 @@ class Flower:
                 self._answered_hello(sent, status, body)
 
     def _answered_hello(self, sent: PendingCall, status: int, body: bytes) -> str | None:
-        """Returns the site's name; None without an answer, and then the node is asked again: it may be starting."""
-        if status == 200:
-            return self._met(int(sent.site), json.loads(body))
-        self._asked.discard(int(sent.site))
-        self.say(f"node {sent.site}: {_words(status, body)}")
-        return None
-
-    def _met(self, node: int, told: dict[str, Any]) -> str:
-        name = str(told["name"])
+        """Registers the site and returns its name; None after an error, and then asks the node again."""
+        node = int(sent.site)
+        if status != 200:
+            self._asked.discard(node)
+            self.say(f"node {node}: {_words(status, body)}")
+            return None
+        hello = json.loads(body)
+        name = str(hello["name"])
         if name in self.node and self.node[name] != node:
             raise SiteError(
-                f"two SuperNodes say that they are site {name!r} (nodes {self.node[name]} and {node}); every site needs a "
-                "name of its own in its site.toml"
+                f"two SuperNodes have the site name {name!r} (nodes {self.node[name]} and {node}); every site needs a "
+                "unique name in its site.toml"
             )
-        self.node[name], self.told[name] = node, told
-        self.cards.setdefault(name, ClientCard(name, told["card"]))
-        self.say(f"site {name} is here")
+        self.node[name], self.told[name] = node, hello
+        self.cards.setdefault(name, ClientCard(name, hello["card"]))
+        self.say(f"site {name} is connected")
         return name
 
     def _absent(self, wanted: set[str], here: set[str], least: int) -> str:
         seconds, came = self.config.wait_seconds, ", ".join(sorted(here)) or "none"
         missing = f"site {', '.join(sorted(wanted - here))} has" if wanted else f"{least} sites were wanted and have"
         return (
-            f"{missing} not come within {seconds:g} s (here: {came}). Are its SuperNode and `ficpd site run` running, and "
-            "is its name as in engine.options.sites? Start them, or set engine.options.wait_seconds higher"
+            f"{missing} not come within {seconds:g} s (here: {came}). Check that its SuperNode and `ficpd site run` are "
+            "running and that engine.options.sites has its name, or set engine.options.wait_seconds higher"
         )
 
 
@@ -228,13 +224,13 @@ def _answer_of(message: Message) -> tuple[int, bytes]:
         answer = message.content[ANSWER]
         return int(answer["status"]), bytes(answer["body"])  # type: ignore[arg-type, index]
     except (KeyError, TypeError, ValueError):
-        return 503, b'{"error": "the site\'s ClientApp answered with something else"}'
+        return 503, b'{"error": "the site\'s ClientApp sent an invalid answer"}'
 
 
 def _words(status: int, body: bytes) -> str:
-    """Returns an answer's error on one line and cut, because it comes from outside."""
+    """Returns an untrusted answer's error, on one line of at most 500 characters."""
     try:
-        said = str(json.loads(body)["error"])
+        error = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
-        said = f"status {status} without a reason"
-    return " ".join(said.split())[:500]
+        error = f"status {status} without a reason"
+    return " ".join(error.split())[:500]

@@ -1,4 +1,4 @@
-"""`ficpd deploy init`: everything that the coordinator and each site install, in one folder for each of them."""
+"""Writes the files of `ficpd deploy init`: one folder for the coordinator and one for each site."""
 
 import re
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 from ficpd.errors import ConfigError
 
 INNER_PORT = 9091
-"""SuperLink's own port. It listens to its own machine alone; nginx stands at the published address."""
+"""SuperLink's local port. nginx listens at the published address."""
 
 SITE = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -19,19 +19,21 @@ HOST = re.compile(rf"(?=.{{1,253}}$)({LABEL}\.)*{LABEL}")
 
 
 def init(folder: Path, sites: Sequence[str], address: str) -> None:
-    """Write `folder`: an authority, the coordinator's half and a folder for each site. Whole, or not at all.
+    """Writes `folder` atomically: a CA, the coordinator's folder and a folder for each site.
 
-    `address` (HOST:PORT) is where the sites will find the coordinator. Private keys can be read by their owner alone; a
-    site's folder holds no key but its own. Raises `ConfigError` for a folder with something in it and for bad names.
+    `address` (HOST:PORT): the coordinator's public address. Only the owner can read private keys, and a site's folder
+    holds only its own key. Raises `ConfigError` for a folder that is not empty and for invalid names.
     """
     host, port = checked_address(address)
-    check_sites(sites)
+    _check_sites(sites)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; new keys would lock out who has the old ones. Choose another folder")
+        raise ConfigError(
+            f"{folder} is not empty; new keys would lock out sites with the old ones. Choose another folder"
+        )
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".deploy-") as beside:
-            made = Path(beside) / "made"
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".deploy-") as temporary:
+            made = Path(temporary) / "made"
             made.mkdir(mode=0o755)
             _write(made, sites, address, host, port)
             made.replace(folder)
@@ -40,7 +42,7 @@ def init(folder: Path, sites: Sequence[str], address: str) -> None:
 
 
 def checked_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`; an IPv6 host stands in brackets.
+    """Splits `HOST:PORT`, with an IPv6 host in brackets. Raises `ConfigError` for another form.
 
     >>> checked_address("federation.example.org:9443"), checked_address("[::1]:9443")
     (('federation.example.org', 9443), ('::1', 9443))
@@ -58,11 +60,11 @@ def _names_a_machine(host: str, bare: str) -> bool:
     try:
         return (ip_address(bare).version == 6) == (bare != host)
     except ValueError:
-        digits = host.replace(".", "").isdigit()  # an IPv4 address that is none
+        digits = host.replace(".", "").isdigit()  # an invalid IPv4 address
         return not digits and HOST.fullmatch(host) is not None
 
 
-def check_sites(sites: Sequence[str]) -> None:
+def _check_sites(sites: Sequence[str]) -> None:
     if not sites:
         raise ConfigError("no sites; give their names, such as --sites north,south,east")
     for name in sites:
@@ -71,14 +73,14 @@ def check_sites(sites: Sequence[str]) -> None:
                 f"site name {name!r}: expected up to 32 small letters, digits and inner hyphens; it becomes a file's name"
             )
     if twice := sorted({name for name in sites if sites.count(name) > 1}):
-        raise ConfigError(f"site name {twice[0]!r} is given twice; each organisation needs a name of its own")
+        raise ConfigError(f"site name {twice[0]!r} is given twice; each organisation needs a unique name")
 
 
 def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int) -> None:
     try:
         from ficpd.deployment import certificates
     except ImportError as error:
-        raise ConfigError(f"{error}; install what a deployment needs: pip install 'ficpd[flower]'") from error
+        raise ConfigError(f"{error}; install Flower: pip install 'ficpd[flower]'") from error
     here = resources.files("ficpd.deployment")
     ca = certificates.create_ca()
     server = certificates.create_server_cert(ca, host)
@@ -97,7 +99,10 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
     (coordinator / "server.crt").write_bytes(server.pem)
     (coordinator / "ca.crt").write_bytes(ca.pem)
     (coordinator / "sites").mkdir()
-    lines = ["# Once, when SuperLink runs: lets these sites' SuperNodes in, and nobody else's.\n", "set -e\n"]
+    lines = [
+        "# Run once when SuperLink runs. Registers these sites' SuperNodes; SuperLink refuses all others.\n",
+        "set -e\n",
+    ]
     for name in sites:
         private, public = certificates.create_node_key(name)
         site = made / "sites" / name
@@ -111,7 +116,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
 
 
 def _fill(template: Traversable, target: Path, words: Mapping[str, str]) -> None:
-    """A file, or a folder of them, with every @WORD@ replaced."""
+    """Copies a file, or a folder of files, and replaces every @WORD@."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if template.is_dir():
         for inner in template.iterdir():
@@ -122,7 +127,7 @@ def _fill(template: Traversable, target: Path, words: Mapping[str, str]) -> None
 
 
 def _secret(path: Path, content: bytes) -> None:
-    """Never readable by others, not even for a moment."""
+    """Writes a file that only its owner can ever read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(content)

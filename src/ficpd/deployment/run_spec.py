@@ -1,5 +1,8 @@
-"""What a run asks of the sites that take part, as bytes that each of them keeps: all of the experiment that a client's half
-depends on, so that a site can carry out orders, and count before the first one what the whole run will cost it."""
+"""The specification of a run, which the coordinator sends to each site once and the site stores.
+
+It holds all parts of the experiment that a client needs. A site executes assignments by it and computes the privacy cost
+of the whole run before the first one.
+"""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,18 +16,21 @@ from ficpd import storage
 from ficpd.errors import CodecError, ConfigError
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.federation.compression.subspace import GradientSubspace
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import client_workloads
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone, Compression, Subspace, Task
-from ficpd.method import Method
 from ficpd.registry import build_config
 from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """`experiment` with every "auto" resolved at the coordinator; `recipe` is the text as it was written, `recipe_name` its
-    file. `names`: all clients, because cohorts are drawn from them by a public seed."""
+    """experiment: the experiment with every "auto" resolved by the coordinator.
+    recipe, recipe_name: the recipe's original text and file name.
+    names: all clients, from which a public seed samples cohorts.
+    coordinates: the coordinator's gradient subspace, if any.
+    """
 
     experiment: Experiment
     recipe: str
@@ -41,35 +47,37 @@ class RunSpec:
         return method
 
     def compression(self) -> Compression:
-        """The same as the coordinator's: directions that were found there are taken from there."""
+        """Builds the coordinator's compression, with the directions that it computed."""
         module, config = build_config("compression", self.experiment.compression)
         return module.build(config, self.start, self.schedule.seed, self.coordinates)
 
     def plan(self, client: str, num_records: int) -> ClientWorkload:
-        """What this client will be asked in the whole run."""
+        """Returns this client's planned workload in the whole run."""
         if client not in self.names:
-            raise ConfigError(f"the run's terms know no client {client!r}, but {', '.join(sorted(self.names))}")
+            raise ConfigError(f"unknown client {client!r}; the run's spec has {', '.join(sorted(self.names))}")
         return client_workloads(self.method(), State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
 
 
-def encode(terms: RunSpec) -> bytes:
-    arrays: dict[str, Tensor] = {"start": terms.start.vectors_PD}
-    if isinstance(terms.coordinates, GradientSubspace):
-        arrays |= {"rows": terms.coordinates.rows, "typical": terms.coordinates.grad_scale}
+def encode(spec: RunSpec) -> bytes:
+    arrays: dict[str, Tensor] = {"start": spec.start.vectors_PD}
+    if isinstance(spec.coordinates, GradientSubspace):
+        arrays |= {"rows": spec.coordinates.rows, "grad_scale": spec.coordinates.grad_scale}
     facts = {
-        "experiment": to_toml(terms.experiment),
-        "recipe": terms.recipe,
-        "recipe_name": terms.recipe_name,
-        "names": list(terms.names),
-        "schedule": asdict(terms.schedule),
-        "prompt": [terms.start.backbone, terms.start.enters_at, terms.start.head_rows],
+        "experiment": to_toml(spec.experiment),
+        "recipe": spec.recipe,
+        "recipe_name": spec.recipe_name,
+        "names": list(spec.names),
+        "schedule": asdict(spec.schedule),
+        "prompt": [spec.start.backbone, spec.start.enters_at, spec.start.head_rows],
     }
     return storage.encode_state(State(arrays, facts), {})
 
 
 def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
-    """Raises `CodecError` for anything but whole terms of this version. A module outside the package is loaded only if it is
-    `known`: whoever sends terms shall not choose what a site imports."""
+    """Decodes a run's spec. Raises `CodecError` for an incomplete one, or one of another version.
+
+    Loads a module outside the package only if it is `known`: a server must not choose a site's imports.
+    """
     state, _ = storage.decode_state(body)
     facts, arrays = state.facts, state.arrays
     try:
@@ -77,20 +85,20 @@ def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
         start = Prompt(arrays["start"], *facts["prompt"])
         coordinates = None
         if "rows" in arrays:
-            _check_rows(arrays["rows"], arrays["typical"], start)
-            coordinates = GradientSubspace(arrays["rows"], arrays["typical"], tuple(start.vectors_PD.shape))
-        experiment = parse(facts["experiment"], "the run's terms", records=False)
+            _check_rows(arrays["rows"], arrays["grad_scale"], start)
+            coordinates = GradientSubspace(arrays["rows"], arrays["grad_scale"], tuple(start.vectors_PD.shape))
+        experiment = parse(facts["experiment"], "the run's spec", records=False)
         schedule = RoundSchedule(**facts["schedule"])
         return RunSpec(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise CodecError(f"these are no terms of this version: {error}") from error
+        raise CodecError(f"not a run spec of this version: {error}") from error
 
 
 def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Everything in the experiment that names a module."""
+    """Checks every name in the experiment that may import a module."""
     tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
     parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
-    named = [part.get("name") for part in (*parts, *tasks)]
+    named = [part.get("name") for part in (*parts, *tasks, *tree.get("metrics", ()))]
     named += [
         tree.get("training", {}).get("optimizer"),
         tree.get("backbone", {}).get("kind"),
@@ -99,45 +107,46 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in named:
         if "." in str(name or "") and name not in known:
             raise ValueError(
-                f"{name!r} is a module of somebody's own; a site loads it only if its policy.methods name it"
+                f"{name!r} is a module outside the package; a site loads it only if its policy.methods name it"
             )
 
 
-def _check_rows(rows: Tensor, typical: Tensor, start: Prompt) -> None:
-    """A basis that stretched would let more out than the clip norm says."""
+def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:
+    """Checks that the basis is orthonormal; otherwise the clip norm does not bound the sensitivity."""
     wanted = (len(rows), start.vectors_PD.numel())
-    if rows.dim() != 2 or tuple(rows.shape) != wanted or typical.shape != rows.shape[:1]:
-        raise ValueError(f"directions of {tuple(rows.shape)} where {wanted} were expected")
-    positive = bool((typical > 0).all()) and bool(torch.isfinite(typical).all())
+    if rows.dim() != 2 or tuple(rows.shape) != wanted or grad_scale.shape != rows.shape[:1]:
+        raise ValueError(f"directions are {tuple(rows.shape)}, expected {wanted}")
+    positive = bool((grad_scale > 0).all()) and bool(torch.isfinite(grad_scale).all())
     if not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3) or not positive:
-        raise ValueError("directions that are not orthonormal, or not of positive length")
+        raise ValueError("directions are not orthonormal, or not of positive scale")
 
 
 def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone) -> None:
-    """Raises `CodecError` for a start that no run on this backbone and task has: one with more or fewer rows of a readout
-    would have the site cut its texts elsewhere than it uses them, so that long records fail and tell of themselves; one far
-    outside of what the backbone knows is where rounding lets records depend on one another."""
+    """Raises `CodecError` for an initial prompt that does not fit the backbone and task.
+
+    A wrong number of head rows would change where texts are truncated; long records would then fail, which leaks their
+    length. Far outside the backbone's range, rounding makes records depend on one another.
+    """
     vectors_PD, enters_at, head_rows = start.vectors_PD, start.enters_at, start.head_rows
     if vectors_PD.dtype != torch.float32 or vectors_PD.dim() != 2 or vectors_PD.shape[1] != backbone.width:
         given = f"{vectors_PD.dtype} {tuple(vectors_PD.shape)}"
-        raise CodecError(f"the run's start is {given}, expected float32 rows of {backbone.width}")
+        raise CodecError(f"the initial prompt is {given}, expected float32 rows of {backbone.width}")
     if type(head_rows) is not int or head_rows != task.head_rows or len(vectors_PD) < head_rows:
         raise CodecError(
-            f"the run's start says that {head_rows} of its {len(vectors_PD)} rows are a readout, and of this task "
-            f"{task.head_rows} are"
+            f"the initial prompt has {head_rows} head rows of {len(vectors_PD)} rows, expected {task.head_rows}"
         )
     if type(enters_at) is not int or not 0 <= enters_at < backbone.depth:
         raise CodecError(f"the run's prompts enter at layer {enters_at}, expected 0 to {backbone.depth - 1}")
     if not bool(torch.isfinite(vectors_PD).all()):
-        raise CodecError("the run's start has numbers that are not finite")
+        raise CodecError("the initial prompt has numbers that are not finite")
     known_PD = backbone.init_prompt(None, max(start.num_virtual_tokens, 1), enters_at, 0)
     if not Prompt(known_PD, backbone.fingerprint).within_max_norm(vectors_PD):
         raise CodecError(
-            f"the run's start is more than {MAX_PROMPT_NORM_RATIO:g} times as long as words of {backbone.name}"
+            f"the initial prompt is more than {MAX_PROMPT_NORM_RATIO:g} times as long as words of {backbone.name}"
         )
 
 
 def group_of(client: str, groups: Mapping[str, object]) -> str:
-    """The group that a client's name begins with; in a federation of one task there is one without a name."""
+    """Returns the group that a client's name begins with; "" in a federation of one task."""
     group = client.partition(".")[0]
     return group if group in groups else ""

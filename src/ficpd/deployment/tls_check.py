@@ -1,4 +1,4 @@
-"""Checks that an address answers with a trusted certificate. Flower itself retries without an end and without a reason."""
+"""Checks that an address answers with a trusted certificate. Flower itself retries forever and gives no reason."""
 
 import socket
 import ssl
@@ -14,11 +14,10 @@ SECONDS = 8.0
 
 
 def check_tls(address: str, ca: Path | None = None, seconds: float = SECONDS) -> str:
-    """Makes a handshake with `address` (HOST:PORT), checked as Flower checks it; returns a sentence on the certificate.
+    """Makes a TLS handshake with `address` (HOST:PORT), with Flower's checks; describes the certificate.
 
-    `ca`: the authority's certificate (PEM); None: the authorities that this machine trusts. Raises `SiteError` with the
-    reason that the resolver, the socket or ssl reports, after about `seconds` at the latest. Raises `ConfigError` for
-    what is not HOST:PORT.
+    `ca`: the authority's certificate (PEM); None: this machine's trusted authorities. Raises `SiteError` with the reason
+    from the resolver, the socket or ssl, within about `seconds`. Raises `ConfigError` for an invalid address.
     """
     host, port = checked_address(address)
     try:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
+from ficpd.federation.method import Method
 from ficpd.interfaces import Task
-from ficpd.method import Method
 from ficpd.types import Answer, Batch, Query, Score, State
 
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.evaluation.evaluate import client_mean, predict_all
 from ficpd.federation.client import Client, calibrated_batch, personal_prompt
-from ficpd.method import Method
+from ficpd.federation.method import Method
 from ficpd.types import Batch, Record, Score, State
 
 PERSONAL = "personal"

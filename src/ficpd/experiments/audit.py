@@ -30,11 +30,11 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
 from ficpd.interfaces import Compression, Task
 from ficpd.library.library import PromptLibrary
-from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, local_training_config, open_library
-from ficpd.method import Method
+from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import build_config
 from ficpd.types import ClientWorkload, Prompt, Record, State
@@ -106,7 +106,7 @@ def audit_library(
 
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
-    opened = open_library(Path(folder), device)
+    opened = load_library(folder, device=device)
     library, card = opened.library, opened.library.card
     name = _named(library, prompt)
     training = local_training_config(library)

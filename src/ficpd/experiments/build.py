@@ -22,9 +22,9 @@ from ficpd.experiments.initialization import (
     init_token_prompt,
 )
 from ficpd.federation.client import Client, Encodings
+from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
 from ficpd.interfaces import Compression, Task
-from ficpd.method import Capabilities, Method
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks.build import build_task
 from ficpd.types import ClientCard, ClientData, Prompt
@@ -157,7 +157,7 @@ def load_and_partition(experiment: Experiment) -> PartitionedData:
     """Raises `DataError` or `ConfigError` where the data are not what the experiment says."""
     tasks, shards, group_of = {}, {}, {}
     for group, party in experiment.all_groups.items():
-        tasks[group] = build_task(party.task)
+        tasks[group] = build_task(party.task, experiment.metrics)
         dealt = _dealt(group, party, experiment.seed)
         _check_targets(tasks[group], dealt)
         if experiment.fairness.group:

@@ -5,7 +5,7 @@ value. A key that does not exist is an error that names the nearest one that doe
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
 from ficpd.errors import ConfigError, did_you_mean
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import FrozenConfig, load, validate, validated_section
+from ficpd.registry import FrozenConfig, load, search_in, validate, validated_section
 
 QUICKSTART = "quickstart"
 
@@ -109,7 +109,8 @@ class Experiment(FrozenConfig):
 
     `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end, each with
     its method's default settings; "fedavg:none" is fedavg without any privacy, and with the run's settings if that is the
-    run's own method. A federation of several tasks has `groups.NAME` with a task, data and partition
+    run's own method. `metrics`: further metrics of a simulation's tasks, each a `name` (dotted) and that module's settings.
+    A federation of several tasks has `groups.NAME` with a task, data and partition
     each, instead of the one of its own.
     """
 
@@ -129,6 +130,7 @@ class Experiment(FrozenConfig):
     compression: dict[str, Any] = {"name": "none", "bits": 32}
     distillation: DistillationConfig = DistillationConfig()
     fairness: FairnessConfig = FairnessConfig()
+    metrics: tuple[dict[str, Any], ...] = ()
     engine: EngineConfig = EngineConfig()
 
     @property
@@ -190,6 +192,8 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
     for key, registry in REGISTRIES.items():
         if key in parts:
             parts[key] = validated_section(registry, parts[key], f"{where}: {key}")
+    if isinstance(tree.get("metrics"), Sequence):
+        parts["metrics"] = [validated_section("metrics", metric, f"{where}: metrics") for metric in tree["metrics"]]
     built = validate(Experiment, parts, where)
     for name in built.baselines:
         method, _, private = name.partition(":")
@@ -227,6 +231,7 @@ def read_recipe(name: str) -> tuple[str, str]:
         if not path.is_file():
             raise ConfigError(f"no recipe file {name}; the ones that come with ficpd: {', '.join(recipes())}")
         try:
+            search_in(path.parent)
             return path.read_text(encoding="utf-8"), path.name
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error

@@ -19,6 +19,7 @@ from ficpd.experiments.build import ExperimentContext
 from ficpd.experiments.config import DistillationConfig
 from ficpd.experiments.results import Distillation
 from ficpd.experiments.run_directory import RunDir
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import public_seed
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation import filters as nobodys
@@ -26,7 +27,6 @@ from ficpd.library.distillation import generation
 from ficpd.library.distillation.distill import DistilledPrompt, TaskExamples, distill
 from ficpd.library.distillation.filters import FilterResult, SyntheticExample
 from ficpd.library.distillation.meta_learning import InnerLoop, first_order_maml, reptile
-from ficpd.method import Method
 from ficpd.types import Batch, ClientCard, FederationInfo, Prompt, Record
 
 SYNTHETIC = "synthetic.jsonl"

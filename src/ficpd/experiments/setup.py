@@ -14,12 +14,12 @@ from ficpd.experiments.distillation import DistillationResult, distill_library, 
 from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.client import LABELS
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone
 from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
-from ficpd.method import Method
 from ficpd.methods.shared.clustering import adjusted_rand
 from ficpd.registry import build_config
 from ficpd.types import JSON, TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update

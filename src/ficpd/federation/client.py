@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from ficpd import rng, storage
 from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
+from ficpd.federation.method import Method
 from ficpd.interfaces import TOTAL, Backbone, Compression, Mechanism, NoiseSource, Subspace, Task, Vocabulary
-from ficpd.method import Method
 from ficpd.optimizers.search_space import clip_scale
 from ficpd.privacy.ledger import Account
 from ficpd.privacy.noise import SecureNoise, SeededNoise

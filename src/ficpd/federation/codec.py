@@ -1,14 +1,14 @@
-"""Values as bytes and back. No pickle, so reading runs no code.
+"""Encodes assignments, updates and calls as bytes, and decodes them. No pickle, so decoding runs no code.
 
-Orders and states are safetensors with a JSON header. An update, which travels most, is a short binary header (27 bytes,
-with the client's name some 40) and its arrays, nothing else: both sides know the layout. All little-endian:
+Assignments and states are safetensors with a JSON header. An update is a binary header (27 bytes and the client's name)
+and its arrays. Both sides know the layout. All numbers are little-endian:
 
     2  "FU"          1  version         4  round, unsigned     4  weight, float32
     8  of the SHA-256 of the backbone's fingerprint            4  CRC-32 of the layout: names, shapes, types
     1  length of the client's name, then the name in UTF-8     then the arrays, in the order of their names
 
-Whoever reads trusts nobody: `ExpectedUpdate` says which names, shapes, types, norm and backbone an update must have; what does
-not fit raises `CodecError` with what was given and what was expected.
+The decoder trusts no sender: `ExpectedUpdate` fixes names, shapes, types, norm and backbone. Everything else raises
+`CodecError` with the given and the expected value.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ UPDATE_KIND = (b"FU", 1)
 
 @dataclass(frozen=True)
 class ExpectedUpdate:
-    """What an update has to look like. `max_norm` bounds the L2 norm over all its arrays."""
+    """The update that a decoder accepts. `max_norm` bounds the L2 norm over all its arrays."""
 
     client: str
     round: int
@@ -49,16 +49,18 @@ def encode_assignment(assignment: Assignment, backbone: str) -> bytes:
 
 
 def decode_assignment(body: bytes, backbone: str) -> Assignment:
-    """Raises `CodecError` for another backbone's order: its prompts would mean nothing here."""
+    """Decodes an assignment. Raises `CodecError` for another backbone's."""
     arrays, header = unpack_tensors(body, ("m", "r", "b", "f"))
     if header["b"] != backbone:
-        raise CodecError(f"the order is for backbone {header['b']}, this client has {backbone}; load the same backbone")
+        raise CodecError(
+            f"the assignment is for backbone {header['b']}, this client has {backbone}; load the same backbone"
+        )
     _check_finite(arrays)
     return Assignment(header["m"], header["r"], arrays, header["f"])
 
 
 def encode_update(update: ClientUpdate, round: int, backbone: str) -> bytes:
-    """The weight is rounded to float32. Raises `CodecError` for what the header cannot hold.
+    """Encodes an update; rounds its weight to float32. Raises `CodecError` for values that the header cannot hold.
 
     >>> len(encode_update(ClientUpdate("site-1", {"delta": torch.zeros(256)}), 1, "tiny"))
     1054
@@ -74,7 +76,7 @@ def encode_update(update: ClientUpdate, round: int, backbone: str) -> bytes:
 
 
 def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
-    """A checked update. The size is checked before anything is read.
+    """Decodes an update and checks it, its size first.
 
     >>> body = encode_update(ClientUpdate("a", {"x": torch.ones(2)}), 1, "tiny")
     >>> decode_update(body, ExpectedUpdate("a", 1, "tiny", {"x": ArraySpec((2,))}))
@@ -101,33 +103,35 @@ def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
 
 @dataclass(frozen=True)
 class SiteRequest:
-    """What a server asks of a real site, whatever carries it: `what` is "hello", "train" or "evaluate". `terms` (what the
-    run asks for, as bytes of `encode_state`) go along until the site has them."""
+    """A server's request to a real site. `what` is "hello", "train" or "evaluate".
+
+    `spec`: the encoded `RunSpec`, sent until the site has it.
+    """
 
     what: str
     run: str = ""
-    order: bytes = b""
-    terms: bytes = b""
+    assignment: bytes = b""
+    spec: bytes = b""
 
 
 def encode_call(call: SiteRequest) -> bytes:
-    """4 bytes: the header's length; the header, JSON; the order; the terms."""
-    header = json.dumps({"w": call.what, "r": call.run, "o": len(call.order), "t": len(call.terms)}).encode()
-    return b"".join([struct.pack("<I", len(header)), header, call.order, call.terms])
+    """Encodes a call: the header's length (4 bytes), the JSON header, the assignment, the spec."""
+    header = json.dumps({"w": call.what, "r": call.run, "a": len(call.assignment), "s": len(call.spec)}).encode()
+    return b"".join([struct.pack("<I", len(header)), header, call.assignment, call.spec])
 
 
 def decode_call(body: bytes) -> SiteRequest:
-    """Raises `CodecError` for anything but a whole call."""
+    """Decodes a call. Raises `CodecError` for an incomplete one, or one of another version."""
     try:
         (length,) = struct.unpack_from("<I", body)
         if length > HEADER_LIMIT:
             raise ValueError(f"its header has {length} bytes")
         header = json.loads(body[4 : 4 + length])
-        what, run, assignment, terms = header["w"], header["r"], int(header["o"]), int(header["t"])
-        if not isinstance(what, str) or not isinstance(run, str) or min(assignment, terms) < 0:
-            raise ValueError("its header says something else")
-        if len(body) != 4 + length + assignment + terms:
-            raise ValueError(f"{4 + length + assignment + terms} bytes were announced")
+        what, run, assignment, spec = header["w"], header["r"], int(header["a"]), int(header["s"])
+        if not isinstance(what, str) or not isinstance(run, str) or min(assignment, spec) < 0:
+            raise ValueError("a header field has another type")
+        if len(body) != 4 + length + assignment + spec:
+            raise ValueError(f"the header announces {4 + length + assignment + spec} bytes")
     except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"not a whole call of this version ({len(body)} bytes): {error}") from error
     place = 4 + length
@@ -142,7 +146,7 @@ def _check_finite(arrays: Mapping[str, Tensor]) -> None:
 
 
 def _checked_header(header: bytes, expected: ExpectedUpdate) -> float:
-    """The weight, once all else is as expected."""
+    """Checks the header and returns the weight."""
     magic, version, round, weight, mark, digest, length = UPDATE_HEADER.unpack_from(header)
     if (magic, version) != UPDATE_KIND:
         raise CodecError(
@@ -193,18 +197,21 @@ def _raw(array: Tensor) -> bytes:
 
 
 def _array(raw: bytes, kind: ArraySpec) -> Tensor:
-    # Of a copy that may be written to; torch makes no tensor of an empty buffer.
+    # frombuffer needs a writable buffer that is not empty
     flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
     return _little(flat, kind.dtype.itemsize).clone().view(kind.dtype).reshape(kind.shape)
 
 
 def _little(flat: Tensor, size: int) -> Tensor:
-    """Between this machine's order of bytes and little-endian: `size` bytes a number."""
+    """Converts between this machine's byte order and little-endian, `size` bytes a number."""
     return flat.view(len(flat) // size, size).flip(1).reshape(-1) if byteorder == "big" else flat
 
 
 def _norm(arrays: Mapping[str, Tensor]) -> float:
-    """L2 over all arrays, integers times their scale; token ids are no lengths. `CodecError` for a scale below zero."""
+    """Returns the L2 norm over all arrays but token ids, with integers times their scale.
+
+    Raises `CodecError` for a negative scale.
+    """
     scales = {name: f"{name}.scale" for name, array in arrays.items() if not array.is_floating_point()}
     total = 0.0
     for name in arrays.keys() - scales.values():

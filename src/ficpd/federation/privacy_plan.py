@@ -7,9 +7,9 @@ from typing import Any
 
 from ficpd import rng
 from ficpd.errors import LedgerError, PrivacyError
+from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule, sample_cohort
 from ficpd.interfaces import TOTAL, Mechanism, NoiseSource
-from ficpd.method import Method
 from ficpd.privacy import accountant
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger

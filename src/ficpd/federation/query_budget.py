@@ -9,8 +9,8 @@ from typing import Any
 
 from ficpd.errors import BudgetError
 from ficpd.federation.client import Client
+from ficpd.federation.method import Method
 from ficpd.federation.rounds import Round
-from ficpd.method import Method
 from ficpd.types import State
 
 UNLIKELY = 6.0

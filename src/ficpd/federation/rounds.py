@@ -1,4 +1,4 @@
-"""The round loop: orders out, updates in, checked, aggregated. It knows a method and an engine's one verb, no more."""
+"""The round loop: sends assignments, checks the updates that come back, and aggregates them."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +10,8 @@ import torch
 from ficpd import rng
 from ficpd.errors import BudgetError, CodecError
 from ficpd.federation import codec
+from ficpd.federation.method import Method
 from ficpd.interfaces import Compression, Engine, Model
-from ficpd.method import Method
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
@@ -20,11 +20,13 @@ Wire = Mapping[str, ArraySpec]
 
 @dataclass(frozen=True)
 class Round:
-    """One finished round, as `rounds.jsonl` has it. Bytes are those of the encoded messages; seconds are wall time.
+    """One finished round, a line of `rounds.jsonl`. Bytes count encoded messages; seconds are wall time.
 
-    `dropped`: updates that did not pass the checks, by client, with the reason. `excluded_updates`: those that a robust rule
-    left out or cut. `underfilled_means`: means of fewer updates than a robust rule needs. `queries`: in simulations, the
-    forward queries and the gradients of each client."""
+    dropped: reasons by client, for updates that failed the checks.
+    excluded_updates: reasons by client, for updates that the method left out or clipped.
+    underfilled_means: means of fewer updates than their rule needs (`aggregation/robust.py`).
+    queries: in simulations, each client's forward queries and gradients.
+    """
 
     round: int
     clients: int
@@ -42,10 +44,12 @@ class Round:
 
 @dataclass(frozen=True)
 class RoundSchedule:
-    """How a run goes. `cohort` clients a round, drawn anew each round; `max_norm` bounds every update's L2 norm.
+    """The rounds of a run, with `cohort` clients sampled in each.
 
-    `everyone_first`: all are asked in the first round. `accept_late`: how many rounds late an update may come; it counts
-    with its weight over √(1 + rounds late) (Xie et al., 2019, arXiv 1903.03934).
+    max_norm: bound of every update's L2 norm.
+    everyone_first: the first round asks all clients.
+    accept_late: how many rounds late an update may come. Its weight is divided by √(1 + rounds late) (Xie et al., 2019,
+        arXiv 1903.03934).
     """
 
     num_rounds: int
@@ -57,7 +61,7 @@ class RoundSchedule:
 
 
 def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> list[str]:
-    """The clients of a round: `cohort` of them, drawn without replacement from a seed of the round's own."""
+    """Samples a round's clients without replacement, from a seed of the round."""
     if round == 1 and schedule.everyone_first:
         return sorted(names)
     drawn = torch.randperm(len(names), generator=rng.make_generator(schedule.seed, "cohort", round)).tolist()
@@ -75,11 +79,10 @@ def run_rounds(
     central: CentralGaussian | None = None,
     before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
 ) -> Iterator[tuple[State, Round]]:
-    """Yields the state after each round. An update that does not pass the checks is dropped, counted and named.
+    """Yields the state after each round. Drops and reports updates that fail the checks.
 
-    A round without a single good update leaves the state as it was. With `central`, every round ends in one noised mean,
-    also one to which nobody came. Raises `BudgetError` for a round that no member's, or the server's, budget allows, or that
-    `before`, told its clients, does not want: it does not take place.
+    A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
+    an empty one. Raises `BudgetError` before a round that no client's budget, the server's budget or `before` allows.
     """
     cards = {card.name: card for card in engine.clients()}
     fingerprint, asked = model.backbone.fingerprint, {}
@@ -97,11 +100,9 @@ def run_rounds(
             name: codec.encode_assignment(method.make_assignment(state, cards[name], round), fingerprint)
             for name in cohort
         }
-        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late} | {
-            round: set(assignments)
-        }
-        check = partial(_checked, asked, fingerprint, wire, schedule.max_norm)
-        came = _collect(engine, assignments, asked, check)
+        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
+        asked[round] = set(assignments)
+        came = _collect(engine, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
         if assignments and len(came.refused) == len(assignments):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -110,32 +111,23 @@ def run_rounds(
             layout = method.cluster_sums(state)
             updates = [method.in_cluster_sum(state, update) for update in updates]
             mean = known or central.noisy_mean(updates, layout, round, method.name)
-            arrays = compression.unpack(compression.project(mean.arrays))  # noise outside the subspace is dropped
-            updates = [replace(mean, arrays=arrays)]
+            # drops noise outside the subspace
+            updates = [replace(mean, arrays=compression.unpack(compression.project(mean.arrays)))]
         trained = time.perf_counter()
         if updates:
             state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
         noted = state.facts if updates else {}
-        yield (
-            state,
-            Round(
-                round,
-                len(assignments),
-                answered,
-                came.dropped,
-                came.bytes_up,
-                sum(map(len, assignments.values())),
-                trained - started,
-                time.perf_counter() - trained,
-                excluded_updates=dict(noted.get("excluded_updates", {})),
-                underfilled_means=dict(noted.get("underfilled_means", {})),
-            ),
-        )
+        bytes_down = sum(map(len, assignments.values()))
+        seconds = trained - started, time.perf_counter() - trained
+        done = Round(round, len(assignments), answered, came.dropped, came.bytes_up, bytes_down, *seconds)
+        done.excluded_updates.update(noted.get("excluded_updates", {}))
+        done.underfilled_means.update(noted.get("underfilled_means", {}))
+        yield state, done
 
 
 @dataclass
 class RoundReplies:
-    """What came back in a round. `refused` are those of `dropped` whose budget did not allow it."""
+    """The replies of a round. `refused`: the part of `dropped` whose budget is exhausted."""
 
     updates: list[ClientUpdate] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -149,19 +141,19 @@ def _collect(
     asked: Mapping[int, set[str]],
     checked: Callable[[Reply], ClientUpdate],
 ) -> RoundReplies:
-    """Every reply counted; the first good update of each client that was asked, and why the others were dropped."""
+    """Collects the first valid update of each client that was asked, and the reasons why others are dropped."""
     came = RoundReplies()
     for reply in engine.exchange(assignments):
         came.bytes_up += len(reply.body or b"")
         counted = any(update.client == reply.client for update in came.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
-            came.dropped[reply.client] = "answered without having been asked"
+            came.dropped[reply.client] = "answered without an assignment"
             continue
         try:
             update = checked(reply)
         except CodecError as error:
             if counted:
-                continue  # a message that came twice counts once
+                continue  # a message that arrives twice counts once
             came.dropped[reply.client] = str(error)
             if reply.refused:
                 came.refused[reply.client] = str(error)
@@ -178,7 +170,7 @@ def _collect(
 def _checked(
     asked: Mapping[int, set[str]], fingerprint: str, wire: Wire, max_norm: float, reply: Reply
 ) -> ClientUpdate:
-    """The update, of this round or of an earlier one that the client still owes; a late one weighs less."""
+    """Decodes an update of this round, or a late one of an earlier round with less weight."""
     if reply.body is None:
         raise CodecError(reply.error or "no update")
     newest, complaint = max(asked), CodecError("no update")

@@ -1,4 +1,4 @@
-"""All clients in this process, in lock step: the simulation, and the fastest way to compare methods."""
+"""Simulates all clients in this process, in lock step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,13 +10,15 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
 from ficpd.errors import BudgetError, PrivacyError
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.federation.codec import decode_assignment, encode_update
-from ficpd.method import Method
+from ficpd.federation.method import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
 
 
 class Config(BaseModel):
-    """`lock_step`: how many clients share a forward; more is faster until memory ends. Of the updates that are made, the
-    share `lost` never arrives and the share `late` arrives a round later, drawn from `seed`: what real networks do."""
+    """`lock_step`: clients that share a forward pass; more is faster and needs more memory.
+
+    A share `lost` of the updates never arrives, and a share `late` arrives a round later. `seed` draws them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     lock_step: int = Field(default=64, ge=1)
@@ -40,36 +42,35 @@ class SimulationEngine:
         return [client.card for client in self.members.values()]
 
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """What arrives in this round: of its own updates those that are neither lost nor late, then the last round's."""
+        """Yields this round's updates that are neither lost nor late, then the late ones of the last round."""
         before, self.underway = self.underway, []
-        for reply in self._made(assignments):
-            fate = float(torch.rand((), generator=self._fate(reply.client, assignments[reply.client])))
+        for round, reply in self._replies(assignments):
+            random = rng.make_generator(self.config.seed, "fate", reply.client, round)
+            fate = float(torch.rand((), generator=random))
             if fate >= self.config.lost + self.config.late:
                 yield reply
             elif fate >= self.config.lost:
                 self.underway.append(reply)
         yield from before
 
-    def _fate(self, client: str, assignment: bytes) -> torch.Generator:
-        round = decode_assignment(assignment, self.model.backbone.fingerprint).round
-        return rng.make_generator(self.config.seed, "fate", client, round)
-
-    def _made(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """A client's error is its reply; the others go on. Raises `CodecError` only for an order of its own making."""
+    def _replies(self, assignments: Mapping[str, bytes]) -> Iterator[tuple[int, Reply]]:
+        """Yields each client's round and reply. A client's error becomes its reply, and the others go on."""
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
             decoded = {name: decode_assignment(assignments[name], fingerprint) for name in cohort}
             works = {name: execute_assignment(self.method, self.members[name], decoded[name]) for name in cohort}
             for name, result in run_queries_lockstep(self.model, works):
+                round = decoded[name].round
                 if isinstance(result, ClientUpdate):
-                    yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
+                    yield round, Reply(name, encode_update(result, round, fingerprint))
                 else:
-                    yield Reply(name, None, public_error(self.members[name], result), isinstance(result, BudgetError))
+                    refused = isinstance(result, BudgetError)
+                    yield round, Reply(name, None, public_error(self.members[name], result), refused)
 
 
 def public_error(client: Client, error: Exception) -> str:
-    """What the server may hear of a client's error: with privacy, no words that may quote a record."""
+    """Returns the part of a client's error that the server may see: with privacy, no text that may quote a record."""
     if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
         return f"{type(error).__name__}: {error}"
-    return f"{type(error).__name__} (what it says stays at the client)"
+    return f"{type(error).__name__} (its text stays at the client)"

@@ -6,31 +6,30 @@ The agreement is measured on held-out texts.
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.loading import EngineConfig, load_backbone
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.data import loading
-from ficpd.errors import LibraryError, did_you_mean
+from ficpd.errors import LibraryError
 from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
 from ficpd.interfaces import Task
 from ficpd.library.distillation.distill import logits as answer_scores
 from ficpd.library.library import PromptLibrary, require_standalone
-from ficpd.library.peft_io import backbone_config
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.privacy.none import NoPrivacy
-from ficpd.registry import validate
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import build_task, start_text
 from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
+
+if TYPE_CHECKING:
+    from ficpd.library.session import LibrarySession
 
 Result = TypeVar("Result")
 FEWEST = 8
@@ -136,40 +135,27 @@ def distill_to_input(
 
 
 def distill_library_prompt(
-    folder: Path, name: str, data: Texts | None = None, *, task: str | None = None, device: str = "cpu", **options: Any
+    opened: "LibrarySession", name: str, data: Texts | None = None, *, task: str | None = None, **options: Any
 ) -> PromptLibrary:
     """Returns a library with an input prompt distilled from the prompt `name`, on `data` or the library's texts.
 
     `task` names one of the library's tasks, if it has several. `options` are those of `distill_to_input`.
     """
-    library = PromptLibrary.load(folder)
+    library = opened.library
     if name not in library.prompts:
         raise LibraryError(f"no prompt {name!r} in this library; it has {', '.join(library.prompts) or 'none'}")
     require_standalone(library, name)
-    tasks = library.card["tasks"]
-    if task not in tasks and (task is not None or len(tasks) > 1):
-        given = "no task was given" if task is None else did_you_mean("task", task, tasks)
-        raise LibraryError(f"{given}; name the task to imitate the prompt on (--task): {', '.join(tasks)}")
-    backbone, _ = load_backbone(backbone_config(library), validate(EngineConfig, {"device": device}, "--device"))
-    library.check(backbone)
-    model, chosen = QueryEngine(backbone), build_task(tasks[task or next(iter(tasks))])
-    texts = data or default_texts(folder, model, options.get("seed", 0))
+    model, chosen = opened.model, opened.tasks[opened.named(task)]
+    texts = data or default_texts(opened.folder, model, options.get("seed", 0))
     done = distill_to_input(
         library.prompts[name], texts, chosen, model, readout_CD=library.readouts.get(name), **options
     )
     return done.library(library, name)
 
 
-def load_texts(data: str, columns: Mapping[str, str]) -> Texts:
-    """Loads the texts of a file, without labels. `columns`: role to column name."""
-    config = validate(loading.Config, {"source": data, "columns": {"text": "text", **columns}}, "--data")
-    return Texts(loading.load_all(config), Path(data).name)
-
-
-def default_texts(folder: Path, model: QueryEngine, seed: int = 0) -> Texts:
+def default_texts(folder: Path | None, model: QueryEngine, seed: int = 0) -> Texts:
     """Returns the synthetic examples of the library or its run, else random words."""
-    folder = Path(folder)
-    for file in (folder / "library" / SYNTHETIC, folder / SYNTHETIC):
+    for file in (folder / "library" / SYNTHETIC, folder / SYNTHETIC) if folder else ():
         if file.is_file():
             return Texts(_synthetic(file), f"the library's synthetic examples, {file.name}")
     return Texts(synthetic_records(model.backbone, NUM_RANDOM_TEXTS, seed), "random words", weak=True)

@@ -1,43 +1,159 @@
-"""Using a library: open it with the backbone its card names, score, adapt, predict. What the CLI's doors call."""
+"""Opens a library with its backbone to predict, evaluate, adapt and export; `ficpd.load_library` and the commands use it.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+library = ficpd.load_library("runs/demo")
+library.predict(["a quiet, lovely film"])
+library.adapt("few.csv", shots=16).save("my-library")
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ficpd.backbones import openai_api
 from ficpd.backbones.loading import ENDPOINT, BackboneConfig, EngineConfig, load_backbone
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.data import loading
 from ficpd.data.untyped import is_regression_target
 from ficpd.errors import DataError, LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.interfaces import Task
+from ficpd.library import peft_io
 from ficpd.library.card import ADAPTED, describe_run, describe_shape, guarantee, join_names
 from ficpd.library.library import PromptLibrary, task_key
-from ficpd.library.selection import AUTO, AdaptationResult
+from ficpd.library.records import NO_COLUMNS, Data, draw_shots, missing_labels, read_records
+from ficpd.library.selection import AUTO
 from ficpd.library.selection import adapt as fit
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
 from ficpd.tasks.build import build_task
 from ficpd.tasks.demonstrations import Demonstrations
-from ficpd.types import Batch, Prompt, Record, Score
+from ficpd.types import Batch, Prompt, Query, Record, Score
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Say = Callable[[str], None]
 ZERO_SHOT = "zero-shot"
 DEFAULT_PROMPTS = (ADAPTED, "global")
 NEW_TASK = "own"
 """The name of a task that is new to the library."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LibrarySession:
-    """A library with its backbone and tasks, ready to use."""
+    """A library with its backbone and tasks. `folder`: where it was loaded from; None for one that is not saved."""
 
     library: PromptLibrary
     model: QueryEngine
     tasks: Mapping[str, Task]
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<library: {join_names(self.library.prompts)}; {self.model.backbone.name}; {join_names(self.tasks)}>"
+
+    def predict(
+        self, texts: str | Sequence[str | Record], *, scores: bool = False, prompt: str | None = None,
+        task: str | None = None,
+    ) -> "list | DataFrame":  # fmt: skip
+        """Predicts each text by the prompt named, else by `default_prompt`; `scores`: with a probability of each label.
+
+        Raises `LibraryError` for `scores` of a task without labels.
+        """
+        records = [
+            text if isinstance(text, Record) else Record(f"text {place}", {"text": text})
+            for place, text in enumerate([texts] if isinstance(texts, str) else texts, 1)
+        ]
+        name, chosen = prompt or default_prompt(self, task), self.tasks[self.named(task)]
+        vectors_PD, batch = get_prompt(self.library, name).vectors_PD, self.encode(records, name, task)
+        if not scores:
+            return run_queries(self.model, predictions(chosen, vectors_PD, batch))
+        if not chosen.num_labels:
+            raise LibraryError(f"scores: the task {self.named(task)} has no labels; leave them out")
+        import pandas as pd
+
+        answer = self.model.answer([Query(vectors_PD[None], batch, outputs=True)])[0]
+        assert answer.outputs_KB is not None
+        logits_BC = chosen.logits(answer.outputs_KB, batch)
+        assert logits_BC is not None, "a task with labels has logits"
+        shares_BC = logits_BC.softmax(-1)
+        frame = pd.DataFrame(shares_BC.tolist(), columns=list(chosen.label_space))
+        frame.insert(0, "label", chosen.predict(answer, batch), allow_duplicates=True)
+        return frame
+
+    def evaluate(
+        self, data: Data, *, prompt: str | None = None, task: str | None = None, columns: Mapping[str, str] = NO_COLUMNS
+    ) -> Score:  # fmt: skip
+        """Computes the task's metrics of one prompt ("zero-shot": of none) on labelled records."""
+        name = prompt or str(default_prompt(self, task))
+        return self.evaluate_prompts(data, [name], task=task, columns=columns)[name]
+
+    def evaluate_prompts(
+        self, data: Data, prompts: Sequence[str] | None = None, *, task: str | None = None,
+        columns: Mapping[str, str] = NO_COLUMNS,
+    ) -> dict[str, Score]:  # fmt: skip
+        """Computes the metrics of several prompts; None: of the bare backbone ("zero-shot") and every prompt."""
+        chosen, start = self.tasks[self.named(task)], self.library.start
+        records = read_records(data, columns)
+        bare_PD = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :]
+        batch, targets = self.encode(records, None, task), chosen.targets(records)
+        found = {}
+        for name in [ZERO_SHOT, *self.library.prompts] if prompts is None else prompts:
+            vectors_PD = bare_PD if name == ZERO_SHOT else get_prompt(self.library, name).vectors_PD
+            own = self.encode(records, name, task) if name == ADAPTED else batch
+            found[name] = score_prompt(chosen, vectors_PD, own, targets, self.model)
+        return found
+
+    def adapt(
+        self, data: Data = (), *, shots: int = 16, per_class: bool = False, how: str = AUTO, task: str | None = None,
+        labels: Mapping[str, str] | None = None, instruction: str | None = None, columns: Mapping[str, str] = NO_COLUMNS,
+        seed: int = 0, say: Say = lambda line: None,
+    ) -> "LibrarySession":  # fmt: skip
+        """Fits the library to a few records; the new one has one prompt more, `adapted`, and the task it is for.
+
+        shots: records used (0: all of them); `per_class`: so many of each class.
+        how: "auto", "leave", "nearest", "compose", "tune", "demonstrations" or "compose+demonstrations".
+        task: a task of the library; `labels` (label to text) and `instruction` make a new one instead.
+        say: gets a sentence about the task and about labels without a record.
+        """
+        if task and (labels or instruction is not None):
+            raise LibraryError(
+                "task names a task of the library, labels and instruction make a new one; give one of both"
+            )
+        records = read_records(data, columns)
+        target = resolve_task(self, records, task, labels or {}, instruction)
+        chosen = draw_shots(records, shots, per_class, seed)
+        say(target.said)
+        if absent := missing_labels(target.task, chosen):
+            say(f"none of the {len(chosen)} records is: {', '.join(absent)}")
+        return adapt_session(self, target, chosen, how, seed)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the library to a new folder. Raises `LibraryError` if it exists."""
+        require_new(folder)
+        self.library.save(Path(folder))
+
+    def export_peft(
+        self, folder: str | Path, prompt: str = "global", *, base: str | None = None, reenter: bool = False,
+        data: "Data | None" = None, columns: Mapping[str, str] = NO_COLUMNS, say: Say = lambda line: None, **options: Any,
+    ) -> str:  # fmt: skip
+        """Writes a prompt as a PEFT prompt-tuning folder; returns the model (folder or hub id) that PEFT loads.
+
+        base: that model; None: the backbone's folder.
+        reenter: first tunes an input prompt that imitates this one, on the texts of `data` or on synthetic ones; `options`
+            (task, num_tokens, steps, seed) are those of `distill_library_prompt`. `say` gets how well it agrees.
+        """
+        from ficpd.library.peft_distillation import Texts, distill_library_prompt
+
+        library, base = self.library, base or peft_io.own_base(self.library)
+        peft_io.checked_target(library, Path(folder), base)
+        if reenter:
+            source = Path(data).name if isinstance(data, (str, Path)) else "records given"
+            texts = None if data is None else Texts(read_records(data, columns, labelled=False), source)
+            library = distill_library_prompt(self, prompt, texts, **options)
+            for line in peft_io.reentry_lines(library.card):
+                say(line)
+        peft_io.export(library, prompt, Path(folder), base)
+        return base
 
     @property
     def task(self) -> Task:
@@ -45,7 +161,7 @@ class LibrarySession:
         return self.tasks[self.named()]
 
     def named(self, task: str | None = None) -> str:
-        """Which task: the one named, else what the library was adapted to, else the only one."""
+        """Names the task: the one given, else the one that the library was adapted to, else the only one."""
         if task is not None and task not in self.tasks:
             raise LibraryError(f"{did_you_mean('task', task, self.tasks)} (--task)")
         adapted = adapted_facts(self.library).get("task")
@@ -74,59 +190,26 @@ def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
     return library.card.get(ADAPTED, {})
 
 
-def open_library(folder: Path, device: str = "cpu") -> LibrarySession:
-    """Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on."""
+def load_library(folder: str | Path, *, backbone: str | None = None, device: str = "cpu") -> LibrarySession:
+    """Opens a library's folder, or the run directory that holds one.
+
+    backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
+    device: cpu or cuda.
+
+    Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on.
+    """
+    folder = Path(folder)
     library = PromptLibrary.load(folder)
     given = library.card["backbone"]
     named = {key: given[key] for key in ("name", "kind", "options") if key in given}
+    named |= {"name": backbone} if backbone else {}
     if ENDPOINT in (named.get("name"), named.get("kind")):
         named["options"] = openai_api.options_from_card(named.get("options", {}))
     config = validate(BackboneConfig, named, f"{folder}: card.json: backbone")
-    backbone, _ = load_backbone(config, validate(EngineConfig, {"device": device}, "--device"))
-    library.check(backbone)
+    loaded, _ = load_backbone(config, validate(EngineConfig, {"device": device}, "--device"))
+    library.check(loaded)
     tasks = {name: build_task(about) for name, about in library.card["tasks"].items()}
-    return LibrarySession(library, QueryEngine(backbone), tasks)
-
-
-def read_records(data: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
-    """All records of a file, in its order. Without labels only `text` (or `image`, if that is named) and what else is named
-    are read. Options may be in several columns (`options=a,b,c`)."""
-    roles = {
-        **({} if "image" in columns else {"text": "text"}),
-        **({"target": "target"} if labelled else {}),
-        **columns,
-    }
-    options = roles.pop("options").split(",") if "," in roles.get("options", "") else []
-    return loading.load_all(validate(loading.Config, {"source": data, "columns": roles, "options": options}, "--data"))
-
-
-def texts_as_records(texts: Sequence[str]) -> list[Record]:
-    return [Record(f"text {place}", {"text": text}) for place, text in enumerate(texts, 1)]
-
-
-def score_library(
-    opened: LibrarySession, records: Sequence[Record], name: str | None, task: str | None = None
-) -> dict[str, Score]:
-    """The score of the named prompt (or all), beside the backbone without any."""
-    library, chosen = opened.library, opened.tasks[opened.named(task)]
-    prompts = library.prompts if name is None else {name: get_prompt(library, name)}
-    bare = replace(
-        library.start, vectors_PD=library.start.vectors_PD[len(library.start.vectors_PD) - chosen.head_rows :]
-    )
-    batch, targets = opened.encode(records, None, task), chosen.targets(records)
-    found = {ZERO_SHOT: score_prompt(chosen, bare.vectors_PD, batch, targets, opened.model)}
-    for key, prompt in prompts.items():
-        own = opened.encode(records, key, task) if key == ADAPTED else batch
-        found[key] = score_prompt(chosen, prompt.vectors_PD, own, targets, opened.model)
-    return found
-
-
-def predicted(opened: LibrarySession, records: Sequence[Record], name: str | None, task: str | None = None) -> list:
-    """One prediction per record, by the named prompt, else by `usual`."""
-    name = name or default_prompt(opened, task)
-    prompt = get_prompt(opened.library, name)
-    own = opened.tasks[opened.named(task)]
-    return run_queries(opened.model, predictions(own, prompt.vectors_PD, opened.encode(records, name, task)))
+    return LibrarySession(library, QueryEngine(loaded), tasks, folder)
 
 
 def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:
@@ -144,9 +227,15 @@ def get_prompt(library: PromptLibrary, name: str | None) -> Prompt:
     return library.prompts[name]
 
 
+def require_new(folder: str | Path) -> None:
+    """Raises `LibraryError` if the folder exists."""
+    if Path(folder).exists():
+        raise LibraryError(f"{folder} exists already; choose another folder (--out)")
+
+
 @dataclass(frozen=True)
 class TargetTask:
-    """A task to adapt to: its name in the adapted library, and what is to be said of it."""
+    """A task to adapt to: its name in the adapted library, and a sentence about the choice."""
 
     name: str
     task: Task
@@ -211,33 +300,10 @@ def _labels_of(records: Sequence[Record]) -> dict[str, str]:
     return {label: label.replace("_", " ").strip() or label for label in found}
 
 
-def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
-    """The first `shots` of the records in a seeded order (0: all), or of each class."""
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    if not shots or not per_class:
-        return [records[i] for i in order[: shots or len(order)]]
-    taken: dict[str, int] = {}
-    chosen = []
-    for i in order:
-        label = str(records[i].fields["target"])
-        taken[label] = taken.get(label, 0) + 1
-        if taken[label] <= shots:
-            chosen.append(records[i])
-    return chosen
-
-
-def missing_labels(task: Task, records: Sequence[Record]) -> list[str]:
-    """The labels of a classification that no record has."""
-    seen = {str(record.fields.get("target")) for record in records}
-    return [label for label in task.to_config().get("labels", {}) if label not in seen]
-
-
-def adapt_library(
-    opened: LibrarySession, own: TargetTask, shots: Sequence[Record], out: Path, how: str = AUTO, seed: int = 0
-) -> AdaptationResult:
-    """Fit the library to these records; saves a library with one prompt more, `adapted`, and the task it is for."""
-    if out.exists():
-        raise LibraryError(f"{out} exists already; choose another --out")
+def adapt_session(
+    opened: LibrarySession, own: TargetTask, shots: Sequence[Record], how: str = AUTO, seed: int = 0
+) -> LibrarySession:
+    """Fits the library to these records of one task; `card["adapted"]` holds how, and a table of the strategies tried."""
     library = opened.library
     found = fit(library, shots, own.task, opened.model, local_training_config(library), how, seed)
     shown = found.fitted.demonstrations
@@ -254,8 +320,10 @@ def adapt_library(
     readouts = {name: readout for name, readout in library.readouts.items() if name != ADAPTED}
     if shown is not None and shown.readout_CD is not None:
         readouts[ADAPTED] = shown.readout_CD
-    PromptLibrary(library.start, {**library.prompts, ADAPTED: found.fitted.prompt}, card, keys, readouts).save(out)
-    return found
+    prompts = {**library.prompts, ADAPTED: found.fitted.prompt}
+    return LibrarySession(
+        PromptLibrary(library.start, prompts, card, keys, readouts), opened.model, {**opened.tasks, own.name: own.task}
+    )
 
 
 def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:

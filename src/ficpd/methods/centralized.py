@@ -9,8 +9,8 @@ from collections.abc import Generator, Sequence
 from pydantic import Field
 
 from ficpd.federation.aggregation.mean import weighted_mean
+from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State

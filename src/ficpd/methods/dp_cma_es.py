@@ -25,14 +25,14 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import CMAES, center_losses, init_state, spread
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
-from ficpd.validation import validate_arrays, validate_facts, validate_norm
 
 SEARCH = "search/"
 

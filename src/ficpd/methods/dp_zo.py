@@ -28,14 +28,14 @@ from torch import Tensor
 
 from ficpd.errors import CodecError
 from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts, validate_norm
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.optimizers.spsa import directional_derivatives, step_scale
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
-from ficpd.validation import RATE, validate_arrays, validate_facts, validate_norm
 
 MEMORY = 0.9
 """How much of the mean squared slope is that of the rounds before."""

@@ -4,8 +4,8 @@ arXiv 2104.08691) as the only parameters."""
 from collections.abc import Generator, Sequence
 
 from ficpd.federation.aggregation.robust import MEAN, RobustAggregator, RobustConfig
+from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientUpdate, Query, State

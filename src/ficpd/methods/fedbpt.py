@@ -32,14 +32,14 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import CodecError, ConfigError
 from ficpd.federation.aggregation.mean import weighted_mean
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import validate_arrays, validate_facts, validate_norm
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import CMAES, init_state
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
-from ficpd.validation import validate_arrays, validate_facts, validate_norm
 
 SEARCH = "search/"
 FEWEST = 4

@@ -28,8 +28,8 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.vocabulary import token_prompt
 from ficpd.errors import ConfigError
+from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import Backbone, ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.token_aggregation import aggregate_tokens
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.optimizers.cma_es import center_losses

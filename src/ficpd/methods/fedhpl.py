@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import CodecError, ConfigError
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import (
@@ -43,7 +44,6 @@ from ficpd.types import (
     Query,
     State,
 )
-from ficpd.validation import RATE, validate_arrays, validate_facts
 
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"

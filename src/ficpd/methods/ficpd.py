@@ -21,8 +21,8 @@ from torch import Tensor
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer, fedexp_factor
 from ficpd.federation.client import LABELS
+from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, relabel_clusters, shrinkage
 from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
 from ficpd.methods.shared.residual import with_label_prior

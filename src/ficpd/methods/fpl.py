@@ -31,15 +31,15 @@ from ficpd.federation.aggregation.mean import weighted_mean_of
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer
 from ficpd.federation.client import LABELS
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
 from ficpd.methods.shared.metadata_clustering import cluster_by_metadata, nearest_client
 from ficpd.methods.shared.residual import ContrastiveConfig, personal_prompt, tune_residual, with_label_prior
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
-from ficpd.validation import RATE, validate_facts, validate_prompts
 
 SIGNATURE, SUM = "signature/", "delta/"
 

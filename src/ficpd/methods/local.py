@@ -7,12 +7,12 @@ from collections.abc import Generator, Mapping, Sequence
 
 from torch import Tensor
 
+from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import RATE, validate_arrays, validate_facts
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
-from ficpd.validation import RATE, validate_arrays, validate_facts
 
 
 class Config(FrozenConfig):

@@ -12,7 +12,7 @@ The paper has one party and settings of its own for each task; here the experime
 in all methods, so that they can be compared.
 """
 
-from ficpd.method import Capabilities
+from ficpd.federation.method import Capabilities
 from ficpd.methods.local import Local
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig

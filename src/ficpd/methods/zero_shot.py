@@ -4,8 +4,8 @@ from collections.abc import Generator, Mapping, Sequence
 
 from torch import Tensor
 
+from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import ClientContext, Model
-from ficpd.method import Capabilities, Method
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Query, State

@@ -1,5 +1,7 @@
-"""Optimizers of a client's prompt. Each is a module with `black_box` and a generator, `prompt = yield from tune(...)`, that
-yields `Query`s. A black box asks for losses only, takes other arguments, and has `num_candidates`."""
+"""Optimizers that tune a client's prompt. Each is a generator of `Query`s: `prompt = yield from tune(...)`.
+
+An entry defines `tune` and `black_box`. A black box asks for losses only, takes other arguments and has `num_candidates`.
+"""
 
 import math
 from collections.abc import Generator
@@ -13,15 +15,16 @@ from ficpd.types import Answer, Assignment, Query
 
 
 class LocalTrainingConfig(BaseModel):
-    """A client's share of one round. `learning_rate` None: the backbone's measured default times the start's RMS.
+    """A client's training in one round.
 
-    `decay` ends the run at this share of the learning rate (cosine over the rounds). `l2_weight` pulls to zero,
-    a method's own proximal weight to where the round began.
-
-    The rest is for optimizers and methods that see losses alone. `directions`: how many a step of spsa tries (two candidates
-    each). `population`: candidates of a generation of cma_es. `perturbation`: how far from where they are they try, per
-    number of the prompt, as in `learning_rate`; None: the rate of the round. `search_dimension`: so many numbers cma_es
-    searches in where no subspace is configured. `seed`: of the public draws that clients share; None: the experiment's.
+    learning_rate: None: the backbone's measured default times the RMS of the initial prompt.
+    decay: final share of the learning rate (cosine over the rounds).
+    l2_weight: pull to zero. A method's proximal weight pulls to the prompt of the round.
+    directions: directions of an spsa step, two candidates each.
+    population: candidates of a cma_es generation.
+    perturbation: distance of black-box candidates, per number of the prompt; None: the rate of the round.
+    search_dimension: size of the cma_es search space without a configured subspace.
+    seed: seed of the public draws that clients share; None: the experiment's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,21 +42,21 @@ class LocalTrainingConfig(BaseModel):
 
     @property
     def candidates(self) -> int:
-        """How many candidates the optimizer asks about each record of a step."""
+        """Candidates per record of a step."""
         optimizer = load("optimizers", self.optimizer)
         return optimizer.num_candidates(self) if optimizer.black_box else 1
 
     @property
     def public_seed(self) -> int:
-        """Of what all clients draw alike. Nothing private is derived from it."""
+        """Seed of the draws that all clients share. No private draw uses it."""
         return self.seed or 0
 
-    def apart(self, order: Assignment) -> float:
-        """How far away candidates are tried, per number of the prompt."""
-        return self.perturbation or order.facts["rate"]
+    def apart(self, assignment: Assignment) -> float:
+        """Returns the distance of black-box candidates, per number of the prompt."""
+        return self.perturbation or assignment.facts["rate"]
 
     def rate(self, round: int, num_rounds: int) -> float:
-        """The learning rate of round 1..num_rounds: a cosine from all of it to `decay` of it.
+        """Returns the learning rate of round 1..num_rounds: a cosine down to `decay`.
 
         >>> LocalTrainingConfig(learning_rate=1.0, decay=0.2).rate(1, 1)
         1.0
@@ -66,7 +69,7 @@ class LocalTrainingConfig(BaseModel):
 def tune(
     training: LocalTrainingConfig,
     client: ClientContext,
-    order: Assignment,
+    assignment: Assignment,
     start_PD: Tensor,
     *,
     proximal_weight: float = 0.0,
@@ -74,32 +77,33 @@ def tune(
     steps: int | None = None,
     batch_size: int | None = None,
 ) -> Generator[Query, Answer, Tensor]:
-    """The client's tuned [P, D], by the configured optimizer, at the rate the order states.
+    """Tunes the client's [P, D] by the configured optimizer, at the assignment's rate.
 
-    Where the client tunes in coordinates z of a subspace, the optimizer sees z [k] for the prompt, and the rate grows by
-    √(PD/k): a step then moves the prompt as far as one in all its numbers would.
+    In a subspace the optimizer sees coordinates z [k]. The rate grows by √(PD/k), so that a step moves the prompt as
+    far as a step in all its numbers.
     """
     optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
     weights = {"l2_weight": training.l2_weight, "proximal_weight": proximal_weight}
-    if optimizer.black_box:  # it asks for losses alone, and knows coordinates by itself
-        tuned = yield from optimizer.tune(client, start_PD, batches, training=training, order=order, **weights)
-        return tuned
+    if optimizer.black_box:  # black-box optimizers handle the subspace themselves
+        return (
+            yield from optimizer.tune(client, start_PD, batches, training=training, assignment=assignment, **weights)
+        )
     begin = start_PD if coordinates is None else coordinates.project(start_PD)
-    rate = order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
+    rate = assignment.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
     work = optimizer.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
-        tuned = yield from work
-        return tuned
-    tuned = yield from _lifted(work, coordinates, start_PD - coordinates.lift(begin))
-    return tuned
+        return (yield from work)
+    return (yield from _lifted(work, coordinates, start_PD - coordinates.lift(begin)))
 
 
 def _lifted(
     work: Generator[Query, Answer, Tensor], coordinates: Subspace, rest_PD: Tensor
 ) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts rest + A z where the optimizer asks for z, and hand back gradients with respect to z: each record's by
-    itself, for a product of all of them rounds each by how many there are."""
+    """Replaces queried coordinates z by prompts rest + A z, and prompt gradients by gradients of z.
+
+    Each record's gradient is projected alone: the rounding of a batched product depends on the batch size.
+    """
     try:
         query = next(work)
         while True:

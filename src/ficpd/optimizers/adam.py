@@ -22,8 +22,10 @@ def tune(
     memory: dict[str, Tensor] | None = None,
     betas: tuple[float, float] = (0.9, 0.99),
 ) -> Generator[Query, Answer, Tensor]:
-    """The tuned [P, D]. Per step the gradient is the records' mean, plus `l2_weight * prompt`, plus
-    `proximal_weight * (prompt - start)` (FedProx). With `memory`, the moments go on where the last call left them.
+    """Returns the tuned [P, D].
+
+    The gradient of a step is the records' mean + `l2_weight * prompt` + `proximal_weight * (prompt - start)` (FedProx).
+    `memory` carries the moments from one call to the next.
     """
     memory = {} if memory is None else memory
     zero = torch.zeros_like(start_PD)

@@ -1,9 +1,10 @@
-"""CMA-ES on pycma (Hansen, "The CMA Evolution Strategy: A Tutorial", 2016, arXiv 1604.00772), asked and told in whole
-generations, its state as tensors: whatever goes on from them goes on as if it had never stopped.
+"""CMA-ES on pycma (Hansen, "The CMA Evolution Strategy: A Tutorial", 2016, arXiv 1604.00772).
 
-Step sizes by CSA, active updates, no mirrored candidates. From `FULL` dimensions on, the covariance is diagonal
-(sep-CMA-ES: Ros and Hansen, PPSN 2008): a full one learns at a rate of about 2/n², which in tens of generations is nothing.
-No global random state: pycma draws from the generator that it is given."""
+Steps are whole generations. The state is a dictionary of tensors, and a search resumed from it continues exactly. Step
+sizes follow CSA, with active updates and without mirrored candidates. Above `FULL` dimensions the covariance is diagonal
+(sep-CMA-ES: Ros and Hansen, PPSN 2008), because a full one learns at a rate of about 2/n². pycma draws from the given
+generator and uses no global random state.
+"""
 
 import importlib
 import warnings
@@ -26,11 +27,11 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 black_box = True
 FULL = 128
-"""Up to so many dimensions the covariance is a full matrix."""
+"""Largest dimension with a full covariance matrix."""
 
 
 def num_candidates(training: LocalTrainingConfig) -> int:
-    """Candidates about each record of a step."""
+    """Returns the candidates per record of a step."""
     return training.population
 
 
@@ -40,17 +41,19 @@ def tune(
     batches: Iterator[Batch],
     *,
     training: LocalTrainingConfig,
-    order: Assignment,
+    assignment: Assignment,
     l2_weight: float = 0.0,
     proximal_weight: float = 0.0,
 ) -> Generator[Query, Answer, Tensor]:
-    """[P, D] at the mean of the last generation; a batch is a generation. It begins anew in every order, around the prompt
-    and as wide as the rate of the round (`Training.apart`), in coordinates or in a random subspace that all clients
-    share."""
+    """Returns [P, D] at the mean of the last generation; each batch is one generation.
+
+    Every assignment starts a new search around the prompt, of width `LocalTrainingConfig.apart`, in the client's
+    subspace or in a random subspace that all clients share.
+    """
     space = SearchSpace(tuple(start_PD.shape), client.subspace, training.search_dimension, training.public_seed)
-    search = CMAES(init_state(space.size, training.apart(order) * space.unit), training.population)
+    search = CMAES(init_state(space.size, training.apart(assignment) * space.unit), training.population)
     for step, batch in enumerate(batches):
-        random = rng.make_generator("candidates", training.public_seed, order.method, order.round, step)
+        random = rng.make_generator("candidates", training.public_seed, assignment.method, assignment.round, step)
         candidates_KN = search.ask(random)
         prompts_KPD = start_PD + space.lift(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
@@ -62,15 +65,19 @@ def tune(
 
 
 def center_losses(loss_KB: Tensor) -> Tensor:
-    """[K, B]: each record's losses around their mean over the candidates. Which candidate is better does not change, and
-    what all have in common, which is most of a loss, needs no room in a clip norm. The mean is added up candidate by
-    candidate: a sum over a dimension is rounded by how many records stand beside."""
+    """Centers each record's losses [K, B] on their mean over the candidates.
+
+    The ranking stays, and the common part of the losses takes no share of the clip norm. The mean is added candidate by
+    candidate, because the rounding of a sum over a dimension depends on the batch size.
+    """
     return loss_KB - sum(loss_KB) / len(loss_KB)
 
 
 def spread(candidates_KN: Tensor) -> float:
-    """How far candidates are from their mean, per number: centred losses over this and √K are about as long together as the
-    record's gradient, so that a clip norm for gradients fits them."""
+    """Returns the RMS distance of the candidates from their mean.
+
+    Centered losses divided by it and by √K are together about as long as the record's gradient, so one clip norm fits.
+    """
     return float((candidates_KN - candidates_KN.mean(0)).square().mean().sqrt().clamp(min=1e-12))
 
 
@@ -78,15 +85,13 @@ def spread(candidates_KN: Tensor) -> float:
 
 
 def init_state(size: int, sigma: float, full: bool | None = None) -> dict[str, Tensor]:
-    """A search that has not begun: mean zero, [size]. All float64 but the generation. `full` None: up to `FULL`
-    dimensions."""
+    """Returns the state of a new search: mean zero [size], float64. `full` None: up to `FULL` dimensions."""
     full = size <= FULL if full is None else full
     zero = torch.zeros(size, dtype=torch.float64)
-    shape = torch.eye(size, dtype=torch.float64) if full else torch.ones(size, dtype=torch.float64)
     return {
         "mean": zero,
         "sigma": torch.tensor(sigma, dtype=torch.float64),
-        "shape": shape,
+        "shape": torch.eye(size, dtype=torch.float64) if full else torch.ones(size, dtype=torch.float64),
         "path_mean": zero.clone(),
         "path_shape": zero.clone(),
         "generation": torch.tensor(0),
@@ -99,8 +104,7 @@ def _blas() -> ThreadpoolController:
 
 
 def _one_thread(work: Callable[Given, Result]) -> Callable[Given, Result]:
-    """On matrices of this size many threads win nothing, and on a busy machine they wait for each other: 208 ms a generation
-    of 48 dimensions where one thread took 8."""
+    """Limits BLAS to one thread: threads gain nothing on small matrices and wait for each other on a busy machine."""
 
     @wraps(work)
     def alone(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -111,7 +115,7 @@ def _one_thread(work: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 class CMAES:
-    """pycma at a state (see `begun`). `parents` None: the better half of a population."""
+    """pycma resumed from a state (see `init_state`). `parents` None: the better half of a population."""
 
     @_one_thread
     def __init__(self, state: Mapping[str, Tensor], population: int, parents: int | None = None):
@@ -119,7 +123,7 @@ class CMAES:
         self.random, self.asked = torch.Generator().manual_seed(0), False
         options = {
             "popsize": population, "CMA_mu": parents, "CMA_diagonal": not self.full, "CMA_mirrors": 0,
-            "updatecovwait": 0 if size <= FULL else None,  # a large C is factorised as seldom as pycma thinks fit
+            "updatecovwait": 0 if size <= FULL else None,  # pycma chooses how often to factorise a large C
             "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA, "randn": self._normal, "seed": float("nan"),
             "verbose": -9, "verb_log": 0, "verb_disp": 0,
         }  # fmt: skip
@@ -135,21 +139,24 @@ class CMAES:
         self.pycma.adapt_sigma.initialize(self.pycma)
         self.pycma.adapt_sigma.ps = state["path_mean"].numpy().copy()
         self.pycma.countiter = int(state["generation"])
-        self.pycma.mean_old, self.pycma.timer = self.pycma.mean, cma.utilities.utils.ElapsedWCTime()  # read, never used
+        self.pycma.mean_old, self.pycma.timer = self.pycma.mean, cma.utilities.utils.ElapsedWCTime()  # pycma reads both
 
     @_one_thread
     def ask(self, random: torch.Generator) -> Tensor:
-        """[population, size], float32, as they may travel; `tell` gets these same ones."""
+        """Draws a population, [population, size] in float32, for the next `tell`."""
         self.random, self.asked = random, True
         return torch.from_numpy(np.array(self.pycma.ask())).float()
 
     @_one_thread
     def tell(self, candidates_KN: Tensor, losses_K: Tensor) -> "CMAES":
-        """One generation further; itself. A loss that is not finite counts like the worst."""
+        """Updates the search by one generation and returns it. A loss that is not finite counts as the worst."""
         if not self.asked:
-            self.pycma.ask()  # pycma wants to be asked first; these candidates are nobody's
+            self.pycma.ask()  # pycma requires a call of ask before tell; these candidates are discarded
         self.asked = False
-        self.pycma.tell(list(candidates_KN.double().numpy()), _finite(losses_K).tolist(), check_points=False)
+        finite = torch.isfinite(losses_K)
+        worst = float(losses_K.double()[finite].max()) if bool(finite.any()) else 0.0
+        losses = torch.where(finite, losses_K.double(), worst).tolist()
+        self.pycma.tell(list(candidates_KN.double().numpy()), losses, check_points=False)
         return self
 
     @property
@@ -163,7 +170,7 @@ class CMAES:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What the next `CMAES` goes on from."""
+        """The state from which another `CMAES` resumes."""
         found = {
             "mean": self.pycma.mean,
             "sigma": self.pycma.sigma,
@@ -178,14 +185,8 @@ class CMAES:
         return torch.randn(number, size, generator=self.random, dtype=torch.float64).numpy()
 
 
-def _finite(losses_K: Tensor) -> Tensor:
-    good = losses_K.double()[torch.isfinite(losses_K)]
-    worst = float(good.max()) if len(good) else 0.0
-    return torch.where(torch.isfinite(losses_K), losses_K.double(), worst)
-
-
 def _pycma() -> Any:
-    """pycma warns on import where matplotlib is not there, which is for plots alone."""
+    """Imports pycma without its warning about a missing matplotlib."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("cma")

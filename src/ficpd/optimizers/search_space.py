@@ -1,4 +1,4 @@
-"""What black-box optimizers move in: a few numbers y around a prompt, and the public draws that all clients share."""
+"""The search space of black-box optimizers: coordinates y around a prompt, and public draws that all clients share."""
 
 from functools import lru_cache
 
@@ -10,22 +10,23 @@ from ficpd.interfaces import Subspace
 
 
 def clip_scale(coordinates: Subspace) -> Tensor:
-    """[size]: what contributions are multiplied by before they are clipped and noised, and divided by after it.
+    """Returns [size] factors: contributions are multiplied by them before clipping and noise, and divided after.
 
-    1/√typical: of isotropic noise each direction then gets a share that makes the sum of their relative errors least.
+    1/√grad_scale minimises the sum of the directions' relative errors under isotropic noise.
     """
     return (coordinates.grad_scale.max() / coordinates.grad_scale).sqrt()
 
 
 class SearchSpace:
-    """prompt = origin + up(y), y [size].
+    """prompt = origin + lift(y), with y [size].
 
-    In the client's coordinates, if it has any, where y is in their clip units: a slope along y is then what a gradient is
-    there before it is clipped, so that one clip norm serves both. Else, with `dimension`, in a random subspace of so many
-    numbers (A Gaussian, from a public seed: Sun et al., "Black-Box Tuning for Language-Model-as-a-Service", ICML 2022, arXiv
-    2201.03514), or, where the prompt has no more than these or none are given, in all its numbers.
+    - With the client's subspace, y is in clip units: a derivative along y has the scale of a clipped gradient, so that
+      one clip norm serves both.
+    - With `dimension` below the prompt's size, y lives in a Gaussian random subspace from a public seed (Sun et al.,
+      "Black-Box Tuning for Language-Model-as-a-Service", ICML 2022, arXiv 2201.03514).
+    - Otherwise y is the whole prompt.
 
-    `unit`: how long each number of y has to be so that the prompt's numbers move by 1 in root mean square.
+    `unit`: the length of each number of y that moves the prompt's numbers by 1 in root mean square.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class SearchSpace:
             self.size, self.unit = numbers, 1.0
 
     def lift(self, values: Tensor) -> Tensor:
-        """[..., size] to [..., P, D]."""
+        """Maps [..., size] to [..., P, D]."""
         if self.coordinates is not None:
             return self.coordinates.lift(values * self.units)
         if self.rows is not None:
@@ -51,17 +52,17 @@ class SearchSpace:
         return values.unflatten(-1, self.shape)
 
     def signs(self, number: int, *names: object) -> Tensor:
-        """[number, size] of ±1, equal for equal names everywhere (Rademacher: Spall, IEEE Trans. Automatic Control 1992)."""
+        """Draws [number, size] of ±1 (Rademacher), equal on every machine for equal names."""
         return 1.0 - 2.0 * torch.randint(2, (number, self.size), generator=rng.make_generator("signs", *names))
 
 
 @lru_cache(maxsize=4)
 def _gaussian_rows(size: int, numbers: int, seed: int) -> Tensor:
-    """[size, numbers], each row of length 1 in expectation."""
+    """Draws [size, numbers], each row of length 1 in expectation."""
     return torch.randn(size, numbers, generator=rng.make_generator("rows", size, numbers, seed)) / numbers**0.5
 
 
 def regularizer(prompts_KPD: Tensor, start_PD: Tensor, l2_weight: float, proximal_weight: float) -> Tensor:
-    """[K]: what a optimizer with gradients would add to the loss, in its own terms: l2/2 |p|² + proximal/2 |p - start|²."""
+    """Returns the penalty [K] that gradient optimizers apply: l2/2 |p|² + proximal/2 |p - start|²."""
     to_zero, to_start = prompts_KPD.flatten(1), (prompts_KPD - start_PD).flatten(1)
     return (l2_weight * to_zero.square().sum(1) + proximal_weight * to_start.square().sum(1)) / 2

@@ -1,8 +1,8 @@
-"""Gradient descent in the units of public gradients: a step is as long as the records agree, not as the noise is.
+"""Gradient descent preconditioned by public gradient scales.
 
-Adam divides each direction by what it sees there, which under noise is the noise: every step is then a full one. Here the
-divisor is `Coordinates.typical`, known before any record was seen, so that a step stays linear in the gradient and noise
-averages out over clients and rounds (preconditioning by public data: Li et al., "Private Adaptive Optimization with Side
+Adam normalises each direction by its gradient history; under DP noise that history is mostly noise, and every step is a
+full step. This optimizer divides by `Subspace.grad_scale`, which is known before training. A step stays linear in the
+gradient, so noise averages out over clients and rounds (Li et al., "Private Adaptive Optimization with Side
 Information", ICML 2022, arXiv 2202.05963).
 """
 
@@ -15,8 +15,8 @@ from ficpd.interfaces import ClientContext
 from ficpd.types import Answer, Batch, Query
 
 black_box = False
-AGREEMENT = 4.0
-"""Records agree to about a quarter of what is typical of one of them: with this factor, Adam's rates serve here too."""
+STEP_MULTIPLE = 4.0
+"""Makes Adam's learning rates fit: a mean gradient is about a quarter as long as one record's gradient."""
 
 
 def tune(
@@ -29,16 +29,16 @@ def tune(
     proximal_weight: float = 0.0,
     memory: dict[str, Tensor] | None = None,
 ) -> Generator[Query, Answer, Tensor]:
-    """The tuned [P, D], or [k] in coordinates. Per step, the gradient is the records' mean plus `l2_weight * prompt` plus
-    `proximal_weight * (prompt - start)`; the step is `AGREEMENT * learning_rate` times it over what is typical of one
-    record. Meant for some tens of gradient directions: of the whole prompt nothing is known to be typical, and in the
-    weakest of hundreds of directions noise over what is typical is large (70.6 % where Adam had 72.1 %: 256 directions,
-    300 records a site, ε = 2)."""
+    """Returns the tuned [P, D], or [k] in a subspace.
+
+    The gradient of a step is the records' mean + `l2_weight * prompt` + `proximal_weight * (prompt - start)`. Suits some
+    tens of gradient directions: in the weakest of hundreds, noise divided by the scale is large.
+    """
     prompt = start_PD
-    typical = client.subspace.grad_scale if client.subspace is not None else torch.ones(())
+    scale = client.subspace.grad_scale if client.subspace is not None else torch.ones(())
     for batch in batches:
         answer = yield Query(prompt[None], batch, grad=True)
         assert answer.grad_KBPD is not None
         gradient = client.private_mean(answer.grad_KBPD)[0] + l2_weight * prompt + proximal_weight * (prompt - start_PD)
-        prompt = prompt - AGREEMENT * learning_rate * gradient / typical
+        prompt = prompt - STEP_MULTIPLE * learning_rate * gradient / scale
     return prompt

@@ -1,10 +1,9 @@
-"""Two-point estimates of the gradient from losses alone: SPSA (Spall, "Multivariate Stochastic Approximation Using a
-Simultaneous Perturbation Gradient Approximation", IEEE Trans. Automatic Control 1992), with K directions a step.
+"""Estimates gradients from losses by SPSA with K directions a step (Spall, IEEE Trans. Automatic Control 1992).
 
     s_k = (L(y + c u_k) - L(y - c u_k)) / 2c,    g = mean_k s_k u_k,    u_k of ±1
 
-The directions come from public names (seed, method, round, step), so that all clients of a round try the same ones (common
-random numbers): what their records differ in is then all that their estimates differ in.
+All clients of a round draw the same directions from public names (seed, method, round, step). These common random
+numbers leave only the difference of the records in the difference of the estimates.
 """
 
 from collections.abc import Generator, Iterator
@@ -18,14 +17,12 @@ from ficpd.optimizers.search_space import SearchSpace, regularizer
 from ficpd.types import Answer, Assignment, Batch, Query
 
 black_box = True
-FARTHER = 4.0
-"""Few directions of many bend less than the gradient's own, and bear a longer step: on the tiny backbone (48 numbers, 30
-steps of 4 directions, Adam's rate; loss at the start 0.883) 0.813 at 1, 0.757 at 2, 0.672 at 4; of 8 numbers 0.760, 0.737,
-0.728."""
+STEP_MULTIPLE = 4.0
+"""Lengthens steps: the loss bends less along few random directions than along its gradient."""
 
 
 def num_candidates(training: LocalTrainingConfig) -> int:
-    """Candidates about each record of a step."""
+    """Returns the candidates per record of a step."""
     return 2 * training.directions
 
 
@@ -35,46 +32,40 @@ def tune(
     batches: Iterator[Batch],
     *,
     training: LocalTrainingConfig,
-    order: Assignment,
+    assignment: Assignment,
     l2_weight: float = 0.0,
     proximal_weight: float = 0.0,
 ) -> Generator[Query, Answer, Tensor]:
-    """The tuned [P, D]. A step goes by what one of Adam's at the same rate would, as far as the directions that were tried
-    show it: of D numbers' gradient K of them show a share of about K/D (`stride`). How long the gradient is, the slopes so
-    far tell."""
+    """Returns the tuned [P, D].
+
+    A step is as long as Adam's at the same rate, times the share of the gradient that K directions show: about K/D
+    (`step_scale`). The root mean square of all derivatives so far estimates the gradient's length.
+    """
     space, K = SearchSpace(tuple(start_PD.shape), client.subspace), training.directions
-    rate, apart = order.facts["rate"] * space.unit, training.apart(order) * space.unit
+    rate, apart = assignment.facts["rate"] * space.unit, training.apart(assignment) * space.unit
     y, squares = torch.zeros(space.size), []
     for step, batch in enumerate(batches):
-        signs_KN = space.signs(K, training.public_seed, order.method, order.round, step)
+        signs_KN = space.signs(K, training.public_seed, assignment.method, assignment.round, step)
         prompts_KPD = start_PD + space.lift(torch.cat([y + apart * signs_KN, y - apart * signs_KN]))
         answer = yield Query(prompts_KPD, batch)
+        penalty_K1 = regularizer(prompts_KPD, start_PD, l2_weight, proximal_weight)[:, None]
         slope_K = client.private_mean(directional_derivatives(answer.loss_KB, apart)) * K**0.5
-        slope_K = (
-            slope_K
-            + directional_derivatives(regularizer(prompts_KPD, start_PD, l2_weight, proximal_weight)[:, None], apart)[
-                :, 0
-            ]
-            * K**0.5
-        )
+        slope_K = slope_K + directional_derivatives(penalty_K1, apart)[:, 0] * K**0.5
         squares.append(slope_K.square().mean())
-        y = y - rate * step_scale(K, space.size) / root_mean(squares) * (slope_K @ signs_KN)
+        length = torch.stack(squares).mean().sqrt().clamp(min=1e-12)
+        y = y - rate * step_scale(K, space.size) / length * (slope_K @ signs_KN)
     return start_PD + space.lift(y)
 
 
 def directional_derivatives(loss_KB: Tensor, apart: float) -> Tensor:
-    """[2K, B], the losses on both sides, to [K, B]: slopes over √K, so that a record's K numbers together are as long as
-    its gradient (in expectation), and a clip norm for gradients fits them."""
+    """Turns losses on both sides, [2K, B], into derivatives over √K, [K, B].
+
+    A record's K derivatives together are in expectation as long as its gradient, so one clip norm fits both.
+    """
     up, down = loss_KB.chunk(2)
     return (up - down) / (2 * apart * len(up) ** 0.5)
 
 
 def step_scale(directions: int, size: int) -> float:
-    """Times the sum of slopes in units of the gradient's length: the step, where one along the gradient has length √n. With
-    `FARTHER` = 1 it would be that one's projection."""
-    return FARTHER * size**0.5 / (FARTHER * directions + size - 1)
-
-
-def root_mean(squares: list[Tensor]) -> Tensor:
-    """Of the squares so far; never zero."""
-    return torch.stack(squares).mean().sqrt().clamp(min=1e-12)
+    """Scales the sum of derivatives to a step, where a step along the gradient has length √size."""
+    return STEP_MULTIPLE * size**0.5 / (STEP_MULTIPLE * directions + size - 1)

@@ -1,16 +1,33 @@
 """Builds a task from its configuration."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from ficpd.interfaces import Task
 from ficpd.registry import build_config
+from ficpd.types import Score
 
 
-def build_task(description: Mapping[str, Any]) -> Task:
-    """A task from what `Task.describe` said of it."""
+def build_task(description: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Task:
+    """Builds a task from the mapping of `Task.to_config`.
+
+    `metrics`: sections of modules whose `build(config)` gives a function from predictions and targets to a `Score`. Each
+    adds its figures to those of the task.
+    """
     module, config = build_config("tasks", description)
-    return module.build(config)
+    task: Task = module.build(config)
+    built = [one.build(settings) for one, settings in (build_config("metrics", metric) for metric in metrics)]
+    own_score = task.score
+
+    def score(predictions: Sequence, targets: Sequence) -> Score:
+        found = [metric(predictions, targets) for metric in built]
+        return reduce(or_, found, own_score(predictions, targets))
+
+    if built:
+        task.score = score
+    return task
 
 
 def start_text(tasks: Sequence[Task]) -> str | None:

@@ -262,7 +262,7 @@ def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
         own.handle(train(order, said))
     spent = own.status()["epsilon"]["spent"]
     assert spent <= 4.0
-    with pytest.raises(PolicyError, match="not in the run's terms"):
+    with pytest.raises(PolicyError, match="not in the run's spec"):
         own.handle(train(orders[3]))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
@@ -328,7 +328,7 @@ def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
         file.unlink()
     for name, body in copy.items():
         (ledger.parent / name).write_bytes(body)
-    with pytest.raises(LedgerError, match="knows of 1 orders, and 2 were carried out"):
+    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
         site(noised, "site-0", tmp_path)
 
 
@@ -431,7 +431,7 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
     for part, module in (("method", "antigravity.x"), ("privacy", "this.module"), ("compression", "os.path")):
         tree = noised.experiment.model_copy(update={part: {"name": module}})
         body = run_spec.encode(replace(found, experiment=tree))
-        with pytest.raises(CodecError, match="module of somebody's own"):
+        with pytest.raises(CodecError, match="module outside the package"):
             own.handle(train(orders[0], body))
     assert not own.runs
     own.close()
@@ -473,10 +473,10 @@ def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
 
 def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    with pytest.raises(CodecError, match="begins with its first order"):
+    with pytest.raises(CodecError, match="begins with its first assignment"):
         own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0], said)))
     own.handle(train(orders[0], said))
-    (kept,) = (tmp_path / "site-0" / "runs").glob("*/terms")
+    (kept,) = (tmp_path / "site-0" / "runs").glob("*/spec")
     first, found = kept.read_bytes(), run_spec.decode(said)
     other = run_spec.encode(replace(found, schedule=replace(found.schedule, num_rounds=100)))
     own.close()
@@ -498,7 +498,7 @@ def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path):
     assert 1 <= run.participations < 6
     for order in orders[1 : run.participations]:
         own.handle(train(order))
-    with pytest.raises(PolicyError, match="all that its terms plan"):
+    with pytest.raises(PolicyError, match="all that its spec plans"):
         own.handle(train(orders[run.participations]))
     assert own.status()["epsilon"]["spent"] <= 4.0
     own.close()

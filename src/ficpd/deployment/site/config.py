@@ -1,4 +1,4 @@
-"""A site's own TOML file: who it is, where its records are, and what it allows. And which line of a file says so."""
+"""A site's TOML file: its identity, records and policy, and the line numbers of its settings."""
 
 import re
 import tomllib
@@ -14,22 +14,23 @@ from ficpd.errors import ConfigError, did_you_mean
 from ficpd.registry import FrozenConfig, validate, validated_section
 
 EXACT = "float32"
-"""What records are computed in side by side where noise is for one of them: bfloat16 rounds the others too much."""
+"""Precision of batched forward passes under record-level DP: bfloat16 makes records depend too much on their batch."""
 LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path (Linux, sun_path)."""
+"""Longest path of a Unix socket in bytes (Linux, sun_path)."""
 
 
 class Policy(FrozenConfig):
-    """What the owner allows, whatever a server asks.
+    """The owner's limits, which no server can change.
 
-    `epsilon` and `delta`: for all runs together, for ever. `methods`: those that the site carries out; it could also do
-    dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, where nothing is promised, fedbpt. `mechanisms` "none" lets
-    updates out without a guarantee, "client_gaussian:central" lets the server add the noise (the site pays for the whole run
-    with its first order). `max_num_tokens`: virtual tokens of a prompt (None: half of what the
-    backbone takes); every record has to fit beside so many. `max_candidates`: prompts that a step may try on each record.
-    `max_clip_norm` None: any.
-    `share_metrics`: scores on the own test records may be told, in runs without a guarantee; with one they stay, because it
-    does not cover them.
+    epsilon, delta: budget of all runs together.
+    methods: allowed methods. Further ones are dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, without a
+        guarantee, fedbpt.
+    mechanisms: "none" allows updates without a guarantee. "client_gaussian:central" lets the server add the noise; the
+        first assignment then pays for the whole run.
+    max_num_tokens: virtual tokens of a prompt, with which every record must fit; None: half of the backbone's maximum.
+    max_candidates: prompts that a step may try on each record.
+    max_clip_norm: None: any.
+    share_metrics: sends scores on the test records in runs without a guarantee. A guarantee does not cover scores.
     """
 
     epsilon: float = Field(gt=0, allow_inf_nan=False)
@@ -47,14 +48,16 @@ class Policy(FrozenConfig):
 
 
 class Simulation(FrozenConfig):
-    """For rehearsals: noise and sampling from a seed, so that a run can be repeated. Whoever knows it can take noise off."""
+    """For simulations only: repeatable noise and sampling from a seed, which allows to remove the noise."""
 
     private_seed: int
 
 
 class SiteConfig(FrozenConfig):
-    """`name`: as the coordinator knows the site; in a federation of several tasks it begins with the task's group and a
-    dot. `card`: all that is public of it. `state`: a folder of its own, for ledger, terms and what stays here."""
+    """name: the site's name at the coordinator; with several tasks it begins with the task's group and a dot.
+    card: public metadata.
+    state: folder of the ledger, the specs and all local results.
+    """
 
     name: str = Field(min_length=1, max_length=200)
     socket: Path
@@ -69,8 +72,10 @@ class SiteConfig(FrozenConfig):
 
     @property
     def chunk_tokens(self) -> int | None:
-        """Positions of one forward. Where noise is for one record, and the owner says nothing else, each has a forward to
-        itself: computed beside others its numbers would depend on them, if by rounding only (`clip.MARGIN`)."""
+        """Positions of one forward pass. Under record-level DP each record has its own by default.
+
+        Batched kernels round differently in different batches, so records would depend on each other (`clip.MARGIN`).
+        """
         return self.engine.chunk_tokens or (UNBATCHED if "record_gaussian" in self.policy.mechanisms else None)
 
     @field_validator("name")
@@ -96,7 +101,7 @@ PARTS = {
 
 
 def read(path: Path | str) -> SiteConfig:
-    """Raises `ConfigError` naming key, value and file; paths in it are taken from where the file lies."""
+    """Reads a site's file; paths are relative to it. Raises `ConfigError` naming key, value and file."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no site file {path}; `ficpd deploy init` writes one for each site")
@@ -116,8 +121,8 @@ def read(path: Path | str) -> SiteConfig:
     config = validate(SiteConfig, parts, path.name)
     here, backbone = path.resolve().parent, config.backbone
     found = here / Path(config.data.source).expanduser()
-    beside = config.chunk_tokens not in (None, UNBATCHED)
-    if beside and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
+    batched = config.chunk_tokens not in (None, UNBATCHED)
+    if batched and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={
@@ -130,7 +135,7 @@ def read(path: Path | str) -> SiteConfig:
 
 
 def line_number(text: str, key: str) -> int | None:
-    """The line, from 1, in which TOML text gives `part.key` a value; None where it does not, so that a default holds.
+    """Returns the line, from 1, that sets `part.key` in TOML text; None if it has its default.
 
     >>> line_number('name = "a"\\n[policy]\\nepsilon = 2', "policy.epsilon")
     3
@@ -148,6 +153,6 @@ def line_number(text: str, key: str) -> int | None:
 
 
 def location(name: str, text: str, key: str) -> str:
-    """`site.toml line 12`, or that it is that file's default."""
+    """Returns `site.toml line 12`, or the file's name and "by default"."""
     line = line_number(text, key)
     return f"{name} line {line}" if line else f"{name}, by default"

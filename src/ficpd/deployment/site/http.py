@@ -1,9 +1,9 @@
-"""The site's socket: HTTP on a Unix socket of mode 0600, or on one that systemd hands over. Bytes in, bytes out.
+"""Serves the site by HTTP on a Unix socket of mode 0600, or on a socket that systemd passes.
 
-    POST /train, /query   a call (`codec.encode_call`)   200 the answer; 428 terms wanted; 409 refused; 422 not readable; 500
+    POST /train, /query   a call (`codec.encode_call`)   200 answer; 428 spec missing; 409 refused; 422 unreadable; 500
 
-Whoever may connect is not trusted: what the site's own people want to know is read from its state folder. Errors are JSON
-`{"error", "refused"}`. A body above `LARGEST` is refused with 413 before it is read to its end.
+Callers are not trusted; the owner reads the site's status from its state folder. Errors are JSON `{"error", "refused"}`. A
+body above `LARGEST` is refused with 413 before it is read to its end.
 """
 
 import os
@@ -47,15 +47,15 @@ def handle_call(site: Site, body: bytes) -> Response:
     try:
         return Response(site.handle(body), media_type="application/octet-stream")
     except SpecMissingError:
-        return JSONResponse({"error": "this site has not the run's terms", "refused": False}, 428)
-    except Exception as error:  # whatever it was, the site goes on, and says no more than it may
+        return JSONResponse({"error": "this site does not have the run's spec", "refused": False}, 428)
+    except Exception as error:  # the site survives every error
         refused = isinstance(error, (PolicyError, BudgetError))
         kind = 409 if refused else 422 if isinstance(error, CodecError) else 500
         return JSONResponse({"error": site.public_error(error), "refused": refused}, kind)
 
 
 async def _body(request: Request) -> bytes | None:
-    """Reads the body; None if it is too large. The announced length is checked before anything is read."""
+    """Reads the body; None if it is too large. Checks the announced length first."""
     announced = request.headers.get("content-length", "0")
     if not announced.isdigit() or int(announced) > LARGEST:
         return None
@@ -69,7 +69,7 @@ async def _body(request: Request) -> bytes | None:
 
 
 def serve(site: Site) -> None:
-    """Answers calls until SIGTERM or Ctrl-C; a call under way is finished."""
+    """Answers calls until SIGTERM or Ctrl-C, and finishes the current call."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has stopped
     given = systemd_socket()
     sock = given or bind_socket(site.config.socket)
@@ -123,8 +123,8 @@ def _take_away(path: Path) -> None:
         raise SiteError(f"{path} is there and is no socket; move it away, or set another `socket`")
     if about.st_uid != os.geteuid():
         raise SiteError(
-            f"the socket {path} belongs to user {about.st_uid}, this process is user {os.geteuid()}; another site's? Set "
-            "another `socket`, or have it taken away by its owner"
+            f"the socket {path} belongs to user {about.st_uid}, this process is user {os.geteuid()}; set another `socket`, "
+            "or have its owner remove it"
         )
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(2)
@@ -133,4 +133,4 @@ def _take_away(path: Path) -> None:
         except OSError:
             path.unlink()
             return
-    raise SiteError(f"another process answers on {path}; stop it first (`ficpd site status` says who it is)")
+    raise SiteError(f"another process answers on {path}; stop it first (`ficpd site status` names it)")

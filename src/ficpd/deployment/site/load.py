@@ -1,4 +1,4 @@
-"""From a site's TOML file to a site: records read and divided, backbone loaded, labels checked."""
+"""Builds a site from its TOML file: loads and splits records, checks labels, loads the backbone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from ficpd.types import ClientData
 
 
 def load_records(config: settings.SiteConfig) -> tuple[Task, ClientData]:
-    """Task and records, once it is known that they fit. The division into train and test is the same at every start."""
+    """Loads the task and the records, and checks that they fit. The train/test split is the same at every start."""
     task = build_task(config.task)
     data = loading.load(config.data, 0)
     task.targets([*data.train, *data.test])
@@ -22,13 +22,13 @@ def load_records(config: settings.SiteConfig) -> tuple[Task, ClientData]:
 
 
 def build_site(file: Path, say: Callable[[str], None]) -> Site:
-    """Data first: a wrong column should not cost a download."""
+    """Builds the site. Loads data before the backbone, so that a wrong column costs no download."""
     config = settings.read(file)
     task, shard = load_records(config)
     say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
     backbone, _ = load_backbone(config.backbone, config.engine)
     say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
-    here = backbone.supports_features  # an address batches by itself
-    wide = config.chunk_tokens if here else config.engine.chunk_tokens
-    model = QueryEngine(backbone, config.engine.keep_mb << 20, wide)
+    # remote backbones form their batches themselves
+    chunk_tokens = config.chunk_tokens if backbone.supports_features else config.engine.chunk_tokens
+    model = QueryEngine(backbone, config.engine.keep_mb << 20, chunk_tokens)
     return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)

@@ -1,4 +1,4 @@
-"""Whether a run's terms are within what a site's owner allows. Every objection names the line of both files."""
+"""Checks a run's spec against the site's policy. Every objection names the line of both files."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +13,11 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.types import ClientData, Prompt
 
 
-def check(config: SiteConfig, own: str, own_name: str, terms: RunSpec, backbone: Backbone) -> None:
-    """Raises `PolicyError` with all objections at once. `own`, `own_name`: the site's file as it was written;
-    `backbone`: the site's."""
+def check(config: SiteConfig, own: str, own_name: str, spec: RunSpec, backbone: Backbone) -> None:
+    """Raises `PolicyError` with all objections. `own`, `own_name`: text and name of the site's file."""
     objections = [
-        f"{location(terms.recipe_name, terms.recipe, theirs)}: {given}; {location(own_name, own, ours)}: {allowed}"
-        for theirs, given, ours, allowed in _objections(config, terms, max_virtual_tokens(config, backbone))
+        f"{location(spec.recipe_name, spec.recipe, theirs)}: {given}; {location(own_name, own, ours)}: {allowed}"
+        for theirs, given, ours, allowed in _objections(config, spec, max_virtual_tokens(config, backbone))
     ]
     if objections:
         raise PolicyError(
@@ -28,17 +27,17 @@ def check(config: SiteConfig, own: str, own_name: str, terms: RunSpec, backbone:
         )
 
 
-def _objections(config: SiteConfig, terms: RunSpec, tokens: int) -> Iterator[tuple[str, str, str, str]]:
-    """The recipe's key and value, the site's key and what it allows."""
-    policy, experiment = config.policy, terms.experiment
+def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the recipe's key and value, the site's key and allowed value."""
+    policy, experiment = config.policy, spec.experiment
     method, mechanism = experiment.method["name"], mechanism_name(experiment.privacy)
     if method not in policy.methods:
         yield "method.name", f"method.name = {method!r}", "policy.methods", f"methods are {_list(policy.methods)}"
     if mechanism not in policy.mechanisms:
         yield "privacy.name", f"privacy is {mechanism!r}", "policy.mechanisms", f"they are {_list(policy.mechanisms)}"
-    if experiment.privacy.get("noise_multiplier") is not None:  # what it costs, and so whether it is refused, tells n
+    if experiment.privacy.get("noise_multiplier") is not None:  # its cost, and so a refusal, reveals the record count
         yield "privacy.noise_multiplier", "privacy.noise_multiplier is stated", "policy.epsilon", "sites go by epsilon"
-    if set(experiment.privacy.get("statistics") or ()) - {LABELS}:  # those stay here, and are paid for
+    if set(experiment.privacy.get("statistics") or ()) - {LABELS}:  # labels stay at the site and are charged
         yield (
             "privacy.statistics",
             "privacy.statistics are asked for",
@@ -47,9 +46,11 @@ def _objections(config: SiteConfig, terms: RunSpec, tokens: int) -> Iterator[tup
         )
     counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
     personal, iterations, candidates = counts
-    training, rounds = experiment.training, terms.schedule.num_rounds
+    training, rounds = experiment.training, spec.schedule.num_rounds
+    group = group_of(config.name, experiment.groups)
+    clip = (experiment.privacy.get("clip_norms") or {}).get(group, experiment.privacy.get("clip_norm")) or 0.0
     for theirs, given, ours, most in (
-        ("prompt.num_tokens", terms.start.num_virtual_tokens, "policy.max_num_tokens", tokens),
+        ("prompt.num_tokens", spec.start.num_virtual_tokens, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
         ("training.batch_size", training.batch_size, "policy.max_batch_size", policy.max_batch_size),
         ("training.directions", training.directions, "policy.max_candidates", policy.max_candidates // 2),  # two each
@@ -58,11 +59,10 @@ def _objections(config: SiteConfig, terms: RunSpec, tokens: int) -> Iterator[tup
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
         ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
         ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),
-        *(("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm) for clip in _clips(config, terms)),
+        ("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm),
     ):
         if most is not None and given > most:
             yield theirs, f"{theirs} = {given:g}", ours, f"at most {most:g}"
-    group = group_of(config.name, experiment.groups)
     asked = experiment.all_groups[group].task if group in experiment.all_groups else None
     prefix = f"groups.{group}." if group else ""
     if asked is None:
@@ -78,13 +78,15 @@ def _objections(config: SiteConfig, terms: RunSpec, tokens: int) -> Iterator[tup
 
 
 def max_virtual_tokens(config: SiteConfig, backbone: Backbone) -> int:
-    """Virtual tokens that a prompt may have at this site."""
+    """Returns the maximum number of virtual tokens of a prompt at this site."""
     return config.policy.max_num_tokens or backbone.max_tokens // 2
 
 
 def check_record_lengths(config: SiteConfig, shard: ClientData, task: Task, backbone: Backbone) -> None:
-    """Raises `SiteError` if a record does not fit beside the longest prompt that the policy allows. Found by the owner, and
-    not by an order: which orders fail would tell of the longest record."""
+    """Raises `SiteError` if a record does not fit with the longest prompt that the policy allows.
+
+    The owner checks this before any run, because a failing assignment would reveal the length of the longest record.
+    """
     tokens = max_virtual_tokens(config, backbone)
     rows = torch.zeros(tokens + task.head_rows, backbone.width)
     longest = Prompt(rows, backbone.fingerprint, head_rows=task.head_rows)
@@ -93,21 +95,14 @@ def check_record_lengths(config: SiteConfig, shard: ClientData, task: Task, back
             task.encode(records, backbone, longest)
     except BackboneError as error:
         raise SiteError(
-            f"not every record of {config.name} fits beside a prompt of {tokens} virtual tokens, the most that it allows: "
-            f"{error} Or allow shorter prompts only (policy.max_num_tokens)"
+            f"not every record of {config.name} fits beside a prompt of {tokens} virtual tokens: {error} Or lower "
+            "policy.max_num_tokens"
         ) from error
 
 
 def mechanism_name(privacy: dict[str, Any]) -> str:
-    """A mechanism's name as policies write it: with "central", where the server is trusted with the noise."""
+    """Returns a mechanism's name in policies, with ":central" if the server adds the noise."""
     return privacy["name"] + (":central" if privacy.get("placement") == "central" else "")
-
-
-def _clips(config: SiteConfig, terms: RunSpec) -> list[float]:
-    privacy = terms.experiment.privacy
-    norms = privacy.get("clip_norms") or {}
-    clip = norms.get(group_of(config.name, terms.experiment.groups), privacy.get("clip_norm"))
-    return [] if clip is None else [clip]
 
 
 def _list(names: Any) -> str:

@@ -1,4 +1,4 @@
-"""Looking at a site from its own side: what would leave, what was spent."""
+"""Shows the owner of a site its outgoing data, the cost of a recipe and the spent budget."""
 
 import fcntl
 import os
@@ -36,7 +36,8 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) ->
         backbone, _ = load_backbone(config.backbone, config.engine)
         yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
         policy.check_record_lengths(config, shard, task, backbone)
-        yield f"prompts   of at most {policy.max_virtual_tokens(config, backbone)} virtual tokens; every record fits beside them"
+        most = policy.max_virtual_tokens(config, backbone)
+        yield f"prompts   of at most {most} virtual tokens; every record fits beside them"
     card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
     yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
     allowed = config.policy.mechanisms
@@ -53,7 +54,7 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) ->
 
 
 def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: int, records: int) -> Iterator[str]:
-    """Whether the policy allows it, what one update is, what the whole run costs."""
+    """Checks the recipe against the policy; yields the update's size and the cost of the whole run."""
     text = recipe.read_text(encoding="utf-8")
     context = build_context_without_records(parse(text, recipe.name, records=False))
     method = build_method(context, context.experiment.method)
@@ -61,9 +62,9 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     names = [config.name, *(f"another {place}" for place in range(1, clients))]
     context = replace(context, shards={name: ClientData([], [], {}) for name in names})
     schedule = build_schedule(context, method)
-    terms = RunSpec(context.experiment, text, recipe.name, names, schedule, context.start, context.compression.subspace)
+    spec = RunSpec(context.experiment, text, recipe.name, names, schedule, context.start, context.compression.subspace)
     yield f"backbone  {context.experiment.backbone.name}: {context.start.backbone}"
-    policy.check(config, file.read_text(encoding="utf-8"), file.name, terms, context.model.backbone)
+    policy.check(config, file.read_text(encoding="utf-8"), file.name, spec, context.model.backbone)
     yield f"recipe    {recipe.name}: the policy allows it"
     cards = [ClientCard(name) for name in names]
     setup = FederationInfo(
@@ -78,7 +79,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     )
     module, settled = of_part("privacy", privacy_config_for(method, context.experiment.privacy))
     group = group_of(config.name, context.experiment.groups)
-    plan = terms.plan(config.name, records)
+    plan = spec.plan(config.name, records)
     mechanism = module.build(with_group_clip_norm(settled, context.experiment.privacy, group), plan)
     costs = list(mechanism.planned_costs())
     if costs:
@@ -89,26 +90,24 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
 
 
 def site_status(file: Path) -> dict[str, Any]:
-    """Reads the state folder, which only the site's own user and root may read. `running`: a process holds it."""
+    """Reads the state folder as its owner or root. `running`: a process uses the folder."""
     config = settings.read(file)
     with _as_owner(config.state):
         known = (config.state / LEDGER).exists()
         ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
         try:
-            return {**ledger_status(ledger, config), "running": _held(config.state)}
+            return {**ledger_status(ledger, config), "running": _is_locked(config.state)}
         finally:
             ledger.close()
 
 
 @contextmanager
 def _as_owner(folder: Path) -> Iterator[None]:
-    """Root reads as the owner, or SQLite's files by the ledger would be root's. Raises `SiteError` for others."""
+    """Acts as the owner, so that root creates no SQLite files of its own. Raises `SiteError` for other users."""
     mine = os.geteuid()
     owner = folder.stat().st_uid if folder.exists() else mine
     if mine not in (0, owner):
-        raise SiteError(
-            f"{folder} is user {owner}'s alone, and this process is user {mine}; ask as that user, or as root"
-        )
+        raise SiteError(f"{folder} belongs to user {owner}, this process is user {mine}; run as that user, or as root")
     os.seteuid(owner)
     try:
         yield
@@ -116,8 +115,8 @@ def _as_owner(folder: Path) -> Iterator[None]:
         os.seteuid(mine)
 
 
-def _held(state: Path) -> bool:
-    """Whether a process works with this state folder."""
+def _is_locked(state: Path) -> bool:
+    """Returns whether a process uses this state folder."""
     if not (state / "lock").exists():
         return False
     with open(state / "lock") as file:

@@ -1,4 +1,4 @@
-"""One organisation's half of every run: takes calls, obeys its own policy and budget, answers with what was released."""
+"""The client of one organisation: handles calls within its policy and budget, and answers with released updates."""
 
 import fcntl
 import json
@@ -25,10 +25,9 @@ from ficpd.evaluation.evaluate import score_prompt
 from ficpd.federation import codec
 from ficpd.federation.client import Client, calibrated_batch, execute_assignment, personal_prompt, restore_update
 from ficpd.federation.codec import SiteRequest
+from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
-from ficpd.federation.validation import validate_assignment
 from ficpd.interfaces import Mechanism, Task
-from ficpd.method import Method
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
@@ -36,45 +35,48 @@ from ficpd.registry import build_config
 from ficpd.storage import atomic_write
 from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
-MOST_RUNS = 4
-"""So many are kept in memory; an older one is begun again from its terms and the ledger, if it goes on."""
+MAX_LOADED_RUNS = 4
+"""Runs in memory. An older run is restored from its spec and the ledger."""
 LEDGER, SEED, WITNESS, SCORED = "ledger.sqlite", "seed", "orders", "scored"
-TELLS = (PolicyError, CodecError, SiteError)
-"""Errors whose words are about terms and messages, and that come whatever the records are."""
+PUBLIC_ERRORS = (PolicyError, CodecError, SiteError)
+"""Errors about specs and messages, whose text does not depend on records."""
 
 
 class SpecMissingError(Exception):
-    """An order of a run whose terms this site has not."""
+    """An assignment of a run whose spec this site does not have."""
 
 
 @dataclass
 class Run:
-    """A run that the site takes part in: its method, and this site as a client of it."""
+    """A run of this site: its spec, its method, and this site as its client."""
 
-    terms: RunSpec
+    spec: RunSpec
     method: Method
     client: Client
     participations: int
     scored: int = 0
-    """The last round whose prompts were scored where the scores stay."""
+    """The last scored round of a run whose scores stay local."""
 
 
 class Site:
-    """`shard`: the records, divided once; `own`: the text of the site's file and its name, for objections.
+    """A site's records, ledger and runs. `own`: the text and name of the site's file, for objections.
 
-    Guarantees (`tests/site/`): an order is paid for in the ledger, on disk, before its update leaves; the same order again
-    is answered with the same bytes and costs nothing; no order is carried out that the policy, the run's own plan or the
-    budget over all runs does not allow, and a refusal costs nothing; whatever a caller sends, what leaves is a released
-    update, a card or an error that quotes no record. One process at a time holds the state folder; it is its owner's alone.
+    Guarantees (`tests/deployment/site/`):
+    - The ledger charges an assignment on disk before its update is sent.
+    - A repeated assignment returns the same bytes and costs nothing.
+    - The policy, the run's plan and the budget over all runs limit every assignment; a refusal costs nothing.
+    - The site sends only released updates, its card, and errors that quote no record.
+    - One process at a time uses the state folder, and only its owner can read it.
     """
 
     def __init__(
-        self, config: SiteConfig, shard: ClientData, task: Task, model: QueryEngine, own: tuple[str, str] = ("", "site.toml"),
-        say: Callable[[str], None] = lambda line: None, lock: "threading.Lock | None" = None,
+        self, config: SiteConfig, shard: ClientData, task: Task, model: QueryEngine,
+        own: tuple[str, str] = ("", "site.toml"), say: Callable[[str], None] = lambda line: None,
+        lock: "threading.Lock | None" = None,
     ):  # fmt: skip
         self.config, self.shard, self.task, self.model, self.own, self.say = config, shard, task, model, own, say
         self.folder = config.state
-        self.turn = lock or threading.Lock()  # one order at a time; sites that share a backbone share the lock
+        self.turn = lock or threading.Lock()  # one assignment at a time; sites with a common backbone share the lock
         self.runs: dict[str, Run] = {}
         policy.check_record_lengths(config, shard, task, model.backbone)
         _owned(self.folder)
@@ -89,19 +91,19 @@ class Site:
         return ClientCard(self.config.name, self.config.card | ({"group": group} if group else {}))
 
     def handle(self, body: bytes) -> bytes:
-        """Whatever was asked, answered. Raises `SpecMissingError`, or a `FicpdError` whose words may leave."""
+        """Answers a call. Raises `SpecMissingError`, or errors that `public_error` makes safe to send."""
         call = codec.decode_call(body)
         if call.what == "hello":
             card = self.card
             known = {"name": card.name, "card": dict(card.metadata), "version": __version__}
             return json.dumps({**known, "backbone": self.model.backbone.fingerprint}).encode()
         if call.what not in ("train", "evaluate"):
-            raise CodecError(f"a call asks for {call.what!r}, expected hello, train or evaluate")
+            raise CodecError(f"the call is {call.what!r}, expected hello, train or evaluate")
         with self.turn:
             began = time.perf_counter()
             run = self._run(call)
-            assignment = codec.decode_assignment(call.order, self.model.backbone.fingerprint)
-            validate_assignment(assignment, run.method, run.client.start, run.terms.schedule.num_rounds)
+            assignment = codec.decode_assignment(call.assignment, self.model.backbone.fingerprint)
+            validate_assignment(assignment, run.method, run.client.start, run.spec.schedule.num_rounds)
             if call.what == "evaluate":
                 return self._evaluated(call.run, run, assignment)
             return self._trained(call.run, run, assignment, began)
@@ -110,13 +112,12 @@ class Site:
         account = run.client.account
         assert account is not None
         again = account.stored_answer(assignment.round, assignment.method) is not None
-        if not again and assignment.round > run.terms.schedule.num_rounds:
-            last = run.terms.schedule.num_rounds
-            raise PolicyError(f"round {assignment.round} is not in the run's terms, which end with {last}")
+        if not again and assignment.round > (last := run.spec.schedule.num_rounds):
+            raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
         if not again and (done := account.num_orders()) >= run.participations:
             raise PolicyError(
-                f"{self.config.name} has carried out {done} orders of this run, which is all that its terms plan; nothing "
-                "was spent on this one. A longer run needs terms of its own"
+                f"{self.config.name} has executed {done} assignments of this run, all that its spec plans; nothing was "
+                "spent on this one. Start a new run for more rounds"
             )
         update = run_queries(self.model, execute_assignment(run.method, run.client, assignment))
         body = codec.encode_update(update, assignment.round, self.model.backbone.fingerprint)
@@ -131,9 +132,11 @@ class Site:
         return body
 
     def _evaluated(self, name: str, run: Run, assignment: Assignment) -> bytes:
-        """Scores on the site's own test records stay here; they are told only where nothing was promised. Where they are
-        not, the answer is the same whatever comes of it, and a round is scored once, since how long that takes may tell of
-        the records: prompts are the caller's, the choice among them is the records'."""
+        """Scores the site's test records; sends the scores only without a DP guarantee and if the policy allows.
+
+        If scores stay local, the answer does not depend on the outcome, and each round is scored at most once because
+        timing could leak information.
+        """
         client = run.client
         share, scores = self.config.policy.share_metrics and client.mechanism.unit == "none", {}
         again = assignment.round <= run.scored and not share
@@ -160,68 +163,64 @@ class Site:
         }
 
     def _run(self, call: SiteRequest) -> Run:
-        """The run of a call: known, kept from before a restart, or new and within the policy."""
+        """Returns the run of a call: from memory, restored from disk, or new and within the policy."""
         if call.run in self.runs:
             return self.runs[call.run]
         folder = self._run_folder(call.run)
-        kept = folder / "terms"
-        if not kept.exists() and call.what != "train":
-            raise CodecError("a run begins with its first order, and this site has carried out none of it")
-        if not kept.exists() and not call.terms:
+        stored = folder / "spec"
+        if not stored.exists() and call.what != "train":
+            raise CodecError("a run begins with its first assignment, and this site has executed none of it")
+        if not stored.exists() and not call.spec:
             raise SpecMissingError
-        if not kept.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
+        if not stored.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
             raise PolicyError(
                 f"{self.config.name} has taken part in {self.config.policy.max_runs} runs, its policy's max_runs"
             )
-        body = kept.read_bytes() if kept.exists() else call.terms
-        found = run_spec.decode(body, self.config.policy.methods)
-        run = self._begun(call.run, found)
-        if not kept.exists():
-            atomic_write(kept, body)
-            self.say(f"run {call.run[:8]}: takes part in {found.experiment.name}, up to {run.participations} rounds")
-        self.runs = dict(list(self.runs.items())[-MOST_RUNS + 1 :]) | {call.run: run}
+        body = stored.read_bytes() if stored.exists() else call.spec
+        spec = run_spec.decode(body, self.config.policy.methods)
+        run = self._start(call.run, spec)
+        if not stored.exists():
+            atomic_write(stored, body)
+            self.say(f"run {call.run[:8]}: takes part in {spec.experiment.name}, up to {run.participations} rounds")
+        self.runs = dict(list(self.runs.items())[-MAX_LOADED_RUNS + 1 :]) | {call.run: run}
         return run
 
-    def _begun(self, name: str, found: RunSpec) -> Run:
-        """Raises `PolicyError`, or `BudgetError` if what the whole run would cost is more than is left."""
+    def _start(self, name: str, spec: RunSpec) -> Run:
+        """Starts or restores a run. Raises `PolicyError`, or `BudgetError` if the whole run exceeds the budget."""
         config, fingerprint = self.config, self.model.backbone.fingerprint
-        if found.start.backbone != fingerprint:
+        if spec.start.backbone != fingerprint:
             raise CodecError(
-                f"the run is for backbone {found.start.backbone}, this site has {fingerprint}; load the same"
+                f"the run is for backbone {spec.start.backbone}, this site has {fingerprint}; load the same"
             )
-        policy.check(config, *self.own, found, self.model.backbone)
-        run_spec.validate_initial_prompt(found.start, self.task, self.model.backbone)
-        method, compression = found.method(), found.compression()
-        plan = found.plan(config.name, len(self.shard.train))
-        mechanism = self._mechanism(found, method, plan)
+        policy.check(config, *self.own, spec, self.model.backbone)
+        run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
+        method, compression = spec.method(), spec.compression()
+        plan = spec.plan(config.name, len(self.shard.train))
+        mechanism = self._mechanism(spec, method, plan)
         account = self.ledger.account(config.name, self._budget(name, mechanism), name)
-        # Noised at the server, no single release has a price here: the first order pays for the whole plan, since the sum
-        # costs a member the same in every round; and orders come as often as the server's private cohorts have it.
+        # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
+        # server's private cohorts decide how many assignments come.
         central = mechanism.cost("sum") is not None
-        owed = mechanism.planned_costs() if central and not account.num_orders() else ()
+        pending = mechanism.planned_costs() if central and not account.num_orders() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
-            found.start, self.seed, account, owed,
+            spec.start, self.seed, account, pending,
         )  # fmt: skip
         if (newest := account.last_round(method.name)) and (stored := account.stored_answer(newest, method.name)):
-            with suppress(PolicyError):  # it failed, and is kept as such
+            with suppress(PolicyError):  # the stored assignment failed
                 restore_update(client, stored)
-        assignments = found.schedule.num_rounds if central else plan.participations
-        return Run(found, method, client, assignments, self._scored(name))
+        participations = spec.schedule.num_rounds if central else plan.participations
+        scored = self._run_folder(name) / SCORED
+        return Run(spec, method, client, participations, int(scored.read_text()) if scored.exists() else 0)
 
-    def _scored(self, name: str) -> int:
-        """The last round of a run whose prompts were scored; kept over restarts."""
-        file = self._run_folder(name) / SCORED
-        return int(file.read_text()) if file.exists() else 0
-
-    def _mechanism(self, found: RunSpec, method: Method, plan: Any) -> Mechanism:
-        """As the recipe asks for it, with noise that nobody can repeat unless this is a rehearsal."""
-        module, settled = build_config("privacy", privacy_config_for(method, found.experiment.privacy))
+    def _mechanism(self, spec: RunSpec, method: Method, plan: Any) -> Mechanism:
+        """Builds the recipe's mechanism, with cryptographic noise unless this is a simulation."""
+        module, settled = build_config("privacy", privacy_config_for(method, spec.experiment.privacy))
         if isinstance(settled, DPConfig) and not self.config.simulation:
             settled = settled.model_copy(update={"noise": "cryptographic"})
-        group = group_of(self.config.name, found.experiment.groups)
-        mechanism = module.build(with_group_clip_norm(settled, found.experiment.privacy, group), plan)
-        # Whatever was asked for, a method that says it releases nothing gets no noise.
+        group = group_of(self.config.name, spec.experiment.groups)
+        mechanism = module.build(with_group_clip_norm(settled, spec.experiment.privacy, group), plan)
+        # A method that declares no releases gets no noise under any recipe.
         if mechanism.unit == "none" and "none" not in self.config.policy.mechanisms:
             raise PolicyError(
                 f"{method.name} runs without any guarantee, and the mechanisms that {self.config.name} allows are "
@@ -230,7 +229,7 @@ class Site:
         return mechanism
 
     def _budget(self, run: str, mechanism: Mechanism) -> Budget:
-        """The policy's, over all runs. The whole of this run has to fit into what is left before any of it is paid."""
+        """Returns the policy's budget over all runs. Raises `BudgetError` unless the whole run fits into the rest."""
         allowed, planned = self.config.policy, list(mechanism.planned_costs())
         account = self.ledger.account(self.config.name, Budget(None, allowed.delta), run)
         if not planned:
@@ -247,35 +246,35 @@ class Site:
         return Budget(allowed.epsilon, allowed.delta, tuple(together))
 
     def status(self) -> dict[str, JSON]:
-        """For the site's own people; nothing of it goes to a server."""
+        """Returns the site's status for its owner; a server never sees it."""
         return ledger_status(self.ledger, self.config)
 
     def public_error(self, error: Exception) -> str:
-        """What may be said of an error to whoever called; all of it is kept here."""
-        kept = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": f"{type(error).__name__}: {error}"}
-        self.say(f"refused or failed: {kept['error']}")
+        """Stores an error for the owner and returns the text that the caller may see."""
+        full = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": f"{type(error).__name__}: {error}"}
+        self.say(f"refused or failed: {full['error']}")
         try:
-            atomic_write(self.folder / LAST_ERROR, json.dumps(kept, indent=2) + "\n")
+            atomic_write(self.folder / LAST_ERROR, json.dumps(full, indent=2) + "\n")
         except OSError:
-            self.say("and this could not be written down: the disk may be full")
-        if isinstance(error, BudgetError):  # an exact epsilon would tell how many records there are
-            return f"BudgetError: the budget of {self.config.name} does not pay for it; its owner sees by how much"
-        if isinstance(error, TELLS):
+            self.say("the error could not be stored: the disk may be full")
+        if isinstance(error, BudgetError):  # an exact epsilon would reveal the number of records
+            return f"BudgetError: the budget of {self.config.name} does not allow it; its owner sees the figures"
+        if isinstance(error, PUBLIC_ERRORS):
             return f"{type(error).__name__}: {error}"
-        return "the order could not be carried out; the site's own people see why (ficpd site status)"
+        return "the assignment failed; the site's owner sees the reason (ficpd site status)"
 
     def close(self) -> None:
         self.ledger.close()
         self._held.close()
 
     def _run_folder(self, name: str) -> Path:
-        """Of a run; its name comes from outside, and no path does."""
+        """Returns a run's folder. Checks the name, which is untrusted."""
         if not re.fullmatch(r"[0-9a-f]{1,64}", name):
             raise CodecError(f"the run's name is {name[:80]!r}, expected at most 64 hexadecimal digits")
         return self.folder / RUNS / name
 
     def _witness(self) -> None:
-        """How many orders were carried out, told beside the ledger: an older copy of the ledger would not know."""
+        """Stores the number of executed assignments outside the ledger, which reveals an older copy of the ledger."""
         atomic_write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
 
     def _check_witness(self) -> None:
@@ -284,18 +283,18 @@ class Site:
         if not written.isdecimal():
             self.ledger.close()
             raise LedgerError(
-                f"{file} cannot be read: {written[:20]!r} is no number of orders. Restore it, and the ledger, from one copy"
+                f"{file} has {written[:20]!r}, expected a number. Restore it and the ledger from one copy"
             )
         if (known := int(written)) > found:
             self.ledger.close()
             raise LedgerError(
-                f"{self.folder / LEDGER} knows of {found} orders, and {known} were carried out: it is an older copy, or "
-                "its -wal file is missing. What was spent since is spent: restore the newest copy of both"
+                f"{self.folder / LEDGER} knows of {found} assignments, and {known} were carried out: it is an older copy, "
+                "or its -wal file is missing. Restore the newest copy of both"
             )
 
 
 def _owned(folder: Path) -> None:
-    """A folder that nobody else may look into. Raises `SiteError` if it is somebody else's."""
+    """Makes a folder that only its owner can read. Raises `SiteError` if another user owns it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     about = folder.stat()
     if about.st_uid != os.geteuid():
@@ -307,18 +306,18 @@ def _owned(folder: Path) -> None:
 
 
 def _hold(folder: Path):
-    """The state's lock, as long as this process lives."""
+    """Locks the state folder until the process ends."""
     file = open(folder / "lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise SiteError(f"another process works with {folder}; two would spend one budget. Stop the other") from error
+        raise SiteError(f"another process uses {folder}; two would spend one budget. Stop the other one") from error
     return file
 
 
 def _own_seed(file: Path) -> int:
-    """Drawn from the operating system once: which records are held back must stay the same over restarts."""
+    """Returns the site's seed, drawn by the operating system once, so that holdout records survive restarts."""
     if not file.exists():
         atomic_write(file, f"{secrets.randbits(62)}\n")
         file.chmod(0o600)

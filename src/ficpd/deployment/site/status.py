@@ -1,4 +1,4 @@
-"""What a site's own people may know of it; nothing of it goes to a server."""
+"""A site's status for its owner. A server never sees it."""
 
 import json
 
@@ -10,7 +10,7 @@ RUNS, LAST_ERROR = "runs", "last-error.json"
 
 
 def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
-    """Budget, runs and the last error, as ledger and state folder have them."""
+    """Reads budget, runs and the last error from the ledger and the state folder."""
     allowed = config.policy
     account, runs, error = ledger.account(config.name, Budget(None, allowed.delta)), {}, config.state / LAST_ERROR
     for folder in sorted((config.state / RUNS).glob("*")):
@@ -20,13 +20,10 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
             "last_order": of_run.last_order(),
             "scores": json.loads(scores.read_text()) if scores.exists() else {},
         }
+    spent = account.epsilon() if account.spent() else 0.0
     return {
         "name": config.name,
-        "epsilon": {
-            "spent": account.epsilon() if account.spent() else 0.0,
-            "of": allowed.epsilon,
-            "delta": allowed.delta,
-        },
+        "epsilon": {"spent": spent, "of": allowed.epsilon, "delta": allowed.delta},
         "runs": runs,
         "last_error": json.loads(error.read_text()) if error.exists() else None,
     }

@@ -19,10 +19,10 @@ from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, P
 from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, to_toml
 from ficpd.federation.privacy_plan import privacy_config_for
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import FrozenConfig, build_config, validate
+from ficpd.registry import FrozenConfig, build_config, search_in, validate
 
 AXES = ("methods", "tasks", "partitions", "budgets")
-SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "engine"}
+SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "metrics", "engine"}
 
 
 class ComparisonConfig(FrozenConfig):
@@ -118,6 +118,7 @@ def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"no comparison file {name}; those that come with ficpd: {', '.join(comparisons())}")
+        search_in(path.parent)
         return expand(path.read_text(encoding="utf-8"), path.name, ablate, path.parent)
     if name not in comparisons():
         raise ConfigError(

@@ -18,7 +18,7 @@ REFERENCE_METHODS: dict[str, Piece] = {
     "local": {"method": {"name": "local"}},
     "centralized": {"method": {"name": "centralized"}, "private": False},
 }
-RESERVED = {"name", "seed", "baselines", "method"}
+RESERVED = {"name", "seed", "baselines", "method", "metrics"}
 PARTS = {
     "methods": {"method", "training", "prompt", "compression", "distillation"},
     "tasks": set(Experiment.model_fields) - RESERVED,

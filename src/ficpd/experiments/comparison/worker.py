@@ -17,6 +17,7 @@ from ficpd.errors import BackboneError, ConfigError, FicpdError, PrivacyError
 from ficpd.experiments.comparison.run_cell import ContextCache, run_cell
 from ficpd.experiments.comparison.schema import RunOutcome
 from ficpd.experiments.config import parse
+from ficpd.registry import SEARCHED
 from ficpd.storage import atomic_write
 
 Event = Mapping[str, Any]
@@ -34,13 +35,15 @@ class Job:
     ground: str
 
 
-def work(jobs: Connection, folder: Path, log: Path, threads: int, lock: Connection) -> None:
+def work(jobs: Connection, folder: Path, log: Path, threads: int, lock: Connection, modules: list[str]) -> None:
     """Runs the jobs that arrive, writes `folder/KEY.json`, and sends events. `lock` stays open as long as this process.
 
+    `modules`: the folders in which dotted names are found.
     The process ends with its parent. Its standard output and error go to `log`.
     """
     import torch
 
+    SEARCHED.extend(modules)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

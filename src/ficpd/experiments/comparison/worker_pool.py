@@ -12,6 +12,7 @@ from pathlib import Path
 from ficpd import __version__
 from ficpd.experiments.comparison.schema import RunOutcome
 from ficpd.experiments.comparison.worker import Event, Job, work
+from ficpd.registry import SEARCHED
 from ficpd.storage import atomic_write
 
 LOG_TAIL = 4000
@@ -26,7 +27,7 @@ class Worker:
         self.job: Job | None = None
         self.end, self._theirs = SPAWN.Pipe()
         held = Connection(os.dup(lock))
-        self.process = SPAWN.Process(target=work, args=(self._theirs, folder, self.log, threads, held))
+        self.process = SPAWN.Process(target=work, args=(self._theirs, folder, self.log, threads, held, SEARCHED))
 
     def start(self) -> None:
         """Starts the process without Ctrl-C: only the main process reacts to it, and stops all workers."""

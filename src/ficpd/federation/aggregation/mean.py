@@ -1,4 +1,4 @@
-"""Averages on the server: sums of what clients released, so they cost no privacy."""
+"""Weighted means of released updates. They cost no privacy."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from ficpd.types import ClientUpdate
 
 
 def weighted_mean(updates: Sequence[ClientUpdate], name: str) -> Tensor:
-    """Σ w_c x_c / Σ w_c over the updates that came (McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1).
+    """Returns Σ w_c x_c / Σ w_c (McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1).
 
-    Summed in the order of the clients' names, so that the order of arrival changes nothing, not even a rounding.
+    Sums in the order of the clients' names, so that the order of arrival does not change the rounding.
     """
     ordered = sorted(updates, key=lambda update: update.client)
     weights = torch.tensor([update.weight for update in ordered], dtype=torch.float64)
@@ -20,5 +20,5 @@ def weighted_mean(updates: Sequence[ClientUpdate], name: str) -> Tensor:
 
 
 def weighted_mean_of(arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The same over named arrays."""
+    """Returns the weighted mean of arrays by client."""
     return weighted_mean([ClientUpdate(name, {"x": array}, weights[name]) for name, array in arrays.items()], "x")

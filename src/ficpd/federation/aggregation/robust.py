@@ -1,6 +1,7 @@
-"""Means that a few poisoned updates cannot move far, for federations that do not trust every member. They are made of
-released updates only, so they cost no privacy; one noised sum of all (client level, at the server) hides who sent what, and
-leaves them nothing to compare."""
+"""Robust means, which a few malicious updates cannot move far. They read released updates only, so they cost no privacy.
+
+Central DP hides individual updates in one sum and allows no robust mean.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,22 +14,22 @@ from torch import Tensor
 from ficpd.federation.aggregation.mean import weighted_mean_of
 from ficpd.types import ClientUpdate
 
-SELDOM = 0.1
-"""A client is named if so small a part of its fair share of numbers survived the trimming, or less."""
+REPORTED_SHARE = 0.1
+"""A client is reported if at most this part of its fair share of numbers survived the trimming."""
 
 
 class RobustConfig(BaseModel):
-    """How several updates become one. "mean": the weighted one. A weight is its sender's own claim (and less for an update
-    that comes late), so by every other rule each client counts once.
+    """The rule that combines updates. "mean" is weighted; other rules count each client once, since weights are claims.
 
-    "trimmed_mean": of each number, the `num_byzantine` largest and smallest are left out (Yin et al., ICML 2018, arXiv
-    1803.01498, definition 2). "multi_krum": the `num_byzantine` updates that are farthest from their nearest others are left
-    out, guilty or not (Blanchard et al., NeurIPS 2017, arXiv 1703.02757). "norm_bound": an update longer than `max_norm`
-    is cut to it; without one, to `medians` times the median length in its round (Sun et al., 2019, arXiv 1911.07963).
+    - "trimmed_mean" drops the `num_byzantine` largest and smallest values of each number (Yin et al., ICML 2018, arXiv
+      1803.01498, definition 2).
+    - "multi_krum" drops the `num_byzantine` updates farthest from their nearest others (Blanchard et al., NeurIPS 2017,
+      arXiv 1703.02757).
+    - "norm_bound" clips updates to `max_norm`, or to `medians` times the round's median norm (Sun et al., 2019, arXiv
+      1911.07963).
 
-    `num_byzantine` is how many of the updates in one mean may be: n of them stand it from 2 · num_byzantine + 1 on, for "multi_krum"
-    from 2 · num_byzantine + 3. Of fewer, these are trimmed, as many as can be: at most (n - 1) // 2, which is the median, so of
-    one or two none, and nothing protects that mean. Each such mean is reported.
+    `num_byzantine` = f: updates per mean that may be malicious. n updates resist f for n >= 2f + 1 (Multi-Krum:
+    2f + 3). A smaller mean trims at most (n - 1) // 2 at each end and is reported; one or two updates are unprotected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +40,7 @@ class RobustConfig(BaseModel):
 
     @property
     def sums(self) -> bool:
-        """Whether the weighted sum of the updates is all that it needs."""
+        """Whether the rule needs only the weighted sum of the updates."""
         return self.rule == "mean"
 
 
@@ -47,29 +48,28 @@ MEAN = RobustConfig()
 
 
 class RobustAggregator:
-    """The means of one round. `updates`: those that came, cut if the rule cuts; a method goes on with these.
+    """The means of one round over `updates`, which the rule may clip.
 
-    `facts` says what became of whom, for the state, from where `federate` reports it: `excluded_updates` by client, `underfilled_means` by
-    mean; none by the rule "mean".
+    `facts`: reports for the state, `excluded_updates` by client and `underfilled_means` by mean; empty for the rule "mean".
     """
 
     def __init__(self, robust: RobustConfig, updates: Sequence[ClientUpdate]):
         self.robust, self.updates = robust, list(updates)
         self.facts: dict[str, dict[str, str]] = {} if robust.sums else {"excluded_updates": {}, "underfilled_means": {}}
         if robust.rule == "norm_bound" and updates:
-            self._cut()
+            self._clip()
 
     @property
     def weights(self) -> dict[str, float]:
-        """By client, what it counts for in a mean of these updates."""
+        """Each client's weight in a mean."""
         return {u.client: u.weight if self.robust.rule == "mean" else 1.0 for u in self.updates}
 
     def mean_all(self) -> Tensor:
-        """The mean `delta` of all that came."""
+        """Returns the mean `delta` of all updates."""
         return self.mean_of("global", {update.client: update.arrays["delta"] for update in self.updates}, self.weights)
 
     def mean_of(self, where: str, arrays: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """The mean of these clients' arrays, all of one shape, whatever their order; `where` names it in the report."""
+        """Returns the mean of clients' arrays of one shape; `where` names it in the report."""
         rule, number = self.robust.rule, len(arrays)
         if rule in ("mean", "norm_bound"):
             return weighted_mean_of(arrays, weights if rule == "mean" else dict.fromkeys(arrays, 1.0))
@@ -89,22 +89,22 @@ class RobustAggregator:
         left = stacked.sort(dim=0).values[trimmed : len(names) - trimmed]
         inside = ((stacked >= left[0]) & (stacked <= left[-1])).flatten(1).double().mean(1)
         for name, share in zip(names, inside.tolist(), strict=True):
-            if share <= SELDOM * len(left) / len(names):
+            if share <= REPORTED_SHARE * len(left) / len(names):
                 self._note(name, f"{1 - share:.0%} trimmed from {where}")
         return left.mean(0).float()
 
     def _krum(self, where: str, names: list[str], stacked: Tensor) -> Tensor:
-        """A score is the sum of squared distances to the n - num_byzantine - 2 nearest others (section 4 of the paper)."""
+        """Scores by the sum of squared distances to the n - f - 2 nearest others (section 4 of the paper)."""
         rows, kept = stacked.flatten(1), len(names) - self.robust.num_byzantine
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-        score = apart.sort(dim=1).values[:, 1 : kept - 1].sum(1)  # the nearest of all is oneself
-        assignment = score.sort(stable=True).indices.tolist()
-        for name in [names[int(place)] for place in assignment[kept:]]:
-            self._note(name, f"left out of {where}")
-        return stacked[sorted(assignment[:kept])].mean(0).float()
+        score = apart.sort(dim=1).values[:, 1 : kept - 1].sum(1)  # skips the distance to itself
+        ranked = score.sort(stable=True).indices.tolist()
+        for place in ranked[kept:]:
+            self._note(names[place], f"left out of {where}")
+        return stacked[sorted(ranked[:kept])].mean(0).float()
 
-    def _cut(self) -> None:
-        """Of an even number the lower median: of two, the shorter says how long the other may be."""
+    def _clip(self) -> None:
+        """Clips long updates. An even number of norms has the lower median, so of two the shorter bounds the other."""
         norms = [_norm(update) for update in self.updates]
         bound = self.robust.max_norm or self.robust.medians * float(torch.tensor(norms).double().median())
         for place, norm in enumerate(norms):

@@ -1,4 +1,4 @@
-"""No compression: the whole update travels, at 8 or 16 bits a number if asked for."""
+"""No projection: sends the whole update, optionally at 8 or 16 bits a number."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ficpd.types import Prompt
 
 
 class Config(BaseModel):
-    """`bits` of each number that travels; 32: float32."""
+    """`bits`: bits per sent number; 32 means float32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Bits = 32

@@ -1,8 +1,8 @@
-"""Fewer virtual tokens travel: the update's L rows are mixed into L' by a random matrix with orthonormal rows.
+"""Mixes an update's L virtual tokens into L' by a random matrix with orthonormal rows.
 
 A sketched update (Konečný et al., "Federated Learning: Strategies for Improving Communication Efficiency", 2016, arXiv
-1610.05492, section 3): the matrix comes from a public seed, so that only the mixed rows are sent, and the server maps
-back by the transpose. The seed is one for the run: what lies outside the L' directions is lost in every round.
+1610.05492, section 3). The matrix comes from a public seed, and the server maps back by its transpose. One seed serves
+the run, so the part outside the L' directions is lost in every round.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from ficpd.types import Prompt
 
 
 class Config(BaseModel):
-    """`num_tokens` is L', how many rows travel for the virtual tokens; `bits` of each number, 32: float32."""
+    """`num_tokens`: L', the rows sent for the virtual tokens. `bits`: bits per sent number; 32 means float32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     num_tokens: int = 5
@@ -26,22 +26,21 @@ class Config(BaseModel):
 
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
-    """Raises `ConfigError` unless the prompt has more virtual tokens than travel."""
+    """Raises `ConfigError` unless the prompt has more than `num_tokens` virtual tokens."""
     outer, given = projected_shape(start), config.num_tokens
     tokens = outer[0] - start.head_rows
     if not 1 <= given < tokens:
         raise ConfigError(
             f"compression.num_tokens = {given}, expected 1 to {tokens - 1}: the prompt has {tokens} virtual tokens and "
-            "fewer than these travel; choose fewer, a longer prompt, or compression.name = none"
+            "fewer are sent; choose fewer, a longer prompt, or compression.name = none"
         )
     return QuantizedCompression(TokenProjection(tokens, given, outer, seed), outer, config.bits)
 
 
 class TokenProjection:
-    """W [L', L] on the virtual tokens; the head rows follow as they are.
+    """Applies W [L', L] to the virtual tokens and leaves the head rows unchanged.
 
-    Guarantees: W's rows are orthonormal, so the projected update is never longer than the update: a clip norm, and with
-    it a sensitivity, that holds before holds after.
+    Guarantees: W's rows are orthonormal, so projection never lengthens an update, and the sensitivity bound stays valid.
     """
 
     def __init__(self, tokens: int, kept: int, outer: tuple[int, int], seed: int):
@@ -50,17 +49,19 @@ class TokenProjection:
         self.matrix = orthonormal_rows(kept, tokens, seed)
 
     def project(self, values: Tensor) -> Tensor:
-        matrix, virtual, heads = self.matrix.to(values.device), *_split(values, self.tokens)
-        return torch.cat([matrix @ virtual, heads], dim=-2)
+        virtual, heads = values[..., : self.tokens, :], values[..., self.tokens :, :]
+        return torch.cat([self.matrix.to(values.device) @ virtual, heads], dim=-2)
 
     def lift(self, values: Tensor) -> Tensor:
-        matrix, virtual, heads = self.matrix.to(values.device), *_split(values, self.kept)
-        return torch.cat([matrix.T @ virtual, heads], dim=-2)
+        virtual, heads = values[..., : self.kept, :], values[..., self.kept :, :]
+        return torch.cat([self.matrix.to(values.device).T @ virtual, heads], dim=-2)
 
 
 def orthonormal_rows(rows: int, columns: int, seed: int) -> Tensor:
-    """[rows, columns], float32: the rows of a Gaussian matrix made orthonormal (in float64, each sign that of the draw,
-    so that the seed alone decides; Mezzadri, Notices of the AMS 2007, arXiv math-ph/0609050, section 5).
+    """Draws [rows, columns] in float32 with orthonormal rows, from a Gaussian matrix.
+
+    Computes in float64 and fixes the signs, so that the seed alone decides (Mezzadri, Notices of the AMS 2007, arXiv
+    math-ph/0609050, section 5).
 
     >>> W = orthonormal_rows(2, 5, 0)
     >>> torch.allclose(W @ W.T, torch.eye(2), atol=1e-6)
@@ -69,7 +70,3 @@ def orthonormal_rows(rows: int, columns: int, seed: int) -> Tensor:
     gaussian = torch.randn(columns, rows, generator=rng.make_generator(seed, "projected"), dtype=torch.float64)
     directions, upper = torch.linalg.qr(gaussian)
     return (directions * torch.where(upper.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
-
-
-def _split(values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    return values[..., :tokens, :], values[..., tokens:, :]

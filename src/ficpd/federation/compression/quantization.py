@@ -1,6 +1,6 @@
-"""What every compression does: a public linear map at the client, then few bits a number; both undone at the server.
+"""Compresses by a public linear map and quantization at the client; the server undoes both.
 
-Only arrays of the prompt's own shape are mapped and quantised; a method's other arrays travel as they are, token ids, too.
+Only arrays of the prompt's shape are compressed. Other arrays of a method, such as token ids, are sent unchanged.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ SCALE = ".scale"
 
 
 def quantise(values: Tensor, bits: Literal[8, 16]) -> tuple[Tensor, Tensor]:
-    """Integers of the same shape and the size of their step, [1]: max |values| / (2^(bits - 1) - 1), to the nearest.
+    """Rounds to integers of the same shape; returns them and their step [1], max |values| / (2^(bits - 1) - 1).
 
-    Guarantees: `dequantise` brings each number back to within half a step (and the rounding of a float32), zeros
-    exactly. A step is never below the smallest normal float32, so arrays of zeros have one, too.
+    Guarantees: `dequantise` restores each number to within half a step (and the rounding of a float32), zeros exactly.
+    A step is at least the smallest normal float32, so arrays of zeros have one.
 
     >>> whole, scale = quantise(torch.tensor([127.0, -3.4, 0.0]), 8)
     >>> whole.tolist(), scale.tolist()
@@ -36,7 +36,7 @@ def quantise(values: Tensor, bits: Literal[8, 16]) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(whole: Tensor, scale: Tensor) -> Tensor:
-    """Float32 of the same shape.
+    """Restores float32 values of the same shape.
 
     >>> dequantise(torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5])).tolist()
     [63.5, -1.5]
@@ -45,31 +45,31 @@ def dequantise(whole: Tensor, scale: Tensor) -> Tensor:
 
 
 class LinearProjection(Protocol):
-    """A linear map of prompt-shaped arrays: orthonormal rows from a public seed."""
+    """A public linear map of prompt-shaped arrays, with orthonormal rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What [P, D] becomes."""
+        """The shape that [P, D] is projected to."""
         ...
 
     def project(self, values: Tensor) -> Tensor:
-        """[..., P, D] to [..., *shape]; never lengthens."""
+        """Maps [..., P, D] to [..., *shape]; never lengthens."""
         ...
 
     def lift(self, values: Tensor) -> Tensor:
-        """The transpose: [..., *shape] to [..., P, D]; `project(lift(z)) == z`."""
+        """Maps [..., *shape] to [..., P, D] by the transpose; `project(lift(z)) == z`."""
         ...
 
 
 @dataclass(frozen=True)
 class QuantizedCompression:
-    """A projection, then `bits` a number. At 32 bits nothing is quantised.
+    """A projection W, then quantization to `bits` a number (none at 32 bits).
 
-    At 8 and 16 bits a projected array `x` travels as int8 or int16, its step as `x.scale`, float32 [1]. Quantising sees
-    only what the noise has already been added to, so it costs no privacy and gives none.
+    A projected array `x` is sent as int8 or int16 with its step `x.scale`, float32 [1]. Quantization runs after the DP
+    noise, so it costs no privacy.
 
-    Guarantees: what `project` returns is no longer than what it was given. Without noise, at 32 bits, `unpack` returns
-    Wᵀ W of it; below, what travels is off by at most half a step each.
+    Guarantees: `project` never lengthens. Without noise, `unpack` returns Wᵀ W x, with an error of at most half a step
+    per sent number.
     """
 
     projection: LinearProjection
@@ -105,7 +105,7 @@ class QuantizedCompression:
         return ids | {name: self.projection.lift(a) if a.shape == inner else a for name, a in floats.items()}
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
-        """Raises `ConfigError` for a layout that cannot be told apart on the way."""
+        """Returns the layout of an encoded update. Raises `ConfigError` for an ambiguous one."""
         kinds = {name: kind for name, kind in layout.items() if isinstance(kind, ArraySpec)}
         numbers = {name: shape for name, shape in layout.items() if not isinstance(shape, ArraySpec)}
         self._check(numbers)
@@ -119,28 +119,28 @@ class QuantizedCompression:
         return kinds
 
     def _check(self, layout: Mapping[str, tuple[int, ...]]) -> None:
-        """The server tells projected arrays by their shape and steps by their name; neither may be another's."""
+        """The server recognises projected arrays by shape and steps by name, so both must be unambiguous."""
         inner = self.projection.shape
         for name, shape in layout.items():
             if tuple(shape) == inner != self.outer:
                 raise ConfigError(
-                    f"array {name!r} is {inner}, expected another shape: compression makes this one of the prompt's "
-                    f"{self.outer}; compress to another size"
+                    f"array {name!r} is {inner}, expected another shape: compressed prompts have this one; compress "
+                    "to another size"
                 )
             if tuple(shape) == self.outer and self.bits != 32 and name + SCALE in layout:
                 raise ConfigError(
-                    f"array {name + SCALE!r} has the name that the scale of {name!r} travels under at {self.bits} bits; "
-                    "call it something else, or set compression.bits = 32"
+                    f"array {name + SCALE!r} has the name of the scale of {name!r} at {self.bits} bits; rename it, or "
+                    "set compression.bits = 32"
                 )
 
 
 def _apart(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Token ids, and what is made of numbers."""
+    """Separates token ids from numbers."""
     ids = {name: array for name, array in arrays.items() if array.dtype == TOKEN_DTYPE}
     return ids, {name: array for name, array in arrays.items() if name not in ids}
 
 
 def projected_shape(start: Prompt) -> tuple[int, int]:
-    """[P, D] as plain numbers."""
+    """Returns the prompt's shape [P, D]."""
     P, D = start.vectors_PD.shape
     return P, D

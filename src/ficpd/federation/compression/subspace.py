@@ -1,13 +1,13 @@
-"""A prompt of `dimension` numbers: prompt = p0 + z A, with A's rows orthonormal and from a public seed; z is tuned.
+"""Tunes z of `dimension` numbers: prompt = p0 + z A, where A is public and has orthonormal rows.
 
 Training in a random subspace: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", ICLR 2018, arXiv
-1804.08838. A is made as in feature hashing (Weinberger et al., "Feature Hashing for Large Scale Multitask Learning",
-ICML 2009, arXiv 0902.2206): each of the prompt's P·D numbers falls into one of k buckets, with a random sign. Here a
-random permutation is cut into k nearly equal pieces instead of a hash, so that no bucket is empty or crowded.
+1804.08838. A is built as in feature hashing (Weinberger et al., "Feature Hashing for Large Scale Multitask Learning",
+ICML 2009, arXiv 0902.2206): each of the prompt's P·D numbers falls into one of k buckets with a random sign. A random
+permutation cut into k nearly equal pieces replaces the hash, so that no bucket is empty.
 
-With `directions = "gradient"`, A's rows are the leading directions of the prompt's gradients on made-up records (words
-drawn from the vocabulary, every possible answer in turn): public, and far better aligned with what real records ask
-for (Zhou, Wu and Banerjee, ICLR 2021, arXiv 2007.03813; Yu et al., ICLR 2021, arXiv 2102.12677, who use public data).
+With `directions = "gradient"`, A's rows are the leading directions of the prompt's gradients on synthetic records (words
+from the vocabulary, every answer in turn). They are public and align better with real gradients (Zhou, Wu and Banerjee,
+ICLR 2021, arXiv 2007.03813; Yu et al., ICLR 2021, arXiv 2102.12677, who use public data).
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from ficpd.federation.compression.quantization import Bits, QuantizedCompression
 from ficpd.types import Prompt
 
 Gradients = Callable[[int], Tensor]
-"""How many, to that many public gradients [M, P, D]."""
+"""Returns M public gradients [M, P, D] for a number M."""
 
 
 class Config(BaseModel):
-    """`dimension` is k, the size of what is tuned and travels; `bits` of each number, 32: float32.
-
-    `directions`: "gradient", from the backbone's own gradients on made-up records, or "random".
+    """dimension: k, the numbers tuned and sent.
+    directions: "gradient", from the backbone's gradients on synthetic records, or "random".
+    bits: bits per sent number; 32 means float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,8 +41,10 @@ class Config(BaseModel):
 def build(
     config: Config, start: Prompt, seed: int, gradients: "Gradients | GradientSubspace | None" = None
 ) -> QuantizedCompression:
-    """`gradients`: where to get them, or directions that were found already. Raises `ConfigError` unless the prompt has at
-    least as many numbers as the subspace has dimensions."""
+    """Raises `ConfigError` if the prompt has fewer than `dimension` numbers.
+
+    `gradients`: their source, or a subspace computed before.
+    """
     outer = projected_shape(start)
     if not 1 <= config.dimension <= outer[0] * outer[1]:
         raise ConfigError(
@@ -61,19 +63,18 @@ def build(
 
 
 class GradientSubspace:
-    """The `size` leading right singular vectors of gradients [M, P, D], as A [k, P·D].
+    """The leading right singular vectors of gradients [M, P, D], as A [k, P·D].
 
-    One direction is often ten times longer than the rest together (for a classification: towards one answer). It would
-    fill the clip norm, and the noise would drown the others; `typical`, the gradients' root mean square along each
-    direction, tells how long each is, so that clipping and tuning can do justice to all.
+    One direction is often ten times longer than all others. It would fill the clip norm, and noise would hide the others.
+    `grad_scale`, the gradients' RMS along each direction, lets clipping and tuning rescale each direction.
 
-    Guarantees: rows are orthonormal; none of it depends on a record. The factorisation may differ between machines in
-    its last bits, and where singular values are equal: who starts a federation computes A once, and hands it to all.
+    Guarantees: rows are orthonormal and depend on no record. The factorisation may differ in its last bits between
+    machines, so the server computes A once and sends it to all clients.
     """
 
-    def __init__(self, rows: Tensor, typical: Tensor, outer: tuple[int, ...]):
+    def __init__(self, rows: Tensor, grad_scale: Tensor, outer: tuple[int, ...]):
         self.size, self.shape, self.outer = len(rows), (len(rows),), outer
-        self.rows, self.grad_scale = rows, typical
+        self.rows, self.grad_scale = rows, grad_scale
 
     @staticmethod
     def of(gradients_MPD: Tensor, size: int) -> "GradientSubspace":
@@ -81,11 +82,11 @@ class GradientSubspace:
         _, sizes, rows = torch.linalg.svd(flat, full_matrices=False)
         sizes, rows = sizes[:size], rows[:size]
         sizes = torch.cat([sizes, sizes[-1:].expand(size - len(sizes))]).clamp(min=1e-3 * sizes[0])
-        typical = (sizes / len(flat) ** 0.5).float()
-        if len(rows) < size:  # fewer gradients than dimensions: a short prompt, all of whose directions are wanted
+        grad_scale = (sizes / len(flat) ** 0.5).float()
+        if len(rows) < size:  # fewer gradients than dimensions: completes the basis
             rows = torch.linalg.qr(torch.cat([rows, torch.eye(flat.shape[1], dtype=rows.dtype)]).T)[0].T[:size]
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-        return GradientSubspace((rows * largest.sign()).float(), typical, tuple(gradients_MPD.shape[1:]))
+        return GradientSubspace((rows * largest.sign()).float(), grad_scale, tuple(gradients_MPD.shape[1:]))
 
     def project(self, values: Tensor) -> Tensor:
         return values.flatten(-2) @ self.rows.T.to(values.device, values.dtype)
@@ -95,11 +96,11 @@ class GradientSubspace:
 
 
 class SparseRandomSubspace:
-    """A [k, P·D], one entry a column: ±1/√n in the row of the number's bucket, where n numbers share that bucket.
+    """A [k, P·D] with one entry a column: ±1/√n in the row of the number's bucket, which n numbers share.
 
-    Guarantees: rows have disjoint supports and unit length, so they are orthonormal: `down` never lengthens, `up` keeps
-    every length, and `project(lift(z))` is z to within the rounding of a float32. No dense matrix and no factorisation:
-    O(P·D) memory, and integers from the seed alone, so that A is identical on every machine.
+    Guarantees: rows have disjoint supports and unit length, so they are orthonormal. `project` never lengthens, `lift`
+    keeps every length, and `project(lift(z))` is z to within the rounding of a float32. A needs O(P·D) memory and is
+    identical on every machine.
     """
 
     def __init__(self, size: int, outer: tuple[int, int], seed: int):
@@ -111,14 +112,14 @@ class SparseRandomSubspace:
         self.entry = sign / self.bucket.bincount(minlength=size).double().sqrt()[self.bucket]
 
     def project(self, values: Tensor) -> Tensor:
-        """A v. Summed in float64: on one bucket of a long prompt float32 would be seen to drift."""
+        """Returns A v, summed in float64 because float32 drifts on the large buckets of long prompts."""
         bucket, entry = self.bucket.to(values.device), self.entry.to(values.device)
         weighted = values.flatten(-2).double() * entry
         summed = weighted.new_zeros(*weighted.shape[:-1], self.size).index_add(-1, bucket, weighted)
         return summed.to(values.dtype)
 
     def lift(self, values: Tensor) -> Tensor:
-        """Aᵀ z."""
+        """Returns Aᵀ z."""
         bucket, entry = self.bucket.to(values.device), self.entry.to(values.device)
         spread = values.double()[..., bucket] * entry
         return spread.unflatten(-1, self.outer).to(values.dtype)

@@ -26,7 +26,6 @@ class ContrastiveConfig(FrozenConfig):
     cosines.
     """
 
-
     weight: float = Field(default=0.0, ge=0)
     space: Literal["prompt", "output", "both"] = "prompt"
     temperature: float = Field(default=0.5, gt=0)

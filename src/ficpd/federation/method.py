@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from ficpd.errors import CodecError
+from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import Backbone, ClientContext, Model, Subspace, Task
 from ficpd.types import (
     Answer,
@@ -21,7 +23,6 @@ from ficpd.types import (
     State,
     UpdateSpec,
 )
-from ficpd.validation import RATE, validate_facts, validate_prompts
 
 
 class Shown(Protocol):
@@ -160,3 +161,12 @@ class Method(ABC):
     ) -> Generator[Query, Answer, Shown] | None:
         """Examples of a client's training records to show with its texts; `encoded` gives the records as one batch."""
         return None
+
+
+def validate_assignment(assignment: Assignment, method: Method, start: Prompt, last: int) -> None:
+    """Raises `CodecError` for an assignment of another method, round or shape than the run's (`start`, `last` round)."""
+    if assignment.method != method.name:
+        raise CodecError(f"assignment.method = {assignment.method!r}, expected the run's {method.name!r}")
+    if type(assignment.round) is not int or not 1 <= assignment.round <= last + 1:
+        raise CodecError(f"assignment.round = {assignment.round!r}, expected 1 to {last}")
+    method.validate_assignment(assignment, start)

@@ -1,0 +1,119 @@
+"""Runs experiments and comparisons from Python: `ficpd.run` and `ficpd.compare`. The commands call the same functions."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ficpd.errors import ConfigError
+from ficpd.experiments import runner
+from ficpd.experiments.comparison.compare import compare as run_grid
+from ficpd.experiments.comparison.grid import read_plan
+from ficpd.experiments.comparison.schema import ComparisonResult
+from ficpd.experiments.comparison.worker import Event
+from ficpd.experiments.config import Experiment, parse, read, to_toml
+from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.results import RunResult
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run and its result. `baselines`: the results of its baselines, zero-shot first."""
+
+    directory: Path
+    result: RunResult = field(repr=False)
+    baselines: Sequence[RunResult] = field(repr=False)
+
+    def to_frame(self) -> "DataFrame":
+        """Makes a table with one line a method, the run's own last.
+
+        Of each metric: `global` (one prompt on all test records), `own` (the mean over clients of their own prompt on
+        their own test records) and `worst` (the worst client).
+        """
+        import pandas as pd
+
+        return pd.DataFrame([_line(result) for result in (*self.baselines, self.result)]).set_index("method")
+
+
+def _line(result: RunResult) -> dict[str, Any]:
+    found = result.scores
+    scores = {"global": found.global_prompt or {}, "own": found.per_client_mean, "worst": found.per_client_worst}
+    return {
+        "method": result.label,
+        "privacy": result.privacy.guarantee,
+        "epsilon": result.privacy.epsilon,
+        **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
+        "bytes_up": result.bytes.up_per_client_round,
+        "seconds": result.seconds.total,
+    }
+
+
+@dataclass(frozen=True)
+class FinishedComparison:
+    """A finished comparison and its result."""
+
+    directory: Path
+    result: ComparisonResult = field(repr=False)
+
+    def to_frame(self) -> "DataFrame":
+        """Makes a table with one line a condition (task, partition, budget, sweep) and method."""
+        import pandas as pd
+
+        lines = [
+            {**one.model_dump(exclude={"methods"}), "method": name, **summary.model_dump(exclude={"against"})}
+            for one in self.result.conditions
+            for name, summary in one.methods.items()
+        ]
+        return pd.DataFrame(lines)
+
+
+def run(
+    recipe: str | Path | Experiment, out: str | Path | None = None, *, changes: Iterable[str] = (), resume: bool = False,
+    progress: runner.Progress | None = None,
+) -> FinishedRun:  # fmt: skip
+    """Runs an experiment and its baselines among simulated clients.
+
+    recipe: the name of a recipe, a TOML file, or an `Experiment`.
+    out: the run directory; None: `runs/NAME-METHOD-SEED`.
+    changes: settings to change, such as "method.name=fedavg".
+    resume: goes on from the last finished round.
+    progress: called as (method, rounds done, rounds planned, figures).
+
+    Raises a `FicpdError` that names the setting to change.
+    """
+    if isinstance(recipe, Experiment):
+        experiment = parse(to_toml(recipe), recipe.name, changes)
+    else:
+        experiment = read(str(recipe), changes)
+    if experiment.engine.name == "flower":
+        raise ConfigError('engine.name = "flower": real sites are not simulated; start the run with `ficpd run`')
+    directory = Path(out) if out else default_directory(experiment)
+    runner.run(experiment, directory, resume, progress or runner.no_progress)
+    *baselines, result = load_results(directory)
+    return FinishedRun(directory, result, baselines)
+
+
+def default_directory(experiment: Experiment) -> Path:
+    return Path("runs") / f"{experiment.name}-{experiment.method['name']}-{experiment.seed}"
+
+
+def compare(
+    recipe: str | Path, out: str | Path | None = None, *, ablate: Sequence[str] = (), jobs: int | None = None,
+    progress: Callable[[Event], None] = lambda event: None,
+) -> FinishedComparison:  # fmt: skip
+    """Runs the cells of a comparison that `out` does not hold yet, in worker processes.
+
+    A script that calls this needs the guard `if __name__ == "__main__":`.
+
+    recipe: a TOML file, or a comparison that comes with the package.
+    out: the folder; None: `runs/compare-NAME`.
+    ablate: settings to sweep over, such as "privacy.epsilon=1,2,4".
+    jobs: runs at a time; None: one for each core, one on a GPU.
+    progress: called with each event of a worker.
+    """
+    plan = read_plan(str(recipe), ablate)
+    directory = Path(out) if out else Path("runs") / f"compare-{plan.spec.name}"
+    return FinishedComparison(directory, run_grid(plan, directory, jobs, seen=progress))

@@ -1,0 +1,67 @@
+"""Records to predict, evaluate or adapt on: from a file, or in memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from ficpd.data import loading
+from ficpd.errors import DataError, did_you_mean
+from ficpd.interfaces import Task
+from ficpd.registry import validate
+from ficpd.types import Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Data: TypeAlias = "str | Path | DataFrame | Sequence[Record | Mapping[str, Any]]"
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
+
+
+def read_records(data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: bool = True) -> list[Record]:
+    """Reads all records of a file, in its order, or takes those in memory: a data frame, mappings or `Record`s.
+
+    `columns`: role to column. Without labels only `text` (or `image`, if that is named) and the columns named are read.
+    Options may be in several columns (`options=a,b,c`).
+    """
+    roles = {"text": "text"} if "image" not in columns else {}
+    roles |= {**({"target": "target"} if labelled else {}), **columns}
+    if isinstance(data, (str, Path)):
+        options = roles.pop("options").split(",") if "," in roles.get("options", "") else []
+        config = {"source": str(data), "columns": roles, "options": options}
+        return loading.load_all(validate(loading.Config, config, "--data"))
+    import pandas as pd
+
+    rows = data.to_dict("records") if isinstance(data, pd.DataFrame) else data
+    return [
+        row if isinstance(row, Record) else _record(f"record {place}", row, roles) for place, row in enumerate(rows, 1)
+    ]
+
+
+def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Record:
+    if missing := [column for column in roles.values() if column not in row]:
+        raise DataError(f"{key}: {did_you_mean('column', missing[0], row)}; name it in columns = {{role: column}}")
+    return Record(key, {**row, **{role: row[column] for role, column in roles.items()}})
+
+
+def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
+    """The first `shots` of the records in a seeded order (0: all), or of each class."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    if not shots or not per_class:
+        return [records[i] for i in order[: shots or len(order)]]
+    taken: dict[str, int] = {}
+    chosen = []
+    for i in order:
+        label = str(records[i].fields["target"])
+        taken[label] = taken.get(label, 0) + 1
+        if taken[label] <= shots:
+            chosen.append(records[i])
+    return chosen
+
+
+def missing_labels(task: Task, records: Sequence[Record]) -> list[str]:
+    """The labels of a classification that no record has."""
+    seen = {str(record.fields.get("target")) for record in records}
+    return [label for label in task.to_config().get("labels", {}) if label not in seen]
