@@ -5,7 +5,7 @@ every round, from which `--resume` goes on. What each site spent is in its own l
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,13 @@ from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.report.build import write_page
 from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import SITES, RunDir
-from ficpd.experiments.runner import Runner
+from ficpd.experiments.runner import Clients, Runner
 from ficpd.experiments.setup import check_method
 from ficpd.federation import codec
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for
 from ficpd.federation.rounds import Round
 from ficpd.registry import validate
-from ficpd.types import ClientCard, ClientData, Prompt, State
+from ficpd.types import ClientCard, ClientData, State
 
 if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flower
     from flwr.app import Context
@@ -98,12 +98,11 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
     return result
 
 
-class Sites:
+class Sites(Clients):
     """Real sites: they get a run spec, keep their records and their state, and share scores where their policy allows it."""
 
     def __init__(self, engine: "Flower", recipe: tuple[str, str], say: Say):
         self.engine, self.recipe, self.say = engine, recipe, say
-        self.run_spec_bytes = 0
 
     def plan_privacy(self, run: Runner, state: State) -> PrivacyPlan:
         """Plans the noise that the server adds, or may know of.
@@ -136,15 +135,6 @@ class Sites:
         )
         return self.engine
 
-    def before_round(self, round: int, cohort: Sequence[str]) -> None:
-        """Sites count their own queries."""
-
-    def after_round(self, run: Runner, done: Round) -> None:
-        """Sites are scored at the end only."""
-
-    def states(self) -> dict[str, Tensor]:
-        return {}
-
     def evaluate(self, run: Runner) -> dict[str, Any]:
         round, fingerprint = run.schedule.num_rounds + 1, run.context.model.backbone.fingerprint
         assignments = {
@@ -156,9 +146,6 @@ class Sites:
             "shared_scores": {name: score for name, score in scores.items() if score},
             "privacy": _agreed(run.context.experiment.privacy, run.plan),
         }
-
-    def score(self, run: Runner, prompt: Prompt) -> None:
-        """The coordinator has no test records."""
 
 
 def _sites_of(out: Path) -> dict[str, ClientCard] | None:

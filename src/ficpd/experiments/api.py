@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run. `result`: `result.json`; `baselines`: the results of its baselines, zero-shot first."""
+    """A finished run and its result. `baselines`: the results of its baselines, zero-shot first."""
 
     directory: Path
     result: RunResult = field(repr=False)
@@ -39,21 +39,21 @@ class FinishedRun:
 
 
 def _line(result: RunResult) -> dict[str, Any]:
-    metrics = result.scores
-    kinds = {"global": metrics.global_prompt, "own": metrics.per_client_mean, "worst": metrics.per_client_worst}
+    found = result.scores
+    scores = {"global": found.global_prompt or {}, "own": found.per_client_mean, "worst": found.per_client_worst}
     return {
         "method": result.label,
         "privacy": result.privacy.guarantee,
         "epsilon": result.privacy.epsilon,
-        **{f"{name}_{kind}": value for kind, score in kinds.items() for name, value in (score or {}).items()},
+        **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
         "bytes_up": result.bytes.up_per_client_round,
-        "seconds": sum(result.seconds.model_dump().values()),
+        "seconds": result.seconds.total,
     }
 
 
 @dataclass(frozen=True)
 class FinishedComparison:
-    """A finished comparison. `result`: `compare.json`."""
+    """A finished comparison and its result."""
 
     directory: Path
     result: ComparisonResult = field(repr=False)
