@@ -222,7 +222,7 @@ def test_what_it_leaves_lies_in_the_subspace(model):
     members = small.clients(model, of, compression=compression)
     delta = of.global_prompt(ran(model, of, members, 3)) - start.vectors_PD
     assert float(delta.norm()) > 1e-3
-    assert small.close(compression.coordinates.lift(compression.coordinates.project(delta)), delta, 1e-5)  # type: ignore[union-attr]
+    assert small.close(compression.subspace.lift(compression.subspace.project(delta)), delta, 1e-5)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("how", ["local", "central"])

@@ -85,9 +85,9 @@ def test_the_servers_step_size_is_that_of_the_better_half(model, monkeypatch):
     from ficpd.methods import fedbpt
 
     of, given = method(iterations=2, population=5, dimension=6), []
-    original = fedbpt.Search
+    original = fedbpt.CMAES
     monkeypatch.setattr(
-        fedbpt, "Search", lambda state, *more: given.append(float(state["sigma"])) or original(state, *more)
+        fedbpt, "CMAES", lambda state, *more: given.append(float(state["sigma"])) or original(state, *more)
     )
     state = small.first_state(of, small.clients(model, of))
     losses = {"a": 0.1, "b": 0.4, "c": 0.2, "d": 0.3}

@@ -136,7 +136,7 @@ class Watching:
     def __getattr__(self, name):
         return getattr(self.mechanism, name)
 
-    def mean(self, values_KB, expected_batch, noise):
+    def noisy_mean(self, values_KB, expected_batch, noise):
         self.averaged.append(values_KB.clone())
         return self.mechanism.noisy_mean(values_KB, expected_batch, noise)
 
@@ -188,7 +188,7 @@ class ChoosesByItself(FedDtpt):
             return values_KB.mean(1)
 
         beside = SimpleNamespace(
-            id=client.id, weight=client.weight, words=client.vocabulary, batches=client.batches, mean=mean
+            id=client.id, weight=client.weight, vocabulary=client.vocabulary, batches=client.batches, private_mean=mean
         )
         return super().local_update(beside, order)
 

@@ -201,7 +201,7 @@ def test_the_ledger_has_a_line_of_each_release_and_the_noise_that_was_added(mode
     noised, total = [], mechanism.noisy_sum
 
     def watched(name, values, noise):
-        drawn = noise.gaussian
+        drawn = noise.add_gaussian
         noise.add_gaussian = lambda v, deviation: noised.append((name, deviation)) or drawn(v, deviation)
         try:
             return total(name, values, noise)

@@ -137,5 +137,5 @@ def test_no_prompt_starts_from_lora_weights_nor_imitates_them(tmp_path):
     with pytest.raises(ConfigError, match="holds LoRA weights"):
         small.run(tmp_path / "b", "fedavg", "prompt.init=library", f"prompt.library={tmp_path / 'run'}")
     opened = load_library(tmp_path / "run")
-    with pytest.raises(LibraryError, match="export them as they are"):
+    with pytest.raises(LibraryError, match="LoRA weights cannot be distilled"):
         distill_to_input(library.prompts["global"], Texts(small.records(8), "texts"), opened.task, opened.model)

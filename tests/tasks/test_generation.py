@@ -175,7 +175,7 @@ def test_a_source_is_cut_alike_whatever_its_target(folder):
 
 
 def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
-    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, write=8)
+    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, max_new_tokens=8)
     assert known.texts_KB == unknown.texts_KB
     assert torch.isnan(unknown.loss_KB).all()
     mixed = [RECORDS[0], BARE[1], RECORDS[2], BARE[3]]

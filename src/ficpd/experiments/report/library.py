@@ -114,6 +114,11 @@ def _cos(turn: float) -> float:
     return float(torch.tensor(turn).cos())
 
 
+def _norm(offset: torch.Tensor) -> str:
+    """Formats the length of an offset; token ids have none."""
+    return f"{float(offset.norm()):.3f}" if offset.is_floating_point() else "–"
+
+
 # ---------------------------------------------------------------- the library
 
 
@@ -123,7 +128,7 @@ def library(run: Finished) -> Section | None:
         return None
     served = Counter(f"prototype-{k}" for k in (run.own.clusters.member if run.own.clusters else {}).values())
     cells = [
-        [name, f"{float(found.offset(name).norm()):.3f}", str(served[name]) if name in served else "–",
+        [name, _norm(found.offset(name)), str(served[name]) if name in served else "–",
          found_first(found, name)]
         for name in found.prompts
     ]  # fmt: skip
