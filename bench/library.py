@@ -121,7 +121,7 @@ def trial(
         found[group_name] = 100 * sum(own) / len(own)
     both = {"global": scores.global_prompt, "distilled": scores.distilled}
     found |= {key: 100 * score["accuracy"] for key, score in both.items() if score}
-    found["rand index"] = clusters and clusters.adjusted_rand.get("group") or 0.0
+    found["rand index"] = (clusters and clusters.adjusted_rand.get("group")) or 0.0
     found["prototypes"] = clusters.number if clusters else 0
     found["bytes up"], found["seconds"] = result.bytes.up_per_client_round, result.seconds.total
     if result.privacy.epsilon is not None and result.privacy.noise:

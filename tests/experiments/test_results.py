@@ -24,7 +24,11 @@ def test_a_figure_that_is_no_number_can_be_read_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"set_aside": {}}, "set_aside: Extra"), ({"privacy": {}}, r"privacy\.mechanism: Field required"), (None, "the file")],
+    [
+        ({"set_aside": {}}, "set_aside: Extra"),
+        ({"privacy": {}}, r"privacy\.mechanism: Field required"),
+        (None, "the file"),
+    ],
 )
 def test_a_result_of_another_version_is_refused(tmp_path, change, why):
     small.run(tmp_path, rounds=0)

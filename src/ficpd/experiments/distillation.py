@@ -167,7 +167,8 @@ def _records(context: ExperimentContext, group: str) -> list[Record]:
 
 
 def _learned(
-    context: ExperimentContext, config: DistillationConfig, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
+    context: ExperimentContext, config: DistillationConfig, basis: Mapping[str, Prompt],
+    tasks_of: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int], taught: Mapping[str, Sequence[SyntheticExample]], seed: int,
 ) -> DistilledPrompt:  # fmt: skip
     """Of synthetic examples: from all prototypes of a task at once, or (Reptile, MAML) each prototype a task of its own,

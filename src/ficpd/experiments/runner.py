@@ -302,7 +302,7 @@ def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> RunRe
 
 
 def baseline_method_config(experiment: Experiment, baseline: str) -> Mapping[str, Any]:
-    """Returns the settings of a baseline: the defaults of its method; of "NAME:none" with the run's own method, the run's."""
+    """Returns a baseline's settings: its method's defaults; of the run's own method as "NAME:none", the run's."""
     name, _, without = baseline.partition(":")
     return experiment.method if without and name == experiment.method["name"] else {"name": name}
 

@@ -18,10 +18,12 @@ def result(own: float = 0.8, counted: bool = True) -> RunResult:
     backbone = {"name": "tiny", "fingerprint": "tiny-0", "dtype": "float32", "attention": "eager", "enters_at": 1}
     privacy = {"mechanism": "m", "unit": "record", "epsilon": 2.0, "delta": 1e-5, "noise": "simulated"}
     found = {
-        "method": "fedavg", "label": "fedavg", "backbone": backbone, "task": "t", "num_clients": 1, "num_rounds": 3, "seed": 0,
+        "method": "fedavg", "label": "fedavg", "backbone": backbone, "task": "t",
+        "num_clients": 1, "num_rounds": 3, "seed": 0,
         "metrics": {"global_prompt": {"accuracy": 0.7}, "per_client": {"a": {"accuracy": own}}, **scores}, "bytes": sent,
         "seconds": {"train": 1.0, "aggregate": 1.0}, "dropped_updates": 0, "compression": {}, "privacy": privacy,
-        "queries": {"forward": 4, "gradient": 8, "per_client": {}, **most} if counted else None, "machine": {}, "versions": {},
+        "queries": {"forward": 4, "gradient": 8, "per_client": {}, **most} if counted else None,
+        "machine": {}, "versions": {},
     }  # fmt: skip
     return RunResult.model_validate(found)
 

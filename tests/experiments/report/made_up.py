@@ -227,7 +227,9 @@ def comparison(folder: Path) -> Path:
                 **at(task, budget), "share": share, "target": 0.75,
                 "methods": {
                     m: {"seeds": [None] * 3, "of": seeds_, "reached": 3 if m == "ficpd" else 0,
-                        **dict.fromkeys(("rounds", "bytes", "bytes_up", "bytes_down", "queries", "seconds"), 2 if m == "ficpd" else None)}
+                        **dict.fromkeys(
+                            ("rounds", "bytes", "bytes_up", "bytes_down", "queries", "seconds"), 2 if m == "ficpd" else None
+                        )}
                     for m in methods
                 },
             }

@@ -125,7 +125,9 @@ def read_audit(tree: Mapping[str, Any]) -> Audit:
     """What `attack._leave` wrote (JSON's keys are texts). Raises what a wrong tree raises."""
     parts = {key: value for key, value in tree.items() if key != "alarm"}
     parts["attacks"] = {
-        name: AttackMetrics(**{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}})
+        name: AttackMetrics(
+            **{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}}
+        )
         for name, of in tree["attacks"].items()
     }  # fmt: skip
     for key in ("mechanism", "planted"):
