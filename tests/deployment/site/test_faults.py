@@ -278,8 +278,12 @@ def test_a_site_whose_disk_is_full_releases_nothing_until_it_is_freed(places, ou
 @pytest.mark.parametrize(
     ("how", "broken", "words"),
     [
-        (signal.SIGKILL, lambda state: os.truncate(state / f"{LEDGER}-wal", 20000), "orders, and 3 were carried out"),
-        (signal.SIGKILL, lambda state: (state / f"{LEDGER}-wal").unlink(), "orders, and 3 were carried out"),
+        (
+            signal.SIGKILL,
+            lambda state: os.truncate(state / f"{LEDGER}-wal", 20000),
+            "assignments, and 3 were carried out",
+        ),
+        (signal.SIGKILL, lambda state: (state / f"{LEDGER}-wal").unlink(), "assignments, and 3 were carried out"),
         (signal.SIGTERM, lambda state: halve(state / LEDGER), "cannot be read as a ledger"),
         (signal.SIGKILL, lambda state: (state / WITNESS).write_text(""), "expected a number"),
     ],
