@@ -239,7 +239,7 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert mine.card["tasks"]["own"]["labels"] == {"sad": "sad", "very_happy": "very happy"}
     assert mine.card["adapted"]["shots"] == 8
     assert mine.readouts["adapted"].shape == (2, 16)
-    assert "demonstrations beside it" in (tmp_path / "mine" / "README.md").read_text()
+    assert "demonstrations that come with it" in (tmp_path / "mine" / "README.md").read_text()
     answer = json.loads(ficpd("predict", tmp_path / "mine", "--text", "the film was lovely")[1])
     assert answer["prediction"] in ("very_happy", "sad")
     known = ficpd("predict", tmp_path / "mine", "--text", "the film was lovely", "--task", "classification")[1]
@@ -330,7 +330,7 @@ def test_a_library_without_data_goes_by_what_the_task_is(ficpd, folder, tmp_path
     assert status == 0
     assert "0 records are too few" in out
     assert "no prompt was tuned for a similar task" in out
-    assert "left the start as it is" in out
+    assert "took the start" in out
     assert json.loads(ficpd("predict", tmp_path / "mine", "--text", "dull")[1])["prediction"] in "ab"
     assert "no records for --how tune" in failed(ficpd(*call[:-1], tmp_path / "other", "--how", "tune"))
 

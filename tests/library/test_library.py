@@ -290,7 +290,7 @@ def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     assert "no privacy guarantee for those records" in told
     assert "demonstrations" not in told
     shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()
-    assert "demonstrations beside it" in shown
+    assert "demonstrations that come with it" in shown
     assert "adapted" not in given.page().split("Use it")[0]
 
 
