@@ -63,7 +63,7 @@ def signatures(args: argparse.Namespace) -> None:
         names = [name for name in state.arrays if name.startswith(SIGNATURE)]
         unit = F.normalize(torch.stack([state.arrays[name].flatten() for name in names]), dim=1).numpy()
         groups = [name.removeprefix(SIGNATURE).partition(".")[0] for name in names]
-        places[space] = PCA(2).fit_transform(unit), groups, result["clusters"]["agreement"]["group"]
+        places[space] = PCA(2).fit_transform(unit), groups, result.clusters.adjusted_rand["group"]
     figure, axes = plt.subplots(1, len(SPACES), figsize=(9, 3.2), layout="constrained")
     for drawn, (space, (at, groups, index)) in zip(axes, places.items(), strict=True):
         for colour, group in zip(COLOURS, context.tasks, strict=True):

@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from library import faster
@@ -124,18 +125,18 @@ def row(context: ExperimentContext, method: str, folder: Path) -> dict[str, floa
     return chosen(context, result) if context.task.to_config()["name"] != "generation" else written(result)
 
 
-def written(result: dict[str, Any]) -> dict[str, float]:
+def written(result: RunResult) -> dict[str, float]:
     """BLEU and chrF of each client's own test records, on average, and the clients' spread."""
-    own, everyone = result["metrics"]["per_client"].values(), result["metrics"].get("global") or {}
+    own, everyone = result.scores.per_client.values(), result.scores.global_prompt or {}
     found = {name: sum(score[name] for score in own) / len(own) for name in ("bleu", "chrf")}
     return (
         found | {"worst chrf": min(score["chrf"] for score in own)} | {f"everyone {n}": v for n, v in everyone.items()}
     )
 
 
-def chosen(context: ExperimentContext, result: dict[str, Any]) -> dict[str, float]:
+def chosen(context: ExperimentContext, result: RunResult) -> dict[str, float]:
     """Accuracy on everybody's test records, in percent, the ends of its 95 % interval (Wilson), and chance."""
-    score, tested = result["metrics"]["global"], result["num_records"]["test"]
+    score, tested = result.scores.global_prompt, result.num_records.test
     low, high = binomtest(round(score["accuracy"] * tested), tested).proportion_ci(method="wilson")
     labels = context.task.to_config().get("labels")
     chance = score.get("chance") or 1 / len(labels)

@@ -25,6 +25,7 @@ import tomli_w
 
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.registry import validated_section
@@ -118,27 +119,29 @@ def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> Expe
     return build_context(parse(tomli_w.dumps(tree), "bench"))
 
 
-def trial(context: ExperimentContext, method: dict[str, Any], folder: Path) -> dict[str, Any]:
+def trial(context: ExperimentContext, method: dict[str, Any], folder: Path) -> RunResult:
     """One method's whole result."""
     experiment = context.experiment.model_copy(update={"method": validated_section("methods", method, "bench")})
     return run_method(replace(context, experiment=experiment), experiment.method, RunDir(folder), None, no_progress)
 
 
-def figures(result: dict[str, Any], local: dict[str, float]) -> dict[str, float]:
+def figures(result: RunResult, local: dict[str, float]) -> dict[str, float]:
     """`local`: accuracy of each client alone."""
-    own = {name: round(100 * score["accuracy"], 4) for name, score in result["metrics"]["per_client"].items()}
+    own = {name: round(100 * score["accuracy"], 4) for name, score in result.scores.per_client.items()}
     worst = sorted(own.values())[: -(-len(own) // 10)]
     found = {"own": sum(own.values()) / len(own), "worst decile": sum(worst) / len(worst)}
     if local:
         found["worse than local"] = 100 * sum(own[name] < local[name] for name in own) / len(own)
-    for level, scores in (result.get("levels") or {}).items():
-        found |= {f"{level}, {where}": 100 * score["accuracy"] for where, score in scores.items() if score}
-    for level, score in (result.get("unseen") or {}).items():
-        found |= {f"{level}, unseen": 100 * score["accuracy"]} if score else {}
-    found |= {"bytes up": result["bytes"]["up_per_client_round"], "seconds": sum(result["seconds"].values())}
-    if result["clusters"]:
-        found["clusters"] = result["clusters"]["number"]
-    return found | ({ALONE + name: value for name, value in own.items()} if result["method"] == "local" else {})
+    for level, scores in (result.personalization or {}).items():
+        both = {"own": scores.own, "others": scores.others}
+        found |= {f"{level}, {where}": 100 * score["accuracy"] for where, score in both.items() if score}
+    if unseen := result.unseen_clients:
+        both = {"global": unseen.global_prompt, "assigned": unseen.assigned}
+        found |= {f"{level}, unseen": 100 * score["accuracy"] for level, score in both.items() if score}
+    found |= {"bytes up": result.bytes.up_per_client_round, "seconds": result.seconds.total}
+    if result.clusters:
+        found["clusters"] = result.clusters.number
+    return found | ({ALONE + name: value for name, value in own.items()} if result.method == "local" else {})
 
 
 def compared(cells: Cells, args: argparse.Namespace, seed: int, name: str, methods: dict[str, dict[str, Any]],

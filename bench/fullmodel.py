@@ -106,9 +106,9 @@ def world_of(args: argparse.Namespace, seed: int, rate: float = PROMPT_RATE, **p
 def trained(context: ExperimentContext, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         result = run_method(context, {"name": method}, RunDir(Path(folder) / "run"), None, no_progress)
-    figures = {"accuracy": 100 * result["metrics"]["global"]["accuracy"]}
-    if result["num_rounds"]:
-        figures |= {"bytes up": result["bytes"]["up_per_client_round"], "seconds": result["seconds"]["train"]}
+    figures = {"accuracy": 100 * result.scores.global_prompt["accuracy"]}
+    if result.num_rounds:
+        figures |= {"bytes up": result.bytes.up_per_client_round, "seconds": result.seconds.train}
     return figures
 
 

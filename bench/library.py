@@ -114,17 +114,18 @@ def trial(
     for name, update in changes.items():
         experiment = experiment.model_copy(update={name: getattr(experiment, name).model_copy(update=update)})
     result = run_method(replace(context, experiment=experiment), experiment.method, RunDir(folder), None, no_progress)
-    scores, clusters = result["metrics"], result["clusters"] or {"agreement": {}, "number": 0}
-    found = {"mean client": 100 * scores["per_client_mean"]["accuracy"]}
+    scores, clusters = result.scores, result.clusters
+    found = {"mean client": 100 * scores.per_client_mean["accuracy"]}
     for group_name in context.tasks:
-        own = [s["accuracy"] for name, s in scores["per_client"].items() if name.startswith(group_name + ".")]
+        own = [s["accuracy"] for name, s in scores.per_client.items() if name.startswith(group_name + ".")]
         found[group_name] = 100 * sum(own) / len(own)
-    found |= {key: 100 * scores[key]["accuracy"] for key in ("global", "distilled") if scores.get(key)}
-    found["rand index"] = clusters["agreement"].get("group") or 0.0
-    found["prototypes"] = clusters["number"]
-    found["bytes up"], found["seconds"] = result["bytes"]["up_per_client_round"], sum(result["seconds"].values())
-    if result["privacy"]["epsilon"] is not None and result["privacy"].get("noise"):
-        found["epsilon"] = result["privacy"]["epsilon"]
+    both = {"global": scores.global_prompt, "distilled": scores.distilled}
+    found |= {key: 100 * score["accuracy"] for key, score in both.items() if score}
+    found["rand index"] = (clusters and clusters.adjusted_rand.get("group")) or 0.0
+    found["prototypes"] = clusters.number if clusters else 0
+    found["bytes up"], found["seconds"] = result.bytes.up_per_client_round, result.seconds.total
+    if result.privacy.epsilon is not None and result.privacy.noise:
+        found["epsilon"] = result.privacy.epsilon
     return found
 
 

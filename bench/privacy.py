@@ -19,6 +19,7 @@ from ficpd import rng
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.initialization import calibrate_clip_norm, public_gradients
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.registry import build_config, validated_section
@@ -115,12 +116,12 @@ def trial(
         return figures(run_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, no_progress))
 
 
-def figures(result: dict[str, Any]) -> dict[str, float]:
+def figures(result: RunResult) -> dict[str, float]:
     return {
-        "accuracy": 100 * result["metrics"]["global"]["accuracy"],
-        "macro F1": 100 * result["metrics"]["global"]["f1"],
-        "bytes up": result["bytes"]["up_per_client_round"],
-        "epsilon": result["privacy"]["epsilon"] or 0.0,
+        "accuracy": 100 * result.scores.global_prompt["accuracy"],
+        "macro F1": 100 * result.scores.global_prompt["f1"],
+        "bytes up": result.bytes.up_per_client_round,
+        "epsilon": result.privacy.epsilon or 0.0,
     }
 
 

@@ -54,13 +54,13 @@ def one(seed: int, changes: tuple[str, ...], canaries: int) -> dict[str, float]:
         result = run(parse(RECIPE, "bench", [f"seed={seed}", *changes]), Path(folder) / "run")
         audit = audit_run(Path(folder) / "run", shadows=4, members=1000, canaries=canaries, seed=seed)
     return {
-        "accuracy on test": result["metrics"]["global"]["accuracy"],
+        "accuracy on test": result.scores.global_prompt["accuracy"],
         "best advantage": audit.advantage,
         "at least": audit.advantage_interval[0],
         "at most": audit.advantage_interval[1],
         "best auc": max(attack.auc for attack in audit.attacks.values()),
         "best tpr at 1 %": max(attack.tpr[0.01] or 0.0 for attack in audit.attacks.values()),
-        "epsilon": result["privacy"]["epsilon"] or 0.0,
+        "epsilon": result.privacy.epsilon or 0.0,
         "epsilon at least": max((bound.epsilon for bound in audit.bounds.values()), default=0.0),
         "alarm": float(audit.alarm),
     }

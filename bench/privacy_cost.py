@@ -132,7 +132,7 @@ def main() -> None:
         }
         seconds = paired(works, repeats=15)
     result = {
-        "setting": f"MiniLM, prompt of 10 tokens at layer {context.start.enters_at}, {STEPS} steps of {BATCH} of {n} records",
+        "setting": f"MiniLM, 10 tokens at layer {context.start.enters_at}, {STEPS} steps of {BATCH} of {n} records",
         "seconds per order, median": medians(seconds),
         **{f"{name} / none": ratio(seconds, name, "none") for name in works if name != "none"},
     }

@@ -23,12 +23,12 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
         found = load_results(Path(folder) / "run")
     main = "rmse" if experiment.task["name"] == "regression" else "accuracy"
     figures = {
-        r["label"]: {
-            "epsilon": r["privacy"]["epsilon"],
-            f"global {main}": r["metrics"]["global"][main] if r["metrics"]["global"] else None,
-            f"own {main}, mean client": r["metrics"]["per_client_mean"][main],
-            "bytes up per client and round": r["bytes"]["up_per_client_round"],
-            "seconds": sum(r["seconds"].values()),
+        r.label: {
+            "epsilon": r.privacy.epsilon,
+            f"global {main}": r.scores.global_prompt[main] if r.scores.global_prompt else None,
+            f"own {main}, mean client": r.scores.per_client_mean[main],
+            "bytes up per client and round": r.bytes.up_per_client_round,
+            "seconds": r.seconds.total,
         }
         for r in found
     }

@@ -71,7 +71,7 @@ def test_a_run_is_a_directory_and_a_table(folder):
     assert len(repr(again)) < 200
     frame = again.to_frame()
     assert list(frame.index) == ["zero_shot", "ficpd"]
-    assert frame.loc["ficpd", "accuracy_own"] == again.result["metrics"]["per_client_mean"]["accuracy"]
+    assert frame.loc["ficpd", "accuracy_own"] == again.result.scores.per_client_mean["accuracy"]
     assert frame.loc["ficpd", "bytes_up"] > frame.loc["zero_shot", "bytes_up"] == 0
 
 
@@ -80,7 +80,7 @@ def test_a_run_takes_an_experiment_and_reports_progress(folder, tmp_path):
     experiment = small.experiment(folder, "fedavg")
     changes = ["method.name=fedprox", "federation.num_rounds=1"]
     found = ficpd.run(experiment, tmp_path / "run", changes=changes, progress=lambda *event: rounds.append(event[1]))
-    assert found.result["method"] == "fedprox"
+    assert found.result.method == "fedprox"
     assert max(rounds) == 1
     assert "num_rounds = 1" in (tmp_path / "run" / "experiment.toml").read_text()
 

@@ -11,6 +11,7 @@ import torch
 
 import small
 from ficpd import cli
+from ficpd.experiments.results import RunResult
 from ficpd.library.library import PromptLibrary
 
 
@@ -94,8 +95,8 @@ def test_run_leaves_a_run_and_prints_its_table(ficpd, folder, tmp_path):
     assert "small: fedprox on tiny, into" in out
     for words in ("zero_shot", "fedprox", "accuracy", "bytes up / client / round", "library:", "page:"):
         assert words in out
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["method"], result["seed"], result["num_rounds"]) == ("fedprox", 3, 2)
+    result = RunResult.load(tmp_path / "run")
+    assert (result.method, result.seed, result.num_rounds) == ("fedprox", 3, 2)
 
 
 def test_run_names_its_directory_itself(ficpd, folder, tmp_path, monkeypatch):

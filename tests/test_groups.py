@@ -68,9 +68,9 @@ def test_prototypes_part_what_opposes_and_beat_one_prompt_for_all(tmp_path):
     (tmp_path / "f").mkdir()
     found = run(tmp_path, "method.num_prototypes=2", rounds=8)
     naive = run(tmp_path / "f", method="fedavg", rounds=8)
-    assert found["clusters"]["agreement"]["group"] == 1.0
-    assert found["clusters"]["number"] == 2
-    own, all_alike = (r["metrics"]["per_client_mean"]["accuracy"] for r in (found, naive))
+    assert found.clusters.adjusted_rand["group"] == 1.0
+    assert found.clusters.number == 2
+    own, all_alike = (r.scores.per_client_mean["accuracy"] for r in (found, naive))
     assert own > all_alike + 0.05
     page = small.page(tmp_path)
     assert "\nopposed.site-0, opposed.site-1, opposed.site-2\n" in page
@@ -82,14 +82,14 @@ def test_the_card_says_how_many_prototypes_there_are_and_how_they_were_made(tmp_
     how = ("distillation.how=reptile", f"distillation.texts={tmp_path / 'public.txt'}", "distillation.steps=2")
     found = run(tmp_path, "method.num_prototypes=auto", "method.space=delta", *how, rounds=2)
     library = PromptLibrary.load(tmp_path / "run")
-    assert library.card["prototypes"] == found["clusters"]["number"] == len(library.prompts) - 2
+    assert library.card["prototypes"] == found.clusters.number == len(library.prompts) - 2
     assert library.card["settings"]["num_prototypes"] == "auto"
     assert library.card["settings"]["space"] == "delta"
     assert "shrinkage" in library.card["settings"]
     distilled = library.card["distilled"]
     assert (distilled["how"], distilled["writer"]) == ("reptile", "public.txt")
     page = (tmp_path / "run" / "library" / "README.md").read_text()
-    assert f"{found['clusters']['number']} prototypes" in page
+    assert f"{found.clusters.number} prototypes" in page
     assert "distilled (reptile) on examples by public.txt" in page
     (tmp_path / "f").mkdir()
     run(tmp_path / "f", method="fedavg", rounds=1)
@@ -107,17 +107,17 @@ def test_the_library_knows_every_task_and_whose_each_prototype_is(tmp_path):
 @pytest.mark.parametrize("method", ["fedavg", "local", "centralized", "zero_shot"])
 def test_every_method_runs_and_scores_each_task_by_its_own_labels(tmp_path, method):
     found = run(tmp_path, method=method, rounds=2)
-    assert len(found["metrics"]["per_client"]) == 6
-    assert 0.0 <= found["metrics"]["per_client_mean"]["accuracy"] <= 1.0
+    assert len(found.scores.per_client) == 6
+    assert 0.0 <= found.scores.per_client_mean["accuracy"] <= 1.0
     if method == "zero_shot":
-        assert found["clusters"] is None
+        assert found.clusters is None
 
 
 def test_the_oracle_goes_by_the_public_group(tmp_path):
     found = run(tmp_path, more=', space = "metadata"', rounds=2)
-    assert found["clusters"]["agreement"]["group"] == 1.0
+    assert found.clusters.adjusted_rand["group"] == 1.0
     by_site = run_experiment(parse(toml(tmp_path, more=', space = "metadata", by = "site"'), "x"), tmp_path / "by site")
-    assert by_site["clusters"]["agreement"]["site"] == 1.0
+    assert by_site.clusters.adjusted_rand["site"] == 1.0
 
 
 PRIVATE = ("privacy.name=record_gaussian", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3")
@@ -146,7 +146,7 @@ def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(t
 def test_a_private_federation_of_groups_states_the_norm_of_who_spent_most(tmp_path, method):
     result = run(tmp_path, *PRIVATE, method=method, rounds=1)
     norms = parse((tmp_path / "run" / "resolved.toml").read_text(), "x").privacy["clip_norms"]
-    assert result["privacy"]["clip_norm"] == norms[result["privacy"]["site_that_spent_most"].partition(".")[0]]
+    assert result.privacy.clip_norm == norms[result.privacy.site_that_spent_most.partition(".")[0]]
 
 
 def test_a_group_without_a_clip_norm_is_named(tmp_path):

@@ -15,6 +15,7 @@ from ficpd.cli import app
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
 from ficpd.library.records import read_records
 from ficpd.library.session import load_library
@@ -78,11 +79,9 @@ def finished(place) -> Path:
 
 
 def test_a_federation_learns_to_see(finished):
-    metrics = json.loads((finished / "result.json").read_text())["metrics"]
-    assert (
-        metrics["zero_shot"]["accuracy"] > 0.15
-    )  # class means of three examples, of random features; guessing finds 0.1
-    assert metrics["global"]["accuracy"] > metrics["zero_shot"]["accuracy"] + 0.15
+    metrics = RunResult.load(finished).scores
+    assert metrics.zero_shot["accuracy"] > 0.15  # class means of three examples, of random features; guessing finds 0.1
+    assert metrics.global_prompt["accuracy"] > metrics.zero_shot["accuracy"] + 0.15
 
 
 def test_its_library_sees_images_of_others(finished, place):

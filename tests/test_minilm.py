@@ -1,28 +1,27 @@
 """The main job on the real encoder and real sentences, short: it trains, and its library answers."""
 
-import json
-
 import pytest
 
 from ficpd.experiments.audit import audit_run
 from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.results import RunResult
 
 pytestmark = pytest.mark.slow
 
 
 def test_tuning_beats_zero_shot(minilm_run):
     """A short run of the centralised line gains at least three points on everyone's test records."""
-    accuracy = {r["label"]: r["metrics"]["global"]["accuracy"] for r in load_results(minilm_run)}
+    accuracy = {r.label: r.scores.global_prompt["accuracy"] for r in load_results(minilm_run)}
     assert accuracy["centralized, no privacy"] >= accuracy["zero_shot"] + 0.03
 
 
 def test_what_a_run_says_of_itself(minilm_run):
-    result = json.loads((minilm_run / "result.json").read_text())
-    assert result["backbone"]["fingerprint"] == "encoder:53aa51172d142c89"
-    assert result["bytes"]["up_per_client_round"] < 300
-    assert (result["privacy"]["unit"], result["privacy"]["budget"], result["privacy"]["delta"]) == ("record", 2.0, 1e-5)
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    assert result["dropped_updates"] == 0
+    result = RunResult.load(minilm_run)
+    assert result.backbone.fingerprint == "encoder:53aa51172d142c89"
+    assert result.bytes.up_per_client_round < 300
+    assert (result.privacy.unit, result.privacy.budget, result.privacy.delta) == ("record", 2.0, 1e-5)
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    assert result.dropped_updates == 0
 
 
 def test_an_audit_finds_no_contradiction(minilm_run):

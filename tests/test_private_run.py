@@ -29,15 +29,15 @@ def lines(folder) -> list[tuple]:
 
 def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
     result = small.run(tmp_path, "fedavg", *TWO)
-    block = result["privacy"]
-    assert (block["unit"], block["budget"], block["delta"], block["noise"]) == ("record", 2.0, 1e-3, "simulated")
-    assert 1.9 < block["epsilon"] <= 2.0
-    assert "one record more or less" in block["neighbouring"]
-    assert block["accountant"].startswith("dp-accounting")
-    assert block["accountant"].endswith("PLD")
-    (line,) = block["lines"]
-    assert (line["name"], line["releases"], line["share"]) == ("prompt", 6, 1.0)
-    assert max(block["epsilon_of_sites"].values()) == block["epsilon"]
+    block = result.privacy
+    assert (block.unit, block.budget, block.delta, block.noise) == ("record", 2.0, 1e-3, "simulated")
+    assert 1.9 < block.epsilon <= 2.0
+    assert "one record more or less" in block.neighbouring
+    assert block.accountant.startswith("dp-accounting")
+    assert block.accountant.endswith("PLD")
+    (line,) = block.lines
+    assert (line.name, line.releases, line.share) == ("prompt", 6, 1.0)
+    assert max(block.epsilon_of_sites.values()) == block.epsilon
     assert "simulated noise" in (tmp_path / "run" / "library" / "README.md").read_text()
 
 
@@ -50,7 +50,7 @@ def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
         "system": ((*TWO, "privacy.noise='cryptographic'"), 2.0, True),
     }
     for name, (changes, told, seeded) in cases.items():
-        spent = small.run(tmp_path / name, "fedavg", *changes)["privacy"]["epsilon"]
+        spent = small.run(tmp_path / name, "fedavg", *changes).privacy.epsilon
         card = json.loads((tmp_path / name / "run" / "library" / "card.json").read_text())
         privacy = card["privacy"]
         assert {"mechanism", "unit", "neighbouring", "epsilon", "delta", "noise"} <= privacy.keys()
@@ -63,19 +63,19 @@ def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
 
 
 def test_the_ledger_has_what_the_block_counts(tmp_path):
-    block = small.run(tmp_path, "ficpd", *TWO)["privacy"]
-    for site, epsilon in block["epsilon_of_sites"].items():
+    block = small.run(tmp_path, "ficpd", *TWO).privacy
+    for site, epsilon in block.epsilon_of_sites.items():
         spends = [PrivacyCost(*rest) for name, _, *rest in lines(tmp_path) if name == site]
         assert accountant.epsilon(spends, 1e-3) == epsilon
     assert {round for _, round, *_ in lines(tmp_path)} == {1, 2, 3}
 
 
 def test_a_noise_multiplier_states_what_it_costs(tmp_path):
-    block = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=3.0")["privacy"]
-    assert block["budget"] is None
-    assert block["noise_multiplier"] == [3.0, 3.0]
-    (line,) = block["lines"]
-    assert block["epsilon"] == accountant.epsilon([PrivacyCost("prompt", line["sampling_rate"], 3.0, 6)], 1e-3)
+    block = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=3.0").privacy
+    assert block.budget is None
+    assert block.noise_multiplier == (3.0, 3.0)
+    (line,) = block.lines
+    assert block.epsilon == accountant.epsilon([PrivacyCost("prompt", line.sampling_rate, 3.0, 6)], 1e-3)
 
 
 def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
@@ -85,12 +85,12 @@ def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
     least = min(rate for _, _, _, rate, _, _ in lines(tmp_path / "free"))
     two_rounds = accountant.epsilon([PrivacyCost("prompt", least, 3.0, 4)], 1e-3)
     result = small.run(tmp_path, "fedavg", *fixed, f"privacy.epsilon={two_rounds + 1e-6}")
-    assert result["num_rounds"] == 2
-    assert "round 3 does not take place" in result["stopped"]
-    assert result["privacy"]["epsilon"] <= two_rounds + 1e-6
+    assert result.num_rounds == 2
+    assert "round 3 does not take place" in result.stopped
+    assert result.privacy.epsilon <= two_rounds + 1e-6
     assert {round for _, round, *_ in lines(tmp_path)} <= {1, 2}
     assert "Stopped early" in small.page(tmp_path)
-    assert result["dropped_updates"] > 0  # sites with less to spend went home a round earlier
+    assert result.dropped_updates > 0  # sites with less to spend went home a round earlier
 
 
 class Killed(BaseException):
@@ -120,8 +120,8 @@ def test_a_killed_run_goes_on_and_pays_for_every_release_once(tmp_path, monkeypa
         with pytest.raises(Killed):
             run_experiment(experiment, tmp_path / "cut" / "run")
     result = run_experiment(experiment, tmp_path / "cut" / "run", resume=True)
-    assert result["privacy"] == whole["privacy"]
-    assert result["metrics"] == whole["metrics"]
+    assert result.privacy == whole.privacy
+    assert result.scores == whole.scores
     assert sorted(lines(tmp_path / "cut")) == sorted(lines(tmp_path / "whole"))
     ours, theirs = small.library(tmp_path / "cut"), small.library(tmp_path / "whole")
     assert all(small.close(ours[name], theirs[name]) for name in theirs)
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
     assert left(tmp_path) == before
     checkpoint.write_bytes(newest)
     result = run_experiment(experiment, tmp_path / "run", resume=True)
-    assert (result["num_rounds"], result["dropped_updates"]) == (5, 0)
+    assert (result.num_rounds, result.dropped_updates) == (5, 0)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_to_be_deleted_where_rounds_are_paid_for(tmp_path):
@@ -216,25 +216,25 @@ def test_another_runs_ledger_is_refused(tmp_path, monkeypatch):
 
 def test_cryptographic_noise_is_never_the_same_twice_and_resumes_with_what_was_sent(tmp_path):
     secure = (*TWO, "privacy.noise=cryptographic")
-    block = small.run(tmp_path / "a", "fedavg", *secure)["privacy"]
+    block = small.run(tmp_path / "a", "fedavg", *secure).privacy
     small.run(tmp_path / "b", "fedavg", *secure)
-    assert block["noise"] == "cryptographic"
+    assert block.noise == "cryptographic"
     assert not small.same(small.library(tmp_path / "a"), small.library(tmp_path / "b"))
 
 
 def test_central_noise_takes_only_methods_that_sum(tmp_path):
     result = small.run(tmp_path / "sum", "fedavg", *CLIENT, "privacy.placement=central")
-    assert result["privacy"]["mechanism"] == "client_gaussian (central)"
-    assert result["privacy"]["epsilon_of_sites"].keys() == {"server"}
-    assert 7.8 < result["privacy"]["epsilon"] <= 8
+    assert result.privacy.mechanism == "client_gaussian (central)"
+    assert result.privacy.epsilon_of_sites.keys() == {"server"}
+    assert 7.8 < result.privacy.epsilon <= 8
     with pytest.raises(PrivacyError, match="ficpd looks at each client's update by itself"):
         small.run(tmp_path / "each", "ficpd", *CLIENT, "privacy.placement=central")
 
 
 def test_local_client_noise_takes_every_method(tmp_path):
-    block = small.run(tmp_path, "ficpd", *CLIENT)["privacy"]
-    assert (block["unit"], [line["name"] for line in block["lines"]]) == ("client", ["update"])
-    assert block["lines"][0]["releases"] == 3
+    block = small.run(tmp_path, "ficpd", *CLIENT).privacy
+    assert (block.unit, [line.name for line in block.lines]) == ("client", ["update"])
+    assert block.lines[0].releases == 3
 
 
 @pytest.mark.parametrize("name", ["subspace", "projected"])
@@ -244,29 +244,29 @@ def test_private_and_compressed(tmp_path, name, bits):
     changes = (*TWO, f"compression.name={name}", size, f"compression.bits={bits}")
     result = small.run(tmp_path, "ficpd", *changes)
     numbers = 8 if name == "subspace" else 2 * 16
-    assert result["bytes"]["up_per_client_round"] < numbers * bits / 8 + 50
-    assert result["dropped_updates"] == 0
+    assert result.bytes.up_per_client_round < numbers * bits / 8 + 50
+    assert result.dropped_updates == 0
     assert not torch.equal(*list(small.library(tmp_path).values())[:2])
 
 
 def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     small.run(tmp_path, "fedavg", *TWO, 'baselines=["local", "fedavg:none"]')
-    found = {row["label"]: row["privacy"] for row in load_results(tmp_path / "run")}
+    found = {row.label: row.privacy for row in load_results(tmp_path / "run")}
     assert found.keys() == {"zero_shot", "local", "fedavg, no privacy", "fedavg"}
-    assert found["fedavg, no privacy"]["epsilon"] is None
-    assert found["local"]["epsilon"] == 0
+    assert found["fedavg, no privacy"].epsilon is None
+    assert found["local"].epsilon == 0
     text = small.page(tmp_path)
     assert "(simulated noise)" in text
     assert "ε alone" in text
 
 
 def test_a_statistic_has_its_own_line(tmp_path):
-    block = small.run(tmp_path, "fedavg", *TWO, "privacy.statistics={ weight = 0.2 }")["privacy"]
-    found = {line["name"]: line for line in block["lines"]}
+    block = small.run(tmp_path, "fedavg", *TWO, "privacy.statistics={ weight = 0.2 }").privacy
+    found = {line.name: line for line in block.lines}
     assert found.keys() == {"prompt", "weight"}
-    assert found["weight"]["releases"] == 1
-    assert sum(line["share"] for line in found.values()) == pytest.approx(1)
-    assert block["epsilon"] <= 2
+    assert found["weight"].releases == 1
+    assert sum(line.share for line in found.values()) == pytest.approx(1)
+    assert block.epsilon <= 2
 
 
 def test_a_warning_names_the_reason(tmp_path):

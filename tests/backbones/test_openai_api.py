@@ -358,7 +358,7 @@ def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, 
     opened = load_library(tmp_path / "run")
     assert opened.model.backbone.vocabulary.text(prompt[:, 0].tolist()) == library.card["words"]["global"]
     assert len(opened.predict(small.records(4, 7), prompt="global")) == 4
-    assert result["backbone"]["fingerprint"].startswith("endpoint:")
+    assert result.backbone.fingerprint.startswith("endpoint:")
 
 
 def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served, words, monkeypatch):

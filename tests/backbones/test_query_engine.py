@@ -165,7 +165,7 @@ def test_answers_agree_on_any_number_of_cores(model):
 @pytest.mark.usefixtures("three_cores")
 def test_a_backbone_somewhere_else_is_asked_by_one_thread(model):
     """It bounds its own questions, and would count twice what two threads ask at once."""
-    elsewhere = SimpleNamespace(device=model.backbone.device, gives_features=False)
+    elsewhere = SimpleNamespace(device=model.backbone.device, supports_features=False)
     assert QueryEngine(elsewhere).workers == 1
 
 
@@ -268,7 +268,7 @@ def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chun
             assert texts == alone
     assert len({text for texts in answers[0].texts_KB for text in texts}) > 3
     assert answers[-1].texts_KB == [[], []]
-    losses = writer.answer([query._replace(write=0) for query in queries])
+    losses = writer.answer([query._replace(max_new_tokens=0) for query in queries])
     assert all(small.close(ours.loss_KB, theirs.loss_KB) for ours, theirs in zip(answers, losses, strict=True))
 
 
@@ -290,9 +290,9 @@ def test_writing_that_cannot_be_is_refused(model, writer):
     with pytest.raises(BackboneError, match="tiny cannot write"):
         model.answer([query])
     with pytest.raises(BackboneError, match=r"gradients and for 4 written tokens.*ask twice"):
-        writer.answer([writing(writer)[0]._replace(grad=True, write=4)])
+        writer.answer([writing(writer)[0]._replace(grad=True, max_new_tokens=4)])
     with pytest.raises(BackboneError, match="cannot write -1 tokens"):
-        writer.answer([writing(writer)[0]._replace(write=-1)])
+        writer.answer([writing(writer)[0]._replace(max_new_tokens=-1)])
 
 
 # ---------------------------------------------------------------- edges

@@ -36,7 +36,7 @@ class Stumbling:
     def __getattr__(self, name):
         return getattr(self.method, name)
 
-    def train(self, client, order):
+    def local_update(self, client, order):
         where, work = self.where.get(client.id), self.method.local_update(client, order)
         if where == "first":
             raise ValueError("no records today")

@@ -1,4 +1,4 @@
-"""The privacy plan of every method: what is refused, what the ledger of a run is planned to hold, and that nothing is guessed."""
+"""The privacy plan of every method: what is refused and what a ledger is planned to hold. Nothing is guessed."""
 
 from typing import Any
 

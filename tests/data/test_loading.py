@@ -97,7 +97,7 @@ def test_a_classification_of_codes_runs(tmp_path):
     said = ", ".join(f"'{code}' = 'good'" for code in codes)
     text = small.toml(tmp_path / "codes.csv", rounds=1).replace('good = "good fine", bad = "bad dull"', said)
     result = run(parse(text, "codes.toml"), tmp_path / "run")
-    assert result["num_records"]["train"] + result["num_records"]["test"] == 40
+    assert result.num_records.train + result.num_records.test == 40
 
 
 def test_a_regression_reads_the_numbers_of_a_csv(tmp_path):

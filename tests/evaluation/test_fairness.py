@@ -1,6 +1,5 @@
 """Over clients and over groups: by hand, against fairlearn, and in a whole run."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from ficpd.errors import ConfigError, DataError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.evaluation.fairness import group_gaps, groups_of, over_clients, over_groups, share_worse_off
 from ficpd.experiments.config import parse
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.types import Record
 
@@ -264,19 +264,22 @@ def toml(folder: Path, sex: str = "fm", method: str = "fedavg") -> str:
 def test_a_run_says_who_is_served_how_well(tmp_path):
     given = parse(toml(tmp_path), "x", ["fairness.group=sex", "baselines=['local']"])
     result = run_experiment(given, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    fairness, metrics = result["fairness"], result["metrics"]
-    assert fairness["clients"]["accuracy"]["mean"] == pytest.approx(metrics["per_client_mean"]["accuracy"])
-    assert fairness["clients"]["accuracy"]["worst"] == metrics["per_client_worst"]["accuracy"]
-    groups = fairness["groups"]["classification"]["groups"]
-    assert sum(one["records"] for one in groups.values()) == result["num_records"]["test"] == 45
-    pooled = sum(one["records"] * one["accuracy"] for one in groups.values()) / 45
-    assert pooled == pytest.approx(metrics["global"]["accuracy"])  # fedavg: everybody's own prompt is the one of all
-    local = json.loads((tmp_path / "run" / "baselines" / "local" / "result.json").read_text())
-    alone = local["metrics"]["per_client"]
-    worse = [n for n, own in metrics["per_client"].items() if own["accuracy"] < alone[n]["accuracy"]]
-    assert fairness["worse_off_than_local"]["accuracy"]["worse"] == sorted(worse)
-    assert {"clients", "groups"} <= local["fairness"].keys()
+    assert RunResult.load(tmp_path / "run") == result
+    fairness, metrics = result.fairness, result.scores
+    assert fairness.clients["accuracy"].mean == pytest.approx(metrics.per_client_mean["accuracy"])
+    assert fairness.clients["accuracy"].worst == metrics.per_client_worst["accuracy"]
+    groups = fairness.groups["classification"].groups
+    assert sum(one.records for one in groups.values()) == result.num_records.test == 45
+    pooled = sum(one.records * one.accuracy for one in groups.values()) / 45
+    assert pooled == pytest.approx(
+        metrics.global_prompt["accuracy"]
+    )  # fedavg: everybody's own prompt is the one of all
+    local = RunResult.load(tmp_path / "run" / "baselines" / "local")
+    alone = local.scores.per_client
+    worse = [n for n, own in metrics.per_client.items() if own["accuracy"] < alone[n]["accuracy"]]
+    assert fairness.worse_off_than_local["accuracy"].worse == sorted(worse)
+    assert local.fairness.clients
+    assert local.fairness.groups
     page = small.page(tmp_path)
     assert "own test accuracy % of 3 clients" in page
     assert f"Worse off than alone: {len(worse)} of 3" in page
@@ -287,7 +290,8 @@ def test_a_run_says_who_is_served_how_well(tmp_path):
 
 def test_a_run_that_is_not_asked_compares_no_groups(tmp_path):
     result = small.run(tmp_path, rounds=1)
-    assert result["fairness"].keys() == {"clients"}
+    assert result.fairness.clients
+    assert (result.fairness.column, result.fairness.groups) == (None, {})
     page = small.page(tmp_path)
     assert "Client by client" in page
     assert "Groups of people" not in page

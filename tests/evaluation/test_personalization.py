@@ -15,8 +15,8 @@ RARELY = ("method.gather=false", "method.num_prototypes=2", "federation.clients_
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_ends_where_some_clients_were_never_heard(tmp_path, seed):
     found = small.run(tmp_path, "ficpd", *RARELY, rounds=2, seed=seed)
-    assert 1 <= len(found["clusters"]["member"]) < 3
-    assert "global" in found["levels"]
+    assert 1 <= len(found.clusters.member) < 3
+    assert "global" in found.personalization
     assert page_of(tmp_path / "run").sections
 
 

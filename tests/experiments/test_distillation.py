@@ -42,14 +42,14 @@ def test_a_run_ends_in_a_distilled_prompt_and_a_file_of_examples(tmp_path, texts
         tmp_path, f"distillation.how={how}", texts, "distillation.steps=10", "distillation.least_agreement=0.5",
         "method.num_prototypes=2", rounds=2,
     )  # fmt: skip
-    facts, library = found["distillation"], PromptLibrary.load(tmp_path / "run")
+    facts, library = found.distillation, PromptLibrary.load(tmp_path / "run")
     assert set(library.prompts) == {"global", "prototype-0", "prototype-1", "distilled"}
     moved = not (library.prompts["distilled"].vectors_PD == library.prompts["global"].vectors_PD).all()
-    assert moved == facts["gained"]
+    assert moved == facts.gained
     lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
     assert {line["label"] for line in lines} <= {"good", "bad", "up", "down"}
-    assert len(lines) == sum(int(said.split()[0]) for said in facts["examples"].values())
-    assert 0 <= found["metrics"]["distilled"]["accuracy"] <= 1
+    assert len(lines) == sum(int(said.split()[0]) for said in facts.examples.values())
+    assert 0 <= found.scores.distilled["accuracy"] <= 1
     page = small.page(tmp_path)
     assert f"({how})" in page
     assert "One prompt was distilled from the prototypes" in page
@@ -91,8 +91,8 @@ def test_a_task_without_labels_teaches_nothing_and_keeps_nobody_else_from_it(tmp
     rating = "groups.opposed.task={name='regression',anchors={'bad dull'=1.0,'good fine'=5.0}}"
     changes = ["distillation.how=squared", texts, "distillation.least_agreement=0.5", rating]
     found = run_experiment(parse(recipe, "groups.toml", changes), tmp_path / "run")
-    assert found["distillation"]["examples"]["opposed"] == "0 examples: a task without labels"
-    assert int(found["distillation"]["examples"]["plain"].split()[0]) > 1
+    assert found.distillation.examples["opposed"] == "0 examples: a task without labels"
+    assert int(found.distillation.examples["plain"].split()[0]) > 1
 
 
 def test_copies_of_training_records_are_dropped(tmp_path):
@@ -103,8 +103,8 @@ def test_copies_of_training_records_are_dropped(tmp_path):
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
         "distillation.least_agreement=0.5", rounds=1,
     )  # fmt: skip
-    assert "memorised" in found["distillation"]["examples"]["plain"]
-    assert found["distillation"]["memorised"] == {"plain": 0, "opposed": 0}
+    assert "memorised" in found.distillation.examples["plain"]
+    assert found.distillation.memorised == {"plain": 0, "opposed": 0}
 
 
 def test_under_a_guarantee_copies_are_counted_and_nothing_is_chosen_by_records(tmp_path):
@@ -115,8 +115,8 @@ def test_under_a_guarantee_copies_are_counted_and_nothing_is_chosen_by_records(t
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
         "distillation.least_agreement=0.5", "privacy.name=record_gaussian", "privacy.noise_multiplier=1", rounds=1,
     )  # fmt: skip
-    assert "memorised" not in found["distillation"]["examples"]["plain"]
-    assert found["distillation"]["memorised"]["plain"] > 0
+    assert "memorised" not in found.distillation.examples["plain"]
+    assert found.distillation.memorised["plain"] > 0
 
 
 def test_without_any_example_the_global_prompt_stays(tmp_path):
@@ -124,14 +124,14 @@ def test_without_any_example_the_global_prompt_stays(tmp_path):
     found = test_groups.run(
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}", rounds=1
     )
-    assert found["distillation"]["gained"] is False
-    assert found["distillation"]["examples"]["plain"].startswith("0 examples; dropped: 2")
-    assert found["metrics"]["distilled"] == found["metrics"]["global"]
+    assert found.distillation.gained is False
+    assert found.distillation.examples["plain"].startswith("0 examples; dropped: 2")
+    assert found.scores.distilled == found.scores.global_prompt
 
 
 def test_words_of_the_vocabulary_serve_where_nothing_else_is_given(tmp_path):
     found = test_groups.run(tmp_path, "distillation.how=kl", "distillation.per_label=8", rounds=1)
-    assert found["distillation"]["writer"] == "words of the vocabulary"
+    assert found.distillation.writer == "words of the vocabulary"
 
 
 def with_writer(folder, monkeypatch, write) -> dict:
@@ -159,22 +159,22 @@ def test_a_writer_of_its_own_writes_for_every_label(tmp_path, monkeypatch):
         asked.append(request)
         return next(texts)
 
-    found = with_writer(tmp_path, monkeypatch, write)["distillation"]
-    assert found["writer"] != "words of the vocabulary"
+    found = with_writer(tmp_path, monkeypatch, write).distillation
+    assert found.writer != "words of the vocabulary"
     assert len(asked) == 40
     assert sum("it was good fine" in request for request in asked) == 20
     lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
     assert {line["label"] for line in lines} <= {"good", "bad", "up", "down"}
-    assert len(lines) == sum(int(said.split()[0]) for said in found["examples"].values()) > 1
+    assert len(lines) == sum(int(said.split()[0]) for said in found.examples.values()) > 1
 
 
 @pytest.mark.parametrize("said", ["", "   \n\n", "?!"])
 def test_a_writer_that_writes_nothing_leaves_the_global_prompt(tmp_path, monkeypatch, said):
     found = with_writer(tmp_path, monkeypatch, lambda request: said)
-    assert found["distillation"]["gained"] is False
-    assert found["distillation"]["examples"]["plain"].startswith("0 examples; dropped: 20 ")
+    assert found.distillation.gained is False
+    assert found.distillation.examples["plain"].startswith("0 examples; dropped: 20 ")
     assert (tmp_path / "run" / "synthetic.jsonl").read_text() == ""
-    assert found["metrics"]["distilled"] == found["metrics"]["global"]
+    assert found.scores.distilled == found.scores.global_prompt
     assert "One prompt was distilled" in small.page(tmp_path)
 
 
@@ -183,9 +183,9 @@ def test_smollm2_writes_for_a_federation_of_another_backbone(tmp_path):
     found = test_groups.run(
         tmp_path, "distillation.how=squared", "distillation.writer=smollm2", "distillation.per_label=6",
         "distillation.least_agreement=0.5", rounds=1,
-    )["distillation"]  # fmt: skip
+    ).distillation  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
-    assert "smollm2" in found["writer"].lower()
+    assert "smollm2" in found.writer.lower()
     assert lines
     assert all(len(line["text"].split()) >= 3 for line in lines)
 
@@ -265,4 +265,4 @@ def test_some_task_must_have_labels(tmp_path, task):
 
 
 def test_what_is_not_used_does_not_stop_a_method_without_prototypes(tmp_path):
-    assert run_experiment(given(tmp_path, small.NUMBERS, "fedavg"), tmp_path / "run")["num_rounds"] == 3
+    assert run_experiment(given(tmp_path, small.NUMBERS, "fedavg"), tmp_path / "run").num_rounds == 3

@@ -21,6 +21,7 @@ from ficpd.experiments.config import parse
 from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.report.build import page_of
 from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import ROUNDS, RunDir
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import codec
@@ -37,8 +38,8 @@ def left_by(out: Path) -> dict[str, torch.Tensor]:
     """All numbers that a run leaves: its library, its last state, what clients keep, its scores."""
     prompts = {f"library/{n}": p.vectors_PD for n, p in PromptLibrary.load(out).candidates().items()}
     state, kept, rounds, _ = RunDir(out).load()
-    metrics = json.loads((out / "result.json").read_text())["metrics"]
-    scores = [value for score in metrics["per_client"].values() for value in score.values()]
+    metrics = RunResult.load(out).scores
+    scores = [value for score in metrics.per_client.values() for value in score.values()]
     return {
         **prompts,
         **state.arrays,
@@ -80,42 +81,40 @@ def test_the_files_of_a_run(finished):
 
 @pytest.mark.parametrize("where", [".", "baselines/local", "baselines/centralized", "baselines/zero_shot"])
 def test_a_result_holds_what_was_asked_for(finished, where):
-    result = json.loads((finished / "run" / where / "result.json").read_text())
-    assert result["method"] == {".": "ficpd"}.get(where, Path(where).name)
-    assert (result["backbone"]["name"], result["task"], result["seed"]) == ("tiny", "classification", 0)
-    assert result["num_clients"] == (1 if result["method"] == "centralized" else 3)
-    assert result["num_rounds"] == (0 if result["method"] == "zero_shot" else 4)
-    assert {"global", "per_client", "zero_shot"} <= result["metrics"].keys()
-    scores = [*result["metrics"]["per_client"].values(), result["metrics"]["zero_shot"]]
+    result = RunResult.load(finished / "run" / where)
+    assert result.method == {".": "ficpd"}.get(where, Path(where).name)
+    assert (result.backbone.name, result.task, result.seed) == ("tiny", "classification", 0)
+    assert result.num_clients == (1 if result.method == "centralized" else 3)
+    assert result.num_rounds == (0 if result.method == "zero_shot" else 4)
+    assert result.scores.per_client
+    scores = [*result.scores.per_client.values(), result.scores.zero_shot]
     assert all(score.keys() == {"accuracy", "f1"} and 0 <= score["accuracy"] <= 1 for score in scores)
-    assert (result["metrics"]["global"] is None) == (result["method"] == "local")
-    assert result["bytes"].keys() == {"up_per_client_round", "down_per_client_round", "up_total", "down_total"}
-    assert {"train", "aggregate", "evaluate"} <= result["seconds"].keys()
-    assert all(value >= 0 for value in result["seconds"].values())
-    nothing_leaves = result["method"] in ("local", "zero_shot")
+    assert (result.scores.global_prompt is None) == (result.method == "local")
+    assert all(value >= 0 for value in result.seconds.model_dump().values())
+    nothing_leaves = result.method in ("local", "zero_shot")
     guarantee = ("record", 0.0) if nothing_leaves else ("none", None)
-    assert (result["privacy"]["unit"], result["privacy"]["epsilon"]) == guarantee
-    assert {"device", "torch"} <= result["machine"].keys()
-    assert {"ficpd", "torch"} <= result["versions"].keys()
-    assert result["dropped_updates"] == 0
+    assert (result.privacy.unit, result.privacy.epsilon) == guarantee
+    assert {"device", "torch"} <= result.machine.keys()
+    assert {"ficpd", "torch"} <= result.versions.keys()
+    assert result.dropped_updates == 0
 
 
 def test_every_round_has_its_line_and_bytes_add_up(finished):
     out = finished / "run"
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    result = json.loads((out / "result.json").read_text())
-    assert result["bytes"]["up_total"] == sum(line["bytes_up"] for line in lines) > 0
-    assert result["bytes"]["down_total"] == sum(line["bytes_down"] for line in lines) > 0
-    assert result["bytes"]["up_per_client_round"] == result["bytes"]["up_total"] / 12
-    assert result["bytes"]["down_per_client_round"] == result["bytes"]["down_total"] / 12
-    assert 3 * 16 * 4 < result["bytes"]["up_per_client_round"] < 3 * 16 * 4 + 300
+    result = RunResult.load(out)
+    assert result.bytes.up_total == sum(line["bytes_up"] for line in lines) > 0
+    assert result.bytes.down_total == sum(line["bytes_down"] for line in lines) > 0
+    assert result.bytes.up_per_client_round == result.bytes.up_total / 12
+    assert result.bytes.down_per_client_round == result.bytes.down_total / 12
+    assert 3 * 16 * 4 < result.bytes.up_per_client_round < 3 * 16 * 4 + 300
     assert ["own_accuracy" in line["metrics"] for line in lines] == [False, True, False, False]
 
 
 def test_the_report_has_a_row_for_each_method(finished):
     names = ["zero_shot", "local", "centralized", "ficpd"]
-    assert [result["method"] for result in load_results(finished / "run")] == names
+    assert [result.method for result in load_results(finished / "run")] == names
     (methods,) = [section for section in page_of(finished / "run").sections if section.id == "methods"]
     (table,) = [block for block in methods.blocks if isinstance(block, Table)]
     assert [line[0] for line in table.cells] == names
@@ -142,14 +141,14 @@ def test_a_finished_run_is_not_run_again(finished):
         finished, "ficpd", "baselines=['local', 'centralized']", "federation.evaluate_every=2", rounds=4
     )
     before = {file: file.stat().st_mtime_ns for file in (finished / "run").rglob("result.json")}
-    assert run_experiment(again, finished / "run", resume=True)["method"] == "ficpd"
+    assert run_experiment(again, finished / "run", resume=True).method == "ficpd"
     assert {file: file.stat().st_mtime_ns for file in (finished / "run").rglob("result.json")} == before
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ficpd", "local", "centralized", "zero_shot"])
 def test_a_run_without_rounds_leaves_the_start(tmp_path, method):
     result = small.run(tmp_path, method, rounds=0)
-    assert (result["bytes"]["up_total"], result["num_rounds"]) == (0, 0)
+    assert (result.bytes.up_total, result.num_rounds) == (0, 0)
     found = small.library(tmp_path)
     assert all(torch.equal(vectors, found["start"]) for vectors in found.values())
 
@@ -157,8 +156,8 @@ def test_a_run_without_rounds_leaves_the_start(tmp_path, method):
 @pytest.mark.parametrize("method", ["fedavg", "ficpd"])
 def test_a_run_whose_every_update_is_dropped_ends_and_says_so(tmp_path, method):
     result = small.run(tmp_path, method, "federation.max_update_norm=1e-9", rounds=2)
-    assert result["dropped_updates"] == 6
-    assert result["bytes"]["up_total"] > 0
+    assert result.dropped_updates == 6
+    assert result.bytes.up_total > 0
     assert "6 updates were dropped." in small.page(tmp_path)
 
 
@@ -186,8 +185,8 @@ def test_regression_and_a_tuned_head_run_too(tmp_path):
         'labels = { good = "good fine", bad = "bad dull" }', 'anchors = { "bad dull" = 1.0, "good fine" = 5.0 }'
     )
     result = run_experiment(parse(text, "numbers.toml"), tmp_path / "run")
-    assert result["task"] == "regression"
-    assert result["metrics"]["global"]["rmse"] < 3
+    assert result.task == "regression"
+    assert result.scores.global_prompt["rmse"] < 3
     assert PromptLibrary.load(tmp_path / "run").start.head_rows == 2
 
 
@@ -365,7 +364,7 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
 
 def test_an_empty_directory_is_taken(tmp_path):
     (tmp_path / "run").mkdir()
-    assert small.run(tmp_path, rounds=1)["num_rounds"] == 1
+    assert small.run(tmp_path, rounds=1).num_rounds == 1
 
 
 def test_another_experiment_is_not_gone_on_with(finished):
@@ -396,7 +395,7 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path, damage):
     with pytest.raises(RunError, match=r"checkpoint cannot be read: .*Delete it to begin anew"):
         run_experiment(given, out, resume=True)
     (out / "checkpoint").unlink()
-    assert run_experiment(given, out, resume=True)["num_rounds"] == 3
+    assert run_experiment(given, out, resume=True).num_rounds == 3
 
 
 @pytest.mark.parametrize("told", [None, b"", b"[", b"3", b'[{"round": 1}]'])
@@ -507,9 +506,10 @@ def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):
     text = small.toml(small.table(tmp_path / "table.csv"), "fpl")
     text = text.replace('kind = "column"\ncolumn = "site"', 'kind = "iid"\nnum_clients = 4')
     result = run_experiment(parse(text, "x", ["federation.unseen_clients=1"]), tmp_path / "run")
-    assert result["num_clients"] == 3
-    assert len(result["metrics"]["per_client"]) == 3
-    assert set(result["unseen"]) == {"global", "assigned"}
+    assert result.num_clients == 3
+    assert len(result.scores.per_client) == 3
+    assert result.unseen_clients.global_prompt
+    assert result.unseen_clients.assigned
     assert "Clients that took no part" in small.page(tmp_path)
 
 
@@ -530,6 +530,6 @@ def test_a_personal_prompt_outlives_a_run_that_was_cut_off(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_experiment(experiment, out, progress=cut)
     again = run_experiment(experiment, out, resume=True)
-    assert again["levels"] == whole["levels"]
-    assert set(again["levels"]) == {"personal", "global"}
+    assert again.personalization == whole.personalization
+    assert set(again.personalization) == {"personal", "global"}
     assert any(name.endswith("/residual") for name in RunDir(out).load()[1])

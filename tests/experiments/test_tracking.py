@@ -60,11 +60,11 @@ def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted, monkeypatch)
     assert set(noted) == {"run", "baselines/local", "baselines/zero_shot"}
     own = noted["run"]
     sent = [(value, step) for tag, value, step in own.points if tag == "bytes_up"]
-    assert sent == [(result["bytes"]["up_total"] / 3, step) for step in (1, 2, 3)]
+    assert sent == [(result.bytes.up_total / 3, step) for step in (1, 2, 3)]
     assert ("dropped", 0, 1) in own.points
     assert [step for tag, _, step in own.points if tag == "own_accuracy"] == [1, 2, 3]
     assert own.points[-1][2] == 3
-    assert ("global_accuracy", result["metrics"]["global"]["accuracy"], 3) in own.points
+    assert ("global_accuracy", result.scores.global_prompt["accuracy"], 3) in own.points
     assert (own.params["method.name"], own.params["federation.num_rounds"]) == ("fedavg", "3")
     assert noted["baselines/local"].params["training.local_steps"] == "2"
     assert all(one.closed for one in noted.values())
@@ -117,7 +117,7 @@ def test_tensorboard_reads_what_was_sent(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("bytes_up")] == [1, 2, 3]
     last = events.Scalars("global_accuracy")[-1]
-    assert (last.step, last.value) == (3, pytest.approx(result["metrics"]["global"]["accuracy"]))
+    assert (last.step, last.value) == (3, pytest.approx(result.scores.global_prompt["accuracy"]))
     (said,) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("settings/text_summary")]
     assert "| method.name | fedavg |" in said
 

@@ -93,7 +93,7 @@ def test_what_clients_keep_goes_to_a_checkpoint_and_back(model):
 
 
 def test_members_under_two_methods_share_what_they_encoded_but_not_others_records(client, model):
-    again = replace(client, kept={})
+    again = replace(client, client_state={})
     assert again.encoded() is client.encoded()
     other = replace(client, train=list(client.train[:3]))
     assert len(other.encoded()) == 3

@@ -25,40 +25,40 @@ def lines(folder) -> list[dict]:
 
 def test_gradients_and_forward_queries_are_counted_apart(tmp_path):
     """Three clients of 20 records, two steps of four records in each of three rounds."""
-    white = small.run(tmp_path / "white", "fedavg")["queries"]
-    black = small.run(tmp_path / "black", "fedavg", *SPSA)["queries"]
-    assert (white["forward"], white["gradient"]) == (0, 3 * 3 * 2 * 4)
-    assert (black["forward"], black["gradient"]) == (3 * 3 * 2 * 4 * 6, 0)
-    assert black["per_client_round"] == 2 * 4 * 6
-    assert black["per_client_most"] == 3 * 2 * 4 * 6
-    assert set(map(str, black["per_client"].values())) == {str({"forward": 144, "gradient": 0})}
+    white = small.run(tmp_path / "white", "fedavg").queries
+    black = small.run(tmp_path / "black", "fedavg", *SPSA).queries
+    assert (white.forward, white.gradient) == (0, 3 * 3 * 2 * 4)
+    assert (black.forward, black.gradient) == (3 * 3 * 2 * 4 * 6, 0)
+    assert black.per_client_round == 2 * 4 * 6
+    assert black.per_client_most == 3 * 2 * 4 * 6
+    assert {(one.forward, one.gradient) for one in black.per_client.values()} == {(144, 0)}
     assert [line["queries"] for line in lines(tmp_path / "black")] == [
         {name: [48, 0] for name in ("site-0", "site-1", "site-2")}
     ] * 3
 
 
 def test_what_a_client_tunes_for_itself_is_counted_too(tmp_path):
-    found = small.run(tmp_path, "fpl", "method.clusters=none", "method.held_back=0")["queries"]
-    assert found["gradient"] > 3 * 3 * 2 * 4
+    found = small.run(tmp_path, "fpl", "method.clusters=none", "method.held_back=0").queries
+    assert found.gradient > 3 * 3 * 2 * 4
 
 
 @pytest.mark.parametrize("most", [47, 48, 100, 143, 144])
 def test_a_run_ends_before_a_round_that_could_ask_more(tmp_path, most):
     result = small.run(tmp_path, "fedavg", *SPSA, f"federation.max_queries={most}")
-    assert result["num_rounds"] == most // 48
-    assert result["queries"]["per_client_most"] == most // 48 * 48
+    assert result.num_rounds == most // 48
+    assert result.queries.per_client_most == most // 48 * 48
     if most < 144:
-        assert f"federation.max_queries = {most}" in result["stopped"]
-        assert f"round {most // 48 + 1} does not take place" in result["stopped"]
+        assert f"federation.max_queries = {most}" in result.stopped
+        assert f"round {most // 48 + 1} does not take place" in result.stopped
     else:
-        assert result["stopped"] is None
+        assert result.stopped is None
 
 
 def test_a_method_that_does_not_say_what_it_asks_is_known_from_its_first_round(tmp_path):
-    asks = small.run(tmp_path / "free", "fpl", "method.clusters=none", rounds=1)["queries"]["per_client_most"]
+    asks = small.run(tmp_path / "free", "fpl", "method.clusters=none", rounds=1).queries.per_client_most
     result = small.run(tmp_path / "bound", "fpl", "method.clusters=none", f"federation.max_queries={2 * asks}")
-    assert result["num_rounds"] < 3
-    assert result["queries"]["per_client_most"] <= 2 * asks
+    assert result.num_rounds < 3
+    assert result.queries.per_client_most <= 2 * asks
 
 
 def test_a_poisson_sample_is_expected_to_be_large(model):
@@ -104,7 +104,7 @@ def test_an_interrupted_run_counts_as_one_that_was_not(tmp_path, monkeypatch, pr
         with pytest.raises(KilledError):
             run_experiment(experiment, tmp_path / "cut" / "run")
     again = run_experiment(experiment, tmp_path / "cut" / "run", resume=True)
-    assert again["queries"] == whole["queries"]
+    assert again.queries == whole.queries
     assert [line["queries"] for line in lines(tmp_path / "cut")] == [
         line["queries"] for line in lines(tmp_path / "whole")
     ]

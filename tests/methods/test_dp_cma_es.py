@@ -127,10 +127,10 @@ def test_clipping_each_loss_by_itself_would_not_hold(model, monkeypatch):
 
 def test_a_generation_is_paid_once(tmp_path):
     result = small.run(tmp_path, "dp_cma_es", *PRIVATE, "training.population=6")
-    (line,) = result["privacy"]["lines"]
-    assert (line["name"], line["releases"]) == ("prompt", 3)
-    assert 7.5 < result["privacy"]["epsilon"] <= 8
-    assert result["dropped_updates"] == 0
+    (line,) = result.privacy.lines
+    assert (line.name, line.releases) == ("prompt", 3)
+    assert 7.5 < result.privacy.epsilon <= 8
+    assert result.dropped_updates == 0
 
 
 @pytest.mark.parametrize("changes", [
@@ -140,8 +140,8 @@ def test_a_generation_is_paid_once(tmp_path):
 ])  # fmt: skip
 def test_whole_runs(tmp_path, changes):
     result = small.run(tmp_path, "dp_cma_es", *changes)
-    assert result["dropped_updates"] == 0
-    assert result["levels"].keys() == {"global"}
+    assert result.dropped_updates == 0
+    assert result.personalization.keys() == {"global"}
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):

@@ -196,10 +196,10 @@ def test_clipping_each_direction_by_itself_would_not_hold(model, monkeypatch):
 
 
 def test_a_step_is_paid_once_for_all_directions_and_eps_is_kept(tmp_path):
-    block = small.run(tmp_path, "dp_zo", *PRIVATE)["privacy"]
-    (line,) = block["lines"]
-    assert (line["name"], line["releases"]) == ("prompt", 6)
-    assert 7.5 < block["epsilon"] <= 8
+    block = small.run(tmp_path, "dp_zo", *PRIVATE).privacy
+    (line,) = block.lines
+    assert (line.name, line.releases) == ("prompt", 6)
+    assert 7.5 < block.epsilon <= 8
 
 
 # ---------------------------------------------------------------- whole runs
@@ -209,8 +209,8 @@ def test_a_step_is_paid_once_for_all_directions_and_eps_is_kept(tmp_path):
 def test_in_a_subspace_both_halves_know_where_they_are(tmp_path, directions):
     changes = ("compression.name=subspace", "compression.dimension=8", f"compression.directions={directions}")
     result = small.run(tmp_path, "dp_zo", *changes, "training.directions=3")
-    assert result["dropped_updates"] == 0
-    assert result["levels"].keys() == {"global"}  # what clients rebuild is the server's prompt, bit for bit
+    assert result.dropped_updates == 0
+    assert result.personalization.keys() == {"global"}  # what clients rebuild is the server's prompt, bit for bit
 
 
 def test_what_it_leaves_lies_in_the_subspace(model):
@@ -222,23 +222,23 @@ def test_what_it_leaves_lies_in_the_subspace(model):
     members = small.clients(model, of, compression=compression)
     delta = of.global_prompt(ran(model, of, members, 3)) - start.vectors_PD
     assert float(delta.norm()) > 1e-3
-    assert small.close(compression.coordinates.lift(compression.coordinates.project(delta)), delta, 1e-5)  # type: ignore[union-attr]
+    assert small.close(compression.subspace.lift(compression.subspace.project(delta)), delta, 1e-5)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("how", ["local", "central"])
 def test_client_level_noise(tmp_path, how):
     level = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", f"privacy.placement={how}")
     result = small.run(tmp_path, "dp_zo", *level)
-    assert result["privacy"]["unit"] == "client"
-    assert result["dropped_updates"] == 0
-    assert 0.05 < result["privacy"]["clip_norm"] < 0.5  # slopes of 0.1 to 0.2 in two steps; a prompt's way would be 0.7
+    assert result.privacy.unit == "client"
+    assert result.dropped_updates == 0
+    assert 0.05 < result.privacy.clip_norm < 0.5  # slopes of 0.1 to 0.2 in two steps; a prompt's way would be 0.7
     stated = small.run(tmp_path / "stated", "dp_zo", *level, "method.client_clip_norm=0.3")
-    assert stated["privacy"]["clip_norm"] == 0.3
+    assert stated.privacy.clip_norm == 0.3
 
 
 def test_a_robust_mean_of_slopes(tmp_path):
     result = small.run(tmp_path, "dp_zo", "method.robust={ rule = 'trimmed_mean', num_byzantine = 1 }")
-    assert result["dropped_updates"] == 0
+    assert result.dropped_updates == 0
 
 
 # ---------------------------------------------------------------- orders at a site

@@ -55,7 +55,7 @@ def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are
     """With the same queries: those whose losses are high are not among the parents of the next generation."""
     left = {}
     for kind in (FedBpt, Averages):
-        of = kind(type(method().config)(ratio=False, dimension=48), 0)
+        of = kind(type(method().config)(ratio=False, dimension=48), small.TRAINING)
         members = small.clients(model, of, 6)
         bowls, state = Bowls(model, members), small.first_state(of, members, 40)
         for round in range(1, 41):
@@ -85,9 +85,9 @@ def test_the_servers_step_size_is_that_of_the_better_half(model, monkeypatch):
     from ficpd.methods import fedbpt
 
     of, given = method(iterations=2, population=5, dimension=6), []
-    original = fedbpt.Search
+    original = fedbpt.CMAES
     monkeypatch.setattr(
-        fedbpt, "Search", lambda state, *more: given.append(float(state["sigma"])) or original(state, *more)
+        fedbpt, "CMAES", lambda state, *more: given.append(float(state["sigma"])) or original(state, *more)
     )
     state = small.first_state(of, small.clients(model, of))
     losses = {"a": 0.1, "b": 0.4, "c": 0.2, "d": 0.3}

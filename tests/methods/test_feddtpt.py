@@ -136,7 +136,7 @@ class Watching:
     def __getattr__(self, name):
         return getattr(self.mechanism, name)
 
-    def mean(self, values_KB, expected_batch, noise):
+    def noisy_mean(self, values_KB, expected_batch, noise):
         self.averaged.append(values_KB.clone())
         return self.mechanism.noisy_mean(values_KB, expected_batch, noise)
 
@@ -173,10 +173,10 @@ def test_with_little_noise_it_chooses_as_without_and_with_much_it_does_not(model
 def test_a_run_keeps_within_its_budget_with_a_clip_norm_of_its_own(tmp_path):
     private = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
     result = small.run(tmp_path, "feddtpt", *private, "method.clip_norm=0.75")
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    assert result["privacy"]["clip_norm"] == 0.75
-    (line,) = result["privacy"]["lines"]
-    assert (line["name"], line["releases"]) == ("prompt", 6)
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    assert result.privacy.clip_norm == 0.75
+    (line,) = result.privacy.lines
+    assert (line.name, line.releases) == ("prompt", 6)
 
 
 class ChoosesByItself(FedDtpt):
@@ -188,7 +188,7 @@ class ChoosesByItself(FedDtpt):
             return values_KB.mean(1)
 
         beside = SimpleNamespace(
-            id=client.id, weight=client.weight, words=client.vocabulary, batches=client.batches, mean=mean
+            id=client.id, weight=client.weight, vocabulary=client.vocabulary, batches=client.batches, private_mean=mean
         )
         return super().local_update(beside, order)
 
@@ -210,9 +210,9 @@ def test_noise_on_words_is_refused(tmp_path, placement):
 
 
 def test_words_travel_as_integers_of_four_bytes_whatever_the_compression(tmp_path):
-    few = small.run(tmp_path / "a", "feddtpt", "prompt.num_tokens=3")["bytes"]["up_per_client_round"]
+    few = small.run(tmp_path / "a", "feddtpt", "prompt.num_tokens=3").bytes.up_per_client_round
     more = small.run(tmp_path / "b", "feddtpt", "prompt.num_tokens=8", "compression.name=none", "compression.bits=8")
-    assert more["bytes"]["up_per_client_round"] - few == 5 * 4
+    assert more.bytes.up_per_client_round - few == 5 * 4
 
 
 def test_large_ids_pass_the_check_of_the_norm_and_ids_that_are_no_words_are_set_aside_by_name(model):
@@ -229,7 +229,7 @@ def test_large_ids_pass_the_check_of_the_norm_and_ids_that_are_no_words_are_set_
     honest = [ClientUpdate(f"site-{i}", {"words": torch.tensor(START, dtype=TOKEN_DTYPE)}) for i in range(2)]
     below = ClientUpdate("site-8", {"words": torch.tensor([-1, *START[1:]], dtype=TOKEN_DTYPE)})
     after = method.aggregate(state, [*honest, below, huge], 1, model)
-    assert after.facts["set_aside"].keys() == {"site-8", "site-9"}
+    assert after.facts["excluded_updates"].keys() == {"site-8", "site-9"}
     assert after.arrays["prompt"][:, 0].tolist() == START
     assert method.aggregate(state, [huge], 1, model).arrays["prompt"][:, 0].tolist() == START
 
@@ -249,7 +249,7 @@ def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_re
     from ficpd.experiments.build import build_context
 
     test = [record for shard in build_context(experiment).shards.values() for record in shard.test]
-    assert opened.evaluate(test)["accuracy"] == pytest.approx(result["metrics"]["global"]["accuracy"])
+    assert opened.evaluate(test)["accuracy"] == pytest.approx(result.scores.global_prompt["accuracy"])
     assert len(opened.predict(test)) == len(test)
 
 

@@ -201,7 +201,7 @@ def test_the_ledger_has_a_line_of_each_release_and_the_noise_that_was_added(mode
     noised, total = [], mechanism.noisy_sum
 
     def watched(name, values, noise):
-        drawn = noise.gaussian
+        drawn = noise.add_gaussian
         noise.add_gaussian = lambda v, deviation: noised.append((name, deviation)) or drawn(v, deviation)
         try:
             return total(name, values, noise)
@@ -292,15 +292,15 @@ def test_clients_of_another_task_do_not_count(model):
 def test_of_several_tasks_each_tells_its_own(tmp_path):
     text = groups_toml(tmp_path, "fedhpl", 2).replace('{ up = "bad dull",', '{ odd = "twice", up = "bad dull",')
     result = run_experiment(parse(text, "groups.toml"), tmp_path / "run")
-    assert result["num_clients"] == 6
-    assert result["dropped_updates"] == 0
-    assert result["metrics"]["global"] is None
+    assert result.num_clients == 6
+    assert result.dropped_updates == 0
+    assert result.scores.global_prompt is None
 
 
 def test_a_private_run_says_what_its_logits_cost(tmp_path):
     result = small.run(tmp_path, "fedhpl", *RECORD)
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    assert {line["name"] for line in result["privacy"]["lines"]} == {"prompt", LOGITS}
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    assert {line.name for line in result.privacy.lines} == {"prompt", LOGITS}
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def rows_of(folder) -> torch.Tensor:
 @pytest.mark.parametrize("more", [(), ("task.tuned_head=true",)])
 def test_a_run_learns_and_its_library_predicts_as_the_run_did(tmp_path, more):
     result = small.run(tmp_path, "fedlora", QUICK, *more, rounds=10)
-    accuracy = result["metrics"]["global"]["accuracy"]
-    assert accuracy > result["metrics"]["zero_shot"]["accuracy"] + 0.1
+    accuracy = result.scores.global_prompt["accuracy"]
+    assert accuracy > result.scores.zero_shot["accuracy"] + 0.1
     heads = 2 if more else 0
     opened, context = load_library(tmp_path / "run"), build_context(small.experiment(tmp_path, "fedlora", QUICK, *more))
     assert (opened.library.start.enters_at, opened.library.start.num_virtual_tokens) == (LORA, 0)
@@ -37,14 +37,14 @@ def test_a_run_learns_and_its_library_predicts_as_the_run_did(tmp_path, more):
     found = opened.evaluate_prompts(test)
     assert found["global"]["accuracy"] == pytest.approx(accuracy)
     if not more:
-        assert found[ZERO_SHOT]["accuracy"] == pytest.approx(result["metrics"]["zero_shot"]["accuracy"])
+        assert found[ZERO_SHOT]["accuracy"] == pytest.approx(result.scores.zero_shot["accuracy"])
     said = opened.predict(test)
     assert sum(a == b.fields["target"] for a, b in zip(said, test, strict=True)) / len(test) == pytest.approx(accuracy)
 
 
 def test_what_a_run_says_of_its_weights(tmp_path):
     result = small.run(tmp_path, "fedlora")
-    assert result["backbone"]["enters_at"] == LORA
+    assert result.backbone.enters_at == LORA
     words = "LoRA weights (64 rows of width 16)"
     assert words in library_facts(tmp_path / "run")["shape"]
     assert words in (tmp_path / "run" / "library" / "README.md").read_text()
@@ -54,8 +54,8 @@ def test_what_a_run_says_of_its_weights(tmp_path):
 def test_beside_prompts_each_has_its_own_start_rate_and_bytes(tmp_path):
     both = small.run(tmp_path / "a", "fedavg", 'baselines=["fedlora"]')
     alone = small.run(tmp_path / "b", "fedavg")
-    assert both["bytes"] == alone["bytes"]
-    assert both["metrics"] == alone["metrics"]
+    assert both.bytes == alone.bytes
+    assert both.scores == alone.scores
     lora = PromptLibrary.load(tmp_path / "a" / "run" / "baselines" / "fedlora")
     small.run(tmp_path / "c", "fedlora")
     assert torch.equal(lora.prompts["global"].vectors_PD, rows_of(tmp_path / "c"))
@@ -63,10 +63,10 @@ def test_beside_prompts_each_has_its_own_start_rate_and_bytes(tmp_path):
 
 
 def test_a_rank_and_8_bits_are_what_travels(tmp_path):
-    whole = small.run(tmp_path / "a", "fedlora", "method.rank=2")["bytes"]["up_per_client_round"]
+    whole = small.run(tmp_path / "a", "fedlora", "method.rank=2").bytes.up_per_client_round
     few = small.run(tmp_path / "b", "fedlora", "method.rank=2", "compression.name=none", "compression.bits=8")
     assert len(rows_of(tmp_path / "a")) == 16
-    assert whole - few["bytes"]["up_per_client_round"] == 3 * 16 * 16 - 4  # a float32 less 8 bits each, and the step
+    assert whole - few.bytes.up_per_client_round == 3 * 16 * 16 - 4  # a float32 less 8 bits each, and the step
 
 
 # ---------------------------------------------------------------- privacy
@@ -81,9 +81,9 @@ def test_records_are_clipped_to_a_norm_that_fits_lora_and_noised(tmp_path):
     assert begun.experiment.privacy["clip_norm"] == again.experiment.privacy["clip_norm"] > 1e-3
     assert begun.experiment.privacy["clip_norm"] != pytest.approx(context.experiment.privacy["clip_norm"], rel=0.01)
     result = small.run(tmp_path, "fedlora", *RECORD)
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    (line,) = result["privacy"]["lines"]
-    assert (line["name"], line["releases"]) == ("prompt", 6)
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    (line,) = result.privacy.lines
+    assert (line.name, line.releases) == ("prompt", 6)
     small.run(tmp_path / "free", "fedlora")
     assert not small.close(rows_of(tmp_path), rows_of(tmp_path / "free"), 1e-3)
 
@@ -137,5 +137,5 @@ def test_no_prompt_starts_from_lora_weights_nor_imitates_them(tmp_path):
     with pytest.raises(ConfigError, match="holds LoRA weights"):
         small.run(tmp_path / "b", "fedavg", "prompt.init=library", f"prompt.library={tmp_path / 'run'}")
     opened = load_library(tmp_path / "run")
-    with pytest.raises(LibraryError, match="export them as they are"):
+    with pytest.raises(LibraryError, match="LoRA weights cannot be distilled"):
         distill_to_input(library.prompts["global"], Texts(small.records(8), "texts"), opened.task, opened.model)

@@ -221,8 +221,8 @@ def test_clients_that_are_all_alike_have_one_prototype_and_nothing_to_agree_with
     experiment = small.experiment(tmp_path, "ficpd", "method.num_prototypes=20", "training.batch_size=64")
     data.write_text("text,target,site\n" + "\n".join(lines) + "\n")
     found = run_experiment(experiment, tmp_path / "run")
-    assert 1 <= found["clusters"]["number"] <= 3
-    assert found["clusters"]["agreement"]["site"] is None
+    assert 1 <= found.clusters.number <= 3
+    assert found.clusters.adjusted_rand["site"] is None
     library = PromptLibrary.load(tmp_path / "run")
-    assert len(library.prompts) == 1 + found["clusters"]["number"]
+    assert len(library.prompts) == 1 + found.clusters.number
     assert "Agreement" not in small.page(tmp_path)

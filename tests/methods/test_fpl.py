@@ -484,9 +484,7 @@ def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
     spent = {}
     for name, more in (("fpl", ['method.clusters="given"', 'method.by=["site"]']), ("fedavg", [])):
         result = small.run(tmp_path / name, name, *CENTRAL, *more)
-        spent[name] = [
-            (line["name"], line["releases"], line["noise_multiplier"]) for line in result["privacy"]["lines"]
-        ]
+        spent[name] = [(line.name, line.releases, line.noise_multiplier) for line in result.privacy.lines]
     assert spent["fpl"] == spent["fedavg"]
     assert spent["fpl"][0][:2] == ("sum", 3)
 
@@ -562,8 +560,8 @@ def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
     ):
         small.run(tmp_path / "a", "fpl", *asked)
     result = small.run(tmp_path / "b", "fpl", *asked, "privacy.statistics={ labels = 0.1 }")
-    assert {line["name"] for line in result["privacy"]["lines"]} == {"prompt", "labels"}
-    assert result["privacy"]["epsilon"] <= 8.0
+    assert {line.name for line in result.privacy.lines} == {"prompt", "labels"}
+    assert result.privacy.epsilon <= 8.0
     ratings = SimpleNamespace(tasks={"": small.numbers()}, experiment=SimpleNamespace(training=EXACT))
     with pytest.raises(
         ConfigError, match="label_prior = true goes by how frequent each label is, and its task has none"

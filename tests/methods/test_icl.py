@@ -136,10 +136,10 @@ def test_a_client_is_shown_its_own_examples_and_no_others(model):
 
 def test_a_run_is_scored_on_each_clients_own_and_sends_nothing(tmp_path):
     result = small.run(tmp_path, "icl")
-    assert (result["num_rounds"], result["bytes"]["up_total"], result["bytes"]["down_total"]) == (0, 0, 0)
-    assert result["metrics"]["global"] is None
-    assert result["metrics"]["per_client_mean"] != result["metrics"]["zero_shot"]
-    assert result["privacy"]["epsilon"] == 0.0
+    assert (result.num_rounds, result.bytes.up_total, result.bytes.down_total) == (0, 0, 0)
+    assert result.scores.global_prompt is None
+    assert result.scores.per_client_mean != result.scores.zero_shot
+    assert result.privacy.epsilon == 0.0
 
 
 @pytest.mark.parametrize("what", ["task.tuned_head=true", small.NUMBERS])

@@ -92,9 +92,9 @@ def test_a_small_epsilon_costs_what_was_learned_and_a_large_one_leaves_some(mode
 def test_a_run_says_what_it_cost_where_local_says_that_nothing_leaves(tmp_path):
     record = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
     result = small.run(tmp_path, "prompt_dpsgd", *record, 'baselines=["local"]')
-    assert 1.9 < result["privacy"]["epsilon"] <= 2.0
-    assert {line["name"] for line in result["privacy"]["lines"]} == {"prompt"}
-    assert result["metrics"]["global"] is None
+    assert 1.9 < result.privacy.epsilon <= 2.0
+    assert {line.name for line in result.privacy.lines} == {"prompt"}
+    assert result.scores.global_prompt is None
     assert small.library(tmp_path).keys() == {"start"}
 
 

@@ -131,5 +131,5 @@ def test_a_whole_run_without_gradients(tmp_path, monkeypatch):
         result = small.run(
             tmp_path / str(place), "fedavg", "training.optimizer=cma_es", "training.population=6", *changes
         )
-        assert result["dropped_updates"] == 0
-        assert result["queries"]["gradient"] == 0
+        assert result.dropped_updates == 0
+        assert result.queries.gradient == 0

@@ -122,6 +122,6 @@ def test_a_whole_run_without_gradients_finds_its_clip_norm(tmp_path, monkeypatch
     for place, changes in enumerate(((), private, (*private, "compression.name=subspace", "compression.dimension=8",
                                                    "compression.directions=random"))):  # fmt: skip
         result = small.run(tmp_path / str(place), "fedavg", "training.optimizer=spsa", *changes)
-        assert result["dropped_updates"] == 0
-        assert result["queries"]["gradient"] == 0
-    assert result["privacy"]["clip_norm"] == pytest.approx(0.2, abs=0.15)
+        assert result.dropped_updates == 0
+        assert result.queries.gradient == 0
+    assert result.privacy.clip_norm == pytest.approx(0.2, abs=0.15)

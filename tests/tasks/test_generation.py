@@ -175,7 +175,7 @@ def test_a_source_is_cut_alike_whatever_its_target(folder):
 
 
 def test_a_record_without_a_target_is_written_and_its_loss_is_not_known(model):
-    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, write=8)
+    known, unknown = asked(model, max_new_tokens=8), asked(model, BARE, max_new_tokens=8)
     assert known.texts_KB == unknown.texts_KB
     assert torch.isnan(unknown.loss_KB).all()
     mixed = [RECORDS[0], BARE[1], RECORDS[2], BARE[3]]
@@ -358,7 +358,7 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     file.write_text("".join(json.dumps(dict(line)) + "\n" for line in lines))
     training = "local_steps = 2\nbatch_size = 4"
     result = run(parse(toml(str(folder), file, "", 1, 5, training), "small.toml"), tmp_path / "run")
-    for score in (result["metrics"]["global"], result["metrics"]["per_client_mean"], result["metrics"]["zero_shot"]):
+    for score in (result.scores.global_prompt, result.scores.per_client_mean, result.scores.zero_shot):
         assert score.keys() == {"bleu", "chrf"}
         assert all(0 <= value <= 100 for value in score.values())
     assert "everyone's test bleu" in small.page(tmp_path)
@@ -391,7 +391,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     training = "local_steps = 4\nbatch_size = 8"
     experiment = parse(toml("smollm2", file, "In one sentence:", 3, 10, training), "things.toml")
     run(experiment, tmp_path / "run")
-    bleu = {row["label"]: row["metrics"]["global"]["bleu"] for row in load_results(tmp_path / "run")}
+    bleu = {row.label: row.scores.global_prompt["bleu"] for row in load_results(tmp_path / "run")}
     assert bleu["fedavg"] > bleu["zero_shot"] + 20
     opened = load_library(tmp_path / "run")
     records = [Record(f"row {i}", line) for i, line in enumerate(lines[::8])]

@@ -59,13 +59,13 @@ def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
 
 
 def _printed(path: Path, how: str) -> str:
-    from ficpd.experiments.comparison.compare import read_comparison
+    from ficpd.experiments.comparison.schema import ComparisonResult
     from ficpd.experiments.report.comparison_tables import overviews
     from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 
     if how not in ("markdown", "csv", "latex"):
         raise typer.BadParameter(f"--table {how!r}: expected markdown, csv or latex")
-    tables = overviews(read_comparison(path))
+    tables = overviews(ComparisonResult.load(path))
     if how == "csv":
         return as_csv(tables)
     return "\n".join(as_markdown(one) if how == "markdown" else as_latex(one) for one in tables)
@@ -95,11 +95,11 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, tra
         errors.print("stopped; the same command goes on with what is missing")
         raise typer.Exit(130) from None
     _say(console, found, out)
-    if found["counts"].get("failed") or found["counts"].get("missing"):
+    if found.counts.get("failed") or found.counts.get("missing"):
         raise typer.Exit(FAILED)
 
 
-def _say(console: Any, found: dict[str, Any], out: Path) -> None:
+def _say(console: Any, found: Any, out: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 

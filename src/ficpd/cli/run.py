@@ -31,7 +31,6 @@ def run(
     from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
-    from ficpd.library.card import guarantee
 
     changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
     experiment = experiments.read(recipe, changed)
@@ -57,9 +56,9 @@ def run(
         raise typer.Exit(130) from None
     results = load_results(out)
     print_table(*results_table(results))
-    privacy = results[-1]["privacy"]
-    if privacy.get("lines"):
-        typer.echo(f"privacy: {guarantee(privacy)}; noise multipliers {format_noise_multipliers(privacy)}")
+    privacy = results[-1].privacy
+    if privacy.lines:
+        typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
 

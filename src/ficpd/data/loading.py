@@ -31,8 +31,8 @@ class Config(FrozenConfig):
 
     `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
     "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value, and
-    whose settings are `source_options`. "ratings" has the columns text, rating, polarity and domain; rows without the target (the neutral ones,
-    for polarity) are dropped.
+    whose settings are `source_options`. "ratings" has the columns text, rating, polarity and domain; rows without the
+    target (the neutral ones, for polarity) are dropped.
     `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
     own names. A target in a file without types (CSV, TSV) is text as it stands, which a regression reads as a number.
     `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
@@ -76,7 +76,7 @@ class Config(FrozenConfig):
         for role, column in self.columns.items():
             if role not in ROLES and role != column:
                 raise ValueError(
-                    f"columns: {did_you_mean('role', role, ROLES)}. A column that plays none keeps its name: keep = [{column!r}]"
+                    f"columns: {did_you_mean('role', role, ROLES)}. Or keep it by name: keep = [{column!r}]"
                 )
         if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
             raise ValueError(

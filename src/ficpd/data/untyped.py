@@ -35,7 +35,8 @@ def parse_number(target: Any) -> Any:
 def is_regression_target(targets: Iterable[Any]) -> bool:
     """Whether these are real numbers and no labels: one is, and none is a text.
 
-    >>> is_regression_target([UntypedStr("1"), UntypedStr("2.5")]), is_regression_target([UntypedStr("V45"), UntypedStr("2.5")]), is_regression_target([1, 2])
+    >>> number, code = UntypedStr("2.5"), UntypedStr("V45")
+    >>> is_regression_target([number]), is_regression_target([code, number]), is_regression_target([1, 2])
     (True, False, False)
     """
     found = [parse_number(target) for target in targets]

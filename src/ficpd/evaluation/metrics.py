@@ -1,10 +1,11 @@
 """The metrics: the main figure of a task, and its format."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Metric(NamedTuple):
+@dataclass(frozen=True)
+class Metric:
     """A metric and its format (`scale`, `digits`, `unit`). `less_is_better`: a higher value is worse."""
 
     name: str

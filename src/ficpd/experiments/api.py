@@ -1,6 +1,6 @@
 """Runs experiments and comparisons from Python: `ficpd.run` and `ficpd.compare`. The commands call the same functions."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,11 @@ from ficpd.errors import ConfigError
 from ficpd.experiments import runner
 from ficpd.experiments.comparison.compare import compare as run_grid
 from ficpd.experiments.comparison.grid import read_plan
+from ficpd.experiments.comparison.schema import ComparisonResult
 from ficpd.experiments.comparison.worker import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
 from ficpd.experiments.report.summary import load_results
-from ficpd.library.card import guarantee
+from ficpd.experiments.results import RunResult
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run. `result`: the content of `result.json`; `baselines`: those of its baselines, zero-shot first."""
+    """A finished run and its result. `baselines`: the results of its baselines, zero-shot first."""
 
     directory: Path
-    result: Mapping[str, Any] = field(repr=False)
-    baselines: Sequence[Mapping[str, Any]] = field(repr=False)
+    result: RunResult = field(repr=False)
+    baselines: Sequence[RunResult] = field(repr=False)
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line a method, the run's own last.
@@ -37,36 +38,36 @@ class FinishedRun:
         return pd.DataFrame([_line(result) for result in (*self.baselines, self.result)]).set_index("method")
 
 
-def _line(result: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {"global": "global", "own": "per_client_mean", "worst": "per_client_worst"}
-    scores = {kind: result["metrics"][key] or {} for kind, key in kinds.items()}
+def _line(result: RunResult) -> dict[str, Any]:
+    found = result.scores
+    scores = {"global": found.global_prompt or {}, "own": found.per_client_mean, "worst": found.per_client_worst}
     return {
-        "method": result["label"],
-        "privacy": guarantee(result["privacy"]),
-        "epsilon": result["privacy"].get("epsilon"),
+        "method": result.label,
+        "privacy": result.privacy.guarantee,
+        "epsilon": result.privacy.epsilon,
         **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
-        "bytes_up": result["bytes"]["up_per_client_round"],
-        "seconds": sum(result["seconds"].values()),
+        "bytes_up": result.bytes.up_per_client_round,
+        "seconds": result.seconds.total,
     }
 
 
 @dataclass(frozen=True)
 class FinishedComparison:
-    """A finished comparison. `result`: the content of `compare.json`."""
+    """A finished comparison and its result."""
 
     directory: Path
-    result: Mapping[str, Any] = field(repr=False)
+    result: ComparisonResult = field(repr=False)
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line a condition (task, partition, budget, sweep) and method."""
         import pandas as pd
 
         lines = [
-            {**{k: v for k, v in one.items() if k != "methods"}, "method": name, **summary}
-            for one in self.result["conditions"]
-            for name, summary in one["methods"].items()
+            {**one.model_dump(exclude={"methods"}), "method": name, **summary.model_dump(exclude={"against"})}
+            for one in self.result.conditions
+            for name, summary in one.methods.items()
         ]
-        return pd.DataFrame(lines).drop(columns="against")
+        return pd.DataFrame(lines)
 
 
 def run(

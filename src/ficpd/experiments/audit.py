@@ -3,10 +3,9 @@
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
-from ficpd.errors import PrivacyError, RunError
+from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit import canaries as mechanism_canaries
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
 from ficpd.evaluation.audit.canary_injection import has_labels, inject_canaries, make_mislabelled_canaries
@@ -26,6 +25,7 @@ from ficpd.evaluation.audit.report import Audit, LowerBound, markdown
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
+from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
@@ -33,7 +33,6 @@ from ficpd.federation.compression import none
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
 from ficpd.interfaces import Compression, Task
-from ficpd.library.card import guarantee
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
 from ficpd.optimizers import LocalTrainingConfig
@@ -41,20 +40,21 @@ from ficpd.registry import build_config
 from ficpd.types import ClientWorkload, Prompt, Record, State
 
 SHADOW_BATCH = 32
+NO_PRIVACY = {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
 DELTA = 1e-5
 """At which a bound is given for a run that states no δ."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, opened again. `state` is the server's after its last round."""
+    """A finished run, and what is needed to train it again. `state`: the server's after the last round."""
 
     directory: RunDir
     context: ExperimentContext
     method: Method
     state: State
     library: PromptLibrary
-    result: Mapping[str, Any]
+    result: RunResult
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def audit_run(
     target, split = _target(run, name), split_records(task, train, spare, members, seed)
     shadow_SPD = _shadows(target, split, shadows, seed)
     planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
-    card, block = {**run.result, "method": run.method.name}, run.result["privacy"]
-    found = _audit(run.directory.path.name, name, card, block, target, split, shadow_SPD, seed)
+    found = _audit(run.directory.path.name, name, run.method.name, run.result.privacy, target, split, shadow_SPD, seed)
     found = replace(found, mechanism=mechanism_bound(run, seed), planted=planted)
     _leave(found, run.directory)
     return found
@@ -117,14 +116,15 @@ def audit_library(
     target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
     split = split_records(opened.task, members, others, limit, seed)
     shadow_SPD = _shadows(target, split, shadows, seed)
-    found = _audit(Path(folder).name, name, card, card.get("privacy", {}), target, split, shadow_SPD, seed)
+    privacy = PrivacyReport.model_validate(NO_PRIVACY | card.get("privacy", {}))
+    found = _audit(Path(folder).name, name, str(card.get("method", "?")), privacy, target, split, shadow_SPD, seed)
     _leave(found, RunDir(Path(out)))
     return found
 
 
 def _audit(
-    of: str, prompt: str, card: Mapping[str, Any], block: Mapping[str, Any], target: Target, split: Split,
-    shadow_SPD: Tensor, seed: int,
+    of: str, prompt: str, method: str, privacy: PrivacyReport, target: Target, split: Split, shadow_SPD: Tensor,
+    seed: int,
 ) -> Audit:  # fmt: skip
     """The attacks on one prompt, without canaries."""
     evidence = _evidence(target, shadow_SPD, split)
@@ -132,11 +132,11 @@ def _audit(
     advantage, interval = best_advantage(scores, evidence.member_N, seed)
     return Audit(
         run=of,
-        method=str(card.get("method", "?")),
+        method=method,
         prompt=prompt,
-        guarantee=guarantee(block),
-        epsilon=block.get("epsilon"),
-        delta=block.get("delta"),
+        guarantee=privacy.guarantee,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
         num_members=len(split.members),
         num_nonmembers=len(split.outside),
         num_shadows=len(shadow_SPD),
@@ -156,13 +156,8 @@ def _leave(found: Audit, directory: RunDir) -> None:
 
 
 def open_run(folder: Path, device: str) -> Finished:
-    """Raises `RunError` if the folder holds no run, or one that has not finished or never began a round."""
-    directory, resolved = RunDir(folder), folder / "resolved.toml"
-    if not resolved.exists():
-        raise RunError(f"{folder} holds no run (no resolved.toml); give the directory that `ficpd run` wrote (--out)")
-    result = directory.result()
-    if result is None:
-        raise RunError(f"the run in {folder} has not finished (no result.json); go on with it first (--resume)")
+    """Opens a finished run. Raises `RunError` if there is none, `PrivacyError` if no prompt of it depends on records."""
+    directory, resolved, result = RunDir(folder), folder / "resolved.toml", RunResult.load(folder)
     experiment = parse(resolved.read_text(encoding="utf-8"), str(resolved), [f"engine.device={json.dumps(device)}"])
     module, config = build_config("methods", experiment.method)
     method, library = module.build(config, experiment.training), PromptLibrary.load(folder)
@@ -189,7 +184,7 @@ def _named(library: PromptLibrary, name: str | None) -> str:
 
 def _target(run: Finished, name: str) -> Target:
     """Shadows take as many steps as a client in the whole run."""
-    context, steps = run.context, max(run.method.local_workload(run.state)[0] * run.result["num_rounds"], 1)
+    context, steps = run.context, max(run.method.local_workload(run.state)[0] * run.result.num_rounds, 1)
     training, vectors_PD = context.experiment.training, run.library.prompts[name].vectors_PD
     return Target(context.model, context.task, context.start, context.compression, training, steps, vectors_PD)
 
@@ -223,23 +218,23 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
 
     The mechanism is the one that was planned; what it plays is what was released, which is less if the budget ended it.
     """
-    block = run.result["privacy"]
-    if not block.get("lines"):
+    privacy = run.result.privacy
+    if not privacy.lines or privacy.delta is None:
         return None
     module, config = build_config("privacy", privacy_config_for(run.method, run.context.experiment.privacy))
     holders = run.context.shards_for(run.method.capabilities.centralized)
     plans = client_workloads(
         run.method, run.state, {n: len(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
     )
-    plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
+    plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
     door = mechanism_canaries.release_kind(mechanism)
-    released = sum(line["releases"] for line in block["lines"] if line["name"] == mechanism.price(door).name)
+    released = sum(line.releases for line in privacy.lines if line.name == mechanism.price(door).name)
     plan = _played(plan, door, released)
     runs = mechanism_canaries.num_trials(mechanism, plan, trials)
-    found = mechanism_canaries.lower_bound(mechanism, plan, block["delta"], trials, seed=seed)
-    reach = two_world_bound([0.0] * runs, [1.0] * runs, block["delta"])
-    return LowerBound(found, block["epsilon"], block["delta"], reach, runs)
+    found = mechanism_canaries.lower_bound(mechanism, plan, privacy.delta, trials, seed=seed)
+    reach = two_world_bound([0.0] * runs, [1.0] * runs, privacy.delta)
+    return LowerBound(found, privacy.epsilon, privacy.delta, reach, runs)
 
 
 def _played(plan: ClientWorkload, door: str, released: int) -> ClientWorkload:
@@ -277,18 +272,18 @@ def planted_bound(
     loss_SM = _losses(
         _target(trained_again, name), torch.cat([library.prompts[name].vectors_PD[None], shadow_SPD]), planted
     )
-    stated, delta = _for_a_record(result["privacy"])
+    stated, delta = _for_a_record(result.privacy)
     score_M = loss_SM[1:].mean(0) - loss_SM[0]
     reach = one_run_bound(coin_M.astype(float), coin_M, delta)
     return LowerBound(one_run_bound(score_M, coin_M, delta), stated, delta, reach, len(planted))
 
 
-def _for_a_record(block: Mapping[str, Any]) -> tuple[float | None, float]:
+def _for_a_record(privacy: PrivacyReport) -> tuple[float | None, float]:
     """What a run's privacy block promises of one record put in or not: ε (None: nothing) and δ."""
-    epsilon, delta = block["epsilon"], block["delta"]
-    if epsilon is None:
+    epsilon, delta = privacy.epsilon, privacy.delta
+    if epsilon is None or delta is None:
         return None, DELTA
-    if (block["unit"], block["site_that_spent_most"]) == ("client", SERVER):
+    if (privacy.unit, privacy.site_that_spent_most) == ("client", SERVER):
         delta = (1 + math.exp(epsilon)) * delta
         return (2 * epsilon, delta) if delta < 1 else (None, DELTA)
     return epsilon, delta

@@ -140,6 +140,12 @@ class Experiment(FrozenConfig):
             return self.groups
         return {"": Group.model_validate({key: getattr(self, key) for key in Group.model_fields})}
 
+    @property
+    def tasks_in_words(self) -> str:
+        """The kinds of the tasks, by group."""
+        kinds = {group: party.task["name"] for group, party in self.all_groups.items()}
+        return ", ".join(f"{group}: {kind}" if group else kind for group, kind in kinds.items())
+
 
 PARTS: dict[str, type[BaseModel]] = {
     "backbone": BackboneConfig, "prompt": PromptConfig, "data": Source, "partition": Partition,

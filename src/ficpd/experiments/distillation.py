@@ -8,7 +8,6 @@ where no privacy was asked, for to choose by looking at records is no post-proce
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone,
 from ficpd.errors import BackboneError, ConfigError, DataError
 from ficpd.experiments.build import ExperimentContext
 from ficpd.experiments.config import DistillationConfig
+from ficpd.experiments.results import Distillation
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import public_seed
@@ -37,10 +37,10 @@ WRITES = "causal_lm"
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """`prompt`: the distilled one, or the global one where nothing was gained; `facts` for the result."""
+    """`prompt`: the distilled one, or the global one where nothing was gained. `facts`: for the result."""
 
     prompt: Prompt
-    facts: Mapping[str, Any]
+    facts: Distillation
 
 
 def validate_distillation(context: ExperimentContext, method: Method) -> None:
@@ -102,23 +102,23 @@ def distill_library(
     }
     directory.path.mkdir(parents=True, exist_ok=True)
     nobodys.save([example for found in made.values() for example in found.examples], directory.path / SYNTHETIC)
-    facts: dict[str, Any] = {
-        "how": config.how,
-        "writer": writer.name if writer else config.texts or "words of the vocabulary",
-        "examples": {
+    facts = Distillation(
+        how=config.how,
+        writer=writer.name if writer else config.texts or "words of the vocabulary",
+        examples={
             group or "all": made[group].summary() if group in made else "0 examples: a task without labels"
             for group in context.tasks
         },
-        "memorised": {g or "all": len(nobodys.memorised(m.examples, _records(context, g))) for g, m in made.items()},
-    }
+        memorised={g or "all": len(nobodys.memorised(m.examples, _records(context, g))) for g, m in made.items()},
+        gained=False,
+    )
     taught = {group: found.examples for group, found in made.items() if len(found.examples) > 1}
     if not taught:
-        return DistillationResult(basis["global"], {**facts, "gained": False})
+        return DistillationResult(basis["global"], facts)
     learned = _learned(context, config, basis, tasks_of, sizes, taught, seed)
-    facts |= {"gained": learned.gained, "loss_before": learned.before, "loss_after": learned.after}
-    return DistillationResult(
-        basis["global"].with_vectors(learned.vectors_PD) if learned.gained else basis["global"], facts
-    )
+    losses = {"loss_before": learned.before, "loss_after": learned.after}
+    prompt = basis["global"].with_vectors(learned.vectors_PD) if learned.gained else basis["global"]
+    return DistillationResult(prompt, facts.model_copy(update={"gained": learned.gained, **losses}))
 
 
 def _writer(config: DistillationConfig, context: ExperimentContext) -> Backbone | None:
@@ -167,7 +167,8 @@ def _records(context: ExperimentContext, group: str) -> list[Record]:
 
 
 def _learned(
-    context: ExperimentContext, config: DistillationConfig, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
+    context: ExperimentContext, config: DistillationConfig, basis: Mapping[str, Prompt],
+    tasks_of: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int], taught: Mapping[str, Sequence[SyntheticExample]], seed: int,
 ) -> DistilledPrompt:  # fmt: skip
     """Of synthetic examples: from all prototypes of a task at once, or (Reptile, MAML) each prototype a task of its own,

@@ -121,10 +121,12 @@ def calibrate_clipping_and_compression(
 def calibrate_clip_norm(
     experiment: Experiment, start: Prompt, compression: Compression, gradients: Gradients | None, norms_of: Norms
 ) -> dict[str, Any]:
-    """The privacy settings with a clip norm: `HEADROOM` times the median norm of the gradients on made-up records, in the
-    units that the optimizer sees, and of several tasks each its own (those of one of 77 answers are four times as long as those
-    of one of two); for whole clients, half of the longest way that Adam can go in one order. No record is looked at. Where
-    there are no gradients, `norms_of` so many made-up records are taken instead."""
+    """Returns the privacy settings with a clip norm, found without any record.
+
+    Record level: `CLIP_NORM_MULTIPLE` times the median gradient norm on synthetic records, in the optimizer's units, one
+    norm per task. Client level: half of the longest way that Adam can go in one assignment. Without gradients, `norms_of`
+    estimates the norms.
+    """
     privacy = dict(experiment.privacy)
     if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
         return privacy

@@ -1,6 +1,7 @@
 """A run's directory: what is in it, and that it is never left half written.
 
-experiment.toml   the whole experiment, resolved
+experiment.toml   the whole experiment
+resolved.toml     the same, with every "auto" replaced by what was chosen
 run-id            which run this is; its ledger bears the same
 ledger.sqlite     what was released, where privacy was asked for
 sites.json        who takes part, where they are real sites
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from ficpd import storage
 from ficpd.errors import CodecError, LedgerError, RunError
+from ficpd.experiments.config import Experiment, parse, to_toml
+from ficpd.experiments.results import FILE, RunResult
 from ficpd.federation.privacy_plan import LEDGER
 from ficpd.federation.rounds import Round
 from ficpd.privacy.ledger import Account
@@ -165,10 +168,24 @@ class RunDir:
                 + ". What was released is not asked for again: restore the newest checkpoint, or begin in a new directory"
             )
 
-    def result(self) -> dict[str, Any] | None:
-        """The finished run's outcome, or None."""
-        file = self.path / "result.json"
+    def begin(self, given: Experiment, resolved: Experiment) -> None:
+        self.write("experiment.toml", to_toml(given))
+        self.write("resolved.toml", to_toml(resolved))
+
+    def resolved(self, given: Experiment, records: bool = True) -> Experiment:
+        """The experiment with what was chosen when the run began; as given if it has not begun."""
+        file = self.path / "resolved.toml"
+        return parse(file.read_text(encoding="utf-8"), file.name, records=records) if file.exists() else given
+
+    def rounds(self) -> list[Round]:
+        """The rounds in `rounds.jsonl`. Raises `RunError` if it cannot be read."""
+        file = self.path / "rounds.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         try:
-            return json.loads(file.read_text()) if file.exists() else None
-        except ValueError as error:
-            raise RunError(f"{file} cannot be read: {error}. Delete it and resume") from error
+            return [Round(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{file} cannot be read: {error}. Resume the run: it is written anew") from error
+
+    def result(self) -> RunResult | None:
+        """The result; None while the run is not finished."""
+        return RunResult.load(self.path) if (self.path / FILE).exists() else None

@@ -1,4 +1,4 @@
-"""What runs have in common, simulated or among real sites: how they are set up, and what they leave behind."""
+"""What a run is made of: its method and schedule, the noise scale, and the library at its end."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,27 +10,28 @@ from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.experiments.build import ExperimentContext
-from ficpd.experiments.distillation import DistillationResult, distill_library
+from ficpd.experiments.distillation import DistillationResult, distill_library, validate_distillation
+from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.client import LABELS
 from ficpd.federation.method import Method
-from ficpd.federation.privacy_plan import PrivacyPlan, public_seed
+from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone
 from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.methods.shared.clustering import adjusted_rand
 from ficpd.registry import build_config
-from ficpd.types import JSON, TOKEN_DTYPE, Prompt, State, zero_update
+from ficpd.types import JSON, TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update
 
-SITE_PRIVATE_FIELDS = ("noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines")
-"""What of the privacy block stays out of a library: a site's sampling rate and noise tell how many records it has, and so
-does an exact epsilon (`_told`)."""
+SITE_PRIVATE_FIELDS = {"noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines"}
+"""Fields of the privacy report that stay out of a library: the sampling rate and noise of a site tell how many records it
+has. So does an exact epsilon (`_public_privacy`)."""
 VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
 def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
-    """Raises `ConfigError` where the method wants of a task or backbone what it does not have."""
+    """Raises `ConfigError` where a task or the backbone lacks what the method needs."""
     module, config = build_config("methods", part)
     method: Method = module.build(config, context.experiment.training)
     unfit = [name or "its task" for name, task in context.tasks.items() if not task.num_labels]
@@ -43,19 +44,41 @@ def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
     return method
 
 
+def check_method(context: ExperimentContext, config: Mapping[str, Any], private: bool = True) -> Method:
+    """Builds a method, and raises before the first round what would be raised later."""
+    method = build_method(context, config)
+    context.init_prompt_for(method)
+    privacy_config_for(method, context.experiment.privacy if private else NONE)
+    validate_distillation(context, method)
+    return method
+
+
+def federation_info(context: ExperimentContext, shards: Mapping[str, ClientData]) -> FederationInfo:
+    federation, number = context.experiment.federation, len(context.shards)
+    return FederationInfo(
+        context.start,
+        [ClientCard(name, shard.metadata) for name, shard in shards.items()],
+        federation.num_rounds,
+        min(federation.clients_per_round or number, number),
+        public_seed(context.experiment.seed),
+        num_labels_by_group(context),
+    )
+
+
 def method_config(part: Mapping[str, Any]) -> dict[str, JSON]:
-    """All of a method's settings, its defaults too."""
+    """Returns all settings of a method, its defaults too."""
     return build_config("methods", part)[1].model_dump(mode="json")
 
 
 def num_labels_by_group(context: ExperimentContext) -> dict[str, int]:
-    """How many labels the task of each group has; 0 where it has none."""
+    """Counts the labels of each group's task; 0 where it has none."""
     return {group: task.num_labels for group, task in context.tasks.items()}
 
 
 def with_noise_scale(context: ExperimentContext, method: Method, state: State, plan: PrivacyPlan) -> State:
-    """With the facts `noise` (on one update) and `noise_of_sum` (on a whole round's), squared lengths, so that a method can
-    tell what clients learned from what a mechanism added."""
+    """Adds the facts `noise` and `noise_of_sum`: the expected squared norm of the noise on one update and on a round's sum.
+
+    A method can then tell what clients learned from what a mechanism added."""
     arrays = context.compression.project(zero_update(method.update_spec(state)))
     size = sum(array.numel() for array in arrays.values() if array.dtype != TOKEN_DTYPE)
     of_sum = plan.central.expected_noise_norm_sq(size) if plan.central else 0.0
@@ -75,21 +98,19 @@ def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:
 
 
 def build_library(
-    context: ExperimentContext, method: Method, state: State, result: Mapping[str, Any], more: Mapping[str, Prompt]
+    context: ExperimentContext, method: Method, state: State, result: RunResult, more: Mapping[str, Prompt]
 ) -> PromptLibrary:
     backbone, basis = context.model.backbone, method.library_prompts(state)
     start = context.start.with_vectors(_kept_as(context.start.vectors_PD, backbone))
     prompts = {name: start.with_vectors(_kept_as(vectors, backbone)) for name, vectors in basis.items()} | dict(more)
-    card = {key: result[key] for key in ("method", "num_clients", "num_rounds", "seed", "privacy", "versions")}
-    card["privacy"] = _told(result["privacy"])
-    if card["privacy"].get("noise") == "simulated":  # whoever has the seed can take the noise off
-        card.pop("seed")
-    card["settings"] = result["settings"]
-    if result["clusters"]:
-        card["prototypes"] = result["clusters"]["number"]
-    if "distillation" in result:
-        facts = result["distillation"]
-        card["distilled"] = {"how": facts["how"], "writer": Path(facts["writer"]).name, "gained": facts["gained"]}
+    card: dict[str, Any] = result.model_dump(include={"method", "num_clients", "num_rounds", "versions", "settings"})
+    card["privacy"] = _public_privacy(result.privacy)
+    if result.privacy.noise != "simulated":  # with the seed, simulated noise can be taken off
+        card["seed"] = result.seed
+    if result.clusters:
+        card["prototypes"] = result.clusters.number
+    if facts := result.distillation:
+        card["distilled"] = {"how": facts.how, "writer": Path(facts.writer).name, "gained": facts.gained}
     tasks = {group or str(task.to_config()["name"]): task for group, task in context.tasks.items()}
     card["tasks"] = {name: dict(task.to_config()) for name, task in tasks.items()}
     card["backbone"] = {
@@ -111,38 +132,36 @@ def build_library(
     return PromptLibrary(start, prompts, card, keys)
 
 
-def _told(privacy: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the privacy block what a library says: for what was spent the budget that was agreed on, or, where none was, what
-    was spent rounded up to two digits."""
-    told = {key: value for key, value in privacy.items() if key not in SITE_PRIVATE_FIELDS}
-    if spent := told.get("epsilon"):
+def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:
+    """The privacy block of a library. What was spent is given as the budget, or rounded up to two digits without one."""
+    public = privacy.model_dump(exclude_unset=True, exclude=SITE_PRIVATE_FIELDS)
+    if spent := privacy.epsilon:
         unit = 10.0 ** (floor(log10(spent)) - 1)
         rounded = round(ceil(spent / unit * (1 - 1e-12)) * unit, 12)
-        told["epsilon"] = max(told.get("budget") or rounded, spent)
-    return told
+        public["epsilon"] = max(privacy.budget or rounded, spent)
+    return public
 
 
 def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:
-    """A prompt as a library keeps it: of words their vectors, where the backbone takes them, and so like any other."""
+    """Returns a prompt as a library keeps it: tokens as their vectors, where the backbone takes vectors."""
     if vectors_PD.is_floating_point() or backbone.vocabulary is None or not backbone.supports_features:
         return vectors_PD
     return backbone.vocabulary.embed_for_prompt(vectors_PD[:, 0][None])[0].cpu()
 
 
-def cluster_report(context: ExperimentContext, state: State) -> dict[str, Any] | None:
-    """Which prototype each client has, and how well that agrees with each thing that is publicly known of clients (the
-    adjusted Rand index); None for a method without prototypes."""
+def cluster_report(context: ExperimentContext, state: State) -> Clusters | None:
+    """Compares the clusters with each public column of the clients; None for a method without prototypes."""
     member = state.facts.get("clusters")
     if not member:
         return None
     known = sorted({key for shard in context.shards.values() for key in shard.metadata})
     truths = {key: {n: str(s.metadata[key]) for n, s in context.shards.items() if key in s.metadata} for key in known}
     found = {key: adjusted_rand(member, truth) for key, truth in truths.items()}
-    return {"member": member, "number": len(set(member.values())), "agreement": found}
+    return Clusters(member=member, number=len(set(member.values())), adjusted_rand=found)
 
 
 def tasks_of(context: ExperimentContext, state: State, tasks: list[str]) -> dict[str, list[str]]:
-    """The tasks of each prototype's members, by the names that the card gives them."""
+    """Returns the tasks of each prototype's members, by the names of the library card."""
     named, of_prompt = dict(zip(context.tasks, tasks, strict=True)), {}
     for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
         of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[context.group_of[client]])
@@ -152,7 +171,7 @@ def tasks_of(context: ExperimentContext, state: State, tasks: list[str]) -> dict
 def distill_if_configured(
     context: ExperimentContext, method: Method, state: State, directory: RunDir
 ) -> DistillationResult | None:
-    """What the server's last step made of the prototypes, if the experiment asks for it."""
+    """Distils the prototypes, if the experiment asks for it."""
     if context.experiment.distillation.how == "none":
         return None
     basis = {name: context.start.with_vectors(vectors) for name, vectors in method.library_prompts(state).items()}

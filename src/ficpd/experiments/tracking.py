@@ -3,7 +3,6 @@
 Figures come from `rounds.jsonl` and `result.json`: the runs of a comparison, and those of Flower, are in other processes.
 """
 
-import json
 import math
 import re
 import time
@@ -13,11 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ficpd.errors import ConfigError
+
+if TYPE_CHECKING:  # the command line imports this module, and has to start at once
+    from ficpd.experiments.results import RunResult
+    from ficpd.experiments.run_directory import RunDir
 
 Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
 PAUSE = 2.0
@@ -122,41 +125,44 @@ class Follower:
         """Sends what is new, unless the last look was less than `pause` seconds ago. An error ends the sending."""
         if time.monotonic() - self.looked <= pause:
             return
+        from ficpd.experiments.run_directory import RunDir
+
         try:
             for file in sorted(self.folder.rglob("rounds.jsonl")):
                 if file.parent not in self.ended:
-                    self._send(file.parent, [json.loads(line) for line in file.read_text().splitlines()])
+                    self._send(RunDir(file.parent))
             self.looked = time.monotonic()
         except Exception as error:  # any error of the tracker's own code
             self.looked = math.inf
             said = f"--track {self.kind}: {error}; nothing more is sent, and the run goes on"
             warnings.warn(said, TrackWarning, stacklevel=2)
 
-    def _send(self, run: Path, rounds: list[dict[str, Any]]) -> None:
+    def _send(self, directory: "RunDir") -> None:
+        run, rounds = directory.path, directory.rounds()
         if run not in self.writers:
             name = "/".join(run.relative_to(self.folder).parts) or self.folder.resolve().name
             self.writers[run] = self.begin(name, run, settings_of(run))
         send, end = self.writers[run]
-        for line in rounds[self.sent[run] :]:
-            figures = {tag: line[tag] for tag in FIGURES if line.get(tag) is not None}
-            for tag, value in {**figures, "dropped": len(line["dropped"]), **line["metrics"]}.items():
-                send(tag, value, line["round"])
+        for done in rounds[self.sent[run] :]:
+            figures = {tag: getattr(done, tag) for tag in FIGURES}
+            for tag, value in {**figures, "dropped": len(done.dropped), **done.metrics}.items():
+                send(tag, value, done.round)
         self.sent[run] = len(rounds)
-        if (run / "result.json").exists():
-            for tag, value in end_of(json.loads((run / "result.json").read_text())).items():
+        if result := directory.result():
+            for tag, value in end_of(result).items():
                 send(tag, value, len(rounds))
             self.ended.add(run)
             del self.writers[run]
             end()
 
 
-def end_of(result: Mapping[str, Any]) -> dict[str, float]:
+def end_of(result: "RunResult") -> dict[str, float]:
     """Returns a finished run's figures: on everyone's test, on each client's own (mean and worst), and ε."""
-    metrics = result["metrics"]
-    parts = {"global": metrics["global"] or {}, "own": metrics["per_client_mean"], "worst": metrics["per_client_worst"]}
+    parts: dict[str, Mapping[str, float]] = {}
+    if scores := result.metrics:
+        parts = {"global": scores.global_prompt or {}, "own": scores.per_client_mean, "worst": scores.per_client_worst}
     found = {f"{part}_{name}": value for part, score in parts.items() for name, value in score.items()}
-    epsilon = result["privacy"].get("epsilon")
-    return found | ({"epsilon": epsilon} if epsilon is not None else {})
+    return found | ({} if result.privacy.epsilon is None else {"epsilon": result.privacy.epsilon})
 
 
 def settings_of(run: Path) -> dict[str, str]:

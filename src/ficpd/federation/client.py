@@ -273,7 +273,7 @@ def execute_assignment(
             return restore_update(client, stored, assignment.round)
         if assignment.round < (newest := client.account.last_round(assignment.method)):
             raise PolicyError(
-                f"{client.name} was asked for round {assignment.round} of {assignment.method} after round {newest} was answered; that "
+                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered; that "
                 "round is over, and nothing was spent on it. Ask for the next one"
             )
     declared = method.capabilities.statistics_per_round.keys() | set(method.capabilities.statistics_once)

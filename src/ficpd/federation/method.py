@@ -89,7 +89,7 @@ class Method(ABC):
         """`training`: an `optimizers.LocalTrainingConfig`."""
         self.training = training
 
-    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:  # noqa: B027
+    def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         """Raises `ConfigError` for tasks or a backbone that the method cannot use."""
 
     def bind(self, subspace: Subspace | None) -> None:
@@ -127,7 +127,10 @@ class Method(ABC):
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """The facts `set_aside` (by client, why) and `too_few` (by mean) of the new state reach the round's record."""
+        """Combines updates into the next state.
+
+        The facts `excluded_updates` (reasons by client) and `underfilled_means` (by mean) reach the round's record.
+        """
 
     def global_prompt(self, state: State) -> Tensor | None:
         """[P, D] that all clients share; None if there is none."""

@@ -33,9 +33,11 @@ class QueryBudget:
             self._add(done)
 
     def before(self, round: int, cohort: Sequence[str]) -> None:
-        """Raises `BudgetError` if any of these clients could ask more than it may. A method declares by its `candidates` how
-        many it asks about each record of a step, else its optimizer does; from the second round on it is also known by what was
-        asked."""
+        """Raises `BudgetError` if a client of this cohort could exceed `max_queries`.
+
+        The estimate uses the candidates per record that the method, else its optimizer, declares. After round 1 it also
+        uses the largest observed count.
+        """
         if self.most is None:
             return
         for name in cohort:

@@ -23,8 +23,8 @@ class Round:
     """One finished round, a line of `rounds.jsonl`. Bytes count encoded messages; seconds are wall time.
 
     dropped: reasons by client, for updates that failed the checks.
-    set_aside: reasons by client, for updates that the method left out or clipped.
-    too_few: means of fewer updates than their rule needs (`aggregation/robust.py`).
+    excluded_updates: reasons by client, for updates that the method left out or clipped.
+    underfilled_means: means of fewer updates than their rule needs (`aggregation/robust.py`).
     queries: in simulations, each client's forward queries and gradients.
     """
 
@@ -37,8 +37,8 @@ class Round:
     seconds_train: float
     seconds_aggregate: float
     metrics: dict[str, float] = field(default_factory=dict)
-    set_aside: dict[str, str] = field(default_factory=dict)
-    too_few: dict[str, str] = field(default_factory=dict)
+    excluded_updates: dict[str, str] = field(default_factory=dict)
+    underfilled_means: dict[str, str] = field(default_factory=dict)
     queries: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -120,8 +120,8 @@ def run_rounds(
         bytes_down = sum(map(len, assignments.values()))
         seconds = trained - started, time.perf_counter() - trained
         done = Round(round, len(assignments), answered, came.dropped, came.bytes_up, bytes_down, *seconds)
-        done.set_aside.update(noted.get("set_aside", {}))
-        done.too_few.update(noted.get("too_few", {}))
+        done.excluded_updates.update(noted.get("excluded_updates", {}))
+        done.underfilled_means.update(noted.get("underfilled_means", {}))
         yield state, done
 
 

@@ -19,7 +19,8 @@ What is ours, for the published code proves nothing of what it states:
 - the noise on g_G is the client's own. (The code's server adds it, and sees what clients send as it is.)
 - the last term of g_l is subtracted, which makes g_l the projection of G. (The code adds it.)
 - l_i starts at zero, at a public random u and v: the start is a text's activations, which a random l_i would drown.
-- as many steps a round as the experiment asks for, by its optimizer (the paper: one of plain SGD, p_G synchronised after it).
+- as many steps a round as the experiment asks for, by its optimizer (the paper: one of plain SGD, p_G synchronised
+  after it).
 
 A subspace (`compression.subspace`) is not tuned in: low rank is this method's own way to fewer numbers; what leaves is
 projected onto it all the same.
@@ -71,7 +72,7 @@ class DpFpl(FedAvg):
         optimizer = self.training.optimizer
         if not backbone.supports_gradients or load("optimizers", optimizer).black_box:
             raise ConfigError(
-                f"dp_fpl carries gradients in few numbers, and training.optimizer = {optimizer!r} on {backbone.name} has none; take "
+                f"dp_fpl needs gradients, and training.optimizer = {optimizer!r} on {backbone.name} has none; take "
                 "adam or sgd and a backbone that gives them, or another method (dp_zo, dp_cma_es)"
             )
 

@@ -121,7 +121,7 @@ class FedDtpt(Method):
         if good_KN:
             ids_KN = torch.stack(good_KN)
             prompt_P1 = aggregate_tokens(ids_KN, words.vectors(ids_KN).cpu())[:, None]
-        return State({"prompt": prompt_P1}, {**state.facts, "set_aside": aside})
+        return State({"prompt": prompt_P1}, {**state.facts, "excluded_updates": aside})
 
 
 def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:

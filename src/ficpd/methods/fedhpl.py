@@ -109,7 +109,7 @@ class FedHpl(Method):
         records = client.full_batch()
         if LOGITS in assignment.arrays and len(assignment.arrays[LOGITS]) != records.task.num_labels:
             raise CodecError(
-                f"the order has logits of {len(assignment.arrays[LOGITS])} labels, and the task here {records.task.num_labels}"
+                f"the assignment has logits of {len(assignment.arrays[LOGITS])} labels, expected {records.task.num_labels}"
             )
         tuning = tune(
             self.training, client, assignment, self.personal_prompt(client, assignment), memory=client.client_state

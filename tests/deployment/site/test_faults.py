@@ -100,7 +100,7 @@ def test_a_site_that_is_told_to_stop_finishes_the_order_under_way(places, out):
         kill("os:fsync", 13),
         kill("ficpd.experiments.run_directory:RunDir.write_rounds", 2),
         kill("ficpd.experiments.run_directory:RunDir.save", 3, after=True),
-        kill("ficpd.deployment.coordinator:_left", 1),
+        kill("ficpd.experiments.runner:Runner.finish", 1),
     ],
     ids=["first-round", "asked", "all-came", "half-written", "checkpoint", "last-saved", "no-result"],
 )

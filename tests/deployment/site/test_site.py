@@ -30,6 +30,7 @@ from ficpd.errors import (
     SiteError,
 )
 from ficpd.experiments.build import ExperimentContext, build_context
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
 from ficpd.experiments.setup import build_method, build_schedule
 from ficpd.federation import codec
@@ -121,14 +122,14 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     assert served.keys() == expected.keys()
     for name, prompt in served.items():
         assert small.close(prompt.vectors_PD, expected[name], 1e-5)
-    assert result["num_rounds"] == 3
-    assert result["dropped_updates"] == 0
-    simulated = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result.num_rounds == 3
+    assert result.dropped_updates == 0
+    simulated = RunResult.load(tmp_path / "run")
     assert {name: score["accuracy"] for name, score in scores.items()} == {
-        name: score["accuracy"] for name, score in simulated["metrics"]["per_client"].items()
+        name: score["accuracy"] for name, score in simulated.scores.per_client.items()
     }, "each site's own view of how it is served"
-    known = simulated["bytes"]
-    assert (result["bytes"]["up_total"], result["bytes"]["down_total"]) == (known["up_total"], known["down_total"])
+    known = simulated.bytes
+    assert (result.bytes.up_total, result.bytes.down_total) == (known.up_total, known.down_total)
 
 
 # ---------------------------------------------------------------- one site, called by hand
@@ -181,7 +182,7 @@ def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_
             coordinator.run_coordinator(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
         left.append(PromptLibrary.load(folder).prompts["global"].vectors_PD)
     assert not torch.equal(*left)
-    assert json.loads((folder / "result.json").read_text())["privacy"]["noise"] == "cryptographic"
+    assert RunResult.load(folder).privacy.noise == "cryptographic"
 
 
 def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path):
@@ -401,7 +402,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert all(0 < epsilon <= 4.0 for epsilon in spent.values())
     left, right = (PromptLibrary.load(tmp_path / name).candidates() for name in ("whole", "cut"))
     assert all(torch.equal(left[name].vectors_PD, right[name].vectors_PD) for name in left)
-    assert whole["num_rounds"] == 3
+    assert whole.num_rounds == 3
 
 
 def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_have_sent(tmp_path):
@@ -421,9 +422,7 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
                 recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None
             )
         (out / "checkpoint").write_bytes(newest)
-        assert (
-            coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), resume=True)["num_rounds"] == 3
-        )
+        assert coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), resume=True).num_rounds == 3
 
 
 def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path):

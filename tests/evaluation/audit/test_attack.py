@@ -148,8 +148,8 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
 
     changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
     run = open_run(federation(tmp_path, *changes, rounds=8), "cpu")
-    assert run.result["stopped"]
-    (line,) = run.result["privacy"]["lines"]
+    assert run.result.stopped
+    (line,) = run.result.privacy.lines
     played = []
     original = canaries.lower_bound
 
@@ -163,7 +163,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     assert played == [line["releases"]]
     assert played[0] < 40
     assert bound is not None
-    assert bound.stated == run.result["privacy"]["epsilon"]
+    assert bound.stated == run.result.privacy.epsilon
 
 
 def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
@@ -388,12 +388,12 @@ def test_members_and_others_come_together_and_differ(given_away, ficpd):
 def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
     with pytest.raises(RunError, match="holds no run"):
         audit_run(tmp_path)
-    (tmp_path / "resolved.toml").write_bytes((modest / "resolved.toml").read_bytes())
+    (tmp_path / "experiment.toml").write_bytes((modest / "experiment.toml").read_bytes())
     with pytest.raises(RunError, match="has not finished"):
         audit_run(tmp_path)
     status, _, err = ficpd("audit", tmp_path)
     assert status == 1
-    assert err.startswith("error: the run in")
+    assert err.startswith(f"error: {tmp_path} has not finished")
 
 
 @pytest.mark.parametrize("method", ["local", "zero_shot"])

@@ -17,11 +17,12 @@ import small
 from ficpd import cli
 from ficpd.errors import RunError
 from ficpd.experiments.build import build_context
-from ficpd.experiments.comparison import SCHEMA
-from ficpd.experiments.comparison.compare import compare, read_comparison
+from ficpd.experiments.comparison.compare import compare
 from ficpd.experiments.comparison.grid import Cell, Grid, expand
 from ficpd.experiments.comparison.results_dir import lock_directory
 from ficpd.experiments.comparison.run_cell import ContextCache, data_of, run_cell
+from ficpd.experiments.comparison.schema import CellResult, ComparisonResult
+from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import no_progress
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.experiments.setup import build_method, build_schedule
@@ -46,8 +47,8 @@ def troubled(how: str, unless: Path | str = "") -> str:
     return f'[methods.fedavg]\n[methods.bad]\nmethod = {{ name = "troubled.method", how = "{how}", unless = "{unless}" }}\n'
 
 
-def of(found: Mapping[str, Any], **labels: Any) -> list[dict[str, Any]]:
-    return [c for c in found["cells"] if all(c[key] == value for key, value in labels.items())]
+def of(found: ComparisonResult, **labels: Any) -> list[CellResult]:
+    return [c for c in found.cells if all(getattr(c, key) == value for key, value in labels.items())]
 
 
 def times(out: Path) -> dict[Path, int]:
@@ -59,7 +60,7 @@ def times(out: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, Grid, dict[str, Any]]:
+def finished(tmp_path_factory) -> tuple[Path, Grid, ComparisonResult]:
     """Two budgets and two seeds; one method fails, one cannot be run with the private budget's compression."""
     folder = tmp_path_factory.mktemp("grid")
     axes = troubled("error") + '[methods.lora]\nmethod.name = "fedlora"\n[methods.ficpd]\nmethod.num_prototypes = 2\n'
@@ -69,24 +70,24 @@ def finished(tmp_path_factory) -> tuple[Path, Grid, dict[str, Any]]:
     found = compare(given, folder / "out", jobs=2, seen=events.append)
     patch.undo()
     assert {event["key"] for event in events if event.get("status") == "failed"} == {
-        c["key"] for c in of(found, method="bad")
+        c.key for c in of(found, method="bad")
     }
     return folder / "out", given, found
 
 
 def test_one_failing_method_does_not_stop_the_others(finished):
     out, _, found = finished
-    assert len(found["cells"]) == 2 * 2 * 7
+    assert len(found.cells) == 2 * 2 * 7
     bad = of(found, method="bad")
-    assert {c["status"] for c in bad} == {"failed"}
-    assert "ZeroDivisionError: a division by zero, in the second round" in bad[0]["reason"]
-    assert "Traceback" in (out / "cells" / f"{bad[0]['key']}.log").read_text()
+    assert {c.status for c in bad} == {"failed"}
+    assert "ZeroDivisionError: a division by zero, in the second round" in bad[0].reason
+    assert "Traceback" in (out / "cells" / f"{bad[0].key}.log").read_text()
     refused = of(found, method="lora", budget="private")
-    assert {c["status"] for c in refused} == {"refused"}
-    assert "fedlora tunes something else" in refused[0]["reason"]
-    others = [c for c in found["cells"] if c not in bad and c not in refused]
-    assert {c["status"] for c in others} == {"done"}
-    assert found["counts"] == {"done": 22, "failed": 4, "refused": 2}
+    assert {c.status for c in refused} == {"refused"}
+    assert "fedlora tunes something else" in refused[0].reason
+    others = [c for c in found.cells if c not in bad and c not in refused]
+    assert {c.status for c in others} == {"done"}
+    assert found.counts == {"done": 22, "failed": 4, "refused": 2}
 
 
 def test_a_cell_is_what_the_run_came_to_alone(finished, tmp_path):
@@ -95,23 +96,23 @@ def test_a_cell_is_what_the_run_came_to_alone(finished, tmp_path):
     (cell,) = of(found, method="ficpd", budget="private", seed=1)
     experiment = next(c.experiment for c in given.cells if (c.method, c.budget, c.seed) == ("ficpd", "private", 1))
     alone = run_experiment(experiment, tmp_path / "alone")
-    assert cell["figures"]["own"] == pytest.approx(alone["metrics"]["per_client_mean"]["accuracy"], abs=0.04)
-    assert cell["epsilon"] == pytest.approx(alone["privacy"]["epsilon"])
-    assert cell["bytes"]["up"] == alone["bytes"]["up_total"]
-    inside = json.loads((out / "cells" / cell["key"] / "result.json").read_text())
-    assert inside["metrics"]["zero_shot"] == alone["metrics"]["zero_shot"]
-    assert (out / "cells" / cell["key"] / "library" / "card.json").exists()
+    assert cell.figures.own == pytest.approx(alone.scores.per_client_mean["accuracy"], abs=0.04)
+    assert cell.epsilon == pytest.approx(alone.privacy.epsilon)
+    assert cell.bytes.up == alone.bytes.up_total
+    inside = RunResult.load(out / "cells" / cell.key)
+    assert inside.scores.zero_shot == alone.scores.zero_shot
+    assert (out / "cells" / cell.key / "library" / "card.json").exists()
 
 
 def test_curves_have_every_round_and_end_with_the_figures(finished):
     _, _, found = finished
     for cell in of(found, status="done"):
-        rounds = [point["round"] for point in cell["curve"]]
-        assert rounds == ([0] if cell["method"] == "zero_shot" else [1, 2, 3])
-        last = cell["curve"][-1]
-        assert (last["own"], last["everyone"]) == (cell["figures"]["own"], cell["figures"]["everyone"])
-        assert last["bytes_up"] + last["bytes_down"] == cell["bytes"]["total"]
-        sums = [point["bytes_up"] for point in cell["curve"]]
+        rounds = [point.round for point in cell.curve]
+        assert rounds == ([0] if cell.method == "zero_shot" else [1, 2, 3])
+        last = cell.curve[-1]
+        assert (last.own, last.everyone) == (cell.figures.own, cell.figures.everyone)
+        assert last.bytes_up + last.bytes_down == cell.bytes.total
+        sums = [point.bytes_up for point in cell.curve]
         assert sums == sorted(sums)
 
 
@@ -119,9 +120,9 @@ def test_a_centralised_curve_is_scored_as_its_end_is(finished):
     """On each client's own test records, not on one pool of them."""
     out, _, found = finished
     (cell,) = of(found, method="centralized", budget="free", seed=0)
-    line = json.loads((out / "cells" / cell["key"] / "rounds.jsonl").read_text().splitlines()[1])
-    assert cell["curve"][1]["own"] == line["metrics"]["own_accuracy"]
-    sizes = json.loads((out / "cells" / cell["key"] / "result.json").read_text())["metrics"]["per_client"]
+    line = json.loads((out / "cells" / cell.key / "rounds.jsonl").read_text().splitlines()[1])
+    assert cell.curve[1].own == line["metrics"]["own_accuracy"]
+    sizes = RunResult.load(out / "cells" / cell.key).scores.per_client
     assert len(sizes) == 3
 
 
@@ -129,8 +130,8 @@ def test_all_methods_of_a_condition_see_the_same_records_and_cohorts(finished):
     _, given, found = finished
     for budget in ("free", "private"):
         for seed in (0, 1):
-            assert len({c["data"] for c in of(found, budget=budget, seed=seed, status="done")}) == 1
-    assert len({c["data"] for c in of(found, status="done")}) == 2, "each seed deals anew"
+            assert len({c.data for c in of(found, budget=budget, seed=seed, status="done")}) == 1
+    assert len({c.data for c in of(found, status="done")}) == 2, "each seed deals anew"
     some = [
         c for c in given.cells if c.seed == 0 and c.budget == "free" and c.method in ("fedavg", "lora", "bad", "ficpd")
     ]
@@ -148,24 +149,24 @@ def cohorts(cell: Cell, size: int) -> tuple[tuple[str, ...], ...]:
 
 def test_statistics_and_targets_are_of_the_cells(finished):
     _, _, found = finished
-    (free,) = [c for c in found["conditions"] if c["budget"] == "free"]
-    own = [c["figures"]["own"] for c in of(found, method="ficpd", budget="free")]
-    other = [c["figures"]["own"] for c in of(found, method="fedavg", budget="free")]
-    summary = free["methods"]["ficpd"]
-    assert summary["mean"] == pytest.approx(sum(own) / 2)
-    assert summary["against"]["difference"] == pytest.approx((own[0] + own[1] - other[0] - other[1]) / 2)
-    assert free["methods"]["fedavg"]["against"] is None
-    assert free["methods"]["bad"]["n"] == 0
-    assert free["methods"]["bad"]["against"]["why"] == "no pair of finished cells with fedavg"
-    ends = [c["figures"]["own"] for c in of(found, method="centralized", budget="free")]
-    target = next(t for t in found["targets"] if t["budget"] == "free" and t["share"] == 0.9)
-    assert target["target"] == pytest.approx(0.9 * sum(ends) / 2)
-    assert target["methods"]["bad"]["of"] == []
+    (free,) = [c for c in found.conditions if c.budget == "free"]
+    own = [c.figures.own for c in of(found, method="ficpd", budget="free")]
+    other = [c.figures.own for c in of(found, method="fedavg", budget="free")]
+    summary = free.methods["ficpd"]
+    assert summary.mean == pytest.approx(sum(own) / 2)
+    assert summary.against.difference == pytest.approx((own[0] + own[1] - other[0] - other[1]) / 2)
+    assert free.methods["fedavg"].against is None
+    assert free.methods["bad"].n == 0
+    assert free.methods["bad"].against.why == "no pair of finished cells with fedavg"
+    ends = [c.figures.own for c in of(found, method="centralized", budget="free")]
+    target = next(t for t in found.targets if t.budget == "free" and t.share == 0.9)
+    assert target.target == pytest.approx(0.9 * sum(ends) / 2)
+    assert target.methods["bad"].of == []
 
 
 def test_what_it_leaves_can_be_read_again_and_is_plain_json(finished):
     out, _, found = finished
-    assert read_comparison(out) == json.loads(json.dumps(found)) == read_comparison(out / "compare.json")
+    assert ComparisonResult.load(out) == found == ComparisonResult.load(out / "compare.json")
     assert "NaN" not in (out / "compare.json").read_text()
     assert "Infinity" not in (out / "compare.json").read_text()
     page = (out / "compare.md").read_text()
@@ -190,8 +191,8 @@ def test_a_second_call_runs_only_what_failed(finished):
     before, keys = times(out), []
     again = compare(given, out, jobs=2, seen=lambda e: keys.append(e["key"]) if "status" in e else None)
     assert times(out) == before
-    assert sorted(keys) == sorted({c["key"] for c in found["cells"] if c["status"] in ("failed", "refused")})
-    assert again["counts"] == found["counts"]
+    assert sorted(keys) == sorted({c.key for c in found.cells if c.status in ("failed", "refused")})
+    assert again.counts == found.counts
 
 
 # ---------------------------------------------------------------- going on
@@ -202,7 +203,7 @@ def once(tmp_path_factory) -> tuple[Grid, Path]:
     """One method, one seed: four runs that are finished."""
     folder = tmp_path_factory.mktemp("once")
     given = plan(folder)
-    assert compare(given, folder / "out", jobs=1)["counts"] == {"done": 4}
+    assert compare(given, folder / "out", jobs=1).counts == {"done": 4}
     return given, folder
 
 
@@ -218,7 +219,7 @@ def test_a_larger_grid_runs_only_what_is_new(once, again):
     _, out = again
     before = times(out)
     whole = plan(once[1], "[methods.fedavg]\n[methods.prox]\nmethod.name = 'fedprox'\n")
-    assert compare(whole, out, jobs=1)["counts"] == {"done": 5}
+    assert compare(whole, out, jobs=1).counts == {"done": 5}
     after = times(out)
     assert len(after) == 5
     assert {file: after[file] for file in before} == before
@@ -229,17 +230,17 @@ def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
     given = plan(tmp_path, troubled("killed", tmp_path / "better"))
     found = compare(given, tmp_path / "out", jobs=1)
     (bad,) = of(found, method="bad")
-    assert bad["status"] == "failed"
-    assert "was killed by SIGKILL" in bad["reason"]
-    assert {c["status"] for c in found["cells"] if c is not bad} == {"done"}
-    folder = tmp_path / "out" / "cells" / bad["key"]
+    assert bad.status == "failed"
+    assert "was killed by SIGKILL" in bad.reason
+    assert {c.status for c in found.cells if c is not bad} == {"done"}
+    folder = tmp_path / "out" / "cells" / bad.key
     first = (folder / "rounds.jsonl").read_text()
     assert first.count("\n") == 1
     (tmp_path / "better").touch()
     (bad,) = of(compare(given, tmp_path / "out", jobs=1), method="bad")
-    assert bad["status"] == "done"
+    assert bad.status == "done"
     assert (folder / "rounds.jsonl").read_text().startswith(first)
-    assert not (tmp_path / "out" / "cells" / f"{bad['key']}.log").exists()
+    assert not (tmp_path / "out" / "cells" / f"{bad.key}.log").exists()
 
 
 def test_records_that_changed_in_between_stop_the_comparison(again):
@@ -277,8 +278,8 @@ def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
             found.setdefault(cell.hash, []).append(got)
     assert shared.context is not None
     for one, other in found.values():
-        assert one["figures"]["own"] == pytest.approx(other["figures"]["own"], abs=0.04)
-        assert (one["bytes"], one["epsilon"], one["data"]) == (other["bytes"], other["epsilon"], other["data"])
+        assert one.figures.own == pytest.approx(other.figures.own, abs=0.04)
+        assert (one.bytes, one.epsilon, one.data) == (other.bytes, other.epsilon, other.data)
 
 
 # ---------------------------------------------------------------- two at once, and others' folders
@@ -307,26 +308,27 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 # ---------------------------------------------------------------- other versions
 
 
-@pytest.mark.parametrize("change", [{"schema": SCHEMA + 1}, {"ficpd": "0.0.9"}, None])
+@pytest.mark.parametrize("change", [{"schema": 1}, {"ficpd": "0.0.9"}, None])
 def test_results_of_another_version_are_named_and_nothing_is_run(again, change):
     given, out = again
     file = next(out.glob("cells/*fedavg*.json"))
     file.write_text(json.dumps(json.loads(file.read_text()) | change) if change else "{")
     before = times(out)
-    with pytest.raises(RunError, match=rf"results of another version than ficpd .*{file.stem} is of .*--out"):
+    why = {"schema": "of another version", "ficpd": r"is of ficpd 0\.0\.9"}
+    with pytest.raises(RunError, match=rf"{file.stem}.* {why[next(iter(change))] if change else 'cannot be read'}"):
         compare(given, out, jobs=1)
     assert times(out) == before
 
 
 def test_a_comparison_of_another_schema_is_not_read(tmp_path):
     (tmp_path / "compare.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(RunError, match=r"is of schema 99, this version of ficpd reads 1"):
-        read_comparison(tmp_path)
+    with pytest.raises(RunError, match=r"compare\.json is of another version than this ficpd"):
+        ComparisonResult.load(tmp_path)
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
-        read_comparison(tmp_path)
+        ComparisonResult.load(tmp_path)
     with pytest.raises(RunError, match="holds no comparison"):
-        read_comparison(tmp_path / "nowhere")
+        ComparisonResult.load(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------- the command
@@ -408,9 +410,9 @@ def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     assert "Traceback" not in said[0] + said[1]
     assert "the same command goes on" in said[1]
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    assert read_comparison(out)["counts"] == {"done": 4, "missing": 1}
+    assert ComparisonResult.load(out).counts == {"done": 4, "missing": 1}
     (tmp_path / "better").touch()
-    assert compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1)["counts"] == {"done": 5}
+    assert compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1).counts == {"done": 5}
 
 
 @pytest.mark.slow

@@ -39,15 +39,15 @@ def run(folder: Path, clients: int = 12) -> Path:
     )
     own |= {
         "clusters": {
-            "member": {n: i % 2 for i, n in enumerate(names)}, "number": 2, "agreement": {"domain": 0.5, LABEL: None}
+            "member": {n: i % 2 for i, n in enumerate(names)}, "number": 2, "adjusted_rand": {"domain": 0.5, LABEL: None}
         },
-        "levels": {
+        "personalization": {
             "cluster": {"own": {"accuracy": 0.8}, "others": {"accuracy": 0.7}},
             "global": {"own": {"accuracy": 0.75}, "others": None},
         },
-        "unseen": {"global": {"accuracy": 0.7}, "assigned": {"accuracy": 0.72}},
+        "unseen_clients": {"global_prompt": {"accuracy": 0.7}, "assigned": {"accuracy": 0.72}},
         "distillation": {"writer": LABEL, "how": "kl", "gained": True, "examples": {"all": "3 examples"}, "memorised": {}},
-        "set_aside": {HOSTILE: 2},
+        "excluded_updates": {HOSTILE: 2},
     }  # fmt: skip
     own["metrics"]["distilled"] = {"accuracy": 0.7}
     write_result(folder, own)
@@ -94,7 +94,7 @@ def result(method: str, names: list[str], accuracy: float, epsilon: float | None
         "num_rounds": 0 if method == "zero_shot" else 3,
         "seed": 0,
         "metrics": {
-            "global": None if method == "local" else {"accuracy": accuracy},
+            "global_prompt": None if method == "local" else {"accuracy": accuracy},
             "per_client": own,
             "per_client_mean": {"accuracy": mean},
             "per_client_worst": {"accuracy": worst},
@@ -106,8 +106,6 @@ def result(method: str, names: list[str], accuracy: float, epsilon: float | None
         },
         "seconds": {"train": 4.0, "aggregate": 1.0},
         "dropped_updates": 3,
-        "set_aside": {},
-        "too_few": {},
         "compression": {"name": "none", "bits": 32},
         "machine": {"cpu": "some"},
         "versions": {"ficpd": "0.1.0"},
@@ -179,16 +177,16 @@ def audit() -> dict[str, Any]:
 def comparison(folder: Path) -> Path:
     """Three methods and a line on two tasks at two budgets, three seeds.
 
-    The schema is that of `ficpd.experiments.comparison`."""
+    The schema is `ficpd.experiments.comparison.schema`."""
     folder.mkdir(parents=True)
     methods = {"zero_shot": 0.6, HOSTILE: 0.7, "fedavg": 0.74, "ficpd": 0.8}
     seeds_, budgets, tasks = [0, 1, 2], {"strong": 1.0, "given": None}, ("abstracts", LABEL)
     where = [(task, budget) for budget in budgets for task in tasks]
     metric = {"name": "accuracy", "scale": 100, "digits": 1, "unit": " %", "less_is_better": False}
     tree = {
-        "schema": 1, "ficpd": "0.1.0", "name": LABEL, "figure": "own", "reference": "ficpd", "lines": ["zero_shot"],
+        "ficpd": "0.1.0", "name": LABEL, "figure": "own", "reference": "ficpd", "lines": ["zero_shot"],
         "test": "t", "confidence": 0.95, "seeds": seeds_,
-        "methods": {m: {"name": "fedavg", "line": m == "zero_shot", "private": True, "set": {}} for m in methods},
+        "methods": {m: {"name": "fedavg", "line": m == "zero_shot", "private": True, "settings": {}} for m in methods},
         "tasks": {task: {"task": "classification", "backbone": "tiny", "metric": metric} for task in tasks},
         "partitions": {"given": {}},
         "budgets": {
@@ -229,7 +227,9 @@ def comparison(folder: Path) -> Path:
                 **at(task, budget), "share": share, "target": 0.75,
                 "methods": {
                     m: {"seeds": [None] * 3, "of": seeds_, "reached": 3 if m == "ficpd" else 0,
-                        **dict.fromkeys(("rounds", "bytes", "queries", "seconds"), 2 if m == "ficpd" else None)}
+                        **dict.fromkeys(
+                            ("rounds", "bytes", "bytes_up", "bytes_down", "queries", "seconds"), 2 if m == "ficpd" else None
+                        )}
                     for m in methods
                 },
             }
@@ -261,7 +261,7 @@ def cell(method: str, task: str, budget: str, seed: int, value: float, epsilon: 
 def summary(method: str, value: float) -> dict[str, Any]:
     return {
         "n": 3, "mean": value, "sd": 0.01, "interval": [value - 0.02, value + 0.02], "everyone": value, "worst": value - 0.1,
-        "bytes": 30.0, "queries": 5.0, "seconds": 3.0, "epsilon": 1.0,
+        "bytes": 30.0, "bytes_up": 10.0, "bytes_down": 20.0, "queries": 5.0, "seconds": 3.0, "epsilon": 1.0,
         "against": None if method == "ficpd" else against(value - 0.8, 0.01 if method == "fedavg" else 0.2),
     }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """A run's own result beside baselines, one of which has its method's name."""
 
-import json
 from pathlib import Path
 
 import made_up
@@ -13,6 +12,7 @@ from ficpd.experiments.report import export
 from ficpd.experiments.report.build import page_of, write_page
 from ficpd.experiments.report.load import opened
 from ficpd.experiments.report.summary import load_results, results_table
+from ficpd.experiments.results import RunResult
 
 OWN = "[method]\nname = 'fedavg'\n[method.robust]\nrule = 'trimmed_mean'\nnum_byzantine = 2\n"
 PLAIN = "[method]\nname = 'fedavg'\n"
@@ -79,8 +79,8 @@ def test_a_run_shows_its_own_settings_figures(tmp_path):
     done = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     results = load_results(tmp_path / "run")
-    assert [result["label"] for result in results] == ["zero_shot", OTHER, "fedavg, no privacy", "fedavg"]
-    assert results[-1] == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert [bool(result["set_aside"]) for result in results[1:]] == [False, True, True]
+    assert [result.label for result in results] == ["zero_shot", OTHER, "fedavg, no privacy", "fedavg"]
+    assert results[-1] == RunResult.load(tmp_path / "run")
+    assert [bool(result.excluded_updates) for result in results[1:]] == [False, True, True]
     drawn = " ".join(done.output.split())
     assert "default" in drawn

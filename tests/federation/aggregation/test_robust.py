@@ -110,9 +110,9 @@ def test_one_update_moves_the_plain_mean_anywhere_and_no_robust_one(poison):
     for rule in RULES:
         found, facts = mean(rule, [*given, lie])
         assert float((found - good.mean(0)).norm()) < float(good.mean(0).norm()), rule
-        assert "site-99" in facts["set_aside"], rule
-        assert rule == "norm_bound" or len(facts["set_aside"]) == 1
-        assert facts["too_few"] == {}
+        assert "site-99" in facts["excluded_updates"], rule
+        assert rule == "norm_bound" or len(facts["excluded_updates"]) == 1
+        assert facts["underfilled_means"] == {}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -145,7 +145,7 @@ def test_the_order_of_updates_does_not_matter(rule):
 
 def test_of_two_that_are_equally_far_the_order_of_arrival_does_not_choose():
     tie = updates([-5.0], [0.0], [0.0], [0.0], [5.0])
-    left_out = [mean("multi_krum", small.shuffled(tie, seed))[1]["set_aside"] for seed in range(6)]
+    left_out = [mean("multi_krum", small.shuffled(tie, seed))[1]["excluded_updates"] for seed in range(6)]
     assert left_out == [{"site-04": "left out of global"}] * 6
 
 
@@ -155,15 +155,15 @@ def test_each_rule_by_hand():
     assert mean("trimmed_mean", given, num_byzantine=2)[0].tolist() == [2.0, 4.0]
     five = updates([0.0], [1.0], [2.0], [3.0], [100.0])
     found, facts = mean("multi_krum", five)
-    assert (found.tolist(), facts["set_aside"]) == ([1.5], {"site-04": "left out of global"})
+    assert (found.tolist(), facts["excluded_updates"]) == ([1.5], {"site-04": "left out of global"})
     six = updates(
         [0.0], [7.0], [8.0], [11.0], [19.0], [21.0]
     )  # by three nearest; two or four would leave the first out
-    assert mean("multi_krum", six)[1]["set_aside"].keys() == {"site-05"}
+    assert mean("multi_krum", six)[1]["excluded_updates"].keys() == {"site-05"}
     three = updates([3.0, 4.0], [0.3, 0.4], [0.6, 0.8])
     found, facts = mean("norm_bound", three)  # the median is 1, so that nobody is longer than 2
     assert small.close(found, torch.tensor([1.2 + 0.3 + 0.6, 1.6 + 0.4 + 0.8]) / 3)
-    assert facts["set_aside"] == {"site-00": "cut from a norm of 5 to 2"}
+    assert facts["excluded_updates"] == {"site-00": "cut from a norm of 5 to 2"}
     assert small.close(mean("norm_bound", three, max_norm=0.5)[0], torch.tensor([0.3, 0.4]))
 
 
@@ -171,7 +171,7 @@ def test_an_update_within_the_bound_is_not_touched():
     given = honest()
     means = RobustAggregator(RobustConfig(rule="norm_bound", max_norm=1e3), given)
     assert all(after is before for after, before in zip(means.updates, given, strict=True))
-    assert means.facts == {"set_aside": {}, "too_few": {}}
+    assert means.facts == {"excluded_updates": {}, "underfilled_means": {}}
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_of_too_few_as_many_as_can_be_are_trimmed_and_it_is_said(rule, count, po
     found, facts = mean(rule, given, num_byzantine=poisoned)
     values = torch.stack([u.arrays["delta"].double() for u in given]).sort(0).values
     assert small.close(found, values[trimmed : count - trimmed].mean(0).float(), 1e-6)
-    assert list(facts["too_few"]) == ["global"]
-    assert f"{count} came" in facts["too_few"]["global"]
-    assert f": {trimmed} trimmed" in facts["too_few"]["global"]
+    assert list(facts["underfilled_means"]) == ["global"]
+    assert f"{count} came" in facts["underfilled_means"]["global"]
+    assert f": {trimmed} trimmed" in facts["underfilled_means"]["global"]
     enough = 2 * poisoned + (3 if rule == "multi_krum" else 1)
-    assert mean(rule, honest(enough), num_byzantine=poisoned)[1]["too_few"] == {}
+    assert mean(rule, honest(enough), num_byzantine=poisoned)[1]["underfilled_means"] == {}
 
 
 # ---------------------------------------------------------------- in every method that averages
@@ -222,7 +222,7 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
         losses[setting] = loss(method, members, state, model)
         assert not any(report.dropped for report in reports)
         if setting == rule:
-            assert all(POISONED in report.set_aside for report in reports)
+            assert all(POISONED in report.excluded_updates for report in reports)
             read, _ = storage.decode_state(storage.encode_state(state, {}))
             assert read.facts == state.facts
             updates = [
@@ -232,7 +232,7 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
             assert small.same(after[0].arrays, after[1].arrays)
             assert after[0].facts == after[1].facts
         else:
-            assert not any(report.set_aside or report.too_few for report in reports)
+            assert not any(report.excluded_updates or report.underfilled_means for report in reports)
     assert losses["mean"] > first > losses[rule]
     assert losses[rule] - losses["honest"] < 0.6 * (first - losses["honest"])
 
@@ -245,7 +245,7 @@ def test_a_prototype_goes_by_the_rule_as_the_global_prompt_does(model, rule, nam
         method, small.clients(model, method, 7, mechanism=Lying()), model, RoundSchedule(3, 7, 0)
     )
     assert small.close(method.library_prompts(state)["prototype-0"], method.global_prompt(state))
-    assert rule == "norm_bound" or "prototype-0" in reports[-1].set_aside[POISONED]
+    assert rule == "norm_bound" or "prototype-0" in reports[-1].excluded_updates[POISONED]
 
 
 def test_a_cluster_of_too_few_is_reported_by_name(model):
@@ -254,7 +254,7 @@ def test_a_cluster_of_too_few_is_reported_by_name(model):
     for place, client in enumerate(members.values()):
         client.card = ClientCard(client.card.name, {"kind": "ab"[place > 4]})
     _, reports = small.rounds(method, members, model)
-    assert [list(report.too_few) for report in reports] == [["prototype-1"]] * 2
+    assert [list(report.underfilled_means) for report in reports] == [["prototype-1"]] * 2
 
 
 def test_one_noised_sum_is_refused_by_all_rules_but_the_mean(name):
@@ -273,10 +273,10 @@ def test_a_run_names_the_client_that_lied(tmp_path):
     table = small.table(tmp_path / "records.csv", 140, 7)
     changes = ["privacy.name=federation.aggregation.test_robust", "method.robust.rule=multi_krum"]
     result = run_experiment(parse(small.toml(table), "small.toml", changes), tmp_path / "run")
-    assert result["set_aside"] == {POISONED: 3}
-    assert result["too_few"] == {}
+    assert result.excluded_updates == {POISONED: 3}
+    assert result.underfilled_means == {}
     lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
-    assert [line["set_aside"] for line in lines] == [{POISONED: "left out of global"}] * 3
+    assert [line["excluded_updates"] for line in lines] == [{POISONED: "left out of global"}] * 3
     assert f"{POISONED} in 3" in small.page(tmp_path)
 
 
@@ -287,4 +287,4 @@ def test_a_checkpoint_that_was_written_before_there_were_rules_can_be_read(tmp_p
     written = storage.encode_state(State({"prompt": torch.ones(2), ROUNDS: told}), {"totals": {}})
     (tmp_path / "checkpoint").write_bytes(written)
     _, _, rounds, _ = RunDir(tmp_path).load()
-    assert [(done.set_aside, done.too_few) for done in rounds] == [({}, {})]
+    assert [(done.excluded_updates, done.underfilled_means) for done in rounds] == [({}, {})]

@@ -1,6 +1,5 @@
 """A comparison from its plan to its folder: run what is missing, then say what all of it comes to."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -8,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import __version__
-from ficpd.errors import RunError
-from ficpd.experiments.comparison import SCHEMA, pareto, summary
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.comparison import pareto, summary
 from ficpd.experiments.comparison.grid import Grid
 from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
 from ficpd.experiments.comparison.results import result_rows
-from ficpd.experiments.comparison.results_dir import CELLS, check_versions, load_result, lock_directory, run_keys
-from ficpd.experiments.comparison.run_cell import Outcome
+from ficpd.experiments.comparison.results_dir import CELLS, load_result, lock_directory, run_keys
+from ficpd.experiments.comparison.schema import (
+    COMPARISON,
+    BudgetInfo,
+    ComparisonResult,
+    MethodInfo,
+    RunOutcome,
+    TaskInfo,
+)
 from ficpd.experiments.comparison.statistics import CONFIDENCE
 from ficpd.experiments.comparison.worker import Event, Job
 from ficpd.experiments.comparison.worker_pool import run_jobs
 from ficpd.experiments.config import to_toml
-from ficpd.experiments.report.comparison import COMPARISON as JSON_FILE
-from ficpd.experiments.report.comparison import Tree, read
 from ficpd.experiments.report.comparison_tables import write_tables
 from ficpd.storage import atomic_write
 
@@ -30,7 +34,7 @@ Seen = Callable[[Event], None]
 def compare(
     plan: Grid, out: Path, jobs: int | None = None, planned: Callable[[int, int], None] | None = None,
     seen: Seen = lambda event: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> ComparisonResult:  # fmt: skip
     """Runs what is missing in `out`, `jobs` runs at a time, and writes the tables, also when it is interrupted.
 
     `jobs` None: one for each core, and one on a GPU. `planned` gets the number of runs and the number of missing ones.
@@ -40,9 +44,8 @@ def compare(
     """
     with lock_directory(out) as lock:
         names = run_keys(out, plan.cells)
-        check_versions(out, names.values())
-        atomic_write(out / "compare.toml", plan.text)
         missing = _missing(plan, out, names)
+        atomic_write(out / "compare.toml", plan.text)
         if planned is not None:
             planned(len(names), len(missing))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -52,79 +55,61 @@ def compare(
             run_jobs(missing, out / CELLS, number, max(1, cores // number), lock, seen)
         finally:
             found = described(plan, {h: load_result(out, key) for h, key in names.items()}, names)
-            atomic_write(out / JSON_FILE, json.dumps(found, indent=1) + "\n")
+            found.write(out / COMPARISON)
             write_tables(found, out)
         return found
 
 
 def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
-    """The runs without a figure, each once; of one ground in the plan's order."""
+    """Returns the runs without a figure, each once, in the plan's order."""
     first = {cell.hash: cell for cell in reversed(plan.cells)}
-    open_ = [h for h in names if (load_result(out, names[h]) or {}).get("status") != "done"]
+    open_ = [h for h in names if not (one := load_result(out, names[h])) or one.status != "done"]
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     return [Job(names[h], to_toml(first[h].experiment), first[h].ground) for h in open_]
 
 
-def described(plan: Grid, outcomes: Mapping[str, Outcome | None], names: Mapping[str, str]) -> dict[str, Any]:
-    """`compare.json` (its schema is the docstring of `ficpd.experiments.comparison`)."""
+def described(plan: Grid, outcomes: Mapping[str, RunOutcome | None], names: Mapping[str, str]) -> ComparisonResult:
+    """Puts together what all cells say."""
     spec, cells = plan.spec, result_rows(plan.cells, names, outcomes)
-    metrics = summary.metrics_of(cells, plan.axes["tasks"])
+    metrics: dict[str, Metric | None] = dict.fromkeys(plan.axes["tasks"])
+    metrics |= {c.task: one.metric for c in plan.cells if (one := outcomes[c.hash]) and one.status == "done"}
     seen = summary.ResultView(cells, list(plan.methods), spec.figure, spec.test, plan.reference, metrics)
-    return {
-        "schema": SCHEMA,
-        "ficpd": __version__,
-        "name": spec.name,
-        "figure": spec.figure,
-        "reference": plan.reference,
-        "lines": seen.lines,
-        "test": spec.test,
-        "confidence": CONFIDENCE,
-        "seeds": list(spec.seeds),
-        "methods": {label: _method(label, piece) for label, piece in plan.methods.items()},
-        "tasks": {label: _task(plan, label, metrics[label]) for label in plan.axes["tasks"]},
-        "partitions": {label: dict(piece.get("partition", {})) for label, piece in plan.axes["partitions"].items()},
-        "budgets": {label: _budget(piece) for label, piece in plan.axes["budgets"].items()},
-        "sweeps": {path: list(values) for path, values in plan.sweeps.items()},
-        "cells": [
-            {key: value for key, value in row.items() if key not in ("metric", "of_task", "backbone")} for row in cells
-        ],
-        "conditions": summary.conditions(seen),
-        "settings": summary.settings(seen),
-        "fronts": pareto.pareto_fronts(seen),
-        "targets": pareto.cost_to_target(seen, spec.targets),
-        "counts": dict(Counter(row["status"] for row in cells)),
-    }
+    return ComparisonResult(
+        ficpd=__version__,
+        name=spec.name,
+        figure=spec.figure,
+        reference=plan.reference,
+        lines=seen.lines,
+        test=spec.test,
+        confidence=CONFIDENCE,
+        seeds=list(spec.seeds),
+        methods={label: _method(label, piece) for label, piece in plan.methods.items()},
+        tasks={label: _task(plan, label, metrics[label]) for label in plan.axes["tasks"]},
+        partitions={label: dict(piece.get("partition", {})) for label, piece in plan.axes["partitions"].items()},
+        budgets={label: _budget(piece) for label, piece in plan.axes["budgets"].items()},
+        sweeps={path: list(values) for path, values in plan.sweeps.items()},
+        cells=cells,
+        conditions=summary.conditions(seen),
+        settings=summary.settings(seen),
+        fronts=pareto.pareto_fronts(seen),
+        targets=pareto.cost_to_target(seen, spec.targets),
+        counts=dict(Counter(row.status for row in cells)),
+    )
 
 
-def _method(label: str, piece: Mapping[str, Any]) -> dict[str, Any]:
+def _method(label: str, piece: Mapping[str, Any]) -> MethodInfo:
     parts = {key: value for key, value in piece.items() if key not in ("private", "method")}
     own = {key: value for key, value in piece["method"].items() if key != "name"}
-    set_ = {**({"method": own} if own else {}), **parts}
+    settings = {**({"method": own} if own else {}), **parts}
     line, private = label in REFERENCE_METHODS, piece.get("private", True)
-    return {"name": piece["method"]["name"], "line": line, "private": private, "set": set_}
+    return MethodInfo(name=piece["method"]["name"], line=line, private=private, settings=settings)
 
 
-def _task(plan: Grid, label: str, metric: Mapping[str, Any] | None) -> dict[str, Any]:
+def _task(plan: Grid, label: str, metric: Metric | None) -> TaskInfo:
     experiment = next(cell.experiment for cell in plan.cells if cell.task == label)
-    names = [
-        f"{group}: {party.task['name']}" if group else party.task["name"]
-        for group, party in experiment.all_groups.items()
-    ]
-    return {"task": ", ".join(names), "backbone": experiment.backbone.name, "metric": dict(metric) if metric else None}
+    return TaskInfo(task=experiment.tasks_in_words, backbone=experiment.backbone.name, metric=metric)
 
 
-def _budget(piece: Mapping[str, Any]) -> dict[str, float | None]:
-    """Infinity is no JSON: no limit."""
-    return {
-        k: None if piece.get(k) in (None, float("inf")) else piece[k] for k in ("epsilon", "rounds", "bytes", "queries")
-    }
-
-
-def read_comparison(path: Path) -> Tree:
-    """Reads the `compare.json` of a folder, or the file itself. Raises `RunError` if it is none, or of another schema."""
-    file = path / JSON_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise RunError(
-            f"{path} holds no comparison ({JSON_FILE}); make one with `ficpd compare FILE.toml --out {path}`"
-        )
-    return read(file)
+def _budget(piece: Mapping[str, Any]) -> BudgetInfo:
+    """JSON has no infinity: None is no limit."""
+    return BudgetInfo(**{k: None if piece.get(k) == float("inf") else piece.get(k) for k in BudgetInfo.model_fields})

@@ -1,16 +1,14 @@
 """A comparison's folder: one process at a time works in it, and results of another version are not mixed with new ones."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ficpd import __version__
 from ficpd.errors import RunError
-from ficpd.experiments.comparison import SCHEMA
 from ficpd.experiments.comparison.grid import Cell
-from ficpd.experiments.comparison.run_cell import Outcome
+from ficpd.experiments.comparison.schema import RunOutcome
 
 CELLS = "cells"
 
@@ -50,22 +48,12 @@ def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
     return found
 
 
-def load_result(folder: Path, key: str) -> Outcome | None:
-    """Reads `KEY.json`; None if there is none."""
-    try:
-        return json.loads((folder / CELLS / f"{key}.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {"schema": "unreadable"}
-
-
-def check_versions(folder: Path, wanted: Iterable[str]) -> None:
-    """Raises `RunError` for results of another version: one table must not mix them."""
-    for key in wanted:
-        found = load_result(folder, key) or {"schema": SCHEMA, "ficpd": __version__}
-        if (found.get("schema"), found.get("ficpd")) != (SCHEMA, __version__):
-            raise RunError(
-                f"{folder} has results of another version than ficpd {__version__}, schema {SCHEMA}: {key} is of ficpd "
-                f"{found.get('ficpd')}, schema {found.get('schema')}; choose another --out, or delete {folder}"
-            )
+def load_result(folder: Path, key: str) -> RunOutcome | None:
+    """Reads `KEY.json`; None if there is none. Raises `RunError` for one of another version: one table must not mix them."""
+    file = folder / CELLS / f"{key}.json"
+    found = RunOutcome.read(file) if file.exists() else None
+    if found and found.ficpd != __version__:
+        raise RunError(
+            f"{file} is of ficpd {found.ficpd}, and this is {__version__}; choose another --out, or delete {folder}"
+        )
+    return found

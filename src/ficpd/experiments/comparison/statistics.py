@@ -3,10 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from ficpd.experiments.comparison.schema import Against, Friedman
+from ficpd.experiments.results import Interval
 
 CONFIDENCE = 0.95
 
@@ -14,7 +17,7 @@ CONFIDENCE = 0.95
 class MeanCI(NamedTuple):
     mean: float | None
     sd: float | None
-    interval: list[float] | None
+    interval: Interval | None
 
 
 class PairedSamples(NamedTuple):
@@ -38,17 +41,15 @@ def mean_ci(values: Sequence[float]) -> MeanCI:
         return MeanCI(mean, None, None)
     sd = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
-    return MeanCI(mean, sd, [mean - half, mean + half])
+    return MeanCI(mean, sd, (mean - half, mean + half))
 
 
-def paired_test(pairs: PairedSamples, test: str, reference: str) -> dict[str, Any]:
-    """AGAINST of the schema, with `p_holm` still open."""
+def paired_test(pairs: PairedSamples, test: str, reference: str) -> Against:
+    """Compares a method with the reference; `p_holm` is still open."""
     differences = [own - other for own, other in zip(*pairs, strict=True)]
     found = mean_ci(differences)
     p, why = p_of(pairs, test) if differences else (None, f"no pair of finished cells with {reference}")
-    return {
-        "pairs": len(differences), "difference": found.mean, "interval": found.interval, "p": p, "p_holm": None, "why": why,
-    }  # fmt: skip
+    return Against(pairs=len(differences), difference=found.mean, interval=found.interval, p=p, why=why)
 
 
 def p_of(pairs: PairedSamples, test: str) -> tuple[float | None, str | None]:
@@ -79,21 +80,20 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def apply_holm(found: Mapping[str, dict[str, Any] | None], lines: Sequence[str]) -> None:
-    """Fill `p_holm` over the methods that were tested; a line is none of them."""
-    for label, entry in found.items():
-        if entry is not None and label in lines and entry["p"] is not None:
-            entry |= {"p": None, "why": "a line, and no method that is compared"}
-    open_ = {label: entry["p"] for label, entry in found.items() if entry is not None and entry["p"] is not None}
-    for label, p in holm(open_).items():
-        entry = found[label]
-        assert entry is not None
-        entry["p_holm"] = p
+def apply_holm(found: Mapping[str, Against | None], lines: Sequence[str]) -> dict[str, Against | None]:
+    """Adds `p_holm` over the methods that were tested. A line is none of them."""
+    no_test = {"p": None, "why": "a line, and no method that is compared"}
+    tested = {
+        label: one.model_copy(update=no_test) if one and label in lines and one.p is not None else one
+        for label, one in found.items()
+    }
+    corrected = holm({label: one.p for label, one in tested.items() if one and one.p is not None})
+    return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in tested.items()}
 
 
 def mean_ranks(
     by_task: Mapping[str, Mapping[str, float]], less_is_better: Callable[[str], bool]
-) -> tuple[dict[str, float], dict[str, float] | None]:
+) -> tuple[dict[str, float], Friedman | None]:
     """Mean rank of each method over tasks (1: best, ties share), and Friedman's test of whether they differ at all; None of
     fewer than three methods or two tasks, or where nothing differs. Every task has a figure of every method."""
     if not by_task:
@@ -105,5 +105,5 @@ def mean_ranks(
     friedman = None
     if len(methods) > 2 and len(table) > 1 and any(len({*line}) > 1 for line in table):
         ran = stats.friedmanchisquare(*zip(*table, strict=True))
-        friedman = {"statistic": float(ran.statistic), "p": float(ran.pvalue)}
+        friedman = Friedman(statistic=float(ran.statistic), p=float(ran.pvalue))
     return {m: float(rank) for m, rank in zip(methods, ranks, strict=True)}, friedman

@@ -1,6 +1,5 @@
 """The process that carries out runs of a comparison, one after the other."""
 
-import json
 import os
 import threading
 import traceback
@@ -15,8 +14,8 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.errors import BackboneError, ConfigError, FicpdError, PrivacyError
-from ficpd.experiments.comparison import SCHEMA
-from ficpd.experiments.comparison.run_cell import ContextCache, Outcome, run_cell
+from ficpd.experiments.comparison.run_cell import ContextCache, run_cell
+from ficpd.experiments.comparison.schema import RunOutcome
 from ficpd.experiments.config import parse
 from ficpd.registry import SEARCHED
 from ficpd.storage import atomic_write
@@ -60,8 +59,8 @@ def work(jobs: Connection, folder: Path, log: Path, threads: int, lock: Connecti
     while True:
         job = jobs.recv()
         outcome = run_job(job, folder, contexts, jobs)
-        atomic_write(folder / f"{job.key}.json", json.dumps(outcome, indent=1) + "\n")
-        jobs.send({name: outcome[name] for name in ("key", "status", "reason")})
+        outcome.write(folder / f"{job.key}.json")
+        jobs.send(outcome.model_dump(include={"key", "status", "reason"}))
 
 
 def _end_with_parent() -> None:
@@ -71,7 +70,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def run_job(job: Job, folder: Path, contexts: ContextCache, events: Connection) -> Outcome:
+def run_job(job: Job, folder: Path, contexts: ContextCache, events: Connection) -> RunOutcome:
     """Returns the run's outcome, also of a run that raised. The traceback of an unexpected error goes to `KEY.log`."""
     key, log = job.key, folder / f"{job.key}.log"
 
@@ -81,13 +80,11 @@ def run_job(job: Job, folder: Path, contexts: ContextCache, events: Connection) 
     try:
         outcome = run_cell(parse(job.experiment, f"{key}.toml"), key, job.ground, folder, contexts, progress)
     except FicpdError as error:
-        return result_event(key, "refused" if isinstance(error, CANNOT) else "failed", str(error))
+        status = "refused" if isinstance(error, CANNOT) else "failed"
+        return RunOutcome(ficpd=__version__, key=key, status=status, reason=str(error))
     except Exception as error:
         atomic_write(log, traceback.format_exc())
-        return result_event(key, "failed", f"{type(error).__name__}: {error} (see {key}.log)")
+        reason = f"{type(error).__name__}: {error} (see {key}.log)"
+        return RunOutcome(ficpd=__version__, key=key, status="failed", reason=reason)
     log.unlink(missing_ok=True)
     return outcome
-
-
-def result_event(key: str, status: str, reason: str) -> Outcome:
-    return {"schema": SCHEMA, "ficpd": __version__, "key": key, "status": status, "reason": reason}

@@ -1,6 +1,5 @@
 """The worker processes of a comparison. A worker that dies costs the run that it is at, and no other."""
 
-import json
 import os
 import signal
 from collections import Counter
@@ -10,7 +9,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from ficpd.experiments.comparison.worker import Event, Job, result_event, work
+from ficpd import __version__
+from ficpd.experiments.comparison.schema import RunOutcome
+from ficpd.experiments.comparison.worker import Event, Job, work
 from ficpd.registry import SEARCHED
 from ficpd.storage import atomic_write
 
@@ -53,9 +54,10 @@ class Worker:
         code, key = self.process.exitcode or 0, self.job.key
         log = self.log.read_bytes() if self.log.exists() else b""
         atomic_write(self.folder / f"{key}.log", log[-LOG_TAIL:].decode(errors="replace"))
-        outcome = result_event(key, "failed", f"its process {describe_exit(code)} (see {key}.log)")
-        atomic_write(self.folder / f"{key}.json", json.dumps(outcome, indent=1) + "\n")
-        return outcome
+        reason = f"its process {describe_exit(code)} (see {key}.log)"
+        outcome = RunOutcome(ficpd=__version__, key=key, status="failed", reason=reason)
+        outcome.write(self.folder / f"{key}.json")
+        return outcome.model_dump(include={"key", "status", "reason"})
 
 
 def run_jobs(

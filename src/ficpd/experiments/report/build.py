@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
 from ficpd.experiments.report import (
     clients,
     comparison,
@@ -15,7 +16,6 @@ from ficpd.experiments.report import (
     targets,
 )
 from ficpd.experiments.report.blocks import Page, non_empty
-from ficpd.experiments.report.comparison import COMPARISON, Tree
 from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
 from ficpd.storage import atomic_write
@@ -33,7 +33,7 @@ def write_page(directory: Path, out: Path | None = None) -> Path:
 def page_of(directory: Path) -> Page:
     if (directory / COMPARISON).exists():
         text = directory / "compare.toml"
-        tree = comparison.read(directory / COMPARISON)
+        tree = ComparisonResult.load(directory)
         return of_comparison(tree, text.read_text(encoding="utf-8") if text.exists() else "")
     return of_run(opened(directory))
 
@@ -41,7 +41,7 @@ def page_of(directory: Path) -> Page:
 def of_run(run: Finished) -> Page:
     own = run.own
     return Page(
-        f"{own['method']} on {own['backbone']['name']}: {own['task']}",
+        f"{own.method} on {own.backbone.name}: {own.task}",
         overview.headline(run),
         overview.summary_blocks(run),
         non_empty(
@@ -61,9 +61,9 @@ def of_run(run: Finished) -> Page:
     )
 
 
-def of_comparison(tree: Tree, text: str) -> Page:
+def of_comparison(tree: ComparisonResult, text: str) -> Page:
     return Page(
-        f"Comparison: {tree['name']}",
+        f"Comparison: {tree.name}",
         comparison.headline(tree),
         comparison.summary_blocks(tree),
         non_empty(
@@ -85,7 +85,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
     if not (csv or latex):
         return found
     if (directory / COMPARISON).exists():
-        tree = comparison.read(directory / COMPARISON)
+        tree = ComparisonResult.load(directory)
         lines, drawn = grid.csv_lines(tree), grid.matrices(tree)
     else:
         run = opened(directory)

@@ -6,8 +6,9 @@ from typing import Any
 
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Figure, Section, Table, Text, TwoColumn
-from ficpd.experiments.report.load import Finished, Result
+from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.overview import number
+from ficpd.experiments.results import PrivacyReport
 
 
 def costs(run: Finished) -> Section | None:
@@ -20,12 +21,12 @@ def costs(run: Finished) -> Section | None:
 
 
 def _scores(run: Finished) -> list[float]:
-    return [run.main.scale * r["metrics"]["per_client_mean"][run.main.name] for r in run.results]
+    return [run.main.scale * r.scores.per_client_mean[run.main.name] for r in run.results]
 
 
 def _against_bytes(run: Finished) -> Figure:
-    names, ys = [r["label"] for r in run.results], _scores(run)
-    sent = [r["bytes"]["up_per_client_round"] for r in run.results]
+    names, ys = [r.label for r in run.results], _scores(run)
+    sent = [r.bytes.up_per_client_round for r in run.results]
     texts = [f"{number(y, run.main.digits)}{run.main.unit} for {b:,.0f} bytes" for y, b in zip(ys, sent, strict=True)]
     xs, axis = logarithmic(sent)
     y, marks = f"own test {run.main.name}{run.main.unit}", marks_of(run)
@@ -40,7 +41,7 @@ def _against_bytes(run: Finished) -> Figure:
 
 
 def marks_of(run: Finished) -> list[tuple[int, int]]:
-    places = [run.places[result["label"]] for result in run.results]
+    places = [run.places[result.label] for result in run.results]
     return list(zip(places, places, strict=True))
 
 
@@ -75,8 +76,8 @@ def short(value: float) -> str:
 
 
 def _against_epsilon(run: Finished) -> Figure:
-    names, ys = [r["label"] for r in run.results], _scores(run)
-    kinds = [promise(r["privacy"]) for r in run.results]
+    names, ys = [r.label for r in run.results], _scores(run)
+    kinds = [promise(r.privacy) for r in run.results]
     order = sorted(set(kinds), key=lambda kind: (kind[0], kind[1]))
     texts = [f"{number(y, run.main.digits)}{run.main.unit}, {kind[1]}" for y, kind in zip(ys, kinds, strict=True)]
     y = f"own test {run.main.name}{run.main.unit}"
@@ -93,10 +94,10 @@ def _against_epsilon(run: Finished) -> Figure:
     )  # fmt: skip
 
 
-def promise(privacy: Result) -> tuple[float, str]:
+def promise(privacy: PrivacyReport) -> tuple[float, str]:
     """Where a guarantee stands among others, and its name on an axis."""
-    if privacy.get("epsilon") is None:
+    if privacy.epsilon is None:
         return math.inf, "no privacy"
-    if privacy.get("noise") is None:
+    if privacy.noise is None:
         return 0.0, "nothing leaves"
-    return privacy["epsilon"], f"ε = {privacy['epsilon']:.2f}"
+    return privacy.epsilon, f"ε = {privacy.epsilon:.2f}"

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ficpd.experiments.report.blocks import Table
-from ficpd.experiments.report.load import Finished, Result
+from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import results_table
+from ficpd.experiments.results import RunResult
 
 SIGNS = {"ε": r"$\varepsilon$", "δ": r"$\delta$", "–": "--", "▲": r"$\uparrow$", "▼": r"$\downarrow$"}
 
@@ -15,23 +16,23 @@ def lines(run: Finished) -> list[dict[str, Any]]:
     return [_line(run.main.name, result) for result in run.results]
 
 
-def _line(main: str, result: Result) -> dict[str, Any]:
-    scores, privacy = result["metrics"], result["privacy"]
+def _line(main: str, result: RunResult) -> dict[str, Any]:
+    scores, privacy = result.scores, result.privacy
     return {
-        "method": result["label"],
-        "epsilon": privacy.get("epsilon"),
-        "delta": privacy.get("delta"),
-        "unit": privacy.get("unit"),
-        f"everyone_{main}": (scores["global"] or {}).get(main),
-        f"own_{main}_mean": scores["per_client_mean"].get(main),
-        f"own_{main}_worst": scores["per_client_worst"].get(main),
-        "bytes_up_client_round": result["bytes"]["up_per_client_round"],
-        "bytes_up_total": result["bytes"]["up_total"],
-        "bytes_down_total": result["bytes"]["down_total"],
-        "seconds": sum(result["seconds"].values()),
-        "rounds": result["num_rounds"],
-        "clients": result["num_clients"],
-        "seed": result["seed"],
+        "method": result.label,
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "unit": privacy.unit,
+        f"everyone_{main}": (scores.global_prompt or {}).get(main),
+        f"own_{main}_mean": scores.per_client_mean.get(main),
+        f"own_{main}_worst": scores.per_client_worst.get(main),
+        "bytes_up_client_round": result.bytes.up_per_client_round,
+        "bytes_up_total": result.bytes.up_total,
+        "bytes_down_total": result.bytes.down_total,
+        "seconds": result.seconds.total,
+        "rounds": result.num_rounds,
+        "clients": result.num_clients,
+        "seed": result.seed,
     }
 
 

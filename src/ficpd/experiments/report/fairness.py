@@ -3,11 +3,11 @@
 from statistics import fmean
 
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.comparison.schema import ComparisonResult, Condition
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.comparison import (
     MOST_FIGURES,
-    Tree,
     condition_name,
     finished,
     places_of,
@@ -18,7 +18,7 @@ from ficpd.experiments.report.overview import digits, number, paired
 TENTH = 10
 
 
-def spreads(tree: Tree) -> Section:
+def spreads(tree: ComparisonResult) -> Section:
     known = [(place, at, metric) for place, (at, metric) in enumerate(finished(tree))]
     found = [figure for place, at, metric in known if (figure := _spread(tree, place, at, metric))]
     blocks: list[Block] = paired(found[:MOST_FIGURES])
@@ -31,13 +31,13 @@ def spreads(tree: Tree) -> Section:
     return Section("clients", "Client by client", blocks)
 
 
-def _spread(tree: Tree, place: int, at: Tree, metric: Metric) -> Figure | None:
+def _spread(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> Figure | None:
     """Of the clients of all finished seeds."""
-    values: dict[str, dict[str, float]] = {label: {} for label in tree["methods"]}
-    for cell in tree["cells"]:
-        if cell["status"] == "done" and cell["task"] == at["task"] and same_setting(cell, at):
-            scores = {name: score for name, score in cell["per_client"].items() if score is not None}
-            values[cell["method"]] |= {f"{n}, seed {cell['seed']}": metric.scale * s for n, s in scores.items()}
+    values: dict[str, dict[str, float]] = {label: {} for label in tree.methods}
+    for cell in tree.cells:
+        if cell.status == "done" and cell.task == at.task and same_setting(cell, at):
+            scores = {name: score for name, score in cell.per_client.items() if score is not None}
+            values[cell.method] |= {f"{n}, seed {cell.seed}": metric.scale * s for n, s in scores.items()}
     values = {label: of for label, of in values.items() if of}
     if not values:
         return None

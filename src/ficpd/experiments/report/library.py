@@ -15,6 +15,8 @@ from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Examples, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.overview import number
+from ficpd.experiments.report.summary import format_score
+from ficpd.experiments.results import Distillation
 from ficpd.library.card import describe_shape
 from ficpd.library.library import PromptLibrary
 from ficpd.types import State
@@ -28,16 +30,16 @@ MOST_EXAMPLES = 40
 
 
 def prototypes(run: Finished) -> Section | None:
-    clusters, library = run.own.get("clusters"), run.library
+    clusters, library = run.own.clusters, run.library
     if not clusters or library is None:
         return None
     members: dict[int, list[str]] = {}
-    for name, cluster in sorted(clusters["member"].items()):
+    for name, cluster in sorted(clusters.member.items()):
         members.setdefault(cluster, []).append(name)
     cells = [[f"prototype-{k}", str(len(of)), ", ".join(of)] for k, of in sorted(members.items())]
-    blocks: list[Block] = [*_plane(run, library, clusters["member"])]
+    blocks: list[Block] = [*_plane(run, library, clusters.member)]
     blocks.append(Table("Who shares which prototype", ["prototype", "number", "clients"], cells))
-    fits = [f"{key} {value:.2f}" for key, value in clusters["agreement"].items() if value is not None]
+    fits = [f"{key} {value:.2f}" for key, value in clusters.adjusted_rand.items() if value is not None]
     if fits:
         blocks.append(
             Text(f"Agreement with what is known of the clients (adjusted Rand index; 1: the same): {', '.join(fits)}.")
@@ -112,6 +114,11 @@ def _cos(turn: float) -> float:
     return float(torch.tensor(turn).cos())
 
 
+def _norm(offset: torch.Tensor) -> str:
+    """Formats the length of an offset; token ids have none."""
+    return f"{float(offset.norm()):.3f}" if offset.is_floating_point() else "–"
+
+
 # ---------------------------------------------------------------- the library
 
 
@@ -119,9 +126,9 @@ def library(run: Finished) -> Section | None:
     found = run.library
     if found is None or not found.prompts:
         return None
-    served = Counter(f"prototype-{k}" for k in (run.own.get("clusters") or {}).get("member", {}).values())
+    served = Counter(f"prototype-{k}" for k in (run.own.clusters.member if run.own.clusters else {}).values())
     cells = [
-        [name, f"{float(found.offset(name).norm()):.3f}", str(served[name]) if name in served else "–",
+        [name, _norm(found.offset(name)), str(served[name]) if name in served else "–",
          found_first(found, name)]
         for name in found.prompts
     ]  # fmt: skip
@@ -189,7 +196,7 @@ def _similar(id: str, title: str, said: str, vectors: Mapping[str, Tensor]) -> F
 def examples(run: Finished) -> Section | None:
     """A few of each label to read: nobody's, written under the prototypes."""
     lines = _examples(run.path / SYNTHETIC)
-    facts = run.own.get("distillation")
+    facts = run.own.distillation
     if not lines and not facts:
         return None
     blocks: list[Block] = [Text(_distilled(run, facts))] if facts else []
@@ -220,18 +227,18 @@ def _examples(file: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def _distilled(run: Finished, facts: Mapping[str, Any]) -> str:
-    made = "; ".join(f"{group}: {said}" for group, said in facts["examples"].items())
-    said = f"Written by {facts['writer']}. {made[:1].upper()}{made[1:]}."
-    distilled = run.own.get("metrics", {}).get("distilled")
-    if not distilled:
+def _distilled(run: Finished, facts: Distillation) -> str:
+    made = "; ".join(f"{group}: {said}" for group, said in facts.examples.items())
+    said = f"Written by {facts.writer}. {made[:1].upper()}{made[1:]}."
+    scores = run.own.metrics
+    if scores is None or not scores.distilled:
         return said
     main, outcome = (
-        main_metric(distilled),
-        "kept" if facts["gained"] else "not kept, for nothing was gained on examples held back",
+        main_metric(scores.distilled),
+        "kept" if facts.gained else "not kept, for nothing was gained on examples held back",
     )
-    both = [main.shown(run.own["metrics"][name][main.name]) for name in ("distilled", "global")]
+    both = [format_score(score, main) for score in (scores.distilled, scores.global_prompt)]
     return (
-        f"{said} One prompt was distilled from the prototypes on them ({facts['how']}) and {outcome}: everyone's test "
+        f"{said} One prompt was distilled from the prototypes on them ({facts.how}) and {outcome}: everyone's test "
         f"{main.name}{main.unit} {both[0]}, the global prompt {both[1]}."
     )

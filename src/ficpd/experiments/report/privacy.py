@@ -11,6 +11,7 @@ from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import format_noise_multipliers
+from ficpd.experiments.results import PrivacyReport
 
 MOST = 200
 
@@ -19,56 +20,56 @@ MOST = 200
 
 
 def ledger(run: Finished) -> Section | None:
-    privacy = run.own["privacy"]
-    if privacy.get("at_most"):
-        if privacy["epsilon"] is None:
+    privacy = run.own.privacy
+    if privacy.at_most:
+        if privacy.epsilon is None:
             return None
         said = (
-            f"Agreed: at most ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g}, per {privacy['unit']}. What each site "
+            f"Agreed: at most ε = {privacy.epsilon:g}, δ = {privacy.delta:g}, per {privacy.unit}. What each site "
             "has spent, its own ledger says (ficpd site status)."
         )
         return Section("privacy", "Privacy", [Text(said)])
-    if privacy.get("epsilon") is None:
+    if privacy.epsilon is None:
         return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
-    if not privacy.get("lines"):
+    if not privacy.lines:
         return None
     return Section(
         "privacy", "The privacy ledger", [_promise(privacy), *_shares(privacy), _lines(privacy), *_sites(privacy)]
     )
 
 
-def _promise(privacy: Mapping[str, Any]) -> Text:
-    budget = "no budget was set" if privacy["budget"] is None else f"of a budget of {privacy['budget']:g}"
+def _promise(privacy: PrivacyReport) -> Text:
+    budget = "no budget was set" if privacy.budget is None else f"of a budget of {privacy.budget:g}"
     simulated = (
         " Noise was simulated, drawn from the experiment's seed: whoever knows the seed can take it off. A real site uses "
-        'privacy.noise = "cryptographic".' if privacy["noise"] == "simulated" else ""
+        'privacy.noise = "cryptographic".' if privacy.noise == "simulated" else ""
     )  # fmt: skip
     return Text(
-        f"ε = {privacy['epsilon']:.3f} {budget}, δ = {privacy['delta']:g}, by {privacy['mechanism']}; the unit is one "
-        f"{privacy['unit']} ({privacy['neighbouring']}). Clip norm {privacy['clip_norm']:g}, noise multipliers "
-        f"{format_noise_multipliers(privacy)} ({privacy['noise']} noise); counted by {privacy['accountant']}. Each method "
+        f"ε = {privacy.epsilon:.3f} {budget}, δ = {privacy.delta:g}, by {privacy.mechanism}; the unit is one "
+        f"{privacy.unit} ({privacy.neighbouring}). Clip norm {privacy.clip_norm:g}, noise multipliers "
+        f"{format_noise_multipliers(privacy)} ({privacy.noise} noise); counted by {privacy.accountant}. Each method "
         "of this page is a run of its own: a member that took part in several would pay for each. Test scores are the "
         f"simulation's own view: they do not leave a site.{simulated}"
     )
 
 
-def _lines(privacy: Mapping[str, Any]) -> Table:
+def _lines(privacy: PrivacyReport) -> Table:
     heads = ["line", "releases", "sampling rate", "noise multiplier", "ε alone", "share"]
     cells = [
-        [line["name"], f"{line['releases']:,}", f"{line['sampling_rate']:.3g}", f"{line['noise_multiplier']:.3g}",
-         f"{line['epsilon_alone']:.3f}", f"{100 * line['share']:.0f} %"]
-        for line in privacy["lines"]
+        [line.name, f"{line.releases:,}", f"{line.sampling_rate:.3g}", f"{line.noise_multiplier:.3g}",
+         f"{line.epsilon_alone:.3f}", f"{100 * line.share:.0f} %"]
+        for line in privacy.lines
     ]  # fmt: skip
-    return Table(f"What {privacy['site_that_spent_most']}, the member that spent most, released", heads, cells)
+    return Table(f"What {privacy.site_that_spent_most}, the member that spent most, released", heads, cells)
 
 
-def _shares(privacy: Mapping[str, Any]) -> list[Figure]:
+def _shares(privacy: PrivacyReport) -> list[Figure]:
     """Left out where there is one line only."""
-    lines = privacy["lines"]
+    lines = privacy.lines
     if len(lines) < 2:
         return []
-    names = [f"{line['name']} at {line['sampling_rate']:.3g}" for line in lines]
-    shares = [100 * line["share"] for line in lines]
+    names = [f"{line.name} at {line.sampling_rate:.3g}" for line in lines]
+    shares = [100 * line.share for line in lines]
     return [
         Figure(
             "shares", "What the budget was spent on", "Share of each line in the sum of what each would cost alone.",
@@ -79,11 +80,11 @@ def _shares(privacy: Mapping[str, Any]) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _sites(privacy: Mapping[str, Any]) -> list[Figure]:
-    spent = dict(sorted((privacy.get("epsilon_of_sites") or {}).items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
+def _sites(privacy: PrivacyReport) -> list[Figure]:
+    spent = dict(sorted(privacy.epsilon_of_sites.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
     if len(spent) < 2:
         return []
-    budget, values = privacy["budget"], list(spent.values())
+    budget, values = privacy.budget, list(spent.values())
     most = max([*values, budget or 0.0])
     plot = figures.dots(list(spent), {"ε": values}, "ε", line=budget, shown=".3f")
     plot.update_layout(height=90 + 24 * len(spent), xaxis_range=[0, 1.08 * most]).update_traces(marker_size=9)
@@ -124,7 +125,9 @@ def read_audit(tree: Mapping[str, Any]) -> Audit:
     """What `attack._leave` wrote (JSON's keys are texts). Raises what a wrong tree raises."""
     parts = {key: value for key, value in tree.items() if key != "alarm"}
     parts["attacks"] = {
-        name: AttackMetrics(**{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}})
+        name: AttackMetrics(
+            **{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}}
+        )
         for name, of in tree["attacks"].items()
     }  # fmt: skip
     for key in ("mechanism", "planted"):

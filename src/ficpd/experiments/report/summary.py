@@ -1,29 +1,27 @@
 """The results of a run directory, and their table as the screen and the page show it."""
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ficpd.errors import ConfigError
-from ficpd.evaluation.metrics import Metric, main_metric
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
-from ficpd.library.card import guarantee
 from ficpd.registry import validated_section
 
 PERCENT = Metric("share", 100, 1)
 
 
-def load_results(out: Path) -> list[dict[str, Any]]:
+def load_results(out: Path) -> list[RunResult]:
     """Reads the results of a run directory: zero-shot first, the run's own method last."""
     own, order = RunDir(out).result(), ["zero_shot", "local", "centralized"]
     results = [result for _, result in load_baselines(out, own)]
-    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["label"]))
+    results.sort(key=lambda r: (order.index(r.method) if r.method in order else len(order), r.label))
     return results + ([own] if own else [])
 
 
-def load_baselines(out: Path, own: Mapping[str, Any] | None) -> list[tuple[Path, dict[str, Any]]]:
+def load_baselines(out: Path, own: RunResult | None) -> list[tuple[Path, RunResult]]:
     """Reads folder and result of each baseline.
 
     A repetition of the run's own method is left out. If the run changes settings of that method, the baseline's label
@@ -31,12 +29,13 @@ def load_baselines(out: Path, own: Mapping[str, Any] | None) -> list[tuple[Path,
     """
     found = []
     for file in sorted((Path(out) / "baselines").glob("*/result.json")):
-        result = json.loads(file.read_text())
-        name = result["method"]
-        if own and name == own["method"]:
+        result = RunResult.load(file.parent)
+        name = result.method
+        if own and name == own.method:
             if "-" not in file.parent.name and not _has_default_settings(out, name):
-                result["label"] = f"{name}, default settings{result['label'].removeprefix(name)}"
-            elif result["label"] == own["label"]:
+                label = f"{name}, default settings{result.label.removeprefix(name)}"
+                result = result.model_copy(update={"label": label})
+            elif result.label == own.label:
                 continue
         found.append((file.parent, result))
     return found
@@ -59,13 +58,13 @@ def load_recipe(out: Path) -> str:
     return next((file.read_text(encoding="utf-8") for file in files if file.exists()), "")
 
 
-def results_table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def results_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
     """Returns headings and cells of the results.
 
     Accuracy of a single task with a chance level has its 95 % interval.
     """
-    main, first = main_metric(results[0]["metrics"]["per_client_mean"]), results[0]["metrics"]["zero_shot"] or {}
-    guessed = "chance" in first and ":" not in results[0]["task"]
+    main, first = results[0].main, results[0].scores.zero_shot or {}
+    guessed = "chance" in first and ":" not in results[0].task
     chance = f" [95 %], chance {main.shown(first['chance'])}" if guessed else ""
 
     def everyone(score: Mapping[str, float] | None) -> str:
@@ -76,13 +75,13 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
              f"worst client{main.unit}", "bytes up / client / round", "seconds"]  # fmt: skip
     cells = [
         [
-            r["label"],
-            guarantee(r["privacy"]),
-            everyone(r["metrics"]["global"]),
-            format_score(r["metrics"]["per_client_mean"], main),
-            format_score(r["metrics"]["per_client_worst"], main),
-            f"{r['bytes']['up_per_client_round']:,.0f}",
-            f"{sum(r['seconds'].values()):.0f}",
+            r.label,
+            r.privacy.guarantee,
+            everyone(r.scores.global_prompt),
+            format_score(r.scores.per_client_mean, main),
+            format_score(r.scores.per_client_worst, main),
+            f"{r.bytes.up_per_client_round:,.0f}",
+            f"{r.seconds.total:.0f}",
         ]
         for r in results
     ]
@@ -101,11 +100,9 @@ def format_interval(interval: Sequence[float] | None, metric: Metric) -> str:
     return f" [{', '.join(map(metric.shown, interval))}]" if interval else ""
 
 
-def format_noise_multipliers(privacy: Mapping[str, Any]) -> str:
-    """Formats the range of the members' noise multipliers.
-
-    >>> format_noise_multipliers({"noise_multiplier": [0.561, 0.904]})
-    '0.561 to 0.904'
-    """
-    least, most = privacy["noise_multiplier"]
+def format_noise_multipliers(privacy: PrivacyReport) -> str:
+    """Formats the range of the members' noise multipliers."""
+    least, most = privacy.noise_multiplier or (None, None)
+    if least is None or most is None:
+        return "–"
     return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.comparison.schema import ComparisonResult, Condition, Front
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Collapsible, Figure, Section, Table, Text
 from ficpd.experiments.report.comparison import (
     AS_GIVEN,
     MOST_FIGURES,
-    Tree,
     condition_name,
     finished,
-    metric_of,
     named,
     places_of,
     same_setting,
@@ -26,8 +25,8 @@ COSTS = {"bytes": "bytes of all clients, up and down", "epsilon": "ε", "queries
 # ---------------------------------------------------------------- fronts
 
 
-def fronts(tree: Tree) -> Section:
-    found = [front for front in tree["fronts"] if len({p["cost"] for p in front["points"]}) > 1]
+def fronts(tree: ComparisonResult) -> Section:
+    found = [front for front in tree.fronts if len({p.cost for p in front.points}) > 1]
     drawn = [_front(tree, place, front) for place, front in enumerate(found[:MOST_FIGURES])]
     blocks: list[Block] = paired(drawn)
     if drawn:
@@ -37,30 +36,30 @@ def fronts(tree: Tree) -> Section:
     return Section("fronts", "What accuracy costs", blocks)
 
 
-def _front(tree: Tree, place: int, front: Tree) -> Figure:
-    metric = metric_of(tree, front["task"]) or Metric("figure")
-    points, of_methods = front["points"], places_of(tree)
-    settings = list(dict.fromkeys((p["budget"], str(p["sweep"])) for p in points))
-    marks = [(of_methods[p["method"]], settings.index((p["budget"], str(p["sweep"])))) for p in points]
-    ys = [metric.scale * p["value"] for p in points]
-    names = [named({**p, "task": p["method"]}, "task", "budget") for p in points]
-    against = f"against {front['cost'].replace('epsilon', 'ε')}"
-    where = named({**front, "sweep": {}}, "task", "partition")
+def _front(tree: ComparisonResult, place: int, front: Front) -> Figure:
+    metric = tree.tasks[front.task].metric or Metric("figure")
+    points, of_methods = front.points, places_of(tree)
+    settings = list(dict.fromkeys((p.budget, str(p.sweep)) for p in points))
+    marks = [(of_methods[p.method], settings.index((p.budget, str(p.sweep)))) for p in points]
+    ys = [metric.scale * p.value for p in points]
+    names = [named(p.method, p.budget, sweep=p.sweep) for p in points]
+    against = f"against {front.cost.replace('epsilon', 'ε')}"
+    where = named(front.task, front.partition, sweep={})
     title = against.capitalize() if where == AS_GIVEN else f"{where}: {against}"
-    x, y = COSTS[front["cost"]], f"{metric.name}{metric.unit}"
-    shown = [f"{cost(p['cost'])}, {v:.{metric.digits}f}" for p, v in zip(points, ys, strict=True)]
-    xs, axis = logarithmic([p["cost"] for p in points])
-    plot = figures.bubbles(names, xs, ys, [18 if p["on_front"] else 11 for p in points], shown, x, y, marks, axis)
-    on = sorted((a, b) for a, b, p in zip(xs, ys, points, strict=True) if p["on_front"])
+    x, y = COSTS[front.cost], f"{metric.name}{metric.unit}"
+    shown = [f"{cost(p.cost)}, {v:.{metric.digits}f}" for p, v in zip(points, ys, strict=True)]
+    xs, axis = logarithmic([p.cost for p in points])
+    plot = figures.bubbles(names, xs, ys, [18 if p.on_front else 11 for p in points], shown, x, y, marks, axis)
+    on = sorted((a, b) for a, b, p in zip(xs, ys, points, strict=True) if p.on_front)
     plot.add_scatter(
         mode="lines", x=[a for a, _ in on], y=[b for _, b in on], hoverinfo="skip", showlegend=False,
         line={"color": figures.GREY, "width": 1.5, "shape": "hv"},
     )  # fmt: skip
     cells = [
-        [name, f"{v:.{metric.digits}f}", cost(p["cost"]), "yes" if p["on_front"] else "no"]
+        [name, f"{v:.{metric.digits}f}", cost(p.cost), "yes" if p.on_front else "no"]
         for name, v, p in zip(names, ys, points, strict=True)
     ]
-    best = ", ".join(name for name, p in zip(names, points, strict=True) if p["on_front"])
+    best = ", ".join(name for name, p in zip(names, points, strict=True) if p.on_front)
     return Figure(
         f"front-{place}", title, f"{y[0].upper()}{y[1:]} against {x}. A method has its colour, a budget its shape.",
         f"Scatter plot of {y} against {x}. On the front: {best}.",
@@ -79,7 +78,7 @@ def cost(value: float) -> str:
 # ---------------------------------------------------------------- on the way: curves and targets
 
 
-def on_the_way(tree: Tree) -> Section:
+def on_the_way(tree: ComparisonResult) -> Section:
     known = finished(tree)
     found = [figure for place, (at, metric) in enumerate(known) for figure in _curves(tree, place, at, metric)]
     blocks: list[Block] = paired(found[:MOST_FIGURES])
@@ -88,17 +87,14 @@ def on_the_way(tree: Tree) -> Section:
     return Section("curves", "Round by round", blocks)
 
 
-def _curves(tree: Tree, place: int, at: Tree, metric: Metric) -> list[Figure]:
+def _curves(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> list[Figure]:
     """Means over seeds, of the rounds that every finished seed of a method has."""
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
-    for label in tree["methods"]:
+    for label in tree.methods:
         seeds = [
-            {point["round"]: point[tree["figure"]] for point in cell["curve"]}
-            for cell in tree["cells"]
-            if cell["status"] == "done"
-            and cell["method"] == label
-            and same_setting(cell, at)
-            and cell["task"] == at["task"]
+            {point.round: getattr(point, tree.figure) for point in cell.curve}
+            for cell in tree.cells
+            if cell.status == "done" and cell.method == label and same_setting(cell, at) and cell.task == at.task
         ]
         rounds = sorted(set.intersection(*map(set, seeds))) if seeds else []
         rounds = [r for r in rounds if all(seed[r] is not None for seed in seeds)]
@@ -118,15 +114,15 @@ def _curves(tree: Tree, place: int, at: Tree, metric: Metric) -> list[Figure]:
     ]  # fmt: skip
 
 
-def targets(tree: Tree) -> Section:
+def targets(tree: ComparisonResult) -> Section:
     blocks: list[Block] = []
     for at, metric in finished(tree):
-        own = [t for t in tree["targets"] if t["task"] == at["task"] and same_setting(t, at)]
+        own = [t for t in tree.targets if t.task == at.task and same_setting(t, at)]
         cells = [
-            [f"{label}, {100 * t['share']:g} %", number(metric.scale * t["target"], metric.digits),
-             f"{of['reached']} of {len(of['of'])}", number(of["rounds"], 0), number(of["bytes"], 0),
-             number(of["queries"], 0), number(of["seconds"], 1)]
-            for label in tree["methods"] for t in own if (of := t["methods"].get(label))
+            [f"{label}, {100 * t.share:g} %", number(metric.scale * t.target, metric.digits),
+             f"{of.reached} of {len(of.of)}", number(of.rounds, 0), number(of.bytes, 0),
+             number(of.queries, 0), number(of.seconds, 1)]
+            for label in tree.methods for t in own if t.target is not None and (of := t.methods.get(label))
         ]  # fmt: skip
         if cells:
             heads = ["method and share", f"{metric.name}{metric.unit} to reach", "seeds that reached it", "rounds", "bytes",

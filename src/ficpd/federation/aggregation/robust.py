@@ -50,12 +50,12 @@ MEAN = RobustConfig()
 class RobustAggregator:
     """The means of one round over `updates`, which the rule may clip.
 
-    `facts`: reports for the state, `set_aside` by client and `too_few` by mean; empty for the rule "mean".
+    `facts`: reports for the state, `excluded_updates` by client and `underfilled_means` by mean; empty for "mean".
     """
 
     def __init__(self, robust: RobustConfig, updates: Sequence[ClientUpdate]):
         self.robust, self.updates = robust, list(updates)
-        self.facts: dict[str, dict[str, str]] = {} if robust.sums else {"set_aside": {}, "too_few": {}}
+        self.facts: dict[str, dict[str, str]] = {} if robust.sums else {"excluded_updates": {}, "underfilled_means": {}}
         if robust.rule == "norm_bound" and updates:
             self._clip()
 
@@ -76,7 +76,9 @@ class RobustAggregator:
         enough = 2 * self.robust.num_byzantine + (3 if rule == "multi_krum" else 1)
         trimmed = min(self.robust.num_byzantine, (number - 1) // 2)
         if number < enough:
-            self.facts["too_few"][where] = f"{number} came, {rule} needs {enough}: {trimmed} trimmed at each end"
+            self.facts["underfilled_means"][where] = (
+                f"{number} came, {rule} needs {enough}: {trimmed} trimmed at each end"
+            )
         names = sorted(arrays)
         stacked = torch.stack([arrays[name].double() for name in names])
         if rule == "multi_krum" and number >= enough:
@@ -113,8 +115,8 @@ class RobustAggregator:
                 self._note(update.client, f"cut from a norm of {norm:.3g} to {bound:.3g}")
 
     def _note(self, client: str, what: str) -> None:
-        before = self.facts["set_aside"].get(client)
-        self.facts["set_aside"][client] = what if before is None else f"{before}, {what}"
+        before = self.facts["excluded_updates"].get(client)
+        self.facts["excluded_updates"][client] = what if before is None else f"{before}, {what}"
 
 
 def _norm(update: ClientUpdate) -> float:
