@@ -60,7 +60,7 @@ def test_a_misspelt_key_in_the_file_is_named_too():
         ),
         ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
         ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
-        ("method.name=my.module", "'my.module': No module named 'my'. A dotted name must be an importable module."),
+        ("method.name=my.module", "'my.module': No module named 'my'. A dotted name is a module"),
     ],
 )
 def test_an_unknown_module_lists_the_known(change, words):

@@ -203,7 +203,7 @@ def test_a_writer_and_texts_are_one_too_many(tmp_path):
 # ---------------------------------------------------------------- what could not work is refused before the first round
 
 IN_VAIN = [
-    (small.NUMBERS, ConfigError, r'distillation.how = "kl": a task of kind .regression.*; set it to "none"'),
+    (small.NUMBERS, ConfigError, r'distillation.how = "kl": task .regression.*; set it to "none"'),
     ("distillation.texts=nowhere.txt", DataError, r"distillation\.texts: nowhere\.txt: cannot be read"),
     ("distillation.writer=smolm2", BackboneError, r"distillation\.writer: weights 'smolm2'.*name a .* \(smollm2, "),
     ("distillation.writer=tiny", BackboneError, r"distillation\.writer = 'tiny' is of kind tiny, which writes nothing"),
@@ -260,7 +260,7 @@ def test_some_task_must_have_labels(tmp_path, task):
     context = build_context(small.experiment(tmp_path, "ficpd", "distillation.how=squared"))
     method = build_method(context, context.experiment.method)
     validate_distillation(replace(context, tasks={"a": small.classes(), "b": task}), method)
-    with pytest.raises(ConfigError, match=rf'"squared": a task of kind .{task.to_config()["name"]}'):
+    with pytest.raises(ConfigError, match=rf'"squared": task .{task.to_config()["name"]}'):
         validate_distillation(replace(context, tasks={"a": task, "b": task}), method)
 
 

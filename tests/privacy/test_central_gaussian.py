@@ -1,5 +1,7 @@
 """Noise on the sum at the server: how far one client moves it, what it costs, and that a paid round is paid once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scipy.stats import binom
@@ -261,7 +263,7 @@ def test_the_budget_ends_the_run_before_anybody_is_asked(model):
 def test_a_client_that_sends_nothing_good_still_leaves_a_noised_round(model):
     method, members, engine, central = federation(model, rate=1.0)
     for client in members.values():
-        client.task = None  # none of them can work
+        client.task = SimpleNamespace(num_labels=2)  # it cannot encode
         client.encodings.clear()
     first, done = rounds(model, method, members, engine, central, 1)
     assert (done[0][1].updates, len(done[0][1].dropped)) == (0, 5)

@@ -9,6 +9,7 @@ import small
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
 from ficpd.federation.client import Client, ClientSession, execute_assignment
+from ficpd.federation.method import Capabilities
 from ficpd.privacy import client_gaussian, record_gaussian
 from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.ledger import Account, Budget, Ledger
@@ -57,6 +58,7 @@ class Written:
     """A method made of one function of the visit, after which it sends what the function returned."""
 
     name = "written"
+    capabilities = Capabilities(private_units=("record", "client"), statistics_once=("weight", "sizes"))
 
     def __init__(self, work):
         self.local_workload = work
@@ -182,7 +184,7 @@ def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model
     client = member(record_level(statistics={"weight": 0.1}))
 
     class Weighs(Written):
-        def train(self, session, order):
+        def local_update(self, session, order):
             session.client_state["other"] = torch.ones(1)
             assert session.weight > 0
             raise RuntimeError("out of memory")
@@ -225,7 +227,7 @@ def test_nobody_is_asked_about_prompts_where_records_depend_on_one_another(membe
     far = Assignment("fedavg", 1, {"prompt": prompt}, {"rate": 1e6})
     run_queries(Watched(model), execute_assignment(small.method("fedavg"), client, far))
     assert len(lengths) == 2
-    assert (max(lengths) <= client.start.reach * (1 + 1e-6)) == held
+    assert (max(lengths) <= client.start.max_norm * (1 + 1e-6)) == held
     assert lengths[0] == pytest.approx(float(prompt.norm(dim=-1).max()))
 
 
@@ -408,8 +410,8 @@ def test_a_weight_that_the_method_made_up_does_not_leave(member, model, stated):
     """It may count what came, such as the records of a batch: what leaves is 1, or the noised total."""
 
     class Counts(Written):
-        def train(self, client, order):
-            update = yield from super().train(client, order)
+        def local_update(self, client, order):
+            update = yield from super().local_update(client, order)
             return ClientUpdate(update.client, update.arrays, stated)
 
     for mechanism in (record_level(), client_level()):
@@ -440,7 +442,7 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
 
 
 def test_each_record_counts_at_most_one_in_a_total(member):
-    session = ClientSession(member(record_level(statistics={"sizes": 0.1})), 1)
+    session = ClientSession(member(record_level(statistics={"sizes": 0.1})), 1, statistics=("sizes",))
     session.noise.add_gaussian = lambda values, deviation: values
     rows = torch.zeros(RECORDS, 2)
     rows[0, 0], rows[1, 1] = 1e6, float("nan")

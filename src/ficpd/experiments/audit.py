@@ -229,7 +229,7 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
     door = mechanism_canaries.release_kind(mechanism)
-    released = sum(line.releases for line in privacy.lines if line.name == mechanism.price(door).name)
+    released = sum(line.releases for line in privacy.lines if line.name == mechanism.cost(door).name)
     plan = _played(plan, door, released)
     runs = mechanism_canaries.num_trials(mechanism, plan, trials)
     found = mechanism_canaries.lower_bound(mechanism, plan, privacy.delta, trials, seed=seed)

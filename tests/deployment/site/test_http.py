@@ -89,8 +89,8 @@ def test_a_socket_that_systemd_hands_over_is_used_as_it_is():
         listening.listen()
         code = (
             "import os; os.dup2(int(os.environ['GIVEN']), 3); os.environ['LISTEN_PID'] = str(os.getpid())\n"
-            "from ficpd.deployment.site.http import handed_over\n"
-            "sock = handed_over(); print(sock.getsockname())"
+            "from ficpd.deployment.site.http import systemd_socket\n"
+            "sock = systemd_socket(); print(sock.getsockname())"
         )
         environment = {**os.environ, "LISTEN_FDS": "1", "GIVEN": str(listening.fileno())}
         run = subprocess.run(
@@ -180,7 +180,7 @@ def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
             (folder / "state" / "file").touch()
         assert (folder / "state" / "file").stat().st_uid == 54321
         run = subprocess.run([sys.executable, "-c", code, str(folder / "state")], capture_output=True, text=True)
-        assert "is user 54321's alone" in run.stderr
+        assert "belongs to user 54321" in run.stderr
 
 
 def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_path):

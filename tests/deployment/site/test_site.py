@@ -209,8 +209,8 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
     found = run_spec.decode(said)
     start = found.start
     bad = [
-        (replace(start, head_rows=1), "are a readout"),
-        (replace(start, head_rows=-1), "are a readout"),
+        (replace(start, head_rows=1), "head rows"),
+        (replace(start, head_rows=-1), "head rows"),
         (replace(start, enters_at=noised.model.backbone.depth), "enter at layer"),
         (replace(start, enters_at=-1), "enter at layer"),
         (start.with_vectors(start.vectors_PD * torch.nan), "not finite"),

@@ -122,7 +122,7 @@ def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, m
         guessed.append(float(roc_auc_score(coin_M, score_M)))
         return one_run_bound(score_M, coin_M, delta)
 
-    monkeypatch.setattr("ficpd.experiments.audit.one_run", watched)
+    monkeypatch.setattr("ficpd.experiments.audit.one_run_bound", watched)
     found = planted_bound(run, "global", start_SPD, pool, 60, 0)
     assert found is not None
     assert (found.stated, found.runs) == (None, 60)
@@ -160,7 +160,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canaries, "lower_bound", watched)
         bound = mechanism_bound(run, 0, trials=200)
-    assert played == [line["releases"]]
+    assert played == [line.releases]
     assert played[0] < 40
     assert bound is not None
     assert bound.stated == run.result.privacy.epsilon
@@ -169,7 +169,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
 def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
     likelihood = []
     monkeypatch.setattr(
-        "ficpd.experiments.audit.Evidence", lambda *given: likelihood.append(given[-1]) or AttackData(*given)
+        "ficpd.experiments.audit.AttackData", lambda *given: likelihood.append(given[-1]) or AttackData(*given)
     )
     rows = "".join(f"{r.fields['text']},{r.fields['target']},one\n" for r in small.records(60, 1, real=True))
     (tmp_path / "records.csv").write_text("text,target,site\n" + rows)

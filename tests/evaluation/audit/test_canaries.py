@@ -103,9 +103,9 @@ class Watched:
         self.given.append((num_records, expected_batch, steps))
         return self.inner.sample(num_records, expected_batch, steps, noise)
 
-    def mean(self, values_KB, expected_batch, noise):
+    def noisy_mean(self, values_KB, expected_batch, noise):
         self.batches.append(values_KB)
-        return self.inner.mean(values_KB, expected_batch, noise)
+        return self.inner.noisy_mean(values_KB, expected_batch, noise)
 
 
 def test_the_whole_planned_run_is_played_with_the_mechanisms_own_sampling():

@@ -62,7 +62,7 @@ def test_all_methods_of_a_condition_share_all_but_what_a_method_may_change(folde
     axes = AXES + '[methods.prox]\nmethod.name = "fedprox"\ntraining.batch_size = 8\ncompression.name = "none"\n'
     found = plan(folder, axes + "[budgets.a]\nepsilon = 2\nrounds = 3\n")
     for seed in (0, 1):
-        cells = [c for c in found.cells if c.seed == seed and c.method not in plans.LINES]
+        cells = [c for c in found.cells if c.seed == seed and c.method not in plans.REFERENCE_METHODS]
         for part in ("backbone", "task", "data", "partition", "groups", "seed", "federation", "privacy"):
             assert len({repr(getattr(c.experiment, part)) for c in cells}) == 1, part
         assert len({c.ground for c in found.cells if c.seed == seed}) == 1
