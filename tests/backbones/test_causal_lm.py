@@ -392,12 +392,12 @@ OBVIOUS = {
 @pytest.mark.slow
 def test_smollm2_tells_obvious_polarity_with_no_prompt(smollm2):
     ask_it, none = "The sentiment of this sentence is", torch.zeros(10, 0, smollm2.width)
-    items = [smollm2.read(text, None, ask_it, None, 0) for text in OBVIOUS]
+    items = [smollm2.tokenize(text, None, ask_it, None, 0) for text in OBVIOUS]
     features = ask(smollm2, none, items).features_RD
     readout = smollm2.readout(ask_it, ["negative", "positive"])
     assert readout is not None
     by_head = (features @ readout.T).argmax(1)
-    pairs = [[smollm2.read(t, None, ask_it, a, 0) for t in OBVIOUS] for a in ("negative", "positive")]
+    pairs = [[smollm2.tokenize(t, None, ask_it, a, 0) for t in OBVIOUS] for a in ("negative", "positive")]
     by_likelihood = torch.cat([ask(smollm2, none, items).scores_RN for items in pairs], dim=1).argmax(1)
     assert torch.equal(by_head, by_likelihood)
     assert sum(int(p) == t for p, t in zip(by_head, OBVIOUS.values(), strict=True)) >= 7
@@ -409,5 +409,5 @@ def test_smollm2_goes_on_with_a_sentence(smollm2):
     said = smollm2.generate(nothing, ["The capital of France is", "One, two, three, four,"], 8)
     assert "Paris" in said[0]
     assert "five" in said[1]
-    start = Prompt(smollm2.start("A short text about cities.", 6, 0, 0), smollm2.fingerprint, 0)
+    start = Prompt(smollm2.init_prompt("A short text about cities.", 6, 0, 0), smollm2.fingerprint, 0)
     assert "Paris" in smollm2.generate(start, ["The capital of France is"], 8)[0]

@@ -351,5 +351,5 @@ def test_logits_of_other_labels_are_refused_before_a_record_is_drawn(model, monk
     good = method.make_assignment(state, client.card, 2)
     fewer = {LOGITS: good.arrays[LOGITS][:1, :1], KNOWN: good.arrays[KNOWN][:1]}
     monkeypatch.setattr(ClientSession, "batches", lambda *asked: pytest.fail("records were drawn"))
-    with pytest.raises(CodecError, match=r"logits of 1 labels, and the task here 2"):
+    with pytest.raises(CodecError, match=r"logits of 1 labels, expected 2"):
         run_queries(model, execute_assignment(method, client, replace(good, arrays=fewer)))
