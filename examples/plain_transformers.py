@@ -1,59 +1,48 @@
-"""A library's prompt with nothing but transformers: where it enters, at any layer, in a dozen lines.
+"""A library's prompt in plain transformers, at any layer: a sentence encoder or a decoder.
 
 python examples/plain_transformers.py runs/demo/library "a text" "and another"
 """
 
-import json
 import sys
-from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ficpd.backbones.catalog import NAMED
-from ficpd.backbones.weights import resolve
+from ficpd.library.library import PromptLibrary
+from ficpd.library.peft_io import own_base
 
-library = Path(sys.argv[1])
+library = PromptLibrary.load(sys.argv[1])
 texts = sys.argv[2:] or ["a quiet, lovely film", "the battery died within a week"]
-card = json.loads((library / "card.json").read_text())
-prompt, layer = load_file(library / "prompts.safetensors")["global"], card["backbone"]["enters_at"]
+prompt, layer = library.prompts["global"].vectors_PD, library.start.enters_at
+task = next(iter(library.card["tasks"].values()))
 assert layer >= 0, "these are LoRA weights and no prompt: `ficpd export` makes a PEFT folder of them"
-name, kind = card["backbone"]["name"], card["backbone"]["kind"]
-folder, task = resolve(NAMED[name].weights if name in NAMED else name).folder, next(iter(card["tasks"].values()))
-load = AutoModel if kind == "sentence_encoder" else AutoModelForCausalLM
-model, tokenizer = load.from_pretrained(folder, dtype="float32").eval(), AutoTokenizer.from_pretrained(folder)
-tokens = partial(tokenizer, return_tensors="pt")
+folder, decoder = own_base(library), library.card["backbone"]["kind"] == "causal_lm"
+model = (AutoModelForCausalLM if decoder else AutoModel).from_pretrained(folder, dtype="float32").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+
+def last_states(text, prompt):
+    """The prompt joins the states before a block; a decoder's positions count from the first of them."""
+    states = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input_ids"])
+    states = states if layer else torch.cat([prompt[None], states], dim=1)
+    states = states if decoder else model.embeddings(inputs_embeds=states)
+    for number, block in enumerate(model.model.layers if decoder else model.encoder.layer):
+        states = torch.cat([prompt[None], states], dim=1) if number == layer > 0 else states
+        place = torch.arange(states.shape[1])[None]
+        states = block(states, position_embeddings=model.model.rotary_emb(states, place)) if decoder else block(states)
+    return states[0]
 
 
 @torch.no_grad()
-def embed(text: str, prompt: torch.Tensor = prompt[:0]) -> torch.Tensor:
-    """A sentence encoder's feature: the prompt is attended to and not pooled."""
-    words = model.get_input_embeddings()(tokens(text)["input_ids"])
-    states = model.embeddings(inputs_embeds=words if layer else torch.cat([prompt[None], words], dim=1))
-    for number, block in enumerate(model.encoder.layer):
-        states = block(torch.cat([prompt[None], states], dim=1) if number == layer > 0 else states)
-    return torch.nn.functional.normalize(states[0, len(prompt) :].mean(0), dim=0)
-
-
-@torch.no_grad()
-def next_logits(text: str, prompt: torch.Tensor) -> torch.Tensor:
-    """A decoder's logits of the next token. Above the entry the text's positions count from behind the prompt."""
-    states = model.get_input_embeddings()(tokens(text)["input_ids"])
-    for number, block in enumerate(model.model.layers):
-        states = torch.cat([prompt[None], states], dim=1) if number == layer else states
-        rotations = model.model.rotary_emb(states, torch.arange(states.shape[1])[None])
-        states = block(states, position_embeddings=rotations)
-    return model.lm_head(model.model.norm(states[0, -1]))
+def score(text, words):
+    """The logit of an answer's one token, or the cosine of the text and the answer."""
+    if decoder:
+        answer = tokenizer(f" {words}", add_special_tokens=False)["input_ids"][0]
+        return float(model.lm_head(model.model.norm(last_states(f"{text}\n{task['instruction']}", prompt)[-1]))[answer])
+    answer = last_states(f"{task['instruction']} {words}.", prompt[:0]).mean(0)
+    return float(torch.cosine_similarity(last_states(text, prompt)[len(prompt) :].mean(0), answer, dim=0))
 
 
 for text in texts:
-    if kind == "sentence_encoder":
-        answers = {label: embed(f"{task['instruction']} {words}.") for label, words in task["labels"].items()}
-        scores = {label: float(embed(text, prompt) @ answer) for label, answer in answers.items()}
-    else:  # answers of one token each
-        logits = next_logits(f"{text}\n{task['instruction']}", prompt)
-        asked = {label: tokens(f" {words}", add_special_tokens=False) for label, words in task["labels"].items()}
-        scores = {label: float(logits[answer["input_ids"][0, 0]]) for label, answer in asked.items()}
+    scores = {label: score(text, words) for label, words in task["labels"].items()}
     print(text, "->", max(scores, key=scores.__getitem__), scores)

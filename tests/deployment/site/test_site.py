@@ -429,10 +429,11 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
     found = run_spec.decode(said)
     for part, module in (("method", "antigravity.x"), ("privacy", "this.module"), ("compression", "os.path")):
-        tree = noised.experiment.model_copy(update={part: {"name": module}})
-        body = run_spec.encode(replace(found, experiment=tree))
-        with pytest.raises(CodecError, match="module outside the package"):
-            own.handle(train(orders[0], body))
+        for changed in ({part: {"name": module}}, {"metrics": ({"name": module},)}):
+            tree = noised.experiment.model_copy(update=changed)
+            body = run_spec.encode(replace(found, experiment=tree))
+            with pytest.raises(CodecError, match="module outside the package"):
+                own.handle(train(orders[0], body))
     assert not own.runs
     own.close()
 
