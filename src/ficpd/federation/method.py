@@ -25,7 +25,7 @@ from ficpd.types import (
 )
 
 
-class Shown(Protocol):
+class DemonstrationEncoder(Protocol):
     """Examples to show with every text."""
 
     def encode(
@@ -161,7 +161,7 @@ class Method(ABC):
 
     def demonstrate(
         self, task: Task, records: Sequence[Record], encoded: Callable[[], Batch], prompt: Prompt, backbone: Backbone
-    ) -> Generator[Query, Answer, Shown] | None:
+    ) -> Generator[Query, Answer, DemonstrationEncoder] | None:
         """Examples of a client's training records to show with its texts; `encoded` gives the records as one batch."""
         return None
 
