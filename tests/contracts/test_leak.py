@@ -26,7 +26,7 @@ class Deaf(NoPrivacy):
     def sample(self, num_records, expected_batch, steps, noise):
         return [torch.arange(4) for _ in range(steps)]
 
-    def noisy_mean(self, values_KB, expected_batch, noise):
+    def noisy_mean(self, values_KB, expected_batch, noise, grad_scale=None):
         return noise.add_gaussian(torch.zeros(len(values_KB), *values_KB.shape[2:]), 1.0)
 
     def noisy_sum(self, name, values_BN, noise):
@@ -40,7 +40,9 @@ def sent(method, model, count: int, seed: int) -> list[bytes]:
     client.train = small.records(count, seed)
     state, bodies = small.first_state(method, members, 3), []
     for round in (1, 2, 3):
-        update = run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, round)))
+        update = run_queries(
+            model, execute_assignment(method, client, method.make_assignment(state, client.card, round))
+        )
         bodies.append(codec.encode_update(update, round, model.backbone.fingerprint))
         state = method.aggregate(state, [update], round, model)
     return bodies

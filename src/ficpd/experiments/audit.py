@@ -31,7 +31,7 @@ from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
-from ficpd.interfaces import Compression, Method, Task
+from ficpd.interfaces import Compression, Method, ReleaseKind, Task
 from ficpd.library.card import guarantee
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, local_training_config, open_library
@@ -232,18 +232,18 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     )
     plan = plans.get(block["site_that_spent_most"], next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
-    door = mechanism_canaries.release_kind(mechanism)
-    released = sum(line["releases"] for line in block["lines"] if line["name"] == mechanism.price(door).name)
-    plan = _played(plan, door, released)
+    kind = mechanism_canaries.release_kind(mechanism)
+    released = sum(line["releases"] for line in block["lines"] if line["name"] == mechanism.cost(kind).name)
+    plan = _played(plan, kind, released)
     runs = mechanism_canaries.num_trials(mechanism, plan, trials)
     found = mechanism_canaries.lower_bound(mechanism, plan, block["delta"], trials, seed=seed)
     reach = two_world_bound([0.0] * runs, [1.0] * runs, block["delta"])
     return LowerBound(found, block["epsilon"], block["delta"], reach, runs)
 
 
-def _played(plan: ClientWorkload, door: str, released: int) -> ClientWorkload:
+def _played(plan: ClientWorkload, kind: ReleaseKind, released: int) -> ClientWorkload:
     """The plan of a run that made this many releases."""
-    if door == "step":
+    if kind == ReleaseKind.STEP:
         return replace(plan, participations=released // plan.steps)
     return replace(plan, participations=released, num_rounds=released)
 

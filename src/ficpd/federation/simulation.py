@@ -40,32 +40,29 @@ class SimulationEngine:
         return [client.card for client in self.members.values()]
 
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """What arrives in this round: of its own updates those that are neither lost nor late, then the last round's."""
-        before, self.underway = self.underway, []
-        for reply in self._made(assignments):
-            fate = float(torch.rand((), generator=self._fate(reply.client, assignments[reply.client])))
-            if fate >= self.config.lost + self.config.late:
-                yield reply
-            elif fate >= self.config.lost:
-                self.underway.append(reply)
-        yield from before
+        """Yields the round's replies that are neither lost nor late, then the late ones of the round before.
 
-    def _fate(self, client: str, assignment: bytes) -> torch.Generator:
-        round = decode_assignment(assignment, self.model.backbone.fingerprint).round
-        return rng.make_generator(self.config.seed, "fate", client, round)
-
-    def _made(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """A client's error is its reply; the others go on. Raises `CodecError` only for an order of its own making."""
+        A client's error is its reply; the others go on. Raises `CodecError` for an assignment that cannot be decoded.
+        """
+        late, self.underway = self.underway, []
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
             decoded = {name: decode_assignment(assignments[name], fingerprint) for name in cohort}
             works = {name: execute_assignment(self.method, self.members[name], decoded[name]) for name in cohort}
             for name, result in run_queries_lockstep(self.model, works):
+                round = decoded[name].round
                 if isinstance(result, ClientUpdate):
-                    yield Reply(name, encode_update(result, decoded[name].round, fingerprint))
+                    reply = Reply(name, encode_update(result, round, fingerprint))
                 else:
-                    yield Reply(name, None, public_error(self.members[name], result), isinstance(result, BudgetError))
+                    error = public_error(self.members[name], result)
+                    reply = Reply(name, None, error, isinstance(result, BudgetError))
+                fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", name, round)))
+                if fate >= self.config.lost + self.config.late:
+                    yield reply
+                elif fate >= self.config.lost:
+                    self.underway.append(reply)
+        yield from late
 
 
 def public_error(client: Client, error: Exception) -> str:

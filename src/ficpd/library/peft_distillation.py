@@ -6,7 +6,7 @@ arXiv 1606.07947). How well that worked is measured on texts that were held back
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,12 @@ from ficpd.federation.compression import none
 from ficpd.interfaces import Task
 from ficpd.library.library import PromptLibrary, require_standalone
 from ficpd.library.peft_io import backbone_config
-from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import validate
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import build_task, start_text
-from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
+from ficpd.types import LORA, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
 
 Result = TypeVar("Result")
 FEWEST = 8
@@ -263,18 +263,8 @@ def _tuned(
         order = Assignment("reenter", stage, {}, {"rate": training.rate(stage, STAGES)})
         if some := steps * stage // STAGES - steps * (stage - 1) // STAGES:
             work = tune(training, ClientSession(client, stage, "reenter"), order, vectors_PD, memory=memory, steps=some)
-            vectors_PD = run_queries(model, _asking(work, loss))
+            vectors_PD = run_queries(model, map_queries(work, lambda query: query._replace(loss=loss)))
     return start.with_vectors(vectors_PD)
-
-
-def _asking(work: Generator[Query, Answer, Result], loss) -> Generator[Query, Answer, Result]:
-    """The same questions with another loss."""
-    try:
-        query = next(work)
-        while True:
-            query = work.send((yield query._replace(loss=loss)))
-    except StopIteration as end:
-        return end.value
 
 
 def _agreement(prompt: Prompt, goal: DistillationTarget, held: Sequence[int], model: QueryEngine) -> Agreement:

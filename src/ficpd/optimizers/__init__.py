@@ -1,7 +1,8 @@
 """Tuners: how a client moves a prompt. Each is a generator, `prompt = yield from tune(...)`, that asks `Query`s."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from ficpd.interfaces import ClientContext, Subspace
 from ficpd.registry import load
 from ficpd.types import Answer, Assignment, Query
+
+Result = TypeVar("Result")
 
 
 class LocalTrainingConfig(BaseModel):
@@ -88,27 +91,44 @@ def tune(
     rate = order.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
     work = optimizer.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
-        tuned = yield from work
-        return tuned
-    tuned = yield from _lifted(work, coordinates, start_PD - coordinates.lift(begin))
-    return tuned
+        return (yield from work)
+    rest_PD = start_PD - coordinates.lift(begin)
+    tuned = yield from map_queries(
+        work,
+        lambda query: query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD)),
+        lambda query, answer: answer._replace(grad_KBPD=_project_each(coordinates, answer.grad_KBPD)),
+    )
+    return rest_PD + coordinates.lift(tuned)
 
 
-def _lifted(
-    work: Generator[Query, Answer, Tensor], coordinates: Subspace, rest_PD: Tensor
-) -> Generator[Query, Answer, Tensor]:
-    """Ask for the prompts rest + A z where the optimizer asks for z, and hand back gradients with respect to z: each record's by
-    itself, for a product of all of them rounds each by how many there are."""
+def map_queries(
+    work: Generator[Query, Answer, Result],
+    on_query: Callable[[Query], Query],
+    on_answer: Callable[[Query, Answer], Answer] = lambda query, answer: answer,
+) -> Generator[Query, Answer, Result]:
+    """Runs `work`, rewriting each query before the model and each answer after it.
+
+    `on_answer` is given the query as `work` made it. An exception of the model is raised in `work` at its query.
+    """
     try:
         query = next(work)
         while True:
-            answer = yield query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD))
-            grad_KBN = None
-            if answer.grad_KBPD is not None:
-                (K, B), shape = answer.grad_KBPD.shape[:2], answer.grad_KBPD.shape[2:]
-                grad_KBN = answer.grad_KBPD.new_zeros(K, B, coordinates.size)
-                for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), answer.grad_KBPD.reshape(-1, *shape), strict=True):
-                    row_N.copy_(coordinates.project(grad_PD.clone()))
-            query = work.send(answer._replace(grad_KBPD=grad_KBN))
+            asked = on_query(query)
+            try:
+                answer = yield asked
+            except Exception as error:
+                query = work.throw(error)
+            else:
+                query = work.send(on_answer(query, answer))
     except StopIteration as end:
-        return rest_PD + coordinates.lift(end.value)
+        return end.value
+
+
+def _project_each(coordinates: Subspace, grad_KBPD: Tensor | None) -> Tensor | None:
+    """[K, B, P, D] to [K, B, k], record by record: one product of all records rounds each by how many there are."""
+    if grad_KBPD is None:
+        return None
+    grad_KBN = grad_KBPD.new_zeros(*grad_KBPD.shape[:2], coordinates.size)
+    for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), grad_KBPD.flatten(0, 1), strict=True):
+        row_N.copy_(coordinates.project(grad_PD.clone()))
+    return grad_KBN

@@ -11,7 +11,7 @@ from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.data.loading import Config as Source
 from ficpd.errors import ConfigError, did_you_mean
-from ficpd.registry import FrozenConfig, validate, validated_section
+from ficpd.registry import FrozenConfig, load, validate, validated_section
 
 EXACT = "float32"
 """What records are computed in side by side where noise is for one of them: bfloat16 rounds the others too much."""
@@ -69,9 +69,16 @@ class SiteConfig(FrozenConfig):
 
     @property
     def chunk_tokens(self) -> int | None:
-        """Positions of one forward. Where noise is for one record, and the owner says nothing else, each has a forward to
-        itself: computed beside others its numbers would depend on them, if by rounding only (`clip.MARGIN`)."""
-        return self.engine.chunk_tokens or (UNBATCHED if "record_gaussian" in self.policy.mechanisms else None)
+        """Positions of one forward: the owner's, else one record's where a mechanism requires that.
+
+        A record computed beside others depends on them by rounding (`clipping.MARGIN`).
+        """
+        return self.engine.chunk_tokens or (UNBATCHED if self.unbatched else None)
+
+    @property
+    def unbatched(self) -> bool:
+        """Whether a mechanism that the policy allows requires a forward for each record (`DPConfig.unbatched`)."""
+        return any(load("privacy", name).Config.unbatched for name in self.policy.mechanisms)
 
     @field_validator("name")
     @classmethod
@@ -117,7 +124,7 @@ def read(path: Path | str) -> SiteConfig:
     here, backbone = path.resolve().parent, config.backbone
     found = here / Path(config.data.source).expanduser()
     beside = config.chunk_tokens not in (None, UNBATCHED)
-    if beside and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
+    if beside and backbone.dtype == "auto" and config.unbatched:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={

@@ -27,7 +27,7 @@ from ficpd.federation.client import Client, calibrated_batch, execute_assignment
 from ficpd.federation.codec import SiteRequest
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
 from ficpd.federation.validation import validate_assignment
-from ficpd.interfaces import Mechanism, Method, Task
+from ficpd.interfaces import Mechanism, Method, ReleaseKind, Task
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
@@ -108,11 +108,11 @@ class Site:
     def _trained(self, name: str, run: Run, assignment: Assignment, began: float) -> bytes:
         account = run.client.account
         assert account is not None
-        again = account.stored_answer(assignment.round, assignment.method) is not None
+        again = account.stored_update(assignment.round, assignment.method) is not None
         if not again and assignment.round > run.terms.schedule.num_rounds:
             last = run.terms.schedule.num_rounds
             raise PolicyError(f"round {assignment.round} is not in the run's terms, which end with {last}")
-        if not again and (done := account.num_orders()) >= run.participations:
+        if not again and (done := account.num_assignments()) >= run.participations:
             raise PolicyError(
                 f"{self.config.name} has carried out {done} orders of this run, which is all that its terms plan; nothing "
                 "was spent on this one. A longer run needs terms of its own"
@@ -194,13 +194,13 @@ class Site:
         account = self.ledger.account(config.name, self._budget(name, mechanism), name)
         # Noised at the server, no single release has a price here: the first order pays for the whole plan, since the sum
         # costs a member the same in every round; and orders come as often as the server's private cohorts have it.
-        central = mechanism.cost("sum") is not None
-        owed = mechanism.planned_costs() if central and not account.num_orders() else ()
+        central = mechanism.cost(ReleaseKind.SUM) is not None
+        owed = mechanism.planned_costs() if central and not account.num_assignments() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
             found.start, self.seed, account, owed,
         )  # fmt: skip
-        if (newest := account.last_round(method.name)) and (stored := account.stored_answer(newest, method.name)):
+        if (newest := account.last_round(method.name)) and (stored := account.stored_update(newest, method.name)):
             with suppress(PolicyError):  # it failed, and is kept as such
                 restore_update(client, stored)
         assignments = found.schedule.num_rounds if central else plan.participations
@@ -273,10 +273,10 @@ class Site:
 
     def _witness(self) -> None:
         """How many orders were carried out, told beside the ledger: an older copy of the ledger would not know."""
-        atomic_write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
+        atomic_write(self.folder / WITNESS, f"{self.ledger.num_assignments()}\n")
 
     def _check_witness(self) -> None:
-        file, found = self.folder / WITNESS, self.ledger.orders()
+        file, found = self.folder / WITNESS, self.ledger.num_assignments()
         written = file.read_text().strip() if file.exists() else "0"
         if not written.isdecimal():
             self.ledger.close()

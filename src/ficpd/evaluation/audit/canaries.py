@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
-from ficpd.interfaces import Mechanism, NoiseSource
+from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.noise import SeededNoise
@@ -23,8 +23,8 @@ from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far beyond any clip norm; and everybody else's, in turns above and below zero."""
 CANARY = "canary"
-AFFORDED = {"step": 48_000, "release": 80_000, "sum": 16_000}
-"""Releases of one door played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
+AFFORDED = {ReleaseKind.STEP: 48_000, ReleaseKind.UPDATE: 80_000, ReleaseKind.SUM: 16_000}
+"""Releases of one kind played in all trials together: longer runs are played fewer times, and an audit takes seconds."""
 Scores = tuple[list[float], list[float]]
 Streams = Callable[[int], NoiseSource]
 
@@ -44,7 +44,7 @@ def lower_bound(
     Guarantees: if the mechanism does what it says, the number is above its epsilon with probability at most
     1 - `confidence` over the streams (`tests/audit/test_canaries.py`).
     """
-    play = record_scores if release_kind(mechanism) == "step" else client_scores
+    play = record_scores if release_kind(mechanism) == ReleaseKind.STEP else client_scores
 
     def stream(trial: int) -> NoiseSource:
         return SeededNoise(seed, CANARY, trial)
@@ -55,16 +55,22 @@ def lower_bound(
 
 def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
     """How many runs of this plan are played when `trials` are asked for; at least 200."""
-    passed = release_kind(mechanism)
-    releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
-    return min(trials, max(200, AFFORDED[passed] // max(releases[passed], 1)))
+    kind = release_kind(mechanism)
+    releases = {
+        ReleaseKind.STEP: plan.steps * plan.participations,
+        ReleaseKind.UPDATE: plan.participations,
+        ReleaseKind.SUM: plan.num_rounds,
+    }
+    return min(trials, max(200, AFFORDED[kind] // max(releases[kind], 1)))
 
 
-def release_kind(mechanism: Mechanism) -> str:
-    """Through which door the unit's contribution leaves, as in `Mechanism.price`: "step", "release" or "sum"."""
+def release_kind(mechanism: Mechanism) -> ReleaseKind:
+    """Returns the kind of release that carries the unit's contribution: STEP, UPDATE or SUM."""
     if mechanism.unit == "none":
         raise PrivacyError("a mechanism of unit 'none' promises nothing that a canary could contradict")
-    return "step" if mechanism.unit == "record" else "release" if mechanism.cost("sum") is None else "sum"
+    if mechanism.unit == "record":
+        return ReleaseKind.STEP
+    return ReleaseKind.UPDATE if mechanism.cost(ReleaseKind.SUM) is None else ReleaseKind.SUM
 
 
 def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
@@ -87,7 +93,7 @@ def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
                 others = rows[rows != canary]
                 without = released(others, noise)
                 sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
-        return _scored(sums, mechanism, "step")
+        return _scored(sums, mechanism, ReleaseKind.STEP)
 
     return _in_both_worlds(run, trials, stream)
 
@@ -98,7 +104,7 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
     Local: the client's huge updates point the one way, or the other. Central: it is not in the federation, or it is and
     joins rounds as all clients do.
     """
-    if release_kind(mechanism) == "sum":
+    if release_kind(mechanism) == ReleaseKind.SUM:
         return _central_scores(mechanism, plan, trials, stream)
     low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
 
@@ -110,8 +116,8 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
 
 def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """What the clients send is the same in every round; trials are kept apart in the ledger by the site's name."""
-    price, ledger = _price(mechanism, "sum"), Ledger(":memory:", "audit")
-    expected, silent = price.sampling_rate * plan.num_clients, SeededNoise("audit")
+    cost, ledger = _cost(mechanism, ReleaseKind.SUM), Ledger(":memory:", "audit")
+    expected, silent = cost.sampling_rate * plan.num_clients, SeededNoise("audit")
     values = {f"client-{i}": value for i, value in enumerate(_in_turns(plan.num_clients).tolist())} | {CANARY: HUGE}
     updates = {
         n: mechanism.privatize_update(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()
@@ -120,7 +126,7 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
     accounts = (ledger.account(f"run {number}", Budget(None, 0.5)) for number in range(trials))
 
     def run(noise: NoiseSource) -> tuple[float, float]:
-        server, sums = CentralGaussian(price, clip_norm, expected, lambda round: noise, next(accounts)), []
+        server, sums = CentralGaussian(cost, clip_norm, expected, lambda round: noise, next(accounts)), []
 
         def released(cohort: list[str], round: int, context: str) -> float:
             mean = server.noisy_mean([updates[name] for name in cohort], {"delta": (1,)}, round, context)
@@ -131,7 +137,7 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
             others = [name for name in cohort if name != CANARY]
             without = released(others, round, "without")
             sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
-        return _scored(sums, mechanism, "sum")
+        return _scored(sums, mechanism, ReleaseKind.SUM)
 
     try:
         return _in_both_worlds(run, trials, stream)
@@ -144,25 +150,25 @@ def _in_both_worlds(run: Callable[[NoiseSource], tuple[float, float]], trials: i
     return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 
 
-def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, passed: str) -> tuple[float, float]:
-    """Each world's log likelihood ratio, with the canary to without, if the mechanism did as its price says.
+def _scored(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: ReleaseKind) -> tuple[float, float]:
+    """Each world's log likelihood ratio, with the canary to without, if the mechanism did as its cost states.
 
     A release x, in clip norms, is N(0, z²) without, and with it a mixture of that and N(1, z²) in the share q.
     """
     if not sums_T2:
         return 0.0, 0.0
-    q, z = _price(mechanism, passed).sampling_rate, max(_price(mechanism, passed).noise_multiplier, 1e-3)
+    q, z = _cost(mechanism, kind).sampling_rate, max(_cost(mechanism, kind).noise_multiplier, 1e-3)
     x_T2 = np.array(sums_T2) / mechanism.guarantee()["clip_norm"]
     absent = math.log1p(-q) if q < 1 else -math.inf
     without, with_ = np.logaddexp(absent, math.log(q) + (2 * x_T2 - 1) / (2 * z**2)).sum(0).tolist()
     return without, with_
 
 
-def _price(mechanism: Mechanism, passed: str) -> PrivacyCost:
-    price = mechanism.cost(passed)
-    if price is None:
-        raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and no price for the door {passed!r}; state it")
-    return price
+def _cost(mechanism: Mechanism, kind: ReleaseKind) -> PrivacyCost:
+    cost = mechanism.cost(kind)
+    if cost is None:
+        raise PrivacyError(f"the mechanism has unit {mechanism.unit!r} and states no cost for {kind.name}; state it")
+    return cost
 
 
 def _in_turns(number: int) -> Tensor:
