@@ -79,7 +79,7 @@ class Noting:
     def __init__(self):
         self.given = []
 
-    def noisy_mean(self, values):
+    def private_mean(self, values):
         self.given.append(values)
         return values.mean(1)
 
@@ -92,7 +92,7 @@ def test_a_records_three_gradients_are_those_of_the_factors_and_averaged_as_one(
     carried = LowRankContext(noting, 2, 1)
     carried.factors = u, v = low_rank_factors(local, 2, random())
     answer = model.answer([Query((shared + local)[None], batch, grad=True)])[0]
-    carried.mean(answer.grad_KBPD)
+    carried.private_mean(answer.grad_KBPD)
     (rows,) = noting.given
     tokens, width = shared.shape
     assert rows.shape == (1, len(batch), tokens * width + tokens * 2 + 2 * width)
@@ -112,10 +112,10 @@ def test_one_record_moves_all_that_is_noised_by_at_most_the_clip_norm(model):
     found = []
     for rows in (gradients, gradients[:, 1:]):
         noting = Noting()
-        noting.noisy_mean = lambda values: found.append(mechanism.noisy_mean(values, 1, silent)) or found[-1]
+        noting.private_mean = lambda values: found.append(mechanism.noisy_mean(values, 1, silent)) or found[-1]
         carried = LowRankContext(noting, 3, 1)
         carried.factors = low_rank_factors(normal(6, 16), 3, random())
-        carried.mean(rows)
+        carried.private_mean(rows)
     assert (found[0] - found[1]).norm() <= clip * (1 + 1e-5)
     assert (found[0] - found[1]).norm() > 0.9 * clip
     assert silent.deviations == [clip] * 2  # one noise, on all of it
