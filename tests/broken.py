@@ -19,7 +19,9 @@ class Config(record_gaussian.Config):
 class ClipsTheMean(RecordGaussian):
     """The batch's mean is clipped and not each record, and the noise is that of a clipped record."""
 
-    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
+    ) -> Tensor:
         mean = values_KB.sum(1) / expected_batch
         clipped = clipped_sum(mean.reshape(1, -1), self.clip_norm)
         return noise.add_gaussian(clipped, self.noise_multiplier * self.clip_norm / expected_batch).view(mean.shape)
@@ -28,7 +30,9 @@ class ClipsTheMean(RecordGaussian):
 class NoiseOffByTheBatch(RecordGaussian):
     """The noise is divided by the batch once for itself and once with the sum."""
 
-    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
+    ) -> Tensor:
         K, B, *rest = values_KB.shape
         summed = clipped_sum(values_KB.transpose(0, 1).reshape(B, K * math.prod(rest)), self.clip_norm)
         noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm / expected_batch)
@@ -40,4 +44,4 @@ MECHANISMS = {"clips_the_mean": ClipsTheMean, "noise_off_by_the_batch": NoiseOff
 
 def build(config: Config, plan: ClientWorkload) -> RecordGaussian:
     sound = record_gaussian.build(config, plan)
-    return MECHANISMS[config.how](config, plan, sound.noise_multiplier, sound._totals, sound._whole)
+    return MECHANISMS[config.how](config, plan, sound.noise_multiplier, sound._statistics, sound._planned)

@@ -201,8 +201,8 @@ def account(place: Place, out: Path) -> Account:
     config = place.config
     ledger = Ledger(config.state / LEDGER, f"site {config.name}")
     try:
-        orders = [round for (round,) in ledger.file.execute("select round from orders order by round")]
-        lines = json.loads(ledger.account(config.name, Budget(None, DELTA)).lines())
+        orders = [round for (round,) in ledger.file.execute("select round from assignments order by round")]
+        lines = json.loads(ledger.account(config.name, Budget(None, DELTA)).costs_json())
     finally:
         ledger.close()
     prices = [(line["round"], PrivacyCost(*(line[name] for name in PrivacyCost._fields))) for line in lines]

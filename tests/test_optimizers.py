@@ -5,12 +5,14 @@ import torch
 
 import small
 from ficpd.backbones.query_engine import run_queries
+from ficpd.errors import BackboneError
 from ficpd.experiments.initialization import public_gradients
 from ficpd.federation.client import ClientSession
 from ficpd.federation.compression import subspace
-from ficpd.optimizers import LocalTrainingConfig, tune
-from ficpd.optimizers.search_space import clip_scale
+from ficpd.methods.shared.residual import with_label_prior
+from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.privacy import record_gaussian
+from ficpd.privacy.clipping import clip_scale
 from ficpd.types import Assignment, ClientWorkload, Query
 
 
@@ -75,7 +77,7 @@ def test_both_tuners_lower_the_loss(model):
 def test_clipping_is_in_units_of_what_is_typical(model):
     """The longest direction counts as it is, shorter ones more: what comes back is in the units that went in."""
     seen = session(model)
-    units = clip_scale(seen.subspace)
+    units = clip_scale(seen.subspace.grad_scale)
     assert float(units.min()) == 1.0
     assert units.argmin() == seen.subspace.grad_scale.argmax()
     next(iter(seen.batches(1, 9)))
@@ -113,3 +115,42 @@ def test_zeroth_order_queries_pay_one_step_for_all_candidates(model, candidates)
     after = run_queries(model, tuned())
     assert torch.isfinite(after).all()
     assert [(spend.name, spend.count) for spend in seen.costs] == [("prompt", 3)]
+
+
+def test_a_failure_of_the_model_passes_through_every_wrapper_to_the_method(model):
+    """The optimizer hears of it at its query, then each wrapper ends, then the method."""
+    heard = []
+
+    def work(name, inner=None):
+        try:
+            yield from inner or iter(())
+            if inner is None:
+                yield Query(torch.zeros(1, 4, 10), None)
+        except BackboneError:
+            heard.append(name)
+            raise
+
+    inner = map_queries(work("optimizer"), lambda query: query._replace(grad=True))
+    outer = map_queries(work("method", with_label_prior(inner, None)), lambda query: query._replace(outputs=True))
+    query = next(outer)
+    assert query.grad
+    assert query.outputs
+    with pytest.raises(BackboneError, match="out of memory"):
+        outer.throw(BackboneError("out of memory"))
+    assert heard == ["optimizer", "method"]
+
+
+def test_a_wrapper_rewrites_queries_and_answers_and_returns_the_result():
+    def work():
+        answer = yield Query(torch.ones(1, 2, 3), None)
+        return answer
+
+    wrapped = map_queries(
+        work(),
+        lambda query: query._replace(prompts_KPD=query.prompts_KPD * 2),
+        lambda query, answer: (float(query.prompts_KPD.max()), answer),
+    )
+    assert float(next(wrapped).prompts_KPD.max()) == 2.0
+    with pytest.raises(StopIteration) as end:
+        wrapped.send("answer")
+    assert end.value.value == (1.0, "answer")

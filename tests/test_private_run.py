@@ -24,7 +24,7 @@ CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e
 
 def lines(folder) -> list[tuple]:
     with sqlite3.connect(folder / "run" / LEDGER) as file:
-        return file.execute("select site, round, name, sampling_rate, noise_multiplier, count from lines").fetchall()
+        return file.execute("select site, round, name, sampling_rate, noise_multiplier, count from costs").fetchall()
 
 
 def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
         tmp_path / "run" / LEDGER
     ) as file:  # as if nobody had been drawn: the server pays all the same
         file.execute(
-            "delete from orders where site <> 'server' and exists (select 1 from orders where site = 'server')"
+            "delete from assignments where site <> 'server' and exists (select 1 from assignments where site = 'server')"
         )
     if older:
         checkpoint.write_bytes(first)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -185,67 +186,85 @@ class Task(Objective, ABC):
 
 
 class NoiseSource(Protocol):
-    """A client's private stream: which records, what noise. Never derivable from anything the server knows."""
+    """A private random stream for sampling and noise. The server knows nothing that it could be derived from."""
 
     @property
     def kind(self) -> Literal["simulated", "cryptographic"]: ...
     def permutation(self, number: int) -> Tensor:
-        """0..number-1 in a random order."""
+        """Returns 0..number-1 in a random order."""
         ...
 
     def poisson_sample(self, number: int, rate: float) -> Tensor:
-        """Each of 0..number-1 independently with probability `rate`."""
+        """Draws each of 0..number-1 independently with probability `rate`."""
         ...
 
     def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
-        """`values` plus Gaussian noise of this standard deviation, on the CPU, float32."""
+        """Adds Gaussian noise of this standard deviation; the result is float32 on the CPU."""
         ...
 
 
-TOTAL = "total:"
-"""The door of a named total is this and its name."""
+class ReleaseKind(Enum):
+    """What is released, each kind with a cost of its own."""
+
+    STEP = "step"
+    """The noisy mean over one step's records."""
+    UPDATE = "update"
+    """One client's update."""
+    SUM = "sum"
+    """The server's noisy sum over a round's updates."""
+    STATISTIC = "statistic"
+    """A named noisy sum over all of a client's records."""
 
 
-class Mechanism(Protocol):
-    """Noise and its price in one object. `mean` is where records meet; `release` is where a client meets the world."""
+class Mechanism(ABC):
+    """Clips and noises what one client releases, and states what each release costs.
 
-    @property
-    def unit(self) -> Literal["none", "record", "client"]: ...
-    @property
-    def noise(self) -> Literal["simulated", "cryptographic"]:
-        """Which source its randomness must come from."""
-        ...
+    `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from.
+    """
 
-    def cost(self, door: str) -> PrivacyCost | None:
-        """What one passage costs: door "step" (a `mean`), "release", "sum" (at the server), or `TOTAL` + name."""
-        ...
+    unit: Literal["none", "record", "client"]
+    noise: Literal["simulated", "cryptographic"]
 
+    @abstractmethod
+    def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
+        """Returns the cost of one release, or None where it has none. `name` is the statistic's."""
+
+    @abstractmethod
     def planned_costs(self) -> Sequence[PrivacyCost]:
-        """All that the whole planned run costs."""
-        ...
+        """Returns the costs of the whole planned run."""
 
+    @abstractmethod
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
-        """Which records each step sees: [b] indices per step. Under Poisson sampling b varies and may be 0."""
-        ...
+        """Draws the records of each step, [b] indices. Under Poisson sampling b varies and may be 0."""
 
-    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
-        """[K, B, ...] to [K, ...]: the only average over records in the package."""
-        ...
+    def bound_query(self, query: Query, start: Prompt) -> Query:
+        """Bounds the prompts of a query before the model answers it."""
+        return query
 
+    @abstractmethod
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
+    ) -> Tensor:
+        """Averages records, [K, B, ...] to [K, ...] on the CPU. `grad_scale` is the subspace's, for values in it."""
+
+    @abstractmethod
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
-        """[B, N] to [N]: the sum over all records, each row clipped to norm 1. Costs `price(TOTAL + name)`."""
-        ...
+        """Sums a statistic over all records, [B, N] to [N]. Each row is clipped to norm 1."""
 
-    def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate: ...
+    @abstractmethod
+    def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
+        """Clips and noises a whole update, where the unit is the client."""
 
+    @abstractmethod
     def expected_noise_norm_sq(self, size: int) -> float | None:
-        """The expected squared length of the noise in an update of `size` numbers, as the server may know it. None: it may
-        not, because that noise goes by how many records there are."""
-        ...
+        """Returns the noise's expected squared length in an update of `size` numbers.
 
+        None at the record level: the server must not know it, since it depends on the number of records.
+        """
+
+    @abstractmethod
     def guarantee(self) -> Mapping[str, JSON]:
-        """For the run's `privacy` block: mechanism, unit, neighbouring relation, delta, settings."""
-        ...
+        """Describes mechanism, unit, neighbouring relation, delta and settings for the run's `privacy` block."""
 
 
 class Subspace(Protocol):
@@ -293,64 +312,70 @@ class Compression(Protocol):
 
 
 class ClientContext(Protocol):
-    """What a method sees of the client it runs at, for the length of one order (`clients.Visit`)."""
+    """A client as a method sees it during one assignment (`federation.client.ClientSession`)."""
 
     id: str
     client_state: dict[str, Tensor]
-    """What stays at the client between rounds; written back only if the order is carried out to its end."""
+    """What the client keeps between rounds. It is stored only if the assignment is completed."""
 
     @property
     def weight(self) -> float:
-        """Its share in an average: the record count where no privacy is asked, its noised total if paid for, else 1."""
+        """The record count without privacy, its noisy sum if it is one of the plan's statistics, else 1."""
         ...
 
     @property
     def label_prior(self) -> Tensor:
-        """[C], the logarithms of its labels' shares, each counted half a record more than it is: exact where no privacy or
-        a client's whole update is asked for, else from a noised total, which is paid once. Of a task that `Classifies`."""
+        """[C]: logarithms of the labels' shares, of a task that `Classifies`; see `log_label_prior`.
+
+        The counts are exact without record-level privacy. With it they are a noisy sum, which is released once.
+        """
         ...
 
     @property
     def subspace(self) -> Subspace | None: ...
     @property
     def vocabulary(self) -> Vocabulary:
-        """The backbone's, which are public. Raises `BackboneError` if it has none."""
+        """The backbone's vocabulary, which is public. Raises `BackboneError` if it has none."""
         ...
 
     @property
     def start(self) -> Tensor:
-        """[P, D] that the whole run began with: public, and known to everybody."""
+        """[P, D]: the public prompt that the run began with."""
         ...
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
-        """The batch that was drawn last, with this share of its texts' words replaced by random ones; the same in every
-        step of an order. Raises `BackboneError` for images."""
+        """The last batch, with this share of its texts' words replaced at random.
+
+        The replacement is the same in all steps of an assignment. Raises `BackboneError` for images.
+        """
         ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
-        """Once per batch, before the next is drawn."""
+        """Averages the last batch, once, before the next is drawn."""
         ...
 
     def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
-        """[B, N] over all of the client's records to [N]; a statistic that the plan names, its own ledger line."""
+        """Sums a statistic of the plan over all of the client's records, [B, N] to [N]."""
         ...
 
     def full_batch(self) -> Batch:
-        """All of the client's records, to make the rows of a `total` of."""
+        """All of the client's records, from which the rows of a `private_sum` are made."""
         ...
 
     def local_context(self, held_back: float = 0.0) -> "LocalContext":
-        """The same client without privacy, for what never leaves: nothing made with it may enter an update, or a prompt
-        that is asked about with records whose average will."""
+        """The same client without privacy, for what it never sends.
+
+        Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
+        """
         ...
 
 
 class LocalContext(ClientContext, Protocol):
-    """A client among its own: what it learns here stays here."""
+    """A client that tunes for itself. It sends none of the results."""
 
     def holdout(self) -> Batch:
-        """The records that are held back from `batches`, to choose by; none of too few."""
+        """The records that `batches` leaves out, for model selection; empty for clients with few records."""
         ...
 
 

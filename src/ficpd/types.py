@@ -181,12 +181,6 @@ class Prompt:
         """Returns whether no row of [..., D] is longer than `max_norm`."""
         return not rows.numel() or float(rows.norm(dim=-1).max()) <= self.max_norm
 
-    def clip_to_max_norm(self, rows: Tensor) -> Tensor:
-        """Clips each row of [..., D] to `max_norm`; returns token ids unchanged."""
-        if not rows.is_floating_point() or self.within_max_norm(rows):
-            return rows
-        return rows * (self.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
-
     def with_vectors(self, vectors_PD: Tensor) -> "Prompt":
         floats = vectors_PD.to(torch.float32) if vectors_PD.is_floating_point() else vectors_PD
         return replace(self, vectors_PD=floats.detach())

@@ -33,7 +33,9 @@ class Noting(NoPrivacy):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: Any) -> list[Tensor]:
         return [torch.arange(num_records)] * steps
 
-    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: Any) -> Tensor:
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: Any, grad_scale: Tensor | None = None
+    ) -> Tensor:
         self.rows.append(values_KB.detach().clone())
         return torch.zeros_like(values_KB[:, 0]).float()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ficpd.errors import PrivacyError, PrivacyWarning
+from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
 from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.noise import SeededNoise
@@ -108,7 +109,7 @@ def test_the_mean_divides_by_the_expected_batch_whatever_came(came):
 def test_the_noise_on_records_is_what_the_price_states():
     silent, mechanism = Silent(), record()
     mechanism.noisy_mean(torch.ones(2, 3, 4), 4, silent)
-    price = mechanism.cost("step")
+    price = mechanism.cost(ReleaseKind.STEP)
     assert price is not None
     assert silent.deviations == [price.noise_multiplier * CLIP] == [MULTIPLIER * CLIP]
     assert (price.sampling_rate, price.count) == (PLAN.sampling_rate, 1)
@@ -146,8 +147,11 @@ def test_a_total_clips_rows_to_one_and_has_its_own_price():
     assert torch.allclose(
         mechanism.noisy_sum("counts", rows, silent), torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5
     )
-    assert silent.deviations == [mechanism.cost("total:counts").noise_multiplier]
-    assert mechanism.cost("total:weight").noise_multiplier > mechanism.cost("total:counts").noise_multiplier
+    assert silent.deviations == [mechanism.cost(ReleaseKind.STATISTIC, "counts").noise_multiplier]
+    assert (
+        mechanism.cost(ReleaseKind.STATISTIC, "weight").noise_multiplier
+        > mechanism.cost(ReleaseKind.STATISTIC, "counts").noise_multiplier
+    )
     assert {line.name for line in mechanism.planned_costs()} == {"prompt", "weight", "counts"}
     with pytest.raises(PrivacyError, match="no share of the budget"):
         mechanism.noisy_sum("signature", rows, silent)
@@ -191,12 +195,12 @@ def test_local_noise_is_for_two_clips_and_central_has_none_at_the_client():
     silent = Silent()
     client().privatize_update(update, silent)
     assert silent.deviations == [MULTIPLIER * 2 * CLIP]
-    assert client().cost("release")[1:] == (1.0, MULTIPLIER, 1)
+    assert client().cost(ReleaseKind.UPDATE)[1:] == (1.0, MULTIPLIER, 1)
     silent = Silent()
     client(placement="central").privatize_update(update, silent)
     assert silent.deviations == []
-    assert client(placement="central").cost("release") is None
-    assert client(placement="central").cost("sum")[1:] == (PLAN.cohort_rate, MULTIPLIER, 1)
+    assert client(placement="central").cost(ReleaseKind.UPDATE) is None
+    assert client(placement="central").cost(ReleaseKind.SUM)[1:] == (PLAN.cohort_rate, MULTIPLIER, 1)
 
 
 def test_what_is_planned_is_every_participation_or_round():
@@ -209,8 +213,8 @@ def test_what_is_planned_is_every_participation_or_round():
 
 
 def test_only_mechanisms_without_a_guarantee_are_free(mechanism):
-    doors = [mechanism.cost(door) for door in ("step", "release", "sum")]
-    assert any(doors) == (mechanism.unit != "none")
+    costs = [mechanism.cost(kind) for kind in ReleaseKind]
+    assert any(costs) == (mechanism.unit != "none")
     block = mechanism.guarantee()
     assert block["unit"] == mechanism.unit
     if mechanism.unit != "none":

@@ -118,8 +118,8 @@ class Federation:
         config = settings.read(self.folder / f"{name}.toml")
         ledger = Ledger(config.state / LEDGER, f"site {name}")
         try:
-            orders = [round for (round,) in ledger.file.execute("select round from orders order by round")]
-            lines = json.loads(ledger.account(name, Budget(None, processes.DELTA)).lines())
+            orders = [round for (round,) in ledger.file.execute("select round from assignments order by round")]
+            lines = json.loads(ledger.account(name, Budget(None, processes.DELTA)).costs_json())
         finally:
             ledger.close()
         return orders, [line["round"] for line in lines]

@@ -18,6 +18,7 @@ from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.client import ClientSession, execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
+from ficpd.interfaces import ReleaseKind
 from ficpd.methods.fedhpl import (
     KNOWN,
     LOGITS,
@@ -210,7 +211,7 @@ def test_the_ledger_has_a_line_of_each_release_and_the_noise_that_was_added(mode
 
     mechanism.noisy_sum = watched
     small.rounds(method, members, model, RoundSchedule(3, 1, 0))
-    price = mechanism.cost("total:logits")
+    price = mechanism.cost(ReleaseKind.STATISTIC, "logits")
     assert noised == [(LOGITS, price.noise_multiplier)] * 3
     assert price.count == 1
     spent = client.account.spent()

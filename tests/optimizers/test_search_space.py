@@ -42,7 +42,7 @@ def test_a_slope_is_what_a_gradient_is_before_it_is_clipped(model):
     space, gradient = SearchSpace(tuple(start.vectors_PD.shape), coordinates), torch.randn(3, 16)
     y = torch.zeros(8, requires_grad=True)
     (space.lift(y) * gradient).sum().backward()
-    assert small.close(y.grad, coordinates.project(gradient) * clip_scale(coordinates), 1e-5)  # type: ignore[arg-type]
+    assert small.close(y.grad, coordinates.project(gradient) * clip_scale(coordinates.grad_scale), 1e-5)  # type: ignore[arg-type]
 
 
 def test_it_is_the_whole_prompt_where_that_is_no_larger_than_the_subspace():
@@ -73,6 +73,6 @@ def test_slopes_tell_how_long_gradients_are(model, directions):
     start, compression = compressed(model, directions)
     coordinates, task = compression.subspace, small.classes()
     assert coordinates is not None
-    gradients = coordinates.project(public_gradients(model, [task], start, 0, 200)) * clip_scale(coordinates)
+    gradients = coordinates.project(public_gradients(model, [task], start, 0, 200)) * clip_scale(coordinates.grad_scale)
     told = estimate_grad_norms_zeroth_order(model, [task], start, compression, 0, 200)
     assert float(told.median()) == pytest.approx(float(gradients.norm(dim=1).median()), rel=0.1)

@@ -9,6 +9,7 @@ from scipy.stats import binom
 import small
 from ficpd.errors import BudgetError
 from ficpd.federation.rounds import RoundSchedule, run_rounds
+from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import accountant, client_gaussian
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.clipping import MARGIN
@@ -194,7 +195,7 @@ def federation(model, rate: float = 0.6, epsilon: float | None = None, ledger: L
     members = small.clients(model, method, mechanism=mechanism, ledger=ledger)
     account = ledger.account("server", Budget(epsilon, DELTA))
     central = CentralGaussian(
-        mechanism.cost("sum"), CLIP, 5 * rate, lambda round: SeededNoise("server", round), account
+        mechanism.cost(ReleaseKind.SUM), CLIP, 5 * rate, lambda round: SeededNoise("server", round), account
     )
     return method, members, Watching(small.engine(method, members, model)), central
 

@@ -31,7 +31,7 @@ def budget(releases: float) -> Budget:
 
 
 def empty(account: Account) -> bool:
-    return account.spent() == [] and account.lines() == "[]" and account.stored_answer(1, "fedavg") is None
+    return account.spent() == [] and account.costs_json() == "[]" and account.stored_update(1, "fedavg") is None
 
 
 # ---------------------------------------------------------------- what is settled stays
@@ -71,17 +71,17 @@ print(*ends)
 
 
 def test_killed_before_the_commit_nothing_is_owed_and_after_it_all_is_there(tmp_path):
-    before = ["begin", "insert into answers", "delete", "commit"]
+    before = ["begin", "insert into updates", "delete", "commit"]
     command = [sys.executable, "-c", KILLED, str(tmp_path), *before, "after"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == [str(int(signal.SIGKILL))] * 5, done.stderr
     for stage in before:
         account = Ledger(tmp_path / stage, "a run").account("north", FREE)
         assert account.spent() == [STEPS], stage
-        assert (account.stored_answer(1, "fedavg"), account.stored_answer(2, "fedavg")) == (b"first", None), stage
+        assert (account.stored_update(1, "fedavg"), account.stored_update(2, "fedavg")) == (b"first", None), stage
     account = Ledger(tmp_path / "after", "a run").account("north", FREE)
     assert account.spent() == [STEPS._replace(count=4)]
-    assert (account.stored_answer(1, "fedavg"), account.stored_answer(2, "fedavg")) == (None, b"second")
+    assert (account.stored_update(1, "fedavg"), account.stored_update(2, "fedavg")) == (None, b"second")
 
 
 def test_a_ledger_is_found_again_as_it_was_left(path):
@@ -90,7 +90,7 @@ def test_a_ledger_is_found_again_as_it_was_left(path):
     ledger.close()
     account = Ledger(str(path), "a run").account("north", FREE)
     assert account.spent() == [STEPS, WEIGHT]
-    assert account.stored_answer(1, "fedavg") == b"update"
+    assert account.stored_update(1, "fedavg") == b"update"
     assert account.epsilon() == accountant.epsilon([STEPS, WEIGHT], DELTA)
 
 
@@ -106,7 +106,7 @@ def test_an_order_that_fails_while_it_is_written_leaves_no_line(path):
         account.commit(1, "fedavg", [WEIGHT], b"again")
     for seen in (account, Ledger(path, "a run").account("north", FREE)):
         assert seen.spent() == [STEPS]
-        assert seen.stored_answer(1, "fedavg") == b"first"
+        assert seen.stored_update(1, "fedavg") == b"first"
     account.commit(2, "fedavg", [WEIGHT], b"second")  # and the ledger goes on
     assert account.spent() == [STEPS, WEIGHT]
 
@@ -116,7 +116,7 @@ def test_equal_spends_are_one_line_and_nothing_spent_is_none(path):
     account.commit(1, "fedavg", [STEPS, STEPS._replace(count=3)], b"")
     account.commit(2, "fedavg", [], b"free")
     assert account.spent() == [STEPS._replace(count=5)]
-    assert (len(json.loads(account.lines())), account.stored_answer(2, "fedavg")) == (1, b"free")
+    assert (len(json.loads(account.costs_json())), account.stored_update(2, "fedavg")) == (1, b"free")
 
 
 # ---------------------------------------------------------------- whose it is
@@ -156,7 +156,7 @@ def test_books_of_sites_do_not_mix(path):
     south.commit(1, "fedavg", [RELEASE], b"from the south")
     assert north.spent() == south.spent() == [RELEASE]
     south.commit(2, "fedavg", [], b"later")
-    assert north.stored_answer(1, "fedavg") == b"from the north"
+    assert north.stored_update(1, "fedavg") == b"from the north"
 
 
 # ---------------------------------------------------------------- answers
@@ -167,18 +167,18 @@ def test_the_last_answer_is_kept_and_those_of_earlier_rounds_are_forgotten(path)
     for round in (1, 2, 5):
         account.commit(round, "fedavg", [STEPS], b"%d" % round)
     account.commit(1, "ficpd", [STEPS], b"another method")
-    assert [account.stored_answer(round, "fedavg") for round in (1, 2, 3, 5)] == [None, None, None, b"5"]
-    assert account.stored_answer(1, "ficpd") == b"another method"
-    assert account.stored_answer(5, "ficpd") is None
+    assert [account.stored_update(round, "fedavg") for round in (1, 2, 3, 5)] == [None, None, None, b"5"]
+    assert account.stored_update(1, "ficpd") == b"another method"
+    assert account.stored_update(5, "ficpd") is None
     assert account.spent() == [STEPS._replace(count=8)]  # lines are never forgotten
 
 
 def test_lines_are_for_a_person_to_check(path):
     account = Ledger(path, "a run").account("north", FREE)
-    assert account.lines() == "[]"
+    assert account.costs_json() == "[]"
     account.commit(1, "fedavg", [WEIGHT, STEPS], b"")
     account.commit(2, "fedavg", [STEPS], b"")
-    lines = json.loads(account.lines())
+    lines = json.loads(account.costs_json())
     assert [(line["round"], line["name"], line["count"]) for line in lines] == [
         (1, "prompt", 2), (1, "weight", 1), (2, "prompt", 2),
     ]  # fmt: skip
@@ -202,7 +202,7 @@ def test_a_release_beyond_the_budget_is_refused_in_words_and_nothing_is_written(
         with pytest.raises(BudgetError, match=words):
             ask()
         assert account.spent() == [RELEASE._replace(count=2)]
-        assert (account.stored_answer(1, "fedavg"), account.stored_answer(2, "fedavg")) == (b"two", None)
+        assert (account.stored_update(1, "fedavg"), account.stored_update(2, "fedavg")) == (b"two", None)
     account.commit(2, "fedavg", [], b"free")  # what costs nothing goes on
 
 
@@ -250,7 +250,7 @@ def test_two_that_both_could_afford_it_cannot_both_have_it(path):
     with pytest.raises(BudgetError):
         theirs.commit(2, "fedavg", [RELEASE], b"theirs")
     assert ours.spent() == theirs.spent() == [RELEASE]
-    assert (theirs.stored_answer(1, "fedavg"), theirs.stored_answer(2, "fedavg")) == (b"ours", None)
+    assert (theirs.stored_update(1, "fedavg"), theirs.stored_update(2, "fedavg")) == (b"ours", None)
 
 
 def test_the_lock_is_held_while_the_budget_is_checked(path, monkeypatch):

@@ -60,7 +60,7 @@ def _print(found: dict[str, Any]) -> None:
             for kind, score in run["scores"].items()
         )
         typer.echo(
-            f"run      {name[:12]}  {run['rounds_served']} rounds served, the last {run['last_order'] or 'never'}"
+            f"run      {name[:12]}  {run['rounds_served']} rounds served, the last {run['last_assignment'] or 'never'}"
         )
         if scores:
             typer.echo(f"         on the own test records: {scores}")

@@ -32,7 +32,7 @@ from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
-from ficpd.interfaces import Compression, Task
+from ficpd.interfaces import Compression, ReleaseKind, Task
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
 from ficpd.optimizers import LocalTrainingConfig
@@ -228,18 +228,18 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     )
     plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
     mechanism = module.build(config, plan)
-    door = mechanism_canaries.release_kind(mechanism)
-    released = sum(line.releases for line in privacy.lines if line.name == mechanism.cost(door).name)
-    plan = _played(plan, door, released)
+    kind = mechanism_canaries.release_kind(mechanism)
+    released = sum(line.releases for line in privacy.lines if line.name == mechanism.cost(kind).name)
+    plan = _played(plan, kind, released)
     runs = mechanism_canaries.num_trials(mechanism, plan, trials)
     found = mechanism_canaries.lower_bound(mechanism, plan, privacy.delta, trials, seed=seed)
     reach = two_world_bound([0.0] * runs, [1.0] * runs, privacy.delta)
     return LowerBound(found, privacy.epsilon, privacy.delta, reach, runs)
 
 
-def _played(plan: ClientWorkload, door: str, released: int) -> ClientWorkload:
+def _played(plan: ClientWorkload, kind: ReleaseKind, released: int) -> ClientWorkload:
     """The plan of a run that made this many releases."""
-    if door == "step":
+    if kind == ReleaseKind.STEP:
         return replace(plan, participations=released // plan.steps)
     return replace(plan, participations=released, num_rounds=released)
 

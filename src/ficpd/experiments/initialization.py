@@ -17,7 +17,8 @@ from ficpd.experiments.config import Experiment, PromptConfig
 from ficpd.federation.compression.subspace import Gradients
 from ficpd.interfaces import Backbone, Compression, Task
 from ficpd.library.library import PromptLibrary
-from ficpd.optimizers.search_space import SearchSpace, clip_scale
+from ficpd.optimizers.search_space import SearchSpace
+from ficpd.privacy.clipping import clip_scale
 from ficpd.registry import build_config
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import start_text
@@ -142,7 +143,7 @@ def calibrate_clip_norm(
         lengths = norms_of(number)
     else:
         found, coordinates = gradients(number), compression.subspace
-        flat = coordinates.project(found) * clip_scale(coordinates) if coordinates else found.flatten(1)
+        flat = coordinates.project(found) * clip_scale(coordinates.grad_scale) if coordinates else found.flatten(1)
         lengths = flat.norm(dim=1)
     norms = lengths.split([len(range(place, number, len(groups))) for place in range(len(groups))])
     clips = {group: CLIP_NORM_MULTIPLE * float(own.median()) for group, own in zip(groups, norms, strict=True)}

@@ -1,4 +1,4 @@
-"""What stands between one run's records and the world: its plan, mechanisms, books, and what they cost together."""
+"""A run's privacy plan: workloads, mechanisms, accounts, and their cost together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ficpd import rng
 from ficpd.errors import LedgerError, PrivacyError
 from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule, sample_cohort
-from ficpd.interfaces import TOTAL, Mechanism, NoiseSource
+from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
 from ficpd.privacy import accountant
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger
@@ -25,7 +25,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """`mechanisms` and `books` by client; `central` is the server's noise where it adds any."""
+    """`mechanisms` and `accounts` by client; `central`: the server's mechanism where it adds the noise."""
 
     mechanisms: Mapping[str, Mechanism]
     accounts: Mapping[str, Account]
@@ -38,22 +38,22 @@ class PrivacyPlan:
             self.ledger.close()
 
     def expected_noise_norm_sq(self, size: int) -> float | None:
-        """What `Mechanism.noise_on` says of one client's update, the mean over clients."""
+        """Averages the mechanisms' `expected_noise_norm_sq` over clients."""
         known = [mechanism.expected_noise_norm_sq(size) for mechanism in self.mechanisms.values()]
         return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]
 
     def to_report(self) -> dict[str, JSON]:
-        """The result's `privacy` block: the guarantee of the member that spent most, and what each line of it cost."""
+        """Makes the result's `privacy` block, with the guarantee and costs of the client that spent most."""
         if not self.releases:
             return {**NO_RELEASE_GUARANTEE, "noise": None}
         first = next(iter(self.mechanisms.values()))
         if first.unit == "none":
             return {**first.guarantee(), "noise": None}
-        books = [self.central.account] if self.central else list(self.accounts.values())
-        spent = {account.site: account.epsilon() for account in books}
-        worst = max(books, key=lambda account: spent[account.site])
-        noisy = {account.site: account.spent() for account in books}
-        multipliers = [line.noise_multiplier for lines in noisy.values() for line in lines]
+        accounts = [self.central.account] if self.central else list(self.accounts.values())
+        spent = {account.site: account.epsilon() for account in accounts}
+        worst = max(accounts, key=lambda account: spent[account.site])
+        costs = {account.site: account.spent() for account in accounts}
+        multipliers = [line.noise_multiplier for lines in costs.values() for line in lines]
         delta = first.guarantee()["delta"]
         return {
             **self.mechanisms.get(worst.site, first).guarantee(),
@@ -62,14 +62,15 @@ class PrivacyPlan:
             "noise": first.noise,
             "site_that_spent_most": worst.site,
             "epsilon_of_sites": spent,
-            "lines": accountant.cost_shares(noisy[worst.site], delta) if noisy[worst.site] else [],
+            "lines": accountant.cost_shares(costs[worst.site], delta),
         }
 
 
 def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The privacy settings that apply to a method: none where nothing leaves, or where all records are one client's.
+    """Returns the privacy settings that apply to a method.
 
-    Raises `PrivacyError` where the method cannot have the guarantee.
+    They are `NONE` where it releases nothing, or where one client holds all records and the unit is the client. Raises
+    `PrivacyError` where the method cannot have the guarantee.
     """
     declared, unit = method.capabilities, "record" if part.get("placement") is None else "client"
     if not declared.releases or part["name"] == "none":
@@ -80,9 +81,9 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
         return NONE
     if part.get("placement") == "central" and not declared.linear:
         raise PrivacyError(
-            f"privacy.placement = 'central' noises one sum of all updates, and {method.name} looks at each client's update "
-            "by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums (fedavg, fedprox; "
-            "with method.robust.rule = 'mean', for one sum hides who sent what)"
+            f"privacy.placement = 'central' noises one sum of all updates, and {method.name} aggregates each client's "
+            "update by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
+            "(fedavg, fedprox) with method.robust.rule = 'mean'"
         )
     if unit not in declared.private_units:
         raise PrivacyError(f"{method.name} has no private form at the {unit} level: {declared.not_private}")
@@ -93,8 +94,10 @@ def plan_privacy(
     part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, ClientData], schedule: RoundSchedule,
     seed: int, folder: Path, run: str, rounds_paid: int,
 ) -> PrivacyPlan:  # fmt: skip
-    """Plans the run, chooses the noise, opens the ledger. `rounds_paid`: the last round that released anything; raises
-    `LedgerError` if the ledger does not reach it."""
+    """Plans the run, chooses the noise and opens the ledger.
+
+    `rounds_paid`: the last round that was released. Raises `LedgerError` if the ledger ends before it.
+    """
     part = privacy_config_for(method, part)
     if part.get("placement") == "central" and schedule.accept_late:
         raise PrivacyError(
@@ -106,17 +109,17 @@ def plan_privacy(
     mechanisms = {name: module.build(with_group_clip_norm(config, part, name), plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     for name in method.capabilities.statistics_once if first.unit == "record" else ():
-        if first.cost(TOTAL + name) is None:
+        if first.cost(ReleaseKind.STATISTIC, name) is None:
             raise PrivacyError(
-                f"{method.name} asks every client for the total {name!r}, which has no share of the budget; give it one, "
-                f"such as privacy.statistics = {{ {name} = 0.05 }}"
+                f"{method.name} asks every client for the statistic {name!r}, which has no share of the budget; give it "
+                f"one, such as privacy.statistics = {{ {name} = 0.05 }}"
             )
     if first.unit == "none":
         return PrivacyPlan(mechanisms, {}, None, None, method.capabilities.releases)
     if first.unit == "client" and not method.update_spec(state):
         raise PrivacyError(
-            f"client-level privacy noises what leaves, and of {method.name} nothing does: what its clients tune would have "
-            "no guarantee; use privacy.name = 'record_gaussian'"
+            f"client-level privacy noises updates, and {method.name} has none: what its clients tune would have no "
+            "guarantee; use privacy.name = 'record_gaussian'"
         )
     if rounds_paid and not (folder / LEDGER).exists():
         raise LedgerError(
@@ -129,22 +132,22 @@ def plan_privacy(
     def account(site: str, mechanism: Mechanism) -> Account:
         return ledger.account(site, Budget.of(config.epsilon, config.delta, mechanism.planned_costs()))
 
-    price = first.cost("sum")
-    if price is None:
+    cost = first.cost(ReleaseKind.SUM)
+    if cost is None:
         return PrivacyPlan(mechanisms, {n: account(n, m) for n, m in mechanisms.items()}, ledger, None, True)
 
     def stream(round: int) -> NoiseSource:
         simulated = SeededNoise(seed, "private", SERVER, "noise", round)
         return SecureNoise() if first.noise == "cryptographic" else simulated
 
-    expected = price.sampling_rate * len(shards)
-    central = CentralGaussian(price, first.guarantee()["clip_norm"], expected, stream, account(SERVER, first))
+    expected = cost.sampling_rate * len(shards)
+    central = CentralGaussian(cost, first.guarantee()["clip_norm"], expected, stream, account(SERVER, first))
     unpaid = {name: ledger.account(name, Budget(None, config.delta)) for name in mechanisms}
     return PrivacyPlan(mechanisms, unpaid, ledger, central, True)
 
 
 def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any:
-    """The settings of one client's mechanism: with its group's clip norm, where groups have their own."""
+    """Sets the clip norm of the client's group, where groups have their own."""
     norms = part.get("clip_norms")
     if not norms:
         return config
@@ -159,8 +162,7 @@ def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any
 def client_workloads(
     method: Method, state: State, records: Mapping[str, int], schedule: RoundSchedule
 ) -> dict[str, ClientWorkload]:
-    """What the run will ask of each client, given how many `records` it has. Cohorts come from a public seed, so everybody
-    can count them ahead."""
+    """Plans each client's work in the run from its number of `records` and the public cohorts."""
     steps, batch_size = method.local_workload(state)
     counts = participations(schedule, list(records))
     return {
@@ -179,7 +181,7 @@ def client_workloads(
 
 
 def participations(schedule: RoundSchedule, names: Sequence[str]) -> dict[str, int]:
-    """In how many rounds each client is asked."""
+    """Counts the rounds of each client. Cohorts come from a public seed."""
     counts = dict.fromkeys(names, 0)
     for round in range(1, schedule.num_rounds + 1):
         for name in sample_cohort(schedule, names, round):
@@ -188,7 +190,7 @@ def participations(schedule: RoundSchedule, names: Sequence[str]) -> dict[str, i
 
 
 def public_seed(seed: int) -> int:
-    """The seed that the server's half may know: no private stream can be derived from it."""
+    """Derives the seed that the server may know. No private stream can be derived from it."""
     return rng.derive_seed(seed, "public")
 
 

@@ -1,7 +1,7 @@
-"""How much a run's clients ask: counted, kept within a budget, told. A query is one candidate prompt on one record, and no
-matter how long the record is; one that asks for a gradient is counted apart, for no black box answers it.
+"""Counts the queries of a run's clients and keeps them within a budget.
 
-The counts are a simulation's own view. At a real site they stay there: how many records a Poisson sample has is private.
+A query is one candidate prompt on one record of any length. Queries with a gradient are counted apart, since a black-box
+API cannot answer them. Only a simulation sees the counts: the number of records in a Poisson sample is private.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from ficpd.federation.rounds import Round
 from ficpd.types import State
 
 UNLIKELY = 6.0
-"""Deviations above its mean that a Poisson sample of records is expected never to reach (once in a thousand million)."""
+"""Standard deviations above the mean that a Poisson sample of records exceeds once in 1e9 times."""
 
 
 class QueryBudget:
-    """`rounds`: those that were run; `most`: queries of both kinds that each client may ask in the whole run."""
+    """`rounds`: the completed ones; `most`: how many queries of both kinds each client may ask in the run."""
 
     def __init__(
         self, method: Method, state: State, clients: Mapping[str, Client], rounds: Sequence[Round], most: int | None
@@ -49,7 +49,7 @@ class QueryBudget:
                 )
 
     def after(self, done: Round) -> None:
-        """Writes into the round's record what its clients asked."""
+        """Adds the clients' counts to the round's record."""
         done.queries.update(
             {
                 name: list(c.query_counts[done.round])
@@ -60,7 +60,7 @@ class QueryBudget:
         self._add(done)
 
     def to_report(self) -> dict[str, Any]:
-        """The result's `queries`."""
+        """Makes the result's `queries`."""
         forwards, gradients = (sum(asked[kind] for asked in self.asked.values()) for kind in (0, 1))
         return {
             "forward": forwards,
@@ -79,11 +79,11 @@ class QueryBudget:
             self.rounds += 1
 
     def _could_ask(self, name: str) -> int:
-        """By what the method says, or by the round in which a client asked most about each of its records."""
+        """Bounds a round's queries by `candidates`, or by the largest count for each record so far."""
         return round(max(self.candidates, self.largest) * self._records(name))
 
     def _records(self, name: str) -> float:
-        """How many records an order can be about at most, one that comes in two steps counted twice."""
+        """Bounds the records of an assignment; a record in two steps counts twice."""
         client, number = self.clients[name], len(self.clients[name].train)
         expected = self.steps * min(self.batch_size, number)
         if client.mechanism.unit != "record":

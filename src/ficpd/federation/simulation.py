@@ -42,19 +42,11 @@ class SimulationEngine:
         return [client.card for client in self.members.values()]
 
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """Yields this round's updates that are neither lost nor late, then the late ones of the last round."""
-        before, self.underway = self.underway, []
-        for round, reply in self._replies(assignments):
-            random = rng.make_generator(self.config.seed, "fate", reply.client, round)
-            fate = float(torch.rand((), generator=random))
-            if fate >= self.config.lost + self.config.late:
-                yield reply
-            elif fate >= self.config.lost:
-                self.underway.append(reply)
-        yield from before
+        """Yields the round's replies that are neither lost nor late, then the late ones of the round before.
 
-    def _replies(self, assignments: Mapping[str, bytes]) -> Iterator[tuple[int, Reply]]:
-        """Yields each client's round and reply. A client's error becomes its reply, and the others go on."""
+        A client's error is its reply; the others go on. Raises `CodecError` for an assignment that cannot be decoded.
+        """
+        late, self.underway = self.underway, []
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
@@ -63,10 +55,16 @@ class SimulationEngine:
             for name, result in run_queries_lockstep(self.model, works):
                 round = decoded[name].round
                 if isinstance(result, ClientUpdate):
-                    yield round, Reply(name, encode_update(result, round, fingerprint))
+                    reply = Reply(name, encode_update(result, round, fingerprint))
                 else:
-                    refused = isinstance(result, BudgetError)
-                    yield round, Reply(name, None, public_error(self.members[name], result), refused)
+                    error = public_error(self.members[name], result)
+                    reply = Reply(name, None, error, isinstance(result, BudgetError))
+                fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", name, round)))
+                if fate >= self.config.lost + self.config.late:
+                    yield reply
+                elif fate >= self.config.lost:
+                    self.underway.append(reply)
+        yield from late
 
 
 def public_error(client: Client, error: Exception) -> str:

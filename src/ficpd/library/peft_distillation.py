@@ -6,7 +6,7 @@ The agreement is measured on held-out texts.
 """
 
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,11 +22,11 @@ from ficpd.federation.compression import none
 from ficpd.interfaces import Task
 from ficpd.library.distillation.distill import logits as answer_scores
 from ficpd.library.library import PromptLibrary, require_standalone
-from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import build_task, start_text
-from ficpd.types import LORA, Answer, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
+from ficpd.types import LORA, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
 
 if TYPE_CHECKING:
     from ficpd.library.session import LibrarySession
@@ -245,18 +245,8 @@ def _tuned(
         order = Assignment("reenter", stage, {}, {"rate": training.rate(stage, STAGES)})
         if some := steps * stage // STAGES - steps * (stage - 1) // STAGES:
             work = tune(training, ClientSession(client, stage, "reenter"), order, vectors_PD, memory=memory, steps=some)
-            vectors_PD = run_queries(model, _with_loss(work, loss))
+            vectors_PD = run_queries(model, map_queries(work, lambda query: query._replace(loss=loss)))
     return start.with_vectors(vectors_PD)
-
-
-def _with_loss(work: Generator[Query, Answer, Result], loss) -> Generator[Query, Answer, Result]:
-    """Replaces the loss of a generator's queries."""
-    try:
-        query = next(work)
-        while True:
-            query = work.send((yield query._replace(loss=loss)))
-    except StopIteration as end:
-        return end.value
 
 
 def _agreement(prompt: Prompt, goal: DistillationTarget, held: Sequence[int], model: QueryEngine) -> Agreement:

@@ -37,7 +37,7 @@ from ficpd.errors import ConfigError
 from ficpd.federation.aggregation.robust import MEAN, RobustConfig
 from ficpd.interfaces import Backbone, ClientContext, Task
 from ficpd.methods.fedavg import FedAvg
-from ficpd.optimizers import LocalTrainingConfig
+from ficpd.optimizers import LocalTrainingConfig, map_queries
 from ficpd.registry import FrozenConfig, load
 from ficpd.types import Answer, Assignment, ClientUpdate, Query
 
@@ -86,9 +86,8 @@ class DpFpl(FedAvg):
             "l2_weight": self.training.l2_weight,
             "memory": client.client_state,
         }
-        tuned = yield from carried.asking(
-            load("optimizers", self.training.optimizer).tune(carried, both, batches, **settings)
-        )
+        work = load("optimizers", self.training.optimizer).tune(carried, both, batches, **settings)
+        tuned = yield from map_queries(work, carried.sum_prompts)
         client.client_state["local"] = tuned[1]
         return ClientUpdate(client.id, {"delta": tuned[0] - shared}, client.weight)
 
@@ -107,16 +106,11 @@ class LowRankContext:
         self.random = rng.make_generator("dp_fpl", client.id, round)  # public
         self.factors = torch.empty(0), torch.empty(0)
 
-    def asking(self, work: Generator[Query, Answer, Tensor]) -> Generator[Query, Answer, Tensor]:
-        """The optimizer's questions, of p_G + l_i instead of both."""
-        try:
-            query = next(work)
-            while True:
-                shared_PD, local_PD = query.prompts_KPD[0]
-                self.factors = low_rank_factors(local_PD, self.rank, self.random)
-                query = work.send((yield query._replace(prompts_KPD=(shared_PD + local_PD)[None])))
-        except StopIteration as end:
-            return end.value
+    def sum_prompts(self, query: Query) -> Query:
+        """The optimizer's query, of p_G + l_i instead of both."""
+        shared_PD, local_PD = query.prompts_KPD[0]
+        self.factors = low_rank_factors(local_PD, self.rank, self.random)
+        return query._replace(prompts_KPD=(shared_PD + local_PD)[None])
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """[1, B, P, D], the gradients at p_i, to [1, 2, P, D]: g_G and g_l."""
@@ -125,7 +119,7 @@ class LowRankContext:
         of_u, of_v = (
             [row @ v.T for row in gradient_BPD],
             [u.T @ row for row in gradient_BPD],
-        )  # record by record: `_lifted`
+        )  # record by record, as in `optimizers.tune`
         parts = gradient_BPD, *(torch.stack(of) if of else gradient_BPD for of in (of_u, of_v))  # g_G, g_u, g_v
         mean_N = self.client.private_mean(torch.cat([part.flatten(1) for part in parts], dim=1)[None])[0]
         shapes = gradient_BPD.shape[1:], u_Pk.shape, v_kD.shape

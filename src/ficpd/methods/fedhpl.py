@@ -30,7 +30,7 @@ from ficpd.errors import CodecError, ConfigError
 from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.validation import RATE, validate_arrays, validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
-from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import (
     Answer,
@@ -128,21 +128,18 @@ class FedHpl(Method):
     ) -> Generator[Query, Answer, Tensor]:
         """The optimizer's questions, each record's loss with its class's global logits to be like."""
         if LOGITS not in assignment.arrays or not self.config.weight:
-            return (yield from work)
+            return work
         logits_CC, known_C, temperature = assignment.arrays[LOGITS], assignment.arrays[KNOWN], self.config.temperature
-        try:
-            query = next(work)
-            while True:
-                labels_B = query.batch.targets
-                assert labels_B is not None
-                weight_B = self.config.weight * temperature**2 * known_C[labels_B]
-                weights_B2 = torch.stack([weight_B, torch.full_like(weight_B, temperature)], dim=1)
-                extra = {**query.batch.extra, TARGET: logits_CC[labels_B], WEIGHT: weights_B2}
-                query = work.send(
-                    (yield query._replace(batch=replace(query.batch, extra=extra), loss=distillation_loss))
-                )
-        except StopIteration as end:
-            return end.value
+
+        def on_query(query: Query) -> Query:
+            labels_B = query.batch.targets
+            assert labels_B is not None
+            weight_B = self.config.weight * temperature**2 * known_C[labels_B]
+            weights_B2 = torch.stack([weight_B, torch.full_like(weight_B, temperature)], dim=1)
+            extra = {**query.batch.extra, TARGET: logits_CC[labels_B], WEIGHT: weights_B2}
+            return query._replace(batch=replace(query.batch, extra=extra), loss=distillation_loss)
+
+        return map_queries(work, on_query)
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         most = max(state.facts["num_labels"].values())

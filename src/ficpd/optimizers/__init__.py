@@ -4,7 +4,8 @@ An entry defines `tune` and `black_box`. A black box asks for losses only, takes
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from ficpd.interfaces import ClientContext, Subspace
 from ficpd.registry import load
 from ficpd.types import Answer, Assignment, Query
+
+Result = TypeVar("Result")
 
 
 class LocalTrainingConfig(BaseModel):
@@ -94,26 +97,43 @@ def tune(
     work = optimizer.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
         return (yield from work)
-    return (yield from _lifted(work, coordinates, start_PD - coordinates.lift(begin)))
+    rest_PD = start_PD - coordinates.lift(begin)
+    tuned = yield from map_queries(
+        work,
+        lambda query: query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD)),
+        lambda query, answer: answer._replace(grad_KBPD=_project_each(coordinates, answer.grad_KBPD)),
+    )
+    return rest_PD + coordinates.lift(tuned)
 
 
-def _lifted(
-    work: Generator[Query, Answer, Tensor], coordinates: Subspace, rest_PD: Tensor
-) -> Generator[Query, Answer, Tensor]:
-    """Replaces queried coordinates z by prompts rest + A z, and prompt gradients by gradients of z.
+def map_queries(
+    work: Generator[Query, Answer, Result],
+    on_query: Callable[[Query], Query],
+    on_answer: Callable[[Query, Answer], Answer] = lambda query, answer: answer,
+) -> Generator[Query, Answer, Result]:
+    """Runs `work`, rewriting each query before the model and each answer after it.
 
-    Each record's gradient is projected alone: the rounding of a batched product depends on the batch size.
+    `on_answer` is given the query as `work` made it. An exception of the model is raised in `work` at its query.
     """
     try:
         query = next(work)
         while True:
-            answer = yield query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD))
-            grad_KBN = None
-            if answer.grad_KBPD is not None:
-                (K, B), shape = answer.grad_KBPD.shape[:2], answer.grad_KBPD.shape[2:]
-                grad_KBN = answer.grad_KBPD.new_zeros(K, B, coordinates.size)
-                for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), answer.grad_KBPD.reshape(-1, *shape), strict=True):
-                    row_N.copy_(coordinates.project(grad_PD.clone()))
-            query = work.send(answer._replace(grad_KBPD=grad_KBN))
+            asked = on_query(query)
+            try:
+                answer = yield asked
+            except Exception as error:
+                query = work.throw(error)
+            else:
+                query = work.send(on_answer(query, answer))
     except StopIteration as end:
-        return rest_PD + coordinates.lift(end.value)
+        return end.value
+
+
+def _project_each(coordinates: Subspace, grad_KBPD: Tensor | None) -> Tensor | None:
+    """[K, B, P, D] to [K, B, k], record by record: one product of all records rounds each by how many there are."""
+    if grad_KBPD is None:
+        return None
+    grad_KBN = grad_KBPD.new_zeros(*grad_KBPD.shape[:2], coordinates.size)
+    for row_N, grad_PD in zip(grad_KBN.flatten(0, 1), grad_KBPD.flatten(0, 1), strict=True):
+        row_N.copy_(coordinates.project(grad_PD.clone()))
+    return grad_KBN

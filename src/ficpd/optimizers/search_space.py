@@ -7,14 +7,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.interfaces import Subspace
-
-
-def clip_scale(coordinates: Subspace) -> Tensor:
-    """Returns [size] factors: contributions are multiplied by them before clipping and noise, and divided after.
-
-    1/√grad_scale minimises the sum of the directions' relative errors under isotropic noise.
-    """
-    return (coordinates.grad_scale.max() / coordinates.grad_scale).sqrt()
+from ficpd.privacy.clipping import clip_scale
 
 
 class SearchSpace:
@@ -35,7 +28,7 @@ class SearchSpace:
         self.shape, self.coordinates, numbers = shape, coordinates, shape[0] * shape[1]
         self.rows: Tensor | None = None
         if coordinates is not None:
-            self.units = clip_scale(coordinates)
+            self.units = clip_scale(coordinates.grad_scale)
             self.size, self.unit = coordinates.size, (numbers / float(self.units.square().sum())) ** 0.5
         elif dimension is not None and dimension < numbers:
             self.rows = _gaussian_rows(dimension, numbers, seed)

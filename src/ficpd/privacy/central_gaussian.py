@@ -1,4 +1,4 @@
-"""Client-level privacy at the server: noise on the sum of a Poisson cohort (McMahan et al., ICLR 2018, arXiv 1710.06963)."""
+"""Client-level privacy at the server: noises the sum of a Poisson cohort (McMahan et al., ICLR 2018, arXiv 1710.06963)."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,33 +14,33 @@ EVERYBODY = "everybody"
 
 
 class CentralGaussian:
-    """One noised mean stands for a round's updates. Methods whose `sums` is true cannot tell it from one client.
+    """Replaces a round's updates by one noisy mean. `linear` methods aggregate it as one client's update.
 
     Guarantees: one client more or less moves the sum by at most `clip_norm`, whatever it sent; the noise has deviation
-    `noise_multiplier · clip_norm`; the divisor is the expected cohort, also when nobody came
-    (`tests/server/test_central.py`).
+    `noise_multiplier · clip_norm`; the divisor is the expected cohort, also for an empty one
+    (`tests/privacy/test_central_gaussian.py`).
     """
 
     def __init__(
         self,
-        price: PrivacyCost,
+        cost: PrivacyCost,
         clip_norm: float,
         expected_cohort: float,
         stream: Callable[[int], NoiseSource],
         account: Account,
     ):
-        self.cost, self.clip_norm, self.expected_cohort = price, clip_norm, expected_cohort
+        self.cost, self.clip_norm, self.expected_cohort = cost, clip_norm, expected_cohort
         self.stream, self.account = stream, account
         self._noise: NoiseSource | None = None
 
     def sample_cohort(self, names: list[str], round: int) -> list[str]:
-        """Each client independently. Raises `BudgetError` before anybody is asked if the budget has no more rounds."""
+        """Draws each client independently. Raises `BudgetError` if the budget does not allow another round."""
         self.account.check_budget([self.cost])
         self._noise = self.stream(round)
         return [names[i] for i in self._noise.poisson_sample(len(names), self.cost.sampling_rate).tolist()]
 
-    def noisy_mean(self, updates: Sequence[ClientUpdate], layout: UpdateSpec, round: int, method: str):
-        """The noised mean as one update of weight 1, in the ledger before anybody sees it."""
+    def noisy_mean(self, updates: Sequence[ClientUpdate], layout: UpdateSpec, round: int, method: str) -> ClientUpdate:
+        """Returns the noisy mean as one update of weight 1, once the ledger has committed it."""
         assert self._noise is not None, "the cohort is drawn first, from the same stream"
         shapes = {name: zeros.shape for name, zeros in sorted(zero_update(layout).items())}
         names, sizes = list(shapes), [shape.numel() for shape in shapes.values()]
@@ -53,10 +53,10 @@ class CentralGaussian:
         return ClientUpdate(EVERYBODY, arrays)
 
     def expected_noise_norm_sq(self, size: int) -> float:
-        """The expected squared length of the noise in `size` numbers of a round's sum, before it is divided."""
+        """Returns the expected squared length of the noise in `size` numbers of a round's sum, before the division."""
         return size * (self.cost.noise_multiplier * self.clip_norm) ** 2
 
     def stored_mean(self, round: int, method: str) -> ClientUpdate | None:
-        """The mean of a round that was paid for before: it is used again, and nobody is asked."""
-        stored = self.account.stored_answer(round, method)
+        """Returns the committed mean of an earlier attempt at this round, which is used again."""
+        stored = self.account.stored_update(round, method)
         return None if stored is None else ClientUpdate(EVERYBODY, storage.decode_state(stored, own=True)[0].arrays)

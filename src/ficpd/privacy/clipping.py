@@ -1,21 +1,24 @@
-"""Clipping: the one step that bounds what a record, or a client, can do to a sum."""
+"""Clipping: bounds the contribution of a record, or of a client, to a sum, and the prompts of queries."""
 
 import torch
 from torch import Tensor
 
+from ficpd.types import LORA, Prompt, Query
+
 MARGIN = 1 - 1e-4
-"""Rows are scaled to this much of the norm, so that rounding takes none past it: neither the scaling's own, nor the
-model's. A model computes records side by side, and without one of them the others' rows are rounded otherwise: with 64
-records on MiniLM in float32 by 6e-7 of the norm all together, and 9e-7 at ten times the start's length. What bfloat16
-does is not covered. A real site gives each record a forward of its own (`compute.ONE_ROW`)."""
+"""Rows are scaled to this share of the norm, so that rounding does not take one past it.
+
+A model that computes records in one forward rounds a row by which other rows there are. In float32 this margin covers
+it; in bfloat16 it does not. A real site computes each record in a forward of its own (`query_engine.UNBATCHED`).
+"""
 
 
 def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
     """[B, N] to float64 [N]: Σ_b x_b · min(1, clip_norm/|x_b|) (Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
 
-    Guarantees: adding, removing or changing to zero one row moves the result by at most `clip_norm`, whatever the
-    row holds: a row with a value that is not finite counts zero; also if all other rows change by 1e-4 of it together
-    (`tests/privacy/test_clip.py`).
+    Guarantees: adding, removing or zeroing one row moves the result by at most `clip_norm`, whatever the row holds. A
+    row with a value that is not finite counts zero. The bound holds also if all other rows change by 1e-4 of it together
+    (`tests/privacy/test_clipping.py`).
     """
     finite_B = torch.isfinite(rows_BN).all(dim=1)
     if not finite_B.all():
@@ -23,3 +26,30 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
     norm_B = torch.linalg.vector_norm(rows_BN, dim=1, dtype=torch.float64)
     factor_B = (MARGIN * clip_norm / norm_B.clamp(min=1e-300)).clamp(max=1.0)
     return factor_B @ rows_BN.double()
+
+
+def clip_scale(grad_scale: Tensor) -> Tensor:
+    """[size]: factors for values along a subspace's directions before clip and noise; 1/factors undo it afterwards.
+
+    1/√grad_scale shares isotropic noise so that the sum of the directions' relative errors is least.
+    """
+    return (grad_scale.max() / grad_scale).sqrt()
+
+
+def rescale(values_KB: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[K, B, ...] in the units that are clipped, and the factors, by which the mean is divided."""
+    if grad_scale is None:
+        return values_KB, torch.ones(())
+    scale = clip_scale(grad_scale)
+    return values_KB * scale.to(values_KB.device), scale
+
+
+def clip_query(query: Query, start: Prompt) -> Query:
+    """Scales rows of the queried prompts that are longer than `start.max_norm` down to it.
+
+    Far outside of what the backbone was trained on, rounding grows. Weights of LoRA and token ids stay as they are.
+    """
+    rows = query.prompts_KPD
+    if start.enters_at == LORA or not rows.is_floating_point() or start.within_max_norm(rows):
+        return query
+    return query._replace(prompts_KPD=rows * (start.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1))

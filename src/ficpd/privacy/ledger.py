@@ -1,9 +1,11 @@
-"""The ledger: what has been released, in SQLite, written before it is sent. A simulated run has one file with a book for
-each client; a real site has one file with a book for each run, and pays for all of them from one budget.
+"""The ledger: records every release in SQLite before it is sent.
 
-An order's price, the released update and what the client keeps are committed in one transaction *before* the update
-leaves. Killed before the commit, nothing has left and nothing is owed; killed after it, the same order is answered with
-the stored bytes, which costs nothing again. So the ledger never states less than was released.
+A simulated run has one file with an account for each client. A real site has one file with an account for each run, and
+one budget for all of them.
+
+An assignment's costs, its update and the client's state are committed in one transaction *before* the update is sent. A
+process killed before the commit has released nothing. Killed after it, the same assignment is answered with the stored
+bytes at no further cost. So the ledger never states less than was released.
 """
 
 import json
@@ -18,16 +20,16 @@ from ficpd.errors import BudgetError, LedgerError
 from ficpd.privacy import accountant
 from ficpd.types import PrivacyCost
 
-VERSION = 2
+VERSION = 3
 SCHEMA = """
 create table if not exists meta (owner text not null, version integer not null);
-create table if not exists lines (
+create table if not exists costs (
     run text not null, site text not null, round integer not null, method text not null, name text not null,
     sampling_rate real not null, noise_multiplier real not null, count integer not null, at text not null);
-create table if not exists orders (
+create table if not exists assignments (
     run text not null, site text not null, round integer not null, method text not null, at text not null,
     primary key (run, site, round, method));
-create table if not exists answers (
+create table if not exists updates (
     run text not null, site text not null, round integer not null, method text not null, body blob not null,
     primary key (run, site, round, method));
 """
@@ -35,7 +37,7 @@ create table if not exists answers (
 
 @dataclass(frozen=True)
 class Budget:
-    """`epsilon` None: no wall. `certified`: a plan known to cost at most that, so that its parts need no accounting."""
+    """`epsilon` None: unlimited. `certified`: a plan known to cost at most `epsilon`; its parts need no accounting."""
 
     epsilon: float | None
     delta: float
@@ -43,16 +45,15 @@ class Budget:
 
     @staticmethod
     def of(epsilon: float | None, delta: float, planned: Sequence[PrivacyCost]) -> "Budget":
-        """The plan is certified if the accountant finds that it fits."""
+        """Certifies the plan if it costs at most `epsilon`."""
         fits = epsilon is not None and accountant.epsilon(planned, delta) <= epsilon
         return Budget(epsilon, delta, tuple(planned) if fits else ())
 
 
 class Ledger:
-    """`owner`: the run or the site that it is the ledger of. `rounds_paid`: the last round known to have released
-    anything; a ledger that does not reach it has lost lines.
+    """`owner`: the run or site that the file belongs to. `rounds_paid`: the last round known to be released.
 
-    Raises `LedgerError` for a file that is no ledger, another owner's, or behind.
+    Raises `LedgerError` for a file that is no ledger, of another owner or version, or older than `rounds_paid`.
     """
 
     def __init__(self, path: Path | str, owner: str, rounds_paid: int = 0):
@@ -71,7 +72,7 @@ class Ledger:
             raise LedgerError(f"{self.path} is a database of something else ({', '.join(sorted(tables))})")
         self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
         self._claim()
-        (last,) = self.file.execute("select coalesce(max(round), 0) from lines").fetchone()
+        (last,) = self.file.execute("select coalesce(max(round), 0) from costs").fetchone()
         if last < rounds_paid:
             raise LedgerError(
                 f"{self.path} ends with round {last}, and round {rounds_paid} was released: it is an older copy, or "
@@ -80,7 +81,7 @@ class Ledger:
 
     @contextmanager
     def readable(self) -> Iterator[None]:
-        """SQLite's own errors in our words."""
+        """Raises SQLite's errors as `LedgerError`."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -93,14 +94,8 @@ class Ledger:
             ) from error
 
     def _claim(self) -> None:
-        """The file is this owner's, or becomes it if it is new."""
+        """Writes owner and version into a new file, and checks those of an existing one."""
         with self.transaction():
-            columns = {name for _, name, *_ in self.file.execute("pragma table_info(meta)")}
-            if "owner" not in columns:
-                raise LedgerError(
-                    f"{self.path} is a ledger of an earlier version, this is version {VERSION}: what was spent on it stays "
-                    "spent; keep it, and begin in a new directory"
-                )
             found = self.file.execute("select owner, version from meta").fetchone()
             if found is None:
                 self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
@@ -112,7 +107,7 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, holding the write lock from the start."""
+        """Commits all or nothing; holds the write lock from the start."""
         with self.readable():
             self.file.execute("begin immediate")
             try:
@@ -122,14 +117,14 @@ class Ledger:
                 raise
             self.file.execute("commit")
 
-    def orders(self) -> int:
-        """How many were carried out, in all."""
+    def num_assignments(self) -> int:
+        """Counts the completed assignments of all runs."""
         with self.readable():
-            (count,) = self.file.execute("select count(*) from orders").fetchone()
+            (count,) = self.file.execute("select count(*) from assignments").fetchone()
         return count
 
     def account(self, site: str, budget: Budget, run: str = "") -> "Account":
-        """`run`: which of several runs, in a site's own ledger."""
+        """`run`: one of several runs, in a site's ledger."""
         return Account(self, site, budget, run)
 
     def close(self) -> None:
@@ -137,36 +132,32 @@ class Ledger:
 
 
 class Account:
-    """One site's pages of a ledger, and its budget. The budget is the site's, over all runs; answers are the run's."""
+    """One site's part of a ledger. The budget is for all of its runs; assignments and updates are of one run."""
 
     def __init__(self, ledger: Ledger, site: str, budget: Budget, run: str = ""):
         self.ledger, self.site, self.budget, self.run = ledger, site, budget, run
 
     def spent(self) -> list[PrivacyCost]:
-        """All that this site has released in any run, equal lines added up."""
-        rows = self.ledger.file.execute(
-            "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? group by 1, 2, 3",
-            (self.site,),
-        )
-        return accountant.merge(PrivacyCost(*row) for row in rows)
+        """Adds up the costs of this site in all runs."""
+        return self._spent("")
 
     def spent_in_other_runs(self) -> list[PrivacyCost]:
-        """What this site has released in runs other than this one."""
-        rows = self.ledger.file.execute(
-            "select name, sampling_rate, noise_multiplier, sum(count) from lines where site = ? and run <> ? "
-            "group by 1, 2, 3",
-            (self.site, self.run),
-        )
-        return accountant.merge(PrivacyCost(*row) for row in rows)
+        """Adds up the costs of this site in runs other than this one."""
+        return self._spent(" and run <> ?", self.run)
+
+    def _spent(self, condition: str, *values: str) -> list[PrivacyCost]:
+        columns = "name, sampling_rate, noise_multiplier, sum(count)"
+        query = f"select {columns} from costs where site = ?{condition} group by 1, 2, 3"
+        return accountant.merge(PrivacyCost(*row) for row in self.ledger.file.execute(query, (self.site, *values)))
 
     def epsilon(self) -> float:
         return accountant.epsilon(self.spent(), self.budget.delta)
 
-    def check_budget(self, spends: Iterable[PrivacyCost]) -> None:
+    def check_budget(self, costs: Iterable[PrivacyCost]) -> None:
         """Raises `BudgetError` if these releases on top of what was spent would cross the budget."""
         if self.budget.epsilon is None:
             return
-        together = [*self.spent(), *spends]
+        together = [*self.spent(), *costs]
         if accountant.is_covered_by(self.budget.certified, together):
             return
         after = accountant.epsilon(together, self.budget.delta)
@@ -177,58 +168,58 @@ class Account:
                 "fewer rounds or steps, or agree on a larger budget"
             )
 
-    def stored_answer(self, round: int, method: str) -> bytes | None:
-        """The stored answer to an order that was carried out before."""
+    def stored_update(self, round: int, method: str) -> bytes | None:
+        """Returns the committed bytes of an assignment, if they are still stored."""
         row = self.ledger.file.execute(
-            "select body from answers where run = ? and site = ? and round = ? and method = ?",
+            "select body from updates where run = ? and site = ? and round = ? and method = ?",
             (self.run, self.site, round, method),
         ).fetchone()
         return row and row[0]
 
     def last_round(self, method: str) -> int:
-        """The last round that was carried out; 0 if none was."""
+        """Returns the last completed round of a method in this run, 0 without any."""
         (round,) = self.ledger.file.execute(
-            "select coalesce(max(round), 0) from orders where run = ? and site = ? and method = ?",
+            "select coalesce(max(round), 0) from assignments where run = ? and site = ? and method = ?",
             (self.run, self.site, method),
         ).fetchone()
         return round
 
-    def num_orders(self) -> int:
-        """How many orders of this run."""
+    def num_assignments(self) -> int:
+        """Counts the completed assignments of this run."""
         (count,) = self.ledger.file.execute(
-            "select count(*) from orders where run = ? and site = ?", (self.run, self.site)
+            "select count(*) from assignments where run = ? and site = ?", (self.run, self.site)
         ).fetchone()
         return count
 
-    def last_order(self) -> str | None:
-        """When the newest was carried out (ISO 8601, UTC)."""
+    def last_assignment_at(self) -> str | None:
+        """Returns the time of the newest completed assignment (ISO 8601, UTC)."""
         return self.ledger.file.execute(
-            "select max(at) from orders where run = ? and site = ?", (self.run, self.site)
+            "select max(at) from assignments where run = ? and site = ?", (self.run, self.site)
         ).fetchone()[0]
 
-    def commit(self, round: int, method: str, spends: Iterable[PrivacyCost], body: bytes) -> None:
-        """Commit an order's price and its answer together, then forget the answers of earlier rounds.
+    def commit(self, round: int, method: str, costs: Iterable[PrivacyCost], body: bytes) -> None:
+        """Commits an assignment's costs and its update in one transaction, and deletes updates of earlier rounds.
 
-        Checks the budget once more under the lock, for two processes may have asked at the same time.
+        Checks the budget again under the lock, since two processes may check it at the same time.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        spends, order = accountant.merge(spends), (self.run, self.site, round, method)
+        costs, key = accountant.merge(costs), (self.run, self.site, round, method)
         with self.ledger.transaction():
-            self.check_budget(spends)
+            self.check_budget(costs)
             self.ledger.file.executemany(
-                "insert into lines values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(*order, *spend, now) for spend in spends]
+                "insert into costs values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(*key, *cost, now) for cost in costs]
             )
-            self.ledger.file.execute("insert into orders values (?, ?, ?, ?, ?)", (*order, now))
-            self.ledger.file.execute("insert into answers values (?, ?, ?, ?, ?)", (*order, body))
+            self.ledger.file.execute("insert into assignments values (?, ?, ?, ?, ?)", (*key, now))
+            self.ledger.file.execute("insert into updates values (?, ?, ?, ?, ?)", (*key, body))
             self.ledger.file.execute(
-                "delete from answers where run = ? and site = ? and method = ? and round < ?",
+                "delete from updates where run = ? and site = ? and method = ? and round < ?",
                 (self.run, self.site, method, round),
             )
 
-    def lines(self) -> str:
-        """All lines as JSON, for a person who checks them."""
+    def costs_json(self) -> str:
+        """Lists all costs as JSON, for a person who checks them."""
         names = ("run", "round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
         rows = self.ledger.file.execute(
-            f"select {', '.join(names)} from lines where site = ? order by rowid", (self.site,)
+            f"select {', '.join(names)} from costs where site = ? order by rowid", (self.site,)
         )
         return json.dumps([dict(zip(names, row, strict=True)) for row in rows])

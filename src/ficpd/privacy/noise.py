@@ -1,4 +1,4 @@
-"""Where randomness comes from: a derived seed in simulation, the operating system in earnest."""
+"""Noise sources: a derived seed in simulations, the operating system at real sites."""
 
 import math
 import os
@@ -14,11 +14,11 @@ from ficpd import rng
 GRID_BITS = 40
 """Cryptographic noise lies on a grid of 2^-GRID_BITS deviations (rounded down to a power of two)."""
 MARGIN = 1 + 1e-4
-"""The deviation is enlarged by this much: it pays for what rounding to the grid adds to the sensitivity."""
+"""Factor on the deviation, for the sensitivity that rounding to the grid adds."""
 
 
 class SeededNoise:
-    """A stream from a seed, so that a simulation reproduces. Whoever knows the seed can subtract the noise."""
+    """A stream from a seed, so that a simulation reproduces. With the seed the noise can be subtracted."""
 
     kind: Literal["simulated"] = "simulated"
 
@@ -37,13 +37,13 @@ class SeededNoise:
 
 
 class SecureNoise:
-    """The operating system's cryptographic source; Gaussian noise by OpenDP's sampler.
+    """The operating system's cryptographic source, with Gaussian noise from OpenDP's sampler.
 
-    OpenDP rounds the values to a grid and adds a discrete Gaussian drawn exactly (Canonne, Kamath and Steinke, NeurIPS
-    2020, arXiv 2004.00010), so that the low bits of a floating-point sum tell nothing (Mironov, CCS 2012).
+    OpenDP rounds the values to a grid and adds an exact discrete Gaussian (Canonne, Kamath and Steinke, NeurIPS 2020,
+    arXiv 2004.00010), so that the low bits of a floating-point sum reveal nothing (Mironov, CCS 2012).
 
-    Guarantees: no seed exists that would repeat the stream; a value of sensitivity s released with deviation z·s costs
-    at most the zCDP of a Gaussian of multiplier z, 1/(2z²) (`tests/privacy/test_noise.py`).
+    Guarantees: no seed repeats the stream; a value of sensitivity s released with deviation z·s costs at most the zCDP of
+    a Gaussian of multiplier z, 1/(2z²) (`tests/privacy/test_noise.py`).
     """
 
     kind: Literal["cryptographic"] = "cryptographic"
@@ -63,7 +63,7 @@ class SecureNoise:
 
 @lru_cache(maxsize=64)
 def gaussian_measurement(size: int, deviation: float) -> Any:
-    """OpenDP's Gaussian measurement for `size` real numbers; its `map` gives the zCDP for an L2 sensitivity."""
+    """Builds OpenDP's Gaussian measurement for `size` numbers; its `map` gives the zCDP for an L2 sensitivity."""
     import opendp.prelude as prelude
 
     dp: Any = prelude  # its names are not typed as exported
@@ -74,5 +74,5 @@ def gaussian_measurement(size: int, deviation: float) -> Any:
 
 
 def _words(number: int) -> np.ndarray:
-    """Uniform 64-bit numbers."""
+    """Draws uniform 64-bit numbers."""
     return np.frombuffer(os.urandom(8 * number), np.uint64)

@@ -1,31 +1,32 @@
-"""No privacy: every record counts as it is, and what a method returns leaves as it is."""
+"""No privacy: sums records and sends updates without clip and noise."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.interfaces import NoiseSource
+from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
+from ficpd.privacy.clipping import rescale
+from ficpd.registry import FrozenConfig
 from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(FrozenConfig):
+    unbatched: ClassVar[bool] = False
 
 
 def build(config: Config, plan: ClientWorkload) -> "NoPrivacy":
     return NoPrivacy()
 
 
-class NoPrivacy:
-    """Guarantees: none. Batches go through the records epoch by epoch in a new random order each."""
+class NoPrivacy(Mechanism):
+    """Guarantees: none. Batches go through the records epoch by epoch, each in a new random order."""
 
-    unit: Literal["none"] = "none"
-    noise: Literal["simulated"] = "simulated"
+    unit = "none"
+    noise = "simulated"
 
-    def cost(self, door: str) -> PrivacyCost | None:
+    def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
         return None
 
     def planned_costs(self) -> Sequence[PrivacyCost]:
@@ -34,8 +35,10 @@ class NoPrivacy:
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         return shuffled_epochs(num_records, expected_batch, steps, noise)
 
-    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource) -> Tensor:
-        return values_KB.sum(1) / expected_batch
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
+    ) -> Tensor:
+        return noiseless_mean(values_KB, expected_batch, grad_scale)
 
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         return values_BN.sum(0)
@@ -51,7 +54,13 @@ class NoPrivacy:
 
 
 def shuffled_epochs(num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
-    """Batches of `expected_batch` that go through all records before any comes again."""
+    """Draws batches of `expected_batch` that go through all records before any comes again."""
     wanted = steps * expected_batch
     epochs = [noise.permutation(num_records) for _ in range(-(-wanted // num_records))]
     return list(torch.cat(epochs)[:wanted].split(expected_batch))
+
+
+def noiseless_mean(values_KB: Tensor, expected_batch: int, grad_scale: Tensor | None) -> Tensor:
+    """[K, B, ...] to [K, ...] on the CPU, in the same units as the noisy means."""
+    scaled_KB, scale = rescale(values_KB, grad_scale)
+    return (scaled_KB.sum(1) / expected_batch).cpu() / scale

@@ -330,7 +330,7 @@ def labels(place: Place) -> list[str]:
     import sqlite3
 
     with sqlite3.connect(place.config.state / LEDGER) as file:
-        found = [at for (at,) in file.execute("select at from lines order by rowid")]
+        found = [at for (at,) in file.execute("select at from costs order by rowid")]
     file.close()
     return found
 

@@ -24,6 +24,7 @@ from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.audit import audit_run, inject_canaries, make_mislabelled_canaries, open_run, planted_bound
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
+from ficpd.interfaces import ReleaseKind
 from ficpd.tasks import generation
 from ficpd.types import ClientData, Query, Record
 
@@ -52,8 +53,8 @@ def federation(folder: Path, *changes: str, rounds: int) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """As many releases as a test has time for."""
-    for door, releases in {"step": 2000, "sum": 1000, "release": 1000}.items():
-        monkeypatch.setitem(canaries.AFFORDED, door, releases)
+    for kind, releases in {ReleaseKind.STEP: 2000, ReleaseKind.SUM: 1000, ReleaseKind.UPDATE: 1000}.items():
+        monkeypatch.setitem(canaries.AFFORDED, kind, releases)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, m
 
 
 @pytest.mark.parametrize("placement", ["local", "central"])
-def test_client_level_runs_are_audited_at_their_own_door(tmp_path, placement):
+def test_client_level_runs_are_audited_by_their_own_kind_of_release(tmp_path, placement):
     changes = ("privacy.name=client_gaussian", f"privacy.placement={placement}", "privacy.epsilon=4")
     small.run(tmp_path, "fedavg", *changes, "privacy.delta=1e-3", "privacy.clip_norm=0.1", rounds=2)
     found = audit_run(tmp_path / "run", canaries=8, shadows=1)

@@ -14,6 +14,7 @@ from ficpd.evaluation.audit.canaries import (
     record_scores,
     release_kind,
 )
+from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
 from ficpd.privacy.noise import SeededNoise
 from ficpd.types import ClientWorkload
@@ -33,7 +34,7 @@ BROKEN = list(broken.MECHANISMS)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """As many releases as a test has time for."""
-    monkeypatch.setitem(AFFORDED, "sum", 1000)
+    monkeypatch.setitem(AFFORDED, ReleaseKind.SUM, 1000)
 
 
 def built(kind: str, epsilon: float, plan: ClientWorkload = PLAN):
@@ -162,16 +163,16 @@ def test_the_score_is_the_log_likelihood_ratio():
 
 def test_the_door_is_the_units():
     assert {kind: release_kind(built(kind, 2.0)) for kind in SOUND} == {
-        "record": "step",
-        "local": "release",
-        "central": "sum",
+        "record": ReleaseKind.STEP,
+        "local": ReleaseKind.UPDATE,
+        "central": ReleaseKind.SUM,
     }
     with pytest.raises(PrivacyError, match="unit = 'none'"):
         lower_bound(none.NoPrivacy(), PLAN, DELTA)
 
 
 def test_long_runs_are_played_fewer_times_but_not_too_few(monkeypatch):
-    monkeypatch.setitem(AFFORDED, "step", 3000)
+    monkeypatch.setitem(AFFORDED, ReleaseKind.STEP, 3000)
     assert [num_trials(built("record", 2.0), PLAN, asked) for asked in (100, 400, 2000)] == [100, 400, 500]
     long = ClientWorkload(60, 0.2, 100, 10, 6, 0.5, 4)
     assert num_trials(built("record", 2.0), long, 2000) == 200

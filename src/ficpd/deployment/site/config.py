@@ -11,7 +11,7 @@ from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.data.loading import Config as Source
 from ficpd.errors import ConfigError, did_you_mean
-from ficpd.registry import FrozenConfig, validate, validated_section
+from ficpd.registry import FrozenConfig, load, validate, validated_section
 
 EXACT = "float32"
 """Precision of batched forward passes under record-level DP: bfloat16 makes records depend too much on their batch."""
@@ -72,11 +72,16 @@ class SiteConfig(FrozenConfig):
 
     @property
     def chunk_tokens(self) -> int | None:
-        """Positions of one forward pass. Under record-level DP each record has its own by default.
+        """Positions of one forward: the owner's, else one record's where a mechanism requires that.
 
-        Batched kernels round differently in different batches, so records would depend on each other (`clip.MARGIN`).
+        A record computed beside others depends on them by rounding (`clipping.MARGIN`).
         """
-        return self.engine.chunk_tokens or (UNBATCHED if "record_gaussian" in self.policy.mechanisms else None)
+        return self.engine.chunk_tokens or (UNBATCHED if self.unbatched else None)
+
+    @property
+    def unbatched(self) -> bool:
+        """Whether a mechanism that the policy allows requires a forward for each record (`DPConfig.unbatched`)."""
+        return any(load("privacy", name).Config.unbatched for name in self.policy.mechanisms)
 
     @field_validator("name")
     @classmethod
@@ -122,7 +127,7 @@ def read(path: Path | str) -> SiteConfig:
     here, backbone = path.resolve().parent, config.backbone
     found = here / Path(config.data.source).expanduser()
     batched = config.chunk_tokens not in (None, UNBATCHED)
-    if batched and backbone.dtype == "auto" and "record_gaussian" in config.policy.mechanisms:
+    if batched and backbone.dtype == "auto" and config.unbatched:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={

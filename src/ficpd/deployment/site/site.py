@@ -27,7 +27,7 @@ from ficpd.federation.client import Client, calibrated_batch, execute_assignment
 from ficpd.federation.codec import SiteRequest
 from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
-from ficpd.interfaces import Mechanism, Task
+from ficpd.interfaces import Mechanism, ReleaseKind, Task
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
@@ -111,10 +111,10 @@ class Site:
     def _trained(self, name: str, run: Run, assignment: Assignment, began: float) -> bytes:
         account = run.client.account
         assert account is not None
-        again = account.stored_answer(assignment.round, assignment.method) is not None
+        again = account.stored_update(assignment.round, assignment.method) is not None
         if not again and assignment.round > (last := run.spec.schedule.num_rounds):
             raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
-        if not again and (done := account.num_orders()) >= run.participations:
+        if not again and (done := account.num_assignments()) >= run.participations:
             raise PolicyError(
                 f"{self.config.name} has executed {done} assignments of this run, all that its spec plans; nothing was "
                 "spent on this one. Start a new run for more rounds"
@@ -200,13 +200,13 @@ class Site:
         account = self.ledger.account(config.name, self._budget(name, mechanism), name)
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
         # server's private cohorts decide how many assignments come.
-        central = mechanism.cost("sum") is not None
-        pending = mechanism.planned_costs() if central and not account.num_orders() else ()
+        central = mechanism.cost(ReleaseKind.SUM) is not None
+        pending = mechanism.planned_costs() if central and not account.num_assignments() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
             spec.start, self.seed, account, pending,
         )  # fmt: skip
-        if (newest := account.last_round(method.name)) and (stored := account.stored_answer(newest, method.name)):
+        if (newest := account.last_round(method.name)) and (stored := account.stored_update(newest, method.name)):
             with suppress(PolicyError):  # the stored assignment failed
                 restore_update(client, stored)
         participations = spec.schedule.num_rounds if central else plan.participations
@@ -275,10 +275,10 @@ class Site:
 
     def _witness(self) -> None:
         """Stores the number of executed assignments outside the ledger, which reveals an older copy of the ledger."""
-        atomic_write(self.folder / WITNESS, f"{self.ledger.orders()}\n")
+        atomic_write(self.folder / WITNESS, f"{self.ledger.num_assignments()}\n")
 
     def _check_witness(self) -> None:
-        file, found = self.folder / WITNESS, self.ledger.orders()
+        file, found = self.folder / WITNESS, self.ledger.num_assignments()
         written = file.read_text().strip() if file.exists() else "0"
         if not written.isdecimal():
             self.ledger.close()

@@ -16,8 +16,8 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
     for folder in sorted((config.state / RUNS).glob("*")):
         of_run, scores = ledger.account(config.name, account.budget, folder.name), folder / "scores.json"
         runs[folder.name] = {
-            "rounds_served": of_run.num_orders(),
-            "last_order": of_run.last_order(),
+            "rounds_served": of_run.num_assignments(),
+            "last_assignment": of_run.last_assignment_at(),
             "scores": json.loads(scores.read_text()) if scores.exists() else {},
         }
     spent = account.epsilon() if account.spent() else 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
-from ficpd.interfaces import Mechanism, NoiseSource
+from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.noise import SeededNoise
@@ -23,7 +23,7 @@ from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far above any clip norm, and the others', of alternating sign."""
 CANARY = "canary"
-AFFORDED = {"step": 48_000, "release": 80_000, "sum": 16_000}
+AFFORDED = {ReleaseKind.STEP: 48_000, ReleaseKind.UPDATE: 80_000, ReleaseKind.SUM: 16_000}
 """The maximum number of releases of a kind in all trials, which limits an audit to seconds."""
 Scores = tuple[list[float], list[float]]
 Streams = Callable[[int], NoiseSource]
@@ -39,7 +39,7 @@ def lower_bound(
     Guarantees: for a correct mechanism, the bound is above its epsilon with probability at most 1 - `confidence` over the
         streams (`tests/evaluation/audit/test_canaries.py`).
     """
-    play = record_scores if release_kind(mechanism) == "step" else client_scores
+    play = record_scores if release_kind(mechanism) == ReleaseKind.STEP else client_scores
     trials = num_trials(mechanism, plan, trials)
     without, with_ = play(mechanism, plan, trials, lambda trial: SeededNoise(seed, CANARY, trial))
     return two_world_bound(without, with_, delta, confidence)
@@ -48,15 +48,21 @@ def lower_bound(
 def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
     """Returns the number of runs for `trials` requested ones: at least 200, at most `AFFORDED` allows."""
     kind = release_kind(mechanism)
-    releases = {"step": plan.steps * plan.participations, "release": plan.participations, "sum": plan.num_rounds}
+    releases = {
+        ReleaseKind.STEP: plan.steps * plan.participations,
+        ReleaseKind.UPDATE: plan.participations,
+        ReleaseKind.SUM: plan.num_rounds,
+    }
     return min(trials, max(200, AFFORDED[kind] // max(releases[kind], 1)))
 
 
-def release_kind(mechanism: Mechanism) -> str:
-    """Returns the kind of release of the unit's contribution, as in `Mechanism.cost`: "step", "release" or "sum"."""
+def release_kind(mechanism: Mechanism) -> ReleaseKind:
+    """Returns the kind of release that carries the unit's contribution: STEP, UPDATE or SUM."""
     if mechanism.unit == "none":
         raise PrivacyError("unit = 'none': expected a mechanism with a guarantee")
-    return "step" if mechanism.unit == "record" else "release" if mechanism.cost("sum") is None else "sum"
+    if mechanism.unit == "record":
+        return ReleaseKind.STEP
+    return ReleaseKind.UPDATE if mechanism.cost(ReleaseKind.SUM) is None else ReleaseKind.SUM
 
 
 def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
@@ -78,7 +84,7 @@ def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
                 others = rows[rows != canary]
                 without = released(others, noise)
                 sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
-        return _log_ratios(sums, mechanism, "step")
+        return _log_ratios(sums, mechanism, ReleaseKind.STEP)
 
     return _run_trials(run, trials, stream)
 
@@ -89,7 +95,7 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
     Local noise: the client's huge updates have either sign. Central noise: the client is absent, or is sampled like
     the others.
     """
-    if release_kind(mechanism) == "sum":
+    if release_kind(mechanism) == ReleaseKind.SUM:
         return _central_scores(mechanism, plan, trials, stream)
     low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
 
@@ -101,7 +107,7 @@ def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
 
 def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """Computes client scores under central noise. Updates are constant; each trial has its own ledger account."""
-    cost, ledger = _cost(mechanism, "sum"), Ledger(":memory:", "audit")
+    cost, ledger = _cost(mechanism, ReleaseKind.SUM), Ledger(":memory:", "audit")
     expected, silent = cost.sampling_rate * plan.num_clients, SeededNoise("audit")
     values = {f"client-{i}": value for i, value in enumerate(_alternating(plan.num_clients).tolist())} | {CANARY: HUGE}
     updates = {
@@ -122,7 +128,7 @@ def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, str
             others = [name for name in cohort if name != CANARY]
             without = released(others, round, "without")
             sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
-        return _log_ratios(sums, mechanism, "sum")
+        return _log_ratios(sums, mechanism, ReleaseKind.SUM)
 
     try:
         return _run_trials(run, trials, stream)
@@ -135,7 +141,7 @@ def _run_trials(run: Callable[[NoiseSource], tuple[float, float]], trials: int, 
     return [without for without, _ in pairs], [with_ for _, with_ in pairs]
 
 
-def _log_ratios(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: str) -> tuple[float, float]:
+def _log_ratios(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: ReleaseKind) -> tuple[float, float]:
     """Returns each setting's log likelihood ratio of with to without the canary, under the stated cost.
 
     A release x, in clip norms, is N(0, z²) without it, and with it a mixture of that and N(1, z²) in the share q.
@@ -150,10 +156,10 @@ def _log_ratios(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: 
     return without, with_
 
 
-def _cost(mechanism: Mechanism, kind: str) -> PrivacyCost:
+def _cost(mechanism: Mechanism, kind: ReleaseKind) -> PrivacyCost:
     cost = mechanism.cost(kind)
     if cost is None:
-        raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind!r}")
+        raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind.name}")
     return cost
 
 

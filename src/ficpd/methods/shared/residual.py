@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ficpd import rng
 from ficpd.interfaces import LocalContext
-from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Query
 
@@ -127,22 +127,22 @@ def _product(factors: Tensor, num_tokens: int) -> Tensor:
 
 
 def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
-    """Replaces queries for U and V by queries for base + U V, and maps the gradients back."""
+    """Queries base + U V where the optimizer queries U and V, and answers with gradients with respect to those."""
     num_tokens = len(base_PD)
-    try:
-        query = next(work)
-        while True:
-            factors = query.prompts_KPD
-            answer = yield query._replace(prompts_KPD=base_PD + _product(factors, num_tokens))
-            grad = answer.grad_KBPD
-            if grad is not None:
-                left_KPr, right_KrD = factors[..., :num_tokens].transpose(-1, -2), factors[..., num_tokens:]
-                for_left = (grad @ right_KrD[:, None].to(grad.device).transpose(-1, -2)).transpose(-1, -2)
-                for_right = left_KPr[:, None].to(grad.device).transpose(-1, -2) @ grad
-                grad = torch.cat([for_left, for_right], dim=-1)
-            query = work.send(answer._replace(grad_KBPD=grad))
-    except StopIteration as end:
-        return end.value
+
+    def on_query(query: Query) -> Query:
+        return query._replace(prompts_KPD=base_PD + _product(query.prompts_KPD, num_tokens))
+
+    def on_answer(query: Query, answer: Answer) -> Answer:
+        factors, grad = query.prompts_KPD, answer.grad_KBPD
+        if grad is None:
+            return answer
+        left_KPr, right_KrD = factors[..., :num_tokens].transpose(-1, -2), factors[..., num_tokens:]
+        for_left = (grad @ right_KrD[:, None].to(grad.device).transpose(-1, -2)).transpose(-1, -2)
+        for_right = left_KPr[:, None].to(grad.device).transpose(-1, -2) @ grad
+        return answer._replace(grad_KBPD=torch.cat([for_left, for_right], dim=-1))
+
+    return map_queries(work, on_query, on_answer)
 
 
 def _kept_near(
@@ -180,13 +180,8 @@ def with_label_prior(
     arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
     """
     if log_shares_C is None:
-        return (yield from work)
-    try:
-        query = next(work)
-        while True:
-            query = work.send((yield query._replace(batch=query.batch.with_prior(log_shares_C))))
-    except StopIteration as end:
-        return end.value
+        return work
+    return map_queries(work, lambda query: query._replace(batch=query.batch.with_prior(log_shares_C)))
 
 
 def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one door out: what leaves was released and paid for, once; what was not paid for is not even computed."""
+"""`execute_assignment`: an update was released and paid for, once; an unpaid one is not computed."""
 
 from collections.abc import Mapping
 
@@ -10,6 +10,7 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
 from ficpd.federation.client import Client, ClientSession, execute_assignment
 from ficpd.federation.method import Capabilities
+from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import client_gaussian, record_gaussian
 from ficpd.privacy.clipping import MARGIN
 from ficpd.privacy.ledger import Account, Budget, Ledger
@@ -61,11 +62,11 @@ class Written:
     capabilities = Capabilities(private_units=("record", "client"), statistics_once=("weight", "sizes"))
 
     def __init__(self, work):
-        self.local_workload = work
+        self.work = work
 
     def local_update(self, client, order: Assignment):
         yield from ()
-        arrays = self.local_workload(client)
+        arrays = self.work(client)
         client.client_state["trace"] = torch.ones(1)
         return ClientUpdate(client.id, arrays if arrays is not None else {"delta": torch.zeros(2)}, client.weight)
 
@@ -107,12 +108,12 @@ def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member,
     def watched(account, round, method, spends, body):
         assert client.client_state.keys() == {"old"}
         settle(account, round, method, spends, body)
-        written.append((account.spent(), account.stored_answer(round, method)))
+        written.append((account.spent(), account.stored_update(round, method)))
 
     monkeypatch.setattr(Account, "commit", watched)
     carried_out(client, model)
     price = [STEPS] if mechanism is record_level else [PrivacyCost("update", 1.0, 2.0)]
-    assert written == [(price, client.account.stored_answer(1, "fedavg"))]
+    assert written == [(price, client.account.stored_update(1, "fedavg"))]
     assert written[0][1]
 
 
@@ -291,10 +292,10 @@ def test_what_the_client_kept_then_it_keeps_again(member, model):
     assert small.same(client.client_state, {"trace": torch.ones(1)})
 
 
-def test_a_stored_answer_that_cannot_be_read_is_an_error_not_a_second_release(member, model):
+def test_a_stored_update_that_cannot_be_read_is_an_error_not_a_second_release(member, model):
     client, counting = member(), Counting(model)
     client.account.commit(1, "fedavg", [STEPS], b"torn")
-    with pytest.raises(LedgerError, match="stored answer of site-2"):
+    with pytest.raises(LedgerError, match="stored update of site-2"):
         carried_out(client, counting)
     assert counting.asked == 0
 
@@ -308,7 +309,7 @@ def test_a_budget_that_does_not_pay_for_the_steps_refuses_before_a_query_is_aske
         carried_out(client, counting)
     assert counting.asked == 0
     assert client.account.spent() == []
-    assert client.account.stored_answer(1, "fedavg") is None
+    assert client.account.stored_update(1, "fedavg") is None
 
 
 def test_one_order_counts_all_that_it_has_spent_so_far(member):
@@ -426,7 +427,7 @@ def test_a_noised_weight_is_released_once_and_kept(member, model):
     assert weights[0] >= 1.0
     assert weights[0] != RECORDS
     lines = [line for line in client.account.spent() if line.name == "weight"]
-    assert lines == [mechanism.cost("total:weight")]
+    assert lines == [mechanism.cost(ReleaseKind.STATISTIC, "weight")]
     assert client.account.spent() == sorted(mechanism.planned_costs())
     assert carried_out(member(mechanism), model).weight != weights[0]
 
@@ -437,12 +438,16 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     seen = []
     session.noise.add_gaussian = lambda values, deviation: seen.append(deviation) or values
     assert session.weight == pytest.approx(MARGIN * RECORDS, rel=1e-5)
-    assert seen == [session.costs[0].noise_multiplier] == [mechanism.cost("total:weight").noise_multiplier]
+    assert (
+        seen
+        == [session.costs[0].noise_multiplier]
+        == [mechanism.cost(ReleaseKind.STATISTIC, "weight").noise_multiplier]
+    )
     assert session.costs[0].sampling_rate == 1.0
 
 
 def test_each_record_counts_at_most_one_in_a_total(member):
-    session = ClientSession(member(record_level(statistics={"sizes": 0.1})), 1, statistics=("sizes",))
+    session = ClientSession(member(record_level(statistics={"sizes": 0.1})), 1, declared=("sizes",))
     session.noise.add_gaussian = lambda values, deviation: values
     rows = torch.zeros(RECORDS, 2)
     rows[0, 0], rows[1, 1] = 1e6, float("nan")
@@ -460,19 +465,19 @@ def test_a_total_of_another_number_of_rows_is_refused_and_free(member, count):
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 @pytest.mark.parametrize("name", ["sizes", "step", "release", "sum", "prompt"])
 def test_a_total_without_a_share_of_the_budget_is_refused(member, name, mechanism):
-    """Also one that is called like a door: a full sum at a step's price would cost far more than it states."""
-    session = ClientSession(member(mechanism()), 1)
+    """Also one with the name of another kind of release: a full sum at a step's price would cost far more than it states."""
+    session = ClientSession(member(mechanism()), 1, declared=(name,))
     with pytest.raises(PrivacyError, match=name):
         session.private_sum(name, torch.ones(RECORDS, 1))
 
 
 @pytest.mark.parametrize("name", ["step", "release", "sum"])
-def test_a_total_that_is_called_like_a_door_is_a_total_all_the_same(name):
+def test_a_total_that_is_named_like_a_kind_of_release_is_a_statistic(name):
     """ "sum" would make the run a central one, whose clients pay nothing; "step" would be underpaid."""
     mechanism = record_level(statistics={name: 0.1})
-    assert mechanism.cost("release") is mechanism.cost("sum") is None
-    assert mechanism.cost("step")[0] == "prompt"
-    assert mechanism.cost(f"total:{name}")[:2] == (name, 1.0)
+    assert mechanism.cost(ReleaseKind.UPDATE) is mechanism.cost(ReleaseKind.SUM) is None
+    assert mechanism.cost(ReleaseKind.STEP)[0] == "prompt"
+    assert mechanism.cost(ReleaseKind.STATISTIC, name)[:2] == (name, 1.0)
 
 
 @pytest.mark.parametrize("shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.2}])
@@ -485,7 +490,7 @@ def test_a_client_that_is_never_asked_has_a_mechanism_too():
     """Small cohorts and few rounds leave some out."""
     never = ClientWorkload(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
     for config in ({}, {"statistics": {"weight": 0.1}}):
-        assert record_level(never, **config).cost("step") is not None
+        assert record_level(never, **config).cost(ReleaseKind.STEP) is not None
 
 
 # ---------------------------------------------------------------- what leaves
