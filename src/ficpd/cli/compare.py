@@ -76,15 +76,16 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, tra
 
     from ficpd.experiments.comparison.compare import compare as run_comparison
     from ficpd.experiments.comparison.grid import read_plan
-    from ficpd.experiments.comparison.progress import progress
+    from ficpd.experiments.comparison.progress import ProgressDisplay
     from ficpd.experiments.tracking import followed
 
     console, errors = Console(), Console(stderr=True)
     plan = read_plan(target, sweeps)
     out = out or Path("runs") / f"compare-{plan.spec.name}"
     console.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
+    screen = ProgressDisplay(console, errors)
     try:
-        with progress(console, errors) as screen, followed(track, out / "cells") as look:
+        with screen.bars, followed(track, out / "cells") as look:
 
             def seen(event: Any) -> None:
                 screen.seen(event)

@@ -1,6 +1,7 @@
 """Statistics against values that were worked out by hand."""
 
 import pytest
+from pandas import DataFrame
 
 from ficpd.experiments.comparison.statistics import (
     apply_holm,
@@ -79,7 +80,7 @@ def test_ranks_by_hand():
         "y": {"a": 0.8, "b": 0.8, "c": 0.1},
         "z": {"a": 0.5, "b": 0.6, "c": 0.4},
     }
-    ranks, friedman = mean_ranks(table, lambda task: False)
+    ranks, friedman = mean_ranks(DataFrame(table).T, lambda task: False)
     assert ranks == {"a": 1.5, "b": 1.5, "c": 3.0}
     whole = 12 / (3 * 3 * 4) * (4.5**2 + 4.5**2 + 9**2) - 3 * 3 * 4
     assert friedman.statistic == pytest.approx(whole / (1 - 6 / 72))
@@ -87,7 +88,7 @@ def test_ranks_by_hand():
 
 
 def test_less_may_be_better():
-    ranks, friedman = mean_ranks({"x": {"a": 1.0, "b": 2.0}}, lambda task: task == "x")
+    ranks, friedman = mean_ranks(DataFrame({"x": {"a": 1.0, "b": 2.0}}).T, lambda task: task == "x")
     assert ranks == {"a": 1.0, "b": 2.0}
     assert friedman is None
-    assert mean_ranks({}, lambda task: False) == ({}, None)
+    assert mean_ranks(DataFrame(), lambda task: False) == ({}, None)

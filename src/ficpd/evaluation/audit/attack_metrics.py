@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.membership import as_bool_vector, as_float_vector
+from ficpd.evaluation.audit.membership import as_bool_vector, as_floats
 
 Interval = tuple[float, float]
 RATES = (0.01, 0.001)
@@ -99,7 +99,7 @@ def label_matched(labels_members: ArrayLike, labels_nonmembers: ArrayLike, seed:
 
 
 def _checked(score_N: ArrayLike, member_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    score = as_float_vector("score_N", score_N)
+    score = as_floats("score_N", score_N)
     member = as_bool_vector("member_N", member_N, len(score))
     if min(member.sum(), (~member).sum()) < 2:
         raise PrivacyError(f"{member.sum()} members and {(~member).sum()} non-members: expected at least 2 of each")

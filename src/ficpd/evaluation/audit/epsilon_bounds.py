@@ -11,7 +11,7 @@ from scipy.special import bdtrc, betaincinv
 from scipy.stats import binom
 
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit.membership import as_bool_vector, as_float_vector
+from ficpd.evaluation.audit.membership import as_bool_vector, as_floats
 
 CAUTION = 50
 """The threshold is chosen at an error this many times smaller, which avoids thresholds that a few extreme runs
@@ -33,7 +33,7 @@ def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: fl
     3.28
     """
     _check(delta, confidence)
-    all_out, all_in = as_float_vector("scores_without", scores_without), as_float_vector("scores_with", scores_with)
+    all_out, all_in = as_floats("scores_without", scores_without), as_floats("scores_with", scores_with)
     if min(len(all_out), len(all_in)) < 2:
         raise PrivacyError(f"{len(all_out)} runs without and {len(all_in)} with the canary: expected at least 2 each")
     (choose_out, out), (choose_in, in_) = (np.split(runs, [len(runs) // 2]) for runs in (all_out, all_in))
@@ -61,7 +61,7 @@ def one_run_bound(
     4.71
     """
     _check(delta, confidence)
-    score = as_float_vector("scores", scores)
+    score = as_floats("scores", scores)
     inside, m = as_bool_vector("included", included, len(score)), len(score)
     r = m // 3 if guesses is None else guesses
     if not 2 <= r <= m:

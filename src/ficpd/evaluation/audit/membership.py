@@ -37,31 +37,17 @@ class AttackData:
     likelihood: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "member_N", np.asarray(self.member_N))
-        for name in ("target_N", "shadow_SN", "population_Z", "shadow_SZ"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
-            self._check_losses(name)
-        N, Z, S = self.target_N.size, self.population_Z.size, self.shadow_SN.shape[0] if self.shadow_SN.ndim else 0
-        shapes = {"target_N": (N,), "shadow_SN": (S, N), "member_N": (N,), "population_Z": (Z,), "shadow_SZ": (S, Z)}
-        for name, expected in shapes.items():
-            given = getattr(self, name).shape
-            if given != expected or not min(expected):
+        N, Z, S = np.asarray(self.target_N).size, np.asarray(self.population_Z).size, len(self.shadow_SN)
+        shapes = {"target_N": (N,), "shadow_SN": (S, N), "population_Z": (Z,), "shadow_SZ": (S, Z)}
+        for name, shape in shapes.items():
+            losses = as_floats(name, getattr(self, name), shape)
+            if self.likelihood and (losses < -1e-6).any():
                 raise PrivacyError(
-                    f"evidence {name} has shape {given}, expected {expected}, none of them 0: "
-                    "a row for each shadow prompt, a column for each record."
+                    f"{name} holds a loss of {losses.min():.3g}, expected at least 0 as for -log of a probability; for "
+                    "another loss set likelihood=False."
                 )
-        if self.member_N.dtype != bool:
-            raise PrivacyError(f"evidence member_N is {self.member_N.dtype}, expected bool: True for a member.")
-
-    def _check_losses(self, name: str) -> None:
-        losses = getattr(self, name)
-        if not np.isfinite(losses).all():
-            raise PrivacyError(f"evidence {name} holds {(~np.isfinite(losses)).sum()} losses that are not finite.")
-        if self.likelihood and (losses < -1e-6).any():
-            raise PrivacyError(
-                f"evidence {name} holds a loss of {losses.min():.3g}, expected at least 0 as for -log of a probability; "
-                "for another loss set likelihood=False."
-            )
+            object.__setattr__(self, name, losses)
+        object.__setattr__(self, "member_N", as_bool_vector("member_N", self.member_N, N))
 
 
 def yeom(evidence: AttackData) -> np.ndarray:
@@ -120,11 +106,12 @@ def _log_ratio(target_X: np.ndarray, shadow_SX: np.ndarray, likelihood: bool, of
     return -target_X - mean_X
 
 
-def as_float_vector(name: str, values: ArrayLike) -> np.ndarray:
-    """Returns values as a float64 vector. Raises `PrivacyError` unless they are finite and one-dimensional."""
+def as_floats(name: str, values: ArrayLike, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Returns values as float64, by default in one dimension. Raises `PrivacyError` for another shape, none, or NaN."""
     array = np.asarray(values, dtype=float)
-    if array.ndim != 1 or not np.isfinite(array).all():
-        raise PrivacyError(f"{name} has shape {array.shape}, expected one finite number each in one dimension.")
+    expected = shape or (array.size,)
+    if array.shape != expected or not np.isfinite(array).all() or (shape and not array.size):
+        raise PrivacyError(f"{name} has shape {array.shape}, expected finite numbers in the shape {expected}.")
     return array
 
 

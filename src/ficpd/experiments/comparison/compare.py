@@ -12,8 +12,7 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.comparison import pareto, summary
 from ficpd.experiments.comparison.grid import Grid
 from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
-from ficpd.experiments.comparison.results import result_rows
-from ficpd.experiments.comparison.results_dir import CELLS, load_result, run_keys
+from ficpd.experiments.comparison.results import CELLS, load_result, result_rows, run_keys
 from ficpd.experiments.comparison.schema import (
     COMPARISON,
     BudgetInfo,

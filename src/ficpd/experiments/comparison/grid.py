@@ -149,7 +149,11 @@ def _cells(
             at = ", ".join([method, *(x for x in (task, part, budget) if x != DEFAULT), *map(str, point.values())])
             experiment = _experiment(tree, spec, point, seed, of_method, f"{where}, cell {at} on {recipe}")
             limits = {} if method in REFERENCE_METHODS else budgeted  # a line has no communication to limit
-            found.append(_cell(Cell(method, task, part, budget, point, seed, experiment, limits, "", "")))
+            experiment = canonical_experiment(experiment)
+            shared = experiment.model_dump(mode="json", include=SHARED_SECTIONS)
+            ground = json.dumps(shared | {"apart": experiment.federation.unseen_clients}, sort_keys=True)
+            names = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (to_toml(experiment), ground)]
+            found.append(Cell(method, task, part, budget, point, seed, experiment, limits, *names))
     return found
 
 
@@ -169,17 +173,6 @@ def _experiment(
             f'{where}: engine.name = "flower" is for real sites, and a comparison is a simulation; leave it out'
         )
     return built
-
-
-def _cell(cell: Cell) -> Cell:
-    experiment = canonical_experiment(cell.experiment)
-    whole = to_toml(experiment)
-    parts = experiment.model_dump(mode="json", include=SHARED_SECTIONS) | {
-        "apart": experiment.federation.unseen_clients
-    }
-    ground = json.dumps(parts, sort_keys=True)
-    names = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (whole, ground)]
-    return Cell(**{**vars(cell), "experiment": experiment, "hash": names[0], "ground": names[1]})
 
 
 def canonical_experiment(experiment: Experiment) -> Experiment:

@@ -1,7 +1,6 @@
 """What is seen of a comparison while it runs: on a terminal bars with the time left, into a file one line a run."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -51,10 +50,3 @@ class ProgressDisplay:
             self.bars.update(self.runs[key], completed=done, total=max(planned, 1), count=count, figures=shown)
         gone = self.done + sum(one.percentage / 100 for one in self.bars.tasks if one.id != self.all)
         self.bars.update(self.all, completed=gone, count=f"{self.done}/{self.missing}")
-
-
-@contextmanager
-def progress(console: Console, errors: Console) -> Iterator[ProgressDisplay]:
-    screen = ProgressDisplay(console, errors)
-    with screen.bars:
-        yield screen

@@ -1,10 +1,14 @@
-"""The cells of `compare.json`: what each run came to, with the labels and at the budget of the cell."""
+"""The runs of a comparison's folder, and the cells of `compare.json`: each run at the budget of its cell."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from ficpd import __version__
 from ficpd.errors import RunError
 from ficpd.experiments.comparison.grid import Cell
 from ficpd.experiments.comparison.schema import BytesOfAll, CellResult, Figures, RunFigures, RunOutcome
+
+CELLS = "cells"
 
 
 def result_rows(
@@ -69,3 +73,24 @@ def _check_fair(cells: Sequence[Cell], found: Sequence[CellResult]) -> None:
                 f"{first.key} and {row.key} should hold the same records and do not: a file was changed between them. "
                 "Delete the older of them (its folder and its .json) and call again"
             )
+
+
+def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
+    """The run's KEY of each hash: that of the folder or outcome which is there, else the first cell's readable name."""
+    entries = [entry for entry in (folder / CELLS).glob("*") if entry.is_dir() or entry.suffix == ".json"]
+    there = {name.rsplit("-", 1)[-1]: name for name in sorted(entry.name.removesuffix(".json") for entry in entries)}
+    found: dict[str, str] = {}
+    for cell in cells:
+        found.setdefault(cell.hash, there.get(cell.hash, cell.readable))
+    return found
+
+
+def load_result(folder: Path, key: str) -> RunOutcome | None:
+    """Reads `KEY.json`; None if there is none. Raises `RunError` for one of another version: one table must not mix them."""
+    file = folder / CELLS / f"{key}.json"
+    found = RunOutcome.read(file) if file.exists() else None
+    if found and found.ficpd != __version__:
+        raise RunError(
+            f"{file} is of ficpd {found.ficpd}, and this is {__version__}; choose another --out, or delete {folder}"
+        )
+    return found

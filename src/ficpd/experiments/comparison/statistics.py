@@ -3,13 +3,16 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from ficpd.experiments.comparison.schema import Against, Friedman
 from ficpd.experiments.results import Interval
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CONFIDENCE = 0.95
 
@@ -84,19 +87,14 @@ def apply_holm(found: Mapping[str, Against | None], lines: Sequence[str]) -> dic
     return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in tested.items()}
 
 
-def mean_ranks(
-    by_task: Mapping[str, Mapping[str, float]], less_is_better: Callable[[str], bool]
-) -> tuple[dict[str, float], Friedman | None]:
-    """Mean rank of each method over tasks (1: best, ties share), and Friedman's test of whether they differ at all; None of
-    fewer than three methods or two tasks, or where nothing differs. Every task has a figure of every method."""
-    if not by_task:
+def mean_ranks(table: "DataFrame", less_is_better: Callable[[str], bool]) -> tuple[dict[str, float], Friedman | None]:
+    """Mean rank of each method (column) over tasks (rows; 1: best, ties share), and Friedman's test of whether they
+    differ at all; None of fewer than three methods or two tasks, or where nothing differs."""
+    if table.empty:
         return {}, None
-    methods = list(next(iter(by_task.values())))
-    signs = {task: 1 if less_is_better(task) else -1 for task in by_task}
-    table = [[signs[task] * values[m] for m in methods] for task, values in by_task.items()]
-    ranks = np.mean([stats.rankdata(line) for line in table], axis=0)
+    errors = table.mul([1 if less_is_better(task) else -1 for task in table.index], axis=0)
     friedman = None
-    if len(methods) > 2 and len(table) > 1 and any(len({*line}) > 1 for line in table):
-        ran = stats.friedmanchisquare(*zip(*table, strict=True))
+    if len(errors.columns) > 2 and len(errors) > 1 and (errors.nunique(axis=1) > 1).any():
+        ran = stats.friedmanchisquare(*errors.to_numpy().T)
         friedman = Friedman(statistic=float(ran.statistic), p=float(ran.pvalue))
-    return {m: float(rank) for m, rank in zip(methods, ranks, strict=True)}, friedman
+    return errors.rank(axis=1).mean().to_dict(), friedman

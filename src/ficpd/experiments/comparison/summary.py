@@ -128,14 +128,16 @@ def _against(seen: ResultView, own: Sequence[CellResult], other: Sequence[CellRe
 
 def _ranks(seen: ResultView, rows: Sequence[CellResult]) -> tuple[dict[str, float], list[str], Friedman | None]:
     """Ranks over the tasks in which every method that has any figure has one: its mean over seeds."""
-    ranked = [label for label in seen.methods if label not in seen.lines]
-    by_task: dict[str, dict[str, float]] = {}
-    for task in dict.fromkeys(row.task for row in rows):
-        for label in ranked:
-            own = [v for row in rows if (row.task, row.method) == (task, label) and (v := seen.value(row)) is not None]
-            if own:
-                by_task.setdefault(task, {})[label] = sum(own) / len(own)
-    having = {label for values in by_task.values() for label in values}
-    whole = {task: {m: v[m] for m in ranked if m in having} for task, v in by_task.items() if v.keys() == having}
+    import pandas as pd
+
+    figures = [
+        {"task": row.task, "method": row.method, "value": value}
+        for row in rows
+        if row.method not in seen.lines and (value := seen.value(row)) is not None
+    ]
+    if not figures:
+        return {}, [], None
+    table = pd.DataFrame(figures).pivot_table("value", "task", "method", lambda own: sum(own) / len(own), sort=False)
+    whole = table.reindex(columns=[label for label in seen.methods if label in table]).dropna()
     ranks, friedman = statistics.mean_ranks(whole, seen.less_is_better)
-    return ranks, list(whole), friedman
+    return ranks, list(whole.index), friedman
