@@ -271,34 +271,30 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     directory = RunDir(out)
     with directory.lock():
         directory.check(to_toml(experiment), resume)
-        return _run(experiment, directory, progress)
-
-
-def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> RunResult:
-    folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
-    done = directory.result()
-    if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
-        return done
-    context = build_context(directory.resolved(experiment))
-    configs = {name: baseline_method_config(context.experiment, name) for name in experiment.baselines}
-    check_method(context, context.experiment.method)
-    for name, config in configs.items():
-        check_method(context, config, private=":" not in name)
-    directory.begin(experiment, context.experiment)  # a setting that is refused above leaves no directory
-    zero_shot = RunDir(directory.path / "baselines" / "zero_shot")
-    floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
-    result = run_method(context, context.experiment.method, directory, floor, progress)
-    others = {
-        name: run_method(context, configs[name], beside, floor, progress, private=":" not in name)
-        for name, beside in folders.items()
-    }
-    if "local" in others and result.fairness:
-        worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
-        fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
-        result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
-        result.save(directory.path)
-    write_page(directory.path)
-    return result
+        folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
+        done = directory.result()
+        if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
+            return done
+        context = build_context(directory.resolved(experiment))
+        configs = {name: baseline_method_config(context.experiment, name) for name in experiment.baselines}
+        check_method(context, context.experiment.method)
+        for name, config in configs.items():
+            check_method(context, config, private=":" not in name)
+        directory.begin(experiment, context.experiment)  # a setting that is refused above leaves no directory
+        zero_shot = RunDir(directory.path / "baselines" / "zero_shot")
+        floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
+        result = run_method(context, context.experiment.method, directory, floor, progress)
+        others = {
+            name: run_method(context, configs[name], beside, floor, progress, private=":" not in name)
+            for name, beside in folders.items()
+        }
+        if "local" in others and result.fairness:
+            worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
+            fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
+            result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
+            result.save(directory.path)
+        write_page(directory.path)
+        return result
 
 
 def baseline_method_config(experiment: Experiment, baseline: str) -> Mapping[str, Any]:

@@ -102,7 +102,8 @@ def run_rounds(
         }
         asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
         asked[round] = set(assignments)
-        came = _collect(engine, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
+        replies = list(engine.exchange(assignments))
+        came = _collect(replies, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
         if assignments and len(came.refused) == len(assignments):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -136,14 +137,14 @@ class RoundReplies:
 
 
 def _collect(
-    engine: Engine,
+    replies: Sequence[Reply],
     assignments: Mapping[str, bytes],
     asked: Mapping[int, set[str]],
     checked: Callable[[Reply], ClientUpdate],
 ) -> RoundReplies:
     """Collects the first valid update of each client that was asked, and the reasons why others are dropped."""
     came = RoundReplies()
-    for reply in engine.exchange(assignments):
+    for reply in replies:
         came.bytes_up += len(reply.body or b"")
         counted = any(update.client == reply.client for update in came.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
