@@ -227,7 +227,7 @@ def test_central_noise_takes_only_methods_that_sum(tmp_path):
     assert result.privacy.mechanism == "client_gaussian (central)"
     assert result.privacy.epsilon_of_sites.keys() == {"server"}
     assert 7.8 < result.privacy.epsilon <= 8
-    with pytest.raises(PrivacyError, match="ficpd looks at each client's update by itself"):
+    with pytest.raises(PrivacyError, match="ficpd aggregates each client's update by itself"):
         small.run(tmp_path / "each", "ficpd", *CLIENT, "privacy.placement=central")
 
 

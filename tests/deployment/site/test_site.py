@@ -81,7 +81,7 @@ WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_pri
         (
             "fpl",
             (*SUMMED, 'method.clusters="none"', 'method.server.kind="extrapolated"'),
-            "looks at each client's update",
+            "aggregates each client's update",
         ),
         ("zero_shot", (), "for simulations"),
         ("centralized", (), "for simulations"),
