@@ -193,7 +193,7 @@ def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model
 
     with pytest.raises(RuntimeError):
         carried_out(client, model, method=Weighs(None))
-    assert client.client_state.keys() == {"weight"}
+    assert client.client_state.keys() == {"statistic/weight"}
     carried_out(client, model, 2)
     assert {spend.name: spend.count for spend in client.account.spent()} == {"weight": 1, "prompt": 2}
     client.client_state = {}
@@ -332,10 +332,10 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
     [
         (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
         (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
-        (lambda client, rows: client.private_mean(rows[:, :-1]), "records where the last batch has"),
+        (lambda client, rows: client.private_mean(rows[:, :-1]), "another number of records than the batch"),
         (
             lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)),
-            "records where the last batch has",
+            "another number of records than the batch",
         ),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
@@ -417,6 +417,18 @@ def test_a_weight_that_the_method_made_up_does_not_leave(member, model, stated):
 
     for mechanism in (record_level(), client_level()):
         assert carried_out(member(mechanism), model, method=Counts(lambda client: None)).weight == 1.0
+
+
+@pytest.mark.parametrize("name", ["weight", "statistic/weight"])
+def test_a_method_cannot_state_a_statistic_by_its_state(member, model, name):
+    def writes(session):
+        session.client_state[name] = torch.tensor(12345.0)
+        session.local_context().client_state[name] = torch.tensor(12345.0)
+
+    client = member(record_level(statistics={"weight": 0.1}))
+    for round in (1, 2):
+        assert carried_out(client, model, round, Written(writes)).weight != 12345.0
+    assert {spend.name: spend.count for spend in client.account.spent()} == {"weight": 1}
 
 
 def test_a_noised_weight_is_released_once_and_kept(member, model):

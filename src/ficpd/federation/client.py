@@ -21,6 +21,8 @@ from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Pri
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
 LABELS = "labels"
 """The statistic of `label_prior`."""
+STATISTIC = "statistic/"
+"""Prefix of released statistics in a client's state. A method neither reads nor writes these."""
 MIN_HOLDOUT_RECORDS = 20
 """Clients with fewer records have no holdout."""
 
@@ -93,11 +95,12 @@ class ClientSession:
         """`declared`: statistics that the method declares; no other is released."""
         self.client, self.id, self._assignment = client, client.name, (round, method)
         self._declared = {"weight", *declared}
-        self.client_state = dict(client.client_state)
+        state = client.client_state
+        self.released = {name: value for name, value in state.items() if name.startswith(STATISTIC)}
+        self.client_state = {name: value for name, value in state.items() if name not in self.released}
         self.noise = client.noise_source(method, round)
         self.expected_batch = 1
         self.costs: list[PrivacyCost] = []
-        self.statistics: list[str] = []
         self._open: int | None = None
         self._drawn: Tensor | None = None
         self._masked: dict[float, Batch] = {}
@@ -117,10 +120,8 @@ class ClientSession:
             return float(len(self.client.train))
         if self.client.mechanism.cost(ReleaseKind.STATISTIC, "weight") is None:
             return 1.0
-        if "weight" not in self.client_state:
-            ones = torch.ones(len(self.client.train), 1)
-            self.client_state["weight"] = self.private_sum("weight", ones).clamp(min=1.0)
-        return float(self.client_state["weight"])
+        ones = torch.ones(len(self.client.train), 1)
+        return float(self._released_once("weight", ones).clamp(min=1.0))
 
     @property
     def label_prior(self) -> Tensor:
@@ -131,9 +132,13 @@ class ClientSession:
         counts_BC = F.one_hot(batch.targets, batch.task.num_labels).float()
         if self.client.mechanism.unit != "record":
             return log_label_prior(counts_BC.sum(0))
-        if LABELS not in self.client_state:
-            self.client_state[LABELS] = self.private_sum(LABELS, counts_BC).clamp(min=0.0)
-        return log_label_prior(self.client_state[LABELS])
+        return log_label_prior(self._released_once(LABELS, counts_BC).clamp(min=0.0))
+
+    def _released_once(self, name: str, values_BN: Tensor) -> Tensor:
+        """The noisy sum of an earlier assignment, else a new one."""
+        if STATISTIC + name not in self.released:
+            self.released[STATISTIC + name] = self.private_sum(name, values_BN)
+        return self.released[STATISTIC + name]
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -165,12 +170,13 @@ class ClientSession:
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
-        if self._open != (number := values_KB.shape[1]):
-            given = f"{number} records where the last batch has {self._open}"
-            raise PrivacyError(
-                f"a method averages {'a batch twice, or none that was drawn' if self._open is None else given}; each "
-                "batch is paid for once: average it once, whole, before the next is drawn"
+        if self._open != values_KB.shape[1]:  # the numbers are private, and the server gets this error
+            given = (
+                "a batch twice, or none that was drawn"
+                if self._open is None
+                else "another number of records than the batch's"
             )
+            raise PrivacyError(f"a method averages {given}; each batch is charged once: average it once, whole")
         self._open = None
         grad_scale = self.subspace.grad_scale if self.subspace else None
         if grad_scale is not None and values_KB.shape[2:] != grad_scale.shape:
@@ -186,7 +192,6 @@ class ClientSession:
                 f"the statistic {name!r} is not declared in the method's Capabilities, so it is not released"
             )
         self.charge(ReleaseKind.STATISTIC, name)
-        self.statistics.append(name)
         return self.client.mechanism.noisy_sum(name, values_BN, self.noise).cpu()
 
     def full_batch(self) -> Batch:
@@ -281,11 +286,10 @@ def execute_assignment(
         raise
     except Exception:
         if account is not None and client.mechanism.unit != "none":
-            names = [name for name in session.statistics if name in session.client_state]
-            kept = client.client_state | {name: session.client_state[name] for name in names}
-            commit(ClientUpdate(client.name, {}), kept, failed=True)
+            commit(ClientUpdate(client.name, {}), client.client_state | session.released, failed=True)
         raise
-    commit(released, session.client_state)
+    own = {name: value for name, value in session.client_state.items() if not name.startswith(STATISTIC)}
+    commit(released, own | session.released)
     return released
 
 

@@ -5,6 +5,7 @@ An entry defines `tune` and `black_box`. A black box asks for losses only, takes
 
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -115,18 +116,19 @@ def map_queries(
 
     `on_answer` is given the query as `work` made it. An exception of the model is raised in `work` at its query.
     """
-    try:
-        query = next(work)
-        while True:
-            asked = on_query(query)
-            try:
-                answer = yield asked
-            except Exception as error:
-                query = work.throw(error)
-            else:
-                query = work.send(on_answer(query, answer))
-    except StopIteration as end:
-        return end.value
+    step = partial(next, work)
+    while True:
+        try:
+            query = step()
+        except StopIteration as end:
+            return end.value
+        asked = on_query(query)
+        try:
+            answer = yield asked
+        except Exception as error:
+            step = partial(work.throw, error)
+        else:
+            step = partial(work.send, on_answer(query, answer))
 
 
 def _project_each(coordinates: Subspace, grad_KBPD: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ signal. `central`: clients clip, and the server, which is trusted, noises the su
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ficpd.privacy import accountant
 from ficpd.privacy import config as settings
 from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.none import noiseless_mean, shuffled_epochs
-from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
+from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt, Query
 
 RELATION = {
     "local": "all records of one client replaced by any others; who takes part is known",
@@ -25,6 +25,7 @@ RELATION = {
 
 
 class Config(settings.DPConfig):
+    unbatched: ClassVar[bool] = False
     placement: Literal["local", "central"] = "local"
 
 
@@ -72,6 +73,9 @@ class ClientGaussian(Mechanism):
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         return shuffled_epochs(num_records, expected_batch, steps, noise)
+
+    def bound_query(self, query: Query, start: Prompt) -> Query:
+        return query
 
     def noisy_mean(
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None

@@ -70,6 +70,8 @@ class Ledger:
         tables = {name for (name,) in self.file.execute("select name from sqlite_master where type = 'table'")}
         if tables and "meta" not in tables:
             raise LedgerError(f"{self.path} is a database of something else ({', '.join(sorted(tables))})")
+        if tables:
+            self._check_version()
         self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
         self._claim()
         (last,) = self.file.execute("select coalesce(max(round), 0) from costs").fetchone()
@@ -77,6 +79,16 @@ class Ledger:
             raise LedgerError(
                 f"{self.path} ends with round {last}, and round {rounds_paid} was released: it is an older copy, or "
                 "its -wal file is missing. Restore the newest copy of both, or begin in a new directory"
+            )
+
+    def _check_version(self) -> None:
+        """Refuses a file of another format before anything is written to it."""
+        columns = {row[1] for row in self.file.execute("pragma table_info(meta)")}
+        found = self.file.execute("select version from meta").fetchone() if "version" in columns else (1,)
+        if found is not None and found != (VERSION,):
+            raise LedgerError(
+                f"{self.path} is a ledger of format {found[0]}, and this ficpd reads format {VERSION}. Nothing was changed, "
+                "and what was spent stays spent: go on with the ficpd that wrote it"
             )
 
     @contextmanager
@@ -94,15 +106,15 @@ class Ledger:
             ) from error
 
     def _claim(self) -> None:
-        """Writes owner and version into a new file, and checks those of an existing one."""
+        """Writes owner and version into a new file, and checks the owner of an existing one."""
         with self.transaction():
-            found = self.file.execute("select owner, version from meta").fetchone()
+            found = self.file.execute("select owner from meta").fetchone()
             if found is None:
                 self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
-            elif found != (self.owner, VERSION):
+            elif found != (self.owner,):
                 raise LedgerError(
-                    f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
-                    f"{VERSION}); put its own ledger there, or begin in a new directory"
+                    f"{self.path} is the ledger of {found[0]}, this is {self.owner}; put its own ledger there, or begin "
+                    "in a new directory"
                 )
 
     @contextmanager

@@ -7,7 +7,7 @@ or the vector of its losses under all K candidates of a zeroth-order query. The 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -27,7 +27,6 @@ class Config(settings.DPConfig):
     `clip_norms`: one by group, instead of one `clip_norm` for all; chosen so by default in a federation of several tasks.
     """
 
-    unbatched: ClassVar[bool] = True
     clip_norms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
 

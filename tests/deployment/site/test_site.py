@@ -575,6 +575,7 @@ name = "tiny"
         ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
         ("record_gaussian", 'dtype = "bfloat16"', "chunk_tokens = 512", False, "bfloat16"),
         ("client_gaussian", "", "", False, "auto"),
+        ("client_gaussian:central", "", "", False, "auto"),
     ],
 )
 def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, alone, taken):
