@@ -17,14 +17,10 @@ Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1)
 prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ', which the
 paper leaves open. (The code also keeps σ above 0.5 and never increases it.)
 
-Ours:
-
-- Each client draws its own candidates. With the code's common seed, similar clients would send equal means.
-- A configured subspace is A.
-- Fewer than four updates are averaged, because pycma takes no smaller population.
-- A late update counts like the others, because a search by ranks has no weights.
-- There are no mirrored candidates, which pycma adds to populations below six.
-- C is sent as its lower triangle in float32.
+Ours: each client draws its own candidates, since with the code's common seed similar clients send equal means. A
+configured subspace is A. Fewer than four updates are averaged, because pycma takes no smaller population. Ranks have
+no weights, so a late update counts like the others. There are no mirrored candidates, which pycma adds to populations
+below six. C is sent as its lower triangle in float32.
 
 Of `training.*` only the seed is used. There is no private form; see `Capabilities.not_private`.
 """
@@ -53,12 +49,8 @@ EVERYTHING = 1 << 30  # a batch of all records
 
 
 class Config(FrozenConfig):
-    """The search of a client.
-
-    spread: the first σ, in units of the initial prompt's RMS (the paper's α).
-    ratio: false: the fitness is the plain loss.
-    masked: share of the words that are replaced.
-    """
+    """spread: the first σ, in units of the initial prompt's RMS (the paper's α).
+    ratio: false: the fitness is the plain loss. masked: share of words replaced."""
 
     iterations: int = Field(default=8, ge=1)
     population: int = Field(default=5, ge=4)
@@ -80,8 +72,7 @@ class FedBpt(Method):
         self.config, self.seed = config, training.public_seed
         passes = config.iterations * config.population + 1
         self.capabilities = Capabilities(
-            not_private="its clients send results of a local search on a ratio of losses, whose sensitivity is unbounded; "
-            "use dp_cma_es, or run it without privacy",
+            not_private="its ratio of losses has no bounded sensitivity; use dp_cma_es, or run it without privacy",
             candidates=passes * (2 if config.ratio else 1) / (config.iterations + 1),
         )
 
@@ -146,7 +137,7 @@ class FedBpt(Method):
         return client.start + self._space(client.start).lift(assignment.arrays["mean"])
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless there are a mean within the maximum norm, half a covariance and a valid sigma."""
+        """Raises `CodecError` unless mean, covariance and sigma are valid."""
         size = self._space(start.vectors_PD).size
         validate_facts(assignment, {"sigma": (float,)})
         validate_arrays(assignment, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})

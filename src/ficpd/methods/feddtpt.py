@@ -121,7 +121,7 @@ class FedDtpt(Method):
 
 
 def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns [R]: 1 where a wrong answer scores at least as high as the right one, else 0. Tasks without logits: the loss."""
+    """Returns [R]: 0 where the right answer alone scores highest, else 1; the loss for a task without logits."""
     logits_RC = batch.task.logits(outputs, batch)
     if logits_RC is None:
         return batch.task.loss(outputs, batch)

@@ -1,9 +1,8 @@
-"""FedAvg on LoRA weights, a baseline: McMahan et al., AISTATS 2017, arXiv 1602.05629; Hu et al., ICLR 2022, arXiv
-2106.09685.
+"""FedAvg on LoRA weights, a baseline for prompts (Hu et al., ICLR 2022, arXiv 2106.09685).
 
-A and B are averaged separately (as in FedIT, Zhang et al., 2023, arXiv 2305.05644), which is not the mean of the
-products B A. They replace the prompt, so they are tuned, clipped, noised and sent as one. `training.learning_rate`
-and `privacy.clip_norm` are not used; the clip norm is calibrated anew.
+A and B are averaged separately (as in FedIT, Zhang et al., 2023, arXiv 2305.05644), not the products B A. They
+replace the prompt, so they are tuned, clipped, noised and sent as one. `training.learning_rate` and
+`privacy.clip_norm` are not used; the clip norm is calibrated anew.
 """
 
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""FedProx on prompts: Li et al., MLSys 2020, arXiv 1812.06127.
-
-Clients minimise h_k(w; w_t) = F_k(w) + μ/2 ‖w - w_t‖² (equation 2), which limits client drift on skewed data."""
+"""FedProx on prompts (Li et al., MLSys 2020, arXiv 1812.06127): minimises F_k(w) + μ/2 ‖w - w_t‖² (equation 2)."""
 
 from pydantic import Field
 

@@ -91,8 +91,7 @@ def best_silhouette(
 
 
 def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
-    """Returns the mean adjusted Rand index to clusterings of four fifths of the vectors, over `STABLE` draws
-    (Ben-Hur, Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
+    """Returns the mean adjusted Rand index to clusterings of four fifths of the vectors (Ben-Hur et al., PSB 2002)."""
     found, random = 0.0, rng.make_generator(seed, "stability")
     for draw in range(STABLE):
         kept = torch.randperm(len(unit_ND), generator=random)[: max(len(unit_ND) * 4 // 5, len(set(labels)))]

@@ -43,8 +43,8 @@ def cluster_by_metadata(
         labels = best_silhouette(distance_CC, "precomputed", min(AUTO_MOST, different), drawn, lambda _: 1.0)
     else:
         labels = drawn(min(number, different))
-    assignment = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
-    return Clusters({name: assignment.index(k) for name, k in zip(names, labels, strict=True)}, len(assignment))
+    order = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
+    return Clusters({name: order.index(k) for name, k in zip(names, labels, strict=True)}, len(order))
 
 
 def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
@@ -91,8 +91,7 @@ def metadata_fields(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
     for field in by:
         if known and field not in known:
             raise ConfigError(
-                f"{did_you_mean('field', field, known)} (no client's public card states it; see partition.cards and "
-                "partition.publish)"
+                f"{did_you_mean('field', field, known)} (no public card has it; see partition.cards, partition.publish)"
             )
     return [field for field in by if field in known] if by else known
 
