@@ -9,9 +9,8 @@ Sun et al., "FedBPT: Efficient Federated Black-box Prompt Tuning for Large Langu
     server    σ' = 2 √( Σ_{k in the better half} Σ_j σ_kj² / (|S| population) )            (equation 6)
               (m, C, σ') <- CMA-ES updated by the m_k and their F(m_k)
 
-A masked record x' has random words in place of a share of its words. A prompt that answers from few words has both
-losses small and gains nothing. As in the paper's code, F is a ratio of means: in a mean of ratios one record can
-dominate. Each generation queries all of a client's records.
+A masked record x' has random words in place of a share of its words. A prompt that answers from few words gains
+nothing. As in the paper's code, F is a ratio of means. Each generation queries all records.
 
 Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1); `masked` is its code's (the paper
 prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ', which the
@@ -78,9 +77,7 @@ class FedBpt(Method):
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         if self.config.ratio and backbone.modality == "image":
-            raise ConfigError(
-                f"method.ratio = true: {backbone.name} takes images, which have no words; set it to false"
-            )
+            raise ConfigError(f"method.ratio = true: {backbone.name} takes images, without words; set it to false")
 
     def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)

@@ -67,10 +67,9 @@ def tune(
 def center_losses(loss_KB: Tensor) -> Tensor:
     """Centers each record's losses [K, B] on their mean over the candidates.
 
-    The ranking stays, and the common part of the losses takes no share of the clip norm. The mean is added candidate by
-    candidate, because the rounding of a sum over a dimension depends on the batch size.
+    The ranking stays, and the common part of the losses takes no share of the clip norm.
     """
-    return loss_KB - sum(loss_KB) / len(loss_KB)
+    return loss_KB - sum(loss_KB) / len(loss_KB)  # the rounding of `Tensor.sum` depends on the batch size
 
 
 def spread(candidates_KN: Tensor) -> float:

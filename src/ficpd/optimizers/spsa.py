@@ -2,8 +2,7 @@
 
     s_k = (L(y + c u_k) - L(y - c u_k)) / 2c,    g = mean_k s_k u_k,    u_k of ±1
 
-All clients of a round draw the same directions from public names (seed, method, round, step). These common random
-numbers leave only the difference of the records in the difference of the estimates.
+All clients of a round draw the same directions from public names (seed, method, round, step): common random numbers.
 """
 
 from collections.abc import Generator, Iterator
