@@ -14,7 +14,7 @@ record's K derivatives together. The server sends the smaller one: the averaged 
 replay, or the prompt.
 
 Ours: directions of signs (DPZero: the sphere, MeZO: Gaussian), K of them a step, in the configured subspace; and η. A
-step is as long as Adam's at the same rate, times the share of the gradient that K directions show
+step has the length of Adam's at the same rate, times the share of the gradient that K directions show
 (`spsa.step_scale`). The server tracks the RMS of the derivatives for it, so clients do not move in the first round.
 The settings are `training.directions` and `training.perturbation`; `training.optimizer` is not used.
 """
@@ -77,7 +77,7 @@ class DpZo(Method):
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         space, sent = self._space(client.start), []
-        apart, y = self.training.apart(assignment) * space.unit, self._place(client.start, assignment)
+        apart, y = self.training.apart(assignment) * space.unit, self._point(client.start, assignment)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
         for step, batch in enumerate(batches):
             signs_KN = self._signs(space, assignment.round, step)
@@ -100,7 +100,7 @@ class DpZo(Method):
         moves_SK = -self._step(rate, before or slope, space) * slopes_SK  # the clients' η, if they moved
         done = (round - 1) * self.training.local_steps  # rounds without an update add zeros
         moves_TK = torch.cat([state.arrays["moves_TK"], self._moves(done - len(state.arrays["moves_TK"])), moves_SK])
-        y = self._walked(state.arrays["y"], space, moves_SK, done)
+        y = self._replay(state.arrays["y"], space, moves_SK, done)
         return State({"start": start, "y": y, "moves_TK": moves_TK}, {**state.facts, "slope": slope, **means.facts})
 
     def global_prompt(self, state: State) -> Tensor:
@@ -108,7 +108,7 @@ class DpZo(Method):
         return start + self._space(start).lift(state.arrays["y"])
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return client.start + self._space(client.start).lift(self._place(client.start, assignment))
+        return client.start + self._space(client.start).lift(self._point(client.start, assignment))
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
         """Raises `CodecError` unless there are a rate, a step and either `moves_TK` or `y`."""
@@ -120,7 +120,7 @@ class DpZo(Method):
         if assignment.facts["rate"] == 0:
             raise CodecError("the assignment's 'rate' is 0, expected more")
         apart = self.training.apart(assignment) * space.unit * self._signs(space, assignment.round, 0)
-        y = self._place(start.vectors_PD, assignment)
+        y = self._point(start.vectors_PD, assignment)
         validate_norm(start.vectors_PD + space.lift(torch.cat([y + apart, y - apart])), start, "prompts asked about")
 
     def _space(self, start_PD: Tensor) -> SearchSpace:
@@ -134,18 +134,18 @@ class DpZo(Method):
         K = self.training.directions
         return rate * space.unit * step_scale(K, space.size) / slope if slope else 0.0
 
-    def _place(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
+    def _point(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
         """Returns the assigned point [size], which is sent itself or replayed from the moves."""
         if "y" in assignment.arrays:
             return assignment.arrays["y"]
         space = self._space(start_PD)
-        return self._walked(torch.zeros(space.size), space, assignment.arrays["moves_TK"], 0)
+        return self._replay(torch.zeros(space.size), space, assignment.arrays["moves_TK"], 0)
 
-    def _walked(self, y: Tensor, space: SearchSpace, moves_TK: Tensor, first: int) -> Tensor:
+    def _replay(self, y: Tensor, space: SearchSpace, moves_TK: Tensor, first: int) -> Tensor:
         """Returns y [size] after these moves. `first`: number of the first move's step, counted over all rounds."""
         steps = self.training.local_steps
-        for place, moves_K in enumerate(moves_TK, first):
-            y = y + moves_K @ self._signs(space, place // steps + 1, place % steps)
+        for step, moves_K in enumerate(moves_TK, first):
+            y = y + moves_K @ self._signs(space, step // steps + 1, step % steps)
         return y
 
     def _moves(self, steps: int) -> Tensor:

@@ -13,8 +13,8 @@ A masked record x' has random words in place of a share of its words. A prompt t
 nothing. As in the paper's code, F is a ratio of means. Each generation queries all records.
 
 Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1); `masked` is its code's (the paper
-prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ', which the
-paper leaves open. (The code also keeps σ above 0.5 and never increases it.)
+prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ'. (The paper
+leaves it open.) (The code also keeps σ above 0.5 and never increases it.)
 
 Ours: each client draws its own candidates, since with the code's common seed similar clients send equal means. A
 configured subspace is A. Fewer than four updates are averaged, because pycma takes no smaller population. Ranks have
@@ -94,7 +94,7 @@ class FedBpt(Method):
         return Assignment(self.name, round, arrays, {"sigma": state.facts["sigma"]})
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        search, sigmas = CMAES(self._begun_at(assignment), self.config.population), []
+        search, sigmas = CMAES(self._init_search(assignment), self.config.population), []
         batches = client.batches(*self.local_workload(State({})))
         for j in range(self.config.iterations):
             random = rng.make_generator("candidates", self.seed, self.name, client.id, assignment.round, j)
@@ -153,7 +153,7 @@ class FedBpt(Method):
         loss_K, masked_K = client.private_mean(torch.cat([answer.loss_KB, masked.loss_KB])).chunk(2)
         return loss_K / masked_K.clamp(min=1e-6)
 
-    def _begun_at(self, assignment: Assignment) -> dict[str, Tensor]:
+    def _init_search(self, assignment: Assignment) -> dict[str, Tensor]:
         mean = assignment.arrays["mean"].double()
         shape = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         shape[*torch.tril_indices(*shape.shape)] = assignment.arrays["shape_lower"].double()

@@ -6,7 +6,7 @@ see `token_aggregation` (Eq. 6).
 
 There is no published code. Our own specification: the backbone's masked language model draws the proposals, or they
 are drawn uniformly from its whole words (the paper: a masked language model behind an API). Proposals and positions
-come from a public seed, equal for all clients of a round, so that clients with similar records can agree. No public
+come from a public seed, equal for all clients of a round. So clients with similar records can agree. No public
 set is added to the records. Word vectors are the backbone's; a remote one needs `backbone.options.words`. The prompt
 keeps its length.
 
@@ -131,7 +131,7 @@ def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def argmin_first(mean_K: Tensor) -> int:
-    """Returns the index of the minimum, the first of a tie, so that the current word stays unless another is better.
+    """Returns the index of the minimum, the first of a tie, so that the current word wins ties.
 
     >>> argmin_first(torch.tensor([0.25, 0.5, 0.25]))
     0

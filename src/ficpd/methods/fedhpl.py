@@ -110,7 +110,7 @@ class FedHpl(Method):
         tuning = tune(
             self.training, client, assignment, self.personal_prompt(client, assignment), memory=client.client_state
         )
-        client.client_state["prompt"] = yield from self._distilled(tuning, assignment)
+        client.client_state["prompt"] = yield from self._with_distillation(tuning, assignment)
         answer = yield Query(client.client_state["prompt"][None], records, outputs=True)
         assert answer.outputs_KB is not None
         rows_BCN = logit_sums(answer.outputs_KB, records, self.config.logit_norm)
@@ -119,7 +119,7 @@ class FedHpl(Method):
         missing = assignment.facts["most_labels"] - len(summed)  # another task may have more labels
         return ClientUpdate(client.id, {LOGITS: F.pad(summed, (0, missing, 0, missing))})
 
-    def _distilled(
+    def _with_distillation(
         self, work: Generator[Query, Answer, Tensor], assignment: Assignment
     ) -> Generator[Query, Answer, Tensor]:
         """Adds the distillation loss to the optimizer's queries."""

@@ -199,11 +199,11 @@ class Ficpd(Method):
         heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
         given = self.config.shrinkage
         if isinstance(given, str):
-            drawn_back = shrinkage(heard, noise if given == "auto" else None)
+            shrunk = shrinkage(heard, noise if given == "auto" else None)
         else:
-            drawn_back = dict.fromkeys(heard, given)
+            shrunk = dict.fromkeys(heard, given)
         return torch.stack([
-            shared + (1 - drawn_back[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
+            shared + (1 - shrunk[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
             else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip

@@ -176,9 +176,9 @@ class Fpl(Method):
         step, moments = self.config.server.step(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
-        drawn_back = self._drawn_back(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
+        shrunk = self._shrinkage(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
         prototypes = [
-            shared + (1 - drawn_back[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
+            shared + (1 - shrunk[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
         ]
         arrays = {"start": state.arrays["start"], "global": shared, **moments, **signatures}
         facts = {**state.facts, "clusters": clusters.member, **means.facts}
@@ -239,8 +239,8 @@ class Fpl(Method):
         updates = means.updates
         if len(updates) == 1 and f"{SUM}0" in updates[0].arrays:
             sizes = {k: sum(own == k for own in clusters.member.values()) for k in range(clusters.number)}
-            everybody = sum(sizes.values())
-            return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
+            total = sum(sizes.values())
+            return {k: (updates[0].arrays[f"{SUM}{k}"] * total / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
             k: (means.mean_of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, means.weights),
@@ -249,7 +249,7 @@ class Fpl(Method):
             if came
         }  # fmt: skip
 
-    def _drawn_back(
+    def _shrinkage(
         self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]
     ) -> dict[int, float]:
         """Returns each cluster's shrinkage λ in 0..1, from the noise that the server may know."""

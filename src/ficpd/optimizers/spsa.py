@@ -37,7 +37,7 @@ def tune(
 ) -> Generator[Query, Answer, Tensor]:
     """Returns the tuned [P, D].
 
-    A step is as long as Adam's at the same rate, times the share of the gradient that K directions show: about K/D
+    A step has the length of Adam's at this rate, times the share of the gradient that K directions show: about K/D
     (`step_scale`). The root mean square of all derivatives so far estimates the gradient's length.
     """
     space, K = SearchSpace(tuple(start_PD.shape), client.subspace), training.directions

@@ -2,8 +2,8 @@
 
 A decoder reads the examples before the text: as many as fit, each with instruction and answer (Brown et al., NeurIPS
 2020, arXiv 2005.14165). An encoder has no such context. There the examples' mean features join the readout
-(Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; Snell et al., NeurIPS 2017, arXiv 1703.05175). Both contain
-or depend on private records, so they stay with their client.
+(Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; Snell et al., NeurIPS 2017, arXiv 1703.05175). Both
+reveal the records they are made of.
 """
 
 from collections.abc import Generator, Sequence

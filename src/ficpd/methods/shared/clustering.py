@@ -121,8 +121,8 @@ def relabel_clusters(
 ) -> Clusters:
     """Gives new clusters the old numbers, and moves a client only for a clear gain.
 
-    The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine to the new
-    centre exceeds that to the old one by more than `stay`.
+    The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine
+    grows by more than `stay`.
     """
     names = sorted(name for name in drawn.member if name in before)
     if not names:

@@ -20,8 +20,8 @@ def cluster_by_metadata(
 ) -> Clusters:  # fmt: skip
     """Clusters clients by the fields `by` of their cards (default: all), numbered by size, the largest first.
 
-    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers,
-        where a missing category is its own category and a missing number is the mean.
+    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers.
+        A missing category is its own category, a missing number is the mean.
     number: at most the number of distinct cards; "auto": the highest silhouette (Rousseeuw, 1987), or one cluster.
 
     Raises `ConfigError` for a field that no card has.
