@@ -8,7 +8,7 @@ and step sizes, which have no bounded sensitivity, and download a covariance of 
     server  (m, σ, C) <- CMA-ES updated by the mean of f       post-processing (Hansen, 2016, arXiv 1604.00772; pycma)
 
 CMA-ES uses ranks only, so centring a record's losses changes no result and saves clip norm. In units of the
-candidates' spread the vector is about as long as the record's gradient, so the gradients' clip norm fits
+candidates' spread the vector is about as long as the record's gradient. The gradients' clip norm fits it
 (`cma_es.spread`).
 
 A round queries `training.local_steps` times `training.batch_size` records at once. Candidates lie in the configured

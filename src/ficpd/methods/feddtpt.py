@@ -1,8 +1,8 @@
 """FedDTPT: tunes prompts of discrete tokens by queries only (Wu et al., 2024, arXiv 2411.00985).
 
-Client: at each step it proposes words for one position of the prompt, queries all of them on the step's batch, and
-keeps the best (the paper's feedback loop). Accuracy is the default signal, for models that return text only. Server:
-see `token_aggregation` (Eq. 6).
+Client: each step proposes words for one position of the prompt, queries them on the batch, and keeps the best (the
+paper's feedback loop). Accuracy is the default signal, for models that return text only. Server: see
+`token_aggregation` (Eq. 6).
 
 There is no published code. Our own specification: the backbone's masked language model draws the proposals, or they
 are drawn uniformly from its whole words (the paper: a masked language model behind an API). Proposals and positions
