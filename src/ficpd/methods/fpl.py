@@ -49,7 +49,7 @@ class Config(FrozenConfig):
         (of the first updates, as in `ficpd`), or "none".
     residual: "full" [P, D] or "low_rank" of `rank`. `residual_weight` pulls it to zero.
     personal_steps: residual steps a round; None: `training.local_steps`.
-    held_back: share of records held out to select the residual's share in the first two thirds of the rounds.
+    held_back: share of records held out in the first two thirds of the rounds; it selects the residual's share (0: all).
     label_prior: adds the client's label shares to the logits (classification only). `privacy.statistics` gives the
         statistic `labels` a share of a record-level budget."""
 
