@@ -83,8 +83,7 @@ def tune(
 ) -> Generator[Query, Answer, Tensor]:
     """Tunes the client's [P, D] by the configured optimizer, at the assignment's rate.
 
-    In a subspace the optimizer sees coordinates z [k]. The rate grows by √(PD/k), so that a step moves the prompt as
-    far as a step in all its numbers.
+    In a subspace the optimizer tunes coordinates z [k]. The rate grows by √(PD/k), which keeps the prompt's step length.
     """
     optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
@@ -132,7 +131,7 @@ def map_queries(
 
 
 def _project_each(coordinates: Subspace, grad_KBPD: Tensor | None) -> Tensor | None:
-    """[K, B, P, D] to [K, B, k], record by record: one product of all records rounds each by how many there are."""
+    """Maps [K, B, P, D] to [K, B, k], record by record, because rounding depends on the batch size."""
     if grad_KBPD is None:
         return None
     grad_KBN = grad_KBPD.new_zeros(*grad_KBPD.shape[:2], coordinates.size)
