@@ -108,7 +108,7 @@ def test_run_names_its_directory_itself(ficpd, folder, tmp_path, monkeypatch):
 def test_run_again_is_refused_and_resume_is_not(ficpd, folder, tmp_path):
     call = ("run", folder / "small.toml", "--out", tmp_path / "run")
     assert ficpd(*call)[0] == 0
-    assert "already holds a run; go on with it (--resume)" in failed(ficpd(*call))
+    assert "already holds a run. Go on with it (--resume)" in failed(ficpd(*call))
     status, out, _ = ficpd(*call, "--resume")
     assert status == 0
     assert "fedavg" in out
