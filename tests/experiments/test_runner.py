@@ -357,7 +357,7 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
     out.mkdir()
     (out / "chapter.tex").write_text("...")
     for resume in (False, True):
-        with pytest.raises(RunError, match="is not empty and holds no run. Choose another --out"):
+        with pytest.raises(RunError, match=r"is not empty and holds no run\. Choose another --out"):
             run_experiment(given, out, resume=resume)
     assert [file.name for file in out.iterdir()] == ["chapter.tex"]
 
@@ -369,7 +369,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 def test_another_experiment_is_not_gone_on_with(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml", ["seed=9"])
-    with pytest.raises(RunError, match="another experiment. Resume without changes"):
+    with pytest.raises(RunError, match=r"another experiment\. Resume without changes"):
         run_experiment(given, finished / "run", resume=True)
 
 

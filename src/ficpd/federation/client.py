@@ -139,7 +139,7 @@ class ClientSession:
     def vocabulary(self) -> Vocabulary:
         words = self.client.backbone.vocabulary
         if words is None:
-            raise BackboneError(f"{self.client.backbone.name} knows no words for a prompt to be made of")
+            raise BackboneError(f"{self.client.backbone.name} has no vocabulary for token prompts")
         return words
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
@@ -166,10 +166,10 @@ class ClientSession:
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
         if self._open != (number := values_KB.shape[1]):
-            given = f"{number} records where the last batch has {self._open}"
+            expected = f"the last batch has {self._open}" if self._open is not None else "no batch is open"
             raise PrivacyError(
-                f"a method averages {'a batch twice, or none that was drawn' if self._open is None else given}; each "
-                "batch is paid for once: average it once, whole, before the next is drawn"
+                f"private_mean got {number} records, and {expected}. Average each batch once and whole, before the next "
+                "one is drawn"
             )
         self._open = None
         grad_scale = self.subspace.grad_scale if self.subspace else None
@@ -253,8 +253,8 @@ def execute_assignment(
             return restore_update(client, stored, round)
         if round < (newest := account.last_round(assignment.method)):
             raise PolicyError(
-                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered; that "
-                "round is over, and nothing was spent on it. Ask for the next one"
+                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered: the "
+                "old round is over, and nothing was spent on it. Send the next one"
             )
     declared = method.capabilities.statistics_per_round.keys() | set(method.capabilities.statistics_once)
     session = ClientSession(client, round, assignment.method, declared)
@@ -328,17 +328,17 @@ def restore_update(client: Client, body: bytes, round: int | None = None) -> Cli
     if round is not None:
         client.query_counts[round] = list(extra["query_counts"])
     if extra["failed"]:
-        raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
+        raise PolicyError(f"this assignment failed at {client.name} and is not tried again. Send the next round")
     return ClientUpdate(client.name, parts["update"], extra["weight"])
 
 
 def personal_prompt(method: Method, client: Client, assignment: Assignment) -> Tensor:
-    """[P, D] that this client would use now. Nothing is released."""
+    """Returns [P, D] that this client would use now. Nothing is released."""
     return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 
 def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
-    """The client's records as it evaluates them, with what the method knows of it besides a prompt."""
+    """Returns the client's records with the method's knowledge of it (`Method.local_batch`), for evaluation."""
     return method.local_batch(ClientSession(client, 0).local_context(), batch)
 
 

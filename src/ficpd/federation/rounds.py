@@ -15,8 +15,6 @@ from ficpd.interfaces import Compression, Engine, Model
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
-Wire = Mapping[str, ArraySpec]
-
 
 @dataclass(frozen=True)
 class Round:
@@ -169,7 +167,7 @@ def _collect(
 
 
 def _checked(
-    asked: Mapping[int, set[str]], fingerprint: str, wire: Wire, max_norm: float, reply: Reply
+    asked: Mapping[int, set[str]], fingerprint: str, wire: Mapping[str, ArraySpec], max_norm: float, reply: Reply
 ) -> ClientUpdate:
     """Decodes an update of this round, or a late one of an earlier round with less weight."""
     if reply.body is None:

@@ -2,7 +2,7 @@
 
 All releases are Gaussian on a Poisson sample (`PrivacyCost`), composed adaptively. PLD: Koskela, Jälkö and Honkela,
 AISTATS 2020, arXiv 1906.03049; Doroshenko et al., PoPETs 2022, arXiv 2207.04380. Its discretisation is pessimistic: a
-coarse grid overestimates, never underestimates. RDP (Mironov et al., 2019, arXiv 1908.10530) is a cross-check.
+coarse grid overestimates, never underestimates.
 """
 
 import math
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
 
 from scipy.optimize import brentq
 
@@ -34,13 +33,6 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> f
     1.52
     """
     return _pld(_key(costs), delta, grid)
-
-
-def epsilon_rdp(costs: Iterable[PrivacyCost], delta: float) -> float:
-    """Computes the looser upper bound by Rényi differential privacy."""
-    from dp_accounting.rdp import RdpAccountant
-
-    return _composed(RdpAccountant(), _key(costs)).get_epsilon(delta)
 
 
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
@@ -139,7 +131,7 @@ def _key(costs: Iterable[PrivacyCost]) -> Key:
 
 @lru_cache(maxsize=65536)
 def _pld(key: Key, delta: float, grid: float) -> float:
-    from dp_accounting import NeighboringRelation
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
     if not key:
@@ -147,16 +139,10 @@ def _pld(key: Key, delta: float, grid: float) -> float:
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
-    return float(_composed(accountant, key).get_epsilon(delta))
-
-
-def _composed(accountant: Any, key: Key) -> Any:
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-
     for rate, multiplier, count in key:
         event = GaussianDpEvent(multiplier)
         accountant.compose(event if rate >= 1 else PoissonSampledDpEvent(rate, event), count)
-    return accountant
+    return float(accountant.get_epsilon(delta))
 
 
 def is_covered_by(certified: Iterable[PrivacyCost], costs: Iterable[PrivacyCost]) -> bool:

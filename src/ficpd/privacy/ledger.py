@@ -69,7 +69,9 @@ class Ledger:
     def _open(self, rounds_paid: int) -> None:
         tables = {name for (name,) in self.file.execute("select name from sqlite_master where type = 'table'")}
         if tables and "meta" not in tables:
-            raise LedgerError(f"{self.path} is a database of something else ({', '.join(sorted(tables))})")
+            raise LedgerError(
+                f"{self.path} is no ledger, but a database with other tables ({', '.join(sorted(tables))})"
+            )
         self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
         self._claim()
         (last,) = self.file.execute("select coalesce(max(round), 0) from costs").fetchone()
@@ -90,7 +92,7 @@ class Ledger:
             ) from error
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"{self.path} cannot be read as a ledger: {error}. What was spent is not known: restore the file from a copy"
+                f"{self.path} cannot be read as a ledger: {error}. The privacy cost is unknown: restore the file from a copy"
             ) from error
 
     def _claim(self) -> None:
@@ -102,7 +104,7 @@ class Ledger:
             elif found != (self.owner, VERSION):
                 raise LedgerError(
                     f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
-                    f"{VERSION}); put its own ledger there, or begin in a new directory"
+                    f"{VERSION}). Put its own ledger there, or begin in a new directory"
                 )
 
     @contextmanager
@@ -124,7 +126,7 @@ class Ledger:
         return count
 
     def account(self, site: str, budget: Budget, run: str = "") -> "Account":
-        """`run`: one of several runs, in a site's ledger."""
+        """Opens an account. `run`: one of several runs, in a site's ledger."""
         return Account(self, site, budget, run)
 
     def close(self) -> None:
@@ -164,7 +166,7 @@ class Account:
         if after > self.budget.epsilon:
             raise BudgetError(
                 f"{self.site} has spent epsilon = {self.epsilon():.4g} of {self.budget.epsilon:g} (delta = "
-                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. Ask for "
+                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. Plan "
                 "fewer rounds or steps, or agree on a larger budget"
             )
 
@@ -217,7 +219,7 @@ class Account:
             )
 
     def costs_json(self) -> str:
-        """Lists all costs as JSON, for a person who checks them."""
+        """Lists all costs as JSON."""
         names = ("run", "round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
         rows = self.ledger.file.execute(
             f"select {', '.join(names)} from costs where site = ? order by rowid", (self.site,)
