@@ -1,4 +1,4 @@
-"""The command line. Every command's work is one import away, so that `ficpd --help` loads neither torch nor Flower."""
+"""The command line. Commands import inside their functions, so that `ficpd --help` loads neither torch nor Flower."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ app.add_typer(site, name="site")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one red paragraph and exit status 1, never a traceback."""
+    """Runs the command line. Prints a `FicpdError` without traceback and exits with status 1."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = _warn
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """A warning as one yellow paragraph, without the line of code that raised it."""
+    """Prints a warning without its source line."""
     errors.print("[bold yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""`ficpd report`: the command. Its work is one import away."""
+"""The command `ficpd report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +11,10 @@ def report(
         Path, typer.Argument(metavar="DIR", help="the directory of a finished run or of a comparison")
     ],
     out: Annotated[Path | None, typer.Option(help="the HTML file; none: DIR/report.html")] = None,
-    csv: Annotated[bool, typer.Option("--csv", help="also the table as CSV, beside the page")] = False,
-    latex: Annotated[bool, typer.Option("--latex", help="also the table as LaTeX, beside the page")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="also write the table as CSV")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="also write the table as LaTeX")] = False,
 ) -> None:
-    """Draw a run, or a comparison, as one HTML file that needs nothing else: no network, no server.
+    """Write a report of a run or a comparison as one HTML file, which needs no network and no server.
 
     Example: `ficpd report runs/demo --csv`
     """

@@ -1,4 +1,4 @@
-"""The commands of one experiment: run it, attack what it left, say what is there. Their work is one import away."""
+"""The commands for one experiment: run, audit, info."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,11 @@ def run(
     recipe: Annotated[str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart")] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue after the last finished round")] = False,
     engine: Annotated[str | None, typer.Option(help="in_process, or flower: among real sites")] = None,
     track: Track = None,
 ) -> None:
-    """Run an experiment and leave its results, its library and a report in a run directory.
+    """Run an experiment and write its results, library and report to a run directory.
 
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
@@ -52,7 +52,7 @@ def run(
 
             run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
-        errors.print("stopped; `--resume` goes on from the last finished round")
+        errors.print("stopped; `--resume` continues after the last finished round")
         raise typer.Exit(130) from None
     results = load_results(out)
     print_table(*results_table(results))
@@ -75,9 +75,9 @@ def audit(
     canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
     seed: int = 0, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Attack a run: who was in the training data, and whether its ε holds. Exit status 2 if it does not.
+    """Attack a run: infer members of its training data, and test its ε. Exit status 2 if the ε is violated.
 
-    Without the run, attack a library's prompt by its members: `--trained` and `--others`.
+    Without the run, attack a library's prompt with known members: `--trained` and `--others`.
 
     Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
     """
@@ -86,7 +86,7 @@ def audit(
     from ficpd.library.records import read_records
 
     if bool(trained) != bool(others):
-        raise typer.BadParameter("give --trained and --others together: members, and records to tell them from")
+        raise typer.BadParameter("give --trained and --others together: members and non-members")
     if trained and others:
         folder = out or run.with_name(run.resolve().name + "-audit")
         known, unknown = (read_records(file, roles(columns)) for file in (trained, others))
@@ -113,9 +113,24 @@ def audit(
 def info(
     path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
 ) -> None:
-    """Say what a library or a run is; with nothing given, what this installation has."""
-    from ficpd.cli.environment import environment_info
+    """Describe a library or a run; without one, this installation."""
+    import torch
+
+    from ficpd import __version__, registry
+    from ficpd.backbones.autotune import machine_info
+    from ficpd.backbones.catalog import NAMED
+    from ficpd.experiments.config import recipes
     from ficpd.library.session import library_facts
 
-    for name, value in (library_facts(path) if path else environment_info()).items():
+    if path:
+        facts = library_facts(path)
+    else:
+        kinds = ("methods", "tasks", "backbones", "optimizers", "privacy", "engines")
+        facts = {
+            "ficpd": __version__, **{kind: ", ".join(registry.names(kind)) for kind in kinds},
+            "named backbones": "; ".join(f"{name}: {entry.about}" for name, entry in NAMED.items()),
+            "recipes": ", ".join(recipes()), "machine": machine_info(torch.device("cpu")),
+            "cuda": torch.cuda.is_available(),
+        }  # fmt: skip
+    for name, value in facts.items():
         screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)

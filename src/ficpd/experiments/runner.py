@@ -191,7 +191,7 @@ def _bytes(rounds: Sequence[Round], run_spec_bytes: int) -> Bytes:
 
 
 class SimulatedClients(Clients):
-    """`zero_shot`: the score without a prompt; None: this run measures it. Not `private`: without the experiment's privacy."""
+    """`zero_shot`: the score without a prompt; None: this run's. Not `private`: without the experiment's privacy."""
 
     def __init__(self, zero_shot: Score | None, private: bool):
         self.zero_shot, self.private = zero_shot, private
