@@ -160,7 +160,7 @@ def test_interrupting_says_how_to_go_on(ficpd, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ficpd.experiments.runner.run", interrupted)
     status, _, err = ficpd("run", folder / "small.toml", "--out", tmp_path / "run")
     assert status == 130
-    assert "`--resume` goes on from the last finished round" in err
+    assert "`--resume` continues after the last finished round" in err
 
 
 # ---------------------------------------------------------------- using a library

@@ -13,8 +13,7 @@ from ficpd.cli.compare import compare
 from ficpd.cli.console import errors
 from ficpd.cli.deploy import deploy
 from ficpd.cli.library import adapt, evaluate, export, import_, predict
-from ficpd.cli.report import report
-from ficpd.cli.run import audit, info, run
+from ficpd.cli.run import audit, info, report, run
 from ficpd.cli.site import site
 from ficpd.errors import FicpdError
 

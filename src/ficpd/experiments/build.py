@@ -124,10 +124,8 @@ class ExperimentContext:
         found = calibrate_clipping_and_compression(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
         of_records = found["clip_norm"] or max(found["clip_norms"].values())
         clip = declared.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * declared.means_per_update**0.5
-        return replace(
-            self,
-            experiment=self.experiment.model_copy(update={"privacy": {**self.experiment.privacy, "clip_norm": clip}}),
-        )
+        privacy = {**self.experiment.privacy, "clip_norm": clip}
+        return replace(self, experiment=self.experiment.model_copy(update={"privacy": privacy}))
 
     def unseen_clients(self) -> dict[str, Client]:
         return replace(self, shards=self.unseen).clients()

@@ -87,13 +87,9 @@ class Runner:
     """Runs one method with one group of clients, from the last checkpoint on."""
 
     def __init__(
-        self,
-        context: ExperimentContext,
-        config: Mapping[str, Any],
-        directory: RunDir,
-        clients: Clients,
+        self, context: ExperimentContext, config: Mapping[str, Any], directory: RunDir, clients: Clients,
         private: bool = True,
-    ):
+    ):  # fmt: skip
         self.config, self.directory, self.clients = config, directory, clients
         self.method = build_method(context, config)
         self.context = context.with_method(self.method)

@@ -67,16 +67,10 @@ def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> 
 
 
 def run_rounds(
-    method: Method,
-    engine: Engine,
-    model: Model,
-    state: State,
-    schedule: RoundSchedule,
-    compression: Compression,
-    first_round: int = 1,
-    central: CentralGaussian | None = None,
+    method: Method, engine: Engine, model: Model, state: State, schedule: RoundSchedule, compression: Compression,
+    first_round: int = 1, central: CentralGaussian | None = None,
     before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
-) -> Iterator[tuple[State, Round]]:
+) -> Iterator[tuple[State, Round]]:  # fmt: skip
     """Yields the state after each round. Drops and reports updates that fail the checks.
 
     A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
@@ -135,11 +129,9 @@ class RoundReplies:
 
 
 def _collect(
-    replies: Sequence[Reply],
-    assignments: Mapping[str, bytes],
-    asked: Mapping[int, set[str]],
+    replies: Sequence[Reply], assignments: Mapping[str, bytes], asked: Mapping[int, set[str]],
     checked: Callable[[Reply], ClientUpdate],
-) -> RoundReplies:
+) -> RoundReplies:  # fmt: skip
     """Collects the first valid update of each client that was asked, and the reasons why others are dropped."""
     came = RoundReplies()
     for reply in replies:

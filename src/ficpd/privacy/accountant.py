@@ -58,7 +58,9 @@ class _Plan:
 
 @lru_cache(maxsize=4096)
 def _calibrated(target: float, delta: float, plan: _Plan) -> float:
-    high = found = _guess(target, delta, plan.costs_at(1.0))
+    # Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan.
+    sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in plan.costs_at(1.0)))
+    high = found = max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
     for grid in (min(COARSE, target / 500) / 4**finer for finer in range(5)):
         found = _solved(target, plan, lambda costs, grid=grid: epsilon(costs, delta, grid), high)
         if epsilon(plan.costs_at(found), delta, min(FINE, grid)) >= 0.99 * target:
@@ -89,12 +91,6 @@ def _solved(target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCo
     while epsilon_of(plan.costs_at(found)) > target:
         found *= 1.001
     return found
-
-
-def _guess(target: float, delta: float, unit: Sequence[PrivacyCost]) -> float:
-    """Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan."""
-    sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in unit))
-    return max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
 
 
 def cost_shares(costs: Sequence[PrivacyCost], delta: float) -> list[dict[str, JSON]]:

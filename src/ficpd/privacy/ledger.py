@@ -73,7 +73,15 @@ class Ledger:
                 f"{self.path} is no ledger, but a database with other tables ({', '.join(sorted(tables))})"
             )
         self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
-        self._claim()
+        with self.transaction():
+            found = self.file.execute("select owner, version from meta").fetchone()
+            if found is None:
+                self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
+            elif found != (self.owner, VERSION):
+                raise LedgerError(
+                    f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
+                    f"{VERSION}). Put its own ledger there, or begin in a new directory"
+                )
         (last,) = self.file.execute("select coalesce(max(round), 0) from costs").fetchone()
         if last < rounds_paid:
             raise LedgerError(
@@ -94,18 +102,6 @@ class Ledger:
             raise LedgerError(
                 f"{self.path} cannot be read as a ledger: {error}. The privacy cost is unknown: restore the file from a copy"
             ) from error
-
-    def _claim(self) -> None:
-        """Writes owner and version into a new file, and checks those of an existing one."""
-        with self.transaction():
-            found = self.file.execute("select owner, version from meta").fetchone()
-            if found is None:
-                self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
-            elif found != (self.owner, VERSION):
-                raise LedgerError(
-                    f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
-                    f"{VERSION}). Put its own ledger there, or begin in a new directory"
-                )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -70,13 +70,9 @@ class RecordGaussian(Mechanism):
     unit = "record"
 
     def __init__(
-        self,
-        config: Config,
-        plan: ClientWorkload,
-        multiplier: float,
-        statistics: Mapping[str, PrivacyCost],
+        self, config: Config, plan: ClientWorkload, multiplier: float, statistics: Mapping[str, PrivacyCost],
         planned: list[PrivacyCost],
-    ):
+    ):  # fmt: skip
         self.config, self.plan, self.noise = config, plan, config.noise
         self.noise_multiplier, self.clip_norm = multiplier, settings.clip_norm(config)
         self._statistics, self._planned = statistics, planned
