@@ -21,7 +21,7 @@ from ficpd.evaluation.fairness import over_clients, over_groups, share_worse_off
 from ficpd.evaluation.personalization import personalization_levels, unseen_client_scores
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, to_toml
-from ficpd.experiments.distillation import DISTILLED
+from ficpd.experiments.distillation import DISTILLED, distill_library
 from ficpd.experiments.report.build import PAGE, write_page
 from ficpd.experiments.results import BackboneInfo, Bytes, Metrics, RunResult, Seconds
 from ficpd.experiments.run_directory import RunDir
@@ -32,8 +32,8 @@ from ficpd.experiments.setup import (
     build_schedule,
     check_method,
     cluster_report,
-    distill_if_configured,
     federation_info,
+    tasks_of,
     with_noise_scale,
 )
 from ficpd.federation.client import client_states, load_client_states
@@ -139,7 +139,12 @@ class Runner:
         """Evaluates and distils; saves the library and the result."""
         context, method, experiment, rounds = self.context, self.method, self.context.experiment, self.rounds
         found, clusters = self.clients.evaluate(self), cluster_report(context, self.state)
-        refined = distill_if_configured(context, method, self.state, self.directory) if clusters else None
+        refined = None
+        if clusters and experiment.distillation.how != "none":
+            basis = {n: context.start.with_vectors(v) for n, v in method.library_prompts(self.state).items()}
+            sizes = Counter(f"prototype-{cluster}" for cluster in clusters.member.values())
+            groups = tasks_of(context, self.state, list(context.tasks))
+            refined = distill_library(context, basis, groups, sizes, self.directory)
         if refined and (scores := self.clients.score(self, refined.prompt)):
             found["metrics"] = found["metrics"].model_copy(update={"distilled": scores})
         result = RunResult(

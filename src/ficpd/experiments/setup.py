@@ -1,6 +1,5 @@
 """Builds the parts of a run: method, schedule, noise scale, cluster report and library."""
 
-from collections import Counter
 from collections.abc import Mapping
 from math import ceil, floor, log10
 from pathlib import Path
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.experiments.build import ExperimentContext
-from ficpd.experiments.distillation import DistillationResult, distill_library, validate_distillation
+from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
-from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.client import LABELS
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
@@ -160,14 +158,3 @@ def tasks_of(context: ExperimentContext, state: State, tasks: list[str]) -> dict
     for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
         of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[context.group_of[client]])
     return {prompt: sorted(names) for prompt, names in of_prompt.items()}
-
-
-def distill_if_configured(
-    context: ExperimentContext, method: Method, state: State, directory: RunDir
-) -> DistillationResult | None:
-    """Distils the prototypes, if the experiment asks for it."""
-    if context.experiment.distillation.how == "none":
-        return None
-    basis = {name: context.start.with_vectors(vectors) for name, vectors in method.library_prompts(state).items()}
-    sizes = Counter(f"prototype-{cluster}" for cluster in state.facts["clusters"].values())
-    return distill_library(context, basis, tasks_of(context, state, list(context.tasks)), sizes, directory)

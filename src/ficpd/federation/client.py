@@ -178,7 +178,7 @@ class ClientSession:
         return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale)
 
     def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
-        """See `ClientContext`. Each statistic has a ledger line of its own."""
+        """See `ClientContext`. Each statistic has a separate ledger line."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the statistic {name!r} was given {len(values_BN)} rows, one per record was expected")
         if name not in self._declared and self.client.mechanism.unit != "none":
@@ -241,11 +241,11 @@ def log_label_prior(counts_C: Tensor) -> Tensor:
 def execute_assignment(
     method: Method, client: Client, assignment: Assignment
 ) -> Generator[Query, Answer, ClientUpdate]:
-    """Runs an assignment. The update is what the mechanism released, and the ledger has its costs before it is returned.
+    """Runs an assignment and returns the mechanism's release, once the ledger has committed its costs.
 
-    A completed assignment is answered with the stored update. Raises `PolicyError` for one of an earlier round, whose
-    update is deleted: it would be released twice. An assignment that fails after records were drawn is charged and not
-    tried again, since the failure may depend on the records.
+    A completed assignment is answered with the stored update. Updates of earlier rounds are deleted, and their assignments
+    raise `PolicyError`. An assignment that fails after records were drawn is charged and not tried again, because the
+    failure may depend on the records.
     """
     account, round = client.account, assignment.round
     if account is not None:

@@ -47,7 +47,7 @@ class Capabilities:
     not_private: str = "it declares none (Capabilities.private_units); run it with privacy.name = 'none'"
     """Explains a refused unit and names an alternative."""
     releases: bool = True
-    """Whether anything that depends on records leaves a client, or a user receives it."""
+    """Whether clients release values that depend on records, to the server or to users."""
     linear: bool = False
     """`aggregate` needs only the weighted sum of the updates (`cluster_sums`): central noise is possible."""
     statistics_per_round: Mapping[str, float] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Method(ABC):
         return self.update_spec(state)
 
     def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
-        """The update as a term of that sum; with clusters, zero in all parts but its own."""
+        """Returns the update as a term of that sum; with clusters, zero in all parts but its cluster's."""
         return update
 
     @abstractmethod

@@ -82,7 +82,7 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
     if part.get("placement") == "central" and not declared.linear:
         raise PrivacyError(
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} aggregates each client's "
-            "update by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
+            "update by itself. Use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
             "(fedavg, fedprox) with method.robust.rule = 'mean'"
         )
     if unit not in declared.private_units:
@@ -101,8 +101,8 @@ def plan_privacy(
     part = privacy_config_for(method, part)
     if part.get("placement") == "central" and schedule.accept_late:
         raise PrivacyError(
-            f"federation.accept_late = {schedule.accept_late}: noise on a round's sum is accounted for its own sample, "
-            "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
+            f"federation.accept_late = {schedule.accept_late}: central noise is accounted for one round's cohort, and a "
+            "late update joins another round. Set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
     module, config = build_config("privacy", part)
     plans = client_workloads(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)

@@ -152,7 +152,7 @@ class Account:
         return accountant.epsilon(self.spent(), self.budget.delta)
 
     def check_budget(self, costs: Iterable[PrivacyCost]) -> None:
-        """Raises `BudgetError` if these releases on top of what was spent would cross the budget."""
+        """Raises `BudgetError` if the spent costs and these together would exceed the budget."""
         if self.budget.epsilon is None:
             return
         together = [*self.spent(), *costs]

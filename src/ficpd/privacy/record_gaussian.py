@@ -59,8 +59,8 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
 class RecordGaussian(Mechanism):
     """Guarantees:
 
-    - one record more or less moves the sum in `noisy_mean` by at most `clip_norm`, jointly over all K candidates, also if
-      its values are not finite (`tests/contracts/test_mechanism.py`);
+    - one record more or less moves the sum in `noisy_mean` by at most `clip_norm`, jointly over all K candidates; values
+      that are not finite do not change this (`tests/contracts/test_mechanism.py`);
     - the noise on that sum has deviation `noise_multiplier · clip_norm`, and `cost(STEP)` states that multiplier;
     - records join a step independently with probability `sampling_rate`; an empty sample is a valid one;
     - the mean divides by the expected batch, never by the number of records in the sample;
