@@ -351,7 +351,7 @@ def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--task", "classification", "--label", "a=b"), "--task is one that the library knows"),
+        (("--task", "classification", "--label", "a=b"), "--task names a task of the library"),
         (("--label", "sad"), "--label takes label=text"),
         (("--shots", "-1"), "--shots"),
     ],
@@ -434,7 +434,7 @@ def test_predict_and_evaluate_agree(ficpd, folder, tmp_path):
 def test_predict_wants_texts_or_a_file(ficpd, folder, words):
     status, _, err = ficpd("predict", folder / "run", *words)
     assert status == 2
-    assert "give --text or --data" in err
+    assert "give one of --text and --data" in err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
