@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
         checkpoint.write_bytes(first)
     before, said = left(tmp_path), "ends with round 1: it is an older copy" if older else "checkpoint is gone"
     with pytest.raises(
-        LedgerError, match=rf"has round 3 of .*{said}.*restore the newest checkpoint, or begin in a new"
+        LedgerError, match=rf"has round 3 of .*{said}.*Restore the newest checkpoint, or begin in a new"
     ):
         run_experiment(experiment, tmp_path / "run", resume=True)
     assert left(tmp_path) == before

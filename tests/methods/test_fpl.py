@@ -563,7 +563,5 @@ def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
     assert {line.name for line in result.privacy.lines} == {"prompt", "labels"}
     assert result.privacy.epsilon <= 8.0
     ratings = SimpleNamespace(tasks={"": small.numbers()}, experiment=SimpleNamespace(training=EXACT))
-    with pytest.raises(
-        ConfigError, match="label_prior = true goes by how frequent each label is, and its task has none"
-    ):
+    with pytest.raises(ConfigError, match="label_prior = true needs labels, and its task has none"):
         build_method(ratings, {"name": "fpl", "label_prior": True})

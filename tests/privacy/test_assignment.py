@@ -328,22 +328,23 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
 
 
 @pytest.mark.parametrize(
-    ("work", "words"),
+    ("drawn", "work", "words"),
     [
-        (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
-        (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
-        (lambda client, rows: client.private_mean(rows[:, :-1]), "another number of records than the batch"),
+        (False, lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "no batch is open"),
+        (True, lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "no batch is open"),
+        (True, lambda client, rows: client.private_mean(rows[:, :-1]), "other records than the last batch has"),
         (
+            True,
             lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)),
-            "another number of records than the batch",
+            "other records than the last batch has",
         ),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
 )
-def test_a_batch_is_averaged_once_and_whole(member, work, words):
+def test_a_batch_is_averaged_once_and_whole(member, drawn, work, words):
     session = ClientSession(member(record_level(noise="simulated")), 3)
     rows = torch.ones(1, 1, 2)
-    if "none" not in words:
+    if drawn:
         batch = next(batch for batch in session.batches(20, 4) if len(batch))
         rows = torch.ones(1, len(batch), 2)
     with pytest.raises(PrivacyError, match=words):

@@ -144,7 +144,7 @@ class ClientSession:
     def vocabulary(self) -> Vocabulary:
         words = self.client.backbone.vocabulary
         if words is None:
-            raise BackboneError(f"{self.client.backbone.name} knows no words for a prompt to be made of")
+            raise BackboneError(f"{self.client.backbone.name} has no vocabulary for token prompts")
         return words
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
@@ -172,11 +172,11 @@ class ClientSession:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
         if self._open != values_KB.shape[1]:  # the numbers are private, and the server gets this error
             given = (
-                "a batch twice, or none that was drawn"
-                if self._open is None
-                else "another number of records than the batch's"
+                "other records than the last batch has" if self._open is not None else "records, and no batch is open"
             )
-            raise PrivacyError(f"a method averages {given}; each batch is charged once: average it once, whole")
+            raise PrivacyError(
+                f"private_mean got {given}. Average each batch once and whole, before the next one is drawn"
+            )
         self._open = None
         grad_scale = self.subspace.grad_scale if self.subspace else None
         if grad_scale is not None and values_KB.shape[2:] != grad_scale.shape:
@@ -184,7 +184,7 @@ class ClientSession:
         return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale)
 
     def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
-        """See `ClientContext`. Each statistic has a ledger line of its own."""
+        """See `ClientContext`. Each statistic has a separate ledger line."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the statistic {name!r} was given {len(values_BN)} rows, one per record was expected")
         if name not in self._declared and self.client.mechanism.unit != "none":
@@ -246,11 +246,11 @@ def log_label_prior(counts_C: Tensor) -> Tensor:
 def execute_assignment(
     method: Method, client: Client, assignment: Assignment
 ) -> Generator[Query, Answer, ClientUpdate]:
-    """Runs an assignment. The update is what the mechanism released, and the ledger has its costs before it is returned.
+    """Runs an assignment and returns the mechanism's release, once the ledger has committed its costs.
 
-    A completed assignment is answered with the stored update. Raises `PolicyError` for one of an earlier round, whose
-    update is deleted: it would be released twice. An assignment that fails after records were drawn is charged and not
-    tried again, since the failure may depend on the records.
+    A completed assignment is answered with the stored update. Updates of earlier rounds are deleted, and their assignments
+    raise `PolicyError`. An assignment that fails after records were drawn is charged and not tried again, because the
+    failure may depend on the records.
     """
     account, round = client.account, assignment.round
     if account is not None:
@@ -258,8 +258,8 @@ def execute_assignment(
             return restore_update(client, stored, round)
         if round < (newest := account.last_round(assignment.method)):
             raise PolicyError(
-                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered; that "
-                "round is over, and nothing was spent on it. Ask for the next one"
+                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered: the "
+                "old round is over, and nothing was spent on it. Send the next one"
             )
     declared = method.capabilities.statistics_per_round.keys() | set(method.capabilities.statistics_once)
     session = ClientSession(client, round, assignment.method, declared)
@@ -332,17 +332,17 @@ def restore_update(client: Client, body: bytes, round: int | None = None) -> Cli
     if round is not None:
         client.query_counts[round] = list(extra["query_counts"])
     if extra["failed"]:
-        raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
+        raise PolicyError(f"this assignment failed at {client.name} and is not tried again. Send the next round")
     return ClientUpdate(client.name, parts["update"], extra["weight"])
 
 
 def personal_prompt(method: Method, client: Client, assignment: Assignment) -> Tensor:
-    """[P, D] that this client would use now. Nothing is released."""
+    """Returns [P, D] that this client would use now. Nothing is released."""
     return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 
 def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
-    """The client's records as it evaluates them, with what the method knows of it besides a prompt."""
+    """Returns the client's records with the method's knowledge of it (`Method.local_batch`), for evaluation."""
     return method.local_batch(ClientSession(client, 0).local_context(), batch)
 
 

@@ -84,7 +84,7 @@ class ClientGaussian(Mechanism):
 
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         raise PrivacyError(
-            f"client-level privacy has no release for the statistic {name!r}; leave it out, or use record_gaussian"
+            f"client-level privacy has no release for the statistic {name!r}. Leave it out, or use record_gaussian"
         )
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:

@@ -417,7 +417,7 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
             coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), say=stops)
         newest = (out / "checkpoint").read_bytes()
         (out / "checkpoint").unlink()
-        with pytest.raises(RunError, match=r"tells of 2 rounds.*is gone.*restore the newest checkpoint"):
+        with pytest.raises(RunError, match=r"has 2 rounds.*is gone.*Restore the newest checkpoint"):
             coordinator.run_coordinator(
                 recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None
             )
