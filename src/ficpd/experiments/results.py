@@ -242,7 +242,7 @@ class PrivacyReport(FrozenModel):
     epsilon_of_sites: dict[str, float] = {}
     lines: list[LedgerLine] = []
     at_most: bool = False
-    """Real sites: `epsilon` is the agreed bound; each site's ledger has its cost."""
+    """Real sites: `epsilon` is the agreed bound; each site's cost is in its own ledger."""
 
     @property
     def guarantee(self) -> str:
