@@ -1,6 +1,5 @@
 """Trackers are sent what runs leave: every round once, and the end."""
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -42,8 +41,7 @@ def noted(monkeypatch) -> dict[str, Noted]:
     return runs
 
 
-def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted, monkeypatch):
-    monkeypatch.setattr(tracking.Follower.look, "__defaults__", (-1.0,))
+def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted):
     given = small.experiment(tmp_path, "fedavg", "baselines=['local']", "federation.evaluate_every=1")
     seen = []
     with followed("mlflow", tmp_path / "run") as look:
@@ -69,15 +67,6 @@ def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted, monkeypatch)
     assert noted["baselines/local"].params["training.local_steps"] == "2"
     assert all(one.closed for one in noted.values())
     assert all(isinstance(value, int | float) for _, value, _ in own.points)
-
-
-def test_looks_are_some_seconds_apart(tmp_path, noted):
-    with followed("mlflow", tmp_path / "run") as look:
-        look()
-        small.run(tmp_path, "fedavg")
-        look()
-        assert noted == {}
-    assert set(noted) == {"run", "baselines/zero_shot"}
 
 
 def test_a_run_that_was_finished_before_is_not_sent_again(tmp_path, noted):
@@ -187,10 +176,13 @@ def test_mlflow_itself_takes_it(tmp_path, monkeypatch):
 
 def test_settings_are_of_the_run_beside_which_a_baseline_stands(tmp_path):
     (tmp_path / "baselines" / "local").mkdir(parents=True)
-    (tmp_path / "resolved.toml").write_text("seed = 3\n[method]\nname = 'ficpd'\n")
-    assert tracking.settings_of(tmp_path / "baselines" / "local") == {"seed": "3", "method.name": "ficpd"}
+    (tmp_path / "resolved.toml").write_text(
+        "seed = 3\ndp = true\n[method]\nname = 'ficpd'\n[method.contrast]\nweight = 0.1\n"
+    )
+    assert tracking.settings_of(tmp_path / "baselines" / "local") == {
+        "seed": "3", "dp": "True", "method.name": "ficpd", "method.contrast.weight": "0.1",
+    }  # fmt: skip
     assert tracking.settings_of(tmp_path / "a" / "b" / "c" / "d") == {}
-    assert json.dumps(tracking.flat({})) == "{}"
 
 
 def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -208,9 +200,7 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
             look()
             look()
 
-    with pytest.warns(
-        tracking.TrackWarning, match="the server is gone; nothing more is sent, and the run goes on"
-    ) as said:
+    with pytest.warns(UserWarning, match="the server is gone; nothing more is sent, and the run goes on") as said:
         tracked()
     assert len(said) == 1
 

@@ -89,7 +89,7 @@ def audit(
     trained: Annotated[str | None, typer.Option(help="a file of records that the library was tuned on")] = None,
     others: Annotated[str | None, typer.Option(help="a file of like records that it was not tuned on")] = None,
     columns: Columns = None,
-    out: Annotated[Path | None, typer.Option(help="with --trained: where the page goes; none: LIBRARY-audit")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --trained: where audit.json goes; none: LIBRARY-audit")] = None,
     shadows: Annotated[int, typer.Option(help="prompts tuned for comparison", min=1)] = 4,
     members: Annotated[int, typer.Option(help="training records attacked, at most", min=2)] = 1000,
     canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
@@ -101,7 +101,7 @@ def audit(
 
     Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
     """
-    from ficpd.evaluation.audit.report import table, verdict
+    from ficpd.evaluation.audit.report import FEW, table, verdict
     from ficpd.experiments.audit import audit_library, audit_run
     from ficpd.library.records import read_records
 
@@ -119,13 +119,15 @@ def audit(
         f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
     )
     print_table(*table(found))
+    if found.num_nonmembers < FEW:
+        screen.print(f"few non-members (below {FEW:,}): intervals are wide, and low rates cannot be measured")
     for name, bound in found.bounds.items():
         stated = "none stated" if bound.stated is None else f"{bound.stated:.2f} stated"
         screen.print(
             f"{name}: ε is at least {bound.epsilon:.2f} ({stated}; {bound.runs:,} could show {bound.reach:.2f})"
         )
     screen.print(f"[bold red]{escape(verdict(found))}[/]" if found.alarm else escape(verdict(found)))
-    typer.echo(f"report:  {folder / 'audit.md'}")
+    typer.echo(f"result:  {folder / 'audit.json'}")
     if found.alarm:
         raise typer.Exit(2)
 

@@ -10,7 +10,7 @@ from ficpd.experiments import runner
 from ficpd.experiments.comparison.compare import compare as run_grid
 from ficpd.experiments.comparison.grid import read_plan
 from ficpd.experiments.comparison.schema import ComparisonResult
-from ficpd.experiments.comparison.worker import Event
+from ficpd.experiments.comparison.workers import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
 from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.results import RunResult

@@ -21,7 +21,7 @@ from ficpd.evaluation.audit.canary_injection import has_labels, inject_canaries,
 from ficpd.evaluation.audit.epsilon_bounds import one_run_bound, two_world_bound
 from ficpd.evaluation.audit.member_split import Split, split_records
 from ficpd.evaluation.audit.membership import ATTACKS, AttackData
-from ficpd.evaluation.audit.report import Audit, LowerBound, markdown
+from ficpd.evaluation.audit.report import Audit, LowerBound
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
@@ -74,7 +74,7 @@ def audit_run(
     folder: Path, prompt: str | None = None, shadows: int = 4, members: int = 1000, canaries: int = 100, seed: int = 0,
     device: str = "cpu",
 ) -> Audit:  # fmt: skip
-    """Attack a run's prompt (none named: the global one); leaves `audit.json` and `audit.md` in the run's directory.
+    """Attack a run's prompt (none named: the global one); leaves `audit.json` in the run's directory.
 
     `members` bounds the records attacked. With `canaries`, the federation is trained a second time, in a temporary
     directory with a ledger of its own. Raises `RunError` for what is no finished run, `PrivacyError` where nothing was
@@ -102,7 +102,7 @@ def audit_library(
     shadows: int = 4, limit: int = 1000, seed: int = 0, device: str = "cpu",
 ) -> Audit:  # fmt: skip
     """Attack a library's prompt, given records that it was tuned on (`members`) and `others` that it was not; leaves
-    `audit.json` and `audit.md` in `out`. Without the run there are no canaries, and so no bound on ε.
+    `audit.json` in `out`. Without the run there are no canaries, and so no bound on ε.
 
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
@@ -152,7 +152,6 @@ def _audit(
 
 def _leave(found: Audit, directory: RunDir) -> None:
     directory.write("audit.json", json.dumps({**asdict(found), "alarm": found.alarm}, indent=2) + "\n")
-    directory.write("audit.md", markdown(found))
 
 
 def open_run(folder: Path, device: str) -> Finished:

@@ -234,27 +234,26 @@ def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     return parse(*read_recipe(recipe or QUICKSTART), changes)
 
 
-def read_recipe(name: str) -> tuple[str, str]:
+def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, str]:
     """Returns the text of a TOML file or of a recipe of the package, and its name for error messages."""
-    path = Path(name)
+    path, known = Path(name), recipes(under)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise ConfigError(f"no recipe file {name}. Recipes of ficpd: {', '.join(recipes())}")
+            raise ConfigError(f"no {kind} file {name}. Those of ficpd: {', '.join(known)}")
         try:
             search_in(path.parent)
             return path.read_text(encoding="utf-8"), path.name
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}. Save it as UTF-8") from error
-    if name not in recipes():
-        raise ConfigError(did_you_mean("recipe", name, recipes()) + " (or give a .toml file)")
-    return (resources.files("ficpd.experiments") / "recipes" / f"{name}.toml").read_text(
-        encoding="utf-8"
-    ), f"{name}.toml"
+    if name not in known:
+        raise ConfigError(did_you_mean(kind, name, known) + " (or give a .toml file)")
+    file = resources.files("ficpd.experiments") / "recipes" / under / f"{name}.toml"
+    return file.read_text(encoding="utf-8"), f"{name}.toml"
 
 
-def recipes() -> list[str]:
-    """Lists the recipes of the package."""
-    folder = resources.files("ficpd.experiments") / "recipes"
+def recipes(under: str = "") -> list[str]:
+    """Lists the recipes of the package; under "compare", its comparisons."""
+    folder = resources.files("ficpd.experiments") / "recipes" / under
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 

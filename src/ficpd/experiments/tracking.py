@@ -3,9 +3,7 @@
 Figures come from `rounds.jsonl` and `result.json`: the runs of a comparison, and those of Flower, are in other processes.
 """
 
-import math
 import re
-import time
 import tomllib
 import warnings
 from collections import Counter
@@ -20,13 +18,11 @@ from ficpd.errors import ConfigError
 
 if TYPE_CHECKING:  # the command line imports this module, and has to start at once
     from ficpd.experiments.results import RunResult
-    from ficpd.experiments.run_directory import RunDir
 
 Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
-PAUSE = 2.0
 FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
-LONGEST = 500
-"""Characters of a parameter's value that every MLflow server takes."""
+LONGEST, TAKEN = 500, r"[^\w\-. /]"
+"""What MLflow takes: characters of a parameter's value, and (all others are replaced) of a name."""
 
 Writer = tuple[Callable[[str, float, int], Any], Callable[[], Any]]
 """Sends one figure (tag, value, round), and ends the run at the tracker."""
@@ -34,16 +30,12 @@ Begin = Callable[[str, Path, Mapping[str, str]], Writer]
 """Begins a run at the tracker: its name, its directory and its settings."""
 
 
-class TrackWarning(UserWarning):
-    """A tracker that failed while a run went on."""
-
-
 def _tensorboard(folder: Path) -> Begin:
     """Writes event files into `track/` of each run's directory."""
     from torch.utils.tensorboard import SummaryWriter
 
     def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
-        writer = SummaryWriter(str(run / "track"), flush_secs=int(PAUSE))
+        writer = SummaryWriter(str(run / "track"), flush_secs=2)
         lines = "".join(f"| {key} | {value} |\n" for key, value in settings.items())
         writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}")
         return writer.add_scalar, writer.close
@@ -62,23 +54,14 @@ def _mlflow(folder: Path) -> Begin:
     def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
         handle = client.create_run(experiment, run_name=name).info.run_id
         for key, value in settings.items():
-            client.log_param(handle, _plain(key), value[:LONGEST])
+            client.log_param(handle, re.sub(TAKEN, "_", key), value[:LONGEST])
 
         def send(tag: str, value: float, step: int) -> None:
-            client.log_metric(handle, _plain(tag), float(value), step=step)
+            client.log_metric(handle, re.sub(TAKEN, "_", tag), float(value), step=step)
 
         return send, lambda: client.set_terminated(handle)
 
     return begin
-
-
-def _plain(name: str) -> str:
-    """Replaces what MLflow does not take in a name.
-
-    >>> _plain("accuracy, own test")
-    'accuracy_ own test'
-    """
-    return re.sub(r"[^\w\-. /]", "_", name)
 
 
 TRACKERS = {"tensorboard": _tensorboard, "mlflow": _mlflow}
@@ -106,7 +89,7 @@ def followed(kind: str | None, folder: Path) -> Iterator[Callable[[], None]]:
     try:
         yield follower.look
     finally:
-        follower.look(pause=-1.0)
+        follower.look()
         for _, end in follower.writers.values():
             with suppress(Exception):
                 end()
@@ -116,29 +99,25 @@ class Follower:
     """Sends each round once. A run that was finished before the start is not sent again."""
 
     def __init__(self, kind: str, begin: Begin, folder: Path):
-        self.kind, self.begin, self.folder, self.looked = kind, begin, folder, 0.0
+        self.kind, self.begin, self.folder, self.failed = kind, begin, folder, False
         self.writers: dict[Path, Writer] = {}
         self.sent: Counter[Path] = Counter()
         self.ended = {file.parent for file in folder.rglob("result.json")}
 
-    def look(self, pause: float = PAUSE) -> None:
-        """Sends what is new, unless the last look was less than `pause` seconds ago. An error ends the sending."""
-        if time.monotonic() - self.looked <= pause:
-            return
+    def look(self) -> None:
+        """Sends what is new. An error ends the sending."""
+        try:
+            for file in () if self.failed else sorted(self.folder.rglob("rounds.jsonl")):
+                if file.parent not in self.ended:
+                    self._send(file.parent)
+        except Exception as error:  # any error of the tracker's own code
+            self.failed = True
+            warnings.warn(f"--track {self.kind}: {error}; nothing more is sent, and the run goes on", stacklevel=2)
+
+    def _send(self, run: Path) -> None:
         from ficpd.experiments.run_directory import RunDir
 
-        try:
-            for file in sorted(self.folder.rglob("rounds.jsonl")):
-                if file.parent not in self.ended:
-                    self._send(RunDir(file.parent))
-            self.looked = time.monotonic()
-        except Exception as error:  # any error of the tracker's own code
-            self.looked = math.inf
-            said = f"--track {self.kind}: {error}; nothing more is sent, and the run goes on"
-            warnings.warn(said, TrackWarning, stacklevel=2)
-
-    def _send(self, directory: "RunDir") -> None:
-        run, rounds = directory.path, directory.rounds()
+        rounds, result = RunDir(run).rounds(), RunDir(run).result()
         if run not in self.writers:
             name = "/".join(run.relative_to(self.folder).parts) or self.folder.resolve().name
             self.writers[run] = self.begin(name, run, settings_of(run))
@@ -148,7 +127,7 @@ class Follower:
             for tag, value in {**figures, "dropped": len(done.dropped), **done.metrics}.items():
                 send(tag, value, done.round)
         self.sent[run] = len(rounds)
-        if result := directory.result():
+        if result:
             for tag, value in end_of(result).items():
                 send(tag, value, len(rounds))
             self.ended.add(run)
@@ -167,17 +146,8 @@ def end_of(result: "RunResult") -> dict[str, float]:
 
 def settings_of(run: Path) -> dict[str, str]:
     """Maps `part.key` to its value in the run's experiment. A baseline has that of the run that holds it."""
+    from pandas import json_normalize
+
     files = (folder / "resolved.toml" for folder in (run, *run.parents[:2]))
-    file = next((file for file in files if file.exists()), None)
-    return flat(tomllib.loads(file.read_text())) if file else {}
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """
-    >>> flat({"seed": 1, "method": {"name": "fpl", "contrast": {"weight": 0.1}}})
-    {'seed': '1', 'method.name': 'fpl', 'method.contrast.weight': '0.1'}
-    """
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": str(value)}
-    return found
+    trees = [tomllib.loads(file.read_text()) for file in files if file.exists()]
+    return {key: str(value) for tree in trees[:1] for key, value in json_normalize(tree).to_dict("records")[0].items()}

@@ -1,4 +1,4 @@
-"""The result of a privacy audit, and its page."""
+"""The result of a privacy audit, its table and its verdict."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,71 +93,6 @@ def verdict(audit: Audit) -> str:
     if not audit.bounds:
         return "No canaries were used: the stated ε was not tested."
     return "No contradiction found. This is not a proof: a better attack may exist."
-
-
-def markdown(audit: Audit) -> str:
-    """Returns the page `audit.md`."""
-    privacy = audit.guarantee if audit.delta is None else f"{audit.guarantee}, δ = {audit.delta:g}"
-    return "\n".join(
-        [
-            f"# Audit of {audit.run}\n",
-            f"**{verdict(audit)}**\n" if audit.alarm else f"{verdict(audit)}\n",
-            f"Attacked: the prompt `{audit.prompt}` of a run of {audit.method}. Privacy of the run: {privacy}. "
-            f"Seed {audit.seed}.\n",
-            "## Can members of the training data be identified?\n",
-            *_attacks(audit),
-            "## Does the stated ε hold?\n",
-            *_bounds(audit),
-        ]
-    )
-
-
-def _attacks(audit: Audit) -> list[str]:
-    few = (
-        f"**Few non-members.** {audit.num_nonmembers} are fewer than {FEW:,}: the intervals are wide, and low false "
-        "positive rates cannot be measured. Use more test records, or a run with `data.max_records`.\n"
-    )
-    return [
-        f"{audit.num_members:,} training records (members) were mixed with {audit.num_nonmembers:,} others (non-members), "
-        f"with the same label shares; each attack ranks them by their losses. {audit.num_shadows} shadow prompts, tuned "
-        f"likewise on {audit.shadow_records:,} other records each, give reference losses.\n",
-        *([few] if audit.num_nonmembers < FEW else []),
-        *_lines(*table(audit)),
-        "- AUC: how often a member is ranked above a non-member; 0.5 is chance, 1 is perfect.",
-        "- advantage: the share of members accused less the share of non-members accused, at a threshold chosen on other "
-        "records; 0 is chance, 1 is perfect. *best of them* also chooses the attack on other records.",
-        "- members found, 1% (0.1%) accused: the share of members found while at most that share of non-members is "
-        "accused; about 1% (0.1%) is chance. A few members found with certainty are a breach even if the AUC is near "
-        "0.5. A dash: too few non-members to measure that share.",
-        "- Brackets: intervals at 95%.\n",
-    ]
-
-
-def _bounds(audit: Audit) -> list[str]:
-    if not audit.bounds:
-        return ["No canaries were used.\n"]
-    heads = ["canaries", "ε is at least", "ε stated", "δ", "largest possible bound", "runs or canaries"]
-    cells = [
-        [name, f"{b.epsilon:.2f}", "none" if b.stated is None else f"{b.stated:.2f}", f"{b.delta:.2g}",
-         f"{b.reach:.2f}", f"{b.runs:,}"]
-        for name, b in audit.bounds.items()
-    ]  # fmt: skip
-    return [
-        "Canaries are records that are easy to detect. Their detection rate gives a lower bound on ε.\n",
-        *_lines(heads, cells),
-        "- the mechanism alone: clipping, sampling and noise as configured, run many times with and without the worst "
-        "possible record (or client). The audit draws noise from seeds, whatever source the run used.",
-        "- planted records: a second training of the federation, with each mislabelled record included at random (1/2). "
-        "ε stated is that training's (twice it, with δ to match, if the server adds noise for whole clients).",
-        "- ε is at least: holds with 95% confidence each. One valid run in twenty exceeds the stated ε by chance; repeat "
-        "an alarm with another `--seed`.",
-        "- largest possible bound: the bound if every canary were detected. An ε above it cannot be contradicted by this "
-        "number of canaries.\n",
-    ]
-
-
-def _lines(heads: list[str], cells: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells]] + [""]
 
 
 def _figure(value: float | None, interval: Interval | None) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import __version__
+from ficpd.errors import RunError
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.comparison import pareto, summary
 from ficpd.experiments.comparison.grid import Grid
 from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
 from ficpd.experiments.comparison.results import result_rows
-from ficpd.experiments.comparison.results_dir import CELLS, load_result, lock_directory, run_keys
+from ficpd.experiments.comparison.results_dir import CELLS, load_result, run_keys
 from ficpd.experiments.comparison.schema import (
     COMPARISON,
     BudgetInfo,
@@ -22,10 +23,10 @@ from ficpd.experiments.comparison.schema import (
     TaskInfo,
 )
 from ficpd.experiments.comparison.statistics import CONFIDENCE
-from ficpd.experiments.comparison.worker import Event, Job
-from ficpd.experiments.comparison.worker_pool import run_jobs
+from ficpd.experiments.comparison.workers import Event, Job, run_jobs
 from ficpd.experiments.config import to_toml
 from ficpd.experiments.report.comparison_tables import write_tables
+from ficpd.experiments.run_directory import RunDir
 from ficpd.storage import atomic_write
 
 Seen = Callable[[Event], None]
@@ -42,7 +43,9 @@ def compare(
 
     Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
     """
-    with lock_directory(out) as lock:
+    with RunDir(out).lock():
+        if any(out.iterdir()) and not (out / "compare.toml").exists():
+            raise RunError(f"{out} is not empty and holds no comparison; choose another --out")
         names = run_keys(out, plan.cells)
         missing = _missing(plan, out, names)
         atomic_write(out / "compare.toml", plan.text)
@@ -52,7 +55,7 @@ def compare(
         on_gpu = any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
         number = min(jobs or (1 if on_gpu else cores), max(len(missing), 1))
         try:
-            run_jobs(missing, out / CELLS, number, max(1, cores // number), lock, seen)
+            run_jobs(missing, out / CELLS, number, max(1, cores // number), seen)
         finally:
             found = described(plan, {h: load_result(out, key) for h, key in names.items()}, names)
             found.write(out / COMPARISON)

@@ -6,20 +6,19 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments.comparison import overrides
 from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, Piece, Sweeps
-from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, to_toml
+from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, read_recipe, to_toml
 from ficpd.federation.privacy_plan import privacy_config_for
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import FrozenConfig, build_config, search_in, validate
+from ficpd.registry import FrozenConfig, build_config, validate
 
 AXES = ("methods", "tasks", "partitions", "budgets")
 SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "metrics", "engine"}
@@ -27,7 +26,7 @@ SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "f
 
 class ComparisonConfig(FrozenConfig):
     """What the file says besides its axes. `evaluate_every`: rounds between two points of a curve; targets and budgets of
-    bytes and queries go by those points."""
+    bytes and queries go by those points. `targets`: shares of the centralised line's figure."""
 
     name: str
     recipe: str = QUICKSTART
@@ -36,7 +35,7 @@ class ComparisonConfig(FrozenConfig):
     reference: str | None = None
     figure: Literal["own", "everyone"] = "own"
     test: Literal["t", "wilcoxon"] = "t"
-    targets: tuple[float, ...] = (0.9, 0.95, 0.99)
+    targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
     sweeps: tuple[str, ...] = ()
     evaluate_every: int = Field(default=1, ge=1)
 
@@ -46,13 +45,6 @@ class ComparisonConfig(FrozenConfig):
         if len({*seeds}) < len(seeds):
             raise ValueError("a seed stands there twice; each counts once")
         return seeds
-
-    @field_validator("targets")
-    @classmethod
-    def _shares(cls, targets: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 < target <= 1 for target in targets):
-            raise ValueError("a target is a share of the centralised line's figure, above 0 and at most 1")
-        return targets
 
 
 @dataclass(frozen=True)
@@ -114,23 +106,7 @@ def _referred(given: str | None, methods: Iterable[str]) -> str | None:
 
 def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
     """A TOML file, or one of the comparisons that come with the package."""
-    path = Path(name)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise ConfigError(f"no comparison file {name}; those that come with ficpd: {', '.join(comparisons())}")
-        search_in(path.parent)
-        return expand(path.read_text(encoding="utf-8"), path.name, ablate, path.parent)
-    if name not in comparisons():
-        raise ConfigError(
-            did_you_mean("comparison", name, comparisons()) + " (or give a .toml file, or a comparison's folder)"
-        )
-    text = (resources.files("ficpd.experiments") / "recipes" / "compare" / f"{name}.toml").read_text(encoding="utf-8")
-    return expand(text, f"{name}.toml", ablate, None)
-
-
-def comparisons() -> list[str]:
-    folder = resources.files("ficpd.experiments") / "recipes" / "compare"
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return expand(*read_recipe(name, "comparison", "compare"), ablate, Path(name).parent)
 
 
 def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Grid:

@@ -4,11 +4,13 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, create_model
 
 from ficpd.errors import ConfigError, did_you_mean
 from ficpd.experiments.config import Experiment, apply_override, read_recipe
-from ficpd.registry import load
+from ficpd.registry import FrozenConfig, load, validate
 
 Piece = Mapping[str, Any]
 Sweeps = dict[str, list[Any]]
@@ -19,18 +21,24 @@ REFERENCE_METHODS: dict[str, Piece] = {
     "centralized": {"method": {"name": "centralized"}, "private": False},
 }
 RESERVED = {"name", "seed", "baselines", "method", "metrics"}
-PARTS = {
-    "methods": {"method", "training", "prompt", "compression", "distillation"},
-    "tasks": set(Experiment.model_fields) - RESERVED,
-    "partitions": {"partition"},
-    "budgets": {"privacy", "federation", "compression"},
-}
-EXTRA_KEYS = {
-    "methods": {"private"},
-    "tasks": {"recipe"},
-    "partitions": set(),
-    "budgets": {"epsilon", "rounds", "bytes", "queries"},
-}
+
+
+def _entry(*parts: str, **keys: Any) -> type[FrozenConfig]:
+    """The schema of an axis's entries: the parts of a recipe that an entry may change, and keys of its own."""
+    fields: dict[str, Any] = {part: (dict[str, Any], {}) for part in parts} | keys
+    return create_model("Entry", __base__=FrozenConfig, **fields)
+
+
+NUMBER = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+ENTRIES = {
+    "methods": _entry("method", "training", "prompt", "compression", "distillation", private=(StrictBool, True)),
+    "tasks": _entry(*set(Experiment.model_fields) - RESERVED, recipe=(str, "")),
+    "partitions": _entry("partition"),
+    "budgets": _entry(
+        "privacy", "federation", "compression", epsilon=(Annotated[float, Field(gt=0, strict=True)], math.inf),
+        rounds=(Annotated[int, Field(gt=0, strict=True)], 1), bytes=(NUMBER, 1), queries=(NUMBER, 1),
+    ),
+}  # fmt: skip
 DEFAULT = "given"
 """The label of an axis that the file leaves out: as the recipe has it."""
 
@@ -44,36 +52,8 @@ def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
             raise ConfigError(f"{where}: {axis} has the label {label!r}; a label is a few printable characters")
         if not isinstance(piece, Mapping):
             raise ConfigError(f"{where}: {axis}.{label} = {piece!r}: expected a piece of a recipe, [{axis}.{label}]")
-        for key, value in piece.items():
-            _check_key(axis, label, key, value, where)
+        validate(ENTRIES[axis], piece, f"{where}: {axis}.{label}")
     return dict(table)
-
-
-def _check_key(axis: str, label: str, key: str, value: Any, where: str) -> None:
-    here, may = f"{where}: {axis}.{label}", PARTS[axis] | EXTRA_KEYS[axis]
-    if key in RESERVED | set(Experiment.model_fields) and key not in may:
-        raise ConfigError(
-            f"{here}.{key}: an entry of {axis} may change {', '.join(sorted(may))}; what else there is is the same for all "
-            "cells that are compared"
-        )
-    if key not in may:
-        raise ConfigError(f"{here}: {did_you_mean('key', key, may)}")
-    if key in PARTS[axis] and not isinstance(value, Mapping):
-        raise ConfigError(f"{here}.{key} = {value!r}: expected a part of a recipe, such as {key} = {{ ... }}")
-    if key in EXTRA_KEYS["budgets"]:
-        _check_number(f"{here}.{key}", key, value)
-    if key == "private" and not isinstance(value, bool):
-        raise ConfigError(f"{here}.private = {value!r}: expected true or false")
-    if key == "recipe" and not isinstance(value, str):
-        raise ConfigError(f"{here}.recipe = {value!r}: expected a recipe's name or a TOML file")
-
-
-def _check_number(here: str, key: str, value: Any) -> None:
-    """Above 0; only epsilon may be without an end, and rounds are whole."""
-    kind = int if key == "rounds" else int | float
-    fits = isinstance(value, kind) and not isinstance(value, bool) and value > 0
-    if not fits or (key != "epsilon" and math.isinf(value)):
-        raise ConfigError(f"{here} = {value!r}: expected a {'whole ' * (kind is int)}number above 0")
 
 
 def parsed_sweeps(given: Iterable[str]) -> Sweeps:
@@ -230,7 +210,7 @@ def with_partition(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
 
 def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
     """The parts it changes, then epsilon and rounds; bytes and queries do not change a run."""
-    tree = merge(tree, {key: part for key, part in piece.items() if key in PARTS["budgets"]})
+    tree = merge(tree, {key: part for key, part in piece.items() if isinstance(part, Mapping)})
     if "rounds" in piece:
         tree = merge(tree, {"federation": {"num_rounds": piece["rounds"]}})
     return with_epsilon(tree, piece["epsilon"]) if "epsilon" in piece else tree

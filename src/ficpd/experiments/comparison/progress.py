@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Event = Mapping[str, Any]
-
 
 class ProgressDisplay:
     """`planned` comes before the first event. A run counts by the rounds that it has done: the time left is no staircase."""
@@ -21,52 +19,38 @@ class ProgressDisplay:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
         ]  # fmt: skip
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.all: TaskID | None = None
+        self.all = self.bars.add_task("all runs", count="", figures="", visible=False)
         self.runs: dict[str, TaskID] = {}
-        self.parts: dict[str, float] = {}
         self.done, self.missing = 0, 0
         self.warned: set[str] = set()
 
     def planned(self, runs: int, missing: int) -> None:
         self.missing = missing
         self.console.print(f"{runs} runs, {runs - missing} of them finished before", highlight=False)
-        if missing:
-            self.all = self.bars.add_task("all runs", total=missing, count=f"0/{missing}", figures="")
+        self.bars.update(self.all, total=missing, count=f"0/{missing}", visible=missing > 0)
 
-    def seen(self, event: Event) -> None:
+    def seen(self, event: Mapping[str, Any]) -> None:
         if "warning" in event:
             if event["warning"] not in self.warned:
                 self.warned.add(event["warning"])
                 self.errors.print("[bold yellow]warning:[/]", escape(event["warning"]), highlight=False, soft_wrap=True)
-        elif "status" in event:
-            self._ended(event)
-        else:
-            self._went_on(event)
-
-    def _went_on(self, event: Event) -> None:
-        key, done, planned = event["key"], event["done"], event["planned"]
+            return
+        key = escape(event["key"])
         if key not in self.runs:
-            self.runs[key] = self.bars.add_task(escape(key), total=max(planned, 1), count="", figures="")
-        figures = {name: value for name, value in event["figures"].items() if name != "clients"}
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        self.bars.update(self.runs[key], completed=done, count=f"{done}/{planned}", figures=shown)
-        self.parts[key] = done / max(planned, 1)
-        self._all()
-
-    def _ended(self, event: Event) -> None:
-        key, reason = event["key"], event["reason"]
-        self.done += 1
-        self.parts.pop(key, None)
-        if key in self.runs:
+            self.runs[key] = self.bars.add_task(key, count="", figures="")
+        if "status" in event:
+            self.done += 1
             self.bars.remove_task(self.runs.pop(key))
-        said = f"{event['status']}: {reason}" if reason else event["status"]
-        self.console.print(f"{self.done}/{self.missing} {escape(key)} {escape(said)}", highlight=False, soft_wrap=True)
-        self._all()
-
-    def _all(self) -> None:
-        if self.all is not None:
-            gone = self.done + sum(self.parts.values())
-            self.bars.update(self.all, completed=gone, count=f"{self.done}/{self.missing}")
+            why = f": {escape(event['reason'])}" if event["reason"] else ""
+            line = f"{self.done}/{self.missing} {key} {event['status']}{why}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+        else:
+            done, planned = event["done"], event["planned"]
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in event["figures"].items() if name != "clients")
+            count = f"{done}/{planned}"
+            self.bars.update(self.runs[key], completed=done, total=max(planned, 1), count=count, figures=shown)
+        gone = self.done + sum(one.percentage / 100 for one in self.bars.tasks if one.id != self.all)
+        self.bars.update(self.all, completed=gone, count=f"{self.done}/{self.missing}")
 
 
 @contextmanager

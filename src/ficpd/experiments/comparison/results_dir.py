@@ -1,8 +1,6 @@
-"""A comparison's folder: one process at a time works in it, and results of another version are not mixed with new ones."""
+"""A comparison's folder: the names of its runs, and their outcomes."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from ficpd import __version__
@@ -11,31 +9,6 @@ from ficpd.experiments.comparison.grid import Cell
 from ficpd.experiments.comparison.schema import RunOutcome
 
 CELLS = "cells"
-
-
-@contextmanager
-def lock_directory(folder: Path) -> Iterator[int]:
-    """Hold the folder; the file descriptor is for workers to hold it, too. Raises `RunError` if another process does."""
-    import fcntl
-
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; a comparison needs a folder: choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "lock").exists():
-        raise RunError(f"{folder} is not empty and holds no comparison; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"another `ficpd compare` is at work in {folder} (process {file.read().strip() or 'unknown'}); wait until "
-                "it has ended, or choose another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield file.fileno()
 
 
 def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:

@@ -20,13 +20,6 @@ class MeanCI(NamedTuple):
     interval: Interval | None
 
 
-class PairedSamples(NamedTuple):
-    """Figures of a method and of the reference, place by place of the same seed (and task)."""
-
-    own: list[float]
-    other: list[float]
-
-
 def mean_ci(values: Sequence[float]) -> MeanCI:
     """Mean, standard deviation (n - 1), and Student's interval of the mean.
 
@@ -44,17 +37,17 @@ def mean_ci(values: Sequence[float]) -> MeanCI:
     return MeanCI(mean, sd, (mean - half, mean + half))
 
 
-def paired_test(pairs: PairedSamples, test: str, reference: str) -> Against:
-    """Compares a method with the reference; `p_holm` is still open."""
-    differences = [own - other for own, other in zip(*pairs, strict=True)]
+def paired_test(own: Sequence[float], other: Sequence[float], test: str, reference: str) -> Against:
+    """Compares a method with the reference, in pairs of the same seed (and task); `p_holm` is still open."""
+    differences = [one - two for one, two in zip(own, other, strict=True)]
     found = mean_ci(differences)
-    p, why = p_of(pairs, test) if differences else (None, f"no pair of finished cells with {reference}")
+    p, why = p_of(own, other, test) if differences else (None, f"no pair of finished cells with {reference}")
     return Against(pairs=len(differences), difference=found.mean, interval=found.interval, p=p, why=why)
 
 
-def p_of(pairs: PairedSamples, test: str) -> tuple[float | None, str | None]:
+def p_of(own: Sequence[float], other: Sequence[float], test: str) -> tuple[float | None, str | None]:
     """The two-sided p of a paired test, or why there is none."""
-    differences = np.subtract(pairs.own, pairs.other)
+    differences = np.subtract(own, other)
     if len(differences) < 2:
         return None, "one pair is too few"
     if not differences.any():
@@ -63,7 +56,7 @@ def p_of(pairs: PairedSamples, test: str) -> tuple[float | None, str | None]:
         return None, "all pairs differ by the same"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few or tied pairs the result is as it is
-        ran = stats.ttest_rel(pairs.own, pairs.other) if test == "t" else stats.wilcoxon(pairs.own, pairs.other)
+        ran = stats.ttest_rel(own, other) if test == "t" else stats.wilcoxon(own, other)
     return float(ran.pvalue), None  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,6 @@ from ficpd.experiments.comparison.schema import (
     Setting,
     Summary,
 )
-from ficpd.experiments.comparison.statistics import PairedSamples
 
 SETTING = ("partition", "budget", "sweep")
 CONDITION = ("task", *SETTING)
@@ -123,8 +122,8 @@ def _against(seen: ResultView, own: Sequence[CellResult], other: Sequence[CellRe
     values = {(row.task, row.seed): value for row in other if (value := seen.value(row)) is not None}
     mine = {(row.task, row.seed): value for row in own if (value := seen.value(row)) is not None}
     both = [place for place in mine if place in values]
-    pairs = PairedSamples([mine[place] for place in both], [values[place] for place in both])
-    return statistics.paired_test(pairs, seen.test, seen.reference)
+    pairs = [mine[place] for place in both], [values[place] for place in both]
+    return statistics.paired_test(*pairs, seen.test, seen.reference)
 
 
 def _ranks(seen: ResultView, rows: Sequence[CellResult]) -> tuple[dict[str, float], list[str], Friedman | None]:
