@@ -108,7 +108,7 @@ def test_run_names_its_directory_itself(ficpd, folder, tmp_path, monkeypatch):
 def test_run_again_is_refused_and_resume_is_not(ficpd, folder, tmp_path):
     call = ("run", folder / "small.toml", "--out", tmp_path / "run")
     assert ficpd(*call)[0] == 0
-    assert "already holds a run; go on with it (--resume)" in failed(ficpd(*call))
+    assert "already holds a run. Go on with it (--resume)" in failed(ficpd(*call))
     status, out, _ = ficpd(*call, "--resume")
     assert status == 0
     assert "fedavg" in out
@@ -160,7 +160,7 @@ def test_interrupting_says_how_to_go_on(ficpd, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ficpd.experiments.runner.run", interrupted)
     status, _, err = ficpd("run", folder / "small.toml", "--out", tmp_path / "run")
     assert status == 130
-    assert "`--resume` goes on from the last finished round" in err
+    assert "`--resume` continues after the last finished round" in err
 
 
 # ---------------------------------------------------------------- using a library
@@ -351,7 +351,7 @@ def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--task", "classification", "--label", "a=b"), "--task is one that the library knows"),
+        (("--task", "classification", "--label", "a=b"), "--task names a task of the library"),
         (("--label", "sad"), "--label takes label=text"),
         (("--shots", "-1"), "--shots"),
     ],
@@ -434,7 +434,7 @@ def test_predict_and_evaluate_agree(ficpd, folder, tmp_path):
 def test_predict_wants_texts_or_a_file(ficpd, folder, words):
     status, _, err = ficpd("predict", folder / "run", *words)
     assert status == 2
-    assert "give --text or --data" in err
+    assert "give one of --text and --data" in err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

@@ -195,5 +195,5 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
         small.experiment(tmp_path, "fedavg", given)
     with pytest.raises(ConfigError, match="did you mean 'global'"):
         build_context(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.of=globl"))
-    with pytest.raises(ConfigError, match="enters at 1; leave it out"):
+    with pytest.raises(ConfigError, match=r"enters at 1\. Leave it out"):
         build_context(small.experiment(tmp_path, "fedavg", given, "prompt.init=library", "prompt.enters_at=0"))

@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
         checkpoint.write_bytes(first)
     before, said = left(tmp_path), "ends with round 1: it is an older copy" if older else "checkpoint is gone"
     with pytest.raises(
-        LedgerError, match=rf"has round 3 of .*{said}.*restore the newest checkpoint, or begin in a new"
+        LedgerError, match=rf"has round 3 of .*{said}.*Restore the newest checkpoint, or begin in a new"
     ):
         run_experiment(experiment, tmp_path / "run", resume=True)
     assert left(tmp_path) == before
@@ -227,7 +227,7 @@ def test_central_noise_takes_only_methods_that_sum(tmp_path):
     assert result.privacy.mechanism == "client_gaussian (central)"
     assert result.privacy.epsilon_of_sites.keys() == {"server"}
     assert 7.8 < result.privacy.epsilon <= 8
-    with pytest.raises(PrivacyError, match="ficpd looks at each client's update by itself"):
+    with pytest.raises(PrivacyError, match="ficpd aggregates each client's update by itself"):
         small.run(tmp_path / "each", "ficpd", *CLIENT, "privacy.placement=central")
 
 

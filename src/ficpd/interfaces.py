@@ -237,9 +237,9 @@ class Mechanism(ABC):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         """Draws the records of each step, [b] indices. Under Poisson sampling b varies and may be 0."""
 
+    @abstractmethod
     def bound_query(self, query: Query, start: Prompt) -> Query:
-        """Bounds the prompts of a query before the model answers it."""
-        return query
+        """Bounds the prompts of a query before the model answers it, where the unit is the record (`clip_query`)."""
 
     @abstractmethod
     def noisy_mean(

@@ -1,4 +1,4 @@
-"""No method lets anything of a record out but through `Mechanism.mean` and `Mechanism.total`.
+"""No method releases anything of a record but through `Mechanism.noisy_mean` and `Mechanism.noisy_sum`.
 
 Every method runs under a mechanism that is deaf: its averages are the same whatever the records say. Then two clients
 with different records must send the same bytes. A method that averages records by itself, sends a loss, or weighs by

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
-from ficpd.privacy.clipping import MARGIN
+from ficpd.privacy.clipping import MARGIN, clip_scale
 from ficpd.privacy.noise import SeededNoise
 from ficpd.registry import load, names
 from ficpd.types import ClientUpdate, ClientWorkload
@@ -120,6 +120,22 @@ def test_the_measured_noise_on_a_mean_has_the_stated_deviation():
     drawn = mechanism.noisy_mean(torch.zeros(1, 6, 40_000), expected, SeededNoise("a test"))
     assert float(drawn.std()) == pytest.approx(MULTIPLIER * CLIP / expected, rel=0.02)
     assert abs(float(drawn.mean())) < 4 * MULTIPLIER * CLIP / expected / 200
+
+
+def test_a_subspaces_scale_shares_the_noise_and_is_undone_on_the_mean(mechanism):
+    """A direction with a large scale gets less noise, and the clip bounds the scaled record."""
+    scale = torch.tensor([4.0, 1.0])
+    short = torch.tensor([[[0.01, -0.02], [0.03, 0.01]]])
+    mean = mechanism.noisy_mean(short, 2, Silent(), scale)  # type: ignore[arg-type]
+    assert mean[0] == pytest.approx(short[0].mean(0))
+    if mechanism.unit == "record":
+        drawn = torch.cat([
+            mechanism.noisy_mean(torch.zeros(1, 0, 2), 1, SeededNoise("scale", i), scale) for i in range(3000)
+        ])  # fmt: skip
+        factors = clip_scale(scale)
+        assert drawn.std(0) == pytest.approx(MULTIPLIER * CLIP / factors, rel=0.05)
+        long = mechanism.noisy_mean(torch.tensor([[[5.0, 7.0]]]), 1, Silent(), scale)  # type: ignore[arg-type]
+        assert float((long * factors).norm()) == pytest.approx(MARGIN * CLIP, rel=1e-5)
 
 
 def test_records_join_each_step_by_themselves():

@@ -228,7 +228,7 @@ def test_an_unknown_recipe_names_the_nearest():
 
 
 def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
-    with pytest.raises(ConfigError, match=r"no recipe file .*mine\.toml; the ones that come with ficpd: .*quickstart"):
+    with pytest.raises(ConfigError, match=r"no recipe file .*mine\.toml\. Those of ficpd: .*quickstart"):
         read(str(tmp_path / "mine.toml"))
     with pytest.raises(ConfigError, match="no recipe file"):
         read(str(tmp_path))

@@ -203,7 +203,7 @@ def test_a_writer_and_texts_are_one_too_many(tmp_path):
 # ---------------------------------------------------------------- what could not work is refused before the first round
 
 IN_VAIN = [
-    (small.NUMBERS, ConfigError, r'distillation.how = "kl": task .regression.*; set it to "none"'),
+    (small.NUMBERS, ConfigError, r'distillation.how = "kl": task .regression.*\. Set it to "none"'),
     ("distillation.texts=nowhere.txt", DataError, r"distillation\.texts: nowhere\.txt: cannot be read"),
     ("distillation.writer=smolm2", BackboneError, r"distillation\.writer: weights 'smolm2'.*name a .* \(smollm2, "),
     ("distillation.writer=tiny", BackboneError, r"distillation\.writer = 'tiny' is of kind tiny, which writes nothing"),

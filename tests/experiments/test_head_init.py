@@ -55,7 +55,7 @@ def test_examples_are_read_in_the_columns_of_the_clients_own(tmp_path):
         {"text": "fine film", "target": "good"},
         {"text": "dull film", "target": "bad"},
     ]
-    with pytest.raises(ConfigError, match="the clients' own records"):
+    with pytest.raises(ConfigError, match="the clients' private records"):
         examples(str(tmp_path / "." / "own.csv"), data)
     with pytest.raises(DataError, match=r"prompt.head_examples: there is no file"):
         examples(str(tmp_path / "nowhere.csv"), data)

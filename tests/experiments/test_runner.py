@@ -314,7 +314,7 @@ def test_a_run_stopped_between_two_rounds_goes_on_with_the_baselines_too(tmp_pat
 
 def test_an_occupied_directory_is_refused(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml")
-    with pytest.raises(RunError, match=r"already holds a run; go on with it \(--resume\) or choose another --out"):
+    with pytest.raises(RunError, match=r"already holds a run. Go on with it \(--resume\), or choose another --out"):
         run_experiment(given, finished / "run")
 
 
@@ -347,7 +347,7 @@ def test_a_directory_that_nothing_was_put_into_is_taken_away_again(tmp_path):
 
 def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(RunError, match="out is a file, and a run leaves a directory"):
+    with pytest.raises(RunError, match="out is a file, expected a directory"):
         run_experiment(small.experiment(tmp_path), tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -357,7 +357,7 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
     out.mkdir()
     (out / "chapter.tex").write_text("...")
     for resume in (False, True):
-        with pytest.raises(RunError, match="is not empty and holds no run; choose another --out"):
+        with pytest.raises(RunError, match=r"is not empty and holds no run\. Choose another --out"):
             run_experiment(given, out, resume=resume)
     assert [file.name for file in out.iterdir()] == ["chapter.tex"]
 
@@ -369,7 +369,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 def test_another_experiment_is_not_gone_on_with(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml", ["seed=9"])
-    with pytest.raises(RunError, match="another experiment than the one given; resume without changes"):
+    with pytest.raises(RunError, match=r"another experiment\. Resume without changes"):
         run_experiment(given, finished / "run", resume=True)
 
 

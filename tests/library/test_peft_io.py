@@ -427,7 +427,7 @@ def test_export_and_import_from_the_command_line(ficpd, llama, tmp_path):
     bring = ("import", tmp_path / "out", "--out", tmp_path / "mine", "--backbone", llama, *LABEL_WORDS)
     status, out, err = ficpd(*bring)
     assert (status, err) == (0, "")
-    assert f"the folder says it is for {llama}" in out
+    assert f"the folder names {llama}" in out
     mine = PromptLibrary.load(tmp_path / "mine")
     assert torch.equal(mine.prompts["imported"].vectors_PD, made.prompts["global"].vectors_PD)
     assert mine.card["tasks"]["classification"] == TASK

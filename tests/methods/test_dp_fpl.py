@@ -188,7 +188,7 @@ def test_a_rank_that_is_none_is_refused(rank):
 
 @pytest.mark.parametrize("optimizer", ["spsa", "cma_es"])
 def test_losses_alone_have_nothing_to_carry(tmp_path, optimizer):
-    with pytest.raises(ConfigError, match=f"training.optimizer = '{optimizer}' on tiny has none"):
+    with pytest.raises(ConfigError, match=f"training.optimizer = '{optimizer}' on tiny: dp_fpl needs gradients"):
         small.run(tmp_path, "dp_fpl", f"training.optimizer={optimizer}")
     assert not (tmp_path / "run").exists()
 

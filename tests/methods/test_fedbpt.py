@@ -165,7 +165,7 @@ def test_twins_are_those_of_the_batch_and_the_same_all_through_an_order(model):
         assert torch.equal(twins.targets, batch.targets)  # type: ignore[arg-type]
         for items, twin in zip(batch.items, twins.items, strict=True):
             assert seen.setdefault(places[items], twin) is twin
-    with pytest.raises(AssertionError, match="drawn last"):
+    with pytest.raises(AssertionError, match="draw a batch first"):
         ClientSession(session.client, 1, "fedbpt").corrupted_batch(0.5)
 
 

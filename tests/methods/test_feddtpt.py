@@ -136,9 +136,9 @@ class Watching:
     def __getattr__(self, name):
         return getattr(self.mechanism, name)
 
-    def noisy_mean(self, values_KB, expected_batch, noise):
+    def noisy_mean(self, values_KB, expected_batch, noise, grad_scale=None):
         self.averaged.append(values_KB.clone())
-        return self.mechanism.noisy_mean(values_KB, expected_batch, noise)
+        return self.mechanism.noisy_mean(values_KB, expected_batch, noise, grad_scale)
 
 
 def test_each_step_is_one_noised_sum_over_all_candidates_and_is_paid_for(model):

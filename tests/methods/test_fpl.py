@@ -300,7 +300,7 @@ CENTRAL = [
 
 
 def test_an_extrapolated_step_needs_each_update(tmp_path):
-    with pytest.raises(PrivacyError, match="fpl looks at each client's update"):
+    with pytest.raises(PrivacyError, match="fpl aggregates each client's update"):
         small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="none"', 'method.server.kind="extrapolated"')
 
 
@@ -490,7 +490,7 @@ def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
 
 
 def test_clusters_by_signatures_cannot_be_noised_as_one_sum(tmp_path):
-    with pytest.raises(PrivacyError, match="fpl looks at each client's update"):
+    with pytest.raises(PrivacyError, match="fpl aggregates each client's update"):
         small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="signatures"')
 
 
@@ -556,14 +556,12 @@ def test_label_counts_are_a_noised_total_that_is_paid_once_and_exact_at_home(mod
 def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
     asked = ["privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.clip_norm=0.5", "method.label_prior=true"]
     with pytest.raises(
-        PrivacyError, match=r"the total 'labels', which has no share .*statistics = \{ labels = 0.05 \}"
+        PrivacyError, match=r"the statistic 'labels', which has no share .*statistics = \{ labels = 0.05 \}"
     ):
         small.run(tmp_path / "a", "fpl", *asked)
     result = small.run(tmp_path / "b", "fpl", *asked, "privacy.statistics={ labels = 0.1 }")
     assert {line.name for line in result.privacy.lines} == {"prompt", "labels"}
     assert result.privacy.epsilon <= 8.0
     ratings = SimpleNamespace(tasks={"": small.numbers()}, experiment=SimpleNamespace(training=EXACT))
-    with pytest.raises(
-        ConfigError, match="label_prior = true goes by how frequent each label is, and its task has none"
-    ):
+    with pytest.raises(ConfigError, match="label_prior = true needs labels, and its task has none"):
         build_method(ratings, {"name": "fpl", "label_prior": True})

@@ -35,7 +35,7 @@ def test_a_unit_moves_the_prompts_numbers_by_one(model, kind):
 
 
 def test_a_slope_is_what_a_gradient_is_before_it_is_clipped(model):
-    """d loss / d y in the space's own units against the gradient that `Visit.mean` clips."""
+    """d loss / d y in the space's own units against the gradient that `ClientContext.private_mean` clips."""
     start, compression = compressed(model)
     coordinates = compression.subspace
     assert coordinates is not None

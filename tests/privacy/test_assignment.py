@@ -193,7 +193,7 @@ def test_a_total_that_was_paid_for_is_kept_also_if_the_order_fails(member, model
 
     with pytest.raises(RuntimeError):
         carried_out(client, model, method=Weighs(None))
-    assert client.client_state.keys() == {"weight"}
+    assert client.client_state.keys() == {"statistic/weight"}
     carried_out(client, model, 2)
     assert {spend.name: spend.count for spend in client.account.spent()} == {"weight": 1, "prompt": 2}
     client.client_state = {}
@@ -328,22 +328,23 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
 
 
 @pytest.mark.parametrize(
-    ("work", "words"),
+    ("drawn", "work", "words"),
     [
-        (lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "none that was drawn"),
-        (lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "a batch twice"),
-        (lambda client, rows: client.private_mean(rows[:, :-1]), "records where the last batch has"),
+        (False, lambda client, rows: client.private_mean(torch.ones(1, 4, 2)), "no batch is open"),
+        (True, lambda client, rows: [client.private_mean(rows), client.private_mean(rows)], "no batch is open"),
+        (True, lambda client, rows: client.private_mean(rows[:, :-1]), "other records than the last batch has"),
         (
+            True,
             lambda client, rows: client.private_mean(torch.cat([rows, rows[:, :1]], 1)),
-            "records where the last batch has",
+            "other records than the last batch has",
         ),
     ],
     ids=["without a batch", "twice", "too few", "too many"],
 )
-def test_a_batch_is_averaged_once_and_whole(member, work, words):
+def test_a_batch_is_averaged_once_and_whole(member, drawn, work, words):
     session = ClientSession(member(record_level(noise="simulated")), 3)
     rows = torch.ones(1, 1, 2)
-    if "none" not in words:
+    if drawn:
         batch = next(batch for batch in session.batches(20, 4) if len(batch))
         rows = torch.ones(1, len(batch), 2)
     with pytest.raises(PrivacyError, match=words):
@@ -417,6 +418,18 @@ def test_a_weight_that_the_method_made_up_does_not_leave(member, model, stated):
 
     for mechanism in (record_level(), client_level()):
         assert carried_out(member(mechanism), model, method=Counts(lambda client: None)).weight == 1.0
+
+
+@pytest.mark.parametrize("name", ["weight", "statistic/weight"])
+def test_a_method_cannot_state_a_statistic_by_its_state(member, model, name):
+    def writes(session):
+        session.client_state[name] = torch.tensor(12345.0)
+        session.local_context().client_state[name] = torch.tensor(12345.0)
+
+    client = member(record_level(statistics={"weight": 0.1}))
+    for round in (1, 2):
+        assert carried_out(client, model, round, Written(writes)).weight != 12345.0
+    assert {spend.name: spend.count for spend in client.account.spent()} == {"weight": 1}
 
 
 def test_a_noised_weight_is_released_once_and_kept(member, model):

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -124,15 +125,22 @@ def test_equal_spends_are_one_line_and_nothing_spent_is_none(path):
 
 def test_another_runs_ledger_is_refused_by_name_and_left_alone(path):
     Ledger(path, "run monday").account("north", FREE).commit(1, "fedavg", [STEPS], b"")
-    with pytest.raises(LedgerError, match=r"is the ledger of run monday .*this is run tuesday"):
+    with pytest.raises(LedgerError, match=r"is the ledger of run monday, this is run tuesday"):
         Ledger(path, "run tuesday")
     assert Ledger(path, "run monday").account("north", FREE).spent() == [STEPS]
 
 
-def test_another_versions_ledger_is_refused(path):
-    Ledger(path, "run monday").file.execute("update meta set version = 99")
-    with pytest.raises(LedgerError, match=r"version 99"):
+@pytest.mark.parametrize(("columns", "row", "version"), [
+    ("site text, version integer", "('run monday', 2)", 2), ("owner text, version integer", "('run monday', 99)", 99),
+    ("run text", "('run monday')", 1),
+])  # fmt: skip
+def test_another_formats_ledger_is_refused_and_left_alone(path, columns, row, version):
+    with closing(sqlite3.connect(path)) as file:
+        file.executescript(f"create table meta ({columns}); insert into meta values {row};")
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=f"format {version},.* stays spent"):
         Ledger(path, "run monday")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"no database " * 100, b"SQLite format 3\0" + bytes(200)])

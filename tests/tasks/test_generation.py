@@ -244,7 +244,7 @@ def test_the_target_is_the_only_reference_where_there_are_none():
         ({"target": 3}, "column target: 3 is no text"),
         ({"target": None}, "column target: None is no text"),
         ({}, "column target: None is no text"),
-        ({"target": " \n"}, "column target: .* is empty; write a text"),
+        ({"target": " \n"}, "column target: .* is empty"),
         ({"target": "good", "references": "good"}, "column references: 'good' is no list of texts; .*Parquet"),
         ({"target": "good", "references": []}, r"column references: \[\] is no list of texts"),
         ({"target": "good", "references": ["good", 4]}, "column references: 4 is no text"),

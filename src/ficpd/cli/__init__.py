@@ -1,4 +1,4 @@
-"""The command line. Every command's work is one import away, so that `ficpd --help` loads neither torch nor Flower."""
+"""The command line. Commands import inside their functions, so that `ficpd --help` loads neither torch nor Flower."""
 
 import os
 import sys
@@ -13,8 +13,7 @@ from ficpd.cli.compare import compare
 from ficpd.cli.console import errors
 from ficpd.cli.deploy import deploy
 from ficpd.cli.library import adapt, evaluate, export, import_, predict
-from ficpd.cli.report import report
-from ficpd.cli.run import audit, info, run
+from ficpd.cli.run import audit, info, report, run
 from ficpd.cli.site import site
 from ficpd.errors import FicpdError
 
@@ -30,7 +29,7 @@ app.add_typer(site, name="site")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one red paragraph and exit status 1, never a traceback."""
+    """Runs the command line. Prints a `FicpdError` without traceback and exits with status 1."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = _warn
@@ -42,7 +41,7 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """A warning as one yellow paragraph, without the line of code that raised it."""
+    """Prints a warning without its source line."""
     errors.print("[bold yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""`ficpd compare`: the command. Its work is one import away."""
+"""The command `ficpd compare`."""
 
 import re
 from pathlib import Path
@@ -27,10 +27,10 @@ def compare(
     table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
     track: Track = None,
 ) -> None:
-    """Run methods on the same tasks at the same budgets, and leave figures, tests, fronts and tables.
+    """Run methods on the same tasks at the same budgets, and write figures, tests, fronts and tables.
 
-    TARGET is a TOML file, a comparison that comes with ficpd (quick), or a folder, whose overview is printed again. What
-    is finished is not run again. Exit status 3: some runs failed; the tables say which, and why.
+    TARGET is a TOML file, a comparison of ficpd (quick), or a folder, whose overview is printed again. Finished runs are
+    not repeated. Exit status 3: some runs failed; the tables say which, and why.
 
     Example: `ficpd compare quick --out runs/quick --ablate privacy.epsilon=1,2,4 method.num_prototypes=5,10`
     """
@@ -39,14 +39,14 @@ def compare(
         table = "markdown"
     if table is not None:
         if sweeps or out:
-            raise typer.BadParameter("--table prints what a folder holds; it takes no --ablate or --out")
-        typer.echo(_printed(Path(target), table), nl=False)
+            raise typer.BadParameter("--table prints a folder's tables; leave out --ablate and --out")
+        typer.echo(_overview(Path(target), table), nl=False)
         return
     _run(target, sweeps, out, jobs, track)
 
 
 def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
-    """What to compare, and the sweeps that followed the first one behind `--ablate`.
+    """Separates the target from the sweeps that follow the first one after `--ablate`.
 
     >>> _target(["quick", "method.k=5,10"], ["privacy.epsilon=1,2"])
     ('quick', ['privacy.epsilon=1,2', 'method.k=5,10'])
@@ -54,11 +54,11 @@ def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
     more = [word for word in words if ablate and SWEEP.match(word)]
     targets = [word for word in words if word not in more]
     if len(targets) != 1:
-        raise typer.BadParameter(f"expected one file or name, and got {', '.join(targets) or 'none'}")
+        raise typer.BadParameter(f"expected one file or name, got {', '.join(targets) or 'none'}")
     return targets[0], [*ablate, *more]
 
 
-def _printed(path: Path, how: str) -> str:
+def _overview(path: Path, how: str) -> str:
     from ficpd.experiments.comparison.schema import ComparisonResult
     from ficpd.experiments.report.comparison_tables import overviews
     from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
@@ -73,10 +73,13 @@ def _printed(path: Path, how: str) -> str:
 
 def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, track: str | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
     from ficpd.experiments.comparison.compare import compare as run_comparison
     from ficpd.experiments.comparison.grid import read_plan
     from ficpd.experiments.comparison.progress import ProgressDisplay
+    from ficpd.experiments.report.comparison_tables import overviews, without_figure
     from ficpd.experiments.tracking import followed
 
     console, errors = Console(), Console(stderr=True)
@@ -93,19 +96,8 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, tra
 
             found = run_comparison(plan, out, jobs, screen.planned, seen)
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on with what is missing")
+        errors.print("stopped; the same command continues with the missing runs")
         raise typer.Exit(130) from None
-    _say(console, found, out)
-    if found.counts.get("failed") or found.counts.get("missing"):
-        raise typer.Exit(FAILED)
-
-
-def _say(console: Any, found: Any, out: Path) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from ficpd.experiments.report.comparison_tables import overviews, without_figure
-
     for one in overviews(found):
         drawn = Table(
             *one.heads, title=escape(one.title), title_justify="left", caption=escape(one.note), caption_justify="left"
@@ -116,3 +108,5 @@ def _say(console: Any, found: Any, out: Path) -> None:
     for why in without_figure(found):
         console.print(escape(why), highlight=False, soft_wrap=True)
     typer.echo(f"tables: {out / 'compare.md'}, {out / 'tables'}")
+    if found.counts.get("failed") or found.counts.get("missing"):
+        raise typer.Exit(FAILED)

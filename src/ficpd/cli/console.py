@@ -1,4 +1,4 @@
-"""What commands show: tables, figures by name, and bars while a run goes on."""
+"""Prints tables, scores and progress bars."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def print_table(heads: list[str], cells: list[list[str]]) -> None:
 
 
 def print_scores(first: str, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """A line of figures for each name; empty where one has not what others have."""
+    """Prints one line of scores per name; missing metrics are empty."""
     metrics = sorted({metric for score in scores.values() for metric in score})
     cells = [[name, *(f"{s[m]:.3f}" if m in s else "" for m in metrics)] for name, s in scores.items()]
     print_table([first, *metrics], cells)
@@ -28,7 +28,7 @@ def print_scores(first: str, scores: Mapping[str, Mapping[str, float]]) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A bar per method: rounds done and planned, time gone and left, clients and latest figures. Into a file: lines."""
+    """Shows a bar per method: rounds, time, clients and latest figures. Prints lines if the output is no terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

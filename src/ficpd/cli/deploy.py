@@ -1,20 +1,20 @@
-"""`ficpd deploy`: the commands. Their work is one import away."""
+"""The commands of `ficpd deploy`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-deploy = typer.Typer(no_args_is_help=True, help="Across organisations: write what each installs, run, rehearse.")
+deploy = typer.Typer(
+    no_args_is_help=True, help="Across organisations: write each one's files, check the connection, rehearse."
+)
 
 
 @deploy.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="where to write; it must not exist yet, or be empty")],
     sites: Annotated[str, typer.Option(help="the organisations' names, such as north,south,east")],
-    address: Annotated[
-        str, typer.Option(help="HOST:PORT at which the sites will find the coordinator")
-    ] = "127.0.0.1:9443",
+    address: Annotated[str, typer.Option(help="the coordinator's HOST:PORT, as the sites see it")] = "127.0.0.1:9443",
 ) -> None:
     """Write keys, certificates, settings and systemd units for a coordinator and its sites, a folder for each.
 
@@ -24,7 +24,7 @@ def init(
 
     names = [name.strip() for name in sites.split(",")]
     write(folder, names, address)
-    typer.echo(f"folder: {folder} (README.md says who gets what)")
+    typer.echo(f"folder: {folder} (README.md says who gets which files)")
 
 
 @deploy.command()
@@ -32,7 +32,7 @@ def check(
     address: Annotated[str, typer.Argument(help="the coordinator's HOST:PORT")],
     ca: Annotated[Path | None, typer.Option(help="ca.crt of the coordinator")] = None,
 ) -> None:
-    """From a site or the coordinator: is the address there, and is its certificate the right one?
+    """Check that the coordinator's address answers with the right certificate.
 
     Example: `ficpd deploy check federation.example.org:9443 --ca /etc/ficpd/ca.crt`
     """
@@ -46,7 +46,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
     rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,
 ) -> None:
-    """On this machine: a coordinator with TLS, three sites that authenticate themselves, and a few private rounds."""
+    """Run a few private rounds on this machine: a coordinator with TLS and three authenticated sites."""
     from ficpd.deployment.demo import demo as rehearse
 
     rehearse(out, rounds, typer.echo)

@@ -1,4 +1,4 @@
-"""The commands of people who use a library: evaluate, adapt, predict, export, import. Their work is one import away."""
+"""The commands for libraries: evaluate, adapt, predict, export, import."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ def evaluate(
 def adapt(
     library: Library,
     out: Annotated[Path, typer.Option(help="folder of the adapted library")],
-    data: Annotated[str | None, typer.Option("--data", help="your records; none: go by what the task is")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="your records; none: choose by the task alone")] = None,
     shots: Annotated[int, typer.Option(help="records used; 0: all of them", min=0)] = 16,
     per_class: Annotated[bool, typer.Option("--per-class", help="use that many of each class")] = False,
     how: Annotated[
@@ -40,17 +40,19 @@ def adapt(
     label: Annotated[
         list[str] | None, typer.Option(help="a new task: label=its text; one for each answer. None: as found in the data")
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="a new task: what frames the answer")] = None,
+    instruction: Annotated[str | None, typer.Option(help="a new task: its instruction")] = None,
     columns: Columns = None, seed: int = 0, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Fit a library to your own few records, of a task it knows or of another, and save it with the prompt for them.
+    """Adapt a library to a few records, of one of its tasks or of a new one, and save the result.
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
     from ficpd.library.session import load_library, require_new
 
     if task and (label or instruction is not None):
-        raise typer.BadParameter("--task is one that the library knows, --label and --instruction make a new one")
+        raise typer.BadParameter(
+            "--task names a task of the library, --label and --instruction make a new one: give one of them"
+        )
     labels = pairs(label, "--label takes label=text, such as lost_card=lost card")
     require_new(out)
 
@@ -68,7 +70,7 @@ def adapt(
     say(facts["why"])
     say(f"{facts['made_of']}; {facts['shots']} records. Saved in {out}")
     if facts["demonstrations"] or "adapted" in mine.library.readouts:
-        screen.print("it holds your records, or what is made of them: pass it on only to who may see those")
+        screen.print("it holds your records, or values computed from them: give it only to people who may see them")
 
 
 def predict(
@@ -87,7 +89,7 @@ def predict(
     from ficpd.library.session import load_library
 
     if bool(text) == bool(data):
-        raise typer.BadParameter("give --text or --data, one of them")
+        raise typer.BadParameter("give one of --text and --data")
     asked: Any = text or read_records(str(data), roles(columns), labelled=False)
     answers = load_library(library, device=device).predict(asked, prompt=prompt, task=task)
     for one, answer in zip(asked, answers, strict=True):
@@ -116,7 +118,7 @@ def export(
     from ficpd.library.session import load_library
 
     if data and not reenter:
-        raise typer.BadParameter("--data is what --reenter tunes on; give both")
+        raise typer.BadParameter("--data is for --reenter: give both")
 
     def say(line: str) -> None:
         screen.print(escape(line), highlight=False, soft_wrap=True)
@@ -136,10 +138,10 @@ def import_(
     label: Annotated[
         list[str] | None, typer.Option(help="label=its text; one for each answer. None: the prompt writes")
     ] = None,
-    instruction: Annotated[str, typer.Option(help="what frames the answer")] = "",
+    instruction: Annotated[str, typer.Option(help="the task's instruction")] = "",
     device: Device = "cpu",
 ) -> None:
-    """Make a library of a PEFT prompt-tuning folder: its one prompt is `imported`.
+    """Make a library from a PEFT prompt-tuning folder; its prompt is `imported`.
 
     Example: `ficpd import peft --out mine --backbone smollm2 --label good=positive --label bad=negative`
     """
@@ -154,5 +156,5 @@ def import_(
     task = validated_section("tasks", {**kind, "instruction": instruction}, "--label")
     library, base = imported(folder, BackboneConfig(name=backbone), task, device)
     library.save(out)
-    typer.echo(f"the folder says it is for {base}; nothing in it can prove that {backbone} is the same")
+    typer.echo(f"the folder names {base} as its model; it cannot prove that {backbone} is the same")
     typer.echo(f"library: {out} (its prompt is {IMPORTED})")

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the pairs of words that stand in them."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def roles(columns: list[str] | None) -> dict[str, str]:
 
 
 def pairs(given: list[str] | None, expected: str) -> dict[str, str]:
-    """`a=b` options as a mapping."""
+    """Parses `a=b` options."""
     found = [word.partition("=") for word in given or []]
     if any(not all(pair) for pair in found):
         raise typer.BadParameter(expected)

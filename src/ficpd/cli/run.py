@@ -1,4 +1,4 @@
-"""The commands of one experiment: run it, attack what it left, say what is there. Their work is one import away."""
+"""The commands for experiments: run, report, audit, info."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,11 @@ def run(
     recipe: Annotated[str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart")] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue after the last finished round")] = False,
     engine: Annotated[str | None, typer.Option(help="in_process, or flower: among real sites")] = None,
     track: Track = None,
 ) -> None:
-    """Run an experiment and leave its results, its library and a report in a run directory.
+    """Run an experiment and write its results, library and report to a run directory.
 
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
@@ -52,7 +52,7 @@ def run(
 
             run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
-        errors.print("stopped; `--resume` goes on from the last finished round")
+        errors.print("stopped; `--resume` continues after the last finished round")
         raise typer.Exit(130) from None
     results = load_results(out)
     print_table(*results_table(results))
@@ -61,6 +61,26 @@ def run(
         typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="the directory of a finished run or of a comparison")
+    ],
+    out: Annotated[Path | None, typer.Option(help="the HTML file; none: DIR/report.html")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="also write the table as CSV")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="also write the table as LaTeX")] = False,
+) -> None:
+    """Write a report of a run or a comparison as one HTML file, which needs no network and no server.
+
+    Example: `ficpd report runs/demo --csv`
+    """
+    from ficpd.experiments.report.build import write_page, write_tables
+
+    page = write_page(directory, out)
+    typer.echo(f"page:    {page}")
+    for kind, file in write_tables(directory, page, csv, latex).items():
+        typer.echo(f"{kind + ':':9}{file}")
 
 
 def audit(
@@ -75,9 +95,9 @@ def audit(
     canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
     seed: int = 0, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Attack a run: who was in the training data, and whether its ε holds. Exit status 2 if it does not.
+    """Attack a run: infer members of its training data, and test its ε. Exit status 2 if the ε is violated.
 
-    Without the run, attack a library's prompt by its members: `--trained` and `--others`.
+    Without the run, attack a library's prompt with known members: `--trained` and `--others`.
 
     Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
     """
@@ -86,7 +106,7 @@ def audit(
     from ficpd.library.records import read_records
 
     if bool(trained) != bool(others):
-        raise typer.BadParameter("give --trained and --others together: members, and records to tell them from")
+        raise typer.BadParameter("give --trained and --others together: members and non-members")
     if trained and others:
         folder = out or run.with_name(run.resolve().name + "-audit")
         known, unknown = (read_records(file, roles(columns)) for file in (trained, others))
@@ -115,9 +135,24 @@ def audit(
 def info(
     path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
 ) -> None:
-    """Say what a library or a run is; with nothing given, what this installation has."""
-    from ficpd.cli.environment import environment_info
+    """Describe a library or a run; without one, this installation."""
+    import torch
+
+    from ficpd import __version__, registry
+    from ficpd.backbones.autotune import machine_info
+    from ficpd.backbones.catalog import NAMED
+    from ficpd.experiments.config import recipes
     from ficpd.library.session import library_facts
 
-    for name, value in (library_facts(path) if path else environment_info()).items():
+    if path:
+        facts = library_facts(path)
+    else:
+        kinds = ("methods", "tasks", "backbones", "optimizers", "privacy", "engines")
+        facts = {
+            "ficpd": __version__, **{kind: ", ".join(registry.names(kind)) for kind in kinds},
+            "named backbones": "; ".join(f"{name}: {entry.about}" for name, entry in NAMED.items()),
+            "recipes": ", ".join(recipes()), "machine": machine_info(torch.device("cpu")),
+            "cuda": torch.cuda.is_available(),
+        }  # fmt: skip
+    for name, value in facts.items():
         screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)

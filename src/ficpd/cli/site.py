@@ -1,18 +1,18 @@
-"""`ficpd site`: the commands of one organisation. Their work is one import away."""
+"""The commands of `ficpd site`."""
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-site = typer.Typer(no_args_is_help=True, help="At one organisation: the process that holds its records and its budget.")
+site = typer.Typer(no_args_is_help=True, help="At one organisation: the process with its records and its budget.")
 File = Annotated[Path, typer.Argument(help="the site's TOML file")]
 
 
 @site.command()
 def run(file: File) -> None:
-    """Answer on the site's socket until stopped. Load the backbone once; keep records, budget and ledger here.
+    """Serve on the site's socket until stopped. The backbone is loaded once; records and ledger stay here.
 
     Example: `ficpd site run north.toml`
     """
@@ -25,10 +25,10 @@ def run(file: File) -> None:
 @site.command()
 def check(
     file: File,
-    recipe: Annotated[Path | None, typer.Option(help="a run's recipe: would it be within the policy?")] = None,
-    clients: Annotated[int, typer.Option(help="how many sites take part in it", min=1)] = 1,
+    recipe: Annotated[Path | None, typer.Option(help="a run's recipe to check against the policy")] = None,
+    clients: Annotated[int, typer.Option(help="the number of sites in the run", min=1)] = 1,
 ) -> None:
-    """Try records, labels, backbone and policy without answering anybody, and print what would leave.
+    """Check records, labels, backbone and policy without a server, and print the outputs that would be released.
 
     Example: `ficpd site check north.toml --recipe recipe.toml`
     """
@@ -40,17 +40,10 @@ def check(
 
 @site.command()
 def status(file: File) -> None:
-    """What was spent, which runs were served, and the last error; from the running site, or from its ledger."""
-    from ficpd.deployment.site.preflight import site_status as asked
+    """Print the privacy cost, the served runs and the last error, from the running site or its ledger."""
+    from ficpd.deployment.site.preflight import site_status
 
-    _print(asked(file))
-
-
-def _say(line: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
-
-
-def _print(found: dict[str, Any]) -> None:
+    found = site_status(file)
     spent = found["epsilon"]
     typer.echo(f"site     {found['name']} ({'running' if found['running'] else 'not running'})")
     typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent (delta {spent['delta']:g})")
@@ -66,3 +59,7 @@ def _print(found: dict[str, Any]) -> None:
             typer.echo(f"         on the own test records: {scores}")
     error = found["last_error"]
     typer.echo(f"error    {error['at']} {error['error']}" if error else "error    none")
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")

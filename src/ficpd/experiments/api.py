@@ -1,9 +1,9 @@
-"""Runs experiments and comparisons from Python: `ficpd.run` and `ficpd.compare`. The commands call the same functions."""
+"""Runs experiments and comparisons from Python: `ficpd.run` and `ficpd.compare`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ficpd.errors import ConfigError
 from ficpd.experiments import runner
@@ -28,27 +28,27 @@ class FinishedRun:
     baselines: Sequence[RunResult] = field(repr=False)
 
     def to_frame(self) -> "DataFrame":
-        """Makes a table with one line a method, the run's own last.
+        """Makes a table with one line per method, the run's method last.
 
-        Of each metric: `global` (one prompt on all test records), `own` (the mean over clients of their own prompt on
-        their own test records) and `worst` (the worst client).
+        Columns of each metric: `global` (one prompt on all test records), `own` (each client's prompt on its test records,
+        mean over clients) and `worst` (the worst client).
         """
         import pandas as pd
 
-        return pd.DataFrame([_line(result) for result in (*self.baselines, self.result)]).set_index("method")
-
-
-def _line(result: RunResult) -> dict[str, Any]:
-    found = result.scores
-    scores = {"global": found.global_prompt or {}, "own": found.per_client_mean, "worst": found.per_client_worst}
-    return {
-        "method": result.label,
-        "privacy": result.privacy.guarantee,
-        "epsilon": result.privacy.epsilon,
-        **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
-        "bytes_up": result.bytes.up_per_client_round,
-        "seconds": result.seconds.total,
-    }
+        lines = []
+        for result in (*self.baselines, self.result):
+            found = result.scores
+            scores = {
+                "global": found.global_prompt or {},
+                "own": found.per_client_mean,
+                "worst": found.per_client_worst,
+            }
+            lines.append({
+                "method": result.label, "privacy": result.privacy.guarantee, "epsilon": result.privacy.epsilon,
+                **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
+                "bytes_up": result.bytes.up_per_client_round, "seconds": result.seconds.total,
+            })  # fmt: skip
+        return pd.DataFrame(lines).set_index("method")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class FinishedComparison:
     result: ComparisonResult = field(repr=False)
 
     def to_frame(self) -> "DataFrame":
-        """Makes a table with one line a condition (task, partition, budget, sweep) and method."""
+        """Makes a table with one line per method and condition (task, partition, budget, sweep)."""
         import pandas as pd
 
         lines = [
@@ -79,7 +79,7 @@ def run(
     recipe: the name of a recipe, a TOML file, or an `Experiment`.
     out: the run directory; None: `runs/NAME-METHOD-SEED`.
     changes: settings to change, such as "method.name=fedavg".
-    resume: goes on from the last finished round.
+    resume: continues after the last finished round.
     progress: called as (method, rounds done, rounds planned, figures).
 
     Raises a `FicpdError` that names the setting to change.
@@ -89,7 +89,7 @@ def run(
     else:
         experiment = read(str(recipe), changes)
     if experiment.engine.name == "flower":
-        raise ConfigError('engine.name = "flower": real sites are not simulated; start the run with `ficpd run`')
+        raise ConfigError('engine.name = "flower": real sites are not simulated. Start the run with `ficpd run`')
     directory = Path(out) if out else default_directory(experiment)
     runner.run(experiment, directory, resume, progress or runner.no_progress)
     *baselines, result = load_results(directory)
@@ -104,14 +104,14 @@ def compare(
     recipe: str | Path, out: str | Path | None = None, *, ablate: Sequence[str] = (), jobs: int | None = None,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> FinishedComparison:  # fmt: skip
-    """Runs the cells of a comparison that `out` does not hold yet, in worker processes.
+    """Runs the unfinished cells of a comparison in worker processes.
 
     A script that calls this needs the guard `if __name__ == "__main__":`.
 
-    recipe: a TOML file, or a comparison that comes with the package.
+    recipe: a TOML file, or a comparison of the package.
     out: the folder; None: `runs/compare-NAME`.
     ablate: settings to sweep over, such as "privacy.epsilon=1,2,4".
-    jobs: runs at a time; None: one for each core, one on a GPU.
+    jobs: parallel runs; None: one for each core, one on a GPU.
     progress: called with each event of a worker.
     """
     plan = read_plan(str(recipe), ablate)

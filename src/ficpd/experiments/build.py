@@ -1,8 +1,7 @@
-"""Everything an experiment describes, built: the backbone, the task, the start prompt, the clients."""
+"""Builds an experiment: backbone, tasks, initial prompt, compression and clients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 
@@ -32,9 +31,14 @@ from ficpd.types import ClientCard, ClientData, Prompt
 
 @dataclass(frozen=True)
 class ExperimentContext:
-    """`experiment` has every "auto" and every default resolved to what is really used. `tasks` by group (see
-    `Experiment.all_groups`); `group_of` says to which one each client belongs. `unseen`: clients that take
-    no part."""
+    """A built experiment.
+
+    experiment: with every "auto" and default resolved.
+    tasks: by group (`Experiment.all_groups`).
+    group_of: the group of each client.
+    start: the initial prompt.
+    unseen: clients that take no part.
+    """
 
     experiment: Experiment
     tasks: Mapping[str, Task]
@@ -48,42 +52,45 @@ class ExperimentContext:
 
     @property
     def task(self) -> Task:
-        """The only task. Raises `ConfigError` where the federation has several."""
+        """The only task. Raises `ConfigError` if the federation has several."""
         if len(self.tasks) != 1:
             raise ConfigError(
-                f"this federation has several tasks ({', '.join(self.tasks)}); this is for runs of one task"
+                f"groups = {', '.join(self.tasks)}: this needs one task, and the federation has several tasks"
             )
         return next(iter(self.tasks.values()))
 
     def shards_for(self, pooled: bool = False) -> Mapping[str, ClientData]:
-        """Who holds which records; `pooled`: one client of each group holds all of that group's."""
+        """Returns the records by client; `pooled`: one client holds all records of its group."""
         if not pooled:
             return self.shards
-        return {
-            f"{group}.everyone" if group else "everyone": _pool(
-                {name: shard for name, shard in self.shards.items() if self.group_of[name] == group}
-            )
-            for group in self.tasks
-        }
+        found = {}
+        for group in self.tasks:
+            ordered = [self.shards[name] for name in sorted(self.shards) if self.group_of[name] == group]
+            train, test = [r for s in ordered for r in s.train], [r for s in ordered for r in s.test]
+            found[f"{group}.everyone" if group else "everyone"] = ClientData(train, test, {})
+        return found
 
     def task_of(self, client: str) -> Task:
         return self.tasks[self.group_of.get(client, client.removesuffix("everyone").removesuffix("."))]
 
     def init_prompt_for(self, method: Method) -> Prompt:
-        """What a method's clients start from. Raises `ConfigError` if that is no prompt and compression is for prompts, or
-        the backbone takes prompts of words and the method tunes vectors."""
+        """Returns the initial value that a method tunes.
+
+        Raises `ConfigError` for compression of anything but a soft prompt. Raises it also for a soft prompt on a backbone
+        that takes token prompts only.
+        """
         declared = method.capabilities
         if declared.prompt_type == "soft":
             if declared.trains and not self.start.vectors_PD.is_floating_point():
                 raise ConfigError(
                     f"{self.experiment.backbone.name} takes prompts of words, and {method.name} tunes vectors (soft "
-                    'prompts); use method.name = "feddtpt", or a backbone whose weights are here'
+                    'prompts). Use method.name = "feddtpt", or a backbone with local weights'
                 )
             return self.start
         if self.experiment.compression["name"] != "none":
             raise ConfigError(
                 f"compression.name = {self.experiment.compression['name']!r} is for prompts, and {method.name} tunes "
-                'something else; set compression.name = "none" (with compression.bits = 8 or 16, if bytes matter)'
+                'something else. Set compression.name = "none" (compression.bits = 8 or 16 saves bytes)'
             )
         given, backbone = self.start, self.model.backbone
         if declared.prompt_type == "tokens":
@@ -91,10 +98,10 @@ class ExperimentContext:
         return method.init_prompt(given, backbone, rng.derive_seed(self.experiment.seed, "public"))
 
     def with_method(self, method: Method) -> "ExperimentContext":
-        """The same world where all start as the method does, with its learning rate, and a clip norm that fits there."""
+        """Returns the context with the method's initial value, learning rate and clip norm."""
         declared = method.capabilities
         if declared.means_per_update and "placement" in self.experiment.privacy:
-            return self._sending_slopes(declared)
+            return self._with_derivative_clip_norm(declared)
         if declared.prompt_type == "soft":
             return self
         rate = declared.learning_rate or self.experiment.training.learning_rate
@@ -108,24 +115,23 @@ class ExperimentContext:
         )
         return replace(self, experiment=experiment, start=start, compression=compression)
 
-    def _sending_slopes(self, declared: Capabilities) -> "ExperimentContext":
-        """For whole clients, and a method whose clients send slopes and no prompts: a clip norm of the median length of a
-        record's slopes (`open_clip`), times √steps, for that many stand side by side in what a client sends."""
+    def _with_derivative_clip_norm(self, declared: Capabilities) -> "ExperimentContext":
+        """Sets the client-level clip norm of a method that sends directional derivatives.
+
+        It is the median norm of a record's derivatives (`calibrate_clip_norm`) times √`means_per_update`.
+        """
         alone = self.experiment.model_copy(update={"privacy": {"clip_norm": None}})
         found = calibrate_clipping_and_compression(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
         of_records = found["clip_norm"] or max(found["clip_norms"].values())
         clip = declared.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * declared.means_per_update**0.5
-        return replace(
-            self,
-            experiment=self.experiment.model_copy(update={"privacy": {**self.experiment.privacy, "clip_norm": clip}}),
-        )
+        privacy = {**self.experiment.privacy, "clip_norm": clip}
+        return replace(self, experiment=self.experiment.model_copy(update={"privacy": privacy}))
 
     def unseen_clients(self) -> dict[str, Client]:
-        """The clients that take no part."""
         return replace(self, shards=self.unseen).clients()
 
     def clients(self, plan: PrivacyPlan | None = None, pooled: bool = False) -> dict[str, Client]:
-        """Fresh clients with nothing kept. Without a guard nothing of them may leave: they are for looking at."""
+        """Builds clients without stored state. Without a `plan` they are for evaluation only: release nothing of them."""
         return {
             name: Client(
                 ClientCard(name, shard.metadata),
@@ -144,93 +150,77 @@ class ExperimentContext:
         }
 
 
-class PartitionedData(NamedTuple):
-    """Who holds which records, before a backbone is loaded."""
+def build_context(experiment: Experiment) -> ExperimentContext:
+    """Loads the data, then the backbone, so that an error in the data costs no download.
 
-    tasks: dict[str, Task]
-    shards: dict[str, ClientData]
-    unseen: dict[str, ClientData]
-    group_of: dict[str, str]
-
-
-def load_and_partition(experiment: Experiment) -> PartitionedData:
-    """Raises `DataError` or `ConfigError` where the data are not what the experiment says."""
+    Raises `DataError` or `ConfigError` for data that do not fit the experiment.
+    """
     tasks, shards, group_of = {}, {}, {}
     for group, party in experiment.all_groups.items():
         tasks[group] = build_task(party.task, experiment.metrics)
-        dealt = _dealt(group, party, experiment.seed)
-        _check_targets(tasks[group], dealt)
+        dealt = _partitioned(group, party, experiment.seed)
+        for shard in dealt.values():
+            tasks[group].targets([*shard.train, *shard.test])
         if experiment.fairness.group:
             groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
-    return PartitionedData(tasks, *_set_apart(shards, group_of, experiment), group_of)
-
-
-def build_context(experiment: Experiment) -> ExperimentContext:
-    """Read the data before the weights are fetched: a wrong column should not cost a download."""
-    tasks, shards, unseen, group_of = load_and_partition(experiment)
-    context = _begun(
-        experiment, tasks, {group: [s for n, s in shards.items() if group_of[n] == group] for group in tasks}
-    )
-    for group in tasks:
-        warn_unk_rate(context.model.backbone, {_who(n, s): s.train for n, s in shards.items() if group_of[n] == group})
+    shards, unseen = _split_unseen(shards, group_of, experiment)
+    by_group = {group: {n: s for n, s in shards.items() if group_of[n] == group} for group in tasks}
+    context = _load(experiment, tasks, {group: list(members.values()) for group, members in by_group.items()})
+    for members in by_group.values():
+        warn_unk_rate(context.model.backbone, {_describe(n, s): s.train for n, s in members.items()})
     return replace(context, group_of=group_of, shards=shards, unseen=unseen)
 
 
 def build_context_without_records(experiment: Experiment) -> ExperimentContext:
-    """A world without records: the coordinator's, whose sites hold their own."""
+    """Builds the coordinator's context; the records stay with the sites."""
     tasks = {group: build_task(party.task) for group, party in experiment.all_groups.items()}
     _check_heads(tasks)
     if experiment.federation.unseen_clients:
-        raise ConfigError("federation.unseen_clients is for simulations; a site that shall not take part is not asked")
+        raise ConfigError("federation.unseen_clients is for simulations. Start the run without these sites")
     if experiment.federation.max_queries:
-        raise ConfigError(
-            "federation.max_queries is for simulations; what a site asks of its own model, it does not tell"
-        )
-    return _begun(experiment, tasks, {})
+        raise ConfigError("federation.max_queries is for simulations: real sites report no query counts. Leave it out")
+    return _load(experiment, tasks, {})
 
 
 def with_config(context: ExperimentContext, experiment: Experiment) -> ExperimentContext:
-    """The same records on the same backbone, both in memory already, for an experiment that differs in neither: another
-    prompt, training, privacy, compression or number of rounds."""
-    by_group = {
-        group: [s for n, s in context.shards.items() if context.group_of[n] == group] for group in context.tasks
-    }
+    """Returns the context for another experiment on the same records and backbone, which stay in memory."""
+    by_group = {g: [s for n, s in context.shards.items() if context.group_of[n] == g] for g in context.tasks}
     experiment = experiment.model_copy(update={"backbone": context.experiment.backbone})
-    begun = _started(experiment, context.tasks, by_group, context.model)
+    begun = _initialized(experiment, context.tasks, by_group, context.model)
     return replace(context, experiment=begun.experiment, start=begun.start, compression=begun.compression)
 
 
-def _begun(
+def _load(
     experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[ClientData]]
 ) -> ExperimentContext:
-    """Backbone, start prompt and compression, for clients that are yet to come."""
+    """Loads the backbone and initializes prompt, clipping and compression; `shards` by group."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
     model = QueryEngine(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
-    return _started(experiment, tasks, shards, model)
+    return _initialized(experiment, tasks, shards, model)
 
 
-def _started(
+def _initialized(
     experiment: Experiment, tasks: Mapping[str, Task], shards: Mapping[str, Sequence[ClientData]], model: QueryEngine
 ) -> ExperimentContext:
     backbone = model.backbone
     if backbone.modality == "image" and experiment.distillation.how != "none":
-        raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images; leave it "none"')
+        raise ConfigError(f'distillation.how: examples are texts, and {backbone.name} sees images. Leave it "none"')
     start, experiment = init_soft_prompt(experiment, list(tasks.values()), backbone)
     for group, of_group in shards.items():
         for shard in of_group:
-            tasks[group].encode(shard.train[:1], backbone, start)  # a prompt that leaves no room is an error now
+            tasks[group].encode(shard.train[:1], backbone, start)  # raises early if the prompt leaves no room
     experiment, compression = calibrate_clipping_and_compression(experiment, list(tasks.values()), model, start)
     return ExperimentContext(experiment, tasks, {}, model, start, compression, {})
 
 
-def _set_apart(
+def _split_unseen(
     shards: Mapping[str, ClientData], group_of: Mapping[str, str], experiment: Experiment
 ) -> tuple[dict[str, ClientData], dict[str, ClientData]]:
-    """Those who take part, and those who do not. Every group keeps a client."""
+    """Samples `federation.unseen_clients` clients that take no part; every group keeps a client."""
     number, names = experiment.federation.unseen_clients, sorted(shards)
     random = rng.make_generator(rng.derive_seed(experiment.seed, "public"), "unseen")
     apart: set[str] = set()
@@ -240,13 +230,14 @@ def _set_apart(
             apart.add(names[place])
     if len(apart) < number:
         raise ConfigError(
-            f"federation.unseen_clients = {number} of {len(names)} clients leaves a task without any; at most {len(apart)}"
+            f"federation.unseen_clients = {number} of {len(names)} clients: expected at most {len(apart)}, so that every "
+            "task keeps a client"
         )
     return {n: shards[n] for n in names if n not in apart}, {n: shards[n] for n in names if n in apart}
 
 
-def _dealt(group: str, party: Group, seed: int) -> dict[str, ClientData]:
-    """A group's clients; in a federation of several they bear its name, and it is public which group each is of."""
+def _partitioned(group: str, party: Group, seed: int) -> dict[str, ClientData]:
+    """Loads and partitions a group's records. With several groups, names and cards state the group, which is public."""
     source, how = party.data_and_partition
     shards = partition(how, loading.load(source, seed), "target", seed)
     if not group:
@@ -254,27 +245,16 @@ def _dealt(group: str, party: Group, seed: int) -> dict[str, ClientData]:
     return {f"{group}.{name}": replace(s, metadata={**s.metadata, "group": group}) for name, s in shards.items()}
 
 
-def _who(name: str, shard: ClientData) -> str:
-    """A client and what its card says, for a sentence."""
+def _describe(name: str, shard: ClientData) -> str:
+    """Names a client and its metadata, for a warning."""
     facts = ", ".join(f"{key} {value}" for key, value in shard.metadata.items() if key != "group")
     return f"client {name!r} ({facts})" if facts else f"client {name!r}"
 
 
 def _check_heads(tasks: Mapping[str, Task]) -> None:
-    """Prompts of one federation have one shape: with several tasks no head can be tuned."""
+    """Refuses a tuned head with several tasks, because all prompts of a federation have one shape."""
     if len(tasks) > 1 and (heads := [name for name, task in tasks.items() if task.head_rows]):
         raise ConfigError(
-            f"groups.{heads[0]}.task.tuned_head: a head fits one label set, and this federation has {len(tasks)} tasks; "
-            "leave it false"
+            f"groups.{heads[0]}.task.tuned_head: a head fits one label set, and this federation has {len(tasks)} tasks. "
+            "Leave it false"
         )
-
-
-def _pool(shards: Mapping[str, ClientData]) -> ClientData:
-    ordered = [shards[name] for name in sorted(shards)]
-    return ClientData([r for s in ordered for r in s.train], [r for s in ordered for r in s.test], {})
-
-
-def _check_targets(task: Task, shards: Mapping[str, ClientData]) -> None:
-    """Every label known and every number a number, before anything slow begins."""
-    for shard in shards.values():
-        task.targets([*shard.train, *shard.test])

@@ -1,7 +1,7 @@
-"""An experiment: one frozen value, read from one TOML file, written back whole beside every result.
+"""Reads and writes experiments: one TOML file is one frozen `Experiment`.
 
-What changes the guarantee (`privacy.*`) stands apart from what only changes speed (`engine.*`). `--set a.b=c` changes one
-value. A key that does not exist is an error that names the nearest one that does.
+`privacy.*` changes the guarantee; `engine.*` changes only the speed. `--set a.b=c` changes one value. An unknown key is an
+error that names the nearest known one.
 """
 
 import tomllib
@@ -24,11 +24,14 @@ QUICKSTART = "quickstart"
 
 
 class PromptConfig(FrozenConfig):
-    """`enters_at` None: the backbone's measured default. `init` "text": from `text` (or the task's own words);
-    "vocabulary": from words drawn from the backbone's vocabulary; "library": from the prompt `of` the saved `library`.
+    """The initial prompt.
 
-    `head_examples`: a file or folder of a few public labelled records, in the columns of the clients' own; a tuned head
-    starts from their classes' means, and not from the answers' texts, which some backbones do not know."""
+    enters_at: the layer; None: the backbone's measured default.
+    init: "text" (`text`, or the task's start text), "vocabulary" (random words) or "library" (a saved prompt).
+    of: the name of the prompt in `library`.
+    head_examples: a file or folder of public labelled records, in the same columns as the clients'. A tuned head starts
+        from their class means; without them, from the answers' texts.
+    """
 
     num_tokens: int = Field(default=10, ge=1)
     enters_at: int | None = Field(default=None, ge=0)
@@ -39,17 +42,23 @@ class PromptConfig(FrozenConfig):
     head_examples: str | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "PromptConfig":
+    def _check_library(self) -> "PromptConfig":
         if (self.init == "library") != (self.library is not None):
             raise ValueError('init = "library" and library = "FOLDER" go together')
         return self
 
 
 class FederationConfig(FrozenConfig):
-    """`clients_per_round` None: all of them. `evaluate_every` 0: only at the end. `accept_late`: how many rounds late an
-    update may arrive and still count. `unseen_clients`: so many of all take no part, drawn by the seed; what the others
-    leave is tried on them at the end. `max_queries`, in simulations: how many queries (one candidate prompt on one record,
-    with a gradient or without) a client may ask in the whole run; it ends before a round that could ask more of anybody."""
+    """The rounds and their clients.
+
+    clients_per_round: size of a cohort; None: all clients.
+    max_update_norm: bound of every update's L2 norm.
+    evaluate_every: rounds between evaluations; 0: only at the end.
+    accept_late: how many rounds late an update may arrive and still count.
+    unseen_clients: clients drawn by the seed that take no part and are evaluated at the end.
+    max_queries: in simulations, queries per client in the run. A query is one candidate prompt on one record. The run ends
+        before a round in which a client could exceed it.
+    """
 
     num_rounds: int = Field(default=10, ge=0)
     clients_per_round: int | None = Field(default=None, ge=1)
@@ -61,11 +70,13 @@ class FederationConfig(FrozenConfig):
 
 
 class DistillationConfig(FrozenConfig):
-    """What the server does when the rounds of a method with prototypes are over. `how`: "squared" or "kl" distil one prompt
-    from them, "reptile" or "maml" find one that each task is soon learned from; all on examples that are nobody's.
+    """The server's distillation of prototypes on synthetic examples, after the last round.
 
-    `writer`: a backbone that writes (such as smollm2), or `texts`: a file of public texts, one a line; with neither, the
-    backbone itself, or words of its vocabulary if it cannot write. `per_label` drafts each; `least_agreement` of the votes.
+    how: "squared" or "kl" distil one prompt; "reptile" or "maml" meta-learn an initial prompt.
+    writer: a generative backbone (such as smollm2) that writes the examples.
+    texts: a file of public texts, one a line. Without both, the run's backbone writes, or random words are used.
+    per_label: drafts per label.
+    least_agreement: the share of votes that an example needs.
     """
 
     how: Literal["none", "squared", "kl", "reptile", "maml"] = "none"
@@ -74,23 +85,22 @@ class DistillationConfig(FrozenConfig):
     per_label: int = Field(default=20, ge=1)
     least_agreement: float = Field(default=0.75, gt=0, le=1)
     steps: int = Field(default=60, ge=1)
-    inner_steps: int = Field(default=5, ge=1)
 
     @model_validator(mode="after")
-    def _one(self) -> "DistillationConfig":
+    def _check_source(self) -> "DistillationConfig":
         if self.writer and self.texts:
-            raise ValueError("give a writer or texts, one of them")
+            raise ValueError("writer and texts are both set: give one of them")
         return self
 
 
 class FairnessConfig(FrozenConfig):
-    """`group`: a public column of every test record, named in `data.keep` too, by whose values accuracy is compared."""
+    """`group`: a public column of all test records, also named in `data.keep`. Its values are the compared groups."""
 
     group: str | None = None
 
 
 class Group(FrozenConfig):
-    """Clients that share a task: what it is, where their records are, who holds which. Real sites hold their own."""
+    """Clients that share a task, with its data and partition. Real sites have their own records and need neither."""
 
     task: dict[str, Any]
     data: Source | None = None
@@ -98,7 +108,7 @@ class Group(FrozenConfig):
 
     @property
     def data_and_partition(self) -> tuple[Source, Partition]:
-        """Records and who holds them, which a simulation has."""
+        """Data and partition of a simulation. Raises `ConfigError` if one is missing."""
         if self.data is None or self.partition is None:
             raise ConfigError(f"{'data' if self.data is None else 'partition'} is missing; it has no default")
         return self.data, self.partition
@@ -107,11 +117,10 @@ class Group(FrozenConfig):
 class Experiment(FrozenConfig):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
-    `baselines` are run beside the method, on the same clients and with the same privacy, for the table at the end, each with
-    its method's default settings; "fedavg:none" is fedavg without any privacy, and with the run's settings if that is the
-    run's own method. `metrics`: further metrics of a simulation's tasks, each a `name` (dotted) and that module's settings.
-    A federation of several tasks has `groups.NAME` with a task, data and partition
-    each, instead of the one of its own.
+    baselines: methods to compare with, on the same clients, with the same privacy and default settings. "fedavg:none" is
+        fedavg without privacy; for the run's method it keeps the run's settings.
+    metrics: further metrics of a simulation's tasks, each a dotted `name` and that module's settings.
+    groups: with several tasks, a task, data and partition for each name. They replace `task`, `data` and `partition`.
     """
 
     name: str = "experiment"
@@ -135,7 +144,7 @@ class Experiment(FrozenConfig):
 
     @property
     def all_groups(self) -> dict[str, Group]:
-        """The groups by name; a federation of one task is one group without a name."""
+        """The groups by name; a federation of one task has one group, named ""."""
         if self.groups:
             return self.groups
         return {"": Group.model_validate({key: getattr(self, key) for key in Group.model_fields})}
@@ -156,9 +165,10 @@ REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compr
 
 
 def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = True) -> Experiment:
-    """An experiment from TOML text, with `a.b=c` changes applied. Raises `ConfigError` naming key, value and file.
+    """Parses TOML text and applies `a.b=c` changes. Raises `ConfigError` naming key, value and file.
 
-    Not `records`: it may leave out data and partition, for its sites hold their own."""
+    Not `records`: data and partition may be missing.
+    """
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -169,17 +179,17 @@ def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = Tr
 
 
 def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experiment:
-    """Check each part against its own model, so that every error names `part.key`."""
+    """Validates each part by its model, so that every error names `part.key`."""
     engine = tree.get("engine")
     if isinstance(engine, Mapping) and engine.get("name") == "flower":
-        records = False  # its sites hold their own
+        records = False
     for key in tree:
         if key not in Experiment.model_fields:
             raise ConfigError(f"{where}: {did_you_mean('part', key, Experiment.model_fields)}")
     parts: dict[str, Any] = dict(tree)
     own = [key for key in Group.model_fields if key in tree]
     if tree.get("groups") and own:
-        raise ConfigError(f"{where}: {own[0]!r} stands beside groups; move it into each group that it is for")
+        raise ConfigError(f"{where}: {own[0]!r} stands beside groups. Move it into each group that it is for")
     if tree.get("groups"):
         parts["groups"] = {
             name: _group(group, f"{where}: groups.{name}", records) for name, group in tree["groups"].items()
@@ -199,7 +209,7 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
         method, _, private = name.partition(":")
         load("methods", method)
         if private not in ("", "none"):
-            raise ConfigError(f"{where}.baselines: {name!r} is no baseline; write {method!r}, or '{method}:none'")
+            raise ConfigError(f"{where}.baselines: {name!r} is no baseline. Write {method!r}, or '{method}:none'")
     load("optimizers", built.training.optimizer)
     load("engines", built.engine.name)
     return built
@@ -220,21 +230,21 @@ def _group(tree: Any, where: str, records: bool) -> Group:
 
 
 def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
-    """A TOML file, or one of the recipes that come with the package (`quickstart` if none is named)."""
+    """Reads a TOML file or a recipe of the package; None: `QUICKSTART`."""
     return parse(*read_recipe(recipe or QUICKSTART), changes)
 
 
 def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, str]:
-    """The text of a TOML file or of a recipe that comes with the package, and what to call it in a message."""
+    """Returns the text of a TOML file or of a recipe of the package, and its name for error messages."""
     path, known = Path(name), recipes(under)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise ConfigError(f"no {kind} file {name}; the ones that come with ficpd: {', '.join(known)}")
+            raise ConfigError(f"no {kind} file {name}. Those of ficpd: {', '.join(known)}")
         try:
             search_in(path.parent)
             return path.read_text(encoding="utf-8"), path.name
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+            raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}. Save it as UTF-8") from error
     if name not in known:
         raise ConfigError(did_you_mean(kind, name, known) + " (or give a .toml file)")
     file = resources.files("ficpd.experiments") / "recipes" / under / f"{name}.toml"
@@ -242,13 +252,13 @@ def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, 
 
 
 def recipes(under: str = "") -> list[str]:
-    """The names of the recipes that come with the package; under "compare", of the comparisons."""
+    """Lists the recipes of the package; under "compare", its comparisons."""
     folder = resources.files("ficpd.experiments") / "recipes" / under
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
 def to_toml(experiment: Experiment) -> str:
-    """The whole experiment, defaults and all (TOML has no null: an absent key is None)."""
+    """Writes the experiment with all defaults. TOML has no null, so settings that are None are left out."""
     return tomli_w.dumps(_without_none(experiment.model_dump(mode="json")))
 
 
@@ -259,7 +269,7 @@ def _without_none(value: Any) -> Any:
 
 
 def apply_override(tree: dict[str, Any], change: str) -> None:
-    """Apply `a.b=c`; c is read as TOML, and as plain text if it is none."""
+    """Applies `a.b=c` to `tree`; c is TOML, or else plain text."""
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -272,7 +282,7 @@ def apply_override(tree: dict[str, Any], change: str) -> None:
     for key in keys[:-1]:
         inner = inner.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {change!r}: {key} is a value, not a part with keys of its own")
+            raise ConfigError(f"--set {change!r}: {key} is a value, not a part with keys")
     if keys[-1] == "name" and len(keys) == 2 and keys[0] in REGISTRIES and inner.get("name") != value:
-        inner.clear()  # another module's settings mean nothing to this one
+        inner.clear()  # the settings belong to the replaced module
     inner[keys[-1]] = value

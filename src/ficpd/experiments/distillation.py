@@ -1,8 +1,8 @@
-"""After the rounds: examples that are nobody's, written under the prototypes, and one prompt distilled from all of them.
+"""Distils the prototypes into one prompt on synthetic examples, after the last round.
 
-The server's last step. It sees prototypes, public label texts and what a frozen backbone writes: post-processing of what
-clients released. A simulation also holds the examples against the training records and counts copies; it drops them only
-where no privacy was asked, for to choose by looking at records is no post-processing.
+The server uses prototypes, public label texts and texts from a frozen backbone, so this is post-processing. A simulation
+also counts synthetic examples that copy a training record. It drops them only without privacy, because a choice that
+depends on records is no post-processing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,7 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import public_seed
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.distillation import filters as nobodys
-from ficpd.library.distillation import generation
+from ficpd.library.distillation import filters, generation
 from ficpd.library.distillation.distill import DistilledPrompt, TaskExamples, distill
 from ficpd.library.distillation.filters import FilterResult, SyntheticExample
 from ficpd.library.distillation.meta_learning import InnerLoop, first_order_maml, reptile
@@ -31,67 +30,70 @@ from ficpd.types import Batch, ClientCard, FederationInfo, Prompt, Record
 
 SYNTHETIC = "synthetic.jsonl"
 DISTILLED = "distilled"
-WRITES = "causal_lm"
-"""The one kind of backbone that `distillation.writer` can name."""
+WRITER_KIND = "causal_lm"
+"""The kind of backbone that `distillation.writer` accepts."""
+INNER_STEPS = 5
+"""Local steps of an episode of Reptile and MAML."""
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """`prompt`: the distilled one, or the global one where nothing was gained. `facts`: for the result."""
+    """`prompt`: the distilled prompt, or the global one if the loss did not fall. `facts`: for the result."""
 
     prompt: Prompt
     facts: Distillation
 
 
 def validate_distillation(context: ExperimentContext, method: Method) -> None:
-    """Before the first round: raises what `refine` would raise after the last one, `ConfigError` if no task has labels,
-    `DataError` for texts that are not there, `BackboneError` for a writer that cannot be had or cannot write. A method
-    without prototypes has nothing to distil."""
+    """Raises before the first round the errors that `distill_library` would raise after the last.
+
+    `ConfigError`: no task has labels. `DataError`: the texts cannot be read. `BackboneError`: the writer cannot be found or
+    cannot generate. Methods without prototypes have nothing to distil.
+    """
     config = context.experiment.distillation
-    if config.how == "none" or not _has_prototypes(context, method):
+    if config.how == "none":
+        return
+    labels = {group: task.num_labels for group, task in context.tasks.items()}
+    setup = FederationInfo(context.init_prompt_for(method), [ClientCard("any")], 1, 1, 0, labels)
+    if "clusters" not in method.init(setup).facts:
         return
     if not any(generation.has_labels(task) for task in context.tasks.values()):
         try:
             generation.label_requests(next(iter(context.tasks.values())))
         except ConfigError as error:
-            raise ConfigError(f'distillation.how = "{config.how}": {error}; set it to "none"') from error
+            raise ConfigError(f'distillation.how = "{config.how}": {error}. Set it to "none"') from error
     if config.texts:
         try:
-            _texts(config.texts)
+            generation.read_texts(Path(config.texts).expanduser())
         except DataError as error:
             raise DataError(f"distillation.texts: {error}") from error
     if config.writer:
         _check_writer(config.writer)
 
 
-def _has_prototypes(context: ExperimentContext, method: Method) -> bool:
-    """Whether its state says who is alike, whoever the clients are."""
-    labels = {group: task.num_labels for group, task in context.tasks.items()}
-    setup = FederationInfo(context.init_prompt_for(method), [ClientCard("somebody")], 1, 1, 0, labels)
-    return "clusters" in method.init(setup).facts
-
-
 def _check_writer(name: str) -> None:
-    """Finds the weights and does not load them. Raises `BackboneError` if there are none, or they are of a kind that cannot
-    write."""
-    known = ", ".join(key for key, named in catalog.NAMED.items() if named.kind == WRITES)
-    instead = f"name a {WRITES} backbone ({known}, a folder, a hub id), or give distillation.texts in its place"
+    """Finds the writer's weights without loading them. Raises `BackboneError` if there are none, or of another kind."""
+    known = ", ".join(key for key, named in catalog.NAMED.items() if named.kind == WRITER_KIND)
+    instead = f"name a {WRITER_KIND} backbone ({known}, a folder, a hub id), or give distillation.texts in its place"
     try:
         kind = resolve_backbone(BackboneConfig(name=name))[0]
     except BackboneError as error:
         raise BackboneError(f"distillation.writer: {error} For a writer {instead}") from error
-    if kind != WRITES:
-        raise BackboneError(f"distillation.writer = {name!r} is of kind {kind}, which writes nothing here; {instead}")
+    if kind != WRITER_KIND:
+        raise BackboneError(f"distillation.writer = {name!r} is of kind {kind}, which writes nothing here: {instead}")
 
 
 def distill_library(
     context: ExperimentContext, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]], sizes: Mapping[str, int],
     directory: RunDir,
 ) -> DistillationResult:  # fmt: skip
-    """Write, vote, keep, distil; the examples lie in the run's `synthetic.jsonl`.
+    """Generates synthetic examples, labels them by vote and distils the prototypes on them.
 
-    `basis` holds the global prompt and the prototypes; `tasks_of` the groups that each prototype serves and `sizes` how many
-    clients it has. A task without labels, or for which no example survives, teaches nothing, and the facts say so.
+    basis: the global prompt and the prototypes, by name.
+    tasks_of: the groups that each prototype serves.
+    sizes: the clients of each prototype.
+
+    Writes the examples to `SYNTHETIC`. A task without labels or examples is left out and reported.
     """
     config, seed = context.experiment.distillation, public_seed(context.experiment.seed)
     writer = _writer(config, context)
@@ -101,7 +103,7 @@ def distill_library(
         if generation.has_labels(task)
     }
     directory.path.mkdir(parents=True, exist_ok=True)
-    nobodys.save([example for found in made.values() for example in found.examples], directory.path / SYNTHETIC)
+    filters.save([example for found in made.values() for example in found.examples], directory.path / SYNTHETIC)
     facts = Distillation(
         how=config.how,
         writer=writer.name if writer else config.texts or "words of the vocabulary",
@@ -109,7 +111,7 @@ def distill_library(
             group or "all": made[group].summary() if group in made else "0 examples: a task without labels"
             for group in context.tasks
         },
-        memorised={g or "all": len(nobodys.memorised(m.examples, _records(context, g))) for g, m in made.items()},
+        memorised={g or "all": len(filters.memorised(m.examples, _records(context, g))) for g, m in made.items()},
         gained=False,
     )
     taught = {group: found.examples for group, found in made.items() if len(found.examples) > 1}
@@ -122,42 +124,33 @@ def distill_library(
 
 
 def _writer(config: DistillationConfig, context: ExperimentContext) -> Backbone | None:
-    """Who writes: the configured writer, else the federation's own backbone if it can; None if nobody does."""
+    """Returns the configured writer, else the run's backbone if it can generate, else None."""
     if config.texts:
         return None
     if config.writer:
-        return load_backbone(BackboneConfig(name=config.writer), EngineConfig(device=context.experiment.engine.device))[
-            0
-        ]
+        engine = EngineConfig(device=context.experiment.engine.device)
+        return load_backbone(BackboneConfig(name=config.writer), engine)[0]
     return context.model.backbone if context.model.backbone.can_generate else None
-
-
-def _texts(path: str) -> list[str]:
-    return generation.read_texts(Path(path).expanduser())
 
 
 def _examples(
     context: ExperimentContext, group: str, task: Task, basis: Mapping[str, Prompt], tasks_of: Mapping[str, Sequence[str]],
     writer: Backbone | None, seed: int,
 ) -> FilterResult:  # fmt: skip
-    """Of one task: drafts, labelled by vote of the prototypes that serve it and the global prompt, without copies."""
+    """Drafts one task's examples, labels them by vote of its prototypes and the global prompt, and balances labels."""
     config, own = context.experiment.distillation, rng.derive_seed(seed, "synthetic", group)
     mine = {name: prompt for name, prompt in basis.items() if name == "global" or group in tasks_of.get(name, ())}
     if writer:
         drafts = generation.generate_texts(writer, mine, task, config.per_label, own)
     elif config.texts:
-        drafts = generation.from_texts(_texts(config.texts))
+        drafts = generation.from_texts(generation.read_texts(Path(config.texts).expanduser()))
     else:
         drafts = generation.from_nonsense(context.model.backbone, config.per_label * len(task.label_space), own)
 
-    def voted(drafts: list[SyntheticExample]) -> FilterResult:
-        return generation.vote_labels(context.model, mine, task, drafts, config.least_agreement)
-
-    def unremembered(kept: list[SyntheticExample]) -> FilterResult:
-        return nobodys.drop_memorised(kept, _records(context, group))
-
-    found = drafts.then(voted)
-    return (found if context.experiment.privacy["name"] != "none" else found.then(unremembered)).then(nobodys.balanced)
+    found = drafts.then(lambda texts: generation.vote_labels(context.model, mine, task, texts, config.least_agreement))
+    if context.experiment.privacy["name"] == "none":
+        found = found.then(lambda kept: filters.drop_memorised(kept, _records(context, group)))
+    return found.then(filters.balanced)
 
 
 def _records(context: ExperimentContext, group: str) -> list[Record]:
@@ -171,8 +164,10 @@ def _learned(
     tasks_of: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int], taught: Mapping[str, Sequence[SyntheticExample]], seed: int,
 ) -> DistilledPrompt:  # fmt: skip
-    """Of synthetic examples: from all prototypes of a task at once, or (Reptile, MAML) each prototype a task of its own,
-    the examples with the labels that it gives them."""
+    """Distils from all prototypes of a task together, or meta-learns (Reptile, MAML).
+
+    Meta-learning has one episode for each prototype and task: the examples with that prototype's labels.
+    """
     model, start, rate = context.model, basis["global"], context.experiment.training.learning_rate or 0.0
     teachers = {
         group: {name: prompt for name, prompt in basis.items() if group in tasks_of.get(name, ())} or {"global": start}
@@ -180,7 +175,7 @@ def _learned(
     }
 
     def encoded(group: str, found: Sequence[SyntheticExample]) -> Batch:
-        return context.tasks[group].encode(nobodys.records(found), model.backbone, start)
+        return context.tasks[group].encode(filters.records(found), model.backbone, start)
 
     if config.how in ("squared", "kl"):
         lessons = []
@@ -196,7 +191,7 @@ def _learned(
         for group, found in taught.items()
         for own in generation.labelled(model, teachers[group], context.tasks[group], found).values()
     ]
-    inner = InnerLoop(config.inner_steps, rate)
+    inner = InnerLoop(INNER_STEPS, rate)
     if config.how == "reptile":
         return reptile(model, episodes, start.vectors_PD, inner, outer_rate=0.3, outer_steps=config.steps, seed=seed)
     return first_order_maml(

@@ -1,4 +1,4 @@
-"""Where a tuned head starts: the answers' texts, the class means of a few public examples, or directions that are drawn."""
+"""Initializes a tuned head: from class means of public examples, from the answers' texts, or at random."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +18,10 @@ ROLES = ("text", "text_pair", "image", "target")
 
 
 def init_head(task: Task, backbone: Backbone, examples: Sequence[Record] | None, seed: int) -> Tensor:
-    """[head_rows, D], each of root mean square 1. The examples' classes count more than the answers' texts; a backbone that
-    has neither gets directions drawn from the seed, and a head that knows nothing yet."""
+    """Returns [head_rows, D], each row of root mean square 1.
+
+    Uses the class means of `examples` if given, else the answers' texts. A backbone without text encoder gets random rows.
+    """
     if not task.head_rows:
         return torch.zeros(0, backbone.width)
     if examples is not None:
@@ -28,7 +30,7 @@ def init_head(task: Task, backbone: Backbone, examples: Sequence[Record] | None,
         readout_CD = task.readout(backbone)
         if readout_CD is None:
             raise ConfigError(
-                "task.tuned_head needs answers of one token each on this backbone; choose shorter answer texts, or give "
+                "task.tuned_head needs answers of one token each on this backbone. Choose shorter answer texts, or give "
                 "prompt.head_examples"
             )
         rows_CD = readout_CD.float().cpu()
@@ -38,20 +40,21 @@ def init_head(task: Task, backbone: Backbone, examples: Sequence[Record] | None,
 
 
 def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Tensor:
-    """[C, D]: of each label the mean of its examples' features, without a prompt (the nearest class mean, Snell et al.,
-    NeurIPS 2017, arXiv 1703.05175).
+    """Returns [C, D]: the mean feature of each label's examples, without a prompt.
+
+    Nearest class mean: Snell et al., NeurIPS 2017, arXiv 1703.05175.
 
     Raises `ConfigError` for a task without labels, `DataError` for a label without an example.
     """
     labels = list(task.to_config().get("labels") or ())
     if not labels:
         raise ConfigError(
-            f"prompt.head_examples: a {task.to_config()['name']} has no classes to take means of; leave it out"
+            f"prompt.head_examples: a {task.to_config()['name']} has no classes to take means of. Leave it out"
         )
     found = task.targets(records)
     if missing := [label for label in labels if label not in found]:
         raise DataError(
-            f"prompt.head_examples: none of the {len(records)} records is {', '.join(missing)}; give one or more of each"
+            f"prompt.head_examples: none of the {len(records)} records is {', '.join(missing)}. Give one or more of each"
         )
     nothing = Prompt(torch.zeros(task.head_rows, backbone.width), backbone.fingerprint, 0, task.head_rows)
     batch = replace(task.encode(records, backbone, nothing), targets=None)
@@ -62,22 +65,14 @@ def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Te
 
 
 def examples(place: str, data: loading.Config) -> list[Record]:
-    """The labelled records at `place`, in the columns of the clients' own, which must be others'."""
+    """Loads public labelled records with the clients' columns. Raises `ConfigError` for the clients' own records."""
     if Path(place).expanduser().resolve() == Path(data.source).expanduser().resolve():
         raise ConfigError(
-            f"prompt.head_examples = {place!r} is data.source, the clients' own records, which nobody else may see; name "
-            "public ones"
+            f"prompt.head_examples = {place!r} is data.source, the clients' private records. Name public records"
         )
     columns = {role: column for role, column in data.columns.items() if role in ROLES}
-    elsewhere = {
-        "source": place,
-        "columns": columns,
-        "keep": (),
-        "where": {},
-        "split_column": None,
-        "dev_as_train": False,
-    }
+    update = {"source": place, "columns": columns, "keep": (), "where": {}, "split_column": None, "dev_as_train": False}
     try:
-        return loading.load_all(data.model_copy(update=elsewhere))
+        return loading.load_all(data.model_copy(update=update))
     except DataError as error:
         raise DataError(f"prompt.head_examples: {error}") from error

@@ -1,6 +1,6 @@
-"""Where a run begins: the prompt that all start from, and what is measured at it on records that are nobody's."""
+"""Initializes a run: the prompt, and the clip norm and compression, calibrated on synthetic records."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,17 @@ from ficpd.tasks.build import start_text
 from ficpd.types import LORA, Batch, Prompt, Query, Record
 
 CLIP_NORM_MULTIPLE = 2.0
-"""At the median norm itself half of the records are clipped, those that are answered wrongly most of all, and the most
-frequent answer wins: 72.5 and 69.6 % (two noise seeds, ε = 2) where twice the norm gave 76.4 and 77.9 %, thrice 75.3."""
+"""The clip norm as a multiple of the median gradient norm. The median itself would clip half of the records, mostly those
+that the model answers wrongly, and favour the most frequent answer."""
 NUM_PROBES, PROBE_STEP = 32, 0.05
 Norms = Callable[[int], torch.Tensor]
-"""How many, to the lengths of that many public gradients."""
+"""Returns the norms of M public gradients for a number M."""
 
 
 def init_soft_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> tuple[Prompt, Experiment]:
-    """Where all clients start, and the experiment with layer and learning rate as chosen for this backbone."""
-    config, defaults = (
-        experiment.prompt,
-        catalog.defaults(experiment.backbone.name, experiment.backbone.kind, backbone.depth),
-    )
+    """Returns the initial prompt, and the experiment with layer, learning rate and training seed resolved."""
+    config, named = experiment.prompt, experiment.backbone
+    defaults = catalog.defaults(named.name, named.kind, backbone.depth)
     saved = _saved_prompt(config, backbone, tasks[0].head_rows) if config.library else None
     enters_at = saved.enters_at if saved else defaults.enters_at if config.enters_at is None else config.enters_at
     if enters_at >= backbone.depth:
@@ -62,53 +60,51 @@ def init_soft_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Ba
 
 
 def init_token_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: Backbone) -> Prompt:
-    """The same start as token ids, [P, 1]. `ConfigError` where it would be a library's vectors, or a head is tuned."""
+    """Returns the initial prompt as token ids [P, 1]. Raises `ConfigError` for a library's prompt or a tuned head."""
     config = experiment.prompt
     if config.library or tasks[0].head_rows:
-        what = (
-            "task.tuned_head = true: it" if tasks[0].head_rows else "prompt.init = 'library': what was tuned as vectors"
-        )
-        raise ConfigError(f"{what} is no words, and this method's prompts are; leave it out")
+        setting = "task.tuned_head = true" if tasks[0].head_rows else "prompt.init = 'library'"
+        raise ConfigError(f"{setting}: this method tunes token prompts, not vectors. Leave it out")
     text = None if config.init == "vocabulary" else config.text or start_text(tasks)
     ids_P1 = token_prompt(backbone.vocabulary, backbone.name, text, config.num_tokens, experiment.seed)
     return Prompt(ids_P1, backbone.fingerprint)
 
 
 def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> Prompt:
-    """A library's prompt as the start. It was made by a federation: what that spent is stated in its own card."""
+    """Loads the initial prompt from a library. The library's card states the privacy cost of that prompt."""
     library = PromptLibrary.load(Path(str(config.library)).expanduser())
     library.check(backbone)
     if config.of not in library.prompts:
         raise ConfigError(f"prompt.{did_you_mean('of', config.of, library.prompts)}")
     found = library.prompts[config.of]
     if found.enters_at == LORA:
-        raise ConfigError("prompt.init = 'library': that library holds LoRA weights, which no prompt can start from")
+        raise ConfigError("prompt.init = 'library': this library holds LoRA weights. Use a library of prompts")
     if found.head_rows or head_rows:
         raise ConfigError(
-            "prompt.init = 'library': a prompt with a tuned head cannot be started from; leave tuned_head false"
+            "prompt.init = 'library': a prompt with a tuned head is no initial prompt. Leave tuned_head false"
         )
     if config.enters_at not in (None, found.enters_at):
         raise ConfigError(
-            f"prompt.enters_at = {config.enters_at}, but {config.of!r} enters at {found.enters_at}; leave it out"
+            f"prompt.enters_at = {config.enters_at}, but {config.of!r} enters at {found.enters_at}. Leave it out"
         )
     return found
 
 
 def _head(experiment: Experiment, task: Task, backbone: Backbone) -> torch.Tensor:
-    """The tuned head's rows, of root mean square 1."""
-    place = experiment.prompt.head_examples
-    if place is None or not task.head_rows:
-        if place is not None:
-            raise ConfigError("prompt.head_examples: no head is tuned; set task.tuned_head = true, or leave it out")
-        return head_init.init_head(task, backbone, None, experiment.seed)
-    data, _ = next(iter(experiment.all_groups.values())).data_and_partition
-    return head_init.init_head(task, backbone, head_init.examples(place, data), experiment.seed)
+    """Returns the tuned head's rows, of root mean square 1."""
+    examples, place = None, experiment.prompt.head_examples
+    if place is not None and not task.head_rows:
+        raise ConfigError("prompt.head_examples: no head is tuned. Set task.tuned_head = true, or leave it out")
+    if place is not None:
+        data, _ = next(iter(experiment.all_groups.values())).data_and_partition
+        examples = head_init.examples(place, data)
+    return head_init.init_head(task, backbone, examples, experiment.seed)
 
 
 def calibrate_clipping_and_compression(
     experiment: Experiment, tasks: Sequence[Task], model: QueryEngine, start: Prompt
 ) -> tuple[Experiment, Compression]:
-    """The experiment with a clip norm, and the compression: both may go by gradients at the start on made-up records."""
+    """Returns the experiment with a clip norm, and the compression; both may use public gradients."""
     module, config = build_config("compression", experiment.compression)
     seed = rng.derive_seed(experiment.seed, "public")
     public = lru_cache(partial(public_gradients, model, tasks, start, seed))
@@ -125,8 +121,8 @@ def calibrate_clip_norm(
     """Returns the privacy settings with a clip norm, found without any record.
 
     Record level: `CLIP_NORM_MULTIPLE` times the median gradient norm on synthetic records, in the optimizer's units, one
-    norm per task. Client level: half of the longest way that Adam can go in one assignment. Without gradients, `norms_of`
-    estimates the norms.
+    norm per task. Client level: half of the largest distance that Adam can move in one assignment. Without gradients,
+    `norms_of` estimates the norms.
     """
     privacy = dict(experiment.privacy)
     if privacy.get("clip_norm", 0) is not None or privacy.get("clip_norms"):
@@ -135,7 +131,7 @@ def calibrate_clip_norm(
         training = experiment.training
         longest = training.local_steps * (training.learning_rate or 0) * start.vectors_PD.numel() ** 0.5
         return privacy | {"clip_norm": longest / 2}
-    if not start.vectors_PD.is_floating_point():  # words: left open, a method may have one of its own
+    if not start.vectors_PD.is_floating_point():  # token prompts: the method may declare a clip norm
         return privacy
     groups = list(experiment.all_groups)
     number = max(256, 8 * len(groups))
@@ -151,11 +147,10 @@ def calibrate_clip_norm(
 
 
 def public_gradients(model: QueryEngine, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
-    """[number, P, D]: gradients at the start prompt on made-up records, every task and every possible answer in turn;
-    nobody's data."""
+    """Returns [number, P, D]: gradients at the initial prompt on `synthetic_batches`."""
     compute, found = QueryEngine(model.backbone, 0, model.chunk_tokens), []
     for batch in synthetic_batches(model.backbone, tasks, start, seed, number):
-        answer = compute.answer([Query(start.vectors_PD[None], batch, grad=True)])[0]  # nothing below is worth keeping
+        answer = compute.answer([Query(start.vectors_PD[None], batch, grad=True)])[0]
         assert answer.grad_KBPD is not None
         found.append(answer.grad_KBPD[0].cpu())
     return torch.cat(found)
@@ -164,16 +159,15 @@ def public_gradients(model: QueryEngine, tasks: Sequence[Task], start: Prompt, s
 def estimate_grad_norms_zeroth_order(
     model: QueryEngine, tasks: Sequence[Task], start: Prompt, compression: Compression, seed: int, number: int
 ) -> torch.Tensor:
-    """[number]: about how long these gradients would be, from losses alone: along `SLOPES` directions of random signs a
-    gradient's slope is as large as it is long, in root mean square. Tried at a distance of `APART` of the start's root mean
-    square, per number of the prompt."""
+    """Returns [number]: estimated norms of the gradients at the initial prompt, from losses alone.
+
+    The estimate is the RMS of the directional derivatives along `NUM_PROBES` directions of random signs. Central
+    differences step `PROBE_STEP` times the initial prompt's RMS in each number.
+    """
     space = SearchSpace(tuple(start.vectors_PD.shape), compression.subspace)
     apart = PROBE_STEP * float(start.vectors_PD.square().mean().sqrt()) * space.unit
-    signs_KN, compute, found = (
-        space.signs(NUM_PROBES, seed, "norms"),
-        QueryEngine(model.backbone, 0, model.chunk_tokens),
-        [],
-    )
+    signs_KN, found = space.signs(NUM_PROBES, seed, "norms"), []
+    compute = QueryEngine(model.backbone, 0, model.chunk_tokens)
     prompts_KPD = start.vectors_PD + space.lift(torch.cat([apart * signs_KN, -apart * signs_KN]))
     for batch in synthetic_batches(model.backbone, tasks, start, seed, number):
         up_KB, down_KB = compute.answer([Query(prompts_KPD, batch)])[0].loss_KB.cpu().chunk(2)
@@ -184,16 +178,13 @@ def estimate_grad_norms_zeroth_order(
 def synthetic_batches(
     backbone: Backbone, tasks: Sequence[Task], start: Prompt, seed: int, number: int
 ) -> Iterator[Batch]:
-    """`number` records that are nobody's, one batch a task, every possible answer in turn."""
+    """Yields `number` synthetic records, one batch per task; the targets are all possible answers in turn."""
     records = synthetic_records(backbone, number, seed)
     for place, task in enumerate(tasks[:number]):
         own = [
-            Record(r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **_beside(task, i)})
+            Record(
+                r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **task.synthetic_fields(i)}
+            )
             for i, r in enumerate(records[place :: len(tasks)])
         ]
         yield task.encode(own, backbone, start)
-
-
-def _beside(task: Task, place: int) -> Mapping[str, Any]:
-    """What a made-up record of this task has beside text and target."""
-    return task.synthetic_fields(place)

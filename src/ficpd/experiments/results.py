@@ -1,4 +1,4 @@
-"""The result of a run: `result.json`, its schema and its checks."""
+"""The schema of a run's result, `result.json`."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ class FrozenModel(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Reads a JSON file. Raises `RunError` if it cannot be read, or if it is of another version."""
+        """Reads a JSON file. Raises `RunError` if it cannot be read, or is of another version."""
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -36,7 +36,7 @@ class FrozenModel(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise RunError(
-                f"{file} is of another version than this ficpd {__version__} ({where}: {first['msg']}); make it anew"
+                f"{file} is of another version than this ficpd {__version__} ({where}: {first['msg']}). Make it anew"
             ) from error
 
     def write(self, file: Path) -> Path:
@@ -61,13 +61,13 @@ class Metrics(FrozenModel):
     """Scores at the end of a simulation."""
 
     global_prompt: Scores | None
-    """One prompt on all test records, the mean over tasks; None where the method shares no prompt."""
+    """One prompt on all test records, mean over tasks; None if the method shares no prompt."""
     per_client: dict[str, Scores]
     """Each client's prompt on its own test records."""
     per_client_mean: Scores
     """The mean over clients, each counting once."""
     per_client_worst: Scores
-    """Each metric of the client that does worst in it."""
+    """Each metric of the client with the worst score in it."""
     zero_shot: Scores | None
     """The frozen backbone without a prompt, on all test records."""
     distilled: Scores | None = None
@@ -82,7 +82,7 @@ class Bytes(FrozenModel):
     up_total: int
     down_total: int
     run_spec_per_client: int = 0
-    """Real sites: the settings of the run, which each site gets once."""
+    """Real sites: the run's settings, sent to each site once."""
 
 
 class Seconds(FrozenModel):
@@ -98,12 +98,12 @@ class Seconds(FrozenModel):
 
 
 class Clusters(FrozenModel):
-    """Which prototype each client has; of methods with prototypes."""
+    """The prototype of each client, for methods with prototypes."""
 
     member: dict[str, int]
     number: int
     adjusted_rand: dict[str, float | None]
-    """Agreement with each public column of the clients; 1: the same groups."""
+    """Adjusted Rand index against each public column of the clients; 1: the same groups."""
 
 
 class LevelScores(FrozenModel):
@@ -140,7 +140,7 @@ class ClientSpread(FrozenModel):
 
 
 class WorseOff(FrozenModel):
-    """Clients that do worse than with the baseline `local`, by one metric."""
+    """Clients with a lower score than under the baseline `local`, by one metric."""
 
     clients: int
     worse: list[str]
@@ -165,11 +165,11 @@ class Gap(FrozenModel):
     """The group with the higher rate first."""
     records: tuple[int, int]
     interval: Interval | None
-    """None of fewer than ten records, or where all are alike."""
+    """None for fewer than ten records, or if all are alike."""
 
 
 class GroupGaps(FrozenModel):
-    """How evenly the groups of a public column are served, in one task."""
+    """Gaps between the groups of a public column, in one task."""
 
     groups: dict[str, GroupScore]
     few: list[str] = []
@@ -193,14 +193,14 @@ class Fairness(FrozenModel):
 
 
 class Distillation(FrozenModel):
-    """What the server's last step made of the prototypes."""
+    """The server's distillation of the prototypes."""
 
     how: str
     writer: str
     examples: dict[str, str]
-    """By group, how many synthetic examples were kept."""
+    """By group, the number of synthetic examples that were kept."""
     memorised: dict[str, int]
-    """By group, how many of them copy a training record."""
+    """By group, the number of examples that copy a training record."""
     gained: bool
     """False: the global prompt is kept."""
     loss_before: float | None = None
@@ -217,17 +217,17 @@ class LedgerLine(FrozenModel):
     epsilon_alone: float
     """The ε of these releases without the others."""
     share: float
-    """Of the sum over lines of `epsilon_alone`."""
+    """The part of the sum of `epsilon_alone` over all lines."""
 
 
 class PrivacyReport(FrozenModel):
-    """The guarantee that was kept, and what was spent of it."""
+    """The guarantee of the run, and its privacy cost."""
 
     mechanism: str
     unit: str
     """`record`, `client` or `none`."""
     epsilon: float | None
-    """Spent by the member that spent most; 0: nothing leaves the clients; None: no guarantee."""
+    """The cost of the member that spent most; 0: the clients release nothing; None: no guarantee."""
     delta: float | None
     noise: str | None = None
     """`simulated` (from the experiment's seed), `cryptographic`, or `each site's own`."""
@@ -235,14 +235,14 @@ class PrivacyReport(FrozenModel):
     """The least and the largest of all members."""
     neighbouring: str | None = None
     budget: float | None = None
-    """The ε that was set; None where the noise was set."""
+    """The configured ε; None if only the noise was configured."""
     clip_norm: float | None = None
     accountant: str | None = None
     site_that_spent_most: str | None = None
     epsilon_of_sites: dict[str, float] = {}
     lines: list[LedgerLine] = []
     at_most: bool = False
-    """Real sites: `epsilon` is the agreed bound; what each site spent is in its own ledger."""
+    """Real sites: `epsilon` is the agreed bound; each site's cost is in its own ledger."""
 
     @property
     def guarantee(self) -> str:
@@ -256,7 +256,7 @@ class ClientQueries(FrozenModel):
 
 
 class Queries(FrozenModel):
-    """What the clients asked of the backbone: one candidate prompt on one record counts one."""
+    """The clients' queries: one candidate prompt on one record counts one."""
 
     forward: int
     gradient: int
@@ -268,7 +268,7 @@ class Queries(FrozenModel):
 
 
 class RunResult(FrozenModel):
-    """`result.json` of a run directory. What only a simulation knows is None or empty among real sites."""
+    """`result.json` of a run directory. Real sites leave the fields of simulations None or empty."""
 
     method: str
     label: str
@@ -278,7 +278,7 @@ class RunResult(FrozenModel):
     num_clients: int
     num_records: NumRecords | None = None
     num_rounds: int
-    """Rounds that took place."""
+    """Completed rounds."""
     seed: int
     metrics: Metrics | None = None
     shared_scores: dict[str, dict[str, Scores]] = {}
@@ -286,11 +286,11 @@ class RunResult(FrozenModel):
     bytes: Bytes
     seconds: Seconds
     dropped_updates: int
-    """Updates that did not pass the checks."""
+    """Updates that failed the checks."""
     excluded_updates: dict[str, int] = {}
-    """By client, in how many rounds a robust rule left its update out or cut it."""
+    """By client, the rounds in which a robust rule excluded or clipped its update."""
     underfilled_means: dict[str, int] = {}
-    """By mean, in how many rounds it had fewer updates than a robust rule needs."""
+    """By mean, the rounds in which it had fewer updates than the robust rule needs."""
     compression: dict[str, JSON]
     settings: dict[str, JSON] = {}
     """All settings of the method, its defaults too."""
@@ -309,14 +309,14 @@ class RunResult(FrozenModel):
 
     @property
     def main(self) -> Metric:
-        """The figure that the tables show. Only for results with `metrics`."""
+        """The metric that tables show. Only for results with `metrics`."""
         return main_metric(self.scores.per_client_mean)
 
     @property
     def scores(self) -> Metrics:
-        """`metrics` of a simulation. Raises `RunError` where clients' scores stay with real sites."""
+        """`metrics` of a simulation. Raises `RunError` for real sites, which keep their scores."""
         if self.metrics is None:
-            raise RunError(f"the run of {self.method} has no scores: it was a run among real sites, which keep theirs")
+            raise RunError(f"the run of {self.method} has no scores: real sites keep theirs")
         return self.metrics
 
     @classmethod

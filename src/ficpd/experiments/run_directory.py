@@ -1,13 +1,13 @@
-"""A run's directory: what is in it, and that it is never left half written.
+"""Reads and writes a run's directory. Every file is written atomically.
 
-experiment.toml   the whole experiment
-resolved.toml     the same, with every "auto" replaced by what was chosen
-run-id            which run this is; its ledger bears the same
-ledger.sqlite     what was released, where privacy was asked for
-sites.json        who takes part, where they are real sites
-checkpoint        the state after the last finished round, what clients keep, the rounds so far
-rounds.jsonl      one line a round
-result.json       the outcome; its presence says that the run is finished
+experiment.toml   the experiment with all defaults
+resolved.toml     the same, with every "auto" resolved
+run-id            a random id, also in the ledger
+ledger.sqlite     with privacy: every release
+sites.json        real sites: the participants
+checkpoint        the state after the last finished round, the clients' states, the rounds
+rounds.jsonl      one line per round
+result.json       the result; the run is finished if it exists
 library/          the prompt library
 report.html       the page
 baselines/NAME/   the same for each baseline
@@ -38,11 +38,14 @@ from ficpd.types import State
 SITES = "sites.json"
 KEPT = "kept:"
 ROUNDS = "rounds:"
-"""The name, in a checkpoint, of the rounds so far: JSON as bytes. A header of more than 100 MB could not be saved."""
+"""The array of a checkpoint that holds the rounds as JSON bytes, because headers are limited to 100 MB."""
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder, which is made, until it is closed; None where the system has no such thing."""
+    """Creates the folder and locks it until the returned descriptor is closed; None if the system has no such lock.
+
+    Raises `RunError` if another process holds the lock.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -51,7 +54,7 @@ def _lock(folder: Path) -> int | None:
             return None
         try:
             number = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # taken away by a process that has just ended
+        except FileNotFoundError:  # deleted by a process that has just ended
             continue
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,24 +78,24 @@ class RunDir:
         self.path = Path(path)
 
     def check(self, experiment_toml: str, resume: bool) -> None:
-        """Whether the directory may be used. With another experiment, or one begun and not resumed, it may not."""
+        """Raises `RunError` for a directory with another experiment, other files, or a run that is not resumed."""
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
-            raise RunError(f"{self.path} already holds a run; go on with it (--resume) or choose another --out")
+            raise RunError(f"{self.path} already holds a run. Go on with it (--resume), or choose another --out")
         if not file.exists() and self.path.exists() and any(f.suffix != ".writing" for f in self.path.iterdir()):
-            raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
+            raise RunError(f"{self.path} is not empty and holds no run. Choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
-            raise RunError(
-                f"{file} is another experiment than the one given; resume without changes, or choose another --out"
-            )
+            raise RunError(f"{file} is another experiment. Resume without changes, or choose another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """This process alone works in the directory, which is made, and taken away again if nothing was put into it. Raises
-        `RunError` if another process is at work there. The lock is the system's, on the directory itself: it goes with the
-        process, and where a system or a network drive has none, nothing is held."""
+        """Locks the directory for this process; creates it, and deletes it if it stays empty.
+
+        Raises `RunError` if another process holds the lock. The lock is the system's and ends with the process. Systems
+        and network drives without such locks lock nothing.
+        """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file, and a run leaves a directory; choose another --out")
+            raise RunError(f"{self.path} is a file, expected a directory. Choose another --out")
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         number = _lock(self.path)
         try:
@@ -110,17 +113,17 @@ class RunDir:
         return atomic_write(self.path / name, content)
 
     def run_id(self) -> str:
-        """This run's own name, drawn when it begins."""
+        """Returns the run's random id, drawn at its start."""
         file = self.path / "run-id"
         if not file.exists():
             self.write("run-id", uuid.uuid4().hex + "\n")
         return file.read_text().strip()
 
     def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
-        """The checkpoint is the truth; `rounds.jsonl` is written from it."""
+        """Writes the checkpoint, then `rounds.jsonl` from it."""
         arrays = {**state.arrays, **{KEPT + name: array for name, array in kept.items()}}
-        told = json.dumps([asdict(done) for done in rounds], allow_nan=False).encode()
-        arrays[ROUNDS] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        lines = json.dumps([asdict(done) for done in rounds], allow_nan=False).encode()
+        arrays[ROUNDS] = torch.frombuffer(bytearray(lines), dtype=torch.uint8)
         self.write("checkpoint", storage.encode_state(State(arrays, state.facts), {"totals": dict(totals)}))
         self.write_rounds(rounds)
 
@@ -128,14 +131,14 @@ class RunDir:
         self.write("rounds.jsonl", "".join(json.dumps(asdict(done)) + "\n" for done in rounds))
 
     def load(self) -> tuple[State, dict[str, Tensor], list[Round], dict[str, Any]] | None:
-        """What `save` saved last, or None if no round was finished."""
+        """Returns the last checkpoint; None if no round is finished. Raises `RunError` if it cannot be read."""
         file = self.path / "checkpoint"
         if not file.exists():
             return None
         try:
             state, extra = storage.decode_state(file.read_bytes(), own=True)
-            told = state.arrays[ROUNDS].numpy().tobytes()
-            rounds, totals = [Round(**line) for line in json.loads(told)], dict(extra["totals"])
+            lines = json.loads(state.arrays[ROUNDS].numpy().tobytes())
+            rounds, totals = [Round(**line) for line in lines], dict(extra["totals"])
         except (CodecError, KeyError, TypeError, ValueError) as error:
             released = any((self.path / name).exists() for name in (LEDGER, SITES))
             do = "Restore it from a copy, or begin in a new directory" if released else "Delete it to begin anew"
@@ -145,27 +148,31 @@ class RunDir:
         return State(arrays, state.facts), kept, rounds, totals
 
     def check_rounds_file(self, rounds: int) -> None:
-        """Raises `RunError` if more rounds were written down than the checkpoint has: sites that carried them out do not
-        answer them again, and the run would go on without their updates."""
+        """Raises `RunError` if `rounds.jsonl` has more rounds than the checkpoint.
+
+        Sites do not repeat these rounds, so the run would lose their updates.
+        """
         file = self.path / "rounds.jsonl"
-        told = len(file.read_text().splitlines()) if file.exists() else 0
-        if told > rounds:
+        written = len(file.read_text().splitlines()) if file.exists() else 0
+        if written > rounds:
             raise RunError(
-                f"{file} tells of {told} rounds, and {self.path / 'checkpoint'} "
+                f"{file} has {written} rounds, and {self.path / 'checkpoint'} "
                 + (f"ends with round {rounds}: it is an older copy" if rounds else "is gone")
-                + ". Sites do not answer a round twice: restore the newest checkpoint, or begin in a new directory"
+                + ". Sites do not answer a round twice. Restore the newest checkpoint, or begin in a new directory"
             )
 
     def check_ledgers(self, accounts: Iterable[Account], method: str, rounds: int) -> None:
-        """Raises `LedgerError` if somebody has carried out more than the round after the checkpoint's `rounds`: earlier ones
-        are not answered again, and the run would go on without them."""
+        """Raises `LedgerError` if a client has completed more than one round after the checkpoint's `rounds`.
+
+        Only the newest round can be repeated, so the run would lose the updates of the others.
+        """
         ahead = {account.site: newest for account in accounts if (newest := account.last_round(method)) > rounds + 1}
         if ahead:
             site = max(ahead, key=lambda name: ahead[name])
             raise LedgerError(
                 f"{self.path / LEDGER} has round {ahead[site]} of {site}, and {self.path / 'checkpoint'} "
                 + (f"ends with round {rounds}: it is an older copy" if rounds else "is gone")
-                + ". What was released is not asked for again: restore the newest checkpoint, or begin in a new directory"
+                + ". Released updates are not requested again. Restore the newest checkpoint, or begin in a new directory"
             )
 
     def begin(self, given: Experiment, resolved: Experiment) -> None:
@@ -173,19 +180,19 @@ class RunDir:
         self.write("resolved.toml", to_toml(resolved))
 
     def resolved(self, given: Experiment, records: bool = True) -> Experiment:
-        """The experiment with what was chosen when the run began; as given if it has not begun."""
+        """Returns the experiment as resolved at the start of the run; as given if the run has not started."""
         file = self.path / "resolved.toml"
         return parse(file.read_text(encoding="utf-8"), file.name, records=records) if file.exists() else given
 
     def rounds(self) -> list[Round]:
-        """The rounds in `rounds.jsonl`. Raises `RunError` if it cannot be read."""
+        """Reads `rounds.jsonl`. Raises `RunError` if it cannot be read."""
         file = self.path / "rounds.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         try:
             return [Round(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
-            raise RunError(f"{file} cannot be read: {error}. Resume the run: it is written anew") from error
+            raise RunError(f"{file} cannot be read: {error}. Resume the run to write it again") from error
 
     def result(self) -> RunResult | None:
-        """The result; None while the run is not finished."""
+        """Returns the result; None if the run is not finished."""
         return RunResult.load(self.path) if (self.path / FILE).exists() else None

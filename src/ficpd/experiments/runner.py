@@ -1,6 +1,6 @@
-"""Runs a method in three phases: `prepare`, `train`, `finish`; and an experiment: its method, then its baselines.
+"""Runs a method in three phases, `prepare`, `train` and `finish`, and an experiment: its method and baselines.
 
-What differs between `SimulatedClients` and the `Sites` of `deployment.coordinator` is in `Clients`.
+`Clients` holds the differences between `SimulatedClients` and the `Sites` of `deployment.coordinator`.
 """
 
 import platform
@@ -21,7 +21,7 @@ from ficpd.evaluation.fairness import over_clients, over_groups, share_worse_off
 from ficpd.evaluation.personalization import personalization_levels, unseen_client_scores
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, to_toml
-from ficpd.experiments.distillation import DISTILLED
+from ficpd.experiments.distillation import DISTILLED, distill_library
 from ficpd.experiments.report.build import PAGE, write_page
 from ficpd.experiments.results import BackboneInfo, Bytes, Metrics, RunResult, Seconds
 from ficpd.experiments.run_directory import RunDir
@@ -32,9 +32,8 @@ from ficpd.experiments.setup import (
     build_schedule,
     check_method,
     cluster_report,
-    distill_if_configured,
     federation_info,
-    method_config,
+    tasks_of,
     with_noise_scale,
 )
 from ficpd.federation.client import client_states, load_client_states
@@ -42,7 +41,7 @@ from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy
 from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round, run_rounds
 from ficpd.interfaces import Engine
-from ficpd.registry import load, validate
+from ficpd.registry import build_config, load, validate
 from ficpd.types import Prompt, Score, State
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -54,16 +53,16 @@ def no_progress(method: str, done: int, planned: int, figures: dict[str, float])
 
 
 class Clients(ABC):
-    """What differs between a simulation and a run among real sites. The defaults are those of real sites."""
+    """The differences between a simulation and a run among real sites. The defaults fit real sites."""
 
     run_spec_bytes: int = 0
-    """What each client gets once, before its first assignment."""
+    """Bytes that each client receives once, before its first assignment."""
 
     @abstractmethod
     def plan_privacy(self, run: "Runner", state: State) -> PrivacyPlan: ...
     @abstractmethod
     def build_engine(self, run: "Runner", kept: Mapping[str, Tensor]) -> Engine:
-        """Returns the engine of the round loop. `kept`: what the clients kept, from the checkpoint."""
+        """Returns the engine of the round loop. `kept`: the clients' states in the checkpoint."""
 
     def before_round(self, round: int, cohort: Sequence[str]) -> None:
         """Raises `BudgetError` to end the run before a round."""
@@ -72,7 +71,7 @@ class Clients(ABC):
         """Adds figures to a round's record, before it is saved."""
 
     def states(self) -> dict[str, Tensor]:
-        """Returns what the clients keep between rounds, for the checkpoint."""
+        """Returns the clients' states, for the checkpoint."""
         return {}
 
     @abstractmethod
@@ -80,21 +79,17 @@ class Clients(ABC):
         """Returns the fields of the result that depend on the kind of clients."""
 
     def score(self, run: "Runner", prompt: Prompt) -> Score | None:
-        """Scores one prompt on all test records; None where they stay with the clients."""
+        """Scores one prompt on all test records; None if they stay with the clients."""
         return None
 
 
 class Runner:
-    """One method with one group of clients. A run goes on from its last checkpoint."""
+    """Runs one method with one group of clients, from the last checkpoint on."""
 
     def __init__(
-        self,
-        context: ExperimentContext,
-        config: Mapping[str, Any],
-        directory: RunDir,
-        clients: Clients,
+        self, context: ExperimentContext, config: Mapping[str, Any], directory: RunDir, clients: Clients,
         private: bool = True,
-    ):
+    ):  # fmt: skip
         self.config, self.directory, self.clients = config, directory, clients
         self.method = build_method(context, config)
         self.context = context.with_method(self.method)
@@ -108,7 +103,7 @@ class Runner:
         return max((done.round for done in self.rounds if done.updates), default=0)
 
     def prepare(self) -> None:
-        """Loads or makes the first state, plans privacy, checks the ledgers and builds the engine."""
+        """Loads or initializes the state, plans privacy, checks the ledgers and builds the engine."""
         context, method, directory = self.context, self.method, self.directory
         self.schedule = build_schedule(context, method)
         saved = directory.load()
@@ -124,7 +119,7 @@ class Runner:
         directory.write_rounds(self.rounds)
 
     def train(self) -> Iterator[Round]:
-        """Yields each round once its checkpoint is saved. A spent budget ends the run: `stopped` says why."""
+        """Yields each round once its checkpoint is saved. An exhausted budget ends the run; `stopped` states why."""
         loop = run_rounds(
             self.method, self.engine, self.context.model, self.state, self.schedule, self.context.compression,
             len(self.rounds) + 1, self.plan.central, self.clients.before_round,
@@ -141,10 +136,15 @@ class Runner:
             self.stopped = str(error)
 
     def finish(self) -> RunResult:
-        """Evaluates and distils; leaves the library and the result."""
+        """Evaluates and distils; saves the library and the result."""
         context, method, experiment, rounds = self.context, self.method, self.context.experiment, self.rounds
         found, clusters = self.clients.evaluate(self), cluster_report(context, self.state)
-        refined = distill_if_configured(context, method, self.state, self.directory) if clusters else None
+        refined = None
+        if clusters and experiment.distillation.how != "none":
+            basis = {n: context.start.with_vectors(v) for n, v in method.library_prompts(self.state).items()}
+            sizes = Counter(f"prototype-{cluster}" for cluster in clusters.member.values())
+            groups = tasks_of(context, self.state, list(context.tasks))
+            refined = distill_library(context, basis, groups, sizes, self.directory)
         if refined and (scores := self.clients.score(self, refined.prompt)):
             found["metrics"] = found["metrics"].model_copy(update={"distilled": scores})
         result = RunResult(
@@ -164,7 +164,7 @@ class Runner:
             excluded_updates=Counter(name for done in rounds for name in done.excluded_updates),
             underfilled_means=Counter(name for done in rounds for name in done.underfilled_means),
             compression=experiment.compression,
-            settings=method_config(self.config),
+            settings=build_config("methods", self.config)[1].model_dump(mode="json"),
             clusters=clusters,
             distillation=refined.facts if refined else None,
             stopped=self.stopped,
@@ -180,7 +180,7 @@ class Runner:
 
 
 def _bytes(rounds: Sequence[Round], run_spec_bytes: int) -> Bytes:
-    """Sums what travelled. Means are over the updates that arrived, and over the assignments that were sent."""
+    """Sums message sizes. Means are over received updates and over sent assignments."""
     up, down = sum(done.bytes_up for done in rounds), sum(done.bytes_down for done in rounds)
     return Bytes(
         up_per_client_round=up / max(sum(done.updates + len(done.dropped) for done in rounds), 1),
@@ -192,7 +192,7 @@ def _bytes(rounds: Sequence[Round], run_spec_bytes: int) -> Bytes:
 
 
 class SimulatedClients(Clients):
-    """`zero_shot`: the score without a prompt (None: that of this run). Not `private`: without the experiment's privacy."""
+    """`zero_shot`: the score without a prompt; None: this run's. Not `private`: without the experiment's privacy."""
 
     def __init__(self, zero_shot: Score | None, private: bool):
         self.zero_shot, self.private = zero_shot, private
@@ -267,44 +267,35 @@ class SimulatedClients(Clients):
 
 
 def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progress = no_progress) -> RunResult:
-    """Runs the method and its baselines, which go to `out/baselines`. Raises `RunError` if `out` is taken."""
+    """Runs the method and its baselines (`out/baselines`). Raises `RunError` if `out` holds another run or is in use."""
     directory = RunDir(out)
     with directory.lock():
         directory.check(to_toml(experiment), resume)
-        return _run(experiment, directory, progress)
-
-
-def _run(experiment: Experiment, directory: RunDir, progress: Progress) -> RunResult:
-    folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
-    done = directory.result()
-    if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
-        return done
-    context = build_context(directory.resolved(experiment))
-    configs = {name: baseline_method_config(context.experiment, name) for name in experiment.baselines}
-    check_method(context, context.experiment.method)
-    for name, config in configs.items():
-        check_method(context, config, private=":" not in name)
-    directory.begin(experiment, context.experiment)  # a setting that is refused above leaves no directory
-    zero_shot = RunDir(directory.path / "baselines" / "zero_shot")
-    floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
-    result = run_method(context, context.experiment.method, directory, floor, progress)
-    others = {
-        name: run_method(context, configs[name], beside, floor, progress, private=":" not in name)
-        for name, beside in folders.items()
-    }
-    if "local" in others and result.fairness:
-        worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
-        fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
-        result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
-        result.save(directory.path)
-    write_page(directory.path)
-    return result
-
-
-def baseline_method_config(experiment: Experiment, baseline: str) -> Mapping[str, Any]:
-    """Returns a baseline's settings: its method's defaults; of the run's own method as "NAME:none", the run's."""
-    name, _, without = baseline.partition(":")
-    return experiment.method if without and name == experiment.method["name"] else {"name": name}
+        folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
+        done = directory.result()
+        if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
+            return done
+        context = build_context(directory.resolved(experiment))
+        method, own = context.experiment.method, f"{context.experiment.method['name']}:none"
+        configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in experiment.baselines}
+        check_method(context, method)
+        for name, config in configs.items():
+            check_method(context, config, private=":" not in name)
+        directory.begin(experiment, context.experiment)  # only now, so that a refused setting creates no directory
+        zero_shot = RunDir(directory.path / "baselines" / "zero_shot")
+        floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
+        result = run_method(context, method, directory, floor, progress)
+        others = {
+            name: run_method(context, configs[name], beside, floor, progress, private=":" not in name)
+            for name, beside in folders.items()
+        }
+        if "local" in others and result.fairness:
+            worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
+            fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
+            result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
+            result.save(directory.path)
+        write_page(directory.path)
+        return result
 
 
 def run_method(

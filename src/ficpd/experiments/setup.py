@@ -1,6 +1,5 @@
-"""What a run is made of: its method and schedule, the noise scale, and the library at its end."""
+"""Builds the parts of a run: method, schedule, noise scale, cluster report and library."""
 
-from collections import Counter
 from collections.abc import Mapping
 from math import ceil, floor, log10
 from pathlib import Path
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.experiments.build import ExperimentContext
-from ficpd.experiments.distillation import DistillationResult, distill_library, validate_distillation
+from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
-from ficpd.experiments.run_directory import RunDir
 from ficpd.federation.client import LABELS
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
@@ -22,30 +20,28 @@ from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.methods.shared.clustering import adjusted_rand
 from ficpd.registry import build_config
-from ficpd.types import JSON, TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update
+from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update
 
 SITE_PRIVATE_FIELDS = {"noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines"}
-"""Fields of the privacy report that stay out of a library: the sampling rate and noise of a site tell how many records it
-has. So does an exact epsilon (`_public_privacy`)."""
+"""Fields of the privacy report that a library leaves out, because a site's sampling rate and noise reveal its record count.
+An exact epsilon does too (`_public_privacy`)."""
 VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
 def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
-    """Raises `ConfigError` where a task or the backbone lacks what the method needs."""
+    """Builds a method. Raises `ConfigError` if it cannot use a task or the backbone."""
     module, config = build_config("methods", part)
     method: Method = module.build(config, context.experiment.training)
     unfit = [name or "its task" for name, task in context.tasks.items() if not task.num_labels]
     if LABELS in method.capabilities.statistics_once and unfit:
-        raise ConfigError(
-            f"method.label_prior = true goes by how frequent each label is, and {', '.join(unfit)} has none; set it to false"
-        )
+        raise ConfigError(f"method.label_prior = true needs labels, and {', '.join(unfit)} has none. Set it to false")
     method.bind(context.compression.subspace)
     method.check_compatible(list(context.tasks.values()), context.model.backbone)
     return method
 
 
 def check_method(context: ExperimentContext, config: Mapping[str, Any], private: bool = True) -> Method:
-    """Builds a method, and raises before the first round what would be raised later."""
+    """Builds a method, and raises before the first round the errors of later phases."""
     method = build_method(context, config)
     context.init_prompt_for(method)
     privacy_config_for(method, context.experiment.privacy if private else NONE)
@@ -65,20 +61,16 @@ def federation_info(context: ExperimentContext, shards: Mapping[str, ClientData]
     )
 
 
-def method_config(part: Mapping[str, Any]) -> dict[str, JSON]:
-    """Returns all settings of a method, its defaults too."""
-    return build_config("methods", part)[1].model_dump(mode="json")
-
-
 def num_labels_by_group(context: ExperimentContext) -> dict[str, int]:
     """Counts the labels of each group's task; 0 where it has none."""
     return {group: task.num_labels for group, task in context.tasks.items()}
 
 
 def with_noise_scale(context: ExperimentContext, method: Method, state: State, plan: PrivacyPlan) -> State:
-    """Adds the facts `noise` and `noise_of_sum`: the expected squared norm of the noise on one update and on a round's sum.
+    """Adds the facts `noise` and `noise_of_sum`: expected squared norms of the noise on one update and on a round's sum.
 
-    A method can then tell what clients learned from what a mechanism added."""
+    They let a method separate the clients' signal from the mechanism's noise.
+    """
     arrays = context.compression.project(zero_update(method.update_spec(state)))
     size = sum(array.numel() for array in arrays.values() if array.dtype != TOKEN_DTYPE)
     of_sum = plan.central.expected_noise_norm_sq(size) if plan.central else 0.0
@@ -105,7 +97,7 @@ def build_library(
     prompts = {name: start.with_vectors(_kept_as(vectors, backbone)) for name, vectors in basis.items()} | dict(more)
     card: dict[str, Any] = result.model_dump(include={"method", "num_clients", "num_rounds", "versions", "settings"})
     card["privacy"] = _public_privacy(result.privacy)
-    if result.privacy.noise != "simulated":  # with the seed, simulated noise can be taken off
+    if result.privacy.noise != "simulated":  # the seed would let a reader subtract the simulated noise
         card["seed"] = result.seed
     if result.clusters:
         card["prototypes"] = result.clusters.number
@@ -133,7 +125,7 @@ def build_library(
 
 
 def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:
-    """The privacy block of a library. What was spent is given as the budget, or rounded up to two digits without one."""
+    """Returns the privacy block of a library, with the budget as epsilon, or the cost rounded up to two digits."""
     public = privacy.model_dump(exclude_unset=True, exclude=SITE_PRIVATE_FIELDS)
     if spent := privacy.epsilon:
         unit = 10.0 ** (floor(log10(spent)) - 1)
@@ -143,7 +135,7 @@ def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:
 
 
 def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:
-    """Returns a prompt as a library keeps it: tokens as their vectors, where the backbone takes vectors."""
+    """Returns a prompt as a library stores it: tokens as vectors, if the backbone takes vectors."""
     if vectors_PD.is_floating_point() or backbone.vocabulary is None or not backbone.supports_features:
         return vectors_PD
     return backbone.vocabulary.embed_for_prompt(vectors_PD[:, 0][None])[0].cpu()
@@ -166,14 +158,3 @@ def tasks_of(context: ExperimentContext, state: State, tasks: list[str]) -> dict
     for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
         of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[context.group_of[client]])
     return {prompt: sorted(names) for prompt, names in of_prompt.items()}
-
-
-def distill_if_configured(
-    context: ExperimentContext, method: Method, state: State, directory: RunDir
-) -> DistillationResult | None:
-    """Distils the prototypes, if the experiment asks for it."""
-    if context.experiment.distillation.how == "none":
-        return None
-    basis = {name: context.start.with_vectors(vectors) for name, vectors in method.library_prompts(state).items()}
-    sizes = Counter(f"prototype-{cluster}" for cluster in state.facts["clusters"].values())
-    return distill_library(context, basis, tasks_of(context, state, list(context.tasks)), sizes, directory)

@@ -21,6 +21,8 @@ from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Pri
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
 LABELS = "labels"
 """The statistic of `label_prior`."""
+STATISTIC = "statistic/"
+"""Prefix of released statistics in a client's state. A method neither reads nor writes these."""
 MIN_HOLDOUT_RECORDS = 20
 """Clients with fewer records have no holdout."""
 
@@ -93,11 +95,12 @@ class ClientSession:
         """`declared`: statistics that the method declares; no other is released."""
         self.client, self.id, self._assignment = client, client.name, (round, method)
         self._declared = {"weight", *declared}
-        self.client_state = dict(client.client_state)
+        state = client.client_state
+        self.released = {name: value for name, value in state.items() if name.startswith(STATISTIC)}
+        self.client_state = {name: value for name, value in state.items() if name not in self.released}
         self.noise = client.noise_source(method, round)
         self.expected_batch = 1
         self.costs: list[PrivacyCost] = []
-        self.statistics: list[str] = []
         self._open: int | None = None
         self._drawn: Tensor | None = None
         self._masked: dict[float, Batch] = {}
@@ -117,10 +120,8 @@ class ClientSession:
             return float(len(self.client.train))
         if self.client.mechanism.cost(ReleaseKind.STATISTIC, "weight") is None:
             return 1.0
-        if "weight" not in self.client_state:
-            ones = torch.ones(len(self.client.train), 1)
-            self.client_state["weight"] = self.private_sum("weight", ones).clamp(min=1.0)
-        return float(self.client_state["weight"])
+        ones = torch.ones(len(self.client.train), 1)
+        return float(self._released_once("weight", ones).clamp(min=1.0))
 
     @property
     def label_prior(self) -> Tensor:
@@ -131,15 +132,19 @@ class ClientSession:
         counts_BC = F.one_hot(batch.targets, batch.task.num_labels).float()
         if self.client.mechanism.unit != "record":
             return log_label_prior(counts_BC.sum(0))
-        if LABELS not in self.client_state:
-            self.client_state[LABELS] = self.private_sum(LABELS, counts_BC).clamp(min=0.0)
-        return log_label_prior(self.client_state[LABELS])
+        return log_label_prior(self._released_once(LABELS, counts_BC).clamp(min=0.0))
+
+    def _released_once(self, name: str, values_BN: Tensor) -> Tensor:
+        """The noisy sum of an earlier assignment, else a new one."""
+        if STATISTIC + name not in self.released:
+            self.released[STATISTIC + name] = self.private_sum(name, values_BN)
+        return self.released[STATISTIC + name]
 
     @property
     def vocabulary(self) -> Vocabulary:
         words = self.client.backbone.vocabulary
         if words is None:
-            raise BackboneError(f"{self.client.backbone.name} knows no words for a prompt to be made of")
+            raise BackboneError(f"{self.client.backbone.name} has no vocabulary for token prompts")
         return words
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
@@ -165,11 +170,12 @@ class ClientSession:
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
-        if self._open != (number := values_KB.shape[1]):
-            given = f"{number} records where the last batch has {self._open}"
+        if self._open != values_KB.shape[1]:  # the numbers are private, and the server gets this error
+            given = (
+                "other records than the last batch has" if self._open is not None else "records, and no batch is open"
+            )
             raise PrivacyError(
-                f"a method averages {'a batch twice, or none that was drawn' if self._open is None else given}; each "
-                "batch is paid for once: average it once, whole, before the next is drawn"
+                f"private_mean got {given}. Average each batch once and whole, before the next one is drawn"
             )
         self._open = None
         grad_scale = self.subspace.grad_scale if self.subspace else None
@@ -178,7 +184,7 @@ class ClientSession:
         return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale)
 
     def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
-        """See `ClientContext`. Each statistic has a ledger line of its own."""
+        """See `ClientContext`. Each statistic has a separate ledger line."""
         if len(values_BN) != len(self.client.train):
             raise PrivacyError(f"the statistic {name!r} was given {len(values_BN)} rows, one per record was expected")
         if name not in self._declared and self.client.mechanism.unit != "none":
@@ -186,7 +192,6 @@ class ClientSession:
                 f"the statistic {name!r} is not declared in the method's Capabilities, so it is not released"
             )
         self.charge(ReleaseKind.STATISTIC, name)
-        self.statistics.append(name)
         return self.client.mechanism.noisy_sum(name, values_BN, self.noise).cpu()
 
     def full_batch(self) -> Batch:
@@ -241,11 +246,11 @@ def log_label_prior(counts_C: Tensor) -> Tensor:
 def execute_assignment(
     method: Method, client: Client, assignment: Assignment
 ) -> Generator[Query, Answer, ClientUpdate]:
-    """Runs an assignment. The update is what the mechanism released, and the ledger has its costs before it is returned.
+    """Runs an assignment and returns the mechanism's release, once the ledger has committed its costs.
 
-    A completed assignment is answered with the stored update. Raises `PolicyError` for one of an earlier round, whose
-    update is deleted: it would be released twice. An assignment that fails after records were drawn is charged and not
-    tried again, since the failure may depend on the records.
+    A completed assignment is answered with the stored update. Updates of earlier rounds are deleted, and their assignments
+    raise `PolicyError`. An assignment that fails after records were drawn is charged and not tried again, because the
+    failure may depend on the records.
     """
     account, round = client.account, assignment.round
     if account is not None:
@@ -253,8 +258,8 @@ def execute_assignment(
             return restore_update(client, stored, round)
         if round < (newest := account.last_round(assignment.method)):
             raise PolicyError(
-                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered; that "
-                "round is over, and nothing was spent on it. Ask for the next one"
+                f"{client.name} got round {assignment.round} of {assignment.method} after round {newest} was answered: the "
+                "old round is over, and nothing was spent on it. Send the next one"
             )
     declared = method.capabilities.statistics_per_round.keys() | set(method.capabilities.statistics_once)
     session = ClientSession(client, round, assignment.method, declared)
@@ -281,11 +286,10 @@ def execute_assignment(
         raise
     except Exception:
         if account is not None and client.mechanism.unit != "none":
-            names = [name for name in session.statistics if name in session.client_state]
-            kept = client.client_state | {name: session.client_state[name] for name in names}
-            commit(ClientUpdate(client.name, {}), kept, failed=True)
+            commit(ClientUpdate(client.name, {}), client.client_state | session.released, failed=True)
         raise
-    commit(released, session.client_state)
+    own = {name: value for name, value in session.client_state.items() if not name.startswith(STATISTIC)}
+    commit(released, own | session.released)
     return released
 
 
@@ -328,17 +332,17 @@ def restore_update(client: Client, body: bytes, round: int | None = None) -> Cli
     if round is not None:
         client.query_counts[round] = list(extra["query_counts"])
     if extra["failed"]:
-        raise PolicyError(f"this order failed at {client.name} and is not tried again; ask for the next round")
+        raise PolicyError(f"this assignment failed at {client.name} and is not tried again. Send the next round")
     return ClientUpdate(client.name, parts["update"], extra["weight"])
 
 
 def personal_prompt(method: Method, client: Client, assignment: Assignment) -> Tensor:
-    """[P, D] that this client would use now. Nothing is released."""
+    """Returns [P, D] that this client would use now. Nothing is released."""
     return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 
 def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
-    """The client's records as it evaluates them, with what the method knows of it besides a prompt."""
+    """Returns the client's records with the method's knowledge of it (`Method.local_batch`), for evaluation."""
     return method.local_batch(ClientSession(client, 0).local_context(), batch)
 
 

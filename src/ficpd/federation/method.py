@@ -47,7 +47,7 @@ class Capabilities:
     not_private: str = "it declares none (Capabilities.private_units); run it with privacy.name = 'none'"
     """Explains a refused unit and names an alternative."""
     releases: bool = True
-    """Whether anything that depends on records leaves a client, or a user receives it."""
+    """Whether clients release values that depend on records, to the server or to users."""
     linear: bool = False
     """`aggregate` needs only the weighted sum of the updates (`cluster_sums`): central noise is possible."""
     statistics_per_round: Mapping[str, float] = field(default_factory=dict)
@@ -64,19 +64,19 @@ class Capabilities:
     learning_rate: float | None = None
     """Replaces `training.learning_rate`."""
     record_clip_norm: float | None = None
-    """Replaces an open `privacy.clip_norm` where a method takes no gradients."""
+    """Replaces an open `privacy.clip_norm` of a method without gradients."""
     means_per_update: int = 0
-    """Private means in one update of a method that sends no prompts; 0: it sends a prompt's change."""
+    """Directional derivatives in one update; 0: the method sends the change of a prompt."""
     client_clip_norm: float | None = None
-    """Clips such an update at the client level; None: `open_clip` finds it."""
+    """Clips such an update at the client level; None: calibrated on synthetic records."""
     candidates: float | None = None
     """Queries about each record of a step; None: those of `training.optimizer`."""
 
 
 class Method(ABC):
-    """One paper, both halves, one file. The defaults are those of one soft prompt that all clients share.
+    """A federated method: its server half and its client half. The defaults share one soft prompt.
 
-    A subclass inherits the `capabilities` of its base; where it changes what they say, it declares its own.
+    A subclass inherits the `capabilities` of its base, and declares its own if they differ.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Method(ABC):
         return State({self.array: setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
     def local_workload(self, state: State) -> tuple[int, int]:
-        """Steps and batch size of one assignment: what the privacy of a run is planned from."""
+        """Returns steps and batch size of one assignment, for the privacy plan."""
         return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
@@ -114,7 +114,7 @@ class Method(ABC):
         return Assignment(self.name, round, {self.array: state.arrays[self.array]}, {"rate": rate})
 
     def update_spec(self, state: State) -> UpdateSpec:
-        """Names and shapes of the arrays of every update: the codec checks arriving bytes against them."""
+        """Names and shapes of the arrays of every update. The codec checks received bytes against them."""
         return {"delta": tuple(state.arrays[self.array].shape)}
 
     def cluster_sums(self, state: State) -> UpdateSpec:
@@ -122,7 +122,7 @@ class Method(ABC):
         return self.update_spec(state)
 
     def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
-        """The update as a term of that sum; with clusters, zero in all parts but its own."""
+        """Returns the update as a term of that sum; with clusters, zero in all parts but its cluster's."""
         return update
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Method(ABC):
     # ------------------------------------------------------------ client
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError`, before a record is touched, for an assignment that the server half would not make."""
+        """Raises `CodecError` for an assignment that the server half never makes, before any record is read."""
         validate_facts(assignment, RATE)
         validate_prompts(assignment, start, (self.array,))
 
@@ -156,13 +156,13 @@ class Method(ABC):
         return assignment.arrays[self.array]
 
     def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
-        """The client's own records with what it knows of them, such as its label prior, for its own use."""
+        """Adds the client's knowledge, such as its label prior, to a batch for evaluation at the client."""
         return batch
 
     def demonstrate(
         self, task: Task, records: Sequence[Record], encoded: Callable[[], Batch], prompt: Prompt, backbone: Backbone
     ) -> Generator[Query, Answer, DemonstrationEncoder] | None:
-        """Examples of a client's training records to show with its texts; `encoded` gives the records as one batch."""
+        """Chooses demonstrations from a client's training records; `encoded` returns the records as one batch."""
         return None
 
 

@@ -25,7 +25,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """`mechanisms` and `accounts` by client; `central`: the server's mechanism where it adds the noise."""
+    """`mechanisms` and `accounts` by client. `central`: the server's mechanism, for central noise."""
 
     mechanisms: Mapping[str, Mechanism]
     accounts: Mapping[str, Account]
@@ -69,8 +69,8 @@ class PrivacyPlan:
 def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the privacy settings that apply to a method.
 
-    They are `NONE` where it releases nothing, or where one client holds all records and the unit is the client. Raises
-    `PrivacyError` where the method cannot have the guarantee.
+    They are `NONE` if it releases nothing, or if one client holds all records and the unit is the client. Raises
+    `PrivacyError` if the method cannot have the guarantee.
     """
     declared, unit = method.capabilities, "record" if part.get("placement") is None else "client"
     if not declared.releases or part["name"] == "none":
@@ -82,7 +82,7 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
     if part.get("placement") == "central" and not declared.linear:
         raise PrivacyError(
             f"privacy.placement = 'central' noises one sum of all updates, and {method.name} aggregates each client's "
-            "update by itself; use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
+            "update by itself. Use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
             "(fedavg, fedprox) with method.robust.rule = 'mean'"
         )
     if unit not in declared.private_units:
@@ -101,8 +101,8 @@ def plan_privacy(
     part = privacy_config_for(method, part)
     if part.get("placement") == "central" and schedule.accept_late:
         raise PrivacyError(
-            f"federation.accept_late = {schedule.accept_late}: noise on a round's sum is accounted for its own sample, "
-            "and a late update joins another; set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
+            f"federation.accept_late = {schedule.accept_late}: central noise is accounted for one round's cohort, and a "
+            "late update joins another round. Set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
     module, config = build_config("privacy", part)
     plans = client_workloads(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
@@ -118,13 +118,12 @@ def plan_privacy(
         return PrivacyPlan(mechanisms, {}, None, None, method.capabilities.releases)
     if first.unit == "client" and not method.update_spec(state):
         raise PrivacyError(
-            f"client-level privacy noises updates, and {method.name} has none: what its clients tune would have no "
-            "guarantee; use privacy.name = 'record_gaussian'"
+            f"client-level privacy noises updates, and {method.name} sends none. Use privacy.name = 'record_gaussian'"
         )
     if rounds_paid and not (folder / LEDGER).exists():
         raise LedgerError(
-            f"{folder / LEDGER} is gone, and {rounds_paid} rounds were run: what was spent is not known. Restore the file, "
-            "or begin in a new directory (what was released stays released)"
+            f"{folder / LEDGER} is gone, and {rounds_paid} rounds were run: their privacy cost is unknown. Restore the "
+            "file, or begin in a new directory (released updates stay released)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / LEDGER, f"run {run}", rounds_paid)
@@ -147,7 +146,7 @@ def plan_privacy(
 
 
 def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any:
-    """Sets the clip norm of the client's group, where groups have their own."""
+    """Sets the clip norm of the client's group, if `clip_norms` are set."""
     norms = part.get("clip_norms")
     if not norms:
         return config
@@ -162,7 +161,7 @@ def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any
 def client_workloads(
     method: Method, state: State, records: Mapping[str, int], schedule: RoundSchedule
 ) -> dict[str, ClientWorkload]:
-    """Plans each client's work in the run from its number of `records` and the public cohorts."""
+    """Plans each client's work from its number of `records` and the public cohorts."""
     steps, batch_size = method.local_workload(state)
     counts = participations(schedule, list(records))
     return {

@@ -50,13 +50,9 @@ class QueryBudget:
 
     def after(self, done: Round) -> None:
         """Adds the clients' counts to the round's record."""
-        done.queries.update(
-            {
-                name: list(c.query_counts[done.round])
-                for name, c in sorted(self.clients.items())
-                if done.round in c.query_counts
-            }
-        )
+        for name, client in sorted(self.clients.items()):
+            if done.round in client.query_counts:
+                done.queries[name] = list(client.query_counts[done.round])
         self._add(done)
 
     def to_report(self) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from ficpd.interfaces import Compression, Engine, Model
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
-Wire = Mapping[str, ArraySpec]
-
 
 @dataclass(frozen=True)
 class Round:
@@ -69,16 +67,10 @@ def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> 
 
 
 def run_rounds(
-    method: Method,
-    engine: Engine,
-    model: Model,
-    state: State,
-    schedule: RoundSchedule,
-    compression: Compression,
-    first_round: int = 1,
-    central: CentralGaussian | None = None,
+    method: Method, engine: Engine, model: Model, state: State, schedule: RoundSchedule, compression: Compression,
+    first_round: int = 1, central: CentralGaussian | None = None,
     before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
-) -> Iterator[tuple[State, Round]]:
+) -> Iterator[tuple[State, Round]]:  # fmt: skip
     """Yields the state after each round. Drops and reports updates that fail the checks.
 
     A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
@@ -102,7 +94,8 @@ def run_rounds(
         }
         asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
         asked[round] = set(assignments)
-        came = _collect(engine, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
+        replies = list(engine.exchange(assignments))
+        came = _collect(replies, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
         if assignments and len(came.refused) == len(assignments):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -136,14 +129,12 @@ class RoundReplies:
 
 
 def _collect(
-    engine: Engine,
-    assignments: Mapping[str, bytes],
-    asked: Mapping[int, set[str]],
+    replies: Sequence[Reply], assignments: Mapping[str, bytes], asked: Mapping[int, set[str]],
     checked: Callable[[Reply], ClientUpdate],
-) -> RoundReplies:
+) -> RoundReplies:  # fmt: skip
     """Collects the first valid update of each client that was asked, and the reasons why others are dropped."""
     came = RoundReplies()
-    for reply in engine.exchange(assignments):
+    for reply in replies:
         came.bytes_up += len(reply.body or b"")
         counted = any(update.client == reply.client for update in came.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
@@ -168,7 +159,7 @@ def _collect(
 
 
 def _checked(
-    asked: Mapping[int, set[str]], fingerprint: str, wire: Wire, max_norm: float, reply: Reply
+    asked: Mapping[int, set[str]], fingerprint: str, wire: Mapping[str, ArraySpec], max_norm: float, reply: Reply
 ) -> ClientUpdate:
     """Decodes an update of this round, or a late one of an earlier round with less weight."""
     if reply.body is None:

@@ -1,7 +1,7 @@
-"""Centralised: one prompt tuned on everybody's records in one place. The upper line that no federation may draw.
+"""Tunes one prompt on the pooled records of all clients: the upper bound.
 
-It sees as many records a round as the whole cohort does, in batches of `batch_size`. Of several tasks each is one pool, and
-the pools' prompts are averaged every round.
+A round reads as many records as the whole cohort does. With several tasks, each task is one pool, and the prompts of
+the pools are averaged every round.
 """
 
 from collections.abc import Generator, Sequence
@@ -46,9 +46,8 @@ class Centralized(Method):
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, steps, size = assignment.arrays["prompt"], assignment.facts["steps"], self.config.batch_size
-        tuned = yield from tune(
-            self.training, client, assignment, prompt, memory=client.client_state, steps=steps, batch_size=size
-        )
+        state = client.client_state
+        tuned = yield from tune(self.training, client, assignment, prompt, memory=state, steps=steps, batch_size=size)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:

@@ -1,21 +1,20 @@
-"""DP-CMA-ES: the server searches, clients say how good its candidates are, and all that a client sends is one noised
-vector.
+"""DP-CMA-ES: the server searches, and a client sends one noised vector of candidate losses.
 
-Our own specification, after what FedBPT (Sun et al., ICML 2024, arXiv 2310.01467) sends: clients that search by themselves
-upload means, losses and step sizes that no noise fits, and are sent a covariance of d² numbers. Here
+Our own specification, after FedBPT (Sun et al., ICML 2024, arXiv 2310.01467). FedBPT's clients upload means, losses
+and step sizes, which have no bounded sensitivity, and download a covariance of d² numbers. Here
 
-    server  candidates y_1..λ ~ m + σ N(0, C)                 one generation a round; m, σ, C and the paths stay here
-    client  f_k = mean_b clip(l_b(y_k) - mean_k l_b) + noise   λ numbers up: a record's λ losses are clipped together
-    server  (m, σ, C) <- CMA-ES told the mean of f             post-processing (Hansen, 2016, arXiv 1604.00772; pycma)
+    server  candidates y_1..λ ~ m + σ N(0, C)                  one generation a round; m, σ, C and the paths stay here
+    client  f_k = mean_b clip(l_b(y_k) - mean_k l_b) + noise   uploads λ numbers; a record's λ losses are clipped together
+    server  (m, σ, C) <- CMA-ES updated by the mean of f       post-processing (Hansen, 2016, arXiv 1604.00772; pycma)
 
-That a record's losses are taken around their own mean changes no ranking, and ranks are all that CMA-ES goes by; it leaves
-the clip norm to what tells candidates apart. In units of the candidates' spread, such a vector is about as long as the
-record's gradient, and the clip norm that is found for gradients is used (`optimizers/cma_es.width`).
+CMA-ES uses ranks only, so centring a record's losses changes no result and saves clip norm. In units of the
+candidates' spread the vector is about as long as the record's gradient. The gradients' clip norm fits it
+(`cma_es.spread`).
 
-An order asks about `training.local_steps` times `training.batch_size` records at once. Candidates lie in the coordinates of
-a subspace, if one is configured, else in `training.search_dimension` random ones; the first spread is
-`training.perturbation`, or the learning rate. They are sent as they are: another machine's factorisation of C would make
-others from the same seed."""
+A round queries `training.local_steps` times `training.batch_size` records at once. Candidates lie in the configured
+subspace, else in `training.search_dimension` random dimensions. The server sends the candidates themselves, because
+another machine's factorisation of C would draw others from the same seed.
+"""
 
 from collections.abc import Generator, Mapping, Sequence
 
@@ -38,8 +37,7 @@ SEARCH = "search/"
 
 
 class Config(FrozenConfig):
-    """`client_clip_norm`: in the place of `privacy.clip_norm`, which is for prompts, where whole clients are protected: the
-    norm of what one of them sends. None: found from made-up records."""
+    """client_clip_norm: clips a client's update at the client level. None: calibrated on synthetic records."""
 
     client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
@@ -62,10 +60,8 @@ class DpCmaEs(Method):
 
     def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
-        search = init_state(
-            space.size, (self.training.perturbation or self.training.rate(1, setup.num_rounds)) * space.unit
-        )
-        return self._state(start, search, {})
+        sigma = self.training.perturbation or self.training.rate(1, setup.num_rounds)
+        return self._state(start, init_state(space.size, sigma * space.unit), {})
 
     def local_workload(self, state: State) -> tuple[int, int]:
         return 1, self.training.local_steps * self.training.batch_size
@@ -89,8 +85,8 @@ class DpCmaEs(Method):
         means = RobustAggregator(self.robust, updates)
         losses_K = means.mean_of("global", {u.client: u.arrays["losses_1K"] for u in means.updates}, means.weights)[0]
         search = {n.removeprefix(SEARCH): array for n, array in state.arrays.items() if n.startswith(SEARCH)}
-        told = CMAES(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
-        return self._state(state.arrays["start"], told.state, {**state.facts, **means.facts})
+        updated = CMAES(search, self.training.population).tell(state.arrays["candidates_KN"], losses_K)
+        return self._state(state.arrays["start"], updated.state, {**state.facts, **means.facts})
 
     def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
@@ -100,7 +96,7 @@ class DpCmaEs(Method):
         return client.start + self._space(client.start).lift(assignment.arrays["mean"])
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless it has a population and its mean, not too far away."""
+        """Raises `CodecError` unless the arrays are a population and its mean, both within the maximum norm."""
         space, K = self._space(start.vectors_PD), self.training.population
         validate_facts(assignment, {})
         validate_arrays(assignment, {"candidates_KN": (K, space.size), "mean": (space.size,)})
@@ -113,7 +109,7 @@ class DpCmaEs(Method):
         )
 
     def _state(self, start_PD: Tensor, search: Mapping[str, Tensor], facts: Mapping) -> State:
-        """With the candidates of the next generation."""
+        """Returns the state with the candidates of the next generation."""
         random = rng.make_generator("candidates", self.training.public_seed, self.name, int(search["generation"]))
         candidates_KN = CMAES(search, self.training.population).ask(random)
         arrays = {"start": start_PD, "candidates_KN": candidates_KN}

@@ -1,23 +1,22 @@
-"""DP-ZO: zeroth-order tuning whose updates are a few noised numbers, for models that tell nothing but losses.
+"""DP-ZO: zeroth-order tuning whose updates are a few noised directional derivatives, for black-box models.
 
-Zhang et al., "DPZero: Private Fine-Tuning of Language Models without Backpropagation", ICML 2024, arXiv 2310.09639 (and
-Tang et al., "Private Fine-tuning of Large Language Models with Zeroth-order Optimization", 2024, arXiv 2401.04343), in a
-federation as in DeComFL (Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order
-Optimization", ICLR 2025, arXiv 2405.15861): directions come from a public seed, so that nobody has to send them.
+Zhang et al., "DPZero: Private Fine-Tuning of Language Models without Backpropagation", ICML 2024, arXiv 2310.09639
+(and Tang et al., "Private Fine-tuning of Large Language Models with Zeroth-order Optimization", 2024, arXiv
+2401.04343), federated as in DeComFL (Li et al., "Achieving Dimension-Free Communication in Federated Learning via
+Zeroth-Order Optimization", ICLR 2025, arXiv 2405.15861). Directions come from a public seed and are not sent.
 
     client  s_jk = mean_b clip((l_b(p + c u_jk) - l_b(p - c u_jk)) / 2c) + noise   step j, direction k (DPZero, algorithm 1)
-            p <- p - η Σ_k s_jk u_jk                                                  and sends s alone: steps x K numbers
-    server  p <- p - η Σ_jk (mean over clients of s_jk) u_jk                          (DeComFL, algorithm 2)
+            p <- p - η Σ_k s_jk u_jk                                               sends s alone: steps x K numbers
+    server  p <- p - η Σ_jk (mean over clients of s_jk) u_jk                       (DeComFL, algorithm 2)
 
-The server's step is linear in s, so it is the mean of what the clients' own steps came to. A record's K slopes are clipped
-together, by `Mechanism.mean`. Down goes the shorter one: all that was sent so far, averaged, from which anybody who knows
-the start rebuilds the prompt, or the prompt.
+The server's step is linear in s, so it equals the mean of the clients' steps. `ClientContext.private_mean` clips a
+record's K derivatives together. The server sends the smaller one: the averaged derivatives so far, which clients
+replay, or the prompt.
 
-Ours: signs for directions (DPZero: the sphere, MeZO: Gaussian); K directions a step, in the coordinates of a subspace if
-one is configured; the step's length. η is such that a step goes by what one of Adam's at the same rate would, as far as K
-directions show it (`optimizers/spsa.stride`), for slopes that are as large as they have been: their root mean square is
-followed by the server, on what it was sent, and is not known before the first answers: in the first round clients do not
-move. Tuned by `training.directions` and `training.perturbation`; `training.optimizer` is not used.
+Ours: directions of signs (DPZero: the sphere, MeZO: Gaussian), K of them a step, in the configured subspace; and η. A
+step has the length of Adam's at the same rate, times the share of the gradient that K directions show
+(`spsa.step_scale`). The server tracks the RMS of the derivatives for it, so clients do not move in the first round.
+The settings are `training.directions` and `training.perturbation`; `training.optimizer` is not used.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -38,12 +37,11 @@ from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 MEMORY = 0.9
-"""How much of the mean squared slope is that of the rounds before."""
+"""Share of earlier rounds in the mean squared derivative."""
 
 
 class Config(FrozenConfig):
-    """`client_clip_norm`: in the place of `privacy.clip_norm`, which is for prompts, where whole clients are protected: the
-    norm of what one of them sends. None: found from made-up records."""
+    """client_clip_norm: clips a client's update at the client level. None: calibrated on synthetic records."""
 
     client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
@@ -65,7 +63,7 @@ class DpZo(Method):
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:
-        """`moves_TK`: by how much of each direction of each step the prompt was moved, since the start."""
+        """Returns the state; `moves_TK` holds the prompt's moves along each direction of each step so far."""
         start = setup.start.vectors_PD
         arrays = {"start": start, "y": torch.zeros(self._space(start).size), "moves_TK": self._moves(0)}
         return State(arrays, {"num_rounds": setup.num_rounds, "slope": 0.0})
@@ -79,7 +77,7 @@ class DpZo(Method):
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         space, sent = self._space(client.start), []
-        apart, y = self.training.apart(assignment) * space.unit, self._place(client.start, assignment)
+        apart, y = self.training.apart(assignment) * space.unit, self._point(client.start, assignment)
         batches = client.batches(self.training.local_steps, self.training.batch_size)
         for step, batch in enumerate(batches):
             signs_KN = self._signs(space, assignment.round, step)
@@ -99,10 +97,10 @@ class DpZo(Method):
         square = float(slopes_SK.square().mean())
         slope = (MEMORY * before**2 + (1 - MEMORY) * square if before else square) ** 0.5
         rate = self.training.rate(round, state.facts["num_rounds"])
-        moves_SK = -self._step(rate, before or slope, space) * slopes_SK  # as long as the clients' own, if they moved
-        done = (round - 1) * self.training.local_steps  # a round that nobody answered moved nothing
+        moves_SK = -self._step(rate, before or slope, space) * slopes_SK  # the clients' η, if they moved
+        done = (round - 1) * self.training.local_steps  # rounds without an update add zeros
         moves_TK = torch.cat([state.arrays["moves_TK"], self._moves(done - len(state.arrays["moves_TK"])), moves_SK])
-        y = self._walked(state.arrays["y"], space, moves_SK, done)
+        y = self._replay(state.arrays["y"], space, moves_SK, done)
         return State({"start": start, "y": y, "moves_TK": moves_TK}, {**state.facts, "slope": slope, **means.facts})
 
     def global_prompt(self, state: State) -> Tensor:
@@ -110,21 +108,19 @@ class DpZo(Method):
         return start + self._space(start).lift(state.arrays["y"])
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        return client.start + self._space(client.start).lift(self._place(client.start, assignment))
+        return client.start + self._space(client.start).lift(self._point(client.start, assignment))
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless it has one of both arrays, a rate and a step."""
+        """Raises `CodecError` unless there are a rate, a step and either `moves_TK` or `y`."""
         space, K = self._space(start.vectors_PD), self.training.directions
         validate_facts(assignment, {**RATE, "step": (float, int)})
         moves = assignment.arrays.get("moves_TK")
-        steps = (
-            0 if moves is None else min(moves.numel(), space.size) // K
-        )  # if longer than y, that would be sent instead
+        steps = 0 if moves is None else min(moves.numel(), space.size) // K  # the server sends longer moves as y
         validate_arrays(assignment, {"y": (space.size,)} if moves is None else {"moves_TK": (steps, K)})
         if assignment.facts["rate"] == 0:
-            raise CodecError("the order's rate is 0, which would ask about one prompt twice")
+            raise CodecError("the assignment's 'rate' is 0, expected more")
         apart = self.training.apart(assignment) * space.unit * self._signs(space, assignment.round, 0)
-        y = self._place(start.vectors_PD, assignment)
+        y = self._point(start.vectors_PD, assignment)
         validate_norm(start.vectors_PD + space.lift(torch.cat([y + apart, y - apart])), start, "prompts asked about")
 
     def _space(self, start_PD: Tensor) -> SearchSpace:
@@ -134,22 +130,22 @@ class DpZo(Method):
         return space.signs(self.training.directions, self.training.public_seed, self.name, round, step)
 
     def _step(self, rate: float, slope: float, space: SearchSpace) -> float:
-        """η, for slopes of this root mean square; 0 where it is not known."""
+        """Returns η for derivatives of RMS `slope`; 0 if the RMS is unknown."""
         K = self.training.directions
         return rate * space.unit * step_scale(K, space.size) / slope if slope else 0.0
 
-    def _place(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
-        """[size]: where the order's prompt is, from the prompt or by replaying all moves."""
+    def _point(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
+        """Returns the assigned point [size], which is sent itself or replayed from the moves."""
         if "y" in assignment.arrays:
             return assignment.arrays["y"]
         space = self._space(start_PD)
-        return self._walked(torch.zeros(space.size), space, assignment.arrays["moves_TK"], 0)
+        return self._replay(torch.zeros(space.size), space, assignment.arrays["moves_TK"], 0)
 
-    def _walked(self, y: Tensor, space: SearchSpace, moves_TK: Tensor, first: int) -> Tensor:
-        """[size]: y after these moves along their directions; `first` is the step, of all rounds, of the first of them."""
+    def _replay(self, y: Tensor, space: SearchSpace, moves_TK: Tensor, first: int) -> Tensor:
+        """Returns y [size] after these moves. `first`: number of the first move's step, counted over all rounds."""
         steps = self.training.local_steps
-        for place, moves_K in enumerate(moves_TK, first):
-            y = y + moves_K @ self._signs(space, place // steps + 1, place % steps)
+        for step, moves_K in enumerate(moves_TK, first):
+            y = y + moves_K @ self._signs(space, step // steps + 1, step % steps)
         return y
 
     def _moves(self, steps: int) -> Tensor:

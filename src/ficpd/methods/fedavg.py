@@ -1,5 +1,4 @@
-"""FedAvg on prompts: McMahan et al., AISTATS 2017, arXiv 1602.05629, with soft prompts (Lester et al., EMNLP 2021,
-arXiv 2104.08691) as the only parameters."""
+"""FedAvg on soft prompts: McMahan et al., AISTATS 2017, arXiv 1602.05629; Lester et al., EMNLP 2021, arXiv 2104.08691."""
 
 from collections.abc import Generator, Sequence
 
@@ -29,8 +28,7 @@ class FedAvg(Method):
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = assignment.arrays[self.array], self.proximal_weight
-        # w_k <- ClientUpdate(k, w_t)
-        tuned = yield from tune(self.training, client, assignment, prompt, proximal_weight=weight)
+        tuned = yield from tune(self.training, client, assignment, prompt, proximal_weight=weight)  # w_k
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:

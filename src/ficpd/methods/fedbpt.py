@@ -1,26 +1,27 @@
-"""FedBPT: Sun et al., "FedBPT: Efficient Federated Black-box Prompt Tuning for Large Language Models", ICML 2024, arXiv
-2310.01467. Clients search with CMA-ES by themselves, and the server takes what they found for a population of its own.
+"""FedBPT: clients run CMA-ES, and the server updates CMA-ES with the clients' means as its population.
+
+Sun et al., "FedBPT: Efficient Federated Black-box Prompt Tuning for Large Language Models", ICML 2024, arXiv
+2310.01467.
 
     client k  from (m, C, σ): `iterations` generations of `population` candidates y, prompt = p0 + A y, fitness
                   F(y) = mean_i L(f(y; x_i), t_i) / mean_i L(f(y; x'_i), t_i)              (equation 7, x' = x masked)
               sends its mean m_k, F(m_k), and the σ_kj of its generations j
     server    σ' = 2 √( Σ_{k in the better half} Σ_j σ_kj² / (|S| population) )            (equation 6)
-              (m, C, σ') <- CMA-ES told the m_k and their F(m_k)
+              (m, C, σ') <- CMA-ES updated by the m_k and their F(m_k)
 
-A masked record x' has random words in the place of a share of its own: a prompt that answers from few words, right or not,
-has both losses small, and gains nothing by it. As in its code, the ratio is that of the means: a mean of ratios is at the
-mercy of one record whose masked twin happens to be right. All of a client's records are asked about in each generation.
+A masked record x' has random words in place of a share of its words. A prompt that answers from few words gains
+nothing. As in the paper's code, F is a ratio of means. Each generation queries all records.
 
-Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1 where A gives candidates the spread of what
-they stand beside); `masked` is its code's (the paper finds 0.4 and 0.6 best). From its code, too, is what σ clients begin
-with next: the last one times what the server's CMA-ES made of σ'; that the paper leaves open (its code also keeps σ above
-0.5 and never lets it grow). Unlike its code, each client draws candidates of its own: of one seed, clients that are alike
-would send the server a population of equals, whose spread tells nothing. Ours: a subspace that is configured is A; fewer
-than four updates are averaged, for pycma takes no smaller population; a late update counts like the others, for a search by
-ranks knows no weights; no mirrored candidates, which pycma's default adds to populations below six; C travels as its lower
-triangle in float32. `training.*` is not used but for its seed.
+Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1); `masked` is its code's (the paper
+prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ'. (The paper
+leaves it open.) (The code also keeps σ above 0.5 and never increases it.)
 
-Without privacy only: see its `capabilities`.
+Ours: each client draws its own candidates, since with the code's common seed similar clients send equal means. A
+configured subspace is A. Fewer than four updates are averaged, because pycma takes no smaller population. Ranks have
+no weights, so a late update counts like the others. There are no mirrored candidates, which pycma adds to populations
+below six. C is sent as its lower triangle in float32.
+
+Of `training.*` only the seed is used. There is no private form; see `Capabilities.not_private`.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -43,13 +44,12 @@ from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Fed
 
 SEARCH = "search/"
 FEWEST = 4
-EVERYTHING = 1 << 30
-"""A batch of all records, however many."""
+EVERYTHING = 1 << 30  # a batch of all records
 
 
 class Config(FrozenConfig):
-    """`spread`: the first σ, in units of the start prompt's root mean square (the paper's α). `ratio`: false takes the
-    plain loss for fitness. `masked`: the share of words that fall."""
+    """spread: the first σ, in units of the initial prompt's RMS (the paper's α).
+    ratio: false: the fitness is the plain loss. masked: share of words replaced."""
 
     iterations: int = Field(default=8, ge=1)
     population: int = Field(default=5, ge=4)
@@ -71,16 +71,13 @@ class FedBpt(Method):
         self.config, self.seed = config, training.public_seed
         passes = config.iterations * config.population + 1
         self.capabilities = Capabilities(
-            not_private="its clients send means, losses and step sizes of a search of their own, by a ratio of losses in "
-            "which no record's share is bounded; use dp_cma_es, or run it without privacy",
+            not_private="its ratio of losses has no bounded sensitivity; use dp_cma_es, or run it without privacy",
             candidates=passes * (2 if config.ratio else 1) / (config.iterations + 1),
         )
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         if self.config.ratio and backbone.modality == "image":
-            raise ConfigError(
-                f"method.ratio = true masks words, and {backbone.name} sees images; set it to false (the plain loss)"
-            )
+            raise ConfigError(f"method.ratio = true: {backbone.name} takes images, without words; set it to false")
 
     def init(self, setup: FederationInfo) -> State:
         start, space = setup.start.vectors_PD, self._space(setup.start.vectors_PD)
@@ -97,7 +94,7 @@ class FedBpt(Method):
         return Assignment(self.name, round, arrays, {"sigma": state.facts["sigma"]})
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        search, sigmas = CMAES(self._begun_at(assignment), self.config.population), []
+        search, sigmas = CMAES(self._init_search(assignment), self.config.population), []
         batches = client.batches(*self.local_workload(State({})))
         for j in range(self.config.iterations):
             random = rng.make_generator("candidates", self.seed, self.name, client.id, assignment.round, j)
@@ -125,9 +122,9 @@ class FedBpt(Method):
         squares_S = torch.stack([update.arrays["sigmas"].double().square().sum() for update in updates])
         better = losses_S.argsort(stable=True)[: len(updates) // 2]
         wide = 2 * (squares_S[better].sum() / (len(updates) * self.config.population)).sqrt()  # equation 6
-        wide = wide if wide > 0 else torch.tensor(sigma)  # nobody of the better half has moved at all
-        told = CMAES(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
-        return self._state(start, told.state, {**state.facts, "sigma": sigma * told.sigma / float(wide)})
+        wide = wide if wide > 0 else torch.tensor(sigma)  # every σ of the better half is 0
+        updated = CMAES(search | {"sigma": wide}, len(updates)).tell(means_SN, losses_S)
+        return self._state(start, updated.state, {**state.facts, "sigma": sigma * updated.sigma / float(wide)})
 
     def global_prompt(self, state: State) -> Tensor:
         start = state.arrays["start"]
@@ -137,17 +134,17 @@ class FedBpt(Method):
         return client.start + self._space(client.start).lift(assignment.arrays["mean"])
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless it has a mean, half a covariance and a step size, none of them out of the world."""
+        """Raises `CodecError` unless mean, covariance and sigma are valid."""
         size = self._space(start.vectors_PD).size
         validate_facts(assignment, {"sigma": (float,)})
         validate_arrays(assignment, {"mean": (size,), "shape_lower": (size * (size + 1) // 2,)})
         space = self._space(start.vectors_PD)
         validate_norm(start.vectors_PD + space.lift(assignment.arrays["mean"]), start, "mean")
         if not 0 < assignment.facts["sigma"] < 1e6:
-            raise CodecError(f"the order's sigma is {assignment.facts['sigma']}, expected one above 0 and below 1e6")
+            raise CodecError(f"the assignment's 'sigma' is {assignment.facts['sigma']}, expected in 0..1e6, exclusive")
 
     def _fitness(self, client: ClientContext, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
-        """[K]: the ratio of both mean losses, or the mean loss."""
+        """Returns the candidates' fitness [K]: the ratio of the mean losses, or the mean loss."""
         prompts_KPD = client.start + self._space(client.start).lift(candidates_KN)
         answer = yield Query(prompts_KPD, batch)
         if not self.config.ratio:
@@ -156,7 +153,7 @@ class FedBpt(Method):
         loss_K, masked_K = client.private_mean(torch.cat([answer.loss_KB, masked.loss_KB])).chunk(2)
         return loss_K / masked_K.clamp(min=1e-6)
 
-    def _begun_at(self, assignment: Assignment) -> dict[str, Tensor]:
+    def _init_search(self, assignment: Assignment) -> dict[str, Tensor]:
         mean = assignment.arrays["mean"].double()
         shape = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         shape[*torch.tril_indices(*shape.shape)] = assignment.arrays["shape_lower"].double()

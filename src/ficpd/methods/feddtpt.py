@@ -1,21 +1,19 @@
-"""FedDTPT: prompts of words, tuned by asking alone (Wu et al., 2024, arXiv 2411.00985).
+"""FedDTPT: tunes prompts of discrete tokens by queries only (Wu et al., 2024, arXiv 2411.00985).
 
-Client. From the global words, step by step: for one place several other words are proposed, all are tried on the step's
-records, and what is answered best stays (the paper's feedback loop; what was tried and how well it did is what the next
-proposal starts from). Accuracy is the only signal, as where a model returns nothing but text.
-Server. `server/tokens`: words weighed by what other clients sent (Eq. 6), clustered by their vectors, one kept of each.
+Client: each step proposes words for one position of the prompt, queries them on the batch, and keeps the best (the
+paper's feedback loop). Accuracy is the default signal, for models that return text only. Server: see
+`token_aggregation` (Eq. 6).
 
-Of the paper the text was read and no code is to be had. Our own specification is: proposals are drawn by the backbone's own
-masked language model where it is one, else evenly from its whole words (the paper: a masked language model behind an API);
-they, and the places in turn, come from a public seed that all clients share in a round, so that clients whose records agree
-can agree on a word; no small public set is added to the records; word vectors are the backbone's own, of a remote one those
-of `backbone.options.words`; the prompt keeps its length.
+There is no published code. Our own specification: the backbone's masked language model draws the proposals, or they
+are drawn uniformly from its whole words (the paper: a masked language model behind an API). Proposals and positions
+come from a public seed, equal for all clients of a round. So clients with similar records can agree. No public
+set is added to the records. Word vectors are the backbone's; a remote one needs `backbone.options.words`. The prompt
+keeps its length.
 
-Private form (ours, too). Each record's vector of right and wrong over the candidates goes through `ClientSide.mean`, less
-its own mean, which moves no candidate against another and makes it short: a record that every candidate answers alike weighs
-nothing. The mechanism clips it as one vector, noises the sum, and the largest is taken: a noisy maximum whose noise is
-Gaussian, so that the ledger prices it as the steps of any other method. Proposals go by public seeds and by words chosen so
-far, so the words that leave are post-processing. Words cannot be noised themselves: client-level privacy is refused.
+Private form (ours): `ClientContext.private_mean` clips each record's vector of errors over the candidates, centred on
+its mean, and noises the sum. A record with equal answers contributes zero. The best candidate is a noisy maximum with
+Gaussian noise, so the ledger charges steps as for any method. Proposals depend on public seeds and released words
+only, so the update is post-processing. Words cannot be noised, so client-level privacy is refused.
 """
 
 from collections.abc import Generator, Sequence
@@ -52,9 +50,9 @@ from ficpd.types import (
 
 
 class Config(FrozenConfig):
-    """`candidates`: words that are tried for one place, beside the one that stands there (8 is ours: the paper's number was
-    not to be read). `signal` "loss": the task's, where the backbone gives one. `clip_norm`: of a record's vector of right
-    and wrong, under record-level privacy; at 1 one that tells a single candidate from the others counts whole."""
+    """candidates: proposals for a position, besides the current word (8 is ours).
+    signal: "loss": the task's loss; the backbone must return one.
+    clip_norm: of a record's vector of errors under record-level privacy."""
 
     candidates: int = Field(default=8, ge=1)
     signal: Literal["accuracy", "loss"] = "accuracy"
@@ -73,19 +71,17 @@ class FedDtpt(Method):
         self.config = config
         self.capabilities = Capabilities(
             private_units=("record",), prompt_type="tokens", record_clip_norm=config.clip_norm,
-            not_private="it sends words, which take no noise; use privacy.name = 'record_gaussian'",
+            not_private="its updates are words, which take no noise; use privacy.name = 'record_gaussian'",
         )  # fmt: skip
 
     def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
-        """Words as they are; for vectors as many words, drawn by the seed."""
+        """Returns a prompt of words; vectors are replaced by as many words drawn from the seed."""
         if prompt.head_rows:
-            raise ConfigError("task.tuned_head = true: a head is no words, and feddtpt's prompts are; leave it out")
+            raise ConfigError("task.tuned_head = true: feddtpt's prompts are words, without head rows; set it to false")
         if not prompt.vectors_PD.is_floating_point():
             return prompt
-        return Prompt(
-            token_prompt(backbone.vocabulary, backbone.name, None, prompt.num_virtual_tokens, seed),
-            backbone.fingerprint,
-        )
+        words_P1 = token_prompt(backbone.vocabulary, backbone.name, None, prompt.num_virtual_tokens, seed)
+        return Prompt(words_P1, backbone.fingerprint)
 
     def init(self, setup: FederationInfo) -> State:
         return State({"prompt": setup.start.vectors_PD}, {"seed": setup.seed})
@@ -110,9 +106,9 @@ class FedDtpt(Method):
         return {"words": ArraySpec((len(state.arrays["prompt"]),), TOKEN_DTYPE)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """An update with ids that are no words is set aside, by name; every other client counts once."""
+        """Aggregates the words; excludes updates with invalid token ids. Every other client counts once."""
         words = model.backbone.vocabulary
-        assert words is not None, "it started from them"
+        assert words is not None, "checked by init_prompt"
         sent = {u.client: u.arrays["words"].long() for u in sorted(updates, key=lambda u: u.client)}
         bad = [name for name, ids in sent.items() if not bool(((ids >= 0) & (ids < words.size)).all())]
         good_KN = [ids for name, ids in sent.items() if name not in bad]
@@ -125,8 +121,7 @@ class FedDtpt(Method):
 
 
 def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """[R]: 1 where another answer than the right one scores as high, else 0; of a task without answers to choose from the
-    task's loss."""
+    """Returns [R]: 0 where the right answer alone scores highest, else 1; the loss for a task without logits."""
     logits_RC = batch.task.logits(outputs, batch)
     if logits_RC is None:
         return batch.task.loss(outputs, batch)
@@ -136,7 +131,7 @@ def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def argmin_first(mean_K: Tensor) -> int:
-    """The place of the least, the first of several: what stands there stays unless another word is better.
+    """Returns the index of the minimum, the first of a tie, so that the current word wins ties.
 
     >>> argmin_first(torch.tensor([0.25, 0.5, 0.25]))
     0

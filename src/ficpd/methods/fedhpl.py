@@ -1,21 +1,20 @@
-"""FedHPL: prompts stay at home, and what clients tell each other is what they answer (Ma et al., 2024, arXiv 2405.17267).
+"""FedHPL: clients keep their prompts and exchange mean logits per label (Ma et al., 2024, arXiv 2405.17267).
 
-Only the paper's abstract could be read, so this is our own specification of what it describes, and no reproduction:
+This is our own specification after the paper's abstract, not a reproduction:
 
     client k   prompt p_k, tuned on   CE(f, y) + γ τ² KL(softmax(Ẑ_k^y / τ) ‖ softmax(f / τ)),   f the record's logits
     upload     of each class c the sum of the logits of k's correctly classified records, and their number n_k^c
-    server     z̄_k^c = sum_k^c / n_k^c, everybody else's z̄^c = Σ_{j≠k} sum_j^c / Σ_{j≠k} n_j^c (weighted by counts), and
-               Ẑ_k^c = α z̄_k^c + (1 - α) z̄^c: the own share stands apart, so Ẑ_k is for client k alone
+    server     z̄_k^c = sum_k^c / n_k^c, the other clients' z̄^c = Σ_{j≠k} sum_j^c / Σ_{j≠k} n_j^c, and for client k
+               Ẑ_k^c = α z̄_k^c + (1 - α) z̄^c
 
-A mean of less than one record, or one whose largest logit is another class's, is noise: the means of right answers are right
-answers. Its class goes without. Logits are centred, for softmax does not see the difference and a clip does. In a federation
-of several tasks, clients of one task tell each other.
+The server drops a class whose count is below one half or whose largest mean logit is another class's: that is noise.
+Logits are centred, which softmax ignores and the clip norm does not. With several tasks, clients of one task share
+logits.
 
-With a record-level mechanism two things have to be private, not one. The sums that leave are totals over records
-(`ClientSide.total`), clipped and noised in every round anew. But that bounds what one record does to a sum *at a given
-prompt*, and the prompt is a function of all records: one record more moves it, and with it everybody's logits. So the
-prompt is tuned by DP-SGD (`batches`, `mean`) although it never leaves; then it is as good as public, and the sums are one
-release more (adaptive composition). A record's logits and the one that it adds to a count are clipped as one row.
+Record-level privacy covers two releases. `ClientContext.private_sum` clips and noises the sums in every round. But
+clipping bounds a record's effect on a sum *at a given prompt*, and the prompt depends on all records. So DP-SGD tunes
+the prompt (`batches`, `private_mean`), although it is never sent: the prompt could then be published, and the sums
+are one more release (adaptive composition). A record's logits and its count are clipped as one row.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -48,15 +47,13 @@ from ficpd.types import (
 LOGITS, KNOWN, SENT = "logits", "known", "sent/"
 TARGET, WEIGHT = "distilled/target", "distilled/weight"
 MOST_LABELS, LARGEST_LOGIT = 10_000, 1e6
-"""More than noise adds to any mean; a site trusts no server."""
-HALF = 0.5**0.5
-"""Logits and count have half each of a row's squared norm."""
+HALF = 0.5**0.5  # logits and count each have half of a row's squared norm
 
 
 class Config(FrozenConfig):
-    """`weight` is γ, `temperature` τ, `own_share` α; all defaults are ours. `logit_norm`: how long centred logits may be
-    beside a count of one; a record with longer ones counts for less (without privacy it changes nothing). `share`: of a
-    record-level mechanism's budget, what the sums of all rounds take; the prompt gets the rest."""
+    """weight: γ; temperature: τ; own_share: α. All defaults are ours.
+    logit_norm: norm of a record's centred logits at which its row has norm 1. Without privacy it changes nothing.
+    share: of a record-level budget for all sums; the prompt gets the rest."""
 
     weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)
@@ -70,9 +67,9 @@ def build(config: Config, training: LocalTrainingConfig) -> "FedHpl":
 
 
 class FedHpl(Method):
-    """Guarantees (`tests/methods/test_fedhpl.py`): every prompt that is asked about depends on the records only through
-    `ClientSide.mean`; a record's row in the total, logits and count together, is as long as `logit_norm` says and clipped
-    to norm 1; the ledger has a line of the logits for each round that the client answered."""
+    """Guarantees (`tests/methods/test_fedhpl.py`): queried prompts depend on the records only through
+    `ClientContext.private_mean`. A record's row of logits and count is clipped to norm 1. The ledger has one entry for
+    the logits of each round that the client took part in."""
 
     name = "fedhpl"
 
@@ -81,13 +78,13 @@ class FedHpl(Method):
         self.config = config
         self.capabilities = Capabilities(
             private_units=("record",), statistics_per_round={LOGITS: config.share},
-            not_private="its clients release totals over their records; use privacy.name = 'record_gaussian'",
+            not_private="its clients release sums over their records; use privacy.name = 'record_gaussian'",
         )  # fmt: skip
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         if not all(task.num_labels for task in tasks):
             kinds = ", ".join(str(task.to_config()["name"]) for task in tasks)
-            raise ConfigError(f"fedhpl compares logits label by label, and not every task here has labels ({kinds})")
+            raise ConfigError(f"fedhpl needs tasks with labels, and not every task here has labels ({kinds})")
 
     def init(self, setup: FederationInfo) -> State:
         facts = {"num_rounds": setup.num_rounds, "num_labels": dict(setup.num_labels)}
@@ -95,7 +92,6 @@ class FedHpl(Method):
         return State({}, facts)
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
-        """Logits as soon as there are any."""
         own, facts, arrays = _group(client), state.facts, {}
         known = {name.removeprefix(SENT): array for name, array in sorted(state.arrays.items())}
         if sent := {name: array for name, array in known.items() if facts["group"].get(name) == own}:
@@ -114,7 +110,7 @@ class FedHpl(Method):
         tuning = tune(
             self.training, client, assignment, self.personal_prompt(client, assignment), memory=client.client_state
         )
-        client.client_state["prompt"] = yield from self._distilled(tuning, assignment)
+        client.client_state["prompt"] = yield from self._with_distillation(tuning, assignment)
         answer = yield Query(client.client_state["prompt"][None], records, outputs=True)
         assert answer.outputs_KB is not None
         rows_BCN = logit_sums(answer.outputs_KB, records, self.config.logit_norm)
@@ -123,10 +119,10 @@ class FedHpl(Method):
         missing = assignment.facts["most_labels"] - len(summed)  # another task may have more labels
         return ClientUpdate(client.id, {LOGITS: F.pad(summed, (0, missing, 0, missing))})
 
-    def _distilled(
+    def _with_distillation(
         self, work: Generator[Query, Answer, Tensor], assignment: Assignment
     ) -> Generator[Query, Answer, Tensor]:
-        """The optimizer's questions, each record's loss with its class's global logits to be like."""
+        """Adds the distillation loss to the optimizer's queries."""
         if LOGITS not in assignment.arrays or not self.config.weight:
             return work
         logits_CC, known_C, temperature = assignment.arrays[LOGITS], assignment.arrays[KNOWN], self.config.temperature
@@ -146,7 +142,6 @@ class FedHpl(Method):
         return {LOGITS: (most, most + 1)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """What each client sent last."""
         sent = {SENT + update.client: update.arrays[LOGITS] for update in updates}
         return State({**state.arrays, **sent}, state.facts)
 
@@ -154,26 +149,25 @@ class FedHpl(Method):
         return client.client_state.get("prompt", client.start)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless it has a rate and, if any, logits that a mean of clipped ones could be. (Whether they
-        are of this client's labels, `train` sees before a record is drawn.)"""
+        """Raises `CodecError` unless the assignment is valid for some task; `local_update` checks the number of labels."""
         validate_facts(assignment, {**RATE, "most_labels": (int,)})
         number = assignment.arrays[KNOWN].numel() if KNOWN in assignment.arrays else 0
         validate_arrays(assignment, {LOGITS: (number, number), KNOWN: (number,)} if assignment.arrays else {})
         most = assignment.facts["most_labels"]
         if not max(number, 1) <= most <= MOST_LABELS:
-            raise CodecError(f"the order is of {most} labels at most, and has {number}; expected at most {MOST_LABELS}")
+            raise CodecError(f"the assignment's 'most_labels' is {most}, expected {max(number, 1)} to {MOST_LABELS}")
         if assignment.arrays and not torch.isin(assignment.arrays[KNOWN], torch.tensor([0.0, 1.0])).all():
-            raise CodecError("the order says of a label neither that it is known nor that it is not")
+            raise CodecError("the assignment's 'known' has other values than 0 and 1")
         if assignment.arrays and not (assignment.arrays[LOGITS].abs() <= LARGEST_LOGIT).all():
-            raise CodecError(f"the order has logits beyond {LARGEST_LOGIT:g}, which no mean of clipped ones comes to")
+            raise CodecError(f"the assignment's 'logits' exceed {LARGEST_LOGIT:g}")
 
 
 def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
-    """[B, C, 1 + C]: in the row of its class, each correctly classified record's one and its centred logits over
-    `logit_norm`, so that a record with logits of that length has norm 1; nothing of a record that is misclassified."""
+    """Returns [B, C, 1 + C]: a correctly classified record has a one and its centred logits over `logit_norm` in the row
+    of its class; all else is zero."""
     assert batch.targets is not None
     rows = []
-    for b, target in enumerate(batch.targets.tolist()):  # one by one: all at once are rounded by how many there are
+    for b, target in enumerate(batch.targets.tolist()):  # one by one, because rounding depends on the batch size
         logits_C = _logits(outputs.select(torch.tensor([b])), batch.select([b]))[0].float().cpu()
         row_CN = torch.zeros(len(logits_C), 1 + len(logits_C))
         if int(logits_C.argmax()) == target:
@@ -183,8 +177,8 @@ def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
 
 
 def personalized_logits(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:
-    """Ẑ_k [C, C] and whether there is one of each class ([C], 1 or 0), of all clients' counts beside sums [C, 1 + C]. Of a
-    class that only the client itself has answered for, or only the others, theirs counts whole."""
+    """Returns Ẑ_k [C, C] and which classes are known ([C], 1 or 0), from all clients' [count, sums], [C, 1 + C]. A class
+    that only one side (the client or the others) knows takes that side's mean."""
     nothing = torch.zeros_like(next(iter(sent.values())))
     own_CC, own_known_C = _means(sent.get(client, nothing))
     others = torch.stack([nothing, *(array for name, array in sorted(sent.items()) if name != client)])
@@ -194,7 +188,7 @@ def personalized_logits(sent: Mapping[str, Tensor], client: str, own_share: floa
 
 
 def _means(summed_CN: Tensor) -> tuple[Tensor, Tensor]:
-    """z̄ [C, C], zero where it is not known, and whether it is: there is a record, and its class has the largest logit."""
+    """Returns z̄ [C, C], zero for unknown classes, and the known classes: count above one half, argmax right."""
     count_C, classes_C = summed_CN[:, 0], torch.arange(len(summed_CN))
     means_CC = summed_CN[:, 1:] / count_C.clamp(min=1.0)[:, None]
     known_C = (count_C > 0.5) & (means_CC.argmax(1) == classes_C)
@@ -202,8 +196,8 @@ def _means(summed_CN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distillation_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """[R]: the task's loss plus γ τ² KL(softmax(Ẑ/τ) ‖ softmax(f/τ)) (Hinton et al., 2015, arXiv 1503.02531, section 2: τ²
-    keeps the gradient's size as τ changes)."""
+    """Returns [R]: the task's loss plus γ τ² KL(softmax(Ẑ/τ) ‖ softmax(f/τ)) (Hinton et al., 2015, arXiv 1503.02531,
+    section 2)."""
     weight_R, temperature_R = batch.extra[WEIGHT].unbind(1)
     own_RC = (_logits(outputs, batch) / temperature_R[:, None]).log_softmax(1)
     wanted_RC = (batch.extra[TARGET] / temperature_R[:, None]).log_softmax(1)

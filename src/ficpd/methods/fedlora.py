@@ -1,9 +1,8 @@
-"""FedAvg on LoRA weights, the line that prompts are compared with: McMahan et al., AISTATS 2017, arXiv 1602.05629, with
-low-rank changes of the model's weights (Hu et al., ICLR 2022, arXiv 2106.09685) as the only parameters.
+"""FedAvg on LoRA weights, a baseline for prompts (Hu et al., ICLR 2022, arXiv 2106.09685).
 
-A and B are averaged each by itself (as in FedIT, Zhang et al., 2023, arXiv 2305.05644), which is not the mean of the
-products B A. They stand in the prompt's place, so that they are tuned, clipped, noised and sent as one is. What was chosen
-for a prompt does not fit them: `training.learning_rate` and `privacy.clip_norm` are not used, the clip norm is found anew.
+A and B are averaged separately (as in FedIT, Zhang et al., 2023, arXiv 2305.05644), not the products B A. They
+replace the prompt, so they are tuned, clipped, noised and sent as one. `training.learning_rate` and
+`privacy.clip_norm` are not used; the clip norm is calibrated anew.
 """
 
 from dataclasses import replace
@@ -21,8 +20,8 @@ from ficpd.types import LORA, Prompt
 
 
 class Config(FrozenConfig):
-    """`rank` of the change of each query and value projection, whose scale alpha/rank is `lora.SCALE`. `learning_rate` is
-    Adam's, as it is, and our own choice; it falls over the rounds as `training.decay` says."""
+    """rank: of each query and value projection's change; its scale alpha/rank is `lora.SCALE`.
+    learning_rate: Adam's, our choice; it decays by `training.decay`."""
 
     rank: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
@@ -42,7 +41,7 @@ class FedLora(FedAvg):
         self.capabilities = replace(self.capabilities, prompt_type="lora", learning_rate=config.learning_rate)
 
     def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
-        """Weights that change nothing yet, and a tuned head's rows as large as A's. `BackboneError` if it has no LoRA."""
+        """Returns A and B = 0, and head rows scaled to A's size. Raises `BackboneError` for a backbone without LoRA."""
         if prompt.enters_at == LORA:
             return prompt
         rows_PD = lora.lora_of(backbone).start(self.rank, seed)

@@ -1,5 +1,4 @@
-"""FedProx on prompts: Li et al., MLSys 2020, arXiv 1812.06127. FedAvg whose clients minimise
-h_k(w; w_t) = F_k(w) + μ/2 ‖w - w_t‖² (equation 2): short local runs on skewed data drift less from the round's start."""
+"""FedProx on prompts (Li et al., MLSys 2020, arXiv 1812.06127): minimises F_k(w) + μ/2 ‖w - w_t‖² (equation 2)."""
 
 from pydantic import Field
 
@@ -10,7 +9,7 @@ from ficpd.registry import FrozenConfig
 
 
 class Config(FrozenConfig):
-    """`proximal_weight` is the paper's μ (it tries 0.001 to 1)."""
+    """proximal_weight: the paper's μ, 0.001 to 1 there."""
 
     proximal_weight: float = Field(default=0.01, ge=0)
     robust: RobustConfig = MEAN

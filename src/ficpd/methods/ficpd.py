@@ -1,14 +1,13 @@
-"""FICPD: clients' prompts are clustered into prototypes, and each client goes on from its own.
+"""FICPD: clusters the clients' prompts into prototypes, and each client continues from its cluster's prototype.
 
-Per round a client tunes from the prompt it was sent and returns the difference (with L2 and proximal terms). On the server
+A client tunes the prompt it was sent and returns the difference (with L2 and proximal terms). The server computes
 
-    global      <- global + server step on Σ w_c δ_c             the weighted mean of what came, as in FedAvg
-    clusters    <- cosine K-means of the clients' signatures     drawn first, and when somebody new is heard
-    prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)     of those who came; as it was if nobody did
+    global      <- global + server step on Σ w_c δ_c             the weighted mean of the updates, as in FedAvg
+    clusters    <- cosine K-means of the clients' signatures     at first, and when a new client takes part
+    prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)     over the cohort; else unchanged
 
-so that clients of one kind share what sets them apart from the rest, and a small cluster is drawn towards the global
-prompt. What signatures are is `space`; `gather` asks everybody in the first round, when all start from one prompt and what
-they learned can be compared best. Synthetic examples and distillation follow when the rounds are over (`distillation.*`).
+`space` defines signatures. `gather` samples every client in the first round, when all start from one prompt and their
+updates compare best. Synthesis and distillation follow after the rounds (`distillation.*`).
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -34,17 +33,14 @@ SIGNATURE = "signature/"
 
 
 class Config(FrozenConfig):
-    """`num_prototypes`: clusters at most, or "auto" (see `cosine_kmeans`). `space` of the signatures: "delta", what a
-    client learned when it first started from the shared prompt; "offset", how far it has come from it since; "prompt", the
-    prompt it reached last; "function", how that prompt moves the features of public probes; "metadata", no signature at
-    all: the clients' public `by` (the oracle, where that is the task).
-
-    `redraw_every` rounds clusters are drawn anew (0: once); a client then moves only if that is nearer by `stay` in
-    cosine. `shrinkage`: 0 keeps each prototype its cluster's mean, 1 makes all of them the global prompt; "auto" goes by the
-    noise of the updates (none without privacy; where its size would tell record counts, by the members' scatter), "scatter"
-    by the scatter always. `label_prior`: prompts need not learn how frequent each label is at each client, which adds it to
-    the logits itself (as in FPL; classifications only; at the record level it costs the total `labels`).
-    """
+    """num_prototypes: maximum number of clusters, or "auto" (see `cosine_kmeans`).
+    space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "prompt": its
+        last prompt; "function": the shift of public probes' features; "metadata": the public field `by`, no signature.
+    redraw_every: rounds between clusterings (0: one clustering). A client moves only for a gain above `stay` in cosine.
+    shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
+        scatter if the noise would reveal record counts.
+    label_prior: adds the client's label shares to the logits (classification only). A record-level budget pays for the
+        statistic `labels`."""
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
     space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
@@ -110,9 +106,8 @@ class Ficpd(Method):
         return {"delta": tuple(state.arrays["start"].shape)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A client that did not take part keeps its signature, and how it stood off the global prompt then: that counts
-        again only when clusters are drawn anew, because it ages. What a late update learned is added to the prompt that its
-        client would be sent now."""
+        """Clients outside the cohort keep their signature and offset; an old offset counts only in a new clustering. A
+        late delta is added to the prompt that its client would be sent now."""
         means = RobustAggregator(self.config.robust, updates)
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)
@@ -142,12 +137,12 @@ class Ficpd(Method):
         return {"global": state.arrays["global"], **prototypes}
 
     def _sent(self, state: State, name: str) -> Tensor:
-        """The prompt a client starts its round from: its prototype, or the global prompt for a client not yet heard."""
+        """Returns the client's prototype, or the global prompt for a client without a cluster."""
         nearest = state.facts["clusters"].get(name)
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
 
     def _signatures(self, state: State, reached: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
-        """Of the clients that came. In "delta" the first is kept for good: later ones start from other prompts."""
+        """Computes the cohort's signatures. "delta" keeps the first, because later updates start from other prompts."""
         start, known = state.arrays["start"], _of_clients(state, SIGNATURE)
         if self.config.space == "metadata":
             return {}
@@ -163,7 +158,7 @@ class Ficpd(Method):
         return {n: p - start if self.config.space == "offset" else p for n, p in reached.items()}
 
     def _clusters(self, state: State, signatures: Mapping[str, Tensor], round: int) -> tuple[Clusters, int]:
-        """As they were; drawn anew when somebody new was heard, or it is time. And the round they were drawn in."""
+        """Returns the clusters and the round of their clustering; new clients and `redraw_every` trigger a new one."""
         before, drawn, metadata = state.facts["clusters"], state.facts["drawn"], state.facts["metadata"]
         if self.config.space == "metadata":
             values = sorted(set(metadata.values()))
@@ -180,13 +175,11 @@ class Ficpd(Method):
     def _steps(
         self, means: RobustAggregator, clusters: Clusters, noise: float | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The global prompt's move, before the server's rate; and how much farther each client is taken to have come than it
-        did, if steps are extrapolated, each cluster's by its own clients.
+        """Returns the global prompt's step before the server's rate, and each client's extrapolation beyond its update.
 
-        A step of the global prompt that is too long is only called back by clients that start from it. Prototypes drawn
-        to it by λ follow it (1 - λ) / λ rounds later, and at λ = 0 never (30.1 in place of 63.4 on five tasks). So it goes
-        with its prototypes, and farther by its own η as far as they are less than a round behind: min(1, λ / (1 - λ)) of
-        the way.
+        Only clients that start from the global prompt correct a step that is too long. Prototypes follow it
+        (1 - λ) / λ rounds later, and never at λ = 0. So it takes the prototypes' step, plus min(1, λ / (1 - λ)) of the
+        rest of its own extrapolated step.
         """
         deltas, weights, whole = {u.client: u.arrays["delta"] for u in means.updates}, means.weights, means.mean_all()
         more = self.config.server.per_client_extrapolation(means, clusters.member, noise)
@@ -201,21 +194,21 @@ class Ficpd(Method):
         self, means: RobustAggregator, shared: Tensor, offsets: Mapping[str, Tensor], weights: Mapping[str, float],
         clusters: Clusters, noise: float | None, before_KPD: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """[K, P, D]; a cluster of which nobody counts stays as it was before, or has the global prompt if it is new."""
+        """Returns [K, P, D]. A cluster without an offset keeps its prototype, or takes the global prompt if it is new."""
         of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
         heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
         given = self.config.shrinkage
         if isinstance(given, str):
-            drawn_back = shrinkage(heard, noise if given == "auto" else None)
+            shrunk = shrinkage(heard, noise if given == "auto" else None)
         else:
-            drawn_back = dict.fromkeys(heard, given)
+            shrunk = dict.fromkeys(heard, given)
         return torch.stack([
-            shared + (1 - drawn_back[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
+            shared + (1 - shrunk[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
             else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip
 
 
 def _of_clients(state: State, prefix: str) -> dict[str, Tensor]:
-    """The state's arrays that belong to one client each, by client."""
+    """Returns the state's arrays with this prefix, by client."""
     return {name.removeprefix(prefix): array for name, array in state.arrays.items() if name.startswith(prefix)}

@@ -1,22 +1,22 @@
-"""FPL: every client has a prompt of its own, of a part that all share, a part of its cluster and a part nobody else sees.
+"""FPL: each client's prompt has a shared part, a cluster part and a private residual.
 
     p_c = global + cluster_k + residual_c
 
-Clusters come from the clients' public cards before anything is learned. Each round
+Clusters come from the clients' public cards before training. Each round
 
-    shared    δ_c = what the client's mechanism lets it learn from prompt s_k = global + cluster_k   (released)
-    personal  residual_c, tuned on the client's own records from s_k + residual_c                    (never leaves);
-              how much of it is used, or of the cluster, the client chooses on records that it held back
-    cluster   s_k <- s_k + mean of δ_c over the members that came
-    global    <- global + mean of those means, by members; small clusters are drawn to it by the noise they carry
+    shared    δ_c = the client's private update of prompt s_k = global + cluster_k                   (released)
+    personal  residual_c, tuned on the client's records from s_k + residual_c                        (never sent);
+              the client selects its share, or the cluster's, on held-out records
+    cluster   s_k <- s_k + mean of δ_c over the cohort's members
+    global    <- global + mean of those means, by members; shrinkage by noise pulls small clusters to it
 
-The shared gradient is taken at s_k and never at p_c: the residual is a function of the records that no mechanism has seen,
-and a gradient at p_c would carry it out past the noise. Clusters are disjoint and public, so the noise on them is paid once
-(parallel composition), and the global prompt, made of them, costs nothing more.
+The shared gradient is taken at s_k, never at p_c. The residual depends on records without noise, so a gradient at p_c
+would leak it. Clusters are disjoint and public, so their noise is charged once (parallel composition). The global
+prompt is post-processing.
 
-`contrast` keeps a personal prompt near its cluster's prototype and the frozen start and away from other clusters (InfoNCE,
-van den Oord et al., 2018, arXiv 1807.03748): against prototypes that are already released, so it needs no other client. The
-split into a shared and a low-rank private part is that of DP-FPL (Tran et al., ICLR 2025, arXiv 2501.13904).
+`contrast` pulls a personal prompt to its cluster's prototype and the frozen start, and away from other clusters
+(InfoNCE, van den Oord et al., 2018, arXiv 1807.03748). It uses released prototypes only. The split into a shared and
+a low-rank private part is that of DP-FPL (Tran et al., ICLR 2025, arXiv 2501.13904).
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -45,14 +45,13 @@ SIGNATURE, SUM = "signature/", "delta/"
 
 
 class Config(FrozenConfig):
-    """`clusters`: "metadata" (see `cluster_by_metadata`: `by`, `num_clusters`, `distance`), "given" (each different card in
-    the fields `by` is one), "signatures" (what clients learned in the first round, as in FICPD), or "none". `residual`: the
-    client's own part, [P, D] or of `rank`; `personal_steps` a round (None: as many as shared ones), pulled to zero by
-    `residual_weight`. `held_back`: the share of its records by which a client chooses how much of it to use, in the first
-    two thirds of the rounds (0: all of it); then they are learnt from, too. `label_prior`: prompts need not learn how
-    frequent each label is at each client; a client adds it to the logits itself (classifications only; at the record level
-    it costs the total `labels`, which `privacy.statistics` gives a share of the budget).
-    """
+    """clusters: "metadata" (see `cluster_by_metadata`), "given" (one per distinct card in the fields `by`), "signatures"
+        (of the first updates, as in `ficpd`), or "none".
+    residual: "full" [P, D] or "low_rank" of `rank`. `residual_weight` pulls it to zero.
+    personal_steps: residual steps a round; None: `training.local_steps`.
+    held_back: share of records held out in the first two thirds of the rounds; it selects the residual's share (0: all).
+    label_prior: adds the client's label shares to the logits (classification only). `privacy.statistics` gives the
+        statistic `labels` a share of a record-level budget."""
 
     clusters: Literal["metadata", "given", "signatures", "none"] = "metadata"
     by: tuple[str, ...] = ()
@@ -107,7 +106,6 @@ class Fpl(Method):
         return State(arrays, facts)
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
-        """Its cluster's prompt; the global one and other clusters', if it is to choose or they are contrasted."""
         number, facts = state.facts["num_rounds"], {}
         facts["rate"] = self.training.rate(round, number)
         facts["choosing"] = 3 * round <= 2 * number
@@ -123,7 +121,7 @@ class Fpl(Method):
         return Assignment(self.name, round, arrays, facts)
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
-        """First what will leave, from a prompt that everybody may know; only then what stays."""
+        """Tunes the update from the released prompt first, then the residual."""
         prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
         tuned = yield from with_label_prior(
             tune(self.training, client, assignment, prompt, proximal_weight=weight), self._prior(client)
@@ -131,8 +129,10 @@ class Fpl(Method):
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
             choosing = assignment.facts["choosing"] or "share" not in client.client_state
-            home = client.local_context(self.config.held_back if choosing else 0.0)
-            yield from with_label_prior(tune_residual(self.config, self.training, home, assignment), self._prior(home))
+            local = client.local_context(self.config.held_back if choosing else 0.0)
+            yield from with_label_prior(
+                tune_residual(self.config, self.training, local, assignment), self._prior(local)
+            )
         return update
 
     def _prior(self, client: ClientContext) -> Tensor | None:
@@ -154,13 +154,13 @@ class Fpl(Method):
         return ClientUpdate(update.client, arrays, update.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A cluster of which nobody came stays where it is. By another rule than the mean, the global prompt goes by the
-        updates and not by their clusters: a few poisoned ones may be all of a cluster, but not of everybody."""
+        """A cluster without an update keeps its prototype. A robust rule aggregates all updates for the global prompt, not
+        the clusters: malicious updates may be the majority of a cluster."""
         means = RobustAggregator(self.config.robust, updates)
         updates = means.updates
         clusters, signatures = self._redrawn(state, updates)
         before = state.arrays["prototypes_KPD"]
-        if len(before) != clusters.number:  # just drawn by signatures: all have been at the global prompt so far
+        if len(before) != clusters.number:  # a new clustering starts at the global prompt
             before = state.arrays["global"].repeat(clusters.number, 1, 1)
         more = self.config.server.per_client_extrapolation(means, clusters.member, state.facts.get("noise", 0.0))
         reached = {u.client: u.arrays["delta"] + more.get(u.client, 0.0) for u in updates if "delta" in u.arrays}
@@ -176,9 +176,9 @@ class Fpl(Method):
         step, moments = self.config.server.step(whole, state.arrays)
         shared = state.arrays["global"] + step
         offsets = {k: before[k] + delta - shared for k, (delta, _) in moved.items()}
-        drawn_back = self._drawn_back(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
+        shrunk = self._shrinkage(state, offsets, {k: count for k, (_, count) in moved.items()}, sizes)
         prototypes = [
-            shared + (1 - drawn_back[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
+            shared + (1 - shrunk[k]) * offsets[k] if k in offsets else before[k] for k in range(clusters.number)
         ]
         arrays = {"start": state.arrays["start"], "global": shared, **moments, **signatures}
         facts = {**state.facts, "clusters": clusters.member, **means.facts}
@@ -188,11 +188,10 @@ class Fpl(Method):
         return state.arrays["global"]
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        """Of the prompts as they are now, and the client's residual, what it chose."""
+        """See `residual.personal_prompt`."""
         return personal_prompt(client.client_state, assignment)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless it has its three facts, a prompt and, if any, the global one and other clusters'."""
         validate_facts(assignment, {**RATE, "contrast": (float, int), "choosing": (bool,)})
         validate_prompts(assignment, start, ("prompt", "global"), ("others_KPD",))
 
@@ -208,7 +207,7 @@ class Fpl(Method):
         return cluster_by_metadata(cards, by, number, self.config.distance, seed)
 
     def _cluster(self, state: State, client: ClientCard) -> int | None:
-        """Of a client that was not there when clusters were drawn: that of the nearest card, where cards tell."""
+        """Returns the client's cluster. A new client joins that of the nearest card; None without metadata clusters."""
         member = state.facts["clusters"]
         if client.name in member:
             return member[client.name]
@@ -217,13 +216,13 @@ class Fpl(Method):
         return member[nearest_client(state.facts["cards"], client.metadata, self.config.by)]
 
     def _redrawn(self, state: State, updates: Sequence[ClientUpdate]) -> tuple[Clusters, dict[str, Tensor]]:
-        """The clusters, and the signatures that they were drawn by, if they are."""
+        """Returns the clusters and their signatures, if any."""
         member = state.facts["clusters"]
         if self.config.clusters != "signatures":
             return Clusters(member, len(state.arrays["prototypes_KPD"])), {}
         known = {n: array for n, array in state.arrays.items() if n.startswith(SIGNATURE)}
         new = {SIGNATURE + u.client: u.arrays["delta"] for u in updates if SIGNATURE + u.client not in known}
-        if known:  # drawn once: a client that is first heard later joins those it is most like
+        if known:  # there is one clustering; later clients join the nearest cluster
             number = len(state.arrays["prototypes_KPD"])
             centres = {k: _direction([known[SIGNATURE + n] for n in names]) for k, names in _by_cluster(member, known)}
             placed = {n: max(centres, key=lambda k: float(centres[k] @ _direction([x]))) for n, x in new.items()}
@@ -236,12 +235,12 @@ class Fpl(Method):
     def _moves(
         self, means: RobustAggregator, clusters: Clusters, reached: Mapping[str, Tensor]
     ) -> dict[int, tuple[Tensor, float]]:
-        """How far each cluster's prompt goes, and how many clients say so (0: a noised sum of all who were expected)."""
+        """Returns each cluster's step and its number of updates (0: the step comes from one noised sum)."""
         updates = means.updates
         if len(updates) == 1 and f"{SUM}0" in updates[0].arrays:
             sizes = {k: sum(own == k for own in clusters.member.values()) for k in range(clusters.number)}
-            everybody = sum(sizes.values())
-            return {k: (updates[0].arrays[f"{SUM}{k}"] * everybody / size, 0.0) for k, size in sizes.items()}
+            total = sum(sizes.values())
+            return {k: (updates[0].arrays[f"{SUM}{k}"] * total / size, 0.0) for k, size in sizes.items()}
         of = {k: [u for u in updates if clusters.member.get(u.client) == k] for k in range(clusters.number)}
         return {
             k: (means.mean_of(f"prototype-{k}", {u.client: reached[u.client] for u in came}, means.weights),
@@ -250,28 +249,27 @@ class Fpl(Method):
             if came
         }  # fmt: skip
 
-    def _drawn_back(
+    def _shrinkage(
         self, state: State, offsets: Mapping[int, Tensor], came: Mapping[int, float], sizes: Mapping[int, float]
     ) -> dict[int, float]:
-        """The share of each cluster's distance from the global prompt that is given up, in 0..1: what of it is noise, as far
-        as the server may know it."""
+        """Returns each cluster's shrinkage λ in 0..1, from the noise that the server may know."""
         if self.config.shrinkage != "auto":
             return dict.fromkeys(offsets, self.config.shrinkage)
         found = {}
         for k, offset in offsets.items():
             noise = state.facts.get("noise") or 0.0
-            if not came[k]:  # one noised sum: its noise falls on the cluster's expected members alone
+            if not came[k]:  # one noised sum: its noise is divided by the expected members
                 noise = state.facts.get("noise_of_sum", 0.0) / max(sizes[k] * state.facts["cohort_rate"], 1e-9) ** 2
             found |= {k: shrinkage({0: [offset] * max(int(came[k]), 1)}, noise)[0]}
         return found
 
 
 def _by_cluster(member: Mapping[str, int], known: Mapping[str, Tensor]) -> list[tuple[int, list[str]]]:
-    """Each cluster's clients whose signature is known; a cluster without any is left out."""
+    """Returns the clients with a signature by cluster, without empty clusters."""
     heard = [name.removeprefix(SIGNATURE) for name in known]
     return [(k, [name for name in heard if member[name] == k]) for k in sorted({member[name] for name in heard})]
 
 
 def _direction(signatures: Sequence[Tensor]) -> Tensor:
-    """[N]: the mean direction of these."""
+    """Returns the mean direction [N]."""
     return F.normalize(torch.stack([F.normalize(x.flatten(), dim=0) for x in signatures]).mean(0), dim=0)

@@ -1,12 +1,13 @@
-"""In-context learning: the client's own records stand before each of its texts, and nothing is tuned (Brown et al., NeurIPS
-2020, arXiv 2005.14165).
+"""In-context learning without tuning (Brown et al., NeurIPS 2020, arXiv 2005.14165).
 
-    reads a context (a decoder, a cloze)   x_1, instruction y_1; ...; x_n, instruction y_n; x, instruction _
-    reads none (a sentence or image encoder)   readout row of each label  <-  mixed with its examples' mean feature
+A client shows its own records to the model before each text.
 
-The second is what untuned examples mean to an encoder (Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; see
-`demonstrations`). Examples are taken label by label in turn, in the records' order, as many as fit before a text. Nothing
-leaves; but whoever is answered with them is told of records, so this has no guarantee to give.
+    decoder, masked_lm             x_1, instruction y_1; ...; x_n, instruction y_n; x, instruction _
+    sentence or image encoder      readout row of each label  <-  mixed with its examples' mean feature
+
+The second is a nearest-mean classifier (Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; see `demonstrations`).
+Examples take turns by label, in the records' order, as many as fit. Clients send nothing. But answers reveal the shown
+records, so there is no guarantee.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -20,18 +21,11 @@ from ficpd.methods.zero_shot import ZeroShot
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig
 from ficpd.tasks.demonstrations import MIXES, Demonstrations, demonstrate, supports_demonstrations
-from ficpd.types import (
-    Answer,
-    Batch,
-    Prompt,
-    Query,
-    Record,
-    State,
-)
+from ficpd.types import Answer, Batch, Prompt, Query, Record, State
 
 
 class Config(FrozenConfig):
-    """`examples`: how many are shown in a context, at most (the paper: as many as fit, 10 to 100). A readout takes all."""
+    """examples: maximum number in a context (the paper: 10 to 100). A readout uses all."""
 
     examples: int = Field(default=32, ge=1)
 
@@ -51,8 +45,8 @@ class Icl(ZeroShot):
         unfit = [str(task.to_config()["name"]) for task in tasks if not supports_demonstrations(task)]
         if unfit:
             raise ConfigError(
-                f"icl shows examples with their labels' texts, and {', '.join(unfit)} has no labels, or a head that is "
-                "tuned; take a classification with task.tuned_head = false, or another method"
+                f"icl: {', '.join(unfit)} has no labels, or a head that is tuned. Use a classification with "
+                "task.tuned_head = false, or another method"
             )
 
     def demonstrate(
@@ -63,4 +57,4 @@ class Icl(ZeroShot):
         return replace(shown, texts=shown.texts[: self.config.examples])
 
     def global_prompt(self, state: State) -> None:
-        """Nothing that all share: each has examples of its own."""
+        """There is no shared prompt."""

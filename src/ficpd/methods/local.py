@@ -1,6 +1,6 @@
-"""Local only: every client tunes its own prompt on its own records; nothing that depends on a record ever leaves.
+"""Local only: each client tunes its own prompt and sends nothing. The baseline without a federation.
 
-The line that a federation has to beat at home. The prompt and Adam's moments stay at the client over the rounds.
+The prompt and Adam's moments stay on the client over the rounds.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -34,9 +34,8 @@ class Local(Method):
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt = self.personal_prompt(client, assignment)
-        client.client_state["prompt"] = yield from tune(
-            self.training, client, assignment, prompt, memory=client.client_state
-        )
+        tuned = yield from tune(self.training, client, assignment, prompt, memory=client.client_state)
+        client.client_state["prompt"] = tuned
         return ClientUpdate(client.id, {})
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
@@ -49,6 +48,5 @@ class Local(Method):
         return client.client_state.get("prompt", client.start)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        """Raises `CodecError` unless a rate is all that it has."""
         validate_facts(assignment, RATE)
         validate_arrays(assignment, {})

@@ -1,15 +1,14 @@
-"""PromptDPSGD: every client tunes a prompt of its own by DP-SGD, and nobody hears of it (Duan et al., "Flocks of Stochastic
-Parrots", NeurIPS 2023, arXiv 2305.15594).
+"""PromptDPSGD: each client tunes its own prompt by DP-SGD and sends nothing.
+
+Duan et al., "Flocks of Stochastic Parrots", NeurIPS 2023, arXiv 2305.15594.
 
     per step  Poisson sample -> gradient of each record with respect to the prompt -> clip to C -> sum + N(0, σ²C²) -> step
 
-`local` with the mechanism: no record is hidden from the server by it, for nothing leaves either way, but from whoever uses
-the prompt. A service that answers with a prompt in front tells of the records that the prompt was tuned on (the paper's
-membership inference); of this one it tells within (ε, δ), as if the prompt had been published. So its `releases` is true:
-the prompt is what is paid for. Only a record-level mechanism makes it private; one on updates has nothing to noise.
+This is `local` with a record-level mechanism. It protects records from users of the prompt, not from the server,
+which receives nothing. Without it a service with the prompt allows membership inference (as in the paper). With it
+the prompt is (ε, δ)-DP and could be published; so `releases` is true. Client-level privacy has no update to noise.
 
-The paper has one party and settings of its own for each task; here the experiment's start, optimizer and rates are used, as
-in all methods, so that they can be compared.
+Start, optimizer and rates are the experiment's, not the paper's.
 """
 
 from ficpd.federation.method import Capabilities
@@ -28,10 +27,10 @@ def build(config: Config, training: LocalTrainingConfig) -> "PromptDpsgd":
 
 class PromptDpsgd(Local):
     """Guarantees (`tests/methods/test_prompt_dpsgd.py`): the prompt and the optimizer's moments depend on the records only
-    through `ClientSide.mean`; each step is paid for; nothing leaves but that an order was carried out."""
+    through `ClientContext.private_mean`. The ledger charges each step. Updates are empty."""
 
     name = "prompt_dpsgd"
     capabilities = Capabilities(
         private_units=("record",),
-        not_private="its clients send nothing that noise could be added to; use privacy.name = 'record_gaussian'",
+        not_private="its clients send no updates to noise; use privacy.name = 'record_gaussian'",
     )

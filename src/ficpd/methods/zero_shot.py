@@ -1,4 +1,4 @@
-"""Zero-shot: the frozen backbone and the answers' texts, no prompt, no training. The line under every table."""
+"""Zero-shot: the frozen backbone without prompt and training, the lower baseline."""
 
 from collections.abc import Generator, Mapping, Sequence
 
@@ -23,8 +23,7 @@ class ZeroShot(Method):
     name, capabilities = "zero_shot", Capabilities(releases=False, trains=False, candidates=1)
 
     def init(self, setup: FederationInfo) -> State:
-        """No virtual tokens; the head rows, if the task has any, as they start."""
-        start = setup.start
+        start = setup.start  # without its virtual tokens
         return State({"prompt": start.vectors_PD[len(start.vectors_PD) - start.head_rows :]})
 
     def local_workload(self, state: State) -> tuple[int, int]:

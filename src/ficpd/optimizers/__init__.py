@@ -5,6 +5,7 @@ An entry defines `tune` and `black_box`. A black box asks for losses only, takes
 
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,8 +83,7 @@ def tune(
 ) -> Generator[Query, Answer, Tensor]:
     """Tunes the client's [P, D] by the configured optimizer, at the assignment's rate.
 
-    In a subspace the optimizer sees coordinates z [k]. The rate grows by √(PD/k), so that a step moves the prompt as
-    far as a step in all its numbers.
+    In a subspace the optimizer tunes coordinates z [k]. The rate grows by √(PD/k), which keeps the prompt's step length.
     """
     optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
@@ -115,22 +115,23 @@ def map_queries(
 
     `on_answer` is given the query as `work` made it. An exception of the model is raised in `work` at its query.
     """
-    try:
-        query = next(work)
-        while True:
-            asked = on_query(query)
-            try:
-                answer = yield asked
-            except Exception as error:
-                query = work.throw(error)
-            else:
-                query = work.send(on_answer(query, answer))
-    except StopIteration as end:
-        return end.value
+    step = partial(next, work)
+    while True:
+        try:
+            query = step()
+        except StopIteration as end:
+            return end.value
+        asked = on_query(query)
+        try:
+            answer = yield asked
+        except Exception as error:
+            step = partial(work.throw, error)
+        else:
+            step = partial(work.send, on_answer(query, answer))
 
 
 def _project_each(coordinates: Subspace, grad_KBPD: Tensor | None) -> Tensor | None:
-    """[K, B, P, D] to [K, B, k], record by record: one product of all records rounds each by how many there are."""
+    """Maps [K, B, P, D] to [K, B, k], record by record, because rounding depends on the batch size."""
     if grad_KBPD is None:
         return None
     grad_KBN = grad_KBPD.new_zeros(*grad_KBPD.shape[:2], coordinates.size)

@@ -22,10 +22,9 @@ def tune(
     memory: dict[str, Tensor] | None = None,
     betas: tuple[float, float] = (0.9, 0.99),
 ) -> Generator[Query, Answer, Tensor]:
-    """Returns the tuned [P, D].
+    """Returns the tuned [P, D]. `memory` carries the moments from one call to the next.
 
     The gradient of a step is the records' mean + `l2_weight * prompt` + `proximal_weight * (prompt - start)` (FedProx).
-    `memory` carries the moments from one call to the next.
     """
     memory = {} if memory is None else memory
     zero = torch.zeros_like(start_PD)

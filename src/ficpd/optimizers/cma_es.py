@@ -47,8 +47,8 @@ def tune(
 ) -> Generator[Query, Answer, Tensor]:
     """Returns [P, D] at the mean of the last generation; each batch is one generation.
 
-    Every assignment starts a new search around the prompt, of width `LocalTrainingConfig.apart`, in the client's
-    subspace or in a random subspace that all clients share.
+    Every assignment starts a new search around the prompt, of width `LocalTrainingConfig.apart`. Its space is the
+    client's subspace, or a random one that all clients share.
     """
     space = SearchSpace(tuple(start_PD.shape), client.subspace, training.search_dimension, training.public_seed)
     search = CMAES(init_state(space.size, training.apart(assignment) * space.unit), training.population)
@@ -67,16 +67,15 @@ def tune(
 def center_losses(loss_KB: Tensor) -> Tensor:
     """Centers each record's losses [K, B] on their mean over the candidates.
 
-    The ranking stays, and the common part of the losses takes no share of the clip norm. The mean is added candidate by
-    candidate, because the rounding of a sum over a dimension depends on the batch size.
+    The ranking stays, and the common part of the losses takes no share of the clip norm.
     """
-    return loss_KB - sum(loss_KB) / len(loss_KB)
+    return loss_KB - sum(loss_KB) / len(loss_KB)  # the rounding of `Tensor.sum` depends on the batch size
 
 
 def spread(candidates_KN: Tensor) -> float:
     """Returns the RMS distance of the candidates from their mean.
 
-    Centered losses divided by it and by √K are together about as long as the record's gradient, so one clip norm fits.
+    Centered losses over it and √K are together about as long as the record's gradient, so one clip norm fits.
     """
     return float((candidates_KN - candidates_KN.mean(0)).square().mean().sqrt().clamp(min=1e-12))
 

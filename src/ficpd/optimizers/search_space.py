@@ -15,8 +15,7 @@ class SearchSpace:
 
     - With the client's subspace, y is in clip units: a derivative along y has the scale of a clipped gradient, so that
       one clip norm serves both.
-    - With `dimension` below the prompt's size, y lives in a Gaussian random subspace from a public seed (Sun et al.,
-      "Black-Box Tuning for Language-Model-as-a-Service", ICML 2022, arXiv 2201.03514).
+    - With `dimension` below the prompt's size, y is in a public Gaussian subspace (BBT, ICML 2022, arXiv 2201.03514).
     - Otherwise y is the whole prompt.
 
     `unit`: the length of each number of y that moves the prompt's numbers by 1 in root mean square.

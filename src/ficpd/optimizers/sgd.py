@@ -1,9 +1,8 @@
 """Gradient descent preconditioned by public gradient scales.
 
-Adam normalises each direction by its gradient history; under DP noise that history is mostly noise, and every step is a
-full step. This optimizer divides by `Subspace.grad_scale`, which is known before training. A step stays linear in the
-gradient, so noise averages out over clients and rounds (Li et al., "Private Adaptive Optimization with Side
-Information", ICML 2022, arXiv 2202.05963).
+Adam normalises by the gradient history, which is mostly noise under DP. This optimizer divides by `Subspace.grad_scale`,
+which is known before training. A step is linear in the gradient, so noise averages out over clients and rounds (Li et
+al., "Private Adaptive Optimization with Side Information", ICML 2022, arXiv 2202.05963).
 """
 
 from collections.abc import Generator, Iterator

@@ -2,8 +2,7 @@
 
     s_k = (L(y + c u_k) - L(y - c u_k)) / 2c,    g = mean_k s_k u_k,    u_k of ±1
 
-All clients of a round draw the same directions from public names (seed, method, round, step). These common random
-numbers leave only the difference of the records in the difference of the estimates.
+All clients of a round draw the same directions from public names (seed, method, round, step): common random numbers.
 """
 
 from collections.abc import Generator, Iterator
@@ -38,7 +37,7 @@ def tune(
 ) -> Generator[Query, Answer, Tensor]:
     """Returns the tuned [P, D].
 
-    A step is as long as Adam's at the same rate, times the share of the gradient that K directions show: about K/D
+    A step has the length of Adam's at this rate, times the share of the gradient that K directions show: about K/D
     (`step_scale`). The root mean square of all derivatives so far estimates the gradient's length.
     """
     space, K = SearchSpace(tuple(start_PD.shape), client.subspace), training.directions

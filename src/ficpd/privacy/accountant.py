@@ -2,7 +2,7 @@
 
 All releases are Gaussian on a Poisson sample (`PrivacyCost`), composed adaptively. PLD: Koskela, Jälkö and Honkela,
 AISTATS 2020, arXiv 1906.03049; Doroshenko et al., PoPETs 2022, arXiv 2207.04380. Its discretisation is pessimistic: a
-coarse grid overestimates, never underestimates. RDP (Mironov et al., 2019, arXiv 1908.10530) is a cross-check.
+coarse grid overestimates, never underestimates.
 """
 
 import math
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
 
 from scipy.optimize import brentq
 
@@ -36,13 +35,6 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> f
     return _pld(_key(costs), delta, grid)
 
 
-def epsilon_rdp(costs: Iterable[PrivacyCost], delta: float) -> float:
-    """Computes the looser upper bound by Rényi differential privacy."""
-    from dp_accounting.rdp import RdpAccountant
-
-    return _composed(RdpAccountant(), _key(costs)).get_epsilon(delta)
-
-
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
     """Finds a noise multiplier at which `costs_at(multiplier)` costs at most `target`, and at least 99 % of it.
 
@@ -66,7 +58,9 @@ class _Plan:
 
 @lru_cache(maxsize=4096)
 def _calibrated(target: float, delta: float, plan: _Plan) -> float:
-    high = found = _guess(target, delta, plan.costs_at(1.0))
+    # Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan.
+    sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in plan.costs_at(1.0)))
+    high = found = max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
     for grid in (min(COARSE, target / 500) / 4**finer for finer in range(5)):
         found = _solved(target, plan, lambda costs, grid=grid: epsilon(costs, delta, grid), high)
         if epsilon(plan.costs_at(found), delta, min(FINE, grid)) >= 0.99 * target:
@@ -97,12 +91,6 @@ def _solved(target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCo
     while epsilon_of(plan.costs_at(found)) > target:
         found *= 1.001
     return found
-
-
-def _guess(target: float, delta: float, unit: Sequence[PrivacyCost]) -> float:
-    """Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan."""
-    sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in unit))
-    return max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
 
 
 def cost_shares(costs: Sequence[PrivacyCost], delta: float) -> list[dict[str, JSON]]:
@@ -139,7 +127,7 @@ def _key(costs: Iterable[PrivacyCost]) -> Key:
 
 @lru_cache(maxsize=65536)
 def _pld(key: Key, delta: float, grid: float) -> float:
-    from dp_accounting import NeighboringRelation
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
     if not key:
@@ -147,16 +135,10 @@ def _pld(key: Key, delta: float, grid: float) -> float:
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
-    return float(_composed(accountant, key).get_epsilon(delta))
-
-
-def _composed(accountant: Any, key: Key) -> Any:
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-
     for rate, multiplier, count in key:
         event = GaussianDpEvent(multiplier)
         accountant.compose(event if rate >= 1 else PoissonSampledDpEvent(rate, event), count)
-    return accountant
+    return float(accountant.get_epsilon(delta))
 
 
 def is_covered_by(certified: Iterable[PrivacyCost], costs: Iterable[PrivacyCost]) -> bool:

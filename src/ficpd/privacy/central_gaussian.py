@@ -22,13 +22,9 @@ class CentralGaussian:
     """
 
     def __init__(
-        self,
-        cost: PrivacyCost,
-        clip_norm: float,
-        expected_cohort: float,
-        stream: Callable[[int], NoiseSource],
+        self, cost: PrivacyCost, clip_norm: float, expected_cohort: float, stream: Callable[[int], NoiseSource],
         account: Account,
-    ):
+    ):  # fmt: skip
         self.cost, self.clip_norm, self.expected_cohort = cost, clip_norm, expected_cohort
         self.stream, self.account = stream, account
         self._noise: NoiseSource | None = None

@@ -5,7 +5,7 @@ signal. `central`: clients clip, and the server, which is trusted, noises the su
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ficpd.privacy import accountant
 from ficpd.privacy import config as settings
 from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.none import noiseless_mean, shuffled_epochs
-from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
+from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt, Query
 
 RELATION = {
     "local": "all records of one client replaced by any others; who takes part is known",
@@ -25,6 +25,7 @@ RELATION = {
 
 
 class Config(settings.DPConfig):
+    unbatched: ClassVar[bool] = False
     placement: Literal["local", "central"] = "local"
 
 
@@ -73,6 +74,9 @@ class ClientGaussian(Mechanism):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         return shuffled_epochs(num_records, expected_batch, steps, noise)
 
+    def bound_query(self, query: Query, start: Prompt) -> Query:
+        return query
+
     def noisy_mean(
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
     ) -> Tensor:
@@ -80,7 +84,7 @@ class ClientGaussian(Mechanism):
 
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         raise PrivacyError(
-            f"client-level privacy has no release for the statistic {name!r}; leave it out, or use record_gaussian"
+            f"client-level privacy has no release for the statistic {name!r}. Leave it out, or use record_gaussian"
         )
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:

@@ -47,7 +47,7 @@ def rescale(values_KB: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tenso
 def clip_query(query: Query, start: Prompt) -> Query:
     """Scales rows of the queried prompts that are longer than `start.max_norm` down to it.
 
-    Far outside of what the backbone was trained on, rounding grows. Weights of LoRA and token ids stay as they are.
+    Rounding errors grow for prompts far outside of the backbone's training range. LoRA weights and token ids stay unchanged.
     """
     rows = query.prompts_KPD
     if start.enters_at == LORA or not rows.is_floating_point() or start.within_max_norm(rows):

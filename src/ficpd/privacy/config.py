@@ -13,15 +13,15 @@ from ficpd.types import PrivacyCost
 
 
 class DPConfig(FrozenConfig):
-    """`epsilon`: the budget. Without `noise_multiplier` the noise is the least that keeps the planned run within it.
-    `noise_multiplier` alone sets no budget, and the result states the cost. With both, the run ends with the budget.
-    `clip_norm`: the L2 norm that one unit's contribution is clipped to. None: calibrated without any record, from gradients
-    on synthetic texts at the record level, from the learning rate at the client level.
-    `noise`: "simulated" reproduces from the experiment's seed; real sites use "cryptographic".
-    `unbatched`: real sites compute each record in a forward of its own.
+    """epsilon: the budget. Without `noise_multiplier` the noise is the least that keeps the planned run within it.
+    noise_multiplier: alone it sets no budget, and the result states the cost. With both, the run ends with the budget.
+    clip_norm: the L2 norm that one unit's contribution is clipped to. None: calibrated without private records, from
+        gradients on synthetic texts at the record level, from the learning rate at the client level.
+    noise: "simulated" reproduces from the experiment's seed; real sites use "cryptographic".
+    unbatched: real sites compute each record in a separate forward pass, unless a mechanism does without.
     """
 
-    unbatched: ClassVar[bool] = False
+    unbatched: ClassVar[bool] = True
     epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     noise_multiplier: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     delta: float = Field(default=1e-5, gt=0, lt=1)

@@ -69,14 +69,36 @@ class Ledger:
     def _open(self, rounds_paid: int) -> None:
         tables = {name for (name,) in self.file.execute("select name from sqlite_master where type = 'table'")}
         if tables and "meta" not in tables:
-            raise LedgerError(f"{self.path} is a database of something else ({', '.join(sorted(tables))})")
+            raise LedgerError(
+                f"{self.path} is no ledger, but a database with other tables ({', '.join(sorted(tables))})"
+            )
+        if tables:
+            self._check_version()
         self.file.executescript("pragma journal_mode=wal; pragma synchronous=full;" + SCHEMA)
-        self._claim()
+        with self.transaction():
+            found = self.file.execute("select owner from meta").fetchone()
+            if found is None:
+                self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
+            elif found != (self.owner,):
+                raise LedgerError(
+                    f"{self.path} is the ledger of {found[0]}, this is {self.owner}. Put its own ledger there, or begin "
+                    "in a new directory"
+                )
         (last,) = self.file.execute("select coalesce(max(round), 0) from costs").fetchone()
         if last < rounds_paid:
             raise LedgerError(
                 f"{self.path} ends with round {last}, and round {rounds_paid} was released: it is an older copy, or "
                 "its -wal file is missing. Restore the newest copy of both, or begin in a new directory"
+            )
+
+    def _check_version(self) -> None:
+        """Refuses a file of another format before anything is written to it."""
+        columns = {row[1] for row in self.file.execute("pragma table_info(meta)")}
+        found = self.file.execute("select version from meta").fetchone() if "version" in columns else (1,)
+        if found is not None and found != (VERSION,):
+            raise LedgerError(
+                f"{self.path} is a ledger of format {found[0]}, and this ficpd reads format {VERSION}. Nothing was changed, "
+                "and what was spent stays spent: go on with the ficpd that wrote it"
             )
 
     @contextmanager
@@ -90,20 +112,8 @@ class Ledger:
             ) from error
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"{self.path} cannot be read as a ledger: {error}. What was spent is not known: restore the file from a copy"
+                f"{self.path} cannot be read as a ledger: {error}. The privacy cost is unknown: restore the file from a copy"
             ) from error
-
-    def _claim(self) -> None:
-        """Writes owner and version into a new file, and checks those of an existing one."""
-        with self.transaction():
-            found = self.file.execute("select owner, version from meta").fetchone()
-            if found is None:
-                self.file.execute("insert into meta values (?, ?)", (self.owner, VERSION))
-            elif found != (self.owner, VERSION):
-                raise LedgerError(
-                    f"{self.path} is the ledger of {found[0]} (version {found[1]}), this is {self.owner} (version "
-                    f"{VERSION}); put its own ledger there, or begin in a new directory"
-                )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -124,7 +134,7 @@ class Ledger:
         return count
 
     def account(self, site: str, budget: Budget, run: str = "") -> "Account":
-        """`run`: one of several runs, in a site's ledger."""
+        """Opens an account. `run`: one of several runs, in a site's ledger."""
         return Account(self, site, budget, run)
 
     def close(self) -> None:
@@ -154,7 +164,7 @@ class Account:
         return accountant.epsilon(self.spent(), self.budget.delta)
 
     def check_budget(self, costs: Iterable[PrivacyCost]) -> None:
-        """Raises `BudgetError` if these releases on top of what was spent would cross the budget."""
+        """Raises `BudgetError` if the spent costs and these together would exceed the budget."""
         if self.budget.epsilon is None:
             return
         together = [*self.spent(), *costs]
@@ -164,7 +174,7 @@ class Account:
         if after > self.budget.epsilon:
             raise BudgetError(
                 f"{self.site} has spent epsilon = {self.epsilon():.4g} of {self.budget.epsilon:g} (delta = "
-                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. Ask for "
+                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. Plan "
                 "fewer rounds or steps, or agree on a larger budget"
             )
 
@@ -217,7 +227,7 @@ class Account:
             )
 
     def costs_json(self) -> str:
-        """Lists all costs as JSON, for a person who checks them."""
+        """Lists all costs as JSON."""
         names = ("run", "round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
         rows = self.ledger.file.execute(
             f"select {', '.join(names)} from costs where site = ? order by rowid", (self.site,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
 from ficpd.privacy.clipping import rescale
 from ficpd.registry import FrozenConfig
-from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
+from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt, Query
 
 
 class Config(FrozenConfig):
@@ -34,6 +34,9 @@ class NoPrivacy(Mechanism):
 
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         return shuffled_epochs(num_records, expected_batch, steps, noise)
+
+    def bound_query(self, query: Query, start: Prompt) -> Query:
+        return query
 
     def noisy_mean(
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None

@@ -7,7 +7,7 @@ or the vector of its losses under all K candidates of a zeroth-order query. The 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -22,12 +22,11 @@ RELATION = "one record more or less at one site; how many records a site has is 
 
 
 class Config(settings.DPConfig):
-    """`statistics`: named sums over a client's records (such as `weight`, its record count), each with its share of the
-    budget; the prompt gets the rest. A statistic of the method's own has the method's share unless one is stated here.
-    `clip_norms`: one by group, instead of one `clip_norm` for all; chosen so by default in a federation of several tasks.
+    """statistics: named sums over a client's records (such as `weight`, its record count), with shares of the budget. The
+        prompt gets the rest. A statistic that the method declares has the method's share unless one is set here.
+    clip_norms: one clip norm per group, in place of `clip_norm`; the default with several tasks.
     """
 
-    unbatched: ClassVar[bool] = True
     clip_norms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
 
@@ -59,8 +58,8 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
 class RecordGaussian(Mechanism):
     """Guarantees:
 
-    - one record more or less moves the sum in `noisy_mean` by at most `clip_norm`, jointly over all K candidates, also if
-      its values are not finite (`tests/contracts/test_mechanism.py`);
+    - one record more or less moves the sum in `noisy_mean` by at most `clip_norm`, jointly over all K candidates; values
+      that are not finite do not change this (`tests/contracts/test_mechanism.py`);
     - the noise on that sum has deviation `noise_multiplier · clip_norm`, and `cost(STEP)` states that multiplier;
     - records join a step independently with probability `sampling_rate`; an empty sample is a valid one;
     - the mean divides by the expected batch, never by the number of records in the sample;
@@ -70,13 +69,9 @@ class RecordGaussian(Mechanism):
     unit = "record"
 
     def __init__(
-        self,
-        config: Config,
-        plan: ClientWorkload,
-        multiplier: float,
-        statistics: Mapping[str, PrivacyCost],
+        self, config: Config, plan: ClientWorkload, multiplier: float, statistics: Mapping[str, PrivacyCost],
         planned: list[PrivacyCost],
-    ):
+    ):  # fmt: skip
         self.config, self.plan, self.noise = config, plan, config.noise
         self.noise_multiplier, self.clip_norm = multiplier, settings.clip_norm(config)
         self._statistics, self._planned = statistics, planned
@@ -95,9 +90,8 @@ class RecordGaussian(Mechanism):
         """Raises `PrivacyError` for a rate above the planned one; a lower rate costs as much."""
         if expected_batch > self.plan.sampling_rate * num_records * (1 + 1e-9):
             raise PrivacyError(
-                f"a batch of {expected_batch} of {num_records} records was asked for; the noise was chosen for a "
-                f"sampling rate of {self.plan.sampling_rate:.4g}. A method states its batches in "
-                "`local_workload`; draw no larger ones"
+                f"a batch of {expected_batch} of {num_records} records exceeds the planned sampling rate of "
+                f"{self.plan.sampling_rate:.4g}. State the batch size in `local_workload`"
             )
         return [noise.poisson_sample(num_records, expected_batch / num_records) for _ in range(steps)]
 
@@ -117,7 +111,7 @@ class RecordGaussian(Mechanism):
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         if (cost := self.cost(ReleaseKind.STATISTIC, name)) is None:
             raise PrivacyError(
-                f"the statistic {name!r} has no share of the budget; give it one: privacy.statistics = {{ {name} = 0.1 }}"
+                f"the statistic {name!r} has no share of the budget. Give it one: privacy.statistics = {{ {name} = 0.1 }}"
             )
         return noise.add_gaussian(clipping.clipped_sum(values_BN, 1.0), cost.noise_multiplier)
 

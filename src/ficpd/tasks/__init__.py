@@ -1,4 +1,4 @@
-"""Tasks: what a record means. Those whose answers are texts share how they are asked and scored: `LabelTask`."""
+"""Tasks define how records are encoded, scored and predicted. Tasks with answer texts share `LabelTask`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +13,14 @@ from ficpd.types import Batch, EncodedInput, ModelOutput, Prompt, Record
 
 
 class LabelTask:
-    """A fixed list of answer texts behind an instruction, scored by the backbone's readout or by likelihood."""
+    """Scores a fixed list of answer texts by the backbone's readout or by likelihood."""
 
     def __init__(self, instruction: str, texts: Sequence[str]):
         self.instruction, self.texts = instruction, list(texts)
         self._readouts: dict[str, Tensor | None] = {}
 
     def readout(self, backbone: Backbone) -> Tensor | None:
-        """[C, D] of the answers, computed once per backbone; None if they need likelihoods."""
+        """Returns the answers' readout [C, D], cached by backbone; None if they need likelihoods."""
         if backbone.fingerprint not in self._readouts:
             self._readouts[backbone.fingerprint] = backbone.readout(self.instruction, self.texts)
         return self._readouts[backbone.fingerprint]
@@ -28,7 +28,7 @@ class LabelTask:
     def encode(
         self, task: Task, records: Sequence[Record], targets: Tensor | None, backbone: Backbone, prompt: Prompt
     ) -> Batch:
-        """One item per record, or one per record and answer where likelihoods are needed."""
+        """Encodes one item per record, or one per record and answer for likelihoods."""
         readout = None if prompt.head_rows and not backbone.has_text_encoder else self.readout(backbone)
         asked: list[str | None] = [None] if readout is not None or prompt.head_rows else [*self.texts]
         items = tuple(
@@ -40,7 +40,7 @@ class LabelTask:
         return Batch(task, items, targets, readout, prompt.enters_at)
 
     def scores(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R, C]: features against the readout that travelled or the batch's own, else mean log-likelihoods."""
+        """Returns [R, C]: features times the tuned or the batch's readout, else mean log-likelihoods."""
         if outputs.readout_RCD is not None:
             return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
         if batch.readout_CD is not None:
@@ -52,38 +52,38 @@ class LabelTask:
 def encode_record(
     record: Record, backbone: Backbone, room: int, instruction: str = "", answer: str | None = None, writes: int = 0
 ) -> EncodedInput:
-    """What the backbone reads, or looks at, of a record, as `Backbone.read` and `look` do it.
+    """Encodes a record by `Backbone.preprocess_image` or `Backbone.tokenize`.
 
-    Raises `DataError` for a record that has no image where the backbone sees, or no text where it reads.
+    Raises `DataError` for a record without the image or the text that the backbone needs.
     """
     text, image = record.fields.get("text"), record.fields.get("image")
     if backbone.modality == "image" and answer is None and not writes:
         if image is None:
             raise DataError(
-                f"{record.key}: no image, and {backbone.name} sees nothing else; name the column of images in data.columns "
-                "(image), or take a backbone that reads texts"
+                f"{record.key}: no image, and {backbone.name} needs one; name the column of images in data.columns "
+                "(image), or use a text backbone"
             )
         return backbone.preprocess_image(image, room)
     if text is None and backbone.modality == "text":
         has = "an image and no text" if image is not None else "no text"
         raise DataError(
-            f"{record.key}: {has}, and {backbone.name} reads nothing else; name the column of texts in data.columns (text)"
-            + (", or take a vision backbone (DINOv2, ViT, CLIP)" if image is not None else "")
+            f"{record.key}: {has}, and {backbone.name} needs a text; name the column of texts in data.columns (text)"
+            + (", or use a vision backbone (DINOv2, ViT, CLIP)" if image is not None else "")
         )
     return backbone.tokenize(text or "", record.fields.get("text_pair"), instruction, answer, room, writes)
 
 
 def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
-    """Records without targets of what the backbone calls nonsense: public, and nobody's."""
+    """Returns public synthetic records without targets, from `Backbone.synthetic_inputs`."""
     role = "image" if backbone.modality == "image" else "text"
     return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
-    """The same records with a share of their words (what stands between spaces) in other words' place, drawn from what the
-    backbone calls nonsense; each word falls by itself. Raises `BackboneError` where records are images."""
+    """Replaces each word with probability `share` by one of the backbone's synthetic texts. Raises `BackboneError` for
+    images."""
     if backbone.modality == "image":
-        raise BackboneError(f"{backbone.name} sees images, and only words can be masked; do without masked records")
+        raise BackboneError(f"{backbone.name} takes images, and only words can be masked; turn masking off")
     random = rng.make_generator(seed, "which words")
     known = [word for text in backbone.synthetic_inputs(64, seed) for word in str(text).split()]
 
@@ -101,5 +101,4 @@ def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, s
 
 
 def has_targets(records: Sequence[Record]) -> bool:
-    """Whether every record has a target."""
     return all(record.fields.get("target") is not None for record in records)

@@ -11,10 +11,9 @@ from ficpd.types import Score
 
 
 def build_task(description: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Task:
-    """Builds a task from the mapping of `Task.to_config`.
+    """Builds a task from the mapping of `Task.to_config`, and adds the scores of `metrics`.
 
-    `metrics`: sections of modules whose `build(config)` gives a function from predictions and targets to a `Score`. Each
-    adds its figures to those of the task.
+    metrics: sections of modules whose `build(config)` returns a function from predictions and targets to a `Score`.
     """
     module, config = build_config("tasks", description)
     task: Task = module.build(config)
@@ -31,8 +30,7 @@ def build_task(description: Mapping[str, Any], metrics: Sequence[Mapping[str, An
 
 
 def start_text(tasks: Sequence[Task]) -> str | None:
-    """The task's own words: its instruction and its answers' texts. Of several tasks the instructions; None if there
-    are none."""
+    """Returns a task's instruction and answer texts, or several tasks' instructions. None if there are none."""
     configs = [task.to_config() for task in tasks]
     words = list(dict.fromkeys(config.get("instruction", "") for config in configs))
     if len(tasks) == 1:

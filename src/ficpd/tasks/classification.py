@@ -1,4 +1,4 @@
-"""Classification: accuracy and macro F1. Answers are the labels' texts, so an unseen label set needs no new head."""
+"""Classification, scored by accuracy and macro F1. Answers are label texts, so a new label set needs no new head."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,10 +15,9 @@ from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, R
 
 
 class Config(BaseModel):
-    """`labels`: each label as the data spells it, with the text that stands for it. `instruction`: what frames the
-    answer; a causal backbone reads it after the text, an encoder before each label text. `tuned_head`: the label texts'
-    embeddings are tuned too and travel as the prompt's last rows (such a prompt serves no other label set).
-    """
+    """labels: the text of each label of the data.
+    instruction: a causal backbone reads it after the text, an encoder before each label text.
+    tuned_head: tunes the label texts' embeddings as the prompt's last rows, for this label set only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     labels: dict[str, str] = Field(min_length=2)
@@ -49,7 +48,7 @@ class Classification(Task):
         return self.answers.encode(self, records, targets, backbone, prompt)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R, C] in the labels' order, shifted by what the batch knows of how frequent each is."""
+        """Returns [R, C], plus the batch's label prior, if any."""
         scores_RC = self.answers.scores(outputs, batch)
         return scores_RC + batch.extra[LABEL_PRIOR] if LABEL_PRIOR in batch.extra else scores_RC
 
@@ -76,7 +75,7 @@ class Classification(Task):
         label = str(record.fields["target"])
         if label not in self.config.labels:
             raise DataError(
-                f"{record.key}, column target: {did_you_mean('label', label, self.names)}. Add it to task.labels with the "
-                "text that stands for it, or mend the record"
+                f"{record.key}, column target: {did_you_mean('label', label, self.names)}. Add it and its text to "
+                "task.labels, or correct the record"
             )
         return self.names.index(label)

@@ -1,10 +1,9 @@
-"""Demonstrations beside a prompt: somebody's own records, shown to the frozen model together with every new text.
+"""Demonstrations: shows labelled records to the frozen model together with a new text.
 
-A backbone that reads a context (a decoder) is shown them in it: text, instruction and answer of as many as fit, before
-the text that is asked about (Brown et al., NeurIPS 2020, arXiv 2005.14165). An encoder cannot read a context. What
-in-context examples mean there: the examples' own features join the readout, so that a text is compared with them as well
-as with the answers' texts (the cache of Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; the nearest class mean of
-Snell et al., NeurIPS 2017, arXiv 1703.05175). Both are somebody's records, or made of them: where they go, those go.
+A decoder reads the examples before the text: as many as fit, each with instruction and answer (Brown et al., NeurIPS
+2020, arXiv 2005.14165). An encoder has no such context. There the examples' mean features join the readout
+(Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; Snell et al., NeurIPS 2017, arXiv 1703.05175). Both
+reveal the records they are made of.
 """
 
 from collections.abc import Generator, Sequence
@@ -19,13 +18,12 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.types import Answer, Batch, Prompt, Query, Record
 
 MIXES = (0.4, 0.8)
-"""How much of a readout row is the examples', if there were many; of one example it is half of that."""
+"""Shares of many examples in a readout row; one example has half of that."""
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """`texts`: whole examples, for a backbone that reads a context, those shown first first. `readout_CD`: what answers
-    are scored by instead of the task's own, for one that does not."""
+    """texts: examples for a backbone with a context, in the order shown. readout_CD: replaces the task's readout."""
 
     texts: tuple[str, ...] = ()
     readout_CD: Tensor | None = None
@@ -33,12 +31,13 @@ class Demonstrations:
     def encode(
         self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
     ) -> Batch:
-        """Records as the task encodes them (`encoded`, if that was done before), with the demonstrations beside each. Where
-        only some fit into the context, the later ones are left out; a text is never cut for them."""
+        """Encodes records with the demonstrations. Later examples that do not fit are dropped; texts are never cut.
+
+        encoded: the records encoded before, which saves an encoder the work."""
         if self.readout_CD is not None:
             batch = encoded or task.encode(records, backbone, prompt)
             return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
-        own = task.encode(records, backbone, prompt)  # `encoded` may have been cut for another prompt
+        own = task.encode(records, backbone, prompt)  # `encoded` may be cut for another prompt
         lengths = [backbone.tokenize(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
         for record, items in zip(records, own.items, strict=True):
@@ -47,7 +46,7 @@ class Demonstrations:
         return task.encode(shown, backbone, prompt)
 
     def _before(self, record: Record, lengths: Sequence[int], space: int) -> Record:
-        """The record with as many examples before its text as `space` tokens hold."""
+        """Puts as many examples before the text as `space` tokens hold."""
         fit = []
         for text, length in zip(self.texts, lengths, strict=True):
             if length > space:
@@ -58,12 +57,12 @@ class Demonstrations:
 
 
 def supports_demonstrations(task: Task) -> bool:
-    """Whether examples of the task can be shown: its answers are texts by label, and no head was tuned for them."""
+    """Returns whether the task has label texts and no tuned head."""
     return bool(task.to_config().get("labels")) and not task.head_rows
 
 
 def is_in_context(backbone: Backbone) -> bool:
-    """Whether what stands before or behind a text is read with it: whether an instruction makes it longer."""
+    """Returns whether the backbone reads the instruction in the text's sequence."""
     if backbone.modality == "image":
         return False
     return backbone.tokenize("a", None, "a", None, 0).length > backbone.tokenize("a", None, "", None, 0).length
@@ -72,14 +71,12 @@ def is_in_context(backbone: Backbone) -> bool:
 def demonstrate(
     task: Task, records: Sequence[Record], batch: Batch, prompt: Prompt, backbone: Backbone
 ) -> Generator[Query, Answer, dict[str, Demonstrations]]:
-    """Demonstrations made of these records, by what tells them apart: nothing for a context, the mix for a readout.
+    """Makes demonstrations of records and their encoded `batch`, by mix ("" for a context, which has none).
 
-    `batch` is the records encoded. Raises `LibraryError` for a task that has no labels, or a head of its own.
+    Raises `LibraryError` for a task without labels or with a tuned head.
     """
     if not supports_demonstrations(task):
-        raise LibraryError(
-            "only a classification without a tuned head can be shown demonstrations; adapt in another way"
-        )
+        raise LibraryError("demonstrations need a classification without a tuned head; use another adaptation")
     if is_in_context(backbone):
         return {"": Demonstrations(tuple(_written(task, record) for record in balanced(records)))}
     assert batch.targets is not None
@@ -93,11 +90,10 @@ def demonstrate(
 
 
 def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:
-    """[C, D]: of each class (1 - w) of its own row and w of what its examples' mean has beside the mean of all classes',
-    in the rows' own length; w = mix · n / (n + 1) for n examples. A class without examples keeps its row.
+    """Returns [C, D]: (1 - w) of each class's row plus w of its examples' mean, w = mix · n / (n + 1) for n examples.
 
-    Only the difference to all classes' mean is taken, because every text of the task is like every example of it: else
-    the classes that have examples would draw what belongs to those that have none. With one class there is no difference.
+    The examples' mean is taken relative to the mean over classes, scaled to the rows' length. Otherwise classes with
+    examples would win over those without. A class without examples, or a single class, keeps its row.
     """
     rows_CD, classes = own_CD.clone(), targets_B.unique().tolist()
     if len(classes) < 2:
@@ -112,7 +108,7 @@ def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: flo
 
 
 def balanced(records: Sequence[Record]) -> list[Record]:
-    """One record of each class, then a second of each, and so on."""
+    """Orders records by turns: one of each class, then a second of each, and so on."""
     seen: dict[str, int] = {}
     turns = []
     for record in records:
@@ -123,12 +119,9 @@ def balanced(records: Sequence[Record]) -> list[Record]:
 
 
 def _written(task: Task, record: Record) -> str:
-    """An example as the backbone reads it: text (and pair), then the instruction with the answer behind it."""
+    """Returns an example's lines: text (and pair), then the instruction followed by the answer."""
     described = task.to_config()
     answer = described["labels"][str(record.fields["target"])]
-    lines = [
-        record.fields["text"],
-        record.fields.get("text_pair"),
-        f"{described.get('instruction', '')} {answer}".strip(),
-    ]
+    asked = f"{described.get('instruction', '')} {answer}".strip()
+    lines = [record.fields["text"], record.fields.get("text_pair"), asked]
     return "\n".join(line for line in lines if line)

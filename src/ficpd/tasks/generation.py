@@ -1,8 +1,7 @@
-"""Generation: a text for a text. BLEU and chrF by sacrebleu (Post, WMT 2018, arXiv 1804.08771).
+"""Generation of a text from a text, scored by BLEU and chrF (sacrebleu: Post, WMT 2018, arXiv 1804.08771).
 
-A record is read as for classification, its source framed by the instruction, and the target is the scored tail of the one
-sequence, closed by the end token: a tuned prompt learns what to say and when to stop. What is written is not cut at a
-line break, for a target may have several lines; white space around it is taken off.
+The model reads the source and the instruction. The target and an end token are the scored tail of the same sequence.
+Predictions may have several lines and are stripped of white space.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import encode_record
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
-MADE_UP = (
+PUBLIC_SENTENCES = (
     "The old bridge crosses the river near the market.",
     "Yes.",
     "It was built in 1921 and is still in use today.",
@@ -28,13 +27,12 @@ MADE_UP = (
     "A doctor should be asked if the pain does not go away.",
     "Cheap food, friendly people and a view of the park.",
 )
-"""Plain sentences of several lengths, nobody's: what stands for a target where a record is made up."""
+"""Public sentences of several lengths: the targets of synthetic records."""
 
 
 class Config(BaseModel):
-    """`instruction`: a line between the source and what is written; without one the text simply goes on.
-    `max_new_tokens`: the longest text that is written; of a longer target only so much is learned.
-    """
+    """instruction: a line between source and target.
+    max_new_tokens: maximum length of predictions; longer targets are cut."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     instruction: str = ""
@@ -46,32 +44,28 @@ def build(config: Config) -> "Generation":
 
 
 class Generation(Task):
-    """Fields: `text` (and `text_pair`), `target`, a text, and if wanted `references`, a list of texts to score against in
-    the target's place. Needs a backbone that writes."""
+    """Fields: `text`, `text_pair` (optional), `target` and `references` (optional, a list of texts to score against).
+    Needs a backbone that generates."""
 
     def __init__(self, config: Config):
         self.config, self.max_new_tokens = config, config.max_new_tokens
 
     @property
     def label_space(self) -> Sequence[str]:
-        """Any text is a possible target. Records that are made up take these in turn: the instruction's own words, the
-        only public text that speaks of the task, and a few plain sentences."""
+        """Returns the targets of synthetic records: the instruction and `PUBLIC_SENTENCES`."""
         own = self.config.instruction.strip()
-        return [*([own] if own else []), *MADE_UP]
+        return [*([own] if own else []), *PUBLIC_SENTENCES]
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        """One sequence per record; a record without a target has no scored tail, and what is written is the same.
-
-        The batch's targets are the tails' lengths, in tokens.
-        """
+        """Encodes one sequence per record; the batch's targets are the tails' lengths in tokens, 0 without a target."""
         items = [self._item(record, backbone, prompt.num_virtual_tokens) for record in records]
         lengths_B = torch.tensor([item.scored for item in items], dtype=torch.long)
         targets = lengths_B if lengths_B.any() else None
         return Batch(self, tuple((item,) for item in items), targets, None, prompt.enters_at)
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Minus the mean log-likelihood of the target's tokens, each after the true ones before it. NaN, with a gradient
-        of zero, where a record of the batch has no target."""
+        """Returns minus the mean log-likelihood of the target's tokens. A record without a target has NaN and a zero
+        gradient."""
         assert batch.targets is not None
         unknown_R = outputs.features_RD[:, 0] * 0 + torch.nan
         if outputs.scores_RN is None:
@@ -79,24 +73,22 @@ class Generation(Task):
         return torch.where(batch.targets > 0, -outputs.scores_RN[:, 0], unknown_R)
 
     def predict(self, answer: Answer, batch: Batch) -> list[str]:
-        """What was written, without white space around it; it may be empty."""
         assert answer.texts_KB is not None
         return [text.strip() for text in answer.texts_KB[0]]
 
     def targets(self, records: Sequence[Record]) -> list[tuple[str, ...]]:
-        """Each record's references; its target where it has none."""
         return [self._references(record) for record in records]
 
     def score(self, predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> Score:
-        """`bleu` and `chrf` of the whole corpus, 0 to 100, with sacrebleu's own settings (BLEU of 4-grams, 13a tokens):
-        a corpus whose texts are all shorter than four tokens has BLEU 0, however right they are."""
+        """Returns `bleu` and `chrf` of the corpus, 0 to 100, by sacrebleu's defaults (BLEU of 4-grams, 13a tokens). BLEU
+        is 0 if all texts are shorter than four tokens."""
         most = max((len(references) for references in targets), default=0)
         by_place = [[r[place] if place < len(r) else None for r in targets] for place in range(most)]
         measured = {
             name: metric.corpus_score(list(predictions), by_place).score  # type: ignore[arg-type]
             for name, metric in (("bleu", BLEU()), ("chrf", CHRF()))
         }
-        return {name: min(float(value), 100.0) for name, value in measured.items()}  # rounding may lead past the best
+        return {name: min(float(value), 100.0) for name, value in measured.items()}  # rounding may exceed 100
 
     def to_config(self) -> Mapping[str, JSON]:
         return {"name": "generation", **self.config.model_dump()}
@@ -114,15 +106,15 @@ class Generation(Task):
             return (target,)
         if not isinstance(given, (list, tuple)) or not given:
             raise DataError(
-                f"{record.key}, column references: {given!r} is no list of texts; write a list with one text or more "
-                "(JSON Lines and Parquet hold lists), or leave it out: then the target is the only reference"
+                f"{record.key}, column references: {given!r} is no list of texts; give one text or more "
+                "(in JSON Lines or Parquet), or drop the field to use the target as the reference"
             )
         return tuple(_text(record, "references", text) for text in given)
 
 
 def _text(record: Record, field: str, value: object) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{record.key}, column {field}: {value!r} is no text; a generation needs texts")
+        raise DataError(f"{record.key}, column {field}: {value!r} is no text; expected a text")
     if not value.strip():
-        raise DataError(f"{record.key}, column {field}: {value!r} is empty; write a text, or leave the record out")
+        raise DataError(f"{record.key}, column {field}: {value!r} is empty; add a text, or remove the record")
     return value

@@ -1,8 +1,8 @@
-"""Multiple choice: which of a record's own options is right. Records may have two options, five, or as many as they like.
+"""Multiple choice among a record's own options, of which records may have different numbers.
 
-A language model reads one sequence per option, the question first, and scores it by the option's mean log-likelihood per
-token. A sentence encoder reads the question alone; an option's score is the cosine to its embedded text, times the
-encoder's scale. Chance and an interval stand beside the accuracy: of four options guessing finds a quarter.
+A language model reads one sequence per option, the question first. Its score is the mean log-likelihood per token. A
+sentence encoder reads the question. Its score is the scaled cosine to the option's embedding. The accuracy has an
+interval and a chance level.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,16 @@ from torch.nn import functional as F
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import encode_record, has_targets
-from ficpd.tasks.generation import MADE_UP
+from ficpd.tasks.generation import PUBLIC_SENTENCES
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 USUAL, MOST = 4, len(ascii_uppercase)
-"""How many options a record has that is made up, and any record at most."""
+"""Options of a synthetic record, and the maximum of any record."""
 
 
 class Config(BaseModel):
-    """`instruction`: a line between question and option (a language model), or what stands before the option (an encoder).
-    `normalise` "none": a language model's score is the sum over an option's tokens, not the mean, so that long ones lose.
-    """
+    """instruction: a line between question and option (language model), or before the option (encoder).
+    normalise: "none": a language model's score is the sum over an option's tokens, which penalises long options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     instruction: str = ""
@@ -40,7 +39,7 @@ def build(config: Config) -> "MultipleChoice":
 
 
 class Option(int):
-    """An option's place, counted from 0; it knows how many there were (`of`), and so what chance is."""
+    """An option's index from 0, with the number of options (`of`)."""
 
     of: int
 
@@ -51,8 +50,10 @@ class Option(int):
 
 
 class MultipleChoice(Task):
-    """Fields: `text` (and `text_pair`); `options`, a list of texts or a mapping of names to texts; `target`, a number (the
-    option's place, the first is 0) or a text: a name, in a list A, B, C, ...; the option's own words; or its place."""
+    """Fields: `text`, `text_pair` (optional), `options` and `target`.
+
+    options: a list of texts, named A, B, C, ..., or a mapping of names to texts.
+    target: an option's index from 0, name or text."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -64,12 +65,13 @@ class MultipleChoice(Task):
         return range(USUAL)
 
     def synthetic_fields(self, place: int) -> Mapping[str, Any]:
-        """The options of a record that is made up: plain sentences, in eight changing sets."""
-        return {"options": [MADE_UP[(place + i) % len(MADE_UP)] for i in range(USUAL)]}
+        """Returns the options of a synthetic record, in eight different sets."""
+        return {"options": [PUBLIC_SENTENCES[(place + i) % len(PUBLIC_SENTENCES)] for i in range(USUAL)]}
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        """One sequence per option where the backbone reads answers, else one per record, and beside it where its options
-        stand among the embedded ones (`options` [B, 26], -1: none). `count` [B]: how many it has."""
+        """Encodes one sequence per option for a backbone that scores answers, else one per record.
+
+        Extra fields: `count` [B], the number of options; `options` [B, 26], their embedding rows (-1: none)."""
         options, room = [[*named_options(record).values()] for record in records], prompt.num_virtual_tokens
         targets = torch.tensor(self.targets(records), dtype=torch.long) if has_targets(records) else None
         scored = bool(records) and self._item(records[0], backbone, options[0][0], room).scored > 0
@@ -83,7 +85,7 @@ class MultipleChoice(Task):
         return Batch(self, items, targets, None, prompt.enters_at, extra)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R, N]; `-inf` where a record has fewer options."""
+        """Returns [R, N], `-inf` for missing options."""
         features_RD = outputs.features_RD
         if "options" in batch.extra:
             places_RN = batch.extra["options"][:, : int(batch.extra["count"].max())].to(features_RD.device)
@@ -99,7 +101,6 @@ class MultipleChoice(Task):
         return outputs.scores_RN * lengths_RN
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Cross entropy over each record's own options."""
         assert batch.targets is not None
         return F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
 
@@ -112,7 +113,7 @@ class MultipleChoice(Task):
         return [_right(record, named_options(record)) for record in records]
 
     def score(self, predictions: Sequence[int], targets: Sequence[Option]) -> Score:
-        """`accuracy`, the ends of its 95 % interval (Wilson, 1927), and `chance`, what guessing would come to."""
+        """Returns `accuracy`, its 95 % interval (Wilson, 1927), and `chance`, the expected accuracy of guessing."""
         right, number = sum(p == t for p, t in zip(predictions, targets, strict=True)), len(targets)
         low, high = binomtest(right, number).proportion_ci(method="wilson")
         chance = sum(1 / target.of for target in targets) / number
@@ -124,12 +125,12 @@ class MultipleChoice(Task):
     def _item(self, record: Record, backbone: Backbone, option: str | None, room: int) -> EncodedInput:
         try:
             return encode_record(record, backbone, room, self.config.instruction, option)
-        except BackboneError as error:  # of thousands of records one may have an option that is too long
+        except BackboneError as error:  # name the record
             raise BackboneError(f"{record.key}: {error}") from error
 
     def _embedded(self, options: Sequence[Sequence[str]], backbone: Backbone) -> Tensor:
-        """[B, 26]: each option's row among the embedded ones. A text is embedded once, and by itself: beside those of other
-        records it would be rounded by what they are."""
+        """Returns each option's embedding row, [B, 26]. Each text is embedded once and alone, because rounding depends on
+        the batch."""
         name, rows = backbone.fingerprint, [self._rows.get(backbone.width, torch.zeros(0, backbone.width))]
         new = {text for own in options for text in own if (name, text) not in self._places}
         texts = sorted(new, key=lambda text: (len(text), text))
@@ -144,39 +145,37 @@ class MultipleChoice(Task):
 
 
 def named_options(record: Record) -> dict[str, str]:
-    """A record's options by name, in order: those of a list are A, B, C, ... Empty ones at the end do not count.
+    """Returns a record's options by name, without empty ones at the end. Those of a list are A, B, C, ...
 
-    Raises `DataError` for what is no list or mapping of texts, or fewer than two.
+    Raises `DataError` unless they are a list or mapping of two texts or more.
     """
     given = record.fields.get("options")
     if not isinstance(given, (Mapping, list, tuple)) or len(given) > MOST:
         raise DataError(
-            f"{record.key}, column options: {given!r} is no list of texts (26 at most), nor a mapping of names to them; say "
-            "which column holds it (data.columns), or which columns hold one option each (data.options)"
+            f"{record.key}, column options: {given!r} is no list of texts or mapping to texts (26 at most); name its "
+            "column in data.columns, or the columns of one option each in data.options"
         )
     found = dict(given if isinstance(given, Mapping) else zip(ascii_uppercase, given, strict=False))
     while found and not str(next(reversed(found.values())) or "").strip():
         found.popitem()
     for name, text in found.items():
         if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"{record.key}, column options: option {name} is {text!r}; each one before the last is a text"
-            )
+            raise DataError(f"{record.key}, column options: option {name} is {text!r}; expected a text")
     if len(found) < 2:
         raise DataError(f"{record.key}, column options: {len(found)} given; a choice needs two or more")
     return {str(name): text.strip() for name, text in found.items()}
 
 
 def _right(record: Record, options: Mapping[str, str]) -> Option:
-    """The one option that the target means. Raises `DataError` if it may mean several, or none."""
+    """Returns the target's option. Raises `DataError` unless exactly one option matches."""
     target, number = record.fields.get("target"), len(options)
-    said = str(target).strip() if isinstance(target, (str, int)) and not isinstance(target, bool) else ""
+    given = str(target).strip() if isinstance(target, (str, int)) and not isinstance(target, bool) else ""
     meant = {i for i, (name, text) in enumerate(options.items())
-             if said.upper() in (str(i), name.upper()) or (isinstance(target, str) and said == text)}  # fmt: skip
+             if given.upper() in (str(i), name.upper()) or (isinstance(target, str) and given == text)}  # fmt: skip
     if len(meant) != 1:
         which = "may mean several" if meant else "is none"
         raise DataError(
-            f"{record.key}, column target: {target!r} {which} of the options {dict(options)}; write the place as a number "
-            f"(0 to {number - 1}), the name ({', '.join(options)}) or the option's own words"
+            f"{record.key}, column target: {target!r} {which} of the options {dict(options)}; give the index "
+            f"(0 to {number - 1}), the name ({', '.join(options)}) or the text of one option"
         )
     return Option(meant.pop(), number)

@@ -1,7 +1,7 @@
-"""Regression: RMSE and Pearson's r. The number is read off between anchor texts whose values are known.
+"""Regression by anchor texts with known values, scored by RMSE and Pearson's r.
 
-prediction = Σ_m softmax(scores)_m · value_m. With two anchors that is one direction in feature space (from the low text
-to the high one), squashed into their range; the anchors' values calibrate it, so that no record is needed for it.
+prediction = Σ_m softmax(scores)_m · value_m. Two anchors define one direction in feature space, from the low text to
+the high one. The anchors' values calibrate the prediction without records.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,8 @@ from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 
 class Config(BaseModel):
-    """`anchors`: texts with their values, at least two different values; predictions lie between the extremes.
-    `tuned_head`: the direction is learned too, starting from the anchors, and travels as the prompt's last rows.
-    """
+    """anchors: texts with at least two different values; predictions lie between the extremes.
+    tuned_head: tunes the anchors' embeddings as the prompt's last rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     anchors: dict[str, float] = Field(min_length=2)
@@ -61,12 +60,12 @@ class Regression(Task):
         return self.answers.encode(self, records, targets, backbone, prompt)
 
     def values(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R]: the predicted numbers, in the target's own unit."""
+        """Returns the predictions [R] in the target's unit."""
         scores_RC = self.answers.scores(outputs, batch)
         return scores_RC.softmax(-1) @ self.values_C.to(scores_RC.device)
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Squared error in units of half the anchors' range, so that a learning rate carries over between scales."""
+        """Returns the squared error in units of half the anchors' range, so learning rates carry over between scales."""
         assert batch.targets is not None
         return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
 
@@ -80,14 +79,9 @@ class Regression(Task):
     def score(self, predictions: Sequence[float], targets: Sequence[float]) -> Score:
         rmse = float(root_mean_squared_error(targets, predictions))
         constant = len(set(targets)) < 2 or len(set(predictions)) < 2
-        return (
-            {"rmse": rmse}
-            if constant
-            else {
-                "rmse": rmse,
-                "pearson": float(pearsonr(targets, predictions).statistic),  # type: ignore[attr-defined]
-            }
-        )
+        if constant:
+            return {"rmse": rmse}
+        return {"rmse": rmse, "pearson": float(pearsonr(targets, predictions).statistic)}  # type: ignore[attr-defined]
 
     def to_config(self) -> Mapping[str, JSON]:
         return {"name": "regression", **self.config.model_dump()}
@@ -95,5 +89,5 @@ class Regression(Task):
     def _number(self, record: Record) -> float:
         target = parse_number(record.fields["target"])
         if isinstance(target, bool) or not isinstance(target, (int, float)):
-            raise DataError(f"{record.key}, column target: {target!r} is no number; a regression needs numbers")
+            raise DataError(f"{record.key}, column target: {target!r} is no number; expected a number")
         return float(target)

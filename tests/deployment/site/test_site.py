@@ -81,7 +81,7 @@ WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_pri
         (
             "fpl",
             (*SUMMED, 'method.clusters="none"', 'method.server.kind="extrapolated"'),
-            "looks at each client's update",
+            "aggregates each client's update",
         ),
         ("zero_shot", (), "for simulations"),
         ("centralized", (), "for simulations"),
@@ -417,7 +417,7 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
             coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), say=stops)
         newest = (out / "checkpoint").read_bytes()
         (out / "checkpoint").unlink()
-        with pytest.raises(RunError, match=r"tells of 2 rounds.*is gone.*restore the newest checkpoint"):
+        with pytest.raises(RunError, match=r"has 2 rounds.*is gone.*Restore the newest checkpoint"):
             coordinator.run_coordinator(
                 recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None
             )
@@ -575,6 +575,7 @@ name = "tiny"
         ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
         ("record_gaussian", 'dtype = "bfloat16"', "chunk_tokens = 512", False, "bfloat16"),
         ("client_gaussian", "", "", False, "auto"),
+        ("client_gaussian:central", "", "", False, "auto"),
     ],
 )
 def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, alone, taken):

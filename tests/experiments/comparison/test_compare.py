@@ -408,7 +408,7 @@ def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "Traceback" not in said[0] + said[1]
-    assert "the same command goes on" in said[1]
+    assert "the same command continues" in said[1]
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     assert ComparisonResult.load(out).counts == {"done": 4, "missing": 1}
     (tmp_path / "better").touch()

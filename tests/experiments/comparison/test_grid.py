@@ -237,7 +237,7 @@ def test_a_mistake_in_the_head_is_named(folder, head, words):
 def test_a_name_that_is_not_there_names_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown comparison 'quik'; did you mean 'quick'\?"):
         read_plan("quik")
-    with pytest.raises(ConfigError, match=r"no comparison file nowhere\.toml; the ones that come with ficpd: quick"):
+    with pytest.raises(ConfigError, match=r"no comparison file nowhere\.toml\. Those of ficpd: quick"):
         read_plan("nowhere.toml")
 
 

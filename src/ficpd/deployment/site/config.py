@@ -81,7 +81,7 @@ class SiteConfig(FrozenConfig):
     @property
     def unbatched(self) -> bool:
         """Whether a mechanism that the policy allows requires a forward for each record (`DPConfig.unbatched`)."""
-        return any(load("privacy", name).Config.unbatched for name in self.policy.mechanisms)
+        return any(load("privacy", name.partition(":")[0]).Config.unbatched for name in self.policy.mechanisms)
 
     @field_validator("name")
     @classmethod

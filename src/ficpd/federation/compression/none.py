@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression
 from ficpd.types import Prompt
 
 
@@ -17,14 +17,14 @@ class Config(BaseModel):
 
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
-    shape = projected_shape(start)
+    shape = tuple(start.vectors_PD.shape)
     return QuantizedCompression(IdentityProjection(shape), shape, config.bits)
 
 
 class IdentityProjection:
     """The identity."""
 
-    def __init__(self, shape: tuple[int, int]):
+    def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
 
     def project(self, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression
 from ficpd.types import Prompt
 
 
@@ -27,7 +27,7 @@ class Config(BaseModel):
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
     """Raises `ConfigError` unless the prompt has more than `num_tokens` virtual tokens."""
-    outer, given = projected_shape(start), config.num_tokens
+    outer, given = tuple(start.vectors_PD.shape), config.num_tokens
     tokens = outer[0] - start.head_rows
     if not 1 <= given < tokens:
         raise ConfigError(
@@ -43,7 +43,7 @@ class TokenProjection:
     Guarantees: W's rows are orthonormal, so projection never lengthens an update, and the sensitivity bound stays valid.
     """
 
-    def __init__(self, tokens: int, kept: int, outer: tuple[int, int], seed: int):
+    def __init__(self, tokens: int, kept: int, outer: tuple[int, ...], seed: int):
         self.tokens, self.kept = tokens, kept
         self.shape = (kept + outer[0] - tokens, outer[1])
         self.matrix = orthonormal_rows(kept, tokens, seed)

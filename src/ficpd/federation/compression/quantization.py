@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Subspace
-from ficpd.types import TOKEN_DTYPE, ArraySpec, Prompt, UpdateSpec
+from ficpd.types import TOKEN_DTYPE, ArraySpec, UpdateSpec
 
 Bits = Literal[8, 16, 32]
 INTEGERS = {8: torch.int8, 16: torch.int16}
@@ -138,9 +138,3 @@ def _apart(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     """Separates token ids from numbers."""
     ids = {name: array for name, array in arrays.items() if array.dtype == TOKEN_DTYPE}
     return ids, {name: array for name, array in arrays.items() if name not in ids}
-
-
-def projected_shape(start: Prompt) -> tuple[int, int]:
-    """Returns the prompt's shape [P, D]."""
-    P, D = start.vectors_PD.shape
-    return P, D

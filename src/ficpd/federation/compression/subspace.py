@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
-from ficpd.federation.compression.quantization import Bits, QuantizedCompression, projected_shape
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression
 from ficpd.types import Prompt
 
 Gradients = Callable[[int], Tensor]
@@ -45,7 +45,7 @@ def build(
 
     `gradients`: their source, or a subspace computed before.
     """
-    outer = projected_shape(start)
+    outer = tuple(start.vectors_PD.shape)
     if not 1 <= config.dimension <= outer[0] * outer[1]:
         raise ConfigError(
             f"compression.dimension = {config.dimension}, expected 1 to {outer[0] * outer[1]}: the prompt is "
@@ -103,7 +103,7 @@ class SparseRandomSubspace:
     identical on every machine.
     """
 
-    def __init__(self, size: int, outer: tuple[int, int], seed: int):
+    def __init__(self, size: int, outer: tuple[int, ...], seed: int):
         self.size, self.shape, self.outer, self.grad_scale = size, (size,), outer, torch.ones(size)
         numbers, random = outer[0] * outer[1], rng.make_generator(seed, "subspace")
         self.bucket = torch.empty(numbers, dtype=torch.long)

@@ -91,8 +91,7 @@ def best_silhouette(
 
 
 def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
-    """Returns the mean adjusted Rand index to clusterings of four fifths of the vectors, over `STABLE` draws
-    (Ben-Hur, Elisseeff and Guyon, Pacific Symposium on Biocomputing 2002)."""
+    """Returns the mean adjusted Rand index to clusterings of four fifths of the vectors (Ben-Hur et al., PSB 2002)."""
     found, random = 0.0, rng.make_generator(seed, "stability")
     for draw in range(STABLE):
         kept = torch.randperm(len(unit_ND), generator=random)[: max(len(unit_ND) * 4 // 5, len(set(labels)))]
@@ -122,8 +121,8 @@ def relabel_clusters(
 ) -> Clusters:
     """Gives new clusters the old numbers, and moves a client only for a clear gain.
 
-    The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine to the new
-    centre exceeds that to the old one by more than `stay`.
+    The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine
+    grows by more than `stay`.
     """
     names = sorted(name for name in drawn.member if name in before)
     if not names:

@@ -1,4 +1,4 @@
-"""A prompt in function space. Computed on the server from released updates, so it costs no privacy."""
+"""Embeds prompts by their effect on public probes. It reads released updates only, so it costs no privacy."""
 
 from dataclasses import replace
 
@@ -11,16 +11,14 @@ from ficpd.tasks import classification, encode_record, synthetic_records
 from ficpd.types import Batch, Prompt, Query
 
 NUM_PROBES, SIZE = 24, 64
-READING = classification.build(classification.Config(labels={"yes": "yes", "no": "no"}))
-"""Any task will do: probes are read, and never scored."""
+READING = classification.build(classification.Config(labels={"yes": "yes", "no": "no"}))  # probes are never scored
 
 
 class FunctionSpaceEmbedding:
-    """How prompts move the backbone's features of public texts, against the shared start.
+    """Measures the shift of `NUM_PROBES` synthetic records' features against the initial prompt.
 
-    `NUM_PROBES` texts of words drawn from the vocabulary, or images of colours; the movement [probes, D] is brought to
-    `SIZE` numbers by a random orthogonal projection (Johnson and Lindenstrauss, 1984), all from a public seed. Head rows
-    have no say in features.
+    A random orthogonal projection maps the shift [probes, D] to `SIZE` numbers (Johnson and Lindenstrauss, 1984). Probes
+    and projection come from a public seed. Head rows do not change features.
     """
 
     def __init__(self, model: Model, start: Prompt, seed: int):
@@ -34,7 +32,7 @@ class FunctionSpaceEmbedding:
         self.still = self._features(start.vectors_PD[None])
 
     def signatures(self, prompts_KPD: Tensor) -> Tensor:
-        """[K, P, D] to [K, SIZE]."""
+        """Maps [K, P, D] to [K, SIZE]."""
         return (self._features(prompts_KPD) - self.still) @ self.projection
 
     def _features(self, prompts_KPD: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ def cluster_by_metadata(
 ) -> Clusters:  # fmt: skip
     """Clusters clients by the fields `by` of their cards (default: all), numbered by size, the largest first.
 
-    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers,
-        where a missing category is its own category and a missing number is the mean.
+    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers.
+        A missing category is its own category, a missing number is the mean.
     number: at most the number of distinct cards; "auto": the highest silhouette (Rousseeuw, 1987), or one cluster.
 
     Raises `ConfigError` for a field that no card has.
@@ -43,8 +43,8 @@ def cluster_by_metadata(
         labels = best_silhouette(distance_CC, "precomputed", min(AUTO_MOST, different), drawn, lambda _: 1.0)
     else:
         labels = drawn(min(number, different))
-    assignment = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
-    return Clusters({name: assignment.index(k) for name, k in zip(names, labels, strict=True)}, len(assignment))
+    order = sorted(set(labels), key=lambda k: (-labels.count(k), labels.index(k)))
+    return Clusters({name: order.index(k) for name, k in zip(names, labels, strict=True)}, len(order))
 
 
 def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
@@ -91,8 +91,7 @@ def metadata_fields(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
     for field in by:
         if known and field not in known:
             raise ConfigError(
-                f"{did_you_mean('field', field, known)} (no client's public card states it; see partition.cards and "
-                "partition.publish)"
+                f"{did_you_mean('field', field, known)} (no public card has it; see partition.cards, partition.publish)"
             )
     return [field for field in by if field in known] if by else known
 

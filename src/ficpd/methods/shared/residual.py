@@ -49,7 +49,7 @@ class ResidualConfig(Protocol):
 
 
 def tune_residual(
-    config: ResidualConfig, training: LocalTrainingConfig, home: LocalContext, assignment: Assignment
+    config: ResidualConfig, training: LocalTrainingConfig, local: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, None]:
     """Tunes the client state's "residual" [P, D] on the assigned prompt, with the optimizer's moments kept. Then
     selects a share of it (`_chosen`).
@@ -59,18 +59,18 @@ def tune_residual(
     """
     base, steps = assignment.arrays["prompt"], config.personal_steps or training.local_steps
     if config.residual == "low_rank":
-        begin = home.client_state.get("factors", _factors(base, config.rank, home.id))
-        work = tune(training, home, assignment, begin, memory=home.client_state, steps=steps)
+        begin = local.client_state.get("factors", _factors(base, config.rank, local.id))
+        work = tune(training, local, assignment, begin, memory=local.client_state, steps=steps)
         work = _multiplied(work, base)
     else:
-        begin = base + home.client_state.get("residual", torch.zeros_like(base))
-        work = tune(training, home, assignment, begin, memory=home.client_state, steps=steps)
-    found = yield from _kept_near(work, config, home, assignment)
+        begin = base + local.client_state.get("residual", torch.zeros_like(base))
+        work = tune(training, local, assignment, begin, memory=local.client_state, steps=steps)
+    found = yield from _kept_near(work, config, local, assignment)
     if config.residual == "low_rank":
-        home.client_state["factors"] = found
+        local.client_state["factors"] = found
         found = base + _product(found, len(base))
-    home.client_state["residual"] = found - base
-    yield from _chosen(home, assignment)
+    local.client_state["residual"] = found - base
+    yield from _chosen(local, assignment)
 
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
@@ -89,23 +89,22 @@ def personal_prompt(kept: Mapping[str, Tensor], assignment: Assignment) -> Tenso
 ZERO = torch.zeros(())
 
 
-def _chosen(home: LocalContext, assignment: Assignment) -> Generator[Query, Answer, None]:
-    """Selects the global prompt, the cluster's prompt, or that with a quarter, half or all of the residual, in this
-    order.
+def _chosen(local: LocalContext, assignment: Assignment) -> Generator[Query, Answer, None]:
+    """Selects the global prompt, the cluster's, or that with a quarter, half or all of the residual, in this order.
 
-    It takes the first whose loss on the held-out records is within a standard error (of the paired difference) of the
-    lowest. Without held-out records the choice is unchanged, at first the whole residual.
+    It takes the first whose held-out loss is within a standard error (of the paired difference) of the lowest. Without
+    held-out records the choice is unchanged, at first the whole residual.
     """
-    held, base = home.holdout(), assignment.arrays["prompt"]
-    home.client_state.setdefault("share", torch.ones(()))
-    home.client_state.setdefault("global", ZERO)
+    held, base = local.holdout(), assignment.arrays["prompt"]
+    local.client_state.setdefault("share", torch.ones(()))
+    local.client_state.setdefault("global", ZERO)
     if not len(held):
         return
     tried = [assignment.arrays["global"]] if "global" in assignment.arrays else []
-    tried += [base + share * home.client_state["residual"] for share in SHARES]
+    tried += [base + share * local.client_state["residual"] for share in SHARES]
     answer = yield Query(torch.stack(tried), held)
     best = _simplest(answer.loss_KB.cpu()) - (len(tried) - len(SHARES))
-    home.client_state |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
+    local.client_state |= {"share": torch.tensor(SHARES[max(best, 0)]), "global": torch.tensor(float(best < 0))}
 
 
 def _simplest(loss_KB: Tensor) -> int:
@@ -146,10 +145,10 @@ def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Gene
 
 
 def _kept_near(
-    work: Generator[Query, Answer, Tensor], config: ResidualConfig, home: LocalContext, assignment: Assignment
+    work: Generator[Query, Answer, Tensor], config: ResidualConfig, local: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, Tensor]:
     """Adds the L2 and the contrastive gradient to an optimizer's answers."""
-    base, start, others = assignment.arrays["prompt"], home.start, assignment.arrays.get("others_KPD")
+    base, start, others = assignment.arrays["prompt"], local.start, assignment.arrays.get("others_KPD")
     contrast, weight = config.contrast, assignment.facts["contrast"]
     alone = others is None or not len(others) or weight == 0
     in_outputs, in_prompts = contrast.space != "prompt" and not alone, contrast.space != "output" and not alone
@@ -185,8 +184,7 @@ def with_label_prior(
 
 
 def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
-    """Returns the gradient [P, D] of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over `towards` and
-    `away`.
+    """Returns the gradient [P, D] of -log exp(cos(way, towards)/τ) / Σ exp(cos(way, ·)/τ), Σ over both targets.
 
     Vectors are offsets from the shared start, because whole prompts are nearly parallel to it. A zero offset has a
     zero gradient.

@@ -1,5 +1,7 @@
-"""One prompt of words from many: what the clients' words mean in common (Wu et al., 2024, arXiv 2411.00985, section on
-semantic aggregation; Algorithm 2 as printed says k-means, the text DBSCAN with an elbow, which is what is done here)."""
+"""Aggregates the clients' words into one prompt (Wu et al., 2024, arXiv 2411.00985, semantic aggregation).
+
+Clusters come from DBSCAN with an elbow, as in the paper's text; its Algorithm 2 says k-means.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,32 +13,30 @@ from torch.nn import functional as F
 
 
 def aggregate_tokens(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
-    """[N] of the words [K, N] of K clients, whose vectors are [K, N, D].
+    """Aggregates the words [K, N] of K clients, with vectors [K, N, D], to N words in the order of their positions.
 
-    Words that lie together are one cluster; from each the word of largest weight is kept, and they stand in the order of
-    their places. The paper does not say how a prompt keeps its length; ours is always N: of more clusters those of largest
-    weight; of fewer all, then for each place that has none the word of largest weight there, then any others by weight.
-    Equal weights go by place, then by client.
+    Each cluster contributes its word of largest weight. Ours (the paper leaves the length open): with more than N clusters,
+    those of largest weight. With fewer, empty positions take their word of largest weight, then any others fill the
+    prompt by weight. Ties go by position, then by client.
     """
     K, N = ids_KN.shape
     ids_M, weight_M = ids_KN.flatten().tolist(), token_weights(vectors_KND).flatten()
-    assignment = sorted(range(K * N), key=lambda m: (-round(float(weight_M[m]), 6), m % N, m // N))
+    order = sorted(range(K * N), key=lambda m: (-round(float(weight_M[m]), 6), m % N, m // N))
     cluster_M, kept = clusters(ids_M, vectors_KND.flatten(0, 1)), []
     for wanted in (
         lambda m: cluster_M[m] not in {cluster_M[k] for k in kept},
         lambda m: m % N not in {k % N for k in kept},
         lambda m: (ids_M[m], m % N) not in {(ids_M[k], k % N) for k in kept},
     ):
-        for m in assignment:
+        for m in order:
             if len(kept) < N and wanted(m):
                 kept.append(m)
-    return torch.tensor([ids_M[m] for m in sorted(kept, key=lambda m: (m % N, assignment.index(m)))])
+    return torch.tensor([ids_M[m] for m in sorted(kept, key=lambda m: (m % N, order.index(m)))])
 
 
 def token_weights(vectors_KND: Tensor) -> Tensor:
-    """[K, N]: w of each word, the sum of its cosines to all words of the other clients (Eq. 6), and of that the logarithm of
-    the softmax over the client's own. As a logarithm, because sums of (K - 1) N cosines make one word's softmax 1 in float32
-    and all others' 0."""
+    """Returns [K, N]: the log-softmax, over a client's words, of the summed cosines to all other clients' words (Eq. 6).
+    In float32 the softmax itself would be 1 for one word and 0 for the others."""
     units_KND = F.normalize(vectors_KND.double(), dim=-1)
     own_KD = units_KND.sum(1)
     others_KD = own_KD.sum(0) - own_KD
@@ -44,9 +44,8 @@ def token_weights(vectors_KND: Tensor) -> Tensor:
 
 
 def clusters(ids: Sequence[int], vectors_MD: Tensor) -> list[int]:
-    """Which cluster each of M words is in: DBSCAN where every word counts as a core, with the `elbow` of all M (M - 1) / 2
-    distances for its radius. Equal words, whose distance is 0, are always together; where none is much nearer than all
-    others, only they are."""
+    """Returns the cluster of each of M words: DBSCAN with all words as cores. The radius is the `elbow_point` of all
+    M (M - 1) / 2 distances. Equal words always share a cluster."""
     counts, places = Counter(ids), {word: place for place, word in reversed(list(enumerate(ids)))}
     words = sorted(places, key=places.__getitem__)
     if len(words) < 2:
@@ -63,14 +62,13 @@ def clusters(ids: Sequence[int], vectors_MD: Tensor) -> list[int]:
 
 
 def elbow_point(values: Tensor, counts: Tensor) -> float:
-    """Of values, each there so many times, sorted: the last before the curve bends, where it is farthest above the line from
-    nothing to the largest (Satopää et al., ICDCS Workshops 2011). Distances before the bend are those between words that are
-    alike; from the bend on, those between any two words.
+    """Returns the last value before the elbow of the sorted values, each repeated `counts` times. The elbow is farthest
+    above the line from zero to the largest value (Satopää et al., ICDCS Workshops 2011).
 
     >>> elbow_point(torch.tensor([0.0, 2.0, 9.0, 10.0]), torch.tensor([3, 1, 1, 3]))
     2.0
     """
-    assignment = values.argsort(stable=True)
-    rising, before = values[assignment], counts[assignment].cumsum(0) - counts[assignment]
+    order = values.argsort(stable=True)
+    rising, before = values[order], counts[order].cumsum(0) - counts[order]
     above = rising / rising[-1].clamp(min=1e-9) - before / counts.sum()
     return float(rising[max(0, int(above.argmax()) - 1)])
