@@ -1,6 +1,7 @@
 """Clipping: one row more or less moves the sum by at most the norm, whatever the row holds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ficpd.privacy.clipping import MARGIN, clipped_sum
+import small
+from ficpd.privacy.clipping import MARGIN, clip_query, clipped_sum
+from ficpd.types import LORA, TOKEN_DTYPE, Query
 
 EXTREME = [0.0, -0.0, 1e-45, 1e-30, 1e30, -1e30, math.nan, math.inf, -math.inf]
 NUMBERS = st.one_of(st.sampled_from(EXTREME), st.floats(-10, 10, width=32), st.floats(-(2.0**100), 2.0**100, width=32))
@@ -110,3 +113,15 @@ def test_the_rows_themselves_are_not_changed():
     before = rows_BN.clone()
     clipped_sum(rows_BN, 0.1)
     assert torch.equal(rows_BN.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_rows_of_a_queried_prompt_are_bounded_and_token_ids_and_lora_weights_are_not(model):
+    start = small.start(model, small.classes())
+    far = start.vectors_PD[None] * 1e3
+    batch = small.clients(model, small.method("fedavg"), 1)["site-0"].encoded()
+    query = clip_query(Query(far, batch), start)
+    assert float(query.prompts_KPD.norm(dim=-1).max()) == pytest.approx(start.max_norm, rel=1e-5)
+    assert torch.equal(clip_query(Query(start.vectors_PD[None], batch), start).prompts_KPD[0], start.vectors_PD)
+    assert torch.equal(clip_query(Query(far, batch), replace(start, enters_at=LORA)).prompts_KPD, far)
+    ids = torch.full((1, 4, 1), 10_000, dtype=TOKEN_DTYPE)
+    assert torch.equal(clip_query(Query(ids, batch), start).prompts_KPD, ids)

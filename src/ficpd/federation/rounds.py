@@ -94,8 +94,11 @@ def run_rounds(
         }
         asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
         asked[round] = set(assignments)
-        replies = list(engine.exchange(assignments))
-        came = _collect(replies, assignments, asked, partial(_checked, asked, fingerprint, wire, schedule.max_norm))
+        came, checked = RoundReplies(), partial(_checked, asked, fingerprint, wire, schedule.max_norm)
+        for reply in engine.exchange(assignments):
+            came.add(reply, asked, checked)
+        good = {update.client for update in came.updates}
+        came.dropped |= {name: "no reply" for name in cohort if name not in good and name not in came.dropped}
         if assignments and len(came.refused) == len(assignments):
             raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
         updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -120,42 +123,35 @@ def run_rounds(
 
 @dataclass
 class RoundReplies:
-    """The replies of a round. `refused`: the part of `dropped` whose budget is exhausted."""
+    """The first valid update of each client in a round, and the reasons why others are dropped.
+
+    `refused`: the part of `dropped` whose budget is exhausted.
+    """
 
     updates: list[ClientUpdate] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
 
-
-def _collect(
-    replies: Sequence[Reply], assignments: Mapping[str, bytes], asked: Mapping[int, set[str]],
-    checked: Callable[[Reply], ClientUpdate],
-) -> RoundReplies:  # fmt: skip
-    """Collects the first valid update of each client that was asked, and the reasons why others are dropped."""
-    came = RoundReplies()
-    for reply in replies:
-        came.bytes_up += len(reply.body or b"")
-        counted = any(update.client == reply.client for update in came.updates)
+    def add(self, reply: Reply, asked: Mapping[int, set[str]], checked: Callable[[Reply], ClientUpdate]) -> None:
+        """Checks one reply. `asked`: the clients of each round whose updates are still awaited."""
+        self.bytes_up += len(reply.body or b"")
+        counted = any(update.client == reply.client for update in self.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
-            came.dropped[reply.client] = "answered without an assignment"
-            continue
+            self.dropped[reply.client] = "answered without an assignment"
+            return
         try:
             update = checked(reply)
         except CodecError as error:
-            if counted:
-                continue  # a message that arrives twice counts once
-            came.dropped[reply.client] = str(error)
-            if reply.refused:
-                came.refused[reply.client] = str(error)
-            continue
+            if not counted:  # a message that arrives twice counts once
+                self.dropped[reply.client] = str(error)
+                if reply.refused:
+                    self.refused[reply.client] = str(error)
+            return
         if counted:
-            came.dropped[reply.client] = "two of its updates came together; the first one counts"
+            self.dropped[reply.client] = "two of its updates came together; the first one counts"
         else:
-            came.updates.append(update)
-    good = {update.client for update in came.updates}
-    came.dropped |= {name: "no reply" for name in assignments if name not in good and name not in came.dropped}
-    return came
+            self.updates.append(update)
 
 
 def _checked(

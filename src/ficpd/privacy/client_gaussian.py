@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
+from ficpd.interfaces import NoiseSource, ReleaseKind
 from ficpd.privacy import accountant
 from ficpd.privacy import config as settings
 from ficpd.privacy.clipping import clipped_sum
-from ficpd.privacy.none import noiseless_mean, shuffled_epochs
-from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt, Query
+from ficpd.privacy.none import NoiselessRecords
+from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost
 
 RELATION = {
     "local": "all records of one client replaced by any others; who takes part is known",
@@ -47,7 +47,7 @@ def build(config: Config, plan: ClientWorkload) -> "ClientGaussian":
     return ClientGaussian(config, multiplier, costs(multiplier))
 
 
-class ClientGaussian(Mechanism):
+class ClientGaussian(NoiselessRecords):
     """Guarantees:
 
     - an update has an L2 norm of at most `clip_norm` over all its arrays before noise; an update with a value that is not
@@ -70,17 +70,6 @@ class ClientGaussian(Mechanism):
 
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return self._planned
-
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
-        return shuffled_epochs(num_records, expected_batch, steps, noise)
-
-    def bound_query(self, query: Query, start: Prompt) -> Query:
-        return query
-
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
-        return noiseless_mean(values_KB, expected_batch, grad_scale)
 
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         raise PrivacyError(

@@ -20,7 +20,27 @@ def build(config: Config, plan: ClientWorkload) -> "NoPrivacy":
     return NoPrivacy()
 
 
-class NoPrivacy(Mechanism):
+class NoiselessRecords(Mechanism):
+    """Samples and averages records without clip and noise, as a mechanism of another unit than the record does."""
+
+    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
+        """Draws batches of `expected_batch` that go through all records before any comes again."""
+        wanted = steps * expected_batch
+        epochs = [noise.permutation(num_records) for _ in range(-(-wanted // num_records))]
+        return list(torch.cat(epochs)[:wanted].split(expected_batch))
+
+    def bound_query(self, query: Query, start: Prompt) -> Query:
+        return query
+
+    def noisy_mean(
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
+    ) -> Tensor:
+        """Averages in the units of the noisy means, so that both round alike."""
+        scaled_KB, scale = rescale(values_KB, grad_scale)
+        return (scaled_KB.sum(1) / expected_batch).cpu() / scale
+
+
+class NoPrivacy(NoiselessRecords):
     """Guarantees: none. Batches go through the records epoch by epoch, each in a new random order."""
 
     unit = "none"
@@ -31,17 +51,6 @@ class NoPrivacy(Mechanism):
 
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return []
-
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
-        return shuffled_epochs(num_records, expected_batch, steps, noise)
-
-    def bound_query(self, query: Query, start: Prompt) -> Query:
-        return query
-
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
-        return noiseless_mean(values_KB, expected_batch, grad_scale)
 
     def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
         return values_BN.sum(0)
@@ -54,16 +63,3 @@ class NoPrivacy(Mechanism):
 
     def guarantee(self) -> Mapping[str, JSON]:
         return {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
-
-
-def shuffled_epochs(num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
-    """Draws batches of `expected_batch` that go through all records before any comes again."""
-    wanted = steps * expected_batch
-    epochs = [noise.permutation(num_records) for _ in range(-(-wanted // num_records))]
-    return list(torch.cat(epochs)[:wanted].split(expected_batch))
-
-
-def noiseless_mean(values_KB: Tensor, expected_batch: int, grad_scale: Tensor | None) -> Tensor:
-    """[K, B, ...] to [K, ...] on the CPU, in the same units as the noisy means."""
-    scaled_KB, scale = rescale(values_KB, grad_scale)
-    return (scaled_KB.sum(1) / expected_batch).cpu() / scale
