@@ -14,7 +14,6 @@ from ficpd.evaluation.metrics import main_metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Examples, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.overview import number
 from ficpd.experiments.report.summary import format_score
 from ficpd.experiments.results import Distillation
 from ficpd.library.card import describe_shape
@@ -48,34 +47,21 @@ def prototypes(run: Finished) -> Section | None:
 
 
 def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
-    """Prompts as they stand off the global one, and clients' own where the server knows them."""
+    """Draws the prompts' offsets from the start, and those of clients that the server knows."""
     ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
         return []
     clients = offsets(run.state, ways["global"]) if "global" in ways else {}
     clients = {name: way for name, way in clients.items() if name in member and way.shape == ways["global"].shape}
     at, kept = flattened([*ways.values(), *clients.values()])
-    of_prompts = dict(zip(ways, at, strict=False))
-    of_clients = dict(zip(clients, at[len(ways) :], strict=True)) or _around(of_prompts, member)
-    where = (
-        "A client's dot is the prompt that it reached when it last took part." if clients
-        else "A client's dot only says which prototype is its own: what it learned was not kept."
-    )  # fmt: skip
-    how = (
-        f"Principal components of the prompts' way from the start; together they hold {sum(kept):.0%} of the variation"
+    of_clients = dict(zip(clients, at[len(ways) :], strict=True))
+    said = (
+        f"Principal components of the prompts' way from the start; together they hold {sum(kept):.0%} of the variation."
+        + (" A client's dot is the prompt that it reached when it last took part." if clients else "")
     )
-    cells = [[name, "prompt", *(number(v, 3) for v in xy)] for name, xy in of_prompts.items()]
-    cells += [
-        [name, f"client of prototype-{member[name]}", *(number(v, 3) for v in xy)] for name, xy in of_clients.items()
-    ]
-    return [
-        Figure(
-            "plane", "Prompts in two dimensions", f"{how}. {where}",
-            f"Scatter plot of {len(ways)} prompts and {len(of_clients)} clients, each tied to its prototype.",
-            figures.plane(of_clients, member, of_prompts, f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"),
-            Table("Places in the figure", ["name", "what", "first component", "second"], cells),
-        )
-    ]  # fmt: skip
+    axes = f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"
+    of_prompts = dict(zip(ways, at, strict=False))
+    return [figures.plane("plane", "Prompts in two dimensions", said, of_clients, member, of_prompts, axes)]
 
 
 def offsets(state: State | None, shared: Tensor) -> dict[str, Tensor]:
@@ -94,24 +80,6 @@ def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[f
     pca = PCA(2, svd_solver="full").fit(stacked)
     at = [(float(x), float(y)) for x, y in pca.transform(stacked)]
     return at, [float(share) for share in pca.explained_variance_ratio_]
-
-
-def _around(prompts: Mapping[str, tuple[float, float]], member: Mapping[str, int]) -> dict[str, tuple[float, float]]:
-    """Clients on a ring around their prototype."""
-    spans = [max(p[axis] for p in prompts.values()) - min(p[axis] for p in prompts.values()) for axis in (0, 1)]
-    found: dict[str, tuple[float, float]] = {}
-    for k in sorted(set(member.values())):
-        own, centre = [n for n in sorted(member) if member[n] == k], prompts.get(f"prototype-{k}", (0.0, 0.0))
-        for turn, name in zip(torch.linspace(0, 2 * torch.pi, len(own) + 1).tolist(), own, strict=False):
-            found[name] = (
-                centre[0] + 0.05 * (spans[0] or 1) * _cos(turn),
-                centre[1] + 0.08 * (spans[1] or 1) * _cos(turn - 1.5708),
-            )
-    return found
-
-
-def _cos(turn: float) -> float:
-    return float(torch.tensor(turn).cos())
 
 
 def _norm(offset: torch.Tensor) -> str:
@@ -138,7 +106,6 @@ def library(run: Finished) -> Section | None:
     return Section("library", "The prompt library", [
         Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
         Table("Prompts, and how far they have come", heads, cells),
-        *_similar_prompts(found), *_similar_keys(found),
     ])  # fmt: skip
 
 
@@ -152,42 +119,6 @@ def found_first(library: PromptLibrary, name: str) -> str:
     }
     best = max(others, key=lambda other: cosine[other])
     return f"{best} ({cosine[best]:.2f})"
-
-
-def _similar_prompts(library: PromptLibrary) -> list[Figure]:
-    ways = {name: library.offset(name).flatten() for name in library.prompts if library.offset(name).any()}
-    if len(ways) < 3:
-        return []
-    return [
-        _similar(
-            "prompts", "How alike the prompts are", "Cosine of their ways from the start; 1: the same direction.", ways
-        )
-    ]
-
-
-def _similar_keys(library: PromptLibrary) -> list[Figure]:
-    """Left out where all prompts have one key: a library of one task."""
-    keys = library.keys
-    if len(keys) < 2 or all(torch.allclose(key, next(iter(keys.values())), atol=1e-5) for key in keys.values()):
-        return []
-    said = "A key says what tasks a prompt was made for, and prompts are found by it. Cosine of the keys; 1: the same tasks."
-    return [_similar("keys", "How alike the library's keys are", said, keys)]
-
-
-def _similar(id: str, title: str, said: str, vectors: Mapping[str, Tensor]) -> Figure:
-    names = list(vectors)
-    unit = F.normalize(torch.stack([vector.double() for vector in vectors.values()]), dim=1)
-    cosine_NN = (unit @ unit.T).tolist()
-    apart = [(cosine_NN[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
-    least, most = min(apart), max(apart)
-    return Figure(
-        id, title, said,
-        f"Heat map of cosine similarities of {len(names)} {id}. Most alike: {most[1]} and {most[2]}, {most[0]:.2f}; least: "
-        f"{least[1]} and {least[2]}, {least[0]:.2f}.",
-        figures.heat(names, cosine_NN),
-        Table("cosine similarities", ["", *names],
-              [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, cosine_NN, strict=True)]),
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- synthetic examples
