@@ -7,7 +7,7 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
-NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?\s?[▲▼]?$")
+NUMBER = re.compile(r"^[-–+<]?\s?([\d.,]+)?\s?(± [\d.]+|%|\[.*\]|[kMG]?B)?\s?[▲▼]?$")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only (or dashes): they are set flush right.
 
-        >>> Table("", ["name", "share"], [["a", "81.2 [79.0, 83.1] ▲"], ["b", "–"]]).numeric
+        >>> Table("", ["name", "share"], [["a", "81.2 ± 2.1 ▲"], ["b", "–"]]).numeric
         [False, True]
         """
         return [

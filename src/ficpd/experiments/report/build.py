@@ -6,11 +6,11 @@ from typing import Any
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
 from ficpd.experiments.report import clients, comparison, library, overview, privacy
 from ficpd.experiments.report.blocks import Page, Section, Table
-from ficpd.experiments.report.comparison_tables import overviews, results
+from ficpd.experiments.report.comparison_tables import cells_csv, overviews
 from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
-from ficpd.experiments.report.table_formats import as_csv, as_latex
+from ficpd.experiments.report.table_formats import as_latex
 from ficpd.experiments.results import RunResult
 from ficpd.storage import atomic_write
 
@@ -85,7 +85,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
         return found
     if (directory / COMPARISON).exists():
         tree = ComparisonResult.load(directory)
-        text, drawn = as_csv(results(tree)), overviews(tree)
+        text, drawn = cells_csv(tree), overviews(tree)
     else:
         run = opened(directory)
         text, drawn = run_csv(run), [Table("", *results_table(run.results))] if run.results else []

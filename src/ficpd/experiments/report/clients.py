@@ -5,7 +5,7 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.summary import PERCENT, format_interval, format_score
+from ficpd.experiments.report.summary import PERCENT, format_interval, format_score, format_number
 from ficpd.experiments.results import Gap, RunResult
 
 GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}
@@ -46,10 +46,10 @@ def _worst_tenths(run: Finished) -> list[Table]:
             marked.add(len(cells))
             note += " Of so few clients they are too narrow." if 1 < found.clients < 10 else ""
         cells.append([
-            result.label, main.shown(found.mean) + format_interval(found.mean_interval, main),
-            main.shown(found.worst_tenth) + format_interval(found.worst_tenth_interval, main),
+            result.label, format_number(found.mean, main, found.mean_interval),
+            format_number(found.worst_tenth, main, found.worst_tenth_interval),
             main.shown(found.worst), found.worst_client, main.shown(found.best),
-            "–" if found.deviation is None else main.shown(found.deviation),
+            format_number(found.deviation, main),
         ])  # fmt: skip
     worse = run.own.fairness.worse_off_than_local.get(main.name) if run.own.fairness else None
     if worse:
@@ -113,17 +113,12 @@ def groups(run: Finished) -> Section | None:
     for task, found in fairness.groups.items():
         cells = [
             [f"{name}{' (few)' if name in found.few else ''}", f"{one.records:,}",
-             f"{PERCENT.shown(one.accuracy)}{format_interval(one.interval, PERCENT)}"]
+             format_number(one.accuracy, PERCENT, one.interval)]
             for name, one in found.groups.items()
         ]  # fmt: skip
         if cells:
-            blocks.append(
-                Table(
-                    f"{task}: accuracy by {fairness.column}",
-                    [fairness.column, "test records", "accuracy %"],
-                    cells,
-                )
-            )
+            heads = [fairness.column, "test records", "accuracy %"]
+            blocks.append(Table(f"{task}: accuracy by {fairness.column}", heads, cells))
         if found.said:
             blocks.append(Text(found.said.capitalize() + "."))
         else:

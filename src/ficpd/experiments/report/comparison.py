@@ -10,7 +10,7 @@ from ficpd.experiments.report import comparison_tables as tables
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Code, Collapsible, Figure, KeyValues, Section, Text, paired
 from ficpd.experiments.report.comparison_tables import SURE, cells_of, front_title, metric_of, title, verdict
-from ficpd.experiments.report.overview import described, format_gap, with_unit
+from ficpd.experiments.report.overview import described, with_unit
 
 MOST_FIGURES = 12
 """Of one kind: a large grid has its numbers in tables."""
@@ -32,54 +32,33 @@ def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
 
 
 def headline(tree: ComparisonResult) -> str:
-    """How the reference does against all others, in one sentence."""
+    """Says how the reference does against all other methods."""
     reference, known = tree.reference, finished(tree)
-    lines = {label for label, about in tree.methods.items() if about.line}
     pairs = [
-        (of.against, of.against.difference, metric)
+        (of.against, metric)
         for at, metric in known
         for label, of in at.methods.items()
-        if label != reference and label not in lines and of.against and of.against.difference is not None
+        if label != reference and label not in tree.lines and of.against and of.against.difference is not None
     ]
     if not pairs:
-        return f"{tree.name}: {_alone(reference, known)}"
-    tested = [(against, metric) for against, _, metric in pairs if against.p_holm is not None]
-    if not tested:
-        ahead = sum((difference < 0) != metric.less_is_better for _, difference, metric in pairs)
-        return f"{reference} is ahead in {ahead} of {len(pairs)} comparisons with other methods; too few seeds to test any."
-    if len(pairs) == 1:
-        against, difference, metric = pairs[0]
-        (other,) = [label for at, _ in known for label in at.methods if label not in lines | {reference}]
-        sure = "beyond chance" if verdict(against, metric) else "which may be chance"
-        return f"{reference} is {format_gap(metric, 0.0, difference)} {other}, {sure}."
-    verdicts = [verdict(against, metric) for against, metric in tested]
+        own = [(of.mean, m) for at, m in known if (of := at.methods.get(reference)) and of.mean is not None]
+        means = ", ".join(f"{with_unit(metric, mean)} {metric.name}" for mean, metric in own[:MOST_FIGURES])
+        return f"{tree.name}: {reference} {f'has {means}' if own else 'has not finished anything yet'}."
+    verdicts = [verdict(against, metric) for against, metric in pairs]
+    untested = sum(against.p_holm is None for against, _ in pairs)
+    few = f"; {untested} could not be tested, for too few seeds" if untested else ""
     return (
         f"{reference} beats other methods in {verdicts.count(-1)} of {len(verdicts)} comparisons, is beaten in "
-        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided."
+        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided{few}."
     )
-
-
-def _alone(reference: str, known: Sequence[tuple[Condition, Metric]]) -> str:
-    """What can be said of a method that is compared to nobody, but for the line without a prompt."""
-    means = [[of.mean if (of := at.methods.get(n)) else None for n in (reference, "zero_shot")] for at, _ in known]
-    found = [(mean, zero, metric) for (mean, zero), (_, metric) in zip(means, known, strict=True) if mean is not None]
-    if not found:
-        return f"{reference} has not finished anything yet."
-    mean, zero, metric = found[0]
-    beside = "" if zero is None else f", {format_gap(metric, mean, zero)} no prompt at all"
-    where = f" in the first of {len(found)} conditions" if len(found) > 1 else ""
-    return f"{reference} has {with_unit(metric, mean)} {metric.name}{beside}{where}."
 
 
 def summary_blocks(tree: ComparisonResult) -> list[Block]:
     counts = tree.counts
-    numbers = {
-        "method": sum(not about.line for about in tree.methods.values()),
-        **{axis: len(getattr(tree, f"{axis}s")) for axis in ("task", "partition", "budget", "seed")},
-    }
     pairs = [
         ("cells finished", f"{counts.get('done', 0):,} of {sum(counts.values()):,}"),
-        *((axis if number == 1 else f"{axis}s", str(number)) for axis, number in numbers.items()),
+        ("methods", str(len(tree.methods) - len(tree.lines))),
+        *((axis, str(len(getattr(tree, axis)))) for axis in ("tasks", "partitions", "budgets", "seeds")),
     ]
     tested = {"t": "Paired t-tests", "wilcoxon": "Wilcoxon's signed-rank tests"}[tree.test]
     figure = {
@@ -92,8 +71,7 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
     )
     blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]
     if counts.get("failed"):
-        failed = "1 cell" if counts["failed"] == 1 else f"{counts['failed']} cells"
-        blocks.append(Text(f"{failed} failed; the reasons are below.", alarm=True))
+        blocks.append(Text(f"Failed cells: {counts['failed']}; the reasons are below.", alarm=True))
     return blocks
 
 

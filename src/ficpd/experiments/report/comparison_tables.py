@@ -17,7 +17,7 @@ from ficpd.experiments.comparison.schema import (
     Target,
 )
 from ficpd.experiments.report.blocks import Table
-from ficpd.experiments.report.summary import format_interval
+from ficpd.experiments.report.summary import format_number
 from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 from ficpd.storage import atomic_write
 
@@ -83,10 +83,9 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
     ]  # fmt: skip
     lines = []
     for label, s in condition.methods.items():
-        mean = NONE if s.mean is None else metric.shown(s.mean) + format_interval(s.interval, metric)
         lines.append([
-            label, _epsilon(found, condition, label), mean,
-            *(NONE if score is None else metric.shown(score) for score in (s.everyone, s.worst)),
+            label, _epsilon(found, condition, label), format_number(s.mean, metric, s.interval),
+            format_number(s.everyone, metric), format_number(s.worst, metric),
             str(s.n), _difference(s.against, metric), _p(s.against and s.against.p), _p(s.against and s.against.p_holm),
             _bytes(s.bytes_up), _bytes(s.bytes_down),
             *([NONE if s.queries is None else f"{s.queries:,.0f}"] if counted else []),
@@ -101,23 +100,15 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
 
 def targets(found: ComparisonResult) -> list[Table]:
     """Makes one table for each condition: what it takes to reach each share."""
-    heads = [
-        "method",
-        "of centralized",
-        "seeds that reach it",
-        "rounds",
-        "bytes up",
-        "bytes down",
-        "queries",
-        "seconds",
-    ]
+    costs = ["rounds", "bytes up", "bytes down", "queries", "seconds"]
+    heads = ["method", "of centralized", "seeds that reach it", *costs]
     note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
     tables = []
     for at in found.conditions:
         metric = metric_of(found, at.task)
         lines = [
             [label, f"{100 * target.share:g} % ({metric.shown(target.target)})", f"{m.reached} of {len(m.of)}",
-             *(_needed(m, key) for key in ("rounds", "bytes_up", "bytes_down", "queries", "seconds"))]
+             *(_needed(m, cost.replace(" ", "_")) for cost in costs)]
             for target in found.targets
             if same_setting(target, at) and target.task == at.task and target.target is not None
             for label, m in target.methods.items()
@@ -207,8 +198,7 @@ def _plus_minus(summary: Summary, metric: Metric) -> str:
 def _difference(against: Against | None, metric: Metric) -> str:
     if against is None or against.difference is None:
         return NONE
-    sign = "+" if against.difference > 0 else ""
-    return sign + metric.shown(against.difference) + format_interval(against.interval, metric)
+    return "+" * (against.difference > 0) + format_number(against.difference, metric, against.interval)
 
 
 def _p(p: float | None) -> str:
@@ -251,12 +241,8 @@ def _epsilon(found: ComparisonResult, condition: Condition, label: str) -> str:
 
 def write_tables(found: ComparisonResult, out: Path) -> None:
     """Writes `compare.md` and `tables/`."""
-    tables = {
-        "overview": overviews(found),
-        "results": results(found),
-        "targets": targets(found),
-        "fronts": fronts(found),
-    }
+    makers = {"overview": overviews, "results": results, "targets": targets, "fronts": fronts}
+    tables = {name: make(found) for name, make in makers.items()}
     for name, own in tables.items():
         atomic_write(out / "tables" / f"{name}.csv", as_csv(own))
         atomic_write(out / "tables" / f"{name}.tex", "\n".join(map(as_latex, own)))
@@ -268,6 +254,8 @@ def write_tables(found: ComparisonResult, out: Path) -> None:
         f"# {found.name}\n\n{methods}; beside {', '.join(found.lines)}. Seeds {', '.join(map(str, found.seeds))}; "
         f"cells: {counts}. Made by ficpd {found.ficpd}; docs/compare.md says how to read it.\n\n"
     )
+    if len(found.tasks) == 1:
+        del tables["overview"]
     drawn = "\n".join(as_markdown(table, "## ") for own in tables.values() for table in own)
     atomic_write(out / "compare.md", head + drawn + (f"\n## Cells without a figure\n\n{whys}" if whys else ""))
 

@@ -16,10 +16,10 @@ import plotly.graph_objects as go
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report.blocks import Figure, Table
+from ficpd.experiments.report.summary import format_number
 
 Values = Sequence[float | None]
 Point = tuple[float, float]
-NONE = "–"
 
 COLOURS = ["#2b82c4", "#d2601a", "#12936c", "#a765b3", "#a07b10", "#4797bd", "#78838d", "#cf5389"]
 SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "star-triangle-up"]
@@ -85,16 +85,6 @@ def scaled(values: Values, metric: Metric) -> list[float | None]:
     return [None if value is None else metric.scale * value for value in values]
 
 
-def shown(value: float | None, metric: Metric, ends: Sequence[float] | None = None) -> str:
-    """Formats a value with its interval.
-
-    >>> shown(0.5, Metric("share", 100, 1), (0.4, 0.6)), shown(None, Metric("share"))
-    ('50.0 [40.0, 60.0]', '–')
-    """
-    interval = f" [{', '.join(map(metric.shown, ends))}]" if ends else ""
-    return NONE if value is None else metric.shown(value) + interval
-
-
 def dots(
     id: str, title: str, said: str, names: Sequence[str], series: Mapping[str, Values], metric: Metric,
     ends: Sequence[Sequence[float] | None] = (), line: float | None = None, marked: str | None = None,
@@ -122,7 +112,7 @@ def dots(
     if line is not None:
         plot.add_vline(metric.scale * line, line=DASHED)
     cells = [
-        [name, *(shown(values[i], metric, None if j else ends[i]) for j, values in enumerate(series.values()))]
+        [name, *(format_number(values[i], metric, None if j else ends[i]) for j, values in enumerate(series.values()))]
         for i, name in enumerate(names)
     ]
     lines_marked = frozenset(i for i, name in enumerate(names) if name == marked)
@@ -148,7 +138,7 @@ def lines(
     plot = draw(traces, 330, "round", what, xaxis=ticks)
     if level is not None:
         plot.add_hline(metric.scale * level, line=DASHED)
-    cells = [[str(x), *(shown(curve.get(x), metric) for curve in curves.values())] for x in rounds]
+    cells = [[str(x), *(format_number(curve.get(x), metric) for curve in curves.values())] for x in rounds]
     return Figure(id, title, said, plot, Table(f"{title}: {what} by round", ["round", *curves], cells))
 
 

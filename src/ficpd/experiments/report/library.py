@@ -3,8 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,37 +123,17 @@ def found_first(library: PromptLibrary, name: str) -> str:
 
 
 def examples(run: Finished) -> Section | None:
-    """A few of each label to read: nobody's, written under the prototypes."""
-    lines = _examples(run.path / SYNTHETIC)
-    facts = run.own.distillation
+    """Shows a few synthetic examples of each label."""
+    file, facts = run.path / SYNTHETIC, run.own.distillation
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
     if not lines and not facts:
         return None
     blocks: list[Block] = [Text(_distilled(run, facts))] if facts else []
-    labels = sorted({str(line.get("label")) for line in lines})
-    for label in labels:
-        own = [line for line in lines if str(line.get("label")) == label]
-        more = f", {MOST_EXAMPLES} of {len(own)} shown" if len(own) > MOST_EXAMPLES else f", {len(own)}"
-        texts = [(str(e.get("text", "")), _about(e)) for e in own[:MOST_EXAMPLES]]
-        blocks.append(Examples(f"{label}{more}", texts))
+    for label in sorted({line["label"] for line in lines}):
+        own = [line for line in lines if line["label"] == label]
+        texts = [(e["text"], f"{e['prototype']}, agreement {e['agreement']:.2f}") for e in own[:MOST_EXAMPLES]]
+        blocks.append(Examples(f"{label}, {len(texts)} of {len(own)} shown", texts))
     return Section("examples", "Synthetic examples", blocks)
-
-
-def _about(example: Mapping[str, Any]) -> str:
-    agreement = example.get("agreement")
-    agreed = f", agreement {agreement:.2f}" if isinstance(agreement, float | int) else ""
-    return f"{example.get('prototype', '')}{agreed}"
-
-
-def _examples(file: Path) -> list[Mapping[str, Any]]:
-    """Lines that cannot be read are left out: they are to look at only."""
-    found = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        found += [value] if isinstance(value, dict) else []
-    return found
 
 
 def _distilled(run: Finished, facts: Distillation) -> str:

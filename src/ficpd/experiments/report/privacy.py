@@ -1,12 +1,9 @@
 """What was promised and paid: the privacy ledger, and the audit that attacked it."""
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from pydantic import TypeAdapter
 
 from ficpd.errors import RunError
-from ficpd.evaluation.audit.attack_metrics import AttackMetrics
-from ficpd.evaluation.audit.report import Audit, LowerBound, table, verdict
+from ficpd.evaluation.audit.report import Audit, table, verdict
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
@@ -84,8 +81,8 @@ def audit(run: Finished) -> Section | None:
     if not file.exists():
         return None
     try:
-        found = read_audit(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = TypeAdapter(Audit).validate_json(file.read_bytes())
+    except ValueError as error:
         raise RunError(
             f"{file} cannot be read as an audit ({error!r}); run `ficpd audit` again, or delete it"
         ) from error
@@ -98,20 +95,6 @@ def audit(run: Finished) -> Section | None:
     )
     blocks: list[Block] = [Text(verdict(found), found.alarm), Text(said), _attacks(found), attacks]
     return Section("audit", "The audit", [*blocks, *_bounds(found)])
-
-
-def read_audit(tree: Mapping[str, Any]) -> Audit:
-    """What `attack._leave` wrote (JSON's keys are texts). Raises what a wrong tree raises."""
-    parts = {key: value for key, value in tree.items() if key != "alarm"}
-    parts["attacks"] = {
-        name: AttackMetrics(
-            **{**of, **{key: {float(rate): v for rate, v in of[key].items()} for key in ("tpr", "tpr_interval")}}
-        )
-        for name, of in tree["attacks"].items()
-    }  # fmt: skip
-    for key in ("mechanism", "planted"):
-        parts[key] = LowerBound(**tree[key]) if tree[key] else None
-    return Audit(**parts)
 
 
 def _attacks(found: Audit) -> Figure:
