@@ -129,12 +129,9 @@ class Page:
 
     @property
     def figures(self) -> list[Figure]:
-        found: list[Figure] = []
-        for block in [*self.lead, *(block for section in self.sections for block in section.blocks)]:
-            found += (
-                [block] if isinstance(block, Figure) else list(block.figures) if isinstance(block, TwoColumn) else []
-            )
-        return found
+        blocks = [*self.lead, *(block for section in self.sections for block in section.blocks)]
+        groups = [block.figures if isinstance(block, TwoColumn) else [block] for block in blocks]
+        return [block for group in groups for block in group if isinstance(block, Figure)]
 
 
 def paired(found: Sequence[Figure]) -> list[Block]:

@@ -5,7 +5,7 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.summary import PERCENT, format_interval, format_score, format_number
+from ficpd.experiments.report.summary import PERCENT, format_interval, format_number, format_score
 from ficpd.experiments.results import Gap, RunResult
 
 GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}

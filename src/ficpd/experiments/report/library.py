@@ -1,7 +1,5 @@
-"""What the federation left: prompts in two dimensions with their clients, the library, its keys, and examples to read."""
+"""The sections on prototypes, the prompt library and synthetic examples."""
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,8 +13,8 @@ from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import format_score
 from ficpd.experiments.results import Distillation
 from ficpd.library.card import describe_shape
+from ficpd.library.distillation import filters
 from ficpd.library.library import PromptLibrary
-from ficpd.types import State
 
 OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
@@ -49,8 +47,13 @@ def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> 
     ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
         return []
-    clients = offsets(run.state, ways["global"]) if "global" in ways else {}
-    clients = {name: way for name, way in clients.items() if name in member and way.shape == ways["global"].shape}
+    arrays, shared = run.state.arrays if run.state else {}, ways.get("global")
+    # methods/ficpd keeps each client's offset from the global prompt
+    clients = {
+        name: shared + arrays[OFFSET + name]
+        for name in member
+        if shared is not None and OFFSET + name in arrays and arrays[OFFSET + name].shape == shared.shape
+    }
     at, kept = flattened([*ways.values(), *clients.values()])
     of_clients = dict(zip(clients, at[len(ways) :], strict=True))
     said = (
@@ -60,12 +63,6 @@ def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> 
     axes = f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"
     of_prompts = dict(zip(ways, at, strict=False))
     return [figures.plane("plane", "Prompts in two dimensions", said, of_clients, member, of_prompts, axes)]
-
-
-def offsets(state: State | None, shared: Tensor) -> dict[str, Tensor]:
-    """Each client's way from the start, of a method that keeps how its prompt stood off the global one (`methods/ficpd`)."""
-    arrays = state.arrays if state else {}
-    return {name.removeprefix(OFFSET): shared + array for name, array in arrays.items() if name.startswith(OFFSET)}
 
 
 def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[float]]:
@@ -80,11 +77,6 @@ def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[f
     return at, [float(share) for share in pca.explained_variance_ratio_]
 
 
-def _norm(offset: torch.Tensor) -> str:
-    """Formats the length of an offset; token ids have none."""
-    return f"{float(offset.norm()):.3f}" if offset.is_floating_point() else "–"
-
-
 # ---------------------------------------------------------------- the library
 
 
@@ -92,23 +84,22 @@ def library(run: Finished) -> Section | None:
     found = run.library
     if found is None or not found.prompts:
         return None
-    served = Counter(f"prototype-{k}" for k in (run.own.clusters.member if run.own.clusters else {}).values())
-    cells = [
-        [name, _norm(found.offset(name)), str(served[name]) if name in served else "–",
-         found_first(found, name)]
-        for name in found.prompts
-    ]  # fmt: skip
+    # token ids have no length
+    lengths = {
+        name: f"{way.norm():.3f}" if (way := found.offset(name)).is_floating_point() else "–" for name in found.prompts
+    }
+    cells = [[name, length, most_similar(found, name)] for name, length in lengths.items()]
     of_tasks = found.card["tasks"].items()
     tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
-    heads = ["prompt", "way from the start", "clients", "most like it"]
+    heads = ["prompt", "way from the start", "most similar (cosine)"]
     return Section("library", "The prompt library", [
         Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
         Table("Prompts, and how far they have come", heads, cells),
     ])  # fmt: skip
 
 
-def found_first(library: PromptLibrary, name: str) -> str:
-    """The other prompt whose way from the start points most nearly the same way."""
+def most_similar(library: PromptLibrary, name: str) -> str:
+    """Names the other prompt whose offset has the largest cosine with this one's."""
     others = [other for other in library.prompts if other != name]
     if not others or not library.offset(name).any():
         return "–"
@@ -125,13 +116,13 @@ def found_first(library: PromptLibrary, name: str) -> str:
 def examples(run: Finished) -> Section | None:
     """Shows a few synthetic examples of each label."""
     file, facts = run.path / SYNTHETIC, run.own.distillation
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
+    lines = filters.load(file) if file.exists() else []
     if not lines and not facts:
         return None
     blocks: list[Block] = [Text(_distilled(run, facts))] if facts else []
-    for label in sorted({line["label"] for line in lines}):
-        own = [line for line in lines if line["label"] == label]
-        texts = [(e["text"], f"{e['prototype']}, agreement {e['agreement']:.2f}") for e in own[:MOST_EXAMPLES]]
+    for label in sorted({str(example.label) for example in lines}):
+        own = [example for example in lines if str(example.label) == label]
+        texts = [(e.text, f"{e.prototype}, agreement {e.agreement:.2f}") for e in own[:MOST_EXAMPLES]]
         blocks.append(Examples(f"{label}, {len(texts)} of {len(own)} shown", texts))
     return Section("examples", "Synthetic examples", blocks)
 
