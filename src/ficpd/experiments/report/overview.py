@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -168,11 +168,9 @@ def settings(run: Finished) -> Section:
         ("backbone", f"{backbone.name} ({backbone.fingerprint})"),
         ("numbers", f"{backbone.dtype}, {backbone.attention}"),
         ("prompt", "LoRA weights of all layers" if layer == LORA else f"enters at layer {layer}"),
-        ("data", _data(recipe)),
         ("records", f"{records.train:,} for training, {records.test:,} for tests" if records else ""),
         ("clients", f"{own.num_clients:,}, {f'{cohort} asked a round' if cohort else 'all asked every round'}"),
         ("rounds", f"{own.num_rounds:,}"),
-        ("training", described(recipe.get("training", {}))),
         ("compression", described(own.compression)),
         ("privacy", own.privacy.guarantee),
         ("seed", str(own.seed)),
@@ -190,14 +188,6 @@ def described(part: Mapping[str, Any]) -> str:
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
 
 
-def _data(recipe: Mapping[str, Any]) -> str:
-    groups = recipe.get("groups") or {"": recipe}
-    sources = {str(of["data"]["source"]).rstrip("/").rpartition("/")[2] for of in groups.values() if "data" in of}
-    kinds = {of["partition"]["kind"] for of in groups.values() if "partition" in of}
-    shared = f"; shared out by {', '.join(sorted(kinds))}" if kinds else ""
-    return ", ".join(sorted(sources)) + shared if sources else ""
-
-
 # ---------------------------------------------------------------- over the rounds
 
 
@@ -206,8 +196,13 @@ def over_rounds(run: Finished) -> Section | None:
     if not told:
         return None
     curves = [figure for way in WAYS for figure in _curves(run, way)] if run.own.metrics else []
-    traffic = {label: _summed([r.bytes_up + r.bytes_down for r in of]) for label, of in told.items()}
-    seconds = {label: _summed([r.seconds_train + r.seconds_aggregate for r in of]) for label, of in told.items()}
+    traffic = {
+        label: dict(enumerate(accumulate(r.bytes_up + r.bytes_down for r in of), 1)) for label, of in told.items()
+    }
+    seconds = {
+        label: dict(enumerate(accumulate(r.seconds_train + r.seconds_aggregate for r in of), 1))
+        for label, of in told.items()
+    }
     costs = [
         figures.lines("traffic", "What travelled", "Kilobytes of all clients together, summed over the rounds.", traffic,
                       Metric("kB, up and down", 0.001, 1), run.places),
@@ -243,7 +238,3 @@ def _curves(run: Finished, way: str) -> list[Figure]:
     level = zero[main.name] if zero else None
     said = f"{main.name.capitalize()}{main.unit}, round by round.{' Dashed: no prompt at all.' if zero else ''}"
     return [figures.lines(f"curve-{way}", WAYS[way], said, curves, main, run.places, level)]
-
-
-def _summed(values: Sequence[float]) -> dict[int, float]:
-    return dict(enumerate(accumulate(values), 1))
