@@ -100,9 +100,13 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, tra
         raise typer.Exit(130) from None
     for one in overviews(found):
         drawn = Table(
-            *one.heads, title=escape(one.title), title_justify="left", caption=escape(one.note), caption_justify="left"
+            *one.heads,
+            title=escape(one.caption),
+            title_justify="left",
+            caption=escape(one.note),
+            caption_justify="left",
         )
-        for row in one.rows:
+        for row in one.cells:
             drawn.add_row(*map(escape, row))
         console.print(drawn)
     for why in without_figure(found):

@@ -14,7 +14,7 @@
 
   /* Each figure: how wide it is drawn, and how many marks of data it has. */
   figures() {
-    const marks = ".trace path, .trace .point, .boxlayer path, .heatmaplayer image, .scatterlayer path, .barlayer path";
+    const marks = ".trace path, .trace .point, .boxlayer path, .scatterlayer path, .barlayer path";
     return [...document.querySelectorAll(".plot")].map((place) => {
       const svg = place.querySelector("svg.main-svg"), box = place.getBoundingClientRect();
       const shown = [...place.querySelectorAll(marks)].filter((mark) => mark.getBoundingClientRect().width > 0);
@@ -31,13 +31,13 @@
     return [255, 255, 255];
   },
 
-  /* Texts whose contrast is below AA. The numbers in a heat map lie on colours of their own: `heat`. */
+  /* Texts whose contrast is below AA. */
   faint() {
     const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     for (let node; (node = walker.nextNode()); ) {
       const of = node.parentElement, style = getComputedStyle(of), drawn = of.closest("svg");
       if (!node.textContent.trim() || !of.checkVisibility()) continue;
-      if (of.closest("script, style, .skip, .hidden, .heatmaplayer, .heatmap-label")) continue;
+      if (of.closest("script, style, .skip, .hidden")) continue;
       const ratio = this.ratio(this.parsed(drawn ? style.fill : style.color), this.behind(drawn ? drawn.closest(".plot") : of));
       const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
       if (ratio < (large ? 3 : 4.5)) found.push([node.textContent.trim().slice(0, 40), of.tagName, ratio.toFixed(2)]);
@@ -51,12 +51,6 @@
   colours() {
     const panel = this.hex(getComputedStyle(document.documentElement).getPropertyValue("--panel"));
     return this.template().layout.colorway.map((colour) => this.ratio(this.hex(colour), panel));
-  },
-
-  /* The contrast of a heat map's numbers with the two ends of its colours. */
-  heat() {
-    const { colorscale, textfont } = this.template().data.heatmap[0];
-    return colorscale.map(([, end]) => this.ratio(this.hex(textfont.color), this.hex(end)));
   },
 
   stops: () => [...document.querySelectorAll('a[href], button, summary, [tabindex="0"]')].filter((e) => e.checkVisibility()).length,

@@ -1,15 +1,16 @@
 """A run's own result beside baselines, one of which has its method's name."""
 
+import io
 from pathlib import Path
 
 import made_up
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 import small
 from ficpd.cli import app
-from ficpd.experiments.report import export
-from ficpd.experiments.report.build import page_of, write_page
+from ficpd.experiments.report.build import page_of, run_csv, write_page
 from ficpd.experiments.report.load import opened
 from ficpd.experiments.report.summary import load_results, results_table
 from ficpd.experiments.results import RunResult
@@ -55,8 +56,8 @@ def test_a_baseline_that_is_the_run_once_more_is_left_out(tmp_path):
 def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     folder = left(tmp_path / "run", OWN)
     run, labels = opened(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
-    assert [line["method"] for line in export.lines(run)] == labels
-    assert [line[0] for line in export.shown(run).cells] == labels
+    assert list(pd.read_csv(io.StringIO(run_csv(run)))["method"]) == labels
+    assert [line[0] for line in results_table(run.results)[1]] == labels
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
     assert list(run.places) == ["fedavg", *labels[:-1]]
     assert run.results[run.place] is run.own

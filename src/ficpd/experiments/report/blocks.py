@@ -7,24 +7,28 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
-NUMBER = re.compile(r"^[-–+−~]?\s?(∞|[\d.,]+)?\s?(%|\[.*\])?\s?[▲▼]?$")
+NUMBER = re.compile(r"^[-–+<]?\s?([\d.,]+)?\s?(± [\d.]+|%|\[.*\]|[kMG]?B)?\s?[▲▼]?$")
 
 
 @dataclass(frozen=True)
 class Table:
-    """`cells`: a line each, its first cell the line's heading. `marked`: the lines that the page is about."""
+    """Holds the words of a table; the first cell of a line is its heading.
+
+    `marked`: the lines that the page is about. `note`: a sentence below the table.
+    """
 
     caption: str
     heads: Sequence[str]
     cells: Sequence[Sequence[str]]
     marked: frozenset[int] = frozenset()
+    note: str = ""
     kind: Literal["table"] = "table"
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only (or dashes): they are set flush right.
 
-        >>> Table("", ["name", "share"], [["a", "81.2 [79.0, 83.1] ▲"], ["b", "–"]]).numeric
+        >>> Table("", ["name", "share"], [["a", "81.2 ± 2.1 ▲"], ["b", "–"]]).numeric
         [False, True]
         """
         return [
@@ -35,15 +39,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """`alt` describes the plot in a sentence, `numbers` are its data."""
+    """A plot with its data as a table (`numbers`)."""
 
     id: str
     title: str
     said: str
-    alt: str
     plot: go.Figure
     numbers: Table
     kind: Literal["figure"] = "figure"
+
+    @property
+    def alt(self) -> str:
+        """Describes the plot to a screen reader: the first lines of its numbers."""
+        lines = "; ".join(" ".join(line) for line in self.numbers.cells[:8])
+        return f"{self.numbers.caption}. {', '.join(self.numbers.heads[1:])}: {lines}."
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,10 @@ class TwoColumn:
 
 @dataclass(frozen=True)
 class Collapsible:
-    """Tables to unfold."""
+    """A table to unfold."""
 
     title: str
-    tables: Sequence[Table]
+    table: Table
     kind: Literal["fold"] = "fold"
 
 
@@ -120,14 +129,11 @@ class Page:
 
     @property
     def figures(self) -> list[Figure]:
-        found: list[Figure] = []
-        for block in [*self.lead, *(block for section in self.sections for block in section.blocks)]:
-            found += (
-                [block] if isinstance(block, Figure) else list(block.figures) if isinstance(block, TwoColumn) else []
-            )
-        return found
+        blocks = [*self.lead, *(block for section in self.sections for block in section.blocks)]
+        groups = [block.figures if isinstance(block, TwoColumn) else [block] for block in blocks]
+        return [block for group in groups for block in group if isinstance(block, Figure)]
 
 
-def non_empty(*sections: Section | None) -> list[Section]:
-    """Those that have something to show."""
-    return [section for section in sections if section and section.blocks]
+def paired(found: Sequence[Figure]) -> list[Block]:
+    """Puts two figures into a line; the last of an odd number has the whole width."""
+    return [TwoColumn(found[i : i + 2]) if len(found) > i + 1 else found[i] for i in range(0, len(found), 2)]

@@ -1,23 +1,17 @@
 """A directory as a page: which kind it is, and what belongs on it."""
 
 from pathlib import Path
+from typing import Any
 
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
-from ficpd.experiments.report import (
-    clients,
-    comparison,
-    costs,
-    export,
-    fairness,
-    grid,
-    library,
-    overview,
-    privacy,
-    targets,
-)
-from ficpd.experiments.report.blocks import Page, non_empty
+from ficpd.experiments.report import clients, comparison, library, overview, privacy
+from ficpd.experiments.report.blocks import Page, Section, Table
+from ficpd.experiments.report.comparison_tables import cells_csv, overviews
 from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
+from ficpd.experiments.report.summary import results_table
+from ficpd.experiments.report.table_formats import as_latex
+from ficpd.experiments.results import RunResult
 from ficpd.storage import atomic_write
 
 PAGE = "report.html"
@@ -46,7 +40,7 @@ def of_run(run: Finished) -> Page:
         overview.summary_blocks(run),
         non_empty(
             overview.methods(run),
-            costs.costs(run),
+            overview.costs(run),
             overview.over_rounds(run),
             clients.clients(run),
             clients.levels(run),
@@ -67,31 +61,64 @@ def of_comparison(tree: ComparisonResult, text: str) -> Page:
         comparison.headline(tree),
         comparison.summary_blocks(tree),
         non_empty(
-            grid.grid(tree),
-            grid.ranks(tree),
-            targets.fronts(tree),
-            targets.on_the_way(tree),
-            targets.targets(tree),
-            fairness.spreads(tree),
+            comparison.grid(tree),
+            comparison.ranks(tree),
+            comparison.fronts(tree),
+            comparison.on_the_way(tree),
+            comparison.targets(tree),
+            comparison.spreads(tree),
             comparison.failures(tree),
             comparison.settings(tree, text),
         ),
     )
 
 
+def non_empty(*sections: Section | None) -> list[Section]:
+    """Returns the sections that have something to show."""
+    return [section for section in sections if section and section.blocks]
+
+
 def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[str, Path]:
-    """What was asked for, beside the page and under its name."""
+    """Writes the tables as CSV or LaTeX next to the page and under its name."""
     directory, found = Path(directory), {}
     if not (csv or latex):
         return found
     if (directory / COMPARISON).exists():
         tree = ComparisonResult.load(directory)
-        lines, drawn = grid.csv_lines(tree), grid.matrices(tree)
+        text, drawn = cells_csv(tree), overviews(tree)
     else:
         run = opened(directory)
-        lines, drawn = export.lines(run), [export.shown(run)]
+        text, drawn = run_csv(run), [Table("", *results_table(run.results))] if run.results else []
     if csv:
-        found["csv"] = atomic_write(page.with_suffix(".csv"), export.csv(lines))
+        found["csv"] = atomic_write(page.with_suffix(".csv"), text)
     if latex:
-        found["latex"] = atomic_write(page.with_suffix(".tex"), export.latex(drawn))
+        booktabs = "% needs \\usepackage{booktabs}\n"
+        found["latex"] = atomic_write(page.with_suffix(".tex"), booktabs + "\n".join(map(as_latex, drawn)))
     return found
+
+
+def run_csv(run: Finished) -> str:
+    """Formats the unrounded figures of a run, a line for each method; empty where it has no such figure."""
+    import pandas as pd
+
+    return pd.DataFrame([_line(run.main.name, result) for result in run.results]).to_csv(index=False)
+
+
+def _line(main: str, result: RunResult) -> dict[str, Any]:
+    scores, privacy = result.scores, result.privacy
+    return {
+        "method": result.label,
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "unit": privacy.unit,
+        f"everyone_{main}": (scores.global_prompt or {}).get(main),
+        f"own_{main}_mean": scores.per_client_mean.get(main),
+        f"own_{main}_worst": scores.per_client_worst.get(main),
+        "bytes_up_client_round": result.bytes.up_per_client_round,
+        "bytes_up_total": result.bytes.up_total,
+        "bytes_down_total": result.bytes.down_total,
+        "seconds": result.seconds.total,
+        "rounds": result.num_rounds,
+        "clients": result.num_clients,
+        "seed": result.seed,
+    }

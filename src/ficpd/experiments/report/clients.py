@@ -3,22 +3,21 @@
 from ficpd.evaluation.evaluate import client_mean
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
+from ficpd.experiments.report.blocks import Block, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.overview import digits, number
-from ficpd.experiments.report.summary import PERCENT, format_interval, format_score
-from ficpd.experiments.results import ClientSpread, Gap, RunResult
+from ficpd.experiments.report.summary import PERCENT, format_interval, format_number, format_score
+from ficpd.experiments.results import Gap, RunResult
 
 GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}
-MOST = 200
-"""Clients that a table of numbers lists one by one."""
 
 
 def clients(run: Finished) -> Section | None:
     if run.own.metrics is None:
         return _shared_scores(run.own)
-    blocks = [_said(run), _spread(run), _worst_tenths(run), *_against_alone(run)]
-    return Section("clients", "Client by client", [block for block in blocks if block])
+    values = {r.label: own_scores(r, run.main) for r in run.results}
+    said = "Each dot is a client's own test; the box holds the middle half. The stroke: the mean of the worst tenth."
+    drawn = figures.spread("spread", "How clients differ", said, values, run.main, run.places)
+    return Section("clients", "Client by client", [drawn, *_worst_tenths(run), *_against_alone(run)])
 
 
 def _shared_scores(own: RunResult) -> Section | None:
@@ -34,71 +33,31 @@ def _shared_scores(own: RunResult) -> Section | None:
 
 
 def own_scores(result: RunResult, main: Metric) -> dict[str, float]:
-    """By client, as shown to a person."""
-    return {
-        name: main.scale * score[main.name] for name, score in result.scores.per_client.items() if main.name in score
-    }
+    return {name: score[main.name] for name, score in result.scores.per_client.items() if main.name in score}
 
 
-def _said(run: Finished) -> Text | None:
-    main, found = run.main, _spread_of(run.own, run.main)
-    if run.own.fairness is None or found is None:
-        return None
-    worse = run.own.fairness.worse_off_than_local.get(main.name)
-    few = " Of so few clients the intervals are too narrow." if 1 < found.clients < 10 else ""
-    alone = (
-        f" Worse off than alone: {len(worse.worse)} of {worse.clients}, {PERCENT.shown(worse.share)} %"
-        f"{format_interval(worse.interval, PERCENT)}." if worse else ""
-    )  # fmt: skip
-    mean = main.shown(found.mean) + format_interval(found.mean_interval, main)
-    tail = main.shown(found.worst_tenth) + format_interval(found.worst_tenth_interval, main)
-    return Text(
-        f"{run.own.label}, own test {main.name}{main.unit} of {found.clients} clients: mean {mean}, worst "
-        f"{main.shown(found.worst)} ({found.worst_client}), worst tenth {tail}, best {main.shown(found.best)}. "
-        f"In brackets: 95 % intervals.{few}{alone}"
-    )
-
-
-def _spread_of(result: RunResult, main: Metric) -> ClientSpread | None:
-    return result.fairness.clients.get(main.name) if result.fairness else None
-
-
-def _spread(run: Finished) -> Figure:
-    main = run.main
-    values = {result.label: own_scores(result, main) for result in run.results}
-    tails = {r.label: main.scale * found.worst_tenth for r in run.results if (found := _spread_of(r, main))}
-    own = values[run.own.label]
-    ranked = sorted(own, key=lambda name: own[name])
-    cells = [[name, *(number(of.get(name), main.digits) for of in values.values())] for name in ranked[:MOST]]
-    more = f" (the {MOST} lowest of {len(ranked)})" if len(ranked) > MOST else ""
-    said = f"Each dot is a client's own test {main.name}{main.unit}; the box holds the middle half."
-    return Figure(
-        "spread", "How clients differ", said + (" The upright stroke is the mean of the worst tenth." if tails else ""),
-        f"Box plot of {len(own)} clients by method. {run.own.label}: from {number(own[ranked[0]], main.digits)} "
-        f"({ranked[0]}) to {number(own[ranked[-1]], main.digits)} ({ranked[-1]}).",
-        figures.spread(values, tails, f"{main.name}{main.unit}", digits(main), run.places),
-        Table(f"own test {main.name}{main.unit} by client{more}", ["client", *values], cells),
-    )  # fmt: skip
-
-
-def _worst_tenths(run: Finished) -> Table | None:
-    main, cells, marked = run.main, [], set()
+def _worst_tenths(run: Finished) -> list[Table]:
+    main, cells, marked, note = run.main, [], set(), "In brackets: 95 % intervals."
     for result in run.results:
-        found = _spread_of(result, main)
-        if found:
-            marked |= {len(cells)} if result.label == run.own.label else set()
-            cells.append([
-                result.label, main.shown(found.mean) + format_interval(found.mean_interval, main),
-                main.shown(found.worst_tenth) + format_interval(found.worst_tenth_interval, main),
-                main.shown(found.worst), found.worst_client, main.shown(found.best),
-                "–" if found.deviation is None else main.shown(found.deviation),
-            ])  # fmt: skip
+        found = result.fairness.clients.get(main.name) if result.fairness else None
+        if not found:
+            continue
+        if result.label == run.own.label:
+            marked.add(len(cells))
+            note += " Of so few clients they are too narrow." if 1 < found.clients < 10 else ""
+        cells.append([
+            result.label, format_number(found.mean, main, found.mean_interval),
+            format_number(found.worst_tenth, main, found.worst_tenth_interval),
+            main.shown(found.worst), found.worst_client, main.shown(found.best),
+            format_number(found.deviation, main),
+        ])  # fmt: skip
+    worse = run.own.fairness.worse_off_than_local.get(main.name) if run.own.fairness else None
+    if worse:
+        share = PERCENT.shown(worse.share) + " %" + format_interval(worse.interval, PERCENT)
+        note += f" Worse off than alone: {len(worse.worse)} of {worse.clients} clients, {share}."
     heads = ["method", "mean", "worst tenth", "worst", "who", "best", "standard deviation"]
-    return (
-        Table(f"Clients' own test {main.name}{main.unit}, 95 % intervals", heads, cells, frozenset(marked))
-        if cells
-        else None
-    )
+    table = Table(f"Clients' own test {main.name}{main.unit}", heads, cells, frozenset(marked), note)
+    return [table] if cells else []
 
 
 def _against_alone(run: Finished) -> list[Block]:
@@ -106,24 +65,17 @@ def _against_alone(run: Finished) -> list[Block]:
         return []
     main = run.main
     xs, ys = own_scores(run.alone, main), own_scores(run.own, main)
-    both = sorted(name for name in ys if name in xs)
+    both = {name: (xs[name], ys[name]) for name in sorted(ys) if name in xs}
     if len(both) < 2:
         return []
-    sign = -1 if main.less_is_better else 1
-    better, worse = (sum(s * sign * (ys[n] - xs[n]) > 0 for n in both) for s in (1, -1))
+    better = sum(y < x if main.less_is_better else y > x for x, y in both.values())
+    worse = sum(y > x if main.less_is_better else y < x for x, y in both.values())
     where = "below" if main.less_is_better else "above"
-    return [
-        Figure(
-            "alone", "Together or alone",
-            f"Each dot is a client. Those {where} the line are better off in the federation than tuning a prompt alone: "
-            f"{better} of {len(both)}; {worse} are worse off, the rest as well off.",
-            f"Scatter plot of {len(both)} clients' own test {main.name}, alone against together: {better} better off "
-            f"together, {worse} worse off.",
-            figures.against(xs, ys, f"alone{main.unit}", f"{run.own.label}{main.unit}", digits(main)),
-            Table(f"own test {main.name}{main.unit}, alone and together", ["client", "alone", run.own.label],
-                  [[n, number(xs[n], main.digits), number(ys[n], main.digits)] for n in both[:MOST]]),
-        )
-    ]  # fmt: skip
+    said = (
+        f"Each dot is a client. Those {where} the line are better off in the federation "
+        f"than tuning a prompt alone: {better} of {len(both)}; {worse} are worse off, the rest as well off."
+    )
+    return [figures.against("alone", "Together or alone", said, both, ("alone", run.own.label), main)]
 
 
 # ---------------------------------------------------------------- levels of a prompt, groups of people
@@ -161,17 +113,12 @@ def groups(run: Finished) -> Section | None:
     for task, found in fairness.groups.items():
         cells = [
             [f"{name}{' (few)' if name in found.few else ''}", f"{one.records:,}",
-             f"{PERCENT.shown(one.accuracy)}{format_interval(one.interval, PERCENT)}"]
+             format_number(one.accuracy, PERCENT, one.interval)]
             for name, one in found.groups.items()
         ]  # fmt: skip
         if cells:
-            blocks.append(
-                Table(
-                    f"{task}: accuracy by {fairness.column}",
-                    [fairness.column, "test records", "accuracy %"],
-                    cells,
-                )
-            )
+            heads = [fairness.column, "test records", "accuracy %"]
+            blocks.append(Table(f"{task}: accuracy by {fairness.column}", heads, cells))
         if found.said:
             blocks.append(Text(found.said.capitalize() + "."))
         else:

@@ -1,56 +1,23 @@
 """A comparison as a page, from its `compare.json`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
-from ficpd.experiments.comparison.schema import (
-    Against,
-    CellResult,
-    ComparisonResult,
-    Condition,
-    Setting,
-    Summary,
-    Sweep,
-    Target,
-)
-from ficpd.experiments.report.blocks import Block, Code, KeyValues, Section, Table, Text
-from ficpd.experiments.report.overview import format_gap, with_unit
-from ficpd.experiments.report.summary import format_interval
+from ficpd.experiments.comparison.schema import ComparisonResult, Condition, Front
+from ficpd.experiments.report import comparison_tables as tables
+from ficpd.experiments.report import figures
+from ficpd.experiments.report.blocks import Block, Code, Collapsible, Figure, KeyValues, Section, Text, paired
+from ficpd.experiments.report.comparison_tables import SURE, cells_of, front_title, metric_of, title, verdict
+from ficpd.experiments.report.overview import described, with_unit
 
-GIVEN, AS_GIVEN = "given", "as given"
-SURE = 0.05
-"""Of a corrected p-value."""
 MOST_FIGURES = 12
 """Of one kind: a large grid has its numbers in tables."""
 
-Placed = CellResult | Condition | Setting | Target
-"""What stands somewhere in the grid."""
-
-
-# ---------------------------------------------------------------- words
-
-
-def named(*labels: str, sweep: Sweep) -> str:
-    """Says where in the grid something stands. What the file leaves open is not named.
-
-    >>> named("abstracts", "given", sweep={"prompt.num_tokens": 5})
-    'abstracts, prompt.num_tokens = 5'
-    """
-    words = [label for label in labels if label != GIVEN]
-    return ", ".join([*words, *(f"{path} = {value}" for path, value in sweep.items())]) or AS_GIVEN
-
-
-def condition_name(at: Condition | CellResult) -> str:
-    return named(at.task, at.partition, at.budget, sweep=at.sweep)
-
-
-def same_setting(at: Placed, other: Placed) -> bool:
-    return (at.partition, at.budget, at.sweep) == (other.partition, other.budget, other.sweep)
-
 
 def places_of(tree: ComparisonResult) -> dict[str, int]:
-    """Which colour and symbol each method has in every figure: the reference the first."""
+    """Returns the place of each method's colour and symbol in every figure: the reference the first."""
     others = [label for label in tree.methods if label != tree.reference]
     return {label: place for place, label in enumerate([tree.reference, *others])}
 
@@ -61,71 +28,37 @@ def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
     return [(at, metric) for at, metric in found if metric and any(of.n for of in at.methods.values())]
 
 
-def mean_of(summary: Summary, metric: Metric) -> str:
-    if summary.mean is None:
-        return "–"
-    return metric.shown(summary.mean) + format_interval(summary.interval, metric)
-
-
-def verdict(against: Against | None, metric: Metric) -> int:
-    """Returns 1 where a method is better than the reference beyond chance, -1 where it is worse, 0 where that is open."""
-    if not against or against.difference is None or against.p_holm is None or against.p_holm >= SURE:
-        return 0
-    return -1 if (against.difference > 0) == metric.less_is_better else 1
-
-
 # ---------------------------------------------------------------- the first screen
 
 
 def headline(tree: ComparisonResult) -> str:
-    """How the reference does against all others, in one sentence."""
+    """Says how the reference does against all other methods."""
     reference, known = tree.reference, finished(tree)
-    lines = {label for label, about in tree.methods.items() if about.line}
     pairs = [
-        (of.against, of.against.difference, metric)
+        (of.against, metric)
         for at, metric in known
         for label, of in at.methods.items()
-        if label != reference and label not in lines and of.against and of.against.difference is not None
+        if label != reference and label not in tree.lines and of.against and of.against.difference is not None
     ]
     if not pairs:
-        return f"{tree.name}: {_alone(reference, known)}"
-    tested = [(against, metric) for against, _, metric in pairs if against.p_holm is not None]
-    if not tested:
-        ahead = sum((difference < 0) != metric.less_is_better for _, difference, metric in pairs)
-        return f"{reference} is ahead in {ahead} of {len(pairs)} comparisons with other methods; too few seeds to test any."
-    if len(pairs) == 1:
-        against, difference, metric = pairs[0]
-        (other,) = [label for at, _ in known for label in at.methods if label not in lines | {reference}]
-        sure = "beyond chance" if verdict(against, metric) else "which may be chance"
-        return f"{reference} is {format_gap(metric, 0.0, difference)} {other}, {sure}."
-    verdicts = [verdict(against, metric) for against, metric in tested]
+        own = [(of.mean, m) for at, m in known if (of := at.methods.get(reference)) and of.mean is not None]
+        means = ", ".join(f"{with_unit(metric, mean)} {metric.name}" for mean, metric in own[:MOST_FIGURES])
+        return f"{tree.name}: {reference} {f'has {means}' if own else 'has not finished anything yet'}."
+    verdicts = [verdict(against, metric) for against, metric in pairs]
+    untested = sum(against.p_holm is None for against, _ in pairs)
+    few = f"; {untested} could not be tested, for too few seeds" if untested else ""
     return (
         f"{reference} beats other methods in {verdicts.count(-1)} of {len(verdicts)} comparisons, is beaten in "
-        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided."
+        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided{few}."
     )
-
-
-def _alone(reference: str, known: Sequence[tuple[Condition, Metric]]) -> str:
-    """What can be said of a method that is compared to nobody, but for the line without a prompt."""
-    means = [[of.mean if (of := at.methods.get(n)) else None for n in (reference, "zero_shot")] for at, _ in known]
-    found = [(mean, zero, metric) for (mean, zero), (_, metric) in zip(means, known, strict=True) if mean is not None]
-    if not found:
-        return f"{reference} has not finished anything yet."
-    mean, zero, metric = found[0]
-    beside = "" if zero is None else f", {format_gap(metric, mean, zero)} no prompt at all"
-    where = f" in the first of {len(found)} conditions" if len(found) > 1 else ""
-    return f"{reference} has {with_unit(metric, mean)} {metric.name}{beside}{where}."
 
 
 def summary_blocks(tree: ComparisonResult) -> list[Block]:
     counts = tree.counts
-    numbers = {
-        "method": sum(not about.line for about in tree.methods.values()),
-        **{axis: len(getattr(tree, f"{axis}s")) for axis in ("task", "partition", "budget", "seed")},
-    }
     pairs = [
         ("cells finished", f"{counts.get('done', 0):,} of {sum(counts.values()):,}"),
-        *((axis if number == 1 else f"{axis}s", str(number)) for axis, number in numbers.items()),
+        ("methods", str(len(tree.methods) - len(tree.lines))),
+        *((axis, str(len(getattr(tree, axis)))) for axis in ("tasks", "partitions", "budgets", "seeds")),
     ]
     tested = {"t": "Paired t-tests", "wilcoxon": "Wilcoxon's signed-rank tests"}[tree.test]
     figure = {
@@ -138,43 +71,132 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
     )
     blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]
     if counts.get("failed"):
-        failed = "1 cell" if counts["failed"] == 1 else f"{counts['failed']} cells"
-        blocks.append(Text(f"{failed} failed; why is said below.", alarm=True))
+        blocks.append(Text(f"Failed cells: {counts['failed']}; the reasons are below.", alarm=True))
     return blocks
+
+
+# ---------------------------------------------------------------- the grid, ranks
+
+
+def grid(tree: ComparisonResult) -> Section:
+    drawn = [_dots(tree, place, at, metric) for place, (at, metric) in enumerate(finished(tree))]
+    each = [Collapsible(f"All figures: {table.caption}", table) for table in tables.results(tree)]
+    return Section("grid", "The grid", [*tables.overviews(tree), *_limited(drawn), *each])
+
+
+def _limited(found: Sequence[Figure]) -> list[Block]:
+    more = f"The first {MOST_FIGURES} of {len(found)} figures are drawn; all numbers are in compare.json."
+    return [*paired(found[:MOST_FIGURES]), *([Text(more)] if len(found) > MOST_FIGURES else [])]
+
+
+def _dots(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> Figure:
+    known = {label: of for label, of in at.methods.items() if of.mean is not None}
+    own = known.get(tree.reference)
+    said = f"Means over seeds with their intervals. Dashed: {tree.reference}."
+    return figures.dots(
+        f"condition-{place}", title(tree, at), said, list(known), {metric.name: [of.mean for of in known.values()]},
+        metric, [of.interval for of in known.values()], own and own.mean, tree.reference,
+    )  # fmt: skip
+
+
+def ranks(tree: ComparisonResult) -> Section:
+    drawn: list[Figure] = []
+    for place, setting in enumerate(tree.settings):
+        ranked = {label: of.rank for label, of in setting.methods.items() if of.rank is not None}
+        if len(ranked) < 2 or len(setting.ranked) < 2:
+            continue
+        order = dict(sorted(ranked.items(), key=lambda pair: (pair[1], pair[0])))
+        said = f"Over {len(setting.ranked)} tasks; 1 is the best."
+        drawn.append(figures.dots(
+            f"rank-{place}", f"Mean rank: {title(tree, setting)}", said, list(order), {"mean rank": list(order.values())},
+            Metric("mean rank", digits=2), marked=tree.reference,
+        ))  # fmt: skip
+    return Section("ranks", "Ranks over the tasks", _limited(drawn))
+
+
+# ---------------------------------------------------------------- costs, rounds, targets, clients
+
+
+def fronts(tree: ComparisonResult) -> Section:
+    found = [front for front in tree.fronts if len({p.cost for p in front.points}) > 1]
+    return Section("fronts", "What accuracy costs", _limited([_front(tree, i, front) for i, front in enumerate(found)]))
+
+
+def _front(tree: ComparisonResult, place: int, front: Front) -> Figure:
+    points, places = front.points, places_of(tree)
+    settings = list(dict.fromkeys((p.budget, str(p.sweep)) for p in points))
+    cost = Metric(tables.COSTS[front.cost], digits=2 if front.cost == "epsilon" else 0)
+    return figures.bubbles(
+        f"front-{place}", front_title(tree, front),
+        "Means over seeds. A method has its colour, a budget its shape. On the line: none is better at that cost or less.",
+        [", ".join(filter(None, [p.method, tables.labels(p)])) for p in points], [p.value for p in points],
+        metric_of(tree, front.task), [p.cost for p in points], cost,
+        [(places[p.method], settings.index((p.budget, str(p.sweep)))) for p in points],
+        frozenset(i for i, p in enumerate(points) if p.on_front), front=True,
+    )  # fmt: skip
+
+
+def on_the_way(tree: ComparisonResult) -> Section:
+    """Draws means over seeds by round, of the rounds that every finished seed of a method has."""
+    drawn: list[Figure] = []
+    for place, (at, metric) in enumerate(finished(tree)):
+        curves: dict[str, dict[int, float]] = {}
+        for label in tree.methods:
+            own = [cell for cell in cells_of(tree, label, at) if cell.status == "done"]
+            seeds = [{p.round: v for p in cell.curve if (v := getattr(p, tree.figure)) is not None} for cell in own]
+            rounds = sorted(set.intersection(*map(set, seeds))) if seeds else []
+            if len(rounds) > 1:
+                curves[label] = {r: fmean(seed[r] for seed in seeds) for r in rounds}
+        if curves:
+            said = f"{metric.name.capitalize()}{metric.unit} by round, mean over seeds."
+            drawn.append(figures.lines(f"way-{place}", title(tree, at), said, curves, metric, places_of(tree)))
+    return Section("curves", "Round by round", _limited(drawn))
+
+
+def targets(tree: ComparisonResult) -> Section:
+    return Section(
+        "targets", "Reaching a target", [Collapsible(table.caption, table) for table in tables.targets(tree)]
+    )
+
+
+def spreads(tree: ComparisonResult) -> Section:
+    said = "Own test of each client of each finished seed. The stroke: the mean of the worst tenth."
+    drawn: list[Figure] = []
+    for place, (at, metric) in enumerate(finished(tree)):
+        values = {
+            label: {
+                f"{name}, seed {cell.seed}": score
+                for cell in cells_of(tree, label, at) if cell.status == "done"
+                for name, score in cell.per_client.items() if score is not None
+            }
+            for label in tree.methods
+        }  # fmt: skip
+        values = {label: of for label, of in values.items() if of}
+        if values:
+            drawn.append(figures.spread(f"clients-{place}", title(tree, at), said, values, metric, places_of(tree)))
+    return Section("clients", "Client by client", _limited(drawn))
 
 
 # ---------------------------------------------------------------- what was compared, and what went wrong
 
 
 def failures(tree: ComparisonResult) -> Section:
-    lost = [cell for cell in tree.cells if cell.status in ("failed", "refused", "missing")]
-    cells = [[cell.method, condition_name(cell), str(cell.seed), cell.status, cell.reason or "–"] for cell in lost]
-    table = Table("Cells without a figure", ["method", "where", "seed", "what", "why"], cells)
-    return Section("failures", "What is missing", [table] if cells else [])
+    return Section("failures", "What is missing", [Text(why) for why in tables.without_figure(tree)])
 
 
 def settings(tree: ComparisonResult, text: str) -> Section:
+    def of(entries: Mapping[str, Mapping[str, Any]]) -> str:
+        return "; ".join(f"{label} ({described(entry) or 'as given'})" for label, entry in entries.items())
+
     pairs = [
         ("name", tree.name),
         ("methods", "; ".join(f"{label} ({about.name})" for label, about in tree.methods.items())),
-        (
-            "tasks",
-            "; ".join(f"{label} ({about.task} on {about.backbone})" for label, about in tree.tasks.items()),
-        ),
-        ("partitions", _described(tree.partitions)),
-        ("budgets", _described({label: budget.model_dump() for label, budget in tree.budgets.items()})),
-        ("sweeps", _described({path: {"values": ", ".join(map(str, of))} for path, of in tree.sweeps.items()})),
+        ("tasks", "; ".join(f"{label} ({about.task} on {about.backbone})" for label, about in tree.tasks.items())),
+        ("partitions", of(tree.partitions)),
+        ("budgets", of({label: budget.model_dump(exclude_none=True) for label, budget in tree.budgets.items()})),
+        ("sweeps", of({path: {"values": ", ".join(map(str, values))} for path, values in tree.sweeps.items()})),
         ("seeds", ", ".join(map(str, tree.seeds))),
         ("version", f"ficpd {tree.ficpd}"),
     ]
     code: list[Block] = [Code("The comparison (compare.toml)", text)] if text else []
     return Section("compared", "What was compared", [KeyValues([pair for pair in pairs if pair[1]]), *code])
-
-
-def _described(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    def about(entry: Mapping[str, Any]) -> Iterable[str]:
-        return (
-            f"{key} {value}" for key, value in entry.items() if value is not None and not isinstance(value, dict | list)
-        )
-
-    return "; ".join(f"{label} ({', '.join(about(entry)) or 'as given'})" for label, entry in entries.items())

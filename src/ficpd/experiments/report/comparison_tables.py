@@ -1,6 +1,5 @@
 """The tables of a comparison, from `compare.json` alone."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ficpd.evaluation.metrics import Metric
@@ -15,28 +14,30 @@ from ficpd.experiments.comparison.schema import (
     MethodTarget,
     Setting,
     Summary,
+    Target,
 )
-from ficpd.experiments.report.comparison import same_setting
-from ficpd.experiments.report.summary import format_interval
-from ficpd.experiments.report.table_formats import Table, as_csv, as_latex, as_markdown
+from ficpd.experiments.report.blocks import Table
+from ficpd.experiments.report.summary import format_number
+from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 from ficpd.storage import atomic_write
 
 NONE = "–"
+SURE = 0.05
+"""Of a corrected p-value."""
+COSTS = {"bytes": "bytes of all clients, up and down", "epsilon": "ε", "queries": "queries"}
+
+Placed = CellResult | Condition | Setting | Target
+"""What stands somewhere in the grid."""
 
 
 def overviews(found: ComparisonResult) -> list[Table]:
-    """One for each setting: methods down, tasks across; the README's."""
+    """Makes one table for each setting: methods down, tasks across."""
     return [_overview(found, setting) for setting in found.settings]
 
 
-def all_tables(found: ComparisonResult) -> list[Table]:
-    several = len(found.tasks) > 1
-    return [
-        *(overviews(found) if several else []),
-        *(_condition(found, condition) for condition in found.conditions),
-        *_targets(found),
-        *(_front(found, front) for front in found.fronts),
-    ]
+def results(found: ComparisonResult) -> list[Table]:
+    """Makes one table for each condition: a line for each method."""
+    return [_condition(found, condition) for condition in found.conditions]
 
 
 def _overview(found: ComparisonResult, setting: Setting) -> Table:
@@ -45,17 +46,17 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
     conditions = {c.task: c for c in found.conditions if same_setting(c, setting)}
     tasks = [task for task in tasks if task in conditions]
     heads = [
-        "method", *(f"{_task(found, task)}{_metric(found, task).unit}" for task in tasks),
+        "method", *(f"{_task(found, task)}{metric_of(found, task).unit}" for task in tasks),
         *(["mean rank"] if several else []), f"minus {reference}", "p (Holm)", "bytes",
     ]  # fmt: skip
     lines = []
     for label in found.methods:
         own = [conditions[task].methods[label] for task in tasks]
-        entry, one = setting.methods[label], _metric(found, tasks[0])
+        entry, one = setting.methods[label], metric_of(found, tasks[0])
         sent = [summary.bytes for summary in own if summary.bytes is not None]
         lines.append([
             label,
-            *(_plus_minus(summary, _metric(found, task)) for task, summary in zip(tasks, own, strict=True)),
+            *(_plus_minus(summary, metric_of(found, task)) for task, summary in zip(tasks, own, strict=True)),
             *([NONE if entry.rank is None else f"{entry.rank:.2f}"] if several else []),
             _difference(entry.against, one),
             _p(entry.against and entry.against.p_holm),
@@ -64,15 +65,17 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
     friedman = setting.friedman
     ranks = f" Friedman's test of the ranks over {len(setting.ranked)} tasks: p = {_p(friedman.p)}." if friedman else ""
     test = "t" if found.test == "t" else "Wilcoxon's"
+    whose = "Own test, mean over clients" if found.figure == "own" else "Everyone's test"
     note = (
-        f"{_figure(found)}, mean ± half the 95 % interval over {len(found.seeds)} seeds; difference and p: paired {test} "
-        f"test over seeds{' and tasks' * several}, Holm's correction.{ranks}"
+        f"{whose}, mean ± half the 95 % interval over {len(found.seeds)} seeds; difference and p: paired {test} test over "
+        f"seeds{' and tasks' * several}, Holm's correction. ▲: better than {reference} on that task (p below {SURE:g}); "
+        f"▼: worse.{ranks}"
     )
-    return Table("overview", _title(found, setting), heads, lines, note)
+    return Table(title(found, setting), heads, lines, _marked(found), note)
 
 
 def _condition(found: ComparisonResult, condition: Condition) -> Table:
-    metric, reference = _metric(found, condition.task), found.reference
+    metric, reference = metric_of(found, condition.task), found.reference
     counted = any(s.queries is not None for s in condition.methods.values())
     heads = [
         "method", "ε", f"{metric.name}{metric.unit} [95 %]", "everyone's test", "worst client", "seeds",
@@ -80,10 +83,9 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
     ]  # fmt: skip
     lines = []
     for label, s in condition.methods.items():
-        mean = NONE if s.mean is None else metric.shown(s.mean) + format_interval(s.interval, metric)
         lines.append([
-            label, _epsilon(found, condition, label), mean,
-            *(NONE if score is None else metric.shown(score) for score in (s.everyone, s.worst)),
+            label, _epsilon(found, condition, label), format_number(s.mean, metric, s.interval),
+            format_number(s.everyone, metric), format_number(s.worst, metric),
             str(s.n), _difference(s.against, metric), _p(s.against and s.against.p), _p(s.against and s.against.p_holm),
             _bytes(s.bytes_up), _bytes(s.bytes_down),
             *([NONE if s.queries is None else f"{s.queries:,.0f}"] if counted else []),
@@ -93,38 +95,27 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
     why = sorted({s.against.why for s in condition.methods.values() if s.against and s.against.why})
     no_test = f" No p: {'; '.join(why)}." if why else ""
     note = f"{metric.name} is that of {whose}; difference and p in pairs of the same seed.{no_test}"
-    return Table("results", _title(found, condition), heads, lines, note)
+    return Table(title(found, condition), heads, lines, _marked(found), note)
 
 
-def _targets(found: ComparisonResult) -> list[Table]:
-    """One for each condition: what it takes to reach each share."""
+def targets(found: ComparisonResult) -> list[Table]:
+    """Makes one table for each condition: what it takes to reach each share."""
+    costs = ["rounds", "bytes up", "bytes down", "queries", "seconds"]
+    heads = ["method", "of centralized", "seeds that reach it", *costs]
+    note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
     tables = []
-    for condition in found.conditions:
-        metric = _metric(found, condition.task)
-        own = [one for one in found.targets if same_setting(one, condition) and one.task == condition.task]
+    for at in found.conditions:
+        metric = metric_of(found, at.task)
         lines = [
             [label, f"{100 * target.share:g} % ({metric.shown(target.target)})", f"{m.reached} of {len(m.of)}",
-             *(_needed(m, key) for key in ("rounds", "bytes_up", "bytes_down", "queries", "seconds"))]
-            for target in own
+             *(_needed(m, cost.replace(" ", "_")) for cost in costs)]
+            for target in found.targets
+            if same_setting(target, at) and target.task == at.task and target.target is not None
             for label, m in target.methods.items()
-            if target.target is not None and m.of
+            if m.of
         ]  # fmt: skip
-        if all(target.target is None for target in own):
-            continue
-        heads = [
-            "method",
-            "of centralized",
-            "seeds that reach it",
-            "rounds",
-            "bytes up",
-            "bytes down",
-            "queries",
-            "seconds",
-        ]
-        note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
-        tables.append(
-            Table("targets", f"To reach the centralised line: {_title(found, condition)}", heads, lines, note)
-        )
+        if lines:
+            tables.append(Table(f"To reach the centralised line: {title(found, at)}", heads, lines, note=note))
     return tables
 
 
@@ -135,29 +126,55 @@ def _needed(method: MethodTarget, key: str) -> str:
     return _bytes(value) if key.startswith("bytes") else _few(value)
 
 
-def _front(found: ComparisonResult, front: Front) -> Table:
-    metric = _metric(found, front.task)
-    at = ", ".join([_task(found, front.task), *([front.partition] if front.partition != DEFAULT else [])])
-    how: Callable[[float], str] = {"bytes": _bytes, "epsilon": "{:.3g}".format, "queries": "{:,.0f}".format}[front.cost]
-    lines = [
-        [p.method, _labels(p) or NONE, how(p.cost), metric.shown(p.value),
-         "yes" if p.on_front else ""]
-        for p in sorted(front.points, key=lambda p: (p.cost, p.method))
-    ]  # fmt: skip
-    heads = ["method", "at", front.cost.replace("epsilon", "ε"), f"{metric.name}{metric.unit}", "on the front"]
-    return Table("fronts", f"Against {front.cost}: {at}", heads, lines)
+def fronts(found: ComparisonResult) -> list[Table]:
+    """Makes one table for each task, partition and cost: every method and budget, the cheapest first."""
+    tables = []
+    for front in found.fronts:
+        metric, how = metric_of(found, front.task), _bytes if front.cost == "bytes" else _few
+        lines = [
+            [p.method, labels(p) or NONE, how(p.cost), metric.shown(p.value), "yes" if p.on_front else ""]
+            for p in sorted(front.points, key=lambda p: (p.cost, p.method))
+        ]
+        heads = ["method", "at", COSTS[front.cost], f"{metric.name}{metric.unit}", "on the front"]
+        tables.append(Table(front_title(found, front), heads, lines))
+    return tables
 
 
 # ---------------------------------------------------------------- words
 
 
-def _title(found: ComparisonResult, at: CellResult | Condition | Setting) -> str:
+def title(found: ComparisonResult, at: CellResult | Condition | Setting) -> str:
     """Joins the labels, without those of an axis that has no entries."""
     task = "" if isinstance(at, Setting) else _task(found, at.task)
-    return ", ".join(filter(None, [task, _labels(at)])) or found.name
+    return ", ".join(filter(None, [task, labels(at)])) or found.name
 
 
-def _labels(at: CellResult | Condition | Setting | FrontPoint) -> str:
+def front_title(found: ComparisonResult, front: Front) -> str:
+    at = [_task(found, front.task), *([front.partition] if front.partition != DEFAULT else [])]
+    return f"Against {COSTS[front.cost]}: {', '.join(at)}"
+
+
+def same_setting(at: Placed, other: Placed) -> bool:
+    return (at.partition, at.budget, at.sweep) == (other.partition, other.budget, other.sweep)
+
+
+def cells_of(found: ComparisonResult, label: str, at: Condition) -> list[CellResult]:
+    """Returns a method's cells of a condition, one for each seed."""
+    return [c for c in found.cells if c.method == label and c.task == at.task and same_setting(c, at)]
+
+
+def verdict(against: Against | None, metric: Metric) -> int:
+    """Returns 1 where a method is better than the reference beyond chance, -1 where it is worse, 0 where that is open."""
+    if not against or against.difference is None or against.p_holm is None or against.p_holm >= SURE:
+        return 0
+    return -1 if (against.difference > 0) == metric.less_is_better else 1
+
+
+def _marked(found: ComparisonResult) -> frozenset[int]:
+    return frozenset(i for i, label in enumerate(found.methods) if label == found.reference)
+
+
+def labels(at: CellResult | Condition | Setting | FrontPoint) -> str:
     axes = [at.budget] if isinstance(at, FrontPoint) else [at.partition, at.budget]
     swept = [f"{path} = {format_value(value)}" for path, value in at.sweep.items()]
     return ", ".join([*(label for label in axes if label != DEFAULT), *swept])
@@ -167,26 +184,21 @@ def _task(found: ComparisonResult, label: str) -> str:
     return found.tasks[label].task if label == DEFAULT else label
 
 
-def _metric(found: ComparisonResult, task: str) -> Metric:
+def metric_of(found: ComparisonResult, task: str) -> Metric:
     return found.tasks[task].metric or Metric("figure")
-
-
-def _figure(found: ComparisonResult) -> str:
-    return "Own test, mean over clients" if found.figure == "own" else "Everyone's test"
 
 
 def _plus_minus(summary: Summary, metric: Metric) -> str:
     if summary.mean is None:
         return NONE
-    ends = summary.interval
-    return metric.shown(summary.mean) + (f" ± {metric.shown((ends[1] - ends[0]) / 2)}" if ends else "")
+    ends, sign = summary.interval, {1: " ▲", -1: " ▼", 0: ""}[verdict(summary.against, metric)]
+    return metric.shown(summary.mean) + (f" ± {metric.shown((ends[1] - ends[0]) / 2)}" if ends else "") + sign
 
 
 def _difference(against: Against | None, metric: Metric) -> str:
     if against is None or against.difference is None:
         return NONE
-    sign = "+" if against.difference > 0 else ""
-    return sign + metric.shown(against.difference) + format_interval(against.interval, metric)
+    return "+" * (against.difference > 0) + format_number(against.difference, metric, against.interval)
 
 
 def _p(p: float | None) -> str:
@@ -216,7 +228,7 @@ def _few(number: float) -> str:
 
 def _epsilon(found: ComparisonResult, condition: Condition, label: str) -> str:
     """As its finished cells say."""
-    own = [c for c in found.cells if c.method == label and same_setting(c, condition) and c.task == condition.task]
+    own = cells_of(found, label, condition)
     done = [c for c in own if c.status == "done"]
     if not done:
         return ", ".join(sorted({c.status for c in own}))
@@ -228,26 +240,24 @@ def _epsilon(found: ComparisonResult, condition: Condition, label: str) -> str:
 
 
 def write_tables(found: ComparisonResult, out: Path) -> None:
-    """`compare.md` and `tables/`."""
-    tables = all_tables(found)
-    atomic_write(out / "compare.md", page(found, tables))
-    for name in ("overview", "results", "targets", "fronts"):
-        own = [table for table in (overviews(found) if name == "overview" else tables) if table.name == name]
+    """Writes `compare.md` and `tables/`."""
+    makers = {"overview": overviews, "results": results, "targets": targets, "fronts": fronts}
+    tables = {name: make(found) for name, make in makers.items()}
+    for name, own in tables.items():
         atomic_write(out / "tables" / f"{name}.csv", as_csv(own))
         atomic_write(out / "tables" / f"{name}.tex", "\n".join(map(as_latex, own)))
     atomic_write(out / "tables" / "cells.csv", cells_csv(found))
-
-
-def page(found: ComparisonResult, tables: Sequence[Table]) -> str:
     methods = ", ".join(label for label in found.methods if label not in found.lines)
-    said = ", ".join(f"{number} {status}" for status, number in found.counts.items())
+    counts = ", ".join(f"{number} {status}" for status, number in found.counts.items())
     whys = "".join(f"- {why}\n" for why in without_figure(found))
-    return (
+    head = (
         f"# {found.name}\n\n{methods}; beside {', '.join(found.lines)}. Seeds {', '.join(map(str, found.seeds))}; "
-        f"cells: {said}. Made by ficpd {found.ficpd}; docs/compare.md says how to read it.\n\n"
-        + "\n".join(as_markdown(table, "## ") for table in tables)
-        + (f"\n## Cells without a figure\n\n{whys}" if whys else "")
+        f"cells: {counts}. Made by ficpd {found.ficpd}; docs/compare.md says how to read it.\n\n"
     )
+    if len(found.tasks) == 1:
+        del tables["overview"]
+    drawn = "\n".join(as_markdown(table, "## ") for own in tables.values() for table in own)
+    atomic_write(out / "compare.md", head + drawn + (f"\n## Cells without a figure\n\n{whys}" if whys else ""))
 
 
 def without_figure(found: ComparisonResult) -> list[str]:
@@ -256,7 +266,7 @@ def without_figure(found: ComparisonResult) -> list[str]:
     first: dict[str, str] = {}
     for cell in found.cells:
         if cell.reason:
-            at = f"{cell.method} ({_title(found, cell)})"
+            at = f"{cell.method} ({title(found, cell)})"
             seeds.setdefault(f"{at} {cell.status}", []).append(cell.seed)
             first.setdefault(f"{at} {cell.status}", cell.reason)
     return [f"{at}, seeds {', '.join(map(str, seeds[at]))}: {first[at]}" for at in seeds]

@@ -1,17 +1,25 @@
-"""Figures of a page: plotly's graph objects in one template.
+"""Figures of a page: plotly's graph objects in one template, each with its numbers as a table.
+
+Values are in a metric's own units; figures and tables show them scaled.
 
 Colours have a contrast of at least 3 to 1 with the light and the dark panel, and symbols differ as well. The page's script
 adds the colour of texts. Text from data goes through `safe`, because plotly reads a little HTML in its texts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
 
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.report.blocks import Figure, Table
+from ficpd.experiments.report.summary import format_number
+
 Values = Sequence[float | None]
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Point = tuple[float, float]
 
 COLOURS = ["#2b82c4", "#d2601a", "#12936c", "#a765b3", "#a07b10", "#4797bd", "#78838d", "#cf5389"]
 SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "star-triangle-up"]
@@ -31,11 +39,6 @@ TEMPLATE = go.layout.Template(
                    "itemdoubleclick": False},
     },
     data={
-        "heatmap": [{
-            "colorscale": [[0, "#f7f5f0"], [1, "#7fbde8"]], "textfont": {"color": DARK}, "xgap": 2, "ygap": 2, "zmax": 1,
-            "colorbar": {"thickness": 10, "outlinewidth": 0}, "hovertemplate": "%{hovertext}: %{z:.2f}<extra></extra>",
-        }],
-        "bar": [{"orientation": "h", "textposition": "none"}],
         "box": [{"orientation": "h", "boxpoints": "all", "jitter": 0.6, "pointpos": 0, "hoveron": "points"}],
     },
 )  # fmt: skip
@@ -71,110 +74,163 @@ def mark(place: int, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "symbol": symbol, **more}
 
 
-def figure(traces: Sequence[Any], height: int, x: str, y: str = "", **layout: Any) -> go.Figure:
+def draw(traces: Sequence[Any], height: int, x: str, y: str = "", **layout: Any) -> go.Figure:
     """Draws traces in the template. Each entry of a legend adds to the height."""
     legend = 14 * len(traces) if len(traces) > 1 and layout.get("showlegend", True) else 0
     drawn = go.Figure(list(traces), {"template": TEMPLATE, "height": height + legend, **layout})
     return drawn.update_xaxes(title_text=x).update_yaxes(title_text=y)
 
 
+def scaled(values: Values, metric: Metric) -> list[float | None]:
+    return [None if value is None else metric.scale * value for value in values]
+
+
 def dots(
-    names: Sequence[str], series: Mapping[str, Values], x: str, ends: Sequence[Any] = (),
-    line: float | None = None, shown: str = ".1f", marked: str | None = None,
-) -> go.Figure:  # fmt: skip
+    id: str, title: str, said: str, names: Sequence[str], series: Mapping[str, Values], metric: Metric,
+    ends: Sequence[Sequence[float] | None] = (), line: float | None = None, marked: str | None = None,
+) -> Figure:  # fmt: skip
     """Draws a line for each name and a dot for each of its values.
 
     `ends`: (low, high) or None for the first series. `line`: a value to compare with. `marked`: a name in bold.
     """
     traces = [
         go.Scatter(
-            mode="markers", name=label(of), x=list(values), y=list(range(len(names))), text=[safe(n) for n in names],
-            marker=mark(place, size=12), hovertemplate=f"%{{text}}<br>%{{fullData.name}}: %{{x:{shown}}}<extra></extra>",
+            mode="markers", name=label(of), x=scaled(values, metric), y=list(range(len(names))), marker=mark(place, size=12),
+            text=[safe(n) for n in names],
+            hovertemplate=f"%{{text}}<br>%{{fullData.name}}: %{{x:.{metric.digits}f}}<extra></extra>",
         )
         for place, (of, values) in enumerate(series.items())
     ]  # fmt: skip
+    ends = ends or [None] * len(names)
     if any(ends):
         values = next(iter(series.values()))
         known = [None if v is None or e is None else (e[1] - v, v - e[0]) for v, e in zip(values, ends, strict=True)]
-        up, down = ([of and of[side] for of in known] for side in (0, 1))
+        up, down = (scaled([of and of[side] for of in known], metric) for side in (0, 1))
         traces[0].error_x = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5}
-    drawn = figure(traces, 66 + ROW * len(names), x, yaxis=named_rows(names, marked))
-    return drawn if line is None else drawn.add_vline(line, line=DASHED)
+    what = metric.name + metric.unit
+    plot = draw(traces, 66 + ROW * len(names), what, yaxis=named_rows(names, marked))
+    if line is not None:
+        plot.add_vline(metric.scale * line, line=DASHED)
+    cells = [
+        [name, *(format_number(values[i], metric, None if j else ends[i]) for j, values in enumerate(series.values()))]
+        for i, name in enumerate(names)
+    ]
+    lines_marked = frozenset(i for i, name in enumerate(names) if name == marked)
+    return Figure(id, title, said, plot, Table(f"{title}: {what}", ["", *series], cells, lines_marked))
 
 
-def lines(curves: Curves, y: str, level: float | None, places: Mapping[str, int]) -> go.Figure:
-    """Draws curves over the rounds. `level`: a value to compare with. `places`: the colour and symbol of each curve."""
-    most = max((xs[-1] for xs, _ in curves.values()), default=1)
+def lines(
+    id: str, title: str, said: str, curves: Mapping[str, Mapping[int, float]], metric: Metric, places: Mapping[str, int],
+    level: float | None = None,
+) -> Figure:  # fmt: skip
+    """Draws curves by round. `level`: a value to compare with. `places`: the colour and symbol of each curve."""
+    rounds = sorted({x for curve in curves.values() for x in curve})
     traces = [
         go.Scatter(
-            mode="lines+markers", name=label(name), x=list(xs), y=list(ys), marker=mark(places[name], size=7),
-            line={"width": 2, "color": mark(places[name])["color"]},
+            mode="lines+markers", name=label(name), x=list(curve), y=scaled(list(curve.values()), metric),
+            marker=mark(places[name], size=7), line={"width": 2, "color": mark(places[name])["color"]},
             hovertemplate="%{fullData.name}<br>round %{x}: %{y:,.4~g}<extra></extra>",
         )
-        for name, (xs, ys) in curves.items()
+        for name, curve in curves.items()
     ]  # fmt: skip
-    drawn = figure(traces, 330, "round", y, xaxis={"dtick": max(1, round(most / 8)), "tick0": 0, "tickformat": "d"})
-    return drawn if level is None else drawn.add_hline(level, line=DASHED)
+    what = metric.name + metric.unit
+    ticks = {"dtick": max(1, round(max(rounds) / 8)), "tick0": 0, "tickformat": "d"}
+    plot = draw(traces, 330, "round", what, xaxis=ticks)
+    if level is not None:
+        plot.add_hline(metric.scale * level, line=DASHED)
+    cells = [[str(x), *(format_number(curve.get(x), metric) for curve in curves.values())] for x in rounds]
+    return Figure(id, title, said, plot, Table(f"{title}: {what} by round", ["round", *curves], cells))
 
 
 def bubbles(
-    names: Sequence[str], xs: Sequence[float], ys: Sequence[float], sizes: Sequence[float], texts: Sequence[str],
-    x: str, y: str, marks: Sequence[tuple[int, int]], xaxis: Mapping[str, Any],
-) -> go.Figure:  # fmt: skip
-    """Draws a bubble for each name, the largest first. `marks`: the colour and the symbol of each."""
+    id: str, title: str, said: str, names: Sequence[str], values: Sequence[float], metric: Metric,
+    costs: Sequence[float], cost: Metric, marks: Sequence[tuple[int, int]], large: frozenset[int], front: bool = False,
+) -> Figure:  # fmt: skip
+    """Draws values against costs on a logarithmic axis that has 0, too, a decade below the least cost.
+
+    An infinite cost stands a decade above the largest. `marks`: the place of colour and symbol of each name.
+    `front`: a line through those that are `large`.
+    """
+    known = [value for value in costs if 0 < value < math.inf] or [1.0]
+    least, most = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    ticks = {t: f"10<sup>{t}</sup>" if abs(t) > 3 else f"{10.0**t:g}" for t in range(least, max(most, least + 1) + 1)}
+    ticks |= ({least - 1: "0"} if min(costs) <= 0 else {}) | (
+        {max(ticks) + 1: "none"} if max(costs) == math.inf else {}
+    )
+    xs = [least - 1 if c <= 0 else max(ticks) if c == math.inf else math.log10(c) for c in costs]
+    ys, what = [metric.scale * value for value in values], metric.name + metric.unit
+    cells = [
+        [name, metric.shown(value), "none" if c == math.inf else f"{c:,.{cost.digits}f}"]
+        for name, value, c in zip(names, values, costs, strict=True)
+    ]
     traces = [
         go.Scatter(
-            mode="markers", name=label(names[i]), x=[xs[i]], y=[ys[i]], text=[f"{safe(names[i])}<br>{safe(texts[i])}"],
-            marker={**mark(marks[i][0]), "symbol": mark(marks[i][1])["symbol"], "size": sizes[i]},
-            hovertemplate="%{text}<extra></extra>",
+            mode="markers", name=label(names[i]), x=[xs[i]], y=[ys[i]], text=[safe(names[i])],
+            marker={**mark(marks[i][0]), "symbol": mark(marks[i][1])["symbol"], "size": 22 if i in large else 13},
+            hovertemplate=f"%{{text}}<br>{cells[i][1]}{metric.unit}, {cost.name} {cells[i][2]}<extra></extra>",
         )
-        for i in sorted(range(len(names)), key=lambda i: -sizes[i])
+        for i in sorted(range(len(names)), key=lambda i: i not in large)
     ]  # fmt: skip
-    return figure(traces, 360, x, y, xaxis=xaxis)
+    axis = {"tickvals": list(ticks), "ticktext": list(ticks.values()), "range": [min(ticks) - 0.5, max(ticks) + 0.5]}
+    plot = draw(traces, 360, cost.name, what, xaxis=axis)
+    if front:
+        on = sorted((xs[i], ys[i]) for i in large)
+        plot.add_scatter(mode="lines", x=[x for x, _ in on], y=[y for _, y in on], hoverinfo="skip", showlegend=False,
+                         line={"color": GREY, "width": 1.5, "shape": "hv"})  # fmt: skip
+    return Figure(id, title, said, plot, Table(f"{title}: {what}", ["", what, cost.name], cells, large))
 
 
 def spread(
-    values: Mapping[str, Mapping[str, float]], tails: Mapping[str, float | None], x: str, shown: str,
-    places: Mapping[str, int],
-) -> go.Figure:  # fmt: skip
-    """Draws a box and all dots of each method: `values` by method and client; `tails`: the mean of the worst tenth."""
+    id: str, title: str, said: str, values: Mapping[str, Mapping[str, float]], metric: Metric, places: Mapping[str, int]
+) -> Figure:
+    """Draws a box of each method's clients, all of them as dots, and a stroke for the mean of the worst tenth."""
     traces: list[Any] = [
         go.Box(
-            name=label(method), x=list(of.values()), y=[row] * len(of), text=[safe(client) for client in of],
+            name=label(method), x=scaled(list(of.values()), metric), y=[row] * len(of), text=[safe(client) for client in of],
             marker={"color": mark(places[method])["color"], "size": 6, "opacity": 0.75}, line={"width": 1.5},
-            hovertemplate=f"%{{text}}: %{{x:{shown}}}<extra></extra>",
+            hovertemplate=f"%{{text}}: %{{x:.{metric.digits}f}}<extra></extra>",
         )
         for row, (method, of) in enumerate(values.items())
     ]  # fmt: skip
-    known = {row: tails[method] for row, method in enumerate(values) if tails.get(method) is not None}
+    ranked = [sorted(of.values(), reverse=metric.less_is_better) for of in values.values()]
+    tails = [fmean(of[: -(-len(of) // 10)]) for of in ranked]
     traces.append(go.Scatter(
-        mode="markers", x=list(known.values()), y=list(known),
-        hovertemplate=f"worst tenth, mean: %{{x:{shown}}}<extra></extra>",
+        mode="markers", x=scaled(tails, metric), y=list(range(len(tails))),
+        hovertemplate=f"worst tenth, mean: %{{x:.{metric.digits}f}}<extra></extra>",
         marker={"symbol": "line-ns-open", "size": 26, "color": GREY, "line": {"width": 3}},
     ))  # fmt: skip
-    height = 70 + 62 * len(values)
-    return figure(traces, height, x, showlegend=False, boxgap=0.45, yaxis=named_rows(list(values)))
+    what = metric.name + metric.unit
+    plot = draw(traces, 70 + 62 * len(values), what, showlegend=False, boxgap=0.45, yaxis=named_rows(list(values)))
+    cells = [
+        [name, str(len(of)), *map(metric.shown, (of[0], tail, of[-1]))]
+        for name, of, tail in zip(values, ranked, tails, strict=True)
+    ]
+    heads = ["method", "clients", "worst", "worst tenth, mean", "best"]
+    return Figure(id, title, said, plot, Table(f"{title}: own test {what}", heads, cells))
 
 
-def against(xs: Mapping[str, float], ys: Mapping[str, float], x: str, y: str, shown: str = ".1f") -> go.Figure:
-    """Draws a dot for each client, and the line on which both values are equal."""
-    names = [name for name in ys if name in xs]
-    low, high = min([*xs.values(), *ys.values()]), max([*xs.values(), *ys.values()])
+def against(id: str, title: str, said: str, of: Mapping[str, Point], heads: tuple[str, str], metric: Metric) -> Figure:
+    """Draws a dot for each client, and the line on which both of its values are equal."""
+    xs, ys = ([metric.scale * both[i] for both in of.values()] for i in (0, 1))
+    low, high = min(xs + ys), max(xs + ys)
     room = 0.06 * (high - low or 1)
     ends = [low - room, high + room]
     trace = go.Scatter(
-        mode="markers", x=[xs[n] for n in names], y=[ys[n] for n in names], text=[safe(n) for n in names],
-        marker=mark(0, size=10, opacity=0.75),
-        hovertemplate=f"%{{text}}<br>alone %{{x:{shown}}}, together %{{y:{shown}}}<extra></extra>",
+        mode="markers", x=xs, y=ys, text=[safe(n) for n in of], marker=mark(0, size=10, opacity=0.75),
+        hovertemplate=f"%{{text}}<br>%{{x:.{metric.digits}f}}, %{{y:.{metric.digits}f}}<extra></extra>",
     )  # fmt: skip
-    drawn = figure([trace], 440, x, y, xaxis={"range": ends}, yaxis={"range": ends})
-    return drawn.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line=DASHED)
+    plot = draw([trace], 440, *(f"{head}{metric.unit}" for head in heads), xaxis={"range": ends}, yaxis={"range": ends})
+    plot.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line=DASHED)
+    cells = [[name, *map(metric.shown, both)] for name, both in of.items()]
+    return Figure(
+        id, title, said, plot, Table(f"{title}: own test {metric.name}{metric.unit}", ["client", *heads], cells)
+    )
 
 
 def plane(
-    at: Mapping[str, tuple[float, float]], member: Mapping[str, int], prompts: Mapping[str, tuple[float, float]],
-    x: str, y: str,
-) -> go.Figure:  # fmt: skip
+    id: str, title: str, said: str, at: Mapping[str, Point], member: Mapping[str, int], prompts: Mapping[str, Point],
+    axes: tuple[str, str],
+) -> Figure:  # fmt: skip
     """Draws clients (`at`), each tied to its prototype, and the prompts, larger and named."""
     traces: list[Any] = []
     for k in sorted(set(member.values())):
@@ -197,23 +253,7 @@ def plane(
         text=[label(name) for name in prompts], textposition="top center", hovertemplate="%{text}<extra></extra>",
         marker={"symbol": "star", "size": 17, "color": colours, "line": {"color": GREY, "width": 1.2}},
     ))  # fmt: skip
-    return figure(traces, 480, x, y, showlegend=False)
-
-
-def heat(names: Sequence[str], cosine_NN: Sequence[Sequence[float]]) -> go.Figure:
-    """Draws similarities between names, with their numbers where there is room for them."""
-    full, rows = [safe(name) for name in names], named_rows(names)
-    few = len(names) <= 12
-    trace = go.Heatmap(
-        z=cosine_NN, zmin=min(0.9, *(min(line) for line in cosine_NN)), showscale=not few,
-        hovertext=[[f"{a}, {b}" for b in full] for a in full], texttemplate="%{z:.2f}" if few else None,
-    )  # fmt: skip
-    return figure([trace], 70 + min(34 * len(names), 560), "", xaxis={**rows, "range": rows["range"][::-1]}, yaxis=rows)
-
-
-def bars(names: Sequence[str], values: Sequence[float], x: str, shown: str, most: float) -> go.Figure:
-    trace = go.Bar(
-        x=list(values), y=list(range(len(names))), text=[safe(name) for name in names], marker_color=COLOURS[0],
-        hovertemplate=f"%{{text}}: %{{x:{shown}}}<extra></extra>",
-    )  # fmt: skip
-    return figure([trace], 70 + ROW * len(names), x, bargap=0.35, xaxis={"range": [0, most]}, yaxis=named_rows(names))
+    cells = [[name, "prompt", *(f"{v:.3f}" for v in xy)] for name, xy in prompts.items()]
+    cells += [[name, f"client of prototype-{member[name]}", *(f"{v:.3f}" for v in xy)] for name, xy in at.items()]
+    numbers = Table(f"{title}: places", ["name", "what", *axes], cells)
+    return Figure(id, title, said, draw(traces, 480, *axes, showlegend=False), numbers)

@@ -1,10 +1,6 @@
-"""What the federation left: prompts in two dimensions with their clients, the library, its keys, and examples to read."""
+"""The sections on prototypes, the prompt library and synthetic examples."""
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +10,11 @@ from ficpd.evaluation.metrics import main_metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Examples, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.overview import number
 from ficpd.experiments.report.summary import format_score
 from ficpd.experiments.results import Distillation
 from ficpd.library.card import describe_shape
+from ficpd.library.distillation import filters
 from ficpd.library.library import PromptLibrary
-from ficpd.types import State
 
 OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
@@ -48,40 +43,26 @@ def prototypes(run: Finished) -> Section | None:
 
 
 def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
-    """Prompts as they stand off the global one, and clients' own where the server knows them."""
+    """Draws the prompts' offsets from the start, and those of clients that the server knows."""
     ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
         return []
-    clients = offsets(run.state, ways["global"]) if "global" in ways else {}
-    clients = {name: way for name, way in clients.items() if name in member and way.shape == ways["global"].shape}
+    arrays, shared = run.state.arrays if run.state else {}, ways.get("global")
+    # methods/ficpd keeps each client's offset from the global prompt
+    clients = {
+        name: shared + arrays[OFFSET + name]
+        for name in member
+        if shared is not None and OFFSET + name in arrays and arrays[OFFSET + name].shape == shared.shape
+    }
     at, kept = flattened([*ways.values(), *clients.values()])
-    of_prompts = dict(zip(ways, at, strict=False))
-    of_clients = dict(zip(clients, at[len(ways) :], strict=True)) or _around(of_prompts, member)
-    where = (
-        "A client's dot is the prompt that it reached when it last took part." if clients
-        else "A client's dot only says which prototype is its own: what it learned was not kept."
-    )  # fmt: skip
-    how = (
-        f"Principal components of the prompts' way from the start; together they hold {sum(kept):.0%} of the variation"
+    of_clients = dict(zip(clients, at[len(ways) :], strict=True))
+    said = (
+        f"Principal components of the prompts' way from the start; together they hold {sum(kept):.0%} of the variation."
+        + (" A client's dot is the prompt that it reached when it last took part." if clients else "")
     )
-    cells = [[name, "prompt", *(number(v, 3) for v in xy)] for name, xy in of_prompts.items()]
-    cells += [
-        [name, f"client of prototype-{member[name]}", *(number(v, 3) for v in xy)] for name, xy in of_clients.items()
-    ]
-    return [
-        Figure(
-            "plane", "Prompts in two dimensions", f"{how}. {where}",
-            f"Scatter plot of {len(ways)} prompts and {len(of_clients)} clients, each tied to its prototype.",
-            figures.plane(of_clients, member, of_prompts, f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"),
-            Table("Places in the figure", ["name", "what", "first component", "second"], cells),
-        )
-    ]  # fmt: skip
-
-
-def offsets(state: State | None, shared: Tensor) -> dict[str, Tensor]:
-    """Each client's way from the start, of a method that keeps how its prompt stood off the global one (`methods/ficpd`)."""
-    arrays = state.arrays if state else {}
-    return {name.removeprefix(OFFSET): shared + array for name, array in arrays.items() if name.startswith(OFFSET)}
+    axes = f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"
+    of_prompts = dict(zip(ways, at, strict=False))
+    return [figures.plane("plane", "Prompts in two dimensions", said, of_clients, member, of_prompts, axes)]
 
 
 def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[float]]:
@@ -96,29 +77,6 @@ def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[f
     return at, [float(share) for share in pca.explained_variance_ratio_]
 
 
-def _around(prompts: Mapping[str, tuple[float, float]], member: Mapping[str, int]) -> dict[str, tuple[float, float]]:
-    """Clients on a ring around their prototype."""
-    spans = [max(p[axis] for p in prompts.values()) - min(p[axis] for p in prompts.values()) for axis in (0, 1)]
-    found: dict[str, tuple[float, float]] = {}
-    for k in sorted(set(member.values())):
-        own, centre = [n for n in sorted(member) if member[n] == k], prompts.get(f"prototype-{k}", (0.0, 0.0))
-        for turn, name in zip(torch.linspace(0, 2 * torch.pi, len(own) + 1).tolist(), own, strict=False):
-            found[name] = (
-                centre[0] + 0.05 * (spans[0] or 1) * _cos(turn),
-                centre[1] + 0.08 * (spans[1] or 1) * _cos(turn - 1.5708),
-            )
-    return found
-
-
-def _cos(turn: float) -> float:
-    return float(torch.tensor(turn).cos())
-
-
-def _norm(offset: torch.Tensor) -> str:
-    """Formats the length of an offset; token ids have none."""
-    return f"{float(offset.norm()):.3f}" if offset.is_floating_point() else "–"
-
-
 # ---------------------------------------------------------------- the library
 
 
@@ -126,24 +84,22 @@ def library(run: Finished) -> Section | None:
     found = run.library
     if found is None or not found.prompts:
         return None
-    served = Counter(f"prototype-{k}" for k in (run.own.clusters.member if run.own.clusters else {}).values())
-    cells = [
-        [name, _norm(found.offset(name)), str(served[name]) if name in served else "–",
-         found_first(found, name)]
-        for name in found.prompts
-    ]  # fmt: skip
+    # token ids have no length
+    lengths = {
+        name: f"{way.norm():.3f}" if (way := found.offset(name)).is_floating_point() else "–" for name in found.prompts
+    }
+    cells = [[name, length, most_similar(found, name)] for name, length in lengths.items()]
     of_tasks = found.card["tasks"].items()
     tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
-    heads = ["prompt", "way from the start", "clients", "most like it"]
+    heads = ["prompt", "way from the start", "most similar (cosine)"]
     return Section("library", "The prompt library", [
         Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
         Table("Prompts, and how far they have come", heads, cells),
-        *_similar_prompts(found), *_similar_keys(found),
     ])  # fmt: skip
 
 
-def found_first(library: PromptLibrary, name: str) -> str:
-    """The other prompt whose way from the start points most nearly the same way."""
+def most_similar(library: PromptLibrary, name: str) -> str:
+    """Names the other prompt whose offset has the largest cosine with this one's."""
     others = [other for other in library.prompts if other != name]
     if not others or not library.offset(name).any():
         return "–"
@@ -154,77 +110,21 @@ def found_first(library: PromptLibrary, name: str) -> str:
     return f"{best} ({cosine[best]:.2f})"
 
 
-def _similar_prompts(library: PromptLibrary) -> list[Figure]:
-    ways = {name: library.offset(name).flatten() for name in library.prompts if library.offset(name).any()}
-    if len(ways) < 3:
-        return []
-    return [
-        _similar(
-            "prompts", "How alike the prompts are", "Cosine of their ways from the start; 1: the same direction.", ways
-        )
-    ]
-
-
-def _similar_keys(library: PromptLibrary) -> list[Figure]:
-    """Left out where all prompts have one key: a library of one task."""
-    keys = library.keys
-    if len(keys) < 2 or all(torch.allclose(key, next(iter(keys.values())), atol=1e-5) for key in keys.values()):
-        return []
-    said = "A key says what tasks a prompt was made for, and prompts are found by it. Cosine of the keys; 1: the same tasks."
-    return [_similar("keys", "How alike the library's keys are", said, keys)]
-
-
-def _similar(id: str, title: str, said: str, vectors: Mapping[str, Tensor]) -> Figure:
-    names = list(vectors)
-    unit = F.normalize(torch.stack([vector.double() for vector in vectors.values()]), dim=1)
-    cosine_NN = (unit @ unit.T).tolist()
-    apart = [(cosine_NN[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
-    least, most = min(apart), max(apart)
-    return Figure(
-        id, title, said,
-        f"Heat map of cosine similarities of {len(names)} {id}. Most alike: {most[1]} and {most[2]}, {most[0]:.2f}; least: "
-        f"{least[1]} and {least[2]}, {least[0]:.2f}.",
-        figures.heat(names, cosine_NN),
-        Table("cosine similarities", ["", *names],
-              [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, cosine_NN, strict=True)]),
-    )  # fmt: skip
-
-
 # ---------------------------------------------------------------- synthetic examples
 
 
 def examples(run: Finished) -> Section | None:
-    """A few of each label to read: nobody's, written under the prototypes."""
-    lines = _examples(run.path / SYNTHETIC)
-    facts = run.own.distillation
+    """Shows a few synthetic examples of each label."""
+    file, facts = run.path / SYNTHETIC, run.own.distillation
+    lines = filters.load(file) if file.exists() else []
     if not lines and not facts:
         return None
     blocks: list[Block] = [Text(_distilled(run, facts))] if facts else []
-    labels = sorted({str(line.get("label")) for line in lines})
-    for label in labels:
-        own = [line for line in lines if str(line.get("label")) == label]
-        more = f", {MOST_EXAMPLES} of {len(own)} shown" if len(own) > MOST_EXAMPLES else f", {len(own)}"
-        texts = [(str(e.get("text", "")), _about(e)) for e in own[:MOST_EXAMPLES]]
-        blocks.append(Examples(f"{label}{more}", texts))
+    for label in sorted({str(example.label) for example in lines}):
+        own = [example for example in lines if str(example.label) == label]
+        texts = [(e.text, f"{e.prototype}, agreement {e.agreement:.2f}") for e in own[:MOST_EXAMPLES]]
+        blocks.append(Examples(f"{label}, {len(texts)} of {len(own)} shown", texts))
     return Section("examples", "Synthetic examples", blocks)
-
-
-def _about(example: Mapping[str, Any]) -> str:
-    agreement = example.get("agreement")
-    agreed = f", agreement {agreement:.2f}" if isinstance(agreement, float | int) else ""
-    return f"{example.get('prototype', '')}{agreed}"
-
-
-def _examples(file: Path) -> list[Mapping[str, Any]]:
-    """Lines that cannot be read are left out: they are to look at only."""
-    found = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        found += [value] if isinstance(value, dict) else []
-    return found
 
 
 def _distilled(run: Finished, facts: Distillation) -> str:

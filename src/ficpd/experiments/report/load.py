@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ficpd.errors import FicpdError
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report.summary import load_baselines, load_recipe, load_results
 from ficpd.experiments.results import RunResult
@@ -56,15 +55,5 @@ def opened(path: Path) -> Finished:
     folders = {result.label: folder for folder, result in load_baselines(path, own)} | {own.label: path}
     rounds = {label: RunDir(folder).rounds() for label, folder in folders.items()}
     library = PromptLibrary.load(path) if (path / "library" / "card.json").exists() else None
-    return Finished(
-        path, results[-1] if results else own, results, rounds, library, _state(RunDir(path)), load_recipe(path)
-    )
-
-
-def _state(directory: RunDir) -> State | None:
-    """Returns None too for a checkpoint of another version: the page then shows less."""
-    try:
-        saved = directory.load()
-    except FicpdError:
-        return None
-    return saved[0] if saved else None
+    saved, shown = RunDir(path).load(), results[-1] if results else own
+    return Finished(path, shown, results, rounds, library, saved[0] if saved else None, load_recipe(path))

@@ -1,15 +1,27 @@
 """What a run came to: the sentence, the table, what was run, how it went over the rounds, and what it cost."""
 
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Code, Collapsible, Figure, KeyValues, Section, Table, Text, TwoColumn
+from ficpd.experiments.report.blocks import (
+    Block,
+    Code,
+    Collapsible,
+    Figure,
+    KeyValues,
+    Section,
+    Table,
+    Text,
+    TwoColumn,
+    paired,
+)
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import results_table
-from ficpd.federation.rounds import Round
 from ficpd.types import LORA
 
 WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
@@ -109,35 +121,36 @@ def _robust(run: Finished) -> list[Block]:
 
 def _at_a_glance(run: Finished) -> Figure:
     main, names = run.main, [result.label for result in run.results]
-
-    def of(score: str) -> list[float | None]:
-        found = [getattr(result.scores, score) for result in run.results]
-        return [None if score is None else main.scale * score[main.name] for score in found]
-
-    own = "own test, mean client"
-    series = {
-        "everyone's test": of("global_prompt"),
-        own: of("per_client_mean"),
-        "worst client": of("per_client_worst"),
+    views = {
+        "everyone's test": "global_prompt",
+        "own test, mean client": "per_client_mean",
+        "worst client": "per_client_worst",
     }
-    best = series[own]
-    good = [value for value in best if value is not None]
-    top = names[best.index(min(good) if main.less_is_better else max(good))]
-    cells = [[name, *(number(values[i], main.digits) for values in series.values())] for i, name in enumerate(names)]
-    return Figure(
-        "glance", "At a glance", f"{main.name.capitalize()}{main.unit} of each method, three views of the same records.",
-        f"Dot plot of {main.name} by method. The best mean client on its own test records has {top}.",
-        figures.dots(names, series, main.name + main.unit, shown=digits(main), marked=run.own.label),
-        Table(f"{main.name}{main.unit} by method", ["method", *series], cells, frozenset({run.place})),
-    )  # fmt: skip
+    series = {
+        view: [score and score[main.name] for score in (getattr(result.scores, key) for result in run.results)]
+        for view, key in views.items()
+    }
+    said = f"{main.name.capitalize()}{main.unit} of each method, three views of the same records."
+    return figures.dots("glance", "At a glance", said, names, series, main, marked=run.own.label)
 
 
-def digits(main: Metric) -> str:
-    return f".{main.digits}f"
-
-
-def number(value: float | None, places: int = 1) -> str:
-    return "–" if value is None else f"{value:,.{places}f}"
+def costs(run: Finished) -> Section | None:
+    """Draws the mean client's own test against bytes and against ε."""
+    if len(run.results) < 2:
+        return None
+    names, own = [r.label for r in run.results], [r.scores.per_client_mean[run.main.name] for r in run.results]
+    marks = [(run.places[name], run.places[name]) for name in names]
+    epsilons = [math.inf if r.privacy.epsilon is None else r.privacy.epsilon for r in run.results]
+    bytes_up = [r.bytes.up_per_client_round for r in run.results]
+    said = "Own test of the mean client, which every method has."
+    drawn = [
+        figures.bubbles(id, title, said, names, own, run.main, values, cost, marks, frozenset({run.place}))
+        for id, title, values, cost in (
+            ("against-bytes", "Against bytes", bytes_up, Metric("bytes up, a client and round", digits=0)),
+            ("against-epsilon", "Against privacy", epsilons, Metric("ε", digits=2)),
+        )
+    ]
+    return Section("costs", "What accuracy costs", [TwoColumn(drawn)])
 
 
 # ---------------------------------------------------------------- what was run
@@ -147,19 +160,18 @@ def settings(run: Finished) -> Section:
     own, recipe = run.own, tomllib.loads(run.recipe) if run.recipe else {}
     backbone, layer = own.backbone, own.backbone.enters_at
     records, machine = own.num_records, own.machine
+    cohort = recipe.get("federation", {}).get("clients_per_round")
     pairs = [
         ("experiment", recipe.get("name", "")),
-        ("method", _described(recipe.get("method", {"name": own.method}))),
+        ("method", described(recipe.get("method", {"name": own.method}))),
         ("task", own.task),
         ("backbone", f"{backbone.name} ({backbone.fingerprint})"),
         ("numbers", f"{backbone.dtype}, {backbone.attention}"),
         ("prompt", "LoRA weights of all layers" if layer == LORA else f"enters at layer {layer}"),
-        ("data", _data(recipe)),
         ("records", f"{records.train:,} for training, {records.test:,} for tests" if records else ""),
-        ("clients", f"{own.num_clients:,}" + _asked(recipe)),
+        ("clients", f"{own.num_clients:,}, {f'{cohort} asked a round' if cohort else 'all asked every round'}"),
         ("rounds", f"{own.num_rounds:,}"),
-        ("training", _described(recipe.get("training", {}))),
-        ("compression", _described(own.compression)),
+        ("compression", described(own.compression)),
         ("privacy", own.privacy.guarantee),
         ("seed", str(own.seed)),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items())),
@@ -169,29 +181,11 @@ def settings(run: Finished) -> Section:
     return Section("run", "What was run", [KeyValues([pair for pair in pairs if pair[1]]), *code])
 
 
-def _described(part: Mapping[str, Any]) -> str:
+def described(part: Mapping[str, Any]) -> str:
     """A part of the experiment in a line, without what is nested in it."""
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
-
-
-def _enters_at(backbone: Mapping[str, Any]) -> str:
-    layer = backbone.get("enters_at", "")
-    return "LoRA weights of all layers" if layer == LORA else f"enters at layer {layer}" if layer != "" else ""
-
-
-def _data(recipe: Mapping[str, Any]) -> str:
-    groups = recipe.get("groups") or {"": recipe}
-    sources = {str(of["data"]["source"]).rstrip("/").rpartition("/")[2] for of in groups.values() if "data" in of}
-    kinds = {of["partition"]["kind"] for of in groups.values() if "partition" in of}
-    shared = f"; shared out by {', '.join(sorted(kinds))}" if kinds else ""
-    return ", ".join(sorted(sources)) + shared if sources else ""
-
-
-def _asked(recipe: Mapping[str, Any]) -> str:
-    cohort = recipe.get("federation", {}).get("clients_per_round")
-    return f", {cohort} asked a round" if cohort else ", all asked every round"
 
 
 # ---------------------------------------------------------------- over the rounds
@@ -202,8 +196,19 @@ def over_rounds(run: Finished) -> Section | None:
     if not told:
         return None
     curves = [figure for way in WAYS for figure in _curves(run, way)] if run.own.metrics else []
-    costs = [_traffic(told, run.places), _seconds(told, run.places)]
-    lines = told.get(run.own.label, [])
+    traffic = {
+        label: dict(enumerate(accumulate(r.bytes_up + r.bytes_down for r in of), 1)) for label, of in told.items()
+    }
+    seconds = {
+        label: dict(enumerate(accumulate(r.seconds_train + r.seconds_aggregate for r in of), 1))
+        for label, of in told.items()
+    }
+    costs = [
+        figures.lines("traffic", "What travelled", "Kilobytes of all clients together, summed over the rounds.", traffic,
+                      Metric("kB, up and down", 0.001, 1), run.places),
+        figures.lines("seconds", "How long it took", "Training and aggregation on this machine, summed over the rounds.",
+                      seconds, Metric("seconds", digits=1), run.places),
+    ]  # fmt: skip
     heads = ["round", "updates", "bytes up", "bytes down", "seconds", "dropped"]
     cells = [
         [
@@ -211,75 +216,25 @@ def over_rounds(run: Finished) -> Section | None:
             f"{r.seconds_train + r.seconds_aggregate:.1f}",
             "; ".join(f"{name}: {why}" for name, why in sorted(r.dropped.items())) or "–",
         ]
-        for r in lines
+        for r in told.get(run.own.label, [])
     ]  # fmt: skip
     title = f"Every round of {run.own.label}"
-    each = [Collapsible(title, [Table(title, heads, cells)])] if cells else []
+    each = [Collapsible(title, Table(title, heads, cells))] if cells else []
     return Section("rounds", "Round by round", [*paired(curves), *paired(costs), *each])
 
 
-def paired(found: Sequence[Figure]) -> list[Block]:
-    """Two and two; an odd one has the whole width."""
-    return [TwoColumn(found[i : i + 2]) if len(found) > i + 1 else found[i] for i in range(0, len(found), 2)]
-
-
 def _curves(run: Finished, way: str) -> list[Figure]:
-    """One figure, or none where nothing was scored on the way. The last point is the result's."""
+    """Draws one figure, or none where no round was scored. The last point is the result's."""
     main, key = run.main, f"{way}_{run.main.name}"
     last = {r.label: r.scores.global_prompt if way == "global" else r.scores.per_client_mean for r in run.results}
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for label, lines in run.rounds.items():
-        at = [(r.round, main.scale * r.metrics[key]) for r in lines if key in r.metrics]
+    curves: dict[str, dict[int, float]] = {}
+    for label, of in run.rounds.items():
+        at = {r.round: r.metrics[key] for r in of if key in r.metrics}
         if at and (end := last.get(label)):
-            at = [*(point for point in at if point[0] < len(lines)), (len(lines), main.scale * end[main.name])]
-            curves[label] = [x for x, _ in at], [y for _, y in at]
-    zero = run.own.scores.zero_shot
+            curves[label] = at | {len(of): end[main.name]}
     if not curves:
         return []
-    floor = main.scale * zero[main.name] if way == "global" and zero else None
-    said = "" if floor is None else " Dashed: no prompt at all."
-    return [
-        Figure(
-            f"curve-{way}", WAYS[way], f"{main.name.capitalize()}{main.unit}, round by round.{said}",
-            f"Line chart of {main.name} by round; " + _from_to(curves, main.digits),
-            figures.lines(curves, main.name + main.unit, floor, run.places),
-            of_curves(f"{main.name}{main.unit} by round", curves, main.digits),
-        )
-    ]  # fmt: skip
-
-
-def _from_to(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], places: int) -> str:
-    return (
-        "; ".join(f"{name} from {ys[0]:,.{places}f} to {ys[-1]:,.{places}f}" for name, (_, ys) in curves.items()) + "."
-    )
-
-
-def of_curves(caption: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], places: int) -> Table:
-    at = sorted({x for xs, _ in curves.values() for x in xs})
-    known = {name: dict(zip(xs, ys, strict=True)) for name, (xs, ys) in curves.items()}
-    cells = [[f"{x:g}", *(number(known[name].get(x), places) for name in curves)] for x in at]
-    return Table(caption, ["round", *curves], cells)
-
-
-def _traffic(told: Mapping[str, Sequence[Round]], places: Mapping[str, int]) -> Figure:
-    curves = {label: _summed([(r.bytes_up + r.bytes_down) / 1000 for r in lines]) for label, lines in told.items()}
-    return Figure(
-        "traffic", "What travelled", "Kilobytes of all clients together, up and down, summed over the rounds.",
-        "Line chart of kilobytes by round; " + _from_to(curves, 1),
-        figures.lines(curves, "kB, up and down", None, places),
-        of_curves("kilobytes by round, up and down", curves, 1),
-    )  # fmt: skip
-
-
-def _seconds(told: Mapping[str, Sequence[Round]], places: Mapping[str, int]) -> Figure:
-    curves = {label: _summed([r.seconds_train + r.seconds_aggregate for r in rs]) for label, rs in told.items()}
-    return Figure(
-        "seconds", "How long it took", "Seconds of training and aggregation on this machine, summed over the rounds.",
-        "Line chart of seconds by round; " + _from_to(curves, 1),
-        figures.lines(curves, "seconds", None, places), of_curves("seconds by round", curves, 1),
-    )  # fmt: skip
-
-
-def _summed(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    sums = [sum(values[: i + 1]) for i in range(len(values))]
-    return [float(i + 1) for i in range(len(values))], sums
+    zero = run.own.scores.zero_shot if way == "global" else None
+    level = zero[main.name] if zero else None
+    said = f"{main.name.capitalize()}{main.unit}, round by round.{' Dashed: no prompt at all.' if zero else ''}"
+    return [figures.lines(f"curve-{way}", WAYS[way], said, curves, main, run.places, level)]

@@ -4,6 +4,7 @@ from pydantic import TypeAdapter
 
 from ficpd.errors import RunError
 from ficpd.evaluation.audit.report import Audit, table, verdict
+from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
@@ -11,6 +12,8 @@ from ficpd.experiments.report.summary import format_noise_multipliers
 from ficpd.experiments.results import PrivacyReport
 
 MOST = 200
+"""Members that the figure draws one by one."""
+EPSILON = Metric("ε")
 
 
 # ---------------------------------------------------------------- the ledger
@@ -30,9 +33,7 @@ def ledger(run: Finished) -> Section | None:
         return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
     if not privacy.lines:
         return None
-    return Section(
-        "privacy", "The privacy ledger", [_promise(privacy), *_shares(privacy), _lines(privacy), *_sites(privacy)]
-    )
+    return Section("privacy", "The privacy ledger", [_promise(privacy), _lines(privacy), *_sites(privacy)])
 
 
 def _promise(privacy: PrivacyReport) -> Text:
@@ -60,38 +61,16 @@ def _lines(privacy: PrivacyReport) -> Table:
     return Table(f"What {privacy.site_that_spent_most}, the member that spent most, released", heads, cells)
 
 
-def _shares(privacy: PrivacyReport) -> list[Figure]:
-    """Left out where there is one line only."""
-    lines = privacy.lines
-    if len(lines) < 2:
-        return []
-    names = [f"{line.name} at {line.sampling_rate:.3g}" for line in lines]
-    shares = [100 * line.share for line in lines]
-    return [
-        Figure(
-            "shares", "What the budget was spent on", "Share of each line in the sum of what each would cost alone.",
-            "Bar chart: " + "; ".join(f"{n} {s:.0f} %" for n, s in zip(names, shares, strict=True)) + ".",
-            figures.bars(names, shares, "share %", ".0f", 100),
-            Table("share of each line", ["line", "share %"], [[n, f"{s:.0f}"] for n, s in zip(names, shares, strict=True)]),
-        )
-    ]  # fmt: skip
-
-
 def _sites(privacy: PrivacyReport) -> list[Figure]:
     spent = dict(sorted(privacy.epsilon_of_sites.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
     if len(spent) < 2:
         return []
     budget, values = privacy.budget, list(spent.values())
-    most = max([*values, budget or 0.0])
-    plot = figures.dots(list(spent), {"ε": values}, "ε", line=budget, shown=".3f")
-    plot.update_layout(height=90 + 24 * len(spent), xaxis_range=[0, 1.08 * most]).update_traces(marker_size=9)
-    return [
-        Figure(
-            "sites", "What each member spent", "ε of everything it released." + (" Dashed: the budget." if budget else ""),
-            f"Dot plot of the ε of {len(spent)} members, from {min(values):.3f} to {max(values):.3f}.",
-            plot, Table("ε by member", ["member", "ε"], [[name, f"{value:.3f}"] for name, value in spent.items()]),
-        )
-    ]  # fmt: skip
+    said = "ε of everything that it released." + (" Dashed: the budget." if budget else "")
+    drawn = figures.dots("sites", "What each member spent", said, list(spent), {"ε": values}, EPSILON, line=budget)
+    size = {"height": 90 + 24 * len(spent), "xaxis_range": [0, 1.08 * max(*values, budget or 0.0)]}
+    drawn.plot.update_layout(size).update_traces(marker_size=9)
+    return [drawn]
 
 
 # ---------------------------------------------------------------- the audit
@@ -119,16 +98,11 @@ def audit(run: Finished) -> Section | None:
 
 
 def _attacks(found: Audit) -> Figure:
-    names, values = list(found.attacks), [outcome.auc for outcome in found.attacks.values()]
-    ends = [outcome.auc_interval for outcome in found.attacks.values()]
-    plot = figures.dots(names, {"AUC": values}, "AUC", ends, 0.5, ".3f")
-    shown = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, (low, high) in zip(values, ends, strict=True)]
-    return Figure(
-        "attacks", "How well members are told from others",
-        "AUC of each attack with its 95 % interval. Dashed: 0.5, a coin's flip; 1 would tell them apart.",
-        "Dot plot of AUC by attack: " + "; ".join(f"{n} {s}" for n, s in zip(names, shown, strict=True)) + ".",
-        plot, Table("AUC by attack", ["attack", "AUC"], [list(pair) for pair in zip(names, shown, strict=True)]),
-    )  # fmt: skip
+    said = "AUC of each attack with its 95 % interval. Dashed: 0.5, a coin's flip; 1 would tell them apart."
+    of = found.attacks.values()
+    series, ends = {"AUC": [outcome.auc for outcome in of]}, [outcome.auc_interval for outcome in of]
+    title = "How well members are told from others"
+    return figures.dots("attacks", title, said, list(found.attacks), series, Metric("AUC"), ends, 0.5)
 
 
 def _bounds(found: Audit) -> list[Block]:

@@ -10,7 +10,6 @@ import json
 import re
 from functools import cache
 from importlib import resources
-from typing import Any
 
 from ficpd import __version__
 from ficpd.experiments.report.blocks import Page
@@ -51,9 +50,3 @@ def plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return SCRIPT_END.sub(r"\\x3C", get_plotlyjs())
-
-
-def plots_of(html: str) -> dict[str, Any]:
-    """The figures of a rendered page, as its script reads them."""
-    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', html, re.DOTALL)
-    return json.loads(found.group(1)) if found else {}

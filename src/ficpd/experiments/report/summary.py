@@ -89,14 +89,18 @@ def results_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[st
 
 
 def format_score(score: Mapping[str, float] | None, metric: Metric) -> str:
-    return metric.shown(score[metric.name]) if score else "–"
+    return format_number(score[metric.name] if score else None, metric)
+
+
+def format_number(value: float | None, metric: Metric, interval: Sequence[float] | None = None) -> str:
+    """
+    >>> format_number(0.5, PERCENT, [0.25, 0.75]), format_number(None, PERCENT)
+    ('50.0 [25.0, 75.0]', '–')
+    """
+    return "–" if value is None else metric.shown(value) + format_interval(interval, metric)
 
 
 def format_interval(interval: Sequence[float] | None, metric: Metric) -> str:
-    """
-    >>> format_interval([0.5, 0.75], PERCENT), format_interval(None, PERCENT)
-    (' [50.0, 75.0]', '')
-    """
     return f" [{', '.join(map(metric.shown, interval))}]" if interval else ""
 
 
