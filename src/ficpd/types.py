@@ -86,8 +86,32 @@ class Batch:
         )
 
     def with_prior(self, log_shares_C: Tensor) -> "Batch":
-        """Returns the batch with the log label shares of its client."""
-        return replace(self, extra={**self.extra, LABEL_PRIOR: log_shares_C.expand(len(self), -1)})
+        """Returns the batch with these logits added to the answers', such as the log label shares of its client."""
+        prior_BC = self.extra.get(LABEL_PRIOR, 0.0) + log_shares_C.expand(len(self), -1)
+        return replace(self, extra={**self.extra, LABEL_PRIOR: prior_BC})
+
+    def with_readout(self, readout: "Readout | None") -> "Batch":
+        """Returns the batch read by a learned readout; None: by its task's."""
+        if readout is None:
+            return self
+        rows_CD = readout.rows_CD
+        if self.readout_CD is not None:
+            rows_CD = rows_CD.to(self.readout_CD.device)
+        return replace(self, readout_CD=rows_CD).with_prior(readout.bias_C)
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """A learned readout of one label set: logits = `features @ rows_CD.T + bias_C`, in the order of the task's labels.
+
+    scale: logits for one unit of a least-squares score, so that `rows_CD / scale` scores a label's own records near 1.
+    shares_C: label shares of the records that it was learned from.
+    """
+
+    rows_CD: Tensor
+    bias_C: Tensor
+    scale: float
+    shares_C: Tensor
 
 
 @dataclass(frozen=True)
@@ -208,6 +232,19 @@ class Answer(NamedTuple):
     grad_KBPD: Tensor | None = None
     outputs_KB: ModelOutput | None = None  # K x B rows, candidate by candidate
     texts_KB: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One model of a client's mixture.
+
+    weight: its share of the mixture's probabilities.
+    logits: maps outputs and their batch to [R, C]; None: the task reads the outputs.
+    """
+
+    prompt_PD: Tensor
+    logits: Callable[[ModelOutput, Batch], Tensor] | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

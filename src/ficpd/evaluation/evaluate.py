@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
-from ficpd.federation.client import Client, calibrated_batch, personal_prompt
+from ficpd.federation.client import Client, local_model
 from ficpd.federation.method import Method
 from ficpd.interfaces import Task
-from ficpd.types import Answer, Batch, Query, Score, State
+from ficpd.types import Answer, Assignment, Batch, Predictor, Query, Score, State
 
 Result = TypeVar("Result")
 
@@ -22,6 +22,26 @@ def predictions(task: Task, prompt_PD: Tensor, batch: Batch) -> Generator[Query,
     writes = task.max_new_tokens
     answer = yield Query(prompt_PD[None], batch, outputs=not writes, max_new_tokens=writes)
     return task.predict(answer, batch)
+
+
+def mixture_probabilities(predictors: Sequence[Predictor], batch: Batch) -> Generator[Query, Answer, Tensor]:
+    """Returns [B, C], the predictors' weighted probabilities of the labels."""
+    total_BC = torch.zeros(())
+    for predictor in predictors:
+        answer = yield Query(predictor.prompt_PD[None], batch, outputs=True)
+        assert answer.outputs_KB is not None
+        logits_BC = (predictor.logits or batch.task.logits)(answer.outputs_KB, batch)
+        assert logits_BC is not None, "a mixture is over labels"
+        total_BC = total_BC + predictor.weight * logits_BC.float().softmax(-1).cpu()
+    return total_BC / sum(predictor.weight for predictor in predictors)
+
+
+def predictions_of(task: Task, predictors: Sequence[Predictor], batch: Batch) -> Generator[Query, Answer, list]:
+    """Predicts a batch by a client's mixture."""
+    if len(predictors) == 1 and predictors[0].logits is None:
+        return (yield from predictions(task, predictors[0].prompt_PD, batch))
+    found_BC = yield from mixture_probabilities(predictors, batch)
+    return [task.label_space[place] for place in found_BC.argmax(-1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -45,38 +65,61 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
     """Evaluates all of a method's prompts, in lock step."""
     tested = {name: client for name, client in clients.items() if client.test}
     assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
-    personal = {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}
+    personal = local_models(method, tested, assignments, model)
     shared = method.global_prompt(state)
     batches = {name: client.encoded("test") for name, client in tested.items()}
     local_batches = {
         name: _test_batch(method, tested[name], personal[name], batch, model) for name, batch in batches.items()
     }
-    own = predict_all({n: (tested[n].task, personal[n], batch) for n, batch in local_batches.items()}, model)
+    own = run_all(model, {n: predictions_of(tested[n].task, personal[n], b) for n, b in local_batches.items()})
     everyone = None
     if shared is not None:
-        same = all(torch.equal(prompt, shared) and local_batches[n] is batches[n] for n, prompt in personal.items())
-        everyone = (
-            own if same else predict_all({n: (tested[n].task, shared, batch) for n, batch in batches.items()}, model)
-        )
+        read = shared_batches(method, state, tested)
+        same = all(
+            local_batches[name] is read[name] and len(found) == 1 and found[0].logits is None
+            and torch.equal(found[0].prompt_PD, shared)
+            for name, found in personal.items()
+        )  # fmt: skip
+        everyone = own if same else predict_all({n: (tested[n].task, shared, b) for n, b in read.items()}, model)
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
         None if everyone is None else _pooled(everyone, tested), scores, client_mean(scores), worst_client(scores), own
     )
 
 
-def _test_batch(method: Method, client: Client, prompt_PD: Tensor, batch: Batch, model: QueryEngine) -> Batch:
-    """Returns a client's test batch with the method's calibration or demonstrations."""
-    prompt = client.start.with_vectors(prompt_PD)
+def local_models(
+    method: Method, clients: Mapping[str, Client], assignments: Mapping[str, Assignment], model: QueryEngine
+) -> dict[str, Sequence[Predictor]]:
+    """Builds each client's mixture, in lock step."""
+    return run_all(model, {n: local_model(method, client, assignments[n]) for n, client in clients.items()})
+
+
+def shared_batches(method: Method, state: State, clients: Mapping[str, Client]) -> dict[str, Batch]:
+    """Returns each client's test records as the state's shared prompts read them."""
+    return {
+        name: client.encoded("test").with_readout(method.readout(state, client.card))
+        for name, client in clients.items()
+    }
+
+
+def _test_batch(
+    method: Method, client: Client, predictors: Sequence[Predictor], batch: Batch, model: QueryEngine
+) -> Batch:
+    """Returns a client's test batch, with the method's demonstrations if it has any."""
+    prompt = client.start.with_vectors(predictors[0].prompt_PD)
     work = method.demonstrate(client.task, client.train, client.encoded, prompt, client.backbone)
     if work is None:
-        return calibrated_batch(method, client, batch)
+        return batch
     return run_queries(model, work).encode(client.task, client.test, client.backbone, prompt, batch)
 
 
-def score_everyone(prompt_PD: Tensor, clients: Mapping[str, Client], model: QueryEngine) -> Score:
-    """Scores one prompt on all clients' test records; each task counts once."""
+def score_everyone(
+    prompt_PD: Tensor, method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine
+) -> Score:
+    """Scores one prompt on all clients' test records, in the state's readouts; each task counts once."""
     tested = {name: client for name, client in clients.items() if client.test}
-    work = {n: (client.task, prompt_PD, client.encoded("test")) for n, client in tested.items()}
+    batches = shared_batches(method, state, tested)
+    work = {n: (client.task, prompt_PD, batches[n]) for n, client in tested.items()}
     return _pooled(predict_all(work, model), tested)
 
 

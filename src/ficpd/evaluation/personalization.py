@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.evaluation.evaluate import client_mean, predict_all
-from ficpd.federation.client import Client, calibrated_batch, personal_prompt
+from ficpd.evaluation.evaluate import client_mean, local_models, predictions_of, run_all, shared_batches
+from ficpd.federation.client import Client, personal_prompt
 from ficpd.federation.method import Method
-from ficpd.types import Batch, Record, Score, State
+from ficpd.types import Batch, Predictor, Record, Score, State
 
 PERSONAL = "personal"
 ELSEWHERE = 64
 """The maximum number of other clients' test records to score a client's prompts on."""
 
 Levels = dict[str, dict[str, Score | None]]
-Work = tuple[Tensor, Batch, Sequence[Record]]
-"""A prompt, and its test records, encoded and raw."""
+Work = tuple[Sequence[Predictor], Batch, Sequence[Record]]
+"""A model, and its test records, encoded and raw."""
 
 
 def personalization_levels(
@@ -36,13 +36,20 @@ def personalization_levels(
     """
     tested = {name: client for name, client in clients.items() if client.test}
     member = state.facts.get("clusters") or {}
+    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
+    personal = local_models(method, tested, assignments, model)
     away = {name: _others_batch(name, tested, member, seed) for name in tested}
     found: Levels = {}
-    for level, prompts in _prompts(method, state, tested, round, member).items():
-        own = {name: (prompt, tested[name].encoded("test"), tested[name].test) for name, prompt in prompts.items()}
-        others = {name: (prompt, *elsewhere) for name, prompt in prompts.items() if (elsewhere := away[name])}
-        if level == PERSONAL:
-            own, others = _calibrated(method, own, tested), _calibrated(method, others, tested)
+    for level, models in _levels(method, state, tested, personal, member).items():
+        read = {name: None if level == PERSONAL else method.readout(state, tested[name].card) for name in tested}
+        own = {
+            n: (given, tested[n].encoded("test").with_readout(read[n]), tested[n].test) for n, given in models.items()
+        }
+        others = {
+            name: (given, elsewhere[0].with_readout(read[name]), elsewhere[1])
+            for name, given in models.items()
+            if (elsewhere := away[name])
+        }
         found[level] = {"own": _mean(own, tested, model), "others": _mean(others, tested, model)}
     return found
 
@@ -59,43 +66,43 @@ def unseen_client_scores(
         "global": {} if shared is None else dict.fromkeys(tested, shared),
         "assigned": {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()},
     }
+    batches = shared_batches(method, state, tested)
     return {
-        level: _mean(
-            {n: (prompt, tested[n].encoded("test"), tested[n].test) for n, prompt in of.items()}, tested, model
-        )
+        level: _mean({n: ([Predictor(prompt)], batches[n], tested[n].test) for n, prompt in of.items()}, tested, model)
         for level, of in prompts.items()
     }
 
 
-def _calibrated(method: Method, work: Mapping[str, Work], clients: Mapping[str, Client]) -> dict[str, Work]:
-    """Applies each client's own calibration to the batches."""
-    return {
-        name: (prompt, calibrated_batch(method, clients[name], batch), records)
-        for name, (prompt, batch, records) in work.items()
-    }
-
-
-def _prompts(
-    method: Method, state: State, tested: Mapping[str, Client], round: int, member: Mapping[str, int]
-) -> dict[str, dict[str, Tensor]]:
-    """Returns level to client to prompt, without a level whose prompts equal those of the next.
+def _levels(
+    method: Method, state: State, tested: Mapping[str, Client], personal: Mapping[str, Sequence[Predictor]],
+    member: Mapping[str, int],
+) -> dict[str, dict[str, Sequence[Predictor]]]:  # fmt: skip
+    """Returns level to client to model, without a level that equals the next.
 
     A client without a cluster uses the global prompt at the cluster level.
     """
-    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
     basis, shared = method.library_prompts(state), method.global_prompt(state)
-    found = {PERSONAL: {name: personal_prompt(method, client, assignments[name]) for name, client in tested.items()}}
+    found: dict[str, dict[str, Tensor]] = {}
     if member and "prototype-0" in basis:
         of_clusters = {name: basis[f"prototype-{member[name]}"] for name in tested if name in member}
         found["cluster"] = ({} if shared is None else dict.fromkeys(tested, shared)) | of_clusters
     if shared is not None:
         found["global"] = dict.fromkeys(tested, shared)
     for above, below in pairwise(list(found)):
-        if above == PERSONAL and method.capabilities.statistics_once:
-            continue
         if all(torch.equal(found[above][name], prompt) for name, prompt in found[below].items()):
             del found[above]
-    return found
+    levels: dict[str, dict[str, Sequence[Predictor]]] = {
+        level: {n: [Predictor(prompt)] for n, prompt in of.items()} for level, of in found.items()
+    }
+    nearest = next(iter(levels.values()), {})
+    if all(name in nearest and _alike(given, nearest[name]) for name, given in personal.items()):
+        return levels
+    return {PERSONAL: dict(personal)} | levels
+
+
+def _alike(one: Sequence[Predictor], other: Sequence[Predictor]) -> bool:
+    """Whether two models read one prompt by its task's readout."""
+    return len(one) == 1 and one[0].logits is None and torch.equal(one[0].prompt_PD, other[0].prompt_PD)
 
 
 def _others_batch(
@@ -129,7 +136,9 @@ def concat_batches(batches: list[Batch]) -> Batch:
 
 
 def _mean(work: Mapping[str, Work], clients: Mapping[str, Client], model: QueryEngine) -> Score | None:
-    predicted = predict_all({n: (clients[n].task, prompt, batch) for n, (prompt, batch, _) in work.items()}, model)
+    predicted = run_all(
+        model, {n: predictions_of(clients[n].task, given, batch) for n, (given, batch, _) in work.items()}
+    )
     scores = {}
     for name, (_, _, records) in work.items():
         task = clients[name].task

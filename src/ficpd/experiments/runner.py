@@ -263,7 +263,7 @@ class SimulatedClients(Clients):
         }
 
     def score(self, run: Runner, prompt: Prompt) -> Score | None:
-        return score_everyone(prompt.vectors_PD, self.tested, run.context.model)
+        return score_everyone(prompt.vectors_PD, run.method, run.state, self.tested, run.context.model)
 
 
 def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progress = no_progress) -> RunResult:

@@ -16,7 +16,19 @@ from ficpd.privacy.ledger import Account
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks import corrupt_words
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, PrivacyCost, Prompt, Query, Record, State
+from ficpd.types import (
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    Predictor,
+    PrivacyCost,
+    Prompt,
+    Query,
+    Record,
+    State,
+)
 
 Encodings = dict[tuple, tuple[Sequence[Record], Batch]]
 LABELS = "labels"
@@ -341,9 +353,11 @@ def personal_prompt(method: Method, client: Client, assignment: Assignment) -> T
     return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 
-def calibrated_batch(method: Method, client: Client, batch: Batch) -> Batch:
-    """Returns the client's records with the method's knowledge of it (`Method.local_batch`), for evaluation."""
-    return method.local_batch(ClientSession(client, 0).local_context(), batch)
+def local_model(
+    method: Method, client: Client, assignment: Assignment
+) -> Generator[Query, Answer, Sequence[Predictor]]:
+    """Builds the mixture that this client predicts with (`Method.local_model`). Nothing is released."""
+    return method.local_model(ClientSession(client, assignment.round), assignment)
 
 
 def client_states(clients: Mapping[str, Client]) -> dict[str, Tensor]:

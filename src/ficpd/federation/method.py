@@ -17,8 +17,10 @@ from ficpd.types import (
     ClientCard,
     ClientUpdate,
     FederationInfo,
+    Predictor,
     Prompt,
     Query,
+    Readout,
     Record,
     State,
     UpdateSpec,
@@ -155,9 +157,16 @@ class Method(ABC):
         """[P, D] that this client would use, given its next assignment."""
         return assignment.arrays[self.array]
 
-    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
-        """Adds the client's knowledge, such as its label prior, to a batch for evaluation at the client."""
-        return batch
+    def local_model(
+        self, client: ClientContext, assignment: Assignment
+    ) -> Generator[Query, Answer, Sequence[Predictor]]:
+        """Builds the mixture that this client predicts with, given its next assignment. Nothing of it is sent."""
+        yield from ()
+        return [Predictor(self.personal_prompt(client, assignment))]
+
+    def readout(self, state: State, client: ClientCard) -> Readout | None:
+        """How the state's shared prompts are read for this client's task; None: by its label texts."""
+        return None
 
     def demonstrate(
         self, task: Task, records: Sequence[Record], encoded: Callable[[], Batch], prompt: Prompt, backbone: Backbone

@@ -27,7 +27,7 @@ from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
 from ficpd.methods.shared.residual import with_label_prior
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
 
 SIGNATURE = "signature/"
 
@@ -98,9 +98,6 @@ class Ficpd(Method):
         work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
         tuned = yield from with_label_prior(work, client.label_prior if self.config.label_prior else None)
         return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
-
-    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
-        return batch.with_prior(client.label_prior) if self.config.label_prior else batch
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}

@@ -36,10 +36,16 @@ from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import ClientContext, Model
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
 from ficpd.methods.shared.metadata_clustering import cluster_by_metadata, nearest_client
-from ficpd.methods.shared.residual import ContrastiveConfig, personal_prompt, tune_residual, with_label_prior
+from ficpd.methods.shared.residual import (
+    ContrastiveConfig,
+    personal_prompt,
+    prior_logits,
+    tune_residual,
+    with_label_prior,
+)
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
-from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Predictor, Prompt, Query, State
 
 SIGNATURE, SUM = "signature/", "delta/"
 
@@ -138,8 +144,10 @@ class Fpl(Method):
     def _prior(self, client: ClientContext) -> Tensor | None:
         return client.label_prior if self.config.label_prior else None
 
-    def local_batch(self, client: ClientContext, batch: Batch) -> Batch:
-        return batch.with_prior(client.label_prior) if self.config.label_prior else batch
+    def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
+        yield from ()
+        read = prior_logits(client.local_context().label_prior) if self.config.label_prior else None
+        return [Predictor(self.personal_prompt(client, assignment), read)]
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
         return {"delta": tuple(state.arrays["start"].shape)}

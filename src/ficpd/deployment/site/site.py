@@ -21,9 +21,9 @@ from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, SiteError
-from ficpd.evaluation.evaluate import score_prompt
+from ficpd.evaluation.evaluate import predictions_of, score_prompt
 from ficpd.federation import codec
-from ficpd.federation.client import Client, calibrated_batch, execute_assignment, personal_prompt, restore_update
+from ficpd.federation.client import Client, execute_assignment, local_model, restore_update
 from ficpd.federation.codec import SiteRequest
 from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
@@ -155,12 +155,12 @@ class Site:
     def _scores(self, run: Run, assignment: Assignment) -> dict[str, JSON]:
         client = run.client
         batch, targets = client.encoded("test"), client.task.targets(client.test)
-        prompts = {"zero_shot": client.start.vectors_PD, "personal": personal_prompt(run.method, client, assignment)}
+        prompts = {"zero_shot": client.start.vectors_PD}
         prompts |= {key: assignment.arrays[key] for key in ("prompt", "global") if key in assignment.arrays}
-        batches = dict.fromkeys(prompts, batch) | {"personal": calibrated_batch(run.method, client, batch)}
-        return {
-            key: score_prompt(client.task, prompt, batches[key], targets, self.model) for key, prompt in prompts.items()
-        }
+        scores = {key: score_prompt(client.task, p, batch, targets, self.model) for key, p in prompts.items()}
+        own = run_queries(self.model, local_model(run.method, client, assignment))
+        found = run_queries(self.model, predictions_of(client.task, own, batch))
+        return scores | {"personal": client.task.score(found, targets)}
 
     def _run(self, call: SiteRequest) -> Run:
         """Returns the run of a call: from memory, restored from disk, or new and within the policy."""

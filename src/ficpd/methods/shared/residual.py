@@ -1,6 +1,6 @@
 """Tunes a client's residual on its shared prompt. The residual stays on the client."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
@@ -181,6 +181,17 @@ def with_label_prior(
     if log_shares_C is None:
         return work
     return map_queries(work, lambda query: query._replace(batch=query.batch.with_prior(log_shares_C)))
+
+
+def prior_logits(log_shares_C: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
+    """Reads outputs under known label shares."""
+
+    def read(outputs: ModelOutput, batch: Batch) -> Tensor:
+        logits_RC = batch.task.logits(outputs, batch)
+        assert logits_RC is not None, "checked before the run"
+        return logits_RC + log_shares_C.to(logits_RC.device)
+
+    return read
 
 
 def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
