@@ -363,8 +363,8 @@ class ClientContext(Protocol):
         """All of the client's records, from which the rows of a `private_sum` are made."""
         ...
 
-    def local_context(self, held_back: float = 0.0) -> "LocalContext":
-        """The same client without privacy, for what it never sends.
+    def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
+        """The same client without privacy, for what it never sends. `complement`: swaps what is held back and what is not.
 
         Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
@@ -376,6 +376,10 @@ class LocalContext(ClientContext, Protocol):
 
     def holdout(self) -> Batch:
         """The records that `batches` leaves out, for model selection; empty for clients with few records."""
+        ...
+
+    def held_places(self) -> Tensor:
+        """[n]: their places in `full_batch`."""
         ...
 
 

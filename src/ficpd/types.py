@@ -7,7 +7,7 @@ positions, P virtual tokens (with the prompt's head rows), D width of the backbo
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -305,6 +305,7 @@ class ClientWorkload:
     participations: assignments that it executes.
     cohort_rate: probability that one of `num_clients` clients joins one of `num_rounds` rounds.
     totals: sums that every assignment releases, with each one's share of the budget over the run.
+    once: sums that are released once, with their shares.
     """
 
     num_records: int
@@ -315,6 +316,7 @@ class ClientWorkload:
     cohort_rate: float
     num_rounds: int
     totals: Mapping[str, float] = field(default_factory=dict)
+    once: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,9 @@ class FederationInfo:
     start: the shared initial prompt, from public text and seed.
     cohort: clients per round.
     num_labels: labels of each group's task (0: no labels). A federation of one task has the group "".
+    texts: the label texts' readout [C, D] of each group whose labels are read from features.
+    features_MD: features of synthetic records at the start prompt, for methods that learn a readout; else None.
+    unit: the unit of privacy.
     """
 
     start: Prompt
@@ -348,6 +353,9 @@ class FederationInfo:
     cohort: int
     seed: int
     num_labels: Mapping[str, int] = field(default_factory=dict)
+    texts: Mapping[str, Tensor] = field(default_factory=dict)
+    features_MD: Tensor | None = None
+    unit: Literal["none", "record", "client"] = "none"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import decoders
 import small
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
-from ficpd.evaluation.evaluate import evaluate, predict_all
+from ficpd.evaluation.evaluate import evaluate, predictions_of
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import classification
 from ficpd.types import Record
@@ -49,27 +49,29 @@ THIRD = "very good\nsentiment is positive"
 def test_a_decoder_is_shown_the_clients_examples_before_each_text(decoder, monkeypatch, examples, shown):
     method = small.method("icl", examples=examples)
     clients, read = members(decoder, method), []
-    monkeypatch.setattr(
-        "ficpd.evaluation.evaluate.predict_all", lambda work, model: read.append(work) or predict_all(work, model)
-    )
+    monkeypatch.setattr("ficpd.evaluation.evaluate.predictions_of", reader(read))
     evaluate(method, small.first_state(method, clients), clients, decoder, 1)
-    (work,) = read
-    for _, prompt, batch in work.values():
-        assert prompt.shape == (0, decoder.backbone.width)
+    assert len(read) == len(clients)
+    for (predictor,), batch in read:
+        assert predictor.prompt_PD.shape == (0, decoder.backbone.width)
         texts = [decoder.backbone.tokenizer.decode(items[0].content) for items in batch.items]
         for text, own in zip(texts, ("not bad", "bad"), strict=True):
             whole = "\n\n".join([*shown, f"{own}\nsentiment is"])
             assert text.split() == decoder.backbone.tokenizer.decode(decoder.backbone._ids(whole)).split()
 
 
+def reader(read):
+    """`predictions_of` that notes what it is given."""
+    return lambda task, given, batch: read.append((given, batch)) or predictions_of(task, given, batch)
+
+
 def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str]:
     """The first client's test texts as they reach the backbone."""
     read = []
-    monkeypatch.setattr(
-        "ficpd.evaluation.evaluate.predict_all", lambda work, model: read.append(work) or predict_all(work, model)
-    )
+    monkeypatch.setattr("ficpd.evaluation.evaluate.predictions_of", reader(read))
     evaluate(method, small.first_state(method, clients), clients, model, 1)
-    return [model.backbone.tokenizer.decode(items[0].content) for items in read[0][site][2].items]
+    batch = dict(zip(clients, (batch for _, batch in read), strict=True))[site]
+    return [model.backbone.tokenizer.decode(items[0].content) for items in batch.items]
 
 
 def narrow(tmp_path, method, train: list[str]) -> tuple[QueryEngine, dict]:

@@ -51,11 +51,11 @@ class RunSpec:
         module, config = build_config("compression", self.experiment.compression)
         return module.build(config, self.start, self.schedule.seed, self.coordinates)
 
-    def plan(self, client: str, num_records: int) -> ClientWorkload:
+    def plan(self, client: str, num_records: int, method: Method) -> ClientWorkload:
         """Returns this client's planned workload in the whole run."""
         if client not in self.names:
             raise ConfigError(f"unknown client {client!r}; the run's spec has {', '.join(sorted(self.names))}")
-        return client_workloads(self.method(), State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
+        return client_workloads(method, State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
 
 
 def encode(spec: RunSpec) -> bytes:

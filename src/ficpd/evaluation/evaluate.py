@@ -52,6 +52,7 @@ class Evaluation:
     own: each client's prompt on its own test records.
     mean, worst: over the clients with test records.
     predicted: each client's predictions.
+    models: each client's mixture.
     """
 
     everyone: Score | None
@@ -59,6 +60,7 @@ class Evaluation:
     mean: Score
     worst: Score
     predicted: Mapping[str, list]
+    models: Mapping[str, Sequence[Predictor]]
 
 
 def evaluate(method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int) -> Evaluation:
@@ -83,7 +85,12 @@ def evaluate(method: Method, state: State, clients: Mapping[str, Client], model:
         everyone = own if same else predict_all({n: (tested[n].task, shared, b) for n, b in read.items()}, model)
     scores = {name: c.task.score(own[name], c.task.targets(c.test)) for name, c in tested.items()}
     return Evaluation(
-        None if everyone is None else _pooled(everyone, tested), scores, client_mean(scores), worst_client(scores), own
+        None if everyone is None else _pooled(everyone, tested),
+        scores,
+        client_mean(scores),
+        worst_client(scores),
+        own,
+        personal,
     )
 
 

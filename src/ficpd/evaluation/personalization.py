@@ -27,17 +27,19 @@ Work = tuple[Sequence[Predictor], Batch, Sequence[Record]]
 
 
 def personalization_levels(
-    method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int, seed: int
-) -> Levels:
+    method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int, seed: int,
+    personal: Mapping[str, Sequence[Predictor]] | None = None,
+) -> Levels:  # fmt: skip
     """Scores `personal`, `cluster` and `global` prompts on `own` test records and on those of `others`.
 
     `others` are clients of other clusters with the same task (or all other clients, without several clusters). Values
-    are means over the same clients at each level; None if there are none.
+    are means over the same clients at each level; None if there are none. `personal`: the clients' mixtures, if known.
     """
     tested = {name: client for name, client in clients.items() if client.test}
     member = state.facts.get("clusters") or {}
-    assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
-    personal = local_models(method, tested, assignments, model)
+    if personal is None:
+        assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
+        personal = local_models(method, tested, assignments, model)
     away = {name: _others_batch(name, tested, member, seed) for name in tested}
     found: Levels = {}
     for level, models in _levels(method, state, tested, personal, member).items():

@@ -94,6 +94,7 @@ class Runner:
         self.method = build_method(context, config)
         self.context = context.with_method(self.method)
         self.shards = self.context.shards_for(self.method.capabilities.centralized)
+        self.privacy = context.experiment.privacy if private else NONE
         self.label = self.method.name if private else f"{self.method.name}, no privacy"
         self.stopped: str | None = None
 
@@ -108,7 +109,7 @@ class Runner:
         self.schedule = build_schedule(context, method)
         saved = directory.load()
         state, kept, self.rounds, self.seconds = saved or (
-            method.init(federation_info(context, self.shards)), {}, [],
+            method.init(federation_info(context, method, self.shards, self.privacy)), {}, [],
             {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0},
         )  # fmt: skip
         self.plan = self.clients.plan_privacy(self, state)
@@ -200,8 +201,7 @@ class SimulatedClients(Clients):
     def plan_privacy(self, run: Runner, state: State) -> PrivacyPlan:
         experiment = run.context.experiment
         return plan_privacy(
-            experiment.privacy if self.private else NONE, run.method, state, run.shards, run.schedule, experiment.seed,
-            run.directory.path, run.directory.run_id(), run.last_release,
+            run.privacy, run.method, state, run.shards, run.schedule, experiment.seed, run.directory.path, run.directory.run_id(), run.last_release,
         )  # fmt: skip
 
     def build_engine(self, run: Runner, kept: Mapping[str, Tensor]) -> Engine:
@@ -236,7 +236,7 @@ class SimulatedClients(Clients):
         run.seconds["evaluate"] = time.perf_counter() - began
         personalization = unseen = None
         if method.capabilities.trains and not method.capabilities.centralized:
-            personalization = personalization_levels(*asked, seed=experiment.seed)
+            personalization = personalization_levels(*asked, seed=experiment.seed, personal=found.models)
         if method.capabilities.trains and context.unseen:
             unseen = unseen_client_scores(method, run.state, context.unseen_clients(), *asked[3:])
         fairness: dict[str, Any] = {"clients": over_clients(found.own, experiment.seed)}

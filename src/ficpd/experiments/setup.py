@@ -19,12 +19,16 @@ from ficpd.interfaces import Backbone
 from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.methods.shared.clustering import adjusted_rand
+from ficpd.methods.shared.readouts import features_readout
 from ficpd.registry import build_config
-from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, State, zero_update
+from ficpd.tasks import synthetic_records
+from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, Query, State, zero_update
 
 SITE_PRIVATE_FIELDS = {"noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines"}
 """Fields of the privacy report that a library leaves out, because a site's sampling rate and noise reveal its record count.
 An exact epsilon does too (`_public_privacy`)."""
+PUBLIC_RECORDS = 256
+"""Synthetic records that the centre and scale of features are measured on."""
 VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "opendp")
 
 
@@ -37,6 +41,7 @@ def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
         raise ConfigError(f"method.label_prior = true needs labels, and {', '.join(unfit)} has none. Set it to false")
     method.bind(context.compression.subspace)
     method.check_compatible(list(context.tasks.values()), context.model.backbone)
+    method.adapt_to(list(context.tasks.values()), context.model.backbone)
     return method
 
 
@@ -49,8 +54,12 @@ def check_method(context: ExperimentContext, config: Mapping[str, Any], private:
     return method
 
 
-def federation_info(context: ExperimentContext, shards: Mapping[str, ClientData]) -> FederationInfo:
+def federation_info(
+    context: ExperimentContext, method: Method, shards: Mapping[str, ClientData], privacy: Mapping[str, Any]
+) -> FederationInfo:
     federation, number = context.experiment.federation, len(context.shards)
+    texts, features = public_features(context) if method.capabilities.learns_readout else ({}, None)
+    unit = "client" if "placement" in privacy else "none" if privacy["name"] == "none" else "record"
     return FederationInfo(
         context.start,
         [ClientCard(name, shard.metadata) for name, shard in shards.items()],
@@ -58,7 +67,28 @@ def federation_info(context: ExperimentContext, shards: Mapping[str, ClientData]
         min(federation.clients_per_round or number, number),
         public_seed(context.experiment.seed),
         num_labels_by_group(context),
+        texts,
+        features,
+        unit,
     )
+
+
+def public_features(context: ExperimentContext) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Returns what a readout is learned from besides totals: the label texts' readout of each group whose labels are read
+    from features, and the features of synthetic records at the start prompt (None: no such group)."""
+    backbone, texts = context.model.backbone, {}
+    for group, task in context.tasks.items():
+        readout_CD = features_readout(task, backbone)
+        if readout_CD is not None:
+            texts[group] = readout_CD.float().cpu()
+    if not texts:
+        return {}, None
+    task = context.tasks[next(iter(texts))]
+    records = synthetic_records(backbone, PUBLIC_RECORDS, public_seed(context.experiment.seed))
+    query = Query(context.start.vectors_PD[None], task.encode(records, backbone, context.start), outputs=True)
+    outputs = context.model.answer([query])[0].outputs_KB
+    assert outputs is not None
+    return texts, outputs.features_RD.float().cpu()
 
 
 def num_labels_by_group(context: ExperimentContext) -> dict[str, int]:
@@ -121,7 +151,10 @@ def build_library(
     if backbone.vocabulary is not None and method.capabilities.prompt_type == "tokens":
         card[WORDS] = {name: backbone.vocabulary.text(ids_P1[:, 0].tolist()) for name, ids_P1 in basis.items()}
     keys = prompt_keys(prompts, tasks, tasks_of(context, state, list(tasks)), backbone)
-    return PromptLibrary(start, prompts, card, keys)
+    of_group = dict(zip(context.tasks, tasks, strict=True))
+    found = {name: method.readout(state, ClientCard("", {"group": group})) for group, name in of_group.items()}
+    learned = {name: readout for name, readout in found.items() if readout is not None}
+    return PromptLibrary(start, prompts, card, keys, learned=learned)
 
 
 def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:

@@ -209,8 +209,8 @@ class ClientSession:
     def full_batch(self) -> Batch:
         return self.client.encoded()
 
-    def local_context(self, held_back: float = 0.0) -> "LocalSession":
-        return LocalSession(self, *self._assignment, held_back)
+    def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalSession":
+        return LocalSession(self, *self._assignment, held_back, complement)
 
     def charge(self, kind: ReleaseKind, name: str = "", count: int = 1) -> None:
         """Adds the cost of releases before they are made. Raises `BudgetError` if the budget does not allow them."""
@@ -224,16 +224,19 @@ class LocalSession(ClientSession):
     """The same records without mechanism, ledger and compression (`LocalContext`).
 
     `held_back`: the share of the records that `batches` leaves out and `holdout` returns, the same in all assignments.
+    `complement`: swaps the two parts.
     Clients with fewer than `MIN_HOLDOUT_RECORDS` records hold none back.
     """
 
-    def __init__(self, session: ClientSession, round: int, method: str, held_back: float):
+    def __init__(self, session: ClientSession, round: int, method: str, held_back: float, complement: bool):
         super().__init__(replace(session.client, mechanism=NoPrivacy(), account=None), round, f"{method} at home")
         self.client_state = session.client_state
         records = len(self.client.train)
         order = SeededNoise(self.client.private_seed, "held back").permutation(records)
         held = int(records * held_back + 0.5) if records >= MIN_HOLDOUT_RECORDS else 0
         self._held, self._learnt = order[:held], order[held:]
+        if complement and held:
+            self._held, self._learnt = self._learnt, self._held
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
         records = self.client.encoded().select(self._learnt)
@@ -244,6 +247,9 @@ class LocalSession(ClientSession):
 
     def holdout(self) -> Batch:
         return self.client.encoded().select(self._held)
+
+    def held_places(self) -> Tensor:
+        return self._held
 
     @property
     def subspace(self) -> None:

@@ -54,8 +54,10 @@ class Capabilities:
     """`aggregate` needs only the weighted sum of the updates (`cluster_sums`): central noise is possible."""
     statistics_per_round: Mapping[str, float] = field(default_factory=dict)
     """Totals over records released in every assignment, with their default shares of a record-level budget."""
-    statistics_once: tuple[str, ...] = ()
-    """Totals over records released once; at the record level `privacy.statistics` states a share for each."""
+    statistics_once: Mapping[str, float | None] = field(default_factory=dict)
+    """Totals over records released once, with their default shares; None: `privacy.statistics` has to state it."""
+    learns_readout: bool = False
+    """The server learns readouts, and needs the label texts' and public features (`FederationInfo`)."""
     centralized: bool = False
     """One client per task holds all records: the upper bound."""
     trains: bool = True
@@ -93,6 +95,9 @@ class Method(ABC):
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         """Raises `ConfigError` for tasks or a backbone that the method cannot use."""
+
+    def adapt_to(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        """Drops capabilities that none of the tasks can use, so that no budget is reserved for them."""
 
     def bind(self, subspace: Subspace | None) -> None:
         """Receives the run's subspace, before any other call, for servers that rebuild prompts in it."""

@@ -174,6 +174,7 @@ def client_workloads(
             cohort_rate=min(schedule.cohort / len(records), 1.0),
             num_rounds=schedule.num_rounds,
             totals=method.capabilities.statistics_per_round,
+            once={name: share for name, share in method.capabilities.statistics_once.items() if share is not None},
         )
         for name, number in records.items()
     }

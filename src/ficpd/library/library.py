@@ -18,11 +18,11 @@ from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.card import ADAPTED, join_names, model_card
 from ficpd.storage import atomic_write, fsync
-from ficpd.types import Batch, Prompt, Query
+from ficpd.types import Batch, Prompt, Query, Readout
 
 FORMAT = 2
 START = "start"
-KEY, READOUT = "key/", "readout/"
+KEY, READOUT, LEARNED = "key/", "readout/", "learned/"
 CARD = ("backbone", "tasks")
 """The required keys of a card."""
 
@@ -36,6 +36,7 @@ class PromptLibrary:
     card: JSON: the backbone's name, the tasks by name, the privacy spent, the run's settings.
     keys: by prompt, the unit vector [D] of its tasks (see `task_key`).
     readouts: by prompt, the [C, D] that replaces the task's readout, if demonstrations are part of it.
+    learned: by task of the card, the readout that the federation's prompts were tuned in.
     """
 
     start: Prompt
@@ -43,6 +44,20 @@ class PromptLibrary:
     card: Mapping[str, Any]
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     readouts: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: Mapping[str, Readout] = field(default_factory=dict)
+
+    def learned_readout(self, task: Task) -> Readout | None:
+        """Returns the learned readout of a task's label texts, in the task's order; None for other label texts."""
+        own = task.to_config()
+        texts = [*own.get("labels", {}).values()]
+        for name, readout in self.learned.items():
+            known = self.card["tasks"][name]
+            order = [*known.get("labels", {}).values()]
+            if sorted(order) == sorted(texts) and known.get("instruction") == own.get("instruction"):
+                places = [order.index(text) for text in texts]
+                rows, bias, shares = (x[places] for x in (readout.rows_CD, readout.bias_C, readout.shares_C))
+                return Readout(rows, bias, readout.scale, shares)
+        return None
 
     def offset(self, name: str) -> Tensor:
         """Returns a prompt's difference from the start, [P, D]."""
@@ -90,7 +105,7 @@ class PromptLibrary:
     def save(self, folder: Path) -> None:
         """Writes `prompts.safetensors`, `card.json` and `README.md` to a staging folder, then renames it."""
         for name in self.prompts:
-            if name == START or name.startswith((KEY, READOUT)):
+            if name == START or name.startswith((KEY, READOUT, LEARNED)):
                 raise LibraryError(f"prompt name {name!r}: reserved in the file; choose another name")
         folder = Path(folder)
         staging = folder.with_name(folder.name + ".writing")
@@ -101,6 +116,9 @@ class PromptLibrary:
         tensors = {name: prompt.vectors_PD for name, prompt in self.candidates().items()}
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
+        for name, found in self.learned.items():
+            parts = (found.rows_CD, found.bias_C[:, None], found.shares_C[:, None])
+            tensors[LEARNED + name] = torch.cat([*parts, torch.full_like(parts[1], found.scale)], dim=1)
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         atomic_write(staging / "prompts.safetensors", save(whole, meta))
         atomic_write(staging / "card.json", json.dumps(self.card, indent=2) + "\n")
@@ -157,15 +175,20 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
     """Builds the library from its file. Raises `KeyError` or `ValueError` if parts do not match."""
     keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
     readouts = {name.removeprefix(READOUT): t for name, t in tensors.items() if name.startswith(READOUT)}
-    vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT))}
+    learned = {name.removeprefix(LEARNED): t for name, t in tensors.items() if name.startswith(LEARNED)}
+    vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT, LEARNED))}
     if len({vector.shape for vector in vectors.values()}) != 1:
         raise ValueError("its prompts have different shapes")
     width = vectors[START].shape[1]
     if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in [*keys.values(), *readouts.values()]):
         raise ValueError("a key or readout has no prompt, or another width")
+    labels = {name: len(card["tasks"].get(name, {}).get("labels", ())) for name in learned}
+    if any(t.shape != (labels[name], width + 3) for name, t in learned.items()):
+        raise ValueError("a learned readout has no task in the card, or another shape")
+    read = {name: Readout(t[:, :-3], t[:, -3], float(t[0, -1]), t[:, -2]) for name, t in sorted(learned.items())}
     shape = int(meta["enters_at"]), int(meta["head_rows"])
     prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
-    return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts)
+    return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts, read)
 
 
 def task_key(task: Task, backbone: Backbone) -> Tensor:

@@ -98,7 +98,7 @@ def prepare_shots(
     seed: int = 0,
 ) -> FewShotSet:  # fmt: skip
     """Encodes the records and computes the loss of every prompt of the library, in one query."""
-    batch = task.encode(records, model.backbone, library.start)
+    batch = task.encode(records, model.backbone, library.start).with_readout(library.learned_readout(task))
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
     return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB)

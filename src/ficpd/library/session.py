@@ -95,12 +95,10 @@ class LibrarySession:
         chosen, start = self.tasks[self.named(task)], self.library.start
         records = read_records(data, columns)
         bare_PD = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :]
-        batch, targets = self.encode(records, None, task), chosen.targets(records)
-        found = {}
+        targets, found = chosen.targets(records), {}
         for name in [ZERO_SHOT, *self.library.prompts] if prompts is None else prompts:
             vectors_PD = bare_PD if name == ZERO_SHOT else get_prompt(self.library, name).vectors_PD
-            own = self.encode(records, name, task) if name == ADAPTED else batch
-            found[name] = score_prompt(chosen, vectors_PD, own, targets, self.model)
+            found[name] = score_prompt(chosen, vectors_PD, self.encode(records, name, task), targets, self.model)
         return found
 
     def adapt(
@@ -175,7 +173,10 @@ class LibrarySession:
         task = self.named(task)
         shown, start = self._shown(prompt, task), self.library.start
         chosen, backbone = self.tasks[task], self.model.backbone
-        return shown.encode(chosen, records, backbone, start) if shown else chosen.encode(records, backbone, start)
+        batch = chosen.encode(records, backbone, start)
+        if prompt not in (None, ZERO_SHOT):
+            batch = batch.with_readout(self.library.learned_readout(chosen))
+        return shown.encode(chosen, records, backbone, start, batch) if shown else batch
 
     def _shown(self, prompt: str | None, task: str) -> Demonstrations | None:
         """What an adapted prompt was chosen with; it means nothing beside another prompt, or for another task."""
@@ -322,8 +323,9 @@ def adapt_session(
         readouts[ADAPTED] = shown.readout_CD
     prompts = {**library.prompts, ADAPTED: found.fitted.prompt}
     return LibrarySession(
-        PromptLibrary(library.start, prompts, card, keys, readouts), opened.model, {**opened.tasks, own.name: own.task}
-    )
+        PromptLibrary(library.start, prompts, card, keys, readouts, library.learned), opened.model,
+        {**opened.tasks, own.name: own.task},
+    )  # fmt: skip
 
 
 def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:

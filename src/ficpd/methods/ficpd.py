@@ -11,6 +11,7 @@ updates compare best. Synthesis and distillation follow after the rounds (`disti
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -21,28 +22,68 @@ from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer, fedexp_factor
 from ficpd.federation.client import LABELS
 from ficpd.federation.method import Capabilities, Method
-from ficpd.interfaces import ClientContext, Model
-from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, relabel_clusters, shrinkage
+from ficpd.federation.validation import RATE, validate_prompts
+from ficpd.interfaces import Backbone, ClientContext, Model, Task
+from ficpd.methods.shared.class_totals import CLASSES
+from ficpd.methods.shared.clustering import Clusters, cluster_within_keys, relabel_clusters, shrinkage
 from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
-from ficpd.methods.shared.residual import with_label_prior
+from ficpd.methods.shared.mixture import Candidate, home_mixture, tune_alone
+from ficpd.methods.shared.readouts import (
+    BIAS,
+    CENTRE,
+    COVARIANCE,
+    ROWS,
+    SHARES,
+    TEXT,
+    assigned_readout,
+    client_totals,
+    features_readout,
+    init_readouts,
+    learn_readouts,
+    reading,
+    readout_assignment,
+    state_readout,
+    totals_spec,
+    tuning_prior,
+    validate_readout,
+    with_reading,
+    without_totals,
+)
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
-from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, FederationInfo, Prompt, Query, State
+from ficpd.types import (
+    Answer,
+    Assignment,
+    ClientCard,
+    ClientUpdate,
+    FederationInfo,
+    Predictor,
+    Prompt,
+    Query,
+    Readout,
+    State,
+)
 
 SIGNATURE = "signature/"
 
 
 class Config(FrozenConfig):
-    """num_prototypes: maximum number of clusters, or "auto" (see `cosine_kmeans`).
+    """num_prototypes: maximum number of clusters, or "auto" (see `cosine_kmeans`). Clients of different task keys (lists of
+        label texts) share none.
     space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "prompt": its
         last prompt; "function": the shift of public probes' features; "metadata": the public field `by`, no signature.
     redraw_every: rounds between clusterings (0: one clustering). A client moves only for a gain above `stay` in cosine.
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
-    label_prior: adds the client's label shares to the logits (classification only). A record-level budget pays for the
-        statistic `labels`."""
+    class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
+        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`.
+    local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
+        of its own records. "mixture": also prompts that it tunes alone.
+    label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
+        from the counts in the client's class totals. True: from the statistic `labels`, which a record-level budget pays
+        for."""
 
-    num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = 5
+    num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
     by: str = "group"
     gather: bool = True
@@ -50,7 +91,10 @@ class Config(FrozenConfig):
     stay: float = Field(default=0.05, ge=0, le=2)
     least_members: int = Field(default=1, ge=1)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
-    label_prior: bool = False
+    class_totals: bool = True
+    totals_share: float = Field(default=0.3, gt=0, lt=1)
+    local_model: Literal["prototype", "heads", "mixture"] = "mixture"
+    label_prior: bool | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerOptimizer = ServerOptimizer()
     robust: RobustConfig = RobustConfig()
@@ -73,8 +117,15 @@ class Ficpd(Method):
         self.config = config
         self.capabilities = Capabilities(
             private_units=("record", "client"), full_first_round=config.gather,
-            statistics_once=(LABELS,) if config.label_prior else (),
+            statistics_once=({CLASSES: config.totals_share} if config.class_totals else {})
+            | ({LABELS: None} if config.label_prior is True else {}),
+            learns_readout=config.class_totals,
         )  # fmt: skip
+
+    def adapt_to(self, tasks: Sequence[Task], backbone: Backbone) -> None:
+        if not any(features_readout(task, backbone) is not None for task in tasks):
+            once = {name: share for name, share in self.capabilities.statistics_once.items() if name != CLASSES}
+            self.capabilities = replace(self.capabilities, statistics_once=once, learns_readout=False)
 
     def init(self, setup: FederationInfo) -> State:
         start, by = setup.start.vectors_PD, self.config.by
@@ -87,25 +138,61 @@ class Ficpd(Method):
             "weights": {},
             "metadata": {card.name: card.metadata.get(by, "") for card in setup.clients},
         }
-        return State({"start": start, "global": start, "prototypes_KPD": start[None]}, facts)
+        arrays = {"start": start, "global": start, "prototypes_KPD": start[None]}
+        readouts = init_readouts(setup) if self.capabilities.learns_readout else State({})
+        key_of = readouts.facts.get("key_of_client", {})
+        facts["keys"] = {c.name: str(key_of.get(c.name, c.metadata.get("group", ""))) for c in setup.clients}
+        return State({**arrays, **readouts.arrays}, {**facts, **readouts.facts})
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
-        return Assignment(self.name, round, {"prompt": self._sent(state, client.name)}, {"rate": rate})
+        arrays, facts = readout_assignment(state, client)
+        return Assignment(
+            self.name, round, {"prompt": self._sent(state, client.name), **arrays}, {"rate": rate, **facts}
+        )
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
         work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
-        tuned = yield from with_label_prior(work, client.label_prior if self.config.label_prior else None)
-        return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
+        totals = yield from client_totals(client, assignment)
+        readout = assigned_readout(assignment)
+        tuned = yield from with_reading(work, readout, self._prior(client, readout))
+        return ClientUpdate(client.id, {"delta": tuned - prompt, **totals}, client.weight)
+
+    def _prior(self, client: ClientContext, readout: Readout | None) -> Tensor | None:
+        """[C]: what shared gradients may know of the client's labels."""
+        if self.config.label_prior == "auto":
+            return tuning_prior(client, readout)
+        return client.label_prior if self.config.label_prior else None
+
+    def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
+        readout, prompt = assigned_readout(assignment), assignment.arrays["prompt"]
+        if self.config.local_model == "prototype":
+            return [Predictor(prompt, reading(readout, self._prior(client.local_context(), readout)))]
+        candidates = [Candidate((prompt,), readout)]
+        if readout is not None:
+            candidates += [Candidate((client.start,), readout), Candidate((client.start,))]
+        if self.config.local_model == "mixture" and (
+            alone := (yield from tune_alone(self.training, client, assignment))
+        ):
+            candidates.append(alone)
+        return (yield from home_mixture(client, candidates))
+
+    def readout(self, state: State, client: ClientCard) -> Readout | None:
+        return state_readout(state, client)
+
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
+        rest = validate_readout(assignment, start.vectors_PD.shape[1], RATE)
+        validate_prompts(rest, start, ("prompt",))
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
-        return {"delta": tuple(state.arrays["start"].shape)}
+        return {"delta": tuple(state.arrays["start"].shape), **totals_spec(state)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """Clients outside the cohort keep their signature and offset; an old offset counts only in a new clustering. A
         late delta is added to the prompt that its client would be sent now."""
-        means = RobustAggregator(self.config.robust, updates)
+        state = learn_readouts(state, updates)
+        means = RobustAggregator(self.config.robust, [without_totals(update) for update in updates])
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
@@ -116,7 +203,8 @@ class Ficpd(Method):
         shared = state.arrays["global"] + move
         offsets = _of_clients(state, "offset/") | {n: p + more.get(n, 0.0) - shared for n, p in reached.items()}
         weights = state.facts["weights"] | came
-        arrays = {"start": state.arrays["start"], "global": shared, **moments}
+        kept = {n: a for n, a in state.arrays.items() if n.startswith((ROWS, BIAS, SHARES, CENTRE, COVARIANCE, TEXT))}
+        arrays = {"start": state.arrays["start"], "global": shared, **moments, **kept}
         newly = drawn == round
         counted = offsets if newly else {name: offsets[name] for name in reached}
         before = None if newly else state.arrays["prototypes_KPD"]
@@ -134,8 +222,12 @@ class Ficpd(Method):
         return {"global": state.arrays["global"], **prototypes}
 
     def _sent(self, state: State, name: str) -> Tensor:
-        """Returns the client's prototype, or the global prompt for a client without a cluster."""
-        nearest = state.facts["clusters"].get(name)
+        """Returns the client's prototype. A client without a cluster has its key's, if there is one; else the global."""
+        member, keys = state.facts["clusters"], state.facts["keys"]
+        nearest = member.get(name)
+        if nearest is None and len(set(keys.values())) > 1:
+            of_key = {k for other, k in member.items() if keys[other] == keys.get(name)}
+            nearest = of_key.pop() if len(of_key) == 1 else None
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
 
     def _signatures(self, state: State, reached: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
@@ -163,9 +255,10 @@ class Ficpd(Method):
             return Clusters(member, len(values)), drawn or round
         every, new = self.config.redraw_every, [name for name in signatures if name not in before]
         if not drawn or new or (every and round - drawn >= every):
-            found = cosine_kmeans(
-                signatures, self.config.num_prototypes, state.facts["seed"], least_members=self.config.least_members
-            )
+            found = cluster_within_keys(
+                signatures, state.facts["keys"], self.config.num_prototypes, state.facts["seed"],
+                least_members=self.config.least_members,
+            )  # fmt: skip
             return relabel_clusters(before, found, signatures, self.config.stay), round
         return Clusters(before, max(before.values()) + 1), drawn
 

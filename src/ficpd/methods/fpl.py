@@ -94,7 +94,7 @@ class Fpl(Method):
         drawn_first = config.clusters == "signatures"
         self.capabilities = Capabilities(
             private_units=("record", "client"), linear=config.robust.sums and config.server.sums and not drawn_first,
-            full_first_round=drawn_first, statistics_once=(LABELS,) if config.label_prior else (),
+            full_first_round=drawn_first, statistics_once={LABELS: None} if config.label_prior else {},
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:

@@ -33,7 +33,7 @@ class Config(settings.DPConfig):
 
 def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
     """Raises `PrivacyError` if the shares leave the prompt none, or no noise keeps the plan within the budget."""
-    shares = {**plan.totals, **config.statistics}
+    shares = {**plan.totals, **plan.once, **config.statistics}
     taken = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or taken >= 1:
         raise PrivacyError(f"privacy.statistics = {shares}: each share must lie above 0, and together below 1")

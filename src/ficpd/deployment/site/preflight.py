@@ -18,13 +18,13 @@ from ficpd.deployment.site.status import ledger_status
 from ficpd.errors import SiteError
 from ficpd.experiments.build import build_context_without_records
 from ficpd.experiments.config import parse
-from ficpd.experiments.setup import build_method, build_schedule, num_labels_by_group
+from ficpd.experiments.setup import build_method, build_schedule, federation_info
 from ficpd.federation import codec
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
 from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Ledger
 from ficpd.registry import build_config as of_part
-from ficpd.types import ClientCard, ClientData, ClientUpdate, FederationInfo, zero_update
+from ficpd.types import ClientData, ClientUpdate, zero_update
 
 
 def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
@@ -66,11 +66,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     yield f"backbone  {context.experiment.backbone.name}: {context.start.backbone}"
     policy.check(config, file.read_text(encoding="utf-8"), file.name, spec, context.model.backbone)
     yield f"recipe    {recipe.name}: the policy allows it"
-    cards = [ClientCard(name) for name in names]
-    setup = FederationInfo(
-        context.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed, num_labels_by_group(context)
-    )
-    state = method.init(setup)
+    state = method.init(federation_info(context, method, context.shards, context.experiment.privacy))
     arrays = context.compression.pack(context.compression.project(zero_update(method.update_spec(state))))
     update = ClientUpdate(config.name, arrays)
     body = codec.encode_update(update, 1, context.start.backbone)
@@ -79,7 +75,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     )
     module, settled = of_part("privacy", privacy_config_for(method, context.experiment.privacy))
     group = group_of(config.name, context.experiment.groups)
-    plan = spec.plan(config.name, records)
+    plan = spec.plan(config.name, records, method)
     mechanism = module.build(with_group_clip_norm(settled, context.experiment.privacy, group), plan)
     costs = list(mechanism.planned_costs())
     if costs:

@@ -195,7 +195,8 @@ class Site:
         policy.check(config, *self.own, spec, self.model.backbone)
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
-        plan = spec.plan(config.name, len(self.shard.train))
+        method.adapt_to([self.task], self.model.backbone)
+        plan = spec.plan(config.name, len(self.shard.train), method)
         mechanism = self._mechanism(spec, method, plan)
         account = self.ledger.account(config.name, self._budget(name, mechanism), name)
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the

@@ -1,5 +1,6 @@
 """Prototypes: cosine K-means of client signatures, which are vectors of any one shape."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -53,6 +54,27 @@ def cosine_kmeans(
     return Clusters(
         {name: next(placed) if ok else 0 for name, ok in zip(names, moved.tolist(), strict=True)}, len(rank)
     )
+
+
+def cluster_within_keys(
+    signatures: Mapping[str, Tensor], keys: Mapping[str, str], num_prototypes: int | Literal["auto"], seed: int, *,
+    least_members: int = 1,
+) -> Clusters:  # fmt: skip
+    """Clusters the clients of each public key by themselves (`cosine_kmeans`), so that no cluster has two keys.
+
+    A number of prototypes is divided among the keys; each has one at least.
+    """
+    names: dict[str, list[str]] = {}
+    for name in sorted(signatures):
+        names.setdefault(keys.get(name, ""), []).append(name)
+    each = num_prototypes if num_prototypes == "auto" else max(num_prototypes // max(len(names), 1), 1)
+    member: dict[str, tuple[str, int]] = {}
+    for key, of_key in names.items():
+        found = cosine_kmeans({n: signatures[n] for n in of_key}, each, seed, least_members=least_members)
+        member |= {name: (key, place) for name, place in found.member.items()}
+    sizes = Counter(member.values())
+    rank = {cluster: k for k, cluster in enumerate(sorted(sizes, key=lambda one: (-sizes[one], one)))}
+    return Clusters({name: rank[cluster] for name, cluster in member.items()}, len(rank))
 
 
 def _kmeans(unit_ND: Tensor, number: int, seed: int, restarts: int) -> list[int]:

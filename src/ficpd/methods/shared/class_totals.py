@@ -1,0 +1,236 @@
+"""Class totals: sums over records by label, from which the server learns a readout in one round.
+
+A record with feature f (at the public start) and label y gives the row
+
+    z = (f - m) / c        row = onehot(y) ⊗ [κ, z], and with the Gram matrix also z zᵀ        all over `row_norm`
+
+with a public centre m and scale c. Summed over clients, rows do not depend on who holds which record. With the Gram matrix
+the readout is the ridge regression of one-hot labels on all records together (Analytic Federated Learning, He et al.,
+CVPR 2025, arXiv 2405.16240; Fed3R, Fanì et al., ICML 2024, arXiv 2406.01116). Without it the readout is made of class
+means (FedNCM, Legate et al., NeurIPS 2023, arXiv 2303.06972), shrunk towards the label texts by empirical Bayes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd import rng
+from ficpd.types import Readout
+
+CLASSES = "classes"
+"""The statistic, and the array of an update that holds it."""
+COUNT_WEIGHT = 0.3
+"""κ: a small count leaves most of a row's norm to the feature."""
+RIDGE = 1.0
+CAUTION = 0.5
+"""Share of the scale that fits the totals best: other records score lower than those that a readout was learned from."""
+DRAWS = 100
+SCALES = 2.0 ** torch.arange(-2, 9, 0.5)
+WIDEST_GRAM = 512
+"""Backbones of more features send no Gram matrix."""
+BRIEF = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class PublicFeatures:
+    """What a feature is measured by, from synthetic records at the start prompt: no record is needed.
+
+    centre_D: m. scale: c, the longest distance of a synthetic feature from m. covariance_DD: of z.
+    """
+
+    centre_D: Tensor
+    scale: float
+    covariance_DD: Tensor
+
+    @staticmethod
+    def of(features_MD: Tensor) -> "PublicFeatures":
+        features = features_MD.double().cpu()
+        centre = features.mean(0)
+        scale = max(float((features - centre).norm(dim=1).max()), BRIEF)
+        covariance = torch.cov(((features - centre) / scale).T)
+        return PublicFeatures(centre.float(), scale, covariance.float())
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTotals:
+    """counts_C, sums_CD of z, and the Gram matrix of z if it was sent. float64."""
+
+    counts_C: Tensor
+    sums_CD: Tensor
+    gram_DD: Tensor | None
+
+    def __add__(self, other: "ClassTotals") -> "ClassTotals":
+        gram = None if self.gram_DD is None or other.gram_DD is None else self.gram_DD + other.gram_DD
+        return ClassTotals(self.counts_C + other.counts_C, self.sums_CD + other.sums_CD, gram)
+
+
+def row_norm(gram: bool) -> float:
+    """The norm of a row of a record with |z| = 1, before rows are divided by it."""
+    return (1 + COUNT_WEIGHT**2 + float(gram)) ** 0.5
+
+
+def totals_size(num_labels: int, width: int, gram: bool) -> int:
+    """Numbers of the totals of this many labels and features."""
+    return num_labels * (1 + width) + (width * (width + 1) // 2 if gram else 0)
+
+
+def total_rows(
+    features_BD: Tensor, targets_B: Tensor, centre_D: Tensor, scale: float, num_labels: int, gram: bool
+) -> Tensor:
+    """Returns [B, N], one row of each record, of norm 1 at most where |z| is. `num_labels`: of the largest task."""
+    z_BD = (features_BD.float().cpu() - centre_D) / scale
+    parts = F.pad(z_BD, (1, 0), value=COUNT_WEIGHT)
+    rows = [(F.one_hot(targets_B.cpu(), num_labels)[:, :, None] * parts[:, None]).flatten(1)]
+    if gram:
+        left, right = torch.triu_indices(z_BD.shape[1], z_BD.shape[1])
+        rows.append(z_BD[:, left] * z_BD[:, right] * _triangle_weights(left, right))
+    return torch.cat(rows, dim=1) / row_norm(gram)
+
+
+def split_totals(summed_N: Tensor, num_labels: int, most_labels: int, width: int, gram: bool) -> ClassTotals:
+    """Returns the totals of a client whose task has `num_labels` of `most_labels`."""
+    numbers = summed_N.double() * row_norm(gram)
+    by_label = numbers[: most_labels * (1 + width)].view(most_labels, 1 + width)[:num_labels]
+    gram_DD = None
+    if gram:
+        left, right = torch.triu_indices(width, width)
+        upper = torch.zeros(width, width, dtype=torch.double)
+        upper[left, right] = numbers[most_labels * (1 + width) :] / _triangle_weights(left, right)
+        gram_DD = upper + upper.triu(1).T
+    return ClassTotals(by_label[:, 0] / COUNT_WEIGHT, by_label[:, 1:], gram_DD)
+
+
+def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
+    """√2 off the diagonal, so that the triangle is as long as the matrix."""
+    return torch.where(left == right, 1.0, 2.0**0.5)
+
+
+def learn_readout(totals: Sequence[ClassTotals], text_CD: Tensor | None, public: PublicFeatures) -> Readout | None:
+    """Learns the readout of one task key from its clients' totals; None if they hold nothing but noise.
+
+    `text_CD`: the label texts' readout, which labels without records keep; None: zero in its place.
+    """
+    texts = torch.zeros_like(totals[0].sums_CD)
+    if text_CD is not None:
+        texts = F.normalize(text_CD.double().cpu(), dim=1) - public.centre_D.double()
+        texts = (texts - texts.mean(0)) / public.scale
+    summed = sum(totals[1:], totals[0])
+    if not bool((summed.counts_C.sum() > 1) & torch.isfinite(summed.sums_CD).all()):
+        return None
+    if summed.gram_DD is not None:
+        return _ridge(summed, texts, public)
+    return _class_means(totals, texts, public)
+
+
+def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns rows [C, D] and intercepts [C] of the ridge regression of one-hot labels on z, shrunk towards a prior.
+
+    Equals the regression on all records together: centred cross products follow from counts, sums and Gram matrix.
+    """
+    assert totals.gram_DD is not None
+    records = totals.counts_C.sum()
+    mean_D, shares_C = totals.sums_CD.sum(0) / records, totals.counts_C / records
+    centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
+    cross_CD = totals.sums_CD - totals.counts_C[:, None] * mean_D
+    prior = torch.zeros_like(cross_CD) if prior_CD is None else prior_CD
+    ridge = centred_DD + penalty * torch.eye(len(mean_D), dtype=torch.double)
+    rows_CD = prior + torch.linalg.solve(ridge, (cross_CD - prior @ centred_DD).T).T
+    return rows_CD, shares_C - rows_CD @ mean_D
+
+
+def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures) -> Readout:
+    """Ridge regression shrunk towards a multiple of the label texts, the one that fits the totals best."""
+    assert totals.gram_DD is not None
+    records = totals.counts_C.sum()
+    mean_D = totals.sums_CD.sum(0) / records
+    centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
+    cross_CD = totals.sums_CD - totals.counts_C[:, None] * mean_D
+    fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=BRIEF)
+    rows_CD, bias_C = ridge_rows(totals, RIDGE, fit.clamp(min=0) * texts_CD)
+    means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
+    within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
+    within_DD = within / max(float(records) - len(means_CD), 1.0)
+    return _in_features(rows_CD, bias_C, means_CD, within_DD, totals.counts_C / records, public)
+
+
+def _class_means(totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures) -> Readout:
+    """Scores by nearest class mean, each shrunk towards a multiple of its label text.
+
+    Empirical Bayes (Efron and Morris, JASA 1973): the noise on the sums, of privacy and of sampling, is read from the
+    scatter of the clients' sums, so nothing that is private has to be known.
+    """
+    sums = torch.stack([one.sums_CD for one in totals])
+    counts = torch.stack([one.counts_C for one in totals])
+    clients, _, D = sums.shape
+    noise_C = _scatter(sums).mean(1)
+    noise_C = 0.5 * (noise_C + noise_C.mean())
+    counts_C = _shrunk(counts.sum(0), _scatter(counts).mean()).clamp(min=1.0)
+    mean_D = sums.sum((0, 1)) / counts_C.sum()
+    offsets_CD = sums.sum(0) / counts_C[:, None] - mean_D
+    error_C = noise_C / counts_C**2 if clients > 1 else 2 / counts_C / D
+    weight_C = 1 / (error_C + BRIEF)
+    along, squared = ((t * weight_C[:, None]).sum() for t in (texts_CD * offsets_CD, texts_CD * texts_CD))
+    prior_CD = (along / squared.clamp(min=BRIEF)).clamp(0.0, 1.5) * texts_CD
+    spread = ((((offsets_CD - prior_CD) ** 2).mean(1) - error_C) * weight_C).sum() / weight_C.sum()
+    kept_C = spread.clamp(min=0) / (spread.clamp(min=0) + error_C + BRIEF)
+    means_CD = prior_CD + kept_C[:, None] * (offsets_CD - prior_CD)
+    centre_D = _shrunk(mean_D, noise_C.sum() / counts_C.sum() ** 2, towards=0.0)
+    bias_C = -0.5 * (means_CD**2).sum(1) - means_CD @ centre_D
+    uncertain = (kept_C * error_C).mean() * torch.eye(D, dtype=torch.double)
+    covariance = public.covariance_DD.double() + uncertain
+    return _in_features(means_CD, bias_C, means_CD + centre_D, covariance, counts_C / counts_C.sum(), public)
+
+
+def _scatter(of_clients: Tensor) -> Tensor:
+    """Estimates the variance of a sum over clients from their terms [clients, ...]."""
+    clients = len(of_clients)
+    return ((of_clients - of_clients.mean(0)) ** 2).sum(0) * clients / max(clients - 1, 1)
+
+
+def _shrunk(values: Tensor, error: Tensor, towards: float | None = None) -> Tensor:
+    """Shrinks values towards their mean by their known error variance (James and Stein, 1961)."""
+    centre = values.mean() if towards is None else towards
+    spread = (((values - centre) ** 2).mean() - error).clamp(min=0)
+    return centre + spread / (spread + error + BRIEF) * (values - centre)
+
+
+def _in_features(
+    rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor, public: PublicFeatures
+) -> Readout:
+    """Scales scores of z into logits of features."""
+    scale = CAUTION * _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C)
+    rows = scale * rows_CD / public.scale
+    bias_C = scale * bias_C - rows @ public.centre_D.double()
+    return Readout(rows.float(), (bias_C - bias_C.mean()).float(), scale, shares_C.float())
+
+
+def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor) -> float:
+    """Returns the factor of scores under which records drawn around the class means have the least log loss."""
+    known = shares_C > 0
+    spread = rows_CD @ within_DD @ rows_CD.T
+    spread += (1e-4 * spread.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(spread), dtype=torch.double)
+    values, vectors = torch.linalg.eigh(spread)
+    root = vectors * values.clamp(min=0).sqrt()
+    noise = torch.randn(DRAWS, len(spread), generator=rng.make_generator(0, "scale"), dtype=torch.double) @ root.T
+    scores_KNC = (means_CD @ rows_CD.T + bias_C)[known][:, None] + noise
+    labels = known.nonzero()[:, 0]
+    weight_K = shares_C[known] / shares_C[known].sum()
+
+    def loss(scale: float) -> float:
+        picked = (scale * scores_KNC).log_softmax(-1)[torch.arange(len(labels)), :, labels]
+        return float(-(picked.mean(1) * weight_K).sum())
+
+    return min(SCALES.tolist(), key=loss)
+
+
+def relative_prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:
+    """[C]: log of a client's label shares over the federation's, each share shrunk towards the federation's.
+
+    A client of n records has (n_c + strength · share_c) / (n + strength) in the place of n_c / n.
+    """
+    shares = shares_C.clamp(min=1e-6) / shares_C.clamp(min=1e-6).sum()
+    counts = counts_C.clamp(min=0.0)
+    return ((counts + strength * shares) / (counts.sum() + strength)).log() - shares.log()

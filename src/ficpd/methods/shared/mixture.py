@@ -1,0 +1,175 @@
+"""A client's mixture: what it was sent and what it learned alone, weighted by its own records. Nothing of it is sent.
+
+Each candidate is a prompt with a readout. Its members differ in the temperature of the logits and in the strength of the
+client's label prior. A member's weight is
+
+    w_m ∝ exp(-rank_m) exp(-½ n L_m)        L_m: the mean log loss of the client's n records
+
+so the mixture is nearly as good as its best member (exponential weighting: Dalalyan and Tsybakov, Machine Learning 72,
+2008; half the evidence, because losses of one client depend on each other). Ranks put what is shared first. The label prior
+of a record is made of the other records' labels. Own heads are scored by leave-one-out (`heads`).
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ficpd.interfaces import ClientContext
+from ficpd.methods.shared.class_totals import relative_prior
+from ficpd.methods.shared.heads import MIN_RECORDS, fit_heads
+from ficpd.methods.shared.readouts import reading
+from ficpd.optimizers import LocalTrainingConfig, tune
+from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, Readout
+
+TEMPERATURES = (0.5, 1.0)
+STRENGTHS = (2.0, 10.0, 50.0, torch.inf)
+"""Records that the federation's label shares count for, in the client's label prior; the last is no prior."""
+WITHOUT_PRIOR = 0.1
+"""Least weight of the members without a label prior, for clients whose labels shift."""
+
+
+class Candidate(NamedTuple):
+    """A prompt, or several of one kind, and their readout (None: the task's label texts).
+
+    held: of each prompt, the client's records that it was not tuned on; together they are all. None: prompts from others.
+    """
+
+    prompts: tuple[Tensor, ...]
+    readout: Readout | None = None
+    held: tuple[Tensor, ...] | None = None
+
+
+class Member(NamedTuple):
+    """log_BC: log probabilities of the client's own records, without their own label. read: of any records' logits."""
+
+    log_BC: Tensor
+    read: Callable[[ModelOutput, Batch], Tensor]
+    shifted: bool
+
+
+def home_mixture(client: ClientContext, candidates: Sequence[Candidate]) -> Generator[Query, Answer, list[Predictor]]:
+    """Weights candidates, most shared first, by the client's own records.
+
+    Without labels the last candidate alone is returned: there is no evidence to weigh by.
+    """
+    local = client.local_context()
+    batch = local.full_batch()
+    if not batch.task.num_labels or batch.targets is None or not len(batch):
+        return [Predictor(candidates[0].prompts[0])]
+    targets_B = batch.targets.cpu()
+    members: list[list[Member]] = []
+    for candidate in candidates:
+        answer = yield Query(torch.stack(candidate.prompts), batch, outputs=True)
+        assert answer.outputs_KB is not None
+        members.append(_members(candidate, answer.outputs_KB, batch, targets_B))
+    weights = _weights(members, targets_B)
+    return [
+        Predictor(prompt_PD, _mixed(of, weight_M), float(weight_M.sum()) / len(candidate.prompts))
+        for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
+        for prompt_PD in candidate.prompts
+    ]
+
+
+def tune_alone(
+    training: LocalTrainingConfig, client: ClientContext, assignment: Assignment
+) -> Generator[Query, Answer, Candidate | None]:
+    """Tunes two prompts from the start on the client's records alone, each on one half, for as many steps as the rounds had.
+
+    Each is scored on the other half (cross-fitting). None for a client with too few records to halve.
+    """
+    tuned, held = [], []
+    for complement in (False, True):
+        local = client.local_context(0.5, complement)
+        if not len(local.holdout()):
+            return None
+        prompt, memory, rounds = client.start, {}, max(assignment.round - 1, 1)
+        for round in range(1, rounds + 1):
+            order = replace(assignment, round=round, facts={"rate": training.rate(round, rounds)})
+            prompt = yield from tune(training, local, order, prompt, memory=memory)
+        tuned.append(prompt)
+        held.append(local.held_places())
+    return Candidate(tuple(tuned), None, tuple(held))
+
+
+def _members(candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B: Tensor) -> list[Member]:
+    labels = batch.task.num_labels
+    given = candidate.readout
+    shares_C = torch.full((labels,), 1 / labels) if given is None else given.shares_C
+    plain = reading(given, None) or batch.task.logits
+    first = outputs.select(torch.arange(len(batch)))
+    logits_BC = plain(first, batch)
+    assert logits_BC is not None, "a task with labels"
+    logits_BC = logits_BC.float().cpu()
+    for k, held in enumerate(candidate.held or ()):
+        rows = outputs.select(torch.arange(k * len(batch), (k + 1) * len(batch)))
+        logits_BC[held] = plain(rows, batch).float().cpu()[held]  # type: ignore[union-attr]
+    found = _tempered(logits_BC, plain, targets_B, shares_C)
+    if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
+        prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
+        for head in fit_heads(first.features_RD.float().cpu(), targets_B, prior, labels):
+            found += _tempered(head.loo_BC, _head_logits(head.rows_CD, head.bias_C), targets_B, shares_C)
+    return found
+
+
+def _head_logits(rows_CD: Tensor, bias_C: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
+    return lambda outputs, batch: outputs.features_RD.float().cpu() @ rows_CD.T + bias_C
+
+
+def _tempered(
+    logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], targets_B: Tensor, shares_C: Tensor
+) -> list[Member]:
+    """Returns a member for each temperature and strength of the label prior."""
+    counts_C = F.one_hot(targets_B, logits_BC.shape[1]).float().sum(0)
+    found = []
+    for strength in STRENGTHS:
+        prior_C = _prior(counts_C, shares_C, strength)
+        others_CC = torch.stack([_prior(counts_C - one, shares_C, strength) for one in torch.eye(len(counts_C))])
+        for temperature in TEMPERATURES:
+            log_BC = (temperature * logits_BC + others_CC[targets_B]).log_softmax(1)
+            found.append(Member(log_BC, _member_logits(plain, temperature, prior_C), strength == torch.inf))
+    return found
+
+
+def _prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:
+    return torch.zeros_like(counts_C) if strength == torch.inf else relative_prior(counts_C, shares_C, strength)
+
+
+def _member_logits(
+    plain: Callable[[ModelOutput, Batch], Tensor | None], temperature: float, prior_C: Tensor
+) -> Callable[[ModelOutput, Batch], Tensor]:
+    def read(outputs: ModelOutput, batch: Batch) -> Tensor:
+        logits_RC = plain(outputs, batch)
+        assert logits_RC is not None, "a task with labels"
+        return temperature * logits_RC.float().cpu() + prior_C
+
+    return read
+
+
+def _weights(members: Sequence[Sequence[Member]], targets_B: Tensor) -> list[Tensor]:
+    """Returns each candidate's members' weights; all sum to 1."""
+    rows = torch.arange(len(targets_B))
+    evidence = [
+        torch.stack([0.5 * m.log_BC[rows, targets_B].sum() - rank for m in of]) - torch.tensor(float(len(of))).log()
+        for rank, of in enumerate(members)
+    ]
+    weight_M = torch.cat(evidence).softmax(0)
+    bare_M = torch.tensor([m.shifted for of in members for m in of])
+    bare = torch.cat(evidence).masked_fill(~bare_M, -torch.inf).softmax(0)
+    weight_M = (1 - WITHOUT_PRIOR) * weight_M + WITHOUT_PRIOR * bare
+    return list(weight_M.split([len(of) for of in members]))
+
+
+def _mixed(members: Sequence[Member], weight_M: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
+    """Returns logits whose softmax is the members' weighted probabilities."""
+    kept = [(m, w) for m, w in zip(members, weight_M.tolist(), strict=True) if w > 1e-4 * float(weight_M.max())]
+
+    def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
+        mixed = sum(weight * member.read(outputs, batch).softmax(-1) for member, weight in kept)
+        assert isinstance(mixed, Tensor)
+        return mixed.clamp(min=1e-12).log()
+
+    return logits

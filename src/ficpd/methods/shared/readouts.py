@@ -1,0 +1,268 @@
+"""Readouts in a federation: round one gathers class totals, later assignments carry the readout of the client's task key.
+
+A task key is a list of label texts. Clients of one key share a readout, whatever their clusters. Groups whose labels are
+not read from features (no labels, or likelihoods) have no key and keep their task's reading.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ficpd.errors import CodecError
+from ficpd.federation.validation import validate_facts
+from ficpd.interfaces import Backbone, ClientContext, Task
+from ficpd.methods.shared.class_totals import (
+    CLASSES,
+    WIDEST_GRAM,
+    PublicFeatures,
+    learn_readout,
+    relative_prior,
+    split_totals,
+    total_rows,
+    totals_size,
+)
+from ficpd.optimizers import Result, map_queries
+from ficpd.types import (
+    Answer,
+    Assignment,
+    Batch,
+    ClientCard,
+    ClientUpdate,
+    FederationInfo,
+    ModelOutput,
+    Query,
+    Readout,
+    State,
+)
+
+CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES = (
+    "centre",
+    "covariance",
+    "text/",
+    "readout",
+    "readout_bias",
+    "label_shares",
+)
+COUNTS = "label_counts"
+"""The client's released label counts, in its state."""
+MOST_LABELS = 10_000
+ASKED: Mapping[str, tuple[type, ...]] = {"feature_scale": (float,), "most_labels": (int,), "gram": (bool,)}
+READ: Mapping[str, tuple[type, ...]] = {"readout_scale": (float,)}
+
+
+# ---------------------------------------------------------------- server
+
+
+def features_readout(task: Task, backbone: Backbone) -> Tensor | None:
+    """Returns the label texts' readout [C, D] of a task whose labels are read from features; None for other tasks."""
+    if not (task.num_labels and backbone.supports_features) or task.head_rows:
+        return None
+    return task.readout(backbone)
+
+
+def init_readouts(setup: FederationInfo, gram: bool = True) -> State:
+    """Returns the arrays and facts that a method adds to its initial state; none if no group is read from features.
+
+    At the client level no totals are gathered: one clip norm bounds the whole update, which totals would fill.
+    """
+    if setup.features_MD is None or not setup.texts or setup.unit == "client":
+        return State({})
+    public = PublicFeatures.of(setup.features_MD)
+    keys: list[Tensor] = []
+    of_group = {}
+    for group, text_CD in sorted(setup.texts.items()):
+        equal = [k for k, known in enumerate(keys) if known.shape == text_CD.shape and torch.equal(known, text_CD)]
+        of_group[group] = equal[0] if equal else len(keys)
+        if not equal:
+            keys.append(text_CD.float().cpu())
+    width = setup.features_MD.shape[1]
+    facts = {
+        "key_of_group": of_group,
+        "key_of_client": {card.name: of_group[_group(card)] for card in setup.clients if _group(card) in of_group},
+        "key_labels": [len(text_CD) for text_CD in keys],
+        "feature_scale": public.scale,
+        "gram": gram and setup.unit == "none" and width <= WIDEST_GRAM,
+        "gathered": False,
+        "readout_scales": {},
+    }
+    arrays = {CENTRE: public.centre_D, COVARIANCE: public.covariance_DD}
+    return State(arrays | {f"{TEXT}{k}": text_CD for k, text_CD in enumerate(keys)}, facts)
+
+
+def gathers(state: State) -> bool:
+    """Whether the next assignments ask for class totals."""
+    return state.facts.get("gathered") is False
+
+
+def totals_spec(state: State) -> dict[str, tuple[int, ...]]:
+    """The array of the totals, in rounds that gather them."""
+    if not gathers(state):
+        return {}
+    width = len(state.arrays[CENTRE])
+    return {CLASSES: (totals_size(max(state.facts["key_labels"]), width, state.facts["gram"]),)}
+
+
+def readout_assignment(state: State, client: ClientCard) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the arrays and facts about readouts in a client's assignment."""
+    facts = state.facts
+    if gathers(state):
+        asked = {
+            "feature_scale": facts["feature_scale"],
+            "most_labels": max(facts["key_labels"]),
+            "gram": facts["gram"],
+        }
+        return {CENTRE: state.arrays[CENTRE]}, asked
+    readout = state_readout(state, client)
+    if readout is None:
+        return {}, {}
+    arrays = {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}
+    return arrays, {"readout_scale": readout.scale}
+
+
+def state_readout(state: State, client: ClientCard) -> Readout | None:
+    """Returns the learned readout of a client's task key; a client that never came has its group's."""
+    facts = state.facts
+    key = facts.get("key_of_client", {}).get(client.name, facts.get("key_of_group", {}).get(_group(client)))
+    if f"{ROWS}/{key}" not in state.arrays:
+        return None
+    rows, bias, shares = (state.arrays[f"{part}/{key}"] for part in (ROWS, BIAS, SHARES))
+    return Readout(rows, bias, facts["readout_scales"][str(key)], shares)
+
+
+def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
+    """Learns each key's readout from the updates of the gathering round. Raises nothing: a key without totals keeps its
+    label texts."""
+    if not gathers(state) or not updates:
+        return state
+    facts, public = state.facts, _public(state)
+    most, width, found = max(facts["key_labels"]), len(public.centre_D), {}
+    for update in updates:
+        key = facts["key_of_client"].get(update.client)
+        if key is not None:
+            labels = facts["key_labels"][key]
+            totals = split_totals(update.arrays[CLASSES], labels, most, width, facts["gram"])
+            found.setdefault(key, []).append(totals)
+    arrays = {name: array for name, array in state.arrays.items() if name not in (CENTRE, COVARIANCE)}
+    scales = {}
+    for key, of_key in sorted(found.items()):
+        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public)
+        if readout is not None:
+            arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
+            arrays[f"{SHARES}/{key}"] = readout.shares_C
+            scales[str(key)] = readout.scale
+    return State(arrays, {**facts, "gathered": True, "readout_scales": scales})
+
+
+def without_totals(update: ClientUpdate) -> ClientUpdate:
+    return ClientUpdate(update.client, {n: a for n, a in update.arrays.items() if n != CLASSES}, update.weight)
+
+
+def _public(state: State) -> PublicFeatures:
+    return PublicFeatures(state.arrays[CENTRE], state.facts["feature_scale"], state.arrays[COVARIANCE])
+
+
+def _group(card: ClientCard) -> str:
+    return str(card.metadata.get("group", ""))
+
+
+# ---------------------------------------------------------------- client
+
+
+def assigned_readout(assignment: Assignment) -> Readout | None:
+    """Returns the readout that an assignment carries; None: the task's own."""
+    if ROWS not in assignment.arrays:
+        return None
+    rows, bias, shares = (assignment.arrays[name] for name in (ROWS, BIAS, SHARES))
+    return Readout(rows, bias, assignment.facts["readout_scale"], shares)
+
+
+def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tuple[type, ...]]) -> Assignment:
+    """Checks the arrays and facts about readouts; returns the assignment without these arrays.
+
+    `facts`: the kinds of the method's own facts. Raises `CodecError`.
+    """
+    asked, read = CENTRE in assignment.arrays, ROWS in assignment.arrays
+    validate_facts(assignment, {**facts, **(ASKED if asked else {}), **(READ if read else {})})
+    if asked and not (1 <= assignment.facts["most_labels"] <= MOST_LABELS and assignment.facts["feature_scale"] > 0):
+        raise CodecError(
+            f"the assignment's 'most_labels' is {assignment.facts['most_labels']} and 'feature_scale' "
+            f"{assignment.facts['feature_scale']}, expected 1 to {MOST_LABELS}, and above 0"
+        )
+    labels = len(assignment.arrays[ROWS]) if read else 0
+    shapes = {CENTRE: (width,), ROWS: (labels, width), BIAS: (labels,), SHARES: (labels,)}
+    expected = ([CENTRE] if asked else []) + ([ROWS, BIAS, SHARES] if read else [])
+    given = {n: tuple(a.shape) for n, a in assignment.arrays.items() if n in shapes}
+    if given != {name: shapes[name] for name in expected}:
+        raise CodecError(
+            f"the assignment's readout arrays are {given}, expected { ({n: shapes[n] for n in expected}) }"
+        )
+    rest = {name: array for name, array in assignment.arrays.items() if name not in shapes}
+    return Assignment(assignment.method, assignment.round, rest, assignment.facts)
+
+
+def client_totals(client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, dict[str, Tensor]]:
+    """Returns the client's released totals if the assignment asks for them.
+
+    Guarantees (`tests/methods/shared/test_readouts.py`): a record changes the sum by norm 1 at most (`private_sum` clips
+    its row), and the ledger has one line for them. The features depend on the record and the public start alone.
+    """
+    if CENTRE not in assignment.arrays:
+        return {}
+    batch, centre_D, facts = client.full_batch(), assignment.arrays[CENTRE], assignment.facts
+    most, gram = facts["most_labels"], facts["gram"]
+    if batch.readout_CD is None or batch.targets is None or batch.task.num_labels > most:
+        return {CLASSES: torch.zeros(totals_size(most, len(centre_D), gram))}
+    answer = yield Query(client.start[None], batch, outputs=True)
+    assert answer.outputs_KB is not None
+    rows_BN = total_rows(answer.outputs_KB.features_RD, batch.targets, centre_D, facts["feature_scale"], most, gram)
+    released = client.private_sum(CLASSES, rows_BN)
+    own = split_totals(released, batch.task.num_labels, most, len(centre_D), gram)
+    client.client_state[COUNTS] = own.counts_C.float()
+    return {CLASSES: released}
+
+
+def tuning_prior(client: ClientContext, readout: Readout | None) -> Tensor | None:
+    """[C] or None: the client's label shares over the federation's, from its released counts, for shared gradients."""
+    counts_C = client.client_state.get(COUNTS)
+    if readout is None or counts_C is None or len(counts_C) != len(readout.shares_C):
+        return None
+    return relative_prior(counts_C, readout.shares_C, float(len(counts_C)))
+
+
+def read_as(batch: Batch, readout: Readout | None) -> Batch:
+    """Returns a batch read by a learned readout, if it has the batch's labels. Raises `CodecError` for other labels."""
+    if readout is not None and len(readout.rows_CD) != batch.task.num_labels:
+        raise CodecError(
+            f"the assignment's readout has {len(readout.rows_CD)} labels, expected {batch.task.num_labels}"
+        )
+    return batch.with_readout(readout)
+
+
+def reading(readout: Readout | None, log_shares_C: Tensor | None) -> Callable[[ModelOutput, Batch], Tensor] | None:
+    """Returns how a `Predictor` reads outputs: by a readout and under known label shares. None: by the task."""
+    if readout is None and log_shares_C is None:
+        return None
+
+    def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
+        batch = read_as(batch, readout)
+        found_RC = batch.task.logits(outputs, batch if log_shares_C is None else batch.with_prior(log_shares_C))
+        assert found_RC is not None, "a task with labels"
+        return found_RC
+
+    return logits
+
+
+def with_reading(
+    work: Generator[Query, Answer, Result], readout: Readout | None, log_shares_C: Tensor | None
+) -> Generator[Query, Answer, Result]:
+    """Tunes in a learned readout and under known label shares (`residual.with_label_prior`)."""
+    if readout is None and log_shares_C is None:
+        return work
+
+    def read(batch: Batch) -> Batch:
+        batch = read_as(batch, readout)
+        return batch if log_shares_C is None else batch.with_prior(log_shares_C)
+
+    return map_queries(work, lambda query: query._replace(batch=read(query.batch)))
