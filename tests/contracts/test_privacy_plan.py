@@ -54,7 +54,9 @@ SUMMED = [], STEPS, UPDATE, SUM
 ONE_BY_ONE = [], STEPS, UPDATE, PrivacyError
 RECORDS_ONLY = [], STEPS, PrivacyError, PrivacyError
 PRIOR_UNSTATED = [], PrivacyError, UPDATE, PrivacyError
-WITH_LABELS = [*STEPS, ("labels", 1.0, 1)]
+LABELS_ONCE = ("labels", 1.0, 1)
+WITH_LABELS = [*STEPS, LABELS_ONCE]
+WITH_CLASSES = [*STEPS, ("classes", 1.0, 1)]
 SILENT = (None,) * 4
 """Nothing is released, so there is nothing to plan."""
 PLANS: dict[str, tuple] = {
@@ -68,7 +70,7 @@ PLANS: dict[str, tuple] = {
     "fedhpl": ([], [*STEPS, ("logits", 1.0, 3)], PrivacyError, PrivacyError),
     "fedlora": SUMMED,
     "fedprox": SUMMED,
-    "ficpd": ONE_BY_ONE,
+    "ficpd": ([], WITH_CLASSES, UPDATE, PrivacyError),
     "fpl": SUMMED,
     "icl": SILENT,
     "local": SILENT,
@@ -83,7 +85,8 @@ BY_SETTING: list[tuple[str, dict[str, Any], Any, tuple]] = [
     ("fpl", {"clusters": "signatures"}, None, ONE_BY_ONE),
     ("ficpd", {"label_prior": True}, None, PRIOR_UNSTATED),
     ("fpl", {"label_prior": True}, None, ([], PrivacyError, UPDATE, SUM)),
-    ("ficpd", {"label_prior": True}, {"labels": 0.1}, ([], WITH_LABELS, UPDATE, PrivacyError)),
+    ("ficpd", {"class_totals": False}, None, ONE_BY_ONE),
+    ("ficpd", {"label_prior": True}, {"labels": 0.1}, ([], [*WITH_CLASSES, LABELS_ONCE], UPDATE, PrivacyError)),
     ("fpl", {"label_prior": True}, {"labels": 0.1}, ([], WITH_LABELS, UPDATE, SUM)),
     ("fedhpl", {}, {"logits": 0.5}, PLANS["fedhpl"]),
     ("fedavg", {}, {"weight": 0.1}, ([], [*STEPS, ("weight", 1.0, 1)], UPDATE, SUM)),

@@ -93,8 +93,8 @@ class Runner:
         self.config, self.directory, self.clients = config, directory, clients
         self.method = build_method(context, config)
         self.context = context.with_method(self.method)
+        self.privacy = self.context.experiment.privacy if private else NONE
         self.shards = self.context.shards_for(self.method.capabilities.centralized)
-        self.privacy = context.experiment.privacy if private else NONE
         self.label = self.method.name if private else f"{self.method.name}, no privacy"
         self.stopped: str | None = None
 
@@ -201,7 +201,8 @@ class SimulatedClients(Clients):
     def plan_privacy(self, run: Runner, state: State) -> PrivacyPlan:
         experiment = run.context.experiment
         return plan_privacy(
-            run.privacy, run.method, state, run.shards, run.schedule, experiment.seed, run.directory.path, run.directory.run_id(), run.last_release,
+            run.privacy, run.method, state, run.shards, run.schedule, experiment.seed, run.directory.path,
+            run.directory.run_id(), run.last_release,
         )  # fmt: skip
 
     def build_engine(self, run: Runner, kept: Mapping[str, Tensor]) -> Engine:

@@ -110,7 +110,9 @@ def with_noise_scale(context: ExperimentContext, method: Method, state: State, p
 def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:
     federation, clients = context.experiment.federation, 1 if method.capabilities.centralized else len(context.shards)
     return RoundSchedule(
-        federation.num_rounds if method.capabilities.trains else 0,
+        min(federation.num_rounds, method.capabilities.rounds or federation.num_rounds)
+        if method.capabilities.trains
+        else 0,
         min(federation.clients_per_round or clients, clients),
         public_seed(context.experiment.seed),
         federation.max_update_norm,

@@ -61,6 +61,8 @@ class Capabilities:
     centralized: bool = False
     """One client per task holds all records: the upper bound."""
     trains: bool = True
+    rounds: int | None = None
+    """Rounds that the method needs; None: as many as the experiment has."""
     full_first_round: bool = False
     """The first round samples every client."""
     prompt_type: Literal["soft", "tokens", "lora"] = "soft"

@@ -24,7 +24,8 @@ class QueryBudget:
         self, method: Method, state: State, clients: Mapping[str, Client], rounds: Sequence[Round], most: int | None
     ):
         self.clients, self.most = clients, most
-        self.steps, self.batch_size = method.local_workload(state)
+        steps, self.batch_size = method.local_workload(state)
+        self.steps = max(steps, 1)  # class totals ask about every record once
         self.candidates = method.capabilities.candidates or method.training.candidates
         self.asked = {name: [0, 0] for name in clients}
         self.largest = 0.0

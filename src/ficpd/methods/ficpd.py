@@ -76,7 +76,8 @@ class Config(FrozenConfig):
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`.
+        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where a readout is learned, the
+        learning rate is `readout_rate` times the backbone's: the readout fits the start, and large steps lead away from it.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
@@ -93,6 +94,7 @@ class Config(FrozenConfig):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     class_totals: bool = True
     totals_share: float = Field(default=0.3, gt=0, lt=1)
+    readout_rate: float = Field(default=0.2, gt=0, le=1)
     local_model: Literal["prototype", "heads", "mixture"] = "mixture"
     label_prior: bool | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
@@ -146,6 +148,7 @@ class Ficpd(Method):
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
+        rate *= self.config.readout_rate if "gathered" in state.facts else 1.0
         arrays, facts = readout_assignment(state, client)
         return Assignment(
             self.name, round, {"prompt": self._sent(state, client.name), **arrays}, {"rate": rate, **facts}

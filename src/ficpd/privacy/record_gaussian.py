@@ -48,8 +48,9 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
         }
 
     def costs(multiplier: float) -> list[PrivacyCost]:
-        steps = PrivacyCost("prompt", plan.sampling_rate, multiplier, plan.steps * plan.participations)
-        return [steps, *statistics(multiplier).values()]
+        count = plan.steps * plan.participations
+        steps = [PrivacyCost("prompt", plan.sampling_rate, multiplier, count)] if count else []
+        return [*steps, *statistics(multiplier).values()]
 
     multiplier = settings.calibrate_noise(config, costs)
     return RecordGaussian(config, plan, multiplier, statistics(multiplier), costs(multiplier))

@@ -108,21 +108,26 @@ def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(left == right, 1.0, 2.0**0.5)
 
 
-def learn_readout(totals: Sequence[ClassTotals], text_CD: Tensor | None, public: PublicFeatures) -> Readout | None:
-    """Learns the readout of one task key from its clients' totals; None if they hold nothing but noise.
+def learn_readout(
+    totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False
+) -> Readout | None:
+    """Learns the readout of one task key from its clients' totals; None if they hold no record.
 
-    `text_CD`: the label texts' readout, which labels without records keep; None: zero in its place.
+    `text_CD`: the label texts' readout, which labels without records keep (zero: nothing to shrink towards). `noisy`: the
+    totals have noise of a privacy mechanism.
     """
     texts = torch.zeros_like(totals[0].sums_CD)
-    if text_CD is not None:
+    if text_CD.any():
         texts = F.normalize(text_CD.double().cpu(), dim=1) - public.centre_D.double()
         texts = (texts - texts.mean(0)) / public.scale
     summed = sum(totals[1:], totals[0])
     if not bool((summed.counts_C.sum() > 1) & torch.isfinite(summed.sums_CD).all()):
         return None
     if summed.gram_DD is not None:
-        return _ridge(summed, texts, public)
-    return _class_means(totals, texts, public)
+        grams = torch.stack([one.gram_DD for one in totals if one.gram_DD is not None])
+        noise = float(_scatter(grams).mean()) if noisy else 0.0
+        return _ridge(summed, texts, public, RIDGE + 2 * (noise * len(texts[0])) ** 0.5)
+    return _class_means(totals, texts, public, noisy)
 
 
 def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,33 +146,39 @@ def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = No
     return rows_CD, shares_C - rows_CD @ mean_D
 
 
-def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures) -> Readout:
-    """Ridge regression shrunk towards a multiple of the label texts, the one that fits the totals best."""
+def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, penalty: float) -> Readout:
+    """Ridge regression shrunk towards a multiple of the label texts, the one that fits the totals best.
+
+    A penalty of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
+    """
     assert totals.gram_DD is not None
     records = totals.counts_C.sum()
     mean_D = totals.sums_CD.sum(0) / records
     centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
     cross_CD = totals.sums_CD - totals.counts_C[:, None] * mean_D
     fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=BRIEF)
-    rows_CD, bias_C = ridge_rows(totals, RIDGE, fit.clamp(min=0) * texts_CD)
+    rows_CD, bias_C = ridge_rows(totals, penalty, fit.clamp(min=0) * texts_CD)
     means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
     within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
     within_DD = within / max(float(records) - len(means_CD), 1.0)
     return _in_features(rows_CD, bias_C, means_CD, within_DD, totals.counts_C / records, public)
 
 
-def _class_means(totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures) -> Readout:
+def _class_means(totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures, noisy: bool) -> Readout:
     """Scores by nearest class mean, each shrunk towards a multiple of its label text.
 
     Empirical Bayes (Efron and Morris, JASA 1973): the noise on the sums, of privacy and of sampling, is read from the
-    scatter of the clients' sums, so nothing that is private has to be known.
+    scatter of the clients' sums around their counts times the mean, so nothing that is private has to be known. Noise on
+    counts is 1 / κ times as large.
     """
     sums = torch.stack([one.sums_CD for one in totals])
     counts = torch.stack([one.counts_C for one in totals])
     clients, _, D = sums.shape
-    noise_C = _scatter(sums).mean(1)
+    means_CD = sums.sum(0) / counts.sum(0).clamp(min=1.0)[:, None]
+    noise_C = _scatter(sums - counts[:, :, None] * means_CD).mean(1)
     noise_C = 0.5 * (noise_C + noise_C.mean())
-    counts_C = _shrunk(counts.sum(0), _scatter(counts).mean()).clamp(min=1.0)
+    error = noise_C.mean() / COUNT_WEIGHT**2 if noisy else torch.zeros(())
+    counts_C = _shrunk(counts.sum(0), error).clamp(min=1.0)
     mean_D = sums.sum((0, 1)) / counts_C.sum()
     offsets_CD = sums.sum(0) / counts_C[:, None] - mean_D
     error_C = noise_C / counts_C**2 if clients > 1 else 2 / counts_C / D

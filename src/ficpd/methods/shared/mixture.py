@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ficpd.interfaces import ClientContext
 from ficpd.methods.shared.class_totals import relative_prior
-from ficpd.methods.shared.heads import MIN_RECORDS, fit_heads
+from ficpd.methods.shared.heads import MIN_RECORDS, OwnHead, fit_heads
 from ficpd.methods.shared.readouts import reading
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, Readout
@@ -30,6 +30,9 @@ STRENGTHS = (2.0, 10.0, 50.0, torch.inf)
 """Records that the federation's label shares count for, in the client's label prior; the last is no prior."""
 WITHOUT_PRIOR = 0.1
 """Least weight of the members without a label prior, for clients whose labels shift."""
+
+NEGLIGIBLE = 1e-4
+"""Members and candidates of less weight are left out."""
 
 
 class Candidate(NamedTuple):
@@ -71,6 +74,7 @@ def home_mixture(client: ClientContext, candidates: Sequence[Candidate]) -> Gene
         Predictor(prompt_PD, _mixed(of, weight_M), float(weight_M.sum()) / len(candidate.prompts))
         for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
         for prompt_PD in candidate.prompts
+        if float(weight_M.sum()) > NEGLIGIBLE
     ]
 
 
@@ -110,13 +114,13 @@ def _members(candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B
     found = _tempered(logits_BC, plain, targets_B, shares_C)
     if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
         prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
-        for head in fit_heads(first.features_RD.float().cpu(), targets_B, prior, labels):
-            found += _tempered(head.loo_BC, _head_logits(head.rows_CD, head.bias_C), targets_B, shares_C)
+        for head in fit_heads(first.features_RD, targets_B, labels, prior):
+            found += _tempered(head.loo_BC, _head_logits(head), targets_B, shares_C)
     return found
 
 
-def _head_logits(rows_CD: Tensor, bias_C: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
-    return lambda outputs, batch: outputs.features_RD.float().cpu() @ rows_CD.T + bias_C
+def _head_logits(head: OwnHead) -> Callable[[ModelOutput, Batch], Tensor]:
+    return lambda outputs, batch: head.logits(outputs.features_RD)
 
 
 def _tempered(
@@ -165,7 +169,8 @@ def _weights(members: Sequence[Sequence[Member]], targets_B: Tensor) -> list[Ten
 
 def _mixed(members: Sequence[Member], weight_M: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
     """Returns logits whose softmax is the members' weighted probabilities."""
-    kept = [(m, w) for m, w in zip(members, weight_M.tolist(), strict=True) if w > 1e-4 * float(weight_M.max())]
+    least = NEGLIGIBLE * float(weight_M.max())
+    kept = [(m, w) for m, w in zip(members, weight_M.tolist(), strict=True) if w > least]
 
     def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
         mixed = sum(weight * member.read(outputs, batch).softmax(-1) for member, weight in kept)

@@ -62,10 +62,11 @@ def features_readout(task: Task, backbone: Backbone) -> Tensor | None:
     return task.readout(backbone)
 
 
-def init_readouts(setup: FederationInfo, gram: bool = True) -> State:
+def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool = True) -> State:
     """Returns the arrays and facts that a method adds to its initial state; none if no group is read from features.
 
-    At the client level no totals are gathered: one clip norm bounds the whole update, which totals would fill.
+    gram: whether the Gram matrix is sent; None: without privacy, up to `WIDEST_GRAM` features. texts: whether readouts are
+    shrunk towards the label texts. At the client level no totals are gathered: they would fill an update's clip norm.
     """
     if setup.features_MD is None or not setup.texts or setup.unit == "client":
         return State({})
@@ -83,12 +84,14 @@ def init_readouts(setup: FederationInfo, gram: bool = True) -> State:
         "key_of_client": {card.name: of_group[_group(card)] for card in setup.clients if _group(card) in of_group},
         "key_labels": [len(text_CD) for text_CD in keys],
         "feature_scale": public.scale,
-        "gram": gram and setup.unit == "none" and width <= WIDEST_GRAM,
+        "gram": setup.unit == "none" and width <= WIDEST_GRAM if gram is None else gram,
+        "noisy": setup.unit != "none",
         "gathered": False,
         "readout_scales": {},
     }
     arrays = {CENTRE: public.centre_D, COVARIANCE: public.covariance_DD}
-    return State(arrays | {f"{TEXT}{k}": text_CD for k, text_CD in enumerate(keys)}, facts)
+    rows = {f"{TEXT}{k}": text_CD if texts else torch.zeros_like(text_CD) for k, text_CD in enumerate(keys)}
+    return State(arrays | rows, facts)
 
 
 def gathers(state: State) -> bool:
@@ -147,7 +150,7 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
     arrays = {name: array for name, array in state.arrays.items() if name not in (CENTRE, COVARIANCE)}
     scales = {}
     for key, of_key in sorted(found.items()):
-        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public)
+        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"])
         if readout is not None:
             arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
             arrays[f"{SHARES}/{key}"] = readout.shares_C
@@ -224,11 +227,16 @@ def client_totals(client: ClientContext, assignment: Assignment) -> Generator[Qu
 
 
 def tuning_prior(client: ClientContext, readout: Readout | None) -> Tensor | None:
-    """[C] or None: the client's label shares over the federation's, from its released counts, for shared gradients."""
+    """[C] or None: the client's label shares over the federation's, from its released counts, for shared gradients.
+
+    Before the federation's shares are known they count as equal.
+    """
     counts_C = client.client_state.get(COUNTS)
-    if readout is None or counts_C is None or len(counts_C) != len(readout.shares_C):
+    if counts_C is None or (readout is not None and len(counts_C) != len(readout.shares_C)):
         return None
-    return relative_prior(counts_C, readout.shares_C, float(len(counts_C)))
+    labels = len(counts_C)
+    shares_C = torch.full((labels,), 1 / labels) if readout is None else readout.shares_C
+    return relative_prior(counts_C, shares_C, float(labels))
 
 
 def read_as(batch: Batch, readout: Readout | None) -> Batch:
