@@ -57,10 +57,13 @@ PRIOR_UNSTATED = [], PrivacyError, UPDATE, PrivacyError
 LABELS_ONCE = ("labels", 1.0, 1)
 WITH_LABELS = [*STEPS, LABELS_ONCE]
 WITH_CLASSES = [*STEPS, ("classes", 1.0, 1)]
+TOTALS_ONLY = [], [("classes", 1.0, 1)], PrivacyError, PrivacyError
 SILENT = (None,) * 4
 """Nothing is released, so there is nothing to plan."""
 PLANS: dict[str, tuple] = {
+    "analytic": TOTALS_ONLY,
     "centralized": ([], [("prompt", 0.711, 3)], [], []),
+    "class_means": TOTALS_ONLY,
     "dp_cma_es": ([], [("prompt", 1.0, 3)], UPDATE, SUM),
     "dp_fpl": SUMMED,
     "dp_zo": SUMMED,
@@ -73,6 +76,7 @@ PLANS: dict[str, tuple] = {
     "ficpd": ([], WITH_CLASSES, UPDATE, PrivacyError),
     "fpl": SUMMED,
     "icl": SILENT,
+    "linear_probe": SILENT,
     "local": SILENT,
     "prompt_dpsgd": RECORDS_ONLY,
     "zero_shot": SILENT,

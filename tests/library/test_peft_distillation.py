@@ -243,7 +243,7 @@ def test_a_wrong_prompt_or_task_is_named(folder, tmp_path):
         distill_library_prompt(load_library(folder), "global", task="x")
     two = PromptLibrary.load(folder)
     task = next(iter(two.card["tasks"].values()))
-    replace(two, card={**two.card, "tasks": {"a": task, "b": task}}).save(tmp_path / "two")
+    replace(two, card={**two.card, "tasks": {"a": task, "b": task}}, learned={}).save(tmp_path / "two")
     with pytest.raises(LibraryError, match=r"several tasks; name one of them with --task: a, b"):
         distill_library_prompt(load_library(tmp_path / "two"), "global")
     assert distill_library_prompt(

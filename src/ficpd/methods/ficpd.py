@@ -76,8 +76,8 @@ class Config(FrozenConfig):
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where a readout is learned, the
-        learning rate is `readout_rate` times the backbone's: the readout fits the start, and large steps lead away from it.
+        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where it is learned
+        without noise, the learning rate is `readout_rate` times the backbone's: it fits the start, and large steps lead away.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
@@ -95,7 +95,7 @@ class Config(FrozenConfig):
     class_totals: bool = True
     totals_share: float = Field(default=0.3, gt=0, lt=1)
     readout_rate: float = Field(default=0.2, gt=0, le=1)
-    local_model: Literal["prototype", "heads", "mixture"] = "mixture"
+    local_model: Literal["prototype", "heads", "mixture"] = "heads"
     label_prior: bool | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerOptimizer = ServerOptimizer()
@@ -143,12 +143,14 @@ class Ficpd(Method):
         arrays = {"start": start, "global": start, "prototypes_KPD": start[None]}
         readouts = init_readouts(setup) if self.capabilities.learns_readout else State({})
         key_of = readouts.facts.get("key_of_client", {})
-        facts["keys"] = {c.name: str(key_of.get(c.name, c.metadata.get("group", ""))) for c in setup.clients}
+        several = len(setup.num_labels) > 1
+        groups = {c.name: c.metadata.get("group", "") if several else "" for c in setup.clients}
+        facts["keys"] = {name: str(key_of.get(name, group)) for name, group in groups.items()}
         return State({**arrays, **readouts.arrays}, {**facts, **readouts.facts})
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
-        rate *= self.config.readout_rate if "gathered" in state.facts else 1.0
+        rate *= self.config.readout_rate if state.facts.get("noisy") is False else 1.0
         arrays, facts = readout_assignment(state, client)
         return Assignment(
             self.name, round, {"prompt": self._sent(state, client.name), **arrays}, {"rate": rate, **facts}

@@ -81,7 +81,7 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
     width = setup.features_MD.shape[1]
     facts = {
         "key_of_group": of_group,
-        "key_of_client": {card.name: of_group[_group(card)] for card in setup.clients if _group(card) in of_group},
+        "key_of_client": {c.name: of_group[g] for c in setup.clients if (g := _group(c, of_group)) in of_group},
         "key_labels": [len(text_CD) for text_CD in keys],
         "feature_scale": public.scale,
         "gram": setup.unit == "none" and width <= WIDEST_GRAM if gram is None else gram,
@@ -127,7 +127,8 @@ def readout_assignment(state: State, client: ClientCard) -> tuple[dict[str, Tens
 def state_readout(state: State, client: ClientCard) -> Readout | None:
     """Returns the learned readout of a client's task key; a client that never came has its group's."""
     facts = state.facts
-    key = facts.get("key_of_client", {}).get(client.name, facts.get("key_of_group", {}).get(_group(client)))
+    of_group = facts.get("key_of_group", {})
+    key = facts.get("key_of_client", {}).get(client.name, of_group.get(_group(client, of_group)))
     if f"{ROWS}/{key}" not in state.arrays:
         return None
     rows, bias, shares = (state.arrays[f"{part}/{key}"] for part in (ROWS, BIAS, SHARES))
@@ -166,8 +167,10 @@ def _public(state: State) -> PublicFeatures:
     return PublicFeatures(state.arrays[CENTRE], state.facts["feature_scale"], state.arrays[COVARIANCE])
 
 
-def _group(card: ClientCard) -> str:
-    return str(card.metadata.get("group", ""))
+def _group(card: ClientCard, groups: Mapping[str, Any]) -> str:
+    """A client's group; "" where the federation has one task, whatever its cards say."""
+    group = str(card.metadata.get("group", ""))
+    return "" if "" in groups else group
 
 
 # ---------------------------------------------------------------- client

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch.nn import functional as F
+
+from ficpd.methods.shared.class_totals import (
+    ClassTotals,
+    PublicFeatures,
+    learn_readout,
+    relative_prior,
+    ridge_rows,
+    row_norm,
+    split_totals,
+    total_rows,
+    totals_size,
+)
+
+LABELS, WIDTH = 3, 5
+
+
+def records(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit features around one mean for each label, and the labels."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.arange(number) % LABELS
+    means = torch.eye(WIDTH)[:LABELS]
+    return F.normalize(means[labels] + 0.3 * torch.randn(number, WIDTH, generator=random), dim=1), labels
+
+
+def public() -> PublicFeatures:
+    return PublicFeatures.of(F.normalize(torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(9)), dim=1))
+
+
+def totals(features: torch.Tensor, labels: torch.Tensor, gram: bool = True, known: PublicFeatures | None = None):
+    known = known or public()
+    rows = total_rows(features, labels, known.centre_D, known.scale, LABELS, gram)
+    return split_totals(rows.double().sum(0), LABELS, LABELS, WIDTH, gram)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 30])
+def test_the_ridge_regression_is_that_of_all_records_together_whatever_the_partition(parts):
+    features, labels = records(90)
+    known = public()
+    of = [totals(features[place::parts], labels[place::parts], known=known) for place in range(parts)]
+    rows, bias = ridge_rows(sum(of[1:], of[0]), 2.0)
+    z = ((features - known.centre_D) / known.scale).double().numpy()
+    centralised = Ridge(alpha=2.0).fit(z, F.one_hot(labels, LABELS).double().numpy())
+    assert torch.allclose(rows, torch.tensor(centralised.coef_), atol=1e-6)
+    assert torch.allclose(bias, torch.tensor(centralised.intercept_), atol=1e-6)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_record_changes_the_totals_by_norm_one_at_most_where_its_feature_lies_within_the_public_scale(gram):
+    features, labels = records(20)
+    known = public()
+    within = (
+        known.centre_D + (features - known.centre_D) * known.scale / (features - known.centre_D).norm(dim=1)[:, None]
+    )
+    rows = total_rows(within, labels, known.centre_D, known.scale, LABELS, gram)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(20), atol=1e-5)
+    assert rows.shape[1] == totals_size(LABELS, WIDTH, gram)
+    assert row_norm(gram) == pytest.approx((1.09 + gram) ** 0.5)
+
+
+def test_totals_are_counts_sums_and_the_gram_matrix():
+    features, labels = records(10)
+    known = public()
+    found = totals(features, labels, known=known)
+    z = ((features - known.centre_D) / known.scale).double()
+    assert torch.allclose(found.counts_C, torch.tensor([4.0, 3.0, 3.0], dtype=torch.double), atol=1e-5)
+    assert torch.allclose(found.sums_CD, F.one_hot(labels, LABELS).double().T @ z, atol=1e-5)
+    assert torch.allclose(found.gram_DD, z.T @ z, atol=1e-5)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_readout_reads_records_that_it_was_not_learned_from(gram):
+    features, labels = records(300)
+    readout = learn_readout([totals(features[p::4], labels[p::4], gram) for p in range(4)], torch.zeros(3, 5), public())
+    others, truth = records(300, seed=1)
+    logits = others @ readout.rows_CD.T + readout.bias_C
+    assert float((logits.argmax(1) == truth).float().mean()) > 0.9
+    assert float(F.cross_entropy(logits, truth)) < 0.8  # 1.1 for equal shares
+    assert readout.shares_C.tolist() == pytest.approx([1 / 3] * 3, abs=0.01)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_label_without_records_keeps_its_text(gram):
+    """The third label's text points the way of its records, which nobody has."""
+    features, labels = records(300)
+    seen = labels < 2
+    of = [totals(features[seen][p::4], labels[seen][p::4], gram) for p in range(4)]
+    readout = learn_readout(of, 20 * torch.eye(WIDTH)[:LABELS], public())
+    others, truth = records(300, seed=1)
+    third = truth == 2
+    logits = others @ readout.rows_CD.T + readout.bias_C
+    assert float(logits[third][:, 2].mean()) > float(logits[~third][:, 2].mean())
+    assert torch.isfinite(readout.rows_CD).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_totals_of_noise_alone_leave_the_label_texts(seed):
+    """Class means shrink away where the clients' sums scatter as much as noise does."""
+    random = torch.Generator().manual_seed(seed)
+    texts = 20 * torch.eye(WIDTH)[:LABELS]
+    features, labels = records(60)
+    noisy = [
+        ClassTotals(one.counts_C + 900 * torch.randn(LABELS, generator=random), one.sums_CD
+                    + 300 * torch.randn(LABELS, WIDTH, generator=random), None)
+        for one in (totals(features[p::6], labels[p::6], gram=False) for p in range(6))
+    ]  # fmt: skip
+    readout = learn_readout(noisy, texts, public(), noisy=True)
+    rows, bias = (texts, torch.zeros(LABELS)) if readout is None else (readout.rows_CD, readout.bias_C)
+    others, truth = records(300, seed=1)
+    assert float(((others @ rows.T + bias).argmax(1) == truth).float().mean()) > 0.8
+
+
+def test_clients_without_records_teach_nothing():
+    empty = ClassTotals(torch.zeros(LABELS, dtype=torch.double), torch.zeros(LABELS, WIDTH, dtype=torch.double), None)
+    assert learn_readout([empty, empty], torch.zeros(LABELS, WIDTH), public()) is None
+
+
+def test_constant_features_make_no_readout_that_is_not_finite():
+    features, labels = torch.ones(12, WIDTH) / WIDTH**0.5, torch.arange(12) % LABELS
+    for gram in (False, True):
+        readout = learn_readout([totals(features, labels, gram)] * 2, torch.zeros(LABELS, WIDTH), public())
+        assert torch.isfinite(readout.rows_CD).all()
+
+
+def test_a_label_prior_is_shrunk_towards_the_federations_shares():
+    counts, shares = torch.tensor([9.0, 1.0]), torch.tensor([0.5, 0.5])
+    weak, strong = relative_prior(counts, shares, 1.0), relative_prior(counts, shares, 1000.0)
+    assert weak.exp().tolist() == pytest.approx([9.5 / 11 / 0.5, 1.5 / 11 / 0.5])
+    assert strong.abs().max() < 0.02
+    assert relative_prior(torch.tensor([5.0, 5.0]), shares, 2.0).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
