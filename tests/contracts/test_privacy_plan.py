@@ -73,6 +73,7 @@ PLANS: dict[str, tuple] = {
     "ficpd": ([], WITH_CLASSES, UPDATE, PrivacyError),
     "fpl": SUMMED,
     "icl": SILENT,
+    "linear_probe": SILENT,
     "local": SILENT,
     "prompt_dpsgd": RECORDS_ONLY,
     "zero_shot": SILENT,
