@@ -104,7 +104,7 @@ def test_the_library_knows_every_task_and_whose_each_prototype_is(tmp_path):
     assert set(library.prompts) == {"global", "prototype-0", "prototype-1"}
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local", "centralized", "zero_shot"])
+@pytest.mark.parametrize("method", ["fedavg", "local", "linear_probe", "centralized", "zero_shot"])
 def test_every_method_runs_and_scores_each_task_by_its_own_labels(tmp_path, method):
     found = run(tmp_path, method=method, rounds=2)
     assert len(found.scores.per_client) == 6

@@ -93,7 +93,7 @@ class Config(FrozenConfig):
     least_members: int = Field(default=1, ge=1)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     class_totals: bool = True
-    totals_share: float = Field(default=0.3, gt=0, lt=1)
+    totals_share: float = Field(default=0.15, gt=0, lt=1)
     readout_rate: float = Field(default=0.2, gt=0, le=1)
     local_model: Literal["prototype", "heads", "mixture"] = "heads"
     label_prior: bool | Literal["auto"] = "auto"

@@ -1,19 +1,26 @@
 """Linear probe: each client fits a head on frozen features of its own records and sends nothing. A baseline.
 
-Ridge regressions and nearest neighbours are tried, and the one of least leave-one-out log loss predicts (`shared/heads.py`).
-No prompt stands before the text.
+The candidates are the label texts, ridge regressions (shrunk towards zero or towards the label texts) and nearest
+neighbours, each with the client's label prior. The one of least leave-one-out log loss predicts (`shared/heads.py`). The
+backbone has no prompt. Clients with few records or a single label have the label texts and the prior.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+
+import torch
+from torch import Tensor
 
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Backbone, ClientContext, Task
-from ficpd.methods.shared.heads import MIN_RECORDS, fit_heads, nearest_neighbours
+from ficpd.methods.shared.heads import MIN_RECORDS, OwnHead, calibrate, fit_heads, nearest_neighbours
 from ficpd.methods.shared.readouts import features_readout
 from ficpd.methods.zero_shot import ZeroShot
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig
-from ficpd.types import Answer, Assignment, Predictor, Query, State
+from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, State
+
+Reading = Callable[[ModelOutput, Batch], Tensor]
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class Config(FrozenConfig):
@@ -40,12 +47,38 @@ class LinearProbe(ZeroShot):
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         prompt, batch = assignment.arrays["prompt"], client.local_context().full_batch()
-        if len(batch) < MIN_RECORDS:
+        if not len(batch) or batch.targets is None or not batch.task.num_labels:
             return [Predictor(prompt)]
         answer = yield Query(prompt[None], batch, outputs=True)
         assert answer.outputs_KB is not None
-        assert batch.targets is not None
-        features_BD, targets_B, labels = answer.outputs_KB.features_RD, batch.targets.cpu(), batch.task.num_labels
-        heads = [*fit_heads(features_BD, targets_B, labels), nearest_neighbours(features_BD, targets_B, labels)]
-        best = min(heads, key=lambda head: head.loss(targets_B))
-        return [Predictor(prompt, lambda outputs, batch: best.logits(outputs.features_RD))]
+        readings = _readings(answer.outputs_KB, batch, batch.targets.cpu())
+        found = [(calibrate(loo_BC, batch.targets.cpu()), read) for loo_BC, read in readings]
+        chosen, read = min(found, key=lambda one: one[0].loss)
+
+        def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
+            return chosen.temperature * read(outputs, batch) + chosen.prior_C
+
+        return [Predictor(prompt, logits)]
+
+
+def _readings(outputs: ModelOutput, batch: Batch, targets_B: Tensor) -> list[tuple[Tensor, Reading]]:
+    """Returns the leave-one-out logits of the client's records under each candidate, and how it reads any records."""
+    found: list[tuple[Tensor, Reading]] = [(_by_texts(outputs, batch), _by_texts)]
+    if len(batch) < MIN_RECORDS or len(targets_B.unique()) < 2:
+        return found
+    features_BD, labels = outputs.features_RD, batch.task.num_labels
+    heads = [nearest_neighbours(features_BD, targets_B, labels)]
+    texts = [] if batch.readout_CD is None else [(batch.readout_CD, torch.zeros(labels))]
+    for prior in [None, *texts]:
+        heads += fit_heads(features_BD, targets_B, labels, prior, PENALTIES)
+    return found + [(head.loo_BC, _by_head(head)) for head in heads]
+
+
+def _by_texts(outputs: ModelOutput, batch: Batch) -> Tensor:
+    logits_RC = batch.task.logits(outputs, batch)
+    assert logits_RC is not None, "a task with labels"
+    return logits_RC.float().cpu()
+
+
+def _by_head(head: OwnHead) -> Reading:
+    return lambda outputs, batch: head.logits(outputs.features_RD)

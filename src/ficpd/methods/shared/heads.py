@@ -1,26 +1,32 @@
 """Heads in closed form from one client's own records: ridge regression towards a prior head, and nearest neighbours.
 
 Both give exact leave-one-out scores, so nothing has to be held back. Ridge regression of one-hot labels Y on features A,
-shrunk towards a prior's scores S, in the dual:
+shrunk towards a multiple m of a prior's scores S, in the dual:
 
-    R = Y - S     H = 11ᵀ/n + K (K + ρ)⁻¹, K the centred Gram matrix     left-out residual (R - H R)_i / (1 - H_ii)
+    H = 11ᵀ/n + K (K + ρ)⁻¹, K the centred Gram matrix     left-out residual ((I - H)(Y - m_i S))_i / (1 - H_ii)
 
-(PRESS: Allen, Technometrics 16, 1974). Nearest neighbours weigh the client's records by exp(cosine / τ), as the memory of
-kNN-Per does (Marfoq et al., ICML 2022, arXiv 2111.09360).
+m_i is the multiple that fits the other records (PRESS: Allen, Technometrics 16, 1974; Hastie, Tibshirani and Friedman,
+The Elements of Statistical Learning, section 7.10). Nearest neighbours weigh the client's records by exp(cosine / τ), as
+the memory of kNN-Per does (Marfoq et al., ICML 2022, arXiv 2111.09360).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ficpd.methods.shared.class_totals import relative_prior
+
 MIN_RECORDS = 8
 """Clients with fewer records fit no head."""
 PENALTIES = (0.3, 3.0, 30.0)
 SCALES = (2.0, 4.0, 8.0, 16.0, 32.0)
 WIDTHS = (0.02, 0.05, 0.1)
+TEMPERATURES = (1.0, 0.5, 2.0, 0.25)
+STRENGTHS = (torch.inf, 50.0, 10.0, 2.0)
+"""Records that equal label shares count for, in the client's label prior; the first is no prior."""
 SMOOTHING = 0.1
 """Records of every label that nearest neighbours add, in shares of one record."""
 
@@ -36,7 +42,11 @@ class OwnHead(NamedTuple):
 
 
 def fit_heads(
-    features_BD: Tensor, targets_B: Tensor, num_labels: int, prior: tuple[Tensor, Tensor] | None = None
+    features_BD: Tensor,
+    targets_B: Tensor,
+    num_labels: int,
+    prior: tuple[Tensor, Tensor] | None = None,
+    penalties: Sequence[float] = PENALTIES,
 ) -> list[OwnHead]:
     """Fits one head for each penalty, at the scale of least leave-one-out log loss.
 
@@ -51,22 +61,28 @@ def fit_heads(
     wanted_BC = F.one_hot(targets_B.cpu(), num_labels).double()
     given_BC = features @ rows_CD.T + bias_C
     given_BC = given_BC - given_BC.mean(1, keepdim=True)
-    fit = ((wanted_BC - 1 / num_labels) * given_BC).sum() / (given_BC**2).sum().clamp(min=1e-9)
-    fit = fit.clamp(min=0)
+    along_B, squared_B = ((wanted_BC - 1 / num_labels) * given_BC).sum(1), (given_BC**2).sum(1)
+    fit = _multiple(along_B.sum(), squared_B.sum())
+    fit_B = _multiple(along_B.sum() - along_B, squared_B.sum() - squared_B)
     rest_BC = wanted_BC - fit * given_BC
-    mean_D, mean_C = features.mean(0), rest_BC.mean(0)
+    mean_D, records = features.mean(0), len(features)
     inputs_BD = (features - mean_D) / unit
-    kernel, identity = inputs_BD @ inputs_BD.T, torch.eye(len(features), dtype=torch.double)
+    kernel, identity = inputs_BD @ inputs_BD.T, torch.eye(records, dtype=torch.double)
     prior_rows, prior_bias = fit * (rows_CD - rows_CD.mean(0)), fit * (bias_C - bias_C.mean())
     heads = []
-    for penalty in PENALTIES:
-        dual_BC = torch.linalg.solve(kernel + penalty * identity, rest_BC - mean_C)
-        hat = torch.linalg.solve(kernel + penalty * identity, kernel).diagonal() + 1 / len(features)
-        left_out = (rest_BC - mean_C - kernel @ dual_BC) / (1 - hat).clamp(min=1e-6)[:, None]
-        rows = prior_rows + dual_BC.T @ inputs_BD / unit
-        bias = prior_bias + mean_C - (rows - prior_rows) @ mean_D
-        heads.append(_scaled(wanted_BC - left_out, rows, bias, targets_B.cpu()))
+    for penalty in penalties:
+        residual_BB = penalty * torch.linalg.inv(kernel + penalty * identity) - 1 / records  # I - H
+        left_out_BC = residual_BB @ wanted_BC - fit_B[:, None] * (residual_BB @ given_BC)
+        left_out_BC /= residual_BB.diagonal().clamp(min=1e-6)[:, None]
+        change_CD = (residual_BB @ rest_BC).T @ inputs_BD / (penalty * unit)
+        bias = prior_bias + rest_BC.mean(0) - change_CD @ mean_D
+        heads.append(_scaled(wanted_BC - left_out_BC, prior_rows + change_CD, bias, targets_B.cpu()))
     return heads
+
+
+def _multiple(along: Tensor, squared: Tensor) -> Tensor:
+    """Least-squares multiple of a prior's scores, from its products with the labels and with itself; never negative."""
+    return (along / squared.clamp(min=1e-9)).clamp(min=0)
 
 
 def _scaled(scores_BC: Tensor, rows_CD: Tensor, bias_C: Tensor, targets_B: Tensor) -> OwnHead:
@@ -88,3 +104,34 @@ def nearest_neighbours(features_BD: Tensor, targets_B: Tensor, num_labels: int) 
     found = {width: shares(own_BB, width) for width in WIDTHS}
     best = min(WIDTHS, key=lambda width: float(F.cross_entropy(found[width], targets_B.cpu())))
     return OwnHead(found[best], lambda features: shares(F.normalize(features.float().cpu(), dim=1) @ memory_BD.T, best))
+
+
+class Calibration(NamedTuple):
+    """loss: leave-one-out log loss of `temperature * logits + prior_C`."""
+
+    loss: float
+    temperature: float
+    prior_C: Tensor
+
+
+def calibrate(loo_BC: Tensor, targets_B: Tensor) -> Calibration:
+    """Chooses the temperature and the strength of the client's label prior with the least leave-one-out log loss.
+
+    The prior of a record is made of the other records' labels. Equal losses keep temperature 1 and no prior.
+    """
+    votes_BC = F.one_hot(targets_B, loo_BC.shape[1]).float()
+    found = []
+    for strength in STRENGTHS:
+        prior_C, others_BC = _label_prior(votes_BC.sum(0), strength), torch.zeros_like(votes_BC)
+        for label in targets_B.unique():
+            others_BC[targets_B == label] = _label_prior(votes_BC.sum(0) - F.one_hot(label, len(prior_C)), strength)
+        for temperature in TEMPERATURES:
+            loss = float(F.cross_entropy(temperature * loo_BC + others_BC, targets_B))
+            found.append(Calibration(loss, temperature, prior_C))
+    return min(found, key=lambda one: one.loss)
+
+
+def _label_prior(counts_C: Tensor, strength: float) -> Tensor:
+    if strength == torch.inf:
+        return torch.zeros(len(counts_C))
+    return relative_prior(counts_C.float(), torch.full((len(counts_C),), 1 / len(counts_C)), strength)
