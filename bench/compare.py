@@ -1,10 +1,10 @@
 """Methods against one another, by `ficpd compare`: the files it is given, and what came out.
 
-python bench/compare.py gradients|private|blackbox|blackbox_skewed|mixed|languages|words|words_skewed
+python bench/compare.py gradients|joining|private|blackbox|blackbox_skewed|mixed|languages|words|words_skewed
                         [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER] [--out FOLDER] [--jobs N]
 
 `gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
-Dirichlet 0.3. `private`: ε = 1, 2, 4 per record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`:
+Dirichlet 0.3. `joining`: the same clients with defaults alone, beside methods without prompts. `private`: ε = 1, 2, 4 per record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`:
 what losses alone are worth, by queries and bytes. `blackbox_skewed`: the same with labels by Dirichlet 0.3, by clients' own
 tests. `mixed`: five tasks in one federation. `languages`: SIB-200 in 8
 languages on multilingual E5. `words`: SmolLM2, where prompts may be words, or examples; `words_skewed`: with labels by
@@ -94,6 +94,18 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
             "fedprox",
             "fedhpl",
         ),
+        "tasks": {name: group(name, args.data, 10, 80) for name in TASKS},
+        "partitions": {"alike": IID, "labels by Dirichlet 0.3": SKEWED},
+    }
+
+
+def joining(args: argparse.Namespace) -> dict[str, Any]:
+    """What a member gains by joining: defaults alone, beside the rivals that need no prompt."""
+    recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8)
+    recipe["training"].pop("learning_rate")
+    return {
+        "recipe": recipe,
+        "methods": methods("ficpd", "linear_probe", "analytic", "class_means", "fedavg"),
         "tasks": {name: group(name, args.data, 10, 80) for name in TASKS},
         "partitions": {"alike": IID, "labels by Dirichlet 0.3": SKEWED},
     }
@@ -189,7 +201,7 @@ def words_skewed(args: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     build.__name__: build
-    for build in (gradients, private, blackbox, blackbox_skewed, mixed, languages, words, words_skewed)
+    for build in (gradients, joining, private, blackbox, blackbox_skewed, mixed, languages, words, words_skewed)
 }
 
 

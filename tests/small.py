@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,18 @@ from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load
-from ficpd.tasks import classification, multiple_choice, regression
-from ficpd.types import Answer, ArraySpec, ClientCard, FederationInfo, Prompt, Query, Record, State, UpdateSpec
+from ficpd.tasks import classification, multiple_choice, regression, synthetic_records
+from ficpd.types import (
+    Answer,
+    ArraySpec,
+    ClientCard,
+    FederationInfo,
+    Prompt,
+    Query,
+    Record,
+    State,
+    UpdateSpec,
+)
 
 CPU = torch.device("cpu")
 GOOD = ["good", "fine", "lovely", "bright"]
@@ -130,11 +141,19 @@ def engine(
     return simulation.build(simulation.Config(lock_step=lock_step), chosen, members, model)
 
 
-def first_state(chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0) -> State:
+def first_state(
+    chosen: Method, members: Mapping[str, Client], rounds: int = 2, seed: int = 0, readable: QueryEngine | None = None
+) -> State:
+    """`readable`: the model, so that a method may learn a readout of the members' features."""
     cards = [client.card for client in members.values()]
     begin = next(iter(members.values())).start
-    labels = {"": next(iter(members.values())).task.num_labels}
-    return chosen.init(FederationInfo(begin, cards, rounds, len(cards), seed, labels))
+    first = next(iter(members.values()))
+    setup = FederationInfo(begin, cards, rounds, len(cards), seed, {"": first.task.num_labels})
+    if readable is not None:
+        batch = first.task.encode(synthetic_records(readable.backbone, 32, 0), readable.backbone, begin)
+        outputs = readable.answer([Query(begin.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
+        setup = replace(setup, texts={"": batch.readout_CD}, features_MD=outputs.features_RD, unit=first.mechanism.unit)
+    return chosen.init(setup)
 
 
 def rounds(

@@ -38,7 +38,7 @@ def sent(method, model, count: int, seed: int) -> list[bytes]:
     members = small.clients(model, method, 1, mechanism=Deaf())
     client = next(iter(members.values()))
     client.train = small.records(count, seed)
-    state, bodies = small.first_state(method, members, 3), []
+    state, bodies = small.first_state(method, members, 3, readable=model), []
     for round in (1, 2, 3):
         update = run_queries(
             model, execute_assignment(method, client, method.make_assignment(state, client.card, round))

@@ -76,8 +76,8 @@ class Config(FrozenConfig):
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where it is learned
-        without noise, the learning rate is `readout_rate` times the backbone's: it fits the start, and large steps lead away.
+        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where they
+        have no noise, the learning rate is `readout_rate` times the backbone's: the readout fits the start.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,

@@ -28,6 +28,7 @@ from ficpd.federation.codec import SiteRequest
 from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
 from ficpd.interfaces import Mechanism, ReleaseKind, Task
+from ficpd.methods.shared.readouts import assigned_readout
 from ficpd.privacy import accountant
 from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
@@ -155,9 +156,10 @@ class Site:
     def _scores(self, run: Run, assignment: Assignment) -> dict[str, JSON]:
         client = run.client
         batch, targets = client.encoded("test"), client.task.targets(client.test)
-        prompts = {"zero_shot": client.start.vectors_PD}
-        prompts |= {key: assignment.arrays[key] for key in ("prompt", "global") if key in assignment.arrays}
-        scores = {key: score_prompt(client.task, p, batch, targets, self.model) for key, p in prompts.items()}
+        read = batch.with_readout(assigned_readout(assignment))
+        prompts = {key: assignment.arrays[key] for key in ("prompt", "global") if key in assignment.arrays}
+        scores = {key: score_prompt(client.task, prompt, read, targets, self.model) for key, prompt in prompts.items()}
+        scores["zero_shot"] = score_prompt(client.task, client.start.vectors_PD, batch, targets, self.model)
         own = run_queries(self.model, local_model(run.method, client, assignment))
         found = run_queries(self.model, predictions_of(client.task, own, batch))
         return scores | {"personal": client.task.score(found, targets)}

@@ -1,0 +1,201 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+import small
+from ficpd.backbones.query_engine import run_queries
+from ficpd.errors import CodecError
+from ficpd.evaluation.evaluate import evaluate
+from ficpd.federation.client import execute_assignment, local_model
+from ficpd.federation.rounds import RoundSchedule
+from ficpd.library.library import PromptLibrary
+from ficpd.methods.shared.class_totals import CLASSES, row_norm
+from ficpd.methods.shared.readouts import CENTRE, COUNTS, ROWS, state_readout
+from ficpd.privacy import record_gaussian
+from ficpd.types import Assignment, ClientCard, ClientUpdate, ClientWorkload, Record, State
+
+
+def after_one_round(model, method, members):
+    """The state, and each client's update of the gathering round."""
+    state, updates = small.first_state(method, members, readable=model), []
+    for client in members.values():
+        assignment = method.make_assignment(state, client.card, 1)
+        method.validate_assignment(assignment, client.start)
+        updates.append(run_queries(model, execute_assignment(method, client, assignment)))
+    return method.aggregate(state, updates, 1, model), updates
+
+
+@pytest.mark.parametrize("name", ["ficpd", "analytic", "class_means"])
+def test_round_one_gathers_totals_and_later_assignments_carry_the_readout(model, name):
+    method = small.method(name)
+    members = small.clients(model, method)
+    first = small.first_state(method, members, readable=model)
+    client = members["site-0"]
+    assert CENTRE in method.make_assignment(first, client.card, 1).arrays
+    assert CLASSES in method.update_spec(first)
+    state, updates = after_one_round(model, method, members)
+    assert all(CLASSES in update.arrays for update in updates)
+    assert CLASSES not in method.update_spec(state)
+    later = method.make_assignment(state, client.card, 2)
+    method.validate_assignment(later, client.start)
+    assert later.arrays[ROWS].shape == (2, model.backbone.width)
+    assert torch.equal(later.arrays[ROWS], method.readout(state, ClientCard("a newcomer")).rows_CD)
+    assert client.client_state[COUNTS].tolist() == pytest.approx(
+        [sum(r.fields["target"] == label for r in client.train) for label in client.task.names], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("clients", [1, 2, 5])
+def test_the_analytic_readout_does_not_depend_on_who_holds_which_record(model, clients):
+    method = small.method("analytic")
+    everything = small.records(60)
+    members = small.clients(model, method, clients)
+    for place, client in enumerate(members.values()):
+        client.train = everything[place::clients]
+    state, _ = after_one_round(model, method, members)
+    alone = small.clients(model, method, 1)
+    alone["site-0"].train = everything
+    whole, _ = after_one_round(model, method, alone)
+    parted, together = (state_readout(of, ClientCard("any")) for of in (state, whole))
+    assert small.close(parted.rows_CD / parted.scale, together.rows_CD / together.scale, 1e-4)
+
+
+def test_one_record_changes_the_released_totals_by_norm_one_and_the_ledger_has_their_line(model):
+    method = small.method("class_means")
+    plan = ClientWorkload(12, 1.0, 0, 1, 1, 1.0, 1, once={CLASSES: 0.5})
+    mechanism = record_gaussian.build(record_gaussian.Config(epsilon=2.0, delta=1e-3, clip_norm=1.0), plan)
+    summed = []
+
+    class Noiseless:
+        def __getattr__(self, name):
+            return getattr(mechanism, name)
+
+        def noisy_sum(self, name, values_BN, noise):
+            silent = replace_noise(noise)
+            return mechanism.noisy_sum(name, values_BN, silent)
+
+    def replace_noise(noise):
+        class Silent:
+            def add_gaussian(self, values, deviation):
+                return values
+
+        return Silent()
+
+    for records in (small.records(12), [*small.records(11), Record("far", {"text": "grey " * 30, "target": "good"})]):
+        members = small.clients(model, method, 1, mechanism=Noiseless())
+        client = members["site-0"]
+        client.train = records[:11]
+        without, _ = totals_of(model, method, members)
+        client = small.clients(model, method, 1, mechanism=Noiseless())["site-0"]
+        client.train = records
+        whole, account = totals_of(model, method, {"site-0": client})
+        summed.append(float((whole - without).norm()))
+        assert [(line.name, line.count) for line in account.spent()] == [(CLASSES, 1)]
+    assert max(summed) <= 1 + 1e-5
+    assert min(summed) > 0.1 / row_norm(gram=False)
+
+
+def totals_of(model, method, members):
+    client = members["site-0"]
+    state = small.first_state(method, members, readable=model)
+    update = run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, 1)))
+    return update.arrays[CLASSES], client.account
+
+
+def test_a_readout_of_other_labels_is_refused(model):
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    state, _ = after_one_round(model, method, members)
+    client = members["site-0"]
+    good = method.make_assignment(state, client.card, 2)
+    arrays = {name: array[:1] if name != "prompt" else array for name, array in good.arrays.items()}
+    with pytest.raises(CodecError, match="readout has 1 labels, expected 2"):
+        run_queries(model, execute_assignment(method, client, replace(good, arrays=arrays)))
+
+
+@pytest.mark.parametrize(
+    "broken", [{ROWS: torch.zeros(2, 3)}, {CENTRE: torch.zeros(16)}, {"label_shares": torch.zeros(5)}]
+)
+def test_readout_arrays_of_other_shapes_are_refused_before_a_record_is_read(model, broken):
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    state, _ = after_one_round(model, method, members)
+    good = method.make_assignment(state, members["site-0"].card, 2)
+    with pytest.raises(CodecError):
+        method.validate_assignment(replace(good, arrays={**good.arrays, **broken}), members["site-0"].start)
+
+
+def test_a_task_that_is_not_read_from_features_keeps_its_reading(model):
+    for task in (small.numbers(), small.choices()):
+        method = small.method("ficpd")
+        method.adapt_to([task], model.backbone)
+        assert CLASSES not in method.capabilities.statistics_once
+        assert not method.capabilities.learns_readout
+    method = small.method("ficpd")
+    method.adapt_to([small.numbers(), small.classes()], model.backbone)
+    assert method.capabilities.learns_readout
+
+
+def test_a_client_of_one_label_or_one_record_takes_part_and_is_served(model):
+    method = small.method("ficpd")
+    members = small.clients(model, method, 3)
+    members["site-0"].train = [r for r in small.records(30) if r.fields["target"] == "good"]
+    members["site-1"].train = small.records(1)
+    state, _ = after_one_round(model, method, members)
+    found = evaluate(method, state, members, model, 2)
+    assert found.own.keys() == members.keys()
+    assert all(0 <= score["accuracy"] <= 1 for score in found.own.values())
+
+
+def test_a_mixture_weighs_by_the_clients_own_records_and_sends_nothing(model):
+    method = small.method("ficpd", local_model="mixture")
+    members = small.clients(model, method, 2)
+    members["site-0"].train = small.records(40)
+    state, _ = after_one_round(model, method, members)
+    client = members["site-0"]
+    before = {name: value.clone() for name, value in client.client_state.items()}
+    found = run_queries(model, local_model(method, client, method.make_assignment(state, client.card, 3)))
+    assert sum(one.weight for one in found) == pytest.approx(1.0, abs=1e-2)
+    assert small.same(client.client_state, before)
+    assert client.account is None
+
+
+def test_a_run_keeps_the_readout_in_its_library_and_predicts_by_it(tmp_path, model):
+    small.run(tmp_path, "ficpd", rounds=2)
+    library = PromptLibrary.load(tmp_path / "run")
+    (name,) = library.learned
+    task = small.classification.build(
+        small.classification.Config(**{k: v for k, v in library.card["tasks"][name].items() if k != "name"})
+    )
+    readout = library.learned_readout(task)
+    turned = small.classification.build(
+        task.config.model_copy(update={"labels": dict(reversed(task.config.labels.items()))})
+    )
+    assert torch.equal(library.learned_readout(turned).rows_CD, readout.rows_CD.flip(0))
+    other = small.classification.build(task.config.model_copy(update={"labels": {"a": "a", "b": "b"}}))
+    assert library.learned_readout(other) is None
+
+
+def test_clients_of_a_task_share_a_prototype_of_it_even_if_they_never_came(model):
+    method = small.method("ficpd", num_prototypes=2)
+    cards = [ClientCard(f"{group}.{i}", {"group": group}) for group in "ab" for i in range(2)]
+    start = small.start(model, small.classes())
+    setup = small.FederationInfo(start, cards, 2, 4, 0, {"a": 2, "b": 2})
+    state = method.init(setup)
+    deltas = {"a.0": torch.ones_like(start.vectors_PD), "b.0": torch.ones_like(start.vectors_PD) * 1.01}
+    updates = [ClientUpdate(name, {"delta": delta}) for name, delta in deltas.items()]
+    state = method.aggregate(State(state.arrays, {**state.facts, "noise": 0.0}), updates, 1, model)
+    assert state.facts["clusters"]["a.0"] != state.facts["clusters"]["b.0"]
+    for group in "ab":
+        known, never = (method.make_assignment(state, ClientCard(f"{group}.{i}", {"group": group}), 2) for i in (0, 1))
+        assert isinstance(never, Assignment)
+        assert torch.equal(known.arrays["prompt"], never.arrays["prompt"])
+
+
+def test_the_schedule_of_one_round_is_enough(model):
+    method = small.method("analytic")
+    assert method.capabilities.rounds == 1
+    members = small.clients(model, method)
+    state, _ = small.rounds(method, members, model, RoundSchedule(1, len(members), 0))
+    assert state.arrays
