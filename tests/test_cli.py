@@ -267,7 +267,6 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
     _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
     lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}
     assert lines["adapted"] == pytest.approx(fitted["accuracy"], abs=6e-4)
-    assert lines["adapted"] != lines["global"]
     answers = [
         json.loads(line)["prediction"] for line in ficpd("predict", tmp_path / "mine", "--data", moods)[1].splitlines()
     ]
@@ -369,7 +368,7 @@ def several(folder, tmp_path_factory) -> Path:
     about = library.card["tasks"]["classification"]
     other = {**about, "labels": {"good": "good", "bad": "bad", "odd": "odd"}}
     path = tmp_path_factory.mktemp("several") / "lib"
-    replace(library, card={**library.card, "tasks": {"mood": about, "moods": other}}).save(path)
+    replace(library, card={**library.card, "tasks": {"mood": about, "moods": other}}, learned={}).save(path)
     return path
 
 

@@ -75,8 +75,8 @@ def test_two_rounds_run_and_no_update_is_dropped(method, model):
 
 
 def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
-    if not method.capabilities.trains:
-        pytest.skip("nothing is trained")
+    if not method.capabilities.trains or method.capabilities.rounds == 1:
+        pytest.skip("no prompt is trained")
     members = small.clients(model, method)
     before = outcome(method, members, small.first_state(method, members))
     state, _ = small.rounds(method, members, model, RoundSchedule(10, len(members), 0))
@@ -255,7 +255,7 @@ def test_a_seed_fixes_all_and_another_seed_does_not(method, model):
         state, _ = small.rounds(method, members, model, RoundSchedule(2, len(members), seed))
         left.append(outcome(method, members, state))
     assert small.same(left[0], left[1])
-    if method.capabilities.trains:
+    if method.capabilities.trains and method.capabilities.rounds != 1:
         assert not small.same(left[0], left[2])
 
 

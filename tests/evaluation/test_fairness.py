@@ -281,7 +281,7 @@ def test_a_run_says_who_is_served_how_well(tmp_path):
     assert local.fairness.clients
     assert local.fairness.groups
     page = small.page(tmp_path)
-    assert "own test accuracy % of 3 clients" in page
+    assert "Clients' own test accuracy" in page
     assert f"Worse off than alone: {len(worse)} of 3" in page
     assert "\nf\n" in page
     assert "\nequalised odds\n" in page

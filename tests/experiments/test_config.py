@@ -52,7 +52,7 @@ def test_a_misspelt_key_in_the_file_is_named_too():
     [
         (
             "method.name=fedavgg",
-            "unknown method 'fedavgg'; did you mean 'fedavg'? Known: centralized, dp_cma_es, dp_fpl",
+            "unknown method 'fedavgg'; did you mean 'fedavg'? Known: analytic, centralized, class_means",
         ),
         (
             "task.name=clasification",

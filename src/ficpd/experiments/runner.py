@@ -115,7 +115,7 @@ class Runner:
         self.plan = self.clients.plan_privacy(self, state)
         accounts = [*self.plan.accounts.values(), *([self.plan.central.account] if self.plan.central else [])]
         directory.check_ledgers(accounts, method.name, len(self.rounds))
-        self.state = with_noise_scale(context, method, state, self.plan)
+        self.state = with_noise_scale(context, method, state, self.plan, self.privacy)
         self.engine = self.clients.build_engine(self, kept)
         directory.write_rounds(self.rounds)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import ceil, floor, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -59,7 +59,6 @@ def federation_info(
 ) -> FederationInfo:
     federation, number = context.experiment.federation, len(context.shards)
     texts, features = public_features(context) if method.capabilities.learns_readout else ({}, None)
-    unit = "client" if "placement" in privacy else "none" if privacy["name"] == "none" else "record"
     return FederationInfo(
         context.start,
         [ClientCard(name, shard.metadata) for name, shard in shards.items()],
@@ -69,7 +68,7 @@ def federation_info(
         num_labels_by_group(context),
         texts,
         features,
-        unit,
+        unit_of(privacy),
     )
 
 
@@ -96,7 +95,14 @@ def num_labels_by_group(context: ExperimentContext) -> dict[str, int]:
     return {group: task.num_labels for group, task in context.tasks.items()}
 
 
-def with_noise_scale(context: ExperimentContext, method: Method, state: State, plan: PrivacyPlan) -> State:
+def unit_of(privacy: Mapping[str, Any]) -> Literal["none", "record", "client"]:
+    """Returns the unit that privacy settings protect."""
+    return "client" if "placement" in privacy else "none" if privacy["name"] == "none" else "record"
+
+
+def with_noise_scale(
+    context: ExperimentContext, method: Method, state: State, plan: PrivacyPlan, privacy: Mapping[str, Any]
+) -> State:
     """Adds the facts `noise` and `noise_of_sum`: expected squared norms of the noise on one update and on a round's sum.
 
     They let a method separate the clients' signal from the mechanism's noise.
@@ -104,7 +110,9 @@ def with_noise_scale(context: ExperimentContext, method: Method, state: State, p
     arrays = context.compression.project(zero_update(method.update_spec(state)))
     size = sum(array.numel() for array in arrays.values() if array.dtype != TOKEN_DTYPE)
     of_sum = plan.central.expected_noise_norm_sq(size) if plan.central else 0.0
-    return State(state.arrays, {**state.facts, "noise": plan.expected_noise_norm_sq(size), "noise_of_sum": of_sum})
+    # of a run among sites, the plan has no mechanism of theirs
+    noise = None if unit_of(privacy) == "record" else plan.expected_noise_norm_sq(size)
+    return State(state.arrays, {**state.facts, "noise": noise, "noise_of_sum": of_sum})
 
 
 def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:

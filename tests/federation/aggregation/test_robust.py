@@ -26,7 +26,9 @@ RULES = ("trimmed_mean", "norm_bound", "multi_krum")
 APART = {"fedbpt", "feddtpt", "fedhpl", "prompt_dpsgd"}
 """What their clients send is a search's population, words, logits kept by client, nothing: no mean is taken of it."""
 AVERAGING = [
-    n for n in names("methods") if n not in APART and (m := small.method(n).capabilities).releases and not m.centralized
+    n
+    for n in names("methods")
+    if n not in APART and (m := small.method(n).capabilities).releases and not m.centralized and m.rounds != 1
 ]
 POISONED = "site-3"
 

@@ -28,6 +28,8 @@ RIDGE = 1.0
 CAUTION = 0.5
 """Share of the scale that fits the totals best: other records score lower than those that a readout was learned from."""
 DRAWS = 100
+SURE = 2.0
+"""Standard errors that the number of records must be above zero by."""
 SCALES = 2.0 ** torch.arange(-2, 9, 0.5)
 WIDEST_GRAM = 512
 """Backbones of more features send no Gram matrix."""
@@ -111,7 +113,7 @@ def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
 def learn_readout(
     totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False
 ) -> Readout | None:
-    """Learns the readout of one task key from its clients' totals; None if they hold no record.
+    """Learns the readout of one task key from its clients' totals; None if they hold no record, or noise alone.
 
     `text_CD`: the label texts' readout, which labels without records keep (zero: nothing to shrink towards). `noisy`: the
     totals have noise of a privacy mechanism.
@@ -164,12 +166,14 @@ def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, penalt
     return _in_features(rows_CD, bias_C, means_CD, within_DD, totals.counts_C / records, public)
 
 
-def _class_means(totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures, noisy: bool) -> Readout:
+def _class_means(
+    totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures, noisy: bool
+) -> Readout | None:
     """Scores by nearest class mean, each shrunk towards a multiple of its label text.
 
     Empirical Bayes (Efron and Morris, JASA 1973): the noise on the sums, of privacy and of sampling, is read from the
     scatter of the clients' sums around their counts times the mean, so nothing that is private has to be known. Noise on
-    counts is 1 / κ times as large.
+    counts is 1 / κ times as large. None if the number of records is lost in it.
     """
     sums = torch.stack([one.sums_CD for one in totals])
     counts = torch.stack([one.counts_C for one in totals])
@@ -178,6 +182,8 @@ def _class_means(totals: Sequence[ClassTotals], texts_CD: Tensor, public: Public
     noise_C = _scatter(sums - counts[:, :, None] * means_CD).mean(1)
     noise_C = 0.5 * (noise_C + noise_C.mean())
     error = noise_C.mean() / COUNT_WEIGHT**2 if noisy else torch.zeros(())
+    if float(counts.sum()) < SURE * (float(error) * counts.shape[1]) ** 0.5:
+        return None
     counts_C = _shrunk(counts.sum(0), error).clamp(min=1.0)
     mean_D = sums.sum((0, 1)) / counts_C.sum()
     offsets_CD = sums.sum(0) / counts_C[:, None] - mean_D
@@ -224,8 +230,8 @@ def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Te
     spread = rows_CD @ within_DD @ rows_CD.T
     spread += (1e-4 * spread.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(spread), dtype=torch.double)
     values, vectors = torch.linalg.eigh(spread)
-    root = vectors * values.clamp(min=0).sqrt()
-    noise = torch.randn(DRAWS, len(spread), generator=rng.make_generator(0, "scale"), dtype=torch.double) @ root.T
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that no sign is left to the machine
+    noise = torch.randn(DRAWS, len(spread), generator=rng.make_generator(0, "scale"), dtype=torch.double) @ root
     scores_KNC = (means_CD @ rows_CD.T + bias_C)[known][:, None] + noise
     labels = known.nonzero()[:, 0]
     weight_K = shares_C[known] / shares_C[known].sum()
