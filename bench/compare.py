@@ -4,12 +4,12 @@ python bench/compare.py gradients|joining|private|blackbox|blackbox_skewed|mixed
                         [--seeds 0 1 2] [--data FOLDER] [--e5 FOLDER] [--out FOLDER] [--jobs N]
 
 `gradients`: polarity, medical abstracts and CLINC's domains, 10 clients of 80 records, alike and with labels by
-Dirichlet 0.3. `joining`: the same clients with defaults alone, beside methods without prompts. `private`: ε = 1, 2, 4 per
-record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`: what losses alone are worth, by queries and
-bytes. `blackbox_skewed`: the same with labels by Dirichlet 0.3, by clients' own tests. `mixed`: five tasks in one federation.
-`languages`: SIB-200 in 8 languages on multilingual E5. `words`: SmolLM2, where prompts may be words, or examples;
-`words_skewed`: with labels by Dirichlet 0.3. A run directory for each cell is
-left in `--out`; `results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
+Dirichlet 0.3. `joining`: the same clients with defaults alone, beside methods without prompts. `private`: ε = 1, 2, 4
+per record and none, 6 clients of 300 records of polarity, in 64 numbers. `blackbox`: what losses alone are worth, by
+queries and bytes. `blackbox_skewed`: the same with labels by Dirichlet 0.3, by clients' own tests. `mixed`: five
+tasks in one federation. `languages`: SIB-200 in 8 languages on multilingual E5. `words`: SmolLM2, where prompts may
+be words, or examples; `words_skewed`: with labels by Dirichlet 0.3. A run directory for each cell is left in `--out`;
+`results/compare_PART.json` is `ficpd compare`'s own, and what it holds is not run again.
 """
 
 import argparse
