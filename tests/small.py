@@ -149,10 +149,11 @@ def first_state(
     begin = next(iter(members.values())).start
     first = next(iter(members.values()))
     setup = FederationInfo(begin, cards, rounds, len(cards), seed, {"": first.task.num_labels})
-    if readable is not None:
+    if readable is not None and chosen.capabilities.learns_readout:
         batch = first.task.encode(synthetic_records(readable.backbone, 32, 0), readable.backbone, begin)
         outputs = readable.answer([Query(begin.vectors_PD[None], batch, outputs=True)])[0].outputs_KB
-        setup = replace(setup, texts={"": batch.readout_CD}, features_MD=outputs.features_RD, unit=first.mechanism.unit)
+        texts = {} if batch.readout_CD is None or begin.head_rows else {"": batch.readout_CD}
+        setup = replace(setup, texts=texts, features_MD=outputs.features_RD, unit=first.mechanism.unit)
     return chosen.init(setup)
 
 

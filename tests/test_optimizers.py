@@ -9,7 +9,7 @@ from ficpd.errors import BackboneError
 from ficpd.experiments.initialization import public_gradients
 from ficpd.federation.client import ClientSession
 from ficpd.federation.compression import subspace
-from ficpd.methods.shared.residual import with_label_prior
+from ficpd.methods.shared.readouts import with_reading
 from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clipping import clip_scale
@@ -131,7 +131,7 @@ def test_a_failure_of_the_model_passes_through_every_wrapper_to_the_method(model
             raise
 
     inner = map_queries(work("optimizer"), lambda query: query._replace(grad=True))
-    outer = map_queries(work("method", with_label_prior(inner, None)), lambda query: query._replace(outputs=True))
+    outer = map_queries(work("method", with_reading(inner, None, None)), lambda query: query._replace(outputs=True))
     query = next(outer)
     assert query.grad
     assert query.outputs

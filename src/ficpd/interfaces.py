@@ -1,7 +1,7 @@
 """Interfaces. Backbones and tasks extend a base class with defaults (methods: `method.py`); the rest are protocols."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -248,8 +248,8 @@ class Mechanism(ABC):
         """Averages records, [K, B, ...] to [K, ...] on the CPU. `grad_scale` is the subspace's, for values in it."""
 
     @abstractmethod
-    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
-        """Sums a statistic over all records, [B, N] to [N]. Each row is clipped to norm 1."""
+    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
+        """Sums a statistic over all records, chunks of [b, N] to [N]. Each row is clipped to norm 1; noise is added once."""
 
     @abstractmethod
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
@@ -355,8 +355,8 @@ class ClientContext(Protocol):
         """Averages the last batch, once, before the next is drawn."""
         ...
 
-    def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
-        """Sums a statistic of the plan over all of the client's records, [B, N] to [N]."""
+    def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
+        """Sums a statistic of the plan over all of the client's records, [B, N] to [N]. Long rows may come in chunks."""
         ...
 
     def full_batch(self) -> Batch:

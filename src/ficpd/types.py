@@ -104,13 +104,11 @@ class Batch:
 class Readout:
     """A learned readout of one label set: logits = `features @ rows_CD.T + bias_C`, in the order of the task's labels.
 
-    scale: logits for one unit of a least-squares score, so that `rows_CD / scale` scores a label's own records near 1.
     shares_C: label shares of the records that it was learned from.
     """
 
     rows_CD: Tensor
     bias_C: Tensor
-    scale: float
     shares_C: Tensor
 
 

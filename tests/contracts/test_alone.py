@@ -1,6 +1,7 @@
 """What is clipped of a record is a function of that record and the prompt alone, to the last bit: at a site, where every
 record has a forward to itself, and through every optimizer, method and subspace up to the mechanism."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -39,7 +40,8 @@ class Noting(NoPrivacy):
         self.rows.append(values_KB.detach().clone())
         return torch.zeros_like(values_KB[:, 0]).float()
 
-    def noisy_sum(self, name: str, values_BN: Tensor, noise: Any) -> Tensor:
+    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: Any) -> Tensor:
+        values_BN = torch.cat([*chunks])
         self.rows.append(values_BN.detach().clone()[None])
         return torch.zeros_like(values_BN[0]).float()
 
@@ -60,7 +62,7 @@ def rows(
     noting = Noting()
     (client,) = small.clients(model, method, 1, mechanism=noting, task=task, compression=compression).values()
     client.train = records
-    state = small.first_state(method, {client.name: client})
+    state = small.first_state(method, {client.name: client}, readable=model)
     run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, 1)))
     return noting.rows
 
@@ -79,7 +81,7 @@ def same_rows(*given: Any, records: list[Record], **how: Any) -> bool:
 
 BY_GRADIENT = ("fedavg", "fedprox", "ficpd", "fpl", "dp_fpl", "prompt_dpsgd", "fedlora", "fedhpl")
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in (*BY_GRADIENT, "dp_zo", "dp_cma_es", "feddtpt")),
+    *((name, {}) for name in (*BY_GRADIENT, "dp_zo", "dp_cma_es", "feddtpt", "analytic", "class_means")),
     *(("fedavg", {"optimizer": optimizer, "perturbation": 1e-5}) for optimizer in ("sgd", "spsa", "cma_es")),
     ("dp_zo", {"perturbation": 1e-5}),
     ("dp_cma_es", {"perturbation": 1e-5}),

@@ -161,7 +161,9 @@ def test_a_total_clips_rows_to_one_and_has_its_own_price():
     mechanism, silent = record(statistics={"weight": 0.1, "counts": 0.2}), Silent()
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
     assert torch.allclose(
-        mechanism.noisy_sum("counts", rows, silent), torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5
+        mechanism.noisy_sum("counts", rows.split(1), silent),
+        torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]),
+        rtol=1e-5,
     )
     assert silent.deviations == [mechanism.cost(ReleaseKind.STATISTIC, "counts").noise_multiplier]
     assert (
@@ -170,7 +172,7 @@ def test_a_total_clips_rows_to_one_and_has_its_own_price():
     )
     assert {line.name for line in mechanism.planned_costs()} == {"prompt", "weight", "counts"}
     with pytest.raises(PrivacyError, match="no share of the budget"):
-        mechanism.noisy_sum("signature", rows, silent)
+        mechanism.noisy_sum("signature", [rows], silent)
 
 
 def test_the_shares_of_statistics_are_within_one_budget():

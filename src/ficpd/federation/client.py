@@ -1,6 +1,6 @@
 """A client of the federation, and `execute_assignment`, which makes its updates."""
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -195,16 +195,30 @@ class ClientSession:
             grad_scale = None
         return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale)
 
-    def private_sum(self, name: str, values_BN: Tensor) -> Tensor:
+    def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
         """See `ClientContext`. Each statistic has a separate ledger line."""
-        if len(values_BN) != len(self.client.train):
-            raise PrivacyError(f"the statistic {name!r} was given {len(values_BN)} rows, one per record was expected")
         if name not in self._declared and self.client.mechanism.unit != "none":
             raise PrivacyError(
                 f"the statistic {name!r} is not declared in the method's Capabilities, so it is not released"
             )
+        if isinstance(values_BN, Tensor):
+            self._check_rows(name, len(values_BN))
         self.charge(ReleaseKind.STATISTIC, name)
-        return self.client.mechanism.noisy_sum(name, values_BN, self.noise).cpu()
+        given = 0
+
+        def chunks() -> Iterator[Tensor]:
+            nonlocal given
+            for chunk in [values_BN] if isinstance(values_BN, Tensor) else values_BN:
+                given += len(chunk)
+                yield chunk
+
+        summed = self.client.mechanism.noisy_sum(name, chunks(), self.noise).cpu()
+        self._check_rows(name, given)
+        return summed
+
+    def _check_rows(self, name: str, given: int) -> None:
+        if given != len(self.client.train):
+            raise PrivacyError(f"the statistic {name!r} was given {given} rows, one per record was expected")
 
     def full_batch(self) -> Batch:
         return self.client.encoded()

@@ -56,7 +56,7 @@ class PromptLibrary:
             if sorted(order) == sorted(texts) and known.get("instruction") == own.get("instruction"):
                 places = [order.index(text) for text in texts]
                 rows, bias, shares = (x[places] for x in (readout.rows_CD, readout.bias_C, readout.shares_C))
-                return Readout(rows, bias, readout.scale, shares)
+                return Readout(rows, bias, shares)
         return None
 
     def offset(self, name: str) -> Tensor:
@@ -117,8 +117,7 @@ class PromptLibrary:
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
         tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
         for name, found in self.learned.items():
-            parts = (found.rows_CD, found.bias_C[:, None], found.shares_C[:, None])
-            tensors[LEARNED + name] = torch.cat([*parts, torch.full_like(parts[1], found.scale)], dim=1)
+            tensors[LEARNED + name] = torch.cat([found.rows_CD, found.bias_C[:, None], found.shares_C[:, None]], dim=1)
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         atomic_write(staging / "prompts.safetensors", save(whole, meta))
         atomic_write(staging / "card.json", json.dumps(self.card, indent=2) + "\n")
@@ -183,9 +182,9 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
     if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in [*keys.values(), *readouts.values()]):
         raise ValueError("a key or readout has no prompt, or another width")
     labels = {name: len(card["tasks"].get(name, {}).get("labels", ())) for name in learned}
-    if any(t.shape != (labels[name], width + 3) for name, t in learned.items()):
+    if any(t.shape != (labels[name], width + 2) for name, t in learned.items()):
         raise ValueError("a learned readout has no task in the card, or another shape")
-    read = {name: Readout(t[:, :-3], t[:, -3], float(t[0, -1]), t[:, -2]) for name, t in sorted(learned.items())}
+    read = {name: Readout(t[:, :-2], t[:, -2], t[:, -1]) for name, t in sorted(learned.items())}
     shape = int(meta["enters_at"]), int(meta["head_rows"])
     prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
     return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts, read)

@@ -10,14 +10,13 @@ from collections.abc import Generator, Mapping, Sequence
 
 from torch import Tensor
 
-from ficpd.errors import ConfigError
 from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.readouts import (
     assigned_readout,
+    check_features_readout,
     client_totals,
-    features_readout,
     init_readouts,
     learn_readouts,
     reading,
@@ -63,12 +62,7 @@ class Analytic(Method):
     gram = True
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        unfit = [str(task.to_config()["name"]) for task in tasks if features_readout(task, backbone) is None]
-        if unfit:
-            raise ConfigError(
-                f"{self.name}: {', '.join(unfit)} on {backbone.name} has no labels that are read from features. Use a "
-                "classification with task.tuned_head = false on an encoder, or another method"
-            )
+        check_features_readout(self.name, tasks, backbone)
 
     def init(self, setup: FederationInfo) -> State:
         readouts = init_readouts(setup, gram=self.gram, texts=False)

@@ -27,20 +27,17 @@ from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import Clusters, cluster_within_keys, relabel_clusters, shrinkage
 from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
-from ficpd.methods.shared.mixture import Candidate, home_mixture, tune_alone
+from ficpd.methods.shared.mixture import Candidate, tune_alone, weigh_candidates
 from ficpd.methods.shared.readouts import (
-    BIAS,
-    CENTRE,
-    COVARIANCE,
-    ROWS,
-    SHARES,
-    TEXT,
     assigned_readout,
+    client_key,
     client_totals,
     features_readout,
     init_readouts,
     learn_readouts,
+    read_as,
     reading,
+    readout_arrays,
     readout_assignment,
     state_readout,
     totals_spec,
@@ -76,8 +73,8 @@ class Config(FrozenConfig):
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Later rounds tune prompts in it. Of a record-level budget they take `totals_share`. Where they
-        have no noise, the learning rate is `readout_rate` times the backbone's: the readout fits the start.
+        Later rounds tune prompts in it. Totals take `totals_share` of a record-level budget. Without noise, the learning
+        rate of their clients is `readout_rate` times the backbone's, because the readout fits the start.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
@@ -142,25 +139,33 @@ class Ficpd(Method):
         }
         arrays = {"start": start, "global": start, "prototypes_KPD": start[None]}
         readouts = init_readouts(setup) if self.capabilities.learns_readout else State({})
-        key_of = readouts.facts.get("key_of_client", {})
-        several = len(setup.num_labels) > 1
-        groups = {c.name: c.metadata.get("group", "") if several else "" for c in setup.clients}
-        facts["keys"] = {name: str(key_of.get(name, group)) for name, group in groups.items()}
-        return State({**arrays, **readouts.arrays}, {**facts, **readouts.facts})
+        state = State({**arrays, **readouts.arrays}, {**facts, **readouts.facts, "several": len(setup.num_labels) > 1})
+        return State(state.arrays, {**state.facts, "keys": {c.name: self._key(state, c) for c in setup.clients}})
+
+    def _key(self, state: State, client: ClientCard) -> str:
+        """A client's task key; its group, where the key is not known."""
+        known = client_key(state, client)
+        group = client.metadata.get("group", "") if state.facts["several"] else ""
+        return str(group if known is None else known)
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
-        rate *= self.config.readout_rate if state.facts.get("noisy") is False else 1.0
+        if client_key(state, client) is not None and not state.facts["noisy"]:
+            rate *= self.config.readout_rate
         arrays, facts = readout_assignment(state, client)
         return Assignment(
-            self.name, round, {"prompt": self._sent(state, client.name), **arrays}, {"rate": rate, **facts}
+            self.name,
+            round,
+            {"prompt": self._sent(state, client.name, self._key(state, client)), **arrays},
+            {"rate": rate, **facts},
         )
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
-        work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
-        totals = yield from client_totals(client, assignment)
         readout = assigned_readout(assignment)
+        read_as(client.full_batch(), readout)  # raises before anything is charged
+        totals = yield from client_totals(client, assignment)
+        work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
         tuned = yield from with_reading(work, readout, self._prior(client, readout))
         return ClientUpdate(client.id, {"delta": tuned - prompt, **totals}, client.weight)
 
@@ -181,7 +186,7 @@ class Ficpd(Method):
             alone := (yield from tune_alone(self.training, client, assignment))
         ):
             candidates.append(alone)
-        return (yield from home_mixture(client, candidates))
+        return (yield from weigh_candidates(client, candidates))
 
     def readout(self, state: State, client: ClientCard) -> Readout | None:
         return state_readout(state, client)
@@ -208,8 +213,7 @@ class Ficpd(Method):
         shared = state.arrays["global"] + move
         offsets = _of_clients(state, "offset/") | {n: p + more.get(n, 0.0) - shared for n, p in reached.items()}
         weights = state.facts["weights"] | came
-        kept = {n: a for n, a in state.arrays.items() if n.startswith((ROWS, BIAS, SHARES, CENTRE, COVARIANCE, TEXT))}
-        arrays = {"start": state.arrays["start"], "global": shared, **moments, **kept}
+        arrays = {"start": state.arrays["start"], "global": shared, **moments, **readout_arrays(state)}
         newly = drawn == round
         counted = offsets if newly else {name: offsets[name] for name in reached}
         before = None if newly else state.arrays["prototypes_KPD"]
@@ -226,12 +230,12 @@ class Ficpd(Method):
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}
         return {"global": state.arrays["global"], **prototypes}
 
-    def _sent(self, state: State, name: str) -> Tensor:
+    def _sent(self, state: State, name: str, key: str | None = None) -> Tensor:
         """Returns the client's prototype. A client without a cluster has its key's, if there is one; else the global."""
         member, keys = state.facts["clusters"], state.facts["keys"]
         nearest = member.get(name)
         if nearest is None and len(set(keys.values())) > 1:
-            of_key = {k for other, k in member.items() if keys[other] == keys.get(name)}
+            of_key = {k for other, k in member.items() if keys[other] == keys.get(name, key)}
             nearest = of_key.pop() if len(of_key) == 1 else None
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
 
@@ -264,7 +268,7 @@ class Ficpd(Method):
                 signatures, state.facts["keys"], self.config.num_prototypes, state.facts["seed"],
                 least_members=self.config.least_members,
             )  # fmt: skip
-            return relabel_clusters(before, found, signatures, self.config.stay), round
+            return relabel_clusters(before, found, signatures, self.config.stay, state.facts["keys"]), round
         return Clusters(before, max(before.values()) + 1), drawn
 
     def _steps(

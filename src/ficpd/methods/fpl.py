@@ -36,12 +36,11 @@ from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import ClientContext, Model
 from ficpd.methods.shared.clustering import Clusters, cosine_kmeans, shrinkage
 from ficpd.methods.shared.metadata_clustering import cluster_by_metadata, nearest_client
+from ficpd.methods.shared.readouts import reading, with_reading
 from ficpd.methods.shared.residual import (
     ContrastiveConfig,
     personal_prompt,
-    prior_logits,
     tune_residual,
-    with_label_prior,
 )
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.registry import FrozenConfig
@@ -129,15 +128,15 @@ class Fpl(Method):
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         """Tunes the update from the released prompt first, then the residual."""
         prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
-        tuned = yield from with_label_prior(
-            tune(self.training, client, assignment, prompt, proximal_weight=weight), self._prior(client)
+        tuned = yield from with_reading(
+            tune(self.training, client, assignment, prompt, proximal_weight=weight), None, self._prior(client)
         )
         update = ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
         if self.config.residual != "none":
             choosing = assignment.facts["choosing"] or "share" not in client.client_state
             local = client.local_context(self.config.held_back if choosing else 0.0)
-            yield from with_label_prior(
-                tune_residual(self.config, self.training, local, assignment), self._prior(local)
+            yield from with_reading(
+                tune_residual(self.config, self.training, local, assignment), None, self._prior(local)
             )
         return update
 
@@ -146,7 +145,7 @@ class Fpl(Method):
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         yield from ()
-        read = prior_logits(client.local_context().label_prior) if self.config.label_prior else None
+        read = reading(None, self._prior(client.local_context()))
         return [Predictor(self.personal_prompt(client, assignment), read)]
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:

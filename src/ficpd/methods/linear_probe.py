@@ -10,10 +10,9 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
-from ficpd.errors import ConfigError
 from ficpd.interfaces import Backbone, ClientContext, Task
 from ficpd.methods.shared.heads import MIN_RECORDS, OwnHead, calibrate, fit_heads, nearest_neighbours
-from ficpd.methods.shared.readouts import features_readout
+from ficpd.methods.shared.readouts import check_features_readout
 from ficpd.methods.zero_shot import ZeroShot
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig
@@ -35,12 +34,7 @@ class LinearProbe(ZeroShot):
     name = "linear_probe"
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:
-        unfit = [str(task.to_config()["name"]) for task in tasks if features_readout(task, backbone) is None]
-        if unfit:
-            raise ConfigError(
-                f"linear_probe: {', '.join(unfit)} on {backbone.name} has no labels that are read from features. Use a "
-                "classification with task.tuned_head = false on an encoder, or another method"
-            )
+        check_features_readout(self.name, tasks, backbone)
 
     def global_prompt(self, state: State) -> None:
         """There is no shared prompt."""

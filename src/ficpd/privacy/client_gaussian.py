@@ -4,7 +4,7 @@
 signal. `central`: clients clip, and the server, which is trusted, noises the sum over a Poisson cohort once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -71,7 +71,7 @@ class ClientGaussian(NoiselessRecords):
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return self._planned
 
-    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
+    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
         raise PrivacyError(
             f"client-level privacy has no release for the statistic {name!r}. Leave it out, or use record_gaussian"
         )

@@ -1,6 +1,6 @@
 """No privacy: sums records and sends updates without clip and noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -52,8 +52,8 @@ class NoPrivacy(NoiselessRecords):
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return []
 
-    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
-        return values_BN.sum(0)
+    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
+        return torch.stack([chunk.sum(0) for chunk in chunks]).sum(0)
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
         return update

@@ -6,9 +6,10 @@ or the vector of its losses under all K candidates of a zeroth-order query. The 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -109,12 +110,13 @@ class RecordGaussian(Mechanism):
         noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm)
         return noised.view(K, *rest) / expected_batch / scale
 
-    def noisy_sum(self, name: str, values_BN: Tensor, noise: NoiseSource) -> Tensor:
+    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
         if (cost := self.cost(ReleaseKind.STATISTIC, name)) is None:
             raise PrivacyError(
                 f"the statistic {name!r} has no share of the budget. Give it one: privacy.statistics = {{ {name} = 0.1 }}"
             )
-        return noise.add_gaussian(clipping.clipped_sum(values_BN, 1.0), cost.noise_multiplier)
+        summed = torch.stack([clipping.clipped_sum(chunk, 1.0) for chunk in chunks]).sum(0)
+        return noise.add_gaussian(summed, cost.noise_multiplier)
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
         return update

@@ -50,7 +50,7 @@ class Classification(Task):
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """Returns [R, C], plus the batch's label prior, if any."""
         scores_RC = self.answers.scores(outputs, batch)
-        return scores_RC + batch.extra[LABEL_PRIOR] if LABEL_PRIOR in batch.extra else scores_RC
+        return scores_RC + batch.extra[LABEL_PRIOR].to(scores_RC.device) if LABEL_PRIOR in batch.extra else scores_RC
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         assert batch.targets is not None

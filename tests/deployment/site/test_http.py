@@ -201,7 +201,7 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         "country = north",
         "noised by record_gaussian",
         "the policy allows it",
-        "bytes a round",
+        "bytes in round one",
         "cost      epsilon 3.",
     ):
         assert words in said

@@ -3,12 +3,15 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
+from ficpd.methods.shared import class_totals
 from ficpd.methods.shared.class_totals import (
     ClassTotals,
     PublicFeatures,
     learn_readout,
+    padded_totals,
     relative_prior,
     ridge_rows,
+    row_chunks,
     row_norm,
     split_totals,
     total_rows,
@@ -59,6 +62,26 @@ def test_a_record_changes_the_totals_by_norm_one_at_most_where_its_feature_lies_
     assert torch.allclose(rows.norm(dim=1), torch.ones(20), atol=1e-5)
     assert rows.shape[1] == totals_size(LABELS, WIDTH, gram)
     assert row_norm(gram) == pytest.approx((1.09 + gram) ** 0.5)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_rows_in_chunks_are_the_same_rows_and_other_tasks_labels_are_zeros(gram, monkeypatch):
+    features, labels = records(20)
+    known = public()
+    given = features, labels, known.centre_D, known.scale, LABELS, gram
+    monkeypatch.setattr(class_totals, "CHUNK_NUMBERS", 3 * totals_size(LABELS, WIDTH, gram))
+    chunks = [*row_chunks(*given)]
+    assert [len(chunk) for chunk in chunks] == [3] * 6 + [2]
+    whole = total_rows(*given)
+    assert torch.equal(torch.cat(chunks), whole)
+    padded = padded_totals(whole.sum(0), LABELS, 5, WIDTH)
+    assert len(padded) == totals_size(5, WIDTH, gram)
+    found, expected = (
+        split_totals(padded, LABELS, 5, WIDTH, gram),
+        split_totals(whole.sum(0), LABELS, LABELS, WIDTH, gram),
+    )
+    assert torch.equal(found.sums_CD, expected.sums_CD)
+    assert (found.gram_DD is None and not gram) or torch.equal(found.gram_DD, expected.gram_DD)
 
 
 def test_totals_are_counts_sums_and_the_gram_matrix():

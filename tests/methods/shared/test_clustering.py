@@ -221,3 +221,15 @@ def test_agreement_says_nothing_where_there_is_nothing_to_say():
     assert adjusted_rand(member, dict.fromkeys("abc", "x")) is None
     assert adjusted_rand(member, {"a": "x", "b": "y", "c": "z"}) is None
     assert adjusted_rand(member, {}) is None
+
+
+def test_a_client_never_stays_in_a_cluster_of_another_key():
+    """The old number of b's cluster goes to one of key a; b's client moves, however small its gain."""
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    vectors = {"a1": east, "a2": north, "b1": east}
+    keys = {"a1": "a", "a2": "a", "b1": "b"}
+    before = {"a1": 0, "a2": 1, "b1": 1}
+    drawn = Clusters({"a1": 0, "a2": 1, "b1": 2}, 3)
+    assert relabel_clusters(before, drawn, vectors, 2.0).member["b1"] == 1
+    found = relabel_clusters(before, drawn, vectors, 2.0, keys).member
+    assert found["b1"] not in (found["a1"], found["a2"])

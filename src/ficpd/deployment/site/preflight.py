@@ -70,7 +70,7 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     arrays = context.compression.pack(context.compression.project(zero_update(method.update_spec(state))))
     update = ClientUpdate(config.name, arrays)
     body = codec.encode_update(update, 1, context.start.backbone)
-    yield f"update    {len(body)} bytes a round: " + ", ".join(
+    yield f"update    {len(body)} bytes in round one: " + ", ".join(
         f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
     )
     module, settled = of_part("privacy", privacy_config_for(method, context.experiment.privacy))

@@ -10,7 +10,7 @@ CVPR 2025, arXiv 2405.16240; Fed3R, Fanì et al., ICML 2024, arXiv 2406.01116). 
 means (FedNCM, Legate et al., NeurIPS 2023, arXiv 2303.06972), shrunk towards the label texts by empirical Bayes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,8 @@ SURE = 2.0
 SCALES = 2.0 ** torch.arange(-2, 9, 0.5)
 WIDEST_GRAM = 512
 """Backbones of more features send no Gram matrix."""
-BRIEF = 1e-9
+CHUNK_NUMBERS = 1 << 25
+TINY = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class PublicFeatures:
     def of(features_MD: Tensor) -> "PublicFeatures":
         features = features_MD.double().cpu()
         centre = features.mean(0)
-        scale = max(float((features - centre).norm(dim=1).max()), BRIEF)
+        scale = max(float((features - centre).norm(dim=1).max()), TINY)
         covariance = torch.cov(((features - centre) / scale).T)
         return PublicFeatures(centre.float(), scale, covariance.float())
 
@@ -82,7 +83,7 @@ def totals_size(num_labels: int, width: int, gram: bool) -> int:
 def total_rows(
     features_BD: Tensor, targets_B: Tensor, centre_D: Tensor, scale: float, num_labels: int, gram: bool
 ) -> Tensor:
-    """Returns [B, N], one row of each record, of norm 1 at most where |z| is. `num_labels`: of the largest task."""
+    """Returns [B, N], one row of each record, of norm 1 at most where |z| is."""
     z_BD = (features_BD.float().cpu() - centre_D) / scale
     parts = F.pad(z_BD, (1, 0), value=COUNT_WEIGHT)
     rows = [(F.one_hot(targets_B.cpu(), num_labels)[:, :, None] * parts[:, None]).flatten(1)]
@@ -90,6 +91,22 @@ def total_rows(
         left, right = torch.triu_indices(z_BD.shape[1], z_BD.shape[1])
         rows.append(z_BD[:, left] * z_BD[:, right] * _triangle_weights(left, right))
     return torch.cat(rows, dim=1) / row_norm(gram)
+
+
+def row_chunks(
+    features_BD: Tensor, targets_B: Tensor, centre_D: Tensor, scale: float, num_labels: int, gram: bool
+) -> Iterator[Tensor]:
+    """Yields `total_rows` of as many records at a time as `CHUNK_NUMBERS` hold: rows with a Gram matrix are long."""
+    most = max(CHUNK_NUMBERS // totals_size(num_labels, features_BD.shape[1], gram), 1)
+    for features, targets in zip(features_BD.split(most), targets_B.split(most), strict=True):
+        yield total_rows(features, targets, centre_D, scale, num_labels, gram)
+
+
+def padded_totals(summed_N: Tensor, num_labels: int, most_labels: int, width: int) -> Tensor:
+    """Adds zeros for the labels that only other tasks have, so that all updates of a round have one length."""
+    by_label = num_labels * (1 + width)
+    missing = summed_N.new_zeros((most_labels - num_labels) * (1 + width))
+    return torch.cat([summed_N[:by_label], missing, summed_N[by_label:]])
 
 
 def split_totals(summed_N: Tensor, num_labels: int, most_labels: int, width: int, gram: bool) -> ClassTotals:
@@ -137,15 +154,21 @@ def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = No
 
     Equals the regression on all records together: centred cross products follow from counts, sums and Gram matrix.
     """
-    assert totals.gram_DD is not None
-    records = totals.counts_C.sum()
-    mean_D, shares_C = totals.sums_CD.sum(0) / records, totals.counts_C / records
-    centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
-    cross_CD = totals.sums_CD - totals.counts_C[:, None] * mean_D
+    records, mean_D, centred_DD, cross_CD = _centred(totals)
+    shares_C = totals.counts_C / records
     prior = torch.zeros_like(cross_CD) if prior_CD is None else prior_CD
     ridge = centred_DD + penalty * torch.eye(len(mean_D), dtype=torch.double)
     rows_CD = prior + torch.linalg.solve(ridge, (cross_CD - prior @ centred_DD).T).T
     return rows_CD, shares_C - rows_CD @ mean_D
+
+
+def _centred(totals: ClassTotals) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the number of records, the mean of z, and the centred Gram matrix and cross products with the labels."""
+    assert totals.gram_DD is not None
+    records = totals.counts_C.sum()
+    mean_D = totals.sums_CD.sum(0) / records
+    centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
+    return records, mean_D, centred_DD, totals.sums_CD - totals.counts_C[:, None] * mean_D
 
 
 def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, penalty: float) -> Readout:
@@ -154,11 +177,8 @@ def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, penalt
     A penalty of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
     """
     assert totals.gram_DD is not None
-    records = totals.counts_C.sum()
-    mean_D = totals.sums_CD.sum(0) / records
-    centred_DD = totals.gram_DD - records * mean_D[:, None] * mean_D
-    cross_CD = totals.sums_CD - totals.counts_C[:, None] * mean_D
-    fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=BRIEF)
+    records, _, centred_DD, cross_CD = _centred(totals)
+    fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=TINY)
     rows_CD, bias_C = ridge_rows(totals, penalty, fit.clamp(min=0) * texts_CD)
     means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
     within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
@@ -188,11 +208,11 @@ def _class_means(
     mean_D = sums.sum((0, 1)) / counts_C.sum()
     offsets_CD = sums.sum(0) / counts_C[:, None] - mean_D
     error_C = noise_C / counts_C**2 if clients > 1 else 2 / counts_C / D
-    weight_C = 1 / (error_C + BRIEF)
+    weight_C = 1 / (error_C + TINY)
     along, squared = ((t * weight_C[:, None]).sum() for t in (texts_CD * offsets_CD, texts_CD * texts_CD))
-    prior_CD = (along / squared.clamp(min=BRIEF)).clamp(0.0, 1.5) * texts_CD
+    prior_CD = (along / squared.clamp(min=TINY)).clamp(0.0, 1.5) * texts_CD
     spread = ((((offsets_CD - prior_CD) ** 2).mean(1) - error_C) * weight_C).sum() / weight_C.sum()
-    kept_C = spread.clamp(min=0) / (spread.clamp(min=0) + error_C + BRIEF)
+    kept_C = spread.clamp(min=0) / (spread.clamp(min=0) + error_C + TINY)
     means_CD = prior_CD + kept_C[:, None] * (offsets_CD - prior_CD)
     centre_D = _shrunk(mean_D, noise_C.sum() / counts_C.sum() ** 2, towards=0.0)
     bias_C = -0.5 * (means_CD**2).sum(1) - means_CD @ centre_D
@@ -211,7 +231,7 @@ def _shrunk(values: Tensor, error: Tensor, towards: float | None = None) -> Tens
     """Shrinks values towards their mean by their known error variance (James and Stein, 1961)."""
     centre = values.mean() if towards is None else towards
     spread = (((values - centre) ** 2).mean() - error).clamp(min=0)
-    return centre + spread / (spread + error + BRIEF) * (values - centre)
+    return centre + spread / (spread + error + TINY) * (values - centre)
 
 
 def _in_features(
@@ -221,7 +241,7 @@ def _in_features(
     scale = CAUTION * _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C)
     rows = scale * rows_CD / public.scale
     bias_C = scale * bias_C - rows @ public.centre_D.double()
-    return Readout(rows.float(), (bias_C - bias_C.mean()).float(), scale, shares_C.float())
+    return Readout(rows.float(), (bias_C - bias_C.mean()).float(), shares_C.float())
 
 
 def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor) -> float:
@@ -241,6 +261,21 @@ def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Te
         return float(-(picked.mean(1) * weight_K).sum())
 
     return min(SCALES.tolist(), key=loss)
+
+
+def left_out_priors(targets_B: Tensor, shares_C: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Returns the client's `relative_prior` [C], and that of each record [B, C], made of the other records' labels.
+
+    `strength` infinity: no prior.
+    """
+    counts_C = F.one_hot(targets_B, len(shares_C)).float().sum(0)
+    if strength == torch.inf:
+        return torch.zeros_like(counts_C), torch.zeros(len(targets_B), len(counts_C))
+    others_BC = torch.zeros(len(targets_B), len(counts_C))
+    for label in targets_B.unique():
+        one_less = counts_C - F.one_hot(label, len(counts_C))
+        others_BC[targets_B == label] = relative_prior(one_less, shares_C, strength)
+    return relative_prior(counts_C, shares_C, strength), others_BC
 
 
 def relative_prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:

@@ -19,6 +19,9 @@ ALIKE = 0.1
 """The minimum silhouette of a clustering (Kaufman and Rousseeuw, 1990, require 0.25)."""
 
 
+NO_KEYS: Mapping[str, str] = {}
+
+
 class Clusters(NamedTuple):
     """Each client's cluster, numbered by size, the largest first; and the number of clusters."""
 
@@ -139,9 +142,10 @@ def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
 
 
 def relabel_clusters(
-    before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float
-) -> Clusters:
-    """Gives new clusters the old numbers, and moves a client only for a clear gain.
+    before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float,
+    keys: Mapping[str, str] = NO_KEYS,
+) -> Clusters:  # fmt: skip
+    """Gives new clusters the old numbers, and moves a client only for a clear gain. A client stays with its key.
 
     The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine
     grows by more than `stay`.
@@ -158,9 +162,14 @@ def relabel_clusters(
     member = {name: number_of[k] for name, k in drawn.member.items()}
     unit = {name: F.normalize(signatures[name].flatten().double(), dim=0) for name in drawn.member}
     centres = {k: F.normalize(sum(unit[n] for n in member if member[n] == k), dim=0) for k in set(member.values())}  # type: ignore[arg-type]
+    key_of = {k: keys.get(name) for name, k in member.items()}
     for name in names:
         old_k, new_k = before[name], member[name]
-        if old_k in centres and float(unit[name] @ (centres[new_k] - centres[old_k])) <= stay:
+        if (
+            old_k in centres
+            and key_of[old_k] == keys.get(name)
+            and float(unit[name] @ (centres[new_k] - centres[old_k])) <= stay
+        ):
             member[name] = old_k
     used = {k: place for place, k in enumerate(sorted(set(member.values())))}
     return Clusters({name: used[k] for name, k in member.items()}, len(used))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ficpd.methods.shared.class_totals import relative_prior
+from ficpd.methods.shared.class_totals import left_out_priors
 
 MIN_RECORDS = 8
 """Clients with fewer records fit no head."""
@@ -26,7 +26,7 @@ SCALES = (2.0, 4.0, 8.0, 16.0, 32.0)
 WIDTHS = (0.02, 0.05, 0.1)
 TEMPERATURES = (1.0, 0.5, 2.0, 0.25)
 STRENGTHS = (torch.inf, 50.0, 10.0, 2.0)
-"""Records that equal label shares count for, in the client's label prior; the first is no prior."""
+"""Records that the shared label shares count for, in a client's label prior; the first is no prior."""
 SMOOTHING = 0.1
 """Records of every label that nearest neighbours add, in shares of one record."""
 
@@ -119,19 +119,10 @@ def calibrate(loo_BC: Tensor, targets_B: Tensor) -> Calibration:
 
     The prior of a record is made of the other records' labels. Equal losses keep temperature 1 and no prior.
     """
-    votes_BC = F.one_hot(targets_B, loo_BC.shape[1]).float()
-    found = []
+    labels, found = loo_BC.shape[1], []
     for strength in STRENGTHS:
-        prior_C, others_BC = _label_prior(votes_BC.sum(0), strength), torch.zeros_like(votes_BC)
-        for label in targets_B.unique():
-            others_BC[targets_B == label] = _label_prior(votes_BC.sum(0) - F.one_hot(label, len(prior_C)), strength)
+        prior_C, others_BC = left_out_priors(targets_B, torch.full((labels,), 1 / labels), strength)
         for temperature in TEMPERATURES:
             loss = float(F.cross_entropy(temperature * loo_BC + others_BC, targets_B))
             found.append(Calibration(loss, temperature, prior_C))
     return min(found, key=lambda one: one.loss)
-
-
-def _label_prior(counts_C: Tensor, strength: float) -> Tensor:
-    if strength == torch.inf:
-        return torch.zeros(len(counts_C))
-    return relative_prior(counts_C.float(), torch.full((len(counts_C),), 1 / len(counts_C)), strength)

@@ -16,21 +16,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ficpd.interfaces import ClientContext
-from ficpd.methods.shared.class_totals import relative_prior
-from ficpd.methods.shared.heads import MIN_RECORDS, OwnHead, fit_heads
+from ficpd.methods.shared.class_totals import left_out_priors
+from ficpd.methods.shared.heads import MIN_RECORDS, STRENGTHS, OwnHead, fit_heads
 from ficpd.methods.shared.readouts import reading
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, Readout
 
 TEMPERATURES = (0.5, 1.0)
-STRENGTHS = (2.0, 10.0, 50.0, torch.inf)
-"""Records that the federation's label shares count for, in the client's label prior; the last is no prior."""
 WITHOUT_PRIOR = 0.1
 """Least weight of the members without a label prior, for clients whose labels shift."""
-
 NEGLIGIBLE = 1e-4
 """Members and candidates of less weight are left out."""
 
@@ -47,17 +43,22 @@ class Candidate(NamedTuple):
 
 
 class Member(NamedTuple):
-    """log_BC: log probabilities of the client's own records, without their own label. read: of any records' logits."""
+    """log_BC: log probabilities of the client's own records, each without its own label.
+
+    read: logits of any records. without_prior: whether no label prior is in them.
+    """
 
     log_BC: Tensor
     read: Callable[[ModelOutput, Batch], Tensor]
-    shifted: bool
+    without_prior: bool
 
 
-def home_mixture(client: ClientContext, candidates: Sequence[Candidate]) -> Generator[Query, Answer, list[Predictor]]:
+def weigh_candidates(
+    client: ClientContext, candidates: Sequence[Candidate]
+) -> Generator[Query, Answer, list[Predictor]]:
     """Weights candidates, most shared first, by the client's own records.
 
-    Without labels the last candidate alone is returned: there is no evidence to weigh by.
+    Returns the first candidate alone where the task has no labels, or the client no records.
     """
     local = client.local_context()
     batch = local.full_batch()
@@ -127,19 +128,13 @@ def _tempered(
     logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], targets_B: Tensor, shares_C: Tensor
 ) -> list[Member]:
     """Returns a member for each temperature and strength of the label prior."""
-    counts_C = F.one_hot(targets_B, logits_BC.shape[1]).float().sum(0)
     found = []
     for strength in STRENGTHS:
-        prior_C = _prior(counts_C, shares_C, strength)
-        others_CC = torch.stack([_prior(counts_C - one, shares_C, strength) for one in torch.eye(len(counts_C))])
+        prior_C, others_BC = left_out_priors(targets_B, shares_C, strength)
         for temperature in TEMPERATURES:
-            log_BC = (temperature * logits_BC + others_CC[targets_B]).log_softmax(1)
+            log_BC = (temperature * logits_BC + others_BC).log_softmax(1)
             found.append(Member(log_BC, _member_logits(plain, temperature, prior_C), strength == torch.inf))
     return found
-
-
-def _prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:
-    return torch.zeros_like(counts_C) if strength == torch.inf else relative_prior(counts_C, shares_C, strength)
 
 
 def _member_logits(
@@ -161,9 +156,9 @@ def _weights(members: Sequence[Sequence[Member]], targets_B: Tensor) -> list[Ten
         for rank, of in enumerate(members)
     ]
     weight_M = torch.cat(evidence).softmax(0)
-    bare_M = torch.tensor([m.shifted for of in members for m in of])
-    bare = torch.cat(evidence).masked_fill(~bare_M, -torch.inf).softmax(0)
-    weight_M = (1 - WITHOUT_PRIOR) * weight_M + WITHOUT_PRIOR * bare
+    without_M = torch.tensor([m.without_prior for of in members for m in of])
+    without = torch.cat(evidence).masked_fill(~without_M, -torch.inf).softmax(0)
+    weight_M = (1 - WITHOUT_PRIOR) * weight_M + WITHOUT_PRIOR * without
     return list(weight_M.split([len(of) for of in members]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ficpd.errors import CodecError
+from ficpd.errors import CodecError, ConfigError
 from ficpd.federation.validation import validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Task
 from ficpd.methods.shared.class_totals import (
@@ -18,9 +18,10 @@ from ficpd.methods.shared.class_totals import (
     WIDEST_GRAM,
     PublicFeatures,
     learn_readout,
+    padded_totals,
     relative_prior,
+    row_chunks,
     split_totals,
-    total_rows,
     totals_size,
 )
 from ficpd.optimizers import Result, map_queries
@@ -49,7 +50,6 @@ COUNTS = "label_counts"
 """The client's released label counts, in its state."""
 MOST_LABELS = 10_000
 ASKED: Mapping[str, tuple[type, ...]] = {"feature_scale": (float,), "most_labels": (int,), "gram": (bool,)}
-READ: Mapping[str, tuple[type, ...]] = {"readout_scale": (float,)}
 
 
 # ---------------------------------------------------------------- server
@@ -60,6 +60,16 @@ def features_readout(task: Task, backbone: Backbone) -> Tensor | None:
     if not (task.num_labels and backbone.supports_features) or task.head_rows:
         return None
     return task.readout(backbone)
+
+
+def check_features_readout(method: str, tasks: Sequence[Task], backbone: Backbone) -> None:
+    """Raises `ConfigError` for tasks whose labels are not read from features."""
+    unfit = [str(task.to_config()["name"]) for task in tasks if features_readout(task, backbone) is None]
+    if unfit:
+        raise ConfigError(
+            f"{method}: {', '.join(unfit)} on {backbone.name} has no labels that are read from features. Use a "
+            "classification with task.tuned_head = false on an encoder, or another method"
+        )
 
 
 def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool = True) -> State:
@@ -87,7 +97,6 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
         "gram": setup.unit == "none" and width <= WIDEST_GRAM if gram is None else gram,
         "noisy": setup.unit != "none",
         "gathered": False,
-        "readout_scales": {},
     }
     arrays = {CENTRE: public.centre_D, COVARIANCE: public.covariance_DD}
     rows = {f"{TEXT}{k}": text_CD if texts else torch.zeros_like(text_CD) for k, text_CD in enumerate(keys)}
@@ -120,24 +129,32 @@ def readout_assignment(state: State, client: ClientCard) -> tuple[dict[str, Tens
     readout = state_readout(state, client)
     if readout is None:
         return {}, {}
-    arrays = {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}
-    return arrays, {"readout_scale": readout.scale}
+    return {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}, {}
 
 
 def state_readout(state: State, client: ClientCard) -> Readout | None:
-    """Returns the learned readout of a client's task key; a client that never came has its group's."""
-    facts = state.facts
-    of_group = facts.get("key_of_group", {})
-    key = facts.get("key_of_client", {}).get(client.name, of_group.get(_group(client, of_group)))
+    """Returns the learned readout of a client's task key."""
+    key = client_key(state, client)
     if f"{ROWS}/{key}" not in state.arrays:
         return None
-    rows, bias, shares = (state.arrays[f"{part}/{key}"] for part in (ROWS, BIAS, SHARES))
-    return Readout(rows, bias, facts["readout_scales"][str(key)], shares)
+    return Readout(*(state.arrays[f"{part}/{key}"] for part in (ROWS, BIAS, SHARES)))
+
+
+def client_key(state: State, client: ClientCard) -> int | None:
+    """Returns a client's task key; a client that never came has its group's. None: its labels are not read from features."""
+    of_group = state.facts.get("key_of_group", {})
+    return state.facts.get("key_of_client", {}).get(client.name, of_group.get(_group(client, of_group)))
+
+
+def readout_arrays(state: State) -> dict[str, Tensor]:
+    """The arrays of a state that this module made."""
+    return {
+        name: a for name, a in state.arrays.items() if name.startswith((CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES))
+    }
 
 
 def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
-    """Learns each key's readout from the updates of the gathering round. Raises nothing: a key without totals keeps its
-    label texts."""
+    """Learns each key's readout from the updates of the gathering round. A key without totals keeps its label texts."""
     if not gathers(state) or not updates:
         return state
     facts, public = state.facts, _public(state)
@@ -148,15 +165,13 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
             labels = facts["key_labels"][key]
             totals = split_totals(update.arrays[CLASSES], labels, most, width, facts["gram"])
             found.setdefault(key, []).append(totals)
-    arrays = {name: array for name, array in state.arrays.items() if name not in (CENTRE, COVARIANCE)}
-    scales = {}
+    arrays = {name: a for name, a in state.arrays.items() if not name.startswith((CENTRE, COVARIANCE, TEXT))}
     for key, of_key in sorted(found.items()):
         readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"])
         if readout is not None:
             arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
             arrays[f"{SHARES}/{key}"] = readout.shares_C
-            scales[str(key)] = readout.scale
-    return State(arrays, {**facts, "gathered": True, "readout_scales": scales})
+    return State(arrays, {**facts, "gathered": True})
 
 
 def without_totals(update: ClientUpdate) -> ClientUpdate:
@@ -180,8 +195,7 @@ def assigned_readout(assignment: Assignment) -> Readout | None:
     """Returns the readout that an assignment carries; None: the task's own."""
     if ROWS not in assignment.arrays:
         return None
-    rows, bias, shares = (assignment.arrays[name] for name in (ROWS, BIAS, SHARES))
-    return Readout(rows, bias, assignment.facts["readout_scale"], shares)
+    return Readout(*(assignment.arrays[name] for name in (ROWS, BIAS, SHARES)))
 
 
 def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tuple[type, ...]]) -> Assignment:
@@ -190,7 +204,7 @@ def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tup
     `facts`: the kinds of the method's own facts. Raises `CodecError`.
     """
     asked, read = CENTRE in assignment.arrays, ROWS in assignment.arrays
-    validate_facts(assignment, {**facts, **(ASKED if asked else {}), **(READ if read else {})})
+    validate_facts(assignment, {**facts, **(ASKED if asked else {})})
     if asked and not (1 <= assignment.facts["most_labels"] <= MOST_LABELS and assignment.facts["feature_scale"] > 0):
         raise CodecError(
             f"the assignment's 'most_labels' is {assignment.facts['most_labels']} and 'feature_scale' "
@@ -201,9 +215,8 @@ def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tup
     expected = ([CENTRE] if asked else []) + ([ROWS, BIAS, SHARES] if read else [])
     given = {n: tuple(a.shape) for n, a in assignment.arrays.items() if n in shapes}
     if given != {name: shapes[name] for name in expected}:
-        raise CodecError(
-            f"the assignment's readout arrays are {given}, expected { ({n: shapes[n] for n in expected}) }"
-        )
+        wanted = {name: shapes[name] for name in expected}
+        raise CodecError(f"the assignment's readout arrays are {given}, expected {wanted}")
     rest = {name: array for name, array in assignment.arrays.items() if name not in shapes}
     return Assignment(assignment.method, assignment.round, rest, assignment.facts)
 
@@ -217,16 +230,17 @@ def client_totals(client: ClientContext, assignment: Assignment) -> Generator[Qu
     if CENTRE not in assignment.arrays:
         return {}
     batch, centre_D, facts = client.full_batch(), assignment.arrays[CENTRE], assignment.facts
-    most, gram = facts["most_labels"], facts["gram"]
-    if batch.readout_CD is None or batch.targets is None or batch.task.num_labels > most:
-        return {CLASSES: torch.zeros(totals_size(most, len(centre_D), gram))}
+    labels, most, width, gram = batch.task.num_labels, facts["most_labels"], len(centre_D), facts["gram"]
+    if batch.readout_CD is None or batch.targets is None or labels > most:
+        return {CLASSES: torch.zeros(totals_size(most, width, gram))}
     answer = yield Query(client.start[None], batch, outputs=True)
     assert answer.outputs_KB is not None
-    rows_BN = total_rows(answer.outputs_KB.features_RD, batch.targets, centre_D, facts["feature_scale"], most, gram)
-    released = client.private_sum(CLASSES, rows_BN)
-    own = split_totals(released, batch.task.num_labels, most, len(centre_D), gram)
-    client.client_state[COUNTS] = own.counts_C.float()
-    return {CLASSES: released}
+    rows = row_chunks(
+        answer.outputs_KB.features_RD, batch.targets.cpu(), centre_D, facts["feature_scale"], labels, gram
+    )
+    released = client.private_sum(CLASSES, rows)
+    client.client_state[COUNTS] = split_totals(released, labels, labels, width, gram).counts_C.float()
+    return {CLASSES: padded_totals(released, labels, most, width)}
 
 
 def tuning_prior(client: ClientContext, readout: Readout | None) -> Tensor | None:
@@ -268,7 +282,12 @@ def reading(readout: Readout | None, log_shares_C: Tensor | None) -> Callable[[M
 def with_reading(
     work: Generator[Query, Answer, Result], readout: Readout | None, log_shares_C: Tensor | None
 ) -> Generator[Query, Answer, Result]:
-    """Tunes in a learned readout and under known label shares (`residual.with_label_prior`)."""
+    """Adds a learned readout and known label shares to a generator's queries (None: unchanged).
+
+    Training under softmax(logits + log shares) removes the label shares from the prompt: logit adjustment (Menon et
+    al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang et al., ICML 2022,
+    arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
+    """
     if readout is None and log_shares_C is None:
         return work
 

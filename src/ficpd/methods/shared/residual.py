@@ -1,6 +1,6 @@
 """Tunes a client's residual on its shared prompt. The residual stays on the client."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
@@ -167,31 +167,6 @@ def _kept_near(
             query = work.send(answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device)))
     except StopIteration as end:
         return end.value
-
-
-def with_label_prior(
-    work: Generator[Query, Answer, Result], log_shares_C: Tensor | None
-) -> Generator[Query, Answer, Result]:
-    """Adds the known label shares to a generator's queries (None: unchanged).
-
-    Training under softmax(logits + log shares) removes the label shares from the prompt: logit adjustment (Menon et
-    al., ICLR 2021, arXiv 2007.07314, eq. 10; over clients with their own shares, FedLC, Zhang et al., ICML 2022,
-    arXiv 2209.00189, and balanced softmax, Ren et al., NeurIPS 2020, arXiv 2007.10740).
-    """
-    if log_shares_C is None:
-        return work
-    return map_queries(work, lambda query: query._replace(batch=query.batch.with_prior(log_shares_C)))
-
-
-def prior_logits(log_shares_C: Tensor) -> Callable[[ModelOutput, Batch], Tensor]:
-    """Reads outputs under known label shares."""
-
-    def read(outputs: ModelOutput, batch: Batch) -> Tensor:
-        logits_RC = batch.task.logits(outputs, batch)
-        assert logits_RC is not None, "checked before the run"
-        return logits_RC + log_shares_C.to(logits_RC.device)
-
-    return read
 
 
 def _pull(way_PD: Tensor, towards_PD: Tensor, away_KPD: Tensor, temperature: float) -> Tensor:
