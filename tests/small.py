@@ -223,6 +223,7 @@ def toml(data: Path, method: str = "fedavg", rounds: int = 3, seed: int = 0) -> 
     return f"""
 name = "small"
 seed = {seed}
+baselines = []
 [backbone]
 name = "tiny"
 attention = "eager"

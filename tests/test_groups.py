@@ -37,6 +37,7 @@ partition = {{ kind = "column", column = "site" }}
         )
     ]
     return f"""
+baselines = []
 backbone = {{ name = "tiny", attention = "eager", dtype = "float32", options = {{ width = 16 }} }}
 prompt = {{ num_tokens = 3 }}
 training = {{ local_steps = 6, batch_size = 16, learning_rate = 0.3 }}

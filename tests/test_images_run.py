@@ -43,6 +43,7 @@ def experiment(place: Path, *changes: str):
     labels = ", ".join(f'{d} = "the digit {d}"' for d in range(10))
     text = f"""
 name = "digits"
+baselines = []
 [backbone]
 name = {json.dumps(str(place / "model"))}
 attention = "eager"

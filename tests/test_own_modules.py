@@ -67,6 +67,7 @@ def build(config):
 """
 ALL = """
 name = "own"
+baselines = []
 method = { name = "mylab.method" }
 metrics = [{ name = "mylab.metric", label = "bad" }]
 backbone = { name = "tiny" }

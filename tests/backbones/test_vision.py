@@ -229,6 +229,7 @@ def test_dinov2_learns_digits_from_what_ten_of_each_began(tmp_path):
     labels = ", ".join(f'{d} = "the digit {d}"' for d in range(10))
     whole = parse(
         f"""
+baselines = []
 [backbone]
 name = {json.dumps(str(DINO))}
 dtype = "float32"

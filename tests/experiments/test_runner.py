@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     """SIGKILL to a process of its own, once amid each of three methods; then to the end, and an unbroken run beside."""
     rounds, out, recipe = 30, tmp_path / "killed", tmp_path / "small.toml"
     text = small.toml(small.table(tmp_path / "records.csv"), "ficpd", rounds)
-    recipe.write_text(text.replace("seed = 0", "seed = 0\nbaselines = ['fedavg', 'local']"))
+    recipe.write_text(text.replace("baselines = []", "baselines = ['fedavg', 'local']"))
     command = [sys.executable, "-m", "ficpd", "run", str(recipe), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folders = [out, out / "baselines" / "fedavg", out / "baselines" / "local"]

@@ -319,6 +319,7 @@ def test_references_are_read_from_a_file(tmp_path, ending):
 def toml(backbone: str, data: Path, instruction: str, rounds: int, new: int, training: str) -> str:
     return f"""
 name = "sentences"
+baselines = []
 [backbone]
 name = {json.dumps(backbone)}
 attention = "eager"

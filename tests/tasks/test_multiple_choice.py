@@ -268,6 +268,7 @@ def table(path: Path, count: int = 60) -> Path:
 
 def toml(data: Path, backbone: str = "tiny", more: str = "", method: str = "fedavg", rounds: int = 3) -> str:
     return f"""
+baselines = []
 [backbone]
 name = {json.dumps(backbone)}
 attention = "eager"

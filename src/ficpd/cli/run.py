@@ -28,7 +28,7 @@ def run(
     from ficpd.experiments import config as experiments
     from ficpd.experiments.api import default_directory
     from ficpd.experiments.report.build import PAGE
-    from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table
+    from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table, verdict
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
 
@@ -61,6 +61,7 @@ def run(
         typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
+    screen.print(f"\n[bold]{escape(verdict(results))}[/]")
 
 
 def report(

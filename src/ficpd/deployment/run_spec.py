@@ -99,11 +99,9 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
     tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
     parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
     named = [part.get("name") for part in (*parts, *tasks, *tree.get("metrics", ()))]
-    named += [
-        tree.get("training", {}).get("optimizer"),
-        tree.get("backbone", {}).get("kind"),
-        *tree.get("baselines", ()),
-    ]
+    named += [tree.get("training", {}).get("optimizer"), tree.get("backbone", {}).get("kind")]
+    baselines = tree.get("baselines", ())
+    named += [] if baselines == "auto" else baselines
     for name in named:
         if "." in str(name or "") and name not in known:
             raise ValueError(

@@ -12,7 +12,7 @@ from ficpd.experiments.comparison.grid import read_plan
 from ficpd.experiments.comparison.schema import ComparisonResult
 from ficpd.experiments.comparison.workers import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
-from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.report.summary import load_results, verdict
 from ficpd.experiments.results import RunResult
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ class FinishedRun:
     directory: Path
     result: RunResult = field(repr=False)
     baselines: Sequence[RunResult] = field(repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """Whether joining pays: the run's method against what a client has without the others."""
+        return verdict([*self.baselines, self.result])
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line per method, the run's method last.

@@ -21,6 +21,8 @@ from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig, load, search_in, validate, validated_section
 
 QUICKSTART = "quickstart"
+STANDARD_BASELINES = ("local", "linear_probe")
+"""What a client has without the others."""
 
 
 class PromptConfig(FrozenConfig):
@@ -118,14 +120,15 @@ class Experiment(FrozenConfig):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
     baselines: methods to compare with, on the same clients, with the same privacy and default settings. "fedavg:none" is
-        fedavg without privacy; for the run's method it keeps the run's settings.
+        fedavg without privacy; for the run's method it keeps the run's settings. "auto": `STANDARD_BASELINES`, where they
+        fit the tasks.
     metrics: further metrics of a simulation's tasks, each a dotted `name` and that module's settings.
     groups: with several tasks, a task, data and partition for each name. They replace `task`, `data` and `partition`.
     """
 
     name: str = "experiment"
     seed: int = 0
-    baselines: tuple[str, ...] = ()
+    baselines: tuple[str, ...] | Literal["auto"] = "auto"
     backbone: BackboneConfig = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     task: dict[str, Any] | None = None
@@ -205,7 +208,7 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
     if isinstance(tree.get("metrics"), Sequence):
         parts["metrics"] = [validated_section("metrics", metric, f"{where}: metrics") for metric in tree["metrics"]]
     built = validate(Experiment, parts, where)
-    for name in built.baselines:
+    for name in built.baselines if built.baselines != "auto" else ():
         method, _, private = name.partition(":")
         load("methods", method)
         if private not in ("", "none"):

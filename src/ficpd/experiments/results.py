@@ -72,6 +72,8 @@ class Metrics(FrozenModel):
     """The frozen backbone without a prompt, on all test records."""
     distilled: Scores | None = None
     """The distilled prompt on all test records."""
+    test_records: dict[str, int] = {}
+    """Of each client."""
 
 
 class Bytes(FrozenModel):

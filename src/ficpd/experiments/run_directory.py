@@ -77,6 +77,10 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = Path(path)
 
+    def baseline(self, name: str) -> Path:
+        """Returns the directory of a baseline, such as "fedavg:none"."""
+        return self.path / "baselines" / name.replace(":", "-")
+
     def check(self, experiment_toml: str, resume: bool) -> None:
         """Raises `RunError` for a directory with another experiment, other files, or a run that is not resumed."""
         file = self.path / "experiment.toml"

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from ficpd.backbones.autotune import machine_info
-from ficpd.errors import BudgetError
+from ficpd.errors import BudgetError, ConfigError
 from ficpd.evaluation.evaluate import evaluate, score_everyone
 from ficpd.evaluation.fairness import over_clients, over_groups, share_worse_off
 from ficpd.evaluation.personalization import personalization_levels, unseen_client_scores
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import Experiment, to_toml
+from ficpd.experiments.config import STANDARD_BASELINES, Experiment, to_toml
 from ficpd.experiments.distillation import DISTILLED, distill_library
 from ficpd.experiments.report.build import PAGE, write_page
 from ficpd.experiments.results import BackboneInfo, Bytes, Metrics, RunResult, Seconds
@@ -255,6 +256,7 @@ class SimulatedClients(Clients):
                 per_client_mean=found.mean,
                 per_client_worst=found.worst,
                 zero_shot=self.zero_shot if self.zero_shot is not None else found.everyone,
+                test_records={name: len(self.tested[name].test) for name in found.own},
             ),
             "personalization": personalization,
             "unseen_clients": unseen and {"global_prompt": unseen["global"], "assigned": unseen["assigned"]},
@@ -272,23 +274,29 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
     directory = RunDir(out)
     with directory.lock():
         directory.check(to_toml(experiment), resume)
-        folders = {name: RunDir(directory.path / "baselines" / name.replace(":", "-")) for name in experiment.baselines}
-        done = directory.result()
-        if done and (directory.path / PAGE).exists() and all(beside.result() for beside in folders.values()):
+        resolved, done = directory.resolved(experiment), directory.result()
+        if (
+            done
+            and (directory.path / PAGE).exists()
+            and all(RunDir(directory.baseline(name)).result() for name in resolved.baselines)
+        ):
             return done
-        context = build_context(directory.resolved(experiment))
+        context = build_context(resolved)
         method, own = context.experiment.method, f"{context.experiment.method['name']}:none"
-        configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in experiment.baselines}
         check_method(context, method)
+        context = _with_baselines(context)
+        configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in context.experiment.baselines}
         for name, config in configs.items():
             check_method(context, config, private=":" not in name)
         directory.begin(experiment, context.experiment)  # only now, so that a refused setting creates no directory
-        zero_shot = RunDir(directory.path / "baselines" / "zero_shot")
+        zero_shot = RunDir(directory.baseline("zero_shot"))
         floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
         result = run_method(context, method, directory, floor, progress)
         others = {
-            name: run_method(context, configs[name], beside, floor, progress, private=":" not in name)
-            for name, beside in folders.items()
+            name: run_method(
+                context, config, RunDir(directory.baseline(name)), floor, progress, private=":" not in name
+            )
+            for name, config in configs.items()
         }
         if "local" in others and result.fairness:
             worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
@@ -297,6 +305,22 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
             result.save(directory.path)
         write_page(directory.path)
         return result
+
+
+def _with_baselines(context: ExperimentContext) -> ExperimentContext:
+    """Replaces "auto" by the standard baselines that fit the tasks; the run's own method is none of them."""
+    experiment = context.experiment
+    if experiment.baselines != "auto":
+        return context
+    found = []
+    for name in STANDARD_BASELINES:
+        try:
+            check_method(context, {"name": name})
+        except ConfigError:
+            continue
+        if name != experiment.method["name"]:
+            found.append(name)
+    return replace(context, experiment=experiment.model_copy(update={"baselines": tuple(found)}))
 
 
 def run_method(

@@ -125,6 +125,7 @@ def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:
         public_seed(context.experiment.seed),
         federation.max_update_norm,
         method.capabilities.full_first_round,
+        method.capabilities.full_last_round,
         federation.accept_late,
     )
 

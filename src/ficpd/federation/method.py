@@ -65,6 +65,8 @@ class Capabilities:
     """Rounds that the method needs; None: as many as the experiment has."""
     full_first_round: bool = False
     """The first round samples every client."""
+    full_last_round: bool = False
+    """The last round samples every client."""
     prompt_type: Literal["soft", "tokens", "lora"] = "soft"
     """Other types start from `init_prompt`. "tokens": token ids, int64 [P, 1], at layer 0, which take no noise."""
     learning_rate: float | None = None

@@ -45,7 +45,7 @@ class RoundSchedule:
     """The rounds of a run, with `cohort` clients sampled in each.
 
     max_norm: bound of every update's L2 norm.
-    everyone_first: the first round asks all clients.
+    everyone_first, everyone_last: the first, or the last round asks all clients.
     accept_late: how many rounds late an update may come. Its weight is divided by √(1 + rounds late) (Xie et al., 2019,
         arXiv 1903.03934).
     """
@@ -55,12 +55,13 @@ class RoundSchedule:
     seed: int
     max_norm: float = 1e6
     everyone_first: bool = False
+    everyone_last: bool = False
     accept_late: int = 0
 
 
 def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> list[str]:
     """Samples a round's clients without replacement, from a seed of the round."""
-    if round == 1 and schedule.everyone_first:
+    if (round == 1 and schedule.everyone_first) or (round == schedule.num_rounds and schedule.everyone_last):
         return sorted(names)
     drawn = torch.randperm(len(names), generator=rng.make_generator(schedule.seed, "cohort", round)).tolist()
     return sorted(str(names[i]) for i in drawn[: schedule.cohort])

@@ -73,8 +73,10 @@ class Config(FrozenConfig):
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Later rounds tune prompts in it. Totals take `totals_share` of a record-level budget. Without noise, the learning
-        rate of their clients is `readout_rate` times the backbone's, because the readout fits the start.
+        Without noise, prompts are tuned in the label texts' readout, and the last round tunes nothing and gathers totals
+        under the prompts, for a readout that fits them; the learning rate is then `rate_multiple` times
+        `training.learning_rate`. With noise, totals are gathered once and take `totals_share` of a record-level budget;
+        prompts are tuned in their readout.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
@@ -91,7 +93,7 @@ class Config(FrozenConfig):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     class_totals: bool = True
     totals_share: float = Field(default=0.15, gt=0, lt=1)
-    readout_rate: float = Field(default=0.2, gt=0, le=1)
+    rate_multiple: float = Field(default=3.0, gt=0)
     local_model: Literal["prototype", "heads", "mixture"] = "heads"
     label_prior: bool | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
@@ -115,7 +117,7 @@ class Ficpd(Method):
         super().__init__(training)
         self.config = config
         self.capabilities = Capabilities(
-            private_units=("record", "client"), full_first_round=config.gather,
+            private_units=("record", "client"), full_first_round=config.gather, full_last_round=config.class_totals,
             statistics_once=({CLASSES: config.totals_share} if config.class_totals else {})
             | ({LABELS: None} if config.label_prior is True else {}),
             learns_readout=config.class_totals,
@@ -124,7 +126,9 @@ class Ficpd(Method):
     def adapt_to(self, tasks: Sequence[Task], backbone: Backbone) -> None:
         if not any(features_readout(task, backbone) is not None for task in tasks):
             once = {name: share for name, share in self.capabilities.statistics_once.items() if name != CLASSES}
-            self.capabilities = replace(self.capabilities, statistics_once=once, learns_readout=False)
+            self.capabilities = replace(
+                self.capabilities, statistics_once=once, learns_readout=False, full_last_round=False
+            )
 
     def init(self, setup: FederationInfo) -> State:
         start, by = setup.start.vectors_PD, self.config.by
@@ -140,7 +144,8 @@ class Ficpd(Method):
         arrays = {"start": start, "global": start, "prototypes_KPD": start[None]}
         readouts = init_readouts(setup) if self.capabilities.learns_readout else State({})
         state = State({**arrays, **readouts.arrays}, {**facts, **readouts.facts, "several": len(setup.num_labels) > 1})
-        return State(state.arrays, {**state.facts, "keys": {c.name: self._key(state, c) for c in setup.clients}})
+        keys = {c.name: self._key(state, c) for c in setup.clients}
+        return _next_round(State(state.arrays, {**state.facts, "keys": keys, "closes": False, "at_start": False}), 1)
 
     def _key(self, state: State, client: ClientCard) -> str:
         """A client's task key; its group, where the key is not known."""
@@ -151,20 +156,21 @@ class Ficpd(Method):
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         rate = self.training.rate(round, state.facts["num_rounds"])
         if client_key(state, client) is not None and not state.facts["noisy"]:
-            rate *= self.config.readout_rate
+            rate *= self.config.rate_multiple
         arrays, facts = readout_assignment(state, client)
-        return Assignment(
-            self.name,
-            round,
-            {"prompt": self._sent(state, client.name, self._key(state, client)), **arrays},
-            {"rate": rate, **facts},
-        )
+        prompt = self._sent(state, client.name, self._key(state, client))
+        facts |= {"rate": rate, "closes": state.facts["closes"], "at_start": state.facts["at_start"]}
+        return Assignment(self.name, round, {"prompt": prompt, **arrays}, facts)
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = assignment.arrays["prompt"], self.config.proximal_weight
         readout = assigned_readout(assignment)
         read_as(client.full_batch(), readout)  # raises before anything is charged
-        totals = yield from client_totals(client, assignment)
+        totals = yield from client_totals(client, assignment, prompt)
+        if assignment.facts["closes"]:
+            return ClientUpdate(client.id, totals, client.weight)
+        if assignment.facts["at_start"]:
+            readout = None
         work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
         tuned = yield from with_reading(work, readout, self._prior(client, readout))
         return ClientUpdate(client.id, {"delta": tuned - prompt, **totals}, client.weight)
@@ -179,9 +185,12 @@ class Ficpd(Method):
         readout, prompt = assigned_readout(assignment), assignment.arrays["prompt"]
         if self.config.local_model == "prototype":
             return [Predictor(prompt, reading(readout, self._prior(client.local_context(), readout)))]
-        candidates = [Candidate((prompt,), readout)]
-        if readout is not None:
-            candidates += [Candidate((client.start,), readout), Candidate((client.start,))]
+        if readout is None:
+            candidates = [Candidate((prompt,))]
+        elif assignment.facts["at_start"]:
+            candidates = [Candidate((client.start,), readout), Candidate((prompt,))]
+        else:
+            candidates = [Candidate((prompt,), readout), Candidate((client.start,))]
         if self.config.local_model == "mixture" and (
             alone := (yield from tune_alone(self.training, client, assignment))
         ):
@@ -189,19 +198,22 @@ class Ficpd(Method):
         return (yield from weigh_candidates(client, candidates))
 
     def readout(self, state: State, client: ClientCard) -> Readout | None:
-        return state_readout(state, client)
+        return None if state.facts["at_start"] else state_readout(state, client)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        rest = validate_readout(assignment, start.vectors_PD.shape[1], RATE)
+        rest = validate_readout(assignment, start.vectors_PD.shape[1], {**RATE, "closes": (bool,), "at_start": (bool,)})
         validate_prompts(rest, start, ("prompt",))
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:
-        return {"delta": tuple(state.arrays["start"].shape), **totals_spec(state)}
+        tuned = {} if state.facts["closes"] else {"delta": tuple(state.arrays["start"].shape)}
+        return {**tuned, **totals_spec(state)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         """Clients outside the cohort keep their signature and offset; an old offset counts only in a new clustering. A
         late delta is added to the prompt that its client would be sent now."""
-        state = learn_readouts(state, updates)
+        if state.facts["closes"]:
+            return _next_round(learn_readouts(state, updates), round + 1)
+        state = learn_readouts(state, updates, again=not state.facts.get("noisy", True))
         means = RobustAggregator(self.config.robust, [without_totals(update) for update in updates])
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)
@@ -221,7 +233,7 @@ class Ficpd(Method):
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
         facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
-        return State(arrays, {**state.facts, **facts, **means.facts})
+        return _next_round(State(arrays, {**state.facts, **facts, **means.facts}), round + 1)
 
     def global_prompt(self, state: State) -> Tensor:
         return state.arrays["global"]
@@ -306,6 +318,19 @@ class Ficpd(Method):
             else shared if before_KPD is None else before_KPD[k]
             for k, names in of_cluster.items()
         ])  # fmt: skip
+
+
+def _next_round(state: State, round: int) -> State:
+    """Sets the facts of the next round.
+
+    closes: it gathers totals and tunes nothing. at_start: the readout was learned under the start, not under the prompts.
+    """
+    facts = state.facts
+    if facts.get("noisy", True):  # nothing to learn from, or totals once
+        return state
+    closes = round == facts["num_rounds"] and not facts["closes"]
+    at_start = round > 1 and not facts["closes"]
+    return State(state.arrays, {**facts, "closes": closes, "gathers": closes or round == 1, "at_start": at_start})
 
 
 def _of_clients(state: State, prefix: str) -> dict[str, Tensor]:

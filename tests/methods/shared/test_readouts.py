@@ -7,23 +7,23 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.federation.client import execute_assignment, local_model
+from ficpd.federation.client import ClientSession, execute_assignment, local_model
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
 from ficpd.methods.shared.class_totals import CLASSES, row_norm
-from ficpd.methods.shared.readouts import CENTRE, COUNTS, ROWS, state_readout
+from ficpd.methods.shared.readouts import CENTRE, COUNTS, ROWS, client_totals, state_readout
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, Record, State
 
 
-def after_one_round(model, method, members):
-    """The state, and each client's update of the gathering round."""
-    state, updates = small.first_state(method, members, readable=model), []
+def after_one_round(model, method, members, state=None, round=1, rounds=3):
+    """The state, and each client's update of the round."""
+    state, updates = state or small.first_state(method, members, rounds, readable=model), []
     for client in members.values():
-        assignment = method.make_assignment(state, client.card, 1)
+        assignment = method.make_assignment(state, client.card, round)
         method.validate_assignment(assignment, client.start)
         updates.append(run_queries(model, execute_assignment(method, client, assignment)))
-    return method.aggregate(state, updates, 1, model), updates
+    return method.aggregate(state, updates, round, model), updates
 
 
 @pytest.mark.parametrize("name", ["ficpd", "analytic", "class_means"])
@@ -40,10 +40,47 @@ def test_round_one_gathers_totals_and_later_assignments_carry_the_readout(model,
     later = method.make_assignment(state, client.card, 2)
     method.validate_assignment(later, client.start)
     assert later.arrays[ROWS].shape == (2, model.backbone.width)
-    assert torch.equal(later.arrays[ROWS], method.readout(state, ClientCard("a newcomer")).rows_CD)
+    assert torch.equal(later.arrays[ROWS], state_readout(state, ClientCard("a newcomer")).rows_CD)
     assert client.client_state[COUNTS].tolist() == pytest.approx(
         [sum(r.fields["target"] == label for r in client.train) for label in client.task.names], abs=1e-4
     )
+
+
+def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(model):
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    first, _ = after_one_round(model, method, members, rounds=2)
+    assert first.facts["closes"]
+    assert first.facts["at_start"]
+    assert method.readout(first, ClientCard("a newcomer")) is None, "the readout fits the start, not the prompts"
+    last, updates = after_one_round(model, method, members, first, 2)
+    assert all(update.arrays.keys() == {CLASSES} for update in updates)
+    assert torch.equal(last.arrays["global"], first.arrays["global"])
+    assert not torch.equal(last.arrays["global"], last.arrays["start"])
+    assert not last.facts["at_start"]
+    assert CLASSES not in method.update_spec(last)
+    assert torch.equal(
+        method.readout(last, ClientCard("a newcomer")).rows_CD, state_readout(last, ClientCard("any")).rows_CD
+    )
+    client = members["site-0"]
+    asked = method.make_assignment(first, client.card, 2)
+    for prompt, same in ((asked.arrays["prompt"], True), (client.start.vectors_PD, False)):
+        totals = run_queries(model, client_totals(ClientSession(client, 2), asked, prompt))[CLASSES]
+        assert small.close(totals, updates[0].arrays[CLASSES], 1e-5) == same
+
+
+def test_with_noise_totals_are_gathered_once(model):
+    method = small.method("ficpd")
+    noisy = small.clients(model, method, mechanism=RecordUnit())
+    state = small.first_state(method, noisy, 1, readable=model)
+    assert state.facts["gathers"]
+    assert not state.facts["closes"]
+    alone = small.first_state(method, small.clients(model, method), 1, readable=model)
+    assert alone.facts["closes"], "the only round is for the readout"
+
+
+class RecordUnit:
+    unit = "record"
 
 
 @pytest.mark.parametrize("clients", [1, 2, 5])
@@ -202,13 +239,13 @@ def test_the_schedule_of_one_round_is_enough(model):
     assert state.arrays
 
 
-def test_only_clients_whose_labels_are_read_from_features_are_tuned_at_the_lower_rate(model):
-    method = small.method("ficpd", readout_rate=0.5)
+def test_only_clients_whose_labels_are_read_from_features_are_tuned_at_the_higher_rate(model):
+    method = small.method("ficpd", rate_multiple=5.0)
     cards = [ClientCard(f"{group}.0", {"group": group}) for group in ("words", "numbers")]
     start = small.start(model, small.classes())
     texts = {"words": small.classes().readout(model.backbone)}
     features = torch.randn(32, model.backbone.width, generator=torch.Generator().manual_seed(0))
     state = method.init(FederationInfo(start, cards, 2, 2, 0, {"words": 2, "numbers": 0}, texts, features))
     rates = [method.make_assignment(state, card, 1).facts["rate"] for card in cards]
-    assert rates[0] == pytest.approx(0.5 * rates[1])
+    assert rates[0] == pytest.approx(5 * rates[1])
     assert rates[1] == pytest.approx(method.training.rate(1, 2))

@@ -17,11 +17,10 @@ from ficpd.experiments.comparison.schema import (
     Target,
 )
 from ficpd.experiments.report.blocks import Table
-from ficpd.experiments.report.summary import format_number
+from ficpd.experiments.report.summary import NONE, format_bytes, format_number
 from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 from ficpd.storage import atomic_write
 
-NONE = "–"
 SURE = 0.05
 """Of a corrected p-value."""
 COSTS = {"bytes": "bytes of all clients, up and down", "epsilon": "ε", "queries": "queries"}
@@ -60,7 +59,7 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
             *([NONE if entry.rank is None else f"{entry.rank:.2f}"] if several else []),
             _difference(entry.against, one),
             _p(entry.against and entry.against.p_holm),
-            _bytes(sum(sent) / len(sent) if sent else None),
+            format_bytes(sum(sent) / len(sent) if sent else None),
         ])  # fmt: skip
     friedman = setting.friedman
     ranks = f" Friedman's test of the ranks over {len(setting.ranked)} tasks: p = {_p(friedman.p)}." if friedman else ""
@@ -87,7 +86,7 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
             label, _epsilon(found, condition, label), format_number(s.mean, metric, s.interval),
             format_number(s.everyone, metric), format_number(s.worst, metric),
             str(s.n), _difference(s.against, metric), _p(s.against and s.against.p), _p(s.against and s.against.p_holm),
-            _bytes(s.bytes_up), _bytes(s.bytes_down),
+            format_bytes(s.bytes_up), format_bytes(s.bytes_down),
             *([NONE if s.queries is None else f"{s.queries:,.0f}"] if counted else []),
             NONE if s.seconds is None else _few(s.seconds),
         ])  # fmt: skip
@@ -123,14 +122,14 @@ def _needed(method: MethodTarget, key: str) -> str:
     value: float | None = getattr(method, key)
     if value is None:
         return "not reached" if method.reached < len(method.of) else NONE
-    return _bytes(value) if key.startswith("bytes") else _few(value)
+    return format_bytes(value) if key.startswith("bytes") else _few(value)
 
 
 def fronts(found: ComparisonResult) -> list[Table]:
     """Makes one table for each task, partition and cost: every method and budget, the cheapest first."""
     tables = []
     for front in found.fronts:
-        metric, how = metric_of(found, front.task), _bytes if front.cost == "bytes" else _few
+        metric, how = metric_of(found, front.task), format_bytes if front.cost == "bytes" else _few
         lines = [
             [p.method, labels(p) or NONE, how(p.cost), metric.shown(p.value), "yes" if p.on_front else ""]
             for p in sorted(front.points, key=lambda p: (p.cost, p.method))
@@ -203,19 +202,6 @@ def _difference(against: Against | None, metric: Metric) -> str:
 
 def _p(p: float | None) -> str:
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _bytes(count: float | None) -> str:
-    """
-    >>> _bytes(0), _bytes(950), _bytes(12_345), _bytes(3_400_000), _bytes(None)
-    ('0 B', '950 B', '12.3 kB', '3.40 MB', '–')
-    """
-    if count is None:
-        return NONE
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count >= 10 * size else f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _few(number: float) -> str:

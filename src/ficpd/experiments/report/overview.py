@@ -21,7 +21,7 @@ from ficpd.experiments.report.blocks import (
     paired,
 )
 from ficpd.experiments.report.load import Finished
-from ficpd.experiments.report.summary import results_table
+from ficpd.experiments.report.summary import results_table, verdict
 from ficpd.types import LORA
 
 WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
@@ -32,32 +32,12 @@ WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 
 
 def headline(run: Finished) -> str:
-    """The result in one sentence."""
+    """The verdict, in a few sentences."""
     own = run.own
     if own.metrics is None:
         rounds, sites = own.num_rounds, own.num_clients
         return f"{own.method} ran {rounds} rounds among {sites} sites; their scores stay with them."
-    main, everyone, zero = run.main, own.scores.global_prompt, own.scores.zero_shot
-    if not everyone:
-        mean = own.scores.per_client_mean[main.name]
-        return f"{own.label}: {with_unit(main, mean)} {main.name} for the mean client on its own test records."
-    score = f"{with_unit(main, everyone[main.name])} {main.name}"
-    said = f"With one prompt for all, {own.label} has {score} on everyone's test"
-    if not zero or run.own.method == "zero_shot":
-        return f"{said}."
-    return f"{said}: {format_gap(main, everyone[main.name], zero[main.name])} no prompt at all."
-
-
-def format_gap(main: Metric, value: float, other: float) -> str:
-    """How far a figure is from another one, in a reader's words.
-
-    >>> format_gap(Metric("accuracy", 100, 1, " %"), 0.769, 0.713), format_gap(Metric("rmse", less_is_better=True), 1.2, 1.2)
-    ('5.6 points above', 'the same as')
-    """
-    gap = main.shown(abs(value - other))
-    if not float(gap):
-        return "the same as"
-    return f"{gap}{' points' if main.unit == ' %' else ''} {'above' if value > other else 'below'}"
+    return verdict(run.results)
 
 
 def with_unit(main: Metric, value: float) -> str:

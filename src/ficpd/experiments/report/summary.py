@@ -10,7 +10,10 @@ from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.registry import validated_section
 
+NONE = "–"
 PERCENT = Metric("share", 100, 1)
+RIVALS = {"local": "alone", "linear_probe": "a linear probe at home", "zero_shot": "no prompt"}
+"""Methods that a client needs nobody for, in the verdict's words."""
 
 
 def load_results(out: Path) -> list[RunResult]:
@@ -58,6 +61,71 @@ def load_recipe(out: Path) -> str:
     return next((file.read_text(encoding="utf-8") for file in files if file.exists()), "")
 
 
+def verdict(results: Sequence[RunResult]) -> str:
+    """Returns whether joining pays, in a few sentences: the last result against what a client has without the others.
+
+    Scores are of the mean client's own test records. A client is worse off if it is below the better of `local` and
+    `linear_probe` by more than one standard error of its own score.
+    """
+    own, main = results[-1], results[-1].main
+    sign = -1 if main.less_is_better else 1
+
+    def mean(result: RunResult) -> float:
+        return result.scores.per_client_mean[main.name]
+
+    rivals = {RIVALS[r.method]: r for r in results[:-1] if r.method in RIVALS and r.method != own.method}
+    together = own.label if own.method in (*RIVALS, "centralized") else "Together"
+    figures = [f"{name} {main.shown(mean(r))}" for name, r in rivals.items()]
+    clients = len(own.scores.per_client)
+    whose = f"mean of {clients} clients' own tests" if clients > 1 else "the client's own test"
+    said = [f"{', '.join([f'{together} {main.shown(mean(own))}', *figures])} ({main.name}{main.unit}, {whose})."]
+    if rivals and together == "Together":
+        name, best = max(rivals.items(), key=lambda item: sign * mean(item[1]))
+        gap = sign * (mean(own) - mean(best))
+        equal = not float(main.shown(gap))
+        said.append("Joining changes nothing." if equal else
+                    f"Joining pays {main.shown(gap)} over {name}." if gap > 0 else
+                    f"Joining does not pay: {main.shown(-gap)} worse than {name}.")  # fmt: skip
+        at_home = [r.scores.per_client for r in results[:-1] if r.method in ("local", "linear_probe")]
+        if at_home:
+            worse = worse_off(own, at_home)
+            said.append(f"{len(worse)} of {clients} clients are worse off than at home, beyond a standard error.")
+    kind = own.privacy.guarantee.replace("none", "no privacy")
+    left = (
+        kind
+        if own.privacy.noise is None and own.privacy.epsilon == 0
+        else (f"{format_bytes(own.bytes.up_total / own.num_clients)} left each client, {kind}")
+    )
+    said.append(left[0].upper() + left[1:] + ".")
+    return " ".join(said)
+
+
+def worse_off(own: RunResult, at_home: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Returns the clients below their best score in `at_home` by more than one standard error (accuracy; 0 for others)."""
+    main, scores, worse = own.main, own.scores, []
+    sign = -1 if main.less_is_better else 1
+    for client, score in scores.per_client.items():
+        rivals = [sign * home[client][main.name] for home in at_home if main.name in home.get(client, {})]
+        value, number = score[main.name], scores.test_records.get(client, 0)
+        error = (value * (1 - value) / number) ** 0.5 if main.name == "accuracy" and number else 0.0
+        if rivals and sign * value < max(rivals) - error:
+            worse.append(client)
+    return worse
+
+
+def format_bytes(count: float | None) -> str:
+    """
+    >>> format_bytes(0), format_bytes(950), format_bytes(12_345), format_bytes(3_400_000), format_bytes(None)
+    ('0 B', '950 B', '12.3 kB', '3.40 MB', '–')
+    """
+    if count is None:
+        return NONE
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count >= 10 * size else f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
 def results_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
     """Returns headings and cells of the results.
 
@@ -97,7 +165,7 @@ def format_number(value: float | None, metric: Metric, interval: Sequence[float]
     >>> format_number(0.5, PERCENT, [0.25, 0.75]), format_number(None, PERCENT)
     ('50.0 [25.0, 75.0]', '–')
     """
-    return "–" if value is None else metric.shown(value) + format_interval(interval, metric)
+    return NONE if value is None else metric.shown(value) + format_interval(interval, metric)
 
 
 def format_interval(interval: Sequence[float] | None, metric: Metric) -> str:
@@ -108,5 +176,5 @@ def format_noise_multipliers(privacy: PrivacyReport) -> str:
     """Formats the range of the members' noise multipliers."""
     least, most = privacy.noise_multiplier or (None, None)
     if least is None or most is None:
-        return "–"
+        return NONE
     return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"

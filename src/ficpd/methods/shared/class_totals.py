@@ -24,7 +24,8 @@ CLASSES = "classes"
 """The statistic, and the array of an update that holds it."""
 COUNT_WEIGHT = 0.3
 """κ: a small count leaves most of a row's norm to the feature."""
-RIDGE = 1.0
+PENALTIES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+"""Penalties of the ridge regression, of which generalised cross-validation takes one."""
 CAUTION = 0.5
 """Share of the scale that fits the totals best: other records score lower than those that a readout was learned from."""
 DRAWS = 100
@@ -145,7 +146,7 @@ def learn_readout(
     if summed.gram_DD is not None:
         grams = torch.stack([one.gram_DD for one in totals if one.gram_DD is not None])
         noise = float(_scatter(grams).mean()) if noisy else 0.0
-        return _ridge(summed, texts, public, RIDGE + 2 * (noise * len(texts[0])) ** 0.5)
+        return _ridge(summed, texts, public, 2 * (noise * len(texts[0])) ** 0.5)
     return _class_means(totals, texts, public, noisy)
 
 
@@ -171,15 +172,34 @@ def _centred(totals: ClassTotals) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return records, mean_D, centred_DD, totals.sums_CD - totals.counts_C[:, None] * mean_D
 
 
-def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, penalty: float) -> Readout:
+def ridge_penalty(totals: ClassTotals, prior_CD: Tensor, least: float = 0.0) -> float:
+    """Returns the penalty, `least` added, of the least generalised cross-validation error of `ridge_rows`.
+
+    Golub, Heath and Wahba, Technometrics 21, 1979. The error on all records follows from the totals.
+    """
+    records, _, centred_DD, cross_CD = _centred(totals)
+    total = (totals.counts_C * (1 - totals.counts_C / records)).sum()
+    values_D = torch.linalg.eigvalsh(centred_DD).clamp(min=0)
+
+    def error(penalty: float) -> float:
+        rows_CD, _ = ridge_rows(totals, penalty, prior_CD)
+        squares = total - 2 * (rows_CD * cross_CD).sum() + ((rows_CD @ centred_DD) * rows_CD).sum()
+        free = 1 + (values_D / (values_D + penalty)).sum()
+        return float(squares.clamp(min=0) / (records - free).clamp(min=TINY) ** 2)
+
+    return min((least + penalty for penalty in PENALTIES), key=error)
+
+
+def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least: float) -> Readout:
     """Ridge regression shrunk towards a multiple of the label texts, the one that fits the totals best.
 
-    A penalty of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
+    `least` of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
     """
     assert totals.gram_DD is not None
     records, _, centred_DD, cross_CD = _centred(totals)
     fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=TINY)
-    rows_CD, bias_C = ridge_rows(totals, penalty, fit.clamp(min=0) * texts_CD)
+    prior_CD = fit.clamp(min=0) * texts_CD
+    rows_CD, bias_C = ridge_rows(totals, ridge_penalty(totals, prior_CD, least), prior_CD)
     means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
     within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
     within_DD = within / max(float(records) - len(means_CD), 1.0)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ficpd import rng
 
 AUTO_MOST, STABLE = 20, 10
-ALIKE = 0.1
-"""The minimum silhouette of a clustering (Kaufman and Rousseeuw, 1990, require 0.25)."""
+ALIKE = 0.5
+"""The minimum silhouette of a clustering: a reasonable structure (Kaufman and Rousseeuw, 1990)."""
 
 
 NO_KEYS: Mapping[str, str] = {}

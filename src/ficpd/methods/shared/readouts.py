@@ -1,4 +1,4 @@
-"""Readouts in a federation: round one gathers class totals, later assignments carry the readout of the client's task key.
+"""Readouts in a federation: a round gathers class totals, later assignments carry the readout of the client's task key.
 
 A task key is a list of label texts. Clients of one key share a readout, whatever their clusters. Groups whose labels are
 not read from features (no labels, or likelihoods) have no key and keep their task's reading.
@@ -96,7 +96,7 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
         "feature_scale": public.scale,
         "gram": setup.unit == "none" and width <= WIDEST_GRAM if gram is None else gram,
         "noisy": setup.unit != "none",
-        "gathered": False,
+        "gathers": True,
     }
     arrays = {CENTRE: public.centre_D, COVARIANCE: public.covariance_DD}
     rows = {f"{TEXT}{k}": text_CD if texts else torch.zeros_like(text_CD) for k, text_CD in enumerate(keys)}
@@ -105,7 +105,7 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
 
 def gathers(state: State) -> bool:
     """Whether the next assignments ask for class totals."""
-    return state.facts.get("gathered") is False
+    return bool(state.facts.get("gathers"))
 
 
 def totals_spec(state: State) -> dict[str, tuple[int, ...]]:
@@ -118,18 +118,13 @@ def totals_spec(state: State) -> dict[str, tuple[int, ...]]:
 
 def readout_assignment(state: State, client: ClientCard) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the arrays and facts about readouts in a client's assignment."""
-    facts = state.facts
+    arrays, asked, facts = {}, {}, state.facts
     if gathers(state):
-        asked = {
-            "feature_scale": facts["feature_scale"],
-            "most_labels": max(facts["key_labels"]),
-            "gram": facts["gram"],
-        }
-        return {CENTRE: state.arrays[CENTRE]}, asked
-    readout = state_readout(state, client)
-    if readout is None:
-        return {}, {}
-    return {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}, {}
+        arrays = {CENTRE: state.arrays[CENTRE]}
+        asked = {name: facts[name] for name in ("feature_scale", "gram")} | {"most_labels": max(facts["key_labels"])}
+    if (readout := state_readout(state, client)) is not None:
+        arrays |= {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}
+    return arrays, asked
 
 
 def state_readout(state: State, client: ClientCard) -> Readout | None:
@@ -153,8 +148,11 @@ def readout_arrays(state: State) -> dict[str, Tensor]:
     }
 
 
-def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
-    """Learns each key's readout from the updates of the gathering round. A key without totals keeps its label texts."""
+def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = False) -> State:
+    """Learns each key's readout from the updates of a gathering round. A key without totals keeps what it had.
+
+    `again`: a later round gathers, too.
+    """
     if not gathers(state) or not updates:
         return state
     facts, public = state.facts, _public(state)
@@ -165,13 +163,14 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate]) -> State:
             labels = facts["key_labels"][key]
             totals = split_totals(update.arrays[CLASSES], labels, most, width, facts["gram"])
             found.setdefault(key, []).append(totals)
-    arrays = {name: a for name, a in state.arrays.items() if not name.startswith((CENTRE, COVARIANCE, TEXT))}
+    over = () if again else (CENTRE, COVARIANCE, TEXT)
+    arrays = {name: a for name, a in state.arrays.items() if not name.startswith(over)}
     for key, of_key in sorted(found.items()):
         readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"])
         if readout is not None:
             arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
             arrays[f"{SHARES}/{key}"] = readout.shares_C
-    return State(arrays, {**facts, "gathered": True})
+    return State(arrays, {**facts, "gathers": False})
 
 
 def without_totals(update: ClientUpdate) -> ClientUpdate:
@@ -221,11 +220,13 @@ def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tup
     return Assignment(assignment.method, assignment.round, rest, assignment.facts)
 
 
-def client_totals(client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, dict[str, Tensor]]:
-    """Returns the client's released totals if the assignment asks for them.
+def client_totals(
+    client: ClientContext, assignment: Assignment, prompt_PD: Tensor | None = None
+) -> Generator[Query, Answer, dict[str, Tensor]]:
+    """Returns the client's released totals under a prompt (None: the start), if the assignment asks for them.
 
     Guarantees (`tests/methods/shared/test_readouts.py`): a record changes the sum by norm 1 at most (`private_sum` clips
-    its row), and the ledger has one line for them. The features depend on the record and the public start alone.
+    its row), and the ledger has one line for them. The features depend on the record and the prompt sent alone.
     """
     if CENTRE not in assignment.arrays:
         return {}
@@ -233,7 +234,7 @@ def client_totals(client: ClientContext, assignment: Assignment) -> Generator[Qu
     labels, most, width, gram = batch.task.num_labels, facts["most_labels"], len(centre_D), facts["gram"]
     if batch.readout_CD is None or batch.targets is None or labels > most:
         return {CLASSES: torch.zeros(totals_size(most, width, gram))}
-    answer = yield Query(client.start[None], batch, outputs=True)
+    answer = yield Query((client.start if prompt_PD is None else prompt_PD)[None], batch, outputs=True)
     assert answer.outputs_KB is not None
     rows = row_chunks(
         answer.outputs_KB.features_RD, batch.targets.cpu(), centre_D, facts["feature_scale"], labels, gram
