@@ -85,7 +85,7 @@ def test_each_prototype_is_a_task_with_the_labels_that_it_gives(tmp_path, texts,
 
 
 def test_a_task_without_labels_teaches_nothing_and_keeps_nobody_else_from_it(tmp_path, texts):
-    recipe = test_groups.toml(tmp_path, rounds=1)
+    recipe = test_groups.toml(tmp_path, rounds=2)
     rated = (tmp_path / "b.csv").read_text().replace(",up,", ",1.5,").replace(",down,", ",4.5,")
     (tmp_path / "b.csv").write_text(rated)
     rating = "groups.opposed.task={name='regression',anchors={'bad dull'=1.0,'good fine'=5.0}}"
@@ -101,7 +101,7 @@ def test_copies_of_training_records_are_dropped(tmp_path):
     (tmp_path / "public.txt").write_text("\n".join(dict.fromkeys(train)) + "\n")
     found = test_groups.run(
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
-        "distillation.least_agreement=0.5", rounds=1,
+        "distillation.least_agreement=0.5", rounds=2,
     )  # fmt: skip
     assert "memorised" in found.distillation.examples["plain"]
     assert found.distillation.memorised == {"plain": 0, "opposed": 0}
@@ -113,7 +113,7 @@ def test_under_a_guarantee_copies_are_counted_and_nothing_is_chosen_by_records(t
     (tmp_path / "public.txt").write_text("\n".join(dict.fromkeys(train)) + "\n")
     found = test_groups.run(
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
-        "distillation.least_agreement=0.5", "privacy.name=record_gaussian", "privacy.noise_multiplier=1", rounds=1,
+        "distillation.least_agreement=0.5", "privacy.name=record_gaussian", "privacy.noise_multiplier=1", rounds=2,
     )  # fmt: skip
     assert "memorised" not in found.distillation.examples["plain"]
     assert found.distillation.memorised["plain"] > 0
@@ -122,7 +122,7 @@ def test_under_a_guarantee_copies_are_counted_and_nothing_is_chosen_by_records(t
 def test_without_any_example_the_global_prompt_stays(tmp_path):
     (tmp_path / "public.txt").write_text("?!\n..\n")
     found = test_groups.run(
-        tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}", rounds=1
+        tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}", rounds=2
     )
     assert found.distillation.gained is False
     assert found.distillation.examples["plain"].startswith("0 examples; dropped: 2")
@@ -130,7 +130,7 @@ def test_without_any_example_the_global_prompt_stays(tmp_path):
 
 
 def test_words_of_the_vocabulary_serve_where_nothing_else_is_given(tmp_path):
-    found = test_groups.run(tmp_path, "distillation.how=kl", "distillation.per_label=8", rounds=1)
+    found = test_groups.run(tmp_path, "distillation.how=kl", "distillation.per_label=8", rounds=2)
     assert found.distillation.writer == "words of the vocabulary"
 
 
@@ -147,7 +147,7 @@ def with_writer(folder, monkeypatch, write) -> dict:
         "distillation.per_label=10",
         "distillation.least_agreement=0.5",
     ]
-    return test_groups.run(folder, "distillation.how=squared", *changes, rounds=1)
+    return test_groups.run(folder, "distillation.how=squared", *changes, rounds=2)
 
 
 def test_a_writer_of_its_own_writes_for_every_label(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_writer_that_writes_nothing_leaves_the_global_prompt(tmp_path, monkeyp
 def test_smollm2_writes_for_a_federation_of_another_backbone(tmp_path):
     found = test_groups.run(
         tmp_path, "distillation.how=squared", "distillation.writer=smollm2", "distillation.per_label=6",
-        "distillation.least_agreement=0.5", rounds=1,
+        "distillation.least_agreement=0.5", rounds=2,
     ).distillation  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
     assert "smollm2" in found.writer.lower()
@@ -191,7 +191,7 @@ def test_smollm2_writes_for_a_federation_of_another_backbone(tmp_path):
 
 
 def test_methods_without_prototypes_have_nothing_to_distil(tmp_path):
-    found = test_groups.run(tmp_path, "distillation.how=kl", method="fedavg", rounds=1)
+    found = test_groups.run(tmp_path, "distillation.how=kl", method="fedavg", rounds=2)
     assert "distillation" not in found
 
 

@@ -61,7 +61,7 @@ def run(
         typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
-    screen.print(f"\n[bold]{escape(verdict(results))}[/]")
+    screen.print(f"\n[bold]{escape(' '.join(verdict(results)))}[/]")
 
 
 def report(

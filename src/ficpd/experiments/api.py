@@ -30,7 +30,7 @@ class FinishedRun:
     @property
     def verdict(self) -> str:
         """Whether joining pays: the run's method against what a client has without the others."""
-        return verdict([*self.baselines, self.result])
+        return " ".join(verdict([*self.baselines, self.result]))
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line per method, the run's method last.

@@ -136,7 +136,9 @@ def test_all_methods_of_a_condition_see_the_same_records_and_cohorts(finished):
         c for c in given.cells if c.seed == 0 and c.budget == "free" and c.method in ("fedavg", "lora", "bad", "ficpd")
     ]
     assert len({cohorts(c, 2) for c in some if c.method != "ficpd"}) == 1
-    assert len({cohorts(c, 2)[1:] for c in some}) == 1, "ficpd asks all in the first round, then as the others do"
+    others, ficpd = (next(cohorts(c, 2) for c in some if (c.method == "ficpd") == own) for own in (False, True))
+    assert [len(names) for names in ficpd] == [3, 2, 3], "ficpd asks all in the first and in the last round"
+    assert ficpd[1] == others[1]
 
 
 def cohorts(cell: Cell, size: int) -> tuple[tuple[str, ...], ...]:

@@ -85,10 +85,11 @@ def tables_of(page: Page) -> list[Table]:
 # ---------------------------------------------------------------- what is on it
 
 
-def test_the_first_screen_says_the_result_in_one_sentence(folder):
+def test_the_first_screen_says_whether_joining_pays(folder):
     page = page_of(folder)
     assert page.headline == (
-        "With one prompt for all, ficpd has 80.0 % accuracy on everyone's test: 20.0 points above no prompt at all."
+        "Joining pays 5.0 points over alone: together 69.0, alone 64.0, no prompt 49.0 (accuracy in %, mean of 12 clients' "
+        "own tests)."
     )
 
 

@@ -32,12 +32,12 @@ WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 
 
 def headline(run: Finished) -> str:
-    """The verdict, in a few sentences."""
+    """The verdict's first sentence."""
     own = run.own
     if own.metrics is None:
         rounds, sites = own.num_rounds, own.num_clients
         return f"{own.method} ran {rounds} rounds among {sites} sites; their scores stay with them."
-    return verdict(run.results)
+    return verdict(run.results)[0]
 
 
 def with_unit(main: Metric, value: float) -> str:
@@ -64,6 +64,7 @@ def summary_blocks(run: Finished) -> list[Block]:
     if own.stopped:
         blocks.append(Text(f"Stopped early. {own.stopped}", alarm=True))
     if own.metrics:
+        blocks.append(Text(" ".join(verdict(run.results)[1:])))
         blocks.append(Text("One run with one seed: a point or two of difference may be chance."))
     return blocks
 

@@ -14,6 +14,7 @@ NONE = "–"
 PERCENT = Metric("share", 100, 1)
 RIVALS = {"local": "alone", "linear_probe": "a linear probe at home", "zero_shot": "no prompt"}
 """Methods that a client needs nobody for, in the verdict's words."""
+AT_HOME = ("local", "linear_probe")
 
 
 def load_results(out: Path) -> list[RunResult]:
@@ -61,43 +62,40 @@ def load_recipe(out: Path) -> str:
     return next((file.read_text(encoding="utf-8") for file in files if file.exists()), "")
 
 
-def verdict(results: Sequence[RunResult]) -> str:
+def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     """Returns whether joining pays, in a few sentences: the last result against what a client has without the others.
 
     Scores are of the mean client's own test records. A client is worse off if it is below the better of `local` and
     `linear_probe` by more than one standard error of its own score.
     """
     own, main = results[-1], results[-1].main
-    sign = -1 if main.less_is_better else 1
+    sign, clients = -1 if main.less_is_better else 1, len(own.scores.per_client)
+    by_method = {r.method: r for r in results[:-1] if r.method != own.method}
+    rivals = {words: by_method[method] for method, words in RIVALS.items() if method in by_method}
+    federated = own.method not in (*RIVALS, "centralized")
 
     def mean(result: RunResult) -> float:
         return result.scores.per_client_mean[main.name]
 
-    rivals = {RIVALS[r.method]: r for r in results[:-1] if r.method in RIVALS and r.method != own.method}
-    together = own.label if own.method in (*RIVALS, "centralized") else "Together"
-    figures = [f"{name} {main.shown(mean(r))}" for name, r in rivals.items()]
-    clients = len(own.scores.per_client)
+    figures = {"together" if federated else own.label: own, **rivals}
     whose = f"mean of {clients} clients' own tests" if clients > 1 else "the client's own test"
-    said = [f"{', '.join([f'{together} {main.shown(mean(own))}', *figures])} ({main.name}{main.unit}, {whose})."]
-    if rivals and together == "Together":
+    percent = main.unit.strip() == "%"
+    said = ", ".join(f"{name} {main.shown(mean(result))}" for name, result in figures.items())
+    said += f" ({main.name}{' in %' if percent else main.unit}, {whose})."
+    sentences = [said]
+    if federated and rivals:
         name, best = max(rivals.items(), key=lambda item: sign * mean(item[1]))
-        gap = sign * (mean(own) - mean(best))
-        equal = not float(main.shown(gap))
-        said.append("Joining changes nothing." if equal else
-                    f"Joining pays {main.shown(gap)} over {name}." if gap > 0 else
-                    f"Joining does not pay: {main.shown(-gap)} worse than {name}.")  # fmt: skip
-        at_home = [r.scores.per_client for r in results[:-1] if r.method in ("local", "linear_probe")]
-        if at_home:
-            worse = worse_off(own, at_home)
-            said.append(f"{len(worse)} of {clients} clients are worse off than at home, beyond a standard error.")
-    kind = own.privacy.guarantee.replace("none", "no privacy")
-    left = (
-        kind
-        if own.privacy.noise is None and own.privacy.epsilon == 0
-        else (f"{format_bytes(own.bytes.up_total / own.num_clients)} left each client, {kind}")
-    )
-    said.append(left[0].upper() + left[1:] + ".")
-    return " ".join(said)
+        gap, points = sign * (mean(own) - mean(best)), " points" if percent else ""
+        paid = f"Joining pays {main.shown(gap)}{points} over {name}" if gap > 0 else "Joining does not pay"
+        sentences = [f"{paid if float(main.shown(gap)) else 'Joining changes nothing'}: {said}"]
+    if federated and (at_home := [by_method[n].scores.per_client for n in AT_HOME if n in by_method]):
+        worse = len(worse_off(own, at_home))
+        sentences.append(f"{worse} of {clients} clients are worse off than at home, beyond a standard error.")
+    privacy, left = own.privacy, format_bytes(own.bytes.up_total / own.num_clients)
+    guarantee = privacy.guarantee if privacy.epsilon is not None else "no privacy"
+    nothing = privacy.noise is None and privacy.epsilon == 0
+    sentences.append("Nothing leaves a client." if nothing else f"{left} left each client, {guarantee}.")
+    return tuple(sentences)
 
 
 def worse_off(own: RunResult, at_home: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
