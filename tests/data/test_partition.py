@@ -185,14 +185,12 @@ def test_iid_says_nothing_of_a_concentration():
     assert "set fewer num_clients or a lower min_records" in message
 
 
-def test_a_value_that_only_the_test_side_has_is_refused():
+def test_a_value_that_only_the_test_side_has_is_a_client_without_training_records_and_not_divided():
     whole = data()
     whole.test.append(Record("test x", {"domain": "letters", "target": "no"}))
-    for config in (
-        Config(kind="column", column="domain"),
-        Config(kind="column_dirichlet", column="domain", num_clients=4),
-    ):
-        assert "client 'letters" in refused(config, whole)
+    shards = partition(Config(kind="column", column="domain"), whole, "target", seed=0)
+    assert (len(shards["letters"].train), len(shards["letters"].test)) == (0, 1)
+    assert "client 'letters" in refused(Config(kind="column_dirichlet", column="domain", num_clients=4), whole)
 
 
 def test_fewer_clients_than_values():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ import small
 from disk import to_the_disk, watch_renames
 from ficpd import storage
 from ficpd.errors import ConfigError, DataError, RunError
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.report.build import page_of
@@ -513,6 +515,23 @@ def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):
     assert result.unseen_clients.global_prompt
     assert result.unseen_clients.assigned
     assert "Clients that took no part" in small.page(tmp_path)
+
+
+def test_clients_of_test_records_alone_and_named_ones_take_no_part_and_are_served(tmp_path):
+    table = pd.read_csv(small.table(tmp_path / "table.csv"))
+    table["split"] = [
+        "test" if site == "site-0" or place % 4 == 0 else "train" for place, site in enumerate(table["site"])
+    ]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    text = small.toml(tmp_path / "table.csv", "ficpd")
+    changes = ["data.split_column=split", "federation.unseen=['site-1']"]
+    result = run_experiment(parse(text, "x", changes), tmp_path / "run")
+    assert result.num_clients == 1
+    assert result.scores.per_client.keys() == {"site-2"}
+    assert result.unseen_clients.assigned
+    for names, said in (("['site-9']", "unknown client 'site-9'"), ("['site-1','site-2']", "no client takes part")):
+        with pytest.raises(ConfigError, match=said):
+            build_context(parse(text, "x", [changes[0], f"federation.unseen={names}"]))
 
 
 def test_taking_everybody_out_is_refused(tmp_path):

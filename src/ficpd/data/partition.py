@@ -75,7 +75,8 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
     """Every record, train and test, to exactly one client; clients by name, in order.
 
     Test records are dealt by the same shares as train records, so that a client is tested on its own skew. A client
-    may be left without test records. `target` is the field that holds the label. Raises `DataError` where a record
+    may be left without test records. Of a client by `column` there may be test records alone: it takes no part in a
+    federation. `target` is the field that holds the label. Raises `DataError` where a record
     has no value in the column or the target, or a client would have fewer than `min_records` train records.
 
     >>> from types import SimpleNamespace
@@ -96,7 +97,8 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
         counts = _clients_of(config, config.num_clients, shards)
         dealt = [_deal(config, name, group, counts[name], target, seed) for name, group in shards.items()]
         shards = {name: shard for part in dealt for name, shard in part.items()}
-    _check(config, {name: len(shard.train) for name, shard in shards.items()})
+    served = {n for n, s in shards.items() if s.test and not s.train and config.kind == "column"}
+    _check(config, {name: len(shard.train) for name, shard in shards.items() if name not in served})
     for name, shard in shards.items():
         shard.metadata.update({column: _agreed(name, shard, column) for column in config.publish})
     if config.cards is not None:

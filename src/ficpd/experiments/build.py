@@ -11,7 +11,7 @@ from ficpd.backbones.loading import load_backbone
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.data.partition import partition
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, did_you_mean
 from ficpd.evaluation.fairness import groups_of
 from ficpd.experiments.config import Experiment, Group
 from ficpd.experiments.initialization import (
@@ -178,8 +178,9 @@ def build_context_without_records(experiment: Experiment) -> ExperimentContext:
     """Builds the coordinator's context; the records stay with the sites."""
     tasks = {group: build_task(party.task) for group, party in experiment.all_groups.items()}
     _check_heads(tasks)
-    if experiment.federation.unseen_clients:
-        raise ConfigError("federation.unseen_clients is for simulations. Start the run without these sites")
+    for name in ("unseen_clients", "unseen"):
+        if getattr(experiment.federation, name):
+            raise ConfigError(f"federation.{name} is for simulations. Start the run without these sites")
     if experiment.federation.max_queries:
         raise ConfigError("federation.max_queries is for simulations: real sites report no query counts. Leave it out")
     return _load(experiment, tasks, {})
@@ -220,20 +221,34 @@ def _initialized(
 def _split_unseen(
     shards: Mapping[str, ClientData], group_of: Mapping[str, str], experiment: Experiment
 ) -> tuple[dict[str, ClientData], dict[str, ClientData]]:
-    """Samples `federation.unseen_clients` clients that take no part; every group keeps a client."""
-    number, names = experiment.federation.unseen_clients, sorted(shards)
-    random = rng.make_generator(rng.derive_seed(experiment.seed, "public"), "unseen")
-    apart: set[str] = set()
+    """Returns the clients that take part, and the others: named, without training records, or drawn by the seed.
+
+    Every group keeps a client.
+    """
+    federation, everybody = experiment.federation, sorted(shards)
+    for name in federation.unseen:
+        if name not in shards:
+            raise ConfigError(f"federation.unseen: {did_you_mean('client', name, everybody)}")
+    apart = {name for name in everybody if name in federation.unseen or not shards[name].train}
+    for group in sorted(set(group_of.values())):
+        if all(name in apart for name in everybody if group_of[name] == group):
+            raise ConfigError(
+                f"no client{f' of groups.{group}' if group else ''} takes part: each is in federation.unseen or has no "
+                "training records. Leave one of them out of federation.unseen, or give one training records"
+            )
+    number, names = federation.unseen_clients, [name for name in everybody if name not in apart]
+    random, drawn = rng.make_generator(rng.derive_seed(experiment.seed, "public"), "unseen"), set()
     for place in torch.randperm(len(names), generator=random).tolist():
         group = [name for name in names if group_of[name] == group_of[names[place]]]
-        if len(apart) < number and len(apart.intersection(group)) < len(group) - 1:
-            apart.add(names[place])
-    if len(apart) < number:
+        if len(drawn) < number and len(drawn.intersection(group)) < len(group) - 1:
+            drawn.add(names[place])
+    if len(drawn) < number:
         raise ConfigError(
-            f"federation.unseen_clients = {number} of {len(names)} clients: expected at most {len(apart)}, so that every "
+            f"federation.unseen_clients = {number} of {len(names)} clients: expected at most {len(drawn)}, so that every "
             "task keeps a client"
         )
-    return {n: shards[n] for n in names if n not in apart}, {n: shards[n] for n in names if n in apart}
+    apart |= drawn
+    return {n: shards[n] for n in everybody if n not in apart}, {n: shards[n] for n in everybody if n in apart}
 
 
 def _partitioned(group: str, party: Group, seed: int) -> dict[str, ClientData]:

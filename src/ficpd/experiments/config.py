@@ -58,6 +58,7 @@ class FederationConfig(FrozenConfig):
     evaluate_every: rounds between evaluations; 0: only at the end.
     accept_late: how many rounds late an update may arrive and still count.
     unseen_clients: clients drawn by the seed that take no part and are evaluated at the end.
+    unseen: names of further ones. Clients with test records alone take no part, either.
     max_queries: in simulations, queries per client in the run. A query is one candidate prompt on one record. The run ends
         before a round in which a client could exceed it.
     """
@@ -68,6 +69,7 @@ class FederationConfig(FrozenConfig):
     evaluate_every: int = Field(default=0, ge=0)
     accept_late: int = Field(default=0, ge=0)
     unseen_clients: int = Field(default=0, ge=0)
+    unseen: tuple[str, ...] = ()
     max_queries: int | None = Field(default=None, ge=1)
 
 

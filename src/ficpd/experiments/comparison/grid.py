@@ -151,7 +151,9 @@ def _cells(
             limits = {} if method in REFERENCE_METHODS else budgeted  # a line has no communication to limit
             experiment = canonical_experiment(experiment)
             shared = experiment.model_dump(mode="json", include=SHARED_SECTIONS)
-            ground = json.dumps(shared | {"apart": experiment.federation.unseen_clients}, sort_keys=True)
+            federation = experiment.federation
+            apart = {"drawn": federation.unseen_clients, "named": federation.unseen}
+            ground = json.dumps(shared | {"apart": apart}, sort_keys=True)
             names = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (to_toml(experiment), ground)]
             found.append(Cell(method, task, part, budget, point, seed, experiment, limits, *names))
     return found
@@ -185,7 +187,8 @@ def canonical_experiment(experiment: Experiment) -> Experiment:
         privacy = experiment.privacy
     update: dict[str, Any] = {"privacy": privacy}
     if experiment.method["name"] == "zero_shot":
-        federation = FederationConfig(num_rounds=0, unseen_clients=experiment.federation.unseen_clients)
+        apart = experiment.federation.model_dump(include={"unseen", "unseen_clients"})
+        federation = FederationConfig(num_rounds=0, **apart)
         update |= {"training": LocalTrainingConfig(), "federation": federation}
         update |= {"compression": Experiment.model_fields["compression"].default}
     return experiment.model_copy(update=update)
