@@ -1,4 +1,4 @@
-# make demo   a virtual environment, the package, and the quick start: a federation of 20 clients on a real model
+# make demo   a virtual environment, the package, and the quick start: a federation of 40 clients on a real model
 # make deploy-demo   a coordinator and three sites with processes, keys and ledgers of their own, on this machine
 # make test   the same environment and the whole quick suite
 PYTHON ?= python3

@@ -21,7 +21,9 @@ def minilm_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("minilm") / "run"
     changes = [
         "method.name=ficpd", 'baselines=["centralized:none"]', "data.max_records=2000", "data.test_fraction=0.2",
-        "partition.num_clients=8", "partition.min_records=100",
+        "partition.num_clients=8", "partition.kind=column_dirichlet", "partition.column=domain",
+        "partition.concentration=1.0", "partition.min_records=100",
+        "training.local_steps=2", "training.batch_size=10", "training.learning_rate=0.035",
         "federation.num_rounds=10", "federation.clients_per_round=8", "backbone.dtype=float32",
     ]  # fmt: skip
     run(read("quickstart", changes), folder)

@@ -62,6 +62,8 @@ from ficpd.types import (
 )
 
 SIGNATURE = "signature/"
+FACTS = {"closes": (bool,), "at_start": (bool,), "priors": (bool,)}
+"""An assignment's own facts. priors: the client's label counts are exact, so gradients may be read under its label prior."""
 
 
 class Config(FrozenConfig):
@@ -79,9 +81,9 @@ class Config(FrozenConfig):
         prompts are tuned in their readout.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
-    label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned,
-        from the counts in the client's class totals. True: from the statistic `labels`, which a record-level budget pays
-        for."""
+    label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned
+        without noise, from the counts in the client's class totals. True: from the statistic `labels`, which a
+        record-level budget pays for."""
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
@@ -160,6 +162,7 @@ class Ficpd(Method):
         arrays, facts = readout_assignment(state, client)
         prompt = self._sent(state, client.name, self._key(state, client))
         facts |= {"rate": rate, "closes": state.facts["closes"], "at_start": state.facts["at_start"]}
+        facts["priors"] = not state.facts.get("noisy", True)
         return Assignment(self.name, round, {"prompt": prompt, **arrays}, facts)
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
@@ -172,19 +175,19 @@ class Ficpd(Method):
         if assignment.facts["at_start"]:
             readout = None
         work = tune(self.training, client, assignment, prompt, proximal_weight=weight)
-        tuned = yield from with_reading(work, readout, self._prior(client, readout))
+        tuned = yield from with_reading(work, readout, self._prior(client, assignment, readout))
         return ClientUpdate(client.id, {"delta": tuned - prompt, **totals}, client.weight)
 
-    def _prior(self, client: ClientContext, readout: Readout | None) -> Tensor | None:
+    def _prior(self, client: ClientContext, assignment: Assignment, readout: Readout | None) -> Tensor | None:
         """[C]: what shared gradients may know of the client's labels."""
         if self.config.label_prior == "auto":
-            return tuning_prior(client, readout)
+            return tuning_prior(client, readout) if assignment.facts["priors"] else None
         return client.label_prior if self.config.label_prior else None
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         readout, prompt = assigned_readout(assignment), assignment.arrays["prompt"]
         if self.config.local_model == "prototype":
-            return [Predictor(prompt, reading(readout, self._prior(client.local_context(), readout)))]
+            return [Predictor(prompt, reading(readout, self._prior(client.local_context(), assignment, readout)))]
         if readout is None:
             candidates = [Candidate((prompt,))]
         elif assignment.facts["at_start"]:
@@ -201,7 +204,7 @@ class Ficpd(Method):
         return None if state.facts["at_start"] else state_readout(state, client)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        rest = validate_readout(assignment, start.vectors_PD.shape[1], {**RATE, "closes": (bool,), "at_start": (bool,)})
+        rest = validate_readout(assignment, start.vectors_PD.shape[1], {**RATE, **FACTS})
         validate_prompts(rest, start, ("prompt",))
 
     def update_spec(self, state: State) -> Mapping[str, tuple[int, ...]]:

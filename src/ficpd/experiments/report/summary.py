@@ -90,7 +90,8 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         sentences = [f"{paid if float(main.shown(gap)) else 'Joining changes nothing'}: {said}"]
     if federated and (at_home := [by_method[n].scores.per_client for n in AT_HOME if n in by_method]):
         worse = len(worse_off(own, at_home))
-        sentences.append(f"{worse} of {clients} clients are worse off than at home, beyond a standard error.")
+        are = "is" if worse == 1 else "are"
+        sentences.append(f"{worse} of {clients} clients {are} worse off than at home, beyond a standard error.")
     privacy, left = own.privacy, format_bytes(own.bytes.up_total / own.num_clients)
     guarantee = privacy.guarantee if privacy.epsilon is not None else "no privacy"
     nothing = privacy.noise is None and privacy.epsilon == 0
