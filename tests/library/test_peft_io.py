@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel,
 import decoders
 import small
 from disk import to_the_disk
-from ficpd import cli
+from ficpd import cli, load_library
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.query_engine import QueryEngine
@@ -27,7 +27,7 @@ from ficpd.errors import BackboneError, LibraryError
 from ficpd.library.library import PromptLibrary
 from ficpd.library.peft_io import export, imported, own_base, read_folder
 from ficpd.tasks import classification
-from ficpd.types import LORA, Prompt, Query, Record
+from ficpd.types import LORA, Prompt, Query, Readout, Record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -140,6 +140,26 @@ def test_peft_gives_our_features_once_they_are_pooled(bert, tmp_path):
             states_TD = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
         assert len(states_TD) == 4 + item.length
         assert torch.allclose(ours_D, F.normalize(states_TD[4:].mean(0), dim=0), atol=1e-4)
+
+
+def test_the_learned_readout_lies_beside_the_prompt_and_gives_our_answers(bert, tmp_path):
+    drawn = torch.Generator().manual_seed(3)
+    learned = Readout(torch.randn(2, 32, generator=drawn), torch.randn(2, generator=drawn), torch.tensor([0.3, 0.7]))
+    made, backbone = replace(library(bert), learned={"polarity": learned}), backbone_of(bert)
+    export(made, "global", tmp_path / "out", str(bert))
+    arrays = load_file(tmp_path / "out" / "readouts.safetensors")
+    assert arrays.keys() == {"polarity/rows", "polarity/bias"}
+    assert "features @ rows.T + bias" in (tmp_path / "out" / "README.md").read_text()
+    made.save(tmp_path / "library")
+    ours = load_library(tmp_path / "library").predict(TEXTS, scores=True)
+    model = in_peft(AutoModel, bert, tmp_path / "out")
+    for place, text in enumerate(TEXTS):
+        ids = backbone.tokenize(text, None, "", None, 4).content[None]
+        with torch.no_grad():
+            states_TD = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        features_D = F.normalize(states_TD[4:].mean(0), dim=0)
+        theirs_C = (arrays["polarity/rows"] @ features_D + arrays["polarity/bias"]).softmax(0)
+        assert ours[list(LABELS)].iloc[place].tolist() == pytest.approx(theirs_C.tolist(), abs=1e-4)
 
 
 def test_padding_is_safe_on_the_right_only(llama, tmp_path):

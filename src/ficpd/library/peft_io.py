@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ficpd.backbones import catalog, lora, weights
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
@@ -29,6 +29,8 @@ from ficpd.tasks.build import build_task, start_text
 from ficpd.types import LORA, Prompt, Record
 
 IMPORTED = "imported"
+LEARNED = "readouts.safetensors"
+"""Beside the prompt: of each task that the federation learned a readout for, `TASK/rows` [C, D] and `TASK/bias` [C]."""
 VECTORS = "prompt_embeddings"
 """The only array of a prompt-tuning folder."""
 
@@ -80,11 +82,21 @@ def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     _write(prompt, kind, config, base, staging)
+    if learned := _learned(library, name):
+        save_file(learned, staging / LEARNED)
     for file in staging.iterdir():
         fsync(file)
     atomic_write(staging / "README.md", page(library, name, kind, base))
     staging.rename(folder)
     fsync(folder.parent)
+
+
+def _learned(library: PromptLibrary, name: str) -> dict[str, torch.Tensor]:
+    """Returns the arrays of the readouts that the federation's own prompts are read by."""
+    if name == ADAPTED or library.prompts[name].enters_at == LORA:
+        return {}
+    read = {task: {"rows": found.rows_CD, "bias": found.bias_C} for task, found in library.learned.items()}
+    return {f"{task}/{part}": t.float().contiguous() for task, parts in read.items() for part, t in parts.items()}
 
 
 def checked_for_peft(library: PromptLibrary, name: str) -> Prompt:
@@ -203,6 +215,11 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
     ]
     if name == ADAPTED:
         lines.append(adapted_line(card, library.readouts).strip())
+    if _learned(library, name):
+        lines.append(
+            f"- read by a learned readout: `{LEARNED}` has `TASK/rows` [C, D] and `TASK/bias` [C], the labels in the task's "
+            "order. Scores are features @ rows.T + bias; they replace the cosines with the answers below"
+        )
     if "reentered" in card:
         lines += [f"- {line}" for line in reentry_lines(card)]
         lines.append("- the privacy above covers the federation's records, not the texts of the distillation")

@@ -29,6 +29,15 @@ def test_verdict_compares_with_the_best_of_what_a_client_has_alone():
     assert verdict([*beside, result("ficpd", 0.75)])[0].startswith("Joining changes nothing: ")
 
 
+def test_a_private_run_below_no_prompt_says_so_and_what_helps():
+    beside = [result("zero_shot", 0.8)]
+    said = " ".join(verdict([*beside, result("ficpd", 0.7, epsilon=2.0)]))
+    assert "below no prompt" in said
+    assert "compression.name = 'subspace'" in said
+    assert "below no prompt" not in " ".join(verdict([*beside, result("ficpd", 0.7)]))
+    assert "below no prompt" not in " ".join(verdict([*beside, result("ficpd", 0.9, epsilon=2.0)]))
+
+
 @pytest.mark.parametrize("method", ["local", "linear_probe", "zero_shot", "centralized"])
 def test_verdict_of_a_method_that_nobody_joins_is_its_figures(method):
     (said, *more) = verdict([result("fedavg", 0.5), result(method, 0.7)])

@@ -92,6 +92,17 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         worse = len(worse_off(own, at_home))
         are = "is" if worse == 1 else "are"
         sentences.append(f"{worse} of {clients} clients {are} worse off than at home, beyond a standard error.")
+    private = own.privacy.epsilon is not None and own.privacy.noise is not None
+    if (
+        federated
+        and private
+        and RIVALS["zero_shot"] in rivals
+        and sign * mean(own) < sign * mean(by_method["zero_shot"])
+    ):
+        sentences.append(
+            "That is below no prompt: the noise hides what the records say. More clients or records, all of them in every "
+            "step (training.batch_size), fewer numbers (compression.name = 'subspace') or a larger ε help."
+        )
     privacy, left = own.privacy, format_bytes(own.bytes.up_total / own.num_clients)
     guarantee = privacy.guarantee if privacy.epsilon is not None else "no privacy"
     nothing = privacy.noise is None and privacy.epsilon == 0
