@@ -61,7 +61,7 @@ def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
     assert list(run.places) == ["fedavg", *labels[:-1]]
     assert run.results[run.place] is run.own
-    assert "together 77.0, alone 72.0" in page_of(folder).headline
+    assert page_of(folder).headline == "Joining pays 5.0 points over alone."
     assert OTHER in write_page(folder).read_text()
 
 

@@ -32,12 +32,12 @@ WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 
 
 def headline(run: Finished) -> str:
-    """The verdict's first sentence."""
+    """The verdict's first words; its figures follow in the lead."""
     own = run.own
     if own.metrics is None:
         rounds, sites = own.num_rounds, own.num_clients
         return f"{own.method} ran {rounds} rounds among {sites} sites; their scores stay with them."
-    return verdict(run.results)[0]
+    return verdict(run.results)[0].partition(": ")[0].removesuffix(".") + "."
 
 
 def with_unit(main: Metric, value: float) -> str:
@@ -64,7 +64,9 @@ def summary_blocks(run: Finished) -> list[Block]:
     if own.stopped:
         blocks.append(Text(f"Stopped early. {own.stopped}", alarm=True))
     if own.metrics:
-        blocks.append(Text(" ".join(verdict(run.results)[1:])))
+        first, *rest = verdict(run.results)
+        figures = first.partition(": ")[2]
+        blocks.append(Text(" ".join([figures[:1].upper() + figures[1:], *rest]).strip()))
         blocks.append(Text("One run with one seed: a point or two of difference may be chance."))
     return blocks
 
