@@ -195,7 +195,7 @@ def test_hostile_names_are_only_names(browser, files):
 
 def test_a_page_can_be_read_without_script(browser, files):
     with View(browser, files["run"], java_script_enabled=False) as view:
-        assert "20.0 points above" in view.page.locator("h1").inner_text()
+        assert "Joining pays 5.0 points over alone" in view.page.locator("h1").inner_text()
         assert view.page.locator("#glance summary").is_visible()
         assert not view.page.locator("#theme").is_visible()
 
