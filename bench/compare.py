@@ -24,20 +24,20 @@ import tomli_w
 
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
-from library import CLIENTS, RATE, group
+from library import CLIENTS, PROTOTYPES, RATE, group
 from measure import RESULTS
 
 TASKS = ("polarity", "abstracts", "clinc")
 IID = {"partition": {"kind": "iid", "num_clients": 10}}
 SKEWED = {"partition": {"kind": "dirichlet", "num_clients": 10, "concentration": 0.3, "min_records": 16}}
-WAY = {"space": "offset", "redraw_every": 1, "shrinkage": 0.5}
+WAY = PROTOTYPES | {"space": "offset", "redraw_every": 1, "shrinkage": 0.5}
 SUBSPACE = {"name": "subspace", "dimension": 64}
 FARTHER = {"kind": "extrapolated"}
 NAMED: dict[str, dict[str, Any]] = {
-    "ficpd": {"method": {"name": "ficpd", **WAY}},
-    "ficpd, number found": {"method": {"name": "ficpd", **WAY, "num_prototypes": "auto"}},
-    "ficpd, label prior": {"method": {"name": "ficpd", **WAY, "label_prior": True}},
-    "ficpd, label prior, extrapolated": {"method": {"name": "ficpd", **WAY, "label_prior": True, "server": FARTHER}},
+    "ficpd": {"method": WAY},
+    "ficpd, number found": {"method": {**WAY, "num_prototypes": "auto"}},
+    "ficpd, label prior": {"method": {**WAY, "label_prior": True}},
+    "ficpd, label prior, extrapolated": {"method": {**WAY, "label_prior": True, "server": FARTHER}},
     "fpl, label prior": {"method": {"name": "fpl", "clusters": "none", "label_prior": True}},
     "fpl": {"method": {"name": "fpl", "clusters": "none"}},
     "fedavg, label prior": {"method": {"name": "fpl", "clusters": "none", "residual": "none", "label_prior": True}},
@@ -47,9 +47,9 @@ NAMED: dict[str, dict[str, Any]] = {
     "dp_fpl": {"method": {"name": "dp_fpl"}, "compression": {"name": "none"}},
     "fedlora": {"method": {"name": "fedlora"}, "compression": {"name": "none"}},
     "feddtpt": {"method": {"name": "feddtpt"}, "compression": {"name": "none"}},
-    "ficpd, black box": {"method": {"name": "ficpd", **WAY}, "training": {"optimizer": "spsa"}},
+    "ficpd, black box": {"method": WAY, "training": {"optimizer": "spsa"}},
     "ficpd, black box, label prior": {
-        "method": {"name": "ficpd", **WAY, "label_prior": True},
+        "method": {**WAY, "label_prior": True},
         "training": {"optimizer": "spsa"},
     },
     "fedbpt": {"method": {"name": "fedbpt", "iterations": 4}},
@@ -100,12 +100,12 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def joining(args: argparse.Namespace) -> dict[str, Any]:
-    """What a member gains by joining: defaults alone, beside the rivals that need no prompt."""
+    """What a member gains by joining: methods' defaults alone, at the backbone's own learning rate."""
     recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8)
     recipe["training"].pop("learning_rate")
     return {
         "recipe": recipe,
-        "methods": methods("ficpd", "linear_probe", "analytic", "class_means", "fedavg"),
+        "methods": {"ficpd": {}, **methods("linear_probe", "analytic", "class_means", "fedavg")},
         "tasks": {name: group(name, args.data, 10, 80) for name in TASKS},
         "partitions": {"alike": IID, "labels by Dirichlet 0.3": SKEWED},
     }
@@ -167,8 +167,7 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     for part in ("task", "data", "partition"):
         recipe.pop(part)
     recipe["groups"] = {name: group(name, args.data, number, 100) for name, number in CLIENTS.items()}
-    five = {"name": "ficpd", "num_prototypes": 5}
-    ours = {"ficpd": {"method": five}, "ficpd, extrapolated": {"method": five | {"server": FARTHER}}}
+    ours = {"ficpd": {"method": PROTOTYPES}, "ficpd, extrapolated": {"method": PROTOTYPES | {"server": FARTHER}}}
     return {"recipe": recipe, "methods": ours | methods("fedavg", "fedhpl")}
 
 

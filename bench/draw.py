@@ -20,7 +20,7 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.methods.ficpd import SIGNATURE
 from ficpd.registry import validated_section
-from library import world_of
+from library import PROTOTYPES, world_of
 from measure import RESULTS
 
 PICTURES = RESULTS.parent.parent / "docs" / "img"
@@ -53,7 +53,7 @@ def signatures(args: argparse.Namespace) -> None:
     """Thirty clients of five tasks, in the first two principal components of the unit signatures."""
     context, places = world_of(args, args.seed), {}
     for space in SPACES:
-        method = validated_section("methods", {"name": "ficpd", "space": space}, "bench")
+        method = validated_section("methods", PROTOTYPES | {"space": space}, "bench")
         federation = context.experiment.federation.model_copy(update={"num_rounds": 1})
         experiment = context.experiment.model_copy(update={"method": method, "federation": federation})
         with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ from ficpd.library.selection import adapt, prepare_shots
 from ficpd.registry import validated_section
 from ficpd.tasks.build import start_text
 from ficpd.types import Record
-from library import CLIENTS, POLARITY, RECORDS, faster, group, setting, told, world_of
+from library import CLIENTS, POLARITY, PROTOTYPES, RECORDS, faster, group, setting, told, world_of
 from measure import Cells, save
 
 MOST_TESTED = 300
@@ -59,7 +59,7 @@ def library_of(
     context: ExperimentContext, method: dict[str, Any], distillation: dict[str, Any] | None = None
 ) -> PromptLibrary:
     experiment = context.experiment.model_copy(
-        update={"method": validated_section("methods", {"name": "ficpd", **method}, "bench")}
+        update={"method": validated_section("methods", PROTOTYPES | method, "bench")}
     )
     if distillation:
         asked = experiment.distillation.model_copy(update=distillation)

@@ -51,6 +51,26 @@ def test_the_ridge_regression_is_that_of_all_records_together_whatever_the_parti
     assert torch.allclose(bias, torch.tensor(centralised.intercept_), atol=1e-6)
 
 
+def test_the_penalty_has_the_least_generalised_cross_validation_error_on_the_records_themselves():
+    features, labels = records(60)
+    known, summed = public(), totals(*records(60))
+    prior = torch.randn(LABELS, WIDTH, generator=torch.Generator().manual_seed(4)).double() / 10
+    z = ((features - known.centre_D) / known.scale).double()
+    wanted, z = (values - values.mean(0) for values in (F.one_hot(labels, LABELS).double(), z))
+
+    def error(penalty):
+        hat = z @ torch.linalg.solve(z.T @ z + penalty * torch.eye(WIDTH).double(), z.T)
+        rest = (torch.eye(60).double() - hat) @ (wanted - z @ prior.T)
+        return float((rest**2).sum() / (60 - 1 - hat.trace()) ** 2)
+
+    best = min(class_totals.PENALTIES, key=error)
+    assert min(class_totals.PENALTIES) < best < max(class_totals.PENALTIES)
+    assert class_totals.ridge_penalty(summed, prior) == best
+    assert class_totals.ridge_penalty(summed, prior, 7.0) == 7.0 + min(
+        class_totals.PENALTIES, key=lambda p: error(7 + p)
+    )
+
+
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_record_changes_the_totals_by_norm_one_at_most_where_its_feature_lies_within_the_public_scale(gram):
     features, labels = records(20)
