@@ -73,7 +73,7 @@ class Metrics(FrozenModel):
     distilled: Scores | None = None
     """The distilled prompt on all test records."""
     test_records: dict[str, int] = {}
-    """Of each client."""
+    """The number of each client's test records."""
 
 
 class Bytes(FrozenModel):
