@@ -187,7 +187,8 @@ class Ficpd(Method):
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         readout, prompt = assigned_readout(assignment), assignment.arrays["prompt"]
         if self.config.local_model == "prototype":
-            return [Predictor(prompt, reading(readout, self._prior(client.local_context(), assignment, readout)))]
+            fits = None if assignment.facts["at_start"] else readout
+            return [Predictor(prompt, reading(fits, self._prior(client.local_context(), assignment, fits)))]
         if readout is None:
             candidates = [Candidate((prompt,))]
         elif assignment.facts["at_start"]:

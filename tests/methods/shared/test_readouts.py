@@ -53,6 +53,10 @@ def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(m
     assert first.facts["closes"]
     assert first.facts["at_start"]
     assert method.readout(first, ClientCard("a newcomer")) is None, "the readout fits the start, not the prompts"
+    asked = method.make_assignment(first, members["site-0"].card, 2)
+    alone = small.method("ficpd", local_model="prototype", label_prior=False)
+    (shown,) = run_queries(model, local_model(alone, members["site-0"], asked))
+    assert shown.logits is None, "nor is a prototype read by it"
     last, updates = after_one_round(model, method, members, first, 2)
     assert all(update.arrays.keys() == {CLASSES} for update in updates)
     assert torch.equal(last.arrays["global"], first.arrays["global"])
