@@ -9,6 +9,7 @@ import torch
 
 import small
 from ficpd.errors import LedgerError, PrivacyError, RunError
+from ficpd.experiments.build import build_context
 from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.privacy_plan import LEDGER, private_seed, public_seed
@@ -39,6 +40,49 @@ def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
     assert (line.name, line.releases, line.share) == ("prompt", 6, 1.0)
     assert max(block.epsilon_of_sites.values()) == block.epsilon
     assert "simulated noise" in (tmp_path / "run" / "library" / "README.md").read_text()
+
+
+OPEN = ("privacy.name=record_gaussian", "privacy.delta=1e-3", "privacy.epsilon=2", "prompt.num_tokens=10")
+
+
+@pytest.mark.parametrize(("method", "numbers"), [
+    ("fedavg", 64), ("ficpd", 64), ("fpl", 64), ("local", None), ("dp_zo", None), ("dp_fpl", None), ("fedlora", None),
+    ("analytic", None), ("zero_shot", None),
+])  # fmt: skip
+def test_an_open_compression_is_a_subspace_where_a_method_adds_noise_to_gradients(tmp_path, method, numbers):
+    context = build_context(small.experiment(tmp_path, "fedavg", *OPEN))
+    of_method = context.with_method(small.method(method, context.experiment.training))
+    assert of_method.experiment.compression.get("dimension") == numbers
+    assert getattr(of_method.compression.subspace, "size", None) == numbers
+    free = context.with_method(small.method(method, context.experiment.training), private=False)
+    assert free.experiment.compression["name"] == "none"
+    assert free.compression.subspace is None
+
+
+def test_a_method_outside_the_subspace_has_a_clip_norm_of_whole_prompts(tmp_path):
+    """Beside a method in the subspace as well as alone: gradients are longer in the one than in the other."""
+    beside = build_context(small.experiment(tmp_path, "fedavg", *OPEN))
+    alone = build_context(small.experiment(tmp_path, "dp_fpl", *OPEN))
+    norms = {
+        name: [
+            context.with_method(small.method(name, context.experiment.training)).experiment.privacy["clip_norm"]
+            for context in (beside, alone)
+        ]
+        for name in ("fedavg", "dp_fpl")
+    }
+    assert norms["fedavg"][0] == norms["fedavg"][1] != pytest.approx(norms["dp_fpl"][0], rel=0.01)
+    assert norms["dp_fpl"][0] == norms["dp_fpl"][1]
+    stated = build_context(small.experiment(tmp_path, "fedavg", *OPEN, "privacy.clip_norm=0.1"))
+    assert stated.with_method(small.method("fedavg")).experiment.privacy["clip_norm"] == 0.1
+
+
+def test_a_private_run_sends_64_numbers_a_round_and_says_so(tmp_path):
+    result = small.run(tmp_path, "fedavg", *OPEN, 'baselines=["fedavg:none"]')
+    assert (result.compression["name"], result.compression["dimension"]) == ("subspace", 64)
+    assert result.bytes.up_per_client_round < 64 * 4 + 100
+    _, free, own = load_results(tmp_path / "run")
+    assert (free.compression["name"], own.compression["name"]) == ("none", "subspace")
+    assert "dimension" in small.page(tmp_path)
 
 
 def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -21,10 +22,12 @@ from ficpd.experiments.initialization import (
     init_token_prompt,
 )
 from ficpd.federation.client import Client, Encodings
+from ficpd.federation.compression.auto import choose as choose_compression
 from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
-from ficpd.interfaces import Compression, Task
+from ficpd.interfaces import Backbone, Compression, Task
 from ficpd.privacy.none import NoPrivacy
+from ficpd.registry import build_config, load
 from ficpd.tasks.build import build_task
 from ficpd.types import ClientCard, ClientData, Prompt
 
@@ -87,7 +90,7 @@ class ExperimentContext:
                     'prompts). Use method.name = "feddtpt", or a backbone with local weights'
                 )
             return self.start
-        if self.experiment.compression["name"] != "none":
+        if self.experiment.compression["name"] not in ("none", "auto"):
             raise ConfigError(
                 f"compression.name = {self.experiment.compression['name']!r} is for prompts, and {method.name} tunes "
                 'something else. Set compression.name = "none" (compression.bits = 8 or 16 saves bytes)'
@@ -97,23 +100,39 @@ class ExperimentContext:
             given = init_token_prompt(self.experiment, list(self.tasks.values()), backbone)
         return method.init_prompt(given, backbone, rng.derive_seed(self.experiment.seed, "public"))
 
-    def with_method(self, method: Method) -> "ExperimentContext":
-        """Returns the context with the method's initial value, learning rate and clip norm."""
+    def with_method(self, method: Method, private: bool = True) -> "ExperimentContext":
+        """Returns the context with the method's initial value, learning rate, compression and clip norm.
+
+        The method is bound to the compression's subspace. private: whether the experiment's privacy applies.
+        """
         declared = method.capabilities
-        if declared.means_per_update and "placement" in self.experiment.privacy:
-            return self._with_derivative_clip_norm(declared)
-        if declared.prompt_type == "soft":
-            return self
-        rate = declared.learning_rate or self.experiment.training.learning_rate
-        training = self.experiment.training.model_copy(update={"learning_rate": rate})
-        privacy, clip = dict(self.experiment.privacy), declared.record_clip_norm
-        privacy |= {key: value for key, value in {"clip_norm": clip, "clip_norms": {}}.items() if key in privacy}
-        experiment = self.experiment.model_copy(update={"training": training, "privacy": privacy})
-        start = self.init_prompt_for(method)
-        experiment, compression = calibrate_clipping_and_compression(
-            experiment, list(self.tasks.values()), self.model, start
+        in_subspace = private and _tunes_in_subspace(method, self.experiment, self.model.backbone)
+        part = choose_compression(self.experiment.compression, self.start, in_subspace)
+        experiment = self.experiment.model_copy(update={"compression": part})
+        rebuild = (part["name"] == "subspace") != (self.compression.subspace is not None) and part != (
+            self.experiment.compression
         )
-        return replace(self, experiment=experiment, start=start, compression=compression)
+        start, clip = self.start, {"clip_norm": declared.record_clip_norm, "clip_norms": {}}
+        if declared.prompt_type != "soft":
+            rate = declared.learning_rate or experiment.training.learning_rate
+            training = experiment.training.model_copy(update={"learning_rate": rate})
+            experiment, start = experiment.model_copy(update={"training": training}), self.init_prompt_for(method)
+        context = replace(self, experiment=experiment, start=start)
+        if rebuild or start is not self.start:
+            context = context._recalibrated(clip if private else {})
+        if declared.means_per_update and "placement" in experiment.privacy:
+            context = context._with_derivative_clip_norm(declared)
+        method.bind(context.compression.subspace)
+        return context
+
+    def _recalibrated(self, clip: Mapping[str, Any]) -> "ExperimentContext":
+        """Builds the compression again, and the clip norm where `clip` leaves it open."""
+        privacy = dict(self.experiment.privacy)
+        privacy |= {key: value for key, value in clip.items() if key in privacy}
+        experiment, compression = calibrate_clipping_and_compression(
+            self.experiment.model_copy(update={"privacy": privacy}), list(self.tasks.values()), self.model, self.start
+        )
+        return replace(self, experiment=experiment, compression=compression)
 
     def _with_derivative_clip_norm(self, declared: Capabilities) -> "ExperimentContext":
         """Sets the client-level clip norm of a method that sends directional derivatives.
@@ -214,8 +233,27 @@ def _initialized(
     for group, of_group in shards.items():
         for shard in of_group:
             tasks[group].encode(shard.train[:1], backbone, start)  # raises early if the prompt leaves no room
-    experiment, compression = calibrate_clipping_and_compression(experiment, list(tasks.values()), model, start)
+    module, config = build_config("methods", experiment.method)
+    in_subspace = _tunes_in_subspace(module.build(config, experiment.training), experiment, backbone)
+    part = choose_compression(experiment.compression, start, in_subspace)
+    calibrated, compression = calibrate_clipping_and_compression(
+        experiment.model_copy(update={"compression": part}), list(tasks.values()), model, start
+    )
+    experiment = calibrated.model_copy(update={"compression": experiment.compression})
     return ExperimentContext(experiment, tasks, {}, model, start, compression, {})
+
+
+def _tunes_in_subspace(method: Method, experiment: Experiment, backbone: Backbone) -> bool:
+    """Whether an open compression is a subspace: noise is added to the gradients of a soft prompt."""
+    declared, unit = method.capabilities, "client" if "placement" in experiment.privacy else "record"
+    return (
+        experiment.privacy["name"] != "none"
+        and unit in declared.private_units
+        and declared.subspace
+        and declared.prompt_type == "soft"
+        and backbone.supports_gradients
+        and not load("optimizers", experiment.training.optimizer).black_box
+    )
 
 
 def _split_unseen(

@@ -125,6 +125,7 @@ class Experiment(FrozenConfig):
         fedavg without privacy; for the run's method it keeps the run's settings. "auto": `STANDARD_BASELINES`, where they
         fit the tasks.
     metrics: further metrics of a simulation's tasks, each a dotted `name` and that module's settings.
+    compression: "auto": a subspace of 64 numbers for methods that add noise to gradients, else the whole prompt.
     groups: with several tasks, a task, data and partition for each name. They replace `task`, `data` and `partition`.
     """
 
@@ -141,7 +142,7 @@ class Experiment(FrozenConfig):
     training: LocalTrainingConfig = LocalTrainingConfig()
     federation: FederationConfig = FederationConfig()
     privacy: dict[str, Any] = {"name": "none"}
-    compression: dict[str, Any] = {"name": "none", "bits": 32}
+    compression: dict[str, Any] = {"name": "auto", "bits": 32}
     distillation: DistillationConfig = DistillationConfig()
     fairness: FairnessConfig = FairnessConfig()
     metrics: tuple[dict[str, Any], ...] = ()

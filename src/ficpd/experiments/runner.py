@@ -93,7 +93,7 @@ class Runner:
     ):  # fmt: skip
         self.config, self.directory, self.clients = config, directory, clients
         self.method = build_method(context, config)
-        self.context = context.with_method(self.method)
+        self.context = context.with_method(self.method, private)
         self.privacy = self.context.experiment.privacy if private else NONE
         self.shards = self.context.shards_for(self.method.capabilities.centralized)
         self.label = self.method.name if private else f"{self.method.name}, no privacy"

@@ -39,7 +39,6 @@ def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
     unfit = [name or "its task" for name, task in context.tasks.items() if not task.num_labels]
     if LABELS in method.capabilities.statistics_once and unfit:
         raise ConfigError(f"method.label_prior = true needs labels, and {', '.join(unfit)} has none. Set it to false")
-    method.bind(context.compression.subspace)
     method.check_compatible(list(context.tasks.values()), context.model.backbone)
     method.adapt_to(list(context.tasks.values()), context.model.backbone)
     return method

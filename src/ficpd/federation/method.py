@@ -56,6 +56,8 @@ class Capabilities:
     """Totals over records released in every assignment, with their default shares of a record-level budget."""
     statistics_once: Mapping[str, float | None] = field(default_factory=dict)
     """Totals over records released once, with their default shares; None: `privacy.statistics` has to state it."""
+    subspace: bool = True
+    """Clients tune a soft prompt by its gradients, so that an open compression may choose a subspace."""
     learns_readout: bool = False
     """The server learns readouts, and needs the label texts' and public features (`FederationInfo`)."""
     centralized: bool = False

@@ -56,7 +56,7 @@ class Analytic(Method):
 
     name = "analytic"
     capabilities = Capabilities(
-        private_units=("record",), statistics_once={CLASSES: 0.5}, learns_readout=True, rounds=1, candidates=1,
+        private_units=("record",), statistics_once={CLASSES: 0.5}, learns_readout=True, rounds=1, candidates=1, subspace=False,
         not_private="its clients release sums over their records; use privacy.name = 'record_gaussian'",
     )  # fmt: skip
     gram = True

@@ -55,7 +55,7 @@ class DpCmaEs(Method):
         self.robust = config.robust
         self.capabilities = Capabilities(
             private_units=("record", "client"), linear=config.robust.sums, candidates=training.population,
-            means_per_update=1, client_clip_norm=config.client_clip_norm,
+            means_per_update=1, client_clip_norm=config.client_clip_norm, subspace=False,
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:

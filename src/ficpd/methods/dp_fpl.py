@@ -24,6 +24,7 @@ Tuning ignores `compression.subspace`; the update is projected onto it.
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -62,6 +63,7 @@ class DpFpl(FedAvg):
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
         super().__init__(training, config.robust)
+        self.capabilities = replace(self.capabilities, subspace=False)
         self.rank = config.rank
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:

@@ -59,7 +59,7 @@ class DpZo(Method):
         self.robust = config.robust
         self.capabilities = Capabilities(
             private_units=("record", "client"), linear=config.robust.sums, candidates=2 * training.directions,
-            means_per_update=training.local_steps, client_clip_norm=config.client_clip_norm,
+            means_per_update=training.local_steps, client_clip_norm=config.client_clip_norm, subspace=False,
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:

@@ -1,0 +1,36 @@
+"""Open: a subspace of 64 public directions for a method that adds noise to gradients, the whole prompt for any other.
+
+Noise grows with the square root of the numbers sent (docs/privacy.md). `choose` decides for each method of a run.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ficpd.federation.compression import none
+from ficpd.federation.compression.quantization import Bits, QuantizedCompression
+from ficpd.types import Prompt
+
+DIMENSION = 64
+
+
+class Config(BaseModel):
+    """`bits`: bits per sent number; 32 means float32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: Bits = 32
+
+
+def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
+    """Sends the whole prompt, as before the method is known."""
+    return none.build(none.Config(bits=config.bits), start, seed)
+
+
+def choose(part: dict[str, Any], start: Prompt, in_subspace: bool) -> dict[str, Any]:
+    """Returns the settings that an open compression stands for; any other is returned as it is."""
+    if part["name"] != "auto":
+        return part
+    bits = {"bits": part["bits"]}
+    if not in_subspace or start.vectors_PD.numel() <= DIMENSION:
+        return {"name": "none", **bits}
+    return {"name": "subspace", "dimension": DIMENSION, "directions": "gradient", **bits}
