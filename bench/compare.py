@@ -23,9 +23,9 @@ from typing import Any
 import tomli_w
 
 from ficpd.experiments.build import build_context
-from ficpd.experiments.config import parse
+from ficpd.experiments.config import apply_override
 from library import CLIENTS, PROTOTYPES, RATE, group
-from measure import RESULTS
+from measure import CHANGES, RESULTS, parse
 
 TASKS = ("polarity", "abstracts", "clinc")
 IID = {"partition": {"kind": "iid", "num_clients": 10}}
@@ -74,7 +74,7 @@ def base(args: argparse.Namespace, backbone: dict[str, Any], enters_at: int, rou
         **group("polarity", args.data, 10, 100),
     }
     exact = tree | {"backbone": backbone | {"dtype": "float32", "attention": "eager"}}
-    known = build_context(parse(tomli_w.dumps(exact), "bench")).experiment.training.learning_rate
+    known = build_context(parse(tomli_w.dumps(exact))).experiment.training.learning_rate
     tree["training"] |= {"learning_rate": RATE * (known or 0.0)}
     return tree
 
@@ -216,6 +216,8 @@ def main() -> None:
     out = args.out / args.part
     out.mkdir(parents=True, exist_ok=True)
     tree = PARTS[args.part](args)
+    for change in CHANGES:
+        apply_override(tree["recipe"], change)
     recipe = out.with_suffix(".recipe.toml")
     recipe.write_text(tomli_w.dumps(tree["recipe"]), encoding="utf-8")
     asked = {"name": args.part, "recipe": recipe.name, "seeds": args.seeds, "reference": "ficpd"} | {
@@ -226,6 +228,7 @@ def main() -> None:
     command = [sys.executable, "-m", "ficpd", "compare", str(file), "--out", str(out), "--jobs", args.jobs]
     status = subprocess.run(command, check=False).returncode
     if (out / "compare.json").exists():
+        RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / "compare.json", RESULTS / f"compare_{args.part}.json")
     raise SystemExit(status)
 

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ficpd.experiments.config import Experiment, parse
-from measure import Runs, before, ratio, save
+from ficpd.experiments.config import Experiment
+from measure import Runs, before, parse, ratio, save
 
 DOMAINS = ["editorials", "films", "products", "tweets"]
 RATED = """
@@ -56,7 +56,7 @@ TINY, SHORT = ("backbone.name=tiny",), ("backbone.options.max_tokens=32",)
 
 
 def rated(*changes: str) -> Experiment:
-    return parse(RATED, "bench", changes)
+    return parse(RATED, changes)
 
 
 # ---------------------------------------------------------------- the same

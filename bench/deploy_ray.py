@@ -39,13 +39,13 @@ local_steps = {STEPS}
 
 def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
     from ficpd.experiments.build import build_context_without_records
-    from ficpd.experiments.config import parse
     from ficpd.federation import simulation
     from ficpd.federation.rounds import RoundSchedule, run_rounds
     from ficpd.methods import fedavg
     from ficpd.types import FederationInfo
+    from measure import parse
 
-    context = build_context_without_records(parse(OURS, "bench", [f"training.batch_size={rows}"], records=False))
+    context = build_context_without_records(parse(OURS, [f"training.batch_size={rows}"], records=False))
     clients = _clients(context)
     method = fedavg.build(fedavg.Config(), context.experiment.training)
     engine = simulation.build(simulation.Config(lock_step=lock_step), method, clients, context.model)
@@ -72,7 +72,7 @@ def _clients(context) -> dict:
     for number, client in enumerate(clients.values()):
         tokens, targets = records_of(number)
         items = tuple((EncodedInput(ids, len(ids)),) for ids in tokens)
-        client.take_encoding("train", replace(encoded, items=items, targets=targets))
+        client.set_encoding("train", replace(encoded, items=items, targets=targets))
     return clients
 
 

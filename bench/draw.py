@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
@@ -60,6 +60,7 @@ def signatures(args: argparse.Namespace) -> None:
             directory = RunDir(Path(folder) / "run")
             result = run_method(replace(context, experiment=experiment), method, directory, None, no_progress)
             state = directory.load()[0]  # type: ignore[index]
+        assert result.clusters is not None
         names = [name for name in state.arrays if name.startswith(SIGNATURE)]
         unit = F.normalize(torch.stack([state.arrays[name].flatten() for name in names]), dim=1).numpy()
         groups = [name.removeprefix(SIGNATURE).partition(".")[0] for name in names]

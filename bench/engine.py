@@ -11,19 +11,19 @@ import torch
 
 from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, bucket_by_length, run_queries, run_queries_lockstep
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import read
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.interfaces import Backbone
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.types import FederationInfo, Prompt, Query
-from measure import medians, paired, ratio, save
+from ficpd.types import Answer, FederationInfo, Prompt, Query
+from measure import medians, paired, ratio, read, save
 
 CLIENTS, RECORDS, TOKENS = 16, 8, 10
 
 
 def context(backbone: str, *changes: str) -> ExperimentContext:
-    settings = [f"backbone.name={backbone}", "data.max_records=4000", f"prompt.num_tokens={TOKENS}", *changes]
+    settings = [f"backbone.name={backbone}", "data.max_records=4000", "partition.min_records=2"]
+    settings += [f"prompt.num_tokens={TOKENS}", *changes]
     return build_context(read("quickstart", settings))
 
 
@@ -105,8 +105,8 @@ def middle(built: ExperimentContext, repeats: int) -> dict:
     }
     seconds = paired(works, repeats)
     kept, fresh = built.model.answer(mid), forgetful.answer(mid)
-    apart = max(float((a.grad_KBPD - b.grad_KBPD).abs().max()) for a, b in zip(kept, fresh, strict=True))
-    scale = max(float(a.grad_KBPD.abs().max()) for a in kept)
+    apart = max(float((_grad(a) - _grad(b)).abs().max()) for a, b in zip(kept, fresh, strict=True))
+    scale = max(float(_grad(a).abs().max()) for a in kept)
     return {
         "layer": layer,
         "gain over entering at 0": ratio(seconds, "enters at 0", f"enters at {layer}, kept"),
@@ -114,6 +114,11 @@ def middle(built: ExperimentContext, repeats: int) -> dict:
         "largest difference of a gradient, relative": apart / scale,
         "seconds": medians(seconds),
     }
+
+
+def _grad(answer: Answer) -> torch.Tensor:
+    assert answer.grad_KBPD is not None
+    return answer.grad_KBPD
 
 
 def agreement(built: ExperimentContext) -> float:
@@ -131,7 +136,12 @@ def agreement(built: ExperimentContext) -> float:
             if together
             else [(n, run_queries(built.model, w)) for n, w in works.items()]
         )
-        return {name: update.arrays["delta"] for name, update in done}
+        found = {}
+        for name, update in done:
+            if isinstance(update, Exception):
+                raise update
+            found[name] = update.arrays["delta"]
+        return found
 
     alone, together = updates(False), updates(True)
     scale = float(built.start.vectors_PD.abs().mean())

@@ -14,13 +14,12 @@ import time
 from ficpd.backbones.query_engine import run_queries
 from ficpd.evaluation.evaluate import score_prompt
 from ficpd.experiments.build import build_context
-from ficpd.experiments.config import read
 from ficpd.experiments.initialization import init_soft_prompt
 from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.types import Assignment, ClientCard
-from measure import save
+from measure import read, save
 
 
 def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, tested: int) -> dict:
@@ -68,6 +67,7 @@ def main() -> None:
     options.add_argument("--tested", type=int, default=500)
     given = options.parse_args()
     changes = [f"backbone.name={given.backbone}", "data.max_records=6000", "backbone.options={max_tokens=96}"]
+    changes += ["partition.min_records=2"]
     built = build_context(read("quickstart", changes))
     curves = []
     for layer, rate in [pair.split(":") for pair in given.pairs]:

@@ -12,19 +12,18 @@ import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import tomli_w
 from scipy.stats import binomtest
 
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from library import faster
-from measure import Cells
+from measure import Cells, of_everyone, parse
 
 TESTED = 300
 SITES = {"medquad": (100, 13)}
@@ -94,14 +93,14 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> Ex
     parts = {key: dict(value) for key, value in SETS[name].items()}
     table = pd.read_parquet(Path(args.data) / f"{parts['data']['source']}.parquet")
     for column, values in parts["data"].get("where", {}).items():
-        table = table[table[column].isin(values)]
-    train, test = (table[table.split == side].sample(frac=1, random_state=seed) for side in ("train", "test"))
+        table = table.loc[table[column].isin(values)]
+    train, test = (table.loc[table["split"] == side].sample(frac=1, random_state=seed) for side in ("train", "test"))
     some = [train[:1500], test[:TESTED]]
     if name in SITES:
         some = [side.groupby("client").head(most) for side, most in zip((train, test), SITES[name], strict=True)]
     pd.concat(some).to_parquet(folder / "set.parquet")
     if name == "pawsx":
-        words = sorted(table.label_name.unique())
+        words = sorted(table["label_name"].unique())
         texts = {word: "different" if word.startswith(("diff", "not", "no")) else "equal" for word in words}
         parts["task"]["labels"] = texts
     parts["data"] |= {"source": str(folder / "set.parquet"), "split_column": "split"}
@@ -116,7 +115,7 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> Ex
         "training": {"local_steps": 4, "batch_size": 16},
         "federation": {"num_rounds": 5, "clients_per_round": 6},
     }
-    context = build_context(parse(tomli_w.dumps(tree | parts), "bench"))
+    context = build_context(parse(tomli_w.dumps(tree | parts)))
     return context if "backbone" in parts else faster(context, 10.0)
 
 
@@ -136,10 +135,11 @@ def written(result: RunResult) -> dict[str, float]:
 
 def chosen(context: ExperimentContext, result: RunResult) -> dict[str, float]:
     """Accuracy on everybody's test records, in percent, the ends of its 95 % interval (Wilson), and chance."""
-    score, tested = result.scores.global_prompt, result.num_records.test
+    records, labels = result.num_records, context.task.to_config().get("labels")
+    assert records is not None
+    score, tested = of_everyone(result), records.test
     low, high = binomtest(round(score["accuracy"] * tested), tested).proportion_ci(method="wilson")
-    labels = context.task.to_config().get("labels")
-    chance = score.get("chance") or 1 / len(labels)
+    chance = score["chance"] if "chance" in score else 1 / len(cast("dict[str, str]", labels))
     figures = {"accuracy": score["accuracy"], "low": low, "high": high, "chance": chance}
     truths = [t for c in context.clients().values() for t in context.task.targets(c.test)]
     figures["most frequent"] = max(truths.count(t) for t in set(truths)) / len(truths)

@@ -1,6 +1,6 @@
 """What processes, disks, clocks and lines do in practice: each fault many times, at random places and moments.
 
-python bench/faults.py [tries]      20 tries each, 15 min on two busy cores; as root, or the full disk is left out
+python bench/faults.py [tries] [--only TEXT]      20 tries each, 15 min on two cores; as root, or the full disk is left out
 
 Two sites and a coordinator's half on the tiny backbone, four rounds, every process one that can really be killed
 (tests/processes.py). An update is lost if it does not count in a round; it is paid and lost if the site's ledger has paid
@@ -8,6 +8,7 @@ for it all the same. ε spent twice: prices beyond one for each order, or two di
 update that left and that the ledger does not know, or a finished round that a resumed run does not have.
 """
 
+import argparse
 import os
 import shutil
 import signal
@@ -228,8 +229,14 @@ def all_tries(name: str, tries: int) -> dict[str, int]:
     return {"tries": tries, "rounds": tries * ROUNDS, "updates": tries * ROUNDS * SITES, **sums}
 
 
-def main(tries: int) -> None:
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("tries", type=int, nargs="?", default=20)
+    options.add_argument("--only", default="", help="faults whose name contains this")
+    given = options.parse_args()
+    tries = given.tries
     names = [name for name, fault in FAULTS.items() if fault is not disk_full or os.geteuid() == 0]
+    names = [name for name in names if given.only in name]
     setting = f"{SITES} sites, {ROUNDS} rounds, tiny backbone, over sockets; {AT_ONCE} federations at once"
     table: dict[str, dict[str, int]] = {}
     with ProcessPoolExecutor(AT_ONCE, get_context("spawn")) as pool:
@@ -244,4 +251,4 @@ def main(tries: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 20)
+    main()

@@ -24,13 +24,12 @@ import pandas as pd
 import tomli_w
 
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.registry import validated_section
 from library import RATE, faster, group
-from measure import Cells
+from measure import Cells, parse
 from unseen import E5_RATE
 
 CLIENTS, UNSEEN = 24, 4
@@ -76,7 +75,7 @@ def abstracts(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> E
     parts["partition"] = {"kind": "dirichlet", "concentration": 0.3, "num_clients": CLIENTS, "min_records": 16}
     tree |= parts | {"backbone": {"name": "minilm", "options": {"max_tokens": 48}}}
     tree["prompt"]["enters_at"] = 4
-    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree))), RATE)
 
 
 def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> ExperimentContext:
@@ -91,7 +90,7 @@ def languages(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> E
     options = {"max_tokens": 64, "prefix": "query: "}
     tree |= parts | {"backbone": {"name": str(args.e5), "kind": "sentence_encoder", "options": options}}
     tree["prompt"]["enters_at"] = 6
-    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree))), E5_RATE)
 
 
 def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> ExperimentContext:
@@ -116,7 +115,7 @@ def digits(args: argparse.Namespace, tree: dict[str, Any], folder: Path) -> Expe
         },
     }  # fmt: skip
     tree["prompt"] |= {"enters_at": 6, "head_examples": str(folder / "public.parquet")}
-    return build_context(parse(tomli_w.dumps(tree), "bench"))
+    return build_context(parse(tomli_w.dumps(tree)))
 
 
 def trial(context: ExperimentContext, method: dict[str, Any], folder: Path) -> RunResult:

@@ -26,13 +26,12 @@ from torch.nn import functional as F
 from ficpd.backbones import lora
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.federation import codec
 from ficpd.federation.client import ClientSession
 from ficpd.types import ClientUpdate, EncodedInput, HiddenStates, ModelOutput
-from measure import Cells
+from measure import Cells, of_everyone, parse
 
 RANK, TOKENS, NUMBERS = 8, 10, 64
 PROMPT_RATE, NUMBERS_RATE = 6.0, 1.0
@@ -98,15 +97,15 @@ def world_of(args: argparse.Namespace, seed: int, rate: float = PROMPT_RATE, **p
         },
         "partition": {"kind": "iid", "num_clients": CLIENTS},
     }  # fmt: skip
-    found = build_context(parse(tomli_w.dumps(tree | parts), "bench"))
+    found = build_context(parse(tomli_w.dumps(tree | parts)))
     chosen = rate * (found.experiment.training.learning_rate or 0)
-    return build_context(parse(tomli_w.dumps(tree | parts), "bench", [f"training.learning_rate={chosen}"]))
+    return build_context(parse(tomli_w.dumps(tree | parts), [f"training.learning_rate={chosen}"]))
 
 
 def trained(context: ExperimentContext, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         result = run_method(context, {"name": method}, RunDir(Path(folder) / "run"), None, no_progress)
-    figures = {"accuracy": 100 * result.scores.global_prompt["accuracy"]}
+    figures = {"accuracy": 100 * of_everyone(result)["accuracy"]}
     if result.num_rounds:
         figures |= {"bytes up": result.bytes.up_per_client_round, "seconds": result.seconds.train}
     return figures

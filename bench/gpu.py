@@ -1,18 +1,19 @@
 """Efficiency and lock-step gain on a GPU: a decoder of about a billion random weights, 64 clients x 16 rows.
 
-python bench/gpu.py [--width 2048 --layers 20]      needs CUDA; says so where there is none
+python bench/gpu.py [--width 2048 --layers 20]      needs CUDA; `--device cpu` only tries it out
 """
 
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.types import Batch, EncodedInput, ModelOutput, Query
+from ficpd.types import Batch, EncodedInput, ModelOutput, Objective, Query
 from measure import medians, paired, ratio, save
 
 TOKENS, LENGTH = 20, 64
@@ -25,10 +26,8 @@ class Plain:
     all_special_ids: tuple = ()
 
 
-class Sum:
+class Sum(Objective):
     """A task whose loss is the features' sum: nothing but the backbone is timed."""
-
-    head_rows = 0
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
         return outputs.features_RD.sum(-1)
@@ -40,15 +39,18 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=20)
     options.add_argument("--clients", type=int, default=64)
     options.add_argument("--rows", type=int, default=16)
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = options.parse_args()
-    if not torch.cuda.is_available():
+    if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here; nothing measured")
     shape = LlamaConfig(
         vocab_size=32000, hidden_size=given.width, intermediate_size=4 * given.width, num_hidden_layers=given.layers,
-        num_attention_heads=given.width // 64, attn_implementation="sdpa",
+        num_attention_heads=given.width // 64,
     )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(shape).to(torch.bfloat16)
+    shape._attn_implementation = "sdpa"
+    with torch.device(given.device):
+        model: Any = LlamaForCausalLM(shape)
+    model.to(torch.bfloat16)
     backbone = CausalLM(Config(), model, Plain(), "random" * 3, "random decoder")
     random = torch.Generator().manual_seed(0)
     result = {"weights": sum(p.numel() for p in model.parameters()), "dtype": "bfloat16", "attention": "sdpa"}
@@ -62,7 +64,7 @@ def main() -> None:
         engine = QueryEngine(backbone, keep_bytes=64 << 30)
         items = [item for query in asked for (item,) in query.batch.items]
         hidden = backbone.encode_prefix(items, layer)
-        rows = torch.cat([q.prompts_KPD.expand(given.rows, -1, -1) for q in asked]).cuda()
+        rows = torch.cat([q.prompts_KPD.expand(given.rows, -1, -1) for q in asked]).to(given.device)
         per = engine.chunk_tokens // (LENGTH + TOKENS)
 
         def bare(rows=rows, hidden=hidden, items=items, layer=layer, per=per) -> None:
@@ -76,14 +78,14 @@ def main() -> None:
             "lock step": lambda asked=asked, engine=engine: engine.answer(asked),
             "one after another": lambda asked=asked, engine=engine: [engine.answer([query]) for query in asked],
         }
-        seconds = paired(works, repeats=5, device="cuda")
+        seconds = paired(works, repeats=5, device=given.device)
         result[f"enters_at={layer}"] = {
             "efficiency": ratio(seconds, "bare", "lock step"),
             "lock-step gain": ratio(seconds, "one after another", "lock step"),
             "seconds": medians(seconds),
         }
     print(json.dumps(result, indent=2))
-    save("gpu", result, device="cuda")
+    save("gpu", result, device=given.device)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python bench/library.py mixed|private|ablation|clients|texts [--seeds 0 1 2] [--
 Thirty clients of about 100 records: polarity in four domains (8 clients), medical abstracts (4), the domains of CLINC150
 (6), SIB-200 in English (4), Banking77 (8). `mixed`: methods side by side. `private`: the main row in 64 numbers, with and
 without ε = 2. `ablation`: prototypes by number and space, and what is distilled from them. `clients`: the same records
-among 10 to 500. `texts`: what SmolLM2 writes for the labels of all tasks, to distil on.
+among 10 to 500. `texts`: what a decoder (SmolLM2) writes for the labels of all tasks, to distil on.
 
 The sets lie in `--data` (README.md here); polarity is built in. A cell of a seed that the result file has, in the same
 setting, is not run again.
@@ -24,13 +24,12 @@ import tomli_w
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.library.distillation.generation import generate_texts
 from ficpd.registry import validated_section
 from ficpd.tasks.build import build_task
-from measure import Cells
+from measure import Cells, parse
 
 POLARITY = {
     "task": {
@@ -75,7 +74,7 @@ def group(name: str, data: str, clients: int, records: int) -> dict[str, Any]:
     file, column, instruction, where = FILES[name]
     table = pd.read_parquet(Path(data) / file)
     for key, values in where.items():
-        table = table[table[key].isin(values)]
+        table = table.loc[table[key].isin(values)]
     labels = {label: label.replace("_", " ").lower() for label in sorted(table[column].unique())}
     source = {"source": str(Path(data) / file), "columns": {"text": "text", "target": column}, "split_column": "split",
               "max_records": most, "where": where}  # fmt: skip
@@ -99,7 +98,7 @@ def world_of(
         "federation": {"num_rounds": args.rounds},
         "groups": {name: group(name, args.data, number, total[name] // number) for name, number in clients.items()},
     }
-    return faster(build_context(parse(tomli_w.dumps(tree | parts), "bench")), rate)
+    return faster(build_context(parse(tomli_w.dumps(tree | parts))), rate)
 
 
 def faster(context: ExperimentContext, rate: float = RATE) -> ExperimentContext:
@@ -201,7 +200,7 @@ def ablation(args: argparse.Namespace) -> None:
 def clients(args: argparse.Namespace) -> None:
     """The same records among more clients; 20 take part in a round (all, where there are fewer). Few steps and more rounds:
     five steps on six records are no longer the task's (10 rounds of 5 at 200 clients: 69.1, 25 of 2: 70.9, one seed)."""
-    schedule = {
+    schedule: dict[str, Any] = {
         "federation": {"num_rounds": 25},
         "training": {"local_steps": 2, "batch_size": 16},
     }
@@ -220,7 +219,7 @@ def clients(args: argparse.Namespace) -> None:
 
 def texts(args: argparse.Namespace) -> None:
     """Four drafts for every label, into the file `--texts`: public, for the writer is, and the labels' texts are."""
-    writer, _ = load_backbone(BackboneConfig(name="smollm2"), EngineConfig())
+    writer, _ = load_backbone(BackboneConfig(name=args.writer), EngineConfig())
     found = []
     for name in CLIENTS:
         made = generate_texts(writer, {}, build_task(group(name, args.data, 1, RECORDS)["task"]), 4, 0)
@@ -239,6 +238,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the sets")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--texts", help="public texts to distil on, one a line; none: words of the vocabulary")
+    parser.add_argument("--writer", default="smollm2", help="texts: the backbone that writes them")
     args = parser.parse_args()
     PARTS[args.part](args)
 

@@ -1,10 +1,11 @@
 """What every benchmark shares: timing in pairs, and a result file that says which machine and commit it is from."""
 
 import json
+import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,30 @@ from typing import Any
 import torch
 
 from ficpd.backbones.autotune import machine_info
+from ficpd.experiments import config
+from ficpd.experiments.results import RunResult, Scores
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FICPD_BENCH_RESULTS") or Path(__file__).parent / "results")
+CHANGES = os.environ.get("FICPD_BENCH_CHANGES", "").splitlines()
+"""Settings `a.b=c` that replace those of every experiment of a bench, to run it at toy size."""
+if CHANGES and not os.environ.get("FICPD_BENCH_RESULTS"):
+    raise SystemExit("FICPD_BENCH_CHANGES is set without FICPD_BENCH_RESULTS: toy figures need a folder of their own")
+
+
+def parse(text: str, changes: Iterable[str] = (), records: bool = True) -> config.Experiment:
+    """The experiment of a TOML text, with `changes` and then `CHANGES`."""
+    return config.parse(text, "bench", [*changes, *CHANGES], records)
+
+
+def read(recipe: str, changes: Iterable[str] = ()) -> config.Experiment:
+    """The experiment of a recipe of the package, with `changes` and then `CHANGES`."""
+    return config.read(recipe, [*changes, *CHANGES])
+
+
+def of_everyone(result: RunResult) -> Scores:
+    """The scores of a run's one prompt on all test records."""
+    assert result.scores.global_prompt is not None, f"{result.method} shares no prompt"
+    return result.scores.global_prompt
 
 
 def paired(works: Mapping[str, Callable[[], object]], repeats: int = 7, device: str = "cpu") -> dict[str, list[float]]:
@@ -99,8 +122,8 @@ def save(name: str, result: Mapping[str, Any], device: str = "cpu") -> Path:
         "machine": machine_info(torch.device(device)),
         **result,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(whole, indent=2) + "\n")
-    print(f"saved {path.relative_to(Path(__file__).parent.parent)}")
+    print(f"saved {path}")
     return path

@@ -1,8 +1,9 @@
 """What the federation itself costs beside the model: 500 clients of the tiny backbone, milliseconds and memory by round.
 
-python bench/overhead.py      a minute
+python bench/overhead.py [--rounds 24]      a minute
 """
 
+import argparse
 import gc
 import statistics
 import time
@@ -10,13 +11,12 @@ from pathlib import Path
 
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.build import build_context
-from ficpd.experiments.config import parse
 from ficpd.federation import simulation
 from ficpd.federation.rounds import RoundSchedule, run_rounds
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.types import FederationInfo
-from measure import save
+from measure import parse, save
 
 TINY = """
 [backbone]
@@ -42,9 +42,9 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-def overhead(rounds: int = 24) -> dict:
+def overhead(rounds: int) -> dict:
     """Milliseconds per client and round that are not the model's, with 500 tiny clients; and memory over the rounds."""
-    built = build_context(parse(TINY, "bench"))
+    built = build_context(parse(TINY))
     model, clients = _Timed(built.model.backbone), built.clients()
     method = fedavg.build(fedavg.Config(), LocalTrainingConfig(local_steps=1, batch_size=2, learning_rate=0.01))
     engine = simulation.build(simulation.Config(lock_step=64), method, clients, model)
@@ -68,13 +68,19 @@ class _Timed(QueryEngine):
 
     seconds = 0.0
 
-    def _forward(self, asked, part):
+    def _forward(self, queries, part):
         began = time.perf_counter()
         try:
-            return super()._forward(asked, part)
+            return super()._forward(queries, part)
         finally:
             self.seconds += time.perf_counter() - began
 
 
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=24)
+    save("overhead", overhead(options.parse_args().rounds))
+
+
 if __name__ == "__main__":
-    save("overhead", overhead())
+    main()

@@ -15,15 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ficpd import rng
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
-from ficpd.experiments.initialization import calibrate_clip_norm, public_gradients
+from ficpd.experiments.initialization import calibrate_clipping_and_compression
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
-from ficpd.registry import build_config, validated_section
-from measure import Cells
+from ficpd.registry import validated_section
+from measure import Cells, of_everyone, parse
 
 POLARITY = """
 [backbone]
@@ -88,7 +86,7 @@ RATE = 0.5
 
 
 def world_of(recipe: str, seed: int, data: str, changes: tuple[str, ...] = ()) -> ExperimentContext:
-    built = build_context(parse(recipe.replace("DATA", data), "bench", [f"seed={seed}", *changes]))
+    built = build_context(parse(recipe.replace("DATA", data), [f"seed={seed}", *changes]))
     training = built.experiment.training
     slower = training.model_copy(update={"learning_rate": RATE * (training.learning_rate or 0)})
     return replace(built, experiment=built.experiment.model_copy(update={"training": slower}))
@@ -106,20 +104,17 @@ def trial(
             "training": tuned,
         }
     )
-    module, config = build_config("compression", experiment.compression)
-    seed = rng.derive_seed(experiment.seed, "public")
-    gradients = partial(public_gradients, context.model, [context.task], context.start, seed)
-    compression = module.build(config, context.start, seed, gradients)
-    clip = calibrate_clip_norm(experiment, context.start, compression, gradients)
-    changed = replace(context, experiment=experiment.model_copy(update={"privacy": clip}), compression=compression)
+    found = calibrate_clipping_and_compression(experiment, [context.task], context.model, context.start)
+    changed = replace(context, experiment=found[0], compression=found[1])
     with tempfile.TemporaryDirectory() as folder:
         return figures(run_method(changed, experiment.method, RunDir(Path(folder) / "run"), None, no_progress))
 
 
 def figures(result: RunResult) -> dict[str, float]:
+    score = of_everyone(result)
     return {
-        "accuracy": 100 * result.scores.global_prompt["accuracy"],
-        "macro F1": 100 * result.scores.global_prompt["f1"],
+        "accuracy": 100 * score["accuracy"],
+        "macro F1": 100 * score["f1"],
         "bytes up": result.bytes.up_per_client_round,
         "epsilon": result.privacy.epsilon or 0.0,
     }

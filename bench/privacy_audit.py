@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from ficpd.experiments.audit import audit_run
-from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run
-from measure import Cells
+from measure import Cells, of_everyone, parse
 
 RECIPE = """
 name = "overfitted"
@@ -51,10 +50,10 @@ PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=2")
 def one(seed: int, changes: tuple[str, ...], canaries: int) -> dict[str, float]:
     """Train, attack; the figures of both."""
     with tempfile.TemporaryDirectory() as folder:
-        result = run(parse(RECIPE, "bench", [f"seed={seed}", *changes]), Path(folder) / "run")
+        result = run(parse(RECIPE, [f"seed={seed}", *changes]), Path(folder) / "run")
         audit = audit_run(Path(folder) / "run", shadows=4, members=1000, canaries=canaries, seed=seed)
     return {
-        "accuracy on test": result.scores.global_prompt["accuracy"],
+        "accuracy on test": of_everyone(result)["accuracy"],
         "best advantage": audit.advantage,
         "at least": audit.advantage_interval[0],
         "at most": audit.advantage_interval[1],

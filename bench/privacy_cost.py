@@ -10,6 +10,7 @@ same backbone, whose lower layers are computed beforehand for all.
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ficpd.backbones.query_engine import run_queries
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig
@@ -25,7 +25,7 @@ from ficpd.privacy import none, record_gaussian
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.registry import build_config
 from ficpd.types import Assignment, ClientCard, ClientWorkload
-from measure import medians, paired, ratio, save
+from measure import medians, paired, parse, ratio, save
 from privacy import POLARITY
 
 STEPS, BATCH = 4, 32
@@ -45,7 +45,7 @@ class Prompted(nn.Module):
         places = index_B.tolist()
         items = [batch.items[i][0] for i in places]
         outputs = context.model.backbone.forward(prompts_BPD, [self.states[i] for i in places], items, batch.enters_at)
-        return context.task.loss(outputs, batch.take(places))
+        return context.task.loss(outputs, batch.select(places))
 
 
 def with_opacus(context: ExperimentContext, client: Client):
@@ -57,9 +57,10 @@ def with_opacus(context: ExperimentContext, client: Client):
     module = Prompted(context, batch, states)
     optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
     loader = DataLoader(TensorDataset(torch.arange(len(batch))), batch_size=BATCH)
-    module, optimiser, loader = PrivacyEngine(accountant="prv").make_private(
+    made: Any = PrivacyEngine(accountant="prv").make_private(
         module=module, optimizer=optimiser, data_loader=loader, noise_multiplier=1.0, max_grad_norm=0.1
     )
+    module, optimiser, loader = made
 
     def steps() -> None:
         done = 0
@@ -92,7 +93,7 @@ def ours(context: ExperimentContext, client: Client, mechanism, account):
 
 
 def main() -> None:
-    context = build_context(parse(POLARITY, "bench"))
+    context = build_context(parse(POLARITY))
     shard = next(iter(context.shards.values()))
     n = len(shard.train)
     plan = ClientWorkload(n, BATCH / n, STEPS, 1000, 10, 1.0, 1000)

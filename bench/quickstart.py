@@ -9,10 +9,9 @@ import tempfile
 from pathlib import Path
 
 from ficpd.experiments.build import build_context
-from ficpd.experiments.config import read
 from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.runner import run
-from measure import save, spread
+from measure import read, save, spread
 
 
 def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
@@ -21,7 +20,7 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run(experiment, Path(folder) / "run")
         found = load_results(Path(folder) / "run")
-    main = "rmse" if experiment.task["name"] == "regression" else "accuracy"
+    main = "rmse" if experiment.all_groups[""].task["name"] == "regression" else "accuracy"
     figures = {
         r.label: {
             "epsilon": r.privacy.epsilon,

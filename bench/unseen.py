@@ -27,7 +27,6 @@ import tomli_w
 from ficpd.backbones.query_engine import run_queries
 from ficpd.evaluation.evaluate import score_prompt
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.experiments.config import parse
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
@@ -39,7 +38,7 @@ from ficpd.registry import validated_section
 from ficpd.tasks.build import start_text
 from ficpd.types import Record
 from library import CLIENTS, POLARITY, PROTOTYPES, RECORDS, faster, group, setting, told, world_of
-from measure import Cells, save
+from measure import Cells, parse, save
 
 MOST_TESTED = 300
 DOMAINS = ("tweets", "films", "products", "editorials")
@@ -279,7 +278,7 @@ def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int 
         "federation": {"num_rounds": args.rounds},
         "groups": {"sib": parts},
     }
-    return faster(build_context(parse(tomli_w.dumps(tree), "bench")), E5_RATE)
+    return faster(build_context(parse(tomli_w.dumps(tree))), E5_RATE)
 
 
 def keys(args: argparse.Namespace) -> None:

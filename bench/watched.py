@@ -88,8 +88,8 @@ class Call:
 
     accepted: float
     started: float = 0.0
-    lift: int = 0
-    project: int = 0
+    up: int = 0
+    down: int = 0
     answered: float = 0.0
     first: bytes = b""
 
@@ -123,7 +123,7 @@ class Counter:
             Path(self.place).unlink(missing_ok=True)
 
     def total(self) -> tuple[int, int]:
-        return sum(call.lift for call in self.calls), sum(call.project for call in self.calls)
+        return sum(call.up for call in self.calls), sum(call.down for call in self.calls)
 
     def _accept(self) -> None:
         while True:

@@ -27,9 +27,9 @@ def train(message: Message, context: Context) -> Message:
     dtype = torch.bfloat16 if config["bfloat16"] else torch.float32
     model = model_of(str(config["folder"]), dtype)
     tokens, targets = records_of(int(context.node_config["partition-id"]))
-    prompt = message.content["arrays"].to_torch_state_dict()["prompt"].requires_grad_(True)
+    prompt = message.content.array_records["arrays"].to_torch_state_dict()["prompt"].requires_grad_(True)
     readout = torch.randn(CLASSES, prompt.shape[1], generator=torch.Generator().manual_seed(0))
-    optimiser, rows = torch.optim.Adam([prompt], lr=0.01), int(config["rows"])
+    optimiser, rows, loss = torch.optim.Adam([prompt], lr=0.01), int(config["rows"]), torch.zeros(())
     for _ in range(int(config["steps"])):
         drawn = torch.randperm(len(tokens))[:rows].tolist()
         ids = pad_sequence([tokens[i] for i in drawn], batch_first=True)

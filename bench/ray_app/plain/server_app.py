@@ -21,9 +21,9 @@ class Timed(FedAvg):
         super().__init__(*given, **more)
         self.times: list[list[float]] = []
 
-    def configure_train(self, *given):
+    def configure_train(self, server_round, arrays, config, grid):
         self.times.append([time.time()])
-        return super().configure_train(*given)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round, replies):
         replies = list(replies)

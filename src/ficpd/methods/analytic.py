@@ -56,8 +56,9 @@ class Analytic(Method):
 
     name = "analytic"
     capabilities = Capabilities(
-        private_units=("record",), statistics_once={CLASSES: 0.5}, learns_readout=True, rounds=1, candidates=1, subspace=False,
+        private_units=("record",), statistics_once={CLASSES: 0.5}, learns_readout=True, rounds=1, candidates=1,
         not_private="its clients release sums over their records; use privacy.name = 'record_gaussian'",
+        subspace=False,
     )  # fmt: skip
     gram = True
 
