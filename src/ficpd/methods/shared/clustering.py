@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ficpd import rng
 
 AUTO_MOST, STABLE = 20, 10
-ALIKE = 0.5
-"""The minimum silhouette of a clustering: a reasonable structure (Kaufman and Rousseeuw, 1990)."""
+ALIKE = 0.7
+"""The minimum silhouette of a clustering: a strong structure (Kaufman and Rousseeuw, Finding Groups in Data, 1990)."""
 
 
 NO_KEYS: Mapping[str, str] = {}
