@@ -142,7 +142,7 @@ class Experiment(FrozenConfig):
     training: LocalTrainingConfig = LocalTrainingConfig()
     federation: FederationConfig = FederationConfig()
     privacy: dict[str, Any] = {"name": "none"}
-    compression: dict[str, Any] = {"name": "auto", "bits": 32}
+    compression: dict[str, Any] = {"name": "auto", "bits": None}
     distillation: DistillationConfig = DistillationConfig()
     fairness: FairnessConfig = FairnessConfig()
     metrics: tuple[dict[str, Any], ...] = ()

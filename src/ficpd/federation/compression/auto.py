@@ -11,26 +11,26 @@ from ficpd.federation.compression import none
 from ficpd.federation.compression.quantization import Bits, QuantizedCompression
 from ficpd.types import Prompt
 
-DIMENSION = 64
+DIMENSION, SUBSPACE_BITS, WHOLE_BITS = 64, 8, 32
 
 
 class Config(BaseModel):
-    """`bits`: bits per sent number; 32 means float32."""
+    """`bits`: bits per sent number; 32 means float32. None: 8 in the subspace, else 32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    bits: Bits = 32
+    bits: Bits | None = None
 
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
     """Sends the whole prompt, as before the method is known."""
-    return none.build(none.Config(bits=config.bits), start, seed)
+    return none.build(none.Config(bits=config.bits or WHOLE_BITS), start, seed)
 
 
 def choose(part: dict[str, Any], start: Prompt, in_subspace: bool) -> dict[str, Any]:
     """Returns the settings that an open compression stands for; any other is returned as it is."""
     if part["name"] != "auto":
         return part
-    bits = {"bits": part["bits"]}
     if not in_subspace or start.vectors_PD.numel() <= DIMENSION:
-        return {"name": "none", **bits}
-    return {"name": "subspace", "dimension": DIMENSION, "directions": "gradient", **bits}
+        return {"name": "none", "bits": part.get("bits") or WHOLE_BITS}
+    found = {"name": "subspace", "dimension": DIMENSION, "directions": "gradient"}
+    return found | {"bits": part.get("bits") or SUBSPACE_BITS}
