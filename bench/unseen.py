@@ -128,7 +128,7 @@ class Newcomer:
         return adapt(library, records, self.task, context.model, context.experiment.training, how, self.seed).fitted
 
 
-ALONE = ("leave", "tune", "demonstrations")
+ALONE = ("leave", "tune", "demonstrations", "head")
 
 
 def measured(
@@ -154,7 +154,9 @@ def measured(
             continue
         cells.add(f"{said}, average", seed, partial(averaged, few))
         cells.add(f"{said}, none", seed, partial(newcomer.fitted, alone, few, ALONE, auto))
-        cells.add(f"{said}, no prompt", seed, partial(newcomer.fitted, bare, few, ["leave", "demonstrations"], False))
+        cells.add(
+            f"{said}, no prompt", seed, partial(newcomer.fitted, bare, few, ["leave", "demonstrations", "head"], False)
+        )
         cells.add(f"{said}, vocabulary", seed, partial(newcomer.fitted, begun, few, ALONE, False))
 
 

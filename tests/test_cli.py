@@ -239,8 +239,8 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert "it holds your records" in told
     assert mine.card["tasks"]["own"]["labels"] == {"sad": "sad", "very_happy": "very happy"}
     assert mine.card["adapted"]["shots"] == 8
-    assert mine.readouts["adapted"].shape == (2, 16)
-    assert "demonstrations that come with it" in (tmp_path / "mine" / "README.md").read_text()
+    assert mine.readouts["adapted"].rows_CD.shape == (2, 16)
+    assert "demonstrations or head that come with it" in (tmp_path / "mine" / "README.md").read_text()
     answer = json.loads(ficpd("predict", tmp_path / "mine", "--text", "the film was lovely")[1])
     assert answer["prediction"] in ("very_happy", "sad")
     known = ficpd("predict", tmp_path / "mine", "--text", "the film was lovely", "--task", "classification")[1]
@@ -248,8 +248,9 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert known == ficpd("predict", folder / "run", "--text", "the film was lovely", "--prompt", "global")[1]
 
 
-def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path):
-    """The readout of the demonstrations is saved and used, and beside the adapted prompt only."""
+@pytest.mark.parametrize("how", ["demonstrations", "head"])
+def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path, how):
+    """The readout made of the records is saved and used, and beside the adapted prompt only."""
     from ficpd.evaluation.evaluate import score_prompt
     from ficpd.library.records import draw_shots, read_records
     from ficpd.library.selection import adapt
@@ -257,10 +258,10 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
 
     opened, records = load_library(folder / "run"), read_records(moods)
     labels = {"sad": "one", "very_happy": "two"}
-    mine = opened.adapt(moods, shots=0, how="demonstrations", labels=labels)
+    mine = opened.adapt(moods, shots=0, how=how, labels=labels)
     mine.save(tmp_path / "mine")
     task, shots, training = mine.task, draw_shots(records, 0, False, 0), local_training_config(opened.library)
-    found = adapt(opened.library, shots, task, opened.model, training, "demonstrations")
+    found = adapt(opened.library, shots, task, opened.model, training, how)
     batch = found.fitted.encode(task, records, opened.model.backbone)
     fitted = score_prompt(task, found.fitted.prompt.vectors_PD, batch, task.targets(records), opened.model)
     assert mine.evaluate(records) == fitted

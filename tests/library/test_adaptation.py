@@ -24,7 +24,7 @@ from ficpd.library.selection import cross_validate, one_standard_error_rule, pre
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
 from ficpd.tasks.demonstrations import Demonstrations, balanced, is_in_context, mix_readout
-from ficpd.types import Prompt, Query, Record
+from ficpd.types import Prompt, Query, Readout, Record
 
 MEANINGS = {
     "mood": {"good": ["good", "fine"], "bad": ["bad", "dull"]},
@@ -210,6 +210,42 @@ def test_at_most_sixteen_prompts_are_composed_and_the_global_one_is_among_them(l
     assert taken[1:] == [name for name in shots.ranked() if name != "start"][:15]
 
 
+# ---------------------------------------------------------------- a head
+
+
+def test_a_head_tells_what_bad_label_texts_do_not(library, model):
+    """The labels' texts say nothing; the records' features do. The prompt stays."""
+    task = task_of("", warm="one", cold="two")
+    shots = prepare_shots(library, records("heat", 12, 3), task, model, TRAINING)
+    left, fitted = fit("leave", shots, model)["leave"], fit("head", shots, model)["head"]
+    test = records("heat", 48, 9)
+    assert loss(fitted, task, test, model) < loss(left, task, test, model) - 0.2
+    assert torch.equal(left.prompt.vectors_PD, fitted.prompt.vectors_PD)
+
+
+def test_a_head_begins_at_the_readout_that_the_library_learned(library, model):
+    """The labels' texts say nothing, and four records little; the learned readout knows."""
+    task = task_of("", warm="one", cold="two")
+    known = Readout(task_of("heat").readout(model.backbone), torch.zeros(2), torch.full((2,), 0.5))
+    taught = replace(library, card={**library.card, "tasks": {"heat": dict(task.to_config())}}, learned={"heat": known})
+    test, few = records("heat", 48, 9), records("heat", 4, 3)
+    with_it, without = (
+        loss(fit("head", prepare_shots(given, few, task, model, TRAINING), model)["head"], task, test, model)
+        for given in (taught, library)
+    )
+    assert with_it < without - 0.05
+
+
+def test_a_decoder_has_no_rows_for_a_head_to_replace(decoder):
+    task = task_of("sentiment is", good="good", bad="bad")
+    begin = Prompt(decoder.backbone.init_prompt("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
+    given = [Record(str(i), {"text": "fine", "target": target}) for i, target in enumerate(["good", "bad"] * 3)]
+    found = selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING)
+    assert "head" not in found.table
+    with pytest.raises(LibraryError, match="expected a classification on an encoder"):
+        selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "head")
+
+
 # ---------------------------------------------------------------- demonstrations
 
 
@@ -310,6 +346,7 @@ def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):
     task = task_of("", warm="one", cold="two")
     found = selection.adapt(library, records("heat", 16, 3), task, model, TRAINING)
     assert found.way not in ("leave", "nearest")
+    assert found.table["head"]["loss"] < found.table["leave"]["loss"] - 0.05
     assert found.table["demonstrations 0.8"]["loss"] < found.table["leave"]["loss"] - 0.1
     test = records("heat", 48, 9)
     left = fit("leave", prepare_shots(library, records("heat", 16, 3), task, model, TRAINING), model)["leave"]

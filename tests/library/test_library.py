@@ -16,7 +16,7 @@ from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, task_key
 from ficpd.library.selection import prepare_shots
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
-from ficpd.types import Prompt, Query
+from ficpd.types import Prompt, Query, Readout
 
 CARD = {
     "backbone": {"name": "tiny", "kind": "tiny", "options": {}},
@@ -53,12 +53,13 @@ def axis(model: QueryEngine, place: int, length: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("head", [False, True])
 def test_a_library_comes_back_as_it_was_saved(tmp_path, model, head):
-    given = replace(library(model, small.classes(tuned_head=head)), keys=KEYS, readouts={"global": torch.ones(2, 16)})
+    read = Readout(torch.ones(2, 16), torch.tensor([0.5, -0.5]), torch.tensor([0.25, 0.75]))
+    given = replace(library(model, small.classes(tuned_head=head)), keys=KEYS, readouts={"global": read})
     given.save(tmp_path / "lib")
     back = PromptLibrary.load(tmp_path / "lib")
     assert same(back.start, given.start)
     assert small.same(back.keys, KEYS)
-    assert small.same(back.readouts, given.readouts)
+    assert small.same(vars(back.readouts["global"]), vars(read))
     assert back.prompts.keys() == given.prompts.keys()
     assert all(same(prompt, given.prompts[name]) for name, prompt in back.prompts.items())
     assert back.card == CARD
@@ -290,7 +291,7 @@ def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     assert "no privacy guarantee for those records" in told
     assert "demonstrations" not in told
     shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()
-    assert "demonstrations that come with it" in shown
+    assert "demonstrations or head that come with it" in shown
     assert "adapted" not in given.page().split("Use it")[0]
 
 

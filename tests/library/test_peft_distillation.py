@@ -25,7 +25,7 @@ from ficpd.library.peft_io import export, own_base, read_folder, reentry_lines
 from ficpd.library.session import load_library
 from ficpd.tasks import classification, generation
 from ficpd.tasks.build import start_text
-from ficpd.types import ModelOutput, Prompt, Record
+from ficpd.types import ModelOutput, Prompt, Readout, Record
 
 LONG = {"good": "very good", "bad": "bad and dull", "so": "fine"}
 
@@ -149,10 +149,11 @@ def test_a_readout_of_the_prompts_own_is_imitated(model):
     """With the answers swapped in its readout, the logits to imitate are those of the prompt with the other sign."""
     task = small.classes()
     prompt, given = strong(model, task), texts()
-    swapped_CD = task.readout(model.backbone).flip(0)
+    bias_C = torch.tensor([0.2, -0.2])
+    swapped = Readout(task.readout(model.backbone).flip(0), bias_C, torch.full((2,), 0.5))
     plain = distill_to_input(prompt, given, task, model, steps=60)
-    swapped = distill_to_input(prompt, given, task, model, readout_CD=swapped_CD, steps=60)
-    theirs = -logits(prompt.vectors_PD, task.encode(given.records, model.backbone, prompt), model)
+    swapped = distill_to_input(prompt, given, task, model, readout=swapped, steps=60)
+    theirs = bias_C - logits(prompt.vectors_PD, task.encode(given.records, model.backbone, prompt), model)
     batch = task.encode(given.records, model.backbone, plain.prompt)
     near, far = (logits(p.vectors_PD, batch, model) - theirs for p in (swapped.prompt, plain.prompt))
     assert float(near.square().mean()) < float(far.square().mean()) / 2

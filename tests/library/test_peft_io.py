@@ -262,7 +262,7 @@ def test_what_peft_cannot_express_is_refused_with_the_way_out(llama, tmp_path, m
 
 
 def test_a_prompt_with_a_readout_of_its_own_is_refused(llama, tmp_path):
-    made = replace(library(llama), readouts={"global": torch.ones(2, 32)})
+    made = replace(library(llama), readouts={"global": Readout(torch.ones(2, 32), torch.zeros(2), torch.ones(2) / 2)})
     with pytest.raises(LibraryError, match="tuned readout"):
         export(made, "global", tmp_path / "out", str(llama))
 

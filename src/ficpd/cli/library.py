@@ -34,7 +34,7 @@ def adapt(
     shots: Annotated[int, typer.Option(help="records used; 0: all of them", min=0)] = 16,
     per_class: Annotated[bool, typer.Option("--per-class", help="use that many of each class")] = False,
     how: Annotated[
-        str, typer.Option(help="auto, leave, nearest, compose, tune, demonstrations or compose+demonstrations")
+        str, typer.Option(help="auto, leave, nearest, compose, head, tune, demonstrations or compose+demonstrations")
     ] = "auto",
     task: TaskName = None,
     label: Annotated[

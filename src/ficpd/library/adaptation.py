@@ -1,4 +1,4 @@
-"""Adapts a library to a few records by one of six strategies. The simplest leaves the library unchanged.
+"""Adapts a library to a few records by one of seven strategies. The simplest leaves the library unchanged.
 
 Each strategy is a generator that yields `Query`s, as a client does. The records belong to the caller, so nothing is
 private here. A strategy returns variants by name, the simplest first: fewer steps, or a smaller share of the
@@ -17,9 +17,16 @@ from ficpd import rng
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation.distill import adam
 from ficpd.library.library import START, PromptLibrary
+from ficpd.methods.shared.heads import fit_heads
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.tasks.demonstrations import Demonstrations, demonstrate
-from ficpd.types import Answer, Batch, Prompt, Query, Record
+from ficpd.tasks.demonstrations import (
+    Demonstrations,
+    demonstrate,
+    is_in_context,
+    readout_of,
+    supports_demonstrations,
+)
+from ficpd.types import Answer, Batch, Prompt, Query, Readout, Record
 
 GLOBAL = "global"
 MOST_WEIGHTS = 16
@@ -31,6 +38,7 @@ TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate, which is set for many records, and the numbers of steps to compare."""
 TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
+HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 32
 """The maximum number of records in a step."""
 
@@ -121,6 +129,26 @@ def compose(shots: FewShotSet) -> Work:
     return dict(shots.composed)
 
 
+def head(shots: FewShotSet) -> Work:
+    """Fits a head to the records' features under the unchanged prompt: ridge regression towards the task's readout.
+
+    The penalty is that of the least leave-one-out log loss (`methods.shared.heads`). All labels score alike at the mean
+    record: the label shares of a few records are chance, and a label without a record would never be predicted.
+    """
+    (begin,) = (yield from keep(shots)).values()
+    answer = yield Query(begin.prompt.vectors_PD[None], shots.batch, outputs=True)
+    assert answer.outputs_KB is not None
+    assert shots.batch.targets is not None
+    targets_B, own = shots.batch.targets.cpu(), readout_of(shots.batch)
+    features_BD = answer.outputs_KB.features_RD.float().cpu()
+    heads = fit_heads(features_BD, targets_B, len(own.bias_C), (own.rows_CD, own.bias_C), HEAD_PENALTIES)
+    best = min(heads, key=lambda tried: tried.loss(targets_B))
+    assert best.linear is not None
+    rows_CD = best.linear[0] - best.linear[0].mean(0)
+    read = Demonstrations(readout=Readout(rows_CD, -rows_CD @ features_BD.mean(0), own.shares_C))
+    return {"head": AdaptedPrompt(begin.prompt, f"a head of {len(shots.records)} records on {begin.note}", read)}
+
+
 def tune(shots: FewShotSet) -> Work:
     """Tunes the whole prompt by Adam from the composed prompt; returns a variant for each number of steps."""
     (begin,) = (yield from compose(shots)).values()
@@ -149,6 +177,7 @@ STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "leave": keep,
     "nearest": nearest,
     "compose": compose,
+    "head": head,
     "tune": tune,
     "demonstrations": demonstrations,
     "compose+demonstrations": compose_and_demonstrate,
@@ -241,6 +270,11 @@ def _basis(shots: FewShotSet) -> list[str]:
 
 def _offsets(shots: FewShotSet, names: Sequence[str]) -> Tensor:
     return torch.stack([shots.library.offset(name) for name in names])
+
+
+def supports_head(task: Task, backbone: Backbone) -> bool:
+    """Returns whether answers are read from features by rows of label texts, which a head may replace."""
+    return supports_demonstrations(task) and backbone.supports_features and not is_in_context(backbone)
 
 
 def unchanged(library: PromptLibrary, name: str) -> AdaptedPrompt:

@@ -65,7 +65,7 @@ def adapted_line(card: Mapping[str, Any], readouts: Container[str]) -> str:
     if facts is None:
         return ""
     holds = bool(facts.get("demonstrations")) or ADAPTED in readouts
-    shown = ", and the demonstrations that come with it," if holds else ""
+    shown = ", and the demonstrations or head that come with it," if holds else ""
     return (
         f"- adapted: to {facts.get('shots', '?')} records by {facts.get('way', '?')}. The prompt `{ADAPTED}`{shown} has no "
         "privacy guarantee for those records; share it only with people who may see them\n"

@@ -35,7 +35,7 @@ class PromptLibrary:
     prompts: by name (`global`, `prototype-0`, ...).
     card: JSON: the backbone's name, the tasks by name, the privacy spent, the run's settings.
     keys: by prompt, the unit vector [D] of its tasks (see `task_key`).
-    readouts: by prompt, the [C, D] that replaces the task's readout, if demonstrations are part of it.
+    readouts: by prompt, what replaces the task's readout, if records are part of it (demonstrations, a head).
     learned: by task of the card, the readout that the federation's prompts were tuned in.
     """
 
@@ -43,7 +43,7 @@ class PromptLibrary:
     prompts: Mapping[str, Prompt]
     card: Mapping[str, Any]
     keys: Mapping[str, Tensor] = field(default_factory=dict)
-    readouts: Mapping[str, Tensor] = field(default_factory=dict)
+    readouts: Mapping[str, Readout] = field(default_factory=dict)
     learned: Mapping[str, Readout] = field(default_factory=dict)
 
     def learned_readout(self, task: Task) -> Readout | None:
@@ -115,9 +115,9 @@ class PromptLibrary:
                 "head_rows": str(self.start.head_rows)}  # fmt: skip
         tensors = {name: prompt.vectors_PD for name, prompt in self.candidates().items()}
         tensors |= {KEY + name: key_D for name, key_D in self.keys.items()}
-        tensors |= {READOUT + name: readout_CD for name, readout_CD in self.readouts.items()}
-        for name, found in self.learned.items():
-            tensors[LEARNED + name] = torch.cat([found.rows_CD, found.bias_C[:, None], found.shares_C[:, None]], dim=1)
+        of_prompts = {READOUT + name: readout for name, readout in self.readouts.items()}
+        for name, found in (of_prompts | {LEARNED + name: readout for name, readout in self.learned.items()}).items():
+            tensors[name] = torch.cat([found.rows_CD, found.bias_C[:, None], found.shares_C[:, None]], dim=1)
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         atomic_write(staging / "prompts.safetensors", save(whole, meta))
         atomic_write(staging / "card.json", json.dumps(self.card, indent=2) + "\n")
@@ -173,21 +173,25 @@ def _read_card(path: Path) -> dict[str, Any]:
 def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:
     """Builds the library from its file. Raises `KeyError` or `ValueError` if parts do not match."""
     keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
-    readouts = {name.removeprefix(READOUT): t for name, t in tensors.items() if name.startswith(READOUT)}
-    learned = {name.removeprefix(LEARNED): t for name, t in tensors.items() if name.startswith(LEARNED)}
+    readouts = {name.removeprefix(READOUT): t for name, t in sorted(tensors.items()) if name.startswith(READOUT)}
+    learned = {name.removeprefix(LEARNED): t for name, t in sorted(tensors.items()) if name.startswith(LEARNED)}
     vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT, LEARNED))}
     if len({vector.shape for vector in vectors.values()}) != 1:
         raise ValueError("its prompts have different shapes")
     width = vectors[START].shape[1]
-    if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in [*keys.values(), *readouts.values()]):
+    if {*keys, *readouts} - vectors.keys() or any(t.shape[-1] != width for t in keys.values()):
         raise ValueError("a key or readout has no prompt, or another width")
+    if any(t.ndim != 2 or t.shape[1] != width + 2 for t in readouts.values()):
+        raise ValueError("a readout has another width")
     labels = {name: len(card["tasks"].get(name, {}).get("labels", ())) for name in learned}
     if any(t.shape != (labels[name], width + 2) for name, t in learned.items()):
         raise ValueError("a learned readout has no task in the card, or another shape")
-    read = {name: Readout(t[:, :-2], t[:, -2], t[:, -1]) for name, t in sorted(learned.items())}
+    of_prompts, of_tasks = (
+        {name: Readout(t[:, :-2], t[:, -2], t[:, -1]) for name, t in found.items()} for found in (readouts, learned)
+    )
     shape = int(meta["enters_at"]), int(meta["head_rows"])
     prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
-    return PromptLibrary(prompts.pop(START), prompts, card, keys, readouts, read)
+    return PromptLibrary(prompts.pop(START), prompts, card, keys, of_prompts, of_tasks)
 
 
 def task_key(task: Task, backbone: Backbone) -> Tensor:

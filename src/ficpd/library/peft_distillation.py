@@ -26,7 +26,7 @@ from ficpd.optimizers import LocalTrainingConfig, map_queries, tune
 from ficpd.privacy.none import NoPrivacy
 from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import build_task, start_text
-from ficpd.types import LORA, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Record
+from ficpd.types import LORA, Assignment, Batch, ClientCard, ModelOutput, Prompt, Query, Readout, Record
 
 if TYPE_CHECKING:
     from ficpd.library.session import LibrarySession
@@ -97,12 +97,12 @@ class DistillationTarget:
 
 
 def distill_to_input(
-    prompt: Prompt, texts: Texts, task: Task, model: QueryEngine, *, readout_CD: Tensor | None = None,
+    prompt: Prompt, texts: Texts, task: Task, model: QueryEngine, *, readout: Readout | None = None,
     num_tokens: int | None = None, steps: int = 200, learning_rate: float = RATE, batch_size: int = 8, seed: int = 0,
 ) -> InputPromptResult:  # fmt: skip
     """Tunes an input prompt of `num_tokens` virtual tokens (None: as many as the original) to imitate `prompt`.
 
-    A tuned head and the prompt's readout (`readout_CD`) are imitated as well. The untuned start is returned if tuning
+    A tuned head and the prompt's readout (`readout`) are imitated as well. The untuned start is returned if tuning
     does not lower the held-out loss. `learning_rate` is Adam's, relative to the start's root mean square. Raises
     `LibraryError` for fewer than `FEWEST` texts.
     """
@@ -117,7 +117,7 @@ def distill_to_input(
     start_PD = model.backbone.init_prompt(start_text([task]), tokens, 0, seed)
     start = Prompt(start_PD, model.backbone.fingerprint)
     records = [replace(r, fields={k: v for k, v in r.fields.items() if k != "target"}) for r in texts.records]
-    goal = (_written if task.max_new_tokens else _answered)(prompt, start, records, task, model, readout_CD)
+    goal = (_written if task.max_new_tokens else _answered)(prompt, start, records, task, model, readout)
     order = torch.randperm(len(goal.batch), generator=rng.make_generator(seed, "reenter")).tolist()
     held, rest = order[: len(order) // 4], order[len(order) // 4 :]
     rate = learning_rate * float(start_PD.square().mean().sqrt())
@@ -127,7 +127,7 @@ def distill_to_input(
     helped = after.loss < before.loss
     tuned, after = (tuned, after) if helped else (start, before)
     facts = {
-        "from_layer": prompt.enters_at, "head_rows": prompt.head_rows, "readout": readout_CD is not None,
+        "from_layer": prompt.enters_at, "head_rows": prompt.head_rows, "readout": readout is not None,
         "texts": texts.source, "weak": texts.weak, "tuned_on": len(rest), "held_back": len(held), "steps": steps,
         "writes": bool(task.max_new_tokens), "helped": helped,
     }  # fmt: skip
@@ -147,9 +147,7 @@ def distill_library_prompt(
     require_standalone(library, name)
     model, chosen = opened.model, opened.tasks[opened.named(task)]
     texts = data or default_texts(opened.folder, model, options.get("seed", 0))
-    done = distill_to_input(
-        library.prompts[name], texts, chosen, model, readout_CD=library.readouts.get(name), **options
-    )
+    done = distill_to_input(library.prompts[name], texts, chosen, model, readout=library.readouts.get(name), **options)
     return done.library(library, name)
 
 
@@ -178,14 +176,12 @@ def _synthetic(file: Path) -> list[Record]:
 # ---------------------------------------------------------------- targets
 
 
-def _answered(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
+def _answered(prompt, start, records, task: Task, model: QueryEngine, readout: Readout | None) -> DistillationTarget:
     """Returns the target for a task with fixed answers: the original's logits."""
     backbone = model.backbone
     plain = build_task({**task.to_config(), "tuned_head": False}) if task.head_rows else task
     theirs = task.encode(records, backbone, prompt)
-    if readout_CD is not None:
-        theirs = replace(theirs, readout_CD=readout_CD.to(backbone.device))
-    wanted_BC = logits(prompt.vectors_PD, theirs, model)
+    wanted_BC = logits(prompt.vectors_PD, theirs.with_readout(readout), model)
     batch = replace(plain.encode(records, backbone, start), extra={"wanted": wanted_BC})
 
     def predict(vectors_PD: Tensor, batch: Batch) -> list[int]:
@@ -194,7 +190,7 @@ def _answered(prompt, start, records, task: Task, model: QueryEngine, readout_CD
     return DistillationTarget(batch, logit_mse, wanted_BC.argmax(-1).tolist(), predict)
 
 
-def _written(prompt, start, records, task: Task, model: QueryEngine, readout_CD: Tensor | None) -> DistillationTarget:
+def _written(prompt, start, records, task: Task, model: QueryEngine, readout: Readout | None) -> DistillationTarget:
     """Returns the target for a generation task: the original's texts."""
 
     def predict(vectors_PD: Tensor, batch: Batch) -> list:

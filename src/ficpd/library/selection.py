@@ -17,9 +17,8 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import run_all
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.adaptation import GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, unchanged
+from ficpd.library.adaptation import GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, supports_head, unchanged
 from ficpd.library.card import join_names
-from ficpd.library.distillation.distill import logits
 from ficpd.library.library import START, PromptLibrary, task_key
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import supports_demonstrations
@@ -83,7 +82,12 @@ def adapt(
         return _by_key(library, task, model.backbone, lack)
     shots = prepare_shots(library, records, task, model, training, seed)
     can_show, can_tune = supports_demonstrations(task), model.backbone.supports_gradients
-    usable = [way for way in STRATEGIES if (can_show or "demonstrations" not in way) and (can_tune or way != "tune")]
+    can_head = supports_head(task, model.backbone)
+    usable = [
+        way
+        for way in STRATEGIES
+        if (can_show or "demonstrations" not in way) and (can_tune or way != "tune") and (can_head or way != "head")
+    ]
     ways = [how] if how != AUTO else usable
     table = {} if lack else cross_validate(shots, ways, model)
     best = one_standard_error_rule(table) if table else ways[0]
@@ -183,7 +187,8 @@ def _fit_and_predict(
         predicted = [None] * len(batch) if held.task.max_new_tokens else held.task.predict(answer, batch)
         assert answer.outputs_KB is not None
         labelled = bool(held.task.to_config().get("labels"))
-        logits_BC = logits(answer.outputs_KB, batch).cpu() if labelled else None
+        logits_BC = held.task.logits(answer.outputs_KB, batch) if labelled else None
+        logits_BC = None if logits_BC is None else logits_BC.cpu()
         found[variant] = HeldOutResult(answer.loss_KB[0].cpu(), predicted, logits_BC)
     return found
 
@@ -229,6 +234,10 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if not records and how not in (AUTO, "nearest", "leave"):
         raise LibraryError(f"no records for --how {how}; give some, or use --how nearest or leave")
+    if how == "head" and not supports_head(task, backbone):
+        raise LibraryError(
+            "--how head: expected a classification on an encoder, without a tuned head; choose another strategy"
+        )
     if "demonstrations" in how and not supports_demonstrations(task):
         raise LibraryError(f"--how {how}: expected a classification without a tuned head; choose another strategy")
 

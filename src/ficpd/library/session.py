@@ -109,7 +109,8 @@ class LibrarySession:
         """Fits the library to a few records; the new one has one prompt more, `adapted`, and the task it is for.
 
         shots: records used (0: all of them); `per_class`: so many of each class.
-        how: "auto", "leave", "nearest", "compose", "tune", "demonstrations" or "compose+demonstrations".
+        how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "compose", "head", "tune", "demonstrations" or
+            "compose+demonstrations".
         task: a task of the library; `labels` (label to text) and `instruction` make a new one instead.
         say: gets a sentence about the task and about labels without a record.
         """
@@ -319,8 +320,8 @@ def adapt_session(
     }
     keys = {**library.keys, ADAPTED: task_key(own.task, opened.model.backbone)} if library.keys else {}
     readouts = {name: readout for name, readout in library.readouts.items() if name != ADAPTED}
-    if shown is not None and shown.readout_CD is not None:
-        readouts[ADAPTED] = shown.readout_CD
+    if shown is not None and shown.readout is not None:
+        readouts[ADAPTED] = shown.readout
     prompts = {**library.prompts, ADAPTED: found.fitted.prompt}
     return LibrarySession(
         PromptLibrary(library.start, prompts, card, keys, readouts, library.learned), opened.model,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
-from ficpd.types import Answer, Batch, Prompt, Query, Record
+from ficpd.types import LABEL_PRIOR, Answer, Batch, Prompt, Query, Readout, Record
 
 MIXES = (0.4, 0.8)
 """Shares of many examples in a readout row; one example has half of that."""
@@ -23,10 +23,10 @@ MIXES = (0.4, 0.8)
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """texts: examples for a backbone with a context, in the order shown. readout_CD: replaces the task's readout."""
+    """texts: examples for a backbone with a context, in the order shown. readout: replaces the task's readout."""
 
     texts: tuple[str, ...] = ()
-    readout_CD: Tensor | None = None
+    readout: Readout | None = None
 
     def encode(
         self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
@@ -34,9 +34,10 @@ class Demonstrations:
         """Encodes records with the demonstrations. Later examples that do not fit are dropped; texts are never cut.
 
         encoded: the records encoded before, which saves an encoder the work."""
-        if self.readout_CD is not None:
+        if self.readout is not None:
             batch = encoded or task.encode(records, backbone, prompt)
-            return replace(batch, readout_CD=self.readout_CD.to(backbone.device))
+            without = {name: value for name, value in batch.extra.items() if name != LABEL_PRIOR}
+            return replace(batch, extra=without).with_readout(self.readout)
         own = task.encode(records, backbone, prompt)  # `encoded` may be cut for another prompt
         lengths = [backbone.tokenize(f"{text}\n\n", None, "", None, 0).length + 1 for text in self.texts]
         shown = []
@@ -80,13 +81,24 @@ def demonstrate(
     if is_in_context(backbone):
         return {"": Demonstrations(tuple(_written(task, record) for record in balanced(records)))}
     assert batch.targets is not None
-    assert batch.readout_CD is not None
     answer = yield Query(prompt.vectors_PD[None], batch, outputs=True)
     assert answer.outputs_KB is not None
-    features_BD, own_CD = answer.outputs_KB.features_RD.cpu(), batch.readout_CD.float().cpu()
+    features_BD, own = answer.outputs_KB.features_RD.cpu(), readout_of(batch)
     return {
-        f"{mix:g}": Demonstrations(readout_CD=mix_readout(own_CD, features_BD, batch.targets, mix)) for mix in MIXES
+        f"{mix:g}": Demonstrations(
+            readout=replace(own, rows_CD=mix_readout(own.rows_CD, features_BD, batch.targets, mix))
+        )
+        for mix in MIXES
     }
+
+
+def readout_of(batch: Batch) -> Readout:
+    """Returns what an encoded batch of an encoder is read by, on the CPU: its task's label texts, or a learned readout."""
+    assert batch.readout_CD is not None
+    labels = len(batch.readout_CD)
+    prior_BC = batch.extra.get(LABEL_PRIOR)
+    bias_C = torch.zeros(labels) if prior_BC is None else prior_BC[0].float().cpu()
+    return Readout(batch.readout_CD.float().cpu(), bias_C, torch.full((labels,), 1 / labels))
 
 
 def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ficpd import rng
 from ficpd.errors import ConfigError
 from ficpd.interfaces import Model
-from ficpd.types import Answer, Batch, ModelOutput, Query
+from ficpd.types import LABEL_PRIOR, Answer, Batch, ModelOutput, Query
 
 Loss = Callable[[ModelOutput, Batch], Tensor]
 TEACHER = "teacher"
@@ -98,11 +98,12 @@ def _of_all(logits_KBC: Tensor, lesson: TaskExamples) -> Tensor:
 
 
 def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns the scores of a task's answers, [R, C]; `-inf` where a row has fewer answers."""
+    """Returns the scores of a task's answers, [R, C], with a readout's bias; `-inf` where a row has fewer answers."""
     if outputs.readout_RCD is not None:
         return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
     if batch.readout_CD is not None:
-        return outputs.features_RD @ batch.readout_CD.to(outputs.features_RD.device).T
+        scores_RC = outputs.features_RD @ batch.readout_CD.to(outputs.features_RD.device).T
+        return scores_RC + batch.extra[LABEL_PRIOR].to(scores_RC.device) if LABEL_PRIOR in batch.extra else scores_RC
     if outputs.scores_RN is None:
         raise ConfigError("the examples have no answers to score; a generation task needs a target text for each")
     return outputs.scores_RN

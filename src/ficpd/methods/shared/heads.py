@@ -32,10 +32,14 @@ SMOOTHING = 0.1
 
 
 class OwnHead(NamedTuple):
-    """loo_BC: logits of the client's own records, each left out of its own. logits: [R, D] to [R, C] for any features."""
+    """loo_BC: logits of the client's own records, each left out of its own. logits: [R, D] to [R, C] for any features.
+
+    linear: rows [C, D] and bias [C], where the logits are linear in the features.
+    """
 
     loo_BC: Tensor
     logits: Callable[[Tensor], Tensor]
+    linear: tuple[Tensor, Tensor] | None = None
 
     def loss(self, targets_B: Tensor) -> float:
         return float(F.cross_entropy(self.loo_BC, targets_B))
@@ -88,7 +92,7 @@ def _multiple(along: Tensor, squared: Tensor) -> Tensor:
 def _scaled(scores_BC: Tensor, rows_CD: Tensor, bias_C: Tensor, targets_B: Tensor) -> OwnHead:
     scale = min(SCALES, key=lambda s: float(F.cross_entropy(s * scores_BC, targets_B)))
     rows, bias = (scale * rows_CD).float(), (scale * bias_C).float()
-    return OwnHead((scale * scores_BC).float(), lambda features: features.float().cpu() @ rows.T + bias)
+    return OwnHead((scale * scores_BC).float(), lambda features: features.float().cpu() @ rows.T + bias, (rows, bias))
 
 
 def nearest_neighbours(features_BD: Tensor, targets_B: Tensor, num_labels: int) -> OwnHead:
