@@ -219,11 +219,13 @@ class ReleaseKind(Enum):
 class Mechanism(ABC):
     """Clips and noises what one client releases, and states what each release costs.
 
-    `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from.
+    `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from. `subjects`: at the record
+    level, whether the unit is a subject with all its records; the methods below then need `subject_B`, each record's number.
     """
 
     unit: Literal["none", "record", "client"]
     noise: Literal["simulated", "cryptographic"]
+    subjects: bool = False
 
     @abstractmethod
     def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
@@ -234,7 +236,9 @@ class Mechanism(ABC):
         """Returns the costs of the whole planned run."""
 
     @abstractmethod
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
+    def sample(
+        self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> list[Tensor]:
         """Draws the records of each step, [b] indices. Under Poisson sampling b varies and may be 0."""
 
     @abstractmethod
@@ -243,13 +247,16 @@ class Mechanism(ABC):
 
     @abstractmethod
     def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
+        subject_B: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Averages records, [K, B, ...] to [K, ...] on the CPU. `grad_scale` is the subspace's, for values in it."""
 
     @abstractmethod
-    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
-        """Sums a statistic over all records, chunks of [b, N] to [N]. Each row is clipped to norm 1; noise is added once."""
+    def noisy_sum(
+        self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> Tensor:
+        """Sums a statistic over all records, chunks of [b, N] to [N]. Each unit is clipped to norm 1; noise is added once."""
 
     @abstractmethod
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
@@ -257,10 +264,8 @@ class Mechanism(ABC):
 
     @abstractmethod
     def expected_noise_norm_sq(self, size: int) -> float | None:
-        """Returns the noise's expected squared length in an update of `size` numbers.
-
-        None at the record level: the server must not know it, since it depends on the number of records.
-        """
+        """Returns the noise's expected squared length in an update of `size` numbers; None where the server must not know
+        it: at the record level it tells the number of records."""
 
     @abstractmethod
     def guarantee(self) -> Mapping[str, JSON]:
@@ -320,15 +325,13 @@ class ClientContext(Protocol):
 
     @property
     def weight(self) -> float:
-        """The record count without privacy, its noisy sum if it is one of the plan's statistics, else 1."""
+        """The record count without privacy; the noisy count of units if that is a statistic of the plan; else 1."""
         ...
 
     @property
     def label_prior(self) -> Tensor:
-        """[C]: logarithms of the labels' shares, of a task that `Classifies`; see `log_label_prior`.
-
-        The counts are exact without record-level privacy. With it they are a noisy sum, which is released once.
-        """
+        """[C]: logarithms of the labels' shares (`log_label_prior`). The counts are exact without record-level privacy. With
+        it they are a noisy sum, which is released once."""
         ...
 
     @property
@@ -345,10 +348,8 @@ class ClientContext(Protocol):
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
-        """The last batch, with this share of its texts' words replaced at random.
-
-        The replacement is the same in all steps of an assignment. Raises `BackboneError` for images.
-        """
+        """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment.
+        Raises `BackboneError` for images."""
         ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:

@@ -33,11 +33,13 @@ class Record:
     """One raw example.
 
     `key`: its source for errors (`ratings.csv row 17`). `fields`: values by role (`text`, `text_pair`, `target`,
-    `options`, `image`, `references`); columns used by a partition keep their name.
+    `options`, `image`, `references`); columns used by a partition keep their name. `subject`: whom the record is about (a
+    patient, a customer), if the data name one. Splits, and record-level privacy, keep a subject's records together.
     """
 
     key: str
     fields: Mapping[str, Any]
+    subject: str | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -299,7 +301,8 @@ class PrivacyCost(NamedTuple):
 class ClientWorkload:
     """The planned releases of one client in a whole run, from which its noise is chosen.
 
-    sampling_rate: Poisson sampling rate of its `num_records` records in each of the `steps` of an assignment.
+    sampling_rate: Poisson sampling rate of its units in each of the `steps` of an assignment. The units are its
+        `num_subjects` subjects, or (None: the data name none) its `num_records` records.
     participations: assignments that it executes.
     cohort_rate: probability that one of `num_clients` clients joins one of `num_rounds` rounds.
     totals: sums that every assignment releases, with each one's share of the budget over the run.
@@ -315,6 +318,11 @@ class ClientWorkload:
     num_rounds: int
     totals: Mapping[str, float] = field(default_factory=dict)
     once: Mapping[str, float] = field(default_factory=dict)
+    num_subjects: int | None = None
+
+    @property
+    def num_units(self) -> int:
+        return self.num_records if self.num_subjects is None else self.num_subjects
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import small
-from ficpd.federation.client import ClientSession, client_states, load_client_states
+from ficpd.federation.client import ClientSession
+from ficpd.federation.simulation import client_states, load_client_states
 from ficpd.privacy.none import NoPrivacy
 
 

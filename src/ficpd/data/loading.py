@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from ficpd import registry
 from ficpd.data import benchmarks, huggingface, images
 from ficpd.data.sentence_ratings import read_ratings
+from ficpd.data.subjects import group_by_subject, parse_subject, subjects_on_both_sides, take_whole
 from ficpd.data.tables import READERS, SPLITS, Table, read_files
 from ficpd.data.untyped import UntypedStr, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
@@ -23,7 +24,9 @@ from ficpd.rng import derive_seed
 from ficpd.types import Record
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-ROLES = ("text", "text_pair", "target", "client", "options", "image", "references")
+ROLES = ("text", "text_pair", "target", "client", "options", "image", "references", "subject")
+SUBJECT = "subject"
+"""The role that is no field of a record, but `Record.subject`."""
 
 
 class Config(FrozenConfig):
@@ -39,6 +42,8 @@ class Config(FrozenConfig):
     dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
     `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
     `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
+    `columns.subject`: the column that names whom a row is about (a patient, a customer). No subject is in train and in
+    test; `test_fraction` and `max_records` draw whole subjects; record-level privacy then covers a subject.
     """
 
     source: str
@@ -59,7 +64,10 @@ class Config(FrozenConfig):
     @classmethod
     def _laid_out(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.get("layout") in benchmarks.LAYOUTS and "columns" not in given:
-            return {**given, "columns": benchmarks.schema_columns(given["layout"])}
+            columns = benchmarks.schema_columns(given["layout"])
+            if columns.pop(SUBJECT, None):  # MedMCQA's subject is a field of medicine, and no patient
+                given = {**given, "keep": (*given.get("keep", ()), SUBJECT)}
+            return {**given, "columns": columns}
         return given
 
     @field_validator("layout")
@@ -78,7 +86,7 @@ class Config(FrozenConfig):
                 raise ValueError(
                     f"columns: {did_you_mean('role', role, ROLES)}. Or keep it by name: keep = [{column!r}]"
                 )
-        if taken := [column for column in self.keep if self.columns.get(column, column) != column]:
+        if taken := [c for c in self.keep if self.columns.get(c, c) != c and c != SUBJECT]:
             raise ValueError(
                 f"keep: {taken[0]!r} is also a role, played by {self.columns[taken[0]]!r}; rename the column"
             )
@@ -87,7 +95,13 @@ class Config(FrozenConfig):
     @property
     def wanted(self) -> dict[str, str]:
         """Field of a record to column of the table."""
-        return {column: column for column in self.keep} | self.columns
+        roles = {role: column for role, column in self.columns.items() if role != SUBJECT}
+        return {column: column for column in self.keep} | roles
+
+    @property
+    def subject(self) -> str | None:
+        """The column of the subjects, if one is named."""
+        return self.columns.get(SUBJECT)
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,11 @@ class Row(NamedTuple):
     key: str
     fields: dict[str, Any]
     split: str | None
+    subject: str | None = None
+
+    @property
+    def record(self) -> Record:
+        return Record(self.key, self.fields, self.subject)
 
 
 def load(config: Config, seed: int) -> Dataset:
@@ -110,19 +129,19 @@ def load(config: Config, seed: int) -> Dataset:
     Raises `DataError`, naming file, row and column, for anything that cannot be a record.
     """
     rows = _checked_rows(config)
-    return _split(_seen([rows[i] for i in _sample(len(rows), config.max_records, seed)], config), config, seed)
+    return _split(_seen([rows[i] for i in _sample(rows, config.max_records, seed)], config), config, seed)
 
 
 def unsampled(config: Config, seed: int) -> list[Record]:
-    """Returns the rows that `max_records` left out of `read`, in file order."""
+    """Returns the rows that `max_records` left out of `load`, in file order. No subject of theirs is in `load`."""
     rows = _checked_rows(config)
-    used = set(_sample(len(rows), config.max_records, seed))
-    return [Record(row.key, row.fields) for i, row in enumerate(rows) if i not in used]
+    used = set(_sample(rows, config.max_records, seed))
+    return [row.record for i, row in enumerate(rows) if i not in used]
 
 
 def load_all(config: Config) -> list[Record]:
     """Reads all records in file order without a split, to evaluate, adapt or predict on."""
-    return [Record(row.key, row.fields) for row in _seen(_checked_rows(config), config)]
+    return [row.record for row in _seen(_checked_rows(config), config)]
 
 
 def _checked_rows(config: Config) -> list[Row]:
@@ -178,7 +197,8 @@ def _check_columns(tables: list[Table], config: Config) -> None:
                 f"all files of one source need the same"
             )
     split = [config.split_column] if config.split_column else []
-    for column in [*config.wanted.values(), *config.options, *config.where, *split]:
+    subject = [config.subject] if config.subject else []
+    for column in [*config.wanted.values(), *config.options, *config.where, *split, *subject]:
         if column not in first.columns:
             raise DataError(f"{first.name}: {did_you_mean('column', column, first.columns)} (set it in `columns`)")
     for column, values in config.where.items():
@@ -200,7 +220,9 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
             fields["options"] = [_cell(cells.get(column)) for column in config.options]
         if table.untyped and isinstance(target := fields.get("target"), str):
             fields["target"] = parse_cell(target) if choice else UntypedStr(target)  # of options a number is the place
-        yield Row(key, fields, _side(key, cells, config.split_column) or table.split)
+        column = config.subject
+        subject = None if column is None else parse_subject(key, column, cells.get(column))
+        yield Row(key, fields, _side(key, cells, config.split_column) or table.split, subject)
 
 
 def _cell(value: Any) -> Any:
@@ -256,22 +278,37 @@ def _kind(row: Row, column: str) -> str:
     raise DataError(f"{row.key}, column {column!r}: {given}; expected text or a number: fill or drop the row")
 
 
-def _sample(number: int, size: int | None, seed: int) -> list[int]:
-    """Which of `number` rows are used, ascending."""
-    if size is None or size >= number:
-        return list(range(number))
-    return sorted(np.random.default_rng(derive_seed(seed, "sample")).choice(number, size, replace=False).tolist())
+def _sample(rows: list[Row], size: int | None, seed: int) -> list[int]:
+    """Which rows are used, ascending: `size` of them, or the whole subjects that fit into `size`, in random order."""
+    if size is None or size >= len(rows):
+        return list(range(len(rows)))
+    random = np.random.default_rng(derive_seed(seed, "sample"))
+    if not rows[0].subject:
+        return sorted(random.choice(len(rows), size, replace=False).tolist())
+    groups = group_by_subject([row.record for row in rows])
+    taken = take_whole(random.permutation(len(groups)).tolist(), groups, size)
+    if not taken:
+        smallest = min(len(group) for group in groups)
+        raise DataError(
+            f"max_records = {size}: each of {len(groups)} subjects has {smallest} records or more, and a subject is taken "
+            f"whole; set max_records to {2 * smallest} or more"
+        )
+    return sorted(taken)
 
 
 def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
     sides = [row.split for row in rows]
     if None in sides:
-        size = max(1, round(len(rows) * config.test_fraction))
-        test = set(np.random.default_rng(derive_seed(seed, "split")).permutation(len(rows))[:size].tolist())
+        test = set(_draw_test(rows, config, seed))
         sides = ["test" if i in test else "train" for i in range(len(rows))]
     sorted_out: dict[str, list[Record]] = {"train": [], "test": []}
     for row, side in zip(rows, sides, strict=True):
-        sorted_out[side or "train"].append(Record(row.key, row.fields))
+        sorted_out[side or "train"].append(row.record)
+    for trained, tested in subjects_on_both_sides(sorted_out["train"], sorted_out["test"]):
+        raise DataError(
+            f"column {config.subject!r}: {trained.key} (train) and {tested.key} (test) are of one subject, which then is "
+            "tested on what was learned from it; keep each subject on one side, or leave the split to test_fraction"
+        )
     for side, records in sorted_out.items():
         if not records:
             raise DataError(
@@ -279,3 +316,16 @@ def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
                 f"look at split_column, test_fraction and max_records"
             )
     return Dataset(sorted_out["train"], sorted_out["test"])
+
+
+def _draw_test(rows: list[Row], config: Config, seed: int) -> list[int]:
+    """Draws the places of the test rows: those whole subjects that fit into `test_fraction`, at least the smallest."""
+    groups = group_by_subject([row.record for row in rows])
+    if rows and rows[0].subject and len(groups) == 1:
+        raise DataError(
+            f"{config.source}, column {config.subject!r}: all {len(rows)} rows are of one subject; expected two at least, "
+            "because a subject is in train or in test. Is it the right column?"
+        )
+    order = np.random.default_rng(derive_seed(seed, "split")).permutation(len(groups)).tolist()
+    test = take_whole(order, groups, max(1, round(len(rows) * config.test_fraction)))
+    return test or groups[min(order, key=lambda group: len(groups[group]), default=0)]

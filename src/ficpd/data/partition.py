@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
+from ficpd.data.subjects import group_by_subject
 from ficpd.data.tables import read_files
 from ficpd.data.untyped import is_regression_target, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
@@ -73,6 +74,8 @@ class SplitRecords(Protocol):
 
 def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dict[str, ClientData]:
     """Every record, train and test, to exactly one client; clients by name, in order.
+
+    Clients that are drawn get whole subjects. A column may divide a subject between two of its values.
 
     Test records are dealt by the same shares as train records, so that a client is tested on its own skew. A client
     may be left without test records. Of a client by `column` there may be test records alone: it takes no part in a
@@ -197,17 +200,30 @@ def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientDat
 def _deal(
     config: Config, group: str, data: ClientData, num_clients: int, target: str, seed: int
 ) -> dict[str, ClientData]:
-    """A group's records to its clients, label by label, in the shares that were drawn for the label."""
+    """A group's records to its clients, label by label, in the shares that were drawn for the label.
+
+    All records of a subject come to one client. The subject counts once, under the label that most of them have.
+    """
     rng = np.random.default_rng(derive_seed(seed, "partition", group))
     names = [f"{group}-{i:0{len(str(num_clients - 1))}}" for i in range(num_clients)]
     shards = {name: ClientData([], [], dict(data.metadata)) for name in names}
-    labels = _labels(config, data, target)
+    groups = {side: group_by_subject(getattr(data, side)) for side in ("train", "test")}
+    labels = {
+        side: [_most_common([of[place] for place in group]) for group in groups[side]]
+        for side, of in _labels(config, data, target).items()
+    }
     shares = _shares(config, labels, names, rng)
     for side in ("train", "test"):
-        records = getattr(data, side)
-        for record, owner in zip(records, _owners(labels[side], shares, rng), strict=True):
-            getattr(shards[names[owner]], side).append(record)
+        records, owner_of = getattr(data, side), {}
+        for group, owner in zip(groups[side], _owners(labels[side], shares, rng), strict=True):
+            owner_of |= dict.fromkeys(group, names[owner])
+        for place, record in enumerate(records):
+            getattr(shards[owner_of[place]], side).append(record)
     return shards
+
+
+def _most_common(labels: Sequence[str]) -> str:
+    return Counter(labels).most_common(1)[0][0]
 
 
 def _labels(config: Config, data: ClientData, target: str) -> dict[str, list[str]]:

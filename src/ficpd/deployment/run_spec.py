@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ficpd import storage
+from ficpd.data.subjects import UnitCounts
 from ficpd.errors import CodecError, ConfigError
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.federation.compression.subspace import GradientSubspace
@@ -51,11 +52,11 @@ class RunSpec:
         module, config = build_config("compression", self.experiment.compression)
         return module.build(config, self.start, self.schedule.seed, self.coordinates)
 
-    def plan(self, client: str, num_records: int, method: Method) -> ClientWorkload:
+    def plan(self, client: str, counts: UnitCounts, method: Method) -> ClientWorkload:
         """Returns this client's planned workload in the whole run."""
         if client not in self.names:
             raise ConfigError(f"unknown client {client!r}; the run's spec has {', '.join(sorted(self.names))}")
-        return client_workloads(method, State({}), dict.fromkeys(self.names, num_records), self.schedule)[client]
+        return client_workloads(method, State({}), dict.fromkeys(self.names, counts), self.schedule)[client]
 
 
 def encode(spec: RunSpec) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
+from ficpd.data.subjects import count_units
 from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit import canaries as mechanism_canaries
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
@@ -31,7 +32,7 @@ from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.compression import none
 from ficpd.federation.method import Method
-from ficpd.federation.privacy_plan import SERVER, client_workloads, privacy_config_for
+from ficpd.federation.privacy_plan import SERVER, build_mechanism, client_workloads, privacy_config_for
 from ficpd.interfaces import Compression, ReleaseKind, Task
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
@@ -220,13 +221,13 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     privacy = run.result.privacy
     if not privacy.lines or privacy.delta is None:
         return None
-    module, config = build_config("privacy", privacy_config_for(run.method, run.context.experiment.privacy))
     holders = run.context.shards_for(run.method.capabilities.centralized)
     plans = client_workloads(
-        run.method, run.state, {n: len(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
+        run.method, run.state, {n: count_units(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
     )
     plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
-    mechanism = module.build(config, plan)
+    part = privacy_config_for(run.method, run.context.experiment.privacy)
+    mechanism = build_mechanism(part, str(privacy.site_that_spent_most), plan)
     kind = mechanism_canaries.release_kind(mechanism)
     released = sum(line.releases for line in privacy.lines if line.name == mechanism.cost(kind).name)
     plan = _played(plan, kind, released)

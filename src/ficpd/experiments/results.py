@@ -227,7 +227,7 @@ class PrivacyReport(FrozenModel):
 
     mechanism: str
     unit: str
-    """`record`, `client` or `none`."""
+    """`record`, `subject`, `client` or `none`."""
     epsilon: float | None
     """The cost of the member that spent most; 0: the clients release nothing; None: no guarantee."""
     delta: float | None
@@ -236,6 +236,10 @@ class PrivacyReport(FrozenModel):
     noise_multiplier: tuple[float | None, float | None] | None = None
     """The least and the largest of all members."""
     neighbouring: str | None = None
+    replace_epsilon: float | None = None
+    """The cost for one unit replaced by another; `epsilon` is for one unit more or less."""
+    group_epsilon: dict[int, float] = {}
+    """By number of records: the cost for somebody with so many. Only where the unit is a record."""
     budget: float | None = None
     """The configured ε; None if only the noise was configured."""
     clip_norm: float | None = None

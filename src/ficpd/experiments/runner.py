@@ -37,10 +37,10 @@ from ficpd.experiments.setup import (
     tasks_of,
     with_noise_scale,
 )
-from ficpd.federation.client import client_states, load_client_states
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy
 from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round, run_rounds
+from ficpd.federation.simulation import client_states, load_client_states
 from ficpd.interfaces import Engine
 from ficpd.registry import build_config, load, validate
 from ficpd.types import Prompt, Score, State

@@ -171,10 +171,18 @@ def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:
     """Returns the privacy block of a library, with the budget as epsilon, or the cost rounded up to two digits."""
     public = privacy.model_dump(exclude_unset=True, exclude=SITE_PRIVATE_FIELDS)
     if spent := privacy.epsilon:
-        unit = 10.0 ** (floor(log10(spent)) - 1)
-        rounded = round(ceil(spent / unit * (1 - 1e-12)) * unit, 12)
-        public["epsilon"] = max(privacy.budget or rounded, spent)
+        public["epsilon"] = max(privacy.budget or _rounded_up(spent), spent)
+    if privacy.replace_epsilon:
+        public["replace_epsilon"] = _rounded_up(privacy.replace_epsilon)
+    if privacy.group_epsilon:
+        public["group_epsilon"] = {str(size): _rounded_up(cost) for size, cost in privacy.group_epsilon.items()}
     return public
+
+
+def _rounded_up(epsilon: float) -> float:
+    """Rounds up to two digits, because the exact cost tells the number of records."""
+    unit = 10.0 ** (floor(log10(epsilon)) - 1)
+    return round(ceil(epsilon / unit * (1 - 1e-12)) * unit, 12)
 
 
 def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng, storage
+from ficpd.data.subjects import group_by_subject, take_whole
 from ficpd.errors import BackboneError, CodecError, LedgerError, PolicyError, PrivacyError
 from ficpd.federation.method import Method
+from ficpd.federation.units import Units, units_of
 from ficpd.interfaces import Backbone, Compression, Mechanism, NoiseSource, ReleaseKind, Subspace, Task, Vocabulary
 from ficpd.optimizers import map_queries
 from ficpd.privacy.ledger import Account
@@ -69,6 +71,12 @@ class Client:
             raise PrivacyError(
                 f"{self.name} has a {self.mechanism.unit}-level mechanism and no ledger; give it an account"
             )
+        self.units  # noqa: B018  raises where records and mechanism have other units
+
+    @property
+    def units(self) -> Units:
+        """What its mechanism samples."""
+        return units_of(self.name, self.train, self.mechanism)
 
     @property
     def name(self) -> str:
@@ -106,7 +114,7 @@ class ClientSession:
     def __init__(self, client: Client, round: int, method: str = "", declared: Collection[str] = ()):
         """`declared`: statistics that the method declares; no other is released."""
         self.client, self.id, self._assignment = client, client.name, (round, method)
-        self._declared = {"weight", *declared}
+        self._declared, self.units = {"weight", *declared}, client.units
         state = client.client_state
         self.released = {name: value for name, value in state.items() if name.startswith(STATISTIC)}
         self.client_state = {name: value for name, value in state.items() if name not in self.released}
@@ -160,14 +168,15 @@ class ClientSession:
         return words
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
-        """Draws `steps` batches of `batch_size` records in expectation, or of all records if there are fewer.
+        """Draws `steps` batches of `batch_size` records (subjects) in expectation, or of all if there are fewer.
 
         Charges all steps before the first is drawn. Raises `BudgetError` if the budget does not allow them.
         """
-        self.expected_batch = min(batch_size, len(self.client.train))
+        client = self.client
+        self.expected_batch = min(batch_size, self.units.number)
         self.charge(ReleaseKind.STEP, count=steps)
-        records = self.client.encoded()
-        for rows in self.client.mechanism.sample(len(records), self.expected_batch, steps, self.noise):
+        records, of = client.encoded(), self.units.of(slice(None))
+        for rows in client.mechanism.sample(len(records), self.expected_batch, steps, self.noise, **of):
             self._open, self._drawn = len(rows), rows
             yield records.select(rows)
 
@@ -182,7 +191,7 @@ class ClientSession:
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
-        if self._open != values_KB.shape[1]:  # the numbers are private, and the server gets this error
+        if self._drawn is None or self._open != values_KB.shape[1]:  # the numbers are private; the server gets this error
             given = (
                 "other records than the last batch has" if self._open is not None else "records, and no batch is open"
             )
@@ -193,7 +202,8 @@ class ClientSession:
         grad_scale = self.subspace.grad_scale if self.subspace else None
         if grad_scale is not None and values_KB.shape[2:] != grad_scale.shape:
             grad_scale = None
-        return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale)
+        of = self.units.of(self._drawn)
+        return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale, **of)
 
     def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
         """See `ClientContext`. Each statistic has a separate ledger line."""
@@ -212,7 +222,8 @@ class ClientSession:
                 given += len(chunk)
                 yield chunk
 
-        summed = self.client.mechanism.noisy_sum(name, chunks(), self.noise).cpu()
+        of = self.units.of(slice(None))
+        summed = self.client.mechanism.noisy_sum(name, chunks(), self.noise, **of).cpu()
         self._check_rows(name, given)
         return summed
 
@@ -238,7 +249,7 @@ class LocalSession(ClientSession):
     """The same records without mechanism, ledger and compression (`LocalContext`).
 
     `held_back`: the share of the records that `batches` leaves out and `holdout` returns, the same in all assignments.
-    `complement`: swaps the two parts.
+    A subject's records are never divided. `complement`: swaps the two parts.
     Clients with fewer than `MIN_HOLDOUT_RECORDS` records hold none back.
     """
 
@@ -246,10 +257,14 @@ class LocalSession(ClientSession):
         super().__init__(replace(session.client, mechanism=NoPrivacy(), account=None), round, f"{method} at home")
         self.client_state = session.client_state
         records = len(self.client.train)
-        order = SeededNoise(self.client.private_seed, "held back").permutation(records)
+        groups = group_by_subject(self.client.train)
+        order = SeededNoise(self.client.private_seed, "held back").permutation(len(groups)).tolist()
         held = int(records * held_back + 0.5) if records >= MIN_HOLDOUT_RECORDS else 0
-        self._held, self._learnt = order[:held], order[held:]
-        if complement and held:
+        taken = take_whole(order, groups, held)
+        apart = set(taken)
+        rest = [place for group in order for place in groups[group] if place not in apart]
+        self._held, self._learnt = (torch.tensor(places, dtype=torch.long) for places in (taken, rest))
+        if complement and taken:
             self._held, self._learnt = self._learnt, self._held
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
@@ -378,15 +393,3 @@ def local_model(
 ) -> Generator[Query, Answer, Sequence[Predictor]]:
     """Builds the mixture that this client predicts with (`Method.local_model`). Nothing is released."""
     return method.local_model(ClientSession(client, assignment.round), assignment)
-
-
-def client_states(clients: Mapping[str, Client]) -> dict[str, Tensor]:
-    """Flattens the clients' states to `client/name`, for a simulation's checkpoint."""
-    return {f"{name}/{key}": value for name, client in clients.items() for key, value in client.client_state.items()}
-
-
-def load_client_states(clients: Mapping[str, Client], arrays: Mapping[str, Tensor]) -> None:
-    """Restores the clients' states from `client_states`."""
-    for path, value in arrays.items():
-        name, _, key = path.rpartition("/")
-        clients[name].client_state[key] = value

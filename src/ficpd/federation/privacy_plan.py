@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ficpd import rng
-from ficpd.errors import LedgerError, PrivacyError
+from ficpd.data.subjects import UnitCounts, count_units
+from ficpd.errors import ConfigError, LedgerError, PrivacyError
 from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule, sample_cohort
 from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
@@ -15,7 +16,7 @@ from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.registry import build_config
-from ficpd.types import JSON, ClientData, ClientWorkload, State
+from ficpd.types import JSON, ClientData, ClientWorkload, PrivacyCost, State
 
 NONE = {"name": "none"}
 NO_RELEASE_GUARANTEE = {"mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0}
@@ -63,7 +64,20 @@ class PrivacyPlan:
             "site_that_spent_most": worst.site,
             "epsilon_of_sites": spent,
             "lines": accountant.cost_shares(costs[worst.site], delta),
+            **_other_neighbours(first, costs[worst.site], delta),
         }
+
+
+def _other_neighbours(mechanism: Mechanism, costs: Sequence[PrivacyCost], delta: float) -> dict[str, JSON]:
+    """What the same noise gives for one unit replaced by another, and for several records of one person together.
+
+    Local noise on clients is sized for a replacement already.
+    """
+    if mechanism.unit == "client":
+        central = mechanism.cost(ReleaseKind.SUM) is not None
+        return {"replace_epsilon": accountant.epsilon_replaced(costs, delta)} if central else {}
+    found: dict[str, JSON] = {"replace_epsilon": accountant.epsilon_replaced(costs, delta)}
+    return found if mechanism.subjects else found | {"group_epsilon": accountant.group_costs(costs, delta)}
 
 
 def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,9 +118,9 @@ def plan_privacy(
             f"federation.accept_late = {schedule.accept_late}: central noise is accounted for one round's cohort, and a "
             "late update joins another round. Set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
-    module, config = build_config("privacy", part)
-    plans = client_workloads(method, state, {name: len(shard.train) for name, shard in shards.items()}, schedule)
-    mechanisms = {name: module.build(with_group_clip_norm(config, part, name), plans[name]) for name in shards}
+    _, config = build_config("privacy", part)
+    plans = client_workloads(method, state, {name: count_units(shard.train) for name, shard in shards.items()}, schedule)
+    mechanisms = {name: build_mechanism(part, name, plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     for name in method.capabilities.statistics_once if first.unit == "record" else ():
         if first.cost(ReleaseKind.STATISTIC, name) is None:
@@ -145,7 +159,23 @@ def plan_privacy(
     return PrivacyPlan(mechanisms, unpaid, ledger, central, True)
 
 
-def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any:
+def build_mechanism(part: Mapping[str, Any], name: str, plan: ClientWorkload, **settings: Any) -> Mechanism:
+    """Builds a client's mechanism with its group's clip norm. `settings` replace those of the privacy settings `part`.
+
+    Raises `ConfigError` where the records name subjects, and the mechanism goes by records.
+    """
+    module, config = build_config("privacy", part)
+    known = {key: value for key, value in settings.items() if key in type(config).model_fields}
+    mechanism = module.build(_with_group_clip_norm(config, part, name).model_copy(update=known), plan)
+    if mechanism.unit == "record" and plan.num_subjects is not None and not mechanism.subjects:
+        raise ConfigError(
+            f"privacy.name = {part['name']!r} protects single records, and data.columns.subject names whom they are about: "
+            "expected a mechanism that protects subjects (record_gaussian does), or data without that column"
+        )
+    return mechanism
+
+
+def _with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any:
     """Sets the clip norm of the client's group, if `clip_norms` are set."""
     norms = part.get("clip_norms")
     if not norms:
@@ -159,15 +189,15 @@ def with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> Any
 
 
 def client_workloads(
-    method: Method, state: State, records: Mapping[str, int], schedule: RoundSchedule
+    method: Method, state: State, records: Mapping[str, UnitCounts], schedule: RoundSchedule
 ) -> dict[str, ClientWorkload]:
-    """Plans each client's work from its number of `records` and the public cohorts."""
+    """Plans each client's work from the counts of its `records` and the public cohorts. A batch is of units."""
     steps, batch_size = method.local_workload(state)
     counts = participations(schedule, list(records))
     return {
         name: ClientWorkload(
-            num_records=number,
-            sampling_rate=min(batch_size, number) / number,
+            num_records=number.records,
+            sampling_rate=min(batch_size, number.units) / number.units,
             steps=steps,
             participations=counts[name],
             num_clients=len(records),
@@ -175,6 +205,7 @@ def client_workloads(
             num_rounds=schedule.num_rounds,
             totals=method.capabilities.statistics_per_round,
             once={name: share for name, share in method.capabilities.statistics_once.items() if share is not None},
+            num_subjects=number.subjects,
         )
         for name, number in records.items()
     }

@@ -82,7 +82,8 @@ class QueryBudget:
     def _records(self, name: str) -> float:
         """Bounds the records of an assignment; a record in two steps counts twice."""
         client, number = self.clients[name], len(self.clients[name].train)
-        expected = self.steps * min(self.batch_size, number)
+        expected = self.steps * min(self.batch_size, client.units.number)
         if client.mechanism.unit != "record":
             return expected
-        return min(expected + UNLIKELY * expected**0.5, self.steps * number)
+        each = client.units.largest
+        return min((expected + UNLIKELY * expected**0.5) * each, self.steps * number)

@@ -8,6 +8,8 @@ from ficpd.types import LORA, Prompt
 
 ADAPTED = "adapted"
 """The name of the adapted prompt, and the key of its facts in the card."""
+ONE_RECORD = "one record; somebody with several is protected less"
+"""The unit of a record-level guarantee whose data name no subjects."""
 WORDS = "words"
 """The card's key for the text of prompts of words, by prompt name."""
 
@@ -44,6 +46,7 @@ def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], r
         f"- tasks: {join_names(card.get('tasks', {}))}\n"
         f"- made by: {describe_run(card)}\n"
         f"- privacy: {guarantee(card.get('privacy', {}))}\n"
+        f"{unit_line(card.get('privacy', {}))}"
         f"{_settings_lines(card)}{words}{adapted_line(card, readouts)}\n"
         'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
@@ -83,6 +86,28 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
     if privacy.get("noise") is None:
         return "nothing leaves"
     return f"ε = {privacy['epsilon']:.2f} per {privacy['unit']}, {privacy['noise']} noise"
+
+
+def describe_group_costs(costs: Mapping[Any, float]) -> str:
+    """Returns what a guarantee per record means for somebody with several, as one phrase.
+
+    >>> describe_group_costs({2: 4.3204, 10: 28.84})
+    'ε = 4.32 for somebody with 2 records, 28.84 with 10'
+    """
+    said = [f"{cost:.2f} {'for somebody ' if not place else ''}with {size}{' records' if not place else ''}"
+            for place, (size, cost) in enumerate(costs.items())]  # fmt: skip
+    return f"ε = {', '.join(said)}"
+
+
+def unit_line(privacy: Mapping[str, Any]) -> str:
+    """Returns the card's line about the unit of a guarantee; empty without one, or where the unit is a client."""
+    unit, replaced = privacy.get("unit"), privacy.get("replace_epsilon")
+    if privacy.get("epsilon") is None or privacy.get("noise") is None or unit not in ("record", "subject"):
+        return ""
+    said = ONE_RECORD if unit == "record" else "one subject, all of its records at one site together"
+    if costs := privacy.get("group_epsilon"):
+        said += f" ({describe_group_costs(costs)}, at most)"
+    return f"- unit: {said}" + (f"; for replacing one {unit} by another ε = {replaced:.2f}\n" if replaced else "\n")
 
 
 def describe_run(card: Mapping[str, Any]) -> str:

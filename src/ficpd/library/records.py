@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ficpd.data import loading
+from ficpd.data.subjects import parse_subject
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Task
 from ficpd.registry import validate
@@ -23,7 +24,8 @@ NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 def read_records(data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: bool = True) -> list[Record]:
     """Reads all records of a file, in its order, or takes those in memory: a data frame, mappings or `Record`s.
 
-    `columns`: role to column. Without labels only `text` (or `image`, if that is named) and the columns named are read.
+    `columns`: role to column (`subject`: whom a record is about; adaptation then never tests on a subject that it was
+    fitted to). Without labels only `text` (or `image`, if that is named) and the columns named are read.
     Options may be in several columns (`options=a,b,c`).
     """
     roles = {"text": "text"} if "image" not in columns else {}
@@ -43,7 +45,8 @@ def read_records(data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: 
 def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Record:
     if missing := [column for column in roles.values() if column not in row]:
         raise DataError(f"{key}: {did_you_mean('column', missing[0], row)}; name it in columns = {{role: column}}")
-    return Record(key, {**row, **{role: row[column] for role, column in roles.items()}})
+    subject = parse_subject(key, roles[loading.SUBJECT], row[roles[loading.SUBJECT]]) if loading.SUBJECT in roles else None
+    return Record(key, {**row, **{r: row[column] for r, column in roles.items() if r != loading.SUBJECT}}, subject)
 
 
 def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:

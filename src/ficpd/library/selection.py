@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.data.subjects import group_by_subject
 from ficpd.errors import LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import run_all
 from ficpd.interfaces import Backbone, Task
@@ -194,17 +195,18 @@ def _fit_and_predict(
 
 
 def stratified_folds(shots: FewShotSet, seed: int) -> list[list[int]]:
-    """Returns at most five folds of the records' indices, stratified by class.
+    """Returns at most five folds of the records' indices, stratified by class. No subject is in two folds.
 
-    A class with fewer records than folds does not reduce the number of folds.
+    A class with fewer records than folds does not reduce the number of folds. A subject counts for the class of its first
+    record.
     """
-    random, number = rng.make_generator(seed), len(shots.records)
-    classes: dict[str, list[int]] = {}
-    for i in torch.randperm(number, generator=random).tolist():
-        classes.setdefault(_class_of(shots.task, shots.records[i]), []).append(i)
-    order = [i for name in sorted(classes) for i in classes[name]]
-    count = min(FOLDS, number)
-    return [sorted(order[place::count]) for place in range(count)]
+    random, groups = rng.make_generator(seed), group_by_subject(shots.records)
+    classes: dict[str, list[list[int]]] = {}
+    for i in torch.randperm(len(groups), generator=random).tolist():
+        classes.setdefault(_class_of(shots.task, shots.records[groups[i][0]]), []).append(groups[i])
+    order = [group for name in sorted(classes) for group in classes[name]]
+    count = min(FOLDS, len(order))
+    return [sorted(i for group in order[place::count] for i in group) for place in range(count)]
 
 
 def one_standard_error_rule(table: Mapping[str, Score]) -> str:
@@ -248,6 +250,8 @@ def _class_of(task: Task, record: Record) -> str:
 
 def _lacking(task: Task, records: Sequence[Record]) -> str:
     """Returns the reason why the records do not allow cross-validation; empty if they do."""
+    if len(group_by_subject(records)) < 2 <= len(records):
+        return f"all {len(records)} records are of one subject"
     if len(records) < FEWEST:
         return f"{len(records)} records are too few to compare strategies (at least {FEWEST})"
     found = {_class_of(task, record) for record in records}

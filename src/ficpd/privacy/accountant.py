@@ -12,12 +12,15 @@ from functools import lru_cache
 from importlib import metadata
 
 from scipy.optimize import brentq
+from scipy.stats import binom
 
 from ficpd.errors import PrivacyError
 from ficpd.types import JSON, PrivacyCost
 
 FINE, COARSE = 1e-3, 1e-2
 """Steps of the discretised privacy loss."""
+GROUP_SIZES = (2, 5, 10)
+"""Records of one person, for which a report states the cost."""
 Key = tuple[tuple[float, float, int], ...]
 
 
@@ -33,6 +36,28 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> f
     1.52
     """
     return _pld(_key(costs), delta, grid)
+
+
+def epsilon_replaced(costs: Iterable[PrivacyCost], delta: float) -> float:
+    """Computes the ε of the same releases for replacing one unit by another, in place of adding or removing it."""
+    return _pld(_key(costs), delta, FINE, replaced=True)
+
+
+def group_epsilon(costs: Iterable[PrivacyCost], delta: float, size: int) -> float:
+    """Computes the ε of all these releases at `delta` for adding or removing `size` units of one person together.
+
+    A Poisson sample has 0 to `size` of them, with binomial probabilities: a mixture of Gaussians (Choquette-Choo et al.,
+    ICLR 2024, arXiv 2310.15526). It is more than `size` times the ε of one unit, as a rule.
+
+    >>> round(group_epsilon([PrivacyCost("prompt", 0.01, 1.1, 1000)], 1e-5, 2), 1)
+    3.1
+    """
+    return _group_pld(_key(costs), delta, size)
+
+
+def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
+    """Returns `group_epsilon` for each of `GROUP_SIZES`."""
+    return {size: group_epsilon(costs, delta, size) for size in GROUP_SIZES}
 
 
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
@@ -126,7 +151,7 @@ def _key(costs: Iterable[PrivacyCost]) -> Key:
 
 
 @lru_cache(maxsize=65536)
-def _pld(key: Key, delta: float, grid: float) -> float:
+def _pld(key: Key, delta: float, grid: float, replaced: bool = False) -> float:
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
@@ -134,10 +159,31 @@ def _pld(key: Key, delta: float, grid: float) -> float:
         return 0.0
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
+    relation = NeighboringRelation.REPLACE_ONE if replaced else NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = PLDAccountant(relation, value_discretization_interval=grid)
     for rate, multiplier, count in key:
         event = GaussianDpEvent(multiplier)
         accountant.compose(event if rate >= 1 else PoissonSampledDpEvent(rate, event), count)
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _group_pld(key: Key, delta: float, size: int) -> float:
+    from dp_accounting import GaussianDpEvent, NeighboringRelation
+    from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    if not key:
+        return 0.0
+    if any(multiplier <= 0 for _, multiplier, _ in key):
+        return float("inf")
+    # A person's loss is about `size` times as large as a record's, and a step of the grid may be, too.
+    grid = size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
+    records = list(range(size + 1))
+    for rate, multiplier, count in key:
+        sampled = MixtureOfGaussiansDpEvent(multiplier, records, binom.pmf(records, size, rate).tolist())
+        accountant.compose(GaussianDpEvent(multiplier / size) if rate >= 1 else sampled, count)
     return float(accountant.get_epsilon(delta))
 
 

@@ -71,7 +71,9 @@ class ClientGaussian(NoiselessRecords):
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return self._planned
 
-    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
+    def noisy_sum(
+        self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> Tensor:
         raise PrivacyError(
             f"client-level privacy has no release for the statistic {name!r}. Leave it out, or use record_gaussian"
         )

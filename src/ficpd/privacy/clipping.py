@@ -1,4 +1,6 @@
-"""Clipping: bounds the contribution of a record, or of a client, to a sum, and the prompts of queries."""
+"""Clipping: bounds the contribution of a record, a subject or a client to a sum, and the prompts of queries."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,6 +28,43 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
     norm_B = torch.linalg.vector_norm(rows_BN, dim=1, dtype=torch.float64)
     factor_B = (MARGIN * clip_norm / norm_B.clamp(min=1e-300)).clamp(max=1.0)
     return factor_B @ rows_BN.double()
+
+
+def sum_by_subject(rows_BN: Tensor, subject_B: Tensor) -> Tensor:
+    """[B, N] to float64 [S, N]: the sum of each subject's rows, S subjects in ascending order of their numbers.
+
+    Guarantees: a row changes the sum of its own subject alone, to the last bit (`tests/privacy/test_clipping.py`).
+    """
+    subjects, place_B = torch.unique(subject_B.to(rows_BN.device), return_inverse=True)
+    sums_SN = rows_BN.new_zeros((len(subjects), rows_BN.shape[1]), dtype=torch.float64)
+    return sums_SN.index_add_(0, place_B, rows_BN.double())
+
+
+def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Tensor, clip_norm: float) -> Tensor:
+    """Chunks of [b, N], B rows in all, to float64 [N]: each subject's kept rows are summed, clipped as one row, and summed.
+
+    Holds the sums of those subjects only whose last row has not come yet.
+
+    Guarantees: adding, removing or changing all rows of one subject moves the result by at most `clip_norm`, however the
+    rows are divided into chunks (`tests/privacy/test_clipping.py`).
+    """
+    last = {subject: place for place, subject in enumerate(subject_B.tolist())}
+    held: dict[int, Tensor] = {}
+    total, end = None, 0
+    for chunk in chunks:
+        begin, end = end, end + len(chunk)
+        of_b = subject_B[begin:end]
+        if len(of_b) != len(chunk):
+            break  # the caller refuses another number of rows
+        kept_b = kept_B[begin:end]
+        sums = sum_by_subject(chunk[kept_b.to(chunk.device)], of_b[kept_b])
+        for subject, row in zip(of_b[kept_b].unique().tolist(), sums, strict=True):
+            held[subject] = held[subject] + row if subject in held else row
+        done = [held.pop(subject) for subject in list(held) if last[subject] < end]
+        summed = clipped_sum(torch.stack(done) if done else chunk.new_zeros(0, chunk.shape[1]), clip_norm)
+        total = summed if total is None else total + summed
+    assert total is not None, "a client has records"
+    return total
 
 
 def clip_scale(grad_scale: Tensor) -> Tensor:

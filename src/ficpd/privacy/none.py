@@ -23,7 +23,9 @@ def build(config: Config, plan: ClientWorkload) -> "NoPrivacy":
 class NoiselessRecords(Mechanism):
     """Samples and averages records without clip and noise, as a mechanism of another unit than the record does."""
 
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
+    def sample(
+        self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> list[Tensor]:
         """Draws batches of `expected_batch` that go through all records before any comes again."""
         wanted = steps * expected_batch
         epochs = [noise.permutation(num_records) for _ in range(-(-wanted // num_records))]
@@ -33,8 +35,9 @@ class NoiselessRecords(Mechanism):
         return query
 
     def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
+        subject_B: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Averages in the units of the noisy means, so that both round alike."""
         scaled_KB, scale = rescale(values_KB, grad_scale)
         return (scaled_KB.sum(1) / expected_batch).cpu() / scale
@@ -52,7 +55,9 @@ class NoPrivacy(NoiselessRecords):
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return []
 
-    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
+    def noisy_sum(
+        self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> Tensor:
         return torch.stack([chunk.sum(0) for chunk in chunks]).sum(0)
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:

@@ -1,5 +1,8 @@
 """Record-level privacy: DP-SGD on the prompt (Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
 
+Where the data name subjects, the unit is a subject with all its records at one site: subjects are sampled, and a
+subject's records are summed and clipped as one contribution (user-level sampling: Chua et al., arXiv 2406.14322).
+
 Each step sees a Poisson sample of a client's records. Every record's contribution is clipped to one norm: its gradient,
 or the vector of its losses under all K candidates of a zeroth-order query. The sum is noised and divided by the
 *expected* batch. All later steps (Adam, projection, averaging, clustering) are post-processing and cost nothing.
@@ -20,16 +23,20 @@ from ficpd.privacy import config as settings
 from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt, Query
 
 RELATION = "one record more or less at one site; how many records a site has is taken as known"
+OF_SUBJECTS = "all records of one subject more or less at one site; how many subjects a site has is taken as known"
 
 
 class Config(settings.DPConfig):
     """statistics: named sums over a client's records (such as `weight`, its record count), with shares of the budget. The
         prompt gets the rest. A statistic that the method declares has the method's share unless one is set here.
     clip_norms: one clip norm per group, in place of `clip_norm`; the default with several tasks.
+    max_records_per_subject: records of one subject in a step or a statistic. Of more, so many are drawn at random each
+        time. It bounds memory and seconds; the guarantee does not depend on it. Batch sizes are in subjects.
     """
 
     clip_norms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     statistics: dict[str, float] = Field(default={}, description="name to share, each above 0, together below 1")
+    max_records_per_subject: int = Field(default=8, ge=1)
 
 
 def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
@@ -38,7 +45,8 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
     taken = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or taken >= 1:
         raise PrivacyError(f"privacy.statistics = {shares}: each share must lie above 0, and together below 1")
-    settings.warn_of_delta(config.delta, plan.num_records, "records of a site")
+    what = "records of a site" if plan.num_subjects is None else "subjects of a site"
+    settings.warn_of_delta(config.delta, plan.num_units, what)
 
     def statistics(multiplier: float) -> dict[str, PrivacyCost]:
         """Noise for a share s: √((1-s_all)/s) times that of one full-batch prompt release, and √n times for n releases."""
@@ -66,6 +74,10 @@ class RecordGaussian(Mechanism):
     - records join a step independently with probability `sampling_rate`; an empty sample is a valid one;
     - the mean divides by the expected batch, never by the number of records in the sample;
     - the noise on a statistic has the multiplier that its cost states, for rows clipped to norm 1.
+
+    With `subjects` the same holds of a subject in the place of a record: all its records, in `noisy_mean` and in
+    `noisy_sum`, join together or not at all, at most `max_records_per_subject` of them, and their sum is clipped as one row.
+    Values whose subjects are not stated are refused (`tests/privacy/test_subjects.py`).
     """
 
     unit = "record"
@@ -77,6 +89,7 @@ class RecordGaussian(Mechanism):
         self.config, self.plan, self.noise = config, plan, config.noise
         self.noise_multiplier, self.clip_norm = multiplier, settings.clip_norm(config)
         self._statistics, self._planned = statistics, planned
+        self.subjects = plan.num_subjects is not None
 
     def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
         if kind == ReleaseKind.STEP:
@@ -88,34 +101,67 @@ class RecordGaussian(Mechanism):
     def planned_costs(self) -> Sequence[PrivacyCost]:
         return self._planned
 
-    def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
+    def sample(
+        self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> list[Tensor]:
         """Raises `PrivacyError` for a rate above the planned one; a lower rate costs as much."""
-        if expected_batch > self.plan.sampling_rate * num_records * (1 + 1e-9):
+        self._check_subjects(subject_B, num_records)
+        units = num_records if subject_B is None else len(subject_B.unique())
+        if expected_batch > self.plan.sampling_rate * units * (1 + 1e-9):
             raise PrivacyError(
-                f"a batch of {expected_batch} of {num_records} records exceeds the planned sampling rate of "
-                f"{self.plan.sampling_rate:.4g}. State the batch size in `local_workload`"
+                f"a batch of {expected_batch} of {units} {'records' if subject_B is None else 'subjects'} exceeds the planned "
+                f"sampling rate of {self.plan.sampling_rate:.4g}. State the batch size in `local_workload`"
             )
-        return [noise.poisson_sample(num_records, expected_batch / num_records) for _ in range(steps)]
+        drawn = [noise.poisson_sample(units, expected_batch / units) for _ in range(steps)]
+        if subject_B is None:
+            return drawn
+        groups = _places_by_subject(subject_B)
+        return [self._records_of([groups[i] for i in rows.tolist()], noise) for rows in drawn]
+
+    def _records_of(self, groups: Sequence[Tensor], noise: NoiseSource) -> Tensor:
+        """[b]: the places of these subjects' records, at most `max_records_per_subject` of each, drawn at random."""
+        most = self.config.max_records_per_subject
+        kept = [own if len(own) <= most else own[noise.permutation(len(own))[:most]] for own in groups]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *kept])
+
+    def _check_subjects(self, subject_B: Tensor | None, num_records: int) -> None:
+        if self.subjects != (subject_B is not None):
+            stated, planned = ("no", "") if subject_B is None else ("their", "no ")
+            raise PrivacyError(f"the plan has {planned}subjects, and the records come with {stated} subjects: state both or none")
+        if subject_B is not None and len(subject_B) != num_records:
+            raise PrivacyError(f"{len(subject_B)} subjects were stated of {num_records} records, one each was expected")
 
     def bound_query(self, query: Query, start: Prompt) -> Query:
         return clipping.clip_query(query, start)
 
     def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
+        subject_B: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         K, B, *rest = values_KB.shape
+        self._check_subjects(subject_B, B)
         scaled_KB, scale = clipping.rescale(values_KB, grad_scale)
         rows_BN = scaled_KB.transpose(0, 1).reshape(B, K * math.prod(rest))
+        if subject_B is not None:
+            rows_BN = clipping.sum_by_subject(rows_BN, subject_B)
         summed = clipping.clipped_sum(rows_BN, self.clip_norm)
         noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm)
         return noised.view(K, *rest) / expected_batch / scale
 
-    def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
+    def noisy_sum(
+        self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
+    ) -> Tensor:
+        self._check_subjects(subject_B, 0 if subject_B is None else len(subject_B))
         if (cost := self.cost(ReleaseKind.STATISTIC, name)) is None:
             raise PrivacyError(
                 f"the statistic {name!r} has no share of the budget. Give it one: privacy.statistics = {{ {name} = 0.1 }}"
             )
-        summed = torch.stack([clipping.clipped_sum(chunk, 1.0) for chunk in chunks]).sum(0)
+        if subject_B is None:
+            summed = torch.stack([clipping.clipped_sum(chunk, 1.0) for chunk in chunks]).sum(0)
+        else:
+            kept_B = torch.zeros(len(subject_B), dtype=torch.bool)
+            kept_B[self._records_of(_places_by_subject(subject_B), noise)] = True
+            summed = clipping.clipped_subject_sum(chunks, subject_B, kept_B, 1.0)
         return noise.add_gaussian(summed, cost.noise_multiplier)
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
@@ -127,11 +173,17 @@ class RecordGaussian(Mechanism):
     def guarantee(self) -> Mapping[str, JSON]:
         return {
             "mechanism": "record_gaussian",
-            "unit": "record",
-            "neighbouring": RELATION,
+            "unit": "subject" if self.subjects else "record",
+            "neighbouring": OF_SUBJECTS if self.subjects else RELATION,
             "delta": self.config.delta,
             "budget": self.config.epsilon,
             "clip_norm": self.clip_norm,
             "noise_multiplier": self.noise_multiplier,
             "accountant": accountant.describe(),
         }
+
+
+def _places_by_subject(subject_B: Tensor) -> Sequence[Tensor]:
+    """The places of each subject's records, ascending, subjects in ascending order of their numbers."""
+    counts = subject_B.unique(return_counts=True)[1]
+    return subject_B.argsort(stable=True).split(counts.tolist())

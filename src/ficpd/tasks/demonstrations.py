@@ -54,7 +54,7 @@ class Demonstrations:
                 break
             fit.append(text)
             space -= length
-        return Record(record.key, {**record.fields, "text": "\n\n".join([*fit, record.fields["text"]])})
+        return replace(record, fields={**record.fields, "text": "\n\n".join([*fit, record.fields["text"]])})
 
 
 def supports_demonstrations(task: Task) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.backbones.loading import load_backbone
+from ficpd.data.subjects import UnitCounts, count_units
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import config as settings
 from ficpd.deployment.site import policy
@@ -20,10 +21,10 @@ from ficpd.experiments.build import build_context_without_records
 from ficpd.experiments.config import parse
 from ficpd.experiments.setup import build_method, build_schedule, federation_info
 from ficpd.federation import codec
-from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
+from ficpd.federation.privacy_plan import build_mechanism, privacy_config_for
 from ficpd.privacy import accountant
+from ficpd.library.card import ONE_RECORD, describe_group_costs
 from ficpd.privacy.ledger import Ledger
-from ficpd.registry import build_config as of_part
 from ficpd.types import ClientData, ClientUpdate, zero_update
 
 
@@ -32,6 +33,14 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) ->
     config = settings.read(file)
     task, shard = load_records(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
+    counts = count_units(shard.train)
+    if counts.subjects is None:
+        yield f"unit      {ONE_RECORD}: name whom a record is about (data.columns.subject) if anybody has several"
+    else:
+        yield (
+            f"unit      one subject (column {config.data.subject!r}), all records together: {counts.subjects} to learn from, "
+            f"{count_units(shard.test).subjects} to test on. A subject at two sites is covered at each by itself"
+        )
     if recipe is None:
         backbone, _ = load_backbone(config.backbone, config.engine)
         yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
@@ -50,10 +59,12 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) ->
     spent = site_status(file)["epsilon"]
     yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
     if recipe is not None:
-        yield from _of_recipe(config, file, recipe, clients, len(shard.train))
+        yield from _of_recipe(config, file, recipe, clients, counts)
 
 
-def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: int, records: int) -> Iterator[str]:
+def _of_recipe(
+    config: settings.SiteConfig, file: Path, recipe: Path, clients: int, counts: UnitCounts
+) -> Iterator[str]:
     """Checks the recipe against the policy; yields the update's size and the cost of the whole run."""
     text = recipe.read_text(encoding="utf-8")
     context = build_context_without_records(parse(text, recipe.name, records=False))
@@ -73,16 +84,21 @@ def _of_recipe(config: settings.SiteConfig, file: Path, recipe: Path, clients: i
     yield f"update    {len(body)} bytes in round one: " + ", ".join(
         f"{n} {tuple(a.shape)}" for n, a in update.arrays.items()
     )
-    module, settled = of_part("privacy", privacy_config_for(method, context.experiment.privacy))
     group = group_of(config.name, context.experiment.groups)
-    plan = spec.plan(config.name, records, method)
-    mechanism = module.build(with_group_clip_norm(settled, context.experiment.privacy, group), plan)
-    costs = list(mechanism.planned_costs())
+    plan = spec.plan(config.name, counts, method)
+    mechanism = build_mechanism(privacy_config_for(method, context.experiment.privacy), group, plan)
+    costs, delta = list(mechanism.planned_costs()), config.policy.delta
     if costs:
-        whole = accountant.epsilon(costs, config.policy.delta)
+        whole = accountant.epsilon(costs, delta)
         yield f"cost      epsilon {whole:.4g} for {plan.participations} rounds, with noise multiplier " + ", ".join(
             f"{cost.noise_multiplier:.3g} ({cost.name})" for cost in costs
         )
+    if costs and mechanism.unit == "record":
+        replaced = accountant.epsilon_replaced(costs, delta)
+        what = "record" if counts.subjects is None else "subject"
+        yield f"cost      epsilon {replaced:.4g} where one {what} is replaced by another, instead of added or removed"
+    if costs and mechanism.unit == "record" and counts.subjects is None:
+        yield f"cost      of somebody with several records: {describe_group_costs(accountant.group_costs(costs, delta))}"
 
 
 def site_status(file: Path) -> dict[str, Any]:

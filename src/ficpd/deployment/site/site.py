@@ -15,6 +15,7 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.data.subjects import count_units
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
@@ -26,13 +27,11 @@ from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, local_model, restore_update
 from ficpd.federation.codec import SiteRequest
 from ficpd.federation.method import Method, validate_assignment
-from ficpd.federation.privacy_plan import privacy_config_for, with_group_clip_norm
+from ficpd.federation.privacy_plan import build_mechanism, privacy_config_for
 from ficpd.interfaces import Mechanism, ReleaseKind, Task
 from ficpd.methods.shared.readouts import assigned_readout
 from ficpd.privacy import accountant
-from ficpd.privacy.config import DPConfig
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.registry import build_config
 from ficpd.storage import atomic_write
 from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
@@ -198,7 +197,7 @@ class Site:
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
         method.adapt_to([self.task], self.model.backbone)
-        plan = spec.plan(config.name, len(self.shard.train), method)
+        plan = spec.plan(config.name, count_units(self.shard.train), method)
         mechanism = self._mechanism(spec, method, plan)
         account = self.ledger.account(config.name, self._budget(name, mechanism), name)
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
@@ -218,11 +217,9 @@ class Site:
 
     def _mechanism(self, spec: RunSpec, method: Method, plan: Any) -> Mechanism:
         """Builds the recipe's mechanism, with cryptographic noise unless this is a simulation."""
-        module, settled = build_config("privacy", privacy_config_for(method, spec.experiment.privacy))
-        if isinstance(settled, DPConfig) and not self.config.simulation:
-            settled = settled.model_copy(update={"noise": "cryptographic"})
+        noise = {} if self.config.simulation else {"noise": "cryptographic"}
         group = group_of(self.config.name, spec.experiment.groups)
-        mechanism = module.build(with_group_clip_norm(settled, spec.experiment.privacy, group), plan)
+        mechanism = build_mechanism(privacy_config_for(method, spec.experiment.privacy), group, plan, **noise)
         # A method that declares no releases gets no noise under any recipe.
         if mechanism.unit == "none" and "none" not in self.config.policy.mechanisms:
             raise PolicyError(

@@ -1,0 +1,103 @@
+"""Subjects: whom records are about (patients, customers, pupils). Their records are never divided between two sides."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ficpd.errors import DataError
+from ficpd.types import Record
+
+
+class UnitCounts(NamedTuple):
+    """`records`, and the `subjects` that they are about; None: the data name none."""
+
+    records: int
+    subjects: int | None = None
+
+    @property
+    def units(self) -> int:
+        """What a record-level mechanism samples: subjects where there are some, else records."""
+        return self.records if self.subjects is None else self.subjects
+
+
+def parse_subject(key: str, column: str, cell: Any) -> str:
+    """Returns a cell as a subject's name. Numbers are read as text: 7 and 7.0 are "7", and "007" is another subject.
+
+    Raises `DataError` for a cell without a value, and for a value that is no name. A record whose subject is not known
+    could be one of any subject's, so that no guarantee would hold for it.
+
+    >>> parse_subject("a.csv row 1", "patient", 7.0), parse_subject("a.csv row 2", "patient", " p7 ")
+    ('7', 'p7')
+    """
+    expected = "expected the subject of each row, as text or a whole number: fill or drop the row"
+    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
+        raise DataError(f"{key}, column {column!r}: is empty; {expected}")
+    cell = cell.item() if hasattr(cell, "item") else cell  # a number of numpy's
+    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
+        cell = int(cell)
+    if isinstance(cell, bool) or not isinstance(cell, (str, int)):
+        raise DataError(f"{key}, column {column!r}: {cell!r} is no subject; {expected}")
+    return str(cell).strip()
+
+
+def subject_numbers(records: Sequence[Record]) -> list[int] | None:
+    """Numbers the records' subjects from 0 in their order of appearance; None where no record names one.
+
+    Raises `DataError` if only some records name one.
+
+    >>> subject_numbers([Record("1", {}, "b"), Record("2", {}, "a"), Record("3", {}, "b")])
+    [0, 1, 0]
+    """
+    named = [record.subject for record in records]
+    if all(subject is None for subject in named):
+        return None
+    if None in named:
+        raise DataError(
+            f"{records[named.index(None)].key}: no subject, and other records have one; name the subject of all records, or "
+            "of none"
+        )
+    numbers = {subject: number for number, subject in enumerate(dict.fromkeys(named))}
+    return [numbers[subject] for subject in named]
+
+
+def count_units(records: Sequence[Record]) -> UnitCounts:
+    numbers = subject_numbers(records)
+    return UnitCounts(len(records), None if numbers is None else len(set(numbers)))
+
+
+def group_by_subject(records: Sequence[Record]) -> list[list[int]]:
+    """Returns the records' places by subject, in order of appearance; each record alone where none names a subject."""
+    numbers = subject_numbers(records)
+    if numbers is None:
+        return [[place] for place in range(len(records))]
+    groups: list[list[int]] = [[] for _ in range(max(numbers) + 1)]
+    for place, number in enumerate(numbers):
+        groups[number].append(place)
+    return groups
+
+
+def take_whole(order: Iterable[int], groups: Sequence[Sequence[int]], most: int) -> list[int]:
+    """Returns the places of those groups that fit into `most` records, tried in `order`. No group is divided.
+
+    >>> take_whole([1, 0, 2], [[0], [1, 2, 3], [4]], 2)
+    [0, 4]
+    """
+    taken: list[int] = []
+    for group in order:
+        if len(taken) + len(groups[group]) <= most:
+            taken.extend(groups[group])
+    return taken
+
+
+def subjects_on_both_sides(left: Iterable[Record], right: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """Returns a pair of records for each subject that both sides have."""
+    first = {record.subject: record for record in reversed([*left]) if record.subject is not None}
+    second = {record.subject: record for record in reversed([*right]) if record.subject in first}
+    return [(first[subject], record) for subject, record in second.items()]
+
+
+def num_scattered(sides: Iterable[Iterable[Record]]) -> int:
+    """Counts the subjects that more than one side has."""
+    found = Counter(name for side in sides for name in {r.subject for r in side if r.subject is not None})
+    return sum(count > 1 for count in found.values())

@@ -1,0 +1,44 @@
+"""What a client's record-level mechanism samples: its records, or the subjects that they are about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ficpd.data.subjects import subject_numbers
+from ficpd.errors import PrivacyError
+from ficpd.interfaces import Mechanism
+from ficpd.types import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """`number` of the units, and the records of the `largest`. subject_B: the number of each record's subject; None: each
+    record is a unit."""
+
+    number: int
+    largest: int = 1
+    subject_B: Tensor | None = None
+
+    def of(self, rows: Tensor | slice) -> dict[str, Tensor]:
+        """A mechanism's argument `subject_B` for these records; no argument where each record is a unit."""
+        return {} if self.subject_B is None else {"subject_B": self.subject_B[rows]}
+
+
+def units_of(client: str, records: Sequence[Record], mechanism: Mechanism) -> Units:
+    """Returns the units of a client's training records.
+
+    Guarantees: records that name subjects have no record-level mechanism that goes by records, nor the other way round:
+    that raises `PrivacyError` (`tests/privacy/test_subjects.py`).
+    """
+    numbers = subject_numbers(records)
+    if mechanism.unit == "record" and mechanism.subjects != (numbers is not None):
+        raise PrivacyError(
+            f"{client}: its records name {'no subjects' if numbers is None else 'subjects'}, and its mechanism was planned "
+            f"for {'subjects' if mechanism.subjects else 'records'}; plan it from the counts of these records"
+        )
+    if not mechanism.subjects or numbers is None:
+        return Units(len(records))
+    subject_B = torch.tensor(numbers, dtype=torch.long)
+    return Units(max(numbers) + 1, int(subject_B.bincount().max()), subject_B)
