@@ -256,7 +256,7 @@ class Mechanism(ABC):
     def noisy_sum(
         self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
     ) -> Tensor:
-        """Sums a statistic over all records, chunks of [b, N] to [N]. Each unit is clipped to norm 1; noise is added once."""
+        """Sums a statistic over all records, chunks of [b, N] to [N]. Units are clipped to norm 1; noise is added once."""
 
     @abstractmethod
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
-from ficpd.data.subjects import count_units
+from ficpd.data.subjects import count_units, group_by_subject
 from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit import canaries as mechanism_canaries
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
@@ -223,7 +223,10 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
         return None
     holders = run.context.shards_for(run.method.capabilities.centralized)
     plans = client_workloads(
-        run.method, run.state, {n: count_units(s.train) for n, s in holders.items()}, build_schedule(run.context, run.method)
+        run.method,
+        run.state,
+        {n: count_units(s.train) for n, s in holders.items()},
+        build_schedule(run.context, run.method),
     )
     plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
     part = privacy_config_for(run.method, run.context.experiment.privacy)
@@ -247,7 +250,8 @@ def _played(plan: ClientWorkload, kind: ReleaseKind, released: int) -> ClientWor
 def planted_bound(
     run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
 ) -> LowerBound | None:
-    """Train the federation again with mislabelled records, each put in by the flip of a coin, and guess which were.
+    """Train the federation again with mislabelled records, each put in by the flip of a coin, and guess which were. Where
+    the data name subjects, a canary is a subject: its records of the pool, all of them put in or none.
 
     None if fewer than six can be made. A record's change is a client's change too; where the server noises whole clients
     the guarantee is for one client more or less, and a changed client is two steps: (2ε, (1 + e^ε) δ).
@@ -255,12 +259,12 @@ def planted_bound(
     planted = make_mislabelled_canaries(
         run.context.task, list({r.key: r for r in pool}.values())[:number], run.context.shards, seed
     )
-    if len(planted) < 6:
+    if len(group_by_subject(planted)) < 6:
         return None
-    coin_M = np.random.default_rng(rng.derive_seed(seed, "coins")).random(len(planted)) < 0.5
-    shards = inject_canaries(
-        run.context.shards, [record for record, heads in zip(planted, coin_M, strict=True) if heads], seed
-    )
+    groups = group_by_subject(planted)
+    coin_M = np.random.default_rng(rng.derive_seed(seed, "coins")).random(len(groups)) < 0.5
+    heads = [planted[place] for group, up in zip(groups, coin_M, strict=True) if up for place in group]
+    shards = inject_canaries(run.context.shards, heads, seed)
     with tempfile.TemporaryDirectory(prefix="ficpd-audit-") as folder:
         again = RunDir(Path(folder) / "run")
         result = run_method(
@@ -273,9 +277,10 @@ def planted_bound(
         _target(trained_again, name), torch.cat([library.prompts[name].vectors_PD[None], shadow_SPD]), planted
     )
     stated, delta = _for_a_record(result.privacy)
-    score_M = loss_SM[1:].mean(0) - loss_SM[0]
+    score_N = loss_SM[1:].mean(0) - loss_SM[0]
+    score_M = np.array([score_N[group].mean() for group in groups])
     reach = one_run_bound(coin_M.astype(float), coin_M, delta)
-    return LowerBound(one_run_bound(score_M, coin_M, delta), stated, delta, reach, len(planted))
+    return LowerBound(one_run_bound(score_M, coin_M, delta), stated, delta, reach, len(groups))
 
 
 def _for_a_record(privacy: PrivacyReport) -> tuple[float | None, float]:

@@ -1,5 +1,6 @@
 """Builds an experiment: backbone, tasks, initial prompt, compression and clients."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,8 @@ from ficpd.backbones.loading import load_backbone
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.data.partition import partition
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.data.subjects import num_scattered
+from ficpd.errors import ConfigError, PrivacyWarning, did_you_mean
 from ficpd.evaluation.fairness import groups_of
 from ficpd.experiments.config import Experiment, Group
 from ficpd.experiments.initialization import (
@@ -185,6 +187,7 @@ def build_context(experiment: Experiment) -> ExperimentContext:
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     _check_heads(tasks)
+    _warn_of_scattered_subjects(shards, experiment)
     shards, unseen = _split_unseen(shards, group_of, experiment)
     by_group = {group: {n: s for n, s in shards.items() if group_of[n] == group} for group in tasks}
     context = _load(experiment, tasks, {group: list(members.values()) for group, members in by_group.items()})
@@ -296,6 +299,19 @@ def _partitioned(group: str, party: Group, seed: int) -> dict[str, ClientData]:
     if not group:
         return shards
     return {f"{group}.{name}": replace(s, metadata={**s.metadata, "group": group}) for name, s in shards.items()}
+
+
+def _warn_of_scattered_subjects(shards: Mapping[str, ClientData], experiment: Experiment) -> None:
+    """Warns where a guarantee per subject does not hold, because a subject has records at several clients."""
+    scattered = num_scattered([*shard.train, *shard.test] for shard in shards.values())
+    if scattered and experiment.privacy["name"] != "none" and "placement" not in experiment.privacy:
+        warnings.warn(
+            f"data.columns.subject: {scattered} subjects have records at several clients. Each client covers its own of "
+            "them; nothing covers them together. Partition so that each subject is at one client, or read epsilon as a bound "
+            "for each client alone",
+            PrivacyWarning,
+            stacklevel=2,
+        )
 
 
 def _describe(name: str, shard: ClientData) -> str:

@@ -191,7 +191,9 @@ class ClientSession:
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch by the client's mechanism. No other code averages records for an update."""
-        if self._drawn is None or self._open != values_KB.shape[1]:  # the numbers are private; the server gets this error
+        if (
+            self._drawn is None or self._open != values_KB.shape[1]
+        ):  # the numbers are private; the server gets this error
             given = (
                 "other records than the last batch has" if self._open is not None else "records, and no batch is open"
             )

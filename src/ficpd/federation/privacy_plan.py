@@ -119,7 +119,9 @@ def plan_privacy(
             "late update joins another round. Set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
     _, config = build_config("privacy", part)
-    plans = client_workloads(method, state, {name: count_units(shard.train) for name, shard in shards.items()}, schedule)
+    plans = client_workloads(
+        method, state, {name: count_units(shard.train) for name, shard in shards.items()}, schedule
+    )
     mechanisms = {name: build_mechanism(part, name, plans[name]) for name in shards}
     first = next(iter(mechanisms.values()))
     for name in method.capabilities.statistics_once if first.unit == "record" else ():

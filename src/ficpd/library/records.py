@@ -45,7 +45,9 @@ def read_records(data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: 
 def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Record:
     if missing := [column for column in roles.values() if column not in row]:
         raise DataError(f"{key}: {did_you_mean('column', missing[0], row)}; name it in columns = {{role: column}}")
-    subject = parse_subject(key, roles[loading.SUBJECT], row[roles[loading.SUBJECT]]) if loading.SUBJECT in roles else None
+    subject = (
+        parse_subject(key, roles[loading.SUBJECT], row[roles[loading.SUBJECT]]) if loading.SUBJECT in roles else None
+    )
     return Record(key, {**row, **{r: row[column] for r, column in roles.items() if r != loading.SUBJECT}}, subject)
 
 

@@ -50,9 +50,11 @@ def group_epsilon(costs: Iterable[PrivacyCost], delta: float, size: int) -> floa
     ICLR 2024, arXiv 2310.15526). It is more than `size` times the ε of one unit, as a rule.
 
     >>> round(group_epsilon([PrivacyCost("prompt", 0.01, 1.1, 1000)], 1e-5, 2), 1)
-    3.1
+    3.3
     """
-    return _group_pld(_key(costs), delta, size)
+    key = _key(costs)
+    coarser = max(1.0, _pld(key, delta, COARSE) / 20)  # a very large loss needs no fine grid
+    return _group_pld(key, delta, size, coarser)
 
 
 def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
@@ -168,7 +170,7 @@ def _pld(key: Key, delta: float, grid: float, replaced: bool = False) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _group_pld(key: Key, delta: float, size: int) -> float:
+def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
     from dp_accounting import GaussianDpEvent, NeighboringRelation
     from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
     from dp_accounting.pld import PLDAccountant
@@ -178,7 +180,7 @@ def _group_pld(key: Key, delta: float, size: int) -> float:
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
     # A person's loss is about `size` times as large as a record's, and a step of the grid may be, too.
-    grid = size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
+    grid = coarser * size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
     records = list(range(size + 1))
     for rate, multiplier, count in key:

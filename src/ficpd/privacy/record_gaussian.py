@@ -127,7 +127,9 @@ class RecordGaussian(Mechanism):
     def _check_subjects(self, subject_B: Tensor | None, num_records: int) -> None:
         if self.subjects != (subject_B is not None):
             stated, planned = ("no", "") if subject_B is None else ("their", "no ")
-            raise PrivacyError(f"the plan has {planned}subjects, and the records come with {stated} subjects: state both or none")
+            raise PrivacyError(
+                f"the plan has {planned}subjects, and the records come with {stated} subjects: state both or none"
+            )
         if subject_B is not None and len(subject_B) != num_records:
             raise PrivacyError(f"{len(subject_B)} subjects were stated of {num_records} records, one each was expected")
 

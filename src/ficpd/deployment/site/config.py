@@ -29,6 +29,8 @@ class Policy(FrozenConfig):
         first assignment then pays for the whole run.
     max_num_tokens: virtual tokens of a prompt, with which every record must fit; None: half of the backbone's maximum.
     max_candidates: prompts that a step may try on each record.
+    max_records_per_subject: records of one subject in a step, where the site's data name subjects; a step's memory grows
+        with them. `max_batch_size` is in subjects then.
     max_clip_norm: None: any.
     share_metrics: sends scores on the test records in runs without a guarantee. A guarantee does not cover scores.
     """
@@ -41,6 +43,7 @@ class Policy(FrozenConfig):
     max_local_steps: int = Field(default=50, ge=1)
     max_batch_size: int = Field(default=128, ge=1)
     max_candidates: int = Field(default=128, ge=1)
+    max_records_per_subject: int = Field(default=32, ge=1)
     max_rounds: int = Field(default=1000, ge=1)
     max_runs: int = Field(default=1000, ge=1)
     max_clip_norm: float | None = Field(default=None, gt=0)

@@ -49,6 +49,7 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
     training, rounds = experiment.training, spec.schedule.num_rounds
     group = group_of(config.name, experiment.groups)
     clip = (experiment.privacy.get("clip_norms") or {}).get(group, experiment.privacy.get("clip_norm")) or 0.0
+    most_records = policy.max_records_per_subject if config.data.subject else None
     for theirs, given, ours, most in (
         ("prompt.num_tokens", spec.start.num_virtual_tokens, "policy.max_num_tokens", tokens),
         ("training.local_steps", training.local_steps, "policy.max_local_steps", policy.max_local_steps),
@@ -59,6 +60,12 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
         ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
         ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),
+        (
+            "privacy.max_records_per_subject",
+            experiment.privacy.get("max_records_per_subject") or 0,
+            "policy.max_records_per_subject",
+            most_records,
+        ),
         ("privacy.clip_norm", clip, "policy.max_clip_norm", policy.max_clip_norm),
     ):
         if most is not None and given > most:

@@ -22,8 +22,8 @@ from ficpd.experiments.config import parse
 from ficpd.experiments.setup import build_method, build_schedule, federation_info
 from ficpd.federation import codec
 from ficpd.federation.privacy_plan import build_mechanism, privacy_config_for
-from ficpd.privacy import accountant
 from ficpd.library.card import ONE_RECORD, describe_group_costs
+from ficpd.privacy import accountant
 from ficpd.privacy.ledger import Ledger
 from ficpd.types import ClientData, ClientUpdate, zero_update
 
@@ -38,8 +38,8 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) ->
         yield f"unit      {ONE_RECORD}: name whom a record is about (data.columns.subject) if anybody has several"
     else:
         yield (
-            f"unit      one subject (column {config.data.subject!r}), all records together: {counts.subjects} to learn from, "
-            f"{count_units(shard.test).subjects} to test on. A subject at two sites is covered at each by itself"
+            f"unit      one subject (column {config.data.subject!r}), all records together: {counts.subjects} to learn "
+            f"from, {count_units(shard.test).subjects} to test on. A subject at two sites is covered at each by itself"
         )
     if recipe is None:
         backbone, _ = load_backbone(config.backbone, config.engine)

@@ -23,6 +23,8 @@ from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far above any clip norm, and the others', of alternating sign."""
 CANARY = "canary"
+MOST_RECORDS = 64
+"""Of a canary that is a subject."""
 AFFORDED = {ReleaseKind.STEP: 48_000, ReleaseKind.UPDATE: 80_000, ReleaseKind.SUM: 16_000}
 """The maximum number of releases of a kind in all trials, which limits an audit to seconds."""
 Scores = tuple[list[float], list[float]]
@@ -68,20 +70,26 @@ def release_kind(mechanism: Mechanism) -> ReleaseKind:
 def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
     """Returns each run's scores without and with a canary record, which is sampled like the others.
 
-    The other contributions cancel, so a mechanism that clips the mean instead of each record is detected. A trial is
+    Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
+    `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is detected. A trial is
     one run in both settings. They share the steps without the canary, so runs are independent within a setting only.
     """
-    canary, expected = plan.num_records - 1, max(1, round(plan.sampling_rate * plan.num_records))
-    contribution_N = torch.cat([_alternating(canary), torch.tensor([HUGE])])
+    canary, expected = plan.num_units - 1, max(1, round(plan.sampling_rate * plan.num_units))
+    own = 1 if plan.num_subjects is None else min(plan.num_records - canary, MOST_RECORDS)
+    contribution_N = torch.cat([_alternating(canary), torch.full((own,), HUGE)])
+    subject_N = torch.cat([torch.arange(canary), torch.full((own,), canary)])
+
+    def of(rows: Tensor | slice) -> dict[str, Tensor]:
+        return {} if plan.num_subjects is None else {"subject_B": subject_N[rows]}
 
     def released(rows: Tensor, noise: NoiseSource) -> float:
-        return float(mechanism.noisy_mean(contribution_N[rows].view(1, -1, 1), expected, noise)) * expected
+        return float(mechanism.noisy_mean(contribution_N[rows].view(1, -1, 1), expected, noise, **of(rows))) * expected
 
     def run(noise: NoiseSource) -> tuple[float, float]:
         sums = []
         for _ in range(plan.participations):
-            for rows in mechanism.sample(plan.num_records, expected, plan.steps, noise):
-                others = rows[rows != canary]
+            for rows in mechanism.sample(canary + own, expected, plan.steps, noise, **of(slice(None))):
+                others = rows[rows < canary]
                 without = released(others, noise)
                 sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
         return _log_ratios(sums, mechanism, ReleaseKind.STEP)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from ficpd import rng
+from ficpd.data.subjects import group_by_subject
 from ficpd.interfaces import Task
 from ficpd.tasks.multiple_choice import Option
 from ficpd.types import ClientData, Record
@@ -36,11 +37,11 @@ def make_mislabelled_canaries(
 
 
 def inject_canaries(shards: Mapping[str, ClientData], records: Sequence[Record], seed: int) -> dict[str, ClientData]:
-    """Adds each record to the training records of a random client."""
+    """Adds each record, or all records of a subject, to the training records of a random client."""
     names, random = list(shards), np.random.default_rng(rng.derive_seed(seed, "sites"))
     given: dict[str, list[Record]] = {name: [] for name in names}
-    for record in records:
-        given[names[random.integers(len(names))]].append(record)
+    for group in group_by_subject(records):
+        given[names[random.integers(len(names))]].extend(records[place] for place in group)
     return {name: replace(shard, train=[*shard.train, *given[name]]) for name, shard in shards.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ficpd import rng
 from ficpd.data.loading import ROLES
+from ficpd.data.subjects import group_by_subject, take_whole
 from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.attack_metrics import label_matched
 from ficpd.evaluation.audit.canary_injection import has_labels
@@ -38,12 +39,16 @@ class Split:
 def split_records(task: Task, train: Sequence[Record], spare: Sequence[Record], limit: int, seed: int) -> Split:
     """Takes at most `limit` members of `train`; half of `spare` is scored, the other half is the attacker's.
 
-    Duplicates of training records or of each other are dropped from `spare`. Raises `PrivacyError` if too few are
-    left.
+    Duplicates of training records or of each other are dropped from `spare`, and so are records of subjects that are in
+    `train`. No subject is in both halves. Raises `PrivacyError` if too few are left.
     """
-    seen = {_contents(record) for record in train}
-    fresh = _shuffled({_contents(r): r for r in spare if _contents(r) not in seen}.values(), seed, "halves")
-    mine, outside = fresh[: len(fresh) // 2], fresh[len(fresh) // 2 :]
+    seen, known = {_contents(record) for record in train}, {record.subject for record in train} - {None}
+    new = {_contents(r): r for r in spare if _contents(r) not in seen and r.subject not in known}
+    fresh = _shuffled(new.values(), seed, "halves")
+    groups = group_by_subject(fresh)
+    taken = set(take_whole(range(len(groups)), groups, len(fresh) // 2))
+    mine = [record for place, record in enumerate(fresh) if place in taken]
+    outside = [record for place, record in enumerate(fresh) if place not in taken]
     members = _shuffled(train, seed, "members")[:limit]
     outside = _alike(task, members, outside, max(limit, FEW), seed)
     if min(len(members), len(outside), len(mine)) < 2:

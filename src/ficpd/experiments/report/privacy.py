@@ -10,6 +10,7 @@ from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
 from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import format_noise_multipliers
 from ficpd.experiments.results import PrivacyReport
+from ficpd.library.card import ONE_RECORD, describe_group_costs
 
 MOST = 200
 """Members that the figure draws one by one."""
@@ -28,6 +29,8 @@ def ledger(run: Finished) -> Section | None:
             f"Agreed: at most ε = {privacy.epsilon:g}, δ = {privacy.delta:g}, per {privacy.unit}. What each site "
             "has spent, its own ledger says (ficpd site status)."
         )
+        if privacy.unit == "record":
+            said += f" Where a site's data name no subjects, the unit is {ONE_RECORD}."
         return Section("privacy", "Privacy", [Text(said)])
     if privacy.epsilon is None:
         return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
@@ -47,8 +50,22 @@ def _promise(privacy: PrivacyReport) -> Text:
         f"{privacy.unit} ({privacy.neighbouring}). Clip norm {privacy.clip_norm:g}, noise multipliers "
         f"{format_noise_multipliers(privacy)} ({privacy.noise} noise); counted by {privacy.accountant}. Each method "
         "of this page is a run of its own: a member that took part in several would pay for each. Test scores are the "
-        f"simulation's own view: they do not leave a site.{simulated}"
+        f"simulation's own view: they do not leave a site.{_neighbours(privacy)}{simulated}"
     )
+
+
+def _neighbours(privacy: PrivacyReport) -> str:
+    """What the same noise gives for a replaced unit, and for somebody with several records."""
+    said = ""
+    if privacy.replace_epsilon is not None:
+        said += (
+            f" ε = {privacy.epsilon:.3f} is for one {privacy.unit} more or less. The same noise gives ε = "
+            f"{privacy.replace_epsilon:.3f} for one {privacy.unit} replaced by another."
+        )
+    if privacy.group_epsilon:
+        costs = describe_group_costs(privacy.group_epsilon)
+        said += f" The unit is {ONE_RECORD}: {costs}. data.columns.subject makes the person the unit."
+    return said
 
 
 def _lines(privacy: PrivacyReport) -> Table:
