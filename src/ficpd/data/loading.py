@@ -106,7 +106,7 @@ class Config(FrozenConfig):
 
 @dataclass(frozen=True)
 class Dataset:
-    """The records in file order. `Record.key` counts the data rows of a file from 1."""
+    """The records in file order, those of one subject together. `Record.key` counts the data rows of a file from 1."""
 
     train: list[Record]
     test: list[Record]
@@ -315,7 +315,7 @@ def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
                 f"{config.source}: no {side} records among {len(rows)}; expected at least one of each side: "
                 f"look at split_column, test_fraction and max_records"
             )
-    return Dataset(sorted_out["train"], sorted_out["test"])
+    return Dataset(*([of[i] for group in group_by_subject(of) for i in group] for of in sorted_out.values()))
 
 
 def _draw_test(rows: list[Row], config: Config, seed: int) -> list[int]:

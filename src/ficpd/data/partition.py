@@ -209,14 +209,14 @@ def _deal(
     shards = {name: ClientData([], [], dict(data.metadata)) for name in names}
     groups = {side: group_by_subject(getattr(data, side)) for side in ("train", "test")}
     labels = {
-        side: [_most_common([of[place] for place in group]) for group in groups[side]]
+        side: [_most_common([of[i] for i in group]) for group in groups[side]]
         for side, of in _labels(config, data, target).items()
     }
     shares = _shares(config, labels, names, rng)
     for side in ("train", "test"):
         records, owner_of = getattr(data, side), {}
-        for group, owner in zip(groups[side], _owners(labels[side], shares, rng), strict=True):
-            owner_of |= dict.fromkeys(group, names[owner])
+        for places, owner in zip(groups[side], _owners(labels[side], shares, rng), strict=True):
+            owner_of |= dict.fromkeys(places, names[owner])
         for place, record in enumerate(records):
             getattr(shards[owner_of[place]], side).append(record)
     return shards

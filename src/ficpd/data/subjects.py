@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ficpd.errors import DataError
 from ficpd.types import Record
 
@@ -33,7 +35,7 @@ def parse_subject(key: str, column: str, cell: Any) -> str:
     expected = "expected the subject of each row, as text or a whole number: fill or drop the row"
     if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
         raise DataError(f"{key}, column {column!r}: is empty; {expected}")
-    cell = cell.item() if hasattr(cell, "item") else cell  # a number of numpy's
+    cell = cell.item() if isinstance(cell, np.generic) else cell
     if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
         cell = int(cell)
     if isinstance(cell, bool) or not isinstance(cell, (str, int)):

@@ -307,8 +307,8 @@ def _warn_of_scattered_subjects(shards: Mapping[str, ClientData], experiment: Ex
     if scattered and experiment.privacy["name"] != "none" and "placement" not in experiment.privacy:
         warnings.warn(
             f"data.columns.subject: {scattered} subjects have records at several clients. Each client covers its own of "
-            "them; nothing covers them together. Partition so that each subject is at one client, or read epsilon as a bound "
-            "for each client alone",
+            "them; nothing covers them together. Partition so that each subject is at one client, or read epsilon as a "
+            "bound for each client alone",
             PrivacyWarning,
             stacklevel=2,
         )

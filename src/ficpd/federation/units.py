@@ -30,7 +30,7 @@ def units_of(client: str, records: Sequence[Record], mechanism: Mechanism) -> Un
     """Returns the units of a client's training records.
 
     Guarantees: records that name subjects have no record-level mechanism that goes by records, nor the other way round:
-    that raises `PrivacyError` (`tests/privacy/test_subjects.py`).
+    that raises `PrivacyError` (`tests/contracts/test_subject_unit.py`).
     """
     numbers = subject_numbers(records)
     if mechanism.unit == "record" and mechanism.subjects != (numbers is not None):

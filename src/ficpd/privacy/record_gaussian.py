@@ -77,7 +77,7 @@ class RecordGaussian(Mechanism):
 
     With `subjects` the same holds of a subject in the place of a record: all its records, in `noisy_mean` and in
     `noisy_sum`, join together or not at all, at most `max_records_per_subject` of them, and their sum is clipped as one row.
-    Values whose subjects are not stated are refused (`tests/privacy/test_subjects.py`).
+    Values whose subjects are not stated are refused (`tests/contracts/test_subject_unit.py`).
     """
 
     unit = "record"
@@ -108,9 +108,10 @@ class RecordGaussian(Mechanism):
         self._check_subjects(subject_B, num_records)
         units = num_records if subject_B is None else len(subject_B.unique())
         if expected_batch > self.plan.sampling_rate * units * (1 + 1e-9):
+            what = "records" if subject_B is None else "subjects"
             raise PrivacyError(
-                f"a batch of {expected_batch} of {units} {'records' if subject_B is None else 'subjects'} exceeds the planned "
-                f"sampling rate of {self.plan.sampling_rate:.4g}. State the batch size in `local_workload`"
+                f"a batch of {expected_batch} of {units} {what} exceeds the planned sampling rate of "
+                f"{self.plan.sampling_rate:.4g}. State the batch size in `local_workload`"
             )
         drawn = [noise.poisson_sample(units, expected_batch / units) for _ in range(steps)]
         if subject_B is None:

@@ -71,8 +71,9 @@ def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, strea
     """Returns each run's scores without and with a canary record, which is sampled like the others.
 
     Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
-    `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is detected. A trial is
-    one run in both settings. They share the steps without the canary, so runs are independent within a setting only.
+    `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
+    detected. A trial is one run in both settings. They share the steps without the canary, so runs are independent
+    within a setting only.
     """
     canary, expected = plan.num_units - 1, max(1, round(plan.sampling_rate * plan.num_units))
     own = 1 if plan.num_subjects is None else min(plan.num_records - canary, MOST_RECORDS)
