@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 from absl import logging
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
@@ -11,10 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
+from scipy.stats import binom, norm
 
 from ficpd.errors import PrivacyError
 from ficpd.privacy import accountant
-from ficpd.privacy.accountant import COARSE, FINE, calibrate, cost_shares, epsilon, is_covered_by, merge
+from ficpd.privacy.accountant import (
+    COARSE,
+    FINE,
+    calibrate,
+    cost_shares,
+    epsilon,
+    epsilon_replaced,
+    group_costs,
+    group_epsilon,
+    is_covered_by,
+    merge,
+)
 from ficpd.types import PrivacyCost
 
 DELTA = 1e-5
@@ -110,6 +123,54 @@ def test_names_and_order_cost_nothing():
 def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert epsilon([], DELTA) == epsilon([PrivacyCost("prompt", 0.1, 1.0, 0)], DELTA) == 0.0
     assert epsilon([PrivacyCost("prompt", 0.1, 1.0), PrivacyCost("update", 1.0, 0.0)], DELTA) == math.inf
+
+
+# ---------------------------------------------------------------- several units of one person, and a replaced unit
+
+
+def profile(rate: float, multiplier: float, size: int, e: float) -> float:
+    """δ of one step at ε, by integration: the larger of both directions of a binomial mixture of Gaussians and one."""
+    x = np.linspace(-12 * multiplier, size + 12 * multiplier, 400_001)
+    without = norm.pdf(x, 0, multiplier)
+    weights = binom.pmf(range(size + 1), size, rate)
+    with_ = sum(weight * norm.pdf(x, place, multiplier) for place, weight in enumerate(weights))
+    return max(
+        float(np.trapezoid(np.maximum(p - math.exp(e) * q, 0.0), x)) for p, q in ((with_, without), (without, with_))
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 10])
+@pytest.mark.parametrize(("rate", "multiplier"), [(0.03, 0.8), (0.2, 2.0), (0.5, 4.0)])
+def test_several_records_of_one_person_cost_what_the_integral_says(size, rate, multiplier):
+    e = group_epsilon([PrivacyCost("prompt", rate, multiplier)], DELTA, size)
+    assert profile(rate, multiplier, size, e) <= DELTA * 1.0001
+    assert profile(rate, multiplier, size, 0.99 * e - 0.01) > DELTA
+
+
+@pytest.mark.parametrize("size", [2, 5, 10])
+def test_several_records_in_a_sum_over_all_are_one_of_so_many_times_the_sensitivity(size):
+    found = group_epsilon([PrivacyCost("weight", 1.0, 9.0)], DELTA, size)
+    assert analytic(9.0 / size, DELTA) - 1e-6 <= found <= 1.01 * analytic(9.0 / size, DELTA) + 0.01
+
+
+def test_several_records_cost_more_than_so_many_times_one():
+    """500 records, batches of 16, 100 steps: figures of an independent review."""
+    run = [PrivacyCost("prompt", 16 / 500, calibrate(2.0, DELTA, lambda z: [PrivacyCost("p", 16 / 500, z, 100)]), 100)]
+    found = group_costs(run, DELTA)
+    assert found == {2: pytest.approx(4.3, abs=0.05), 5: pytest.approx(12.4, abs=0.1), 10: pytest.approx(28.8, abs=0.2)}
+    assert all(cost > size * epsilon(run, DELTA) for size, cost in found.items())
+    assert group_epsilon(run, DELTA, 1) == pytest.approx(epsilon(run, DELTA), rel=0.01)
+
+
+def test_a_replaced_unit_costs_more_than_one_added_or_removed():
+    assert epsilon_replaced([PrivacyCost("update", 1.0, 3.0)], DELTA) == pytest.approx(analytic(1.5, DELTA), abs=2e-3)
+    for plan in PLANS.values():
+        assert epsilon(plan, DELTA) < epsilon_replaced(plan, DELTA) < 2.5 * epsilon(plan, DELTA)
+
+
+def test_nothing_costs_nothing_for_several_records_too():
+    assert group_epsilon([], DELTA, 5) == epsilon_replaced([], DELTA) == 0.0
+    assert group_epsilon([PrivacyCost("update", 1.0, 0.0)], DELTA, 5) == math.inf
 
 
 # ---------------------------------------------------------------- noise for a budget

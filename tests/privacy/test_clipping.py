@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import small
-from ficpd.privacy.clipping import MARGIN, clip_query, clipped_sum
+from ficpd.privacy.clipping import MARGIN, clip_query, clipped_subject_sum, clipped_sum, sum_by_subject
 from ficpd.types import LORA, TOKEN_DTYPE, Query
 
 EXTREME = [0.0, -0.0, 1e-45, 1e-30, 1e30, -1e30, math.nan, math.inf, -math.inf]
@@ -125,3 +125,43 @@ def test_rows_of_a_queried_prompt_are_bounded_and_token_ids_and_lora_weights_are
     assert torch.equal(clip_query(Query(far, batch), replace(start, enters_at=LORA)).prompts_KPD, far)
     ids = torch.full((1, 4, 1), 10_000, dtype=TOKEN_DTYPE)
     assert torch.equal(clip_query(Query(ids, batch), start).prompts_KPD, ids)
+
+
+# ---------------------------------------------------------------- subjects
+
+
+def test_a_row_changes_the_sum_of_its_own_subject_alone():
+    rows_BN = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    subject_B = torch.arange(40) % 7 * 3
+    sums = sum_by_subject(rows_BN, subject_B)
+    assert sums.dtype == torch.float64
+    assert torch.allclose(sums[2], rows_BN[subject_B == 6].double().sum(0))
+    changed = rows_BN.clone()
+    changed[subject_B == 6] = math.nan
+    others = torch.tensor([place for place in range(7) if place != 2])
+    assert torch.equal(sum_by_subject(changed, subject_B)[others], sums[others])
+    kept = subject_B != 6
+    assert torch.equal(sum_by_subject(rows_BN[kept], subject_B[kept]), sums[others])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), norm=NORMS, size=st.integers(1, 5))
+def test_one_subject_more_or_less_moves_the_sum_by_at_most_the_norm_in_any_chunks(data, norm, size):
+    rows_BN, place = data.draw(tables(torch.float32, 8))
+    subject_B = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=len(rows_BN), max_size=len(rows_BN))))
+    kept_B = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows_BN), max_size=len(rows_BN))))
+    rest = subject_B != subject_B[place]
+    changed = torch.where(rest[:, None], rows_BN, torch.zeros(()))
+    whole = clipped_subject_sum(rows_BN.split(size), subject_B, kept_B, norm)
+    assert torch.isfinite(whole).all()
+    assert length(whole - clipped_subject_sum([changed], subject_B, kept_B, norm)) <= norm
+    if rest.any():
+        less = clipped_subject_sum([rows_BN[rest]], subject_B[rest], kept_B[rest], norm)
+        assert length(whole - less) <= norm
+
+
+def test_a_row_that_is_not_kept_counts_nothing_not_even_if_it_is_not_finite():
+    rows_BN = torch.tensor([[0.1, 0.2], [math.nan, 1.0], [0.3, 0.0]])
+    kept_B = torch.tensor([True, False, True])
+    summed = clipped_subject_sum([rows_BN[:2], rows_BN[2:]], torch.tensor([5, 5, 5]), kept_B, 1.0)
+    assert torch.allclose(summed, torch.tensor([0.4, 0.2], dtype=torch.double), rtol=1e-6)
