@@ -412,6 +412,22 @@ def test_folds_part_the_records_and_deal_out_each_class(library, model):
     assert [len(part) for part in stratified_folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
 
 
+def test_no_subject_is_in_two_folds(library, model):
+    shots = shots_of(library, model, count=16)
+    named = [replace(record, subject=f"patient {place // 3}") for place, record in enumerate(shots.records)]
+    for seed in range(3):
+        parts = stratified_folds(replace(shots, records=named), seed)
+        assert sorted(i for part in parts for i in part) == list(range(16))
+        of = [{named[i].subject for i in part} for part in parts]
+        assert sum(map(len, of)) == 6 == len(set().union(*of))
+    assert len(stratified_folds(replace(shots, records=named[:5]), 1)) == 2
+
+
+def test_records_of_one_subject_cannot_be_tried_on_each_other(library, model):
+    of_one = [replace(record, subject="patient 1") for record in shots_of(library, model, count=16).records]
+    assert "of one subject" in selection._lacking(small.classes(), of_one)
+
+
 def test_what_is_tried_on_a_record_has_not_seen_it(library, model):
     """A record whose label is a lie is lost on by every way that was not fitted to it."""
     given = records("heat", 12, 3)

@@ -26,7 +26,7 @@ from ficpd.federation import codec
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for
 from ficpd.federation.rounds import Round
 from ficpd.registry import validate
-from ficpd.types import ClientCard, ClientData, State
+from ficpd.types import ClientCard, ClientData, Record, State
 
 if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flower
     from flwr.app import Context
@@ -115,7 +115,7 @@ class Sites(Clients):
         part = privacy_config_for(method, experiment.privacy)
         part = {**part, "noise": "cryptographic"} if "placement" in part else NONE
         batch_size = 1 if part is NONE else method.local_workload(state)[1]
-        stand_ins = {name: ClientData([None] * batch_size, [], {}) for name in run.shards}  # type: ignore[list-item]
+        stand_ins = {name: ClientData([Record("a record of the site", {})] * batch_size, [], {}) for name in run.shards}
         released = run.last_release if part.get("placement") == "central" else 0
         return plan_privacy(
             part, method, state, stand_ins, run.schedule, experiment.seed, run.directory.path, run.directory.run_id(),
