@@ -105,7 +105,9 @@ def test_subjects_at_several_clients_are_warned_of(tmp_path):
 
 
 def test_no_records_of_a_subject_are_an_error_before_any_data_are_read(tmp_path):
-    with pytest.raises(ConfigError, match=r"privacy\.max_records_per_subject = 0: Input should be greater than or equal"):
+    with pytest.raises(
+        ConfigError, match=r"privacy\.max_records_per_subject = 0: Input should be greater than or equal"
+    ):
         experiment(tmp_path, "fedavg", *PRIVATE, "privacy.max_records_per_subject=0")
 
 
@@ -160,7 +162,9 @@ def test_a_site_trains_on_subjects_and_its_policy_limits_their_records(tmp_path)
     subjects = len({record.subject for record in shard.train})
     assert current.client.mechanism.planned_costs()[0].sampling_rate == pytest.approx(4 / subjects)
     home.close()
-    low = home.config.model_copy(update={"policy": home.config.policy.model_copy(update={"max_records_per_subject": 7})})
+    low = home.config.model_copy(
+        update={"policy": home.config.policy.model_copy(update={"max_records_per_subject": 7})}
+    )
     spec = current.spec
     with pytest.raises(PolicyError, match=r"privacy\.max_records_per_subject = 8; .* at most 7"):
         policy.check(low, "", "site.toml", spec, one.model.backbone)
@@ -173,7 +177,10 @@ def test_a_site_trains_on_subjects_and_its_policy_limits_their_records(tmp_path)
 
 
 def people(count: int, first: int, each: int = 3):
-    return [replace(r, key=f"{first} {i}", subject=f"{first + i // each}") for i, r in enumerate(small.records(count, first))]
+    return [
+        replace(r, key=f"{first} {i}", subject=f"{first + i // each}")
+        for i, r in enumerate(small.records(count, first))
+    ]
 
 
 def test_members_and_non_members_share_no_subject(tmp_path):

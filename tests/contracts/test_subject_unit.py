@@ -193,8 +193,8 @@ class EachByItself(RecordGaussian):
     """Clips a subject's records one by one: what the tests below have to find."""
 
     def noisy_mean(self, values_KB, expected_batch, noise, grad_scale=None, subject_B=None):
-        K, B, *_ = values_KB.shape
-        return super().noisy_mean(values_KB, expected_batch, noise, grad_scale, torch.arange(B))
+        alone = torch.arange(values_KB.shape[1])
+        return super().noisy_mean(values_KB, expected_batch, noise, grad_scale, alone)
 
     def noisy_sum(self, name, chunks, noise, subject_B=None):
         return super().noisy_sum(name, chunks, noise, torch.arange(len(subject_B)))  # type: ignore[arg-type]
@@ -206,7 +206,10 @@ def released(
     """Sums and deviations of what a client releases in two rounds. All answers are zeros, so that prompts never differ."""
     config = how.get("config", {})
     training = small.LocalTrainingConfig(
-        local_steps=2, batch_size=4, learning_rate=0.1, **{k: v for k, v in how.items() if k not in ("config", "statistics")}
+        local_steps=2,
+        batch_size=4,
+        learning_rate=0.1,
+        **{k: v for k, v in how.items() if k not in ("config", "statistics")},
     )
     method = small.method(name, training, **config)
     part = validated_section(
@@ -282,7 +285,9 @@ def test_a_mechanism_that_knows_no_subjects_is_refused(monkeypatch):
     build = module.build
     monkeypatch.setattr(module, "build", lambda config, plan: build(config, replace(plan, num_subjects=None)))
     part = {"name": "record_gaussian", "noise_multiplier": 1.0, "clip_norm": 1.0}
-    with pytest.raises(ConfigError, match=r"privacy\.name = 'record_gaussian' protects single records, and data\.columns"):
+    with pytest.raises(
+        ConfigError, match=r"privacy\.name = 'record_gaussian' protects single records, and data\.columns"
+    ):
         build_mechanism(part, "site-0", PLAN)
 
 
