@@ -200,6 +200,12 @@ def test_privacy_cost(bench):
     assert len(bench.found("privacy_cost")["seconds per order, median"]) == 4
 
 
+def test_subjects(bench):
+    bench.run("subjects", "--seeds 0", changes=(TINY, ONE_ROUND, "partition.num_clients=3"), RECORDS=400)
+    people = {f"the person, {size} records each" for size in (2, 5, 10)}
+    assert bench.rows("subjects") == {"no privacy", "the record"} | people
+
+
 def test_privacy_audit(bench):
     bench.run("privacy_audit", "--seeds 0", changes=(TINY, ONE_ROUND))
     assert bench.rows("privacy_audit") == {"no privacy", "epsilon 2"}
