@@ -114,7 +114,7 @@ def main() -> None:
     class Poisson(none.NoPrivacy):
         """No privacy, but Poisson batches, so that all see the same number of records."""
 
-        def sample(self, num_records, expected_batch, steps, noise):
+        def sample(self, num_records, expected_batch, steps, noise, subject_B=None):
             return [noise.poisson_sample(num_records, expected_batch / num_records) for _ in range(steps)]
 
     def private(noise: str):
