@@ -206,11 +206,6 @@ def test_subjects(bench):
     assert bench.rows("subjects") == {"no privacy", "the record"} | people
 
 
-def test_subjects(bench):
-    bench.run("subjects", "--seeds 0", changes=(TINY, ONE_ROUND), RECORDS=400, SIZES=(2,))
-    assert bench.rows("subjects") == {"no privacy", "the record", "the person, 2 records each"}
-
-
 def test_privacy_audit(bench):
     bench.run("privacy_audit", "--seeds 0", changes=(TINY, ONE_ROUND))
     assert bench.rows("privacy_audit") == {"no privacy", "epsilon 2"}

@@ -18,8 +18,12 @@ from ficpd.errors import PrivacyError
 from ficpd.privacy import accountant
 from ficpd.privacy.accountant import (
     COARSE,
+    DELTAS,
+    EPSILONS,
     FINE,
+    LEAST_MULTIPLIER,
     calibrate,
+    check_price,
     cost_shares,
     epsilon,
     epsilon_replaced,
@@ -71,7 +75,7 @@ def analytic(multiplier: float, delta: float) -> float:
         half = 1 / (2 * multiplier)
         return ndtr(half - e * multiplier) - math.exp(e + log_ndtr(-half - e * multiplier)) - delta
 
-    return brentq(excess, 0.0, 200.0, xtol=1e-10)
+    return brentq(excess, 0.0, 1e6, xtol=1e-10)
 
 
 @pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
@@ -266,3 +270,49 @@ def test_opacus_agrees(plan):
         oracle.history = [(line.noise_multiplier, line.sampling_rate, line.count)]
         theirs = oracle.get_epsilon(DELTA, eps_error=0.005)
     assert epsilon([line], DELTA) == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon", "delta"),
+    [
+        *(("epsilon", epsilon, 1e-5) for epsilon in (1e-9, 1000, 1e9)),
+        *(("delta", 2, delta) for delta in (1e-13, 0.5, 0.9)),
+    ],
+)
+def test_a_budget_beyond_what_can_be_computed_is_refused_with_the_range(name, epsilon, delta):
+    least, most = EPSILONS if name == "epsilon" else DELTAS
+    with pytest.raises(PrivacyError, match=rf"privacy.{name} = .*{least:g} to {most:g}"):
+        calibrate(epsilon, delta, lambda z: [PrivacyCost("prompt", 0.1, z, 100)])
+
+
+@pytest.mark.parametrize("epsilon_", EPSILONS)
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 1), (0.5, 100), (0.01, 10)])
+def test_every_budget_within_the_range_has_an_answer_that_keeps_it(epsilon_, delta, rate, count):
+    """At such a delta little noise is enough, or none at all would be: then it is the least that is accounted."""
+    found = calibrate(epsilon_, delta, lambda z: [PrivacyCost("prompt", rate, z, count)])
+    cost = epsilon([PrivacyCost("prompt", rate, found, count)], delta)
+    assert found >= LEAST_MULTIPLIER
+    assert cost <= epsilon_
+    assert cost >= 0.9 * epsilon_ or found < 1.5 * LEAST_MULTIPLIER
+
+
+def test_noise_too_small_to_be_accounted_is_refused_and_many_releases_are_not():
+    with pytest.raises(PrivacyError, match="noise_multiplier = 1e-06"):
+        epsilon([PrivacyCost("prompt", 0.1, 1e-6, 1)], DELTA)
+    count = 100_000
+    exact = analytic(count**-0.5, DELTA)
+    assert exact <= epsilon([PrivacyCost("prompt", 1.0, 1.0, count)], DELTA) <= 1.01 * exact
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, float("nan")])
+def test_a_sampling_rate_that_none_is_has_no_price(rate):
+    with pytest.raises(PrivacyError, match="sampling_rate"):
+        epsilon([PrivacyCost("sum", rate, 1.0, 10)], DELTA)
+
+
+def test_releases_that_would_cost_nothing_are_an_error():
+    with pytest.raises(PrivacyError, match="costs nothing"):
+        check_price([PrivacyCost("sum", 1e-6, LEAST_MULTIPLIER, 3)], DELTA)
+    check_price([PrivacyCost("sum", 1.0, 1.0, 0)], DELTA)
+    check_price([PrivacyCost("sum", 0.1, 1.0, 3)], DELTA)

@@ -17,10 +17,18 @@ from scipy.stats import binom
 from ficpd.errors import PrivacyError
 from ficpd.types import JSON, PrivacyCost
 
-FINE, COARSE = 1e-3, 1e-2
+FINE, COARSE, FINEST = 1e-3, 1e-2, 1e-5
 """Steps of the discretised privacy loss."""
 GROUP_SIZES = (2, 5, 10)
 """Records of one person, for which a report states the cost."""
+SMALL = 0.2
+"""Below this ε the fine step is too coarse by more than a hundredth."""
+EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
+"""Budgets that noise is calibrated for: others need too long, or too much memory."""
+LEAST_MULTIPLIER = 0.05
+"""Least noise multiplier that is accounted. One release with less noise costs more than 200."""
+MOST_POINTS = 50_000, 500_000, 10_000_000
+"""Points of the privacy loss of one release with little noise (below 0.25), of another one, and of all releases."""
 Key = tuple[tuple[float, float, int], ...]
 
 
@@ -29,13 +37,34 @@ def describe() -> str:
     return f"dp-accounting {metadata.version('dp-accounting')} PLD"
 
 
-def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float = FINE) -> float:
+def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float | None = None) -> float:
     """Computes the ε of all these releases together at `delta`, for adding or removing one unit.
+
+    Raises `PrivacyError` beyond `DELTAS` and below `LEAST_MULTIPLIER`.
 
     >>> round(epsilon([PrivacyCost("prompt", 0.01, 1.1, 1000)], 1e-5), 2)
     1.52
     """
-    return _pld(_key(costs), delta, grid)
+    key = _key(costs)
+    _check_range("delta", delta, DELTAS)
+    if least := [multiplier for _, multiplier, _ in key if 0 < multiplier < LEAST_MULTIPLIER]:
+        raise PrivacyError(
+            f"privacy.noise_multiplier = {min(least):g}: below {LEAST_MULTIPLIER:g} no cost can be computed, and no "
+            "protection is left. Set it higher, or use privacy.name = 'none'"
+        )
+    if grid is not None:
+        return _pld(key, delta, grid)
+    found = _pld(key, delta, FINE)
+    return min(found, _pld(key, delta, max(found, EPSILONS[0]) / 2000)) if 0 < found < SMALL else found
+
+
+def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    least, most = limits
+    if not least <= value <= most:
+        raise PrivacyError(
+            f"privacy.{name} = {value:g} is beyond what can be computed, {least:g} to {most:g}. Set it within this range; "
+            "for no guarantee use privacy.name = 'none'"
+        )
 
 
 def epsilon_replaced(costs: Iterable[PrivacyCost], delta: float) -> float:
@@ -65,8 +94,11 @@ def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
     """Finds a noise multiplier at which `costs_at(multiplier)` costs at most `target`, and at least 99 % of it.
 
-    Raises `PrivacyError` if no multiplier up to a million does.
+    Finds `LEAST_MULTIPLIER` for a plan that costs less than that even with so little noise. Raises `PrivacyError` beyond
+    `EPSILONS` and `DELTAS`, and if no multiplier up to a million costs so little.
     """
+    _check_range("epsilon", target, EPSILONS)
+    _check_range("delta", delta, DELTAS)
     return _calibrated(target, delta, _Plan(costs_at))
 
 
@@ -88,9 +120,11 @@ def _calibrated(target: float, delta: float, plan: _Plan) -> float:
     # Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan.
     sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in plan.costs_at(1.0)))
     high = found = max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
-    for grid in (min(COARSE, target / 500) / 4**finer for finer in range(5)):
+    grids = (min(COARSE, target / 500) / 4**finer for finer in range(5))
+    for grid in (grid for grid in grids if grid >= FINEST):
         found = _solved(target, plan, lambda costs, grid=grid: epsilon(costs, delta, grid), high)
-        if epsilon(plan.costs_at(found), delta, min(FINE, grid)) >= 0.99 * target:
+        least = min((cost.noise_multiplier for cost in plan.costs_at(found)), default=0.0) < 1.5 * LEAST_MULTIPLIER
+        if least or epsilon(plan.costs_at(found), delta, min(FINE, grid)) >= 0.99 * target:
             break
         high = found  # a finer grid is less pessimistic: it needs no more noise than this
     return found
@@ -106,13 +140,17 @@ def _solved(target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCo
                 "steps, or allow a larger epsilon or delta"
             )
     low = high / 1.5  # from above: the distribution of far too little noise needs too much memory
-    while low > 0.02 and epsilon_of(plan.costs_at(low)) <= target:
+
+    def computed(multiplier: float) -> bool:
+        return all(cost.noise_multiplier >= LEAST_MULTIPLIER for cost in plan.costs_at(multiplier))
+
+    while computed(low) and epsilon_of(plan.costs_at(low)) <= target:
         low, high = low / 1.5, low
 
     def excess(log_multiplier: float) -> float:
-        return math.log(epsilon_of(plan.costs_at(math.exp(log_multiplier))) / target)
+        return math.log(max(epsilon_of(plan.costs_at(math.exp(log_multiplier))), 1e-9) / target)
 
-    if low <= 0.02:
+    if not computed(low):
         return high
     found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-4)) * 1.0004  # type: ignore[arg-type]
     while epsilon_of(plan.costs_at(found)) > target:
@@ -148,6 +186,11 @@ def merge(costs: Iterable[PrivacyCost]) -> list[PrivacyCost]:
 def _key(costs: Iterable[PrivacyCost]) -> Key:
     counts: Counter[tuple[float, float]] = Counter()
     for cost in costs:
+        if not 0 < cost.sampling_rate <= 1 or math.isnan(cost.noise_multiplier) or cost.count < 0:
+            raise PrivacyError(
+                f"a release cannot be accounted: {cost}. Its sampling_rate lies above 0 and at most at 1, its "
+                "noise_multiplier is a number, and its count is at least 0"
+            )
         counts[cost.sampling_rate, cost.noise_multiplier] += cost.count
     return tuple((rate, multiplier, count) for (rate, multiplier), count in sorted(counts.items()) if count)
 
@@ -162,7 +205,7 @@ def _pld(key: Key, delta: float, grid: float, replaced: bool = False) -> float:
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
     relation = NeighboringRelation.REPLACE_ONE if replaced else NeighboringRelation.ADD_OR_REMOVE_ONE
-    accountant = PLDAccountant(relation, value_discretization_interval=grid)
+    accountant = PLDAccountant(relation, value_discretization_interval=_bounded(grid, key))
     for rate, multiplier, count in key:
         event = GaussianDpEvent(multiplier)
         accountant.compose(event if rate >= 1 else PoissonSampledDpEvent(rate, event), count)
@@ -181,12 +224,33 @@ def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
         return float("inf")
     # A person's loss is about `size` times as large as a record's, and a step of the grid may be, too.
     grid = coarser * size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
+    grid = _bounded(grid, tuple((rate, multiplier / size, count) for rate, multiplier, count in key))
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
     records = list(range(size + 1))
     for rate, multiplier, count in key:
         sampled = MixtureOfGaussiansDpEvent(multiplier, records, binom.pmf(records, size, rate).tolist())
         accountant.compose(GaussianDpEvent(multiplier / size) if rate >= 1 else sampled, count)
     return float(accountant.get_epsilon(delta))
+
+
+def check_price(costs: Sequence[PrivacyCost], delta: float) -> None:
+    """Raises `PrivacyError` if these releases together cost nothing: a release without noise would cost as little."""
+    if any(cost.count for cost in costs) and epsilon(costs, delta) <= 0:
+        raise PrivacyError(
+            f"a plan with releases costs nothing at delta = {delta:g}: it samples a unit less often than delta, so even "
+            "releases without noise would satisfy it. Set delta below the sampling rate, or sample more"
+        )
+
+
+def _bounded(grid: float, key: Key) -> float:
+    """Coarsens the grid where little noise or many releases would need too many points; coarser is more pessimistic."""
+    little, one, every = MOST_POINTS
+    together = [z / count**0.5 if rate >= 1 else z for rate, z, count in key]  # dp-accounting joins full batches
+    longest = max(((1 / (2 * z * z) + 10 / z) / (little if z < 0.25 else one) for z in together), default=0.0)
+    mean = sum(
+        count * min(1 / (2 * z * z), rate * rate * math.expm1(min(1 / (z * z), 100.0))) for rate, z, count in key
+    )
+    return max(grid, longest, mean / every)
 
 
 def is_covered_by(certified: Iterable[PrivacyCost], costs: Iterable[PrivacyCost]) -> bool:
