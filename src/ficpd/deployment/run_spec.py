@@ -4,6 +4,7 @@ It holds all parts of the experiment that a client needs. A site executes assign
 of the whole run before the first one.
 """
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,10 @@ from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone, Compression, Subspace, Task
 from ficpd.registry import build_config
 from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
+
+MAX_CLIENTS = 10_000
+"""Names in a spec. A site plans each round's cohort from all of them."""
+MAX_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,9 @@ def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
             _check_rows(arrays["rows"], arrays["grad_scale"], start)
             coordinates = GradientSubspace(arrays["rows"], arrays["grad_scale"], tuple(start.vectors_PD.shape))
         experiment = parse(facts["experiment"], "the run's spec", records=False)
-        schedule = RoundSchedule(**facts["schedule"])
-        return RunSpec(experiment, facts["recipe"], facts["recipe_name"], facts["names"], schedule, start, coordinates)
+        names = _checked_names(facts["names"])
+        schedule = _checked_schedule(facts["schedule"], len(names))
+        return RunSpec(experiment, facts["recipe"], facts["recipe_name"], names, schedule, start, coordinates)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CodecError(f"not a run spec of this version: {error}") from error
 
@@ -108,6 +114,38 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ValueError(
                 f"{name!r} is a module outside the package; a site loads it only if its policy.methods name it"
             )
+
+
+def _checked_names(names: Any) -> list[str]:
+    """Returns the clients' names. Clients that nobody has would dilute the sampling rate, and so the price of a sum."""
+    named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not named or not 1 <= len(names) <= MAX_CLIENTS or len(set(names)) < len(names):
+        given = f"{len(names)} names" if isinstance(names, list) else repr(names)
+        raise ValueError(f"names are {given}, expected 1 to {MAX_CLIENTS} different ones")
+    return names
+
+
+def _checked_schedule(facts: Any, clients: int) -> RoundSchedule:
+    """Returns the schedule. Every number of it goes into a price, so each is checked."""
+    schedule = RoundSchedule(**facts)
+    expected = {
+        "num_rounds": (int, 1, MAX_NUMBER),
+        "cohort": (int, 1, clients),
+        "seed": (int, 0, MAX_NUMBER),
+        "max_norm": (float, sys.float_info.min, sys.float_info.max),
+        "everyone_first": (bool, False, True),
+        "everyone_last": (bool, False, True),
+        "accept_late": (int, 0, MAX_NUMBER),
+    }
+    for name, (kind, least, most) in expected.items():
+        value = getattr(schedule, name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or not least <= value <= most:
+            raise ValueError(
+                f"schedule.{name} is {value!r}, expected {least:g} to {most:g}, of type {kind.__name__}. Send the schedule "
+                "that the coordinator made"
+            )
+    return schedule
 
 
 def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:

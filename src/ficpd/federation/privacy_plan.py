@@ -130,6 +130,8 @@ def plan_privacy(
                 f"{method.name} asks every client for the statistic {name!r}, which has no share of the budget; give it "
                 f"one, such as privacy.statistics = {{ {name} = 0.05 }}"
             )
+    for mechanism in mechanisms.values() if first.unit != "none" else ():
+        accountant.check_price(mechanism.planned_costs(), config.delta)
     if first.unit == "none":
         return PrivacyPlan(mechanisms, {}, None, None, method.capabilities.releases)
     if first.unit == "client" and not method.update_spec(state):

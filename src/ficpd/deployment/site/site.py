@@ -234,6 +234,7 @@ class Site:
         account = self.ledger.account(self.config.name, Budget(None, allowed.delta), run)
         if not planned:
             return Budget(allowed.epsilon, allowed.delta)
+        accountant.check_price(planned, allowed.delta)
         others = account.spent_in_other_runs()
         together = accountant.merge([*others, *planned])
         after = accountant.epsilon(together, allowed.delta)
