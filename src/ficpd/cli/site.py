@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 site = typer.Typer(no_args_is_help=True, help="At one organisation: the process with its records and its budget.")
+Rehearsal = Annotated[bool, typer.Option("--rehearsal", help="allow [simulation] private_seed: nothing is protected")]
 File = Annotated[Path, typer.Argument(help="the site's TOML file")]
 
 
 @site.command()
-def run(file: File) -> None:
+def run(file: File, rehearsal: Rehearsal = False) -> None:
     """Serve on the site's socket until stopped. The backbone is loaded once; records and ledger stay here.
 
     Example: `ficpd site run north.toml`
@@ -19,7 +20,7 @@ def run(file: File) -> None:
     from ficpd.deployment.site.http import serve
     from ficpd.deployment.site.load import build_site
 
-    serve(build_site(file, _say))
+    serve(build_site(file, _say, rehearsal))
 
 
 @site.command()
@@ -27,6 +28,7 @@ def check(
     file: File,
     recipe: Annotated[Path | None, typer.Option(help="a run's recipe to check against the policy")] = None,
     clients: Annotated[int, typer.Option(help="the number of sites in the run", min=1)] = 1,
+    rehearsal: Rehearsal = False,
 ) -> None:
     """Check records, labels, backbone and policy without a server, and print the outputs that would be released.
 
@@ -34,16 +36,19 @@ def check(
     """
     from ficpd.deployment.site.preflight import preflight_lines
 
-    for line in preflight_lines(file, recipe, clients):
+    for line in preflight_lines(file, recipe, clients, rehearsal):
         typer.echo(line)
 
 
 @site.command()
 def status(file: File) -> None:
     """Print the privacy cost, the served runs and the last error, from the running site or its ledger."""
+    from ficpd.deployment.site.config import rehearsal_warning
     from ficpd.deployment.site.preflight import site_status
 
     found = site_status(file)
+    if found["rehearsal"]:
+        typer.echo(rehearsal_warning([found["name"]]))
     spent = found["epsilon"]
     typer.echo(f"site     {found['name']} ({'running' if found['running'] else 'not running'})")
     typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent (delta {spent['delta']:g})")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
+from ficpd.deployment.site.config import rehearsal_warning
 from ficpd.errors import ConfigError, FicpdError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context_without_records
 from ficpd.experiments.config import Experiment, parse, to_toml
@@ -84,6 +85,8 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
     say(f"{experiment.name}: {method.name} on {context.experiment.backbone.name}, waiting for sites")
     engine.wait_for_sites(_sites_of(directory.path))
     cards = {card.name: card for card in engine.clients()}
+    if known := engine.rehearsed():
+        say(rehearsal_warning(known))
     runner = Runner(_with_sites(context, cards, engine.told), config, directory, Sites(engine, recipe, say))
     directory.begin(experiment, runner.context.experiment)
     directory.write(SITES, json.dumps({name: dict(card.metadata) for name, card in cards.items()}, indent=2) + "\n")
@@ -144,7 +147,9 @@ class Sites(Clients):
         scores = self.engine.evaluate(assignments)
         return {
             "shared_scores": {name: score for name, score in scores.items() if score},
-            "privacy": _agreed(run.context.experiment.privacy, run.plan),
+            "privacy": _agreed(run.context.experiment.privacy, run.plan).model_copy(
+                update={"rehearsed": self.engine.rehearsed()}
+            ),
         }
 
 

@@ -69,6 +69,10 @@ class Flower:
     def clients(self) -> Sequence[ClientCard]:
         return [self.cards[name] for name in sorted(self.cards)]
 
+    def rehearsed(self) -> list[str]:
+        """Returns the sites whose noise comes from a seed in their file."""
+        return sorted(name for name, hello in self.told.items() if hello.get("rehearsal"))
+
     def wait_for_sites(self, known: Mapping[str, ClientCard] | None = None) -> None:
         """Asks every node for its card until all wanted sites are connected.
 

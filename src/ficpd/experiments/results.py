@@ -247,6 +247,8 @@ class PrivacyReport(FrozenModel):
     site_that_spent_most: str | None = None
     epsilon_of_sites: dict[str, float] = {}
     lines: list[LedgerLine] = []
+    rehearsed: list[str] = []
+    """Real sites whose noise comes from a seed in their file, so that it can be taken off."""
     at_most: bool = False
     """Real sites: `epsilon` is the agreed bound; each site's cost is in its own ledger."""
 

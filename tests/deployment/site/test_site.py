@@ -1,6 +1,7 @@
 """A site guards its own: what it answers, refuses, stores and survives."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -130,6 +131,22 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     }, "each site's own view of how it is served"
     known = simulated.bytes
     assert (result.bytes.up_total, result.bytes.down_total) == (known.up_total, known.down_total)
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_a_coordinators_report_says_first_whose_noise_somebody_knows(tmp_path, simulated):
+    one, said = context(tmp_path, "fedavg", *NOISED), list[str]()
+    with sites(one, simulated=simulated) as found:
+        result = coordinator.run_coordinator(
+            recipe(one), "small.toml", tmp_path / "served", engine(found), say=said.append
+        )
+    page = (tmp_path / "served" / "report.html").read_text()
+    assert (result.privacy.rehearsed == list(one.shards)) == simulated
+    met = [line for line in said if "waiting for sites" not in line and "is connected" not in line]
+    assert met[0].startswith("REHEARSAL") == simulated
+    assert ("REHEARSAL" in page) == simulated
+    if simulated:
+        assert re.search(r"<h1[^>]*>\s*REHEARSAL", page), "the page's headline"
 
 
 # ---------------------------------------------------------------- one site, called by hand

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.data.loading import Config as Source
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.errors import ConfigError, SiteError, did_you_mean
 from ficpd.registry import FrozenConfig, load, validate, validated_section
 
 EXACT = "float32"
@@ -54,6 +55,14 @@ class Simulation(FrozenConfig):
     """For simulations only: repeatable noise and sampling from a seed, which allows to remove the noise."""
 
     private_seed: int
+
+
+def rehearsal_warning(names: Iterable[str]) -> str:
+    """Says that the noise of these sites can be taken off."""
+    return (
+        f"REHEARSAL, nothing is protected: the noise of {', '.join(names)} comes from [simulation] private_seed in its site "
+        "file, and whoever knows the seed can take it off"
+    )
 
 
 class SiteConfig(FrozenConfig):
@@ -140,6 +149,16 @@ def read(path: Path | str) -> SiteConfig:
             "data": config.data.model_copy(update={"source": str(found)}) if found.exists() else config.data,
         }
     )
+
+
+def check_rehearsal(config: SiteConfig, file: Path, rehearsal: bool) -> None:
+    """Raises `SiteError` for a site file with a private seed, unless this is a rehearsal."""
+    if config.simulation and not rehearsal:
+        raise SiteError(
+            f"{location(file.name, file.read_text(encoding='utf-8'), 'simulation.private_seed')}: [simulation] private_seed = "
+            f"{config.simulation.private_seed} makes noise that whoever knows it can take off. Delete [simulation]; for a trial "
+            "without real records add --rehearsal"
+        )
 
 
 def line_number(text: str, key: str) -> int | None:

@@ -21,9 +21,15 @@ def load_records(config: settings.SiteConfig) -> tuple[Task, ClientData]:
     return task, ClientData(list(data.train), list(data.test), dict(config.card))
 
 
-def build_site(file: Path, say: Callable[[str], None]) -> Site:
-    """Builds the site. Loads data before the backbone, so that a wrong column costs no download."""
+def build_site(file: Path, say: Callable[[str], None], rehearsal: bool = False) -> Site:
+    """Builds the site. Loads data before the backbone, so that a wrong column costs no download.
+
+    Raises `SiteError` for a site file with a private seed, unless this is a `rehearsal`.
+    """
     config = settings.read(file)
+    settings.check_rehearsal(config, file, rehearsal)
+    if config.simulation:
+        say(settings.rehearsal_warning([config.name]))
     task, shard = load_records(config)
     say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
     backbone, _ = load_backbone(config.backbone, config.engine)

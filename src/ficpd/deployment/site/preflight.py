@@ -28,9 +28,12 @@ from ficpd.privacy.ledger import Ledger
 from ficpd.types import ClientData, ClientUpdate, zero_update
 
 
-def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1) -> Iterator[str]:
+def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1, rehearsal: bool = False) -> Iterator[str]:
     """Yields the facts that an owner reads before the first run. Raises the first error in site file, data or recipe."""
     config = settings.read(file)
+    settings.check_rehearsal(config, file, rehearsal)
+    if config.simulation:
+        yield settings.rehearsal_warning([config.name])
     task, shard = load_records(config)
     yield f"records   {len(shard.train)} to learn from, {len(shard.test)} to test on; all labels are the task's"
     counts = count_units(shard.train)

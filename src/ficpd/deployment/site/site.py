@@ -96,6 +96,7 @@ class Site:
         if call.what == "hello":
             card = self.card
             known = {"name": card.name, "card": dict(card.metadata), "version": __version__}
+            known["rehearsal"] = self.config.simulation is not None
             return json.dumps({**known, "backbone": self.model.backbone.fingerprint}).encode()
         if call.what not in ("train", "evaluate"):
             raise CodecError(f"the call is {call.what!r}, expected hello, train or evaluate")

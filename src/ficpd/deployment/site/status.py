@@ -23,6 +23,7 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
     spent = account.epsilon() if account.spent() else 0.0
     return {
         "name": config.name,
+        "rehearsal": config.simulation is not None,
         "epsilon": {"spent": spent, "of": allowed.epsilon, "delta": allowed.delta},
         "runs": runs,
         "last_error": json.loads(error.read_text()) if error.exists() else None,

@@ -34,6 +34,9 @@ WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 def headline(run: Finished) -> str:
     """The verdict's first words; its figures follow in the lead."""
     own = run.own
+    if own.privacy.rehearsed:
+        names = ", ".join(own.privacy.rehearsed)
+        return f"REHEARSAL, nothing is protected: somebody knows the seed of the noise of {names}."
     if own.metrics is None:
         rounds, sites = own.num_rounds, own.num_clients
         return f"{own.method} ran {rounds} rounds among {sites} sites; their scores stay with them."
