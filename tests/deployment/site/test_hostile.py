@@ -10,8 +10,9 @@ import pytest
 
 from ficpd.deployment import run_spec
 from ficpd.deployment.site.site import Site
-from ficpd.errors import CodecError, PrivacyError
+from ficpd.errors import BudgetError, CodecError, PolicyError, PrivacyError
 from ficpd.experiments.build import ExperimentContext
+from ficpd.federation import codec
 from site_of import NOISED, begun, context, site, train
 
 SUMMED = (
@@ -75,3 +76,69 @@ def test_a_sum_that_made_up_clients_make_cost_nothing_is_refused(tmp_path, opene
     with pytest.raises(PrivacyError, match="costs nothing"):
         own.handle(train(orders[0], body))
     assert own.status()["runs"] == {}
+
+
+def with_privacy(said: bytes, **more: Any) -> bytes:
+    found = run_spec.decode(said)
+    privacy = {**found.experiment.privacy, **more}
+    return run_spec.encode(replace(found, experiment=found.experiment.model_copy(update={"privacy": privacy})))
+
+
+@pytest.mark.parametrize("field", ["rate", "round", "arrays"])
+@pytest.mark.parametrize("paid", [True, False])
+def test_an_order_of_another_shape_is_answered_alike_whether_or_not_the_budget_pays_the_run(
+    noised, tmp_path, opened, field, paid
+):
+    """Bisecting what the budget pays would tell how many records there are, for nothing."""
+    own, (orders, said) = opened(noised, "site-0", tmp_path, epsilon=4.2), begun(noised)
+    if not paid:
+        own.handle(train(orders[0], said))
+    spent, runs = own.status()["epsilon"]["spent"], len(own.status()["runs"])
+    good = codec.decode_assignment(orders[0], noised.model.backbone.fingerprint)
+    bad = {
+        "rate": replace(good, facts={"rate": -1.0}),
+        "round": replace(good, round=4),
+        "arrays": replace(good, arrays={}),
+    }
+    order = codec.encode_assignment(bad[field], noised.model.backbone.fingerprint)
+    with pytest.raises((CodecError, PolicyError), match=r"rate|round 4|no prompt"):
+        own.handle(train(order, said, run="b" * 32))
+    assert (own.status()["epsilon"]["spent"], len(own.status()["runs"])) == (spent, runs)
+
+
+def test_a_recipe_has_the_sites_delta_and_at_most_its_epsilon(noised, tmp_path, opened):
+    """Another delta, or a budget of its own, would make the price depend on the number of records."""
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
+    for setting, value in (("delta", 1e-2), ("delta", 1e-4), ("epsilon", 11.0)):
+        with pytest.raises(PolicyError, match=f"privacy.{setting}"):
+            own.handle(train(orders[0], with_privacy(said, **{setting: value})))
+    own.handle(train(orders[0], said))
+
+
+def test_refusals_of_the_budget_are_counted_over_restarts_and_end(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path, epsilon=4.2, max_refusals=3), begun(noised)
+    own.handle(train(orders[0], said))
+    own.close()
+    for place, epsilon in enumerate((4.15, 4.1, 4.05)):
+        own = opened(noised, "site-0", tmp_path, epsilon=4.2, max_refusals=3)
+        for _ in range(2):  # a coordinator asks in each round: the same terms tell nothing new
+            with pytest.raises(BudgetError):
+                own.handle(train(orders[0], with_privacy(said, epsilon=epsilon), run=f"{place:032x}"))
+        own.close()
+    own = opened(noised, "site-0", tmp_path, epsilon=4.2, max_refusals=3)
+    with pytest.raises(PolicyError, match="max_refusals"):
+        own.handle(train(orders[0], with_privacy(said, epsilon=4.0), run="c" * 32))
+    assert list(own.status()["runs"]) == ["a" * 32]
+    own.handle(train(orders[1], said))
+    with pytest.raises(BudgetError):
+        own.handle(train(orders[0], with_privacy(said, epsilon=4.0), run="c" * 32))
+
+
+def test_terms_whose_first_order_is_not_paid_use_up_no_run(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path, max_runs=1), begun(noised)
+    good = codec.decode_assignment(orders[0], noised.model.backbone.fingerprint)
+    late = codec.encode_assignment(replace(good, round=4), noised.model.backbone.fingerprint)
+    for place in range(3):
+        with pytest.raises(PolicyError, match="round 4"):
+            own.handle(train(late, said, run=f"{place:032x}"))
+    own.handle(train(orders[0], said))

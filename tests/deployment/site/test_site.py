@@ -69,6 +69,7 @@ SUMMED = (
     'privacy.name="client_gaussian"',
     'privacy.placement="central"',
     "privacy.epsilon=8.0",
+    "privacy.delta=1e-3",
     "privacy.clip_norm=0.5",
 )
 PLAIN, PRIVATE = (), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")
@@ -205,7 +206,7 @@ def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_
 def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path):
     one = context(tmp_path, "fedavg", *SUMMED)
     orders, said = begun(one)
-    policy: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "epsilon": 10.0, "delta": 1e-5}
+    policy: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "epsilon": 10.0}
     own = site(one, "site-0", tmp_path, **policy)
     own.handle(train(orders[0], said))
     spent = own.status()["epsilon"]["spent"]

@@ -32,6 +32,8 @@ class Policy(FrozenConfig):
     max_candidates: prompts that a step may try on each record.
     max_records_per_subject: records of one subject in a step, where the site's data name subjects; a step's memory grows
         with them. `max_batch_size` is in subjects then.
+    max_refusals: run specs that the budget may refuse until the next paid assignment. A refusal tells a little
+        about the number of records.
     max_clip_norm: None: any.
     share_metrics: sends scores on the test records in runs without a guarantee. A guarantee does not cover scores.
     """
@@ -47,6 +49,7 @@ class Policy(FrozenConfig):
     max_records_per_subject: int = Field(default=32, ge=1)
     max_rounds: int = Field(default=1000, ge=1)
     max_runs: int = Field(default=1000, ge=1)
+    max_refusals: int = Field(default=20, ge=1)
     max_clip_norm: float | None = Field(default=None, gt=0)
     share_metrics: bool = False
 
@@ -155,9 +158,8 @@ def check_rehearsal(config: SiteConfig, file: Path, rehearsal: bool) -> None:
     """Raises `SiteError` for a site file with a private seed, unless this is a rehearsal."""
     if config.simulation and not rehearsal:
         raise SiteError(
-            f"{location(file.name, file.read_text(encoding='utf-8'), 'simulation.private_seed')}: [simulation] private_seed = "
-            f"{config.simulation.private_seed} makes noise that whoever knows it can take off. Delete [simulation]; for a trial "
-            "without real records add --rehearsal"
+            f"{location(file.name, file.read_text(encoding='utf-8'), 'simulation.private_seed')}: whoever knows "
+            "private_seed can take the noise off. Delete it; for a trial without real records add --rehearsal"
         )
 
 

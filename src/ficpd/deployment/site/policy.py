@@ -44,6 +44,12 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
             "policy.mechanisms",
             "sites release updates only",
         )
+    # Another delta, or no epsilon, would make the price, and so a refusal, depend on the number of records.
+    delta, epsilon = experiment.privacy.get("delta"), experiment.privacy.get("epsilon")
+    if mechanism != "none" and delta != policy.delta:
+        yield "privacy.delta", f"privacy.delta = {delta!r}", "policy.delta", f"policy.delta = {policy.delta:g}"
+    if mechanism != "none" and (epsilon is None or epsilon > policy.epsilon):
+        yield "privacy.epsilon", f"privacy.epsilon = {epsilon!r}", "policy.epsilon", f"at most {policy.epsilon:g}"
     counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
     personal, iterations, candidates = counts
     training, rounds = experiment.training, spec.schedule.num_rounds

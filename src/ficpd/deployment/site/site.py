@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
-from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, SiteError
+from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.evaluation.evaluate import predictions_of, score_prompt
 from ficpd.federation import codec
 from ficpd.federation.client import Client, execute_assignment, local_model, restore_update
@@ -37,7 +38,7 @@ from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
 MAX_LOADED_RUNS = 4
 """Runs in memory. An older run is restored from its spec and the ledger."""
-LEDGER, SEED, WITNESS, SCORED = "ledger.sqlite", "seed", "orders", "scored"
+LEDGER, SEED, WITNESS, SCORED, REFUSED = "ledger.sqlite", "seed", "orders", "scored", "refused"
 PUBLIC_ERRORS = (PolicyError, CodecError, SiteError)
 """Errors about specs and messages, whose text does not depend on records."""
 
@@ -102,19 +103,31 @@ class Site:
             raise CodecError(f"the call is {call.what!r}, expected hello, train or evaluate")
         with self.turn:
             began = time.perf_counter()
-            run = self._run(call)
             assignment = codec.decode_assignment(call.assignment, self.model.backbone.fingerprint)
+            run = self._run(call, assignment)
             validate_assignment(assignment, run.method, run.client.start, run.spec.schedule.num_rounds)
             if call.what == "evaluate":
                 return self._evaluated(call.run, run, assignment)
-            return self._trained(call.run, run, assignment, began)
+            try:
+                return self._trained(call.run, run, assignment, began)
+            finally:
+                self._forget_unpaid(call.run, run)
+
+    def _forget_unpaid(self, name: str, run: Run) -> None:
+        """Forgets a run of which no assignment is completed, so that it uses up none of `policy.max_runs`."""
+        assert run.client.account is not None
+        if not run.client.account.num_assignments():
+            self.runs.pop(name, None)
+            (self._run_folder(name) / "spec").unlink(missing_ok=True)
+            with suppress(OSError):
+                self._run_folder(name).rmdir()
 
     def _trained(self, name: str, run: Run, assignment: Assignment, began: float) -> bytes:
         account = run.client.account
         assert account is not None
         again = account.stored_update(assignment.round, assignment.method) is not None
-        if not again and assignment.round > (last := run.spec.schedule.num_rounds):
-            raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
+        if not again:
+            _check_round(assignment, run.spec)
         if not again and (done := account.num_assignments()) >= run.participations:
             raise PolicyError(
                 f"{self.config.name} has executed {done} assignments of this run, all that its spec plans; nothing was "
@@ -164,8 +177,11 @@ class Site:
         found = run_queries(self.model, predictions_of(client.task, own, batch))
         return scores | {"personal": client.task.score(found, targets)}
 
-    def _run(self, call: SiteRequest) -> Run:
-        """Returns the run of a call: from memory, restored from disk, or new and within the policy."""
+    def _run(self, call: SiteRequest, assignment: Assignment) -> Run:
+        """Returns the run of a call: from memory, restored from disk, or new and within the policy.
+
+        A new run's first assignment is checked before its price, which depends on the number of records.
+        """
         if call.run in self.runs:
             return self.runs[call.run]
         folder = self._run_folder(call.run)
@@ -180,15 +196,18 @@ class Site:
             )
         body = stored.read_bytes() if stored.exists() else call.spec
         spec = run_spec.decode(body, self.config.policy.methods)
-        run = self._start(call.run, spec)
+        run = self._start(call.run, spec, None if stored.exists() else assignment, body)
         if not stored.exists():
             atomic_write(stored, body)
             self.say(f"run {call.run[:8]}: takes part in {spec.experiment.name}, up to {run.participations} rounds")
         self.runs = dict(list(self.runs.items())[-MAX_LOADED_RUNS + 1 :]) | {call.run: run}
         return run
 
-    def _start(self, name: str, spec: RunSpec) -> Run:
-        """Starts or restores a run. Raises `PolicyError`, or `BudgetError` if the whole run exceeds the budget."""
+    def _start(self, name: str, spec: RunSpec, first: Assignment | None, body: bytes) -> Run:
+        """Starts a run with its first assignment, or restores it.
+
+        Raises `PolicyError`, or `BudgetError` if the whole run cannot be planned within the budget.
+        """
         config, fingerprint = self.config, self.model.backbone.fingerprint
         if spec.start.backbone != fingerprint:
             raise CodecError(
@@ -198,9 +217,20 @@ class Site:
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
         method.adapt_to([self.task], self.model.backbone)
+        if first is not None:
+            validate_assignment(first, method, spec.start, spec.schedule.num_rounds)
+            _check_round(first, spec)
+            self._check_refusals(body)
         plan = spec.plan(config.name, count_units(self.shard.train), method)
-        mechanism = self._mechanism(spec, method, plan)
-        account = self.ledger.account(config.name, self._budget(name, mechanism), name)
+        try:
+            mechanism = self._mechanism(spec, method, plan)
+            budget = self._budget(name, mechanism)
+        except PolicyError:
+            raise
+        except PrivacyError as error:  # one answer for all that depends on the number of records
+            self._count_refusal(body)
+            raise BudgetError(str(error)) from error
+        account = self.ledger.account(config.name, budget, name)
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
         # server's private cohorts decide how many assignments come.
         central = mechanism.cost(ReleaseKind.SUM) is not None
@@ -246,6 +276,31 @@ class Site:
                 f"{allowed.delta:g}). Nothing was spent. Ask for less, or agree on a larger budget"
             )
         return Budget(allowed.epsilon, allowed.delta, tuple(together))
+
+    def _refused(self) -> set[str]:
+        """Returns the hashes of the run specs that the budget refused since the last completed assignment."""
+        file = self.folder / REFUSED
+        if not file.exists():
+            return set()
+        try:
+            kept = json.loads(file.read_text())
+            return set(kept["specs"]) if kept["assignments"] == self.ledger.num_assignments() else set()
+        except (ValueError, KeyError, TypeError) as error:
+            raise SiteError(f"{file} cannot be read; its owner deletes it, and refusals count from 0 again") from error
+
+    def _check_refusals(self, body: bytes) -> None:
+        refused, most = self._refused(), self.config.policy.max_refusals
+        if len(refused) >= most and sha256(body).hexdigest() not in refused:
+            raise PolicyError(
+                f"{self.config.name} refused {len(refused)} run specs beyond its budget, its policy's max_refusals. "
+                f"Its owner deletes {REFUSED} in the state folder to take further ones"
+            )
+
+    def _count_refusal(self, body: bytes) -> None:
+        """Counts a run spec that the budget refuses; the same one again tells nothing new."""
+        specs = sorted(self._refused() | {sha256(body).hexdigest()})
+        kept = {"assignments": self.ledger.num_assignments(), "specs": specs}
+        atomic_write(self.folder / REFUSED, json.dumps(kept) + "\n")
 
     def status(self) -> dict[str, JSON]:
         """Returns the site's status for its owner; a server never sees it."""
@@ -293,6 +348,11 @@ class Site:
                 f"{self.folder / LEDGER} knows of {found} assignments, and {known} were carried out: it is an older copy, "
                 "or its -wal file is missing. Restore the newest copy of both"
             )
+
+
+def _check_round(assignment: Assignment, spec: RunSpec) -> None:
+    if assignment.round > (last := spec.schedule.num_rounds):
+        raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
 
 
 def _owned(folder: Path) -> None:
