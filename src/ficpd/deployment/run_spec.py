@@ -4,6 +4,7 @@ It holds all parts of the experiment that a client needs. A site executes assign
 of the whole run before the first one.
 """
 
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 MAX_CLIENTS = 10_000
 """Names in a spec. A site plans each round's cohort from all of them."""
 MAX_NUMBER = 2**63 - 1
+MAX_TEXT, MAX_PARTS = 256 << 10, 20
+"""Characters of an experiment, and parts of a dotted key: the parser needs time in the square of them."""
+_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{MAX_PARTS},}}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
     state, _ = storage.decode_state(body)
     facts, arrays = state.facts, state.arrays
     try:
+        _check_texts(facts["experiment"], facts["recipe"], facts["recipe_name"])
         _check_modules(tomllib.loads(facts["experiment"]), known)
         start = Prompt(arrays["start"], *facts["prompt"])
         coordinates = None
@@ -97,8 +103,17 @@ def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
         names = _checked_names(facts["names"])
         schedule = _checked_schedule(facts["schedule"], len(names))
         return RunSpec(experiment, facts["recipe"], facts["recipe_name"], names, schedule, start, coordinates)
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
         raise CodecError(f"not a run spec of this version: {error}") from error
+
+
+def _check_texts(*texts: Any) -> None:
+    """Checks the length of untrusted texts and of their keys before they are parsed."""
+    for text in texts:
+        if not isinstance(text, str) or len(text) > MAX_TEXT:
+            raise ValueError(f"its texts have at most {MAX_TEXT} characters")
+        if _LONG_KEY.search(text):
+            raise ValueError(f"a key of its experiment has more than {MAX_PARTS} parts")
 
 
 def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -151,6 +166,8 @@ def _checked_schedule(facts: Any, clients: int) -> RoundSchedule:
 def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:
     """Checks that the basis is orthonormal; otherwise the clip norm does not bound the sensitivity."""
     wanted = (len(rows), start.vectors_PD.numel())
+    if len(rows) > wanted[1]:
+        raise ValueError(f"directions are {tuple(rows.shape)}, expected at most {(wanted[1], wanted[1])}")
     if rows.dim() != 2 or tuple(rows.shape) != wanted or grad_scale.shape != rows.shape[:1]:
         raise ValueError(f"directions are {tuple(rows.shape)}, expected {wanted}")
     positive = bool((grad_scale > 0).all()) and bool(torch.isfinite(grad_scale).all())

@@ -1,5 +1,6 @@
 """A site and a coordinator who means harm: what it asks for costs what it is worth, or is refused for nothing."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ficpd.deployment import run_spec
 from ficpd.deployment.site.site import Site
@@ -142,3 +144,36 @@ def test_terms_whose_first_order_is_not_paid_use_up_no_run(noised, tmp_path, ope
         with pytest.raises(PolicyError, match="round 4"):
             own.handle(train(late, said, run=f"{place:032x}"))
     own.handle(train(orders[0], said))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a." * 16_000 + "a = 1",
+        "[" + "a." * 16_000 + "a]",
+        "x = { " + '"a" . ' * 16_000 + "a = 1 }",
+        "x = " + "[" * 16_000,
+        "x = 1 # " + "long " * 100_000,
+    ],
+    ids=["key", "table", "inline table", "arrays", "length"],
+)
+def test_terms_that_take_long_to_parse_are_refused_before_they_are_parsed(noised, tmp_path, opened, text):
+    """The parser needs time in the square of a key's parts: 19 s for 34 kB."""
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
+    state, extra = run_spec.storage.decode_state(said)
+    body = run_spec.storage.encode_state(replace(state, facts={**state.facts, "experiment": text}), extra)
+    began = time.process_time()
+    with pytest.raises(CodecError, match="not a run spec"):
+        own.handle(train(orders[0], body))
+    assert time.process_time() - began < 5
+    own.handle(train(orders[0], said))
+
+
+def test_more_directions_than_a_prompt_has_numbers_are_refused_before_they_are_multiplied(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
+    state, extra = run_spec.storage.decode_state(said)
+    size = state.arrays["start"].numel()
+    rows = {"rows": torch.zeros(size + 1, size), "grad_scale": torch.ones(size + 1)}
+    body = run_spec.storage.encode_state(replace(state, arrays={**state.arrays, **rows}), extra)
+    with pytest.raises(CodecError, match=rf"expected at most \({size}, {size}\)"):
+        own.handle(train(orders[0], body))

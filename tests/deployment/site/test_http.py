@@ -5,6 +5,8 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -211,3 +213,25 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         PolicyError, match=r"recipe.toml line \d+: training.local_steps = 3; site.toml line 18: at most 2"
     ):
         list(preflight_lines(file, tmp_path / "recipe.toml", 3))
+
+
+@pytest.mark.parametrize(
+    "begun_with", [b"", b"POST /train HTT", b"POST /train HTTP/1.1\r\nHost: site\r\nContent-Length: 9\r\n\r\nab"]
+)
+def test_requests_that_do_not_end_do_not_shut_the_site_for_others(tmp_path, monkeypatch, begun_with):
+    monkeypatch.setattr(http, "SECONDS_OF_SILENCE", 2)
+    hello = codec.encode_call(SiteRequest("hello"))
+    with ExitStack() as stack, grids.short_folder() as folder:
+        path = stack.enter_context(grids.answering(site(context(tmp_path, "fedavg", *NOISED), "site-0", folder)))
+        for _ in range(70):
+            waiting = stack.enter_context(closing(socket.socket(socket.AF_UNIX)))
+            waiting.connect(str(path))
+            waiting.sendall(begun_with)
+        until = time.monotonic() + 20
+        while (status := asked(path, hello, "query").status_code) == 503 and time.monotonic() < until:
+            time.sleep(0.2)
+        assert status == 200
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), trust_env=False) as client:
+            for _ in range(3):  # one connection that goes on is not cut
+                assert client.post("http://site/query", content=hello).status_code == 200
+                time.sleep(1)

@@ -6,6 +6,7 @@ Callers are not trusted; the owner reads the site's status from its state folder
 body above `LARGEST` is refused with 413 before it is read to its end.
 """
 
+import asyncio
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ficpd.deployment.site.site import Site, SpecMissingError
 from ficpd.errors import BudgetError, CodecError, PolicyError, SiteError
@@ -24,6 +27,7 @@ from ficpd.errors import BudgetError, CodecError, PolicyError, SiteError
 LARGEST = 64 << 20
 """Bytes of a call: a prompt of 500 tokens of 8192 numbers is 16 MiB."""
 SECONDS_OF_SILENCE = 30
+"""Time for a request to arrive, and for the next one to begin."""
 FIRST_HANDED_OVER = 3
 """systemd's SD_LISTEN_FDS_START."""
 
@@ -34,12 +38,36 @@ def create_app(site: Site) -> FastAPI:
     @app.post("/train")
     @app.post("/query")
     async def call(request: Request) -> Response:
-        body = await _body(request)
+        try:
+            body = await _body(request)
+        except ClientDisconnect:
+            return JSONResponse({"error": "the call did not end", "refused": False}, 408)
         if body is None:
             return JSONResponse({"error": f"a call has at most {LARGEST} bytes", "refused": False}, 413)
         return await run_in_threadpool(handle_call, site, body)
 
     return app
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes a connection whose request does not end in time: uvicorn counts it, and would refuse all others."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(SECONDS_OF_SILENCE, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(SECONDS_OF_SILENCE, self._give_up)
+        super().on_response_complete()
+
+    def _give_up(self) -> None:
+        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
+            self.transport.close()
 
 
 def handle_call(site: Site, body: bytes) -> Response:
@@ -87,6 +115,7 @@ def server_of(site: Site) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             create_app(site), log_level="warning", access_log=False, lifespan="off", ws="none", limit_concurrency=64,
+            http=ImpatientProtocol,
             timeout_keep_alive=SECONDS_OF_SILENCE, timeout_graceful_shutdown=600,
         )
     )  # fmt: skip
