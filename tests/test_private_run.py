@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import warnings
+from itertools import permutations
 
 import pytest
 import torch
@@ -336,14 +337,39 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
         int(line["round"]) for line in map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
     }
     assert 7 not in known
-    names = ["private", "public", "noise", "site-0", "site-1", "cohort", "server", 1, 2, 3]
-    noise = torch.randn(8, generator=make_generator(private_seed(7, "site-0"), "noise", "ficpd", 1))
+    assert not finds(known, private_seed(7, "site-0"))
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        lambda seed: private_seed(public_seed(seed), "site-0"),
+        lambda seed: derive_seed(public_seed(seed), "private", "site-0"),
+        lambda seed: derive_seed(public_seed(seed), "site-0"),
+        lambda seed: derive_seed(public_seed(seed), "site-0", "noise"),
+        public_seed,
+        lambda seed: private_seed(1, "site-0"),
+    ],
+)
+def test_a_private_seed_that_comes_from_what_the_server_knows_is_found(faulty):
+    assert finds({public_seed(7), 1, 2, 3}, faulty(7))
+
+
+def finds(known: set[int], private: int) -> bool:
+    """Whether the numbers known, with names that everybody knows, lead to the noise of this private seed."""
+    names = ["private", "public", "noise", "site-0", "cohort", "server", 1, 2]
+    noise = torch.randn(8, generator=make_generator(private, "noise", "ficpd", 1))
+    paths = [path for length in range(4) for path in permutations(names, length)]
     for seed in known:
-        tries = [derive_seed(seed, *names[:i], *names[i:j]) for i in range(len(names)) for j in range(i, len(names))]
-        tries += [seed, private_seed(seed, "site-0")]
-        for guess in tries:
-            for stream in (make_generator(guess), make_generator(guess, "noise", "ficpd", 1)):
-                assert not torch.equal(torch.randn(8, generator=stream), noise)
+        for guess in (seed, private_seed(seed, "site-0"), *(derive_seed(seed, *path) for path in paths)):
+            for stream in (
+                torch.Generator().manual_seed(guess),
+                make_generator(guess),
+                make_generator(guess, "noise", "ficpd", 1),
+            ):
+                if torch.equal(torch.randn(8, generator=stream), noise):
+                    return True
+    return False
 
 
 def test_noise_on_a_rounds_sum_takes_no_late_updates(tmp_path):

@@ -5,16 +5,20 @@ with different records must send the same bytes. A method that averages records 
 a count does not.
 """
 
+from typing import Any, Literal, get_args, get_origin
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 import small
 from ficpd.backbones.query_engine import run_queries
+from ficpd.errors import ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import execute_assignment
+from ficpd.federation.client import LABELS, ClientSession, execute_assignment
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
-from ficpd.registry import names
+from ficpd.registry import load, names
 from ficpd.types import ClientUpdate, Query
 
 
@@ -57,6 +61,43 @@ def leaks(method, model) -> bool:
 @pytest.mark.parametrize("name", names("methods"))
 def test_a_method_lets_out_only_what_the_mechanism_averaged(name, model):
     assert not leaks(small.method(name), model)
+
+
+def options(name: str) -> list[dict[str, Any]]:
+    """Each switch and each choice of a method's settings that its default is not."""
+    found = []
+    for field, about in load("methods", name).Config.model_fields.items():
+        kinds = [about.annotation, *get_args(about.annotation)]
+        values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        values += [True, False] if bool in kinds else []
+        found += [{field: value} for value in values if value != about.default and field != "name"]
+    return found
+
+
+def chosen(name: str, option: dict[str, Any]) -> Any:
+    try:
+        return small.method(name, **option)
+    except (ConfigError, ValidationError, PrivacyError):
+        return None
+
+
+OPTIONS = [(name, option) for name in names("methods") for option in options(name) if chosen(name, option)]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=lambda value: str(value))
+def test_a_method_lets_out_no_more_with_any_of_its_options(name, option, model):
+    assert not leaks(chosen(name, option), model)
+
+
+def test_what_a_client_tells_its_method_of_all_records_comes_from_the_mechanism(model):
+    """The prior goes into each record's gradient, and the weight to the server: exact ones would depend on all records."""
+    told = []
+    for count, seed in ((12, 1), (12, 2), (15, 3)):
+        client = next(iter(small.clients(model, small.method("fedavg"), 1, mechanism=Deaf()).values()))
+        client.train = small.records(count, seed)
+        session = ClientSession(client, 1, "fedavg", [LABELS])
+        told.append((session.label_prior.tolist(), session.weight))
+    assert told == [told[0]] * 3
 
 
 @pytest.mark.parametrize("name", names("methods"))
