@@ -10,7 +10,7 @@ from ficpd.experiments.report.comparison_tables import cells_csv, overviews
 from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
-from ficpd.experiments.report.table_formats import as_latex
+from ficpd.experiments.report.table_formats import as_latex, safe_csv
 from ficpd.experiments.results import RunResult
 from ficpd.storage import atomic_write
 
@@ -99,9 +99,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
 
 def run_csv(run: Finished) -> str:
     """Formats the unrounded figures of a run, a line for each method; empty where it has no such figure."""
-    import pandas as pd
-
-    return pd.DataFrame([_line(run.main.name, result) for result in run.results]).to_csv(index=False)
+    return safe_csv([_line(run.main.name, result) for result in run.results])
 
 
 def _line(main: str, result: RunResult) -> dict[str, Any]:

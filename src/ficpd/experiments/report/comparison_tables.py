@@ -18,7 +18,7 @@ from ficpd.experiments.comparison.schema import (
 )
 from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.report.summary import NONE, format_bytes, format_number
-from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
+from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown, safe_csv
 from ficpd.storage import atomic_write
 
 SURE = 0.05
@@ -260,8 +260,6 @@ def without_figure(found: ComparisonResult) -> list[str]:
 
 def cells_csv(found: ComparisonResult) -> str:
     """Every cell, in numbers."""
-    import pandas as pd
-
     lines = []
     for cell in found.cells:
         row = cell.model_dump()
@@ -274,4 +272,4 @@ def cells_csv(found: ComparisonResult) -> str:
             | {"at_round": cell.at_round, "bytes_up": sent.get("up"), "bytes_down": sent.get("down")}
             | {key: row[key] for key in ("queries", "seconds", "epsilon", "key", "reason")}
         )
-    return pd.DataFrame(lines, dtype=object).to_csv(index=False)
+    return safe_csv(lines)

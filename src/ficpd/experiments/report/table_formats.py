@@ -1,6 +1,8 @@
 """A table drawn: Markdown to read, CSV for a spreadsheet, LaTeX to print."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ficpd.experiments.report.blocks import Table
 
@@ -9,6 +11,10 @@ SIGNS = {
     "▲": r"$\uparrow$", "▼": r"$\downarrow$", "[": "{[}",
 }  # fmt: skip
 """Beyond what pandas escapes. After a line's end a bracket would be its option."""
+
+
+FORMULA = tuple("=+-@\t")
+"""Characters that make a formula of a cell."""
 
 
 def as_markdown(table: Table, level: str = "") -> str:
@@ -23,15 +29,36 @@ def as_markdown(table: Table, level: str = "") -> str:
     n.
     <BLANKLINE>
     """
-    lines = [table.heads, ["---", *["---:"] * (len(table.heads) - 1)], *table.cells]
+    lines = [[_plain(head) for head in table.heads], ["---", *["---:"] * (len(table.heads) - 1)]]
+    lines += [[_plain(cell) for cell in row] for row in table.cells]
     drawn = [
-        "|" + "|".join(cells) + "|"
-        if place == 1
-        else "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        "|" + "|".join(cells) + "|" if place == 1 else "| " + " | ".join(cells) + " |"
         for place, cells in enumerate(lines)
     ]
     title = f"{level}{table.caption}" if level else f"**{table.caption}**"
     return f"{title}\n\n" + "\n".join(drawn) + "\n" + (f"\n{table.note}\n" if table.note else "")
+
+
+def _plain(cell: str) -> str:
+    """Escapes a cell for Markdown, where a client's name could be markup."""
+    cell = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(cell.split()))
+    return cell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _text(cell: Any) -> Any:
+    """Marks a text as text, where a spreadsheet would read a formula. Numbers stay numbers."""
+    if not isinstance(cell, str):
+        return cell
+    cell, number = cell.replace("\r", " "), re.fullmatch(r"[-+][\d.,]+(e[-+]?\d+)?", cell)
+    return f"'{cell}" if cell.lstrip(" ")[:1] in FORMULA and not number else cell
+
+
+def safe_csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Formats lines for a spreadsheet."""
+    import pandas as pd
+
+    rows = [{_text(name): _text(value) for name, value in line.items()} for line in lines]
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False)
 
 
 def as_csv(tables: Sequence[Table]) -> str:
@@ -40,7 +67,8 @@ def as_csv(tables: Sequence[Table]) -> str:
 
     drawn, heads = [], None
     for table in tables:
-        frame = pd.DataFrame([[table.caption, *row] for row in table.cells], columns=["table", *table.heads])
+        rows = [[_text(cell) for cell in (table.caption, *row)] for row in table.cells]
+        frame = pd.DataFrame(rows, columns=["table", *map(_text, table.heads)])
         drawn.append(frame.to_csv(index=False, header=table.heads != heads))
         heads = table.heads
     return "".join(drawn)
