@@ -13,7 +13,7 @@ from ficpd.cli.compare import compare
 from ficpd.cli.console import errors
 from ficpd.cli.deploy import deploy
 from ficpd.cli.library import adapt, evaluate, export, import_, predict
-from ficpd.cli.run import audit, info, report, run
+from ficpd.cli.run import audit, info, publish, report, run
 from ficpd.cli.site import site
 from ficpd.errors import FicpdError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="Adapt one frozen foundation model together; share only soft prompts.",
 )  # fmt: skip
-for command in (run, compare, report, audit, evaluate, adapt, predict, export, info):
+for command in (run, compare, report, publish, audit, evaluate, adapt, predict, export, info):
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(deploy, name="deploy")

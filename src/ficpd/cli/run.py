@@ -84,6 +84,20 @@ def report(
         typer.echo(f"{kind + ':':9}{file}")
 
 
+def publish(
+    run: Annotated[Path, typer.Argument(help="the directory of a finished private run")],
+    out: Annotated[Path, typer.Argument(help="where to copy it; it must not exist yet, or be empty")],
+) -> None:
+    """Copy from a private run what its guarantee covers: the library, without scores, counts and ledger.
+
+    Example: `ficpd publish runs/demo published`
+    """
+    from ficpd.experiments.publish import publish as copy
+
+    copy(run, out)
+    typer.echo(f"folder: {out}")
+
+
 def audit(
     run: Annotated[Path, typer.Argument(help="the directory of a finished run; with --trained, any library")],
     prompt: Annotated[str | None, typer.Option(help="the prompt attacked; none: global, else the first")] = None,

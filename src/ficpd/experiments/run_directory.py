@@ -4,6 +4,7 @@ experiment.toml   the experiment with all defaults
 resolved.toml     the same, with every "auto" resolved
 run-id            a random id, also in the ledger
 ledger.sqlite     with privacy: every release
+NOT-RELEASED.md   with privacy: says what the guarantee does not cover; the directory has mode 0700
 sites.json        real sites: the participants
 checkpoint        the state after the last finished round, the clients' states, the rounds
 rounds.jsonl      one line per round
@@ -180,6 +181,13 @@ class RunDir:
             )
 
     def begin(self, given: Experiment, resolved: Experiment) -> None:
+        if resolved.privacy["name"] != "none":
+            self.path.chmod(0o700)
+            self.write(
+                "NOT-RELEASED.md",
+                "This directory is its owner's. The privacy guarantee does not cover its scores, counts, queries, personal "
+                "prompts\nand baselines. `ficpd publish RUN OUT` copies what is.\n",
+            )
         self.write("experiment.toml", to_toml(given))
         self.write("resolved.toml", to_toml(resolved))
 

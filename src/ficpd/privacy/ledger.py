@@ -9,9 +9,10 @@ bytes at no further cost. So the ledger never states less than was released.
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +59,10 @@ class Ledger:
 
     def __init__(self, path: Path | str, owner: str, rounds_paid: int = 0):
         self.path, self.owner = path, owner
+        if path != ":memory:":  # SQLite gives its other files the same mode
+            with suppress(OSError):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                os.chmod(path, 0o600)
         with self.readable():
             self.file = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
             try:

@@ -1,0 +1,41 @@
+"""Copies from a private run what its guarantee covers: the library, and nothing else of the directory."""
+
+import shutil
+from pathlib import Path
+
+from ficpd.errors import RunError
+from ficpd.experiments.results import RunResult
+from ficpd.experiments.run_directory import RunDir
+from ficpd.storage import atomic_write
+
+
+def publish(run: Path, out: Path) -> None:
+    """Copies the library of a finished private run to `out`.
+
+    Raises `RunError` for a run that is not finished, has no guarantee, or has noise from the experiment's seed, and for
+    an `out` that is not empty.
+    """
+    result = _finished(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty. Choose another folder")
+    shutil.copytree(run / "library", out / "library")
+    atomic_write(
+        out / "README.md",
+        f"# What {result.method} released\n\n`library/` is made of released updates only: {result.privacy.guarantee}. "
+        "Test scores, queries, personal prompts and the ledger stay in the run's directory.\n",
+    )
+
+
+def _finished(run: Path) -> RunResult:
+    result = RunDir(run).result() if run.is_dir() else None
+    if result is None:
+        raise RunError(f"{run} holds no finished run. Finish it (ficpd run ... --resume), or name another directory")
+    privacy = result.privacy
+    if privacy.epsilon is None:
+        raise RunError(f"what {run} released carries no guarantee. Set [privacy], or copy the library yourself")
+    if privacy.noise == "simulated" or privacy.rehearsed:
+        raise RunError(
+            f"the noise of {run} comes from a seed, and whoever guesses it takes the noise off. Run again with "
+            "privacy.noise = 'cryptographic'"
+        )
+    return result
