@@ -158,8 +158,8 @@ def check_rehearsal(config: SiteConfig, file: Path, rehearsal: bool) -> None:
     """Raises `SiteError` for a site file with a private seed, unless this is a rehearsal."""
     if config.simulation and not rehearsal:
         raise SiteError(
-            f"{location(file.name, file.read_text(encoding='utf-8'), 'simulation.private_seed')}: whoever knows "
-            "private_seed can take the noise off. Delete it; for a trial without real records add --rehearsal"
+            f"{file.name}: whoever knows [simulation] private_seed can take the noise off. Delete [simulation]; for a trial "
+            "without real records add --rehearsal"
         )
 
 
