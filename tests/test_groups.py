@@ -13,7 +13,7 @@ from ficpd.experiments.config import parse, to_toml
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import privacy_plan
 from ficpd.library.library import PromptLibrary
-from ficpd.privacy import record_gaussian
+from ficpd.types import ClientWorkload
 
 OPPOSED = {"up": "bad dull", "down": "good fine"}
 """The labels of the second task: the same words, meant the other way round."""
@@ -136,11 +136,10 @@ def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(t
     again = build_context(parse(to_toml(built.experiment), "resolved.toml"))
     assert again.experiment.privacy["clip_norms"] == norms
     part = {**built.experiment.privacy}
+    workload = ClientWorkload(40, 0.1, 2, 3, 4, 1.0, 3)
     for name in built.shards_for(pooled=True) | built.shards:
-        config = privacy_plan.with_group_clip_norm(
-            record_gaussian.Config(**{k: v for k, v in part.items() if k != "name"}), part, name
-        )
-        assert config.clip_norm == norms[built.group_of.get(name, name.partition(".")[0])]
+        mechanism = privacy_plan.build_mechanism(part, name, workload)
+        assert mechanism.guarantee()["clip_norm"] == norms[built.group_of.get(name, name.partition(".")[0])]
 
 
 @pytest.mark.parametrize("method", ["ficpd", "centralized"])

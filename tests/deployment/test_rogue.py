@@ -243,10 +243,10 @@ def test_the_socket_is_the_supernodes_alone(site: Running):
 
 
 def test_what_a_caller_gets_is_public(site: Running):
-    """Name, card, backbone and version; errors that quote no record; no map of what could be asked."""
+    """Name, card, backbone, version, whether it rehearses; errors that quote no record; no map of what could be asked."""
     status, body = site.ask(SUPERNODE_USER, "POST", "/query", codec.encode_call(SiteRequest("hello")))
     assert status == 200
-    assert set(json.loads(body)) == {"name", "card", "backbone", "version"}
+    assert set(json.loads(body)) == {"name", "card", "backbone", "version", "rehearsal"}
     answers = [body]
     for what in ("train", "evaluate", "records"):
         answers.append(site.ask(SUPERNODE_USER, "POST", "/train", codec.encode_call(SiteRequest(what)))[1])

@@ -182,11 +182,12 @@ class RunDir:
 
     def begin(self, given: Experiment, resolved: Experiment) -> None:
         if resolved.privacy["name"] != "none":
+            self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
             self.write(
                 "NOT-RELEASED.md",
                 "This directory is its owner's. The privacy guarantee does not cover its scores, counts, queries, personal "
-                "prompts\nand baselines. `ficpd publish RUN OUT` copies what is.\n",
+                "prompts\nand baselines. `ficpd publish RUN OUT` copies what it covers.\n",
             )
         self.write("experiment.toml", to_toml(given))
         self.write("resolved.toml", to_toml(resolved))

@@ -84,7 +84,7 @@ def test_with_noise_totals_are_gathered_once(model):
 
 
 class RecordUnit:
-    unit = "record"
+    unit, subjects = "record", False
 
 
 @pytest.mark.parametrize("clients", [1, 2, 5])
