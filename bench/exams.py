@@ -43,7 +43,8 @@ SETS: dict[str, dict[str, Any]] = {
         "task": {"name": "multiple_choice", "instruction": "Answer:"},
         "data": {
             "source": "medmcqa",
-            "columns": {"text": "question", "target": "label", "subject": "subject"},
+            "columns": {"text": "question", "target": "label"},
+            "keep": ["subject"],
             "options": OPTIONS,
             "where": {"subject": list(SUBJECTS)},
         },
