@@ -90,7 +90,7 @@ def publish(
 ) -> None:
     """Copy from a private run what its guarantee covers: the library, without scores, counts and ledger.
 
-    Example: `ficpd publish runs/demo published`
+    Example: `ficpd publish runs/hospitals published`
     """
     from ficpd.experiments.publish import publish as copy
 
