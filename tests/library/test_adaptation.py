@@ -236,6 +236,19 @@ def test_a_head_begins_at_the_readout_that_the_library_learned(library, model):
     assert with_it < without - 0.05
 
 
+def test_cross_validation_counts_the_bias_of_a_learned_readout(library, model):
+    task = task_of("heat")
+    shots = records("heat", 12, 3)
+    losses = []
+    for bias in (0.0, 20.0):
+        known = Readout(task.readout(model.backbone), torch.tensor([bias, -bias]), torch.full((2,), 0.5))
+        card = {**library.card, "tasks": {"heat": dict(task.to_config())}}
+        taught = replace(library, card=card, learned={"heat": known})
+        table = cross_validate(prepare_shots(taught, shots, task, model, TRAINING), ["leave"], model)
+        losses.append(table["leave"]["loss"])
+    assert losses[1] > losses[0] + 0.5
+
+
 def test_a_decoder_has_no_rows_for_a_head_to_replace(decoder):
     task = task_of("sentiment is", good="good", bad="bad")
     begin = Prompt(decoder.backbone.init_prompt("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)

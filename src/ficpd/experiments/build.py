@@ -111,16 +111,15 @@ class ExperimentContext:
         in_subspace = private and _tunes_in_subspace(method, self.experiment, self.model.backbone)
         part = choose_compression(self.experiment.compression, self.start, in_subspace)
         experiment = self.experiment.model_copy(update={"compression": part})
-        rebuild = (part["name"] == "subspace") != (self.compression.subspace is not None) and part != (
-            self.experiment.compression
-        )
-        start, clip = self.start, {"clip_norm": declared.record_clip_norm, "clip_norms": {}}
-        if declared.prompt_type != "soft":
+        soft, start = declared.prompt_type == "soft", self.start
+        moved = (part["name"] == "subspace") != (self.compression.subspace is not None)
+        if not soft:
             rate = declared.learning_rate or experiment.training.learning_rate
             training = experiment.training.model_copy(update={"learning_rate": rate})
             experiment, start = experiment.model_copy(update={"training": training}), self.init_prompt_for(method)
         context = replace(self, experiment=experiment, start=start)
-        if rebuild or start is not self.start:
+        if moved or not soft:
+            clip = {"clip_norm": declared.record_clip_norm, "clip_norms": {}}
             context = context._recalibrated(clip if private else {})
         if declared.means_per_update and "placement" in experiment.privacy:
             context = context._with_derivative_clip_norm(declared)

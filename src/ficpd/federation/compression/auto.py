@@ -22,7 +22,7 @@ class Config(BaseModel):
 
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
-    """Sends the whole prompt, as before the method is known."""
+    """Sends the whole prompt: what an open compression is for no method in particular."""
     return none.build(none.Config(bits=config.bits or WHOLE_BITS), start, seed)
 
 
