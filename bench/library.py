@@ -1,11 +1,12 @@
 """Many tasks, one federation: who clusters right, and what it is worth. MiniLM.
 
-python bench/library.py mixed|private|ablation|clients|texts [--seeds 0 1 2] [--data FOLDER] [--rounds 10]
+python bench/library.py mixed|defaults|private|ablation|clients|texts [--seeds 0 1 2] [--data FOLDER] [--rounds 10]
 
 Thirty clients of about 100 records: polarity in four domains (8 clients), medical abstracts (4), the domains of CLINC150
-(6), SIB-200 in English (4), Banking77 (8). `mixed`: methods side by side. `private`: the main row in 64 numbers, with and
-without ε = 2. `ablation`: prototypes by number and space, and what is distilled from them. `clients`: the same records
-among 10 to 500. `texts`: what a decoder (SmolLM2) writes for the labels of all tasks, to distil on.
+(6), SIB-200 in English (4), Banking77 (8). `mixed`: methods side by side. `defaults`: each method's own defaults alone,
+also among 10 and 500 clients, and at ε = 2. `private`: the main row in 64 numbers, with and without ε = 2. `ablation`:
+prototypes by number and space, and what is distilled from them. `clients`: the same records among 10 to 500. `texts`: what
+a decoder (SmolLM2) writes for the labels of all tasks, to distil on.
 
 The sets lie in `--data` (README.md here); polarity is built in. A cell of a seed that the result file has, in the same
 setting, is not run again.
@@ -182,6 +183,25 @@ def private(args: argparse.Namespace) -> None:
                 cells.add(f"{name}, {said}", seed, partial(alone, context, METHODS[name]))
 
 
+def defaults(args: argparse.Namespace) -> None:
+    """What a member gains by joining many tasks: no option is named, and the learning rate is the backbone's own."""
+    cells = Cells("library_defaults", f"defaults alone, {args.rounds} rounds of 5 steps of 16; private: 2 steps of 64")
+    sites = {name: group(name, args.data, number, 400) for name, number in SITES.items()}
+    budget = {"name": "record_gaussian", "epsilon": 2.0}
+    for seed in args.seeds:
+        context = world_of(args, seed, rate=1.0)
+        for name in ("ficpd", "local", "linear_probe", "analytic", "class_means", "fedavg"):
+            cells.add(name, seed, partial(alone, context, {"name": name}))
+        for number in (10, 500):
+            shares = {name: max(1, round(number * CLIENTS[name] / 30)) for name in CLIENTS}
+            crowd = world_of(args, seed, shares | {"polarity": max(4, shares["polarity"])}, 1.0)
+            cells.add(f"ficpd, {number} clients", seed, partial(alone, crowd, {"name": "ficpd"}))
+        training = PRIVATE["training"]
+        context = world_of(args, seed, rate=1.0, privacy=budget, groups=sites, training=training)
+        for name in ("ficpd", "local", "linear_probe", "class_means"):
+            cells.add(f"{name}, 18 sites of 400, ε = 2", seed, partial(alone, context, {"name": name}))
+
+
 def ablation(args: argparse.Namespace) -> None:
     """Each federation is run once; the prompt distilled from its prototypes is scored beside its global one."""
     cells = Cells("library_ablation", f"as library_mixed, {setting(args)}; squared distillation on {told(args.texts)}")
@@ -228,7 +248,14 @@ def texts(args: argparse.Namespace) -> None:
     Path(args.texts).write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
 
 
-PARTS = {"mixed": mixed, "private": private, "ablation": ablation, "clients": clients, "texts": texts}
+PARTS = {
+    "mixed": mixed,
+    "defaults": defaults,
+    "private": private,
+    "ablation": ablation,
+    "clients": clients,
+    "texts": texts,
+}
 
 
 def main() -> None:

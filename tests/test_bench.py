@@ -232,10 +232,13 @@ def test_exams(bench, sets):
 def test_library(bench, sets, tmp_path):
     texts = tmp_path / "texts"
     bench.run("library", f"texts --data {sets} --texts {texts} --writer {sets / 'decoder'}")
-    calls = [f"{part} --seeds 0 --rounds 1 --data {sets}" for part in ("mixed", "private", "ablation", "clients")]
+    calls = [
+        f"{part} --seeds 0 --rounds 1 --data {sets}" for part in ("mixed", "defaults", "private", "ablation", "clients")
+    ]
     bench.run("library", *calls, changes=(TINY, ONE_ROUND))
     assert texts.exists()
     assert len(bench.rows("library_mixed")) == 6
+    assert len(bench.rows("library_defaults")) == 12
     assert len(bench.rows("library_private")) == 9
     assert len(bench.rows("library_ablation")) == 13
     assert len(bench.rows("library_clients")) == 12
