@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from ficpd.backbones.query_engine import QueryEngine
 from ficpd.data import loading
 from ficpd.data.subjects import count_units, group_by_subject
 from ficpd.errors import PrivacyError
-from ficpd.evaluation.audit import canaries as mechanism_canaries
+from ficpd.evaluation.audit import canaries
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
 from ficpd.evaluation.audit.canary_injection import has_labels, inject_canaries, make_mislabelled_canaries
-from ficpd.evaluation.audit.epsilon_bounds import one_run_bound, two_world_bound
+from ficpd.evaluation.audit.epsilon_bounds import one_run_bound
 from ficpd.evaluation.audit.member_split import Split, split_records
 from ficpd.evaluation.audit.membership import ATTACKS, AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound
@@ -30,15 +31,17 @@ from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.experiments.setup import build_schedule
+from ficpd.federation.client import Client
 from ficpd.federation.compression import none
 from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import SERVER, build_mechanism, client_workloads, privacy_config_for
-from ficpd.interfaces import Compression, ReleaseKind, Task
+from ficpd.interfaces import Compression, Task
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
 from ficpd.optimizers import LocalTrainingConfig
+from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.registry import build_config
-from ficpd.types import ClientWorkload, Prompt, Record, State
+from ficpd.types import ClientCard, Prompt, Record, State
 
 SHADOW_BATCH = 32
 NO_PRIVACY = {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
@@ -214,38 +217,31 @@ def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> n
 
 
 def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound | None:
-    """The worst record (or client) against the mechanism of the site that spent most; None where nothing was noised.
+    """The worst record (or client) against the client that spent most, as it was planned; None where nothing was noised.
 
-    The mechanism is the one that was planned; what it plays is what was released, which is less if the budget ended it.
+    The client carries out its assignments until its budget ends, as it did in the run.
     """
-    privacy = run.result.privacy
+    privacy, context = run.result.privacy, run.context
     if not privacy.lines or privacy.delta is None:
         return None
-    holders = run.context.shards_for(run.method.capabilities.centralized)
+    holders = context.shards_for(run.method.capabilities.centralized)
     plans = client_workloads(
         run.method,
         run.state,
         {n: count_units(s.train) for n, s in holders.items()},
-        build_schedule(run.context, run.method),
+        build_schedule(context, run.method),
     )
-    plan = plans.get(str(privacy.site_that_spent_most), next(iter(plans.values())))  # the server has no plan of its own
-    part = privacy_config_for(run.method, run.context.experiment.privacy)
-    mechanism = build_mechanism(part, str(privacy.site_that_spent_most), plan)
-    kind = mechanism_canaries.release_kind(mechanism)
-    cost = mechanism.cost(kind)
-    released = sum(line.releases for line in privacy.lines if cost is not None and line.name == cost.name)
-    plan = _played(plan, kind, released)
-    runs = mechanism_canaries.num_trials(mechanism, plan, trials)
-    found = mechanism_canaries.lower_bound(mechanism, plan, privacy.delta, trials, seed=seed)
-    reach = two_world_bound([0.0] * runs, [1.0] * runs, privacy.delta)
-    return LowerBound(found, privacy.epsilon, privacy.delta, reach, runs)
-
-
-def _played(plan: ClientWorkload, kind: ReleaseKind, released: int) -> ClientWorkload:
-    """The plan of a run that made this many releases."""
-    if kind == ReleaseKind.STEP:
-        return replace(plan, participations=released // plan.steps)
-    return replace(plan, participations=released, num_rounds=released)
+    name = str(privacy.site_that_spent_most)
+    name = name if name in plans else next(iter(plans))  # the server has no plan of its own
+    part = privacy_config_for(run.method, context.experiment.privacy)
+    mechanism = build_mechanism(part, name, plans[name], noise="simulated")
+    task = next(iter(context.tasks.values()))
+    with closing(Ledger(":memory:", "audit")) as ledger:
+        client = Client(
+            ClientCard(name), holders[name].train, (), task, context.model.backbone, mechanism, context.compression,
+            context.start, seed, ledger.account(name, Budget(None, privacy.delta)),
+        )  # fmt: skip
+        return canaries.lower_bound(client, plans[name], trials, seed=seed)
 
 
 def planted_bound(

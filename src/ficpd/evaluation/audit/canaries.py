@@ -1,50 +1,64 @@
-"""Attacks a mechanism directly with the worst record or client over a whole run, without a backbone.
+"""Attacks a client with the worst record, subject or client over a whole run, without a forward pass.
 
 Nasr et al., USENIX Security 2023, arXiv 2302.07956: the canary's contribution is huge in one coordinate (a Dirac
-gradient), and the adversary sees every release. The audit covers clipping, sampling, the divisor and the standard
-deviation. Its noise comes from seeded streams, whatever source the run used.
+gradient), and the adversary sees every release. Every trial is a run of its own: its assignments are carried out by
+`federation.client.execute_assignment`, and a ledger account charges them. So the audit covers the mechanism, and the
+client's use of it: its streams of noise, its charges, the end of its budget, and the release of its update. The contribution
+changes its sign from step to step and from round to round, so that noise which repeats cancels.
+
+Noise comes from seeds, also for a run with cryptographic noise.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ficpd.errors import PrivacyError
+from ficpd import rng
+from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.errors import BudgetError, PrivacyError
 from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
-from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
+from ficpd.evaluation.audit.report import LowerBound
+from ficpd.federation.client import Client, execute_assignment
+from ficpd.federation.compression import none
+from ficpd.federation.method import Capabilities, Method
+from ficpd.interfaces import ClientContext, Mechanism, Model, ReleaseKind
+from ficpd.privacy import accountant
 from ficpd.privacy.central_gaussian import CentralGaussian
-from ficpd.privacy.ledger import Budget, Ledger
+from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.noise import SeededNoise
-from ficpd.types import ClientUpdate, ClientWorkload, PrivacyCost
+from ficpd.types import Answer, Assignment, Batch, ClientUpdate, ClientWorkload, PrivacyCost, Query, Record, State
 
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far above any clip norm, and the others', of alternating sign."""
 CANARY = "canary"
 MOST_RECORDS = 64
 """Of a canary that is a subject."""
-AFFORDED = {ReleaseKind.STEP: 48_000, ReleaseKind.UPDATE: 80_000, ReleaseKind.SUM: 16_000}
-"""The maximum number of releases of a kind in all trials, which limits an audit to seconds."""
-Scores = tuple[list[float], list[float]]
-Streams = Callable[[int], NoiseSource]
+AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SUM: 16_000}
+"""The maximum number of releases of a kind in all trials of one setting, which limits an audit to a minute or two."""
+Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
+"""A trial, with or without the canary: its score, and the costs in its ledger."""
 
 
 def lower_bound(
-    mechanism: Mechanism, plan: ClientWorkload, delta: float, trials: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> float:  # fmt: skip
-    """Returns a lower bound on the mechanism's epsilon at `delta` for a run of this plan; 0 if none can be given.
+    client: Client, plan: ClientWorkload, trials: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> LowerBound:
+    """Returns a lower bound on the epsilon of a client's run of this plan, beside the epsilon that its ledger states.
 
-    `num_trials` sets the number of runs. Raises `PrivacyError` for a mechanism without a guarantee.
+    client: its mechanism is attacked, and records, account, seed and state are replaced. trials: runs in each setting, of
+    which `num_trials` allows fewer. Raises `PrivacyError` for a mechanism without a guarantee.
 
-    Guarantees: for a correct mechanism, the bound is above its epsilon with probability at most 1 - `confidence` over the
+    Guarantees: for a correct client, the bound is above its epsilon with probability at most 1 - `confidence` over the
         streams (`tests/evaluation/audit/test_canaries.py`).
     """
-    play = record_scores if release_kind(mechanism) == ReleaseKind.STEP else client_scores
-    trials = num_trials(mechanism, plan, trials)
-    without, with_ = play(mechanism, plan, trials, lambda trial: SeededNoise(seed, CANARY, trial))
-    return two_world_bound(without, with_, delta, confidence)
+    trials, delta = num_trials(client.mechanism, plan, trials), client.mechanism.guarantee()["delta"]
+    without, with_, stated = play(client, plan, trials, seed)
+    reach = two_world_bound([0.0] * trials, [1.0] * trials, delta, confidence)
+    return LowerBound(two_world_bound(without, with_, delta, confidence), stated, delta, reach, trials)
 
 
 def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
@@ -67,109 +81,173 @@ def release_kind(mechanism: Mechanism) -> ReleaseKind:
     return ReleaseKind.UPDATE if mechanism.cost(ReleaseKind.SUM) is None else ReleaseKind.SUM
 
 
-def record_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """Returns each run's scores without and with a canary record, which is sampled like the others.
+def play(client: Client, plan: ClientWorkload, trials: int, seed: int) -> tuple[list[float], list[float], float]:
+    """Returns the scores of all runs without and with the canary, and the epsilon that a run's ledger states.
+
+    A score is the log likelihood ratio of the run's releases, with to without the canary, under their stated costs.
+    """
+    runs = {ReleaseKind.STEP: _record_run, ReleaseKind.UPDATE: _client_run, ReleaseKind.SUM: _central_run}
+    run = runs[release_kind(client.mechanism)](client, plan, seed)
+    (without, _), (with_, costs) = (
+        zip(*(run(t, there) for t in range(trials)), strict=True) for there in (False, True)
+    )
+    return list(without), list(with_), accountant.epsilon(costs[0], client.mechanism.guarantee()["delta"])
+
+
+class CanaryMethod(Method):
+    """Releases the mean of each step, or its contribution itself, as it is.
+
+    contribution: of each record [N], or of the client [1]. expected: the batch size; None: the contribution is the update.
+    """
+
+    name = CANARY
+    capabilities = Capabilities(private_units=("record", "client"))
+
+    def __init__(self, contribution: Tensor, steps: int = 0, expected: int | None = None):
+        super().__init__(None)
+        self.contribution, self.steps, self.expected = contribution, steps, expected
+
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        yield from ()
+        if self.expected is None:
+            return ClientUpdate(client.id, {"released": sign(assignment.round) * self.contribution}, client.weight)
+        means = [
+            client.private_mean((sign(assignment.round + step) * self.contribution[batch.targets]).view(1, -1, 1))[0]
+            for step, batch in enumerate(client.batches(self.steps, self.expected))
+        ]
+        return ClientUpdate(client.id, {"released": torch.cat(means) * self.expected}, client.weight)
+
+    def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
+        return state
+
+
+def sign(place: int) -> int:
+    return 1 - 2 * (place % 2)
+
+
+def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+    """A canary record, which is sampled like the others; without it, it contributes nothing.
 
     Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
     `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
-    detected. A trial is one run in both settings. They share the steps without the canary, so runs are independent
-    within a setting only.
+    detected.
     """
-    canary, expected = plan.num_units - 1, max(1, round(plan.sampling_rate * plan.num_units))
-    own = 1 if plan.num_subjects is None else min(plan.num_records - canary, MOST_RECORDS)
-    contribution_N = torch.cat([_alternating(canary), torch.full((own,), HUGE)])
-    subject_N = torch.cat([torch.arange(canary), torch.full((own,), canary)])
+    others, expected = plan.num_units - 1, max(1, round(plan.sampling_rate * plan.num_units))
+    own = 1 if plan.num_subjects is None else min(plan.num_records - others, MOST_RECORDS)
+    names = [str(place) for place in range(others)] + [CANARY] * own
+    records = [Record(str(i), {}, None if plan.num_subjects is None else name) for i, name in enumerate(names)]
+    client = _trial_client(client, records)
+    methods = [
+        CanaryMethod(torch.cat([_alternating(others), torch.full((own,), value)]), plan.steps, expected)
+        for value in (0.0, HUGE)
+    ]
+    cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.STEP)
 
-    def of(rows: Tensor | slice) -> dict[str, Tensor]:
-        return {} if plan.num_subjects is None else {"subject_B": subject_N[rows]}
+    def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
+        with _renewed(client, budget, seed, trial, there) as account:
+            sums = [
+                sign(round + step) * value
+                for round, update in _rounds(methods[there], client, plan.participations)
+                for step, value in enumerate(update.arrays["released"].tolist())
+            ]
+            return _log_ratio(sums, cost, clip_norm), account.spent()
 
-    def released(rows: Tensor, noise: NoiseSource) -> float:
-        return float(mechanism.noisy_mean(contribution_N[rows].view(1, -1, 1), expected, noise, **of(rows))) * expected
-
-    def run(noise: NoiseSource) -> tuple[float, float]:
-        sums = []
-        for _ in range(plan.participations):
-            for rows in mechanism.sample(canary + own, expected, plan.steps, noise, **of(slice(None))):
-                others = rows[rows < canary]
-                without = released(others, noise)
-                sums.append((without, released(rows, noise) if len(others) < len(rows) else without))
-        return _log_ratios(sums, mechanism, ReleaseKind.STEP)
-
-    return _run_trials(run, trials, stream)
-
-
-def client_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """Returns each run's scores in two settings that differ in one client.
-
-    Local noise: the client's huge updates have either sign. Central noise: the client is absent, or is sampled like
-    the others.
-    """
-    if release_kind(mechanism) == ReleaseKind.SUM:
-        return _central_scores(mechanism, plan, trials, stream)
-    low, high = (ClientUpdate(CANARY, {"delta": torch.tensor([value])}) for value in (-HUGE, HUGE))
-
-    def sent(update: ClientUpdate, noise: NoiseSource) -> float:
-        return sum(float(mechanism.privatize_update(update, noise).arrays["delta"]) for _ in range(plan.participations))
-
-    return _run_trials(lambda noise: (sent(low, noise), sent(high, noise)), trials, stream)
+    return run
 
 
-def _central_scores(mechanism: Mechanism, plan: ClientWorkload, trials: int, stream: Streams) -> Scores:
-    """Computes client scores under central noise. Updates are constant; each trial has its own ledger account."""
-    cost, ledger = _cost(mechanism, ReleaseKind.SUM), Ledger(":memory:", "audit")
-    expected, silent = cost.sampling_rate * plan.num_clients, SeededNoise("audit")
+def _client_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+    """A client whose huge updates have either sign, under local noise."""
+    client = _trial_client(client, [Record(CANARY, {})])
+    methods = [CanaryMethod(torch.tensor([value])) for value in (-HUGE, HUGE)]
+    *_, budget = _terms(client.mechanism, ReleaseKind.UPDATE)
+
+    def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
+        with _renewed(client, budget, seed, trial, there) as account:
+            rounds = _rounds(methods[there], client, plan.participations)
+            return sum(sign(round) * float(update.arrays["released"]) for round, update in rounds), account.spent()
+
+    return run
+
+
+def _central_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+    """A client that is absent, or is sampled like the others, under central noise. Each trial has a server of its own."""
+    cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.SUM)
+    expected = cost.sampling_rate * plan.num_clients
     values = {f"client-{i}": value for i, value in enumerate(_alternating(plan.num_clients).tolist())} | {CANARY: HUGE}
-    updates = {
-        n: mechanism.privatize_update(ClientUpdate(n, {"delta": torch.tensor([v])}), silent) for n, v in values.items()
-    }
-    names, clip_norm = sorted(values), mechanism.guarantee()["clip_norm"]
-    accounts = (ledger.account(f"run {number}", Budget(None, 0.5)) for number in range(trials))
+    client, names = _trial_client(client, [Record(CANARY, {})]), sorted(values)
+    updates: dict[tuple[str, int], ClientUpdate] = {}
+    for name, value in values.items():
+        with _renewed(client, budget, seed, 0, True):
+            for round, update in _rounds(CanaryMethod(torch.tensor([value])), client, 2):
+                updates[name, round % 2] = replace(update, client=name)
 
-    def run(noise: NoiseSource) -> tuple[float, float]:
-        server, sums = CentralGaussian(cost, clip_norm, expected, lambda round: noise, next(accounts)), []
+    def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
+        def stream(round: int) -> SeededNoise:
+            return SeededNoise(seed, CANARY, trial, there, round)
 
-        def released(cohort: list[str], round: int, context: str) -> float:
-            mean = server.noisy_mean([updates[name] for name in cohort], {"delta": (1,)}, round, context)
-            return float(mean.arrays["delta"]) * expected
+        sums = []
+        with _account(budget) as account:
+            server = CentralGaussian(cost, clip_norm, expected, stream, account)
+            with suppress(BudgetError):
+                for round in range(1, plan.num_rounds + 1):
+                    cohort = server.sample_cohort(names, round)
+                    came = [updates[name, round % 2] for name in cohort if there or name != CANARY]
+                    mean = server.noisy_mean(came, {"released": (1,)}, round, CANARY)
+                    sums.append(sign(round) * float(mean.arrays["released"]) * expected)
+            return _log_ratio(sums, cost, clip_norm), account.spent()
 
-        for round in range(1, plan.num_rounds + 1):
-            cohort = server.sample_cohort(names, round)
-            others = [name for name in cohort if name != CANARY]
-            without = released(others, round, "without")
-            sums.append((without, released(cohort, round, "with") if CANARY in cohort else without))
-        return _log_ratios(sums, mechanism, ReleaseKind.SUM)
-
-    try:
-        return _run_trials(run, trials, stream)
-    finally:
-        ledger.close()
-
-
-def _run_trials(run: Callable[[NoiseSource], tuple[float, float]], trials: int, stream: Streams) -> Scores:
-    pairs = [run(stream(trial)) for trial in range(trials)]
-    return [without for without, _ in pairs], [with_ for _, with_ in pairs]
+    return run
 
 
-def _log_ratios(sums_T2: list[tuple[float, float]], mechanism: Mechanism, kind: ReleaseKind) -> tuple[float, float]:
-    """Returns each setting's log likelihood ratio of with to without the canary, under the stated cost.
+def _trial_client(client: Client, records: Sequence[Record]) -> Client:
+    """Returns the client with these records, whose encodings hold their places alone, and without compression."""
+    whole = none.build(none.Config(), client.start, 0)
+    client = replace(client, train=records, compression=whole, encodings={}, pending_costs=())
+    places = torch.arange(len(records))
+    client.set_encoding("train", Batch(client.task, ((),) * len(records), places, None, client.start.enters_at))
+    return client
+
+
+@contextmanager
+def _account(budget: Budget) -> Iterator[Account]:
+    """Opens an account in a ledger of its own."""
+    with closing(Ledger(":memory:", "audit")) as ledger:
+        yield ledger.account(CANARY, budget)
+
+
+@contextmanager
+def _renewed(client: Client, budget: Budget, seed: int, trial: int, there: bool) -> Iterator[Account]:
+    """Gives the client the private seed, the account and the state of a run of its own."""
+    with _account(budget) as account:
+        client.private_seed = rng.derive_seed(seed, CANARY, trial, there)
+        client.account, client.client_state = account, {}
+        yield account
+
+
+def _rounds(method: Method, client: Client, number: int) -> Iterator[tuple[int, ClientUpdate]]:
+    """Carries out assignments until the budget ends, and yields their releases."""
+    model = QueryEngine(client.backbone)
+    with suppress(BudgetError):
+        for round in range(1, number + 1):
+            yield round, run_queries(model, execute_assignment(method, client, Assignment(CANARY, round, {}, {})))
+
+
+def _terms(mechanism: Mechanism, kind: ReleaseKind) -> tuple[PrivacyCost, float, Budget]:
+    """Returns what a release costs, the clip norm, and the budget of a run."""
+    cost, block = mechanism.cost(kind), mechanism.guarantee()
+    if cost is None:
+        raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind.name}")
+    return cost, block["clip_norm"], Budget.of(block["budget"], block["delta"], mechanism.planned_costs())
+
+
+def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float) -> float:
+    """Returns the log likelihood ratio of with to without the canary, under the stated cost.
 
     A release x, in clip norms, is N(0, z²) without it, and with it a mixture of that and N(1, z²) in the share q.
     """
-    if not sums_T2:
-        return 0.0, 0.0
-    cost = _cost(mechanism, kind)
-    q, z = cost.sampling_rate, max(cost.noise_multiplier, 1e-3)
-    x_T2 = np.array(sums_T2) / mechanism.guarantee()["clip_norm"]
+    q, z, x_T = cost.sampling_rate, max(cost.noise_multiplier, 1e-3), np.array(sums) / clip_norm
     absent = math.log1p(-q) if q < 1 else -math.inf
-    without, with_ = np.logaddexp(absent, math.log(q) + (2 * x_T2 - 1) / (2 * z**2)).sum(0).tolist()
-    return without, with_
-
-
-def _cost(mechanism: Mechanism, kind: ReleaseKind) -> PrivacyCost:
-    cost = mechanism.cost(kind)
-    if cost is None:
-        raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind.name}")
-    return cost
+    return float(np.logaddexp(absent, math.log(q) + (2 * x_T - 1) / (2 * z**2)).sum())
 
 
 def _alternating(number: int) -> Tensor:
