@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo deploy-demo test test-slow lint bench clean
+.PHONY: demo deploy-demo test test-slow test-mutations lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+test-mutations: $(VENV)/installed
+	$(BIN)/python tests/mutations/run.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -372,6 +372,12 @@ def finds(known: set[int], private: int) -> bool:
     return False
 
 
+def test_no_two_sites_share_their_noise():
+    names = [f"site-{place}" for place in range(20)]
+    streams = [make_generator(private_seed(7, name), "noise", "ficpd", 1) for name in names]
+    assert len({tuple(torch.randn(8, generator=stream).tolist()) for stream in streams}) == 20
+
+
 def test_noise_on_a_rounds_sum_takes_no_late_updates(tmp_path):
     central = ("privacy.name=client_gaussian", "privacy.placement=central", "privacy.noise_multiplier=1")
     with pytest.raises(PrivacyError, match="a late update joins another"):

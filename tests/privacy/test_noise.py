@@ -149,6 +149,14 @@ def test_cryptographic_noise_lies_on_the_stated_grid(deviation):
     assert (noised % 2 == 1).any()  # and on no coarser one
 
 
+def test_cryptographic_noise_is_the_measurements_and_nothing_else(monkeypatch):
+    def measurement(size, deviation):
+        return lambda values: [value + size + deviation for value in values]
+
+    monkeypatch.setattr("ficpd.privacy.noise.gaussian_measurement", measurement)
+    assert torch.equal(SecureNoise().add_gaussian(torch.ones(2, 3), 0.5), torch.full((2, 3), 7.5))
+
+
 @pytest.mark.parametrize("sensitivity", [1e-4, 0.01, 1.0, 3.0])
 @pytest.mark.parametrize("size", [1, 256, 7680])
 @pytest.mark.parametrize("multiplier", [0.3, 1.0, 5.0, 50.0, 1000.0])

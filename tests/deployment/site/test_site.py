@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -262,6 +262,18 @@ def test_a_round_is_scored_once_where_the_scores_stay(noised, tmp_path, monkeypa
     for place in (0, 0, 1, 0, 1):
         assert own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[place]))) == b"{}"
     assert scored == [1, 2]
+    own.close()
+
+
+def test_an_evaluation_that_fails_is_answered_as_one_that_does_not(noised, tmp_path, monkeypatch):
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own.handle(train(orders[0], said))
+    monkeypatch.setattr("ficpd.deployment.site.site.score_prompt", lambda *given: 1 / 0)
+    answers = []
+    with suppress(ZeroDivisionError):
+        answers.append(own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0]))))
+    assert answers == [b"{}"]
+    assert "ZeroDivisionError" in own.status()["last_error"]["error"]
     own.close()
 
 

@@ -1,0 +1,36 @@
+"""The faults of `mutations/faults.toml` fit the package and the pages. `make test-mutations` shows that they are found."""
+
+import re
+
+import pytest
+
+from mutations.run import PAGE, ROOT, SOURCE, Fault, faults, page
+
+CITED = re.compile(r"tests/[\w/]*test_\w+\.py|\btest_\w+")
+
+
+@pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
+def test_a_fault_fits_the_package_and_its_tests_exist(fault: Fault):
+    assert (SOURCE / "ficpd" / fault.file).read_text(encoding="utf-8").count(fault.before) == 1
+    assert fault.before != fault.after
+    for node in filter(None, (fault.test, fault.attack)):
+        file, _, name = node.partition("[")[0].partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_names_differ():
+    assert len({fault.name for fault in faults()}) == len(faults()) > 100
+    assert sum(bool(fault.attack) for fault in faults()) >= 5
+
+
+def test_the_page_has_the_table_of_the_faults():
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "run: python tests/mutations/run.py --table"
+
+
+@pytest.mark.parametrize("name", ["privacy.md", "design.md"])
+def test_each_test_that_a_page_cites_finds_a_fault(name):
+    tests = [f"tests/{fault.test}" for fault in faults()]
+    cited = set(CITED.findall((ROOT / "docs" / name).read_text(encoding="utf-8")))
+    assert len(cited) > 3
+    assert [c for c in cited if not any(t.startswith(c) or f"::{c}" in t for t in tests)] == []
