@@ -115,6 +115,16 @@ def test_the_ledger_has_what_the_block_counts(tmp_path):
     assert {round for _, round, *_ in lines(tmp_path)} == {1, 2, 3}
 
 
+def test_the_plan_counts_each_clients_own_rounds(tmp_path):
+    result = small.run(tmp_path, "fedavg", *TWO, "federation.clients_per_round=2", rounds=5)
+    rounds = [
+        {round for name, round, *_ in lines(tmp_path) if name == site} for site in result.privacy.epsilon_of_sites
+    ]
+    assert len({len(own) for own in rounds}) > 1
+    assert all(1.95 < epsilon <= 2.0 for epsilon in result.privacy.epsilon_of_sites.values())
+    assert result.dropped_updates == 0
+
+
 def test_a_noise_multiplier_states_what_it_costs(tmp_path):
     block = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=3.0").privacy
     assert block.budget is None

@@ -28,6 +28,8 @@ from ficpd.registry import load, names, validated_section
 from ficpd.types import ClientWorkload, Record
 
 CLIP, MULTIPLIER, MOST = 0.5, 2.0, 3
+LITTLE = 0.01
+"""A clip norm below the gradient of each record of the large subject."""
 PLAN = ClientWorkload(40, 0.5, 2, 1, 1, 1.0, 1, once={"sizes": 0.2}, num_subjects=8)
 OF_40 = torch.arange(40) % 8
 
@@ -214,7 +216,7 @@ def released(
     method = small.method(name, training, **config)
     part = validated_section(
         "privacy",
-        {"name": "record_gaussian", "noise_multiplier": MULTIPLIER, "clip_norm": CLIP, "delta": 1e-3,
+        {"name": "record_gaussian", "noise_multiplier": MULTIPLIER, "clip_norm": LITTLE, "delta": 1e-3,
          "max_records_per_subject": 5, "statistics": {"weight": 0.1} | how.get("statistics", {})},
         "privacy",
     )  # fmt: skip
@@ -240,7 +242,7 @@ def largest_move(name: str, model, how: dict[str, Any], kind: type[RecordGaussia
     whole = released(name, model, records, how, kind)
     less = released(name, model, [r for r in records if r.subject != BIG], how, kind)
     assert len(whole) == len(less) > 0
-    limits = [CLIP if deviation == MULTIPLIER * CLIP else 1.0 for _, deviation in whole]
+    limits = [LITTLE if deviation == MULTIPLIER * LITTLE else 1.0 for _, deviation in whole]
     return max(float((a - b).norm()) / most for (a, _), (b, _), most in zip(whole, less, limits, strict=True))
 
 

@@ -12,6 +12,7 @@ from ficpd.errors import CodecError, PrivacyError
 from ficpd.federation.client import execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
+from ficpd.methods.prompt_dpsgd import PromptDpsgd
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientWorkload, Query
 
@@ -99,9 +100,13 @@ def test_a_run_says_what_it_cost_where_local_says_that_nothing_leaves(tmp_path):
 
 
 @pytest.mark.parametrize("placement", ["local", "central"])
-def test_client_level_noise_has_nothing_to_be_added_to(tmp_path, placement):
-    with pytest.raises(PrivacyError, match="record_gaussian"):
-        small.run(tmp_path, "prompt_dpsgd", *CLIENT, f"privacy.placement={placement}")
+def test_client_level_noise_has_nothing_to_be_added_to(tmp_path, placement, monkeypatch):
+    """Neither as the method declares itself, nor where it declares a form that it does not have."""
+    declared = replace(PromptDpsgd.capabilities, private_units=("record", "client"), linear=True)
+    for capabilities in (PromptDpsgd.capabilities, declared):
+        monkeypatch.setattr(PromptDpsgd, "capabilities", capabilities)
+        with pytest.raises(PrivacyError, match="record_gaussian"):
+            small.run(tmp_path, "prompt_dpsgd", *CLIENT, f"privacy.placement={placement}")
 
 
 @pytest.mark.parametrize("name", ["prompt_dpsgd", "local"])

@@ -94,7 +94,8 @@ class Outcomes:
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
         if call.excinfo is not None:
-            self.errors |= {type(error).__name__: item.nodeid for error in leaves(call.excinfo.value)}
+            phase = "" if call.when == "call" else f"{call.when}: "
+            self.errors |= {phase + type(error).__name__: item.nodeid for error in leaves(call.excinfo.value)}
         elif call.when == "call":
             self.passed += 1
 

@@ -136,13 +136,21 @@ def test_refusals_of_the_budget_are_counted_over_restarts_and_end(noised, tmp_pa
         own.handle(train(orders[0], with_privacy(said, epsilon=4.0), run="c" * 32))
 
 
-def test_terms_whose_first_order_is_not_paid_use_up_no_run(noised, tmp_path, opened):
+def test_terms_whose_first_order_is_not_paid_use_up_no_run(noised, tmp_path, opened, monkeypatch):
     own, (orders, said) = opened(noised, "site-0", tmp_path, max_runs=1), begun(noised)
     good = codec.decode_assignment(orders[0], noised.model.backbone.fingerprint)
     late = codec.encode_assignment(replace(good, round=4), noised.model.backbone.fingerprint)
     for place in range(3):
         with pytest.raises(PolicyError, match="round 4"):
             own.handle(train(late, said, run=f"{place:032x}"))
+
+    def refused(*given):
+        raise BudgetError("spent")
+
+    with monkeypatch.context() as patch, pytest.raises(BudgetError):
+        patch.setattr("ficpd.deployment.site.site.execute_assignment", refused)
+        own.handle(train(orders[0], said, run="b" * 32))
+    assert not list((tmp_path / "site-0" / "runs").iterdir())
     own.handle(train(orders[0], said))
 
 

@@ -84,7 +84,7 @@ def release_kind(mechanism: Mechanism) -> ReleaseKind:
 def play(client: Client, plan: ClientWorkload, trials: int, seed: int) -> tuple[list[float], list[float], float]:
     """Returns the scores of all runs without and with the canary, and the epsilon that a run's ledger states.
 
-    A score is the log likelihood ratio of the run's releases, with to without the canary, under their stated costs.
+    A score grows with the likelihood ratio of the run's releases, with to without the canary, under their stated costs.
     """
     runs = {ReleaseKind.STEP: _record_run, ReleaseKind.UPDATE: _client_run, ReleaseKind.SUM: _central_run}
     run = runs[release_kind(client.mechanism)](client, plan, seed)
