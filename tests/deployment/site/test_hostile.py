@@ -147,9 +147,10 @@ def test_terms_whose_first_order_is_not_paid_use_up_no_run(noised, tmp_path, ope
     def refused(*given):
         raise BudgetError("spent")
 
-    with monkeypatch.context() as patch, pytest.raises(BudgetError):
+    with monkeypatch.context() as patch:
         patch.setattr("ficpd.deployment.site.site.execute_assignment", refused)
-        own.handle(train(orders[0], said, run="b" * 32))
+        with pytest.raises(BudgetError):
+            own.handle(train(orders[0], said, run="b" * 32))
     assert not list((tmp_path / "site-0" / "runs").iterdir())
     own.handle(train(orders[0], said))
 
