@@ -9,7 +9,8 @@ import argparse
 
 import torch
 
-from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, bucket_by_length, run_queries, run_queries_lockstep
+from ficpd.backbones.chunks import bucket_by_shape, shape_of
+from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, run_queries, run_queries_lockstep
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.interfaces import Backbone
@@ -46,7 +47,9 @@ def bare(backbone: Backbone, asked: list[Query], layer: int, sort: bool):
     """
     items = [item for query in asked for (item,) in query.batch.items]
     items = sorted(items, key=lambda item: item.length) if sort else items
-    parts = list(bucket_by_length(items, CHUNK_TOKENS["cpu"], TOKENS)) if sort else [items]
+    parts = (
+        list(bucket_by_shape(items, lambda item: shape_of([item]), CHUNK_TOKENS["cpu"], TOKENS)) if sort else [items]
+    )
     kept = [backbone.encode_prefix(part, layer) for part in parts]
     prompt = asked[0].prompts_KPD[0]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 JSON = Any
@@ -114,6 +115,14 @@ class Readout:
     shares_C: Tensor
 
 
+LENGTH_STEP = 8
+
+
+def padded_length(length: int) -> int:
+    """Returns the next multiple of `LENGTH_STEP`: the shape of a sequence then depends on its own length alone."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 @dataclass(frozen=True)
 class HiddenStates:
     """A layer's input: `states_STD`, and `mask_ST` (True at tokens)."""
@@ -122,11 +131,18 @@ class HiddenStates:
     mask_ST: Tensor
 
     @staticmethod
-    def of(states: Sequence[Tensor], left: bool = False) -> "HiddenStates":
-        """Pads ragged [T, D] states; on the left for a causal backbone, so that last positions share a column."""
+    def of(states: Sequence[Tensor], left: bool = False, most: int | None = None) -> "HiddenStates":
+        """Pads ragged [T, D] states to the longest `padded_length`, `most` at most.
+
+        Pads on the left for a causal backbone, so that last positions share a column.
+        """
         lengths = torch.tensor([len(s) for s in states])
         states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
-        places = torch.arange(states_STD.shape[1])
+        own = states_STD.shape[1]
+        longest = padded_length(own) if most is None else max(min(padded_length(own), most), own)
+        missing = longest - own
+        states_STD = F.pad(states_STD, (0, 0, missing, 0) if left else (0, 0, 0, missing))
+        places = torch.arange(longest)
         mask_ST = places >= states_STD.shape[1] - lengths[:, None] if left else places < lengths[:, None]
         return HiddenStates(states_STD, mask_ST.to(states_STD.device))
 

@@ -8,17 +8,12 @@ import torch
 import decoders
 import small
 from ficpd.backbones import query_engine
-from ficpd.backbones.query_engine import (
-    UNBATCHED,
-    HiddenStateCache,
-    QueryEngine,
-    bucket_by_length,
-    run_queries,
-    run_queries_lockstep,
-)
+from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, shape_of
+from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.errors import BackboneError
+from ficpd.tasks import synthetic_lengths, with_synthetic_answers
 from ficpd.tasks.build import build_task
-from ficpd.types import Answer, EncodedInput, Query, Record
+from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Record
 
 
 def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torch.Tensor:
@@ -125,13 +120,53 @@ def test_a_row_that_is_alone_is_the_same_to_the_bit_whoever_else_is_asked_about(
     assert torch.equal(rows(everybody)[:, without], rows(without))
 
 
-def test_chunked_splits_by_the_longest_and_loses_nothing():
-    items = [EncodedInput(torch.zeros(n), n) for n in (1, 1, 2, 3, 3, 9, 20)]
-    parts = list(bucket_by_length(items, 10, overhead=1))
-    assert [item for part in parts for item in part] == items
-    assert all(len(part) * (max(i.length for i in part) + 1) <= 10 or len(part) == 1 for part in parts)
-    assert [[i.length for i in part] for part in parts] == [[1, 1, 2], [3, 3], [9], [20]]
-    assert list(bucket_by_length([], 10)) == []
+def test_bucket_by_shape_mixed_lengths_gives_chunks_of_one_shape_and_loses_nothing():
+    items = [EncodedInput(torch.zeros(n), n) for n in (1, 9, 8, 2, 20, 3, 8, 16)]
+    parts = list(bucket_by_shape(items, lambda item: shape_of([item]), 20, overhead=1))
+    assert [[i.length for i in part] for part in parts] == [[1, 2], [3], [8, 8], [9], [16], [20]]
+    assert list(bucket_by_shape([], lambda item: shape_of([item]), 10)) == []
+
+
+def lengths(model: QueryEngine, task) -> Query:
+    """A query of eight prompts on records of all lengths."""
+    records = with_synthetic_answers(task, synthetic_lengths(model.backbone, 0))
+    return Query(prompts(8, width=model.backbone.width), task.encode(records, model.backbone, small.start(model, task)))
+
+
+def widths(engine: QueryEngine, query: Query, monkeypatch) -> list[int]:
+    """The number of sequences in each forward pass."""
+    found, own = [], engine.backbone.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine.backbone, "forward", lambda p, h, items, n: (found.append(len(items)), own(p, h, items, n))[1]
+        )
+        engine.answer([query])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_verify_independent_kernels_lets_rows_share_a_forward(dtype, grad, monkeypatch):
+    engine = QueryEngine(small.backbone(width=64, dtype=dtype), exact=True)
+    query = lengths(engine, small.classes())._replace(grad=grad)
+    assert max(widths(engine, query, monkeypatch)) == 1
+    assert engine.verify(query)
+    assert max(widths(engine, query, monkeypatch)) > 1
+    assert max(widths(engine, query._replace(grad=not grad), monkeypatch)) == 1
+    assert max(widths(engine, query._replace(loss=query.batch.task.loss), monkeypatch)) == 1
+
+
+def test_verify_rows_that_see_one_another_keeps_them_alone(monkeypatch):
+    engine = QueryEngine(small.backbone(width=64), exact=True)
+    query, own = lengths(engine, small.classes()), engine.backbone.forward
+
+    def mixing(prompts_SPD, hidden, items, layer):
+        out = own(prompts_SPD, hidden, items, layer)
+        return ModelOutput(out.features_RD + 1e-6 * (len(items) > 9))
+
+    monkeypatch.setattr(engine.backbone, "forward", mixing)
+    assert not engine.verify(query)
+    assert max(widths(engine, query, monkeypatch)) == 1
 
 
 def test_candidates_are_answered_in_their_order(model):

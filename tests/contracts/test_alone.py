@@ -1,5 +1,7 @@
-"""What is clipped of a record is a function of that record and the prompt alone, to the last bit: at a site, where every
-record has a forward to itself, and through every optimizer, method and subspace up to the mechanism."""
+"""What is clipped of a record depends on that record and the prompt alone, to the last bit.
+
+That holds at a site, whose records have a forward pass each or share verified ones, through every optimizer, method and
+subspace up to the mechanism."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 import small
-from ficpd.backbones.query_engine import UNBATCHED, QueryEngine, run_queries
+from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.deployment.site.exact import verify_rows
 from ficpd.federation.client import execute_assignment
 from ficpd.federation.compression import subspace
 from ficpd.interfaces import Task
@@ -47,14 +50,19 @@ class Noting(NoPrivacy):
 
 
 def rows(
-    name: str, records: list[Record], task: Task, dtype: torch.dtype, dimension: int = 0, config: Any = None, **how: Any
-) -> list[Tensor]:
-    """What one order gives to the mechanism, [K, B, ...] each. Its answers are zeros: all steps are at one prompt."""
-    model = QueryEngine(small.backbone(width=WIDTH, dtype=dtype), chunk_tokens=UNBATCHED)
+    name: str, records: list[Record], task: Task, dtype: torch.dtype, dimension: int = 0, config: Any = None,
+    shared: bool = False, **how: Any,
+) -> list[Tensor]:  # fmt: skip
+    """What one order gives to the mechanism, [K, B, ...] each. Its answers are zeros: all steps are at one prompt.
+
+    shared: verified rows share forward passes."""
+    model = QueryEngine(small.backbone(width=WIDTH, dtype=dtype), exact=True)
     method = small.method(
         name, small.LocalTrainingConfig(local_steps=1, batch_size=8, learning_rate=0.1, **how), **(config or {})
     )
     begin, compression = small.start(model, task), None
+    if shared:
+        verify_rows(model, task, begin)
     if dimension:
         shape = 40, *begin.vectors_PD.shape
         gradients = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -92,17 +100,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 @pytest.mark.parametrize(("name", "how"), CASES, ids=[f"{name} {how}" for name, how in CASES])
-def test_no_other_record_is_a_part_of_what_is_clipped(name, how):
-    assert same_rows(name, small.classes(), torch.float32, records=small.records(max(COUNTS)), **how)
+def test_no_other_record_is_a_part_of_what_is_clipped(name, how, shared):
+    assert same_rows(name, small.classes(), torch.float32, records=small.records(max(COUNTS)), shared=shared, **how)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_nor_in_other_dtypes_nor_where_options_are_embedded_or_a_head_is_tuned(dtype):
-    assert same_rows("fedavg", small.classes(), dtype, records=small.records(max(COUNTS)))
-    assert same_rows("fedavg", small.choices(), dtype, records=small.questions(max(COUNTS)))
-    assert same_rows("fedavg", small.classes(tuned_head=True), dtype, records=small.records(max(COUNTS)))
-    assert same_rows("fedavg", small.numbers(), dtype, records=small.records(max(COUNTS), real=True))
+def test_nor_in_other_dtypes_nor_where_options_are_embedded_or_a_head_is_tuned(dtype, shared):
+    assert same_rows("fedavg", small.classes(), dtype, records=small.records(max(COUNTS)), shared=shared)
+    assert same_rows("fedavg", small.choices(), dtype, records=small.questions(max(COUNTS)), shared=shared)
+    assert same_rows("fedavg", small.classes(tuned_head=True), dtype, records=small.records(max(COUNTS)), shared=shared)
+    assert same_rows("fedavg", small.numbers(), dtype, records=small.records(max(COUNTS), real=True), shared=shared)
 
 
 class MeansOverAll(FedAvg):

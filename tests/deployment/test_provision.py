@@ -13,7 +13,6 @@ pytest.importorskip("cryptography")
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.deployment.provision import checked_address, init
 from ficpd.deployment.site import config as settings
 from ficpd.deployment.site import policy
@@ -85,7 +84,7 @@ def test_recipe_and_sites_agree(made):
         assert site.simulation is None
         assert site.task == recipe.task
         assert site.backbone == recipe.backbone
-        assert site.chunk_tokens == UNBATCHED
+        assert site.exact
         assert recipe.method["name"] in site.policy.methods
         assert policy.mechanism_name(recipe.privacy) in site.policy.mechanisms
         assert recipe.privacy["epsilon"] <= site.policy.epsilon

@@ -84,7 +84,7 @@ class Bert(Tokenised):
             embedded = [self._word_vectors(item) for item in items]
             if layer == 0:
                 return embedded
-            hidden = HiddenStates.of(embedded)
+            hidden = HiddenStates.of(embedded, most=self.max_tokens)
             states = self._run(self._embed(hidden.states_STD), hidden.mask_ST, 0, layer)
             return [states[i, : item.length].clone() for i, item in enumerate(items)]
 
@@ -97,7 +97,7 @@ class Bert(Tokenised):
 
     def _top(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
         """[S, T, D] behind the prompt after the last block, and which of them are tokens [S, T]."""
-        text = HiddenStates.of(hidden)
+        text = HiddenStates.of(hidden, most=self.max_tokens - prompts_SPD.shape[1])
         states, mask = text.joined(prompts_SPD)
         states = self._run(self._embed(states) if layer == 0 else states, mask, layer, self.depth)
         return states[:, prompts_SPD.shape[1] :], text.mask_ST

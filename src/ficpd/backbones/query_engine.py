@@ -5,8 +5,6 @@ its prompt, so one backward pass gives gradients per record. `run_queries` answe
 `run_queries_lockstep` answers many, one query of each at a time.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by_shape, shape_of
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
@@ -25,9 +24,9 @@ from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
 CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
-"""Positions of one forward pass, padding included. Few rows fill a CPU, and small chunks of similar lengths pad less."""
-UNBATCHED = 1
-"""A chunk size that gives every row its own forward pass: its result is then independent of all other records."""
+"""Positions of one forward pass, padding included. Few rows fill a CPU."""
+WIDEST_VERIFIED = 1024
+"""`QueryEngine.verify` tries no wider backbone: one row fills the processor, and the trial would take minutes."""
 THREADS = torch.get_num_threads()
 """Number of torch threads at import."""
 
@@ -35,56 +34,10 @@ THREADS = torch.get_num_threads()
 def set_single_threaded_forward() -> None:
     """Gives each forward pass on a CPU one thread; `QueryEngine` then runs `THREADS` of them in parallel.
 
-    Chunks are small matrices, which gain little from threads. Chunks do not depend on the number of cores, so results
-    agree to rounding. Call it before the first forward pass: torch keeps the kernels that it chose first.
+    Chunks are small matrices, which gain little from threads, and do not depend on the number of cores. Call it before
+    the first forward pass: torch keeps the kernels that it chose first.
     """
     torch.set_num_threads(1)
-
-
-class HiddenStateCache:
-    """An LRU cache of hidden states below a prompt's layer, by item, bounded in bytes."""
-
-    def __init__(self, limit_bytes: int, chunk_tokens: int):
-        self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
-        self.states: OrderedDict[tuple[EncodedInput, int], Tensor] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
-        """Returns [T, D] of each item; computes the missing ones."""
-        found: dict[EncodedInput, Tensor] = {}
-        with self.lock:
-            for item in items:
-                if (item, layer) in self.states:
-                    self.states.move_to_end((item, layer))
-                    found[item] = self.states[item, layer]
-        missing = [item for item in dict.fromkeys(items) if item not in found]
-        for part in bucket_by_length(sorted(missing, key=lambda i: i.length), self.chunk_tokens):
-            for item, state in zip(part, backbone.encode_prefix(part, layer), strict=True):
-                found[item] = state
-                with self.lock:
-                    self._keep(item, layer, state)
-        return [found[item] for item in items]
-
-    def _keep(self, item: EncodedInput, layer: int, state: Tensor) -> None:
-        if (item, layer) in self.states:
-            return
-        self.states[item, layer] = state
-        self.size += state.nbytes
-        while self.size > self.limit and self.states:
-            self.size -= self.states.popitem(last=False)[1].nbytes
-
-
-def bucket_by_length(items: Sequence, tokens: int, overhead: int = 0) -> Iterator[list]:
-    """Splits items sorted by `length` so that rows x longest stays within `tokens` (one item at least)."""
-    part: list = []
-    for item in items:
-        longest = max(item.length, part[-1].length if part else 0) + overhead
-        if part and (len(part) + 1) * longest > tokens:
-            yield part
-            part = []
-        part.append(item)
-    if part:
-        yield part
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +45,24 @@ class Row:
     query: int
     candidate: int
     record: int
-    length: int
+    shape: Shape
 
 
 class QueryEngine:
-    """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass."""
+    """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass.
 
-    def __init__(self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None):
+    exact: each row has a forward pass of its own, except in queries of a kind that `verify` has found independent.
+
+    Guarantees: a row of an exact engine depends on its own record and prompt alone, to the last bit
+    (`tests/backbones/test_query_engine.py`, `tests/contracts/test_alone.py`).
+    """
+
+    def __init__(
+        self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None, exact: bool = False
+    ):
         self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
         self.kept = HiddenStateCache(keep_bytes, self.chunk_tokens)
+        self.exact, self.verified = exact, set[tuple]()
         local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
         self.workers = THREADS if local and torch.get_num_threads() == 1 else 1
 
@@ -113,16 +75,43 @@ class QueryEngine:
             answers |= zip(chosen, self._answer_alike([queries[i] for i in chosen]), strict=True)
         return [answers[i] for i in range(len(queries))]
 
+    def verify(self, query: Query) -> bool:
+        """Returns whether queries of this kind need no forward pass for each row, and remembers it.
+
+        Each row has to be the same to the last bit alone, beside all others, and beside every third. Rows of one shape
+        share matrix products, whose kernels may or may not compute a row by the number of rows. The rows of `query`
+        should have all lengths that will come. Not verified, and hence alone: rows of several sequences, custom losses,
+        written texts, wide backbones.
+        """
+        if not self.exact or query.loss or query.max_new_tokens or not query.prompts_KPD.is_floating_point():
+            return False
+        query = query._replace(outputs=True)
+        if self.backbone.width > WIDEST_VERIFIED or not self.backbone.supports_features:
+            return False
+        if _computation(query) not in self.verified:
+            batched, third = QueryEngine(self.backbone, 0, self.chunk_tokens), torch.arange(0, len(query.batch), 3)
+            alone = _numbers(QueryEngine(self.backbone, 0, UNBATCHED).answer([query])[0])
+            together = _numbers(batched.answer([query])[0])
+            few = _numbers(batched.answer([query._replace(batch=query.batch.select(third))])[0])
+            same = [
+                torch.equal(a, b) and torch.equal(a[:, third], c) for a, b, c in zip(alone, together, few, strict=True)
+            ]
+            if not all(same):
+                return False
+            self.verified.add(_computation(query))
+        return True
+
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
-        """Answers queries of one prompt shape, layer and kind, in chunks of rows sorted by length."""
+        """Answers queries of one prompt shape, layer and kind, in chunks of rows of one shape."""
         _check_query(queries[0], self.backbone)
         if queries[0].grad and not self.backbone.supports_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box optimizer (spsa, cma_es)")
         rows = [
-            Row(q, k, b, sum(item.length for item in items))
+            Row(q, k, b, shape)
             for q, query in enumerate(queries)
+            for shapes in [[shape_of(items) for items in query.batch.items]]
             for k in range(len(query.prompts_KPD))
-            for b, items in enumerate(query.batch.items)
+            for b, shape in enumerate(shapes)
         ]
         if not rows:  # a Poisson batch may be empty
             outputs = ModelOutput(torch.zeros(0, self.backbone.width))
@@ -130,14 +119,14 @@ class QueryEngine:
             return [
                 _split(query, 0, torch.zeros(0), grad, outputs, []) for query, grad in zip(queries, grads, strict=True)
             ]
-        order = sorted(range(len(rows)), key=lambda r: rows[r].length)
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
         overhead = virtual + queries[0].max_new_tokens
-        parts = list(bucket_by_length([rows[r] for r in order], self.chunk_tokens, overhead))
+        tokens = self.chunk_tokens if self._may_share(queries, rows) else UNBATCHED
+        places = list(bucket_by_shape(range(len(rows)), lambda r: rows[r].shape, tokens, overhead))
+        parts = [[rows[r] for r in part] for part in places]
         losses, grads, outputs = zip(*self._each(partial(self._forward, queries), parts, queries[0].batch), strict=True)
         texts = [text for part in parts for text in self._written(queries, part)]
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
+        back = torch.tensor([r for part in places for r in part]).argsort()
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
         output_R = _joined(list(outputs)).select(back) if queries[0].outputs else None
@@ -147,6 +136,12 @@ class QueryEngine:
             answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
+
+    def _may_share(self, queries: Sequence[Query], rows: Sequence[Row]) -> bool:
+        """Returns whether rows may share a forward pass: always, unless the engine is exact."""
+        unknown = _computation(queries[0]) not in self.verified or queries[0].max_new_tokens > 0
+        several = any(query.loss for query in queries) or any(row.shape.sequences > 1 for row in rows)
+        return not self.exact or not (unknown or several)
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
@@ -233,10 +228,14 @@ class QueryEngine:
 
 
 def _kind(query: Query) -> tuple:
-    """Returns the key of queries that can share a forward pass: layer, prompt shape, head rows, requested results."""
-    batch = query.batch
+    """Returns the key of queries that can share a forward pass: `_computation` and requested results."""
+    return *_computation(query), query.outputs, query.max_new_tokens
+
+
+def _computation(query: Query) -> tuple:
+    """Returns what decides the kernels of a row, besides its shape: layer, prompt shape, head rows, gradients."""
     prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
-    return batch.enters_at, *prompts, batch.task.head_rows, query.grad, query.outputs, query.max_new_tokens
+    return query.batch.enters_at, *prompts, query.batch.task.head_rows, query.grad
 
 
 def _check_query(query: Query, backbone: Backbone) -> None:
@@ -262,6 +261,13 @@ def _check_query(query: Query, backbone: Backbone) -> None:
 def _loss_key(query: Query) -> tuple:
     readout = query.batch.readout_CD
     return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
+
+
+def _numbers(answer: Answer) -> list[Tensor]:
+    """Returns what an answer holds of each candidate and record, [K, B, ...] each."""
+    parts = [] if answer.outputs_KB is None else [part for part in answer.outputs_KB.parts() if part is not None]
+    by_record = [part.unflatten(0, answer.loss_KB.shape) for part in parts]
+    return [answer.loss_KB, *([] if answer.grad_KBPD is None else [answer.grad_KBPD]), *by_record]
 
 
 def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:

@@ -11,7 +11,7 @@ MARGIN = 1 - 1e-4
 """Rows are scaled to this share of the norm, so that rounding does not take one past it.
 
 A model that computes records in one forward rounds a row by which other rows there are. In float32 this margin covers
-it; in bfloat16 it does not. A real site computes each record in a forward of its own (`query_engine.UNBATCHED`).
+it; in bfloat16 it does not. At a real site no record changes another's row, to the last bit (`QueryEngine`, `exact`).
 """
 
 

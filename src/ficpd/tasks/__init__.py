@@ -9,7 +9,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
-from ficpd.types import Batch, EncodedInput, ModelOutput, Prompt, Record
+from ficpd.types import LENGTH_STEP, Batch, EncodedInput, ModelOutput, Prompt, Record
 
 
 class LabelTask:
@@ -40,11 +40,15 @@ class LabelTask:
         return Batch(task, items, targets, readout, prompt.enters_at)
 
     def scores(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns [R, C]: features times the tuned or the batch's readout, else mean log-likelihoods."""
-        if outputs.readout_RCD is not None:
-            return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
-        if batch.readout_CD is not None:
-            return outputs.features_RD @ batch.readout_CD.T
+        """Returns [R, C]: features times the tuned or the batch's readout, else mean log-likelihoods.
+
+        Each row is a product of its own: in one product of all rows, a row's last bits depend on the number of rows.
+        """
+        readout_RCD = outputs.readout_RCD
+        if readout_RCD is None and batch.readout_CD is not None:
+            readout_RCD = batch.readout_CD.expand(len(outputs.features_RD), -1, -1)
+        if readout_RCD is not None:
+            return torch.einsum("rd,rcd->rc", outputs.features_RD, readout_RCD)
         assert outputs.scores_RN is not None
         return outputs.scores_RN[:, : len(self.texts)]
 
@@ -77,6 +81,26 @@ def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "m
     """Returns public synthetic records without targets, from `Backbone.synthetic_inputs`."""
     role = "image" if backbone.modality == "image" else "text"
     return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
+
+
+def with_synthetic_answers(task: Task, records: Sequence[Record]) -> list[Record]:
+    """Returns the records with all possible answers in turn as targets."""
+    return [
+        Record(r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **task.synthetic_fields(i)})
+        for i, r in enumerate(records)
+    ]
+
+
+def synthetic_lengths(backbone: Backbone, seed: int) -> list[Record]:
+    """Returns public synthetic records of all lengths that the backbone reads, in steps of half a `LENGTH_STEP`.
+
+    Images have one length: one record.
+    """
+    if backbone.modality == "image":
+        return synthetic_records(backbone, 1, seed)
+    words = " ".join(map(str, backbone.synthetic_inputs(backbone.max_tokens, seed))).split()
+    counts = range(1, backbone.max_tokens + 1, LENGTH_STEP // 2)
+    return [Record(f"made-up {n}", {"text": " ".join(words[:n])}) for n in counts]
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:

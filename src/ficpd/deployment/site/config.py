@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
-from ficpd.backbones.query_engine import UNBATCHED
 from ficpd.data.loading import Config as Source
 from ficpd.errors import ConfigError, SiteError, did_you_mean
 from ficpd.registry import FrozenConfig, load, validate, validated_section
@@ -86,12 +85,12 @@ class SiteConfig(FrozenConfig):
     simulation: Simulation | None = None
 
     @property
-    def chunk_tokens(self) -> int | None:
-        """Positions of one forward: the owner's, else one record's where a mechanism requires that.
+    def exact(self) -> bool:
+        """Whether a record's numbers may depend on no other record, even by rounding (`QueryEngine`).
 
-        A record computed beside others depends on them by rounding (`clipping.MARGIN`).
+        A mechanism that the policy allows requires that (`DPConfig.unbatched`), unless the owner sets the chunks.
         """
-        return self.engine.chunk_tokens or (UNBATCHED if self.unbatched else None)
+        return self.unbatched and self.engine.chunk_tokens is None
 
     @property
     def unbatched(self) -> bool:
@@ -141,8 +140,7 @@ def read(path: Path | str) -> SiteConfig:
     config = validate(SiteConfig, parts, path.name)
     here, backbone = path.resolve().parent, config.backbone
     found = here / Path(config.data.source).expanduser()
-    batched = config.chunk_tokens not in (None, UNBATCHED)
-    if batched and backbone.dtype == "auto" and config.unbatched:
+    if config.engine.chunk_tokens is not None and backbone.dtype == "auto" and config.unbatched:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={

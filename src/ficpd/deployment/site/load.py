@@ -34,7 +34,6 @@ def build_site(file: Path, say: Callable[[str], None], rehearsal: bool = False) 
     say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
     backbone, _ = load_backbone(config.backbone, config.engine)
     say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
-    # remote backbones form their batches themselves
-    chunk_tokens = config.chunk_tokens if backbone.supports_features else config.engine.chunk_tokens
-    model = QueryEngine(backbone, config.engine.keep_mb << 20, chunk_tokens)
+    exact = config.exact and backbone.supports_features  # remote backbones form their batches themselves
+    model = QueryEngine(backbone, config.engine.keep_mb << 20, config.engine.chunk_tokens, exact)
     return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)
