@@ -17,6 +17,7 @@ import torch
 import small
 from disk import to_the_disk, watch_renames
 from ficpd import storage
+from ficpd.backbones import query_engine
 from ficpd.errors import ConfigError, DataError, RunError
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
@@ -53,13 +54,25 @@ def left_by(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """To 1e-4: lower layers are kept, and computed with other records beside them they differ in their last bits."""
+    """To the last bit."""
     assert left.keys() == right.keys()
-    apart = {name: float((left[name].float() - right[name].float()).abs().max()) for name in left}
-    assert {name: gap for name, gap in apart.items() if gap > 1e-4 * (1 + float(right[name].float().abs().max()))} == {}
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 # ---------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_run_other_lock_step_cores_or_baselines_leaves_the_same_bits(tmp_path, monkeypatch, dtype):
+    """`keep_mb=0`: lower layers are computed anew in each step."""
+    same = f"backbone.dtype={dtype}"
+    small.run(tmp_path / "a", "ficpd", same, "baselines=['local']", rounds=3)
+    small.run(tmp_path / "b", "ficpd", same, "engine.options.lock_step=1", "engine.keep_mb=0", rounds=3)
+    monkeypatch.setattr(query_engine, "THREADS", 1)
+    small.run(tmp_path / "c", "ficpd", same, "engine.options.lock_step=2", rounds=3)
+    whole = left_by(tmp_path / "a" / "run")
+    assert_same(left_by(tmp_path / "b" / "run"), whole)
+    assert_same(left_by(tmp_path / "c" / "run"), whole)
 
 
 @pytest.fixture(scope="module")
