@@ -9,6 +9,7 @@ same backbone, whose lower layers are computed beforehand for all.
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ficpd.backbones.query_engine import run_queries
+from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.deployment.site.exact import verify_rows
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.federation.client import Client, execute_assignment
 from ficpd.methods import fedavg
@@ -77,7 +79,7 @@ def with_opacus(context: ExperimentContext, client: Client):
     return steps
 
 
-def ours(context: ExperimentContext, client: Client, mechanism, account):
+def ours(model: QueryEngine, context: ExperimentContext, client: Client, mechanism, account):
     training = LocalTrainingConfig(local_steps=STEPS, batch_size=BATCH, learning_rate=0.01)
     method, rounds = fedavg.build(fedavg.Config(), training), iter(range(1, 10**6))
     client = replace(client, mechanism=mechanism, account=account)
@@ -85,7 +87,7 @@ def ours(context: ExperimentContext, client: Client, mechanism, account):
     def order() -> None:
         arrays = {"prompt": context.start.vectors_PD}
         run_queries(
-            context.model,
+            model,
             execute_assignment(method, client, Assignment("fedavg", next(rounds), arrays, {"rate": 0.01})),
         )
 
@@ -123,12 +125,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite", "bench")
+        account = partial(ledger.account, budget=Budget(None, 1e-5))
+        alone, shared = (QueryEngine(context.model.backbone, exact=True) for _ in range(2))
+        print(verify_rows(shared, context.task, context.start))
         works = {
-            "none": ours(context, client, Poisson(), None),
-            "record_gaussian": ours(context, client, private("simulated"), ledger.account("a", Budget(None, 1e-5))),
+            "none": ours(context.model, context, client, Poisson(), None),
+            "record_gaussian": ours(context.model, context, client, private("simulated"), account("a")),
             "record_gaussian, cryptographic": ours(
-                context, client, private("cryptographic"), ledger.account("b", Budget(None, 1e-5))
+                context.model, context, client, private("cryptographic"), account("b")
             ),
+            "at a site, a forward for each record": ours(alone, context, client, private("simulated"), account("c")),
+            "at a site, verified": ours(shared, context, client, private("simulated"), account("d")),
             "opacus": with_opacus(context, client),
         }
         seconds = paired(works, repeats=15)

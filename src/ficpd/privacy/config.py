@@ -18,7 +18,7 @@ class DPConfig(FrozenConfig):
     clip_norm: the L2 norm that one unit's contribution is clipped to. None: calibrated without private records, from
         gradients on synthetic texts at the record level, from the learning rate at the client level.
     noise: "simulated" reproduces from the experiment's seed; real sites use "cryptographic".
-    unbatched: real sites compute each record in a separate forward pass, unless a mechanism does without.
+    unbatched: at real sites no record may change another's numbers by rounding (`QueryEngine`, `exact`).
     """
 
     unbatched: ClassVar[bool] = True
