@@ -12,7 +12,8 @@ import torch
 from ficpd.backbones.chunks import bucket_by_shape, shape_of
 from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, run_queries, run_queries_lockstep
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.federation.client import Client, execute_assignment
+from ficpd.federation.client import Client
+from ficpd.federation.execution import execute_assignment
 from ficpd.interfaces import Backbone
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.deployment.site.exact import verify_rows
 from ficpd.experiments.build import ExperimentContext, build_context
-from ficpd.federation.client import Client, execute_assignment
+from ficpd.federation.client import Client
+from ficpd.federation.execution import execute_assignment
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy import none, record_gaussian

@@ -13,8 +13,8 @@ from torch import Tensor
 import small
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.deployment.site.exact import verify_rows
-from ficpd.federation.client import execute_assignment
 from ficpd.federation.compression import subspace
+from ficpd.federation.execution import execute_assignment
 from ficpd.interfaces import Task
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy

@@ -5,7 +5,7 @@ import pytest
 import small
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.federation import codec, simulation
-from ficpd.federation.client import execute_assignment
+from ficpd.federation.execution import execute_assignment
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
 

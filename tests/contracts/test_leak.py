@@ -15,7 +15,8 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import LABELS, ClientSession, execute_assignment
+from ficpd.federation.client import LABELS, ClientSession
+from ficpd.federation.execution import execute_assignment
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names

@@ -11,7 +11,8 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_l
 from ficpd.errors import ConfigError, LibraryError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.federation import codec
-from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.client import Client
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.privacy.none import NoPrivacy

@@ -8,7 +8,7 @@ import torch
 import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import PrivacyError
-from ficpd.federation.client import execute_assignment
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import NONE, plan_privacy
 from ficpd.federation.rounds import RoundSchedule

@@ -16,7 +16,8 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.data.subjects import count_units
 from ficpd.errors import ConfigError, PrivacyError
-from ficpd.federation.client import ClientSession, execute_assignment
+from ficpd.federation.client import ClientSession
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.privacy_plan import build_mechanism, client_workloads
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import ReleaseKind

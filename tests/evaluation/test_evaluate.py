@@ -6,7 +6,7 @@ import torch
 import small
 from ficpd.evaluation.evaluate import client_mean, evaluate, score_prompt, worst_client
 from ficpd.evaluation.metrics import main_metric
-from ficpd.federation.client import personal_prompt
+from ficpd.federation.execution import personal_prompt
 
 
 def test_every_client_is_scored_on_its_own_records_with_its_own_prompt(model):

@@ -9,7 +9,7 @@ from contracts.test_leak import Deaf
 from contracts.test_mechanism import Silent
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import ConfigError
-from ficpd.federation.client import execute_assignment, personal_prompt
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.dp_fpl import Config, LowRankContext, low_rank_factors, low_rank_gradient
 from ficpd.privacy import record_gaussian

@@ -9,8 +9,9 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.federation.client import Client, execute_assignment, personal_prompt
+from ficpd.federation.client import Client
 from ficpd.federation.compression import subspace
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods import dp_zo

@@ -10,7 +10,8 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import BackboneError, CodecError, ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import Client, ClientSession, execute_assignment
+from ficpd.federation.client import Client, ClientSession
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.fedbpt import FedBpt

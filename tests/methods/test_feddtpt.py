@@ -14,7 +14,8 @@ from contracts.test_leak import leaks
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BackboneError, ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import ClientSession, execute_assignment
+from ficpd.federation.client import ClientSession
+from ficpd.federation.execution import execute_assignment
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import load_library
 from ficpd.methods.feddtpt import Config, FedDtpt, is_wrong

@@ -15,7 +15,8 @@ from ficpd.errors import CodecError, ConfigError, PrivacyError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.federation.client import ClientSession, execute_assignment, personal_prompt
+from ficpd.federation.client import ClientSession
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import ReleaseKind

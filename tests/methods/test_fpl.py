@@ -15,7 +15,8 @@ from ficpd.errors import CodecError, ConfigError, PrivacyError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.evaluation.personalization import personalization_levels
 from ficpd.experiments.setup import build_method
-from ficpd.federation.client import MIN_HOLDOUT_RECORDS, Client, ClientSession, execute_assignment, personal_prompt
+from ficpd.federation.client import MIN_HOLDOUT_RECORDS, Client, ClientSession
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.fpl import Fpl

@@ -8,7 +8,7 @@ from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.federation.client import local_model
+from ficpd.federation.execution import local_model
 from ficpd.methods import linear_probe
 from ficpd.methods.shared.heads import MIN_RECORDS
 from ficpd.tasks import classification

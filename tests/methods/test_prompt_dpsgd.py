@@ -9,7 +9,7 @@ import small
 from contracts.test_leak import Deaf
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError, PrivacyError
-from ficpd.federation.client import execute_assignment, personal_prompt
+from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.prompt_dpsgd import PromptDpsgd

@@ -8,7 +8,8 @@ import torch
 import small
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, LedgerError, PolicyError, PrivacyError
-from ficpd.federation.client import Client, ClientSession, execute_assignment
+from ficpd.federation.client import Client, ClientSession
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import Capabilities
 from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import client_gaussian, record_gaussian

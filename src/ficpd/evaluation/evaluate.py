@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
-from ficpd.federation.client import Client, local_model
+from ficpd.federation.client import Client
+from ficpd.federation.execution import local_model
 from ficpd.federation.method import Method
 from ficpd.interfaces import Task
 from ficpd.types import Answer, Assignment, Batch, Predictor, Query, Score, State

@@ -13,7 +13,8 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.evaluation.evaluate import client_mean, local_models, predictions_of, run_all, shared_batches
-from ficpd.federation.client import Client, personal_prompt
+from ficpd.federation.client import Client
+from ficpd.federation.execution import personal_prompt
 from ficpd.federation.method import Method
 from ficpd.types import Batch, Predictor, Record, Score, State
 

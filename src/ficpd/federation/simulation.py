@@ -9,8 +9,9 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
 from ficpd.errors import BudgetError, PrivacyError
-from ficpd.federation.client import Client, execute_assignment
+from ficpd.federation.client import Client
 from ficpd.federation.codec import decode_assignment, encode_update
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import Method
 from ficpd.types import ClientCard, ClientUpdate, Reply
 

@@ -7,7 +7,8 @@ import small
 from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import CodecError
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.federation.client import ClientSession, execute_assignment, local_model
+from ficpd.federation.client import ClientSession
+from ficpd.federation.execution import execute_assignment, local_model
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
 from ficpd.methods.shared.class_totals import CLASSES, row_norm

@@ -26,8 +26,9 @@ from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.evaluation.evaluate import predictions_of, score_prompt
 from ficpd.federation import codec
-from ficpd.federation.client import Client, execute_assignment, local_model, restore_update
+from ficpd.federation.client import Client
 from ficpd.federation.codec import SiteRequest
+from ficpd.federation.execution import execute_assignment, local_model, restore_update
 from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import build_mechanism, privacy_config_for
 from ficpd.interfaces import Mechanism, ReleaseKind, Task
