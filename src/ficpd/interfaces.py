@@ -96,8 +96,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens).
-        Raises `BackboneError` where the backbone knows no words."""
+        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens)."""
 
     @abstractmethod
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
@@ -105,8 +104,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D]: real activations of a text, or (None) of words drawn from the vocabulary, at a layer. An image
-        backbone ignores the text and takes synthetic images."""
+        """[num_tokens, D]: activations of a text, of drawn words (None), or of synthetic images, at a layer."""
 
     @abstractmethod
     def synthetic_inputs(self, number: int, seed: int) -> list[Any]:
@@ -129,15 +127,13 @@ class Backbone(ABC):
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """One text per item behind its own prompt, the likeliest token at every step, from the part before the scored
-        tail. Raises `BackboneError` where the backbone cannot write."""
+        """One text per item behind its own prompt, the likeliest token at every step, before the scored tail."""
         raise self._cannot_write()
 
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Continues texts behind the prompt: the likeliest tokens, or (temperature > 0) drawn ones. The same seed gives the
-        same texts, whatever other texts are in the call. Raises `BackboneError` where the backbone cannot write."""
+        """Continues texts behind the prompt: the likeliest tokens, or (temperature > 0) those that `seed` draws."""
         raise self._cannot_write()
 
     def _cannot_write(self) -> BackboneError:
@@ -202,6 +198,10 @@ class NoiseSource(Protocol):
         """Adds Gaussian noise of this standard deviation; the result is float32 on the CPU."""
         ...
 
+    def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
+        """Adds discrete Gaussian noise (arXiv 2004.00010) to whole numbers, int64 on the CPU."""
+        ...
+
 
 class ReleaseKind(Enum):
     """What is released, each kind with a cost of its own."""
@@ -221,11 +221,15 @@ class Mechanism(ABC):
 
     `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from. `subjects`: at the record
     level, whether the unit is a subject with all its records; the methods below then need `subject_B`, each record's number.
+    `summed`: `noisy_mean` and `noisy_sum` return terms of a sum over clients, int64, which leave only under masks.
+    `public_units`: units that every client has at least; expected batches are of so many. None: not known.
     """
 
     unit: Literal["none", "record", "client"]
     noise: Literal["simulated", "cryptographic"]
     subjects: bool = False
+    summed: bool = False
+    public_units: int | None = None
 
     @abstractmethod
     def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
@@ -264,8 +268,7 @@ class Mechanism(ABC):
 
     @abstractmethod
     def expected_noise_norm_sq(self, size: int) -> float | None:
-        """Returns the noise's expected squared length in an update of `size` numbers; None where the server must not know
-        it: at the record level it tells the number of records."""
+        """Returns the noise's expected squared length in `size` numbers; None where it would tell the number of records."""
 
     @abstractmethod
     def guarantee(self) -> Mapping[str, JSON]:
@@ -330,8 +333,7 @@ class ClientContext(Protocol):
 
     @property
     def label_prior(self) -> Tensor:
-        """[C]: logarithms of the labels' shares (`log_label_prior`). The counts are exact without record-level privacy. With
-        it they are a noisy sum, which is released once."""
+        """[C]: logarithms of the labels' shares; with record-level privacy, of noisy counts, which are released once."""
         ...
 
     @property
@@ -348,8 +350,7 @@ class ClientContext(Protocol):
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
-        """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment.
-        Raises `BackboneError` for images."""
+        """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment."""
         ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:

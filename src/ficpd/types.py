@@ -323,6 +323,7 @@ class ClientWorkload:
     cohort_rate: probability that one of `num_clients` clients joins one of `num_rounds` rounds.
     totals: sums that every assignment releases, with each one's share of the budget over the run.
     once: sums that are released once, with their shares.
+    most_participations: assignments of the client that executes most.
     """
 
     num_records: int
@@ -335,6 +336,7 @@ class ClientWorkload:
     totals: Mapping[str, float] = field(default_factory=dict)
     once: Mapping[str, float] = field(default_factory=dict)
     num_subjects: int | None = None
+    most_participations: int | None = None
 
     @property
     def num_units(self) -> int:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.interfaces import ReleaseKind
-from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
+from ficpd.privacy import accountant, client_gaussian, none, record_gaussian, shared_gaussian
 from ficpd.privacy.clipping import MARGIN, clip_scale
 from ficpd.privacy.noise import SeededNoise
 from ficpd.registry import load, names
@@ -36,6 +36,10 @@ class Silent:
         self.deviations.append(deviation)
         return values.detach().cpu().float()
 
+    def add_discrete_gaussian(self, whole, deviation):
+        self.deviations.append(deviation)
+        return whole
+
     def poisson_sample(self, number, rate):
         return torch.arange(number)
 
@@ -53,6 +57,7 @@ def client(**more):
 BUILT: dict[str, Callable] = {
     "none": lambda: none.build(none.Config(), PLAN),
     "record_gaussian": record,
+    "shared_gaussian": lambda: shared_gaussian.build(shared_gaussian.Config(**GIVEN), PLAN),
     "client_gaussian": client,
     "client_gaussian, central": lambda: client(placement="central"),
 }
@@ -134,6 +139,10 @@ def test_a_subspaces_scale_shares_the_noise_and_is_undone_on_the_mean(mechanism)
     scale = torch.tensor([4.0, 1.0])
     short = torch.tensor([[[0.01, -0.02], [0.03, 0.01]]])
     mean = mechanism.noisy_mean(short, 2, Silent(), scale)  # type: ignore[arg-type]
+    if mechanism.summed:  # a term of a sum: the server divides
+        summed = mean.double() / shared_gaussian.GRID * CLIP / clip_scale(scale)
+        assert summed[0] == pytest.approx(short[0].sum(0), abs=1e-6)
+        return
     assert mean[0] == pytest.approx(short[0].mean(0))
     if mechanism.unit == "record":
         drawn = torch.cat([
@@ -257,7 +266,7 @@ def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism)
         assert float(released.arrays["x"].double().square().sum()) == pytest.approx(known, rel=0.03)
 
 
-@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -270,19 +279,19 @@ def test_settings_that_cannot_be_a_guarantee_are_refused(module, name, value):
         module.Config(**{**GIVEN, name: value})
 
 
-@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
 def test_a_guarantee_has_to_be_stated(module):
     with pytest.raises(ValidationError, match="state epsilon"):
         module.Config(clip_norm=1.0)
 
 
-@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
 def test_a_large_delta_is_warned_of_with_the_reason(module):
     with pytest.warns(PrivacyWarning, match="publishes one of them whole"):
         module.build(module.Config(noise_multiplier=1.0, delta=0.1, clip_norm=1.0), PLAN)
 
 
-@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
 def test_epsilon_chooses_the_noise_for_the_whole_plan(module):
     built = module.build(module.Config(epsilon=2.0, clip_norm=1.0), PLAN)
     assert 1.95 < accountant.epsilon(built.planned_costs(), 1e-5) <= 2.0
@@ -295,7 +304,7 @@ def test_shares_that_leave_nothing_are_refused():
             record(statistics=statistics)
 
 
-@pytest.mark.parametrize("module", [record_gaussian, client_gaussian])
+@pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
 def test_a_clip_norm_that_nobody_chose_is_an_error(module):
     with pytest.raises(PrivacyError, match=r"clip_norm is open; state it"):
         module.build(module.Config(epsilon=2.0), PLAN)

@@ -124,7 +124,7 @@ class Runner:
         """Yields each round once its checkpoint is saved. An exhausted budget ends the run; `stopped` states why."""
         loop = run_rounds(
             self.method, self.engine, self.context.model, self.state, self.schedule, self.context.compression,
-            len(self.rounds) + 1, self.plan.central, self.clients.before_round,
+            len(self.rounds) + 1, self.plan.central, self.plan.secure, self.clients.before_round,
         )  # fmt: skip
         try:
             for self.state, done in loop:
@@ -201,10 +201,12 @@ class SimulatedClients(Clients):
 
     def plan_privacy(self, run: Runner, state: State) -> PrivacyPlan:
         experiment = run.context.experiment
-        return plan_privacy(
+        plan = plan_privacy(
             run.privacy, run.method, state, run.shards, run.schedule, experiment.seed, run.directory.path,
-            run.directory.run_id(), run.last_release,
+            run.directory.run_id(), run.last_release, list(run.context.tasks),
         )  # fmt: skip
+        masks = plan.secure is not None and bool(experiment.engine.options.get("masks"))
+        return replace(plan, secure=replace(plan.secure, masked=True)) if masks else plan  # type: ignore[type-var]
 
     def build_engine(self, run: Runner, kept: Mapping[str, Tensor]) -> Engine:
         context, method, config = run.context, run.method, run.context.experiment.engine

@@ -1,7 +1,7 @@
 """Builds the parts of a run: method, schedule, noise scale, cluster report and library."""
 
 from collections.abc import Mapping
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, isfinite, log10, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone
 from ficpd.library.card import WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
+from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import adjusted_rand
-from ficpd.methods.shared.readouts import features_readout
+from ficpd.methods.shared.readouts import NOISE_OF_TOTALS, features_readout
 from ficpd.registry import build_config
 from ficpd.tasks import synthetic_records
 from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, Query, State, zero_update
@@ -111,7 +112,10 @@ def with_noise_scale(
     of_sum = plan.central.expected_noise_norm_sq(size) if plan.central else 0.0
     # of a run among sites, the plan has no mechanism of theirs
     noise = None if unit_of(privacy) == "record" else plan.expected_noise_norm_sq(size)
-    return State(state.arrays, {**state.facts, "noise": noise, "noise_of_sum": of_sum})
+    facts = {**state.facts, "noise": noise, "noise_of_sum": of_sum}
+    if plan.secure and (totals := method.update_spec(state).get(CLASSES)):
+        facts[NOISE_OF_TOTALS] = plan.secure.noise_variance(CLASSES, prod(totals), len(context.shards))
+    return State(state.arrays, facts)
 
 
 def build_schedule(context: ExperimentContext, method: Method) -> RoundSchedule:
@@ -196,7 +200,7 @@ def _kept_as(vectors_PD: Tensor, backbone: Backbone) -> Tensor:
 
 def cluster_report(context: ExperimentContext, state: State) -> Clusters | None:
     """Compares the clusters with each public column of the clients; None for a method without prototypes."""
-    member = state.facts.get("clusters")
+    member = {n: k for n, k in (state.facts.get("clusters") or {}).items() if n in context.shards}
     if not member:
         return None
     known = sorted({key for shard in context.shards.values() for key in shard.metadata})
@@ -208,6 +212,7 @@ def cluster_report(context: ExperimentContext, state: State) -> Clusters | None:
 def tasks_of(context: ExperimentContext, state: State, tasks: list[str]) -> dict[str, list[str]]:
     """Returns the tasks of each prototype's members, by the names of the library card."""
     named, of_prompt = dict(zip(context.tasks, tasks, strict=True)), {}
-    for client, cluster in sorted((state.facts.get("clusters") or {}).items()):
+    clusters = (state.facts.get("clusters") or {}).items()
+    for client, cluster in sorted((client, cluster) for client, cluster in clusters if client in context.group_of):
         of_prompt.setdefault(f"prototype-{cluster}", set()).add(named[context.group_of[client]])
     return {prompt: sorted(names) for prompt, names in of_prompt.items()}

@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from ficpd import rng
 from ficpd.data.subjects import group_by_subject, take_whole
 from ficpd.errors import BackboneError, PrivacyError
+from ficpd.federation.secure_sum.member import Member
 from ficpd.federation.units import Units, units_of
 from ficpd.interfaces import Backbone, Compression, Mechanism, NoiseSource, ReleaseKind, Subspace, Task, Vocabulary
 from ficpd.privacy.ledger import Account
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.privacy.none import NoPrivacy
+from ficpd.privacy.shared_gaussian import GRADIENT
 from ficpd.tasks import corrupt_words
 from ficpd.types import (
     Batch,
@@ -40,7 +42,7 @@ class Client:
     `private_seed` feeds record sampling and simulated noise, and must not be derivable from anything the server knows.
     `account`: the ledger's, None only without privacy. `pending_costs`: what the next assignment pays besides its own
     releases. `query_counts`: forward queries and gradients by round, one candidate on one record each; the number of
-    records in a Poisson sample is private, so they never leave the client.
+    records in a Poisson sample is private, so they never leave the client. `member`: its keys in secure sums.
     """
 
     card: ClientCard
@@ -57,6 +59,7 @@ class Client:
     client_state: dict[str, Tensor] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False)
     query_counts: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    member: "Member | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.mechanism.unit != "none" and self.account is None:
@@ -116,6 +119,8 @@ class ClientSession:
         self._open: int | None = None
         self._drawn: Tensor | None = None
         self._masked: dict[float, Batch] = {}
+        self.terms: dict[str, Tensor] = {}
+        """Terms of the round's secure sum by name, int64 [N], where the mechanism is `summed`."""
 
     @property
     def start(self) -> Tensor:
@@ -165,7 +170,7 @@ class ClientSession:
         Charges all steps before the first is drawn. Raises `BudgetError` if the budget does not allow them.
         """
         client = self.client
-        self.expected_batch = min(batch_size, self.units.number)
+        self.expected_batch = min(batch_size, client.mechanism.public_units or self.units.number)
         self.charge(ReleaseKind.STEP, count=steps)
         records, of = client.encoded(), self.units.of(slice(None))
         for rows in client.mechanism.sample(len(records), self.expected_batch, steps, self.noise, **of):
@@ -197,7 +202,8 @@ class ClientSession:
         if grad_scale is not None and values_KB.shape[2:] != grad_scale.shape:
             grad_scale = None
         of = self.units.of(self._drawn)
-        return self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale, **of)
+        found = self.client.mechanism.noisy_mean(values_KB, self.expected_batch, self.noise, grad_scale, **of)
+        return self._kept(GRADIENT, found)
 
     def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
         """See `ClientContext`. Each statistic has a separate ledger line."""
@@ -219,7 +225,15 @@ class ClientSession:
         of = self.units.of(slice(None))
         summed = self.client.mechanism.noisy_sum(name, chunks(), self.noise, **of).cpu()
         self._check_rows(name, given)
-        return summed
+        return self._kept(name, summed)
+
+    def _kept(self, name: str, released: Tensor) -> Tensor:
+        """Keeps a term of a secure sum and returns zeros in its place: before the sum, nothing may depend on it."""
+        if not self.client.mechanism.summed:
+            return released
+        term = released.flatten()
+        self.terms[name] = self.terms[name] + term if name in self.terms else term
+        return torch.zeros(released.shape)
 
     def _check_rows(self, name: str, given: int) -> None:
         if given != len(self.client.train):

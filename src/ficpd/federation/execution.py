@@ -1,6 +1,6 @@
 """Runs assignments at a client: makes its updates, charges them, and answers repeated assignments from the ledger."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,15 +15,23 @@ from ficpd.types import Answer, Assignment, ClientUpdate, Predictor, Query, Stat
 
 
 def execute_assignment(
-    method: Method, client: Client, assignment: Assignment
-) -> Generator[Query, Answer, ClientUpdate]:
+    method: Method, client: Client, assignment: Assignment,
+    release: Callable[[ClientSession], ClientUpdate] | None = None,
+) -> Generator[Query, Answer, ClientUpdate]:  # fmt: skip
     """Runs an assignment and returns the mechanism's release, once the ledger has committed its costs.
+
+    `release`: makes the update from the terms of a secure sum, whatever the method returned. A `summed` mechanism needs it.
 
     A completed assignment is answered with the stored update. Updates of earlier rounds are deleted, and their assignments
     raise `PolicyError`. An assignment that fails after records were drawn is charged and not tried again, because the
     failure may depend on the records.
     """
     account, round = client.account, assignment.round
+    if client.mechanism.summed != (release is not None):
+        raise PolicyError(
+            f"{client.name} sends {'terms of a secure sum' if release is None else 'updates'} in this run, as its mechanism "
+            "says, and was asked for the other. Nothing was spent"
+        )
     if account is not None:
         if (stored := account.stored_update(round, assignment.method)) is not None:
             return restore_update(client, stored, round)
@@ -50,9 +58,12 @@ def execute_assignment(
             raise PrivacyError(f"{method.name} declares Capabilities.releases = False, and its update has arrays")
         if client.mechanism.unit != "none":  # the session's own weight, whatever the method returned
             update = replace(update, weight=session.weight)
-        projected = replace(update, arrays=client.compression.project(update.arrays))
-        released = client.mechanism.privatize_update(projected, session.noise)
-        released = replace(released, arrays=client.compression.pack(released.arrays))
+        if release is not None:
+            released = release(session)
+        else:
+            projected = replace(update, arrays=client.compression.project(update.arrays))
+            released = client.mechanism.privatize_update(projected, session.noise)
+            released = replace(released, arrays=client.compression.pack(released.arrays))
     except PrivacyError:  # too high a cost, or an unsound method: independent of the records
         raise
     except Exception:

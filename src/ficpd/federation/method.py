@@ -1,7 +1,7 @@
 """The base class of federated methods, with the defaults of one soft prompt that all clients share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -52,6 +52,8 @@ class Capabilities:
     """Whether clients release values that depend on records, to the server or to users."""
     linear: bool = False
     """`aggregate` needs only the weighted sum of the updates (`cluster_sums`): central noise is possible."""
+    gradient_sum: bool = False
+    """`aggregate` needs only the sum of all clients' gradients at the prompts sent: secure sums are possible."""
     statistics_per_round: Mapping[str, float] = field(default_factory=dict)
     """Totals over records released in every assignment, with their default shares of a record-level budget."""
     statistics_once: Mapping[str, float | None] = field(default_factory=dict)
@@ -81,6 +83,21 @@ class Capabilities:
     """Clips such an update at the client level; None: calibrated on synthetic records."""
     candidates: float | None = None
     """Queries about each record of a step; None: those of `training.optimizer`."""
+
+
+GROUP = "group:"
+"""Prefix of a group's name among a method's clients."""
+
+
+def group_card(group: str) -> ClientCard:
+    """Returns the client that stands for all clients of a group: in a secure sum, the group's sum is its update."""
+    return ClientCard(GROUP + group, {"group": group} if group else {})
+
+
+def group_of(card: ClientCard, groups: Collection[str]) -> str:
+    """Returns the name of the `group_card` of a client's group."""
+    named = str(card.metadata.get("group", ""))
+    return GROUP + (named if named in groups else "")
 
 
 class Method(ABC):

@@ -10,12 +10,16 @@ from ficpd.data.subjects import UnitCounts, count_units
 from ficpd.errors import ConfigError, LedgerError, PrivacyError
 from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule, sample_cohort
+from ficpd.federation.secure_sum import SIMULATED
+from ficpd.federation.secure_sum.server import SecureSum
+from ficpd.federation.secure_sum.terms import own_part
 from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
-from ficpd.privacy import accountant
+from ficpd.privacy import accountant, record_gaussian
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.noise import SecureNoise, SeededNoise
-from ficpd.registry import build_config
+from ficpd.privacy.shared_gaussian import SHARED, SharedGaussian
+from ficpd.registry import build_config, load
 from ficpd.types import JSON, ClientData, ClientWorkload, PrivacyCost, State
 
 NONE = {"name": "none"}
@@ -26,13 +30,15 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """`mechanisms` and `accounts` by client. `central`: the server's mechanism, for central noise."""
+    """`mechanisms` and `accounts` by client. `central`: the server's mechanism, for central noise. `secure`: the secure sum
+    of the rounds, where clients share the noise."""
 
     mechanisms: Mapping[str, Mechanism]
     accounts: Mapping[str, Account]
     ledger: Ledger | None
     central: CentralGaussian | None
     releases: bool
+    secure: SecureSum | None = None
 
     def close(self) -> None:
         if self.ledger is not None:
@@ -99,6 +105,17 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
             "update by itself. Use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
             "(fedavg, fedprox) with method.robust.rule = 'mean'"
         )
+    if part["name"] == SHARED and declared.centralized:  # one client: nobody to share the noise with
+        known = record_gaussian.Config.model_fields
+        return {"name": "record_gaussian", **{key: value for key, value in part.items() if key in known}}
+    if part["name"] == SHARED and (
+        not declared.gradient_sum or load("optimizers", method.training.optimizer).black_box
+    ):
+        raise PrivacyError(
+            f"privacy.name = {SHARED!r} shows the server the sum of all gradients alone, and {method.name} with "
+            f"training.optimizer = {method.training.optimizer!r} needs more. Use fedavg, fedprox or ficpd with adam or sgd, "
+            "and method.robust.rule = 'mean', or privacy.name = 'record_gaussian'"
+        )
     if unit not in declared.private_units:
         raise PrivacyError(f"{method.name} has no private form at the {unit} level: {declared.not_private}")
     return part
@@ -106,9 +123,9 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
 
 def plan_privacy(
     part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, ClientData], schedule: RoundSchedule,
-    seed: int, folder: Path, run: str, rounds_paid: int,
+    seed: int, folder: Path, run: str, rounds_paid: int, groups: Sequence[str] = ("",),
 ) -> PrivacyPlan:  # fmt: skip
-    """Plans the run, chooses the noise and opens the ledger.
+    """Plans the run, chooses the noise and opens the ledger. `groups`: the tasks' names, of which clients' names begin.
 
     `rounds_paid`: the last round that was released. Raises `LedgerError` if the ledger ends before it.
     """
@@ -118,6 +135,7 @@ def plan_privacy(
             f"federation.accept_late = {schedule.accept_late}: central noise is accounted for one round's cohort, and a "
             "late update joins another round. Set it to 0, or use placement = 'local' or privacy.name = 'record_gaussian'"
         )
+    part = with_least_records(part, [count_units(shard.train).units for shard in shards.values()])
     _, config = build_config("privacy", part)
     plans = client_workloads(
         method, state, {name: count_units(shard.train) for name, shard in shards.items()}, schedule
@@ -151,7 +169,8 @@ def plan_privacy(
 
     cost = first.cost(ReleaseKind.SUM)
     if cost is None:
-        return PrivacyPlan(mechanisms, {n: account(n, m) for n, m in mechanisms.items()}, ledger, None, True)
+        accounts = {name: account(name, mechanism) for name, mechanism in mechanisms.items()}
+        return PrivacyPlan(mechanisms, accounts, ledger, None, True, secure_sum(mechanisms, schedule, groups))
 
     def stream(round: int) -> NoiseSource:
         simulated = SeededNoise(seed, "private", SERVER, "noise", round)
@@ -161,6 +180,24 @@ def plan_privacy(
     central = CentralGaussian(cost, first.guarantee()["clip_norm"], expected, stream, account(SERVER, first))
     unpaid = {name: ledger.account(name, Budget(None, config.delta)) for name in mechanisms}
     return PrivacyPlan(mechanisms, unpaid, ledger, central, True)
+
+
+def with_least_records(part: Mapping[str, Any], units: Sequence[int]) -> Mapping[str, Any]:
+    """Fills in an open `privacy.least_records` with the fewest units of a simulation's clients."""
+    return {**part, "least_records": min(units)} if part.get("least_records", 0) is None else part
+
+
+def secure_sum(
+    mechanisms: Mapping[str, Mechanism], schedule: RoundSchedule, groups: Sequence[str], run: str = SIMULATED,
+    masked: bool = False,
+) -> SecureSum | None:  # fmt: skip
+    """Returns the secure sum of clients that share the noise; None for other mechanisms."""
+    shared = {own_part(n, groups): m for n, m in mechanisms.items() if isinstance(m, SharedGaussian)}
+    if shared and schedule.accept_late:
+        raise PrivacyError(
+            f"federation.accept_late = {schedule.accept_late}: a late term cannot join the sum of another round. Set it to 0"
+        )
+    return SecureSum(run, shared, masked) if shared else None
 
 
 def build_mechanism(part: Mapping[str, Any], name: str, plan: ClientWorkload, **settings: Any) -> Mechanism:
@@ -204,6 +241,7 @@ def client_workloads(
             sampling_rate=min(batch_size, number.units) / number.units,
             steps=steps,
             participations=counts[name],
+            most_participations=max(counts.values()),
             num_clients=len(records),
             cohort_rate=min(schedule.cohort / len(records), 1.0),
             num_rounds=schedule.num_rounds,

@@ -11,6 +11,7 @@ from ficpd import rng
 from ficpd.errors import BudgetError, CodecError
 from ficpd.federation import codec
 from ficpd.federation.method import Method
+from ficpd.federation.secure_sum.server import SecureSum
 from ficpd.interfaces import Compression, Engine, Model
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
@@ -69,13 +70,14 @@ def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> 
 
 def run_rounds(
     method: Method, engine: Engine, model: Model, state: State, schedule: RoundSchedule, compression: Compression,
-    first_round: int = 1, central: CentralGaussian | None = None,
+    first_round: int = 1, central: CentralGaussian | None = None, secure: SecureSum | None = None,
     before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
 ) -> Iterator[tuple[State, Round]]:  # fmt: skip
     """Yields the state after each round. Drops and reports updates that fail the checks.
 
     A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
-    an empty one. Raises `BudgetError` before a round that no client's budget, the server's budget or `before` allows.
+    an empty one. With `secure`, the server learns the sum of the clients' terms alone.
+    Raises `BudgetError` before a round that no client's budget, the server's budget or `before` allows.
     """
     cards = {card.name: card for card in engine.clients()}
     fingerprint, asked = model.backbone.fingerprint, {}
@@ -93,6 +95,17 @@ def run_rounds(
             name: codec.encode_assignment(method.make_assignment(state, cards[name], round), fingerprint)
             for name in cohort
         }
+        if secure:
+            got = secure.collect(engine, assignments, method, state, round, fingerprint, compression.subspace)
+            if assignments and len(got.refused) == len(assignments):
+                raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
+            trained = time.perf_counter()
+            if got.updates:
+                state = method.aggregate(state, got.updates, round, model)
+                state = State({**state.arrays, **got.moments}, state.facts)
+            seconds = trained - started, time.perf_counter() - trained
+            yield state, Round(round, len(cohort), got.answered, got.dropped, got.bytes_up, got.bytes_down, *seconds)
+            continue
         asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
         asked[round] = set(assignments)
         came, checked = RoundReplies(), partial(_checked, asked, fingerprint, wire, schedule.max_norm)

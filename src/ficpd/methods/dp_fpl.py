@@ -63,7 +63,7 @@ class DpFpl(FedAvg):
 
     def __init__(self, config: Config, training: LocalTrainingConfig):
         super().__init__(training, config.robust)
-        self.capabilities = replace(self.capabilities, subspace=False)
+        self.capabilities = replace(self.capabilities, subspace=False, gradient_sum=False)
         self.rank = config.rank
 
     def check_compatible(self, tasks: Sequence[Task], backbone: Backbone) -> None:

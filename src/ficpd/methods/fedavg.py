@@ -24,7 +24,9 @@ class FedAvg(Method):
     def __init__(self, training: LocalTrainingConfig, robust: RobustConfig = MEAN, proximal_weight: float = 0.0):
         super().__init__(training)
         self.robust, self.proximal_weight = robust, proximal_weight
-        self.capabilities = Capabilities(private_units=("record", "client"), linear=robust.sums)
+        self.capabilities = Capabilities(
+            private_units=("record", "client"), linear=robust.sums, gradient_sum=robust.sums
+        )
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt, weight = assignment.arrays[self.array], self.proximal_weight

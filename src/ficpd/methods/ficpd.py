@@ -21,7 +21,7 @@ from torch import Tensor
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
 from ficpd.federation.aggregation.server_optimizer import ServerOptimizer, fedexp_factor
 from ficpd.federation.client import LABELS
-from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.method import Capabilities, Method, group_card, group_of
 from ficpd.federation.validation import RATE, validate_prompts
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
@@ -123,6 +123,7 @@ class Ficpd(Method):
             statistics_once=({CLASSES: config.totals_share} if config.class_totals else {})
             | ({LABELS: None} if config.label_prior is True else {}),
             learns_readout=config.class_totals,
+            gradient_sum=config.robust.sums and config.server.sums and config.space != "metadata",
         )  # fmt: skip
 
     def adapt_to(self, tasks: Sequence[Task], backbone: Backbone) -> None:
@@ -141,12 +142,14 @@ class Ficpd(Method):
             "clusters": {},
             "drawn": 0,
             "weights": {},
+            "group_of": {card.name: group_of(card, setup.num_labels) for card in setup.clients},
             "metadata": {card.name: card.metadata.get(by, "") for card in setup.clients},
         }
         arrays = {"start": start, "global": start, "prototypes_KPD": start[None]}
         readouts = init_readouts(setup) if self.capabilities.learns_readout else State({})
         state = State({**arrays, **readouts.arrays}, {**facts, **readouts.facts, "several": len(setup.num_labels) > 1})
-        keys = {c.name: self._key(state, c) for c in setup.clients}
+        stand_ins = [group_card(group) for group in setup.num_labels]
+        keys = {c.name: self._key(state, c) for c in [*setup.clients, *stand_ins]}
         return _next_round(State(state.arrays, {**state.facts, "keys": keys, "closes": False, "at_start": False}), 1)
 
     def _key(self, state: State, client: ClientCard) -> str:
@@ -236,7 +239,7 @@ class Ficpd(Method):
         arrays["prototypes_KPD"] = self._prototypes(means, shared, counted, weights, clusters, noise, before)
         arrays |= {SIGNATURE + name: signature for name, signature in signatures.items()}
         arrays |= {f"offset/{name}": offset for name, offset in offsets.items()}
-        facts = {"clusters": clusters.member, "drawn": drawn, "weights": weights}
+        facts = {"clusters": self._everyone(state, clusters.member), "drawn": drawn, "weights": weights}
         return _next_round(State(arrays, {**state.facts, **facts, **means.facts}), round + 1)
 
     def global_prompt(self, state: State) -> Tensor:
@@ -286,6 +289,11 @@ class Ficpd(Method):
             )  # fmt: skip
             return relabel_clusters(before, found, signatures, self.config.stay, state.facts["keys"]), round
         return Clusters(before, max(before.values()) + 1), drawn
+
+    def _everyone(self, state: State, member: Mapping[str, int]) -> dict[str, int]:
+        """Adds the clients that a secure sum hides, each in the cluster of its group's sum."""
+        group_of = state.facts["group_of"]
+        return {name: member[group] for name, group in group_of.items() if group in member} | dict(member)
 
     def _steps(
         self, means: RobustAggregator, clusters: Clusters, noise: float | None

@@ -35,6 +35,11 @@ class SeededNoise:
         values = values.detach().cpu().double()  # rounded to float32 only after the noise, as post-processing
         return (values + deviation * torch.randn(values.shape, generator=self.generator)).float()
 
+    def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
+        """Adds rounded Gaussian noise, which a fine grid cannot tell from a discrete Gaussian."""
+        noise = deviation * torch.randn(whole.shape, generator=self.generator, dtype=torch.float64)
+        return whole + noise.round().to(torch.int64)
+
 
 class SecureNoise:
     """The operating system's cryptographic source, with Gaussian noise from OpenDP's sampler.
@@ -60,6 +65,10 @@ class SecureNoise:
         noised = gaussian_measurement(len(flat), deviation)(flat.tolist())
         return torch.tensor(noised, dtype=torch.float64).view(values.shape).float()
 
+    def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
+        noised = discrete_gaussian_measurement(whole.numel(), deviation)(whole.flatten().tolist())
+        return torch.tensor(noised, dtype=torch.int64).view(whole.shape)
+
 
 @lru_cache(maxsize=64)
 def gaussian_measurement(size: int, deviation: float) -> Any:
@@ -71,6 +80,17 @@ def gaussian_measurement(size: int, deviation: float) -> Any:
     domain = dp.vector_domain(dp.atom_domain(T=float, nan=False), size=size)
     grid = math.floor(math.log2(deviation)) - GRID_BITS
     return dp.m.make_gaussian(domain, dp.l2_distance(T=float), scale=deviation * MARGIN, k=grid)
+
+
+@lru_cache(maxsize=64)
+def discrete_gaussian_measurement(size: int, deviation: float) -> Any:
+    """Builds OpenDP's discrete Gaussian for `size` whole numbers; its `map` gives the zCDP for an L2 sensitivity."""
+    import opendp.prelude as prelude
+
+    dp: Any = prelude  # its names are not typed as exported
+    dp.enable_features("contrib")
+    domain = dp.vector_domain(dp.atom_domain(T="i64"), size=size)
+    return dp.m.make_gaussian(domain, dp.l2_distance(T=float), scale=deviation)
 
 
 def _words(number: int) -> np.ndarray:

@@ -41,6 +41,11 @@ class Config(settings.DPConfig):
 
 def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
     """Raises `PrivacyError` if the shares leave the prompt none, or no noise keeps the plan within the budget."""
+    return RecordGaussian(config, plan, *planned(config, plan))
+
+
+def planned(config: Config, plan: ClientWorkload) -> tuple[float, dict[str, PrivacyCost], list[PrivacyCost]]:
+    """Returns the noise multiplier of a step, the costs of the statistics by name, and all costs of the plan."""
     shares = {**plan.totals, **plan.once, **config.statistics}
     taken = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or taken >= 1:
@@ -62,7 +67,7 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
         return [*steps, *statistics(multiplier).values()]
 
     multiplier = settings.calibrate_noise(config, costs)
-    return RecordGaussian(config, plan, multiplier, statistics(multiplier), costs(multiplier))
+    return multiplier, statistics(multiplier), costs(multiplier)
 
 
 class RecordGaussian(Mechanism):
@@ -141,31 +146,46 @@ class RecordGaussian(Mechanism):
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
         subject_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        summed, scale = self._clipped_mean_sum(values_KB, grad_scale, subject_B)
+        noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm)
+        return noised.view(len(values_KB), *values_KB.shape[2:]) / expected_batch / scale
+
+    def _clipped_mean_sum(
+        self, values_KB: Tensor, grad_scale: Tensor | None, subject_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the clipped sum over units, float64 [K·N], and the factors that the values were multiplied by."""
         K, B, *rest = values_KB.shape
         self._check_subjects(subject_B, B)
         scaled_KB, scale = clipping.rescale(values_KB, grad_scale)
         rows_BN = scaled_KB.transpose(0, 1).reshape(B, K * math.prod(rest))
         if subject_B is not None:
             rows_BN = clipping.sum_by_subject(rows_BN, subject_B)
-        summed = clipping.clipped_sum(rows_BN, self.clip_norm)
-        noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm)
-        return noised.view(K, *rest) / expected_batch / scale
+        return clipping.clipped_sum(rows_BN, self.clip_norm), scale
 
     def noisy_sum(
         self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
     ) -> Tensor:
-        self._check_subjects(subject_B, 0 if subject_B is None else len(subject_B))
+        summed = self._clipped_statistic(name, chunks, noise, subject_B)
+        return noise.add_gaussian(summed, self._statistic_cost(name).noise_multiplier)
+
+    def _statistic_cost(self, name: str) -> PrivacyCost:
         if (cost := self.cost(ReleaseKind.STATISTIC, name)) is None:
             raise PrivacyError(
                 f"the statistic {name!r} has no share of the budget. Give it one: privacy.statistics = {{ {name} = 0.1 }}"
             )
+        return cost
+
+    def _clipped_statistic(
+        self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None
+    ) -> Tensor:
+        """Returns the sum of a statistic's rows, float64 [N], each unit clipped to norm 1."""
+        self._check_subjects(subject_B, 0 if subject_B is None else len(subject_B))
+        self._statistic_cost(name)
         if subject_B is None:
-            summed = torch.stack([clipping.clipped_sum(chunk, 1.0) for chunk in chunks]).sum(0)
-        else:
-            kept_B = torch.zeros(len(subject_B), dtype=torch.bool)
-            kept_B[self._records_of(_places_by_subject(subject_B), noise)] = True
-            summed = clipping.clipped_subject_sum(chunks, subject_B, kept_B, 1.0)
-        return noise.add_gaussian(summed, cost.noise_multiplier)
+            return torch.stack([clipping.clipped_sum(chunk, 1.0) for chunk in chunks]).sum(0)
+        kept_B = torch.zeros(len(subject_B), dtype=torch.bool)
+        kept_B[self._records_of(_places_by_subject(subject_B), noise)] = True
+        return clipping.clipped_subject_sum(chunks, subject_B, kept_B, 1.0)
 
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
         return update

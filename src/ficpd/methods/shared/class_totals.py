@@ -129,12 +129,12 @@ def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
 
 
 def learn_readout(
-    totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False
+    totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False, noise: float = 0.0
 ) -> Readout | None:
     """Learns the readout of one task key from its clients' totals; None if they hold no record, or noise alone.
 
     `text_CD`: the label texts' readout, which labels without records keep (zero: nothing to shrink towards). `noisy`: the
-    totals have noise of a privacy mechanism.
+    totals have noise of a privacy mechanism. `noise`: its variance in each number of each sum sent, where it is public.
     """
     texts = torch.zeros_like(totals[0].sums_CD)
     if text_CD.any():
@@ -147,7 +147,7 @@ def learn_readout(
         grams = torch.stack([one.gram_DD for one in totals if one.gram_DD is not None])
         noise = float(_scatter(grams).mean()) if noisy else 0.0
         return _ridge(summed, texts, public, 2 * (noise * len(texts[0])) ** 0.5)
-    return _class_means(totals, texts, public, noisy)
+    return _class_means(totals, texts, public, noisy, noise * row_norm(False) ** 2)
 
 
 def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least:
 
 
 def _class_means(
-    totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures, noisy: bool
+    totals: Sequence[ClassTotals], texts_CD: Tensor, public: PublicFeatures, noisy: bool, noise: float
 ) -> Readout | None:
     """Scores by nearest class mean, each shrunk towards a multiple of its label text.
 
@@ -220,14 +220,17 @@ def _class_means(
     clients, _, D = sums.shape
     means_CD = sums.sum(0) / counts.sum(0).clamp(min=1.0)[:, None]
     noise_C = _scatter(sums - counts[:, :, None] * means_CD).mean(1)
+    if noise:  # a secure sum: one term, of known noise; the rest is sampling
+        noise_C = clients * noise + 2 * counts.sum(0).clamp(min=1.0) / D
     noise_C = 0.5 * (noise_C + noise_C.mean())
-    error = noise_C.mean() / COUNT_WEIGHT**2 if noisy else torch.zeros(())
+    known = torch.tensor(clients * noise) if noise else noise_C.mean()
+    error = known / COUNT_WEIGHT**2 if noisy else torch.zeros(())
     if float(counts.sum()) < SURE * (float(error) * counts.shape[1]) ** 0.5:
         return None
     counts_C = _shrunk(counts.sum(0), error).clamp(min=1.0)
     mean_D = sums.sum((0, 1)) / counts_C.sum()
     offsets_CD = sums.sum(0) / counts_C[:, None] - mean_D
-    error_C = noise_C / counts_C**2 if clients > 1 else 2 / counts_C / D
+    error_C = noise_C / counts_C**2 if clients > 1 or noise else 2 / counts_C / D
     weight_C = 1 / (error_C + TINY)
     along, squared = ((t * weight_C[:, None]).sum() for t in (texts_CD * offsets_CD, texts_CD * texts_CD))
     prior_CD = (along / squared.clamp(min=TINY)).clamp(0.0, 1.5) * texts_CD

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import CodecError, ConfigError
+from ficpd.federation.method import group_card
 from ficpd.federation.validation import validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Task
 from ficpd.methods.shared.class_totals import (
@@ -46,6 +47,8 @@ CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES = (
     "readout_bias",
     "label_shares",
 )
+NOISE_OF_TOTALS = "noise_of_totals"
+"""Fact of a state: variance of the noise on each number of a secure sum of totals."""
 COUNTS = "label_counts"
 """The client's released label counts, in its state."""
 MOST_LABELS = 10_000
@@ -88,10 +91,10 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
         of_group[group] = equal[0] if equal else len(keys)
         if not equal:
             keys.append(text_CD.float().cpu())
-    width = setup.features_MD.shape[1]
+    width, cards = setup.features_MD.shape[1], [*setup.clients, *map(group_card, of_group)]
     facts = {
         "key_of_group": of_group,
-        "key_of_client": {c.name: of_group[g] for c in setup.clients if (g := _group(c, of_group)) in of_group},
+        "key_of_client": {c.name: of_group[g] for c in cards if (g := _group(c, of_group)) in of_group},
         "key_labels": [len(text_CD) for text_CD in keys],
         "feature_scale": public.scale,
         "gram": setup.unit == "none" and width <= WIDEST_GRAM if gram is None else gram,
@@ -166,7 +169,8 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = 
     over = () if again else (CENTRE, COVARIANCE, TEXT)
     arrays = {name: a for name, a in state.arrays.items() if not name.startswith(over)}
     for key, of_key in sorted(found.items()):
-        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"])
+        noise = facts.get(NOISE_OF_TOTALS, 0.0)
+        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"], noise)
         if readout is not None:
             arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
             arrays[f"{SHARES}/{key}"] = readout.shares_C

@@ -1,0 +1,21 @@
+"""Secure sums: the server adds up masked vectors and learns their sum alone (Bonawitz et al., CCS 2017, eprint 2017/281).
+
+A round has five exchanges. `masks` has the primitives, `member` a client's half, `server` the server's.
+
+    KEYS     each invited client makes keys for this round and signs them
+    SHARES   each checks the others' signatures, and sends shares of its secrets, encrypted for each of the others
+    VECTOR   each computes its term, charges it, and sends it under its masks
+    CONSENT  each signs the list of clients whose vectors came
+    REVEAL   each that sees enough signatures reveals shares: of the own mask of clients that came, of the key of lost ones
+
+A client keeps its secrets of a round in memory, and a client that restarts is lost for the round.
+"""
+
+KEYS, SHARES, VECTOR, CONSENT, REVEAL = (
+    f"secure_sum/{phase}" for phase in ("keys", "shares", "vector", "consent", "reveal")
+)
+PHASES = (KEYS, SHARES, VECTOR, CONSENT, REVEAL)
+SIMULATED = "simulation"
+"""The run's id in the signatures and masks of a simulation."""
+MASKED = "masked"
+"""The array of a masked vector, int64 [N]."""
