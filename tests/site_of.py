@@ -1,10 +1,12 @@
 """One client of a small world as a site of its own, and the orders that it would be sent."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import small
 from ficpd.deployment import run_spec
+from ficpd.deployment.certificates import create_signing_key
 from ficpd.deployment.run_spec import RunSpec
 from ficpd.deployment.site import config as settings
 from ficpd.deployment.site.site import Site
@@ -31,9 +33,19 @@ def site(context: ExperimentContext, name: str, folder: Path, simulated: bool = 
         "name": name, "socket": folder / f"{name}.sock", "state": folder / name, "task": experiment.task,
         "data": experiment.data, "policy": POLICY | policy, "card": context.shards[name].metadata,
         "simulation": {"private_seed": private_seed(experiment.seed, name)} if simulated else None,
+        "secure_sum": {"key": folder / f"{name}.key", "known": folder / "keys"} if (folder / "keys").exists() else None,
     }  # fmt: skip
     config = settings.SiteConfig.model_validate(tree)
     return Site(config, context.shards[name], context.task, context.model)
+
+
+def signing_keys(names: Iterable[str], folder: Path) -> None:
+    """Writes what `ficpd deploy init --secure-aggregation` hands to each site."""
+    (folder / "keys").mkdir()
+    for name in names:
+        private, public = create_signing_key()
+        (folder / f"{name}.key").write_bytes(private)
+        (folder / "keys" / f"{name}.pub").write_bytes(public)
 
 
 def recipe(context: ExperimentContext) -> str:

@@ -22,19 +22,21 @@ def processes() -> dict[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'click.utils:DeprecationWarning")  # Flower's typer with a newer click
-def test_three_organisations_on_one_machine(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("secure", [False, True])
+def test_three_organisations_on_one_machine(tmp_path, capfd, monkeypatch, secure):
     pytest.importorskip("flwr")
     places = []
     init = rehearsal.init
     monkeypatch.setattr(rehearsal, "init", lambda folder, *rest: (places.append(folder.parent), init(folder, *rest)))
     said: list[str] = []
-    rehearsal.demo(tmp_path / "out", 2, said.append)
+    rehearsal.demo(tmp_path / "out", 2, said.append, secure)
     told = capfd.readouterr().out
     assert PromptLibrary.load(tmp_path / "out" / "library").prompts
     assert "round 2/2: 3 of 3 sites" in told
     for name in rehearsal.SITES:
         assert f"{name} (running)" in told
     assert told.count("of 4 spent") == 3
+    assert ("secure sum over 3 sites" in (tmp_path / "out" / "result.json").read_text()) == secure
     (folder,) = places
     assert not folder.exists()
     assert [line for line in processes().values() if str(folder) in line] == []

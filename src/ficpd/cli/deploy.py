@@ -15,6 +15,9 @@ def init(
     folder: Annotated[Path, typer.Argument(help="where to write; it must not exist yet, or be empty")],
     sites: Annotated[str, typer.Option(help="the organisations' names, such as north,south,east")],
     address: Annotated[str, typer.Option(help="the coordinator's HOST:PORT, as the sites see it")] = "127.0.0.1:9443",
+    secure_aggregation: Annotated[
+        bool, typer.Option("--secure-aggregation", help="the server sees sums alone, and the sites share the noise")
+    ] = False,
 ) -> None:
     """Write keys, certificates, settings and systemd units for a coordinator and its sites, a folder for each.
 
@@ -23,7 +26,7 @@ def init(
     from ficpd.deployment.provision import init as write
 
     names = [name.strip() for name in sites.split(",")]
-    write(folder, names, address)
+    write(folder, names, address, secure_aggregation)
     typer.echo(f"folder: {folder} (README.md says who gets which files)")
 
 
@@ -45,8 +48,11 @@ def check(
 def demo(
     out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
     rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,
+    secure_aggregation: Annotated[
+        bool, typer.Option("--secure-aggregation", help="the server sees sums alone, and the sites share the noise")
+    ] = False,
 ) -> None:
     """Run a few private rounds on this machine: a coordinator with TLS and three authenticated sites."""
     from ficpd.deployment.demo import demo as rehearse
 
-    rehearse(out, rounds, typer.echo)
+    rehearse(out, rounds, typer.echo, secure_aggregation)

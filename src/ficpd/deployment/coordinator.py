@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ficpd.data.subjects import UnitCounts
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site.config import rehearsal_warning
-from ficpd.errors import ConfigError, FicpdError, SiteError
+from ficpd.errors import ConfigError, FicpdError, PrivacyError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context_without_records
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.report.build import write_page
@@ -24,8 +25,18 @@ from ficpd.experiments.run_directory import SITES, RunDir
 from ficpd.experiments.runner import Clients, Runner
 from ficpd.experiments.setup import check_method
 from ficpd.federation import codec
-from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy, privacy_config_for
+from ficpd.federation.privacy_plan import (
+    NONE,
+    PrivacyPlan,
+    build_mechanism,
+    client_workloads,
+    plan_privacy,
+    privacy_config_for,
+    secure_sum,
+)
 from ficpd.federation.rounds import Round
+from ficpd.privacy.none import NoPrivacy
+from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.registry import validate
 from ficpd.types import ClientCard, ClientData, Record, State
 
@@ -116,6 +127,8 @@ class Sites(Clients):
         run.directory.check_rounds_file(len(run.rounds))
         method, experiment = run.method, run.context.experiment
         part = privacy_config_for(method, experiment.privacy)
+        if part["name"] == SHARED:
+            return _plan_secure_sum(run, part, state)
         part = {**part, "noise": "cryptographic"} if "placement" in part else NONE
         batch_size = 1 if part is NONE else method.local_workload(state)[1]
         stand_ins = {name: ClientData([Record("a record of the site", {})] * batch_size, [], {}) for name in run.shards}
@@ -151,6 +164,20 @@ class Sites(Clients):
                 update={"rehearsed": self.engine.rehearsed()}
             ),
         }
+
+
+def _plan_secure_sum(run: Runner, part: Mapping[str, Any], state: State) -> PrivacyPlan:
+    """Plans the sums of sites that share the noise, from public settings. Raises `PrivacyError` without `least_records`."""
+    if (least := part["least_records"]) is None:
+        raise PrivacyError(
+            "privacy.least_records is open: expected the records that every site has at least, because all of them "
+            "plan their noise by it. State it"
+        )
+    counts = dict.fromkeys(run.shards, UnitCounts(least))
+    plans = client_workloads(run.method, state, counts, run.schedule)
+    mechanisms = {name: build_mechanism(part, name, plan) for name, plan in plans.items()}
+    secure = secure_sum(mechanisms, run.schedule, list(run.context.tasks), run.directory.run_id(), masked=True)
+    return PrivacyPlan({name: NoPrivacy() for name in run.shards}, {}, None, None, True, secure)
 
 
 def _sites_of(out: Path) -> dict[str, ClientCard] | None:
@@ -190,9 +217,9 @@ def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> PrivacyReport:
         return PrivacyReport.model_validate(plan.to_report())
     if privacy["name"] == "none":
         return PrivacyReport(mechanism="none", unit="none", epsilon=None, delta=None)
-    multiplier = privacy.get("noise_multiplier")
+    multiplier, summed = privacy.get("noise_multiplier"), plan.secure and next(iter(plan.secure.mechanisms.values()))
     return PrivacyReport(
-        mechanism=privacy["name"],
+        mechanism=summed.guarantee()["mechanism"] if summed else privacy["name"],
         unit="client" if "placement" in privacy else "record",
         epsilon=privacy.get("epsilon"),
         delta=privacy["delta"],

@@ -32,7 +32,7 @@ START_SECONDS, STOP_SECONDS = 120.0, 20.0
 Say = Callable[[str], Any]
 
 
-def demo(out: Path, rounds: int, say: Say) -> None:
+def demo(out: Path, rounds: int, say: Say, secure_aggregation: bool = False) -> None:
     """Runs the demo, writes the run directory `out` and ends all processes. Raises `RunError`."""
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out")
@@ -40,14 +40,14 @@ def demo(out: Path, rounds: int, say: Say) -> None:
     try:
         # a short folder, because a socket's path has at most 107 bytes
         with tempfile.TemporaryDirectory(prefix="ficpd-", ignore_cleanup_errors=True) as folder, ExitStack() as running:
-            _run(Path(folder), out, rounds, say, running)
+            _run(Path(folder), out, rounds, say, running, secure_aggregation)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack) -> None:
+def _run(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack, secure: bool) -> None:
     inner, *outer = free_ports(1 + len(SITES))
-    init(folder / "deploy", list(SITES), f"127.0.0.1:{inner}")
+    init(folder / "deploy", list(SITES), f"127.0.0.1:{inner}", secure)
     flwr_home = _coordinator(folder, inner, rounds)
     ca = folder / "deploy" / "ca" / "ca.crt"
     began = time.monotonic()
@@ -99,6 +99,9 @@ def _site(folder: Path, name: str, domain: str) -> Path:
     given["socket"], given["state"] = str(folder / f"{name}.sock"), str(folder / f"state-{name}")
     given["card"]["domain"] = domain
     columns = {"text": "text", "target": "polarity", "domain": "domain"}
+    if "secure_sum" in given:
+        own = folder / "deploy" / "sites" / name
+        given["secure_sum"] = {"key": str(own / "signing.key"), "known": str(own / "signing-keys")}
     given["data"] |= {"source": "ratings", "columns": columns, "where": {"domain": [domain]}}
     settings = folder / f"{name}.toml"
     settings.write_text(tomli_w.dumps(given), encoding="utf-8")

@@ -2,13 +2,14 @@
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from ipaddress import ip_address
 from pathlib import Path
 
 from ficpd.errors import ConfigError
+from ficpd.privacy.shared_gaussian import SHARED, Config, tolerance
 
 INNER_PORT = 9091
 """SuperLink's local port. nginx listens at the published address."""
@@ -18,11 +19,31 @@ LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 HOST = re.compile(rf"(?=.{{1,253}}$)({LABEL}\.)*{LABEL}")
 
 
-def init(folder: Path, sites: Sequence[str], address: str) -> None:
+RECORD_PRIVACY = """name = "record_gaussian"
+epsilon = 2.0
+noise = "cryptographic\""""
+SUMMED_PRIVACY = """name = "shared_gaussian"
+epsilon = 2.0
+noise = "cryptographic"
+# Every site has at least so many records; all plan the same noise by it.
+least_records = 100
+# Sites that may drop out of a round, and sites that may tell the server all they know (docs/privacy.md).
+max_lost = @LOST@
+max_colluding = @COLLUDING@"""
+SIGNING = """
+
+# Its keys in secure sums: its own, and the public halves of all sites (NAME.pub), from the sites and never from a server.
+[secure_sum]
+key = "/etc/ficpd/signing.key"
+known = "/etc/ficpd/signing-keys\""""
+
+
+def init(folder: Path, sites: Sequence[str], address: str, secure_aggregation: bool = False) -> None:
     """Writes `folder` atomically: a CA, the coordinator's folder and a folder for each site.
 
     `address` (HOST:PORT): the coordinator's public address. Only the owner can read private keys, and a site's folder
-    holds only its own key. Raises `ConfigError` for a folder that is not empty and for invalid names.
+    holds only its own key. `secure_aggregation`: the recipe's sites share their noise in secure sums, and each site gets a
+    signing key and all sites' public ones. Raises `ConfigError` for a folder that is not empty and for invalid names.
     """
     host, port = checked_address(address)
     _check_sites(sites)
@@ -35,7 +56,7 @@ def init(folder: Path, sites: Sequence[str], address: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".deploy-") as temporary:
             made = Path(temporary) / "made"
             made.mkdir(mode=0o755)
-            _write(made, sites, address, host, port)
+            _write(made, sites, address, host, port, secure_aggregation)
             made.replace(folder)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}") from error
@@ -76,7 +97,7 @@ def _check_sites(sites: Sequence[str]) -> None:
         raise ConfigError(f"site name {twice[0]!r} is given twice; each organisation needs a unique name")
 
 
-def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int) -> None:
+def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int, secure: bool) -> None:
     try:
         from ficpd.deployment import certificates
     except ImportError as error:
@@ -87,7 +108,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
     words = {
         "ADDRESS": address, "HOST": host, "PORT": str(port), "INNER": str(INNER_PORT), "NAMES": ", ".join(sites),
         "SITES": ", ".join(f'"{name}"' for name in sites), "CA_ENDS": ca.ends, "SERVER_ENDS": server.ends,
-    }  # fmt: skip
+    } | _privacy_words(len(sites), secure)  # fmt: skip
     _fill(here / "templates" / "README.md", made / "README.md", words)
     _secret(made / "ca" / "ca.key", ca.key_pem)
     (made / "ca" / "ca.crt").write_bytes(ca.pem)
@@ -113,6 +134,28 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int)
         (coordinator / "sites" / f"{name}.pub").write_bytes(public)
         lines.append(f"/opt/ficpd/bin/flwr supernode register --name {name} /etc/ficpd/sites/{name}.pub ficpd\n")
     (coordinator / "register.sh").write_text("".join(lines))
+    if secure:
+        _signing_keys(made, sites, certificates.create_signing_key)
+
+
+def _privacy_words(number: int, secure: bool) -> dict[str, str]:
+    """Returns the templates' words that say how records are protected."""
+    allowed = tolerance(Config(epsilon=1.0), number) if secure else None
+    if allowed is None:
+        return {"PRIVACY": RECORD_PRIVACY, "MECHANISM": "record_gaussian", "SIGNING": ""}
+    summed = SUMMED_PRIVACY.replace("@LOST@", str(allowed.lost)).replace("@COLLUDING@", str(allowed.colluding))
+    return {"PRIVACY": summed, "MECHANISM": SHARED, "SIGNING": SIGNING}
+
+
+def _signing_keys(made: Path, sites: Sequence[str], create: Callable[[], tuple[bytes, bytes]]) -> None:
+    """Writes each site's signing key, and the public halves of all into every site's folder."""
+    pairs = {name: create() for name in sites}
+    for name in sites:
+        _secret(made / "sites" / name / "signing.key", pairs[name][0])
+        known = made / "sites" / name / "signing-keys"
+        known.mkdir()
+        for other, (_, public) in pairs.items():
+            (known / f"{other}.pub").write_bytes(public)
 
 
 def _fill(template: Traversable, target: Path, words: Mapping[str, str]) -> None:

@@ -23,7 +23,9 @@ from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import client_workloads
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone, Compression, Subspace, Task
+from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.registry import build_config
+from ficpd.tasks.build import build_task
 from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 MAX_CLIENTS = 10_000
@@ -56,6 +58,11 @@ class RunSpec:
         method: Method = module.build(config, self.experiment.training)
         method.bind(self.compression().subspace)
         return method
+
+    def tasks(self, own: Sequence[Task]) -> Sequence[Task]:
+        """Returns the tasks that the method is adapted to: a site's own, or all where every site plans the same noise."""
+        groups = self.experiment.all_groups.values()
+        return [build_task(one.task) for one in groups] if self.experiment.privacy["name"] == SHARED else own
 
     def compression(self) -> Compression:
         """Builds the coordinator's compression, with the directions that it computed."""

@@ -97,7 +97,7 @@ class SimulationEngine:
             work = execute_assignment(self.method, client, order.assignment, terms.releasing(client, order))
             return terms.encode_vector((yield from work), message.round, fingerprint)
         if message.method in PHASES:
-            return encode_assignment(terms.answer(client, message), fingerprint)
+            return encode_assignment(terms.answer(self.method.name, client, message), fingerprint)
         update = yield from execute_assignment(self.method, client, message)
         return encode_update(update, message.round, fingerprint)
 

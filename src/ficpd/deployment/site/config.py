@@ -34,6 +34,7 @@ class Policy(FrozenConfig):
     max_refusals: run specs that the budget may refuse until the next paid assignment. A refusal tells a little
         about the number of records.
     max_clip_norm: None: any.
+    least_colluding: sites that a secure sum must withstand together with the server.
     share_metrics: sends scores on the test records in runs without a guarantee. A guarantee does not cover scores.
     """
 
@@ -51,12 +52,20 @@ class Policy(FrozenConfig):
     max_refusals: int = Field(default=20, ge=1)
     max_clip_norm: float | None = Field(default=None, gt=0)
     share_metrics: bool = False
+    least_colluding: int = Field(default=1, ge=0)
 
 
 class Simulation(FrozenConfig):
     """For simulations only: repeatable noise and sampling from a seed, which allows to remove the noise."""
 
     private_seed: int
+
+
+class SigningKeys(FrozenConfig):
+    """key: the site's own Ed25519 key. known: folder of all sites' public halves, NAME.pub. Both PEM, never the server's."""
+
+    key: Path
+    known: Path
 
 
 def rehearsal_warning(names: Iterable[str]) -> str:
@@ -83,6 +92,7 @@ class SiteConfig(FrozenConfig):
     policy: Policy
     engine: EngineConfig = EngineConfig()
     simulation: Simulation | None = None
+    secure_sum: SigningKeys | None = None
 
     @property
     def exact(self) -> bool:
@@ -116,6 +126,7 @@ class SiteConfig(FrozenConfig):
 
 PARTS = {
     "backbone": BackboneConfig, "data": Source, "policy": Policy, "engine": EngineConfig, "simulation": Simulation,
+    "secure_sum": SigningKeys,
 }  # fmt: skip
 
 
@@ -138,7 +149,7 @@ def read(path: Path | str) -> SiteConfig:
     if "task" in parts:
         parts["task"] = validated_section("tasks", parts["task"], f"{path.name}: task")
     config = validate(SiteConfig, parts, path.name)
-    here, backbone = path.resolve().parent, config.backbone
+    here, backbone, keys = path.resolve().parent, config.backbone, config.secure_sum
     found = here / Path(config.data.source).expanduser()
     if config.engine.chunk_tokens is not None and backbone.dtype == "auto" and config.unbatched:
         backbone = backbone.model_copy(update={"dtype": EXACT})
@@ -148,6 +159,7 @@ def read(path: Path | str) -> SiteConfig:
             "socket": here / config.socket.expanduser(),
             "state": here / config.state.expanduser(),
             "data": config.data.model_copy(update={"source": str(found)}) if found.exists() else config.data,
+            "secure_sum": keys and SigningKeys(key=here / keys.key.expanduser(), known=here / keys.known.expanduser()),
         }
     )
 

@@ -1,15 +1,16 @@
 """Checks a run's spec against the site's policy. Every objection names the line of both files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ficpd.deployment.run_spec import RunSpec, group_of
-from ficpd.deployment.site.config import SiteConfig, location
+from ficpd.deployment.site.config import Policy, SiteConfig, location
 from ficpd.errors import BackboneError, PolicyError, SiteError
 from ficpd.federation.client import LABELS
 from ficpd.interfaces import Backbone, Task
+from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.types import ClientData, Prompt
 
 
@@ -50,6 +51,8 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
         yield "privacy.delta", f"privacy.delta = {delta!r}", "policy.delta", f"policy.delta = {policy.delta:g}"
     if mechanism != "none" and (epsilon is None or epsilon > policy.epsilon):
         yield "privacy.epsilon", f"privacy.epsilon = {epsilon!r}", "policy.epsilon", f"at most {policy.epsilon:g}"
+    if mechanism == SHARED:
+        yield from _secure_sum_objections(experiment.privacy, policy, spec.schedule.cohort)
     counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
     personal, iterations, candidates = counts
     training, rounds = experiment.training, spec.schedule.num_rounds
@@ -88,6 +91,23 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
     elif differing := [key for key in {**asked, **config.task} if asked.get(key) != config.task.get(key)]:
         key = sorted(differing)[0]
         yield f"{prefix}task.{key}", f"task.{key} = {asked.get(key)!r}", f"task.{key}", f"{config.task.get(key)!r}"
+
+
+def _secure_sum_objections(
+    privacy: Mapping[str, Any], policy: Policy, cohort: int
+) -> Iterator[tuple[str, str, str, str]]:  # fmt: skip
+    """Objects to noise that depends on this site's records, and to sums that too few sites could open."""
+    if privacy.get("least_records") is None:
+        yield (
+            "privacy.least_records",
+            "privacy.least_records is open",
+            "policy.epsilon",
+            "sites share noise by a number",
+        )
+    given = privacy.get("max_colluding")
+    if (colluding := cohort // 3 if given is None else given) < policy.least_colluding:
+        allowed = f"at least {policy.least_colluding}"
+        yield "privacy.max_colluding", f"privacy.max_colluding = {colluding}", "policy.least_colluding", allowed
 
 
 def max_virtual_tokens(config: SiteConfig, backbone: Backbone) -> int:

@@ -22,6 +22,7 @@ from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.exact import verify_rows
+from ficpd.deployment.site.signing import member_of
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.evaluation.evaluate import predictions_of, score_prompt
@@ -31,6 +32,7 @@ from ficpd.federation.codec import SiteRequest
 from ficpd.federation.execution import execute_assignment, local_model, restore_update
 from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.privacy_plan import build_mechanism, privacy_config_for
+from ficpd.federation.secure_sum import PHASES, VECTOR, terms
 from ficpd.interfaces import Mechanism, ReleaseKind, Task
 from ficpd.methods.shared.readouts import assigned_readout
 from ficpd.privacy import accountant
@@ -51,9 +53,10 @@ class SpecMissingError(Exception):
 
 @dataclass
 class Run:
-    """A run of this site: its spec, its method, and this site as its client."""
+    """A run of this site: its spec and the spec's bytes, its method, and this site as its client."""
 
     spec: RunSpec
+    body: bytes
     method: Method
     client: Client
     participations: int
@@ -105,13 +108,19 @@ class Site:
             raise CodecError(f"the call is {call.what!r}, expected hello, train or evaluate")
         with self.turn:
             began = time.perf_counter()
-            assignment = codec.decode_assignment(call.assignment, self.model.backbone.fingerprint)
+            message = codec.decode_assignment(call.assignment, self.model.backbone.fingerprint)
+            order = terms.decode_order(message, self.model.backbone.fingerprint) if message.method == VECTOR else None
+            assignment = order.assignment if order else message
             run = self._run(call, assignment)
+            if message.method in PHASES and order is None:
+                _check_round(message, run.spec)
+                found = terms.answer(run.method.name, run.client, message)
+                return codec.encode_assignment(found, self.model.backbone.fingerprint)
             validate_assignment(assignment, run.method, run.client.start, run.spec.schedule.num_rounds)
             if call.what == "evaluate":
                 return self._evaluated(call.run, run, assignment)
             try:
-                return self._trained(call.run, run, assignment, began)
+                return self._trained(call.run, run, assignment, began, order)
             finally:
                 self._forget_unpaid(call.run, run)
 
@@ -124,9 +133,13 @@ class Site:
             with suppress(OSError):
                 self._run_folder(name).rmdir()
 
-    def _trained(self, name: str, run: Run, assignment: Assignment, began: float) -> bytes:
-        account = run.client.account
+    def _trained(
+        self, name: str, run: Run, assignment: Assignment, began: float, order: "terms.VectorOrder | None"
+    ) -> bytes:
+        account, stored = run.client.account, self._run_folder(name) / "spec"
         assert account is not None
+        if not stored.exists():
+            atomic_write(stored, run.body)
         again = account.stored_update(assignment.round, assignment.method) is not None
         if not again:
             _check_round(assignment, run.spec)
@@ -135,14 +148,13 @@ class Site:
                 f"{self.config.name} has executed {done} assignments of this run, all that its spec plans; nothing was "
                 "spent on this one. Start a new run for more rounds"
             )
-        update = run_queries(self.model, execute_assignment(run.method, run.client, assignment))
-        body = codec.encode_update(update, assignment.round, self.model.backbone.fingerprint)
+        release = terms.releasing(run.client, order) if order else None
+        update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
+        encode = terms.encode_vector if order else codec.encode_update
+        body = encode(update, assignment.round, self.model.backbone.fingerprint)
         self._witness()
-        spent = (
-            f"epsilon {account.epsilon():.3g} of {self.config.policy.epsilon:g}"
-            if account.spent()
-            else "no epsilon spent"
-        )
+        of = f"epsilon {account.epsilon():.3g} of {self.config.policy.epsilon:g}"
+        spent = of if account.spent() else "no epsilon spent"
         how = "again, from store" if again else f"{time.perf_counter() - began:.1f} s"
         self.say(f"run {name[:8]} round {assignment.round} {assignment.method}: {len(body)} bytes, {how}; {spent}")
         return body
@@ -200,7 +212,6 @@ class Site:
         spec = run_spec.decode(body, self.config.policy.methods)
         run = self._start(call.run, spec, None if stored.exists() else assignment, body)
         if not stored.exists():
-            atomic_write(stored, body)
             self.say(f"run {call.run[:8]}: takes part in {spec.experiment.name}, up to {run.participations} rounds")
         self.runs = dict(list(self.runs.items())[-MAX_LOADED_RUNS + 1 :]) | {call.run: run}
         return run
@@ -218,11 +229,12 @@ class Site:
         policy.check(config, *self.own, spec, self.model.backbone)
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
-        method.adapt_to([self.task], self.model.backbone)
+        method.adapt_to(spec.tasks([self.task]), self.model.backbone)
         if self.model.exact:
             self.say(f"{config.name}: {verify_rows(self.model, self.task, spec.start)}")
         if first is not None:
-            validate_assignment(first, method, spec.start, spec.schedule.num_rounds)
+            if first.method not in PHASES:
+                validate_assignment(first, method, spec.start, spec.schedule.num_rounds)
             _check_round(first, spec)
             self._check_refusals(body)
         plan = spec.plan(config.name, count_units(self.shard.train), method)
@@ -241,14 +253,14 @@ class Site:
         pending = mechanism.planned_costs() if central and not account.num_assignments() else ()
         client = Client(
             self.card, self.shard.train, self.shard.test, self.task, self.model.backbone, mechanism, compression,
-            spec.start, self.seed, account, pending,
+            spec.start, self.seed, account, pending, member=member_of(config, name, spec, mechanism),
         )  # fmt: skip
         if (newest := account.last_round(method.name)) and (stored := account.stored_update(newest, method.name)):
             with suppress(PolicyError):  # the stored assignment failed
                 restore_update(client, stored)
         participations = spec.schedule.num_rounds if central else plan.participations
         scored = self._run_folder(name) / SCORED
-        return Run(spec, method, client, participations, int(scored.read_text()) if scored.exists() else 0)
+        return Run(spec, body, method, client, participations, int(scored.read_text()) if scored.exists() else 0)
 
     def _mechanism(self, spec: RunSpec, method: Method, plan: Any) -> Mechanism:
         """Builds the recipe's mechanism, with cryptographic noise unless this is a simulation."""
@@ -355,7 +367,8 @@ class Site:
 
 
 def _check_round(assignment: Assignment, spec: RunSpec) -> None:
-    if assignment.round > (last := spec.schedule.num_rounds):
+    last = spec.schedule.num_rounds
+    if type(assignment.round) is not int or not 1 <= assignment.round <= last:
         raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
 
 

@@ -23,8 +23,9 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, PrivacyError
 from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
 from ficpd.evaluation.audit.report import LowerBound
-from ficpd.federation.client import Client, execute_assignment
+from ficpd.federation.client import Client
 from ficpd.federation.compression import none
+from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import Capabilities, Method
 from ficpd.interfaces import ClientContext, Mechanism, Model, ReleaseKind
 from ficpd.privacy import accountant

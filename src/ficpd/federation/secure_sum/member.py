@@ -64,6 +64,10 @@ class Member:
         self.invited, self.allowed = invited, allowed
         self._round: _Round | None = None
 
+    def has_keys(self, round: int) -> bool:
+        """Whether this client has made keys for a round, and still holds them."""
+        return self._round is not None and self._round.number == round
+
     def advertise(self, round: int) -> Advert:
         """Returns this client's signed keys. Raises `PolicyError` for an old round, or sites without a known key."""
         invited = self.invited(round)

@@ -62,12 +62,17 @@ def decode_order(message: Assignment, backbone: str) -> VectorOrder:
     return VectorOrder(assignment, parts, sizes, _texts(shares, "shares"))
 
 
-def answer(client: Client, message: Assignment) -> Assignment:
-    """Answers a message other than `VECTOR`. Raises `PolicyError` or `CodecError`; no record is read."""
+def answer(method: str, client: Client, message: Assignment) -> Assignment:
+    """Answers a message other than `VECTOR`. Raises `PolicyError` or `CodecError`; no record is read.
+
+    `method`: the name that the ledger knows the run's assignments by.
+    """
     member, round, facts = client.member, message.round, message.facts
     if member is None or not client.mechanism.summed:
         raise PolicyError(f"{client.name} takes part in no secure sum (privacy.name = 'shared_gaussian')")
     if message.method == KEYS:
+        if client.account and client.account.last_round(method) >= round and not member.has_keys(round):
+            raise PolicyError(f"{client.name} has released round {round} already. Send the next round")
         return _reply(message, advert=dict(member.advertise(round)))
     if message.method == SHARES:
         return _reply(message, shares=member.share(round, _adverts(facts.get("adverts"))))
