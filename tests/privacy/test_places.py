@@ -8,7 +8,10 @@ import ficpd
 
 SOURCE = Path(ficpd.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
-CALLS = {"add_gaussian", "make_gaussian", "gaussian_measurement", "clipped_sum", "clip_query", "rescale"}
+CALLS = {
+    "add_gaussian", "add_discrete_gaussian", "make_gaussian", "gaussian_measurement", "discrete_gaussian_measurement",
+    "clipped_sum", "clip_query", "rescale",
+}  # fmt: skip
 DRAWS = {"randn", "randn_like", "normal", "normal_"}
 """Calls that draw Gaussian numbers: inside `privacy/` they are noise."""
 

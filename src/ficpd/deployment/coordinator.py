@@ -224,7 +224,7 @@ def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> PrivacyReport:
         epsilon=privacy.get("epsilon"),
         delta=privacy["delta"],
         noise_multiplier=None if multiplier is None else (multiplier, multiplier),
-        noise="each site's own",
+        noise="shared by the sites" if summed else "each site's own",
         at_most=True,
     )
 

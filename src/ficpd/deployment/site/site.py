@@ -100,22 +100,20 @@ class Site:
         """Answers a call. Raises `SpecMissingError`, or errors that `public_error` makes safe to send."""
         call = codec.decode_call(body)
         if call.what == "hello":
-            card = self.card
-            known = {"name": card.name, "card": dict(card.metadata), "version": __version__}
-            known["rehearsal"] = self.config.simulation is not None
+            card, rehearsal = self.card, self.config.simulation is not None
+            known = {"name": card.name, "card": dict(card.metadata), "version": __version__, "rehearsal": rehearsal}
             return json.dumps({**known, "backbone": self.model.backbone.fingerprint}).encode()
         if call.what not in ("train", "evaluate"):
             raise CodecError(f"the call is {call.what!r}, expected hello, train or evaluate")
         with self.turn:
-            began = time.perf_counter()
-            message = codec.decode_assignment(call.assignment, self.model.backbone.fingerprint)
-            order = terms.decode_order(message, self.model.backbone.fingerprint) if message.method == VECTOR else None
+            began, fingerprint = time.perf_counter(), self.model.backbone.fingerprint
+            message = codec.decode_assignment(call.assignment, fingerprint)
+            order = terms.decode_order(message, fingerprint) if message.method == VECTOR else None
             assignment = order.assignment if order else message
             run = self._run(call, assignment)
             if message.method in PHASES and order is None:
                 _check_round(message, run.spec)
-                found = terms.answer(run.method.name, run.client, message)
-                return codec.encode_assignment(found, self.model.backbone.fingerprint)
+                return codec.encode_assignment(terms.answer(run.method.name, run.client, message), fingerprint)
             validate_assignment(assignment, run.method, run.client.start, run.spec.schedule.num_rounds)
             if call.what == "evaluate":
                 return self._evaluated(call.run, run, assignment)
@@ -150,8 +148,8 @@ class Site:
             )
         release = terms.releasing(run.client, order) if order else None
         update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
-        encode = terms.encode_vector if order else codec.encode_update
-        body = encode(update, assignment.round, self.model.backbone.fingerprint)
+        encoded = terms.encode_vector if order else codec.encode_update
+        body = encoded(update, assignment.round, self.model.backbone.fingerprint)
         self._witness()
         of = f"epsilon {account.epsilon():.3g} of {self.config.policy.epsilon:g}"
         spent = of if account.spent() else "no epsilon spent"
