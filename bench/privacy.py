@@ -1,9 +1,10 @@
 """What a guarantee costs: accuracy by ε at record and client level, bytes by compression. MiniLM, three seeds.
 
-python bench/privacy.py record|client|bytes [--seeds 0 1 2] [--data FOLDER]
+python bench/privacy.py record|client|bytes|shared [--seeds 0 1 2] [--data FOLDER]
 
 `record`: polarity and medical abstracts, 10 sites, ε in {none, 8, 4, 2, 1}. `client`: the same ε for whole clients, local
-and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. Polarity is built in; the abstracts
+and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. `shared`: the quick start's forty
+sites at ε = 2, each with its own noise, with noise that they share, and without. Polarity is built in; the abstracts
 (CC BY-SA 3.0, see bench/README.md) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
 A cell of a seed that the result file has already, in the same setting, is not run again; delete the file to begin anew.
 """
@@ -19,9 +20,9 @@ from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.initialization import calibrate_clipping_and_compression
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import no_progress, run_method
+from ficpd.experiments.runner import no_progress, run, run_method
 from ficpd.registry import validated_section
-from measure import Cells, of_everyone, parse
+from measure import Cells, of_everyone, parse, read
 
 POLARITY = """
 [backbone]
@@ -205,8 +206,29 @@ def travelling(args: argparse.Namespace) -> None:
                 cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, context, privacy, form, **training))
 
 
+SHARED_ROUNDS = 10
+
+
+def shared(args: argparse.Namespace) -> None:
+    """Forty sites of the quick start at ε = 2: each site's own noise, and noise that they share in a secure sum."""
+    setting = f"the quick start, its own 5 rounds, and {SHARED_ROUNDS} rounds with class totals"
+    longer = ("method.class_totals=true", f"federation.num_rounds={SHARED_ROUNDS}")
+    cells = Cells("privacy_shared", setting)
+    for seed in args.seeds:
+        for name in ("shared_gaussian", "record_gaussian", "none"):
+            privacy = [f"privacy.name={name}", *(["privacy.epsilon=2.0"] if name != "none" else [])]
+            for rounds, more in (("quick start", ()), (f"{SHARED_ROUNDS} rounds", longer)):
+                cells.add(f"{name}, {rounds}", seed, partial(quickstart, [f"seed={seed}", *privacy, *more]))
+
+
+def quickstart(changes: list[str]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(read("quickstart", ["baselines=[]", *changes]), Path(folder) / "run")
+    return figures(result) | {"own test": 100 * result.scores.per_client_mean["accuracy"]}
+
+
 ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")
-PARTS = {"record": record, "client": client, "bytes": travelling}
+PARTS = {"record": record, "client": client, "bytes": travelling, "shared": shared}
 
 
 def main() -> None:

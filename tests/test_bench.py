@@ -195,6 +195,12 @@ def test_privacy(bench, sets):
     assert "subspace 64, 32 bit, epsilon 2.0" in bench.rows("privacy_bytes")
 
 
+def test_privacy_shared(bench):
+    changes = (TINY, ONE_ROUND, "partition.num_clients=4", "data.max_records=200")
+    bench.run("privacy", "shared --seeds 0", changes=changes)
+    assert "shared_gaussian, quick start" in bench.rows("privacy_shared")
+
+
 def test_privacy_cost(bench):
     bench.run("privacy_cost", changes=(TINY, "data.max_records=1300"))
     assert len(bench.found("privacy_cost")["seconds per order, median"]) == 4
