@@ -1,7 +1,7 @@
 """Builds the parts of a run: method, schedule, noise scale, cluster report and library."""
 
 from collections.abc import Mapping
-from math import ceil, floor, isfinite, log10, prod
+from math import ceil, floor, isfinite, log10
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +114,8 @@ def with_noise_scale(
     noise = None if unit_of(privacy) == "record" else plan.expected_noise_norm_sq(size)
     facts = {**state.facts, "noise": noise, "noise_of_sum": of_sum}
     if plan.secure and (totals := method.update_spec(state).get(CLASSES)):
-        facts[NOISE_OF_TOTALS] = plan.secure.noise_variance(CLASSES, prod(totals), len(context.shards))
+        numbers = zero_update({CLASSES: totals})[CLASSES].numel()
+        facts[NOISE_OF_TOTALS] = plan.secure.noise_variance(CLASSES, numbers, len(context.shards))
     return State(state.arrays, facts)
 
 

@@ -87,7 +87,7 @@ def decrypt(key: bytes, content: bytes) -> bytes | None:
 
 def split(secret: bytes, threshold: int, number: int) -> list[bytes]:
     """Splits `SECRET` bytes into shares 1 to `number`, each of `SECRET` bytes. Any `threshold` of them restore it."""
-    halves = (Shamir.split(threshold, number, secret[at : at + HALF]) for at in (0, HALF))
+    halves = (Shamir.split(threshold, number, secret[at : at + HALF], False) for at in (0, HALF))
     return [left + right for (_, left), (_, right) in zip(*halves, strict=True)]
 
 
@@ -95,7 +95,7 @@ def combine(shares: Mapping[int, bytes], threshold: int, is_right: Callable[[byt
     """Restores a secret from shares by number, some of which may be wrong; None if no `TRIES` sets of them do."""
     for chosen in islice(combinations(sorted(shares), threshold), TRIES):
         halves = ([(number, shares[number][at : at + HALF]) for number in chosen] for at in (0, HALF))
-        secret = b"".join(Shamir.combine(half) for half in halves)
+        secret = b"".join(Shamir.combine(half, False) for half in halves)
         if is_right(secret):
             return secret
     return None

@@ -129,7 +129,7 @@ class SecureSum:
         numbers = len(self.groups) * sum(sizes.values())
         vectors = talk.vectors({n: ({"assignment": inner[n]}, given[n]) for n in senders}, numbers, allowed.least)
         survivors = sorted(vectors)
-        summed = np.sum([vectors[n] for n in survivors], axis=0, dtype=np.uint64)
+        summed = np.stack([vectors[n] for n in survivors]).sum(0, dtype=np.uint64)
         if not self.masked:
             return summed, survivors
         consents = talk.texts(CONSENT, {n: {"survivors": survivors} for n in survivors}, "consent", allowed.least)
@@ -152,7 +152,7 @@ class _Talk:
         """Returns the fact `wanted` of each reply: hexadecimal texts by name, with `keys` (empty: with any)."""
         found, needed = {}, set(keys)
         for name, reply in self._ask(phase, {name: ({}, given) for name, given in facts.items()}):
-            given = reply.facts.get(wanted)
+            given: Any = reply.facts.get(wanted)
             if _are_hex(given) and needed in (set(), given.keys()):
                 found[name] = given
             else:

@@ -46,7 +46,8 @@ def own_part(client: str, parts: Sequence[str]) -> str:
 def decode_order(message: Assignment, backbone: str) -> VectorOrder:
     """Decodes a `VECTOR` message. Raises `CodecError` for an invalid one."""
     facts, inner = message.facts, message.arrays.get("assignment")
-    parts, sizes, shares = (facts.get(name) for name in ("parts", "sizes", "shares"))
+    given: list[Any] = [facts.get(name) for name in ("parts", "sizes", "shares")]
+    parts, sizes, shares = given
     if inner is None or inner.dtype != torch.uint8 or inner.dim() != 1:
         raise CodecError("a request for a term has no assignment. Send the round's assignment with it")
     texts = isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts)
