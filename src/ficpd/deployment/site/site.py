@@ -134,12 +134,11 @@ class Site:
     def _trained(
         self, name: str, run: Run, assignment: Assignment, began: float, order: "terms.VectorOrder | None"
     ) -> bytes:
-        account, stored = run.client.account, self._run_folder(name) / "spec"
+        account = run.client.account
         assert account is not None
-        if not stored.exists():
+        if not (stored := self._run_folder(name) / "spec").exists():
             atomic_write(stored, run.body)
-        again = account.stored_update(assignment.round, assignment.method) is not None
-        if not again:
+        if not (again := account.stored_update(assignment.round, assignment.method) is not None):
             _check_round(assignment, run.spec)
         if not again and (done := account.num_assignments()) >= run.participations:
             raise PolicyError(
@@ -148,8 +147,8 @@ class Site:
             )
         release = terms.releasing(run.client, order) if order else None
         update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
-        encoded = terms.encode_vector if order else codec.encode_update
-        body = encoded(update, assignment.round, self.model.backbone.fingerprint)
+        encode = terms.encode_vector if order else codec.encode_update
+        body = encode(update, assignment.round, self.model.backbone.fingerprint)
         self._witness()
         of = f"epsilon {account.epsilon():.3g} of {self.config.policy.epsilon:g}"
         spent = of if account.spent() else "no epsilon spent"
