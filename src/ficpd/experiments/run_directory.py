@@ -15,7 +15,6 @@ baselines/NAME/   the same for each baseline
 """
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ficpd import storage
@@ -36,42 +36,10 @@ from ficpd.privacy.ledger import Account
 from ficpd.storage import atomic_write
 from ficpd.types import State
 
-SITES = "sites.json"
+SITES, LOCK = "sites.json", ".lock"
 KEPT = "kept:"
 ROUNDS = "rounds:"
 """The array of a checkpoint that holds the rounds as JSON bytes, because headers are limited to 100 MB."""
-
-
-def _lock(folder: Path) -> int | None:
-    """Creates the folder and locks it until the returned descriptor is closed; None if the system has no such lock.
-
-    Raises `RunError` if another process holds the lock.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:
-            return None
-        try:
-            number = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # deleted by a process that has just ended
-            continue
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(folder) and os.path.samestat(os.fstat(number), os.stat(folder)):
-                return number
-        except BlockingIOError:
-            os.close(number)
-            raise RunError(
-                f"another process is at work in {folder}; wait until it has ended, or choose another --out"
-            ) from None
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(number)
-            return None
-        os.close(number)
 
 
 class RunDir:
@@ -87,7 +55,7 @@ class RunDir:
         file = self.path / "experiment.toml"
         if file.exists() and not resume:
             raise RunError(f"{self.path} already holds a run. Go on with it (--resume), or choose another --out")
-        if not file.exists() and self.path.exists() and any(f.suffix != ".writing" for f in self.path.iterdir()):
+        if not file.exists() and not self.is_empty:
             raise RunError(f"{self.path} is not empty and holds no run. Choose another --out")
         if file.exists() and file.read_text() != experiment_toml:
             raise RunError(f"{file} is another experiment. Resume without changes, or choose another --out")
@@ -96,23 +64,33 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Locks the directory for this process; creates it, and deletes it if it stays empty.
 
-        Raises `RunError` if another process holds the lock. The lock is the system's and ends with the process. Systems
-        and network drives without such locks lock nothing.
+        Raises `RunError` if another process holds the lock. The lock is the system's and ends with the process.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, expected a directory. Choose another --out")
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        number = _lock(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process is at work in {self.path}; wait until it has ended, or choose another --out"
+            ) from None
         try:
             yield
         finally:
             with suppress(OSError):
+                (self.path / LOCK).unlink()
+            lock.release()
+            with suppress(OSError):  # one that is not empty stays
                 for folder in made:
-                    if any(folder.iterdir()):
-                        break
                     folder.rmdir()
-            if number is not None:
-                os.close(number)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing lies in the directory but its lock and files that were not finished."""
+        return not self.path.exists() or all(f.name == LOCK or f.suffix == ".writing" for f in self.path.iterdir())
 
     def write(self, name: str, content: str | bytes) -> Path:
         return atomic_write(self.path / name, content)

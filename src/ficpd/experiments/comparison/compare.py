@@ -43,7 +43,7 @@ def compare(
     Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
     """
     with RunDir(out).lock():
-        if any(out.iterdir()) and not (out / "compare.toml").exists():
+        if not RunDir(out).is_empty and not (out / "compare.toml").exists():
             raise RunError(f"{out} is not empty and holds no comparison; choose another --out")
         names = run_keys(out, plan.cells)
         missing = _missing(plan, out, names)
