@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ficpd.experiments.build import build_context
-from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.runner import run
 from measure import read, save, spread
 
@@ -19,7 +19,7 @@ def one(recipe: str, seed: int) -> dict[str, dict[str, float]]:
     experiment = read(recipe, [f"seed={seed}"])
     with tempfile.TemporaryDirectory() as folder:
         run(experiment, Path(folder) / "run")
-        found = load_results(Path(folder) / "run")
+        found = FinishedRun.load(Path(folder) / "run").results
     main = "rmse" if experiment.all_groups[""].task["name"] == "regression" else "accuracy"
     figures = {
         r.label: {

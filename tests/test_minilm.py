@@ -3,7 +3,7 @@
 import pytest
 
 from ficpd.experiments.audit import audit_run
-from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.results import RunResult
 
 pytestmark = pytest.mark.slow
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_tuning_beats_zero_shot(minilm_run):
     """A short run of the centralised line gains at least three points on everyone's test records."""
-    accuracy = {r.label: r.scores.global_prompt["accuracy"] for r in load_results(minilm_run)}
+    accuracy = {r.label: r.scores.global_prompt["accuracy"] for r in FinishedRun.load(minilm_run).results}
     assert accuracy["centralized, no privacy"] >= accuracy["zero_shot"] + 0.03
 
 

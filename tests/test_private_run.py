@@ -11,7 +11,7 @@ import torch
 import small
 from ficpd.errors import LedgerError, PrivacyError, RunError
 from ficpd.experiments.build import build_context
-from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.privacy_plan import LEDGER, private_seed, public_seed
 from ficpd.methods import ficpd
@@ -81,7 +81,7 @@ def test_a_private_run_sends_64_numbers_a_round_and_says_so(tmp_path):
     result = small.run(tmp_path, "fedavg", *OPEN, 'baselines=["fedavg:none"]')
     assert (result.compression["name"], result.compression["dimension"]) == ("subspace", 64)
     assert result.bytes.up_per_client_round < 64 * 4 + 100
-    _, free, own = load_results(tmp_path / "run")
+    _, free, own = FinishedRun.load(tmp_path / "run").results
     assert (free.compression["name"], own.compression["name"]) == ("none", "subspace")
     assert "dimension" in small.page(tmp_path)
 
@@ -307,7 +307,7 @@ def test_private_and_compressed(tmp_path, name, bits):
 
 def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     small.run(tmp_path, "fedavg", *TWO, 'baselines=["local", "fedavg:none"]')
-    found = {row.label: row.privacy for row in load_results(tmp_path / "run")}
+    found = {row.label: row.privacy for row in FinishedRun.load(tmp_path / "run").results}
     assert found.keys() == {"zero_shot", "local", "fedavg, no privacy", "fedavg"}
     assert found["fedavg, no privacy"].epsilon is None
     assert found["local"].epsilon == 0

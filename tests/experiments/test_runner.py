@@ -21,9 +21,9 @@ from ficpd.backbones import query_engine
 from ficpd.errors import ConfigError, DataError, RunError
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.report.build import page_of
-from ficpd.experiments.report.summary import load_results
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import ROUNDS, RunDir
 from ficpd.experiments.runner import run as run_experiment
@@ -131,7 +131,7 @@ def test_every_round_has_its_line_and_bytes_add_up(finished):
 
 def test_the_report_has_a_row_for_each_method(finished):
     names = ["zero_shot", "local", "centralized", "ficpd"]
-    assert [result.method for result in load_results(finished / "run")] == names
+    assert [result.method for result in FinishedRun.load(finished / "run").results] == names
     (methods,) = [section for section in page_of(finished / "run").sections if section.id == "methods"]
     (table,) = [block for block in methods.blocks if isinstance(block, Table)]
     assert [line[0] for line in table.cells] == names

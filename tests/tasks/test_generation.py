@@ -21,7 +21,7 @@ from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.experiments.config import parse
-from ficpd.experiments.report.summary import load_results
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.runner import run
 from ficpd.library.session import load_library
 from ficpd.tasks import generation
@@ -392,7 +392,7 @@ def test_smollm2_learns_to_write_in_a_federation(tmp_path):
     training = "local_steps = 4\nbatch_size = 8"
     experiment = parse(toml("smollm2", file, "In one sentence:", 3, 10, training), "things.toml")
     run(experiment, tmp_path / "run")
-    bleu = {row.label: row.scores.global_prompt["bleu"] for row in load_results(tmp_path / "run")}
+    bleu = {row.label: row.scores.global_prompt["bleu"] for row in FinishedRun.load(tmp_path / "run").results}
     assert bleu["fedavg"] > bleu["zero_shot"] + 20
     opened = load_library(tmp_path / "run")
     records = [Record(f"row {i}", line) for i, line in enumerate(lines[::8])]

@@ -27,8 +27,9 @@ def run(
     """
     from ficpd.experiments import config as experiments
     from ficpd.experiments.api import default_directory
+    from ficpd.experiments.finished import FinishedRun
     from ficpd.experiments.report.build import PAGE
-    from ficpd.experiments.report.summary import format_noise_multipliers, load_results, results_table, verdict
+    from ficpd.experiments.report.summary import format_noise_multipliers, results_table
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
 
@@ -54,14 +55,14 @@ def run(
     except KeyboardInterrupt:
         errors.print("stopped; `--resume` continues after the last finished round")
         raise typer.Exit(130) from None
-    results = load_results(out)
-    print_table(*results_table(results))
-    privacy = results[-1].privacy
+    finished = FinishedRun.load(out)
+    print_table(*results_table(finished.results))
+    privacy = finished.result.privacy
     if privacy.lines:
         typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
-    screen.print(f"\n[bold]{escape(' '.join(verdict(results)))}[/]")
+    screen.print(f"\n[bold]{escape(finished.verdict)}[/]")
 
 
 def report(

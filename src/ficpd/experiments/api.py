@@ -12,48 +12,10 @@ from ficpd.experiments.comparison.grid import read_plan
 from ficpd.experiments.comparison.schema import ComparisonResult
 from ficpd.experiments.comparison.workers import Event
 from ficpd.experiments.config import Experiment, parse, read, to_toml
-from ficpd.experiments.report.summary import load_results, verdict
-from ficpd.experiments.results import RunResult
+from ficpd.experiments.finished import FinishedRun
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run and its result. `baselines`: the results of its baselines, zero-shot first."""
-
-    directory: Path
-    result: RunResult = field(repr=False)
-    baselines: Sequence[RunResult] = field(repr=False)
-
-    @property
-    def verdict(self) -> str:
-        """Whether joining pays: the run's method against what a client has without the others."""
-        return " ".join(verdict([*self.baselines, self.result]))
-
-    def to_frame(self) -> "DataFrame":
-        """Makes a table with one line per method, the run's method last.
-
-        Columns of each metric: `global` (one prompt on all test records), `own` (each client's prompt on its test records,
-        mean over clients) and `worst` (the worst client).
-        """
-        import pandas as pd
-
-        lines = []
-        for result in (*self.baselines, self.result):
-            found = result.scores
-            scores = {
-                "global": found.global_prompt or {},
-                "own": found.per_client_mean,
-                "worst": found.per_client_worst,
-            }
-            lines.append({
-                "method": result.label, "privacy": result.privacy.guarantee, "epsilon": result.privacy.epsilon,
-                **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
-                "bytes_up": result.bytes.up_per_client_round, "seconds": result.seconds.total,
-            })  # fmt: skip
-        return pd.DataFrame(lines).set_index("method")
 
 
 @dataclass(frozen=True)
@@ -97,8 +59,7 @@ def run(
         raise ConfigError('engine.name = "flower": real sites are not simulated. Start the run with `ficpd run`')
     directory = Path(out) if out else default_directory(experiment)
     runner.run(experiment, directory, resume, progress or runner.no_progress)
-    *baselines, result = load_results(directory)
-    return FinishedRun(directory, result, baselines)
+    return FinishedRun.load(directory)
 
 
 def default_directory(experiment: Experiment) -> Path:

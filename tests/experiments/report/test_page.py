@@ -15,11 +15,11 @@ import small
 from ficpd.cli import app
 from ficpd.errors import RunError
 from ficpd.experiments.comparison.schema import ComparisonResult
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Figure, Page, Section, Table, Text
 from ficpd.experiments.report.build import page_of, write_page, write_tables
 from ficpd.experiments.report.comparison import headline
-from ficpd.experiments.report.load import opened
 from ficpd.experiments.report.summary import results_table
 
 LIMIT = 6_000_000
@@ -95,7 +95,7 @@ def test_the_first_screen_says_whether_joining_pays(folder):
 
 
 def test_the_table_has_the_numbers_of_the_screen(folder):
-    run = opened(folder)
+    run = FinishedRun.load(folder)
     heads, cells = results_table(run.results)
     shown = next(t for t in tables_of(page_of(folder)) if t.heads == heads)
     assert shown.cells == cells

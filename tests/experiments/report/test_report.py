@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import small
 from ficpd.cli import app
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report.build import page_of, run_csv, write_page
-from ficpd.experiments.report.load import opened
-from ficpd.experiments.report.summary import load_results, results_table
+from ficpd.experiments.report.summary import results_table
 from ficpd.experiments.results import RunResult
 
 OWN = "[method]\nname = 'fedavg'\n[method.robust]\nrule = 'trimmed_mean'\nnum_byzantine = 2\n"
@@ -36,7 +36,7 @@ def left(folder: Path, recipe: str) -> Path:
 
 def shown(folder: Path) -> dict[str, str]:
     """Label to the figure of the mean client, as the table has it."""
-    return {line[0]: line[3] for line in results_table(load_results(folder))[1]}
+    return {line[0]: line[3] for line in results_table(FinishedRun.load(folder).results)[1]}
 
 
 @pytest.mark.parametrize("recipe", [OWN, "", "[method]\nname = 'fedavg'\nof_another_version = 1\n"])
@@ -55,12 +55,12 @@ def test_a_baseline_that_is_the_run_once_more_is_left_out(tmp_path):
 
 def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     folder = left(tmp_path / "run", OWN)
-    run, labels = opened(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
+    run, labels = FinishedRun.load(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
     assert list(pd.read_csv(io.StringIO(run_csv(run)))["method"]) == labels
     assert [line[0] for line in results_table(run.results)[1]] == labels
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
     assert list(run.places) == ["fedavg", *labels[:-1]]
-    assert run.results[run.place] is run.own
+    assert run.results[-1] is run.result
     assert page_of(folder).headline == "Joining pays 5.0 points over alone."
     assert OTHER in write_page(folder).read_text()
 
@@ -68,7 +68,7 @@ def test_the_page_and_its_tables_tell_them_apart(tmp_path):
 def test_a_run_of_local_alone_is_not_compared_with_itself(tmp_path):
     folder = tmp_path / "run"
     made_up.write_result(folder, made_up.result("local", ["a", "b"], 0.8, 0.0))
-    assert opened(folder).alone is None
+    assert FinishedRun.load(folder).alone is None
 
 
 def test_a_run_shows_its_own_settings_figures(tmp_path):
@@ -79,7 +79,7 @@ def test_a_run_shows_its_own_settings_figures(tmp_path):
     changes = ["-s", "method.robust={rule='norm_bound',max_norm=1e-6}", "-s", "baselines=['fedavg','fedavg:none']"]
     done = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
-    results = load_results(tmp_path / "run")
+    results = FinishedRun.load(tmp_path / "run").results
     assert [result.label for result in results] == ["zero_shot", OTHER, "fedavg, no privacy", "fedavg"]
     assert results[-1] == RunResult.load(tmp_path / "run")
     assert [bool(result.excluded_updates) for result in results[1:]] == [False, True, True]

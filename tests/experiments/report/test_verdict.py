@@ -2,7 +2,8 @@ import made_up
 import pytest
 
 import small
-from ficpd.experiments.report.summary import load_results, verdict, worse_off
+from ficpd.experiments.finished import FinishedRun
+from ficpd.experiments.report.summary import verdict, worse_off
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import run as run_experiment
@@ -54,7 +55,7 @@ def test_a_client_is_worse_off_beyond_one_standard_error_of_its_own_score():
 
 def test_the_standard_baselines_stand_beside_where_they_fit(tmp_path):
     small.run(tmp_path / "a", "fedavg", "baselines=auto", rounds=1)
-    found = load_results(tmp_path / "a" / "run")
+    found = FinishedRun.load(tmp_path / "a" / "run").results
     assert {one.method for one in found} == {"zero_shot", "local", "linear_probe", "fedavg"}
     assert RunDir(tmp_path / "a" / "run").resolved(small.experiment(tmp_path / "b")).baselines == (
         "local",
@@ -64,6 +65,10 @@ def test_the_standard_baselines_stand_beside_where_they_fit(tmp_path):
     given = small.experiment(tmp_path / "c", "fedavg", "baselines=auto", small.NUMBERS, rounds=1)
     small.numbered(tmp_path / "c" / "records.csv")
     run_experiment(given, tmp_path / "c" / "run")
-    assert {one.method for one in load_results(tmp_path / "c" / "run")} == {"zero_shot", "local", "fedavg"}
+    assert {one.method for one in FinishedRun.load(tmp_path / "c" / "run").results} == {"zero_shot", "local", "fedavg"}
     small.run(tmp_path / "d", "local", "baselines=auto", rounds=1)
-    assert {one.method for one in load_results(tmp_path / "d" / "run")} == {"zero_shot", "linear_probe", "local"}
+    assert {one.method for one in FinishedRun.load(tmp_path / "d" / "run").results} == {
+        "zero_shot",
+        "linear_probe",
+        "local",
+    }

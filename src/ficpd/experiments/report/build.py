@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import clients, comparison, library, overview, privacy
 from ficpd.experiments.report.blocks import Page, Section, Table
 from ficpd.experiments.report.comparison_tables import cells_csv, overviews
-from ficpd.experiments.report.load import Finished, opened
 from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
 from ficpd.experiments.report.table_formats import as_latex, safe_csv
@@ -29,11 +29,11 @@ def page_of(directory: Path) -> Page:
         text = directory / "compare.toml"
         tree = ComparisonResult.load(directory)
         return of_comparison(tree, text.read_text(encoding="utf-8") if text.exists() else "")
-    return of_run(opened(directory))
+    return of_run(FinishedRun.load(directory))
 
 
-def of_run(run: Finished) -> Page:
-    own = run.own
+def of_run(run: FinishedRun) -> Page:
+    own = run.result
     return Page(
         f"{own.method} on {own.backbone.name}: {own.task}",
         overview.headline(run),
@@ -87,7 +87,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
         tree = ComparisonResult.load(directory)
         text, drawn = cells_csv(tree), overviews(tree)
     else:
-        run = opened(directory)
+        run = FinishedRun.load(directory)
         text, drawn = run_csv(run), [Table("", *results_table(run.results))] if run.results else []
     if csv:
         found["csv"] = atomic_write(page.with_suffix(".csv"), text)
@@ -97,7 +97,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
     return found
 
 
-def run_csv(run: Finished) -> str:
+def run_csv(run: FinishedRun) -> str:
     """Formats the unrounded figures of a run, a line for each method; empty where it has no such figure."""
     return safe_csv([_line(run.main.name, result) for result in run.results])
 

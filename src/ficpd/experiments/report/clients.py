@@ -2,18 +2,18 @@
 
 from ficpd.evaluation.evaluate import client_mean
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Section, Table, Text
-from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import PERCENT, format_interval, format_number, format_score
 from ficpd.experiments.results import Gap, RunResult
 
 GAPS = {"accuracy": "accuracy", "demographic_parity": "demographic parity", "equalised_odds": "equalised odds"}
 
 
-def clients(run: Finished) -> Section | None:
-    if run.own.metrics is None:
-        return _shared_scores(run.own)
+def clients(run: FinishedRun) -> Section | None:
+    if run.result.metrics is None:
+        return _shared_scores(run.result)
     values = {r.label: own_scores(r, run.main) for r in run.results}
     said = "Each dot is a client's own test; the box holds the middle half. The stroke: the mean of the worst tenth."
     drawn = figures.spread("spread", "How clients differ", said, values, run.main, run.places)
@@ -36,13 +36,13 @@ def own_scores(result: RunResult, main: Metric) -> dict[str, float]:
     return {name: score[main.name] for name, score in result.scores.per_client.items() if main.name in score}
 
 
-def _worst_tenths(run: Finished) -> list[Table]:
+def _worst_tenths(run: FinishedRun) -> list[Table]:
     main, cells, marked, note = run.main, [], set(), "In brackets: 95 % intervals."
     for result in run.results:
         found = result.fairness.clients.get(main.name) if result.fairness else None
         if not found:
             continue
-        if result.label == run.own.label:
+        if result.label == run.result.label:
             marked.add(len(cells))
             note += " Of so few clients they are too narrow." if 1 < found.clients < 10 else ""
         cells.append([
@@ -51,7 +51,7 @@ def _worst_tenths(run: Finished) -> list[Table]:
             main.shown(found.worst), found.worst_client, main.shown(found.best),
             format_number(found.deviation, main),
         ])  # fmt: skip
-    worse = run.own.fairness.worse_off_than_local.get(main.name) if run.own.fairness else None
+    worse = run.result.fairness.worse_off_than_local.get(main.name) if run.result.fairness else None
     if worse:
         share = PERCENT.shown(worse.share) + " %" + format_interval(worse.interval, PERCENT)
         note += f" Worse off than alone: {len(worse.worse)} of {worse.clients} clients, {share}."
@@ -60,11 +60,11 @@ def _worst_tenths(run: Finished) -> list[Table]:
     return [table] if cells else []
 
 
-def _against_alone(run: Finished) -> list[Block]:
-    if not run.alone or run.own.method == "local":
+def _against_alone(run: FinishedRun) -> list[Block]:
+    if not run.alone or run.result.method == "local":
         return []
     main = run.main
-    xs, ys = own_scores(run.alone, main), own_scores(run.own, main)
+    xs, ys = own_scores(run.alone, main), own_scores(run.result, main)
     both = {name: (xs[name], ys[name]) for name in sorted(ys) if name in xs}
     if len(both) < 2:
         return []
@@ -75,18 +75,18 @@ def _against_alone(run: Finished) -> list[Block]:
         f"Each dot is a client. Those {where} the line are better off in the federation "
         f"than tuning a prompt alone: {better} of {len(both)}; {worse} are worse off, the rest as well off."
     )
-    return [figures.against("alone", "Together or alone", said, both, ("alone", run.own.label), main)]
+    return [figures.against("alone", "Together or alone", said, both, ("alone", run.result.label), main)]
 
 
 # ---------------------------------------------------------------- levels of a prompt, groups of people
 
 
-def levels(run: Finished) -> Section | None:
+def levels(run: FinishedRun) -> Section | None:
     """What each level of the prompts is worth at home and elsewhere, and to clients that took no part."""
-    found, unseen = run.own.personalization or {}, run.own.unseen_clients
+    found, unseen = run.result.personalization or {}, run.result.unseen_clients
     if len(found) < 2 and not unseen:
         return None
-    main, clusters = run.main, run.own.clusters
+    main, clusters = run.main, run.result.clusters
     blocks: list[Block] = []
     if len(found) > 1:
         elsewhere = "other clusters" if clusters and clusters.number > 1 else "other clients"
@@ -101,8 +101,8 @@ def levels(run: Finished) -> Section | None:
     return Section("levels", "Shared and personal prompts", blocks)
 
 
-def groups(run: Finished) -> Section | None:
-    fairness = run.own.fairness
+def groups(run: FinishedRun) -> Section | None:
+    fairness = run.result.fairness
     if fairness is None or fairness.column is None:
         return None
     blocks: list[Block] = [Text(

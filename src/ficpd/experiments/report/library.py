@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.evaluation.metrics import main_metric
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Examples, Figure, Section, Table, Text
-from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import format_score
 from ficpd.experiments.results import Distillation
 from ficpd.library.card import describe_shape
@@ -24,8 +24,8 @@ MOST_EXAMPLES = 40
 # ---------------------------------------------------------------- prototypes
 
 
-def prototypes(run: Finished) -> Section | None:
-    clusters, library = run.own.clusters, run.library
+def prototypes(run: FinishedRun) -> Section | None:
+    clusters, library = run.result.clusters, run.library
     if not clusters or library is None:
         return None
     members: dict[int, list[str]] = {}
@@ -42,7 +42,7 @@ def prototypes(run: Finished) -> Section | None:
     return Section("prototypes", "Prototypes and their clients", blocks)
 
 
-def _plane(run: Finished, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
+def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
     """Draws the prompts' offsets from the start, and those of clients that the server knows."""
     ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
@@ -80,7 +80,7 @@ def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[f
 # ---------------------------------------------------------------- the library
 
 
-def library(run: Finished) -> Section | None:
+def library(run: FinishedRun) -> Section | None:
     found = run.library
     if found is None or not found.prompts:
         return None
@@ -113,9 +113,9 @@ def most_similar(library: PromptLibrary, name: str) -> str:
 # ---------------------------------------------------------------- synthetic examples
 
 
-def examples(run: Finished) -> Section | None:
+def examples(run: FinishedRun) -> Section | None:
     """Shows a few synthetic examples of each label."""
-    file, facts = run.path / SYNTHETIC, run.own.distillation
+    file, facts = run.directory / SYNTHETIC, run.result.distillation
     lines = filters.load(file) if file.exists() else []
     if not lines and not facts:
         return None
@@ -127,10 +127,10 @@ def examples(run: Finished) -> Section | None:
     return Section("examples", "Synthetic examples", blocks)
 
 
-def _distilled(run: Finished, facts: Distillation) -> str:
+def _distilled(run: FinishedRun, facts: Distillation) -> str:
     made = "; ".join(f"{group}: {said}" for group, said in facts.examples.items())
     said = f"Written by {facts.writer}. {made[:1].upper()}{made[1:]}."
-    scores = run.own.metrics
+    scores = run.result.metrics
     if scores is None or not scores.distilled:
         return said
     main, outcome = (

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import (
     Block,
@@ -20,7 +21,6 @@ from ficpd.experiments.report.blocks import (
     TwoColumn,
     paired,
 )
-from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import results_table, verdict
 from ficpd.types import LORA
 
@@ -31,9 +31,9 @@ WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
 # ---------------------------------------------------------------- the first screen
 
 
-def headline(run: Finished) -> str:
+def headline(run: FinishedRun) -> str:
     """The verdict's first words; its figures follow in the lead."""
-    own = run.own
+    own = run.result
     if own.privacy.rehearsed:
         names = ", ".join(own.privacy.rehearsed)
         return f"REHEARSAL, nothing is protected: somebody knows the seed of the noise of {names}."
@@ -47,9 +47,9 @@ def with_unit(main: Metric, value: float) -> str:
     return main.shown(value) + main.unit
 
 
-def summary_blocks(run: Finished) -> list[Block]:
+def summary_blocks(run: FinishedRun) -> list[Block]:
     """The figures to see first, and how far to trust them."""
-    own, pairs = run.own, []
+    own, pairs = run.result, []
     if own.metrics:
         main, scores = run.main, own.scores
         if scores.global_prompt:
@@ -77,35 +77,35 @@ def summary_blocks(run: Finished) -> list[Block]:
 # ---------------------------------------------------------------- the table
 
 
-def methods(run: Finished) -> Section | None:
+def methods(run: FinishedRun) -> Section | None:
     if not run.results:
         return None
     heads, cells = results_table(run.results)
-    marked = frozenset({run.place})
+    marked = frozenset({len(run.results) - 1})
     shown = Table("Every method on the same clients and records", heads, cells, marked)
     said = (
         "Everyone's test: one prompt for all test records. Own test: each client's prompt on its own test records, the mean "
-        f"over clients and the worst client. {run.own.dropped_updates} updates were dropped."
+        f"over clients and the worst client. {run.result.dropped_updates} updates were dropped."
     )
     return Section("methods", "The methods compared", [_at_a_glance(run), shown, Text(said), *_robust(run)])
 
 
-def _robust(run: Finished) -> list[Block]:
+def _robust(run: FinishedRun) -> list[Block]:
     """Names the clients that a robust rule left out or cut, and the means that had too few updates for it."""
     blocks: list[Block] = []
     found = {
-        "Left out or cut": run.own.excluded_updates,
-        "Means of fewer updates than the rule needs": run.own.underfilled_means,
+        "Left out or cut": run.result.excluded_updates,
+        "Means of fewer updates than the rule needs": run.result.underfilled_means,
     }
     for what, counts in found.items():
         most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         if most_first:
             rounds = ", ".join(f"{name} in {count}" for name, count in most_first)
-            blocks.append(Text(f"{what} (method.robust), in how many of {run.own.num_rounds} rounds: {rounds}."))
+            blocks.append(Text(f"{what} (method.robust), in how many of {run.result.num_rounds} rounds: {rounds}."))
     return blocks
 
 
-def _at_a_glance(run: Finished) -> Figure:
+def _at_a_glance(run: FinishedRun) -> Figure:
     main, names = run.main, [result.label for result in run.results]
     views = {
         "everyone's test": "global_prompt",
@@ -117,10 +117,10 @@ def _at_a_glance(run: Finished) -> Figure:
         for view, key in views.items()
     }
     said = f"{main.name.capitalize()}{main.unit} of each method, three views of the same records."
-    return figures.dots("glance", "At a glance", said, names, series, main, marked=run.own.label)
+    return figures.dots("glance", "At a glance", said, names, series, main, marked=run.result.label)
 
 
-def costs(run: Finished) -> Section | None:
+def costs(run: FinishedRun) -> Section | None:
     """Draws the mean client's own test against bytes and against ε."""
     if len(run.results) < 2:
         return None
@@ -130,7 +130,7 @@ def costs(run: Finished) -> Section | None:
     bytes_up = [r.bytes.up_per_client_round for r in run.results]
     said = "Own test of the mean client, which every method has."
     drawn = [
-        figures.bubbles(id, title, said, names, own, run.main, values, cost, marks, frozenset({run.place}))
+        figures.bubbles(id, title, said, names, own, run.main, values, cost, marks, frozenset({len(run.results) - 1}))
         for id, title, values, cost in (
             ("against-bytes", "Against bytes", bytes_up, Metric("bytes up, a client and round", digits=0)),
             ("against-epsilon", "Against privacy", epsilons, Metric("ε", digits=2)),
@@ -142,8 +142,8 @@ def costs(run: Finished) -> Section | None:
 # ---------------------------------------------------------------- what was run
 
 
-def settings(run: Finished) -> Section:
-    own, recipe = run.own, tomllib.loads(run.recipe) if run.recipe else {}
+def settings(run: FinishedRun) -> Section:
+    own, recipe = run.result, tomllib.loads(run.recipe) if run.recipe else {}
     backbone, layer = own.backbone, own.backbone.enters_at
     records, machine = own.num_records, own.machine
     cohort = recipe.get("federation", {}).get("clients_per_round")
@@ -177,11 +177,11 @@ def described(part: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- over the rounds
 
 
-def over_rounds(run: Finished) -> Section | None:
+def over_rounds(run: FinishedRun) -> Section | None:
     told = {label: lines for label, lines in run.rounds.items() if lines}
     if not told:
         return None
-    curves = [figure for way in WAYS for figure in _curves(run, way)] if run.own.metrics else []
+    curves = [figure for way in WAYS for figure in _curves(run, way)] if run.result.metrics else []
     traffic = {
         label: dict(enumerate(accumulate(r.bytes_up + r.bytes_down for r in of), 1)) for label, of in told.items()
     }
@@ -202,14 +202,14 @@ def over_rounds(run: Finished) -> Section | None:
             f"{r.seconds_train + r.seconds_aggregate:.1f}",
             "; ".join(f"{name}: {why}" for name, why in sorted(r.dropped.items())) or "–",
         ]
-        for r in told.get(run.own.label, [])
+        for r in told.get(run.result.label, [])
     ]  # fmt: skip
-    title = f"Every round of {run.own.label}"
+    title = f"Every round of {run.result.label}"
     each = [Collapsible(title, Table(title, heads, cells))] if cells else []
     return Section("rounds", "Round by round", [*paired(curves), *paired(costs), *each])
 
 
-def _curves(run: Finished, way: str) -> list[Figure]:
+def _curves(run: FinishedRun, way: str) -> list[Figure]:
     """Draws one figure, or none where no round was scored. The last point is the result's."""
     main, key = run.main, f"{way}_{run.main.name}"
     last = {r.label: r.scores.global_prompt if way == "global" else r.scores.per_client_mean for r in run.results}
@@ -220,7 +220,7 @@ def _curves(run: Finished, way: str) -> list[Figure]:
             curves[label] = at | {len(of): end[main.name]}
     if not curves:
         return []
-    zero = run.own.scores.zero_shot if way == "global" else None
+    zero = run.result.scores.zero_shot if way == "global" else None
     level = zero[main.name] if zero else None
     said = f"{main.name.capitalize()}{main.unit}, round by round.{' Dashed: no prompt at all.' if zero else ''}"
     return [figures.lines(f"curve-{way}", WAYS[way], said, curves, main, run.places, level)]

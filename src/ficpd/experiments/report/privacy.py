@@ -5,9 +5,9 @@ from pydantic import TypeAdapter
 from ficpd.errors import RunError
 from ficpd.evaluation.audit.report import Audit, table, verdict
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
-from ficpd.experiments.report.load import Finished
 from ficpd.experiments.report.summary import format_noise_multipliers
 from ficpd.experiments.results import PrivacyReport
 from ficpd.library.card import ONE_RECORD, describe_group_costs
@@ -20,8 +20,8 @@ EPSILON = Metric("ε")
 # ---------------------------------------------------------------- the ledger
 
 
-def ledger(run: Finished) -> Section | None:
-    privacy = run.own.privacy
+def ledger(run: FinishedRun) -> Section | None:
+    privacy = run.result.privacy
     if privacy.at_most:
         if privacy.epsilon is None:
             return None
@@ -93,8 +93,8 @@ def _sites(privacy: PrivacyReport) -> list[Figure]:
 # ---------------------------------------------------------------- the audit
 
 
-def audit(run: Finished) -> Section | None:
-    file = run.path / "audit.json"
+def audit(run: FinishedRun) -> Section | None:
+    file = run.directory / "audit.json"
     if not file.exists():
         return None
     try:

@@ -1,65 +1,15 @@
-"""The results of a run directory, and their table as the screen and the page show it."""
+"""The verdict and the table of a run, as the screen and the page show them."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ficpd.errors import ConfigError
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.results import PrivacyReport, RunResult
-from ficpd.experiments.run_directory import RunDir
-from ficpd.registry import validated_section
 
 NONE = "–"
 PERCENT = Metric("share", 100, 1)
 RIVALS = {"local": "alone", "linear_probe": "a linear probe at home", "zero_shot": "no prompt"}
 """Methods that a client needs nobody for, in the verdict's words."""
 AT_HOME = ("local", "linear_probe")
-
-
-def load_results(out: Path) -> list[RunResult]:
-    """Reads the results of a run directory: zero-shot first, the run's own method last."""
-    own, order = RunDir(out).result(), ["zero_shot", "local", "centralized"]
-    results = [result for _, result in load_baselines(out, own)]
-    results.sort(key=lambda r: (order.index(r.method) if r.method in order else len(order), r.label))
-    return results + ([own] if own else [])
-
-
-def load_baselines(out: Path, own: RunResult | None) -> list[tuple[Path, RunResult]]:
-    """Reads folder and result of each baseline.
-
-    A repetition of the run's own method is left out. If the run changes settings of that method, the baseline's label
-    says "default settings".
-    """
-    found = []
-    for file in sorted((Path(out) / "baselines").glob("*/result.json")):
-        result = RunResult.load(file.parent)
-        name = result.method
-        if own and name == own.method:
-            if "-" not in file.parent.name and not _has_default_settings(out, name):
-                label = f"{name}, default settings{result.label.removeprefix(name)}"
-                result = result.model_copy(update={"label": label})
-            elif result.label == own.label:
-                continue
-        found.append((file.parent, result))
-    return found
-
-
-def _has_default_settings(out: Path, method: str) -> bool:
-    """False too where the settings cannot be read."""
-    try:
-        given = tomllib.loads(load_recipe(out)).get("method", {})
-        return validated_section("methods", given, "method") == validated_section(
-            "methods", {"name": method}, "baselines"
-        )
-    except ConfigError:
-        return False
-
-
-def load_recipe(out: Path) -> str:
-    """Reads the whole experiment of a run; empty if there is none."""
-    files = [Path(out) / name for name in ("resolved.toml", "experiment.toml")]
-    return next((file.read_text(encoding="utf-8") for file in files if file.exists()), "")
 
 
 def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:

@@ -1,0 +1,148 @@
+"""Loads a finished run for Python, the screen, the page and the audit."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ficpd.errors import ConfigError
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.report.summary import verdict
+from ficpd.experiments.results import RunResult
+from ficpd.experiments.run_directory import RunDir
+from ficpd.federation.rounds import Round
+from ficpd.library.library import PromptLibrary
+from ficpd.registry import validated_section
+from ficpd.types import State
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FIRST = ("zero_shot", "local", "centralized")
+"""Baselines at the head of every table; the others follow by name."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run and its result.
+
+    baselines: the results of its baselines, zero-shot first.
+    folders: the run directory of each label.
+    """
+
+    directory: Path
+    result: RunResult = field(repr=False)
+    baselines: Sequence[RunResult] = field(repr=False)
+    folders: Mapping[str, Path] = field(repr=False)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Raises `RunError` if there is no finished run, or if it cannot be read."""
+        own = RunResult.load(directory)
+        found = _baselines(directory, own)
+        folders = {result.label: folder for folder, result in found} | {own.label: directory}
+        return cls(directory, own, [result for _, result in found], folders)
+
+    @property
+    def results(self) -> list[RunResult]:
+        """The results of all methods in the order of the tables, the run's last; empty among real sites."""
+        return [*self.baselines, self.result] if self.result.metrics else []
+
+    @cached_property
+    def rounds(self) -> dict[str, list[Round]]:
+        """The rounds of each label."""
+        return {label: RunDir(folder).rounds() for label, folder in self.folders.items()}
+
+    @cached_property
+    def library(self) -> PromptLibrary | None:
+        return PromptLibrary.load(self.directory) if (self.directory / "library" / "card.json").exists() else None
+
+    @cached_property
+    def state(self) -> State | None:
+        """The server's state after the last round."""
+        saved = RunDir(self.directory).load()
+        return saved[0] if saved else None
+
+    @property
+    def recipe(self) -> str:
+        return _recipe(self.directory)
+
+    @property
+    def main(self) -> Metric:
+        return self.result.main
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Colour and symbol of each method in every figure; those of the run's own method come first."""
+        return {label: i for i, label in enumerate(dict.fromkeys([self.result.label, *self.folders]))}
+
+    @property
+    def alone(self) -> RunResult | None:
+        """The baseline `local`, if it was run."""
+        return next((r for r in self.baselines if r.method == "local"), None)
+
+    @property
+    def verdict(self) -> str:
+        """Whether joining pays: the run's method against what a client has without the others."""
+        return " ".join(verdict(self.results))
+
+    def to_frame(self) -> "DataFrame":
+        """Makes a table with one line per method, the run's method last.
+
+        Columns of each metric: `global` (one prompt on all test records), `own` (each client's prompt on its test records,
+        mean over clients) and `worst` (the worst client).
+        """
+        import pandas as pd
+
+        lines = []
+        for result in self.results:
+            found = result.scores
+            scores = {
+                "global": found.global_prompt or {},
+                "own": found.per_client_mean,
+                "worst": found.per_client_worst,
+            }
+            lines.append({
+                "method": result.label, "privacy": result.privacy.guarantee, "epsilon": result.privacy.epsilon,
+                **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
+                "bytes_up": result.bytes.up_per_client_round, "seconds": result.seconds.total,
+            })  # fmt: skip
+        return pd.DataFrame(lines).set_index("method")
+
+
+def _baselines(directory: Path, own: RunResult) -> list[tuple[Path, RunResult]]:
+    """Reads folder and result of each baseline.
+
+    A repetition of the run's own method is left out. If the run changes settings of that method, the baseline's label
+    says "default settings".
+    """
+    found = []
+    for file in sorted(directory.glob("baselines/*/result.json")):
+        result = RunResult.load(file.parent)
+        name = result.method
+        if name == own.method:
+            if "-" not in file.parent.name and not _has_default_settings(directory, name):
+                label = f"{name}, default settings{result.label.removeprefix(name)}"
+                result = result.model_copy(update={"label": label})
+            elif result.label == own.label:
+                continue
+        found.append((file.parent, result))
+    order = {name: place for place, name in enumerate(FIRST)}
+    return sorted(found, key=lambda pair: (order.get(pair[1].method, len(order)), pair[1].label))
+
+
+def _has_default_settings(directory: Path, method: str) -> bool:
+    """False too where the settings cannot be read."""
+    try:
+        given = tomllib.loads(_recipe(directory)).get("method", {})
+        return validated_section("methods", given, "") == validated_section("methods", {"name": method}, "")
+    except ConfigError:
+        return False
+
+
+def _recipe(directory: Path) -> str:
+    """Reads the whole experiment of a run; empty if there is none."""
+    files = [directory / name for name in ("resolved.toml", "experiment.toml")]
+    return next((file.read_text(encoding="utf-8") for file in files if file.exists()), "")
