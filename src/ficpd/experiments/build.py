@@ -143,7 +143,7 @@ class ExperimentContext:
         alone = self.experiment.model_copy(update={"privacy": {"clip_norm": None}})
         found = calibrate_clipping_and_compression(alone, list(self.tasks.values()), self.model, self.start)[0].privacy
         of_records = found["clip_norm"] or max(found["clip_norms"].values())
-        clip = declared.client_clip_norm or of_records / CLIP_NORM_MULTIPLE * declared.means_per_update**0.5
+        clip = of_records / CLIP_NORM_MULTIPLE * declared.means_per_update**0.5
         privacy = {**self.experiment.privacy, "clip_norm": clip}
         return replace(self, experiment=self.experiment.model_copy(update={"privacy": privacy}))
 

@@ -79,8 +79,6 @@ class Capabilities:
     """Replaces an open `privacy.clip_norm` of a method without gradients."""
     means_per_update: int = 0
     """Directional derivatives in one update; 0: the method sends the change of a prompt."""
-    client_clip_norm: float | None = None
-    """Clips such an update at the client level; None: calibrated on synthetic records."""
     candidates: float | None = None
     """Queries about each record of a step; None: those of `training.optimizer`."""
 

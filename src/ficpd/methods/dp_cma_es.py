@@ -19,7 +19,6 @@ another machine's factorisation of C would draw others from the same seed.
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
@@ -37,9 +36,6 @@ SEARCH = "search/"
 
 
 class Config(FrozenConfig):
-    """client_clip_norm: clips a client's update at the client level. None: calibrated on synthetic records."""
-
-    client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
 
 
@@ -55,7 +51,7 @@ class DpCmaEs(Method):
         self.robust = config.robust
         self.capabilities = Capabilities(
             private_units=("record", "client"), linear=config.robust.sums, candidates=training.population,
-            means_per_update=1, client_clip_norm=config.client_clip_norm, subspace=False,
+            means_per_update=1, subspace=False,
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:

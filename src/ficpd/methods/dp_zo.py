@@ -22,7 +22,6 @@ The settings are `training.directions` and `training.perturbation`; `training.op
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ficpd.errors import CodecError
@@ -41,9 +40,6 @@ MEMORY = 0.9
 
 
 class Config(FrozenConfig):
-    """client_clip_norm: clips a client's update at the client level. None: calibrated on synthetic records."""
-
-    client_clip_norm: float | None = Field(default=None, gt=0)
     robust: RobustConfig = MEAN
 
 
@@ -59,7 +55,7 @@ class DpZo(Method):
         self.robust = config.robust
         self.capabilities = Capabilities(
             private_units=("record", "client"), linear=config.robust.sums, candidates=2 * training.directions,
-            means_per_update=training.local_steps, client_clip_norm=config.client_clip_norm, subspace=False,
+            means_per_update=training.local_steps, subspace=False,
         )  # fmt: skip
 
     def init(self, setup: FederationInfo) -> State:

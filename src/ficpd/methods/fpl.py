@@ -52,8 +52,7 @@ SIGNATURE, SUM = "signature/", "delta/"
 class Config(FrozenConfig):
     """clusters: "metadata" (see `cluster_by_metadata`), "given" (one per distinct card in the fields `by`), "signatures"
         (of the first updates, as in `ficpd`), or "none".
-    residual: "full" [P, D] or "low_rank" of `rank`. `residual_weight` pulls it to zero.
-    personal_steps: residual steps a round; None: `training.local_steps`.
+    residual: "full" [P, D] or "low_rank" of `rank`.
     held_back: share of records held out in the first two thirds of the rounds; it selects the residual's share (0: all).
     label_prior: adds the client's label shares to the logits (classification only). `privacy.statistics` gives the
         statistic `labels` a share of a record-level budget."""
@@ -61,11 +60,8 @@ class Config(FrozenConfig):
     clusters: Literal["metadata", "given", "signatures", "none"] = "metadata"
     by: tuple[str, ...] = ()
     num_clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    distance: Literal["gower", "one_hot"] = "gower"
     residual: Literal["full", "low_rank", "none"] = "full"
     rank: int = Field(default=4, ge=1)
-    personal_steps: int | None = Field(default=None, ge=1)
-    residual_weight: float = Field(default=0.0, ge=0)
     held_back: float = Field(default=0.25, ge=0, lt=1)
     label_prior: bool = False
     contrast: ContrastiveConfig = ContrastiveConfig()
@@ -99,7 +95,7 @@ class Fpl(Method):
     def init(self, setup: FederationInfo) -> State:
         start = setup.start.vectors_PD
         cards = {card.name: dict(card.metadata) for card in setup.clients}
-        drawn = self._clusters_of(cards, setup.seed)
+        drawn = self._clusters_of(cards)
         facts = {
             "num_rounds": setup.num_rounds,
             "seed": setup.seed,
@@ -206,12 +202,12 @@ class Fpl(Method):
         prototypes = {f"prototype-{k}": vectors for k, vectors in enumerate(state.arrays["prototypes_KPD"])}
         return {"global": state.arrays["global"], **prototypes}
 
-    def _clusters_of(self, cards: Mapping[str, Mapping], seed: int) -> Clusters:
+    def _clusters_of(self, cards: Mapping[str, Mapping]) -> Clusters:
         kind, by = self.config.clusters, self.config.by
         if kind in ("none", "signatures"):
             return Clusters(dict.fromkeys(cards, 0), 1)
         number = len(cards) if kind == "given" else self.config.num_clusters
-        return cluster_by_metadata(cards, by, number, self.config.distance, seed)
+        return cluster_by_metadata(cards, by, number)
 
     def _cluster(self, state: State, client: ClientCard) -> int | None:
         """Returns the client's cluster. A new client joins that of the nearest card; None without metadata clusters."""

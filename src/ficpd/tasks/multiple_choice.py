@@ -7,7 +7,7 @@ interval and a chance level.
 
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,12 +26,10 @@ USUAL, MOST = 4, len(ascii_uppercase)
 
 
 class Config(BaseModel):
-    """instruction: a line between question and option (language model), or before the option (encoder).
-    normalise: "none": a language model's score is the sum over an option's tokens, which penalises long options."""
+    """instruction: a line between question and option (language model), or before the option (encoder)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     instruction: str = ""
-    normalise: Literal["tokens", "none"] = "tokens"
 
 
 def build(config: Config) -> "MultipleChoice":
@@ -93,12 +91,7 @@ class MultipleChoice(Task):
             scores_RN = torch.einsum("rd,rnd->rn", features_RD, rows_MD[places_RN.clamp(min=0)])
             return scores_RN.masked_fill(places_RN < 0, -torch.inf)
         assert outputs.scores_RN is not None
-        if self.config.normalise == "tokens":
-            return outputs.scores_RN
-        lengths_RN = torch.ones_like(outputs.scores_RN)
-        for row, items in enumerate(batch.items):
-            lengths_RN[row, : len(items)] = lengths_RN.new_tensor([item.scored for item in items])
-        return outputs.scores_RN * lengths_RN
+        return outputs.scores_RN
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         assert batch.targets is not None

@@ -31,23 +31,16 @@ def test_of_one_or_none_there_is_no_interval():
 def test_a_paired_t_test_by_hand():
     """Differences 1, 2, 3: mean 2, sd 1, t = 2√3 = 3.4641 with 2 degrees of freedom. For those the two-sided
     p is 1 - t/√(2 + t²) = 1 - √(12/14)."""
-    p, why = p_of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0], "t")
+    p, why = p_of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert why is None
     assert p == pytest.approx(1 - (12 / 14) ** 0.5)
 
 
-def test_wilcoxon_by_hand():
-    """Six differences of one sign: of 2⁶ signings two are as extreme, p = 2/64."""
-    own, other = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    assert p_of(own, other, "wilcoxon")[0] == pytest.approx(2 / 64)
-    assert p_of(own[:5], other[:5], "wilcoxon")[0] == pytest.approx(2 / 32)
-
-
 def test_where_there_is_no_test_it_says_why():
-    assert p_of([1.0], [2.0], "t") == (None, "one pair is too few")
-    assert p_of([1.0, 2.0], [1.0, 2.0], "t") == (None, "no pair differs")
-    assert p_of([1.0, 2.0], [0.5, 1.5], "t") == (None, "all pairs differ by the same")
-    assert paired_test([], [], "t", "ficpd").why == "no pair of finished cells with ficpd"
+    assert p_of([1.0], [2.0]) == (None, "one pair is too few")
+    assert p_of([1.0, 2.0], [1.0, 2.0]) == (None, "no pair differs")
+    assert p_of([1.0, 2.0], [0.5, 1.5]) == (None, "all pairs differ by the same")
+    assert paired_test([], [], "ficpd").why == "no pair of finished cells with ficpd"
 
 
 def test_holm_by_hand():
@@ -60,7 +53,7 @@ def test_holm_by_hand():
 
 def test_a_line_is_not_tested_and_does_not_count():
     entries = {
-        label: paired_test(own, [1.0, 2.0, 3.0], "t", "ref")
+        label: paired_test(own, [1.0, 2.0, 3.0], "ref")
         for label, own in {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.1, 2.8], "local": [3.0, 2.0, 9.0]}.items()
     }
     first = entries["a"].p

@@ -185,7 +185,7 @@ def comparison(folder: Path) -> Path:
     metric = {"name": "accuracy", "scale": 100, "digits": 1, "unit": " %", "less_is_better": False}
     tree = {
         "ficpd": "0.1.0", "name": LABEL, "figure": "own", "reference": "ficpd", "lines": ["zero_shot"],
-        "test": "t", "confidence": 0.95, "seeds": seeds_,
+        "confidence": 0.95, "seeds": seeds_,
         "methods": {m: {"name": "fedavg", "line": m == "zero_shot", "private": True, "settings": {}} for m in methods},
         "tasks": {task: {"task": "classification", "backbone": "tiny", "metric": metric} for task in tasks},
         "partitions": {"given": {}},

@@ -53,8 +53,7 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
         yield "privacy.epsilon", f"privacy.epsilon = {epsilon!r}", "policy.epsilon", f"at most {policy.epsilon:g}"
     if mechanism == SHARED:
         yield from _secure_sum_objections(experiment.privacy, policy, spec.schedule.cohort)
-    counts = (experiment.method.get(name) or 0 for name in ("personal_steps", "iterations", "candidates"))
-    personal, iterations, candidates = counts
+    iterations, candidates = (experiment.method.get(name) or 0 for name in ("iterations", "candidates"))
     training, rounds = experiment.training, spec.schedule.num_rounds
     group = group_of(config.name, experiment.groups)
     clip = (experiment.privacy.get("clip_norms") or {}).get(group, experiment.privacy.get("clip_norm")) or 0.0
@@ -67,7 +66,6 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
         ("training.population", training.population, "policy.max_candidates", policy.max_candidates),
         ("method.candidates", candidates, "policy.max_candidates", policy.max_candidates),
         ("federation.num_rounds", rounds, "policy.max_rounds", policy.max_rounds),
-        ("method.personal_steps", personal, "policy.max_local_steps", policy.max_local_steps),
         ("method.iterations", iterations, "policy.max_local_steps", policy.max_local_steps),
         (
             "privacy.max_records_per_subject",

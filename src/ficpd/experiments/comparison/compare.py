@@ -75,14 +75,13 @@ def described(plan: Grid, outcomes: Mapping[str, RunOutcome | None], names: Mapp
     spec, cells = plan.spec, result_rows(plan.cells, names, outcomes)
     metrics: dict[str, Metric | None] = dict.fromkeys(plan.axes["tasks"])
     metrics |= {c.task: one.metric for c in plan.cells if (one := outcomes[c.hash]) and one.status == "done"}
-    seen = summary.ResultView(cells, list(plan.methods), spec.figure, spec.test, plan.reference, metrics)
+    seen = summary.ResultView(cells, list(plan.methods), spec.figure, plan.reference, metrics)
     return ComparisonResult(
         ficpd=__version__,
         name=spec.name,
         figure=spec.figure,
         reference=plan.reference,
         lines=seen.lines,
-        test=spec.test,
         confidence=CONFIDENCE,
         seeds=list(spec.seeds),
         methods={label: _method(label, piece) for label, piece in plan.methods.items()},

@@ -34,7 +34,6 @@ class ComparisonConfig(FrozenConfig):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     reference: str | None = None
     figure: Literal["own", "everyone"] = "own"
-    test: Literal["t", "wilcoxon"] = "t"
     targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.95, 0.99)
     sweeps: tuple[str, ...] = ()
     evaluate_every: int = Field(default=1, ge=1)

@@ -266,8 +266,6 @@ class ComparisonResult(FrozenModel):
     reference: str
     """The method that the others are tested against."""
     lines: list[str]
-    test: Literal["t", "wilcoxon"]
-    """`scipy.stats.ttest_rel` or `scipy.stats.wilcoxon`."""
     confidence: float
     seeds: list[int]
     methods: dict[str, MethodInfo]

@@ -1,7 +1,6 @@
 """Means, intervals, paired tests and ranks, over seeds and tasks."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,27 +39,24 @@ def mean_ci(values: Sequence[float]) -> MeanCI:
     return MeanCI(mean, sd, (mean - half, mean + half))
 
 
-def paired_test(own: Sequence[float], other: Sequence[float], test: str, reference: str) -> Against:
+def paired_test(own: Sequence[float], other: Sequence[float], reference: str) -> Against:
     """Compares a method with the reference, in pairs of the same seed (and task); `p_holm` is still open."""
     differences = [one - two for one, two in zip(own, other, strict=True)]
     found = mean_ci(differences)
-    p, why = p_of(own, other, test) if differences else (None, f"no pair of finished cells with {reference}")
+    p, why = p_of(own, other) if differences else (None, f"no pair of finished cells with {reference}")
     return Against(pairs=len(differences), difference=found.mean, interval=found.interval, p=p, why=why)
 
 
-def p_of(own: Sequence[float], other: Sequence[float], test: str) -> tuple[float | None, str | None]:
-    """The two-sided p of a paired test, or why there is none."""
+def p_of(own: Sequence[float], other: Sequence[float]) -> tuple[float | None, str | None]:
+    """The two-sided p of a paired t-test, or why there is none."""
     differences = np.subtract(own, other)
     if len(differences) < 2:
         return None, "one pair is too few"
     if not differences.any():
         return None, "no pair differs"
-    if test == "t" and np.ptp(differences) <= 1e-12 * np.abs(differences).max():
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
         return None, "all pairs differ by the same"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few or tied pairs the result is as it is
-        ran = stats.ttest_rel(own, other) if test == "t" else stats.wilcoxon(own, other)
-    return float(ran.pvalue), None  # type: ignore[attr-defined]
+    return float(stats.ttest_rel(own, other).pvalue), None  # type: ignore[attr-defined]
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:

@@ -25,12 +25,11 @@ CONDITION = ("task", *SETTING)
 
 @dataclass(frozen=True)
 class ResultView:
-    """The grid, and how it is compared: the `figure` of a cell, `test`, `reference`; `metrics` by task."""
+    """The grid, and how it is compared: the `figure` of a cell, `reference`; `metrics` by task."""
 
     rows: Sequence[CellResult]
     methods: Sequence[str]
     figure: str
-    test: str
     reference: str
     metrics: Mapping[str, Metric | None]
 
@@ -123,7 +122,7 @@ def _against(seen: ResultView, own: Sequence[CellResult], other: Sequence[CellRe
     mine = {(row.task, row.seed): value for row in own if (value := seen.value(row)) is not None}
     both = [place for place in mine if place in values]
     pairs = [mine[place] for place in both], [values[place] for place in both]
-    return statistics.paired_test(*pairs, seen.test, seen.reference)
+    return statistics.paired_test(*pairs, seen.reference)
 
 
 def _ranks(seen: ResultView, rows: Sequence[CellResult]) -> tuple[dict[str, float], list[str], Friedman | None]:

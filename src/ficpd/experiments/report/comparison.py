@@ -60,13 +60,12 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
         ("methods", str(len(tree.methods) - len(tree.lines))),
         *((axis, str(len(getattr(tree, axis)))) for axis in ("tasks", "partitions", "budgets", "seeds")),
     ]
-    tested = {"t": "Paired t-tests", "wilcoxon": "Wilcoxon's signed-rank tests"}[tree.test]
     figure = {
         "own": "Each client's prompt on its own test records, the mean over clients",
         "everyone": "One prompt on everyone's test records",
     }[tree.figure]
     said = (
-        f"{figure}. {tested} over seeds against {tree.reference}, corrected after Holm; beaten or "
+        f"{figure}. Paired t-tests over seeds against {tree.reference}, corrected after Holm; beaten or "
         f"beating means p below {SURE:g}. Intervals at {100 * tree.confidence:g} %."
     )
     blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]

@@ -63,10 +63,9 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
         ])  # fmt: skip
     friedman = setting.friedman
     ranks = f" Friedman's test of the ranks over {len(setting.ranked)} tasks: p = {_p(friedman.p)}." if friedman else ""
-    test = "t" if found.test == "t" else "Wilcoxon's"
     whose = "Own test, mean over clients" if found.figure == "own" else "Everyone's test"
     note = (
-        f"{whose}, mean ± half the 95 % interval over {len(found.seeds)} seeds; difference and p: paired {test} test over "
+        f"{whose}, mean ± half the 95 % interval over {len(found.seeds)} seeds; difference and p: paired t test over "
         f"seeds{' and tasks' * several}, Holm's correction. ▲: better than {reference} on that task (p below {SURE:g}); "
         f"▼: worse.{ranks}"
     )

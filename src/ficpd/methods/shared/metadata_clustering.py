@@ -4,24 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from sklearn.cluster import AgglomerativeClustering, KMeans
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.cluster import AgglomerativeClustering
 
 from ficpd.errors import ConfigError, did_you_mean
 from ficpd.methods.shared.clustering import AUTO_MOST, Clusters, best_silhouette
 
 Card = Mapping[str, str | float]
-MISSING = "(not stated)"
 
 
-def cluster_by_metadata(
-    cards: Mapping[str, Card], by: Sequence[str], number: int | Literal["auto"], how: Literal["gower", "one_hot"],
-    seed: int,
-) -> Clusters:  # fmt: skip
-    """Clusters clients by the fields `by` of their cards (default: all), numbered by size, the largest first.
+def cluster_by_metadata(cards: Mapping[str, Card], by: Sequence[str], number: int | Literal["auto"]) -> Clusters:
+    """Clusters clients by the fields `by` of their cards (default: all): average linkage on Gower's distance.
 
-    how: "gower": average linkage on Gower's distance; "one_hot": K-means on one-hot categories and standardised numbers.
-        A missing category is its own category, a missing number is the mean.
+    The clusters are numbered by size, the largest first.
+
     number: at most the number of distinct cards; "auto": the highest silhouette (Rousseeuw, 1987), or one cluster.
 
     Raises `ConfigError` for a field that no card has.
@@ -33,11 +28,8 @@ def cluster_by_metadata(
         return Clusters(dict.fromkeys(names, 0), 1)
 
     def drawn(count: int) -> list[int]:
-        if how == "gower":
-            model = AgglomerativeClustering(count, metric="precomputed", linkage="average")
-            return model.fit_predict(distance_CC).tolist()
-        space_CN = _one_hot([cards[name] for name in names], fields)
-        return KMeans(count, n_init=20, random_state=seed % 2**32).fit_predict(space_CN).tolist()  # type: ignore[arg-type]
+        model = AgglomerativeClustering(count, metric="precomputed", linkage="average")
+        return model.fit_predict(distance_CC).tolist()
 
     if number == "auto":
         labels = best_silhouette(distance_CC, "precomputed", min(AUTO_MOST, different), drawn, lambda _: 1.0)
@@ -98,17 +90,3 @@ def metadata_fields(cards: Mapping[str, Card], by: Sequence[str]) -> list[str]:
 
 def _numeric(values: Sequence) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values if value is not None)
-
-
-def _one_hot(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
-    """Returns features [C, N]: categories at 1/√2, so two differ by 1; numbers in standard deviations."""
-    columns = {field: [card.get(field) for card in cards] for field in fields}
-    parts = []
-    for values in columns.values():
-        if _numeric(values):
-            mean = float(np.mean([float(v) for v in values if v is not None]))
-            parts.append(StandardScaler().fit_transform(np.array([[mean if v is None else v] for v in values])))
-        else:
-            words = [[MISSING if v is None else str(v)] for v in values]
-            parts.append(OneHotEncoder(sparse_output=False).fit_transform(words) / 2**0.5)  # type: ignore[operator]
-    return np.hstack(parts)

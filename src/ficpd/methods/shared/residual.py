@@ -39,10 +39,6 @@ class ResidualConfig(Protocol):
     @property
     def rank(self) -> int: ...
     @property
-    def personal_steps(self) -> int | None: ...
-    @property
-    def residual_weight(self) -> float: ...
-    @property
     def held_back(self) -> float: ...
     @property
     def contrast(self) -> ContrastiveConfig: ...
@@ -54,10 +50,10 @@ def tune_residual(
     """Tunes the client state's "residual" [P, D] on the assigned prompt, with the optimizer's moments kept. Then
     selects a share of it (`_chosen`).
 
-    The loss is the task's, plus ½ `residual_weight` |residual|², plus the contrastive loss. "low_rank": the residual
+    The loss is the task's, plus the contrastive loss. "low_rank": the residual
     is U V with U [P, r] and V [r, D], both tuned, V zero at first.
     """
-    base, steps = assignment.arrays["prompt"], config.personal_steps or training.local_steps
+    base, steps = assignment.arrays["prompt"], training.local_steps
     if config.residual == "low_rank":
         begin = local.client_state.get("factors", _factors(base, config.rank, local.id))
         work = tune(training, local, assignment, begin, memory=local.client_state, steps=steps)
@@ -147,7 +143,7 @@ def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Gene
 def _kept_near(
     work: Generator[Query, Answer, Tensor], config: ResidualConfig, local: LocalContext, assignment: Assignment
 ) -> Generator[Query, Answer, Tensor]:
-    """Adds the L2 and the contrastive gradient to an optimizer's answers."""
+    """Adds the contrastive loss to an optimizer's answers."""
     base, start, others = assignment.arrays["prompt"], local.start, assignment.arrays.get("others_KPD")
     contrast, weight = config.contrast, assignment.facts["contrast"]
     alone = others is None or not len(others) or weight == 0
@@ -160,11 +156,11 @@ def _kept_near(
                 query = _towards(query, seen, weight, contrast.temperature)
             answer = yield query
             assert answer.grad_KBPD is not None
-            prompt = query.prompts_KPD[0]
-            pull = config.residual_weight * (prompt - base)
             if in_prompts:
-                pull = pull + weight * _pull(prompt - start, base - start, others - start, contrast.temperature)  # type: ignore[operator]
-            query = work.send(answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device)))
+                prompt = query.prompts_KPD[0]
+                pull = weight * _pull(prompt - start, base - start, others - start, contrast.temperature)  # type: ignore[operator]
+                answer = answer._replace(grad_KBPD=answer.grad_KBPD + pull.to(answer.grad_KBPD.device))
+            query = work.send(answer)
     except StopIteration as end:
         return end.value
 
