@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ficpd.errors import ConfigError
 from ficpd.evaluation.metrics import Metric
@@ -89,27 +89,27 @@ class FinishedRun:
         return " ".join(verdict(self.results))
 
     def to_frame(self) -> "DataFrame":
-        """Makes a table with one line per method, the run's method last.
+        """Makes a table with one line per method, the run's method last; unrounded, and empty where there is no figure.
 
         Columns of each metric: `global` (one prompt on all test records), `own` (each client's prompt on its test records,
-        mean over clients) and `worst` (the worst client).
+        mean over clients) and `worst` (the worst client). `bytes_up` is of one client and round.
         """
         import pandas as pd
 
-        lines = []
-        for result in self.results:
-            found = result.scores
-            scores = {
-                "global": found.global_prompt or {},
-                "own": found.per_client_mean,
-                "worst": found.per_client_worst,
-            }
-            lines.append({
-                "method": result.label, "privacy": result.privacy.guarantee, "epsilon": result.privacy.epsilon,
-                **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
-                "bytes_up": result.bytes.up_per_client_round, "seconds": result.seconds.total,
-            })  # fmt: skip
-        return pd.DataFrame(lines).set_index("method")
+        return pd.DataFrame([_line(result) for result in self.results]).set_index("method")
+
+
+def _line(result: RunResult) -> dict[str, Any]:
+    found, privacy = result.scores, result.privacy
+    scores = {"global": found.global_prompt or {}, "own": found.per_client_mean, "worst": found.per_client_worst}
+    return {
+        "method": result.label, "privacy": privacy.guarantee, "epsilon": privacy.epsilon, "delta": privacy.delta,
+        "unit": privacy.unit,
+        **{f"{name}_{kind}": value for kind, score in scores.items() for name, value in score.items()},
+        "bytes_up": result.bytes.up_per_client_round, "bytes_up_total": result.bytes.up_total,
+        "bytes_down_total": result.bytes.down_total, "seconds": result.seconds.total, "rounds": result.num_rounds,
+        "clients": result.num_clients, "seed": result.seed,
+    }  # fmt: skip
 
 
 def _baselines(directory: Path, own: RunResult) -> list[tuple[Path, RunResult]]:

@@ -262,8 +262,8 @@ def test_the_command_writes_page_and_tables(folder, tmp_path):
     assert [line.split(":")[0] for line in done.output.splitlines()] == ["page", "csv", "latex"]
     assert (tmp_path / "page.html").stat().st_size > 1_000_000
     lines = (tmp_path / "page.csv").read_text().splitlines()
-    assert lines[0].startswith("method,epsilon,delta,unit,everyone_accuracy,own_accuracy_mean")
-    assert lines[-1].startswith("ficpd,2.0,1e-05,record,0.8,0.69")
+    assert lines[0].startswith("method,privacy,epsilon,delta,unit,accuracy_global,accuracy_own")
+    assert lines[-1].startswith('ficpd,"ε = 2.00 per record, simulated noise",2.0,1e-05,record,0.8,0.69')
     latex = (tmp_path / "page.tex").read_text()
     assert r"\toprule" in latex
     assert r"zero\_shot & nothing leaves" in latex

@@ -1,6 +1,5 @@
 """A run's own result beside baselines, one of which has its method's name."""
 
-import io
 from pathlib import Path
 
 import made_up
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 import small
 from ficpd.cli import app
 from ficpd.experiments.finished import FinishedRun
-from ficpd.experiments.report.build import page_of, run_csv, write_page
+from ficpd.experiments.report.build import page_of, write_page, write_tables
 from ficpd.experiments.report.summary import results_table
 from ficpd.experiments.results import RunResult
 
@@ -56,7 +55,8 @@ def test_a_baseline_that_is_the_run_once_more_is_left_out(tmp_path):
 def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     folder = left(tmp_path / "run", OWN)
     run, labels = FinishedRun.load(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
-    assert list(pd.read_csv(io.StringIO(run_csv(run)))["method"]) == labels
+    (file,) = write_tables(folder, folder / "report.html", csv=True, latex=False).values()
+    assert list(pd.read_csv(file)["method"]) == labels
     assert [line[0] for line in results_table(run.results)[1]] == labels
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
     assert list(run.places) == ["fedavg", *labels[:-1]]

@@ -1,7 +1,6 @@
 """A directory as a page: which kind it is, and what belongs on it."""
 
 from pathlib import Path
-from typing import Any
 
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
 from ficpd.experiments.finished import FinishedRun
@@ -11,7 +10,6 @@ from ficpd.experiments.report.comparison_tables import cells_csv, overviews
 from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
 from ficpd.experiments.report.table_formats import as_latex, safe_csv
-from ficpd.experiments.results import RunResult
 from ficpd.storage import atomic_write
 
 PAGE = "report.html"
@@ -88,35 +86,11 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
         text, drawn = cells_csv(tree), overviews(tree)
     else:
         run = FinishedRun.load(directory)
-        text, drawn = run_csv(run), [Table("", *results_table(run.results))] if run.results else []
+        text = safe_csv(run.to_frame().reset_index()) if run.results else ""
+        drawn = [Table("", *results_table(run.results))] if run.results else []
     if csv:
         found["csv"] = atomic_write(page.with_suffix(".csv"), text)
     if latex:
         booktabs = "% needs \\usepackage{booktabs}\n"
         found["latex"] = atomic_write(page.with_suffix(".tex"), booktabs + "\n".join(map(as_latex, drawn)))
     return found
-
-
-def run_csv(run: FinishedRun) -> str:
-    """Formats the unrounded figures of a run, a line for each method; empty where it has no such figure."""
-    return safe_csv([_line(run.main.name, result) for result in run.results])
-
-
-def _line(main: str, result: RunResult) -> dict[str, Any]:
-    scores, privacy = result.scores, result.privacy
-    return {
-        "method": result.label,
-        "epsilon": privacy.epsilon,
-        "delta": privacy.delta,
-        "unit": privacy.unit,
-        f"everyone_{main}": (scores.global_prompt or {}).get(main),
-        f"own_{main}_mean": scores.per_client_mean.get(main),
-        f"own_{main}_worst": scores.per_client_worst.get(main),
-        "bytes_up_client_round": result.bytes.up_per_client_round,
-        "bytes_up_total": result.bytes.up_total,
-        "bytes_down_total": result.bytes.down_total,
-        "seconds": result.seconds.total,
-        "rounds": result.num_rounds,
-        "clients": result.num_clients,
-        "seed": result.seed,
-    }

@@ -259,6 +259,8 @@ def without_figure(found: ComparisonResult) -> list[str]:
 
 def cells_csv(found: ComparisonResult) -> str:
     """Every cell, in numbers."""
+    import pandas as pd
+
     lines = []
     for cell in found.cells:
         row = cell.model_dump()
@@ -271,4 +273,4 @@ def cells_csv(found: ComparisonResult) -> str:
             | {"at_round": cell.at_round, "bytes_up": sent.get("up"), "bytes_down": sent.get("down")}
             | {key: row[key] for key in ("queries", "seconds", "epsilon", "key", "reason")}
         )
-    return safe_csv(lines)
+    return safe_csv(pd.DataFrame(lines, dtype=object))
