@@ -171,17 +171,19 @@ REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compr
 
 
 def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = True) -> Experiment:
-    """Parses TOML text and applies `a.b=c` changes. Raises `ConfigError` naming key, value and file.
+    """Reads an experiment by `read_tree`. Not `records`: data and partition may be missing."""
+    return build(read_tree(text, where, changes), where, records)
 
-    Not `records`: data and partition may be missing.
-    """
+
+def read_tree(text: str, where: str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """Parses TOML text and applies `a.b=c` changes. Raises `ConfigError` naming key, value and file."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not TOML: {error}") from error
     for change in changes:
         apply_override(tree, change)
-    return build(tree, where, records)
+    return tree
 
 
 def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experiment:
@@ -274,17 +276,21 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
+def parse_value(text: str) -> Any:
+    """Returns the value of a TOML expression; other text as it is."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def apply_override(tree: dict[str, Any], change: str) -> None:
     """Applies `a.b=c` to `tree`; c is TOML, or else plain text."""
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {change!r}: expected part.key=value, such as method.name=fedavg")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    inner = tree
+    value, inner = parse_value(text.strip()), tree
     for key in keys[:-1]:
         inner = inner.setdefault(key, {})
         if not isinstance(inner, dict):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,7 +14,7 @@ from pydantic import Field, field_validator
 from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments.comparison import overrides
 from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, Piece, Sweeps
-from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, read_recipe, to_toml
+from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, read_recipe, read_tree, to_toml
 from ficpd.federation.privacy_plan import privacy_config_for
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig, build_config, validate
@@ -110,10 +109,7 @@ def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
 
 def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Grid:
     """All cells, or the `ConfigError` of the first that is no experiment: nothing is run of a file with a mistake."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not TOML: {error}") from error
+    tree = read_tree(text, where)
     spec: ComparisonConfig = validate(
         ComparisonConfig, {key: value for key, value in tree.items() if key not in AXES}, where
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, StrictBool, create_model
 
 from ficpd.errors import ConfigError, did_you_mean
-from ficpd.experiments.config import Experiment, apply_override, read_recipe
+from ficpd.experiments.config import Experiment, parse_value, read_recipe, read_tree
 from ficpd.registry import FrozenConfig, load, validate
 
 Piece = Mapping[str, Any]
@@ -91,14 +91,7 @@ def _values(text: str, sweep: str) -> list[Any]:
         words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise ConfigError(f"--ablate {sweep!r}: a value is empty; write part.key=value,value")
-    return [_word(word) for word in words]
-
-
-def _word(word: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
-        return word
+    return [parse_value(word) for word in words]
 
 
 def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
@@ -169,13 +162,7 @@ def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple
     if beside is not None and recipe.endswith(".toml"):
         recipe = str(beside / Path(recipe).expanduser())
     text, where = read_recipe(recipe)
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not TOML: {error}") from error
-    for change in changes:
-        apply_override(tree, change)
-    return tree, where
+    return read_tree(text, where, changes), where
 
 
 def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
