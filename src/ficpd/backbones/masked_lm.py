@@ -1,4 +1,4 @@
-"""Masked language models (BERT, RoBERTa, XLM-RoBERTa): which of the answers' words stands at the mask?
+"""Masked language models (BERT, RoBERTa, DeBERTa, ModernBERT, ...): which of the answers' words stands at the mask?
 
 A text is read with a cloze behind it, the instruction with a mask, as in pattern-exploiting training (Schick and Schütze,
 EACL 2021, arXiv 2001.07676). Answers of one token each are scored by their rows of the language head; for others each
@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
-from ficpd.backbones.bert import Bert, load
+from ficpd.backbones.pretrained import TextModel, load
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
-FAMILIES = ("bert", "roberta", "xlm-roberta")
 MASK = "[MASK]"
 """Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
 
@@ -35,7 +34,7 @@ class Config(FrozenConfig):
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """Load a masked language model from a `from_pretrained` folder.
 
-    Raises `BackboneError` if it is not of the BERT family or its weights lack a part, such as the language head.
+    Raises `BackboneError` if it cannot be run on embeddings or its weights lack a part, such as the language head.
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     model, tokenizer, missing = load(AutoModelForMaskedLM, Path(weights.folder), name, MaskedLM.about, **options)
@@ -48,33 +47,56 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     return MaskedLM(config, model.to(device), tokenizer, weights.sha256, name)
 
 
-class MaskedLM(Bert):
-    """A frozen masked language model with its head."""
+class MaskedLM(TextModel):
+    """A frozen masked language model with its head. Features are the input of the head's last product."""
 
     kind, about = "masked_lm", "a masked language model"
 
     def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
         super().__init__(config.max_tokens, model, tokenizer, sha256, name)
-        if model.config.model_type not in FAMILIES or tokenizer.mask_token_id is None:
+        marks = {"mask": tokenizer.mask_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+        if lacking := [mark for mark, token in marks.items() if token is None]:
             raise BackboneError(
-                f"backbone {name!r} is a {type(model).__name__} with the mask token {tokenizer.mask_token!r}; the masked_lm "
-                f"kind runs {', '.join(FAMILIES)} with a mask token. Use one of those, or another kind."
+                f"backbone.name = {name!r}: its tokenizer has no {' and no '.join(lacking)} token; expected all of "
+                f"{', '.join(marks)}. Use another model, or another backbone.kind."
             )
-        self.roberta = "roberta" in model.config.model_type
-        self.head = model.lm_head if self.roberta else model.cls.predictions
+        self.separators = max(1, tokenizer.num_special_tokens_to_add(pair=True) - 2)
+        self._segments = next(
+            (part.weight for key, part in model.named_modules() if key.endswith("token_type_embeddings")), ()
+        )
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        self._constant(self.head.layer_norm if self.roberta else self.head.transform.LayerNorm)
+        self.decoder = model.get_output_embeddings()
+        self.scored_by_rows = self._find_bias()
         self.words.likely = self._likely
-        some = range(0, model.config.vocab_size, max(1, model.config.vocab_size // 1024))
+        some = range(0, len(self.decoder.weight), max(1, len(self.decoder.weight) // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 
-    def _constant(self, norm: torch.nn.LayerNorm) -> None:
-        """What a layer norm gives, γ·n + β with a mean of n of 0, always has one and the same part along 1/γ. A feature has
-        there what the vocabulary's bias is multiplied with, so that a readout of the same width holds the bias exactly."""
-        gamma = norm.weight.double()
-        across = F.normalize(1 / torch.where(gamma.abs() < 1e-9, 1e-9, gamma), dim=0)
-        self._across_D, self._was = across.float(), float(across @ norm.bias.double())
-        self._one = float(gamma.square().mean().sqrt())  # as long as any other coordinate
+    @torch.no_grad()
+    def _find_bias(self) -> bool:
+        """Prepares `_rows`; returns whether features @ rows.T are the model's own logits.
+
+        What a layer norm gives, γ·n + β with a mean of n of 0, always has one and the same part along 1/γ. A feature has
+        there what the vocabulary's bias is multiplied with, so that a readout of the same width holds the bias exactly.
+        """
+        sample_TD, frozen = self.frozen.sample_TD, self.frozen
+        norm, words_TE = frozen.last_norm(sample_TD), frozen.head_input(sample_TD)
+        self._across_D, self._was, self._one = words_TE.new_zeros(words_TE.shape[1]).float(), 0.0, 1.0
+        if norm is not None:
+            gamma, beta = norm.weight.double(), norm.weight.new_zeros(()) if norm.bias is None else norm.bias
+            across = F.normalize(1 / torch.where(gamma.abs() < 1e-9, 1e-9, gamma), dim=0)
+            self._across_D, self._was = across.float(), float((across * beta.double()).sum())
+            self._one = float(gamma.square().mean().sqrt())  # as long as any other coordinate
+        ids = [*range(0, len(self.decoder.weight), max(1, len(self.decoder.weight) // 64))]
+        own_TN = frozen.logits(sample_TD)[:, ids].float()
+        ours_TN = self._features(words_TE) @ self._rows(ids).T
+        return bool((ours_TN - own_TN).abs().max() <= frozen.tolerance * own_TN.abs().max())
+
+    def _features(self, words_ND: Tensor) -> Tensor:
+        words_ND = words_ND.float()
+        if not self._across_D.any():
+            return words_ND
+        along_N = self._one - words_ND @ self._across_D
+        return words_ND + along_N[:, None] * self._across_D
 
     # ------------------------------------------------------------ text to items
 
@@ -87,7 +109,7 @@ class MaskedLM(Bert):
             raise self._cannot_write()
         tail = [] if answer is None else self._answer(answer)
         cloze, sep = self._ids(" " + self._cloze(instruction, max(1, len(tail)))), [self.tokenizer.sep_token_id]
-        between = [] if pair is None else sep * (2 if self.roberta else 1)
+        between = [] if pair is None else sep * self.separators
         space = self.max_tokens - room - len(cloze) - len(between) - 2
         if space < 1:
             raise BackboneError(
@@ -101,7 +123,8 @@ class MaskedLM(Bert):
         return EncodedInput(torch.tensor(ids + tail), len(ids), len(tail))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D]: each answer's row of the language head and its bias; None if one has several tokens."""
+        """[C, D]: each answer's row of the language head and its bias; None if one has several tokens, or the head is
+        more than rows and a bias."""
         ids = [self._answer(answer) for answer in answers]
         for place, answer in enumerate(answers):
             if not set(self.tokenizer.all_special_ids).isdisjoint(ids[place]):
@@ -114,7 +137,7 @@ class MaskedLM(Bert):
                     f"{self.name} reads the answers {answers[ids.index(ids[place])]!r} and {answer!r} as the same tokens "
                     f"({self._pieces(ids[place])}); choose another word for one"
                 )
-        return None if any(len(i) > 1 for i in ids) else self._rows([i[0] for i in ids])
+        return self._rows([i[0] for i in ids]) if self.scored_by_rows and all(len(i) == 1 for i in ids) else None
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
@@ -150,30 +173,23 @@ class MaskedLM(Bert):
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
         """Features at the (first) mask; scores of items with an answer, mean log-likelihoods of its tokens at the masks."""
-        states_STD, _ = self._top(prompts_SPD, hidden, layer)
+        states_STD, _ = self.frozen.run(prompts_SPD, hidden, layer)
         masks = [(i.content[: i.length] == self.tokenizer.mask_token_id).nonzero()[:, 0] for i in items]
-        counts = [len(places) for places in masks]
-        rows = torch.arange(len(items)).repeat_interleave(torch.tensor(counts))
-        words_ND = self._transformed(states_STD[rows.to(self.device), torch.cat(masks).to(self.device)])
-        words = words_ND.split(counts)
-        firsts_SD = torch.stack([word[0] for word in words]).float()
-        along_S = self._one - firsts_SD @ self._across_D
-        features_SD = firsts_SD + along_S[:, None] * self._across_D
+        rows = torch.arange(len(items)).repeat_interleave(torch.tensor([len(places) for places in masks]))
+        places = (torch.cat(masks) + prompts_SPD.shape[1]).to(self.device)
+        states_ND = states_STD[rows.to(self.device), places]
+        firsts = self._index([sum(len(places) for places in masks[:row]) for row in range(len(items))])
+        features_SD = self._features(self.frozen.head_input(states_ND[firsts]))
         if not any(item.scored for item in items):
             return ModelOutput(features_SD)
+        words = self.frozen.logits(states_ND).float().split([len(places) for places in masks])
         scores = [self._likelihood(word, item) for word, item in zip(words, items, strict=True)]
         return ModelOutput(features_SD, torch.stack(scores)[:, None])
 
-    def _likelihood(self, words_ND: Tensor, item: EncodedInput) -> Tensor:
+    def _likelihood(self, logits_NV: Tensor, item: EncodedInput) -> Tensor:
         if not item.scored:
-            return words_ND.new_full((), -torch.inf, dtype=torch.float32)
-        wanted = item.content[item.length :].to(self.device)
-        return -F.cross_entropy(self.head.decoder(words_ND).float(), wanted)
-
-    def _transformed(self, states_ND: Tensor) -> Tensor:
-        if self.roberta:
-            return self.head.layer_norm(F.gelu(self.head.dense(states_ND)))
-        return self.head.transform(states_ND)
+            return logits_NV.new_full((), -torch.inf)
+        return -F.cross_entropy(logits_NV, item.content[item.length :].to(self.device))
 
     @torch.no_grad()
     def _likely(self, ids: Sequence[int], place: int) -> Tensor:
@@ -181,18 +197,20 @@ class MaskedLM(Bert):
         mask = self.tokenizer.mask_token_id
         whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
         item = EncodedInput(torch.tensor(whole), len(whole))
-        states_STD, _ = self._top(torch.zeros(1, 0, self.width, device=self.device), [self._word_vectors(item)], 0)
-        return self.head.decoder(self._transformed(states_STD[0, place + 1]))
+        none = torch.zeros(1, 0, self.width, device=self.device)
+        states_STD, _ = self.frozen.run(none, [self._word_vectors(item)], 0)
+        return self.frozen.logits(states_STD[:, place + 1])[0]
 
     def _rows(self, ids: Sequence[int]) -> Tensor:
         """[N, D] so that features @ rows.T are the head's logits of these tokens, its bias included."""
-        rows_ND, bias_N = self.head.decoder.weight[ids].float(), self.head.decoder.bias[ids].float()
+        rows_ND, bias = self.decoder.weight[ids].float(), getattr(self.decoder, "bias", None)
+        bias_N = rows_ND.new_zeros(len(ids)) if bias is None else bias[ids].float()
         along_N = rows_ND @ self._across_D
         return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
 
     def _word_vectors(self, item: EncodedInput) -> Tensor:
         """What BERT adds to the words of a second segment is added here; a prompt is of the first."""
-        vectors_TD, kinds = super()._word_vectors(item), self.model.embeddings.token_type_embeddings.weight
+        vectors_TD, kinds = super()._word_vectors(item), self._segments
         if len(kinds) < 2:
             return vectors_TD
         ends = (item.content[: item.length] == self.tokenizer.sep_token_id).to(self.device)

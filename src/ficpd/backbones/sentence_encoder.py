@@ -1,5 +1,6 @@
-"""Sentence encoders (BERT family: MiniLM, multilingual E5, ...): features are normalised mean-pooled embeddings.
+"""Sentence encoders (MiniLM, E5, BGE, MPNet, Qwen3-Embedding, ...): features are normalised pooled embeddings.
 
+The files of a sentence-transformers folder say how to pool; without them the mean is taken.
 Answers are scored by cosine similarity to their embedded texts, times `SCALE`, the value that sentence-transformers
 trains with (Reimers and Gurevych, EMNLP 2019, arXiv 1908.10084). The prompt is attended to and not pooled.
 """
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from ficpd.backbones.bert import Bert, load
+from ficpd.backbones.pretrained import TextModel, load
+from ficpd.backbones.sentence_files import SentenceFiles, pool, read_sentence_files
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
@@ -23,27 +25,38 @@ SCALE = 20.0
 
 
 class Config(FrozenConfig):
-    """`max_tokens`: longest input, prompt included. `prefix`: what the encoder was trained to see before a text."""
+    """`max_tokens`: longest input, prompt included. `prefix`: text that the encoder was trained to see before a text; None:
+    the default prompt of the folder, if it has one."""
 
     max_tokens: int = Field(default=256, ge=8)
-    prefix: str = ""
+    prefix: str | None = None
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load an encoder from a `from_pretrained` folder. Raises `BackboneError` if it is not of the BERT family."""
+    """Load an encoder from a `from_pretrained` folder. Raises `BackboneError` if it cannot be run on embeddings, or its
+    files ask for a reading that is not followed."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    files = read_sentence_files(Path(weights.folder), name, config.prefix, device)
     model, tokenizer, _ = load(AutoModel, Path(weights.folder), name, "an encoder", **options)
-    return Encoder(config, model.to(device), tokenizer, weights.sha256, name)
+    return Encoder(config, model.to(device), tokenizer, weights.sha256, name, files)
 
 
-class Encoder(Bert):
+class Encoder(TextModel):
     """A frozen sentence encoder."""
 
     kind, about = "sentence_encoder", "a sentence encoder"
 
-    def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
+    def __init__(
+        self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str, files: SentenceFiles | None = None
+    ):
         super().__init__(config.max_tokens, model, tokenizer, sha256, name)
-        self.config = config
+        self.files = files or SentenceFiles(prompt=config.prefix or "")
+        out = len(self.files.dense[-1].weight_OD) if self.files.dense else self.frozen.sample_TD.shape[1]
+        if out > self.width:
+            raise BackboneError(
+                f"backbone.name = {name!r}: its token embeddings have {self.width} numbers and its features {out}; expected "
+                'no more than the embeddings. Use another model, or backbone.kind = "masked_lm".'
+            )
 
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
@@ -57,7 +70,9 @@ class Encoder(Bert):
                 f"a prompt of {room} virtual tokens leaves {limit} of {self.name}'s {self.max_tokens} positions for the "
                 "text; take fewer virtual tokens (prompt.num_tokens) or a larger backbone.max_tokens"
             )
-        texts = (self.config.prefix + text,) if pair is None else (self.config.prefix + text, pair)
+        texts = [self.files.prompt + text, *([] if pair is None else [pair])]
+        texts = [text.lower() for text in texts] if self.files.lower_case else texts
+        limit = min(limit, self.files.max_tokens or limit)
         ids = self.tokenizer(*texts, truncation=True, max_length=limit)["input_ids"]
         return EncodedInput(torch.tensor(ids), len(ids))
 
@@ -79,6 +94,9 @@ class Encoder(Bert):
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        states_STD, mask_ST = self._top(prompts_SPD, hidden, layer)
-        weight = mask_ST[..., None].float()
-        return ModelOutput(F.normalize((states_STD.float() * weight).sum(1) / weight.sum(1), dim=-1))
+        states_STD, mask_ST = self.frozen.run(prompts_SPD, hidden, layer)
+        lengths = [item.length for item in items]
+        pooled_SD = pool(states_STD[:, prompts_SPD.shape[1] :], mask_ST, lengths, self.files.pooling)
+        for dense in self.files.dense:
+            pooled_SD = dense(pooled_SD)
+        return ModelOutput(F.pad(F.normalize(pooled_SD, dim=-1), (0, self.width - pooled_SD.shape[1])))

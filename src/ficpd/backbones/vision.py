@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import rng
-from ficpd.backbones.bert import _quietly
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.pretrained import quietly
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig
@@ -51,7 +51,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     without its image processor (preprocessor_config.json)."""
     folder, options = Path(weights.folder), {"dtype": dtype, "attn_implementation": attention}
     try:
-        with _quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
+        with quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
             model = AutoModel.from_pretrained(folder, local_files_only=True, **options)
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
             words = model.config.model_type == "clip"

@@ -1,0 +1,100 @@
+"""Next-token logits of a frozen decoder, step by step, behind a prompt that entered at any layer.
+
+The layers below the entry never see the prompt and the others always do. So there are two caches: one of the text for the
+layers below, one of prompt and text for the others. Rows are padded on the left. A layer's first use compares this with
+whole forwards; a model that gives other logits, or has no such cache, is run without a cache, which takes longer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ficpd.backbones.decoding import Step
+from ficpd.backbones.frozen import FrozenModel, difference, parameters
+from ficpd.types import HiddenStates
+
+STEPS = 3
+"""Tokens of the comparison, the read text as the first."""
+
+
+class Writing:
+    """Makes `decoding.Step` functions. `cached`: by layer, whether a cache gives the logits of whole forwards."""
+
+    def __init__(self, frozen: FrozenModel):
+        self.frozen = frozen
+        self.cached: dict[int, bool] = {}
+
+    def steps(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
+        """Texts are given as embeddings [T, E]. A step takes the tokens chosen last [S]; it returns logits [S, V]."""
+        if layer not in self.cached:
+            self.cached[layer] = self._agrees(layer)
+        return (self._with_cache if self.cached[layer] else self._whole)(prompts_SPD, rows, layer)
+
+    def _whole(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
+        frozen, texts, lead = self.frozen, list(rows), prompts_SPD.shape[1]
+
+        def step(ids_S: Tensor | None) -> Tensor:
+            if ids_S is not None:
+                texts[:] = [
+                    torch.cat([text, new]) for text, new in zip(texts, frozen.embed(ids_S[:, None]), strict=True)
+                ]
+            states_STD, _ = frozen.run(prompts_SPD, frozen.encode(texts, layer), layer)
+            lasts = [states[lead + len(text) - 1] for states, text in zip(states_STD, texts, strict=True)]
+            return frozen.logits(torch.stack(lasts))
+
+        return step
+
+    def _with_cache(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
+        frozen, lead = self.frozen, prompts_SPD.shape[1]
+        below, above = (DynamicCache(config=frozen.body.config.get_text_config(decoder=True)) for _ in range(2))
+        lengths = [[len(row) + more for row in rows] for more in (0, lead)]
+        masks = [HiddenStates.of([rows[0].new_zeros(n, 1) for n in part], left=True).mask_ST for part in lengths]
+
+        def step(ids_S: Tensor | None) -> Tensor:
+            if ids_S is None:
+                text = HiddenStates.of(rows, left=True)
+                lower = self._below(text.states_STD, masks[0], below, layer)
+                whole = [
+                    torch.cat([p, states[-len(r) :]]) for p, states, r in zip(prompts_SPD, lower, rows, strict=True)
+                ]
+                upper = HiddenStates.of(whole, left=True).states_STD
+            else:
+                masks[:] = [torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1) for mask in masks]
+                upper = self._below(frozen.embed(ids_S[:, None]), masks[0], below, layer)
+            states_STD = frozen.entering(layer, upper, self._given(masks[1], upper, above)).last_hidden_state
+            return frozen.logits(states_STD[:, -1])
+
+        return step
+
+    def _below(self, states_STE: Tensor, mask_SK: Tensor, cache: Any, layer: int) -> Tensor:
+        if layer == 0:
+            return states_STE
+        return self.frozen.until(layer, states_STE, self._given(mask_SK, states_STE, cache))
+
+    def _given(self, mask_SK: Tensor, states: Tensor, cache: Any) -> dict[str, Any]:
+        """Arguments of a forward over the last columns of a mask. The first real token of each row has position 0."""
+        given = {"attention_mask": mask_SK.long(), "past_key_values": cache, "use_cache": True}
+        if "position_ids" in parameters(self.frozen.body):
+            given["position_ids"] = (mask_SK.cumsum(1) - 1).clamp(min=0)[:, -states.shape[1] :]
+        return given
+
+    @torch.no_grad()
+    def _agrees(self, layer: int) -> bool:
+        """Whether the cache gives the logits of whole forwards, for two rows of different lengths."""
+        frozen = self.frozen
+        if "past_key_values" not in parameters(frozen.body):
+            return False
+        ids = frozen.sample_ids()
+        rows = [frozen.embed(row) for row in ids]
+        prompts_SPD = torch.stack([row[:2] for row in rows]) if layer == 0 else rows[0].new_zeros(2, 2, frozen.width)
+        if layer:
+            prompts_SPD = torch.stack([states[:2] for states in frozen.encode(rows, layer)])
+        chosen = [None, *torch.stack([row[:STEPS] for row in ids], dim=1)[: STEPS - 1]]
+        try:
+            fast, slow = (make(prompts_SPD, rows, layer) for make in (self._with_cache, self._whole))
+            return all(difference(fast(new), slow(new)) <= frozen.tolerance for new in chosen)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError):
+            return False
