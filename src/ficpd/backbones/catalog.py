@@ -35,33 +35,53 @@ NAMED: dict[str, CatalogEntry] = {
     ),
 }
 
-KINDS: dict[str, str] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "sentence_encoder"),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "causal_lm"),
-    **dict.fromkeys(("dinov2", "vit", "clip"), "vision"),
-}
-"""`model_type` of a config.json, and the backbone module that runs it: the encoder of a BERT saved as nothing but
-*ForMaskedLM (bert-base-uncased, xlm-roberta-base) was never trained to embed sentences, and a masked_lm it is."""
+ENDS = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForConditionalGeneration": "seq2seq"}
+"""Ends of an architecture's name, and the backbone module that runs it."""
 
 
 def detect_kind(folder: Path) -> str:
-    """The backbone module for a folder of weights. Raises `BackboneError`, naming the supported, if there is none."""
+    """The backbone module for a folder of weights: by sentence-transformers' modules.json, by the saved architecture, else
+    by the type of the model. An encoder saved as nothing but *ForMaskedLM (bert-base-uncased) was never trained to embed
+    sentences, and is a masked_lm. Raises `BackboneError` for a type of no kind."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         model_type, architectures = config.get("model_type"), config.get("architectures") or []
     except (OSError, ValueError, AttributeError) as error:
         raise BackboneError(f"{file}: expected a transformers configuration: {error}") from error
-    kind = KINDS.get(model_type)
-    if kind is None:
-        raise BackboneError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(KINDS)}.")
-    if kind == "sentence_encoder" and architectures and all(a.endswith("ForMaskedLM") for a in architectures):
+    if (folder / "modules.json").is_file():
+        return "sentence_encoder"
+    kinds = _kinds(model_type)
+    saved = {kind for end, kind in ENDS.items() if kind in kinds and any(a.endswith(end) for a in architectures)}
+    if saved:
+        return saved.pop()
+    if "sentence_encoder" in kinds and architectures and all(a.endswith("ForMaskedLM") for a in architectures):
         return "masked_lm"
-    if kind == "causal_lm" and architectures and not any(a.endswith("ForCausalLM") for a in architectures):
+    if kinds == {"causal_lm"} and architectures:
         raise BackboneError(
             f"{file}: a {model_type} without a language head ({', '.join(architectures)}): use *ForCausalLM."
         )
-    return kind
+    for kind in ("vision", "seq2seq", "sentence_encoder", "causal_lm"):
+        if kind in kinds:
+            return kind
+    code = ", and the code in its folder is never run" if "auto_map" in config else ""
+    raise BackboneError(
+        f"{file}: model_type = {model_type!r} is not supported{code}; expected a text model or a vision transformer of the "
+        "installed transformers. Use another model (docs/backbones.md)."
+    )
+
+
+def _kinds(model_type: str) -> set[str]:
+    """The kinds that transformers has a model of this type for."""
+    from transformers.models.auto import modeling_auto as known
+
+    lists = {
+        "vision": (known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, {"dinov3_vit"}),
+        "seq2seq": (known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
+        "sentence_encoder": (known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,),
+        "causal_lm": (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
+    }
+    return {kind for kind, names in lists.items() if any(model_type in part for part in names)}
 
 
 @dataclass(frozen=True)

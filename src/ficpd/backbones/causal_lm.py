@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_verbosity
 
 from ficpd.backbones.decoding import Pick, decode, greedy, row_generators, sampler
-from ficpd.backbones.language_head import LanguageHead
-from ficpd.backbones.pretrained import TextModel, load
+from ficpd.backbones.language_head import LanguageHead, mean_likelihoods
+from ficpd.backbones.pretrained import TextModel, load, require_weights
 from ficpd.backbones.writing import Writing
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
@@ -39,7 +39,8 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     Raises `BackboneError` if the weights cannot be read, or the model cannot be run on embeddings.
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "level": get_verbosity()}
-    model, tokenizer, _ = load(AutoModelForCausalLM, weights.folder, name, "a decoder", **options)
+    model, tokenizer, missing = load(AutoModelForCausalLM, weights.folder, name, "a decoder", **options)
+    require_weights(missing, name, "a decoder with a language head")
     return CausalLM(config, model.to(device), tokenizer, weights.sha256, name)
 
 
@@ -50,7 +51,15 @@ class CausalLM(TextModel):
 
     def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
         super().__init__(config.max_tokens, model, tokenizer, sha256, name)
-        self.head, self.writing = LanguageHead(self.frozen), Writing(self.frozen)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Finds the token that begins every text, and whether answers are scored by rows of the language head."""
+        frozen, tokenizer = self.frozen, self.tokenizer
+        with torch.no_grad():
+            logits = {factor: frozen.logits(factor * frozen.sample_TD) for factor in (1, 100, 0)}
+        self.head = LanguageHead(self.model, frozen.sample_TD, logits, frozen.tolerance)
+        self.writing = Writing(frozen)
         begin = tokenizer.bos_token_id  # begins every sequence, if the tokeniser sets one by itself
         self._first = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
@@ -142,7 +151,8 @@ class CausalLM(TextModel):
         if not scored:
             return ModelOutput(features_SD)
         before = [states_STD[row, lasts[row] - items[row].scored : lasts[row]] for row in scored]
-        likelihoods_N = self.head.likelihoods(before, [items[row].content[-items[row].scored :] for row in scored])
+        wanted = [items[row].content[-items[row].scored :] for row in scored]
+        likelihoods_N = mean_likelihoods(self.frozen.logits(torch.cat(before)), wanted)
         scores_S = features_SD.new_full((len(items),), -torch.inf)
         return ModelOutput(features_SD, scores_S.index_put((self._index(scored),), likelihoods_N)[:, None])
 
@@ -154,16 +164,22 @@ class CausalLM(TextModel):
     ) -> list[str]:
         """Greedy texts of up to `max_tokens` tokens or the end token. Raises `BackboneError` where they do not fit."""
         self.frozen.check(layer)
-        openings = [EncodedInput(i.content[: i.length - i.scored], i.length - i.scored) for i in items]
+        openings = [self._before(item) for item in items]
         if not openings:
             return []
-        longest = max(item.length for item in openings)
-        if prompts_SPD.shape[1] + longest + max_tokens > self.context:
-            raise BackboneError(
-                f"a prompt length longer than the context: {prompts_SPD.shape[1]} virtual tokens, {longest} read and "
-                f"{max_tokens} to write are more than {self.name}'s {self.context}; write fewer or read less."
-            )
+        self._require_room(prompts_SPD.shape[1], max(item.length for item in openings), max_tokens)
         return self._texts(prompts_SPD, openings, layer, max_tokens, greedy)
+
+    def _before(self, item: EncodedInput) -> EncodedInput:
+        """The part that is read, without the scored tail."""
+        return EncodedInput(item.content[: item.length - item.scored], item.length - item.scored)
+
+    def _require_room(self, virtual: int, longest: int, max_tokens: int) -> None:
+        if virtual + longest + max_tokens > self.context:
+            raise BackboneError(
+                f"a prompt length longer than the context: {virtual} virtual tokens, {longest} read and {max_tokens} to "
+                f"write are more than {self.name}'s {self.context}; write fewer or read less."
+            )
 
     @torch.no_grad()
     def generate(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ficpd import rng
 from ficpd.errors import BackboneError
@@ -23,17 +24,33 @@ SCALE = 2.0
 """PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
 
 TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
+FUSED = (
+    "q",
+    "v",
+    "q_lin",
+    "v_lin",
+    "query_proj",
+    "value_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "Wqkv",
+    "in_proj",
+)
+"""Names that are looked for where a model has none of `TARGETS`; the fused ones hold queries, keys and values at once."""
 
 
 class Adapters:
     """Where a model's weights can be changed: its linear modules that bear one of the names in `TARGETS`, in its order."""
 
     def __init__(self, model: nn.Module, width: int):
-        self.modules: Mapping[str, Any] = {
-            name: module for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS
-        }
+        found = [
+            {name: part for name, part in model.named_modules() if name.rpartition(".")[2] in names and _sizes(part)}
+            for names in (TARGETS, FUSED)
+        ]
+        self.modules: Mapping[str, Any] = found[0] or found[1]
         self.width = width
-        self.per_rank = sum(module.in_features + module.out_features for module in self.modules.values())
+        self.per_rank = sum(sum(_sizes(module)) for module in self.modules.values())
 
     def parameters(self, rank: int) -> int:
         """How many numbers A and B have together, as PEFT counts them: those of the rows without the zeros at their end."""
@@ -43,8 +60,9 @@ class Adapters:
         """[P, D] float32 that change nothing yet, as PEFT begins: A uniform within 1/√in (kaiming), B zero."""
         random, parts = rng.make_generator(seed, "lora"), []
         for module in self.modules.values():
-            drawn = 2 * torch.rand(rank, module.in_features, generator=random) - 1
-            parts += [drawn.flatten() / module.in_features**0.5, torch.zeros(rank * module.out_features)]
+            inputs, outputs = _sizes(module)
+            drawn = 2 * torch.rand(rank, inputs, generator=random) - 1
+            parts += [drawn.flatten() / inputs**0.5, torch.zeros(rank * outputs)]
         flat = torch.cat(parts)
         return F.pad(flat, (0, -len(flat) % self.width)).view(-1, self.width)
 
@@ -64,7 +82,7 @@ class Adapters:
         rank, flat, place, found = self.rank(rows), rows.flatten(-2), 0, {}
         for name, module in self.modules.items():
             parts = []
-            for size in (module.in_features, module.out_features):
+            for size in _sizes(module):
                 parts.append(flat[..., place : place + rank * size].unflatten(-1, (rank, size)))
                 place += rank * size
             found[name] = parts[0], parts[1]
@@ -81,6 +99,13 @@ class Adapters:
             yield
 
 
+def _sizes(module: Any) -> tuple[int, ...]:
+    """Numbers in and out of a linear module, of torch or of GPT-2; none of another module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
+
+
 def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
     """A forward hook that adds each sequence's own `SCALE` B A x."""
 
@@ -94,7 +119,7 @@ def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
 
 def lora_of(backbone: Backbone) -> Adapters:
     """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
-    if backbone.adapters is None:
+    if backbone.adapters is None or not backbone.adapters.modules:
         raise BackboneError(
             f"{backbone.name} has no LoRA: its kind of backbone names no query and value projections. Use an encoder, a "
             "masked_lm or a causal_lm, or a method that tunes prompts (fedavg, ficpd, ...)"

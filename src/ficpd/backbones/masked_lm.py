@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
-from ficpd.backbones.pretrained import TextModel, load
+from ficpd.backbones.pretrained import TextModel, load, require_weights
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
@@ -38,12 +38,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     model, tokenizer, missing = load(AutoModelForMaskedLM, Path(weights.folder), name, MaskedLM.about, **options)
-    if missing:
-        raise BackboneError(
-            f"backbone {name!r}: {weights.folder} lacks {len(missing)} weights of a masked language model, among them "
-            f"{min(missing)}; without its trained language head it cannot fill a mask. Use weights saved as *ForMaskedLM, "
-            'or backbone.kind = "sentence_encoder"'
-        )
+    require_weights(missing, name, "a masked language model")
     return MaskedLM(config, model.to(device), tokenizer, weights.sha256, name)
 
 

@@ -34,12 +34,21 @@ def load(
     model, told = read(auto, folder, name, what, level, output_loading_info=True, **options)
     tokenizer = read(AutoTokenizer, folder, name, f"{what} (its tokenizer)", level)
     rows = len(model.get_input_embeddings().weight)
-    if len(tokenizer) > rows:
+    if any(i not in tokenizer.added_tokens_decoder for i in range(rows, len(tokenizer))):
         raise BackboneError(
             f"backbone.name = {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; expected "
             "as many or more rows. Save model and tokenizer together, after `model.resize_token_embeddings`."
         )
     return model, tokenizer, set(told["missing_keys"])
+
+
+def require_weights(missing: set[str], name: str, what: str) -> None:
+    """Raises `BackboneError` for a folder that lacks weights, which would be random numbers."""
+    if missing:
+        raise BackboneError(
+            f"backbone.name = {name!r}: it lacks {len(missing)} weights of {what}, among them {min(missing)}. Use weights "
+            'that were saved with all parts, such as the language head, or backbone.kind = "sentence_encoder".'
+        )
 
 
 def read(auto: Any, folder: Path, name: str, what: str, level: int = ERROR, **options: Any) -> Any:
@@ -83,7 +92,7 @@ class TextModel(Tokenised):
 
     def __init__(self, max_tokens: int, model: Any, tokenizer: Any, sha256: str, name: str):
         self.frozen = FrozenModel(self.layered(model), name, self.causal)
-        self.model, self.tokenizer, self.name = model.requires_grad_(False), tokenizer, name
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.fingerprint = f"{self.kind}:{sha256[:16]}"
         self.width, self.depth = self.frozen.width, self.frozen.depth
         self.context = context(model)

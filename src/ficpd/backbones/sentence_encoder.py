@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from ficpd.backbones.pretrained import TextModel, load
+from ficpd.backbones.pretrained import TextModel, load, require_weights
 from ficpd.backbones.sentence_files import SentenceFiles, pool, read_sentence_files
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
@@ -37,7 +37,8 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
     files ask for a reading that is not followed."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     files = read_sentence_files(Path(weights.folder), name, config.prefix, device)
-    model, tokenizer, _ = load(AutoModel, Path(weights.folder), name, "an encoder", **options)
+    model, tokenizer, missing = load(AutoModel, Path(weights.folder), name, "an encoder", **options)
+    require_weights({key for key in missing if "pooler" not in key}, name, "an encoder")  # the pooler is not used
     return Encoder(config, model.to(device), tokenizer, weights.sha256, name, files)
 
 

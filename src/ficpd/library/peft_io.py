@@ -55,6 +55,12 @@ KINDS = {
         "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
         "`model.generate` write.",
     ),
+    "seq2seq": Kind(
+        "SEQ_2_SEQ_LM",
+        "AutoModelForSeq2SeqLM",
+        "Feed it `text`, a line break and the instruction; answers are the decoder's first tokens.",
+        "Feed it `text`, a line break and the instruction; answers are the decoder's first tokens.",
+    ),
     "sentence_encoder": Kind(
         "FEATURE_EXTRACTION",
         "AutoModel",
@@ -147,13 +153,14 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
     config = AutoConfig.from_pretrained(own, local_files_only=True)
     if Path(base).is_dir():
         try:
-            other = dict(json.loads((Path(base) / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            other = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
             raise BackboneError(f"{base}/config.json: expected a transformers configuration: {error}") from error
         for key in ("model_type", "hidden_size", "num_hidden_layers"):
-            if other.get(key) != getattr(config, key):
+            given, expected = (getattr(one, key, None) for one in (other, config))
+            if given != expected:
                 raise LibraryError(
-                    f"base {base}: {key} = {other.get(key)!r}: expected {getattr(config, key)!r} as in {named} ({own}), "
+                    f"base {base}: {key} = {given!r}: expected {expected!r} as in {named} ({own}), "
                     "which the prompt was tuned on; name that model, or leave --base out"
                 )
     elif not weights.HUB_ID.fullmatch(base):
@@ -175,7 +182,9 @@ def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> 
         if prompt.enters_at == LORA:
             model = _with_lora(empty, vectors_PD, common)
         else:
-            tuning = peft.PromptTuningConfig(num_virtual_tokens=len(vectors_PD), **common)
+            tuning = peft.PromptTuningConfig(
+                num_virtual_tokens=len(vectors_PD), num_transformer_submodules=1, **common
+            )
             model: Any = peft.get_peft_model(empty, tuning)
             model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
         model.peft_config["default"].base_model_name_or_path = base
