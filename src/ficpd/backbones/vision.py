@@ -1,11 +1,15 @@
-"""Vision transformers (DINOv2, ViT, and CLIP with its text half): features are of the class token after the last norm.
+"""Vision transformers (ViT, DeiT, BEiT, DINOv2, DINOv3, and CLIP and SigLIP with their text halves).
+
+Features are the class token after the last norm, or the model's own pooling where it has no class token for that (BEiT,
+SigLIP).
 
 The prompt's virtual tokens stand in front of class token and patches: visual prompt tuning (Jia et al., ECCV 2022, arXiv
 2203.12119), which puts them between the two; attention does not see the difference, for they have no positions. All images
-have one size, so that nothing is padded. DINOv2 and ViT know no words: a task on them tunes a head. CLIP's answers are its
-embedded texts (Radford et al., ICML 2021, arXiv 2103.00020). Its images and texts meet in a space of N dimensions, and its
-class token has D: with W [N, D] the visual projection, features are f / |W f| and a readout is scale · t W, of which the
-product is CLIP's own logit, scale · t · W f / |W f|. So prompt, features and head rows all have the width D.
+have one size, so that nothing is padded. Most know no words: a task on them tunes a head. CLIP's and SigLIP's answers are
+their embedded texts (Radford et al., ICML 2021, arXiv 2103.00020; Zhai et al., ICCV 2023, arXiv 2303.15343). CLIP's images
+and texts meet in a space of N dimensions, and its class token has D: with W [N, D] the visual projection, features are
+f / |W f| and a readout is scale · t W, of which the product is CLIP's own logit, scale · t · W f / |W f|. So prompt,
+features and head rows all have the width D.
 """
 
 from collections.abc import Sequence
@@ -16,20 +20,19 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import Field
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import rng
+from ficpd.backbones.guards import FAILURES, Guarded, difference, find_blocks, parameters, watch
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.pretrained import quietly
+from ficpd.backbones.pretrained import read
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
-MODELS = ("dinov2", "vit", "clip")
 SCALE = 40.0
 """What cosines of features without a text half are multiplied by. DINOv2's are close together: on MNIST class means have a
 loss of 1.40 with it and of 1.61 with the encoders' 20, and 75 steps end at 84.3 % where 20 ends at 79.0 % (one seed)."""
@@ -47,22 +50,13 @@ class Config(FrozenConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it is of no known family, or
+    """Load a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it cannot be entered, or is
     without its image processor (preprocessor_config.json)."""
     folder, options = Path(weights.folder), {"dtype": dtype, "attn_implementation": attention}
-    try:
-        with quietly(), torch.random.fork_rng(devices=[]):  # a part that a checkpoint lacks is drawn, and never used
-            model = AutoModel.from_pretrained(folder, local_files_only=True, **options)
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-            words = model.config.model_type == "clip"
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if words else None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BackboneError(f"backbone {name!r}: {folder} cannot be read as a vision transformer: {error}") from error
-    if model.config.model_type not in MODELS:
-        raise BackboneError(
-            f"backbone {name!r} is a {type(model).__name__}; the vision kind runs {', '.join(MODELS)}. Use one of those, or "
-            "another kind"
-        )
+    model = read(AutoModel, folder, name, "a vision transformer", **options)
+    processor = read(AutoImageProcessor, folder, name, "a vision transformer (its image processor)", backend="pil")
+    words = hasattr(model, "text_model")
+    tokenizer = read(AutoTokenizer, folder, name, "a vision transformer (its tokenizer)") if words else None
     return Vision(config, model.to(device), processor, tokenizer, weights.sha256, name)
 
 
@@ -79,6 +73,71 @@ class RandomImage:
         return Image.fromarray(drawn.numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
+class FrozenTower(Guarded):
+    """A frozen image tower, run by its own forward, with vectors in front of the states of any block.
+
+    size: pixels of an image's side. width: numbers of a patch's state. length: states of an image, and `prefix` those of
+    them that are no patches.
+    """
+
+    def __init__(self, tower: Any, name: str, size: int):
+        super().__init__(tower, name)
+        self.body, self.size, self.width = tower, size, tower.config.hidden_size
+        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self._noise, self._options = noise.to(self.device, self.dtype), {}
+        if "interpolate_pos_encoding" in parameters(type(tower)):
+            self._options = {"interpolate_pos_encoding": True}
+        try:
+            self._prepare()
+        except FAILURES as error:
+            raise BackboneError(
+                f"backbone.name = {name!r}: a {type(tower).__name__} takes no prompt ({type(error).__name__}: "
+                f"{str(error)[:200]}). Use another vision transformer."
+            ) from error
+
+    def look(self, pixels: Tensor) -> Any:
+        return self.body(pixel_values=pixels, **self._options)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, layer: int) -> Tensor:
+        """[S, 3, size, size] to the input of a block, [S, T, D]."""
+        self.check(layer)
+        return self.until(layer, lambda: self.look(pixels))
+
+    def run(self, states_STD: Tensor, layer: int) -> Tensor:
+        """The tower's last states for the input of a block. The pixels that it is given meanwhile are not read."""
+        self.check(layer)
+        pixels = states_STD.new_zeros(len(states_STD), *self._noise.shape[1:])
+        return self.entering(layer, states_STD, lambda: self.look(pixels)).last_hidden_state
+
+    @torch.enable_grad()
+    def _prepare(self) -> None:
+        output, calls = watch(self.body, lambda: self.look(self._noise[:1]))
+        self._alone = output.last_hidden_state[0]
+        blocks, first = find_blocks(self.body, calls, self.width)
+        if not blocks:
+            raise ValueError("no list of blocks that are each called once, in order, on states of one shape")
+        self.length = len(self._alone)
+        self.prefix = self.length - (self.size // self.body.config.patch_size) ** 2
+        self.open_middle(blocks, first)
+        states_STD = self.encode(self._noise, 0)
+        self.require(difference(self.run(states_STD, 0)[0], self._alone), "an image's states depend on its batch")
+        leaf = torch.cat([states_STD[:, -2:], states_STD], dim=1).requires_grad_(True)
+        last_STD = self.run(leaf, 0)
+        weight_D = torch.linspace(-1, 1, self.width, device=self.device)
+        for row in range(2):
+            self.require_own_gradient(last_STD[row, 2].float() @ weight_D, leaf, row)
+
+    @torch.no_grad()
+    def differs(self, layer: int) -> str:
+        def compare() -> float:
+            states_STD = self.until(layer, lambda: self.look(self._noise[:1]))
+            last = self.entering(layer, states_STD, lambda: self.look(self._noise[:1])).last_hidden_state
+            return difference(last[0], self._alone)
+
+        return self.why_not(layer, compare)
+
+
 class Vision(Backbone):
     """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
 
@@ -89,10 +148,9 @@ class Vision(Backbone):
             model.eval().requires_grad_(False), processor, tokenizer, name
         )  # fmt: skip
         self.tower = getattr(model, "vision_model", model)
-        self.blocks: Any = next(part for part in self.tower.modules() if isinstance(part, nn.ModuleList))
-        self.width, self.depth = self.tower.config.hidden_size, len(self.blocks)
         size, self.sizes = _sizes(processor, config.image_size, self.tower.config.patch_size, name)
-        self.length = (size // self.tower.config.patch_size) ** 2 + 1
+        self.frozen = FrozenTower(self.tower, name, size)
+        self.width, self.depth, self.length = self.frozen.width, self.frozen.depth, self.frozen.length
         self.max_tokens = self.length + MOST
         self.fingerprint = f"vision:{sha256[:16]}:{size}"
         self.device, self.dtype = model.device, model.dtype
@@ -101,6 +159,7 @@ class Vision(Backbone):
         self.scale, self.projection_ND = SCALE, None
         if self.has_text_encoder:
             self.scale = float(model.logit_scale.float().exp())
+        if hasattr(model, "visual_projection"):
             self.projection_ND = model.visual_projection.weight.float()
 
     # ------------------------------------------------------------ items and readouts
@@ -125,8 +184,8 @@ class Vision(Backbone):
         )
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
-        """[C, D] of the texts `instruction answer`, such as "a photo of a cat"; only CLIP has a text half."""
-        if self.projection_ND is None:
+        """[C, D] of the texts `instruction answer`, such as "a photo of a cat"; only CLIP and SigLIP have a text half."""
+        if not self.has_text_encoder:
             raise BackboneError(
                 f"{self.name} knows no words to score answers by: set task.tuned_head = true, and prompt.head_examples to a "
                 "few public labelled images that the head starts from (or use a CLIP)"
@@ -135,12 +194,16 @@ class Vision(Backbone):
             if not answer.strip() or not self.tokenizer(answer, add_special_tokens=False)["input_ids"]:
                 raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
         texts, longest = [f"{instruction} {answer}".strip() for answer in answers], self.model.text_model.config
+        padding: Any = True if self.projection_ND is not None else "max_length"
         read = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=longest.max_position_embeddings, return_tensors="pt"
+            texts, padding=padding, truncation=True, max_length=longest.max_position_embeddings, return_tensors="pt"
         ).to(self.device)
+        given = read if self.projection_ND is not None else {"input_ids": read["input_ids"]}  # SigLIP reads its padding
         with torch.no_grad():
-            pooled = self.model.text_model(**read).pooler_output
-            embedded_CN = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+            embedded_CN = self.model.text_model(**given).pooler_output
+            if self.projection_ND is None:
+                return self.scale * F.normalize(embedded_CN.float(), dim=-1)
+            embedded_CN = F.normalize(self.model.text_projection(embedded_CN).float(), dim=-1)
         return self.scale * embedded_CN @ self.projection_ND
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
@@ -155,7 +218,9 @@ class Vision(Backbone):
         """Patches of made-up images, as they are at the layer. The text says nothing here: what a vision transformer has
         within is no words, with a text half beside it or without."""
         items = [EncodedInput(image, self.length) for image in self.synthetic_inputs(8, seed)]
-        states_TD = torch.cat([states[1:] for states in self.encode_prefix(items, enters_at)]).float().cpu()
+        states_TD = (
+            torch.cat([states[self.frozen.prefix :] for states in self.encode_prefix(items, enters_at)]).float().cpu()
+        )
         drawn = torch.randperm(len(states_TD), generator=rng.make_generator(seed, "patches"))
         return states_TD[drawn[torch.arange(num_tokens) % len(drawn)]]
 
@@ -165,37 +230,29 @@ class Vision(Backbone):
     # ------------------------------------------------------------ layers
 
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        with torch.no_grad():
-            states_STD = self._run(self._embedded(self._pixels(items)), 0, layer)
-        return [states_TD.clone() for states_TD in states_STD]
+        return [states_TD.clone() for states_TD in self.frozen.encode(self._pixels(items), layer)]
 
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
         states_STD = torch.cat([prompts_SPD.to(self.dtype), torch.stack(list(hidden))], dim=1)
-        states_SD = self._run(states_STD, layer, self.depth)[:, prompts_SPD.shape[1]]
-        norm = self.tower.post_layernorm if self.has_text_encoder else self.tower.layernorm
-        states_SD = norm(states_SD).float()
+        states_SD = self._pooled(self.frozen.run(states_STD, layer)[:, prompts_SPD.shape[1] :]).float()
         if self.projection_ND is None:
             return ModelOutput(F.normalize(states_SD, dim=-1))
         return ModelOutput(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    def _pooled(self, states_STD: Tensor) -> Tensor:
+        """[S, D] of an image's last states, without the prompt's."""
+        if getattr(self.tower, "use_head", False):  # SigLIP
+            return self.tower.head(states_STD)
+        if getattr(self.tower.config, "use_mean_pooling", False):  # BEiT
+            return self.tower.pooler(states_STD)
+        return self.tower.post_layernorm(states_STD[:, 0]) if self.has_text_encoder else states_STD[:, 0]
 
     def _pixels(self, items: Sequence[EncodedInput]) -> Tensor:
         """[S, 3, height, width]: decoded here and nowhere kept."""
         images = [item.content.open() for item in items]
         return self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"].to(self.device, self.dtype)
-
-    def _embedded(self, pixels: Tensor) -> Tensor:
-        """[S, T, D]: class token and patches with their positions, as they enter the first block."""
-        if self.model.config.model_type == "dinov2":
-            return self.tower.embeddings(pixels)
-        states_STD = self.tower.embeddings(pixels, interpolate_pos_encoding=True)
-        return self.tower.pre_layrnorm(states_STD) if self.has_text_encoder else states_STD
-
-    def _run(self, states_STD: Tensor, first: int, last: int) -> Tensor:
-        for block in self.blocks[first:last]:
-            states_STD = block(states_STD, None)
-        return states_STD
 
 
 def _sizes(processor: Any, wanted: int | None, patch: int, name: str) -> tuple[int, dict[str, Any]]:

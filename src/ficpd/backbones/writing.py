@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ficpd.backbones.decoding import Step
-from ficpd.backbones.frozen import FrozenModel, difference, parameters
+from ficpd.backbones.frozen import FrozenModel
+from ficpd.backbones.guards import FAILURES, difference, parameters
 from ficpd.types import HiddenStates
 
 STEPS = 3
@@ -25,7 +26,7 @@ class Writing:
 
     def __init__(self, frozen: FrozenModel):
         self.frozen = frozen
-        self.cached: dict[int, bool] = {}
+        self.cached = {0: self._agrees(0)}  # not on its first use, which may be one with LoRA
 
     def steps(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
         """Texts are given as embeddings [T, E]. A step takes the tokens chosen last [S]; it returns logits [S, V]."""
@@ -56,28 +57,23 @@ class Writing:
         def step(ids_S: Tensor | None) -> Tensor:
             if ids_S is None:
                 text = HiddenStates.of(rows, left=True)
-                lower = self._below(text.states_STD, masks[0], below, layer)
+                lower = frozen.lower(layer, text.states_STD, self._given(masks[0], text.states_STD, below))
                 whole = [
                     torch.cat([p, states[-len(r) :]]) for p, states, r in zip(prompts_SPD, lower, rows, strict=True)
                 ]
                 upper = HiddenStates.of(whole, left=True).states_STD
             else:
                 masks[:] = [torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1) for mask in masks]
-                upper = self._below(frozen.embed(ids_S[:, None]), masks[0], below, layer)
-            states_STD = frozen.entering(layer, upper, self._given(masks[1], upper, above)).last_hidden_state
-            return frozen.logits(states_STD[:, -1])
+                new = frozen.embed(ids_S[:, None])
+                upper = frozen.lower(layer, new, self._given(masks[0], new, below))
+            return frozen.logits(frozen.upper(layer, upper, self._given(masks[1], upper, above))[:, -1])
 
         return step
-
-    def _below(self, states_STE: Tensor, mask_SK: Tensor, cache: Any, layer: int) -> Tensor:
-        if layer == 0:
-            return states_STE
-        return self.frozen.until(layer, states_STE, self._given(mask_SK, states_STE, cache))
 
     def _given(self, mask_SK: Tensor, states: Tensor, cache: Any) -> dict[str, Any]:
         """Arguments of a forward over the last columns of a mask. The first real token of each row has position 0."""
         given = {"attention_mask": mask_SK.long(), "past_key_values": cache, "use_cache": True}
-        if "position_ids" in parameters(self.frozen.body):
+        if "position_ids" in parameters(type(self.frozen.body)):
             given["position_ids"] = (mask_SK.cumsum(1) - 1).clamp(min=0)[:, -states.shape[1] :]
         return given
 
@@ -85,16 +81,14 @@ class Writing:
     def _agrees(self, layer: int) -> bool:
         """Whether the cache gives the logits of whole forwards, for two rows of different lengths."""
         frozen = self.frozen
-        if "past_key_values" not in parameters(frozen.body):
+        if "past_key_values" not in parameters(type(frozen.body)):
             return False
         ids = frozen.sample_ids()
         rows = [frozen.embed(row) for row in ids]
-        prompts_SPD = torch.stack([row[:2] for row in rows]) if layer == 0 else rows[0].new_zeros(2, 2, frozen.width)
-        if layer:
-            prompts_SPD = torch.stack([states[:2] for states in frozen.encode(rows, layer)])
+        prompts_SPD = torch.stack([states[:2] for states in frozen.encode(rows, layer)])
         chosen = [None, *torch.stack([row[:STEPS] for row in ids], dim=1)[: STEPS - 1]]
         try:
             fast, slow = (make(prompts_SPD, rows, layer) for make in (self._with_cache, self._whole))
             return all(difference(fast(new), slow(new)) <= frozen.tolerance for new in chosen)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError):
+        except FAILURES:
             return False

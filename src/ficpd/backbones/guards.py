@@ -1,0 +1,237 @@
+"""Enters a frozen model's own forward at any block: stops it there, or gives the block other states.
+
+The blocks below return their input; the model's own code does the rest, so no family needs code. What a guard does holds
+for one thread.
+"""
+
+import functools
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ficpd.errors import BackboneError
+
+TOLERANCES = {torch.float32: 1e-4}
+"""Largest difference, as a share of the largest number. Half precision rounds more."""
+HALF_TOLERANCE = 5e-2
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+"""Errors of a model that is run in a way that it does not support."""
+
+BODY, HEAD = -1, -2
+"""Places of the body and of the output embedding; a block's is its number."""
+Action = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Takes a place, and the forward and arguments of its module; gives its output."""
+
+
+class ReachedError(Exception):
+    """Ends a forward at a module. `states`: its input."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
+
+
+class _Guard:
+    """A module's place, and the action of each thread. A copy of a model has none."""
+
+    def __init__(self, place: int, local: threading.local):
+        self.place, self.local = place, local
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+class Guarded(ABC):
+    """A frozen body with blocks.
+
+    body: the module that gives `last_hidden_state`.
+    depth: layers that vectors can enter; 1 where only the input is open, and `closed` then says why.
+    """
+
+    body: Any
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.device, self.dtype = model.device, model.dtype
+        self.tolerance = TOLERANCES.get(self.dtype, HALF_TOLERANCE)
+        self._local, self._checked = threading.local(), {0}
+        self.depth, self.closed, self._arity = 1, "", 0
+
+    # ------------------------------------------------------------ forward passes
+
+    def until(self, layer: int, call: Callable[[], Any]) -> Tensor:
+        """The input of a block in a forward, which ends there."""
+
+        def stop(place: int, own: Any, args: Any, kwargs: Any) -> Any:
+            if place == layer:
+                raise ReachedError(_states(args, kwargs))
+            return own(*args, **kwargs)
+
+        try:
+            with self.acting(stop):
+                call()
+        except ReachedError as reached:
+            return reached.states
+        raise BackboneError(f"{self.name} never came to its layer {layer}")
+
+    def entering(self, layer: int, states_STD: Tensor, call: Callable[[], Any], cache: Any = None) -> Any:
+        """The body's output in a forward whose block `layer` is given these states."""
+
+        def enter(place: int, own: Any, args: Any, kwargs: Any) -> Any:
+            if place < 0 or place > layer:
+                return own(*args, **kwargs)
+            if place < layer:
+                return self._passed(place, _states(args, kwargs), cache)
+            return own(states_STD, *args[1:], **kwargs) if args else own(**{**kwargs, "hidden_states": states_STD})
+
+        with self.acting(enter):
+            return call()
+
+    def _passed(self, place: int, states: Tensor, cache: Any) -> Any:
+        """The output of a block that is left out. Its cache becomes as long as the others'."""
+        if cache is not None:
+            empty = states.new_zeros(len(states), 1, states.shape[1], 1)
+            cache.update(empty, empty, place)
+        return states if self._arity == 0 else (states, *[None] * (self._arity - 1))
+
+    @contextmanager
+    def acting(self, action: Action) -> Iterator[None]:
+        """Meanwhile guarded modules call `action`, in this thread alone."""
+        self._local.action = action
+        try:
+            yield
+        finally:
+            self._local.action = None
+
+    def guard(self, module: nn.Module, place: int) -> None:
+        """Lets a module ask for the action of its thread."""
+        module.__class__ = _guarded(type(module))
+        module._guard = _Guard(place, self._local)  # type: ignore[assignment]
+
+    # ------------------------------------------------------------ checks
+
+    def check(self, layer: int) -> None:
+        """Raises `BackboneError` for a layer that vectors cannot enter; compares a middle layer on its first use."""
+        if not 0 <= layer < self.depth:
+            raise BackboneError(
+                f"a prompt cannot enter {self.name} at layer {layer}: expected 0 to {self.depth - 1}.{self.closed}"
+            )
+        if layer not in self._checked:
+            if differs := self.differs(layer):
+                raise BackboneError(f"prompt.enters_at = {layer}: {self.name}{differs} Use prompt.enters_at = 0.")
+            self._checked.add(layer)
+
+    @abstractmethod
+    def differs(self, layer: int) -> str:
+        """Why states that are captured at a layer and put back do not give the model's own; "" where they do."""
+
+    def open_middle(self, blocks: Sequence[nn.Module], first: Any) -> None:
+        """Guards the blocks, and sets `depth` by comparing the lowest and the highest of them.
+
+        first: the output of the first block in a forward.
+        """
+        self._arity = len(first) if isinstance(first, tuple) else 0
+        for place, block in enumerate(blocks):
+            self.guard(block, place)
+        if not blocks:
+            self.closed = " It has no list of layers that are each called once, in order, on states of one shape."
+        for layer in {1, len(blocks) - 1} & {*range(1, len(blocks))}:
+            if not self.closed and (differs := self.differs(layer)):
+                self.closed = f" It{differs}"
+        self.depth = 1 if self.closed else len(blocks)
+
+    def why_not(self, layer: int, compare: Callable[[], float]) -> str:
+        """Runs a comparison; the reason where it fails or differs too much."""
+        try:
+            differs = compare()
+        except FAILURES as error:
+            return f" cannot be entered at layer {layer} ({type(error).__name__}: {str(error)[:100]})."
+        if differs <= self.tolerance:
+            return ""
+        return f" gives other states when it is entered at layer {layer} (relative difference {differs:.2g})."
+
+    def require(self, differs: float, what: str) -> None:
+        if not differs <= self.tolerance:
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: {what} (relative difference {differs:.2g}, expected at most "
+                f"{self.tolerance:g}). Use another model."
+            )
+
+    def require_own_gradient(self, value: Tensor, leaf: Tensor, row: int) -> None:
+        """Raises `BackboneError` where a row's value has no gradient for its leaf, or one for another row's."""
+        (grad,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        if not grad[row].any() or not grad.isfinite().all():
+            raise BackboneError(f"backbone.name = {self.name!r}: it gives no gradients. Use another model.")
+        if (strange := float(grad[1 - row].abs().max())) > 0:
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: a row has a gradient of {strange:.2g} for another row's prompt; "
+                "expected 0. A record's privacy needs rows that are independent. Use another model."
+            )
+
+
+def watch(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[nn.Module, Any, Any]]]:
+    """The output of a forward, and of each call of a module in it: the module, its states' shape and its output."""
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        states = _states(args, kwargs) if args or "hidden_states" in kwargs else None
+        calls.append((module, states.shape if torch.is_tensor(states) else None, output))
+
+    hooks = [part.register_forward_hook(note, with_kwargs=True) for part in model.modules()]
+    try:
+        with torch.no_grad():
+            return call(), calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def find_blocks(
+    body: nn.Module, calls: Sequence[tuple[nn.Module, Any, Any]], width: int
+) -> tuple[list[nn.Module], Any]:
+    """The longest list of modules that are each called once, in order, on states [S, T, width]; the first one's output."""
+    found: list[nn.Module] = []
+    for part in body.modules():
+        if isinstance(part, nn.ModuleList) and len(part) > len(found):
+            within = [(module, shape) for module, shape, _ in calls if any(module is block for block in part)]
+            shapes = {shape for _, shape in within}
+            alike = len(shapes) == 1 and None not in shapes and [*min(shapes)][2:] == [width]
+            in_order = len(within) == len(part) and all(m is b for (m, _), b in zip(within, part, strict=True))
+            found = [*part] if alike and in_order else found
+    return found, next((output for module, _, output in calls if found and module is found[0]), None)
+
+
+def difference(given: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    return float(
+        (given.detach().float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12)
+    )
+
+
+@functools.cache
+def parameters(kind: type) -> frozenset[str]:
+    """Names of a module type's forward."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _guarded(kind: Any) -> type:
+    """A subclass whose forward asks for an action. A copied module has no guard and is as before."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard = self.__dict__.get("_guard")
+        action = guard and getattr(guard.local, "action", None)
+        own = functools.partial(kind.forward, self)
+        return action(guard.place, own, args, kwargs) if action else own(*args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _states(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs["hidden_states"]
