@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, seq2seq
+from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, seq2seq, vision
 from ficpd.errors import BackboneError
 from ficpd.types import EncodedInput, Prompt
 
@@ -90,14 +91,17 @@ DECODERS = {
     "Mamba": _decoder("Mamba", {**BASE, "state_size": 4}),
 }  # fmt: skip
 ENCODERS = {
-    "BERT": ("Bert", BASE), "RoBERTa": ("Roberta", BASE), "XLM-R": ("XLMRoberta", BASE), "CamemBERT": ("Camembert", BASE),
-    "DistilBERT": ("DistilBert", DISTILBERT), "MPNet": ("MPNet", BASE), "ELECTRA": ("Electra", {**BASE, "embedding_size": WIDTH}),
-    "DeBERTa-v3": ("DebertaV2", DEBERTA), "ModernBERT": ("ModernBert", {**BASE, "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}),
+    "BERT": ("Bert", BASE), "RoBERTa": ("Roberta", BASE), "XLM-R": ("XLMRoberta", BASE),
+    "CamemBERT": ("Camembert", BASE), "DistilBERT": ("DistilBert", DISTILBERT), "MPNet": ("MPNet", BASE),
+    "ELECTRA": ("Electra", {**BASE, "embedding_size": WIDTH}), "DeBERTa-v3": ("DebertaV2", DEBERTA),
+    "ModernBERT": ("ModernBert", {**BASE, "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}),
     "ALBERT": ("Albert", {**BASE, "embedding_size": 16}), "Data2Vec": ("Data2VecText", BASE),
     "RoBERTa-PreLayerNorm": ("RobertaPreLayerNorm", BASE), "XLM-R-XL": ("XLMRobertaXL", BASE),
 }  # fmt: skip
 MASKED = {name: Family("masked_lm", f"{n}ForMaskedLM", f"{n}Config", sizes) for name, (n, sizes) in ENCODERS.items()}
-SENTENCES = {name: Family("sentence_encoder", f"{n}Model", f"{n}Config", sizes) for name, (n, sizes) in ENCODERS.items()}
+SENTENCES = {
+    name: Family("sentence_encoder", f"{n}Model", f"{n}Config", sizes) for name, (n, sizes) in ENCODERS.items()
+}
 SEQ2SEQ = {
     "T5": Family("seq2seq", "T5ForConditionalGeneration", "T5Config", T5),
     "BART": Family("seq2seq", "BartForConditionalGeneration", "BartConfig", BART),
@@ -136,6 +140,8 @@ def build(family: Family, **more: Any) -> Any:
 
 
 def load(family: Family, **more: Any) -> Any:
+    if family.kind == "vision":
+        return load_vision(family, build(family, **more))
     made, config = CLASSES[family.kind]
     return made(config(), build(family, **more), tokenizer(family.kind), "ab" * 32, family.model)
 
@@ -151,8 +157,10 @@ def outputs(model: Any, kind: str, embeds_TE: Tensor, answer: Tensor | None = No
     return (found.last_hidden_state if kind == "sentence_encoder" else found.logits)[0]
 
 
-def entered(model: Any, block: Any, ids_T: Tensor, prompt_PD: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """The output where a prompt joins the input of a block, by hooks: the text runs alone below it."""
+def entered(
+    model: Any, block: Any, given: Tensor, prompt_PD: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The output where a prompt joins the input of a block, by hooks: the text's ids or the pixels run alone below it."""
     seen: list[Tensor] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> Any:
@@ -164,8 +172,10 @@ def entered(model: Any, block: Any, ids_T: Tensor, prompt_PD: Tensor, run: Calla
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     hook = block.register_forward_pre_hook(look, with_kwargs=True)
-    embeds_TE = model.get_input_embeddings()(ids_T)
     try:
+        if run is None:
+            return [model(pixel_values=given[None]) for _ in range(2)][1].last_hidden_state[0]
+        embeds_TE = model.get_input_embeddings()(given)
         run(embeds_TE)
         return run(torch.cat([embeds_TE[:1].expand(len(prompt_PD), -1), embeds_TE]))
     finally:
@@ -225,6 +235,78 @@ def blocks(model: Any, kind: str) -> Sequence[Any]:
     return next(p for p in part.modules() if isinstance(p, torch.nn.ModuleList) and len(p) == LAYERS)
 
 
+# ---------------------------------------------------------------- images
+
+SIDE, PATCH = 16, 4
+TOWER: dict[str, Any] = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.3,
+}  # fmt: skip
+TEXT_HALF = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 12, "bos_token_id": 2, "eos_token_id": 3,
+             "pad_token_id": 0, "projection_size": WIDTH}  # fmt: skip
+HALVES = {"text_config": TEXT_HALF, "vision_config": TOWER}
+VISION = {
+    "ViT": Family("vision", "ViTModel", "ViTConfig", TOWER),
+    "DeiT": Family("vision", "DeiTModel", "DeiTConfig", TOWER),
+    "BEiT": Family("vision", "BeitModel", "BeitConfig", {**TOWER, "use_absolute_position_embeddings": True}),
+    "BEiT (relative positions)": Family("vision", "BeitModel", "BeitConfig", {**TOWER, "use_relative_position_bias": True}),
+    "DINOv2": Family("vision", "Dinov2Model", "Dinov2Config", {**TOWER, "mlp_ratio": 2}),
+    "DINOv2 with registers": Family("vision", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig",
+                                    {**TOWER, "mlp_ratio": 2, "num_register_tokens": 3}),
+    "DINOv3": Family("vision", "DINOv3ViTModel", "DINOv3ViTConfig", {**TOWER, "num_register_tokens": 3}),
+    "CLIP": Family("vision", "CLIPModel", "CLIPConfig", {**HALVES, "projection_dim": 20}),
+    "SigLIP": Family("vision", "SiglipModel", "SiglipConfig", HALVES),
+    "Swin": Family("vision", "SwinModel", "SwinConfig", {"image_size": 32, "embed_dim": 16, "depths": [2, 2],
+                                                         "num_heads": [2, 2], "window_size": 4}),
+}  # fmt: skip
+
+
+def load_vision(family: Family, model: Any) -> vision.Vision:
+    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    words = tokenizer("vision") if hasattr(model, "text_model") else None
+    return vision.Vision(vision.Config(), model, processor, words, "ab" * 32, family.model)
+
+
+def vision_line(backbone: vision.Vision, model: Any) -> dict[str, str]:
+    """Features at layers 0 to 3 with a prompt, and CLIP's and SigLIP's logits without one."""
+    items = [backbone.preprocess_image(image, TOKENS) for image in backbone.synthetic_inputs(3, 0)]
+    pixels, tower, worst = backbone._pixels(items), getattr(model, "vision_model", model), []
+    for layer in range(backbone.depth):
+        hidden = backbone.encode_prefix(items, layer)
+        prompts_SPD = torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+        ours_SD = backbone.forward(prompts_SPD, hidden, items, layer).features_RD
+        for row, prompt_PD in enumerate(prompts_SPD):
+            block = blocks(tower, "vision")[layer]
+            last_TD = entered(tower, block, pixels[row], prompt_PD)[TOKENS:]
+            feature_D = feature(model, tower, last_TD)
+            worst.append(float((ours_SD[row] - feature_D).abs().max()))
+    if backbone.has_text_encoder:
+        said = backbone.forward(torch.zeros(3, 0, WIDTH), hidden, items, layer).features_RD
+        ours = said @ backbone.readout("the", ["film", "good story"]).T
+        longest = {"padding": "max_length", "max_length": 12} if "Siglip" in type(model).__name__ else {"padding": True}
+        words = backbone.tokenizer(["the film", "the good story"], return_tensors="pt", **longest)
+        words = {"input_ids": words["input_ids"]} if "Siglip" in type(model).__name__ else words
+        theirs = model(
+            pixel_values=pixels, **{k: v for k, v in words.items() if k != "token_type_ids"}
+        ).logits_per_image
+        worst.append(float((ours - ours[:, :1] - theirs + theirs[:, :1]).abs().max()))  # but for SigLIP's bias
+    return {"layer 0": "yes", "middle": "yes" if backbone.depth > 1 else "no", "difference": f"{max(worst):.0e}"}
+
+
+def feature(model: Any, tower: Any, last_TD: Tensor) -> Tensor:
+    """What the models' own code makes of the last states."""
+    name = type(model).__name__
+    if name == "CLIPModel":
+        pooled_D = tower.post_layernorm(last_TD[0])
+        return pooled_D / model.visual_projection(pooled_D).norm()
+    if name == "SiglipModel":
+        return F.normalize(tower.head(last_TD[None])[0], dim=0)
+    if name == "BeitModel":
+        return F.normalize(tower.pooler.layernorm(last_TD[1:].mean(0)), dim=0)
+    return F.normalize(last_TD[0], dim=0)
+
+
 # ---------------------------------------------------------------- a line of the table
 
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sentence_encoder": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -232,8 +314,11 @@ TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sentence_encoder": "FEATURE_EXTRACTION"
 
 def with_peft(model: Any, kind: str, prompts: int) -> tuple[Any, Callable[..., Tensor]]:
     """PEFT's prompt tuning on a copy, and its outputs for a prompt and ids."""
-    submodules = {"num_transformer_submodules": 1} if kind == "seq2seq" else {}
-    config = peft.PromptTuningConfig(num_virtual_tokens=prompts, task_type=TASK_TYPES[kind], **submodules)
+    width = model.get_input_embeddings().weight.shape[1]
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=prompts, token_dim=width, num_transformer_submodules=1, task_type=TASK_TYPES[kind],
+        num_attention_heads=1, num_layers=1,
+    )  # fmt: skip
     theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
 
     def through(prompt_PD: Tensor, ids_T: Tensor, decoded: Any = None) -> Tensor:
@@ -261,7 +346,10 @@ def written(backbone: Any, layer: int) -> str:
             ids = [*ids, int(backbone.frozen.logits(states_STD[:, -1]).argmax())]
             if ids[-1] == backbone.tokenizer.eos_token_id:
                 break
-        assert backbone.tokenizer.decode(ids[len(backbone.tokenizer(text)["input_ids"]) :], skip_special_tokens=True) == found
+        assert (
+            backbone.tokenizer.decode(ids[len(backbone.tokenizer(text)["input_ids"]) :], skip_special_tokens=True)
+            == found
+        )
     return "cache" if backbone.writing.cached[layer] else "whole forwards"
 
 
@@ -297,21 +385,23 @@ def line(name: str, family: Family) -> dict[str, str]:
     """One line of the table in docs/backbones.md."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        backbone, model = load(family), build(family)
-        found, worst = {"family": name, "kind": family.kind}, [off(backbone, model, 0)]
-        found["layer 0"] = "yes"
+        columns = ("layer 0", "middle", "writing", "LoRA", "PEFT export", "difference")
+        found = {"family": name, "kind": family.kind, **dict.fromkeys(columns, "no")}
+        try:
+            backbone, model = load(family), build(family)
+        except BackboneError:
+            return found | {"difference": "refused"}
+        if family.kind == "vision":
+            return found | vision_line(backbone, model)
+        found["layer 0"], worst = "yes", [off(backbone, model, 0)]
         if backbone.depth > 1:
             worst += [off(backbone, model, layer) for layer in (1, 2, 3)]
         found["middle"] = "yes" if backbone.depth > 1 else "no"
         writes = {written(backbone, layer) for layer in ({0, 2} if backbone.depth > 1 else {0})}
         found["writing"] = ", ".join(sorted(writes))
-        try:
-            lora = lora_off(backbone, model)
-        except (BackboneError, RuntimeError, ValueError) as error:
-            lora, found["LoRA"] = None, type(error).__name__
-        found.setdefault("LoRA", "no" if lora is None else "yes")
+        lora = lora_off(backbone, model)
+        found["LoRA"] = "no" if lora is None else "yes"
         worst += [] if lora is None else [lora]
-        found["PEFT export"] = "no"
         if family.kind in TASK_TYPES:
             worst.append(off(backbone, model, 0, with_peft(model, family.kind, TOKENS)[1]))
             found["PEFT export"] = "yes"

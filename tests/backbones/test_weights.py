@@ -297,6 +297,11 @@ def test_from_the_hub_come_only_the_files_that_are_needed(tmp_path, monkeypatch)
         "model.safetensors.index.json",
         "tokenizer.json",
         "vocab.txt",
+        "modules.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
     ]
     left = ["pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors", "README.md", "modeling_own.py"]
     assert list(filter_repo_objects([*wanted, *left], **seen)) == wanted

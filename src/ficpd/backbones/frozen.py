@@ -163,8 +163,8 @@ class FrozenModel(Guarded):
         states_STD = self._run_body(leaf, self._mask(text.mask_ST)).last_hidden_state
         weight_D = torch.linspace(-1, 1, states_STD.shape[-1], device=self.device)  # a norm's plain sum is constant
         for row, expected in enumerate(alone):
-            what = "a row of embeddings gives other states than its ids" if row == 0 else "a row depends on its batch"
-            self.require(difference(states_STD[row, : len(expected)], expected), what)
+            differs = difference(states_STD[row, : len(expected)], expected)
+            self.require(differs, "a row's embeddings beside another row's give other states than its ids alone")
             self.require_own_gradient(states_STD[row, len(expected) - 1].float() @ weight_D, leaf, row)
 
     @torch.no_grad()

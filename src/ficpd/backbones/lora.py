@@ -24,19 +24,7 @@ SCALE = 2.0
 """PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
 
 TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
-FUSED = (
-    "q",
-    "v",
-    "q_lin",
-    "v_lin",
-    "query_proj",
-    "value_proj",
-    "qkv_proj",
-    "query_key_value",
-    "c_attn",
-    "Wqkv",
-    "in_proj",
-)
+FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj")
 """Names that are looked for where a model has none of `TARGETS`; the fused ones hold queries, keys and values at once."""
 
 

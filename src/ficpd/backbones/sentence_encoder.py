@@ -52,6 +52,8 @@ class Encoder(TextModel):
     ):
         super().__init__(config.max_tokens, model, tokenizer, sha256, name)
         self.files = files or SentenceFiles(prompt=config.prefix or "")
+        if self.files.pooling != "mean" or self.files.dense:  # other features than those of the weights alone
+            self.fingerprint += f":{self.files.pooling}:{len(self.files.dense)}"
         out = len(self.files.dense[-1].weight_OD) if self.files.dense else self.frozen.sample_TD.shape[1]
         if out > self.width:
             raise BackboneError(

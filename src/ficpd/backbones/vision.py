@@ -112,6 +112,8 @@ class FrozenTower(Guarded):
 
     @torch.enable_grad()
     def _prepare(self) -> None:
+        if any(getattr(self.body.config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")):
+            raise ValueError("its relative positions have no place for a prompt")
         output, calls = watch(self.body, lambda: self.look(self._noise[:1]))
         self._alone = output.last_hidden_state[0]
         blocks, first = find_blocks(self.body, calls, self.width)

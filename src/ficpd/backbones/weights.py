@@ -44,6 +44,7 @@ HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
+HUB_FILES += ["modules.json", "*sentence*.json", "[0-9]_*/config.json"]
 HUB_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 
 
@@ -82,7 +83,12 @@ def _fingerprint(folder: Path) -> str:
     files = _weight_files(folder)
     if not files or not (folder / "config.json").is_file():
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
-        raise BackboneError(f"weights {str(folder)!r}: expected config.json and *.safetensors, found {found}.")
+        mend = ". For weights as pickles (.bin): load them with transformers and call `save_pretrained`"
+        mend = mend if any(folder.glob("*.bin")) else ""
+        mend = (
+            ". Merge an adapter with PEFT's `merge_and_unload`" if (folder / "adapter_config.json").exists() else mend
+        )
+        raise BackboneError(f"weights {str(folder)!r}: expected config.json and *.safetensors, found {found}{mend}.")
     return _known_sha256(files)
 
 
@@ -236,7 +242,7 @@ def _from_hub(name: str) -> Weights:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["[!0-9]*/*"]))
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
         raise BackboneError(
             f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "

@@ -183,8 +183,10 @@ def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> 
             model = _with_lora(empty, vectors_PD, common)
         else:
             tuning = peft.PromptTuningConfig(
-                num_virtual_tokens=len(vectors_PD), num_transformer_submodules=1, **common
-            )
+                num_virtual_tokens=len(vectors_PD), token_dim=vectors_PD.shape[1], num_transformer_submodules=1,
+                num_attention_heads=getattr(config, "num_attention_heads", 1),
+                num_layers=getattr(config, "num_hidden_layers", 1), **common,
+            )  # fmt: skip
             model: Any = peft.get_peft_model(empty, tuning)
             model.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(vectors_PD.clone())
         model.peft_config["default"].base_model_name_or_path = base
