@@ -291,7 +291,8 @@ def vision_line(backbone: vision.Vision, model: Any) -> dict[str, str]:
             pixel_values=pixels, **{k: v for k, v in words.items() if k != "token_type_ids"}
         ).logits_per_image
         worst.append(float((ours - ours[:, :1] - theirs + theirs[:, :1]).abs().max()))  # but for SigLIP's bias
-    return {"layer 0": "yes", "middle": "yes" if backbone.depth > 1 else "no", "difference": f"{max(worst):.0e}"}
+    middle = "yes" if backbone.depth > 1 else "no"
+    return {"layer 0": "yes", "middle": middle, "LoRA": "not compared", "difference": f"{max(worst):.0e}"}
 
 
 def feature(model: Any, tower: Any, last_TD: Tensor) -> Tensor:

@@ -357,10 +357,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_from_the_tail():
 def test_what_cannot_be_run_is_named(folder, tmp_path):
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)
-    file = write(tmp_path) / "config.json"
-    file.write_text(file.read_text().replace('"llama"', '"gemma"').replace("LlamaFor", "GemmaFor"))
-    with pytest.raises(BackboneError, match="GemmaForCausalLM"):
-        load(tmp_path)
+    write(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)

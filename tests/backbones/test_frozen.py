@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import families
+from ficpd.backbones import guards
 from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.pretrained import context
 from ficpd.errors import BackboneError
@@ -115,7 +116,20 @@ def test_positions_that_begin_behind_the_padding_index_bound_the_context():
     assert context(families.build(families.DECODERS["BLOOM"], max_position_embeddings=None)) > 10**9
 
 
-# ---------------------------------------------------------------- copies and threads
+# ---------------------------------------------------------------- checks, copies and threads
+
+
+def test_a_slow_check_is_done_once_for_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("FICPD_CACHE", str(tmp_path))
+    monkeypatch.setattr(guards, "SLOW", 0.0)
+    first = FrozenModel(families.build(LLAMA), "small", causal=True, identity="one")
+    assert len([*(tmp_path / "checked").iterdir()]) == 1
+    monkeypatch.setattr(FrozenModel, "_check_all", lambda *_: pytest.fail("checked again"))
+    again = FrozenModel(families.build(LLAMA), "small", causal=True, identity="one")
+    assert (again.depth, again.closed) == (first.depth, first.closed) == (families.LAYERS, "")
+    for identity, family in (("two", LLAMA), (None, LLAMA), ("one", families.DECODERS["Qwen3"])):
+        with pytest.raises(pytest.fail.Exception, match="checked again"):
+            FrozenModel(families.build(family), "small", causal=True, identity=identity)
 
 
 def test_a_deep_copy_has_no_guards():

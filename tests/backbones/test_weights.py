@@ -344,7 +344,7 @@ def test_the_configuration_tells_the_kind(tmp_path, config, kind):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"model_type": "nomic_bert", "auto_map": {"AutoModel": "own.Own"}}', "code in its folder is never run"),
+        ('{"model_type": "own_bert", "auto_map": {"AutoModel": "own.Own"}}', "code in its folder is never run"),
         ('{"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}', "without a language head"),
         ('{"model_type": "llama", "architectures": ["LlamaModel"]}', "without a language head"),
         ("{}", "None is not supported"),

@@ -11,11 +11,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import sights
 import small
-from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, tiny, vision
+from ficpd.backbones import causal_lm, masked_lm, sentence_encoder, seq2seq, tiny, vision
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.backbones.weights import Weights
 from ficpd.errors import BackboneError
@@ -73,6 +82,18 @@ def write_causal_lm(folder: Path) -> Path:
     return folder
 
 
+def write_seq2seq(folder: Path) -> Path:
+    write_encoder(folder)  # for its tokenizer
+    torch.manual_seed(4)
+    config = BartConfig(
+        vocab_size=5 + len(WORDS), d_model=WIDTH, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=48, init_std=0.3,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 class Builder(NamedTuple):
     """`build(folder, dtype)`: a small one; `words(backbone)`: its table of word vectors; `led(ids)`: the tokens that
     stand before a start's own and are dropped."""
@@ -102,6 +123,7 @@ BUILDERS = {
     "sentence_encoder": Builder(write_encoder, loader(sentence_encoder), embeddings),
     "masked_lm": Builder(lambda folder: write_encoder(folder, BertForMaskedLM), loader(masked_lm), embeddings),
     "causal_lm": Builder(write_causal_lm, loader(causal_lm), embeddings, lambda ids: ids[-1:]),
+    "seq2seq": Builder(write_seq2seq, loader(seq2seq), embeddings),
     "vision": Builder(sights.write_dinov2, loader(vision)),
     "vision (clip)": Builder(sights.write_clip, loader(vision)),
 }

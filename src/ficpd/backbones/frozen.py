@@ -41,8 +41,10 @@ class FrozenModel(Guarded):
     sample_TD: last states of a short text, for comparisons.
     """
 
-    def __init__(self, model: Any, name: str, causal: bool):
+    def __init__(self, model: Any, name: str, causal: bool, identity: str | None = None):
+        """identity: names the weights, so that slow checks are done once; None: always."""
         super().__init__(model, name)
+        self.identity = identity
         self.causal, self.table = causal, model.get_input_embeddings()
         self.width = self.table.weight.shape[1]
         try:
@@ -146,14 +148,20 @@ class FrozenModel(Guarded):
         _, calls = watch(self.model, lambda: self.model(input_ids=rows[0][None], **self._options(self.model)))
         self.body, _, last = [c for c in calls if torch.is_tensor(getattr(c[2], "last_hidden_state", None))][-1]
         self._kind, self.sample_TD = type(last), last.last_hidden_state[0]
-        with torch.no_grad():
-            other_TD = self.body(input_ids=rows[1][None], **self._options(self.body)).last_hidden_state[0]
-        self._compare_rows([self.embed(row) for row in rows], [self.sample_TD, other_TD])
         if self.body is not self.model:
             self.guard(self.body, BODY)
             if outputs := self.model.get_output_embeddings():
                 self.guard(outputs, HEAD)
-        self.open_middle(*find_blocks(self.body, calls, self.width))
+        self.guard_blocks(*find_blocks(self.body, calls, self.width))
+        self.closed = self.remembered("rows and layers", self.identity, lambda: self._check_all(rows))
+        self.depth = 1 if self.closed else self.depth
+
+    def _check_all(self, rows: Sequence[Tensor]) -> str:
+        """Raises `BackboneError` where a guarantee fails; returns why the middle is closed, "" where it is open."""
+        with torch.no_grad():
+            other_TD = self.body(input_ids=rows[1][None], **self._options(self.body)).last_hidden_state[0]
+        self._compare_rows([self.embed(row) for row in rows], [self.sample_TD, other_TD])
+        return self.why_closed()
 
     @torch.enable_grad()
     def _compare_rows(self, embedded: Sequence[Tensor], alone: Sequence[Tensor]) -> None:

@@ -5,17 +5,23 @@ for one thread.
 """
 
 import functools
+import hashlib
 import inspect
+import json
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from ficpd import storage
 from ficpd.errors import BackboneError
+from ficpd.types import JSON
 
 TOLERANCES = {torch.float32: 1e-4}
 """Largest difference, as a share of the largest number. Half precision rounds more."""
@@ -23,6 +29,8 @@ HALF_TOLERANCE = 5e-2
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 """Errors of a model that is run in a way that it does not support."""
 
+SLOW = 1.0
+"""Seconds of processor time of a check whose result is kept."""
 BODY, HEAD = -1, -2
 """Places of the body and of the output embedding; a block's is its number."""
 Action = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -130,20 +138,39 @@ class Guarded(ABC):
     def differs(self, layer: int) -> str:
         """Why states that are captured at a layer and put back do not give the model's own; "" where they do."""
 
-    def open_middle(self, blocks: Sequence[nn.Module], first: Any) -> None:
-        """Guards the blocks, and sets `depth` by comparing the lowest and the highest of them.
-
-        first: the output of the first block in a forward.
-        """
+    def guard_blocks(self, blocks: Sequence[nn.Module], first: Any) -> None:
+        """Guards the blocks. first: the output of the first block in a forward."""
         self._arity = len(first) if isinstance(first, tuple) else 0
         for place, block in enumerate(blocks):
             self.guard(block, place)
-        if not blocks:
-            self.closed = " It has no list of layers that are each called once, in order, on states of one shape."
-        for layer in {1, len(blocks) - 1} & {*range(1, len(blocks))}:
-            if not self.closed and (differs := self.differs(layer)):
-                self.closed = f" It{differs}"
-        self.depth = 1 if self.closed else len(blocks)
+        self.depth = max(1, len(blocks))
+
+    def why_closed(self) -> str:
+        """Compares the lowest and the highest middle layer; "" where both give the model's own states."""
+        if self.depth == 1:
+            return " It has no list of layers that are each called once, in order, on states of one shape."
+        reasons = [self.differs(layer) for layer in sorted({1, self.depth - 1})]
+        return next((f" It{reason}" for reason in reasons if reason), "")
+
+    def remembered(self, what: str, identity: str | None, find: Callable[[], JSON]) -> Any:
+        """The result of a check. One of more than `SLOW` seconds is kept in the cache folder.
+
+        identity: names the weights; None: nothing is kept.
+        """
+        config = self.model.config.to_json_string(use_diff=False)
+        key = [identity, what, config, str(self.dtype), str(self.device), transformers.__version__, torch.__version__]
+        name = hashlib.sha256(json.dumps([*key, self.model.config._attn_implementation]).encode()).hexdigest()
+        file = storage.cache_dir() / "checked" / f"{name}.json"
+        with suppress(OSError, ValueError):
+            if identity is not None:
+                return json.loads(file.read_text(encoding="utf-8"))
+        began = time.process_time()
+        found = find()
+        if identity is not None and time.process_time() - began > SLOW:
+            with suppress(OSError):  # a cache that cannot be written to costs time, nothing else
+                file.parent.mkdir(parents=True, exist_ok=True)
+                storage.atomic_write(file, json.dumps(found))
+        return found
 
     def why_not(self, layer: int, compare: Callable[[], float]) -> str:
         """Runs a comparison; the reason where it fails or differs too much."""

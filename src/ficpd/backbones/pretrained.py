@@ -46,8 +46,8 @@ def require_weights(missing: set[str], name: str, what: str) -> None:
     """Raises `BackboneError` for a folder that lacks weights, which would be random numbers."""
     if missing:
         raise BackboneError(
-            f"backbone.name = {name!r}: it lacks {len(missing)} weights of {what}, among them {min(missing)}. Use weights "
-            'that were saved with all parts, such as the language head, or backbone.kind = "sentence_encoder".'
+            f"backbone.name = {name!r}: it lacks {len(missing)} weights of {what}, among them {min(missing)}; use weights "
+            'that were saved with all parts, such as the language head, or backbone.kind = "sentence_encoder"'
         )
 
 
@@ -91,9 +91,9 @@ class TextModel(Tokenised):
     causal = False
 
     def __init__(self, max_tokens: int, model: Any, tokenizer: Any, sha256: str, name: str):
-        self.frozen = FrozenModel(self.layered(model), name, self.causal)
-        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.fingerprint = f"{self.kind}:{sha256[:16]}"
+        self.frozen = FrozenModel(self.layered(model), name, self.causal, self.fingerprint)
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.width, self.depth = self.frozen.width, self.frozen.depth
         self.context = context(model)
         self.max_tokens = min(max_tokens, self.context)

@@ -121,7 +121,9 @@ class FrozenTower(Guarded):
             raise ValueError("no list of blocks that are each called once, in order, on states of one shape")
         self.length = len(self._alone)
         self.prefix = self.length - (self.size // self.body.config.patch_size) ** 2
-        self.open_middle(blocks, first)
+        self.guard_blocks(blocks, first)
+        self.closed = self.why_closed()
+        self.depth = 1 if self.closed else self.depth
         states_STD = self.encode(self._noise, 0)
         self.require(difference(self.run(states_STD, 0)[0], self._alone), "an image's states depend on its batch")
         leaf = torch.cat([states_STD[:, -2:], states_STD], dim=1).requires_grad_(True)

@@ -26,7 +26,8 @@ class Writing:
 
     def __init__(self, frozen: FrozenModel):
         self.frozen = frozen
-        self.cached = {0: self._agrees(0)}  # not on its first use, which may be one with LoRA
+        first = frozen.remembered("cache", frozen.identity, lambda: self._agrees(0))
+        self.cached = {0: first}  # not on its first use, which may be one with LoRA
 
     def steps(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
         """Texts are given as embeddings [T, E]. A step takes the tokens chosen last [S]; it returns logits [S, V]."""
