@@ -134,7 +134,7 @@ def build(family: Family, **more: Any) -> Any:
     config = getattr(transformers, family.config)(**{**family.sizes, **more})
     model = getattr(transformers, family.model)(config).eval()
     for weight in model.parameters():
-        if weight.dim() == 1:
+        if weight.dim() == 1 or not weight.any():
             weight.data += 0.1 * torch.randn_like(weight)
     return model
 
@@ -174,12 +174,27 @@ def entered(
     hook = block.register_forward_pre_hook(look, with_kwargs=True)
     try:
         if run is None:
+            _give_prompts_no_place(model)
             return [model(pixel_values=given[None]) for _ in range(2)][1].last_hidden_state[0]
         embeds_TE = model.get_input_embeddings()(given)
         run(embeds_TE)
         return run(torch.cat([embeds_TE[:1].expand(len(prompt_PD), -1), embeds_TE]))
     finally:
         hook.remove()
+
+
+def _give_prompts_no_place(model: Any) -> None:
+    """BEiT adds numbers for pairs of patches to the attention; pairs with a prompt get 0."""
+    for part in model.modules():
+        if type(part).__name__ == "BeitRelativePositionBias" and "forward" not in part.__dict__:
+
+            def forward(window: Any, interpolates: bool, dim_size: int, own: Any = part.forward) -> Tensor:
+                bias = own(window)
+                wide = bias.new_zeros(1, bias.shape[1], dim_size, dim_size)
+                wide[:, :, -bias.shape[2] :, -bias.shape[3] :] = bias
+                return wide
+
+            part.forward = forward
 
 
 def read(backbone: Any, answer: str | None = None) -> list[EncodedInput]:
@@ -251,6 +266,8 @@ VISION = {
     "DeiT": Family("vision", "DeiTModel", "DeiTConfig", TOWER),
     "BEiT": Family("vision", "BeitModel", "BeitConfig", {**TOWER, "use_absolute_position_embeddings": True}),
     "BEiT (relative positions)": Family("vision", "BeitModel", "BeitConfig", {**TOWER, "use_relative_position_bias": True}),
+    "BEiT (shared relative positions)": Family("vision", "BeitModel", "BeitConfig",
+                                               {**TOWER, "use_shared_relative_position_bias": True}),
     "DINOv2": Family("vision", "Dinov2Model", "Dinov2Config", {**TOWER, "mlp_ratio": 2}),
     "DINOv2 with registers": Family("vision", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig",
                                     {**TOWER, "mlp_ratio": 2, "num_register_tokens": 3}),

@@ -112,8 +112,13 @@ class FrozenTower(Guarded):
 
     @torch.enable_grad()
     def _prepare(self) -> None:
-        if any(getattr(self.body.config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")):
-            raise ValueError("its relative positions have no place for a prompt")
+        if getattr(self.body.config, "use_shared_relative_position_bias", False):
+            raise ValueError("the relative positions that all its blocks share have no place for a prompt")
+        if getattr(self.body.config, "use_relative_position_bias", False):  # BEiT
+            self._options = {}
+            for part in self.body.modules():
+                if hasattr(part, "relative_position_bias_table"):
+                    part.register_forward_hook(_room_for_prompt, with_kwargs=True)
         output, calls = watch(self.body, lambda: self.look(self._noise[:1]))
         self._alone = output.last_hidden_state[0]
         blocks, first = find_blocks(self.body, calls, self.width)
@@ -257,6 +262,12 @@ class Vision(Backbone):
         """[S, 3, height, width]: decoded here and nowhere kept."""
         images = [item.content.open() for item in items]
         return self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"].to(self.device, self.dtype)
+
+
+def _room_for_prompt(module: Any, args: Any, kwargs: Any, bias_1HTT: Tensor) -> Tensor:
+    """Pads the relative positions of patches for the states in front of them, which have none."""
+    virtual = kwargs["dim_size"] - bias_1HTT.shape[-1]
+    return F.pad(bias_1HTT, (virtual, 0, virtual, 0))
 
 
 def _sizes(processor: Any, wanted: int | None, patch: int, name: str) -> tuple[int, dict[str, Any]]:
