@@ -361,7 +361,7 @@ def written(backbone: Any, layer: int) -> str:
         for _ in range(5):
             hidden = backbone.encode_prefix([EncodedInput(torch.tensor(ids), len(ids))], layer)
             states_STD, _ = backbone.frozen.run(prompt_PD[None], hidden, layer)
-            ids = [*ids, int(backbone.frozen.logits(states_STD[:, -1]).argmax())]
+            ids = [*ids, int(backbone.frozen.logits(states_STD[:, TOKENS + len(ids) - 1]).argmax())]
             if ids[-1] == backbone.tokenizer.eos_token_id:
                 break
         assert (

@@ -38,13 +38,14 @@ class FrozenModel(Guarded):
     """A frozen text model. `model` has a language head or none; `causal`: no position sees a later one.
 
     width: numbers of a token embedding.
+    most: positions that a row is padded to at most.
     sample_TD: last states of a short text, for comparisons.
     """
 
     def __init__(self, model: Any, name: str, causal: bool, identity: str | None = None):
         """identity: names the weights, so that slow checks are done once; None: always."""
         super().__init__(model, name)
-        self.identity = identity
+        self.identity, self.most = identity, LONG
         self.causal, self.table = causal, model.get_input_embeddings()
         self.width = self.table.weight.shape[1]
         try:
@@ -67,14 +68,14 @@ class FrozenModel(Guarded):
         self.check(layer)
         if layer == 0:
             return list(rows)
-        text = HiddenStates.of(rows)
+        text = HiddenStates.of(rows, most=self.most)
         states_STD = self.lower(layer, text.states_STD, self._mask(text.mask_ST))
         return [states_TD[: len(row)].clone() for states_TD, row in zip(states_STD, rows, strict=True)]
 
     def run(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
         """The last states [S, P+T, D] of prompts and hidden states, and the mask [S, T] of the latter."""
         self.check(layer)
-        text = HiddenStates.of(hidden)
+        text = HiddenStates.of(hidden, most=self.most - prompts_SPD.shape[1])
         states, mask = text.joined(prompts_SPD.to(self.device))
         return self.upper(layer, states, self._mask(mask)), text.mask_ST
 
@@ -166,7 +167,7 @@ class FrozenModel(Guarded):
     @torch.enable_grad()
     def _compare_rows(self, embedded: Sequence[Tensor], alone: Sequence[Tensor]) -> None:
         """Compares a padded batch of embeddings with each row's ids alone, and its gradients with zero."""
-        text = HiddenStates.of(embedded)
+        text = HiddenStates.of(embedded, most=LONG)
         leaf = text.states_STD.detach().requires_grad_(True)
         states_STD = self._run_body(leaf, self._mask(text.mask_ST)).last_hidden_state
         weight_D = torch.linspace(-1, 1, states_STD.shape[-1], device=self.device)  # a norm's plain sum is constant
