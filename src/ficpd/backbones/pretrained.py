@@ -96,7 +96,8 @@ class TextModel(Tokenised):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.width, self.depth = self.frozen.width, self.frozen.depth
         self.context = context(model)
-        self.max_tokens = self.frozen.most = min(max_tokens, self.context)
+        self.frozen.most = self.context
+        self.max_tokens = min(max_tokens, self.context)
         self.device, self.dtype = self.frozen.device, self.frozen.dtype
         self.adapters = Adapters(model, self.width)
         self.vocabulary = self.words = TokenizerVocabulary(tokenizer, self.frozen.embed, len(self.frozen.table.weight))
