@@ -133,6 +133,24 @@ def test_without_masks_the_test_of_uniformity_fails(monkeypatch):
     assert not looks_uniform(many())
 
 
+def test_mask_late_vector_of_a_client_taken_for_lost_is_still_uniform():
+    """The server opens the masks that a lost client has with others; its own mask remains (CCS 2017, section 6.1)."""
+    people, seen = members(), []
+    same = {name: np.full(SIZE, 3, np.uint64) for name in NAMES}
+    for round in range(1, 21):
+        played = Played(same, round=round, people=people)
+        state = people["site-1"]._round
+        assert state is not None
+        rest = played.masked["site-1"]
+        for peer in set(NAMES) - {"site-1"}:
+            public = bytes.fromhex(played.adverts[peer]["mask"])
+            pair = masks.mask(pair_key(RUN, round, state.mask, "site-1", peer, public), SIZE)
+            rest = rest - pair if "site-1" < peer else rest + pair
+        seen.append(rest)
+    assert looks_uniform(np.concatenate(seen))
+    assert looks_uniform(np.concatenate(seen) << np.uint64(32))
+
+
 def test_own_mask_and_masks_with_colluding_clients_known_a_vector_is_still_uniform():
     """The server opens a client's own mask to use its vector; the masks that it has with honest clients remain."""
     people, seen = members(), []
