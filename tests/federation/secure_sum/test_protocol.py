@@ -1,6 +1,6 @@
 """The protocol alone: sums are exact, a client's vector looks uniform, and no liar makes an honest client reveal more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -133,40 +133,38 @@ def test_without_masks_the_test_of_uniformity_fails(monkeypatch):
     assert not looks_uniform(many())
 
 
-def test_mask_late_vector_of_a_client_taken_for_lost_is_still_uniform():
-    """The server opens the masks that a lost client has with others; its own mask remains (CCS 2017, section 6.1)."""
+def without_pairs(played: Played, vector: np.ndarray, member: Member, peers: Iterable[str], round: int) -> np.ndarray:
+    """A vector of site-1 without the masks that it has with some others."""
+    state = member._round
+    assert state is not None
+    for peer in peers:
+        public = bytes.fromhex(played.adverts[peer]["mask"])
+        pair = masks.mask(pair_key(RUN, round, state.mask, "site-1", peer, public), SIZE)
+        vector = vector - pair if peer > "site-1" else vector + pair
+    return vector
+
+
+@pytest.mark.parametrize("taken_for_lost", [False, True])
+def test_mask_what_the_server_opens_with_its_helpers_leaves_the_vector_uniform(taken_for_lost):
+    """The server opens the own mask of a client that came, or the pair masks of one that it takes for lost, never both.
+
+    Its vector may still come late (CCS 2017, section 6.1). Colluding clients tell their pair masks besides.
+    """
     people, seen = members(), []
     same = {name: np.full(SIZE, 3, np.uint64) for name in NAMES}
+    others = set(NAMES) - {"site-1"}
     for round in range(1, 21):
         played = Played(same, round=round, people=people)
-        state = people["site-1"]._round
+        state, vector = people["site-1"]._round, played.masked["site-1"]
         assert state is not None
-        rest = played.masked["site-1"]
-        for peer in set(NAMES) - {"site-1"}:
-            public = bytes.fromhex(played.adverts[peer]["mask"])
-            pair = masks.mask(pair_key(RUN, round, state.mask, "site-1", peer, public), SIZE)
-            rest = rest - pair if "site-1" < peer else rest + pair
+        own = masks.mask(own_key(RUN, round, state.seed), SIZE)
+        known = others if taken_for_lost else {"site-3", "site-4"}  # ALLOWED.colluding
+        rest = without_pairs(played, vector if taken_for_lost else vector - own, people["site-1"], known, round)
         seen.append(rest)
+        bare = without_pairs(played, rest - own if taken_for_lost else rest, people["site-1"], others - known, round)
+        assert np.array_equal(bare, same["site-1"])
     assert looks_uniform(np.concatenate(seen))
     assert looks_uniform(np.concatenate(seen) << np.uint64(32))
-
-
-def test_own_mask_and_masks_with_colluding_clients_known_a_vector_is_still_uniform():
-    """The server opens a client's own mask to use its vector; the masks that it has with honest clients remain."""
-    people, seen = members(), []
-    same = {name: np.full(SIZE, 3, np.uint64) for name in NAMES}
-    for round in range(1, 21):
-        played = Played(same, round=round, people=people)
-        state = people["site-1"]._round
-        assert state is not None
-        rest = played.masked["site-1"] - masks.mask(own_key(RUN, round, state.seed), SIZE)
-        for peer in ("site-3", "site-4"):  # ALLOWED.colluding
-            public = bytes.fromhex(played.adverts[peer]["mask"])
-            rest = rest + masks.mask(pair_key(RUN, round, state.mask, "site-1", peer, public), SIZE) * (
-                np.uint64(1) if peer < "site-1" else np.uint64(2**64 - 1)
-            )
-        seen.append(rest)
-    assert looks_uniform(np.concatenate(seen))
 
 
 def test_shares_of_fewer_than_least_clients_open_nothing():
