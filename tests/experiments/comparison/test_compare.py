@@ -171,7 +171,7 @@ def test_what_it_leaves_can_be_read_again_and_is_plain_json(finished):
     assert ComparisonResult.load(out) == found == ComparisonResult.load(out / "compare.json")
     assert "NaN" not in (out / "compare.json").read_text()
     assert "Infinity" not in (out / "compare.json").read_text()
-    page = (out / "compare.md").read_text()
+    page = " ".join((out / "compare.md").read_text().split())  # cells are padded to one width
     for words in (
         "| zero_shot |",
         "| centralized |",
@@ -370,7 +370,7 @@ def test_the_command_says_what_failed_and_ends_with_status_3(ficpd, tmp_path):
     assert "bad (classification, training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
     assert "tables: " in out
     status, out, _ = ficpd(tmp_path / "out", "--table", "markdown")
-    assert (status, out.count("| fedavg |")) == (0, 2)
+    assert (status, " ".join(out.split()).count("| fedavg |")) == (0, 2)
     assert "**training.local_steps = 2**" in out
     assert r"\begin{tabular}" in ficpd(tmp_path / "out" / "compare.json", "--table", "latex")[1]
     assert ficpd(tmp_path / "out", "--table", "csv")[1].startswith("table,method,")
@@ -384,7 +384,7 @@ def test_a_mistake_is_one_sentence(ficpd, tmp_path):
         (("quikc",), "did you mean 'quick'?"),
         ((file, "--ablate", "privacy.epsilon"), "expected part.key=value,value"),
         ((tmp_path, "--table", "markdown"), "holds no comparison"),
-        ((file, "--track", "wandb"), "write tensorboard or mlflow"),
+        ((file, "--track", "wandb"), "--track"),
     ):
         status, _, err = ficpd(*words)
         assert status == 1

@@ -50,7 +50,7 @@ def row(
 
 def seen(rows: list[CellResult], reference: str = "a", metrics: dict | None = None) -> ResultView:
     methods = list(dict.fromkeys(r.method for r in rows))
-    return ResultView(rows, methods, "own", "t", reference, metrics or {"t": METRIC})
+    return ResultView(rows, methods, "own", reference, metrics or {"t": METRIC})
 
 
 # ---------------------------------------------------------------- targets
