@@ -30,7 +30,7 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.federation import codec
 from ficpd.federation.client import ClientSession
-from ficpd.types import ClientUpdate, EncodedInput, HiddenStates, ModelOutput
+from ficpd.types import ClientUpdate, EncodedInput, ModelOutput
 from measure import Cells, of_everyone, parse
 
 RANK, TOKENS, NUMBERS = 8, 10, 64
@@ -117,8 +117,8 @@ def trained(context: ExperimentContext, method: str) -> dict[str, float]:
 def features(model: nn.Module, items: Sequence[EncodedInput], dtype: torch.dtype) -> Tensor:
     """[R, D] as the encoder's own, of a model whose weights have gradients; products in the dtype that the others run in."""
     ids = [item.content for item in items]
-    mask_RT = HiddenStates.of([i[:, None].float() for i in ids]).mask_ST
     padded_RT = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask_RT = torch.arange(padded_RT.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         states_RTD = model(input_ids=padded_RT, attention_mask=mask_RT.long()).last_hidden_state
     weight = mask_RT[..., None].float()
