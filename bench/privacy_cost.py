@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ficpd.backbones.chunks import UNBATCHED
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.deployment.site.exact import verify_rows
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.federation.client import Client
 from ficpd.federation.execution import execute_assignment
@@ -127,8 +127,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite", "bench")
         account = partial(ledger.account, budget=Budget(None, 1e-5))
-        alone, shared = (QueryEngine(context.model.backbone, exact=True) for _ in range(2))
-        print(verify_rows(shared, context.task, context.start))
+        alone, shared = (
+            QueryEngine(context.model.backbone, **how) for how in ({"chunk_tokens": UNBATCHED}, {"exact": True})
+        )
         works = {
             "none": ours(context.model, context, client, Poisson(), None),
             "record_gaussian": ours(context.model, context, client, private("simulated"), account("a")),
@@ -136,7 +137,9 @@ def main() -> None:
                 context.model, context, client, private("cryptographic"), account("b")
             ),
             "at a site, a forward for each record": ours(alone, context, client, private("simulated"), account("c")),
-            "at a site, verified": ours(shared, context, client, private("simulated"), account("d")),
+            "at a site, forward passes shared where no bit changes": ours(
+                shared, context, client, private("simulated"), account("d")
+            ),
             "opacus": with_opacus(context, client),
         }
         seconds = paired(works, repeats=15)

@@ -116,6 +116,7 @@ class Readout:
 
 
 LENGTH_STEP = 8
+"""Padded lengths are multiples of this."""
 
 
 def padded_length(length: int) -> int:
@@ -140,10 +141,9 @@ class HiddenStates:
         states_STD = pad_sequence(list(states), batch_first=True, padding_side="left" if left else "right")
         own = states_STD.shape[1]
         longest = padded_length(own) if most is None else max(min(padded_length(own), most), own)
-        missing = longest - own
-        states_STD = F.pad(states_STD, (0, 0, missing, 0) if left else (0, 0, 0, missing))
+        states_STD = F.pad(states_STD, (0, 0, longest - own, 0) if left else (0, 0, 0, longest - own))
         places = torch.arange(longest)
-        mask_ST = places >= states_STD.shape[1] - lengths[:, None] if left else places < lengths[:, None]
+        mask_ST = places >= longest - lengths[:, None] if left else places < lengths[:, None]
         return HiddenStates(states_STD, mask_ST.to(states_STD.device))
 
     def joined(self, prompts_SPD: Tensor) -> tuple[Tensor, Tensor]:

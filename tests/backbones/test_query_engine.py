@@ -11,7 +11,6 @@ from ficpd.backbones import query_engine
 from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, shape_of
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.errors import BackboneError
-from ficpd.tasks import synthetic_lengths, with_synthetic_answers
 from ficpd.tasks.build import build_task
 from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Record
 
@@ -127,12 +126,6 @@ def test_bucket_by_shape_mixed_lengths_gives_chunks_of_one_shape_and_loses_nothi
     assert list(bucket_by_shape([], lambda item: shape_of([item]), 10)) == []
 
 
-def lengths(model: QueryEngine, task) -> Query:
-    """A query of eight prompts on records of all lengths."""
-    records = with_synthetic_answers(task, synthetic_lengths(model.backbone, 0))
-    return Query(prompts(8, width=model.backbone.width), task.encode(records, model.backbone, small.start(model, task)))
-
-
 def widths(engine: QueryEngine, query: Query, monkeypatch) -> list[int]:
     """The number of sequences in each forward pass."""
     found, own = [], engine.backbone.forward
@@ -146,26 +139,28 @@ def widths(engine: QueryEngine, query: Query, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [False, True])
-def test_verify_independent_kernels_lets_rows_share_a_forward(dtype, grad, monkeypatch):
+def test_exact_independent_kernels_let_rows_share_a_forward_after_one_trial(dtype, grad, monkeypatch):
     engine = QueryEngine(small.backbone(width=64, dtype=dtype), exact=True)
-    query = lengths(engine, small.classes())._replace(grad=grad)
-    assert max(widths(engine, query, monkeypatch)) == 1
-    assert engine.verify(query)
-    assert max(widths(engine, query, monkeypatch)) > 1
-    assert max(widths(engine, query._replace(grad=not grad), monkeypatch)) == 1
+    query = Query(prompts(2, width=64), batch_of(engine, small.classes()), grad=grad)
+    assert sorted(widths(engine, query, monkeypatch)) == [1] * 12 + [12]  # alone, and the trial
+    assert widths(engine, query, monkeypatch) == [12]
     assert max(widths(engine, query._replace(loss=query.batch.task.loss), monkeypatch)) == 1
+    fewer = query._replace(batch=query.batch.select([0, 1, 2]))
+    assert sorted(widths(engine, fewer, monkeypatch)) == [1] * 6 + [6]
+    assert sorted(widths(engine, query._replace(grad=not grad), monkeypatch)) == [1] * 12 + [12]
 
 
-def test_verify_rows_that_see_one_another_keeps_them_alone(monkeypatch):
+def test_exact_rows_that_see_one_another_are_computed_alone(monkeypatch):
     engine = QueryEngine(small.backbone(width=64), exact=True)
-    query, own = lengths(engine, small.classes()), engine.backbone.forward
+    query, own = Query(prompts(2, width=64), batch_of(engine, small.classes()), outputs=True), engine.backbone.forward
 
     def mixing(prompts_SPD, hidden, items, layer):
-        out = own(prompts_SPD, hidden, items, layer)
-        return ModelOutput(out.features_RD + 1e-6 * (len(items) > 9))
+        return ModelOutput(own(prompts_SPD, hidden, items, layer).features_RD + 1e-6 * (len(items) > 1))
 
     monkeypatch.setattr(engine.backbone, "forward", mixing)
-    assert not engine.verify(query)
+    expected = QueryEngine(engine.backbone, chunk_tokens=UNBATCHED).answer([query])[0]
+    for _ in range(2):
+        assert torch.equal(engine.answer([query])[0].loss_KB, expected.loss_KB)
     assert max(widths(engine, query, monkeypatch)) == 1
 
 

@@ -23,10 +23,10 @@ from ficpd.interfaces import Backbone
 from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
+Numbers = tuple[Tensor, Tensor | None, ModelOutput | None]
+"""Losses [R], gradients [R, P, D] and outputs of R rows."""
 CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
 """Positions of one forward pass, padding included. Few rows fill a CPU."""
-WIDEST_VERIFIED = 1024
-"""`QueryEngine.verify` tries no wider backbone: one row fills the processor, and the trial would take minutes."""
 THREADS = torch.get_num_threads()
 """Number of torch threads at import."""
 
@@ -51,9 +51,11 @@ class Row:
 class QueryEngine:
     """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass.
 
-    exact: each row has a forward pass of its own, except in queries of a kind that `verify` has found independent.
+    exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
+    products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
+    number of rows of a shape is tried once beside forward passes of their own, and shared from then on if all bits agree.
 
-    Guarantees: a row of an exact engine depends on its own record and prompt alone, to the last bit
+    Guarantees: a row of an exact engine depends on its own record and prompt alone, as far as these trials tell
     (`tests/backbones/test_query_engine.py`, `tests/contracts/test_alone.py`).
     """
 
@@ -61,8 +63,8 @@ class QueryEngine:
         self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None, exact: bool = False
     ):
         self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
-        self.kept = HiddenStateCache(keep_bytes, self.chunk_tokens)
-        self.exact, self.verified = exact, set[tuple]()
+        self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
+        self.exact, self.independent = exact, dict[tuple, bool]()
         local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
         self.workers = THREADS if local and torch.get_num_threads() == 1 else 1
 
@@ -75,43 +77,17 @@ class QueryEngine:
             answers |= zip(chosen, self._answer_alike([queries[i] for i in chosen]), strict=True)
         return [answers[i] for i in range(len(queries))]
 
-    def verify(self, query: Query) -> bool:
-        """Returns whether queries of this kind need no forward pass for each row, and remembers it.
-
-        Each row has to be the same to the last bit alone, beside all others, and beside every third. Rows of one shape
-        share matrix products, whose kernels may or may not compute a row by the number of rows. The rows of `query`
-        should have all lengths that will come. Not verified, and hence alone: rows of several sequences, custom losses,
-        written texts, wide backbones.
-        """
-        if not self.exact or query.loss or query.max_new_tokens or not query.prompts_KPD.is_floating_point():
-            return False
-        query = query._replace(outputs=True)
-        if self.backbone.width > WIDEST_VERIFIED or not self.backbone.supports_features:
-            return False
-        if _computation(query) not in self.verified:
-            batched, third = QueryEngine(self.backbone, 0, self.chunk_tokens), torch.arange(0, len(query.batch), 3)
-            alone = _numbers(QueryEngine(self.backbone, 0, UNBATCHED).answer([query])[0])
-            together = _numbers(batched.answer([query])[0])
-            few = _numbers(batched.answer([query._replace(batch=query.batch.select(third))])[0])
-            same = [
-                torch.equal(a, b) and torch.equal(a[:, third], c) for a, b, c in zip(alone, together, few, strict=True)
-            ]
-            if not all(same):
-                return False
-            self.verified.add(_computation(query))
-        return True
-
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
         """Answers queries of one prompt shape, layer and kind, in chunks of rows of one shape."""
         _check_query(queries[0], self.backbone)
         if queries[0].grad and not self.backbone.supports_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box optimizer (spsa, cma_es)")
+        shapes = [[shape_of(items) for items in query.batch.items] for query in queries]
         rows = [
             Row(q, k, b, shape)
             for q, query in enumerate(queries)
-            for shapes in [[shape_of(items) for items in query.batch.items]]
             for k in range(len(query.prompts_KPD))
-            for b, shape in enumerate(shapes)
+            for b, shape in enumerate(shapes[q])
         ]
         if not rows:  # a Poisson batch may be empty
             outputs = ModelOutput(torch.zeros(0, self.backbone.width))
@@ -121,10 +97,12 @@ class QueryEngine:
             ]
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
         overhead = virtual + queries[0].max_new_tokens
-        tokens = self.chunk_tokens if self._may_share(queries, rows) else UNBATCHED
+        alone = self.exact and (queries[0].max_new_tokens > 0 or any(query.loss for query in queries))
+        tokens = UNBATCHED if alone else self.chunk_tokens
         places = list(bucket_by_shape(range(len(rows)), lambda r: rows[r].shape, tokens, overhead))
         parts = [[rows[r] for r in part] for part in places]
-        losses, grads, outputs = zip(*self._each(partial(self._forward, queries), parts, queries[0].batch), strict=True)
+        forward = partial(self._forward_exact if self.exact else self._forward, queries)
+        losses, grads, outputs = zip(*self._each(forward, parts, queries[0].batch), strict=True)
         texts = [text for part in parts for text in self._written(queries, part)]
         back = torch.tensor([r for part in places for r in part]).argsort()
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
@@ -137,12 +115,6 @@ class QueryEngine:
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
 
-    def _may_share(self, queries: Sequence[Query], rows: Sequence[Row]) -> bool:
-        """Returns whether rows may share a forward pass: always, unless the engine is exact."""
-        unknown = _computation(queries[0]) not in self.verified or queries[0].max_new_tokens > 0
-        several = any(query.loss for query in queries) or any(row.shape.sequences > 1 for row in rows)
-        return not self.exact or not (unknown or several)
-
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
         if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
@@ -151,7 +123,19 @@ class QueryEngine:
         with ThreadPoolExecutor(self.workers, initializer=torch.get_num_threads) as pool:
             return list(pool.map(work, parts))
 
-    def _forward(self, queries: list[Query], part: list[Row]) -> tuple[Tensor, Tensor | None, ModelOutput | None]:
+    def _forward_exact(self, queries: list[Query], part: list[Row]) -> Numbers:
+        """Returns the numbers of a forward pass for each row, from one for all of them where these are known to agree."""
+        kind = *_computation(queries[0]), part[0].shape, len(part)
+        if len(part) == 1 or self.independent.get(kind):
+            return self._forward(queries, part)
+        losses, grads, outputs = zip(*(self._forward(queries, [row]) for row in part), strict=True)
+        grad_RPD = torch.cat(grads) if queries[0].grad else None
+        own = torch.cat(losses), grad_RPD, _joined(list(outputs)) if queries[0].outputs else None
+        if kind not in self.independent:
+            self.independent[kind] = _same_bits(own, self._forward(queries, part))
+        return own
+
+    def _forward(self, queries: list[Query], part: list[Row]) -> Numbers:
         """Runs one chunk; returns losses [R], gradients [R, P, D] and outputs, the last two if requested."""
         grad = queries[0].grad
         prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
@@ -263,11 +247,15 @@ def _loss_key(query: Query) -> tuple:
     return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
 
 
-def _numbers(answer: Answer) -> list[Tensor]:
-    """Returns what an answer holds of each candidate and record, [K, B, ...] each."""
-    parts = [] if answer.outputs_KB is None else [part for part in answer.outputs_KB.parts() if part is not None]
-    by_record = [part.unflatten(0, answer.loss_KB.shape) for part in parts]
-    return [answer.loss_KB, *([] if answer.grad_KBPD is None else [answer.grad_KBPD]), *by_record]
+def _same_bits(one: Numbers, other: Numbers) -> bool:
+    """Whether losses, gradients and outputs of two forward passes agree to the last bit."""
+
+    def tensors(numbers: Numbers) -> list[Tensor]:
+        loss_R, grad_RPD, outputs = numbers
+        return [t for t in (loss_R, grad_RPD, *(outputs.parts() if outputs else ())) if t is not None]
+
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:

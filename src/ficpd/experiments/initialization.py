@@ -20,9 +20,9 @@ from ficpd.library.library import PromptLibrary
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.privacy.clipping import clip_scale
 from ficpd.registry import build_config
-from ficpd.tasks import synthetic_records, with_synthetic_answers
+from ficpd.tasks import synthetic_records
 from ficpd.tasks.build import start_text
-from ficpd.types import LORA, Batch, Prompt, Query
+from ficpd.types import LORA, Batch, Prompt, Query, Record
 
 CLIP_NORM_MULTIPLE = 2.0
 """The clip norm as a multiple of the median gradient norm. The median itself would clip half of the records, mostly those
@@ -181,5 +181,10 @@ def synthetic_batches(
     """Yields `number` synthetic records, one batch per task; the targets are all possible answers in turn."""
     records = synthetic_records(backbone, number, seed)
     for place, task in enumerate(tasks[:number]):
-        own = with_synthetic_answers(task, records[place :: len(tasks)])
+        own = [
+            Record(
+                r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **task.synthetic_fields(i)}
+            )
+            for i, r in enumerate(records[place :: len(tasks)])
+        ]
         yield task.encode(own, backbone, start)

@@ -25,7 +25,7 @@ RELATION = {
 
 
 class Config(settings.DPConfig):
-    unbatched: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     placement: Literal["local", "central"] = "local"
 
 

@@ -18,10 +18,10 @@ class DPConfig(FrozenConfig):
     clip_norm: the L2 norm that one unit's contribution is clipped to. None: calibrated without private records, from
         gradients on synthetic texts at the record level, from the learning rate at the client level.
     noise: "simulated" reproduces from the experiment's seed; real sites use "cryptographic".
-    unbatched: at real sites no record may change another's numbers by rounding (`QueryEngine`, `exact`).
+    exact: at real sites no record may change another's numbers by rounding (`QueryEngine`).
     """
 
-    unbatched: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     noise_multiplier: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     delta: float = Field(default=1e-5, gt=0, lt=1)

@@ -13,7 +13,7 @@ from ficpd.types import JSON, ClientUpdate, ClientWorkload, PrivacyCost, Prompt,
 
 
 class Config(FrozenConfig):
-    unbatched: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
 
 
 def build(config: Config, plan: ClientWorkload) -> "NoPrivacy":

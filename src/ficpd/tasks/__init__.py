@@ -9,7 +9,7 @@ from torch import Tensor
 from ficpd import rng
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
-from ficpd.types import LENGTH_STEP, Batch, EncodedInput, ModelOutput, Prompt, Record
+from ficpd.types import Batch, EncodedInput, ModelOutput, Prompt, Record
 
 
 class LabelTask:
@@ -81,26 +81,6 @@ def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "m
     """Returns public synthetic records without targets, from `Backbone.synthetic_inputs`."""
     role = "image" if backbone.modality == "image" else "text"
     return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
-
-
-def with_synthetic_answers(task: Task, records: Sequence[Record]) -> list[Record]:
-    """Returns the records with all possible answers in turn as targets."""
-    return [
-        Record(r.key, {**r.fields, "target": task.label_space[i % len(task.label_space)], **task.synthetic_fields(i)})
-        for i, r in enumerate(records)
-    ]
-
-
-def synthetic_lengths(backbone: Backbone, seed: int) -> list[Record]:
-    """Returns public synthetic records of all lengths that the backbone reads, in steps of half a `LENGTH_STEP`.
-
-    Images have one length: one record.
-    """
-    if backbone.modality == "image":
-        return synthetic_records(backbone, 1, seed)
-    words = " ".join(map(str, backbone.synthetic_inputs(backbone.max_tokens, seed))).split()
-    counts = range(1, backbone.max_tokens + 1, LENGTH_STEP // 2)
-    return [Record(f"made-up {n}", {"text": " ".join(words[:n])}) for n in counts]
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:

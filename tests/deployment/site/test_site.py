@@ -38,7 +38,6 @@ from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
 from ficpd.library.library import PromptLibrary
 from ficpd.privacy.noise import SecureNoise
-from ficpd.types import Query
 from site_of import NOISED, begun, context, recipe, site, train
 
 pytest.importorskip("flwr")
@@ -599,7 +598,7 @@ name = "tiny"
 
 
 @pytest.mark.parametrize(
-    ("mechanisms", "dtype", "chunk", "alone", "taken"),
+    ("mechanisms", "dtype", "chunk", "exact", "taken"),
     [
         ("record_gaussian", "", "", True, "auto"),
         ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
@@ -608,17 +607,10 @@ name = "tiny"
         ("client_gaussian:central", "", "", False, "auto"),
     ],
 )
-def test_a_record_has_a_forward_to_itself_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, alone, taken):
+def test_a_sites_engine_is_exact_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, exact, taken):
     """Unless the owner wants it otherwise, and then in float32, unless the owner wants that otherwise, too."""
     own = opened(tmp_path, mechanisms, dtype, chunk)
-    asked, above = [], own.model.backbone.forward
-    own.model.backbone.forward = lambda rows, hidden, items, layer: (
-        asked.append(len(items)) or above(rows, hidden, items, layer)
-    )
-    batch = own.task.encode(own.shard.train, own.model.backbone, small.start(own.model, own.task))
-    own.model.answer([Query(small.start(own.model, own.task).vectors_PD[None], batch, grad=True)])
-    assert sum(asked) == len(batch) > 1
-    assert (max(asked) == 1) == alone
+    assert own.model.exact == exact
     assert own.config.backbone.dtype == taken
     own.close()
 

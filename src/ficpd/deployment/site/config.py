@@ -98,14 +98,14 @@ class SiteConfig(FrozenConfig):
     def exact(self) -> bool:
         """Whether a record's numbers may depend on no other record, even by rounding (`QueryEngine`).
 
-        A mechanism that the policy allows requires that (`DPConfig.unbatched`), unless the owner sets the chunks.
+        A mechanism that the policy allows requires that (`DPConfig.exact`), unless the owner sets the chunks.
         """
-        return self.unbatched and self.engine.chunk_tokens is None
+        return self.requires_exact and self.engine.chunk_tokens is None
 
     @property
-    def unbatched(self) -> bool:
-        """Whether a mechanism that the policy allows requires a forward for each record (`DPConfig.unbatched`)."""
-        return any(load("privacy", name.partition(":")[0]).Config.unbatched for name in self.policy.mechanisms)
+    def requires_exact(self) -> bool:
+        """Whether a mechanism that the policy allows requires it (`DPConfig.exact`)."""
+        return any(load("privacy", name.partition(":")[0]).Config.exact for name in self.policy.mechanisms)
 
     @field_validator("name")
     @classmethod
@@ -151,7 +151,7 @@ def read(path: Path | str) -> SiteConfig:
     config = validate(SiteConfig, parts, path.name)
     here, backbone, keys = path.resolve().parent, config.backbone, config.secure_sum
     found = here / Path(config.data.source).expanduser()
-    if config.engine.chunk_tokens is not None and backbone.dtype == "auto" and config.unbatched:
+    if config.engine.chunk_tokens is not None and backbone.dtype == "auto" and config.requires_exact:
         backbone = backbone.model_copy(update={"dtype": EXACT})
     return config.model_copy(
         update={

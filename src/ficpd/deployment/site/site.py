@@ -21,7 +21,6 @@ from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
-from ficpd.deployment.site.exact import verify_rows
 from ficpd.deployment.site.signing import member_of
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
@@ -227,8 +226,6 @@ class Site:
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
         method.adapt_to(spec.tasks([self.task]), self.model.backbone)
-        if self.model.exact:
-            self.say(f"{config.name}: {verify_rows(self.model, self.task, spec.start)}")
         if first is not None:
             if first.method not in PHASES:
                 validate_assignment(first, method, spec.start, spec.schedule.num_rounds)

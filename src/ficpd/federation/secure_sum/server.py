@@ -71,14 +71,16 @@ class SecureSum:
         subspace: Subspace | None,
     ) -> Collected:  # fmt: skip
         """Runs a round's exchanges and makes one update of each group. No update if the round is void."""
-        talk = _Talk(engine, round, backbone)
+        messages = _Messages(engine, round, backbone)
         sizes = _sizes(method, state, subspace)
         try:
-            summed, survivors = self._summed(talk, assignments, sizes)
+            summed, survivors = self._summed(messages, assignments, sizes)
         except VoidRoundError as void:
-            talk.found.dropped |= {n: f"the round is void: {void}" for n in assignments if n not in talk.found.dropped}
-            return talk.found
-        found, place = talk.found, 0
+            messages.found.dropped |= {
+                n: f"the round is void: {void}" for n in assignments if n not in messages.found.dropped
+            }
+            return messages.found
+        found, place = messages.found, 0
         found.answered = len(survivors)
         for group in self.groups:
             sums = {}
@@ -112,14 +114,16 @@ class SecureSum:
         return ClientUpdate(card.name, arrays, float(members)), moments
 
     def _summed(
-        self, talk: "_Talk", assignments: Mapping[str, bytes], sizes: Mapping[str, int]
+        self, messages: "_Messages", assignments: Mapping[str, bytes], sizes: Mapping[str, int]
     ) -> tuple[np.ndarray, list[str]]:
         """Returns the sum, uint64 [N], and the clients in it. Raises `VoidRoundError`."""
         allowed = next(iter(self.mechanisms.values())).tolerance_of(len(assignments))
         adverts, shares = {}, {}
         if self.masked:
-            adverts = talk.texts(KEYS, {n: {} for n in assignments}, "advert", allowed.least, {*SIGNED, "signature"})
-            shares = talk.texts(SHARES, {n: {"adverts": adverts} for n in adverts}, "shares", allowed.least)
+            adverts = messages.texts(
+                KEYS, {n: {} for n in assignments}, "advert", allowed.least, {*SIGNED, "signature"}
+            )
+            shares = messages.texts(SHARES, {n: {"adverts": adverts} for n in adverts}, "shares", allowed.least)
         senders = list(shares) if self.masked else list(assignments)
         facts = {"parts": self.groups, "sizes": dict(sizes)}
         given = {
@@ -127,20 +131,20 @@ class SecureSum:
         }
         inner = {n: torch.frombuffer(bytearray(assignments[n]), dtype=torch.uint8) for n in senders}
         numbers = len(self.groups) * sum(sizes.values())
-        vectors = talk.vectors({n: ({"assignment": inner[n]}, given[n]) for n in senders}, numbers, allowed.least)
+        vectors = messages.vectors({n: ({"assignment": inner[n]}, given[n]) for n in senders}, numbers, allowed.least)
         survivors = sorted(vectors)
         summed = np.stack([vectors[n] for n in survivors]).sum(0, dtype=np.uint64)
         if not self.masked:
             return summed, survivors
-        consents = talk.texts(CONSENT, {n: {"survivors": survivors} for n in survivors}, "consent", allowed.least)
+        consents = messages.texts(CONSENT, {n: {"survivors": survivors} for n in survivors}, "consent", allowed.least)
         signatures = {name: signed[name] for name, signed in consents.items() if name in signed}
         asked = {n: {"signatures": signatures} for n in consents}
-        revealed = talk.texts(REVEAL, asked, "revealed", allowed.least)
-        unmask = _Unmasking(self.run, talk.round, adverts, sorted(shares), survivors, revealed, allowed.least)
+        revealed = messages.texts(REVEAL, asked, "revealed", allowed.least)
+        unmask = _Unmasking(self.run, messages.round, adverts, sorted(shares), survivors, revealed, allowed.least)
         return summed - unmask.masks(numbers), survivors
 
 
-class _Talk:
+class _Messages:
     """One round's messages: sends a phase to clients, and keeps the reasons of those that are dropped."""
 
     def __init__(self, engine: Engine, round: int, backbone: str):
