@@ -127,9 +127,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite", "bench")
         account = partial(ledger.account, budget=Budget(None, 1e-5))
-        alone, shared = (
-            QueryEngine(context.model.backbone, **how) for how in ({"chunk_tokens": UNBATCHED}, {"exact": True})
-        )
+        backbone = context.model.backbone
+        alone, shared = QueryEngine(backbone, chunk_tokens=UNBATCHED), QueryEngine(backbone, exact=True)
         works = {
             "none": ours(context.model, context, client, Poisson(), None),
             "record_gaussian": ours(context.model, context, client, private("simulated"), account("a")),
