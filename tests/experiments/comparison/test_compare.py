@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -337,10 +338,11 @@ def test_a_comparison_of_another_schema_is_not_read(tmp_path):
 
 
 def command(*words: object) -> subprocess.Popen[str]:
+    """Starts the command with SIGINT as it is in a terminal; a shell starts its background jobs with SIGINT ignored."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         [sys.executable, "-m", "ficpd", "compare", *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
+        stderr=subprocess.PIPE, start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
