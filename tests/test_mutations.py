@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mutations.run import PAGE, ROOT, SOURCE, Fault, faults, page
+from mutations.run import PAGE, ROOT, SOURCE, Fault, faults, page, select
 
 CITED = re.compile(r"tests/[\w/]*test_\w+\.py|\btest_\w+")
 
@@ -21,6 +21,15 @@ def test_a_fault_fits_the_package_and_its_tests_exist(fault: Fault):
 def test_names_differ():
     assert len({fault.name for fault in faults()}) == len(faults()) > 100
     assert sum(bool(fault.attack) for fault in faults()) >= 5
+
+
+def test_slices_and_files_select_faults():
+    slices = [fault for place in range(1, 9) for fault in select("--part", f"{place}/8")]
+    assert sorted(fault.name for fault in slices) == sorted(fault.name for fault in faults())
+    assert {fault.file for fault in select("--file", "privacy/ledger", "site/site.py")} == {
+        "privacy/ledger.py", "deployment/site/site.py",
+    }  # fmt: skip
+    assert select("a fault that nobody has written") == []
 
 
 def test_the_page_has_the_table_of_the_faults():

@@ -1,6 +1,7 @@
 """Whole runs, sites and audits whose data name subjects, and what is said where they name none."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,22 +9,23 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones.query_engine import QueryEngine
+from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data import loading
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.preflight import preflight_lines
-from ficpd.errors import ConfigError, DataError, PolicyError, PrivacyWarning
+from ficpd.errors import ConfigError, DataError, LedgerError, PolicyError, PrivacyWarning
 from ficpd.evaluation.audit.canaries import lower_bound
 from ficpd.evaluation.audit.canary_injection import inject_canaries
 from ficpd.evaluation.audit.member_split import split_records
 from ficpd.experiments.audit import audit_run
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
+from ficpd.federation.execution import local_model
 from ficpd.library.card import ONE_RECORD
-from ficpd.library.records import read_records
+from ficpd.library.records import draw_shots, read_records
 from ficpd.privacy import accountant, record_gaussian
 from ficpd.privacy.ledger import Budget, Ledger
-from ficpd.types import ClientData, ClientWorkload, PrivacyCost
+from ficpd.types import ClientData, ClientWorkload, PrivacyCost, Query, Record
 from site_of import NOISED, POLICY, begun, context, recipe, site, train
 
 PRIVATE = (
@@ -55,6 +57,7 @@ def run(folder: Path, method: str = "fedavg", *changes: str):
 def test_a_run_with_subjects_states_them_as_the_unit(tmp_path, method):
     block = run(tmp_path, method, BY_PATIENT, *PRIVATE).privacy
     assert block.unit == "subject"
+    assert block.max_records_per_subject == 8
     assert "all records of one subject more or less" in block.neighbouring
     assert 1.9 < block.epsilon <= 2.0
     assert block.group_epsilon == {}
@@ -175,6 +178,30 @@ def test_a_site_trains_on_subjects_and_its_policy_limits_their_records(tmp_path)
     assert POLICY["epsilon"] == 10.0
 
 
+def test_a_sites_ledger_has_one_unit(tmp_path):
+    """What was spent for records covers no subject, and the other way round: the site does not go on."""
+    one = context(tmp_path, "fedavg", *NOISED)
+    orders, said = begun(one)
+    bare = one.shards["site-0"]
+    named = ClientData([replace(r, subject=str(i // 3)) for i, r in enumerate(bare.train)], bare.test, bare.metadata)
+    for first, second, unit in ((bare, named, "record"), (named, bare, "subject")):
+        folder = tmp_path / unit
+        home = site(replace(one, shards={**one.shards, "site-0": first}), "site-0", folder)
+        assert home.status()["epsilon"]["unit"] is None
+        assert home.handle(train(orders[0], said))
+        spent = home.status()["epsilon"]
+        most = " (at most 8 of its records in a step)" if unit == "subject" else ""
+        assert spent["unit"] == unit + most
+        home.shard = second  # a run that plans by the other unit
+        with pytest.raises(PolicyError, match=f"spent for one {unit}, and this is for one .*data.columns.subject"):
+            home.handle(train(orders[0], said, run="b" * 32))
+        assert home.status()["epsilon"] == spent
+        home.close()
+        with pytest.raises(LedgerError, match=f"spent for one {unit}, and this is for one "):
+            site(replace(one, shards={**one.shards, "site-0": second}), "site-0", folder)
+        site(replace(one, shards={**one.shards, "site-0": first}), "site-0", folder).close()
+
+
 # ---------------------------------------------------------------- audits and adaptation
 
 
@@ -194,6 +221,51 @@ def test_members_and_non_members_share_no_subject(tmp_path):
     assert not sides[0] & sides[1]
     assert not sides[0] & sides[2]
     assert not sides[1] & sides[2]
+
+
+def test_shots_are_of_different_subjects_as_long_as_there_are_some():
+    records = [*people(12, 0, each=4), *people(3, 100, each=1), *people(9, 200, each=3)]
+    for seed in range(5):
+        for shots in (3, 9):
+            chosen = draw_shots(records, shots, False, seed)
+            assert len({record.subject for record in chosen}) == shots
+        most = Counter(record.subject for record in draw_shots(records, 13, False, seed))
+        assert sorted(most.values()) == [1] * 5 + [2] * 4
+        by_class = draw_shots(records, 2, True, seed)
+        assert len({record.subject for record in by_class}) == len(by_class) == 4
+        assert len(draw_shots(records, 0, False, seed)) == len(records)
+    bare = [replace(record, subject=None) for record in records]
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3)).tolist()
+    assert draw_shots(bare, 7, False, 3) == [bare[place] for place in order[:7]]
+
+
+@pytest.mark.parametrize("method", ["ficpd", "linear_probe"])
+def test_a_members_own_model_is_chosen_by_whole_subjects(tmp_path, method):
+    """Everybody's notes are the same text with one label, drawn by chance: only their own other notes tell it."""
+    model, used = QueryEngine(small.backbone(width=32)), small.method(method)
+    coins = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(1)).tolist()
+    words = [f"note {word} {i}" for i, word in enumerate(("a the film", "of a story", "it was twice") * 4)]
+    notes = [
+        Record(f"r{i}", {"text": words[i // 4], "target": ["bad", "good"][coins[i // 4]]}, f"p{i // 4}")
+        for i in range(48)
+    ]
+
+    def confidence(records):
+        client = small.clients(model, used, 1)["site-0"]
+        client = replace(client, train=records, test=[replace(r, subject="new") for r in notes], encodings={})
+        state = small.first_state(used, {"site-0": client})
+        order = used.make_assignment(state, client.card, 1)
+        own = run_queries(model, local_model(used, client, order))
+        batch = client.encoded("test")
+        truth_B, told_B = batch.targets, torch.zeros(48)
+        for predictor in own:
+            answer = model.answer([Query(predictor.prompt_PD[None], batch, outputs=True)])[0]
+            logits_BC = predictor.logits(answer.outputs_KB, batch)
+            told_B += predictor.weight * logits_BC.softmax(1)[torch.arange(48), truth_B]
+        return float(told_B.mean())
+
+    assert confidence([replace(r, subject=None) for r in notes]) > 0.8, "copies of a record tell its label"
+    assert confidence(notes) < 0.65
 
 
 def test_all_records_of_a_planted_subject_come_to_one_client():

@@ -323,8 +323,7 @@ class ClientContext(Protocol):
     """A client as a method sees it during one assignment (`federation.client.ClientSession`)."""
 
     id: str
-    client_state: dict[str, Tensor]
-    """What the client keeps between rounds. It is stored only if the assignment is completed."""
+    client_state: dict[str, Tensor]  # kept between rounds; stored only if the assignment is completed
 
     @property
     def weight(self) -> float:
@@ -367,14 +366,15 @@ class ClientContext(Protocol):
 
     def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
         """The same client without privacy, for what it never sends. `complement`: swaps what is held back and what is not.
-
         Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
         ...
 
 
 class LocalContext(ClientContext, Protocol):
-    """A client that tunes for itself. It sends none of the results."""
+    """A client that tunes for itself. It sends none of the results. subject_B: each record's subject, if data name them."""
+
+    subject_B: Tensor | None
 
     def holdout(self) -> Batch:
         """The records that `batches` leaves out, for model selection; empty for clients with few records."""

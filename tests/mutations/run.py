@@ -1,7 +1,8 @@
 """Shows that the privacy tests have teeth: each fault of `faults.toml`, put into a copy of the package, fails its test.
 
-`make test-mutations` runs all of them; `python tests/mutations/run.py WORDS` those whose name has these words, and
-`--table` writes their table into docs/privacy.md.
+`make test-mutations` runs all of them; `python tests/mutations/run.py WORDS` those whose name has these words, `--file
+privacy/ledger.py deployment/site` those of these files, `--part 2/8` the second of eight slices. `--table` writes their
+table into docs/privacy.md.
 """
 
 import contextlib
@@ -66,6 +67,18 @@ class Fault:
 def faults() -> list[Fault]:
     text = (Path(__file__).parent / "faults.toml").read_text(encoding="utf-8")
     return [Fault(**entry) for entry in tomllib.loads(text)["fault"]]
+
+
+def select(*words: str) -> list[Fault]:
+    """Returns the faults that the command line names."""
+    known = faults()
+    match words:
+        case ("--file", *files):
+            return [fault for fault in known if any(file in fault.file for file in files)]
+        case ("--part", part):
+            place, _, number = part.partition("/")
+            return known[int(place) - 1 :: int(number)]
+    return [fault for fault in known if " ".join(words) in fault.name]
 
 
 def page(text: str) -> str:
@@ -142,7 +155,7 @@ def main(*words: str) -> int:
     if words == ("--table",):
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
-    chosen = [fault for fault in faults() if " ".join(words) in fault.name]
+    chosen = select(*words)
     pairs = [(fault, test) for fault in chosen for test in (fault.test, fault.attack) if test]
     for module in PRELOADED:
         importlib.import_module(module)

@@ -11,7 +11,7 @@ import pytest
 
 from ficpd.errors import BudgetError, LedgerError
 from ficpd.privacy import accountant
-from ficpd.privacy.ledger import Account, Budget, Ledger
+from ficpd.privacy.ledger import Account, Budget, Ledger, Unit
 from ficpd.types import PrivacyCost
 
 DELTA = 1e-5
@@ -131,6 +131,7 @@ def test_another_runs_ledger_is_refused_by_name_and_left_alone(path):
 
 
 @pytest.mark.parametrize(("columns", "row", "version"), [
+    ("owner text, version integer", "('run monday', 3)", 3),
     ("site text, version integer", "('run monday', 2)", 2), ("owner text, version integer", "('run monday', 99)", 99),
     ("run text", "('run monday')", 1),
 ])  # fmt: skip
@@ -192,6 +193,31 @@ def test_lines_are_for_a_person_to_check(path):
     ]  # fmt: skip
     assert lines[1].items() >= {"method": "fedavg", "sampling_rate": 1.0, "noise_multiplier": 20.0}.items()
     assert lines[0]["at"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("unit", [Unit(), Unit("subject", 8), Unit("client")])
+def test_each_line_says_what_it_protects(path, unit):
+    account = Ledger(path, "a run").account("north", FREE, unit=unit)
+    account.commit(1, "fedavg", [STEPS, WEIGHT], b"")
+    assert {(line["unit"], line["max_records_per_subject"]) for line in json.loads(account.costs_json())} == {unit}
+    assert account.ledger.units("north") == [unit]
+    assert account.ledger.units("south") == []
+
+
+@pytest.mark.parametrize(("first", "second"), [("record", "subject"), ("subject", "record"), ("client", "record")])
+def test_costs_of_two_units_do_not_come_into_one_ledger(path, first, second):
+    ledger = Ledger(path, "a run")
+    ledger.account("north", FREE, "one", Unit(first)).commit(1, "fedavg", [STEPS], b"")
+    other = ledger.account("north", FREE, "two", Unit(second))
+    with pytest.raises(
+        LedgerError, match=f"north counts what was spent for one {first}, and this is for one {second}: "
+    ):
+        other.commit(1, "fedavg", [STEPS], b"")
+    assert other.spent() == [STEPS]
+    other.commit(1, "fedavg", [], b"free")
+    ledger.account("south", FREE, "two", Unit(second)).commit(1, "fedavg", [STEPS], b"")
+    ledger.account("north", FREE, "two", Unit(first, 4)).commit(2, "fedavg", [STEPS], b"")
+    assert ledger.units("north") == [Unit(first), Unit(first, 4)]
 
 
 # ---------------------------------------------------------------- the wall

@@ -50,8 +50,9 @@ def status(file: File) -> None:
     if found["rehearsal"]:
         typer.echo(rehearsal_warning([found["name"]]))
     spent = found["epsilon"]
+    unit = f" for one {spent['unit']}" if spent["unit"] else ""
     typer.echo(f"site     {found['name']} ({'running' if found['running'] else 'not running'})")
-    typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent (delta {spent['delta']:g})")
+    typer.echo(f"budget   epsilon {spent['spent']:.4g} of {spent['of']:g} spent{unit} (delta {spent['delta']:g})")
     for name, run in found["runs"].items():
         scores = "; ".join(
             f"{kind} " + ", ".join(f"{name} {value:.3f}" for name, value in score.items())

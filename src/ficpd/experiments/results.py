@@ -236,6 +236,8 @@ class PrivacyReport(FrozenModel):
     noise_multiplier: tuple[float | None, float | None] | None = None
     """The least and the largest of all members."""
     neighbouring: str | None = None
+    max_records_per_subject: int | None = None
+    """Records of a subject in a step, where the unit is a subject."""
     replace_epsilon: float | None = None
     """The cost for one unit replaced by another; `epsilon` is for one unit more or less."""
     group_epsilon: dict[int, float] = {}

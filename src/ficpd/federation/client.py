@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd import rng
-from ficpd.data.subjects import group_by_subject, take_whole
+from ficpd.data.subjects import group_by_subject, subject_numbers, take_whole
 from ficpd.errors import BackboneError, PrivacyError
 from ficpd.federation.secure_sum.member import Member
 from ficpd.federation.units import Units, units_of
@@ -265,7 +265,8 @@ class LocalSession(ClientSession):
         super().__init__(replace(session.client, mechanism=NoPrivacy(), account=None), round, f"{method} at home")
         self.client_state = session.client_state
         records = len(self.client.train)
-        groups = group_by_subject(self.client.train)
+        groups, numbers = group_by_subject(self.client.train), subject_numbers(self.client.train)
+        self.subject_B = None if numbers is None else torch.tensor(numbers, dtype=torch.long)
         order = SeededNoise(self.client.private_seed, "held back").permutation(len(groups)).tolist()
         held = int(records * held_back + 0.5) if records >= MIN_HOLDOUT_RECORDS else 0
         taken = take_whole(order, groups, held)

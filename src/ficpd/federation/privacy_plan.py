@@ -16,7 +16,7 @@ from ficpd.federation.secure_sum.terms import own_part
 from ficpd.interfaces import Mechanism, NoiseSource, ReleaseKind
 from ficpd.privacy import accountant, record_gaussian
 from ficpd.privacy.central_gaussian import CentralGaussian
-from ficpd.privacy.ledger import Account, Budget, Ledger
+from ficpd.privacy.ledger import Account, Budget, Ledger, Unit
 from ficpd.privacy.noise import SecureNoise, SeededNoise
 from ficpd.privacy.shared_gaussian import SHARED, SharedGaussian
 from ficpd.registry import build_config, load
@@ -165,7 +165,8 @@ def plan_privacy(
     ledger = Ledger(folder / LEDGER, f"run {run}", rounds_paid)
 
     def account(site: str, mechanism: Mechanism) -> Account:
-        return ledger.account(site, Budget.of(config.epsilon, config.delta, mechanism.planned_costs()))
+        budget = Budget.of(config.epsilon, config.delta, mechanism.planned_costs())
+        return ledger.account(site, budget, unit=Unit.of(mechanism.guarantee()))
 
     cost = first.cost(ReleaseKind.SUM)
     if cost is None:

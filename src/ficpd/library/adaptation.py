@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
+from ficpd.data.subjects import subject_numbers
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation.distill import adam
 from ficpd.library.library import START, PromptLibrary
@@ -141,7 +142,9 @@ def head(shots: FewShotSet) -> Work:
     assert shots.batch.targets is not None
     targets_B, own = shots.batch.targets.cpu(), readout_of(shots.batch)
     features_BD = answer.outputs_KB.features_RD.float().cpu()
-    heads = fit_heads(features_BD, targets_B, len(own.bias_C), (own.rows_CD, own.bias_C), HEAD_PENALTIES)
+    numbers = subject_numbers(shots.records)
+    subject_B = torch.tensor(numbers) if numbers and max(numbers) else None
+    heads = fit_heads(features_BD, targets_B, len(own.bias_C), (own.rows_CD, own.bias_C), HEAD_PENALTIES, subject_B)
     best = min(heads, key=lambda tried: tried.loss(targets_B))
     assert best.linear is not None
     rows_CD = best.linear[0] - best.linear[0].mean(0)

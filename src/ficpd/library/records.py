@@ -1,5 +1,6 @@
 """Records to predict, evaluate or adapt on: from a file, or in memory."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ficpd.data import loading
-from ficpd.data.subjects import parse_subject
+from ficpd.data.subjects import parse_subject, subject_numbers
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Task
 from ficpd.registry import validate
@@ -52,8 +53,17 @@ def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Recor
 
 
 def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
-    """The first `shots` of the records in a seeded order (0: all), or of each class."""
+    """The first `shots` of the records in a seeded order (0: all), or of each class.
+
+    Where records name subjects, nobody has a second record in the order before everybody has a first.
+    """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    if subject_numbers(records) is not None:
+        earlier, of = Counter[str | None](), {}
+        for i in order:
+            of[i] = earlier[records[i].subject]
+            earlier[records[i].subject] += 1
+        order.sort(key=of.__getitem__)
     if not shots or not per_class:
         return [records[i] for i in order[: shots or len(order)]]
     taken: dict[str, int] = {}

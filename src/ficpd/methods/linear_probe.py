@@ -40,13 +40,14 @@ class LinearProbe(ZeroShot):
         """There is no shared prompt."""
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
-        prompt, batch = assignment.arrays["prompt"], client.local_context().full_batch()
+        prompt, local = assignment.arrays["prompt"], client.local_context()
+        batch, subject_B = local.full_batch(), local.subject_B
         if not len(batch) or batch.targets is None or not batch.task.num_labels:
             return [Predictor(prompt)]
         answer = yield Query(prompt[None], batch, outputs=True)
         assert answer.outputs_KB is not None
-        readings = _readings(answer.outputs_KB, batch, batch.targets.cpu())
-        found = [(calibrate(loo_BC, batch.targets.cpu()), read) for loo_BC, read in readings]
+        readings = _readings(answer.outputs_KB, batch, batch.targets.cpu(), subject_B)
+        found = [(calibrate(loo_BC, batch.targets.cpu(), subject_B), read) for loo_BC, read in readings]
         chosen, read = min(found, key=lambda one: one[0].loss)
 
         def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
@@ -55,16 +56,18 @@ class LinearProbe(ZeroShot):
         return [Predictor(prompt, logits)]
 
 
-def _readings(outputs: ModelOutput, batch: Batch, targets_B: Tensor) -> list[tuple[Tensor, Reading]]:
+def _readings(
+    outputs: ModelOutput, batch: Batch, targets_B: Tensor, subject_B: Tensor | None = None
+) -> list[tuple[Tensor, Reading]]:
     """Returns the leave-one-out logits of the client's records under each candidate, and how it reads any records."""
     found: list[tuple[Tensor, Reading]] = [(_by_texts(outputs, batch), _by_texts)]
     if len(batch) < MIN_RECORDS or len(targets_B.unique()) < 2:
         return found
     features_BD, labels = outputs.features_RD, batch.task.num_labels
-    heads = [nearest_neighbours(features_BD, targets_B, labels)]
+    heads = [nearest_neighbours(features_BD, targets_B, labels, subject_B)]
     texts = [] if batch.readout_CD is None else [(batch.readout_CD, torch.zeros(labels))]
     for prior in [None, *texts]:
-        heads += fit_heads(features_BD, targets_B, labels, prior, PENALTIES)
+        heads += fit_heads(features_BD, targets_B, labels, prior, PENALTIES, subject_B)
     return found + [(head.loo_BC, _by_head(head)) for head in heads]
 
 

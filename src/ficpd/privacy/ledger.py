@@ -11,22 +11,24 @@ bytes at no further cost. So the ledger never states less than was released.
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ficpd.errors import BudgetError, LedgerError
 from ficpd.privacy import accountant
 from ficpd.types import PrivacyCost
 
-VERSION = 3
+VERSION = 4
 SCHEMA = """
 create table if not exists meta (owner text not null, version integer not null);
 create table if not exists costs (
     run text not null, site text not null, round integer not null, method text not null, name text not null,
-    sampling_rate real not null, noise_multiplier real not null, count integer not null, at text not null);
+    sampling_rate real not null, noise_multiplier real not null, count integer not null,
+    unit text not null, max_records_per_subject integer, at text not null);
 create table if not exists assignments (
     run text not null, site text not null, round integer not null, method text not null, at text not null,
     primary key (run, site, round, method));
@@ -34,6 +36,24 @@ create table if not exists updates (
     run text not null, site text not null, round integer not null, method text not null, body blob not null,
     primary key (run, site, round, method));
 """
+
+
+class Unit(NamedTuple):
+    """What a cost protects one of: `record`, `subject` or `client` (`none`: nothing).
+
+    max_records_per_subject: records of a subject in a step; None: the unit is no subject.
+    """
+
+    name: str = "record"
+    max_records_per_subject: int | None = None
+
+    @staticmethod
+    def of(guarantee: Mapping[str, Any]) -> "Unit":
+        """Reads it from `Mechanism.guarantee`."""
+        return Unit(guarantee["unit"], guarantee.get("max_records_per_subject"))
+
+
+A_RECORD = Unit()
 
 
 @dataclass(frozen=True)
@@ -138,9 +158,23 @@ class Ledger:
             (count,) = self.file.execute("select count(*) from assignments").fetchone()
         return count
 
-    def account(self, site: str, budget: Budget, run: str = "") -> "Account":
-        """Opens an account. `run`: one of several runs, in a site's ledger."""
-        return Account(self, site, budget, run)
+    def account(self, site: str, budget: Budget, run: str = "", unit: Unit = A_RECORD) -> "Account":
+        """Opens an account. `run`: one of several runs, in a site's ledger. `unit`: of the costs it will commit."""
+        return Account(self, site, budget, run, unit)
+
+    def units(self, site: str) -> list[Unit]:
+        """Lists the different units of a site's costs."""
+        query = "select distinct unit, max_records_per_subject from costs where site = ? order by 1, 2"
+        return [Unit(*row) for row in self.file.execute(query, (site,))]
+
+    def check_unit(self, site: str, unit: str) -> None:
+        """Raises `LedgerError` if a site's costs protect another unit: costs of two units have no sum."""
+        if others := sorted({found.name for found in self.units(site)} - {unit}):
+            raise LedgerError(
+                f"the ledger of {site} counts what was spent for one {others[0]}, and this is for one {unit}: expected the "
+                "same unit, because costs of two units cannot be added up. Go back to the earlier data.columns.subject and "
+                "privacy.name, or begin a new folder with a budget of its own"
+            )
 
     def close(self) -> None:
         self.file.close()
@@ -149,8 +183,8 @@ class Ledger:
 class Account:
     """One site's part of a ledger. The budget is for all of its runs; assignments and updates are of one run."""
 
-    def __init__(self, ledger: Ledger, site: str, budget: Budget, run: str = ""):
-        self.ledger, self.site, self.budget, self.run = ledger, site, budget, run
+    def __init__(self, ledger: Ledger, site: str, budget: Budget, run: str, unit: Unit):
+        self.ledger, self.site, self.budget, self.run, self.unit = ledger, site, budget, run, unit
 
     def spent(self) -> list[PrivacyCost]:
         """Adds up the costs of this site in all runs."""
@@ -215,15 +249,17 @@ class Account:
     def commit(self, round: int, method: str, costs: Iterable[PrivacyCost], body: bytes) -> None:
         """Commits an assignment's costs and its update in one transaction, and deletes updates of earlier rounds.
 
-        Checks the budget again under the lock, since two processes may check it at the same time.
+        Checks unit and budget again under the lock, since two processes may check them at the same time. Raises
+        `LedgerError` where earlier costs protect another unit.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         costs, key = accountant.merge(costs), (self.run, self.site, round, method)
         with self.ledger.transaction():
+            if costs:
+                self.ledger.check_unit(self.site, self.unit.name)
             self.check_budget(costs)
-            self.ledger.file.executemany(
-                "insert into costs values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(*key, *cost, now) for cost in costs]
-            )
+            rows = [(*key, *cost, *self.unit, now) for cost in costs]
+            self.ledger.file.executemany("insert into costs values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             self.ledger.file.execute("insert into assignments values (?, ?, ?, ?, ?)", (*key, now))
             self.ledger.file.execute("insert into updates values (?, ?, ?, ?, ?)", (*key, body))
             self.ledger.file.execute(
@@ -233,7 +269,7 @@ class Account:
 
     def costs_json(self) -> str:
         """Lists all costs as JSON."""
-        names = ("run", "round", "method", "name", "sampling_rate", "noise_multiplier", "count", "at")
+        names = ("run", "round", "method", *PrivacyCost._fields, "unit", "max_records_per_subject", "at")
         rows = self.ledger.file.execute(
             f"select {', '.join(names)} from costs where site = ? order by rowid", (self.site,)
         )

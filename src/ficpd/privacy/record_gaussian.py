@@ -203,6 +203,7 @@ class RecordGaussian(Mechanism):
             "clip_norm": self.clip_norm,
             "noise_multiplier": self.noise_multiplier,
             "accountant": accountant.describe(),
+            **({"max_records_per_subject": self.config.max_records_per_subject} if self.subjects else {}),
         }
 
 

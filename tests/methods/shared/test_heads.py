@@ -6,7 +6,7 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
 from ficpd.methods.shared import heads
-from ficpd.methods.shared.class_totals import relative_prior
+from ficpd.methods.shared.class_totals import left_out_priors, relative_prior
 from ficpd.methods.shared.heads import calibrate, fit_heads, nearest_neighbours
 
 LABELS, WIDTH = 3, 6
@@ -48,6 +48,39 @@ def test_leave_one_out_equals_a_refit_without_each_record(prior, penalty):
         refits.append(refit.logits(features_BD[place : place + 1]))
     assert torch.allclose(head.loo_BC, torch.cat(refits), atol=1e-5)
     assert not torch.allclose(head.loo_BC, head.logits(features_BD), atol=1e-2)
+
+
+PEOPLE = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 0, 6, 7, 7, 8, 5, 9, 9, 9, 0])
+"""Each of twenty records' subject."""
+
+
+@pytest.mark.parametrize("prior", [None, given_head()])
+@pytest.mark.parametrize("penalty", [0.3, 30.0])
+def test_where_subjects_are_named_a_record_is_scored_without_all_of_its_subject(prior, penalty):
+    features_BD, targets_B = unit_records()
+    (head,) = fit_heads(features_BD, targets_B, LABELS, prior, [penalty], PEOPLE)
+    near = nearest_neighbours(features_BD, targets_B, LABELS, PEOPLE)
+    _, priors_BC = left_out_priors(targets_B, torch.full((LABELS,), 1 / LABELS), 10.0, PEOPLE)
+    for person in PEOPLE.unique():
+        own = PEOPLE.eq(person)
+        rest = ~own
+        (refit,) = fit_heads(features_BD[rest], targets_B[rest], LABELS, prior, [penalty])
+        assert torch.allclose(head.loo_BC[own], refit.logits(features_BD[own]), atol=1e-5)
+        fewer = nearest_neighbours(features_BD[rest], targets_B[rest], LABELS)
+        assert torch.allclose(near.loo_BC[own].softmax(1), fewer.logits(features_BD[own]).softmax(1), atol=1e-5)
+        counts_C = F.one_hot(targets_B[rest], LABELS).float().sum(0)
+        assert torch.allclose(priors_BC[own], relative_prior(counts_C, torch.full((LABELS,), 1 / LABELS), 10.0))
+    alone = fit_heads(features_BD, targets_B, LABELS, prior, [penalty], torch.arange(20))[0]
+    assert torch.allclose(
+        alone.loo_BC, fit_heads(features_BD, targets_B, LABELS, prior, [penalty])[0].loo_BC, atol=1e-5
+    )
+
+
+def test_a_subject_who_has_all_records_has_nothing_to_be_scored_by():
+    features_BD, targets_B = unit_records()
+    assert fit_heads(features_BD, targets_B, LABELS, subject_B=torch.zeros(20, dtype=torch.long)) == []
+    everybody = nearest_neighbours(features_BD, targets_B, LABELS, torch.zeros(20, dtype=torch.long))
+    assert torch.allclose(everybody.loo_BC.softmax(1), torch.full((20, LABELS), 1 / LABELS))
 
 
 @pytest.mark.parametrize("length", [1.0, 7.0])

@@ -15,7 +15,7 @@ from ficpd.deployment.site import config as settings
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.load import load_records
 from ficpd.deployment.site.site import LEDGER
-from ficpd.deployment.site.status import ledger_status
+from ficpd.deployment.site.status import check_data_unit, ledger_status
 from ficpd.errors import SiteError
 from ficpd.experiments.build import build_context_without_records
 from ficpd.experiments.config import parse
@@ -59,8 +59,9 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1, re
     yield f"leaves    scores on the test records: {scores}"
     yield "stays     records, personal prompts, the ledger, every error that may quote a record"
     yield "roughly   told by the noise, which is larger the fewer there are: how many records you have"
-    spent = site_status(file)["epsilon"]
-    yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent over all runs (delta {spent['delta']:g})"
+    spent = site_status(file, counts)["epsilon"]
+    unit = f" for one {spent['unit']}" if spent["unit"] else ""
+    yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent{unit} over all runs (delta {spent['delta']:g})"
     if recipe is not None:
         yield from _of_recipe(config, file, recipe, clients, counts)
 
@@ -104,13 +105,18 @@ def _of_recipe(
         yield f"cost      of somebody with several records: {describe_group_costs(accountant.group_costs(costs, delta))}"
 
 
-def site_status(file: Path) -> dict[str, Any]:
-    """Reads the state folder as its owner or root. `running`: a process uses the folder."""
+def site_status(file: Path, counts: UnitCounts | None = None) -> dict[str, Any]:
+    """Reads the state folder as its owner or root. `running`: a process uses the folder.
+
+    `counts`: of the site's training data, whose unit is checked against the ledger's (`LedgerError`).
+    """
     config = settings.read(file)
     with _as_owner(config.state):
         known = (config.state / LEDGER).exists()
         ledger = Ledger(config.state / LEDGER if known else ":memory:", f"site {config.name}")
         try:
+            if counts is not None:
+                check_data_unit(ledger, config, counts)
             return {**ledger_status(ledger, config), "running": _is_locked(config.state)}
         finally:
             ledger.close()

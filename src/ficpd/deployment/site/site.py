@@ -22,7 +22,7 @@ from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.signing import member_of
-from ficpd.deployment.site.status import LAST_ERROR, RUNS, ledger_status
+from ficpd.deployment.site.status import LAST_ERROR, RUNS, check_data_unit, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
 from ficpd.evaluation.evaluate import predictions_of, score_prompt
 from ficpd.federation import codec
@@ -35,7 +35,7 @@ from ficpd.federation.secure_sum import PHASES, VECTOR, terms
 from ficpd.interfaces import Mechanism, ReleaseKind, Task
 from ficpd.methods.shared.readouts import assigned_readout
 from ficpd.privacy import accountant
-from ficpd.privacy.ledger import Budget, Ledger
+from ficpd.privacy.ledger import Budget, Ledger, Unit
 from ficpd.storage import atomic_write
 from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
@@ -87,7 +87,12 @@ class Site:
         _owned(self.folder)
         self._held = _hold(self.folder)
         self.ledger = Ledger(self.folder / LEDGER, f"site {config.name}")
-        self._check_witness()
+        try:
+            self._check_witness()
+            check_data_unit(self.ledger, config, count_units(shard.train))
+        except LedgerError:
+            self.close()
+            raise
         self.seed = config.simulation.private_seed if config.simulation else _own_seed(self.folder / SEED)
 
     @property
@@ -201,9 +206,8 @@ class Site:
         if not stored.exists() and not call.spec:
             raise SpecMissingError
         if not stored.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
-            raise PolicyError(
-                f"{self.config.name} has taken part in {self.config.policy.max_runs} runs, its policy's max_runs"
-            )
+            most = self.config.policy.max_runs
+            raise PolicyError(f"{self.config.name} has taken part in {most} runs, its policy's max_runs")
         body = stored.read_bytes() if stored.exists() else call.spec
         spec = run_spec.decode(body, self.config.policy.methods)
         run = self._start(call.run, spec, None if stored.exists() else assignment, body)
@@ -235,12 +239,12 @@ class Site:
         try:
             mechanism = self._mechanism(spec, method, plan)
             budget = self._budget(name, mechanism)
-        except PolicyError:
-            raise
+        except (PolicyError, LedgerError) as error:  # the latter: another unit
+            raise PolicyError(str(error)) from error
         except PrivacyError as error:  # one answer for all that depends on the number of records
             self._count_refusal(body)
             raise BudgetError(str(error)) from error
-        account = self.ledger.account(config.name, budget, name)
+        account = self.ledger.account(config.name, budget, name, Unit.of(mechanism.guarantee()))
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
         # server's private cohorts decide how many assignments come.
         central = mechanism.cost(ReleaseKind.SUM) is not None
@@ -275,6 +279,7 @@ class Site:
         account = self.ledger.account(self.config.name, Budget(None, allowed.delta), run)
         if not planned:
             return Budget(allowed.epsilon, allowed.delta)
+        self.ledger.check_unit(self.config.name, Unit.of(mechanism.guarantee()).name)
         accountant.check_price(planned, allowed.delta)
         others = account.spent_in_other_runs()
         together = accountant.merge([*others, *planned])
@@ -348,12 +353,10 @@ class Site:
         file, found = self.folder / WITNESS, self.ledger.num_assignments()
         written = file.read_text().strip() if file.exists() else "0"
         if not written.isdecimal():
-            self.ledger.close()
             raise LedgerError(
                 f"{file} has {written[:20]!r}, expected a number. Restore it and the ledger from one copy"
             )
         if (known := int(written)) > found:
-            self.ledger.close()
             raise LedgerError(
                 f"{self.folder / LEDGER} knows of {found} assignments, and {known} were carried out: it is an older copy, "
                 "or its -wal file is missing. Restore the newest copy of both"

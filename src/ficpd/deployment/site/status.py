@@ -1,9 +1,11 @@
 """A site's status for its owner. A server never sees it."""
 
 import json
+from collections.abc import Sequence
 
+from ficpd.data.subjects import UnitCounts
 from ficpd.deployment.site.config import SiteConfig
-from ficpd.privacy.ledger import Budget, Ledger
+from ficpd.privacy.ledger import Budget, Ledger, Unit
 from ficpd.types import JSON
 
 RUNS, LAST_ERROR = "runs", "last-error.json"
@@ -12,6 +14,7 @@ RUNS, LAST_ERROR = "runs", "last-error.json"
 def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
     """Reads budget, runs and the last error from the ledger and the state folder."""
     allowed = config.policy
+    units = ledger.units(config.name)
     account, runs, error = ledger.account(config.name, Budget(None, allowed.delta)), {}, config.state / LAST_ERROR
     for folder in sorted((config.state / RUNS).glob("*")):
         of_run, scores = ledger.account(config.name, account.budget, folder.name), folder / "scores.json"
@@ -24,7 +27,22 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
     return {
         "name": config.name,
         "rehearsal": config.simulation is not None,
-        "epsilon": {"spent": spent, "of": allowed.epsilon, "delta": allowed.delta},
+        "epsilon": {"spent": spent, "of": allowed.epsilon, "delta": allowed.delta, "unit": _described(units)},
         "runs": runs,
         "last_error": json.loads(error.read_text()) if error.exists() else None,
     }
+
+
+def check_data_unit(ledger: Ledger, config: SiteConfig, counts: UnitCounts) -> None:
+    """Raises `LedgerError` if earlier runs were paid for records, and the data name subjects, or the other way round."""
+    unit = "record" if counts.subjects is None else "subject"
+    if {found.name for found in ledger.units(config.name)} & {"record", "subject"}:
+        ledger.check_unit(config.name, unit)
+
+
+def _described(units: Sequence[Unit]) -> str | None:
+    """Says what the costs protect one of; None where nothing was spent."""
+    if not units:
+        return None
+    most = [unit.max_records_per_subject for unit in units if unit.max_records_per_subject is not None]
+    return f"{units[0].name} (at most {max(most)} of its records in a step)" if most else units[0].name

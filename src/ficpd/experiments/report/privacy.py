@@ -47,11 +47,16 @@ def _promise(privacy: PrivacyReport) -> Text:
     )  # fmt: skip
     return Text(
         f"ε = {privacy.epsilon:.3f} {budget}, δ = {privacy.delta:g}, by {privacy.mechanism}; the unit is one "
-        f"{privacy.unit} ({privacy.neighbouring}). Clip norm {privacy.clip_norm:g}, noise multipliers "
-        f"{format_noise_multipliers(privacy)} ({privacy.noise} noise); counted by {privacy.accountant}. Each method "
-        "of this page is a run of its own: a member that took part in several would pay for each. Test scores are the "
-        f"simulation's own view: they do not leave a site.{_neighbours(privacy)}{simulated}"
+        f"{privacy.unit} ({privacy.neighbouring}).{_records_in_a_step(privacy)} Clip norm {privacy.clip_norm:g}, "
+        f"noise multipliers {format_noise_multipliers(privacy)} ({privacy.noise} noise); counted by {privacy.accountant}. "
+        "Each method of this page is a run of its own: a member that took part in several would pay for each. Test scores "
+        f"are the simulation's own view: they do not leave a site.{_neighbours(privacy)}{simulated}"
     )
+
+
+def _records_in_a_step(privacy: PrivacyReport) -> str:
+    most = privacy.max_records_per_subject
+    return "" if most is None else f" At most {most} records of a subject are in a step."
 
 
 def _neighbours(privacy: PrivacyReport) -> str:

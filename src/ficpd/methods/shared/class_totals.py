@@ -286,19 +286,28 @@ def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Te
     return min(SCALES.tolist(), key=loss)
 
 
-def left_out_priors(targets_B: Tensor, shares_C: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+def left_out_priors(
+    targets_B: Tensor, shares_C: Tensor, strength: float, subject_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the client's `relative_prior` [C], and that of each record [B, C], made of the other records' labels.
 
-    `strength` infinity: no prior.
+    `strength` infinity: no prior. `subject_B`: a record's prior leaves out all records of its subject.
     """
-    counts_C = F.one_hot(targets_B, len(shares_C)).float().sum(0)
+    labels_BC = F.one_hot(targets_B, len(shares_C)).float()
+    counts_C = labels_BC.sum(0)
     if strength == torch.inf:
-        return torch.zeros_like(counts_C), torch.zeros(len(targets_B), len(counts_C))
-    others_BC = torch.zeros(len(targets_B), len(counts_C))
-    for label in targets_B.unique():
-        one_less = counts_C - F.one_hot(label, len(counts_C))
-        others_BC[targets_B == label] = relative_prior(one_less, shares_C, strength)
-    return relative_prior(counts_C, shares_C, strength), others_BC
+        return torch.zeros_like(counts_C), torch.zeros_like(labels_BC)
+    own_KC, kind_B = sum_over_subject(labels_BC, subject_B).unique(dim=0, return_inverse=True)
+    others_KC = torch.stack([relative_prior(counts_C - own_C, shares_C, strength) for own_C in own_KC])
+    return relative_prior(counts_C, shares_C, strength), others_KC[kind_B]
+
+
+def sum_over_subject(values_BN: Tensor, subject_B: Tensor | None) -> Tensor:
+    """Returns for each record the sum over its subject's records, [B, ...]; its own values where no subject is named."""
+    if subject_B is None:
+        return values_BN
+    number = int(subject_B.max()) + 1 if len(subject_B) else 0
+    return values_BN.new_zeros(number, *values_BN.shape[1:]).index_add(0, subject_B, values_BN)[subject_B]
 
 
 def relative_prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:

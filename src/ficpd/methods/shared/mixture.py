@@ -7,7 +7,8 @@ client's label prior. A member's weight is
 
 so the mixture is nearly as good as its best member (exponential weighting: Dalalyan and Tsybakov, Machine Learning 72,
 2008; half the evidence, because losses of one client depend on each other). Ranks put what is shared first. The label prior
-of a record is made of the other records' labels. Own heads are scored by leave-one-out (`heads`).
+of a record is made of the other records' labels. Own heads are scored by leave-one-out (`heads`). Where the data name
+subjects, both leave out all records of the record's subject.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -69,7 +70,7 @@ def weigh_candidates(
     for candidate in candidates:
         answer = yield Query(torch.stack(candidate.prompts), batch, outputs=True)
         assert answer.outputs_KB is not None
-        members.append(_members(candidate, answer.outputs_KB, batch, targets_B))
+        members.append(_members(candidate, answer.outputs_KB, batch, targets_B, local.subject_B))
     weights = _weights(members, targets_B)
     return [
         Predictor(prompt_PD, _mixed(of, weight_M), float(weight_M.sum()) / len(candidate.prompts))
@@ -100,7 +101,9 @@ def tune_alone(
     return Candidate(tuple(tuned), None, tuple(held))
 
 
-def _members(candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B: Tensor) -> list[Member]:
+def _members(
+    candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B: Tensor, subject_B: Tensor | None
+) -> list[Member]:
     labels = batch.task.num_labels
     given = candidate.readout
     shares_C = torch.full((labels,), 1 / labels) if given is None else given.shares_C
@@ -112,11 +115,11 @@ def _members(candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B
     for k, held in enumerate(candidate.held or ()):
         rows = outputs.select(torch.arange(k * len(batch), (k + 1) * len(batch)))
         logits_BC[held] = plain(rows, batch).float().cpu()[held]  # type: ignore[union-attr]
-    found = _tempered(logits_BC, plain, targets_B, shares_C)
+    found = _tempered(logits_BC, plain, targets_B, shares_C, subject_B)
     if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
         prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
-        for head in fit_heads(first.features_RD, targets_B, labels, prior):
-            found += _tempered(head.loo_BC, _head_logits(head), targets_B, shares_C)
+        for head in fit_heads(first.features_RD, targets_B, labels, prior, subject_B=subject_B):
+            found += _tempered(head.loo_BC, _head_logits(head), targets_B, shares_C, subject_B)
     return found
 
 
@@ -125,12 +128,13 @@ def _head_logits(head: OwnHead) -> Callable[[ModelOutput, Batch], Tensor]:
 
 
 def _tempered(
-    logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], targets_B: Tensor, shares_C: Tensor
-) -> list[Member]:
+    logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], targets_B: Tensor, shares_C: Tensor,
+    subject_B: Tensor | None,
+) -> list[Member]:  # fmt: skip
     """Returns a member for each temperature and strength of the label prior."""
     found = []
     for strength in STRENGTHS:
-        prior_C, others_BC = left_out_priors(targets_B, shares_C, strength)
+        prior_C, others_BC = left_out_priors(targets_B, shares_C, strength, subject_B)
         for temperature in TEMPERATURES:
             log_BC = (temperature * logits_BC + others_BC).log_softmax(1)
             found.append(Member(log_BC, _member_logits(plain, temperature, prior_C), strength == torch.inf))
