@@ -10,7 +10,8 @@ import argparse
 import torch
 
 from ficpd.backbones.chunks import bucket_by_shape, shape_of
-from ficpd.backbones.query_engine import CHUNK_TOKENS, QueryEngine, run_queries, run_queries_lockstep
+from ficpd.backbones.memory import CHUNK_TOKENS
+from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.federation.client import Client
 from ficpd.federation.execution import execute_assignment

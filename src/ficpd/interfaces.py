@@ -77,6 +77,10 @@ class Backbone(ABC):
     """Words for prompts of words; None: no such prompts."""
     adapters: Any = None
     """`backbones.lora.Adapters`; None: no LoRA."""
+    model: Any = None
+    """The torch module that holds the weights; None: nothing runs here."""
+    num_blocks: int = 0
+    """Blocks that `checkpoint_blocks` acts on."""
 
     @abstractmethod
     def tokenize(
@@ -123,6 +127,12 @@ class Backbone(ABC):
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
         """The prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        """Keeps only the input of each block for the backward, and computes the block again there.
+
+        The numbers stay the same; a step takes about a third longer. Without blocks nothing changes.
+        """
 
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int

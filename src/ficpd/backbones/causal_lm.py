@@ -218,7 +218,7 @@ class CausalLM(TextModel):
     def _texts(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int, pick: Pick
     ) -> list[str]:
-        rows = [self.frozen.embed(item.content) for item in items]
+        rows = self._word_vectors(items)
         steps = self.writing.steps(prompts_SPD.to(self.device, self.dtype), rows, layer)
         ids = decode(steps, pick, len(items), self._ends(), max_tokens)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)

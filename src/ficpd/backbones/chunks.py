@@ -50,7 +50,9 @@ class HiddenStateCache:
         self.lock = threading.Lock()
 
     def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
-        """Returns [T, D] of each item; computes the missing ones."""
+        """Returns [T, D] of each item; computes the missing ones. Embeddings of texts are never kept."""
+        if layer == 0 and backbone.modality == "text":
+            return list(backbone.encode_prefix(items, 0))
         found: dict[EncodedInput, Tensor] = {}
         with self.lock:
             for item in items:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ficpd.backbones.devices import copy_to
 from ficpd.backbones.guards import (
     BODY,
     FAILURES,
@@ -60,7 +61,7 @@ class FrozenModel(Guarded):
 
     def embed(self, ids: Tensor) -> Tensor:
         """[...] to [..., E]."""
-        return self.table(ids.to(self.device))
+        return self.table(copy_to(ids, self.device))
 
     @torch.no_grad()
     def encode(self, rows: Sequence[Tensor], layer: int) -> list[Tensor]:
@@ -69,7 +70,7 @@ class FrozenModel(Guarded):
         if layer == 0:
             return list(rows)
         text = HiddenStates.of(rows, most=self.most)
-        states_STD = self.lower(layer, text.states_STD, self._mask(text.mask_ST))
+        states_STD = self.lower(layer, text.states_STD, self._mask(text.mask_ST, _is_full(text, rows)))
         return [states_TD[: len(row)].clone() for states_TD, row in zip(states_STD, rows, strict=True)]
 
     def run(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ class FrozenModel(Guarded):
         self.check(layer)
         text = HiddenStates.of(hidden, most=self.most - prompts_SPD.shape[1])
         states, mask = text.joined(prompts_SPD.to(self.device))
-        return self.upper(layer, states, self._mask(mask)), text.mask_ST
+        return self.upper(layer, states, self._mask(mask, _is_full(text, hidden))), text.mask_ST
 
     def lower(self, layer: int, states_STE: Tensor, given: dict[str, Any]) -> Tensor:
         """Embeddings to the input of a block."""
@@ -126,9 +127,9 @@ class FrozenModel(Guarded):
     def _run_body(self, states_STE: Tensor, given: dict[str, Any]) -> Any:
         return self.body(inputs_embeds=states_STE, **{**self._options(self.body), **given})
 
-    def _mask(self, mask_ST: Tensor) -> dict[str, Any]:
-        """A causal model needs no mask: padding on the right is behind every token."""
-        return {} if self.causal else {"attention_mask": mask_ST.long()}
+    def _mask(self, mask_ST: Tensor, full: bool = False) -> dict[str, Any]:
+        """No mask for a causal model, whose padding is behind every token, nor for `full` rows: fused kernels take none."""
+        return {} if self.causal or full else {"attention_mask": mask_ST.long()}
 
     def _options(self, module: Any) -> dict[str, Any]:
         return {"use_cache": False} if self.causal and "use_cache" in parameters(type(module)) else {}
@@ -184,3 +185,8 @@ class FrozenModel(Guarded):
             layer,
             lambda: difference(self.upper(layer, self.lower(layer, embedded, given), given)[0], self.sample_TD),
         )
+
+
+def _is_full(text: HiddenStates, rows: Sequence[Tensor]) -> bool:
+    """Whether no row is padded; known without reading the mask, which may be on a GPU."""
+    return all(len(row) == text.states_STD.shape[1] for row in rows)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ficpd import storage
 from ficpd.errors import BackboneError
@@ -44,11 +45,18 @@ class ReachedError(Exception):
         self.states = states
 
 
+class _Shared:
+    """What all guards of a model read. It knows no module, so that a model that nobody needs is freed at once."""
+
+    def __init__(self):
+        self.local, self.checkpointed = threading.local(), False
+
+
 class _Guard:
     """A module's place, and the action of each thread. A copy of a model has none."""
 
-    def __init__(self, place: int, local: threading.local):
-        self.place, self.local = place, local
+    def __init__(self, place: int, shared: _Shared):
+        self.place, self.shared = place, shared
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -67,8 +75,8 @@ class Guarded(ABC):
         self.model, self.name = model.eval().requires_grad_(False), name
         self.device, self.dtype = model.device, model.dtype
         self.tolerance = TOLERANCES.get(self.dtype, HALF_TOLERANCE)
-        self._local, self._checked = threading.local(), {0}
-        self.depth, self.closed, self._arity = 1, "", 0
+        self._shared, self._checked = _Shared(), {0}
+        self.depth, self.closed, self._arity, self.num_blocks = 1, "", 0, 0
 
     # ------------------------------------------------------------ forward passes
 
@@ -110,16 +118,20 @@ class Guarded(ABC):
     @contextmanager
     def acting(self, action: Action) -> Iterator[None]:
         """Meanwhile guarded modules call `action`, in this thread alone."""
-        self._local.action = action
+        self._shared.local.action = action
         try:
             yield
         finally:
-            self._local.action = None
+            self._shared.local.action = None
 
     def guard(self, module: nn.Module, place: int) -> None:
         """Lets a module ask for the action of its thread."""
         module.__class__ = _guarded(type(module))
-        module._guard = _Guard(place, self._local)  # type: ignore[assignment]
+        module._guard = _Guard(place, self._shared)  # type: ignore[assignment]
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        """Computes each block again in the backward, from its input alone (Chen et al., 2016, arXiv 1604.06174)."""
+        self._shared.checkpointed = on
 
     # ------------------------------------------------------------ checks
 
@@ -143,7 +155,7 @@ class Guarded(ABC):
         self._arity = len(first) if isinstance(first, tuple) else 0
         for place, block in enumerate(blocks):
             self.guard(block, place)
-        self.depth = max(1, len(blocks))
+        self.depth, self.num_blocks = max(1, len(blocks)), len(blocks)
 
     def why_closed(self) -> str:
         """Compares the lowest and the highest middle layer; "" where both give the model's own states."""
@@ -252,9 +264,12 @@ def _guarded(kind: Any) -> type:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = self.__dict__.get("_guard")
-        action = guard and getattr(guard.local, "action", None)
-        own = functools.partial(kind.forward, self)
+        guard, own = self.__dict__.get("_guard"), functools.partial(kind.forward, self)
+        if guard is None:
+            return own(*args, **kwargs)
+        if guard.place >= 0 and guard.shared.checkpointed and torch.is_grad_enabled():
+            own = functools.partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
+        action = getattr(guard.shared.local, "action", None)
         return action(guard.place, own, args, kwargs) if action else own(*args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from ficpd.backbones import catalog, weights
 from ficpd.backbones.autotune import DTYPES, ExecutionConfig, autotune
+from ficpd.backbones.devices import find_device
 from ficpd.backbones.query_engine import set_single_threaded_forward
-from ficpd.errors import BackboneError, ConfigError
 from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig, load, validate
 
@@ -32,18 +31,23 @@ class BackboneConfig(FrozenConfig):
 
 
 class EngineConfig(FrozenConfig):
-    """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward; `options` are the engine's own."""
+    """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward (None: by the free memory).
+
+    `checkpoint`: blocks are computed again in the backward, which takes less memory and more time; None: where memory is
+    short. `options` are the engine's own.
+    """
 
     name: str = "in_process"
     device: str = "cpu"
     keep_mb: int = Field(default=2048, ge=0)
     chunk_tokens: int | None = Field(default=None, ge=64)
+    checkpoint: bool | None = None
     options: dict[str, Any] = {}
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
     """The backbone, and its configuration with dtype and attention as chosen for this machine."""
-    device = _device(engine.device)
+    device = find_device(engine.device)
     if device.type == "cpu":
         set_single_threaded_forward()
     kind, found = resolve_backbone(config)
@@ -69,13 +73,3 @@ def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | Non
     named = catalog.NAMED.get(config.name)
     found = weights.resolve(named.weights if named else config.name)
     return config.kind or (named.kind if named else catalog.detect_kind(Path(found.folder))), found
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"engine.device = {name!r} is no device; write cpu or cuda") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise BackboneError(f"engine.device = {name!r} is not available here; --set engine.device=cpu")
-    return device

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
+from ficpd.backbones.devices import copy_to
 from ficpd.backbones.pretrained import TextModel, load, require_weights
 from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
@@ -193,7 +194,7 @@ class MaskedLM(TextModel):
         whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
         item = EncodedInput(torch.tensor(whole), len(whole))
         none = torch.zeros(1, 0, self.width, device=self.device)
-        states_STD, _ = self.frozen.run(none, [self._word_vectors(item)], 0)
+        states_STD, _ = self.frozen.run(none, self._word_vectors([item]), 0)
         return self.frozen.logits(states_STD[:, place + 1])[0]
 
     def _rows(self, ids: Sequence[int]) -> Tensor:
@@ -203,11 +204,12 @@ class MaskedLM(TextModel):
         along_N = rows_ND @ self._across_D
         return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
 
-    def _word_vectors(self, item: EncodedInput) -> Tensor:
+    def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
         """What BERT adds to the words of a second segment is added here; a prompt is of the first."""
-        vectors_TD, kinds = super()._word_vectors(item), self._segments
+        rows, kinds = super()._word_vectors(items), self._segments
         if len(kinds) < 2:
-            return vectors_TD
-        ends = (item.content[: item.length] == self.tokenizer.sep_token_id).to(self.device)
-        second_T = (ends.cumsum(0) - ends.long()) > 0
-        return vectors_TD + second_T[:, None] * (kinds[1] - kinds[0])
+            return rows
+        ends = [item.content[: item.length] == self.tokenizer.sep_token_id for item in items]
+        second_N = copy_to(torch.cat([(end_T.cumsum(0) - end_T.long()) > 0 for end_T in ends]), self.device)
+        vectors_ND = torch.cat(list(rows)) + second_N[:, None] * (kinds[1] - kinds[0])
+        return vectors_ND.split([item.length for item in items])

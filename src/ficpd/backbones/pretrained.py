@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ficpd.backbones import Tokenised
+from ficpd.backbones.devices import copy_to
 from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.vocabulary import TokenizerVocabulary
@@ -94,7 +95,7 @@ class TextModel(Tokenised):
         self.fingerprint = f"{self.kind}:{sha256[:16]}"
         self.frozen = FrozenModel(self.layered(model), name, self.causal, self.fingerprint)
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.width, self.depth = self.frozen.width, self.frozen.depth
+        self.width, self.depth, self.num_blocks = self.frozen.width, self.frozen.depth, self.frozen.num_blocks
         self.context = context(model)
         self.frozen.most = self.context
         self.max_tokens = min(max_tokens, self.context)
@@ -117,14 +118,18 @@ class TextModel(Tokenised):
 
     @torch.no_grad()
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        return self.frozen.encode([self._word_vectors(item) for item in items], layer)
+        return self.frozen.encode(self._word_vectors(items), layer)
 
-    def _word_vectors(self, item: EncodedInput) -> Tensor:
-        """[T, D]: the embeddings that a prompt at layer 0 stands before."""
-        return self.frozen.embed(item.content[: item.length])
+    def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
+        """[T, D] each: the embeddings that a prompt at layer 0 stands before, gathered in one call."""
+        ids = torch.cat([item.content[: item.length] for item in items])
+        return self.frozen.embed(ids).split([item.length for item in items])
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.frozen.checkpoint_blocks(on)
 
     def _index(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
+        return copy_to(torch.tensor(ids, dtype=torch.long), self.device)
 
 
 def context(model: Any) -> int:

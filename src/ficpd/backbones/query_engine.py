@@ -5,9 +5,10 @@ its prompt, so one backward pass gives gradients per record. `run_queries` answe
 `run_queries_lockstep` answers many, one query of each at a time.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor
 
 from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by_shape, shape_of
+from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
-from ficpd.errors import BackboneError
+from ficpd.backbones.memory import FEWEST_TOKENS, choose_chunk
+from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.interfaces import Backbone
 from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
 Numbers = tuple[Tensor, Tensor | None, ModelOutput | None]
 """Losses [R], gradients [R, P, D] and outputs of R rows."""
-CHUNK_TOKENS = {"cpu": 512, "cuda": 131072}
-"""Positions of one forward pass, padding included. Few rows fill a CPU."""
 THREADS = torch.get_num_threads()
 """Number of torch threads at import."""
 
@@ -51,6 +52,10 @@ class Row:
 class QueryEngine:
     """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass.
 
+    chunk_tokens: positions of one forward pass; None: as many as the device has memory for (`memory.choose_chunk`). Where
+    memory runs out all the same, the rows are halved and tried again.
+    checkpoint: whether blocks are computed again in the backward; None: where memory is short.
+
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
     number of rows of a shape is tried once beside forward passes of their own, and shared from then on if all bits agree.
@@ -60,13 +65,18 @@ class QueryEngine:
     """
 
     def __init__(
-        self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None, exact: bool = False
-    ):
-        self.backbone, self.chunk_tokens = backbone, chunk_tokens or CHUNK_TOKENS[backbone.device.type]
-        self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
-        self.exact, self.independent = exact, dict[tuple, bool]()
+        self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None, exact: bool = False,
+        checkpoint: bool | None = None,
+    ):  # fmt: skip
+        self.backbone, self.exact, self.independent = backbone, exact, dict[tuple, bool]()
         local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
         self.workers = THREADS if local and torch.get_num_threads() == 1 else 1
+        if chunk_tokens is None:
+            chunk_tokens, checkpoint = choose_chunk(backbone, self.workers, keep_bytes, checkpoint)
+        if checkpoint is not None:
+            backbone.checkpoint_blocks(checkpoint)
+        self.chunk_tokens = chunk_tokens
+        self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Returns one `Answer` per query. Rows never see each other."""
@@ -103,7 +113,8 @@ class QueryEngine:
         parts = [[rows[r] for r in part] for part in places]
         forward = partial(self._forward_exact if self.exact else self._forward, queries)
         losses, grads, outputs = zip(*self._each(forward, parts, queries[0].batch), strict=True)
-        texts = [text for part in parts for text in self._written(queries, part)]
+        write = partial(self._written, queries)
+        texts = [text for part in parts for half in self._halved(write, part) for text in half]
         back = torch.tensor([r for part in places for r in part]).argsort()
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
@@ -117,11 +128,36 @@ class QueryEngine:
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
+        halved = partial(self._halved, work)
         if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
-            return [work(part) for part in parts]
+            return [result for part in parts for result in halved(part)]
         # the initializer applies torch's thread limit, which new threads ignore otherwise
         with ThreadPoolExecutor(self.workers, initializer=torch.get_num_threads) as pool:
-            return list(pool.map(work, parts))
+            return [result for results in pool.map(halved, parts) for result in results]
+
+    def _halved(self, work: Callable[[list[Row]], Result], part: list[Row]) -> list[Result]:
+        """Runs `work` on a chunk, or on its halves where memory runs out. Raises `BackboneError` for a row alone."""
+        try:
+            return [work(part)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(part) == 1:
+                raise BackboneError(
+                    f"engine.device = {str(self.backbone.device)!r}: memory ran out in a forward of one record, on "
+                    f"{self.backbone.name}. Set engine.checkpoint = true, a smaller backbone.options.max_tokens or "
+                    "another backbone"
+                ) from error
+        # here the error is gone, and with it the tensors of its frames
+        half = len(part) // 2
+        self.chunk_tokens = max(FEWEST_TOKENS, self.chunk_tokens // 2)
+        warnings.warn(
+            f"engine.device = {str(self.backbone.device)!r}: memory ran out in a forward of {len(part)} rows, which are "
+            f"halved. Forwards now have {self.chunk_tokens} positions at most (engine.chunk_tokens)",
+            BackboneWarning,
+            stacklevel=2,
+        )
+        return self._halved(work, part[:half]) + self._halved(work, part[half:])
 
     def _forward_exact(self, queries: list[Query], part: list[Row]) -> Numbers:
         """Returns the numbers of a forward pass for each row, from one for all of them where these are known to agree."""
@@ -139,8 +175,8 @@ class QueryEngine:
         """Runs one chunk; returns losses [R], gradients [R, P, D] and outputs, the last two if requested."""
         grad = queries[0].grad
         prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
-        with nullcontext() if grad else torch.no_grad():
-            outputs = self._outputs(queries, part, prompts_RPD)
+        with torch.set_grad_enabled(grad), ExitStack() as until_backward:
+            outputs = self._outputs(queries, part, prompts_RPD, until_backward)
             loss_R = self._losses(queries, part, outputs)
             if grad:
                 loss_R.sum().backward()
@@ -153,7 +189,7 @@ class QueryEngine:
         if not prompts_RPD.is_floating_point():
             assert self.backbone.vocabulary is not None, "_check_query"
             return self.backbone.vocabulary.embed_for_prompt(prompts_RPD[..., 0])
-        return prompts_RPD.to(self.backbone.device, torch.float32)
+        return copy_to(prompts_RPD, self.backbone.device, torch.float32)
 
     def _written(self, queries: list[Query], part: list[Row]) -> list[str]:
         """Generates the text after each record's first sequence; returns [] if the queries request none."""
@@ -166,7 +202,7 @@ class QueryEngine:
         with prompt_or_lora(self.backbone, prompts_RPD[:, :virtual], batch.enters_at) as (front_RPD, layer):
             return self.backbone.generate_greedy(front_RPD, items, layer, tokens)
 
-    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor) -> ModelOutput:
+    def _outputs(self, queries: list[Query], part: list[Row], prompts_RPD: Tensor, stack: ExitStack) -> ModelOutput:
         """Runs the backbone on each row's sequences and regroups the candidates of a record."""
         batch, device = queries[0].batch, self.backbone.device
         heads = batch.task.head_rows
@@ -175,11 +211,11 @@ class QueryEngine:
         groups = [queries[row.query].batch.items[row.record] for row in part]
         items = [item for group in groups for item in group]
         if len(items) == len(part):
-            outputs = self._run(tokens_RPD, items, batch.enters_at)
+            outputs = self._run(tokens_RPD, items, batch.enters_at, stack)
             return ModelOutput(outputs.features_RD, outputs.scores_RN, readout)
         counts = torch.tensor([len(group) for group in groups], device=device)
         row_S = torch.arange(len(part), device=device).repeat_interleave(counts)
-        outputs = self._run(tokens_RPD[row_S], items, batch.enters_at)
+        outputs = self._run(tokens_RPD[row_S], items, batch.enters_at, stack)
         first_R = counts.cumsum(0) - counts
         scores = None
         if outputs.scores_RN is not None:
@@ -188,10 +224,10 @@ class QueryEngine:
             scores = scores.index_put((row_S, column_S), outputs.scores_RN[:, 0])
         return ModelOutput(outputs.features_RD[first_R], scores, readout)
 
-    def _run(self, rows_SPD: Tensor, items: Sequence[EncodedInput], enters_at: int) -> ModelOutput:
-        """Runs the backbone on sequences, each with its virtual tokens or LoRA weights."""
-        with prompt_or_lora(self.backbone, rows_SPD, enters_at) as (front_SPD, layer):
-            return self.backbone.forward(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
+    def _run(self, rows_SPD: Tensor, items: Sequence[EncodedInput], enters_at: int, stack: ExitStack) -> ModelOutput:
+        """Runs the backbone on sequences, each with its virtual tokens or LoRA weights, which last as long as `stack`."""
+        front_SPD, layer = stack.enter_context(prompt_or_lora(self.backbone, rows_SPD, enters_at))
+        return self.backbone.forward(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
 
     def _losses(self, queries: list[Query], part: list[Row], outputs: ModelOutput) -> Tensor:
         """Returns [R] losses by the task or by each query's loss; NaN without a target."""
@@ -265,7 +301,7 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
     targets = [batch.targets[b] for batch, b in batches if batch.targets is not None]
 
     def rows(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors).to(device)
+        return copy_to(torch.stack(tensors), device)
 
     return Batch(
         first.task,

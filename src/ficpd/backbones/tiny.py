@@ -5,12 +5,14 @@ Pre-norm blocks, bidirectional, mean pooling; weights drawn from a fixed seed, s
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ficpd import rng
 from ficpd.backbones.lora import Adapters
@@ -81,7 +83,7 @@ class Tiny(Backbone):
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, name: str):
         self.name, self.width, self.depth, self.max_tokens = name, config.width, config.depth, config.max_tokens
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.num_blocks, self.checkpointed = device, dtype, config.depth, False
         random = rng.make_generator("tiny", config.width, config.depth)
         self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
         self.vocabulary = self.words = HashTokenizer(self.table)
@@ -95,6 +97,7 @@ class Tiny(Backbone):
         for block in self.blocks:
             nn.init.ones_(block.norm1.weight), nn.init.ones_(block.norm2.weight)  # type: ignore[union-attr]
         self.blocks.to(device, dtype).eval().requires_grad_(False)
+        self.model = self.blocks
         self.fingerprint = f"tiny:{config.width}x{config.depth}"
         self.adapters = Adapters(self.blocks, self.width)
 
@@ -150,6 +153,11 @@ class Tiny(Backbone):
         return ModelOutput(F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1))
 
     def _run(self, states: Tensor, mask_ST: Tensor, first: int, last: int) -> Tensor:
-        for block in self.blocks[first:last]:
+        again = self.checkpointed and states.requires_grad
+        for layer in self.blocks[first:last]:
+            block = partial(checkpoint, layer, use_reentrant=False) if again else layer
             states = block(states, mask_ST)
         return states
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.checkpointed = on

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ficpd import rng
+from ficpd.backbones.devices import copy_to
 from ficpd.backbones.guards import FAILURES, Guarded, difference, find_blocks, parameters, watch
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.pretrained import read
@@ -160,6 +161,7 @@ class Vision(Backbone):
         size, self.sizes = _sizes(processor, config.image_size, self.tower.config.patch_size, name)
         self.frozen = FrozenTower(self.tower, name, size)
         self.width, self.depth, self.length = self.frozen.width, self.frozen.depth, self.frozen.length
+        self.num_blocks = self.frozen.num_blocks
         self.max_tokens = self.length + MOST
         self.fingerprint = f"vision:{sha256[:16]}:{size}"
         self.device, self.dtype = model.device, model.dtype
@@ -170,6 +172,9 @@ class Vision(Backbone):
             self.scale = float(model.logit_scale.float().exp())
         if hasattr(model, "visual_projection"):
             self.projection_ND = model.visual_projection.weight.float()
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.frozen.checkpoint_blocks(on)
 
     # ------------------------------------------------------------ items and readouts
 
@@ -261,7 +266,8 @@ class Vision(Backbone):
     def _pixels(self, items: Sequence[EncodedInput]) -> Tensor:
         """[S, 3, height, width]: decoded here and nowhere kept."""
         images = [item.content.open() for item in items]
-        return self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"].to(self.device, self.dtype)
+        pixels = self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"]
+        return copy_to(pixels, self.device, self.dtype)
 
 
 def _room_for_prompt(module: Any, args: Any, kwargs: Any, bias_1HTT: Tensor) -> Tensor:

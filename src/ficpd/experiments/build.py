@@ -221,7 +221,8 @@ def _load(
     """Loads the backbone and initializes prompt, clipping and compression; `shards` by group."""
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
-    model = QueryEngine(backbone, experiment.engine.keep_mb << 20, experiment.engine.chunk_tokens)
+    engine = experiment.engine
+    model = QueryEngine(backbone, engine.keep_mb << 20, engine.chunk_tokens, checkpoint=engine.checkpoint)
     return _initialized(experiment, tasks, shards, model)
 
 

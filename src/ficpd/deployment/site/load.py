@@ -35,5 +35,6 @@ def build_site(file: Path, say: Callable[[str], None], rehearsal: bool = False) 
     backbone, _ = load_backbone(config.backbone, config.engine)
     say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
     exact = config.exact and backbone.supports_features  # remote backbones form their batches themselves
-    model = QueryEngine(backbone, config.engine.keep_mb << 20, config.engine.chunk_tokens, exact)
+    engine = config.engine
+    model = QueryEngine(backbone, engine.keep_mb << 20, engine.chunk_tokens, exact, engine.checkpoint)
     return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)

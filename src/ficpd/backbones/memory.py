@@ -1,0 +1,158 @@
+"""Estimates the memory of a frozen model, and how many positions of one forward pass a device has room for.
+
+What autograd keeps is counted on three short forwards of the model itself, for it depends on the model's code: a fused
+attention keeps nothing of a pair of positions, and one written in Python keeps each of its steps. All else is `Footprint`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ficpd.backbones.devices import free_bytes
+from ficpd.interfaces import Backbone
+from ficpd.types import padded_length
+
+LENGTHS = 8, 16, 24
+"""Virtual tokens of the three forwards."""
+WORK = 1.5
+"""Memory of a block while it works, as a multiple of what it keeps: its backward has a gradient for each kept number."""
+LOGITS = 4
+"""float32 numbers of a logit with its loss: the logit, its probability and their gradients."""
+SCORED = 0.25
+"""Share of the positions whose logits are needed, at most: the language head reads answers, not texts."""
+USABLE = 0.8
+"""Share of the free memory that a forward may take; allocators lose some between tensors."""
+
+CHUNK_TOKENS = {"cpu": 512, "cuda": 131072, "mps": 16384}
+"""Positions of one forward pass at most, padding included. Few rows fill a CPU."""
+FULL_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 2048}
+"""Positions that fill a device. Blocks are computed again in the backward where memory holds fewer."""
+FEWEST_TOKENS = 64
+ROUGH = 64, 8
+"""Numbers of float32 that a block keeps of a position, by width and by position of its row: more than any known."""
+
+
+class Footprint(NamedTuple):
+    """Bytes of a frozen model.
+
+    weights: parameters and buffers.
+    position: what all blocks keep of a position for the backward. pair: the same of a pair of positions of a row.
+    state: the input of a block at one position.
+    logits: the vocabulary at one scored position; 0 without a language head.
+    blocks: number of blocks; 0 where the model has none that can be computed again.
+    """
+
+    weights: int
+    position: float
+    pair: float
+    state: int
+    logits: int
+    blocks: int
+
+    def forward_bytes(
+        self, rows: int, length: int, enters_at: int = 0, grad: bool = True, checkpointed: bool = False, scored: int = 0
+    ) -> float:
+        """Returns the bytes of a forward and its backward, beside the weights. scored: positions of a row with logits."""
+        kept = rows * (length * self.position + length**2 * self.pair)
+        block = kept / max(self.blocks, 1)
+        above = (self.blocks - enters_at) / self.blocks if self.blocks else 1.0
+        logits = rows * scored * self.logits
+        if not grad:
+            return WORK * block + logits
+        if checkpointed and self.blocks:
+            return above * self.blocks * rows * length * self.state + (1 + WORK) * block + logits
+        return above * kept + WORK * block + logits
+
+    def positions(self, free: float, length: int, checkpointed: bool = False) -> float:
+        """Returns how many positions fit into `free` bytes with gradients from layer 0, in rows of `length`."""
+        row = self.forward_bytes(1, length, checkpointed=checkpointed) + SCORED * length * self.logits
+        return free / row * length
+
+
+def choose_chunk(
+    backbone: Backbone, workers: int, keep_bytes: int, checkpoint: bool | None = None
+) -> tuple[int, bool | None]:
+    """Chooses the positions of one forward pass, and whether blocks are computed again in the backward.
+
+    Powers of two, so that a little more free memory changes nothing. A CPU whose memory is far from short takes
+    `CHUNK_TOKENS` without a measurement. workers: forwards at a time. keep_bytes: of kept hidden states. checkpoint: None
+    leaves it open.
+    """
+    kind = backbone.device.type
+    most, full = CHUNK_TOKENS[kind], FULL_TOKENS[kind]
+    if not isinstance(getattr(backbone, "model", None), nn.Module):  # it runs elsewhere
+        return most, checkpoint
+    free = free_bytes(backbone.device)
+    free = USABLE * (free - min(keep_bytes, free // 2)) / workers
+    rough = ROUGH[0] * backbone.width + ROUGH[1] * backbone.max_tokens
+    if kind == "cpu" and most * rough * 4 * max(backbone.num_blocks, 1) < free:
+        return most, checkpoint
+    found, tokens = footprint(backbone), FEWEST_TOKENS
+    for again in (False, True) if checkpoint is None else (checkpoint,):
+        tokens, checkpoint = fitting_tokens(found, free, backbone, again), again
+        if tokens >= full:
+            break
+    return tokens, checkpoint
+
+
+def fitting_tokens(found: Footprint, free: float, backbone: Backbone, checkpointed: bool) -> int:
+    """Returns the largest power of two of positions that fits into `free` bytes, within the bounds of the device."""
+    fits = int(found.positions(free, longest_row(backbone), checkpointed))
+    return max(FEWEST_TOKENS, min(1 << max(fits.bit_length() - 1, 0), CHUNK_TOKENS[backbone.device.type]))
+
+
+def longest_row(backbone: Backbone) -> int:
+    """Returns the positions of the longest row; an image has the same number always, and a short prompt."""
+    image = backbone.modality == "image"
+    return padded_length(backbone.max_tokens if not image else getattr(backbone, "length", 0) + LENGTHS[-1])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Returns the bytes of parameters and buffers; those of several names count once."""
+    return sum(part.nbytes for part in {id(part): part for part in (*model.parameters(), *model.buffers())}.values())
+
+
+def footprint(backbone: Backbone) -> Footprint:
+    """Measures a backbone by three forwards of one synthetic record."""
+    (record,) = backbone.synthetic_inputs(1, 0)
+    if backbone.modality == "image":
+        item = backbone.preprocess_image(record, LENGTHS[-1])
+    else:
+        item = backbone.tokenize(record, None, "", None, LENGTHS[-1])
+    hidden = backbone.encode_prefix([item], 0)
+
+    def run(virtual: int) -> Tensor:
+        rows_SPD = torch.zeros(1, virtual, backbone.width, device=backbone.device, requires_grad=True)
+        return backbone.forward(rows_SPD, hidden, [item], 0).features_RD
+
+    return measure(run, backbone.model, padded_length(item.length), backbone.num_blocks, backbone.width)
+
+
+@torch.enable_grad()
+def measure(run: Callable[[int], Tensor], model: nn.Module, text: int, blocks: int, width: int) -> Footprint:
+    """Measures a model, on the meta device too. run: the forward of one row, `text` positions behind so many others."""
+    own = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
+    first, second, third = (_kept_bytes(lambda n=n: run(n), own) for n in LENGTHS)
+    step, lengths = LENGTHS[1] - LENGTHS[0], [text + n for n in LENGTHS]
+    pair = max((third - 2 * second + first) / (2 * step**2), 0.0)
+    position = max((second - first) / step - pair * (lengths[0] + lengths[1]), 0.0)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    logits = LOGITS * 4 * len(head.weight) if head is not None else 0
+    state = width * next(model.parameters()).dtype.itemsize
+    return Footprint(weight_bytes(model), position, pair, state, logits, blocks)
+
+
+def _kept_bytes(run: Callable[[], Tensor], own: set[int]) -> int:
+    """Returns the bytes that autograd keeps for the backward of a forward, without the storages in `own`."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
