@@ -128,6 +128,10 @@ class Backbone(ABC):
     ) -> ModelOutput:
         """The prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
 
+    def set_attention(self, attention: str) -> bool:
+        """Changes to "eager" or "sdpa" without loading again; returns whether the model has this one."""
+        return True
+
     def checkpoint_blocks(self, on: bool) -> None:
         """Keeps only the input of each block for the backward, and computes the block again there.
 

@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 import families
 import small
 from ficpd.backbones import memory
-from ficpd.backbones.devices import copy_to, find_device, is_out_of_memory
+from ficpd.backbones.devices import is_out_of_memory
 from ficpd.backbones.lora import lora_of
 from ficpd.backbones.memory import FEWEST_TOKENS, Footprint, choose_chunk, footprint, measure
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.errors import BackboneError, BackboneWarning, ConfigError
+from ficpd.errors import BackboneError, BackboneWarning
 from ficpd.types import LORA, EncodedInput, Query
 
 KEPT, PEAK = 1.2, 1.6
@@ -282,23 +282,3 @@ def test_the_tensors_of_a_forward_that_did_not_fit_are_gone_before_the_halves_ar
     finally:
         gc.enable()
     assert left
-
-
-# ---------------------------------------------------------------- devices
-
-
-def test_a_device_that_is_not_here_is_refused():
-    with pytest.raises(ConfigError, match=r"engine.device = 'gpu' is no device; write cpu, cuda, mps"):
-        find_device("gpu")
-    for name in ("cuda", "mps"):
-        if not getattr(torch, name).is_available():
-            with pytest.raises(BackboneError, match=f"'{name}' is not available here"):
-                find_device(name)
-    with pytest.raises(BackboneError, match="'meta' is not available here"):
-        find_device("meta")
-
-
-def test_copies_keep_values_and_take_a_dtype():
-    given = torch.arange(3)
-    assert torch.equal(copy_to(given, torch.device("cpu"), torch.float32), given.float())
-    assert copy_to(given, torch.device("meta")).device.type == "meta"

@@ -8,7 +8,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,26 +42,42 @@ def machine_info(device: torch.device) -> dict[str, str | int]:
 
 def autotune(
     load: Callable[[ExecutionConfig], Backbone], identity: str, device: torch.device, fixed: ExecutionConfig
-) -> ExecutionConfig:
-    """The fastest choice for one training step; parts of `fixed` other than "auto" are taken as they are.
+) -> tuple[ExecutionConfig, Backbone | None]:
+    """Returns the fastest choice for one training step, and the backbone if it is loaded with it already.
 
-    Remembered in the cache folder under the backbone's identity and the machine's.
+    Parts of `fixed` other than "auto" are taken as they are. Remembered in the cache folder under the backbone's identity
+    and the machine's. One model at a time is in memory.
     """
-    dtypes = [fixed.dtype] if fixed.dtype != "auto" else ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
+    dtypes = [fixed.dtype] if fixed.dtype != "auto" else _dtypes(device)
     attentions = [fixed.attention] if fixed.attention != "auto" else ["eager", "sdpa"]
     candidates = [ExecutionConfig(dtype, attention) for dtype in dtypes for attention in attentions]
     if len(candidates) == 1:
-        return candidates[0]
+        return candidates[0], None
     path, key = storage.cache_dir() / "speed.json", json.dumps([identity, machine_info(device), candidates])
     known = json.loads(path.read_text()) if path.exists() else {}
-    if key not in known:
-        seconds = {choice: step_seconds(load(choice)) for choice in candidates}
-        known[key] = min(candidates, key=lambda choice: seconds[choice])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=1))
-        beside.replace(path)
-    return ExecutionConfig(*known[key])
+    if key in known:
+        return ExecutionConfig(*known[key]), None
+    seconds, backbone = {}, None
+    for dtype in dtypes:
+        backbone = None  # frees the last one
+        backbone = load(ExecutionConfig(dtype, attentions[0]))
+        for attention in attentions:
+            if backbone.set_attention(attention):
+                seconds[ExecutionConfig(dtype, attention)] = step_seconds(backbone)
+        backbone.set_attention(attentions[0])
+    known[key] = min(seconds, key=lambda choice: seconds[choice])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(known, indent=1))
+    beside.replace(path)
+    return known[key], backbone if known[key] == (dtypes[-1], attentions[0]) else None
+
+
+def _dtypes(device: torch.device) -> list[str]:
+    """The dtypes to try. A GPU with units for bfloat16 tries no other: float32 weights may not even fit."""
+    if device.type == "cuda":
+        return ["bfloat16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float32"]
+    return ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
 
 
 class _Sum(Objective):
@@ -102,10 +117,9 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def _bf16_pays(device: torch.device) -> bool:
     """Whether a small bfloat16 matrix product is no slower than float32's: decided before a whole backbone is tried."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
     seconds = {}
     for dtype in DTYPES.values():
-        left, right = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        seconds[dtype] = least_seconds(partial(torch.mm, left, right), REPEATS)
+        left, right = (torch.ones(256, 256, dtype=dtype, device=device) for _ in range(2))
+        wait = torch.mps.synchronize if device.type == "mps" else torch.cpu.synchronize
+        seconds[dtype] = least_seconds(lambda left=left, right=right, wait=wait: (left.mm(right), wait()), REPEATS)
     return seconds[torch.bfloat16] < seconds[torch.float32]

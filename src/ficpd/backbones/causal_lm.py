@@ -227,4 +227,4 @@ class CausalLM(TextModel):
         """Tokens that end a text: the model's own, and the tokeniser's."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         ends = [*(own if isinstance(own, list) else [own]), *self._end()]
-        return torch.tensor([i for i in ends if i is not None], dtype=torch.long)
+        return self._index([i for i in ends if i is not None])

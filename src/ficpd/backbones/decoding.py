@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
+from ficpd.backbones.devices import copy_to
 from ficpd.errors import BackboneError
 
 TOP_P = 0.95
@@ -17,11 +18,13 @@ TOP_P = 0.95
 Step = Callable[[Tensor | None], Tensor]
 """Takes the S tokens chosen last (None at first), gives the logits [S, V] of the next."""
 Pick = Callable[[Tensor], Tensor]
-"""Takes logits [S, V], gives the chosen tokens [S] on the CPU."""
+"""Takes logits [S, V], gives the chosen tokens [S] on their device."""
+TOKENS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16, "mps": 16}
+"""Tokens after which is asked whether all texts have ended: a GPU has to finish all its work to answer that."""
 
 
 def greedy(logits_SV: Tensor) -> Tensor:
-    return logits_SV.argmax(-1).cpu()
+    return logits_SV.argmax(-1)
 
 
 def row_generators(texts: Sequence[str], seed: int) -> list[torch.Generator]:
@@ -46,14 +49,14 @@ def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
 
     def drawn(logits_SV: Tensor) -> Tensor:
         uniform_S = torch.stack([torch.rand((), generator=stream) for stream in drawn_from])
-        return nucleus_sample(logits_SV / temperature, uniform_S)
+        return nucleus_sample(logits_SV / temperature, copy_to(uniform_S, logits_SV.device))
 
     return drawn
 
 
 def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """[S]: of each row, the token at this place (0 to 1) of the likeliest `TOP_P` of the probability, likeliest first."""
-    sorted_SV, ids_SV = logits_SV.float().cpu().softmax(-1).sort(dim=-1, descending=True)
+    sorted_SV, ids_SV = logits_SV.float().softmax(-1).sort(dim=-1, descending=True)
     below_SV = sorted_SV.cumsum(-1) - sorted_SV
     kept_SV = sorted_SV * (below_SV < TOP_P)
     place_S = uniform_S * kept_SV.sum(-1)
@@ -63,18 +66,18 @@ def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
 
 
 def decode(step: Step, pick: Pick, rows: int, ends: Tensor, max_tokens: int) -> list[list[int]]:
-    """The tokens written in each row: at most `max_tokens`, and none from the first end token on.
+    """The tokens written in each row: at most `max_tokens`, and none from the first of the `ends` on.
 
     Raises `BackboneError` if `max_tokens` is below 0.
     """
     if max_tokens < 0:
         raise BackboneError(f"max_tokens = {max_tokens}: expected 0 or more tokens to write")
-    done, chosen, written = torch.zeros(rows, dtype=torch.bool), None, []
-    for _ in range(max_tokens):
+    done, chosen, written = torch.zeros(rows, dtype=torch.bool, device=ends.device), None, []
+    for place in range(max_tokens):
         chosen = pick(step(chosen))
-        done |= torch.isin(chosen, ends)
-        if done.all():
-            break
+        done = done | torch.isin(chosen, ends)
         written.append(chosen.masked_fill(done, -1))
+        if (place + 1) % TOKENS_BETWEEN_CHECKS[ends.device.type] == 0 and done.all():
+            break
     table = torch.stack(written, 1).tolist() if written else [[]] * rows
     return [[token for token in row if token >= 0] for row in table]

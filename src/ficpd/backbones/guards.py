@@ -129,6 +129,12 @@ class Guarded(ABC):
         module.__class__ = _guarded(type(module))
         module._guard = _Guard(place, self._shared)  # type: ignore[assignment]
 
+    def set_attention(self, attention: str) -> bool:
+        """Changes the attention of all blocks in place; returns whether the model has it."""
+        with suppress(ValueError, ImportError):  # it has none of this name
+            self.model.set_attn_implementation(attention)
+        return self.model.config._attn_implementation == attention
+
     def checkpoint_blocks(self, on: bool) -> None:
         """Computes each block again in the backward, from its input alone (Chen et al., 2016, arXiv 1604.06174)."""
         self._shared.checkpointed = on

@@ -61,9 +61,9 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
     if kind == ENDPOINT:  # nothing runs here
         return build(ExecutionConfig("float32", "eager")), config.model_copy(update={"kind": kind})
     identity = config.name if found is None else found.sha256
-    choice = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
+    choice, backbone = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
     update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
-    return build(choice), config.model_copy(update=update)
+    return backbone or build(choice), config.model_copy(update=update)
 
 
 def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:

@@ -6,7 +6,9 @@ answer is read with as many masks as it has tokens, and its score is their mean 
 (Schick and Schütze, NAACL 2021, arXiv 2009.07118).
 """
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class MaskedLM(TextModel):
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self.decoder = model.get_output_embeddings()
         self.scored_by_rows = self._find_bias()
-        self.words.likely = self._likely
+        self.words.likely = partial(MaskedLM._likely, weakref.proxy(self))  # a cycle would keep the model alive
         some = range(0, len(self.decoder.weight), max(1, len(self.decoder.weight) // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 
@@ -78,9 +80,10 @@ class MaskedLM(TextModel):
         norm, words_TE = frozen.last_norm(sample_TD), frozen.head_input(sample_TD)
         self._across_D, self._was, self._one = words_TE.new_zeros(words_TE.shape[1]).float(), 0.0, 1.0
         if norm is not None:
-            gamma, beta = norm.weight.double(), norm.weight.new_zeros(()) if norm.bias is None else norm.bias
+            weight = norm.weight.cpu()  # mps has no float64
+            gamma, beta = weight.double(), weight.new_zeros(()) if norm.bias is None else norm.bias.cpu()
             across = F.normalize(1 / torch.where(gamma.abs() < 1e-9, 1e-9, gamma), dim=0)
-            self._across_D, self._was = across.float(), float((across * beta.double()).sum())
+            self._across_D, self._was = copy_to(across.float(), self.device), float((across * beta.double()).sum())
             self._one = float(gamma.square().mean().sqrt())  # as long as any other coordinate
         ids = [*range(0, len(self.decoder.weight), max(1, len(self.decoder.weight) // 64))]
         own_TN = frozen.logits(sample_TD)[:, ids].float()

@@ -125,6 +125,9 @@ class TextModel(Tokenised):
         ids = torch.cat([item.content[: item.length] for item in items])
         return self.frozen.embed(ids).split([item.length for item in items])
 
+    def set_attention(self, attention: str) -> bool:
+        return self.frozen.set_attention(attention)
+
     def checkpoint_blocks(self, on: bool) -> None:
         self.frozen.checkpoint_blocks(on)
 

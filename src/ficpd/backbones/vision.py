@@ -173,6 +173,9 @@ class Vision(Backbone):
         if hasattr(model, "visual_projection"):
             self.projection_ND = model.visual_projection.weight.float()
 
+    def set_attention(self, attention: str) -> bool:
+        return self.frozen.set_attention(attention)
+
     def checkpoint_blocks(self, on: bool) -> None:
         self.frozen.checkpoint_blocks(on)
 
