@@ -17,7 +17,7 @@ def test_tuning_beats_zero_shot(minilm_run):
 
 def test_what_a_run_says_of_itself(minilm_run):
     result = RunResult.load(minilm_run)
-    assert result.backbone.fingerprint == "sentence_encoder:53aa51172d142c89"
+    assert result.backbone.fingerprint == "sentence_encoder:53aa51172d142c89:64400715"
     assert result.bytes.up_per_client_round < 300
     assert (result.privacy.unit, result.privacy.budget, result.privacy.delta) == ("record", 2.0, 1e-5)
     assert 1.9 < result.privacy.epsilon <= 2.0

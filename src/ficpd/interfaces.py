@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -81,6 +82,8 @@ class Backbone(ABC):
     """The torch module that holds the weights; None: nothing runs here."""
     num_blocks: int = 0
     """Blocks that `checkpoint_blocks` acts on."""
+    chosen_options: Mapping[str, JSON] = MappingProxyType({})
+    """Options that were left open, as the backbone chose them."""
 
     @abstractmethod
     def tokenize(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import families
 import small
-from ficpd.backbones import catalog, causal_lm, masked_lm, sentence_encoder, vision, weights
+from ficpd.backbones import catalog, causal_lm, masked_lm, sentence_encoder, seq2seq, vision, weights
 from ficpd.errors import BackboneError, BackboneWarning
 
 TEXTS = ["the film was very good", "bad"]
@@ -148,12 +148,6 @@ def test_code_in_the_folder_is_never_run(tmp_path):
     assert "own" not in sys.modules
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    families.build(families.DECODERS["Llama"]).save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="its tokenizer"):
-        load(tmp_path, causal_lm)
-
-
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     family = families.DECODERS["Llama"]
     folder = write(tmp_path, family._replace(sizes={**family.sizes, "vocab_size": 12}))
@@ -177,24 +171,40 @@ def test_weights_as_pickles_are_refused_with_the_way_out(tmp_path):
         weights.resolve(str(folder))
 
 
-def test_a_missing_package_is_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "packages"),
+    [
+        ("gptq", "gptqmodel optimum"),
+        ("awq", "gptqmodel"),
+        ("aqlm", "aqlm"),
+        ("compressed-tensors", "compressed_tensors"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(tmp_path, method, packages):
     folder = write(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BackboneError, match="cannot be read as an encoder"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=f"pip install {packages}`"):
         load(folder)
 
 
-def test_an_image_processor_that_needs_another_package_is_one_sentence(tmp_path, monkeypatch):
-    families.build(families.VISION["ViT"]).save_pretrained(tmp_path)
-
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise ImportError("this image processor requires the torchvision library")
-
-    monkeypatch.setattr(vision.AutoImageProcessor, "from_pretrained", missing)
+def test_an_image_processor_that_needs_another_package_is_one_sentence(tmp_path):
+    """It exists for torchvision's images alone. Nothing is read of the weights."""
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "DINOv3ViTImageProcessor"}')
     with pytest.raises(BackboneError, match=r"its image processor.*torchvision"):
         load(tmp_path, vision)
+
+
+@pytest.mark.parametrize("module", [causal_lm, masked_lm, sentence_encoder, seq2seq])
+def test_no_kind_runs_without_a_tokenizer(tmp_path, module):
+    families_of = {causal_lm: families.DECODERS["GPT-2"], masked_lm: families.MASKED["BERT"],
+                   sentence_encoder: families.SENTENCES["MPNet"], seq2seq: families.SEQ2SEQ["T5"]}  # fmt: skip
+    families.build(families_of[module]).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="its tokenizer"):
+        load(tmp_path, module)
 
 
 def test_a_model_without_a_padding_token_runs_and_a_small_context_is_refused(tmp_path):

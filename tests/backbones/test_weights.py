@@ -14,9 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import decoders
 from ficpd import registry, storage
 from ficpd.backbones import catalog, weights
-from ficpd.errors import BackboneError
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.errors import BackboneError, FicpdError
+from ficpd.federation.codec import CodecError, decode_assignment, encode_assignment
+from ficpd.types import Assignment
 
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="this environment has no pip")
 CONTENT = b"the weights"
@@ -287,10 +291,10 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_way_out(tmp_path, monke
 def test_from_the_hub_come_only_the_files_that_are_needed(tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    folder = folder_of(tmp_path / "snapshot", model=CONTENT)
-    seen = {}
+    folder, seen = folder_of(tmp_path / "snapshot", model=CONTENT), {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **limits: seen.update(limits) or str(folder))
-    assert weights.resolve("owner/name") == weights.Weights(folder, SHA256, "owner/name")
+    found = weights.resolve("owner/name", "v1.0")
+    assert (found.folder, found.sha256, seen.pop("revision")) == (folder, SHA256, "v1.0")
     wanted = [
         "config.json",
         "model-00001-of-2.safetensors",
@@ -303,8 +307,94 @@ def test_from_the_hub_come_only_the_files_that_are_needed(tmp_path, monkeypatch)
         "1_Pooling/config.json",
         "2_Dense/model.safetensors",
     ]
-    left = ["pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors", "README.md", "modeling_own.py"]
+    left = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "original/model.safetensors",
+        "README.md",
+        "modeling_own.py",
+    ]
     assert list(filter_repo_objects([*wanted, *left], **seen)) == wanted
+
+
+def test_the_configuration_comes_before_the_weights(tmp_path, monkeypatch):
+    """A model that cannot be run is refused when its configuration is there; nothing else was downloaded or hashed."""
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], **limits: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(weights, "_sha256", lambda files: pytest.fail("weights were read"))
+    refused = {
+        "whisper": ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, {}),
+        "gptqmodel": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, {}),
+        "unknown key 'max_token'": ({"model_type": "llama"}, {"max_token": 9}),
+    }
+    for said, (config, options) in refused.items():
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for name in ("owner/name", str(tmp_path)):
+            with pytest.raises(FicpdError, match=said):
+                load_backbone(BackboneConfig(name=name, options=options), EngineConfig())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BackboneError, match=r"'owner/name': it holds an adapter .*merge_and_unload"):
+        load_backbone(BackboneConfig(name="owner/name"), EngineConfig())
+    assert asked == [weights.CONFIGURATION] * 4
+
+
+def test_a_revision_is_for_the_hub_alone(tmp_path):
+    folder = str(folder_of(tmp_path / "mine", model=CONTENT))
+    for name in (folder, "minilm"):
+        with pytest.raises(BackboneError, match=r"backbone\.options\.revision = 'v1': .* is no hub id"):
+            load_backbone(BackboneConfig(name=name, options={"revision": "v1"}), EngineConfig())
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def changed(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}, indent=4))
+
+
+def test_configuration_and_tokenizer_are_part_of_the_fingerprint(tmp_path):
+    """Sites with another tokenizer or configuration do not understand each other's messages."""
+    folder, seen = decoders.write(tmp_path / "mine"), []
+
+    def fingerprint() -> str:
+        how: Any = {"dtype": "float32", "attention": "eager"}
+        seen.append(load_backbone(BackboneConfig(name=str(folder), **how), EngineConfig())[0].fingerprint)
+        return seen[-1]
+
+    first = fingerprint()
+    message = encode_assignment(Assignment("fedavg", 1, {}), first)
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        changed(folder / file, transformers_version="9.9", _name_or_path="elsewhere", dtype="float16")
+    (folder / "README.md").write_text("a note")
+    assert fingerprint() == first
+    changed(folder / "config.json", rms_norm_eps=1e-3)
+    fingerprint()
+    words = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(words.replace('"good": 9', '"good": 10').replace('"bad": 10', '"bad": 9'))
+    assert (folder / "tokenizer.json").read_text() != words
+    fingerprint()
+    assert len(set(seen)) == 3
+    decode_assignment(message, first)
+    for other in seen[2:]:
+        with pytest.raises(CodecError, match="backbone"):
+            decode_assignment(message, other)
+
+
+def test_a_second_copy_of_the_weights_changes_nothing(tmp_path):
+    """Mistral's repositories hold `consolidated.safetensors` too; pickles lie beside older models' weights."""
+    folder = decoders.write(tmp_path / "mine")
+    before = weights.resolve(str(folder))
+    (folder / "consolidated.safetensors").write_bytes(b"the same in another form")
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    assert weights.resolve(str(folder)) == before
+    config = BackboneConfig(name=str(folder), dtype="float32", attention="eager")
+    assert load_backbone(config, EngineConfig())[0].fingerprint == f"causal_lm:{before.identity}"
 
 
 @pytest.mark.parametrize("uri", ["./no/such/folder", "/no/such/folder", "a/b/c", "https://example.org/x", "notes.txt/"])

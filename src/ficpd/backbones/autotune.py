@@ -18,7 +18,7 @@ from ficpd.backbones.query_engine import THREADS, QueryEngine
 from ficpd.interfaces import Backbone
 from ficpd.types import Batch, ModelOutput, Objective, Prompt, Query
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS, TOKENS = 8, 32
 REPEATS = 5
 
@@ -117,8 +117,10 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def _bf16_pays(device: torch.device) -> bool:
     """Whether a small bfloat16 matrix product is no slower than float32's: decided before a whole backbone is tried."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
-    for dtype in DTYPES.values():
+    for dtype in (torch.float32, torch.bfloat16):
         left, right = (torch.ones(256, 256, dtype=dtype, device=device) for _ in range(2))
         wait = torch.mps.synchronize if device.type == "mps" else torch.cpu.synchronize
         seconds[dtype] = least_seconds(lambda left=left, right=right, wait=wait: (left.mm(right), wait()), REPEATS)

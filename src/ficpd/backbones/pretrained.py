@@ -1,11 +1,10 @@
 """Reads frozen text models from folders, and what all kinds of them share."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import ERROR
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -17,30 +16,117 @@ from ficpd.backbones import Tokenised
 from ficpd.backbones.devices import copy_to
 from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.quantization import (
+    Quantization,
+    keep_rows_independent,
+    quantization_config,
+    quantized_as,
+    require_packages,
+)
 from ficpd.backbones.vocabulary import TokenizerVocabulary
+from ficpd.backbones.weights import Weights
 from ficpd.errors import BackboneError
+from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput
 
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 """Errors of transformers on folders that are broken, need code of their own, or need a package for quantised weights."""
 
 
-def load(
-    auto: Any, folder: Path, name: str, what: str, level: int = ERROR, **options: Any
-) -> tuple[Any, Any, set[str]]:
-    """Loads model and tokenizer of a `from_pretrained` folder; returns also the weights that it lacks.
+TOKENIZERS = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken")
+"""Files that hold a vocabulary."""
 
-    Code in the folder is never run. Raises `BackboneError` for a folder that cannot be read or holds a LoRA adapter.
+
+class LoadingConfig(FrozenConfig):
+    """Options of all kinds that load weights.
+
+    revision: branch, tag or commit of a hub id.
+    device_map: "auto" spreads the layers over all GPUs; for engine.device = "cuda".
+    quantization: of the linear layers as they are loaded: int8 (torchao), bnb_8bit or bnb_4bit (bitsandbytes).
     """
-    model, told = read(auto, folder, name, what, level, output_loading_info=True, **options)
-    tokenizer = read(AutoTokenizer, folder, name, f"{what} (its tokenizer)", level)
-    rows = len(model.get_input_embeddings().weight)
-    if any(i not in tokenizer.added_tokens_decoder for i in range(rows, len(tokenizer))):
-        raise BackboneError(
-            f"backbone.name = {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; expected "
-            "as many or more rows. Save model and tokenizer together, after `model.resize_token_embeddings`."
-        )
-    return model, tokenizer, set(told["missing_keys"])
+
+    revision: str | None = None
+    device_map: Literal["auto"] | None = None
+    quantization: Quantization | None = None
+
+    def identity(self, weights: Weights) -> str:
+        """A name of the weights as they are loaded, for the fingerprint."""
+        return weights.identity + (f":{self.quantization}" if self.quantization else "")
+
+
+class Loader(NamedTuple):
+    """How and where weights are loaded. `what` describes the kind of model in errors; `level`: of transformers' notes."""
+
+    folder: Path
+    name: str
+    what: str
+    config: LoadingConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    level: int = ERROR
+
+    def model(self, auto: Any) -> tuple[Any, set[str]]:
+        """The model, on its device, and the weights that the folder lacks.
+
+        Code in the folder is never run. Raises `BackboneError` for a folder that cannot be read or holds a LoRA adapter.
+        """
+        chosen, options = self.config.quantization, {}
+        require_packages(self.folder, self.name, chosen)
+        if chosen:
+            options["quantization_config"] = quantization_config(chosen, self.dtype)
+        if self.config.device_map and self.device.type != "cuda":
+            raise BackboneError(
+                f"backbone.options.device_map = {self.config.device_map!r}: engine.device is {self.device}; expected cuda. "
+                "Leave the option out, or set engine.device."
+            )
+        placed = bool(self.config.device_map or chosen or quantized_as(self.folder))
+        if placed:  # by transformers, for what is quantised or spread cannot be moved
+            options["device_map"] = self.config.device_map or {"": self.device}
+        options |= {"dtype": self.dtype, "attn_implementation": self.attention, "output_loading_info": True}
+        model, told = self.read(auto, **options)
+        keep_rows_independent(model)
+        return (model if placed else model.to(self.device)), set(told["missing_keys"])
+
+    def model_and_tokenizer(self, auto: Any) -> tuple[Any, Any, set[str]]:
+        """The model, its tokenizer and the weights that the folder lacks."""
+        tokenizer = self.tokenizer()
+        model, missing = self.model(auto)
+        rows = len(model.get_input_embeddings().weight)
+        if any(i not in tokenizer.added_tokens_decoder for i in range(rows, len(tokenizer))):
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; "
+                "expected as many or more rows. Save model and tokenizer together, after `model.resize_token_embeddings`."
+            )
+        return model, tokenizer, missing
+
+    def tokenizer(self) -> Any:
+        """Raises `BackboneError` for a folder without its files, for which transformers makes a tokenizer of no words."""
+        tokenizer = self.read(AutoTokenizer, "its tokenizer")
+        names = {*tokenizer.vocab_files_names.values()}  # none for tokenizers of bytes
+        if names and not any(any(self.folder.glob(name)) for name in {*names, *TOKENIZERS}):
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: {self.folder} lacks its tokenizer; expected {' or '.join(sorted(names))}. "
+                "Save model and tokenizer together."
+            )
+        return tokenizer
+
+    def read(self, auto: Any, part: str = "", **options: Any) -> Any:
+        """Calls `from_pretrained` of an auto class on the folder, silently and without changing the random state."""
+        what = f"{self.what} ({part})" if part else self.what
+        if (self.folder / "adapter_config.json").exists():
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: {self.folder} holds an adapter (adapter_config.json); expected a model "
+                "alone. Merge it with PEFT's `merge_and_unload` and save the model, or remove the adapter's files."
+            )
+        try:
+            with quietly(self.level), torch.random.fork_rng(devices=[]):  # lacking parts are drawn, never used
+                return auto.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **options)
+        except UNREADABLE as error:
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: {self.folder} cannot be read as {what}: {error}. Use a folder that "
+                "transformers reads without code of its own; a package that the message names has to be installed."
+            ) from error
 
 
 def require_weights(missing: set[str], name: str, what: str) -> None:
@@ -50,23 +136,6 @@ def require_weights(missing: set[str], name: str, what: str) -> None:
             f"backbone.name = {name!r}: it lacks {len(missing)} weights of {what}, among them {min(missing)}; use weights "
             'that were saved with all parts, such as the language head, or backbone.kind = "sentence_encoder"'
         )
-
-
-def read(auto: Any, folder: Path, name: str, what: str, level: int = ERROR, **options: Any) -> Any:
-    """Calls `from_pretrained` of an auto class on a local folder, silently and without changing the random state."""
-    if (Path(folder) / "adapter_config.json").exists():
-        raise BackboneError(
-            f"backbone.name = {name!r}: {folder} holds an adapter (adapter_config.json); expected a model alone. Merge it "
-            "with PEFT's `merge_and_unload` and save the model, or remove the adapter's files."
-        )
-    try:
-        with quietly(level), torch.random.fork_rng(devices=[]):  # parts that a checkpoint lacks are drawn, never used
-            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except UNREADABLE as error:
-        raise BackboneError(
-            f"backbone.name = {name!r}: {folder} cannot be read as {what}: {error}. Use a folder that transformers reads "
-            "without code of its own; a package that the message names has to be installed."
-        ) from error
 
 
 @contextmanager
@@ -91,8 +160,9 @@ class TextModel(Tokenised):
     kind: str
     causal = False
 
-    def __init__(self, max_tokens: int, model: Any, tokenizer: Any, sha256: str, name: str):
-        self.fingerprint = f"{self.kind}:{sha256[:16]}"
+    def __init__(self, max_tokens: int, model: Any, tokenizer: Any, identity: str, name: str):
+        """identity: names the weights and the files beside them (`LoadingConfig.identity`)."""
+        self.fingerprint = f"{self.kind}:{identity}"
         self.frozen = FrozenModel(self.layered(model), name, self.causal, self.fingerprint)
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.width, self.depth, self.num_blocks = self.frozen.width, self.frozen.depth, self.frozen.num_blocks
@@ -158,14 +228,3 @@ def _scalings(config: Any) -> list[dict[str, Any]]:
     """The rotary settings of a configuration, one for all layers or one for each type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found, *(part for part in found.values() if isinstance(part, dict))]
-
-
-def json_file(path: Path, expected: type = dict) -> Any:
-    """The content of a JSON file; an empty value where there is none. Raises `BackboneError` for other content."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else expected()
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{path}: expected JSON ({error}). Mend the file.") from error
-    if not isinstance(content, expected):
-        raise BackboneError(f"{path}: expected a JSON {expected.__name__}. Mend the file.")
-    return content

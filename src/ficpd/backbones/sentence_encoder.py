@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from ficpd.backbones.pretrained import TextModel, load, require_weights
+from ficpd.backbones.pretrained import Loader, LoadingConfig, TextModel, require_weights
 from ficpd.backbones.sentence_files import SentenceFiles, pool, read_sentence_files
 from ficpd.errors import BackboneError
-from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
 SCALE = 20.0
 
 
-class Config(FrozenConfig):
+class Config(LoadingConfig):
     """`max_tokens`: longest input, prompt included. `prefix`: text that the encoder was trained to see before a text; None:
     the default prompt of the folder, if it has one."""
 
@@ -35,11 +34,11 @@ class Config(FrozenConfig):
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """Load an encoder from a `from_pretrained` folder. Raises `BackboneError` if it cannot be run on embeddings, or its
     files ask for a reading that is not followed."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    files = read_sentence_files(Path(weights.folder), name, config.prefix, device)
-    model, tokenizer, missing = load(AutoModel, Path(weights.folder), name, "an encoder", **options)
+    loader = Loader(Path(weights.folder), name, "an encoder", config, device, dtype, attention)
+    files = read_sentence_files(loader.folder, name, config.prefix, device)
+    model, tokenizer, missing = loader.model_and_tokenizer(AutoModel)
     require_weights({key for key in missing if "pooler" not in key}, name, "an encoder")  # the pooler is not used
-    return Encoder(config, model.to(device), tokenizer, weights.sha256, name, files)
+    return Encoder(config, model, tokenizer, config.identity(weights), name, files)
 
 
 class Encoder(TextModel):
@@ -48,9 +47,9 @@ class Encoder(TextModel):
     kind, about = "sentence_encoder", "a sentence encoder"
 
     def __init__(
-        self, config: Config, model: Any, tokenizer: Any, sha256: str, name: str, files: SentenceFiles | None = None
+        self, config: Config, model: Any, tokenizer: Any, identity: str, name: str, files: SentenceFiles | None = None
     ):
-        super().__init__(config.max_tokens, model, tokenizer, sha256, name)
+        super().__init__(config.max_tokens, model, tokenizer, identity, name)
         self.files = files or SentenceFiles(prompt=config.prefix or "")
         if self.files.pooling != "mean" or self.files.dense:  # other features than those of the weights alone
             self.fingerprint += f":{self.files.pooling}:{len(self.files.dense)}"

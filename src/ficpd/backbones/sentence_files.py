@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ficpd.backbones.pretrained import json_file
+from ficpd.backbones.weights import json_file
 from ficpd.errors import BackboneError, BackboneWarning
 
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}

