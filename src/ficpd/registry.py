@@ -21,7 +21,11 @@ from ficpd.errors import ConfigError, did_you_mean
 
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
-ENGINES = {"in_process": "ficpd.federation.simulation", "flower": "ficpd.deployment.flower_engine"}
+ENGINES = {
+    "in_process": "ficpd.federation.simulation",
+    "ray": "ficpd.federation.ray_engine",
+    "flower": "ficpd.deployment.flower_engine",
+}
 ENTRY_POINTS = {"optimizers": ("tune",)}
 """The names that an entry defines, where they are not `Config` and `build`."""
 SEARCHED: list[str] = []

@@ -16,8 +16,9 @@ BUILDERS = {
 }
 
 
-ELSEWHERE = {"flower"}
-"""Its clients are sites on sockets: the same is asked of it in `tests/site/test_site.py` and `test_faults.py`."""
+ELSEWHERE = {"flower", "ray"}
+"""Clients that are sites on sockets: the same is asked in `tests/site/test_site.py` and `test_faults.py`. Ray's actors need
+half a minute to start: `tests/federation/test_ray_engine.py`."""
 
 
 @pytest.fixture(params=[name for name in names("engines") if name not in ELSEWHERE])

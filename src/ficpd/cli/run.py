@@ -18,7 +18,9 @@ def run(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue after the last finished round")] = False,
-    engine: Annotated[str | None, typer.Option(help="in_process, or flower: among real sites")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="in_process, ray or ray://HOST:PORT: many processes, or flower: among real sites")
+    ] = None,
     track: Track = None,
 ) -> None:
     """Run an experiment and write its results, library and report to a run directory.
@@ -33,7 +35,7 @@ def run(
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
 
-    changed = [*(changes or ()), *([f"engine.name={engine}"] if engine else [])]
+    changed = [*(changes or ()), *_engine_changes(engine)]
     experiment = experiments.read(recipe, changed)
     out = out or default_directory(experiment)
     screen.print(
@@ -63,6 +65,16 @@ def run(
     typer.echo(f"library: {out / 'library'}")
     typer.echo(f"page:    {out / PAGE}")
     screen.print(f"\n[bold]{escape(finished.verdict)}[/]")
+
+
+def _engine_changes(engine: str | None) -> list[str]:
+    """Returns the settings of `--engine`.
+
+    >>> _engine_changes("ray://10.0.0.1:10001")
+    ['engine.name=ray', 'engine.options.address=ray://10.0.0.1:10001']
+    """
+    name, address, _ = (engine or "").partition("://")
+    return [f"engine.name={name}"] * bool(name) + [f"engine.options.address={engine}"] * bool(address)
 
 
 def report(

@@ -217,7 +217,7 @@ class SimulatedClients(Clients):
         self.queries = QueryBudget(method, run.state, self.clients, run.rounds, most)
         module = load("engines", config.name)
         options = validate(module.Config, config.options, "engine.options")
-        return module.build(options, method, self.clients, context.model)
+        return module.build(options, method, self.clients, context.model, context.experiment.backbone, config)
 
     def before_round(self, round: int, cohort: Sequence[str]) -> None:
         self.queries.before(round, cohort)

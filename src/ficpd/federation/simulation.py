@@ -1,6 +1,7 @@
 """Simulates all clients in this process, in lock step."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,7 +36,9 @@ class Config(BaseModel):
     seed: int = 0
 
 
-def build(config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine) -> "SimulationEngine":
+def build(
+    config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine, *_: Any
+) -> "SimulationEngine":  # fmt: skip
     return SimulationEngine(config, method, clients, model)
 
 
@@ -68,24 +71,27 @@ class SimulationEngine:
         A client's error is its reply; the others go on. Raises `CodecError` for an assignment that cannot be decoded.
         """
         late, self.underway = self.underway, []
+        for round, reply in self._replies(assignments):
+            fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", reply.client, round)))
+            if fate >= self.config.lost + self.config.late:
+                yield reply
+            elif fate >= self.config.lost:
+                self.underway.append(reply)
+        yield from late
+
+    def _replies(self, assignments: Mapping[str, bytes]) -> Iterator[tuple[int, Reply]]:
+        """Yields every client's round and reply."""
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
             decoded = {name: decode_assignment(assignments[name], fingerprint) for name in cohort}
-            works = {name: self._work(name, decoded[name], list(assignments)) for name in cohort}
+            works = {name: self._work(name, decoded[name], names) for name in cohort}
             for name, result in run_queries_lockstep(self.model, works):
-                round = decoded[name].round
-                if isinstance(result, bytes):
-                    reply = Reply(name, result)
-                else:
-                    error = public_error(self.members[name], result)
-                    reply = Reply(name, None, error, isinstance(result, BudgetError))
-                fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", name, round)))
-                if fate >= self.config.lost + self.config.late:
-                    yield reply
-                elif fate >= self.config.lost:
-                    self.underway.append(reply)
-        yield from late
+                reply = Reply(name, result) if isinstance(result, bytes) else self._failed(name, result)
+                yield decoded[name].round, reply
+
+    def _failed(self, name: str, error: Exception) -> Reply:
+        return Reply(name, None, public_error(self.members[name], error), isinstance(error, BudgetError))
 
     def _work(self, name: str, message: Assignment, asked: list[str]) -> Generator[Query, Answer, bytes]:
         """Answers one message: an assignment, or a phase of a secure sum."""
