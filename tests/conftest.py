@@ -1,10 +1,12 @@
 """What all tests share; this file's folder on the path makes `small` (small federations) importable from below it."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import small
+from ficpd import cli
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.config import read
 from ficpd.experiments.runner import run
@@ -28,3 +30,21 @@ def minilm_run(tmp_path_factory) -> Path:
     ]  # fmt: skip
     run(read("quickstart", changes), folder)
     return folder
+
+
+@pytest.fixture
+def ficpd(monkeypatch, capsys):
+    """Run the command in this process: its exit status, what it printed, its errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ficpd", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call

@@ -88,3 +88,12 @@ def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {given!r}{hint} Known: {', '.join(known)}"
+
+
+def missing_package(what: str, error: ImportError, extra: str) -> str:
+    """Returns the error text for a package that is not installed and belongs to an extra.
+
+    >>> missing_package("engine 'flower'", ImportError(name="flwr"), "flower")
+    "engine 'flower' needs the package flwr, which is not installed: pip install 'ficpd[flower]'"
+    """
+    return f"{what} needs the package {error.name}, which is not installed: pip install 'ficpd[{extra}]'"

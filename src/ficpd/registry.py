@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.errors import ConfigError, did_you_mean, missing_package
 
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
@@ -32,6 +32,8 @@ SEARCHED: list[str] = []
 """The folders of the recipes that were read, and the current one: where dotted names are found first."""
 OUTSIDE = ("metrics", "partitions", "sources")
 """Registries whose entries are all outside the package."""
+EXTRAS = {"flwr": "flower"}
+"""Packages that an entry imports and the core does not need, and the extra that has them."""
 
 
 class FrozenConfig(BaseModel):
@@ -46,14 +48,15 @@ def names(kind: str) -> list[str]:
     """
     if kind == "engines":
         return sorted(ENGINES)
-    package = importlib.import_module(f"ficpd.{ROOMS.get(kind, kind)}")
-    return sorted(
-        found.name for found in pkgutil.iter_modules(package.__path__) if _is_entry(package, kind, found.name)
-    )
+    spec = importlib.util.find_spec(f"ficpd.{ROOMS.get(kind, kind)}")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (folder,) = spec.submodule_search_locations
+    return sorted(found.name for found in pkgutil.iter_modules([folder]) if _is_entry(Path(folder), kind, found.name))
 
 
-def _is_entry(package: ModuleType, kind: str, name: str) -> bool:
-    file, entry = Path(package.__path__[0]) / f"{name}.py", ENTRY_POINTS.get(kind, ("build",))[-1]
+def _is_entry(folder: Path, kind: str, name: str) -> bool:
+    file, entry = folder / f"{name}.py", ENTRY_POINTS.get(kind, ("build",))[-1]
     return file.is_file() and re.search(rf"^def {entry}\(", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
@@ -73,7 +76,12 @@ def load(kind: str, name: str) -> ModuleType:
         )
     if name not in names(kind):
         raise ConfigError(did_you_mean(kind.removesuffix("s"), name, names(kind)))
-    return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
+    try:
+        return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
+    except ModuleNotFoundError as error:
+        if extra := EXTRAS.get(str(error.name).partition(".")[0]):
+            raise ConfigError(missing_package(f"{kind.removesuffix('s')} {name!r}", error, extra)) from error
+        raise
 
 
 def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:
@@ -127,4 +135,4 @@ def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -
         return f"{where}: {did_you_mean('key', path, model.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: {path} is missing; it has no default"
-    return f"{where}.{path} = {problem['input']!r}: {problem['msg']}"
+    return f"{where}{path and '.'}{path} = {problem['input']!r}: {problem['msg']}"

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import berts
 import small
-from ficpd.backbones import catalog, sentence_encoder, unknown_share, warn_unk_rate, weights
+from ficpd.backbones import catalog, sentence_encoder, weights
+from ficpd.backbones.tokenised import unknown_share, warn_unk_rate
 from ficpd.errors import BackboneWarning
 from ficpd.experiments.build import build_context
 from ficpd.types import Record

@@ -42,6 +42,32 @@ def test_a_misspelt_key_names_the_nearest(change, words):
     assert f"my.toml: {words}" in refused(change)
 
 
+@pytest.mark.parametrize(
+    ("text", "change", "words"),
+    [
+        (
+            'privacy = { name = "record_gaussian", epsilon = 2.0 }',
+            None,
+            "federation: 'privacy' is no key of [federation]",
+        ),
+        ('privacy = { name = "record_gaussian", epsilon = 2.0 }', None, "Write it as [privacy] on lines of its own"),
+        ("baselines = []", None, "Write it above the first [section]"),
+        ("num_tokens = 3", None, "'num_tokens' is no key of [federation]. It belongs to [prompt]"),
+        ("", "epsilon=2", "'epsilon' is no part. It belongs to [privacy]"),
+        ("", "method.learning_rate=2", "'learning_rate' is no key of [method]. It belongs to [training]"),
+    ],
+)
+def test_a_known_part_in_the_wrong_place_says_where_it_goes(text, change, words):
+    assert words in refused(*([change] if change else []), text=TEXT + text)
+
+
+def test_a_budget_without_a_mechanism_is_at_the_record_level():
+    assert changed("privacy.epsilon=2").privacy == changed("privacy={name='record_gaussian',epsilon=2}").privacy
+    assert changed("privacy.name=none", "privacy.epsilon=2").privacy["name"] == "record_gaussian"
+    assert changed("privacy.name=client_gaussian", "privacy.epsilon=2").privacy["name"] == "client_gaussian"
+    assert parse(TEXT + "[privacy]\nepsilon = 3", "my.toml").privacy["epsilon"] == 3
+
+
 def test_a_misspelt_key_in_the_file_is_named_too():
     text = TEXT.replace("local_steps", "lokal_steps")
     assert "my.toml: training: unknown key 'lokal_steps'; did you mean 'local_steps'?" in refused(text=text)
@@ -102,7 +128,10 @@ def test_a_part_without_a_default_must_be_there(part):
 @pytest.mark.parametrize("value", ["{}", "{name=3}", "3", "[]"])
 def test_a_module_needs_a_name(part, value):
     rest = "\n".join(line for line in TEXT.splitlines())
-    assert f"my.toml: {part} needs a `name`" in refused(f"{part}={value}", text=rest)
+    told = "state epsilon" if (part, value) == ("privacy", "{}") else "needs a `name`"
+    assert f"my.toml: {part} {told}" in refused(f"{part}={value}", text=rest).replace(
+        "privacy = {}: Value error, ", "privacy "
+    )
 
 
 @pytest.mark.parametrize("value", ["3", "'x'", "[1]"])

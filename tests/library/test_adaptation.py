@@ -352,7 +352,7 @@ def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
         found = selection.adapt(library, records(name, 12, 5), task_of(name), model, TRAINING)
         assert found.table[found.way]["loss"] <= found.table["leave"]["loss"]
         assert {"loss", "error", "accuracy", "f1"} <= found.table["leave"].keys()
-        assert found.way in found.said
+        assert found.way in selection.describe_choice(found.way, found.said, "auto")[0]
 
 
 def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):

@@ -6,13 +6,10 @@ import torch
 import small
 from ficpd.errors import BackboneError, ConfigError, LibraryError
 from ficpd.experiments.build import build_context
+from ficpd.library.facts import library_facts
 from ficpd.library.library import PromptLibrary
 from ficpd.library.peft_distillation import Texts, distill_to_input
-from ficpd.library.session import (
-    ZERO_SHOT,
-    library_facts,
-    load_library,
-)
+from ficpd.library.session import ZERO_SHOT, load_library
 from ficpd.privacy import record_gaussian
 from ficpd.types import LORA, ClientWorkload, Query
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ficpd.backbones import Tokenised
 from ficpd.backbones.devices import copy_to
 from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.lora import Adapters
@@ -23,6 +22,7 @@ from ficpd.backbones.quantization import (
     quantized_as,
     require_packages,
 )
+from ficpd.backbones.tokenised import Tokenised
 from ficpd.backbones.vocabulary import TokenizerVocabulary
 from ficpd.backbones.weights import Weights
 from ficpd.errors import BackboneError

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from typing import Annotated
 
@@ -9,33 +10,49 @@ import typer
 from rich.markup import escape
 
 from ficpd import __version__
+from ficpd.cli import console
+from ficpd.cli.audit import audit
 from ficpd.cli.compare import compare
 from ficpd.cli.console import errors
 from ficpd.cli.deploy import deploy
-from ficpd.cli.library import adapt, evaluate, export, import_, predict
-from ficpd.cli.run import audit, info, publish, report, run
+from ficpd.cli.info import info
+from ficpd.cli.init import init
+from ficpd.cli.library import adapt, evaluate, export, import_
+from ficpd.cli.options import Command
+from ficpd.cli.predict import predict, serve
+from ficpd.cli.run import publish, report, run
 from ficpd.cli.site import site
 from ficpd.errors import FicpdError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-    help="Adapt one frozen foundation model together; share only soft prompts.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Adapt one frozen foundation model together; share only soft prompts.
+
+    Exit status: 0 done, 1 error, 2 wrong usage, 3 a failure was found (`audit`: ε is violated; `compare`: runs failed),
+    130 stopped by Ctrl-C.""",
 )  # fmt: skip
-for command in (run, compare, report, publish, audit, evaluate, adapt, predict, export, info):
+for command in (init, run, compare, report, publish, audit, evaluate, adapt, predict, serve, export, info):
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
+for group in (app, deploy, site):
+    for registered in group.registered_commands:
+        registered.cls = Command
 
 
 def main() -> None:
     """Runs the command line. Prints a `FicpdError` without traceback and exits with status 1."""
+    console.asked.__init__()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = _warn
     try:
         app()
     except FicpdError as error:
+        if console.asked.verbose:
+            traceback.print_exc()
         errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(1)
 
@@ -52,5 +69,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     pass

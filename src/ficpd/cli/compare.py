@@ -6,16 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
+from ficpd.cli.console import FAILED, asked
 from ficpd.experiments.tracking import Track
 
 SWEEP = re.compile(r"[a-z_]+(\.\w+)+=")
-FAILED = 3
 
 
 def compare(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="TARGET", help="a TOML file or a comparison's name; or a folder, to print its overview"),
+        typer.Argument(
+            metavar="TARGET [SWEEP]...", help="a TOML file or a comparison's name; or a folder, to print its overview"
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the comparison; none: runs/compare-NAME")] = None,
     ablate: Annotated[
@@ -82,11 +84,11 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, tra
     from ficpd.experiments.report.comparison_tables import overviews, without_figure
     from ficpd.experiments.tracking import followed
 
-    console, errors = Console(), Console(stderr=True)
+    console, errors, notes = Console(), Console(stderr=True), Console(quiet=asked.quiet)
     plan = read_plan(target, sweeps)
     out = out or Path("runs") / f"compare-{plan.spec.name}"
-    console.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
-    screen = ProgressDisplay(console, errors)
+    notes.print(f"[bold]{plan.spec.name}[/]: {len(plan.cells)} cells, into {out}", highlight=False)
+    screen = ProgressDisplay(notes, errors)
     try:
         with screen.bars, followed(track, out / "cells") as look:
 

@@ -1,30 +1,33 @@
-"""The commands for libraries: evaluate, adapt, predict, export, import."""
+"""The commands for libraries: evaluate, adapt, export, import."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from ficpd.cli.console import print_scores, screen
-from ficpd.cli.options import Columns, Data, Device, Library, TaskName, pairs, roles
+from ficpd.cli.console import note, print_json, print_scores, say
+from ficpd.cli.options import Columns, Data, Device, Json, Library, TaskName, pairs, roles
 
 
 def evaluate(
     library: Library, data: Data, columns: Columns = None,
     prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: every prompt of the library")] = None,
-    task: TaskName = None, device: Device = "cpu",
+    task: TaskName = None, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Score a library's prompts, and no prompt at all, on labelled records."""
+    """Score a library's prompts, and no prompt at all, on labelled records.
+
+    Example: `ficpd evaluate runs/demo --data reviews.csv -c text=review -c target=label`
+    """
     from ficpd.library.records import read_records
     from ficpd.library.session import load_library
 
-    opened = load_library(library, device=device)
-    opened.named(task)
+    opened = load_library(library, device=device, weights=False)
+    named = opened.named(task)
     records = read_records(data, roles(columns))
     found = opened.evaluate_prompts(records, None if prompt is None else ["zero-shot", prompt], task=task)
-    screen.print(f"{len(records)} records from {data}")
+    say(f"{len(records)} records from {data}")
     print_scores("prompt", found)
+    print_json({"library": library, "data": data, "task": named, "records": len(records), "prompts": found})
 
 
 def adapt(
@@ -41,12 +44,13 @@ def adapt(
         list[str] | None, typer.Option(help="a new task: label=its text; one for each answer. None: as found in the data")
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="a new task: its instruction")] = None,
-    columns: Columns = None, seed: int = 0, device: Device = "cpu",
+    columns: Columns = None, seed: int = 0, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Adapt a library to a few records, of one of its tasks or of a new one, and save the result.
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
+    from ficpd.library.selection import describe_choice
     from ficpd.library.session import load_library, require_new
 
     if task and (label or instruction is not None):
@@ -55,47 +59,24 @@ def adapt(
         )
     labels = pairs(label, "--label takes label=text, such as lost_card=lost card")
     require_new(out)
-
-    def say(line: str) -> None:
-        screen.print(escape(line), highlight=False)
-
-    mine = load_library(library, device=device).adapt(
+    mine = load_library(library, device=device, weights=False).adapt(
         data or (), shots=shots, per_class=per_class, how=how, task=task, labels=labels, instruction=instruction,
-        columns=roles(columns), seed=seed, say=say,
+        columns=roles(columns), seed=seed, say=note,
     )  # fmt: skip
     mine.save(out)
     facts = mine.library.card["adapted"]
     if facts["table"]:
-        print_scores("way, on records held back", facts["table"])
-    say(facts["why"])
-    say(f"{facts['made_of']}; {facts['shots']} records. Saved in {out}")
-    if facts["demonstrations"] or "adapted" in mine.library.readouts:
-        screen.print("it holds your records, or values computed from them: give it only to people who may see them")
+        print_scores("way", facts["table"], TABLE)
+    for line in describe_choice(facts["way"], facts["why"], how):
+        say(line)
+    note(f"prompt:  {facts['made_of']}, for {facts['shots']} records\nlibrary: {out}")
+    holds = bool(facts["demonstrations"]) or "adapted" in mine.library.readouts
+    if holds:
+        say("it holds your records, or values computed from them: give it only to people who may see them")
+    print_json({"library": out, "holds_records": holds, **facts})
 
 
-def predict(
-    library: Library,
-    text: Annotated[list[str] | None, typer.Option("--text", help="a text; may be repeated")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="a file of texts")] = None,
-    columns: Columns = None,
-    prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: adapted, else global")] = None,
-    task: TaskName = None,
-    device: Device = "cpu",
-) -> None:
-    """Answer texts with a library's prompt: one JSON line each."""
-    import json
-
-    from ficpd.library.records import read_records
-    from ficpd.library.session import load_library
-
-    if bool(text) == bool(data):
-        raise typer.BadParameter("give one of --text and --data")
-    asked: Any = text or read_records(str(data), roles(columns), labelled=False)
-    answers = load_library(library, device=device).predict(asked, prompt=prompt, task=task)
-    for one, answer in zip(asked, answers, strict=True):
-        fields = {"text": one} if text else one.fields
-        role = "image" if "image" in fields else "text"
-        typer.echo(json.dumps({role: str(fields[role]), "prediction": answer}, ensure_ascii=False))
+TABLE = "on records held back: loss (lower is better), error (standard error of the loss's distance to the best)"
 
 
 def export(
@@ -120,10 +101,7 @@ def export(
     if data and not reenter:
         raise typer.BadParameter("--data is for --reenter: give both")
 
-    def say(line: str) -> None:
-        screen.print(escape(line), highlight=False, soft_wrap=True)
-
-    found = load_library(library, device=device).export_peft(
+    found = load_library(library, device=device, weights=False).export_peft(
         out, prompt, base=base, reenter=reenter, data=data, columns=roles(columns), say=say,
         **({"task": task, "num_tokens": tokens, "steps": steps, "seed": seed} if reenter else {}),
     )  # fmt: skip

@@ -1,9 +1,13 @@
 """Options that several commands share."""
 
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperOption
+
+from ficpd.cli import console
 
 Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]
 Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Parquet file (or folder), or hf:ID")]
@@ -12,6 +16,51 @@ Columns = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 TaskName = Annotated[str | None, typer.Option("--task", help="which task, if the library has several")]
+
+
+def _as_json(wanted: bool) -> bool:
+    console.asked.json = wanted
+    return wanted
+
+
+Json = Annotated[
+    bool, typer.Option("--json", callback=_as_json, help="print the result as JSON; notes go to standard error")
+]
+
+
+def _quiet(context: Any, option: Any, wanted: bool) -> None:
+    console.asked.quiet = wanted
+
+
+def _verbose(context: Any, option: Any, wanted: bool) -> None:
+    console.asked.verbose = wanted
+    if wanted:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+
+class Command(TyperCommand):
+    """A command that also takes `--quiet` and `--verbose`."""
+
+    def __init__(self, *args: Any, params: Any = None, **more: Any):
+        quiet = TyperOption(
+            param_decls=["-q", "--quiet"], is_flag=True, expose_value=False, callback=_quiet, default=False,
+            help="print results, warnings and errors alone",
+        )  # fmt: skip
+        verbose = TyperOption(
+            param_decls=["-v", "--verbose"], is_flag=True, expose_value=False, callback=_verbose, default=False,
+            help="print the log and the traceback of an error",
+        )  # fmt: skip
+        super().__init__(*args, params=[*(params or []), quiet, verbose], **more)
+        _restore_argument_help(self)
+
+
+def _restore_argument_help(command: TyperCommand) -> None:
+    """click 8.5 sets the help of an argument to None after typer has set it."""
+    for name, annotated in getattr(command.callback, "__annotations__", {}).items():
+        told = next((about.help for about in getattr(annotated, "__metadata__", ()) if hasattr(about, "help")), None)
+        for param in command.params:
+            if param.name == name and isinstance(param, TyperArgument) and param.help is None:
+                param.help = told
 
 
 def roles(columns: list[str] | None) -> dict[str, str]:

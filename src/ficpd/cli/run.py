@@ -1,51 +1,74 @@
-"""The commands for experiments: run, report, audit, info."""
+"""The commands for experiments: run, report, publish."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from ficpd.cli.console import errors, print_table, progress_bars, screen
-from ficpd.cli.options import Columns, Device, roles
+from ficpd.cli.console import errors, note, print_json, print_table, progress_bars, say, screen
+from ficpd.cli.options import Json
 from ficpd.experiments.tracking import Track
 
+if TYPE_CHECKING:
+    from ficpd.experiments.config import Experiment
+
+WIDE = 120
+"""Columns of a terminal that has room for the whole table of results."""
 Changes = Annotated[list[str] | None, typer.Option("--set", "-s", help="change one setting: part.key=value")]
 
 
 def run(
-    recipe: Annotated[str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart, or what --resume continues")
+    ] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue after the last finished round")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue after the last finished round; with --out no recipe is needed")
+    ] = False,
     engine: Annotated[
         str | None, typer.Option(help="in_process, ray or ray://HOST:PORT: many processes, or flower: among real sites")
     ] = None,
     track: Track = None,
+    as_json: Json = False,
 ) -> None:
     """Run an experiment and write its results, library and report to a run directory.
+
+    `runs/X/experiment.toml` of any run lists every setting; `ficpd info` lists the recipes.
 
     Example: `ficpd run quickstart --set method.name=fedavg --out runs/fedavg`
     """
     from ficpd.experiments import config as experiments
     from ficpd.experiments.api import default_directory
-    from ficpd.experiments.finished import FinishedRun
-    from ficpd.experiments.report.build import PAGE
-    from ficpd.experiments.report.summary import format_noise_multipliers, results_table
+
+    changed = [*(changes or ()), *_engine_changes(engine)]
+    recipe = experiments.begun(out) if resume and out and recipe is None else recipe
+    experiment = experiments.read(recipe, changed)
+    out = out or default_directory(experiment)
+    note(f"{experiment.name}: {experiment.method['name']} on {experiment.backbone.name}, into {out}", "bold")
+    if experiment.engine.name == "flower":
+        _run_among_sites(experiment, recipe if not changes else None, out, resume, track, as_json)
+    _simulate(experiment, out, resume, track)
+    _print_finished(out)
+
+
+def _run_among_sites(
+    experiment: "Experiment", recipe: str | None, out: Path, resume: bool, track: str | None, as_json: bool
+) -> None:
+    from ficpd.deployment.flower_cli import run_with_flower
+    from ficpd.experiments.tracking import followed
+
+    if as_json:
+        raise typer.BadParameter("--json is for simulations; real sites keep their scores")
+    with followed(track, out):
+        raise typer.Exit(run_with_flower(experiment, recipe, out, resume))
+
+
+def _simulate(experiment: "Experiment", out: Path, resume: bool, track: str | None) -> None:
     from ficpd.experiments.runner import run as run_experiment
     from ficpd.experiments.tracking import followed
 
-    changed = [*(changes or ()), *_engine_changes(engine)]
-    experiment = experiments.read(recipe, changed)
-    out = out or default_directory(experiment)
-    screen.print(
-        f"[bold]{experiment.name}[/]: {experiment.method['name']} on {experiment.backbone.name}, into {escape(str(out))}"
-    )
-    if experiment.engine.name == "flower":
-        from ficpd.deployment.flower_cli import run_with_flower
-
-        with followed(track, out):
-            raise typer.Exit(run_with_flower(experiment, recipe if not changes else None, out, resume))
     try:
         with followed(track, out) as look, progress_bars() as progress:
 
@@ -55,16 +78,28 @@ def run(
 
             run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
-        errors.print("stopped; `--resume` continues after the last finished round")
+        errors.print(f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round")
         raise typer.Exit(130) from None
+
+
+def _print_finished(out: Path) -> None:
+    from ficpd.experiments.finished import FinishedRun
+    from ficpd.experiments.report.build import PAGE
+    from ficpd.experiments.report.summary import format_noise_multipliers, narrow_table, results_table
+
     finished = FinishedRun.load(out)
-    print_table(*results_table(finished.results))
+    table = results_table if screen.width >= WIDE else narrow_table
+    print_table(*table(finished.results))
     privacy = finished.result.privacy
     if privacy.lines:
-        typer.echo(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
-    typer.echo(f"library: {out / 'library'}")
-    typer.echo(f"page:    {out / PAGE}")
-    screen.print(f"\n[bold]{escape(finished.verdict)}[/]")
+        note(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
+    note(f"library: {out / 'library'}")
+    note(f"page:    {out / PAGE}")
+    say(f"\n{finished.verdict}", "bold")
+    note(f'\nnext: ficpd predict {out} "a text"\n      ficpd audit {out}\n      ficpd info {out}')
+    print_json(
+        {"directory": out, "verdict": finished.verdict, "stopped": finished.result.stopped, "methods": finished.lines}
+    )
 
 
 def _engine_changes(engine: str | None) -> list[str]:
@@ -109,78 +144,3 @@ def publish(
 
     copy(run, out)
     typer.echo(f"folder: {out}")
-
-
-def audit(
-    run: Annotated[Path, typer.Argument(help="the directory of a finished run; with --trained, any library")],
-    prompt: Annotated[str | None, typer.Option(help="the prompt attacked; none: global, else the first")] = None,
-    trained: Annotated[str | None, typer.Option(help="a file of records that the library was tuned on")] = None,
-    others: Annotated[str | None, typer.Option(help="a file of like records that it was not tuned on")] = None,
-    columns: Columns = None,
-    out: Annotated[Path | None, typer.Option(help="with --trained: where audit.json goes; none: LIBRARY-audit")] = None,
-    shadows: Annotated[int, typer.Option(help="prompts tuned for comparison", min=1)] = 4,
-    members: Annotated[int, typer.Option(help="training records attacked, at most", min=2)] = 1000,
-    canaries: Annotated[int, typer.Option(help="records planted in a second training; 0: none", min=0)] = 100,
-    seed: int = 0, device: Device = "cpu",
-) -> None:  # fmt: skip
-    """Attack a run: infer members of its training data, and test its ε. Exit status 2 if the ε is violated.
-
-    Without the run, attack a library's prompt with known members: `--trained` and `--others`.
-
-    Example: `ficpd audit runs/quickstart-ficpd-0 --canaries 0`
-    """
-    from ficpd.evaluation.audit.report import FEW, table, verdict
-    from ficpd.experiments.audit import audit_library, audit_run
-    from ficpd.library.records import read_records
-
-    if bool(trained) != bool(others):
-        raise typer.BadParameter("give --trained and --others together: members and non-members")
-    if trained and others:
-        folder = out or run.with_name(run.resolve().name + "-audit")
-        known, unknown = (read_records(file, roles(columns)) for file in (trained, others))
-        found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device)
-    else:
-        folder = run
-        found = audit_run(run, prompt, shadows, members, canaries, seed, device)
-    screen.print(
-        f"[bold]{escape(found.prompt)}[/] of {escape(str(run))}: {found.num_members:,} records that were trained on, "
-        f"{found.num_nonmembers:,} that were not; privacy: {escape(found.guarantee)}"
-    )
-    print_table(*table(found))
-    if found.num_nonmembers < FEW:
-        screen.print(f"few non-members (below {FEW:,}): intervals are wide, and low rates cannot be measured")
-    for name, bound in found.bounds.items():
-        stated = "none stated" if bound.stated is None else f"{bound.stated:.2f} stated"
-        screen.print(
-            f"{name}: ε is at least {bound.epsilon:.2f} ({stated}; {bound.runs:,} could show {bound.reach:.2f})"
-        )
-    screen.print(f"[bold red]{escape(verdict(found))}[/]" if found.alarm else escape(verdict(found)))
-    typer.echo(f"result:  {folder / 'audit.json'}")
-    if found.alarm:
-        raise typer.Exit(2)
-
-
-def info(
-    path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
-) -> None:
-    """Describe a library or a run; without one, this installation."""
-    import torch
-
-    from ficpd import __version__, registry
-    from ficpd.backbones.autotune import machine_info
-    from ficpd.backbones.catalog import NAMED
-    from ficpd.experiments.config import recipes
-    from ficpd.library.session import library_facts
-
-    if path:
-        facts = library_facts(path)
-    else:
-        kinds = ("methods", "tasks", "backbones", "optimizers", "privacy", "engines")
-        facts = {
-            "ficpd": __version__, **{kind: ", ".join(registry.names(kind)) for kind in kinds},
-            "named backbones": "; ".join(f"{name}: {entry.about}" for name, entry in NAMED.items()),
-            "recipes": ", ".join(recipes()), "machine": machine_info(torch.device("cpu")),
-            "cuda": torch.cuda.is_available(),
-        }  # fmt: skip
-    for name, value in facts.items():
-        screen.print(f"[bold]{name:18}[/] {escape(str(value))}", highlight=False)

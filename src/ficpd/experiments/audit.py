@@ -84,7 +84,7 @@ def audit_run(
     directory with a ledger of its own. Raises `RunError` for what is no finished run, `PrivacyError` where nothing was
     left to attack.
     """
-    run = open_run(Path(folder), device)
+    run = open_run(Path(folder), device, prompt)
     name = _named(run.library, prompt)
     experiment, shards, task = run.context.experiment, run.context.shards.values(), run.context.task
     (party,) = experiment.all_groups.values()
@@ -110,15 +110,15 @@ def audit_library(
 
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
-    opened = load_library(folder, device=device)
+    opened = load_library(folder, device=device, weights=False)
     library, card = opened.library, opened.library.card
     name = _named(library, prompt)
     training = local_training_config(library)
     steps = max(int(card.get("num_rounds", 1)) * training.local_steps, 1)
     whole = none.build(none.Config(), library.start, 0)
     vectors_PD = library.prompts[name].vectors_PD
-    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
     split = split_records(opened.task, members, others, limit, seed)
+    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
     shadow_SPD = _shadows(target, split, shadows, seed)
     privacy = PrivacyReport.model_validate(NO_PRIVACY | card.get("privacy", {}))
     found = _audit(Path(folder).name, name, str(card.get("method", "?")), privacy, target, split, shadow_SPD, seed)
@@ -158,8 +158,9 @@ def _leave(found: Audit, directory: RunDir) -> None:
     directory.write("audit.json", json.dumps({**asdict(found), "alarm": found.alarm}, indent=2) + "\n")
 
 
-def open_run(folder: Path, device: str) -> Finished:
-    """Opens a finished run. Raises `RunError` if there is none, `PrivacyError` if no prompt of it depends on records."""
+def open_run(folder: Path, device: str, prompt: str | None = None) -> Finished:
+    """Opens a finished run. Raises `RunError` if there is none, `PrivacyError` if no prompt of it depends on records,
+    `LibraryError` if it lacks the prompt."""
     directory, resolved, result = RunDir(folder), folder / "resolved.toml", RunResult.load(folder)
     experiment = parse(resolved.read_text(encoding="utf-8"), str(resolved), [f"engine.device={json.dumps(device)}"])
     module, config = build_config("methods", experiment.method)
@@ -170,6 +171,7 @@ def open_run(folder: Path, device: str) -> Finished:
             f"{method.name} left no prompt that depends on records in {folder}: nothing was left to attack. Audit a run "
             "of a method that shares one (fedavg, ficpd, ...)"
         )
+    _named(library, prompt)
     context = build_context(experiment).with_method(method)
     library.check(context.model.backbone)
     return Finished(directory, context, method, saved[0], library, result)

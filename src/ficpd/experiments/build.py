@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ficpd import rng
-from ficpd.backbones import warn_unk_rate
 from ficpd.backbones.loading import load_backbone
 from ficpd.backbones.query_engine import QueryEngine
+from ficpd.backbones.tokenised import warn_unk_rate
 from ficpd.data import loading
 from ficpd.data.partition import partition
 from ficpd.data.subjects import num_scattered
@@ -175,16 +175,7 @@ def build_context(experiment: Experiment) -> ExperimentContext:
 
     Raises `DataError` or `ConfigError` for data that do not fit the experiment.
     """
-    tasks, shards, group_of = {}, {}, {}
-    for group, party in experiment.all_groups.items():
-        tasks[group] = build_task(party.task, experiment.metrics)
-        dealt = _partitioned(group, party, experiment.seed)
-        for shard in dealt.values():
-            tasks[group].targets([*shard.train, *shard.test])
-        if experiment.fairness.group:
-            groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
-        shards |= dealt
-        group_of |= dict.fromkeys(dealt, group)
+    tasks, shards, group_of = load_records(experiment)
     _check_heads(tasks)
     _warn_of_scattered_subjects(shards, experiment)
     shards, unseen = _split_unseen(shards, group_of, experiment)
@@ -193,6 +184,23 @@ def build_context(experiment: Experiment) -> ExperimentContext:
     for members in by_group.values():
         warn_unk_rate(context.model.backbone, {_describe(n, s): s.train for n, s in members.items()})
     return replace(context, group_of=group_of, shards=shards, unseen=unseen)
+
+
+def load_records(experiment: Experiment) -> tuple[dict[str, Task], dict[str, ClientData], dict[str, str]]:
+    """Returns the tasks by group, and the records and the group of each client, without the backbone.
+
+    Raises `DataError`, naming all unknown labels of a group at once.
+    """
+    tasks, shards, group_of = {}, {}, {}
+    for group, party in experiment.all_groups.items():
+        tasks[group] = build_task(party.task, experiment.metrics)
+        dealt = _partitioned(group, party, experiment.seed)
+        tasks[group].targets([record for shard in dealt.values() for record in (*shard.train, *shard.test)])
+        if experiment.fairness.group:
+            groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
+        shards |= dealt
+        group_of |= dict.fromkeys(dealt, group)
+    return tasks, shards, group_of
 
 
 def build_context_without_records(experiment: Experiment) -> ExperimentContext:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, model_validator
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.errors import ConfigError, RunError, did_you_mean
+from ficpd.experiments.facts import RECIPE, recipes
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig, load, search_in, validate, validated_section
 
@@ -168,6 +169,8 @@ PARTS: dict[str, type[BaseModel]] = {
     "fairness": FairnessConfig, "engine": EngineConfig,
 }  # fmt: skip
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
+RECORD_LEVEL = "record_gaussian"
+"""The mechanism of privacy settings without a name. Where the data name subjects, it protects subjects."""
 
 
 def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = True) -> Experiment:
@@ -193,8 +196,11 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
         records = False
     for key in tree:
         if key not in Experiment.model_fields:
-            raise ConfigError(f"{where}: {did_you_mean('part', key, Experiment.model_fields)}")
+            raise ConfigError(f"{where}: {_place_of(key) or did_you_mean('part', key, Experiment.model_fields)}")
     parts: dict[str, Any] = dict(tree)
+    if isinstance(tree.get("privacy"), Mapping):
+        parts["privacy"] = {"name": RECORD_LEVEL, **tree["privacy"]}
+    _check_places(parts, where)
     own = [key for key in Group.model_fields if key in tree]
     if tree.get("groups") and own:
         raise ConfigError(f"{where}: {own[0]!r} stands beside groups. Move it into each group that it is for")
@@ -223,6 +229,35 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
     return built
 
 
+def _check_places(parts: Mapping[str, Any], where: str) -> None:
+    """Raises `ConfigError` for a part, or a key of another part, that stands inside a part."""
+    for part, tree in parts.items():
+        if not (part in PARTS or part in REGISTRIES) or not isinstance(tree, Mapping):
+            continue
+        model = PARTS.get(part) or getattr(_module(REGISTRIES[part], tree), "Config", None)
+        for key in tree if model else ():
+            if key != "name" and key not in model.model_fields and (told := _place_of(key, part)):
+                raise ConfigError(f"{where}: {part}: {told}")
+
+
+def _module(registry: str, tree: Mapping[str, Any]) -> Any:
+    """The module that a part names; None if it names none."""
+    return load(registry, tree["name"]) if isinstance(tree.get("name"), str) else None
+
+
+def _place_of(key: str, inside: str = "") -> str:
+    """Returns where a known part or key belongs, as an error text; empty if it is neither."""
+    known = {*PARTS, *REGISTRIES, "groups"}
+    if inside and key in Experiment.model_fields:
+        place = f"Write it as [{key}] on lines of its own" if key in known else "Write it above the first [section]"
+        return f"{key!r} is no key of [{inside}], but a part of the recipe. {place}"
+    models = {**PARTS, "privacy": load("privacy", RECORD_LEVEL).Config}
+    if homes := [part for part, model in models.items() if key in model.model_fields and part != inside]:
+        stands = f"no key of [{inside}]" if inside else "no part"
+        return f"{key!r} is {stands}. It belongs to {' or '.join(f'[{part}]' for part in homes)}"
+    return ""
+
+
 def _group(tree: Any, where: str, records: bool) -> Group:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where}: expected task, data and partition")
@@ -242,6 +277,14 @@ def read(recipe: str | None, changes: Iterable[str] = ()) -> Experiment:
     return parse(*read_recipe(recipe or QUICKSTART), changes)
 
 
+def begun(directory: Path) -> str:
+    """Returns the recipe of the run in a directory. Raises `RunError` if there is none."""
+    file = directory / RECIPE
+    if not file.is_file():
+        raise RunError(f"{directory} holds no run to resume (no {RECIPE}); name the recipe, or another --out")
+    return str(file)
+
+
 def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, str]:
     """Returns the text of a TOML file or of a recipe of the package, and its name for error messages."""
     path, known = Path(name), recipes(under)
@@ -257,12 +300,6 @@ def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, 
         raise ConfigError(did_you_mean(kind, name, known) + " (or give a .toml file)")
     file = resources.files("ficpd.experiments") / "recipes" / under / f"{name}.toml"
     return file.read_text(encoding="utf-8"), f"{name}.toml"
-
-
-def recipes(under: str = "") -> list[str]:
-    """Lists the recipes of the package; under "compare", its comparisons."""
-    folder = resources.files("ficpd.experiments") / "recipes" / under
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
 def to_toml(experiment: Experiment) -> str:
@@ -295,6 +332,8 @@ def apply_override(tree: dict[str, Any], change: str) -> None:
         inner = inner.setdefault(key, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {change!r}: {key} is a value, not a part with keys")
+    if keys[0] == "privacy" and keys[-1] != "name" and inner.get("name") == "none":
+        inner["name"] = RECORD_LEVEL
     if keys[-1] == "name" and len(keys) == 2 and keys[0] in REGISTRIES and inner.get("name") != value:
         inner.clear()  # the settings belong to the replaced module
     inner[keys[-1]] = value

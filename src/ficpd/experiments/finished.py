@@ -96,7 +96,12 @@ class FinishedRun:
         """
         import pandas as pd
 
-        return pd.DataFrame([_line(result) for result in self.results]).set_index("method")
+        return pd.DataFrame(self.lines).set_index("method")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of `to_frame`, each a mapping."""
+        return [_line(result) for result in self.results]
 
 
 def _line(result: RunResult) -> dict[str, Any]:

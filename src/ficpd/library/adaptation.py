@@ -186,6 +186,17 @@ STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "compose+demonstrations": compose_and_demonstrate,
 }
 
+ABOUT = {
+    "leave": "the library's prompt as it is",
+    "nearest": "the library's prompt that suits your task best",
+    "compose": "a weighted sum of the library's prompts",
+    "head": "the library's prompt, with a readout fitted to your records",
+    "tune": "the composed prompt tuned on your records",
+    "demonstrations": "the library's prompt, with your records shown beside each text",
+    "compose+demonstrations": "the composed prompt, with your records shown beside each text",
+}
+"""What each strategy makes, in words."""
+
 # ---------------------------------------------------------------- parts
 
 

@@ -1,11 +1,24 @@
-"""Renders a library's card for people: the README page and its phrases."""
+"""Reads a library's card, and renders it for people: the README page and its phrases.
+
+This module and `facts` load no torch, so that `ficpd info` answers at once.
+"""
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ficpd.types import LORA, Prompt
+from ficpd.errors import LibraryError
 
+if TYPE_CHECKING:
+    from ficpd.types import Prompt
+
+FORMAT = 2
+TENSORS, CARD = "prompts.safetensors", "card.json"
+START = "start"
+KEY, READOUT, LEARNED = "key/", "readout/", "learned/"
+NEEDED = ("backbone", "tasks")
+"""The required keys of a card."""
 ADAPTED = "adapted"
 """The name of the adapted prompt, and the key of its facts in the card."""
 ONE_RECORD = "one record; somebody with several is protected less"
@@ -25,18 +38,52 @@ def join_names(names: Iterable[str], most: int = 20) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
-def describe_shape(prompt: Prompt) -> str:
+def find_library(folder: Path) -> Path:
+    """Returns the folder of a library, given it or the run directory with one. Raises `LibraryError` if there is none."""
+    found = folder / "library" if (folder / "library" / CARD).exists() else folder
+    if not (found / TENSORS).exists():
+        raise LibraryError(f"{found} holds no prompt library (no {TENSORS}); give a run's or library's folder")
+    return found
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Reads a card. Raises `ValueError` or `OSError` if the file is not one."""
+    card = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) and card[part] for part in NEEDED):
+        raise ValueError(f"card.json: expected an object with {', '.join(NEEDED)}")
+    if wrong := [name for name, task in card["tasks"].items() if not isinstance(task, dict) or "name" not in task]:
+        raise ValueError(f"card.json: tasks: {wrong[0]} has no task kind (`name`)")
+    if not isinstance(card.get(ADAPTED, {}), dict):
+        raise ValueError(f"card.json: {ADAPTED}: expected an object")
+    return card
+
+
+def check_format(meta: Mapping[str, str]) -> None:
+    """Raises `ValueError` for a library's file of another format."""
+    if meta["format"] != str(FORMAT):
+        raise ValueError(f"format {meta['format']}, expected {FORMAT}")
+
+
+def damaged(folder: Path, error: Exception) -> LibraryError:
+    return LibraryError(f"{folder} is damaged or of another version: {error}; save the library again")
+
+
+def describe_shape(prompt: "Prompt") -> str:
     """Describes a prompt's size and entry layer in a phrase."""
-    width = prompt.vectors_PD.shape[1]
-    if prompt.enters_at == LORA:
-        rows = len(prompt.vectors_PD) - prompt.head_rows
+    rows, width = prompt.vectors_PD.shape
+    return describe_layout(rows - prompt.head_rows, width, prompt.enters_at, prompt.vectors_PD.is_floating_point())
+
+
+def describe_layout(rows: int, width: int, enters_at: int, soft: bool) -> str:
+    """Describes prompts of `rows` rows without their head. `enters_at` below 0: LoRA weights (`types.LORA`)."""
+    if enters_at < 0:
         return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
-    if not prompt.vectors_PD.is_floating_point():
-        return f"{prompt.num_virtual_tokens} words, in front of every text"
-    return f"{prompt.num_virtual_tokens} virtual tokens of width {width}, entering at layer {prompt.enters_at}"
+    if not soft:
+        return f"{rows} words, in front of every text"
+    return f"{rows} virtual tokens of width {width}, entering at layer {enters_at}"
 
 
-def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], readouts: Container[str]) -> str:
+def model_card(card: Mapping[str, Any], start: "Prompt", prompts: Iterable[str], readouts: Container[str]) -> str:
     """Returns the library's README page: content, backbone and privacy cost."""
     words = "".join(f"- `{name}` reads: {json.dumps(text)}\n" for name, text in card.get(WORDS, {}).items())
     return (
@@ -48,7 +95,7 @@ def model_card(card: Mapping[str, Any], start: Prompt, prompts: Iterable[str], r
         f"- privacy: {guarantee(card.get('privacy', {}))}\n"
         f"{unit_line(card.get('privacy', {}))}"
         f"{_settings_lines(card)}{words}{adapted_line(card, readouts)}\n"
-        'Use it: `ficpd predict THIS_FOLDER --text "..."`, or fit it to your own records: '
+        'Use it: `ficpd predict THIS_FOLDER "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
 
@@ -114,4 +161,6 @@ def describe_run(card: Mapping[str, Any]) -> str:
     """Describes the run of a card in one phrase."""
     method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
     more = f", {card['prototypes']} prototypes" if "prototypes" in card else ""
-    return f"{method}, {clients} clients, {rounds} rounds, seed {seed}{more}"
+    withheld = "seed" not in card and card.get("privacy", {}).get("noise") == "simulated"
+    seed = "seed withheld, because the noise is simulated" if withheld else f"seed {seed}"
+    return f"{method}, {clients} clients, {rounds} rounds, {seed}{more}"

@@ -16,15 +16,24 @@ from torch.nn import functional as F
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.card import ADAPTED, join_names, model_card
+from ficpd.library.card import (
+    ADAPTED,
+    CARD,
+    FORMAT,
+    KEY,
+    LEARNED,
+    READOUT,
+    START,
+    TENSORS,
+    check_format,
+    damaged,
+    find_library,
+    join_names,
+    model_card,
+    read_card,
+)
 from ficpd.storage import atomic_write, fsync
 from ficpd.types import Batch, Prompt, Query, Readout
-
-FORMAT = 2
-START = "start"
-KEY, READOUT, LEARNED = "key/", "readout/", "learned/"
-CARD = ("backbone", "tasks")
-"""The required keys of a card."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ class PromptLibrary:
         for name, found in (of_prompts | {LEARNED + name: readout for name, readout in self.learned.items()}).items():
             tensors[name] = torch.cat([found.rows_CD, found.bias_C[:, None], found.shares_C[:, None]], dim=1)
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
-        atomic_write(staging / "prompts.safetensors", save(whole, meta))
-        atomic_write(staging / "card.json", json.dumps(self.card, indent=2) + "\n")
+        atomic_write(staging / TENSORS, save(whole, meta))
+        atomic_write(staging / CARD, json.dumps(self.card, indent=2) + "\n")
         atomic_write(staging / "README.md", self.page())
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -140,34 +149,15 @@ class PromptLibrary:
 
         Raises `LibraryError` if there is none, or if it is damaged or of another format.
         """
-        folder = Path(folder)
-        folder = folder / "library" if (folder / "library" / "card.json").exists() else folder
-        path = folder / "prompts.safetensors"
-        if not path.exists():
-            raise LibraryError(
-                f"{folder} holds no prompt library (no prompts.safetensors); give a run's or library's folder"
-            )
+        folder = find_library(Path(folder))
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(folder / TENSORS, "pt") as file:
                 meta = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if meta["format"] != str(FORMAT):
-                raise ValueError(f"format {meta['format']}, expected {FORMAT}")
-            return _from_tensors(meta, tensors, _read_card(folder / "card.json"))
+            check_format(meta)
+            return _from_tensors(meta, tensors, read_card(folder / CARD))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise LibraryError(f"{folder} is damaged or of another version: {error}; save the library again") from error
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    """Reads a card. Raises `ValueError` or `OSError` if the file is not one."""
-    card = json.loads(path.read_text())
-    if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) and card[part] for part in CARD):
-        raise ValueError(f"card.json: expected an object with {', '.join(CARD)}")
-    if wrong := [name for name, task in card["tasks"].items() if not isinstance(task, dict) or "name" not in task]:
-        raise ValueError(f"card.json: tasks: {wrong[0]} has no task kind (`name`)")
-    if not isinstance(card.get(ADAPTED, {}), dict):
-        raise ValueError(f"card.json: {ADAPTED}: expected an object")
-    return card
+            raise damaged(folder, error) from error
 
 
 def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:

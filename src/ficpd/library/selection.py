@@ -5,7 +5,7 @@ Trees, 1984, section 3.4.3). The unchanged library is taken if it is within two.
 paired difference to the best strategy. So the choice has no higher cross-validated loss than the unchanged library.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from ficpd.data.subjects import group_by_subject
 from ficpd.errors import LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import run_all
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.adaptation import GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, supports_head, unchanged
+from ficpd.library.adaptation import ABOUT, GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, supports_head, unchanged
 from ficpd.library.card import join_names
 from ficpd.library.library import START, PromptLibrary, task_key
 from ficpd.optimizers import LocalTrainingConfig
@@ -92,8 +92,7 @@ def adapt(
     ways = [how] if how != AUTO else usable
     table = {} if lack else cross_validate(shots, ways, model)
     best = one_standard_error_rule(table) if table else ways[0]
-    strategy = max((way for way in ways if best.startswith(way)), key=len)
-    found = run_queries(model, STRATEGIES[strategy](shots))
+    found = run_queries(model, STRATEGIES[strategy_of(best, ways)](shots))
     way = best if table else list(found)[len(found) // 2]
     return AdaptationResult(way, found[way], table, _reason(how, way, table, lack))
 
@@ -227,8 +226,7 @@ def one_standard_error_rule(table: Mapping[str, Score]) -> str:
 def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbone: Backbone, how: str) -> None:
     """Raises `LibraryError` if the strategy cannot run."""
     library.check(backbone)
-    if how not in (AUTO, *STRATEGIES):
-        raise LibraryError(did_you_mean("strategy", how, [AUTO, *STRATEGIES]))
+    check_strategy(how)
     if task.head_rows != library.start.head_rows:
         raise LibraryError(
             f"the library's prompts have a tuned head of {library.start.head_rows} rows and this task needs "
@@ -242,6 +240,12 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if "demonstrations" in how and not supports_demonstrations(task):
         raise LibraryError(f"--how {how}: expected a classification without a tuned head; choose another strategy")
+
+
+def check_strategy(how: str) -> None:
+    """Raises `LibraryError` for an unknown strategy."""
+    if how not in (AUTO, *STRATEGIES):
+        raise LibraryError(did_you_mean("strategy", how, [AUTO, *STRATEGIES]))
 
 
 def _class_of(task: Task, record: Record) -> str:
@@ -285,7 +289,29 @@ def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
         return f"{way} as requested" + (f", the best of {join_names(table)}" if len(table) > 1 else "")
     best = min(table, key=lambda variant: table[variant]["loss"])
     if way == best:
-        return f"{way}: the best"
+        return "it has the lowest loss on records held back"
     if way == next(iter(table)):
-        return f"{way}: no other is better by {SURE:g} standard errors (best: {best})"
-    return f"{way}: the simplest within a standard error of the best ({best})"
+        return f"no other way is better by {SURE:g} standard errors; {best} comes nearest"
+    return f"it is the simplest within a standard error of the best, {best}"
+
+
+def describe_choice(way: str, why: str, how: str) -> list[str]:
+    """Returns sentences that say what was chosen, why, and how to have another strategy.
+
+    >>> describe_choice("tune 4", "tune 4 as requested", "tune")
+    ['Chosen: tune 4, the composed prompt tuned on your records (tune 4 as requested).']
+    """
+    said = f"Chosen: {way}, {ABOUT[strategy_of(way, STRATEGIES)]} ({why})."
+    if how != AUTO:
+        return [said]
+    others = " ".join(name for name in STRATEGIES if name != strategy_of(way, STRATEGIES))
+    return [said, f"To have another, add --how and one of: {others}."]
+
+
+def strategy_of(variant: str, ways: Iterable[str]) -> str:
+    """Returns the strategy of a variant.
+
+    >>> strategy_of("tune 4", ["leave", "tune"])
+    'tune'
+    """
+    return max((way for way in ways if variant.startswith(way)), key=len)

@@ -7,6 +7,7 @@ library.adapt("few.csv", shots=16).save("my-library")
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from ficpd.errors import DataError, LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.interfaces import Task
 from ficpd.library import peft_io
-from ficpd.library.card import ADAPTED, describe_run, describe_shape, guarantee, join_names
+from ficpd.library.card import ADAPTED, join_names
 from ficpd.library.library import PromptLibrary, task_key
 from ficpd.library.records import NO_COLUMNS, Data, draw_shots, missing_labels, read_records
-from ficpd.library.selection import AUTO
+from ficpd.library.selection import AUTO, check_strategy
 from ficpd.library.selection import adapt as fit
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
@@ -41,15 +42,25 @@ NEW_TASK = "own"
 
 @dataclass(frozen=True, repr=False)
 class LibrarySession:
-    """A library with its backbone and tasks. `folder`: where it was loaded from; None for one that is not saved."""
+    """A library with its backbone and tasks.
+
+    engine: the backbone's query engine, or a function that loads it.
+    folder: where it was loaded from; None for one that is not saved.
+    """
 
     library: PromptLibrary
-    model: QueryEngine
+    engine: QueryEngine | Callable[[], QueryEngine]
     tasks: Mapping[str, Task]
     folder: Path | None = None
 
     def __repr__(self) -> str:
-        return f"<library: {join_names(self.library.prompts)}; {self.model.backbone.name}; {join_names(self.tasks)}>"
+        backbone = self.library.card["backbone"].get("name", "?")
+        return f"<library: {join_names(self.library.prompts)}; {backbone}; {join_names(self.tasks)}>"
+
+    @cached_property
+    def model(self) -> QueryEngine:
+        """The backbone's query engine, loaded at its first use."""
+        return self.engine if isinstance(self.engine, QueryEngine) else self.engine()
 
     def predict(
         self, texts: str | Sequence[str | Record], *, scores: bool = False, prompt: str | None = None,
@@ -94,12 +105,13 @@ class LibrarySession:
         """Computes the metrics of several prompts; None: of the bare backbone ("zero-shot") and every prompt."""
         chosen, start = self.tasks[self.named(task)], self.library.start
         records = read_records(data, columns)
-        bare_PD = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :]
-        targets, found = chosen.targets(records), {}
-        for name in [ZERO_SHOT, *self.library.prompts] if prompts is None else prompts:
-            vectors_PD = bare_PD if name == ZERO_SHOT else get_prompt(self.library, name).vectors_PD
-            found[name] = score_prompt(chosen, vectors_PD, self.encode(records, name, task), targets, self.model)
-        return found
+        bare_PD, targets = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :], chosen.targets(records)
+        named = [ZERO_SHOT, *self.library.prompts] if prompts is None else prompts
+        vectors = {n: bare_PD if n == ZERO_SHOT else get_prompt(self.library, n).vectors_PD for n in named}
+        return {
+            name: score_prompt(chosen, vectors_PD, self.encode(records, name, task), targets, self.model)
+            for name, vectors_PD in vectors.items()
+        }
 
     def adapt(
         self, data: Data = (), *, shots: int = 16, per_class: bool = False, how: str = AUTO, task: str | None = None,
@@ -118,9 +130,11 @@ class LibrarySession:
             raise LibraryError(
                 "task names a task of the library, labels and instruction make a new one; give one of both"
             )
+        check_strategy(how)
         records = read_records(data, columns)
         target = resolve_task(self, records, task, labels or {}, instruction)
         chosen = draw_shots(records, shots, per_class, seed)
+        target.task.targets(chosen)  # raises early for an unknown label
         say(target.said)
         if absent := missing_labels(target.task, chosen):
             say(f"none of the {len(chosen)} records is: {', '.join(absent)}")
@@ -143,11 +157,15 @@ class LibrarySession:
         """
         from ficpd.library.peft_distillation import Texts, distill_library_prompt
 
+        get_prompt(self.library, prompt)
         library, base = self.library, base or peft_io.own_base(self.library)
         peft_io.checked_target(library, Path(folder), base)
-        if reenter:
+        texts = None
+        if data is not None:
             source = Path(data).name if isinstance(data, (str, Path)) else "records given"
-            texts = None if data is None else Texts(read_records(data, columns, labelled=False), source)
+            texts = Texts(read_records(data, columns, labelled=False), source)
+        self.model  # noqa: B018  checks that the backbone is the library's
+        if reenter:
             library = distill_library_prompt(self, prompt, texts, **options)
             for line in peft_io.reentry_lines(library.card):
                 say(line)
@@ -192,11 +210,14 @@ def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
     return library.card.get(ADAPTED, {})
 
 
-def load_library(folder: str | Path, *, backbone: str | None = None, device: str = "cpu") -> LibrarySession:
+def load_library(
+    folder: str | Path, *, backbone: str | None = None, device: str = "cpu", weights: bool = True
+) -> LibrarySession:  # fmt: skip
     """Opens a library's folder, or the run directory that holds one.
 
     backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
     device: cpu or cuda.
+    weights: False loads the backbone at its first use, after names, columns and labels were checked.
 
     Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on.
     """
@@ -208,10 +229,14 @@ def load_library(folder: str | Path, *, backbone: str | None = None, device: str
     if ENDPOINT in (named.get("name"), named.get("kind")):
         named["options"] = openai_api.options_from_card(named.get("options", {}))
     config = validate(BackboneConfig, named, f"{folder}: card.json: backbone")
-    loaded, _ = load_backbone(config, validate(EngineConfig, {"device": device}, "--device"))
-    library.check(loaded)
+
+    def load() -> QueryEngine:
+        loaded, _ = load_backbone(config, validate(EngineConfig, {"device": device}, "--device"))
+        library.check(loaded)
+        return QueryEngine(loaded)
+
     tasks = {name: build_task(about) for name, about in library.card["tasks"].items()}
-    return LibrarySession(library, QueryEngine(loaded), tasks, folder)
+    return LibrarySession(library, load() if weights else load, tasks, folder)
 
 
 def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:
@@ -338,30 +363,3 @@ def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:
     if training.learning_rate is None:
         raise LibraryError("card.json states no training.learning_rate; make the library with this version of ficpd")
     return training.model_copy(update={"optimizer": "adam"})
-
-
-def library_facts(path: Path) -> dict[str, Any]:
-    """What `ficpd info` says of a library or run."""
-    library = PromptLibrary.load(path)
-    card, start = library.card, library.start
-    return {
-        "prompts": join_names(library.prompts),
-        "backbone": f"{card['backbone'].get('name', '?')} ({start.backbone})",
-        "shape": describe_shape(start),
-        "tasks": _tasks(card["tasks"]),
-        "made by": describe_run(card),
-        "privacy": guarantee(card.get("privacy", {})),
-        "adapted": {k: v for k, v in adapted_facts(library).items() if k not in ("table", "demonstrations")} or "no",
-    }
-
-
-def _tasks(tasks: Mapping[str, Any]) -> str:
-    """Tasks in a line or a few: whole where there is one, else their names and kinds.
-
-    >>> _tasks({"a": {"name": "classification", "labels": {"x": "x", "y": "y"}}, "b": {"name": "generation"}})
-    'a (classification, 2 labels), b (generation)'
-    """
-    if len(tasks) == 1:
-        return "; ".join(f"{name}: {about}" for name, about in tasks.items())
-    counts = {name: f", {len(about['labels'])} labels" if about.get("labels") else "" for name, about in tasks.items()}
-    return join_names(f"{name} ({about['name']}{counts[name]})" for name, about in tasks.items())

@@ -1,5 +1,6 @@
 """Classification, scored by accuracy and macro F1. Answers are label texts, so a new label set needs no new head."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +13,9 @@ from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, Record, Score
+
+LISTED = 20
+"""Unknown labels that an error names."""
 
 
 class Config(BaseModel):
@@ -44,7 +48,9 @@ class Classification(Task):
         return self.answers.readout(backbone)
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        targets = torch.tensor([self._index(r) for r in records], dtype=torch.long) if has_targets(records) else None
+        targets = None
+        if has_targets(records):
+            targets = torch.tensor([self.names.index(label) for label in self.targets(records)], dtype=torch.long)
         return self.answers.encode(self, records, targets, backbone, prompt)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
@@ -61,7 +67,11 @@ class Classification(Task):
         return [self.names[i] for i in self.logits(answer.outputs_KB, batch).argmax(-1).tolist()]
 
     def targets(self, records: Sequence[Record]) -> list[str]:
-        return [self.names[self._index(record)] for record in records]
+        """Raises `DataError`, naming all unknown labels at once."""
+        found = [str(record.fields["target"]) for record in records]
+        if unknown := Counter(label for label in found if label not in self.config.labels):
+            raise DataError(_unknown_labels(records[found.index(next(iter(unknown)))], unknown, self.names))
+        return found
 
     def score(self, predictions: Sequence[str], targets: Sequence[str]) -> Score:
         options = {"labels": self.names, "average": "macro", "zero_division": 0.0}
@@ -71,11 +81,15 @@ class Classification(Task):
     def to_config(self) -> Mapping[str, JSON]:
         return {"name": "classification", **self.config.model_dump()}
 
-    def _index(self, record: Record) -> int:
-        label = str(record.fields["target"])
-        if label not in self.config.labels:
-            raise DataError(
-                f"{record.key}, column target: {did_you_mean('label', label, self.names)}. Add it and its text to "
-                "task.labels, or correct the record"
-            )
-        return self.names.index(label)
+
+def _unknown_labels(first: Record, unknown: Counter[str], known: Sequence[str]) -> str:
+    """Returns the error text for labels of records that the task lacks; `first`: a record of the first of them."""
+    if len(unknown) == 1:
+        said = did_you_mean("label", *unknown, known)
+        return f"{first.key}, column target: {said}. Add it and its text to task.labels, or correct the record"
+    said = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LISTED))
+    more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+    return (
+        f"column target: {len(unknown)} unknown labels in {unknown.total()} records: {said}{more}; the first in {first.key}."
+        f" Known: {', '.join(known)}. Add them and their texts to task.labels, or correct the records"
+    )

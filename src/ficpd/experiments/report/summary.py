@@ -116,6 +116,29 @@ def results_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[st
     return heads, cells
 
 
+def narrow_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]], str]:
+    """Returns headings, cells and caption of the results for a terminal of 80 columns: one line a method."""
+    main = results[0].main
+    heads = ["method", "ε", "everyone", "own", "worst", "bytes up"]
+    cells = [
+        [
+            r.label,
+            NONE if r.privacy.epsilon is None or r.privacy.noise is None else f"{r.privacy.epsilon:.2f}",
+            *(
+                format_score(score, main)
+                for score in (r.scores.global_prompt, r.scores.per_client_mean, r.scores.per_client_worst)
+            ),
+            f"{r.bytes.up_per_client_round:,.0f}",
+        ]
+        for r in results
+    ]
+    caption = (
+        f"{main.name}{main.unit}: one prompt on everyone's test; each prompt on its client's own test, mean and worst "
+        "client. bytes up: of a client and round"
+    )
+    return heads, cells, caption
+
+
 def format_score(score: Mapping[str, float] | None, metric: Metric) -> str:
     return format_number(score[metric.name] if score else None, metric)
 

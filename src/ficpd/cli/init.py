@@ -1,0 +1,45 @@
+"""The command `ficpd init`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ficpd.cli.console import errors, note, say
+
+
+def init(
+    data: Annotated[str, typer.Argument(help="a CSV, TSV, JSON Lines, JSON or Parquet file, or a folder of them")],
+    text: Annotated[str | None, typer.Option(help="the column of the texts; none: guessed")] = None,
+    target: Annotated[str | None, typer.Option(help="the column of the labels or numbers; none: guessed")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="the column of the organisations; none: guessed by its name, else simulated ones")
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="the column of whom a row is about (patients); none: guessed by its name")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="the privacy budget; none: no privacy")] = None,
+    backbone: Annotated[str, typer.Option(help="the frozen model: a name, folder or hub id")] = "minilm",
+    out: Annotated[Path | None, typer.Option(help="the recipe to write; none: DATA's name with .toml, here")] = None,
+) -> None:
+    """Write a commented recipe for your own table, with the labels found, counts and warnings.
+
+    Example: `ficpd init notes.csv --text note --target department --client hospital --epsilon 2`
+    """
+    from ficpd.experiments.draft import check_new, draft
+    from ficpd.storage import atomic_write
+
+    if epsilon is not None and not 0 < epsilon < float("inf"):
+        raise typer.BadParameter(f"--epsilon {epsilon:g}: expected a number above 0, such as 2")
+    out = out or Path(f"{Path(data).resolve().stem}.toml")
+    check_new(out)
+    columns = {"text": text, "target": target, "client": client, "subject": subject}
+    drafted = draft(data, out.name, columns, epsilon, backbone)
+    for line in drafted.found:
+        note(line)
+    for line in drafted.warnings:
+        errors.print("[bold yellow]warning:[/]", escape(line), highlight=False, soft_wrap=True)
+    atomic_write(out, drafted.toml)
+    say(f"recipe: {out}")
+    note(f"next:   ficpd run {out}")

@@ -1,0 +1,113 @@
+"""The commands that answer texts: predict and serve."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ficpd.cli.console import note
+from ficpd.cli.options import Columns, Device, Library, TaskName, roles
+
+if TYPE_CHECKING:
+    from ficpd.library.answers import Row
+
+STDIN = "-"
+Prompt = Annotated[str | None, typer.Option("--prompt", help="a prompt's name; none: adapted, else global")]
+
+
+def predict(
+    library: Library,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="texts; - (or none, without --data): standard input, a text a line")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="a text; may be repeated")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="a .txt file (a text a line), CSV, TSV, JSON Lines, Parquet, a folder, or hf:ID"),
+    ] = None,
+    columns: Columns = None,
+    prompt: Prompt = None,
+    task: TaskName = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; none: standard output")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="jsonl, csv or parquet; none: by the ending of --out, else jsonl")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Answer texts with a library's prompt, with a score for each label. The rows of a file keep their columns.
+
+    Example: `ficpd predict runs/demo "a quiet, lovely film" "the battery died within a week"`
+
+    Example: `ficpd predict runs/demo --data reviews.csv -c text=review --out answers.csv`
+    """
+    from ficpd.library.answers import answer, choose_format, encode_answers, write_answers
+    from ficpd.library.session import load_library
+
+    chosen = choose_format(format, out)
+    given = [*(texts or ()), *(text or ())]
+    if given and data:
+        raise typer.BadParameter("give texts or --data, not both")
+    opened = load_library(library, device=device, weights=False)
+    rows = _rows(given, data, columns)
+    content = encode_answers(rows, answer(opened, [row.record for row in rows], prompt, task), chosen)
+    if out is None:
+        typer.echo(content.decode(), nl=False)
+    else:
+        write_answers(out, content)
+        note(f"file: {out} ({len(rows)} rows)")
+
+
+def _rows(texts: list[str], data: str | None, columns: list[str] | None) -> "list[Row]":
+    from ficpd.library.answers import read_rows, rows_of_lines, rows_of_texts
+
+    if data not in (None, STDIN):
+        return read_rows(data, roles(columns))
+    if data == STDIN or texts in ([], [STDIN]):
+        if not texts and data is None and sys.stdin.isatty():
+            raise typer.BadParameter("no text: give some, --data FILE, or - for standard input")
+        return rows_of_lines(_standard_input(), "standard input")
+    if STDIN in texts:
+        raise typer.BadParameter("- stands alone: it reads the texts from standard input")
+    if files := [one for one in texts if os.path.isfile(one)]:
+        raise typer.BadParameter(f"{files[0]} is a file: write --data {files[0]}")
+    return rows_of_texts(texts)
+
+
+def _standard_input() -> str:
+    from ficpd.errors import DataError
+
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: byte {error.start} is not UTF-8; send UTF-8") from error
+
+
+def serve(
+    library: Library,
+    host: Annotated[str, typer.Option(help="the address to listen on; nobody is asked who they are")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port", min=0, max=65535)] = 8000,
+    max_texts: Annotated[int, typer.Option(help="texts of one request", min=1)] = 64,
+    max_characters: Annotated[int, typer.Option(help="characters of one text", min=1)] = 10_000,
+    device: Device = "cpu",
+) -> None:
+    """Answer texts by HTTP, the backbone in memory: POST /predict, GET /healthz, the schema at /openapi.json.
+
+    Example: `ficpd serve runs/demo --port 8000`, then
+    `curl localhost:8000/predict --json '{"texts": ["a quiet, lovely film"]}'`
+    """
+    from ficpd.errors import ConfigError, missing_package
+
+    try:
+        from ficpd.library.serving import Limits
+        from ficpd.library.serving import serve as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(missing_package("ficpd serve", error, "serve")) from error
+    from ficpd.library.session import load_library
+
+    run(
+        load_library(library, device=device), host, port, Limits(texts=max_texts, characters=max_characters),
+        lambda address: note(f"serving {library} at {address} (Ctrl-C ends it)"),
+    )  # fmt: skip

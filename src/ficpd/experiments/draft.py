@@ -1,0 +1,380 @@
+"""Drafts a recipe from a table: guesses the columns, counts labels and clients, and warns of what impairs a run."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ficpd.data.tables import read_files
+from ficpd.data.untyped import UntypedStr, is_regression_target, parse_number
+from ficpd.errors import ConfigError, DataError, FicpdError, did_you_mean
+from ficpd.experiments.build import load_records
+from ficpd.experiments.config import parse
+
+NAMES = {
+    "text": ("text", "note", "review", "sentence", "comment", "message", "description", "abstract", "body", "content"),
+    "target": ("target", "label", "class", "category", "department", "diagnosis", "sentiment", "polarity", "rating"),
+    "client": (
+        "client",
+        "hospital",
+        "site",
+        "clinic",
+        "bank",
+        "branch",
+        "center",
+        "centre",
+        "organisation",
+        "organization",
+    ),
+    "subject": ("subject", "patient", "person", "customer", "user", "pupil", "author"),
+}
+"""By role, the names by which a column is guessed; one name may be a part of the column's (`patient_id`)."""
+FEW_RECORDS, FEW_OF_A_LABEL, FEW_OF_A_CLIENT, FEW_FOR_NOISE = 200, 10, 20, 100
+MOST_LABELS = 150
+MOST_NUMBERS = 20
+"""Whole numbers of more different values than this are no labels, but numbers to predict."""
+UNBALANCED = 10
+DRAWN_CLIENTS = 5
+SHOWN = 5
+ENGLISH = 0.02
+"""Above this share of letters outside ASCII, texts are not English."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table: by key (`data.csv row 7`), their cells by column. A cell without content is None."""
+
+    name: str
+    columns: list[str]
+    cells: Mapping[str, Mapping[str, Any]]
+
+    def column(self, name: str | None) -> list[Any]:
+        return [] if name is None else [row[name] for row in self.cells.values()]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """toml: the recipe. found: sentences about columns, labels and clients. warnings: sentences about the records."""
+
+    toml: str
+    found: Sequence[str] = field(repr=False)
+    warnings: Sequence[str] = field(repr=False)
+
+
+def draft(
+    source: str, name: str, columns: Mapping[str, str | None], epsilon: float | None = None, backbone: str = "minilm"
+) -> Draft:
+    """Drafts the recipe `name` for a file or folder of files.
+
+    columns: role (text, target, client, subject) to column; None: guessed, or none for a client or a subject.
+    epsilon: the privacy budget; None: no privacy.
+
+    Raises `DataError` or `ConfigError` for a column that is not there, or a target that makes no task.
+    """
+    rows = _read(source)
+    chosen, found = _choose_columns(rows, columns)
+    task, of_task = _task(rows, chosen["target"])
+    found += [of_task]
+    if chosen["client"]:
+        sizes = Counter(str(client) for client in rows.column(chosen["client"]) if client is not None)
+        found.append(f"{len(sizes)} clients: {_counts(sizes)}")
+    else:
+        found.append(
+            f"no client column: {DRAWN_CLIENTS} clients of equal, random shares are simulated (--client names one)"
+        )
+    body = "\n".join([*_head(name, backbone), *task, *_data(source, chosen), *_rest(chosen, epsilon)]) + "\n"
+    warnings = [line for check in CHECKS for line in check(rows, chosen, epsilon)]
+    if _is_foreign(rows.column(chosen["text"])) and backbone == "minilm":
+        warnings.append(
+            "the texts look as if they were not English, which is all that minilm reads; set backbone.name to a "
+            "multilingual encoder, such as intfloat/multilingual-e5-small"
+        )
+    try:
+        load_records(parse(body, name))
+    except FicpdError as error:
+        warnings.append(f"as it is, the run stops: {error}")
+    told = [
+        f"By `ficpd init` from {source!r}. Run it: ficpd run {name}",
+        *found,
+        *(f"Warning: {one}" for one in warnings),
+    ]
+    return Draft("".join(f"# {' '.join(line.split())}\n" for line in told) + "\n" + body, found, warnings)
+
+
+def _read(source: str) -> Rows:
+    tables = read_files(Path(source).expanduser())
+    columns = list(dict.fromkeys(column for table in tables for column in table.columns))
+    cells = {
+        f"{table.name} row {number}": {column: _cell(row.get(column), table.untyped) for column in columns}
+        for table in tables
+        for number, row in table.rows.items()
+    }
+    return Rows(Path(source).name, columns, cells)
+
+
+def _cell(value: Any, untyped: bool) -> Any:
+    """The value as a run reads it; None if nothing is written."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    return UntypedStr(value) if untyped and isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _choose_columns(rows: Rows, given: Mapping[str, str | None]) -> tuple[dict[str, str | None], list[str]]:
+    """Returns the column of each role, and a sentence for each guess."""
+    for role, column in given.items():
+        if column is not None and column not in rows.columns:
+            raise DataError(f"{rows.name}: {did_you_mean('column', column, rows.columns)} (--{role})")
+    chosen = {role: given.get(role) for role in NAMES}
+    found = []
+    for role, guess in GUESSES.items():
+        if chosen[role] is None:
+            free = [column for column in rows.columns if column not in chosen.values()]
+            chosen[role] = _by_name(free, NAMES[role]) or guess(rows, free)
+            if chosen[role]:
+                found.append(f"{role} is column {chosen[role]!r}, a guess (--{role} names another)")
+    if missing := [role for role in ("text", "target") if not chosen[role]]:
+        raise DataError(f"{rows.name}: which column is the {missing[0]}? Name it: --{missing[0]} COLUMN, one of "
+                        f"{', '.join(rows.columns)}")  # fmt: skip
+    return chosen, found
+
+
+def _by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Returns the first column that is one of these names, or has one of them as a word.
+
+    >>> _by_name(["id", "patient_id", "Note"], ["note"]), _by_name(["id", "patient_id"], ["subject", "patient"])
+    ('Note', 'patient_id')
+    """
+    words = {column: re.findall(r"[a-z]+", column.lower()) for column in columns}
+    whole = [column for name in names for column in columns if column.lower().strip() == name]
+    return next(iter([*whole, *(column for name in names for column in columns if name in words[column])]), None)
+
+
+def _longest(rows: Rows, columns: Sequence[str]) -> str | None:
+    """Returns the column of the longest texts, if they have several words."""
+    texts = {column: [str(cell) for cell in rows.column(column) if isinstance(cell, str)] for column in columns}
+    length = {column: sum(map(len, found)) / len(found) for column, found in texts.items() if found}
+    best = max(length, key=lambda column: length[column], default=None)
+    return best if best and sum(" " in text.strip() for text in texts[best]) > len(texts[best]) / 2 else None
+
+
+def _fewest(rows: Rows, columns: Sequence[str]) -> str | None:
+    """Returns the column of the fewest different values, from two on, that are no names of clients or subjects."""
+    named = {_by_name(columns, NAMES[role]) for role in ("client", "subject")}
+    different = {column: len({str(cell) for cell in rows.column(column)}) for column in columns if column not in named}
+    usable = {
+        column: count for column, count in different.items() if 2 <= count <= min(MOST_LABELS, len(rows.cells) / 2)
+    }
+    return min(usable, key=lambda column: usable[column], default=None)
+
+
+def _none(rows: Rows, columns: Sequence[str]) -> str | None:
+    return None
+
+
+GUESSES: dict[str, Callable[[Rows, Sequence[str]], str | None]] = {
+    "text": _longest, "target": _fewest, "client": _none, "subject": _none,
+}  # fmt: skip
+"""The roles in the order of their guesses, and what decides where no name does."""
+
+# ---------------------------------------------------------------- the recipe
+
+
+def _line(key: str, value: Any, comment: str = "") -> str:
+    line = tomli_w.dumps({key: value}).strip()
+    return f"{line:<40}# {comment}" if comment else line
+
+
+def _head(name: str, backbone: str) -> list[str]:
+    return [
+        _line("name", Path(name).stem),
+        _line("seed", 0),
+        "",
+        "[backbone]",
+        _line("name", backbone, "`ficpd info` lists those with a name; a folder or a hub id works, too"),
+        "",
+    ]
+
+
+def _task(rows: Rows, target: str | None) -> tuple[list[str], str]:
+    """Returns the lines of `[task]`, and a sentence about the targets. Raises `DataError` if they make no task."""
+    cells = [cell for cell in rows.column(target) if cell is not None]
+    numbers = [parse_number(cell) for cell in cells]
+    real = all(type(number) in (int, float) for number in numbers)
+    instruction = f"The {str(target).replace('_', ' ')} is"
+    if real and (is_regression_target(cells) or len(set(numbers)) > MOST_NUMBERS):
+        return _regression(instruction, str(target), numbers), f"numbers from {min(numbers):g} to {max(numbers):g}"
+    counts = Counter(str(cell) for cell in cells)
+    if not 2 <= len(counts) <= MOST_LABELS:
+        raise DataError(
+            f"{rows.name}, column {target!r}: {len(counts)} different values in {len(rows.cells)} rows; expected 2 to "
+            f"{MOST_LABELS} labels. Name the column of the labels: --target COLUMN, one of {', '.join(rows.columns)}"
+        )
+    lines = [
+        "[task]",
+        _line("name", "classification"),
+        _line("instruction", instruction, "the words between a text and its label"),
+        "",
+        "[task.labels]                           # a label of the file = the words that the model reads",
+        *(_line(label, _words(label), f"{count} records") for label, count in counts.most_common()),
+        "",
+    ]
+    return lines, f"{len(counts)} labels: {_counts(counts)}"
+
+
+def _words(label: str) -> str:
+    return " ".join(label.replace("_", " ").split()) or label
+
+
+def _regression(instruction: str, target: str, numbers: Sequence[float]) -> list[str]:
+    if min(numbers) == max(numbers):
+        raise DataError(f"column {target!r}: all targets are {min(numbers):g}; expected different numbers (--target)")
+    return [
+        "[task]",
+        _line("name", "regression"),
+        _line("instruction", instruction, "the words between a text and its number"),
+        "",
+        "[task.anchors]                          # words that stand for a low and a high number",
+        _line(f"low {_words(target)}", float(min(numbers))),
+        _line(f"high {_words(target)}", float(max(numbers))),
+        "",
+    ]
+
+
+def _data(source: str, chosen: Mapping[str, str | None]) -> list[str]:
+    lines = ["[data]", _line("source", source, "seen from the folder where `ficpd run` is called")]
+    lines += [_line("test_fraction", 0.2, "of the records, to test on"), "", "[data.columns]"]
+    lines += [_line(role, column) for role, column in chosen.items() if column]
+    if chosen["subject"]:
+        lines[-1] = _line("subject", chosen["subject"], "all rows of one are protected together, and stay on one side")
+    partition = (
+        [_line("kind", "column", "one client for each value"), _line("column", "client")]
+        if chosen["client"]
+        else [_line("kind", "iid", "equal, random shares"), _line("num_clients", DRAWN_CLIENTS)]
+    )
+    return [*lines, "", "[partition]", *partition, ""]
+
+
+def _rest(chosen: Mapping[str, str | None], epsilon: float | None) -> list[str]:
+    unit = f"all rows of a {chosen['subject']!r}" if chosen["subject"] else "one row"
+    if epsilon is None:
+        privacy = ["# [privacy]                             # without this part nothing is protected",
+                   '# name = "record_gaussian"', "# epsilon = 2.0"]  # fmt: skip
+    else:
+        privacy = [
+            "[privacy]",
+            _line("name", "record_gaussian", f"protects {unit}"),
+            _line("epsilon", float(epsilon), "the budget of the whole run; smaller is more private"),
+            '# noise = "cryptographic"               # before the library leaves this machine: "simulated" can be repeated',
+        ]
+    method = _line("name", "ficpd", "`ficpd info` lists the methods")
+    return ["[method]", method, "", "[federation]", _line("num_rounds", 10), "", *privacy]
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def _missing_cells(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    for role, column in chosen.items():
+        if empty := [key for key, row in rows.cells.items() if column and row[column] is None]:
+            yield (
+                f"{len(empty)} rows have no {role} (column {column!r}; the first: {', '.join(empty[:SHOWN])}). A run "
+                "refuses them: fill or drop them"
+            )
+
+
+def _few_records(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    if len(rows.cells) < FEW_RECORDS:
+        yield f"{len(rows.cells)} records are few: scores on a fifth of them have wide intervals"
+
+
+def _labels(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    counts = Counter(str(cell) for cell in rows.column(chosen["target"]) if cell is not None)
+    if len(counts) > MOST_LABELS or any(type(parse_number(c)) is float for c in rows.column(chosen["target"])):
+        return
+    if rare := [label for label, count in counts.items() if count < FEW_OF_A_LABEL]:
+        yield f"{len(rare)} labels have fewer than {FEW_OF_A_LABEL} records: {_listed(rare)}"
+    (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
+    if largest > UNBALANCED * smallest:
+        yield f"labels are unbalanced: {most!r} has {largest} records, {least!r} {smallest}. Look at f1 beside accuracy"
+    alike: dict[str, list[str]] = {}
+    for label in counts:
+        alike.setdefault(_words(label).casefold(), []).append(label)
+    for group in alike.values():
+        if len(group) > 1:
+            yield f"labels that differ by spaces or case only: {_listed(group)}. They are different labels; is one meant?"
+    if all(len(label.strip()) < 3 or label.strip().isdigit() for label in counts):
+        yield f"labels are codes ({_listed(list(counts))}): write in [task.labels] what they mean, which the model reads"
+
+
+def _duplicates(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    labels: dict[str, set[str]] = {}
+    texts = [" ".join(str(text).split()).casefold() for text in rows.column(chosen["text"]) if text is not None]
+    if repeated := len(texts) - len(set(texts)):
+        yield f"{repeated} rows repeat a text of another row: in training and in test, they make scores too good"
+    for row in rows.cells.values():
+        labels.setdefault(str(row[str(chosen["text"])]), set()).add(str(row[str(chosen["target"])]))
+    if disputed := [text for text, found in labels.items() if len(found) > 1]:
+        yield f"{len(disputed)} texts have several labels, such as {disputed[0][:60]!r}"
+
+
+def _clients(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    sizes = Counter(str(cell) for cell in rows.column(chosen["client"]) if cell is not None)
+    if len(sizes) == 1:
+        yield f"there is one client, {next(iter(sizes))!r}; a federation needs two. Is it the right column (--client)?"
+    if small := sorted((name for name in sizes if sizes[name] < FEW_OF_A_CLIENT), key=lambda name: sizes[name]):
+        yield f"{len(small)} clients have fewer than {FEW_OF_A_CLIENT} records: {_listed(small)}. Merge or drop them"
+    if epsilon and sizes and min(sizes.values()) < FEW_FOR_NOISE:
+        yield (
+            f"the smallest client has {min(sizes.values())} records: noise for epsilon = {epsilon:g} hides much of so few. "
+            "If the verdict says so, raise epsilon, or training.batch_size to all records of a client"
+        )
+
+
+def _subjects(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    if epsilon and not chosen["subject"]:
+        yield (
+            f"epsilon = {epsilon:g} protects one row. Somebody with several rows is protected less: name the column of the "
+            "persons (--subject)"
+        )
+    if not chosen["subject"] or not chosen["client"]:
+        return
+    places: dict[str, set[str]] = {}
+    for subject, client in zip(rows.column(chosen["subject"]), rows.column(chosen["client"]), strict=True):
+        places.setdefault(str(subject), set()).add(str(client))
+    if several := sum(len(found) > 1 for found in places.values()):
+        yield f"{several} subjects have rows at several clients, which protect them apart and not together"
+
+
+CHECKS = (_missing_cells, _few_records, _labels, _duplicates, _clients, _subjects)
+
+
+def _is_foreign(texts: Iterable[Any]) -> bool:
+    letters = [letter for text in texts if isinstance(text, str) for letter in text[:500] if letter.isalpha()]
+    return sum(not letter.isascii() for letter in letters) > ENGLISH * len(letters)
+
+
+def _counts(counts: Counter[str]) -> str:
+    """
+    >>> _counts(Counter({"a": 3, "b": 1}))
+    "'a' (3), 'b' (1)"
+    """
+    more = f" and {len(counts) - 2 * SHOWN} more" if len(counts) > 2 * SHOWN else ""
+    return ", ".join(f"{name!r} ({count})" for name, count in counts.most_common(2 * SHOWN)) + more
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+def check_new(out: Path) -> None:
+    """Raises `ConfigError` if the recipe's file exists."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already, and is kept. Choose another file (--out), or delete it")

@@ -1,0 +1,182 @@
+"""Answers of a library to texts and to the rows of a file, with scores; the rows keep their columns."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ficpd.data.tables import read_files, utf8
+from ficpd.errors import DataError, did_you_mean
+from ficpd.library.records import NO_COLUMNS, read_records
+from ficpd.library.session import LibrarySession
+from ficpd.storage import atomic_write
+from ficpd.types import Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+TEXTS = (".txt", ".text")
+"""Endings of files with one text a line."""
+FORMATS = ("jsonl", "csv", "parquet")
+PREDICTION, SCORES = "prediction", "scores"
+
+
+class Row(NamedTuple):
+    """A record, and the cells of its row by column."""
+
+    record: Record
+    cells: Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """scores: the probability of each label; None for a task without labels."""
+
+    prediction: Any
+    scores: dict[str, float] | None
+
+
+def rows_of_texts(texts: Sequence[str], name: str = "text") -> list[Row]:
+    """Makes a row of each text. Raises `DataError` for an empty one."""
+    for place, text in enumerate(texts, 1):
+        if not text.strip():
+            raise DataError(f"{name} {place} is empty; expected a text")
+    return [Row(Record(f"{name} {place}", {"text": text}), {"text": text}) for place, text in enumerate(texts, 1)]
+
+
+def rows_of_lines(content: str, name: str) -> list[Row]:
+    """Makes a row of each line that is not blank. Raises `DataError` if there is none."""
+    texts = [line for line in content.splitlines() if line.strip()]
+    if not texts:
+        raise DataError(f"{name} has no text; expected one a line")
+    return rows_of_texts(texts, f"{name} line")
+
+
+def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS) -> list[Row]:
+    """Reads a file of texts, one a line, or a source of `read_records`, whose rows keep all their columns.
+
+    Raises `DataError`, naming file, row and column, for a row without a text.
+    """
+    path = Path(data).expanduser()
+    if path.suffix.lower() in TEXTS and path.is_file():
+        return rows_of_lines(utf8(path), path.name)
+    records = read_records(data, columns, labelled=False)
+    if not path.exists():  # of the hub, built in, or a module's
+        return [Row(record, _shown(record)) for record in records]
+    tables = [] if _is_image_folder(path) else read_files(path, columns.get("image"))
+    cells = {f"{table.name} row {number}": row for table in tables for number, row in table.rows.items()}
+    return [Row(record, {**_image(record), **cells.get(record.key, _shown(record))}) for record in records]
+
+
+def _is_image_folder(path: Path) -> bool:
+    return path.is_dir() and all(file.is_dir() for file in path.iterdir())
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    return {**record.fields, **_image(record)}
+
+
+def _image(record: Record) -> dict[str, str]:
+    return {"image": str(record.fields["image"])} if "image" in record.fields else {}
+
+
+def answer(
+    opened: LibrarySession, records: Sequence[Record], prompt: str | None = None, task: str | None = None
+) -> list[Answer]:
+    """Predicts each record, as `LibrarySession.predict`; with scores, if the task has labels."""
+    if not opened.tasks[opened.named(task)].num_labels:
+        return [Answer(found, None) for found in opened.predict(records, prompt=prompt, task=task)]
+    frame: DataFrame = opened.predict(records, scores=True, prompt=prompt, task=task)  # type: ignore[assignment]
+    labels = list(frame.columns)[1:]
+    return [
+        Answer(found, {label: round(score, 6) for label, score in zip(labels, scores, strict=True)})
+        for found, *scores in frame.itertuples(index=False, name=None)
+    ]
+
+
+def choose_format(name: str | None, out: Path | None) -> str:
+    """Returns the format that is named, else that of the file's ending, else JSON Lines.
+
+    Raises `DataError` for an unknown format, for Parquet without a file, and for a file that exists.
+    """
+    ending = out.suffix.lower().removeprefix(".") if out else ""
+    if out and os.path.lexists(out):
+        raise DataError(f"{out} exists already; choose another file (--out)")
+    if name is None and out and ending not in FORMATS:
+        raise DataError(f"--out {out}: unknown ending {ending!r}; expected one of {', '.join(FORMATS)}, or --format")
+    chosen = name or ending or FORMATS[0]
+    if chosen not in FORMATS:
+        raise DataError(did_you_mean("format", chosen, FORMATS) + " (--format)")
+    if chosen == "parquet" and out is None:
+        raise DataError("--format parquet is no text; name the file to write (--out)")
+    return chosen
+
+
+def encode_answers(rows: Sequence[Row], answers: Sequence[Answer], format: str) -> bytes:
+    """Encodes the rows with their answers in one of `FORMATS`.
+
+    JSON Lines have a `prediction` and `scores` by label; tables have a column `score_LABEL` for each label. A column that
+    the rows have already gets `_2`.
+    """
+    if format == "jsonl":
+        names = _free([PREDICTION, SCORES], rows)
+        lines = [
+            {
+                **row.cells,
+                names[PREDICTION]: found.prediction,
+                **({names[SCORES]: found.scores} if found.scores else {}),
+            }
+            for row, found in zip(rows, answers, strict=True)
+        ]
+        return "".join(
+            json.dumps(_without_nan(line), ensure_ascii=False, default=str) + "\n" for line in lines
+        ).encode()
+    import pandas as pd
+
+    labels = list(next((found.scores for found in answers if found.scores), {}))
+    names = _free([PREDICTION, *(f"score_{label}" for label in labels)], rows)
+    flat = [
+        {
+            **row.cells,
+            names[PREDICTION]: found.prediction,
+            **{names[f"score_{k}"]: v for k, v in (found.scores or {}).items()},
+        }
+        for row, found in zip(rows, answers, strict=True)
+    ]
+    frame = pd.DataFrame(flat)
+    return frame.to_csv(index=False).encode() if format == "csv" else _parquet(frame)
+
+
+def _parquet(frame: "DataFrame") -> bytes:
+    import pyarrow as pa
+
+    held = io.BytesIO()
+    try:
+        frame.to_parquet(held, index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"a column has values of several kinds, which Parquet cannot hold ({error}); use jsonl"
+        ) from error
+    return held.getvalue()
+
+
+def _free(names: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Maps each name to one that no row has as a column."""
+    taken, found = {column for row in rows for column in row.cells}, {}
+    for name in names:
+        found[name] = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    return found
+
+
+def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in line.items()}
+
+
+def write_answers(out: Path, content: bytes) -> None:
+    """Writes a file. Raises `DataError` if it cannot be written."""
+    try:
+        atomic_write(out, content)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}; choose another file (--out)") from error
