@@ -76,7 +76,8 @@ def test_quiet_prints_results_alone(ficpd, folder, tmp_path):
     assert "fedavg" in out
     assert "rounds" not in out
     assert "library:" not in out
-    assert "library:" in ficpd("run", folder / "small.toml", "--out", tmp_path / "two")[1]  # it holds for one call
+    assert ficpd("-q", "run", folder / "small.toml", "--out", tmp_path / "two")[1] == out
+    assert "library:" in ficpd("run", folder / "small.toml", "--out", tmp_path / "three")[1]  # it holds for one call
 
 
 def test_verbose_prints_the_traceback_of_an_error(ficpd, tmp_path):

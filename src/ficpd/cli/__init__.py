@@ -18,14 +18,14 @@ from ficpd.cli.deploy import deploy
 from ficpd.cli.info import info
 from ficpd.cli.init import init
 from ficpd.cli.library import adapt, evaluate, export, import_
-from ficpd.cli.options import Command
+from ficpd.cli.options import Command, Group
 from ficpd.cli.predict import predict, serve
 from ficpd.cli.run import publish, report, run
 from ficpd.cli.site import site
 from ficpd.errors import FicpdError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Adapt one frozen foundation model together; share only soft prompts.
 

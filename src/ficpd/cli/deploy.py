@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ficpd.cli.console import note
+
 deploy = typer.Typer(
     no_args_is_help=True, help="Across organisations: write each one's files, check the connection, rehearse."
 )
@@ -55,4 +57,4 @@ def demo(
     """Run a few private rounds on this machine: a coordinator with TLS and three authenticated sites."""
     from ficpd.deployment.demo import demo as rehearse
 
-    rehearse(out, rounds, typer.echo, secure_aggregation)
+    rehearse(out, rounds, note, secure_aggregation)

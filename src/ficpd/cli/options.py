@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from ficpd.cli import console
 
@@ -29,11 +29,11 @@ Json = Annotated[
 
 
 def _quiet(context: Any, option: Any, wanted: bool) -> None:
-    console.asked.quiet = wanted
+    console.asked.quiet |= wanted
 
 
 def _verbose(context: Any, option: Any, wanted: bool) -> None:
-    console.asked.verbose = wanted
+    console.asked.verbose |= wanted
     if wanted:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
@@ -42,16 +42,27 @@ class Command(TyperCommand):
     """A command that also takes `--quiet` and `--verbose`."""
 
     def __init__(self, *args: Any, params: Any = None, **more: Any):
-        quiet = TyperOption(
-            param_decls=["-q", "--quiet"], is_flag=True, expose_value=False, callback=_quiet, default=False,
-            help="print results, warnings and errors alone",
-        )  # fmt: skip
-        verbose = TyperOption(
-            param_decls=["-v", "--verbose"], is_flag=True, expose_value=False, callback=_verbose, default=False,
-            help="print the log and the traceback of an error",
-        )  # fmt: skip
-        super().__init__(*args, params=[*(params or []), quiet, verbose], **more)
+        super().__init__(*args, params=[*(params or []), *_verbosity()], **more)
         _restore_argument_help(self)
+
+
+class Group(TyperGroup):
+    """A group that takes them too, in front of its command."""
+
+    def __init__(self, *args: Any, params: Any = None, **more: Any):
+        super().__init__(*args, params=[*(params or []), *_verbosity()], **more)
+
+
+def _verbosity() -> list[TyperOption]:
+    same = {"is_flag": True, "expose_value": False, "default": False}
+    return [
+        TyperOption(param_decls=["-q", "--quiet"], callback=_quiet, help=QUIET, **same),
+        TyperOption(param_decls=["-v", "--verbose"], callback=_verbose, help=VERBOSE, **same),
+    ]
+
+
+QUIET = "print results, warnings and errors alone"
+VERBOSE = "print the log and the traceback of an error"
 
 
 def _restore_argument_help(command: TyperCommand) -> None:

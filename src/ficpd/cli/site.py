@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ficpd.cli.console import note
+
 site = typer.Typer(no_args_is_help=True, help="At one organisation: the process with its records and its budget.")
 Rehearsal = Annotated[bool, typer.Option("--rehearsal", help="allow [simulation] private_seed: nothing is protected")]
 File = Annotated[Path, typer.Argument(help="the site's TOML file")]
@@ -68,4 +70,4 @@ def status(file: File) -> None:
 
 
 def _say(line: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
+    note(f"{time.strftime('%H:%M:%S')} {line}")

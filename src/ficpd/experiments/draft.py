@@ -222,7 +222,7 @@ def _task(rows: Rows, target: str | None) -> tuple[list[str], str]:
         _line("instruction", instruction, "the words between a text and its label"),
         "",
         "[task.labels]                           # a label of the file = the words that the model reads",
-        *(_line(label, _words(label), f"{count} records") for label, count in counts.most_common()),
+        *(_line(label, _words(label), f"{count} record{'s' * (count > 1)}") for label, count in counts.most_common()),
         "",
     ]
     return lines, f"{len(counts)} labels: {_counts(counts)}"
@@ -284,7 +284,7 @@ def _missing_cells(rows: Rows, chosen: Mapping[str, str | None], epsilon: float 
     for role, column in chosen.items():
         if empty := [key for key, row in rows.cells.items() if column and row[column] is None]:
             yield (
-                f"{len(empty)} rows have no {role} (column {column!r}; the first: {', '.join(empty[:SHOWN])}). A run "
+                f"rows without a {role} (column {column!r}): {len(empty)}; the first: {', '.join(empty[:SHOWN])}. A run "
                 "refuses them: fill or drop them"
             )
 
@@ -299,7 +299,7 @@ def _labels(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None)
     if len(counts) > MOST_LABELS or any(type(parse_number(c)) is float for c in rows.column(chosen["target"])):
         return
     if rare := [label for label, count in counts.items() if count < FEW_OF_A_LABEL]:
-        yield f"{len(rare)} labels have fewer than {FEW_OF_A_LABEL} records: {_listed(rare)}"
+        yield f"labels with fewer than {FEW_OF_A_LABEL} records: {_listed(rare)}"
     (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
     if largest > UNBALANCED * smallest:
         yield f"labels are unbalanced: {most!r} has {largest} records, {least!r} {smallest}. Look at f1 beside accuracy"
@@ -317,11 +317,11 @@ def _duplicates(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | N
     labels: dict[str, set[str]] = {}
     texts = [" ".join(str(text).split()).casefold() for text in rows.column(chosen["text"]) if text is not None]
     if repeated := len(texts) - len(set(texts)):
-        yield f"{repeated} rows repeat a text of another row: in training and in test, they make scores too good"
+        yield f"rows that repeat the text of another: {repeated}. In training and in test, they make scores too good"
     for row in rows.cells.values():
         labels.setdefault(str(row[str(chosen["text"])]), set()).add(str(row[str(chosen["target"])]))
     if disputed := [text for text, found in labels.items() if len(found) > 1]:
-        yield f"{len(disputed)} texts have several labels, such as {disputed[0][:60]!r}"
+        yield f"texts with several labels: {len(disputed)}, such as {disputed[0][:60]!r}"
 
 
 def _clients(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
@@ -329,7 +329,7 @@ def _clients(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None
     if len(sizes) == 1:
         yield f"there is one client, {next(iter(sizes))!r}; a federation needs two. Is it the right column (--client)?"
     if small := sorted((name for name in sizes if sizes[name] < FEW_OF_A_CLIENT), key=lambda name: sizes[name]):
-        yield f"{len(small)} clients have fewer than {FEW_OF_A_CLIENT} records: {_listed(small)}. Merge or drop them"
+        yield f"clients with fewer than {FEW_OF_A_CLIENT} records: {_listed(small)}. Merge or drop them"
     if epsilon and sizes and min(sizes.values()) < FEW_FOR_NOISE:
         yield (
             f"the smallest client has {min(sizes.values())} records: noise for epsilon = {epsilon:g} hides much of so few. "
@@ -349,7 +349,7 @@ def _subjects(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | Non
     for subject, client in zip(rows.column(chosen["subject"]), rows.column(chosen["client"]), strict=True):
         places.setdefault(str(subject), set()).add(str(client))
     if several := sum(len(found) > 1 for found in places.values()):
-        yield f"{several} subjects have rows at several clients, which protect them apart and not together"
+        yield f"subjects with rows at several clients: {several}. Each client protects its own rows of them alone"
 
 
 CHECKS = (_missing_cells, _few_records, _labels, _duplicates, _clients, _subjects)
