@@ -56,7 +56,7 @@ def ours(rows: int, lock_step: int, rounds: int, times: Path) -> None:
     ):
         found.append([began, time.time(), done.updates])
         began = time.time()
-    times.write_text(json.dumps(found))
+    times.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _clients(context) -> dict:

@@ -39,7 +39,7 @@ batch_size = 2
 
 def resident_mb() -> float:
     """This process's resident memory (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096 / 1e6
 
 
 def overhead(rounds: int) -> dict:

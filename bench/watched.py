@@ -40,7 +40,9 @@ def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         finally:
             end(mark)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        )
     cpu = round(looks[-1][1], 2)
     return {"seconds": round(seconds, 2), "cpu": cpu, "peak_mb": round(peak), "processes": most, "looks": looks}
 
@@ -68,7 +70,7 @@ def end(mark: str) -> None:
 def pss_mb(pid: int) -> float:
     """Proportional set size: memory that several share counts once in their sum."""
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1000
     return 0.0
@@ -77,7 +79,7 @@ def pss_mb(pid: int) -> float:
 def cpu_seconds(pid: int) -> float:
     """Of a process and of its children that have ended."""
     with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
@@ -166,6 +168,6 @@ def _pipe(source: socket.socket, sink: socket.socket, call: Call, way: str) -> N
 def started(pid: int) -> float:
     """When a process began, in seconds since the epoch; to a hundredth."""
     with suppress(OSError):
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
     return 0.0

@@ -19,6 +19,7 @@ Each message states the given value, the expected value, and a remedy.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -76,6 +77,28 @@ class PrivacyWarning(UserWarning):
 
 class BackboneWarning(UserWarning):
     """The backbone runs but does not read all of its input."""
+
+
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk, or choose another place",
+    errno.EDQUOT: "make room within your quota, or choose another place",
+    errno.EFBIG: "raise the limit on the size of files, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a folder is expected; choose another path",
+    errno.EISDIR: "a folder stands where a file is expected; choose another path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+} | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that this user may read and write")
+
+
+def describe_os_error(error: OSError) -> str:
+    """Describes what the system refused: the path, the reason and the next step.
+
+    >>> describe_os_error(OSError(errno.ENAMETOOLONG, "File name too long", "runs/aaa"))
+    'runs/aaa: File name too long; choose a shorter name'
+    """
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{place}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
 
 
 def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ the current folder. Metrics, partitions and data sources have dotted names only,
 """
 
 import importlib
-import importlib.util
 import pkgutil
 import re
 import sys
@@ -122,7 +121,11 @@ def validate(model: type[BaseModel], tree: Any, where: str) -> Any:
 
 def validated_section(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A named module's settings, whole: what was given and what it leaves at its default."""
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
+    if not isinstance(tree, Mapping):
+        raise ConfigError(
+            _expected("a table", where, tree, '{ name = "%s" }' % (tree if isinstance(tree, str) else "NAME"))
+        )
+    if not isinstance(tree.get("name"), str):
         raise ConfigError(f"{where} needs a `name`: which module of {registry}/ it is")
     rest = {key: value for key, value in tree.items() if key != "name"}
     config = validate(load(registry, tree["name"]).Config, rest, where)
@@ -130,9 +133,29 @@ def validated_section(registry: str, tree: Mapping[str, Any], where: str) -> dic
 
 
 def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
-    path = ".".join(str(step) for step in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    # a union's location ends in the type that did not fit
+    path = ".".join(str(step) for step in problem["loc"] if not re.search(r"\W", str(step)))
+    given, kind, place = problem["input"], problem["type"], where
+    if kind == "extra_forbidden":
         return f"{where}: {did_you_mean('key', path, model.model_fields)}"
-    if problem["type"] == "missing":
+    if kind == "missing":
         return f"{where}: {path} is missing; it has no default"
-    return f"{where}{path and '.'}{path} = {problem['input']!r}: {problem['msg']}"
+    if path:
+        place = f"{where}.{path}" if ":" in where else f"{where}: {path}"
+    if kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
+        key = "KEY" if path else next(iter(model.model_fields))
+        return _expected("a table", place, given, f"{{ {key} = ... }}")
+    if kind in ("tuple_type", "list_type"):
+        return _expected("a list", place, given, f'["{given}"]' if isinstance(given, str) else "[...]")
+    if kind == "string_type" and isinstance(given, (int, float)):
+        return _expected("a text", place, given, f'"{given}"')
+    return f"{place} = {given!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _expected(kind: str, place: str, given: Any, example: str) -> str:
+    """Says how a setting of another kind is written.
+
+    >>> _expected("a list", "r.toml: data.keep", "site", '["site"]')
+    'r.toml: data.keep = \\'site\\': a list is expected: write keep = ["site"]'
+    """
+    return f"{place} = {given!r}: {kind} is expected: write {re.split('[.: ]', place)[-1]} = {example}"

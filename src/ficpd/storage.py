@@ -7,7 +7,9 @@ The cache folder holds downloads, converted weights and measured speeds. It may 
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,16 +25,36 @@ HEADER_LIMIT = 1 << 20
 
 
 def atomic_write(target: Path, content: str | bytes) -> Path:
-    """Writes a file atomically; creates its folder if necessary."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file atomically; creates its folder if necessary. Raises `OSError` that names the file."""
+    body = content.encode() if isinstance(content, str) else content
     temporary = target.with_name(target.name + ".writing")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:  # of a full disk the system names no file
+        raise OSError(error.errno, error.strerror, str(target)) from error
     fsync(target.parent)
     return target
+
+
+def require_writable(folder: Path) -> None:
+    """Tries to write in a folder, before the work whose result goes there. Leaves nothing. Raises `OSError`."""
+    made: list[Path] = []
+    try:
+        made += [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
 
 
 def fsync(path: Path) -> None:
@@ -57,10 +79,16 @@ def fsync(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Returns the cache folder: `$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`."""
-    if own := os.environ.get("FICPD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ficpd"
+    """Returns the cache folder: `$FICPD_CACHE`, else `$XDG_CACHE_HOME/ficpd`, else `~/.cache/ficpd`.
+
+    Raises `OSError` for a user without a home directory.
+    """
+    try:
+        if own := os.environ.get("FICPD_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ficpd"
+    except RuntimeError as error:
+        raise OSError("this user has no home directory for a cache; set FICPD_CACHE to a folder to write in") from error
 
 
 def encode_state(state: State, extra: Mapping[str, JSON]) -> bytes:

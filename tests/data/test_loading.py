@@ -316,10 +316,20 @@ def test_a_csv_that_is_not_utf8_names_the_byte(tmp_path):
     assert "a.csv line 3: byte 22 (0xe9) is not UTF-8" in refused(path)
 
 
-@pytest.mark.parametrize("content", ["text,target\nx,1,2\n", "text,target\nx,1\ny,1,2\n", 'text,target\n"x,1\ny,2\n'])
-def test_a_csv_whose_rows_do_not_fit(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("text,target\nx,1,2\n", "row 1: 3 cells, expected 2"),
+        ("text,target\nx,1\ny,1,2\n", "row 2: 3 cells, expected 2"),
+        ("text,target\n\nx,1\ny\n", "row 2: 1 cells, expected 2"),
+        ('text,target\n"x,1\ny,2\n', "row 1: unexpected end of data"),
+        ('text,target\nx,1\n"so" she said,2\n', "row 2: ',' expected after '\"'"),
+        ('"text,target\nx,1\n', "header: unexpected end of data"),
+    ],
+)
+def test_a_csv_whose_rows_do_not_fit(tmp_path, content, says):
     (tmp_path / "a.csv").write_text(content)
-    assert "a.csv: the rows do not fit the header" in refused(tmp_path / "a.csv")
+    assert f"a.csv {says}" in refused(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(("line", "says"), [("{oops", "not JSON"), ("[1, 2]", "[1, 2] is no object")])

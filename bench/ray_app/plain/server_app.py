@@ -43,4 +43,4 @@ def main(grid: Grid, context: Context) -> None:
         min_available_nodes=cohort,
     )  # fmt: skip
     strategy.start(grid, ArrayRecord({"prompt": prompt}), num_rounds=int(config["rounds"]))
-    Path(str(config["times"])).write_text(json.dumps(strategy.times))
+    Path(str(config["times"])).write_text(json.dumps(strategy.times), encoding="utf-8")

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def machine_info(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     models = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     cpu = next(models, platform.processor() or platform.machine())
     capability = torch.backends.cpu.get_cpu_capability()
@@ -54,10 +55,11 @@ def autotune(
     if len(candidates) == 1:
         return candidates[0], None
     path, key = storage.cache_dir() / "speed.json", json.dumps([identity, machine_info(device), candidates])
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known, seconds, backbone = {}, {}, None
+    with suppress(OSError, ValueError):  # a cache that cannot be used costs time, nothing else
+        known = json.loads(path.read_text(encoding="utf-8"))
     if key in known:
         return ExecutionConfig(*known[key]), None
-    seconds, backbone = {}, None
     for dtype in dtypes:
         backbone = None  # frees the last one
         backbone = load(ExecutionConfig(dtype, attentions[0]))
@@ -66,10 +68,11 @@ def autotune(
                 seconds[ExecutionConfig(dtype, attention)] = step_seconds(backbone)
         backbone.set_attention(attentions[0])
     known[key] = min(seconds, key=lambda choice: seconds[choice])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(known, indent=1))
-    beside.replace(path)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        beside.replace(path)
     return known[key], backbone if known[key] == (dtypes[-1], attentions[0]) else None
 
 

@@ -178,16 +178,14 @@ class Guarded(ABC):
         config = self.model.config.to_json_string(use_diff=False)
         key = [identity, what, config, str(self.dtype), str(self.device), transformers.__version__, torch.__version__]
         name = hashlib.sha256(json.dumps([*key, self.model.config._attn_implementation]).encode()).hexdigest()
-        file = storage.cache_dir() / "checked" / f"{name}.json"
         with suppress(OSError, ValueError):
             if identity is not None:
-                return json.loads(file.read_text(encoding="utf-8"))
+                return json.loads((storage.cache_dir() / "checked" / f"{name}.json").read_text(encoding="utf-8"))
         began = time.process_time()
         found = find()
         if identity is not None and time.process_time() - began > SLOW:
             with suppress(OSError):  # a cache that cannot be written to costs time, nothing else
-                file.parent.mkdir(parents=True, exist_ok=True)
-                storage.atomic_write(file, json.dumps(found))
+                storage.atomic_write(storage.cache_dir() / "checked" / f"{name}.json", json.dumps(found))
         return found
 
     def why_not(self, layer: int, compare: Callable[[], float]) -> str:

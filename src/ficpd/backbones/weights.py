@@ -170,14 +170,15 @@ def _sha256(files: Sequence[Path]) -> str:
 def _known_sha256(files: Sequence[Path]) -> str:
     """The same, read only once as long as the files' place, size and time stay: big models take a minute."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    note = storage.cache_dir() / "sha256" / hashlib.sha256(repr(stats).encode()).hexdigest()
+    name = hashlib.sha256(repr(stats).encode()).hexdigest()
     with contextlib.suppress(OSError):
-        if re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
+        if re.fullmatch("[0-9a-f]{64}", known := (storage.cache_dir() / "sha256" / name).read_text(encoding="utf-8")):
             return known
     sha256 = _sha256(files)
     with contextlib.suppress(OSError):  # a cache that cannot be written to costs time, nothing else
+        note = storage.cache_dir() / "sha256" / name
         note.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as draft:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as draft:
             draft.write(sha256)
         os.replace(draft.name, note)
     return sha256
@@ -185,10 +186,10 @@ def _known_sha256(files: Sequence[Path]) -> str:
 
 def _kept(name: str, fill: Callable[[Path], None]) -> Path:
     """The cache's folder of that name, filled if it is not there; of two processes that fill it, one's work stays."""
-    place = storage.cache_dir() / "weights" / name
-    if place.is_dir():
-        return place
     try:
+        place = storage.cache_dir() / "weights" / name
+        if place.is_dir():
+            return place
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as room:
             draft = Path(room) / "draft"
@@ -201,7 +202,7 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
                     raise
     except OSError as error:
         raise BackboneError(
-            f"cache {storage.cache_dir()}: {error}. Set FICPD_CACHE to a folder with room to write in."
+            f"backbone weights cannot be kept: {error}. Set FICPD_CACHE to a folder with room to write in."
         ) from error
     return place
 

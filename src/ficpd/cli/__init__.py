@@ -1,6 +1,8 @@
 """The command line. Commands import inside their functions, so that `ficpd --help` loads neither torch nor Flower."""
 
+import io
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -22,7 +24,7 @@ from ficpd.cli.options import Command, Group
 from ficpd.cli.predict import predict, serve
 from ficpd.cli.run import publish, report, run
 from ficpd.cli.site import site
-from ficpd.errors import FicpdError
+from ficpd.errors import FicpdError, describe_os_error
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -43,18 +45,34 @@ for group in (app, deploy, site):
 
 
 def main() -> None:
-    """Runs the command line. Prints a `FicpdError` without traceback and exits with status 1."""
+    """Runs the command line. Prints what a user can mend without traceback and exits with status 1.
+
+    Output replaces what its encoding cannot hold. SIGTERM stops a command as Ctrl-C does.
+    """
     console.asked.__init__()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = _warn
     try:
         app()
     except FicpdError as error:
-        if console.asked.verbose:
-            traceback.print_exc()
-        errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        _fail(describe_os_error(error))
+    except UnicodeEncodeError as error:
+        _fail(f"a text holds {error.object[error.start]!r}, which {error.encoding} cannot hold; give it as UTF-8")
+
+
+def _fail(message: str) -> None:
+    """Prints the message of the exception that is handled, with its traceback where --verbose asks for it."""
+    if console.asked.verbose:
+        traceback.print_exc()
+    errors.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ficpd.data import tables
-from ficpd.data.tables import SPLITS, Table, utf8
+from ficpd.data.tables import SPLITS, WHOLE, ReadOptions, Table, read_text
 from ficpd.errors import DataError, did_you_mean
 
 Cells = Mapping[str, Any]
@@ -88,11 +88,11 @@ def schema_columns(layout: str) -> dict[str, str]:
     return {column: column for column in LAYOUTS[layout].columns}
 
 
-def read(layout: str, path: Path) -> list[Table]:
+def read(layout: str, path: Path, options: ReadOptions = WHOLE) -> list[Table]:
     """The files as they are; those of XGLUE with the hub's column names and `lang`."""
     if layout.startswith("xglue-"):
         return _xglue_files(layout.removeprefix("xglue-"), path)
-    return tables.read_files(path)
+    return tables.read_files(path, options)
 
 
 def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
@@ -257,7 +257,7 @@ def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    lines = utf8(file).split("\n")
+    lines = read_text(file).split("\n")
     yield from ((number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line or number < len(lines))
 
 

@@ -1,5 +1,8 @@
-"""Data sets of the Hugging Face hub as tables, by `datasets`."""
+"""Data sets of the Hugging Face hub, and folders of `save_to_disk`, as tables, by `datasets`."""
 
+import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from ficpd.data import images
@@ -7,23 +10,35 @@ from ficpd.data.tables import SPLITS, Table
 from ficpd.errors import DataError
 
 
-def read(source: str, subset: str | None, only: str | None, with_dev: bool) -> list[Table]:
-    """The train and test splits of "hf:ID" (`test.de`, too), or one split to be divided; class numbers become names."""
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` wrote this folder by `save_to_disk`: one data set, or one for each split."""
+    return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))  # False where stat fails
+
+
+def read(
+    source: str, subset: str | None, only: str | None, with_dev: bool, columns: Collection[str] | None = None
+) -> list[Table]:
+    """The train and test splits of "hf:ID" (`test.de`, too), or one split to be divided; class numbers become names.
+
+    The id may also be a folder (`is_saved`). columns: those that are read; None: all.
+    """
     name = source.removeprefix("hf:")
     splits = _load(name, subset, only)
     sides = ["train", *["dropped"] * with_dev, "test"]
     named = {side: [split for split in splits if SPLITS.get(split.partition(".")[0]) == side] for side in sides}
     if named["train"] and named["test"]:
-        return [_table(f"{name} {split}", splits[split], side) for side in sides for split in named[side]]
+        return [_table(f"{name} {split}", splits[split], columns, side) for side in sides for split in named[side]]
     only = only or "train"
     if only not in splits:
         raise DataError(f"{source}: splits are {', '.join(splits)}; say which to read with hf_split")
-    return [_table(f"{name} {only}", splits[only])]
+    return [_table(f"{name} {only}", splits[only], columns)]
 
 
 def _load(name: str, subset: str | None, only: str | None) -> dict[str, Any]:
     import datasets
 
+    if is_saved(folder := Path(name).expanduser()):
+        return _load_saved(folder)
     try:
         loaded = datasets.load_dataset(name, subset, split=only)
     except Exception as error:  # the hub's client raises a dozen kinds, offline ones among them
@@ -34,9 +49,25 @@ def _load(name: str, subset: str | None, only: str | None) -> dict[str, Any]:
     return {only: loaded} if only else dict(loaded)  # type: ignore[arg-type]
 
 
-def _table(name: str, dataset: Any, split: str | None = None) -> Table:
+def _load_saved(folder: Path) -> dict[str, Any]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # as many kinds as the hub's
+        raise DataError(
+            f"{folder}: a folder of datasets.save_to_disk that cannot be loaded ({type(error).__name__}: {error}); save it "
+            "again, or write it with to_parquet and name that file as source"
+        ) from error
+    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
+
+
+def _table(name: str, dataset: Any, columns: Collection[str] | None, split: str | None = None) -> Table:
     from datasets import ClassLabel, Image
 
+    names = list(dataset.features)
+    if columns is not None:
+        dataset = dataset.select_columns([column for column in names if column in columns])
     kinds = {column: getattr(feature, "dtype", "") for column, feature in dataset.features.items()}
     binary = ("binary", "large_binary")
     seen = [c for c, kind in kinds.items() if isinstance(dataset.features[c], Image) or kind in binary]
@@ -48,4 +79,4 @@ def _table(name: str, dataset: Any, split: str | None = None) -> Table:
         return row | {c: None if n is None or n < 0 else named[c].int2str(n) for c, n in numbers.items()}
 
     rows = {i: words(row) | pictures(i) for i, row in enumerate(texts, 1)}
-    return Table(name, list(dataset.features), rows, split=split)
+    return Table(name, names, rows, split=split)

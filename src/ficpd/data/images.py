@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ficpd.data.tables import READERS, SPLITS, Table, holds_bytes, read_files
+from ficpd.data.tables import SPLITS, WHOLE, ReadOptions, Table, holds_bytes, read_files, table_paths
 from ficpd.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -84,20 +84,21 @@ def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
 # ---------------------------------------------------------------- tables with a column of images
 
 
-def read_tables(path: Path, column: str) -> list[Table]:
+def read_tables(path: Path, column: str, options: ReadOptions = WHOLE) -> list[Table]:
     """As `read_files`, the cells of `column` being `LazyImage`s (None where nothing is written); or a folder of images.
 
     In CSV, TSV and JSON Lines the column holds paths, seen from the table's folder; in Parquet paths, bytes, or the hub's
     `{"bytes", "path"}`. A folder without tables holds images, in a folder for each label, and above these, if it likes, in
     `train` and `test`: its columns are `image` and `target`.
     """
-    if path.is_dir() and not any(p.suffix.lower() in READERS for p in path.iterdir()):
+    if path.is_dir() and not table_paths(path):
         sides = {folder: folder.name.lower() for folder in _folders(path)}
         if {"train", "test"} <= {*sides.values()} <= SPLITS.keys():
             return [_labelled(folder)._replace(split=SPLITS[side]) for folder, side in sides.items()]
         return [_labelled(path)]
     folder = path if path.is_dir() else path.parent
-    return [_with_pictures(folder / table.name, table, column) for table in read_files(path, column)]
+    tables = read_files(path, options._replace(images=column))
+    return [_with_pictures(folder / table.name, table, column) for table in tables]
 
 
 def _with_pictures(file: Path, table: Table, column: str) -> Table:

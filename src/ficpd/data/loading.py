@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ficpd import registry
 from ficpd.data import benchmarks, huggingface, images
 from ficpd.data.sentence_ratings import read_ratings
 from ficpd.data.subjects import group_by_subject, parse_subject, subjects_on_both_sides, take_whole
-from ficpd.data.tables import READERS, SPLITS, Table, read_files
+from ficpd.data.tables import READERS, SPLITS, ReadOptions, Table, read_files, replace_surrogates
 from ficpd.data.untyped import UntypedStr, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
 from ficpd.registry import FrozenConfig
@@ -42,6 +43,7 @@ class Config(FrozenConfig):
     dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
     `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
     `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
+    `separator`: of CSV files, where it is no comma, semicolon or tab. `encoding`: of text files, such as "cp1252".
     `columns.subject`: the column that names whom a row is about (a patient, a customer). No subject is in train and in
     test; `test_fraction` and `max_records` draw whole subjects; record-level privacy then covers a subject.
     """
@@ -59,6 +61,8 @@ class Config(FrozenConfig):
     max_records: int | None = Field(default=None, ge=2, description="a random sample of all records")
     subset: str | None = Field(default=None, description="the hub data set's configuration")
     hf_split: str | None = Field(default=None, description="the one split of the hub's data set to read")
+    separator: str | None = Field(default=None, min_length=1, max_length=1)
+    encoding: str = "utf-8"
 
     @model_validator(mode="before")
     @classmethod
@@ -76,6 +80,15 @@ class Config(FrozenConfig):
         if layout is not None and layout not in benchmarks.LAYOUTS:
             raise ValueError(did_you_mean("layout", layout, benchmarks.LAYOUTS))
         return layout
+
+    @field_validator("encoding")
+    @classmethod
+    def _decodes(cls, encoding: str) -> str:
+        try:
+            "".encode(encoding)
+        except LookupError as error:
+            raise ValueError(f"{error}; expected a name such as 'utf-8', 'cp1252' or 'utf-16'") from error
+        return encoding
 
     @model_validator(mode="after")
     def _roles(self) -> "Config":
@@ -102,6 +115,18 @@ class Config(FrozenConfig):
     def subject(self) -> str | None:
         """The column of the subjects, if one is named."""
         return self.columns.get(SUBJECT)
+
+    @property
+    def asked(self) -> list[str]:
+        """The columns that are read."""
+        single = [column for column in (self.split_column, self.subject) if column]
+        return [*self.wanted.values(), *self.options, *self.where, *single]
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How files are read: only the columns asked for, unless a layout knows which these are."""
+        columns = None if self.layout else frozenset(self.asked)
+        return ReadOptions(columns, separator=self.separator, encoding=self.encoding)
 
 
 @dataclass(frozen=True)
@@ -175,9 +200,13 @@ def _tables(config: Config) -> list[Table]:
     if config.source == "ratings":
         return read_ratings(config.columns.get("target"))
     path, on_hub = Path(config.source).expanduser(), config.source.startswith("hf:")
-    of_hub = partial(huggingface.read, config.source, config.subset, config.hf_split, config.dev_as_train)
+    on_hub |= huggingface.is_saved(path)
+    of_hub = partial(
+        huggingface.read, config.source, config.subset, config.hf_split, config.dev_as_train, config.reading.columns
+    )
     if config.layout:
-        return benchmarks.to_records(config.layout, of_hub() if on_hub else benchmarks.read(config.layout, path))
+        tables = of_hub() if on_hub else benchmarks.read(config.layout, path, config.reading)
+        return benchmarks.to_records(config.layout, tables)
     if on_hub:
         return of_hub()
     if DOTTED.fullmatch(config.source) and not path.exists() and path.suffix.lower() not in READERS:
@@ -185,7 +214,9 @@ def _tables(config: Config) -> list[Table]:
         rows = list(module.build(registry.validate(module.Config, config.source_options, "data.source_options")))
         columns = list(dict.fromkeys(name for row in rows for name in row))
         return [Table(config.source, columns, dict(enumerate(rows, 1)))]
-    return images.read_tables(path, config.columns["image"]) if "image" in config.columns else read_files(path)
+    if "image" in config.columns:
+        return images.read_tables(path, config.columns["image"], config.reading)
+    return read_files(path, config.reading)
 
 
 def _check_columns(tables: list[Table], config: Config) -> None:
@@ -196,9 +227,7 @@ def _check_columns(tables: list[Table], config: Config) -> None:
                 f"{table.name} and {first.name} have different columns ({', '.join(differing)} only in one of them); "
                 f"all files of one source need the same"
             )
-    split = [config.split_column] if config.split_column else []
-    subject = [config.subject] if config.subject else []
-    for column in [*config.wanted.values(), *config.options, *config.where, *split, *subject]:
+    for column in config.asked:
         if column not in first.columns:
             raise DataError(f"{first.name}: {did_you_mean('column', column, first.columns)} (set it in `columns`)")
     for column, values in config.where.items():
@@ -221,14 +250,14 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
         if table.untyped and isinstance(target := fields.get("target"), str):
             fields["target"] = parse_cell(target) if choice else UntypedStr(target)  # of options a number is the place
         column = config.subject
-        subject = None if column is None else parse_subject(key, column, cells.get(column))
+        subject = None if column is None else parse_subject(key, column, _cell(cells.get(column)))
         yield Row(key, fields, _side(key, cells, config.split_column) or table.split, subject)
 
 
 def _cell(value: Any) -> Any:
-    """The value, or None where nothing is written."""
+    """The value, which UTF-8 can hold, or None where nothing is written."""
     empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
-    return None if empty else value
+    return None if empty else replace_surrogates(value)
 
 
 def _side(key: str, cells: Mapping[str, Any], column: str | None) -> str | None:
@@ -272,9 +301,9 @@ def _check_targets(rows: list[Row], column: str) -> None:
 
 def _kind(row: Row, column: str) -> str:
     target = row.fields["target"]
-    if type(target) in KINDS and target not in (math.inf, -math.inf):
+    if type(target) in KINDS and (isinstance(target, str) or abs(target) <= sys.float_info.max):
         return KINDS[type(target)]
-    given = "is missing" if target is None else f"{target!r} cannot be a target"
+    given = "is missing" if target is None else f"{repr(target)[:60]} cannot be a target"
     raise DataError(f"{row.key}, column {column!r}: {given}; expected text or a number: fill or drop the row")
 
 

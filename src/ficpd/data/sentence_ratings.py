@@ -59,15 +59,15 @@ def _rated(domain: str, line: str) -> dict[str, Any]:
 
 def _sdist() -> bytes:
     """Reads the archive from the cache, or downloads it with pip; checks its hash. Safe for two processes at once."""
-    kept = storage.cache_dir() / SDIST
     try:
+        kept = storage.cache_dir() / SDIST
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not (kept.is_file() and _genuine(kept)):
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
                 os.replace(_download(Path(folder)), kept)
         return kept.read_bytes()
     except OSError as error:
-        raise DataError(f"{kept}: cannot be kept ({error}); set FICPD_CACHE to a folder you can write to") from error
+        raise DataError(f"{SDIST}: cannot be kept ({error}); set FICPD_CACHE to a folder you can write to") from error
 
 
 def _genuine(path: Path) -> bool:
@@ -77,7 +77,7 @@ def _genuine(path: Path) -> bool:
 def _download(folder: Path) -> Path:
     """pip knows the user's mirror. It checks the hash before it runs anything of the archive."""
     wish = folder / "requirements.txt"
-    wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n")
+    wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n", encoding="utf-8")
     flags = f"download --no-deps --no-binary={PACKAGE} --disable-pip-version-check".split()
     build = ["--no-build-isolation"] if find_spec("setuptools") else []
     command = [sys.executable, "-m", "pip", *flags, *build, "-r", wish, "-d", folder]

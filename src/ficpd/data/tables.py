@@ -1,9 +1,11 @@
-"""Files as tables: CSV, TSV, JSON Lines, JSON and Parquet, every cell as it was written."""
+"""Files as tables: CSV, TSV, JSON Lines, JSON and Parquet, every cell as it was written. Text may be compressed."""
 
+import csv
+import gzip
 import io
 import json
-import warnings
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 from ficpd.errors import DataError
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation"), "dropped")
+LONGEST_CELL = 2**31 - 1
 
 
 class Table(NamedTuple):
@@ -26,122 +29,253 @@ class Table(NamedTuple):
     split: str | None = None
 
 
-def read_files(path: Path, images: str | None = None) -> list[Table]:
-    """One table per readable file, by name; what has another ending is passed over in a folder. Of a Parquet file the
-    column `images` is not read, unless it holds paths."""
-    if path.is_dir():
-        paths = sorted((p for p in path.iterdir() if p.suffix.lower() in READERS and p.is_file()), key=lambda p: p.name)
-        paths = [p for p in paths if p.suffix.lower() != ".json"] or paths  # beside tables JSON is about them
-        if not paths:
-            raise DataError(
-                f"folder {path} holds no file ending in {', '.join(READERS)}; name another folder or a file"
-            )
-        named = {"train", "test"} <= {p.stem.lower() for p in paths} <= SPLITS.keys()
-        return [_file(p, images)._replace(split=SPLITS[p.stem.lower()] if named else None) for p in paths]
+class ReadOptions(NamedTuple):
+    """What is read of files, and how.
+
+    columns: those that are converted; None: all.
+    images: the column of images, whose bytes in a Parquet file are not read.
+    separator: of CSV files; None: a comma, or the semicolon or tab that a header without commas holds.
+    encoding: of text files.
+    """
+
+    columns: Collection[str] | None = None
+    images: str | None = None
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    def asked(self, names: Iterable[str], where: str) -> list[str]:
+        """Returns those of a file's columns that are read. Raises `DataError` if two of them have one name."""
+        found = [name for name in names if self.columns is None or name in self.columns]
+        if twice := [name for name in found if found.count(name) > 1]:
+            raise DataError(f"{where}: two columns are called {twice[0]!r}; rename one of them")
+        return found
+
+
+WHOLE = ReadOptions()
+
+
+def read_files(path: Path, options: ReadOptions = WHOLE) -> list[Table]:
+    """Reads one table per file of a folder that is a table (`table_paths`), or the table of one file."""
+    try:
+        return _folder(path, options) if path.is_dir() else [_named(path, options)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name what this user may read") from error
+
+
+def table_paths(folder: Path) -> list[Path]:
+    """The folder's tables, by name. Passes over hidden files, the locks of spreadsheets and other endings."""
+    found = [p for p in folder.iterdir() if _plain(p).suffix.lower() in READERS and not p.name.startswith((".", "~$"))]
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.name)
+
+
+def _folder(folder: Path, options: ReadOptions) -> list[Table]:
+    paths = table_paths(folder)
+    # beside tables JSON is about them
+    paths = [p for p in paths if _plain(p).suffix.lower() != ".json"] or paths
+    if not paths:
+        raise DataError(f"folder {folder} holds no file ending in {', '.join(READERS)}; name another folder or a file")
+    stems = {p: _plain(p).stem.lower() for p in paths}
+    named = {"train", "test"} <= {*stems.values()} <= SPLITS.keys()
+    return [_file(p, options)._replace(split=SPLITS[stems[p]] if named else None) for p in paths]
+
+
+def _named(path: Path, options: ReadOptions) -> Table:
     if not path.is_file():
         raise DataError(
             f"there is no file or folder {str(path)!r}; source is 'ratings', the path of a table (seen from "
             f"{Path.cwd()}), or 'hf:DATASET_ID'"
         )
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path.name}: unknown ending {path.suffix!r}; save it as one of {', '.join(READERS)}")
-    return [_file(path, images)]
+    if _plain(path).suffix.lower() not in READERS:
+        endings = f"{', '.join(READERS)}; text may be compressed ({', '.join(COMPRESSED)})"
+        raise DataError(f"{path.name}: unknown ending {path.suffix!r}; save it as one of {endings}")
+    return _file(path, options)
 
 
-def _file(path: Path, images: str | None) -> Table:
-    reader = READERS[path.suffix.lower()]
+def _file(path: Path, options: ReadOptions) -> Table:
     try:
-        table = _parquet(path, images) if reader is _parquet else reader(path)
-    except OSError as error:
+        table = READERS[_plain(path).suffix.lower()](path, options)
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path.name}: cannot be read ({error}); check that it is whole and readable") from error
     if not table.rows:
         raise DataError(f"{path.name}: no rows; expected a header and one record a row")
     return table
 
 
-def _table(
-    path: Path, rows: list[dict[str, Any]], columns: Iterable[str] | None = None, untyped: bool = False
-) -> Table:
-    columns = dict.fromkeys(name for row in rows for name in row) if columns is None else columns
+def _table(path: Path, rows: list[dict[str, Any]], columns: Iterable[str], untyped: bool = False) -> Table:
     return Table(path.name, [str(c) for c in columns], dict(enumerate(rows, 1)), untyped)
 
 
-def utf8(path: Path) -> str:
-    """The file's text. Raises `DataError` with the line that is not UTF-8."""
-    content = path.read_bytes()
+# ---------------------------------------------------------------- text
+
+
+def _unzstd(path: Path) -> io.BufferedIOBase:
+    import pyarrow as pa
+
+    return pa.input_stream(str(path), compression="zstd")
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _unzstd}
+
+
+def _plain(path: Path) -> Path:
+    """The path without the ending of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The file's text. Raises `DataError` with the line that is not of this encoding."""
+    content = _content(path)
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
+        return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path.name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8; "
-            f"save the file as UTF-8"
+            f"{path.name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding.upper()}; save "
+            "the file as UTF-8, or name its encoding: data.encoding, such as 'cp1252' or 'utf-16'"
         ) from error
 
 
-def _delimited(path: Path, separator: str) -> Table:
+def _content(path: Path) -> bytes:
+    with COMPRESSED.get(path.suffix.lower(), partial(open, mode="rb"))(path) as stream:
+        return stream.read()
+
+
+def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
     """Every cell as text: "NA" and "null" are words like any other."""
-    import pandas as pd
+    text = read_text(path, options.encoding).lstrip("\r\n")
+    head = text.partition("\n")[0]
+    usual = separator if separator in head else next((other for other in ";\t" if other in head), separator)
+    header, *lines = _lines(path.name, text, options.separator or usual) or [[]]
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(header):
+            raise DataError(
+                f"{path.name} row {number}: {len(line)} cells, expected {len(header)}, as in the header; a cell that holds "
+                "the separator or a line break stands in double quotes"
+            )
+    asked = options.asked(header, path.name)
+    places = [header.index(name) for name in asked]
+    rows = [{name: line[place] for name, place in zip(asked, places, strict=True)} for line in lines]
+    return _table(path, rows, header, untyped=True)
 
-    text = io.StringIO(utf8(path))
+
+def _lines(name: str, text: str, separator: str) -> list[list[str]]:
+    """The header's cells and those of each row. Passes over blank lines."""
+    csv.field_size_limit(LONGEST_CELL)
+    found: list[list[str]] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
-    except pd.errors.EmptyDataError:
-        return _table(path, [], [])
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        for line in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
+            if len(line) > 1 or line == [""] or any(map(str.strip, line)):
+                found.append(line)
+    except csv.Error as error:
+        place = f"row {len(found)}" if found else "header"
         raise DataError(
-            f"{path.name}: the rows do not fit the header ({str(error).strip()}); every row needs one cell per column, "
-            f"and a cell that holds the separator or a line break stands in double quotes"
+            f"{name} {place}: {error}; a cell that holds the separator, a line break or double quotes stands in double "
+            "quotes, and those inside it are doubled"
         ) from error
-    return _table(path, frame.to_dict("records"), frame.columns, untyped=True)  # type: ignore[arg-type]
+    return found
 
 
-def _json_lines(path: Path) -> Table:
+def _json_lines(path: Path, options: ReadOptions) -> Table:
     rows = []
-    for number, line in enumerate(utf8(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, options.encoding).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(_decode(line))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path.name} line {number}: not JSON ({error}); expected one object a line") from error
         if not isinstance(rows[-1], dict):
             given = line.strip()[:40]
             raise DataError(f"{path.name} line {number}: {given} is no object; expected one object a line")
-    return _table(path, rows)
+    return _table(path, rows, dict.fromkeys(name for row in rows for name in row))
 
 
-def _json(path: Path) -> Table:
+def _json(path: Path, options: ReadOptions) -> Table:
     """A list of objects; one object of objects, whose keys become the column `id`; or JSON Lines under another ending."""
     try:
-        whole = json.loads(utf8(path).strip() or "[]")
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _json_lines(path)
-        raise DataError(f"{path.name} line {error.lineno}: not JSON ({error.msg}); copy or write it again") from error
+        whole = _decode(read_text(path, options.encoding).strip() or "[]")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return _json_lines(path, options)
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path.name}{line}: not JSON ({error}); copy or write it again") from error
     if isinstance(whole, dict):
         if not all(isinstance(row, dict) for row in whole.values()):
-            return _json_lines(path)  # of one line
+            return _json_lines(path, options)  # of one line
         whole = [{"id": key} | row for key, row in whole.items()]
     if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
         raise DataError(f"{path.name}: no table; expected a list of objects, an object of objects, or an object a line")
-    return _table(path, whole)
+    return _table(path, whole, dict.fromkeys(name for row in whole for name in row))
 
 
-def _parquet(path: Path, images: str | None = None) -> Table:
+def _decode(text: str) -> Any:
+    """JSON as Python values. Raises `ValueError` for an object with one name twice, of which `json` keeps the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def replace_surrogates(value: Any) -> Any:
+    r"""Replaces what UTF-8 cannot hold in a text, or in the texts of a list, by U+FFFD. JSON can spell such signs.
+
+    >>> replace_surrogates("fine \ud83d day") == "fine \ufffd day"
+    True
+    """
+    if isinstance(value, list):
+        return [replace_surrogates(item) for item in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def _parquet(path: Path, options: ReadOptions) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path != _plain(path):
+        raise DataError(f"{path.name}: Parquet compresses its columns itself; decompress the file")
     try:
         with pq.ParquetFile(path) as file:
-            fields = {field.name: field.type for field in file.schema_arrow}
-            read = [name for name, kind in fields.items() if name != images or not holds_bytes(kind)]
-            rows = file.read(columns=read).to_pylist() if read else [{} for _ in range(file.metadata.num_rows)]
+            schema, size = file.schema_arrow, file.metadata.num_rows
+            asked = options.asked(schema.names, path.name)
+            read = [n for n in asked if n != options.images or not holds_bytes(schema.field(n).type)]
+            found = file.read(columns=read)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path.name}: no whole Parquet file ({error}); copy or write it again") from error
-    return _table(path, rows, fields)
+    classes = class_names(schema)
+    cells = {name: _values(path, name, found.column(name), classes.get(name)) for name in read}
+    rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    return _table(path, rows if read else [{} for _ in range(size)], schema.names)
+
+
+def _values(path: Path, name: str, column: Any, classes: list[str] | None) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        found = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path.name}, column {name!r}: cannot be read ({error}); write the column as text") from error
+    if classes is None:
+        return found
+    return [classes[n] if isinstance(n, int) and 0 <= n < len(classes) else None for n in found]
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """By column: the names of its class numbers, as `datasets` writes them beside an Arrow schema."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: list(map(str, kind["names"])) for name, kind in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # another program's entry of that name
+        return {}
 
 
 def holds_bytes(kind: Any) -> bool:
@@ -151,7 +285,7 @@ def holds_bytes(kind: Any) -> bool:
     return of.is_binary(kind) or of.is_large_binary(kind) or of.is_struct(kind)
 
 
-READERS = {
+READERS: dict[str, Callable[[Path, ReadOptions], Table]] = {
     ".csv": partial(_delimited, separator=","),
     ".tsv": partial(_delimited, separator="\t"),
     ".jsonl": _json_lines,

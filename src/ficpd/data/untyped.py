@@ -1,4 +1,4 @@
-"""Targets of files without types (CSV): text as it stands there, which a task of numbers reads numbers off."""
+"""Targets as they are spelled: text of files without types (CSV) that is a number, and labels that are no text."""
 
 import math
 import re
@@ -14,7 +14,7 @@ def parse_cell(cell: Any) -> Any:
     """
     if not isinstance(cell, str) or not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell, re.ASCII):
         return cell
-    return int(cell) if cell.strip().lstrip("+-").isdigit() else float(cell)
+    return int(cell) if re.fullmatch(r"\s*[+-]?\d{1,300}\s*", cell) else float(cell)
 
 
 class UntypedStr(str):
@@ -30,6 +30,23 @@ def parse_number(target: Any) -> Any:
     """
     number = parse_cell(target) if isinstance(target, UntypedStr) else target
     return target if number in (math.inf, -math.inf) else number
+
+
+def label_spellings(target: Any) -> list[str]:
+    """The labels that a target may stand for, the most literal first: as text, without blanks around it, a truth value in
+    small letters and large, and a whole number without its decimal point.
+
+    >>> label_spellings(" pos"), label_spellings(True), label_spellings(1.0)
+    ([' pos', 'pos'], ['True', 'true'], ['1.0', '1'])
+    """
+    literal = str(target)
+    bare = literal.strip()
+    found = [literal, bare]
+    if bare.lower() in ("true", "false"):
+        found += [bare.title(), bare.lower()]
+    if re.fullmatch(r"-?\d+\.0+", bare):
+        found.append(bare.partition(".")[0])
+    return list(dict.fromkeys(found))
 
 
 def is_regression_target(targets: Iterable[Any]) -> bool:

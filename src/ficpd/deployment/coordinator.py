@@ -185,7 +185,7 @@ def _sites_of(out: Path) -> dict[str, ClientCard] | None:
     file = out / SITES
     if not file.exists():
         return None
-    return {name: ClientCard(name, facts) for name, facts in json.loads(file.read_text()).items()}
+    return {name: ClientCard(name, facts) for name, facts in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def _with_sites(

@@ -168,7 +168,7 @@ def _children(pid: int) -> list[int]:
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
-            found += [int(child) for child in file.read_text().split()]
+            found += [int(child) for child in file.read_text(encoding="utf-8").split()]
     return [member for child in found for member in (child, *_children(child))]
 
 

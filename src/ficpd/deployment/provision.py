@@ -133,7 +133,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int,
         (site / "ca.crt").write_bytes(ca.pem)
         (coordinator / "sites" / f"{name}.pub").write_bytes(public)
         lines.append(f"/opt/ficpd/bin/flwr supernode register --name {name} /etc/ficpd/sites/{name}.pub ficpd\n")
-    (coordinator / "register.sh").write_text("".join(lines))
+    (coordinator / "register.sh").write_text("".join(lines), encoding="utf-8")
     if secure:
         _signing_keys(made, sites, certificates.create_signing_key)
 

@@ -41,6 +41,7 @@ from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, loc
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.registry import build_config
+from ficpd.storage import require_writable
 from ficpd.types import ClientCard, Prompt, Record, State
 
 SHADOW_BATCH = 32
@@ -85,6 +86,7 @@ def audit_run(
     left to attack.
     """
     run = open_run(Path(folder), device, prompt)
+    require_writable(run.directory.path)
     name = _named(run.library, prompt)
     experiment, shards, task = run.context.experiment, run.context.shards.values(), run.context.task
     (party,) = experiment.all_groups.values()
@@ -111,6 +113,7 @@ def audit_library(
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
     opened = load_library(folder, device=device, weights=False)
+    require_writable(Path(out))
     library, card = opened.library, opened.library.card
     name = _named(library, prompt)
     training = local_training_config(library)

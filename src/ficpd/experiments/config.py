@@ -197,17 +197,17 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
     for key in tree:
         if key not in Experiment.model_fields:
             raise ConfigError(f"{where}: {_place_of(key) or did_you_mean('part', key, Experiment.model_fields)}")
-    parts: dict[str, Any] = dict(tree)
+    parts, groups = dict(tree), tree.get("groups")
     if isinstance(tree.get("privacy"), Mapping):
         parts["privacy"] = {"name": RECORD_LEVEL, **tree["privacy"]}
     _check_places(parts, where)
     own = [key for key in Group.model_fields if key in tree]
-    if tree.get("groups") and own:
+    if groups and not isinstance(groups, Mapping):
+        raise ConfigError(f"{where}: groups = {groups!r}: a table is expected: write [groups.NAME]")
+    if groups and own:
         raise ConfigError(f"{where}: {own[0]!r} stands beside groups. Move it into each group that it is for")
-    if tree.get("groups"):
-        parts["groups"] = {
-            name: _group(group, f"{where}: groups.{name}", records) for name, group in tree["groups"].items()
-        }
+    if groups:
+        parts["groups"] = {name: _group(group, f"{where}: groups.{name}", records) for name, group in groups.items()}
     elif missing := [key for key in Group.model_fields if key not in tree and (records or key == "task")]:
         raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     for key, model in PARTS.items():
@@ -260,7 +260,7 @@ def _place_of(key: str, inside: str = "") -> str:
 
 def _group(tree: Any, where: str, records: bool) -> Group:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: expected task, data and partition")
+        raise ConfigError(f"{where} = {tree!r}: a table is expected, with task, data and partition")
     if records and (missing := [key for key in Group.model_fields if key not in tree]):
         raise ConfigError(f"{where}: {missing[0]} is missing; it has no default")
     parts: dict[str, Any] = dict(tree)
@@ -293,7 +293,7 @@ def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, 
             raise ConfigError(f"no {kind} file {name}. Those of ficpd: {', '.join(known)}")
         try:
             search_in(path.parent)
-            return path.read_text(encoding="utf-8"), path.name
+            return path.read_text(encoding="utf-8-sig"), path.name
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path.name} is not UTF-8 at byte {error.start}. Save it as UTF-8") from error
     if name not in known:

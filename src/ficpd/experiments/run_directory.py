@@ -15,6 +15,7 @@ baselines/NAME/   the same for each baseline
 """
 
 import json
+import tomllib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ficpd import storage
-from ficpd.errors import CodecError, LedgerError, RunError
+from ficpd.errors import CodecError, LedgerError, RunError, describe_os_error
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.results import FILE, RunResult
 from ficpd.federation.privacy_plan import LEDGER
@@ -57,8 +58,8 @@ class RunDir:
             raise RunError(f"{self.path} already holds a run. Go on with it (--resume), or choose another --out")
         if not file.exists() and not self.is_empty:
             raise RunError(f"{self.path} is not empty and holds no run. Choose another --out")
-        if file.exists() and file.read_text() != experiment_toml:
-            raise RunError(f"{file} is another experiment. Resume without changes, or choose another --out")
+        if file.exists() and (other := changed_settings(file.read_text(encoding="utf-8"), experiment_toml)):
+            raise RunError(f"{file} is another experiment: {other}. Resume without changes, or choose another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -66,17 +67,20 @@ class RunDir:
 
         Raises `RunError` if another process holds the lock. The lock is the system's and ends with the process.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file, expected a directory. Choose another --out")
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise RunError(f"{self.path} is a file, expected a directory. Choose another --out")
+            made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            storage.require_writable(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise RunError(
                 f"another process is at work in {self.path}; wait until it has ended, or choose another --out"
             ) from None
+        except OSError as error:
+            raise RunError(f"--out {describe_os_error(error)}") from error
         try:
             yield
         finally:
@@ -100,7 +104,7 @@ class RunDir:
         file = self.path / "run-id"
         if not file.exists():
             self.write("run-id", uuid.uuid4().hex + "\n")
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
 
     def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
         """Writes the checkpoint, then `rounds.jsonl` from it."""
@@ -136,7 +140,7 @@ class RunDir:
         Sites do not repeat these rounds, so the run would lose their updates.
         """
         file = self.path / "rounds.jsonl"
-        written = len(file.read_text().splitlines()) if file.exists() else 0
+        written = len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
         if written > rounds:
             raise RunError(
                 f"{file} has {written} rounds, and {self.path / 'checkpoint'} "
@@ -187,3 +191,22 @@ class RunDir:
     def result(self) -> RunResult | None:
         """Returns the result; None if the run is not finished."""
         return RunResult.load(self.path) if (self.path / FILE).exists() else None
+
+
+def changed_settings(before: str, now: str) -> str:
+    """Names the settings in which two experiments differ, with both values; empty for equal ones."""
+    old, new = (dict(_settings(tomllib.loads(text))) for text in (before, now))
+    return "; ".join(
+        f"{name} was {old.get(name, 'not set')}, is {new.get(name, 'not set')}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    )
+
+
+def _settings(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each setting's dotted name and value."""
+    if not isinstance(tree, dict):
+        yield name.removeprefix("."), tree
+        return
+    for key, value in tree.items():
+        yield from _settings(value, f"{name}.{key}")

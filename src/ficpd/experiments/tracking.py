@@ -149,5 +149,5 @@ def settings_of(run: Path) -> dict[str, str]:
     from pandas import json_normalize
 
     files = (folder / "resolved.toml" for folder in (run, *run.parents[:2]))
-    trees = [tomllib.loads(file.read_text()) for file in files if file.exists()]
+    trees = [tomllib.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     return {key: str(value) for tree in trees[:1] for key, value in json_normalize(tree).to_dict("records")[0].items()}

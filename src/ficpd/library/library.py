@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.errors import LibraryError
+from ficpd.errors import LibraryError, describe_os_error
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.card import (
     ADAPTED,
@@ -32,7 +32,7 @@ from ficpd.library.card import (
     model_card,
     read_card,
 )
-from ficpd.storage import atomic_write, fsync
+from ficpd.storage import atomic_write, fsync, require_writable
 from ficpd.types import Batch, Prompt, Query, Readout
 
 
@@ -230,3 +230,13 @@ def require_standalone(library: PromptLibrary, name: str) -> None:
             f"the prompt {name!r} needs {len(texts)} demonstrations, which are not part of a prompt; fit one without them "
             "(`ficpd adapt --how tune`, or compose), or load both with examples/plain_transformers.py"
         )
+
+
+def require_new(folder: str | Path) -> None:
+    """Raises `LibraryError` if the folder exists, or cannot be written."""
+    try:
+        if Path(folder).exists():
+            raise LibraryError(f"{folder} exists already; choose another folder (--out)")
+        require_writable(Path(folder))
+    except OSError as error:
+        raise LibraryError(f"--out {describe_os_error(error)}") from error

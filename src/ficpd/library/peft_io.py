@@ -21,7 +21,7 @@ from ficpd.backbones import catalog, lora, weights
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.library.card import ADAPTED, adapted_line, describe_run, describe_shape, guarantee
-from ficpd.library.library import PromptLibrary, prompt_keys, require_standalone
+from ficpd.library.library import PromptLibrary, prompt_keys, require_new, require_standalone
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
 from ficpd.storage import atomic_write, fsync
@@ -144,8 +144,7 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
     """
     from transformers import AutoConfig
 
-    if Path(folder).exists():
-        raise LibraryError(f"{folder} exists already; choose another --out")
+    require_new(folder)
     own, named = own_base(library), resolve_backbone(backbone_config(library))[0]
     kind = KINDS.get(named)
     if kind is None:

@@ -10,6 +10,8 @@ import torch
 
 from ficpd.data import loading
 from ficpd.data.subjects import parse_subject, subject_numbers
+from ficpd.data.tables import replace_surrogates
+from ficpd.data.untyped import label_spellings
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Task
 from ficpd.registry import validate
@@ -49,7 +51,8 @@ def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Recor
     subject = (
         parse_subject(key, roles[loading.SUBJECT], row[roles[loading.SUBJECT]]) if loading.SUBJECT in roles else None
     )
-    return Record(key, {**row, **{r: row[column] for r, column in roles.items() if r != loading.SUBJECT}}, subject)
+    fields = {**row, **{r: row[column] for r, column in roles.items() if r != loading.SUBJECT}}
+    return Record(key, {name: replace_surrogates(value) for name, value in fields.items()}, subject)
 
 
 def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
@@ -69,7 +72,7 @@ def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int
     taken: dict[str, int] = {}
     chosen = []
     for i in order:
-        label = str(records[i].fields["target"])
+        label = label_spellings(records[i].fields["target"])[-1]
         taken[label] = taken.get(label, 0) + 1
         if taken[label] <= shots:
             chosen.append(records[i])
@@ -78,5 +81,6 @@ def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int
 
 def missing_labels(task: Task, records: Sequence[Record]) -> list[str]:
     """The labels of a classification that no record has."""
-    seen = {str(record.fields.get("target")) for record in records}
-    return [label for label in task.to_config().get("labels", {}) if label not in seen]
+    labels = task.to_config().get("labels", {})
+    seen = {*task.targets(records)} if labels else {}
+    return [label for label in labels if label not in seen]

@@ -249,7 +249,7 @@ def check_strategy(how: str) -> None:
 
 
 def _class_of(task: Task, record: Record) -> str:
-    return str(record.fields["target"]) if task.to_config().get("labels") else ""
+    return task.targets([record])[0] if task.to_config().get("labels") else ""
 
 
 def _lacking(task: Task, records: Sequence[Record]) -> str:

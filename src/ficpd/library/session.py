@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ficpd.backbones import openai_api
 from ficpd.backbones.loading import ENDPOINT, BackboneConfig, EngineConfig, load_backbone
 from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.data.tables import replace_surrogates
 from ficpd.data.untyped import is_regression_target
 from ficpd.errors import DataError, LibraryError, did_you_mean
 from ficpd.evaluation.evaluate import predictions, score_prompt
 from ficpd.interfaces import Task
 from ficpd.library import peft_io
 from ficpd.library.card import ADAPTED, join_names
-from ficpd.library.library import PromptLibrary, task_key
+from ficpd.library.library import PromptLibrary, require_new, task_key
 from ficpd.library.records import NO_COLUMNS, Data, draw_shots, missing_labels, read_records
 from ficpd.library.selection import AUTO, check_strategy
 from ficpd.library.selection import adapt as fit
@@ -71,7 +72,7 @@ class LibrarySession:
         Raises `LibraryError` for `scores` of a task without labels.
         """
         records = [
-            text if isinstance(text, Record) else Record(f"text {place}", {"text": text})
+            text if isinstance(text, Record) else Record(f"text {place}", {"text": replace_surrogates(text)})
             for place, text in enumerate([texts] if isinstance(texts, str) else texts, 1)
         ]
         name, chosen = prompt or default_prompt(self, task), self.tasks[self.named(task)]
@@ -254,12 +255,6 @@ def get_prompt(library: PromptLibrary, name: str | None) -> Prompt:
     return library.prompts[name]
 
 
-def require_new(folder: str | Path) -> None:
-    """Raises `LibraryError` if the folder exists."""
-    if Path(folder).exists():
-        raise LibraryError(f"{folder} exists already; choose another folder (--out)")
-
-
 @dataclass(frozen=True)
 class TargetTask:
     """A task to adapt to: its name in the adapted library, and a sentence about the choice."""
@@ -316,7 +311,7 @@ def _fits(task: Task, records: Sequence[Record]) -> bool:
 
 def _labels_of(records: Sequence[Record]) -> dict[str, str]:
     """Each target found, with the text that stands for it: underscores are blanks."""
-    found = sorted({str(record.fields["target"]) for record in records})
+    found = sorted({str(record.fields["target"]).strip() for record in records})
     if is_regression_target(record.fields["target"] for record in records):
         raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
     if len(found) < 2:

@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
+from ficpd.data.untyped import label_spellings
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Backbone, Task
 from ficpd.tasks import LabelTask, has_targets
@@ -68,10 +69,12 @@ class Classification(Task):
 
     def targets(self, records: Sequence[Record]) -> list[str]:
         """Raises `DataError`, naming all unknown labels at once."""
-        found = [str(record.fields["target"]) for record in records]
-        if unknown := Counter(label for label in found if label not in self.config.labels):
-            raise DataError(_unknown_labels(records[found.index(next(iter(unknown)))], unknown, self.names))
-        return found
+        found = [self._label(record) for record in records]
+        strangers = [record for record, label in zip(records, found, strict=True) if label is None]
+        if strangers:
+            unknown = Counter(label_spellings(record.fields["target"])[0] for record in strangers)
+            raise DataError(_unknown_labels(strangers[0], unknown, self.names))
+        return [label for label in found if label is not None]
 
     def score(self, predictions: Sequence[str], targets: Sequence[str]) -> Score:
         options = {"labels": self.names, "average": "macro", "zero_division": 0.0}
@@ -80,6 +83,11 @@ class Classification(Task):
 
     def to_config(self) -> Mapping[str, JSON]:
         return {"name": "classification", **self.config.model_dump()}
+
+    def _label(self, record: Record) -> str | None:
+        """Returns the label that a record's target stands for; None: an unknown one."""
+        spellings = label_spellings(record.fields["target"])
+        return next((spelling for spelling in spellings if spelling in self.config.labels), None)
 
 
 def _unknown_labels(first: Record, unknown: Counter[str], known: Sequence[str]) -> str:

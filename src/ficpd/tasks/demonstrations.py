@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ficpd.data.untyped import label_spellings
 from ficpd.errors import LibraryError
 from ficpd.interfaces import Backbone, Task
 from ficpd.types import LABEL_PRIOR, Answer, Batch, Prompt, Query, Readout, Record
@@ -124,7 +125,7 @@ def balanced(records: Sequence[Record]) -> list[Record]:
     seen: dict[str, int] = {}
     turns = []
     for record in records:
-        label = str(record.fields["target"])
+        label = label_spellings(record.fields["target"])[-1]
         seen[label] = seen.get(label, 0) + 1
         turns.append(seen[label])
     return [records[i] for i in sorted(range(len(records)), key=turns.__getitem__)]
@@ -133,7 +134,7 @@ def balanced(records: Sequence[Record]) -> list[Record]:
 def _written(task: Task, record: Record) -> str:
     """Returns an example's lines: text (and pair), then the instruction followed by the answer."""
     described = task.to_config()
-    answer = described["labels"][str(record.fields["target"])]
+    answer = described["labels"][task.targets([record])[0]]
     asked = f"{described.get('instruction', '')} {answer}".strip()
     lines = [record.fields["text"], record.fields.get("text_pair"), asked]
     return "\n".join(line for line in lines if line)

@@ -136,7 +136,7 @@ def read(path: Path | str) -> SiteConfig:
     if not path.is_file():
         raise ConfigError(f"no site file {path}; `ficpd deploy init` writes one for each site")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name} is not TOML: {error}") from error
     for key in tree:

@@ -140,7 +140,7 @@ def _is_locked(state: Path) -> bool:
     """Returns whether a process uses this state folder."""
     if not (state / "lock").exists():
         return False
-    with open(state / "lock") as file:
+    with open(state / "lock", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

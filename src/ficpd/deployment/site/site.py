@@ -257,8 +257,9 @@ class Site:
             with suppress(PolicyError):  # the stored assignment failed
                 restore_update(client, stored)
         participations = spec.schedule.num_rounds if central else plan.participations
-        scored = self._run_folder(name) / SCORED
-        return Run(spec, body, method, client, participations, int(scored.read_text()) if scored.exists() else 0)
+        file = self._run_folder(name) / SCORED
+        scored = int(file.read_text(encoding="utf-8")) if file.exists() else 0
+        return Run(spec, body, method, client, participations, scored)
 
     def _mechanism(self, spec: RunSpec, method: Method, plan: Any) -> Mechanism:
         """Builds the recipe's mechanism, with cryptographic noise unless this is a simulation."""
@@ -298,7 +299,7 @@ class Site:
         if not file.exists():
             return set()
         try:
-            kept = json.loads(file.read_text())
+            kept = json.loads(file.read_text(encoding="utf-8"))
             return set(kept["specs"]) if kept["assignments"] == self.ledger.num_assignments() else set()
         except (ValueError, KeyError, TypeError) as error:
             raise SiteError(f"{file} cannot be read; its owner deletes it, and refusals count from 0 again") from error
@@ -351,7 +352,7 @@ class Site:
 
     def _check_witness(self) -> None:
         file, found = self.folder / WITNESS, self.ledger.num_assignments()
-        written = file.read_text().strip() if file.exists() else "0"
+        written = file.read_text(encoding="utf-8").strip() if file.exists() else "0"
         if not written.isdecimal():
             raise LedgerError(
                 f"{file} has {written[:20]!r}, expected a number. Restore it and the ledger from one copy"
@@ -383,7 +384,7 @@ def _owned(folder: Path) -> None:
 
 def _hold(folder: Path):
     """Locks the state folder until the process ends."""
-    file = open(folder / "lock", "w")  # noqa: SIM115
+    file = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -397,4 +398,4 @@ def _own_seed(file: Path) -> int:
     if not file.exists():
         atomic_write(file, f"{secrets.randbits(62)}\n")
         file.chmod(0o600)
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))

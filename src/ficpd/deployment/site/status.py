@@ -21,7 +21,7 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
         runs[folder.name] = {
             "rounds_served": of_run.num_assignments(),
             "last_assignment": of_run.last_assignment_at(),
-            "scores": json.loads(scores.read_text()) if scores.exists() else {},
+            "scores": json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {},
         }
     spent = account.epsilon() if account.spent() else 0.0
     return {
@@ -29,7 +29,7 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
         "rehearsal": config.simulation is not None,
         "epsilon": {"spent": spent, "of": allowed.epsilon, "delta": allowed.delta, "unit": _described(units)},
         "runs": runs,
-        "last_error": json.loads(error.read_text()) if error.exists() else None,
+        "last_error": json.loads(error.read_text(encoding="utf-8")) if error.exists() else None,
     }
 
 
