@@ -209,6 +209,15 @@ def test_regression_stays_between_its_anchors_in_their_own_unit(model):
     assert max(predicted) - min(predicted) > 0.1
     assert task.score([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == pytest.approx({"rmse": 1.0, "pearson": 1.0})
     assert task.score([1.0, 1.0, 1.0], [2.0, 3.0, 4.0]) == pytest.approx({"rmse": math.sqrt(14 / 3)})
+    for targets in ([1.0, 1.0, 1.0 + 1e-15], [1.0]):
+        assert task.score([1.0, 2.0, 3.0][: len(targets)], targets).keys() == {"rmse"}
+
+
+def test_a_prompt_that_diverged_predicts_the_anchors_mean(model):
+    task = small.numbers()
+    batch, prompt = batch_of(task, model, 4), small.start(model, task)
+    answer = model.answer([Query(prompt.vectors_PD[None] * torch.nan, batch, outputs=True)])[0]
+    assert task.predict(answer, batch) == [3.0] * 4
 
 
 def test_anchors_need_two_values():

@@ -175,7 +175,7 @@ def test_a_run_whose_every_update_is_dropped_ends_and_says_so(tmp_path, method):
     result = small.run(tmp_path, method, "federation.max_update_norm=1e-9", rounds=2)
     assert result.dropped_updates == 6
     assert result.bytes.up_total > 0
-    assert "6 updates were dropped." in small.page(tmp_path)
+    assert "6 of 6 updates were dropped (site-0, round 1: " in small.page(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "ficpd", "local", "centralized"])
@@ -326,6 +326,30 @@ def test_a_run_stopped_between_two_rounds_goes_on_with_the_baselines_too(tmp_pat
     assert tables[0] == tables[1] > 5
 
 
+@pytest.mark.parametrize("method", ["fedavg", "local"])
+def test_a_learning_rate_that_diverges_is_told_and_leaves_what_was_there(tmp_path, method):
+    """A client that keeps its prompt keeps the last one that is a number, as the server does."""
+    changes = "training.learning_rate=1e38", "training.local_steps=5", "baselines=['local']"
+    given = small.experiment(tmp_path, method, *changes, rounds=1)
+    regression = {"name": "regression", "anchors": small.ANCHORS, "instruction": "it was", "tuned_head": False}
+    numbers = tmp_path / "numbers.csv"
+    rows = [f"{word} film,{i % 3 + 1},s{i % 2}\n" for i, word in enumerate(small.GOOD * 6)]
+    numbers.write_text("text,target,site\n" + "".join(rows))
+    of_numbers = {"task": regression, "data": given.data.model_copy(update={"source": str(numbers)})}
+    for name, experiment in {"labels": given, "numbers": given.model_copy(update=of_numbers)}.items():
+        result = run_experiment(experiment, tmp_path / name)
+        found = FinishedRun.load(tmp_path / name)
+        alone = result if method == "local" else found.alone
+        bare = next(one for one in found.baselines if one.method == "zero_shot")
+        if name == "labels":
+            assert alone.scores.per_client_mean == bare.scores.per_client_mean
+        else:  # a prompt can be far too long, and a number
+            assert alone.scores.per_client_mean["rmse"] <= 2
+        if method != "local":
+            assert "updates were dropped (" in found.verdict
+            assert "lower training.learning_rate" in found.verdict
+
+
 # ---------------------------------------------------------------- directories that are taken or broken
 
 
@@ -386,7 +410,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 def test_another_experiment_is_not_gone_on_with(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml", ["seed=9"])
-    with pytest.raises(RunError, match=r"another experiment\. Resume without changes"):
+    with pytest.raises(RunError, match=r"another experiment \(seed was 0, is 9\)\. Resume without changes"):
         run_experiment(given, finished / "run", resume=True)
 
 

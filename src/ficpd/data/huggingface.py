@@ -59,7 +59,9 @@ def _load_saved(folder: Path) -> dict[str, Any]:
             f"{folder}: a folder of datasets.save_to_disk that cannot be loaded ({type(error).__name__}: {error}); save it "
             "again, or write it with to_parquet and name that file as source"
         ) from error
-    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
+    if isinstance(loaded, datasets.DatasetDict):
+        return {str(name): split for name, split in loaded.items()}
+    return {str(loaded.split or "train"): loaded}
 
 
 def _table(name: str, dataset: Any, columns: Collection[str] | None, split: str | None = None) -> Table:

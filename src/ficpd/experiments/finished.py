@@ -85,8 +85,22 @@ class FinishedRun:
 
     @property
     def verdict(self) -> str:
-        """Whether joining pays: the run's method against what a client has without the others."""
-        return " ".join(verdict(self.results))
+        """Whether joining pays: the run's method against what a client has without the others.
+
+        Says so if most updates were dropped, for then little was learned together.
+        """
+        received = sum(done.updates for done in self.rounds[self.result.label])
+        return " ".join([*verdict(self.results), *([self.dropped] if self.result.dropped_updates > received else [])])
+
+    @property
+    def dropped(self) -> str:
+        """How many updates were dropped, and why the first one was; empty if none was."""
+        rounds = self.rounds[self.result.label]
+        found = [(name, done.round, why) for done in rounds for name, why in sorted(done.dropped.items())]
+        if not found:
+            return ""
+        (name, number, why), total = found[0], len(found) + sum(done.updates for done in rounds)
+        return f"{len(found)} of {total} updates were dropped ({name}, round {number}: {why})."
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line per method, the run's method last; unrounded, and empty where there is no figure.

@@ -58,8 +58,9 @@ class RunDir:
             raise RunError(f"{self.path} already holds a run. Go on with it (--resume), or choose another --out")
         if not file.exists() and not self.is_empty:
             raise RunError(f"{self.path} is not empty and holds no run. Choose another --out")
-        if file.exists() and (other := changed_settings(file.read_text(encoding="utf-8"), experiment_toml)):
-            raise RunError(f"{file} is another experiment: {other}. Resume without changes, or choose another --out")
+        if file.exists() and (before := file.read_text(encoding="utf-8")) != experiment_toml:
+            changes = changed_settings(before, experiment_toml)
+            raise RunError(f"{file} is another experiment ({changes}). Resume without changes, or choose another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -194,13 +195,13 @@ class RunDir:
 
 
 def changed_settings(before: str, now: str) -> str:
-    """Names the settings in which two experiments differ, with both values; empty for equal ones."""
-    old, new = (dict(_settings(tomllib.loads(text))) for text in (before, now))
-    return "; ".join(
-        f"{name} was {old.get(name, 'not set')}, is {new.get(name, 'not set')}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    )
+    """Names the settings in which two experiments differ, with both values."""
+    try:
+        old, new = (dict(_settings(tomllib.loads(text))) for text in (before, now))
+    except tomllib.TOMLDecodeError as error:
+        return f"it is not TOML: {error}"
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name, 'not set')}, is {new.get(name, 'not set')}" for name in differing)
 
 
 def _settings(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -97,7 +97,10 @@ def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
     _check_finite(arrays)
     norm = _norm(arrays)
     if norm > expected.max_norm:
-        raise CodecError(f"the update's norm is {norm:.3g}, at most {expected.max_norm:.3g} was expected")
+        raise CodecError(
+            f"the update's norm is {norm:.3g}, at most {expected.max_norm:.3g} was expected; lower training.learning_rate, "
+            "or raise federation.max_update_norm"
+        )
     return ClientUpdate(expected.client, arrays, weight)
 
 
@@ -142,7 +145,9 @@ def _check_finite(arrays: Mapping[str, Tensor]) -> None:
     for name, array in arrays.items():
         bad = int((~torch.isfinite(array)).sum()) if array.is_floating_point() else 0
         if bad:
-            raise CodecError(f"array {name!r} has {bad} values that are not finite, expected none")
+            raise CodecError(
+                f"array {name!r} has {bad} values that are not finite, expected none; lower training.learning_rate"
+            )
 
 
 def _checked_header(header: bytes, expected: ExpectedUpdate) -> float:

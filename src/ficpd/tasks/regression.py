@@ -4,11 +4,12 @@ prediction = Σ_m softmax(scores)_m · value_m. Two anchors define one direction
 the high one. The anchors' values calibrate the prediction without records.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from scipy.stats import pearsonr
+from scipy.stats import DegenerateDataWarning, pearsonr
 from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
 
@@ -70,18 +71,24 @@ class Regression(Task):
         return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
 
     def predict(self, answer: Answer, batch: Batch) -> list[float]:
+        """Returns the values. A prompt that diverged, whose scores are not numbers, predicts the anchors' mean."""
         assert answer.outputs_KB is not None
-        return self.values(answer.outputs_KB, batch).tolist()
+        return self.values(answer.outputs_KB, batch).nan_to_num(nan=float(self.values_C.mean())).tolist()
 
     def targets(self, records: Sequence[Record]) -> list[float]:
         return [self._number(record) for record in records]
 
     def score(self, predictions: Sequence[float], targets: Sequence[float]) -> Score:
+        """Returns `rmse`, and `pearson` unless the targets or the predictions are (nearly) constant."""
         rmse = float(root_mean_squared_error(targets, predictions))
-        constant = len(set(targets)) < 2 or len(set(predictions)) < 2
-        if constant:
+        if len(targets) < 2:
             return {"rmse": rmse}
-        return {"rmse": rmse, "pearson": float(pearsonr(targets, predictions).statistic)}  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DegenerateDataWarning)
+            try:
+                return {"rmse": rmse, "pearson": float(pearsonr(targets, predictions).statistic)}  # type: ignore[attr-defined]
+            except DegenerateDataWarning:
+                return {"rmse": rmse}
 
     def to_config(self) -> Mapping[str, JSON]:
         return {"name": "regression", **self.config.model_dump()}

@@ -85,7 +85,7 @@ def methods(run: FinishedRun) -> Section | None:
     shown = Table("Every method on the same clients and records", heads, cells, marked)
     said = (
         "Everyone's test: one prompt for all test records. Own test: each client's prompt on its own test records, the mean "
-        f"over clients and the worst client. {run.result.dropped_updates} updates were dropped."
+        f"over clients and the worst client. {run.dropped or 'No update was dropped.'}"
     )
     return Section("methods", "The methods compared", [_at_a_glance(run), shown, Text(said), *_robust(run)])
 
