@@ -25,7 +25,7 @@ import pandas as pd
 import tomli_w
 
 from ficpd.backbones.query_engine import run_queries
-from ficpd.evaluation.evaluate import score_prompt
+from ficpd.evaluation.evaluate import predictions_of
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
@@ -82,8 +82,8 @@ class Newcomer:
 
     def score(self, fitted: AdaptedPrompt) -> float:
         batch = fitted.encode(self.task, self.test, self.context.model.backbone, self.encoded)
-        truths = self.task.targets(self.test)
-        return 100 * score_prompt(self.task, fitted.prompt.vectors_PD, batch, truths, self.context.model)["accuracy"]
+        found = run_queries(self.context.model, predictions_of(self.task, fitted.predictors(), batch))
+        return 100 * self.task.score(found, self.task.targets(self.test))["accuracy"]
 
     def alone(self) -> PromptLibrary:
         """No library: a start of this task's own words."""

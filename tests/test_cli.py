@@ -221,7 +221,7 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert mine.card["tasks"]["own"]["labels"] == {"sad": "sad", "very_happy": "very happy"}
     assert mine.card["adapted"]["shots"] == 8
     assert mine.readouts["adapted"].rows_CD.shape == (2, 16)
-    assert "demonstrations or head that come with it" in (tmp_path / "mine" / "README.md").read_text()
+    assert "demonstrations, head or mixture that come with it" in (tmp_path / "mine" / "README.md").read_text()
     answer = json.loads(ficpd("predict", tmp_path / "mine", "--text", "the film was lovely")[1])
     assert answer["prediction"] in ("very_happy", "sad")
     known = ficpd("predict", tmp_path / "mine", "--text", "the film was lovely", "--task", "classification")[1]
@@ -229,10 +229,11 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert known == ficpd("predict", folder / "run", "--text", "the film was lovely", "--prompt", "global")[1]
 
 
-@pytest.mark.parametrize("how", ["demonstrations", "head"])
+@pytest.mark.parametrize("how", ["demonstrations", "head", "mixture"])
 def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path, how):
     """The readout made of the records is saved and used, and beside the adapted prompt only."""
-    from ficpd.evaluation.evaluate import score_prompt
+    from ficpd.backbones.query_engine import run_queries
+    from ficpd.evaluation.evaluate import predictions_of
     from ficpd.library.records import draw_shots, read_records
     from ficpd.library.selection import adapt
     from ficpd.library.session import load_library, local_training_config
@@ -244,7 +245,8 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
     task, shots, training = mine.task, draw_shots(records, 0, False, 0), local_training_config(opened.library)
     found = adapt(opened.library, shots, task, opened.model, training, how)
     batch = found.fitted.encode(task, records, opened.model.backbone)
-    fitted = score_prompt(task, found.fitted.prompt.vectors_PD, batch, task.targets(records), opened.model)
+    given = run_queries(opened.model, predictions_of(task, found.fitted.predictors(), batch))
+    fitted = task.score(given, task.targets(records))
     assert mine.evaluate(records) == fitted
     _, out, _ = ficpd("evaluate", tmp_path / "mine", "--data", moods)
     lines = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in out.splitlines() if "│" in line}

@@ -16,15 +16,18 @@ from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.backbones.tiny import Tiny
 from ficpd.errors import LibraryError
+from ficpd.evaluation.evaluate import mixture_probabilities, predictions_of
 from ficpd.library import adaptation as ways
 from ficpd.library import selection
 from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt, FewShotSet
 from ficpd.library.library import PromptLibrary, prompt_keys
-from ficpd.library.selection import cross_validate, one_standard_error_rule, prepare_shots, stratified_folds
+from ficpd.library.mixture import stack_members
+from ficpd.library.selection import cross_validate, one_standard_error_rule, prepare_shots
+from ficpd.methods.shared.mixture import Candidate, _mixed, weigh_members
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
-from ficpd.tasks.demonstrations import Demonstrations, balanced, is_in_context, mix_readout
-from ficpd.types import Prompt, Query, Readout, Record
+from ficpd.tasks.demonstrations import Demonstrations, balanced, is_in_context, mix_readout, readout_of
+from ficpd.types import Predictor, Prompt, Query, Readout, Record
 
 MEANINGS = {
     "mood": {"good": ["good", "fine"], "bad": ["bad", "dull"]},
@@ -259,6 +262,63 @@ def test_a_decoder_has_no_rows_for_a_head_to_replace(decoder):
         selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "head")
 
 
+# ---------------------------------------------------------------- a mixture
+
+
+def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
+    task = task_of("", warm="one", cold="two")
+    shots = prepare_shots(library, records("heat", 24, 3), task, model, TRAINING)
+    left, fitted = fit("leave", shots, model)["leave"], fit("mixture", shots, model)["mixture"]
+    test = records("heat", 48, 9)
+    answers = run_queries(
+        model, predictions_of(task, fitted.predictors(), task.encode(test, model.backbone, library.start))
+    )
+    right = sum(found == truth for found, truth in zip(answers, task.targets(test), strict=True))
+    batch = left.encode(task, test, model.backbone)
+    usual = run_queries(model, predictions_of(task, left.predictors(), batch))
+    assert right > sum(found == truth for found, truth in zip(usual, task.targets(test), strict=True)) + 5
+    assert fitted.mixture is not None
+    assert float(fitted.mixture.weight_M.sum()) == pytest.approx(1)
+
+
+def test_an_own_prompt_of_labels_by_chance_has_little_weight(library, model, monkeypatch):
+    """It learns its own half by heart. Scored there, it would have all the weight."""
+    random = rng.make_generator(5)
+    chance = [
+        replace(
+            record, fields={**record.fields, "target": ["warm", "cold"][int(torch.randint(2, (1,), generator=random))]}
+        )
+        for record in records("heat", 40, 3)
+    ]
+    shots = prepare_shots(library, chance, task_of("heat"), model, TRAINING)
+
+    def own_share() -> float:
+        shares = fit("mixture", shots, model)["mixture"].note.removeprefix("a mixture: ").split(", ")
+        return next(float(share.split()[0]) for share in shares if share.endswith("an own prompt"))
+
+    assert own_share() < 0.3
+    monkeypatch.setattr(ways, "Candidate", lambda prompts, read, held=(): Candidate(prompts, read, held[::-1] or None))
+    assert own_share() > 0.9
+
+
+def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, model):
+    """The same weights, of rows and biases instead of functions."""
+    task, test = task_of("heat"), records("heat", 48, 9)
+    shots = prepare_shots(library, records("heat", 24, 3), task, model, TRAINING)
+    candidates = [
+        Candidate((library.prompts[name].vectors_PD,), readout_of(shots.batch)) for name in ("global", "heat")
+    ]
+    members, weights = run_queries(model, weigh_members(candidates, shots.batch))
+    stacked, batch = stack_members(candidates, members, weights), task.encode(test, model.backbone, library.start)
+    of_run = [
+        Predictor(candidate.prompts[0], _mixed(of, weight_M), float(weight_M.sum()))
+        for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
+    ]
+    one, other = (run_queries(model, mixture_probabilities(found, batch)) for found in (stacked.predictors(), of_run))
+    assert (one - other).abs().max() < 2e-3  # negligible members are left out in another way
+    assert float(one.std()) > 0.05
+
+
 # ---------------------------------------------------------------- demonstrations
 
 
@@ -414,26 +474,26 @@ def test_losses_of_tasks_without_labels_are_compared_as_they_are():
 
 def test_folds_part_the_records_and_deal_out_each_class(library, model):
     shots = shots_of(library, model, count=16)
-    parts = stratified_folds(shots, 1)
+    parts = shots.folds(5, 1)
     assert sorted(i for part in parts for i in part) == list(range(16))
     assert len(parts) == 5
     for part in parts:
         labels = [shots.records[i].fields["target"] for i in part]
         assert abs(labels.count("warm") - labels.count("cold")) <= 1
-    assert parts == stratified_folds(shots, 1)
-    assert parts != stratified_folds(shots, 2)
-    assert [len(part) for part in stratified_folds(shots.take(range(4)), 1)] == [1, 1, 1, 1]
+    assert parts == shots.folds(5, 1)
+    assert parts != shots.folds(5, 2)
+    assert [len(part) for part in shots.take(range(4)).folds(5, 1)] == [1, 1, 1, 1]
 
 
 def test_no_subject_is_in_two_folds(library, model):
     shots = shots_of(library, model, count=16)
     named = [replace(record, subject=f"patient {place // 3}") for place, record in enumerate(shots.records)]
     for seed in range(3):
-        parts = stratified_folds(replace(shots, records=named), seed)
+        parts = replace(shots, records=named).folds(5, seed)
         assert sorted(i for part in parts for i in part) == list(range(16))
         of = [{named[i].subject for i in part} for part in parts]
         assert sum(map(len, of)) == 6 == len(set().union(*of))
-    assert len(stratified_folds(replace(shots, records=named[:5]), 1)) == 2
+    assert len(replace(shots, records=named[:5]).folds(5, 1)) == 2
 
 
 def test_records_of_one_subject_cannot_be_tried_on_each_other(library, model):

@@ -12,7 +12,8 @@ from disk import to_the_disk
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.library.card import guarantee
-from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, task_key
+from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, require_standalone, task_key
+from ficpd.library.mixture import Mixture
 from ficpd.library.selection import prepare_shots
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
@@ -27,6 +28,13 @@ CARD = {
     "privacy": {"unit": "none", "epsilon": None, "delta": None},
 }
 KEYS = {"global": torch.eye(16)[0], "prototype-0": torch.eye(16)[1]}
+MIXTURE = Mixture(
+    torch.ones(2, 3, 16),
+    torch.tensor([0, 1, 1]),
+    torch.tensor([0.5, 0.25, 0.25]),
+    torch.ones(3, 2, 16),
+    torch.zeros(3, 2),
+)
 
 
 def library(model: QueryEngine, task=None, **ways: torch.Tensor) -> PromptLibrary:
@@ -54,12 +62,14 @@ def axis(model: QueryEngine, place: int, length: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("head", [False, True])
 def test_a_library_comes_back_as_it_was_saved(tmp_path, model, head):
     read = Readout(torch.ones(2, 16), torch.tensor([0.5, -0.5]), torch.tensor([0.25, 0.75]))
-    given = replace(library(model, small.classes(tuned_head=head)), keys=KEYS, readouts={"global": read})
+    whole = library(model, small.classes(tuned_head=head))
+    given = replace(whole, keys=KEYS, readouts={"global": read}, mixture=MIXTURE)
     given.save(tmp_path / "lib")
     back = PromptLibrary.load(tmp_path / "lib")
     assert same(back.start, given.start)
     assert small.same(back.keys, KEYS)
     assert small.same(vars(back.readouts["global"]), vars(read))
+    assert small.same(vars(back.mixture), vars(MIXTURE))
     assert back.prompts.keys() == given.prompts.keys()
     assert all(same(prompt, given.prompts[name]) for name, prompt in back.prompts.items())
     assert back.card == CARD
@@ -143,6 +153,15 @@ DAMAGE = {
     "a key of another width": lambda f: rewrite(
         f, tensors={"start": torch.ones(3, 16), "global": torch.ones(3, 16), "key/global": torch.ones(8)}, metadata=META
     ),
+    "a mixture without its weights": lambda f: rewrite(
+        f, tensors={"start": torch.ones(3, 16), "mixture/prompts": torch.ones(1, 3, 16)}, metadata=META
+    ),
+    "a mixture of another width": lambda f: rewrite(
+        f,
+        tensors={"start": torch.ones(3, 16), "mixture/prompts": torch.ones(1, 3, 16), "mixture/prompt": torch.zeros(1),
+                 "mixture/weight": torch.ones(1), "mixture/heads": torch.ones(1, 2, 9)},
+        metadata=META,
+    ),
     "a task of no kind": lambda f: (f / "card.json").write_text('{"backbone": {"name": "tiny"}, "tasks": {"a": {}}}'),
     "no task": lambda f: (f / "card.json").write_text('{"backbone": {"name": "tiny"}, "tasks": {}}'),
     "an adaptation that is no object": lambda f: (f / "card.json").write_text(json.dumps({**CARD, "adapted": "yes"})),
@@ -158,6 +177,14 @@ def test_a_damaged_library_is_refused(tmp_path, model, damage):
     DAMAGE[damage](tmp_path / "lib")
     with pytest.raises(LibraryError, match="is damaged or of another version"):
         PromptLibrary.load(tmp_path / "lib")
+
+
+def test_a_mixture_is_no_single_prompt(model):
+    given = library(model)
+    mixed = replace(given, prompts={**given.prompts, "adapted": given.start}, mixture=MIXTURE)
+    require_standalone(mixed, "global")
+    with pytest.raises(LibraryError, match=r"one of a mixture of 2 prompts.*--how tune"):
+        require_standalone(mixed, "adapted")
 
 
 def test_a_library_of_another_backbone_is_refused(model):
@@ -291,7 +318,7 @@ def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     assert "no privacy guarantee for those records" in told
     assert "demonstrations" not in told
     shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()
-    assert "demonstrations or head that come with it" in shown
+    assert "demonstrations, head or mixture that come with it" in shown
     assert "adapted" not in given.page().split("Use it")[0]
 
 

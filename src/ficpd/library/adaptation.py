@@ -1,4 +1,4 @@
-"""Adapts a library to a few records by one of seven strategies. The simplest leaves the library unchanged.
+"""Adapts a library to records by one of eight strategies. The simplest leaves the library unchanged.
 
 Each strategy is a generator that yields `Query`s, as a client does. The records belong to the caller, so nothing is
 private here. A strategy returns variants by name, the simplest first: fewer steps, or a smaller share of the
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.data.subjects import subject_numbers
+from ficpd.data.subjects import group_by_subject, subject_numbers
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation.distill import adam
 from ficpd.library.library import START, PromptLibrary
-from ficpd.methods.shared.heads import fit_heads
+from ficpd.library.mixture import Mixture, stack_members
+from ficpd.methods.shared.heads import MIN_RECORDS, fit_heads
+from ficpd.methods.shared.mixture import Candidate, weigh_members
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import (
     Demonstrations,
@@ -27,7 +29,7 @@ from ficpd.tasks.demonstrations import (
     readout_of,
     supports_demonstrations,
 )
-from ficpd.types import Answer, Batch, Prompt, Query, Readout, Record
+from ficpd.types import Answer, Batch, Predictor, Prompt, Query, Readout, Record
 
 GLOBAL = "global"
 MOST_WEIGHTS = 16
@@ -39,6 +41,8 @@ TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate, which is set for many records, and the numbers of steps to compare."""
 TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
+MIXED, OWN_STEPS = 3, 40
+"""The maximum number of the library's prompts in a mixture, and the Adam steps of its own prompt."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 32
 """The maximum number of records in a step."""
@@ -46,11 +50,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class AdaptedPrompt:
-    """A prompt adapted to a few records, a note on how, and its demonstrations."""
+    """A prompt adapted to records, a note on how, and its demonstrations or the mixture that it is part of."""
 
     prompt: Prompt
     note: str
     demonstrations: Demonstrations | None = None
+    mixture: Mixture | None = None
+
+    def predictors(self) -> list[Predictor]:
+        return [Predictor(self.prompt.vectors_PD)] if self.mixture is None else self.mixture.predictors()
 
     def encode(self, task: Task, records: Sequence[Record], backbone: Backbone, encoded: Batch | None = None) -> Batch:
         """Encodes records with the demonstrations, as `Demonstrations.encode`."""
@@ -85,6 +93,25 @@ class FewShotSet:
         """Returns the candidates by increasing loss; ties keep the library's order."""
         mean_J = dict(zip(self.library.candidates(), self.loss_JB.mean(1).tolist(), strict=True))
         return sorted(names or mean_J, key=mean_J.__getitem__)
+
+    def subjects(self) -> Tensor | None:
+        """Returns the records' subjects by number; None if they name none, or all are of one."""
+        numbers = subject_numbers(self.records)
+        return torch.tensor(numbers) if numbers and max(numbers) else None
+
+    def folds(self, count: int, seed: int) -> list[list[int]]:
+        """Returns at most `count` folds of the records' indices, stratified by class. No subject is in two folds.
+
+        A class with fewer records than folds does not reduce the number of folds. A subject counts for the class of its
+        first record.
+        """
+        random, groups = rng.make_generator(seed), group_by_subject(self.records)
+        classes: dict[str, list[list[int]]] = {}
+        for i in torch.randperm(len(groups), generator=random).tolist():
+            classes.setdefault(class_of(self.task, self.records[groups[i][0]]), []).append(groups[i])
+        order = [group for name in sorted(classes) for group in classes[name]]
+        count = min(count, len(order))
+        return [sorted(i for group in order[place::count] for i in group) for place in range(count)]
 
     def drawn(self, step: int) -> Batch:
         """Draws the records of one step: all, or `BATCH` of them."""
@@ -142,9 +169,8 @@ def head(shots: FewShotSet) -> Work:
     assert shots.batch.targets is not None
     targets_B, own = shots.batch.targets.cpu(), readout_of(shots.batch)
     features_BD = answer.outputs_KB.features_RD.float().cpu()
-    numbers = subject_numbers(shots.records)
-    subject_B = torch.tensor(numbers) if numbers and max(numbers) else None
-    heads = fit_heads(features_BD, targets_B, len(own.bias_C), (own.rows_CD, own.bias_C), HEAD_PENALTIES, subject_B)
+    prior = own.rows_CD, own.bias_C
+    heads = fit_heads(features_BD, targets_B, len(own.bias_C), prior, HEAD_PENALTIES, shots.subjects())
     best = min(heads, key=lambda tried: tried.loss(targets_B))
     assert best.linear is not None
     rows_CD = best.linear[0] - best.linear[0].mean(0)
@@ -162,6 +188,32 @@ def tune(shots: FewShotSet) -> Work:
         f"tune {steps}": AdaptedPrompt(begin.prompt.with_vectors(vectors_PD), f"{steps} steps from {begin.note}")
         for steps, vectors_PD in found.items()
     }
+
+
+def mix(shots: FewShotSet) -> Work:
+    """Mixes prompts of the library and an own prompt, in the task's readout and in own heads, by the records' evidence.
+
+    `methods.shared.mixture` has the weights. The own prompt is tuned from the start on one half and scored on the other.
+    """
+    prompts, own = shots.library.candidates(), readout_of(shots.batch)
+    names = [_usual(shots)]
+    names += [name for name in (*shots.ranked()[:MIXED], START) if name not in names]
+    candidates = [Candidate((prompts[name].vectors_PD,), own) for name in names]
+    halves = shots.folds(2, rng.derive_seed(shots.seed, "halves"))
+    if shots.backbone.supports_gradients and len(shots.records) >= MIN_RECORDS and len(halves) == 2:
+        start_PD, rate, tuned = shots.library.start.vectors_PD, shots.training.rate(1, 1), []
+        for half in halves:
+            part = shots.take(half)
+            tuned.append(
+                (yield from _adam(part, start_PD, lambda prompt_PD: prompt_PD, rate, 0.0, (OWN_STEPS,)))[OWN_STEPS]
+            )
+        held = (torch.tensor(halves[1]), torch.tensor(halves[0]))
+        candidates.append(Candidate(tuple(tuned), own, held))
+        names.append("an own prompt")
+    members, weights = yield from weigh_members(candidates, shots.batch, shots.subjects())
+    shares = ", ".join(f"{float(w.sum()):.2f} {name}" for name, w in zip(names, weights, strict=True))
+    mixture = stack_members(candidates, members, weights)
+    return {"mixture": AdaptedPrompt(prompts[names[0]], f"a mixture: {shares}", mixture=mixture)}
 
 
 def demonstrations(shots: FewShotSet) -> Work:
@@ -182,6 +234,7 @@ STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "compose": compose,
     "head": head,
     "tune": tune,
+    "mixture": mix,
     "demonstrations": demonstrations,
     "compose+demonstrations": compose_and_demonstrate,
 }
@@ -192,6 +245,7 @@ ABOUT = {
     "compose": "a weighted sum of the library's prompts",
     "head": "the library's prompt, with a readout fitted to your records",
     "tune": "the composed prompt tuned on your records",
+    "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown beside each text",
     "compose+demonstrations": "the composed prompt, with your records shown beside each text",
 }
@@ -284,6 +338,10 @@ def _basis(shots: FewShotSet) -> list[str]:
 
 def _offsets(shots: FewShotSet, names: Sequence[str]) -> Tensor:
     return torch.stack([shots.library.offset(name) for name in names])
+
+
+def class_of(task: Task, record: Record) -> str:
+    return task.targets([record])[0] if task.to_config().get("labels") else ""
 
 
 def supports_head(task: Task, backbone: Backbone) -> bool:

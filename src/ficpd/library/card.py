@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 TENSORS, CARD = "prompts.safetensors", "card.json"
 START = "start"
-KEY, READOUT, LEARNED = "key/", "readout/", "learned/"
+KEY, READOUT, LEARNED, MIXTURE = "key/", "readout/", "learned/", "mixture/"
 NEEDED = ("backbone", "tasks")
 """The required keys of a card."""
 ADAPTED = "adapted"
@@ -114,8 +114,8 @@ def adapted_line(card: Mapping[str, Any], readouts: Container[str]) -> str:
     facts = card.get(ADAPTED)
     if facts is None:
         return ""
-    holds = bool(facts.get("demonstrations")) or ADAPTED in readouts
-    shown = ", and the demonstrations or head that come with it," if holds else ""
+    holds = bool(facts.get("demonstrations")) or ADAPTED in readouts or facts.get("way") == "mixture"
+    shown = ", and the demonstrations, head or mixture that come with it," if holds else ""
     return (
         f"- adapted: to {facts.get('shots', '?')} records by {facts.get('way', '?')}. The prompt `{ADAPTED}`{shown} has no "
         "privacy guarantee for those records; share it only with people who may see them\n"

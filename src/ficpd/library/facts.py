@@ -10,6 +10,7 @@ from ficpd.library.card import (
     CARD,
     KEY,
     LEARNED,
+    MIXTURE,
     READOUT,
     START,
     TENSORS,
@@ -43,7 +44,9 @@ def library_facts(path: Path) -> dict[str, Any]:
         raise damaged(folder, error) from error
     adapted = card.get(ADAPTED)
     return {
-        "prompts": sorted(name for name in names if name != START and not name.startswith((KEY, READOUT, LEARNED))),
+        "prompts": sorted(
+            name for name in names if name != START and not name.startswith((KEY, READOUT, LEARNED, MIXTURE))
+        ),
         "backbone": {"name": card["backbone"].get("name", "?"), "fingerprint": meta["backbone"]},
         "shape": describe_layout(*layout),
         "tasks": card["tasks"],

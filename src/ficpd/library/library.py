@@ -22,6 +22,7 @@ from ficpd.library.card import (
     FORMAT,
     KEY,
     LEARNED,
+    MIXTURE,
     READOUT,
     START,
     TENSORS,
@@ -32,6 +33,7 @@ from ficpd.library.card import (
     model_card,
     read_card,
 )
+from ficpd.library.mixture import Mixture
 from ficpd.storage import atomic_write, fsync, require_writable
 from ficpd.types import Batch, Prompt, Query, Readout
 
@@ -46,6 +48,7 @@ class PromptLibrary:
     keys: by prompt, the unit vector [D] of its tasks (see `task_key`).
     readouts: by prompt, what replaces the task's readout, if records are part of it (demonstrations, a head).
     learned: by task of the card, the readout that the federation's prompts were tuned in.
+    mixture: what the prompt `adapted` stands for, if it is part of a mixture.
     """
 
     start: Prompt
@@ -54,6 +57,7 @@ class PromptLibrary:
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     readouts: Mapping[str, Readout] = field(default_factory=dict)
     learned: Mapping[str, Readout] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     def learned_readout(self, task: Task) -> Readout | None:
         """Returns the learned readout of a task's label texts, in the task's order; None for other label texts."""
@@ -114,7 +118,7 @@ class PromptLibrary:
     def save(self, folder: Path) -> None:
         """Writes `prompts.safetensors`, `card.json` and `README.md` to a staging folder, then renames it."""
         for name in self.prompts:
-            if name == START or name.startswith((KEY, READOUT, LEARNED)):
+            if name == START or name.startswith((KEY, READOUT, LEARNED, MIXTURE)):
                 raise LibraryError(f"prompt name {name!r}: reserved in the file; choose another name")
         folder = Path(folder)
         staging = folder.with_name(folder.name + ".writing")
@@ -127,6 +131,8 @@ class PromptLibrary:
         of_prompts = {READOUT + name: readout for name, readout in self.readouts.items()}
         for name, found in (of_prompts | {LEARNED + name: readout for name, readout in self.learned.items()}).items():
             tensors[name] = torch.cat([found.rows_CD, found.bias_C[:, None], found.shares_C[:, None]], dim=1)
+        if self.mixture is not None:
+            tensors |= {MIXTURE + name: part for name, part in self.mixture.to_tensors().items()}
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         atomic_write(staging / TENSORS, save(whole, meta))
         atomic_write(staging / CARD, json.dumps(self.card, indent=2) + "\n")
@@ -165,7 +171,9 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
     keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
     readouts = {name.removeprefix(READOUT): t for name, t in sorted(tensors.items()) if name.startswith(READOUT)}
     learned = {name.removeprefix(LEARNED): t for name, t in sorted(tensors.items()) if name.startswith(LEARNED)}
-    vectors = {name: t for name, t in tensors.items() if not name.startswith((KEY, READOUT, LEARNED))}
+    parts = {name.removeprefix(MIXTURE): t for name, t in tensors.items() if name.startswith(MIXTURE)}
+    others = (KEY, READOUT, LEARNED, MIXTURE)
+    vectors = {name: t for name, t in tensors.items() if not name.startswith(others)}
     if len({vector.shape for vector in vectors.values()}) != 1:
         raise ValueError("its prompts have different shapes")
     width = vectors[START].shape[1]
@@ -181,7 +189,8 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
     )
     shape = int(meta["enters_at"]), int(meta["head_rows"])
     prompts = {name: Prompt(value, meta["backbone"], *shape) for name, value in sorted(vectors.items())}
-    return PromptLibrary(prompts.pop(START), prompts, card, keys, of_prompts, of_tasks)
+    mixture = Mixture.from_tensors(parts) if parts else None
+    return PromptLibrary(prompts.pop(START), prompts, card, keys, of_prompts, of_tasks, mixture)
 
 
 def task_key(task: Task, backbone: Backbone) -> Tensor:
@@ -223,7 +232,12 @@ def _framed(described: Mapping[str, Any]) -> list[str]:
 
 
 def require_standalone(library: PromptLibrary, name: str) -> None:
-    """Raises `LibraryError` for a prompt that needs demonstrations."""
+    """Raises `LibraryError` for a prompt that needs demonstrations, or that is one of a mixture."""
+    if name == ADAPTED and library.mixture is not None:
+        raise LibraryError(
+            f"the prompt {name!r} is one of a mixture of {len(library.mixture.prompts_KPD)} prompts, which is no single "
+            "prompt; fit one (`ficpd adapt --how tune`, or head)"
+        )
     texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
     if texts:
         raise LibraryError(

@@ -16,9 +16,18 @@ from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data.subjects import group_by_subject
 from ficpd.errors import LibraryError, did_you_mean
-from ficpd.evaluation.evaluate import run_all
+from ficpd.evaluation.evaluate import mixture_probabilities, run_all
 from ficpd.interfaces import Backbone, Task
-from ficpd.library.adaptation import ABOUT, GLOBAL, STRATEGIES, AdaptedPrompt, FewShotSet, supports_head, unchanged
+from ficpd.library.adaptation import (
+    ABOUT,
+    GLOBAL,
+    STRATEGIES,
+    AdaptedPrompt,
+    FewShotSet,
+    class_of,
+    supports_head,
+    unchanged,
+)
 from ficpd.library.card import join_names
 from ficpd.library.library import START, PromptLibrary, task_key
 from ficpd.optimizers import LocalTrainingConfig
@@ -36,6 +45,8 @@ SURE = 2.0
 """The standard errors within which the unchanged library is taken. The minimum over strategies is biased, so one is
 too few."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+NEEDS_HEAD = ("head", "mixture")
+"""The strategies that need features and label texts."""
 SAME = 0.9
 """The minimum cosine of two tasks' keys to use a prompt without any record (`bench/unseen.py keys`)."""
 
@@ -87,7 +98,9 @@ def adapt(
     usable = [
         way
         for way in STRATEGIES
-        if (can_show or "demonstrations" not in way) and (can_tune or way != "tune") and (can_head or way != "head")
+        if (can_show or "demonstrations" not in way)
+        and (can_tune or way != "tune")
+        and (can_head or way not in NEEDS_HEAD)
     ]
     ways = [how] if how != AUTO else usable
     table = {} if lack else cross_validate(shots, ways, model)
@@ -132,7 +145,7 @@ def _cross_validate_once(
     shots: FewShotSet, ways: Sequence[str], model: QueryEngine, seed: int
 ) -> dict[str, HeldOutResult]:
     """Evaluates every variant on every record, each held out once. All folds run in lock step."""
-    number, parts = len(shots.records), stratified_folds(shots, seed)
+    number, parts = len(shots.records), shots.folds(FOLDS, seed)
     works = {
         str(place): _fit_and_predict(shots.take([i for i in range(number) if i not in part]), shots.take(part), ways)
         for place, part in enumerate(parts)
@@ -182,6 +195,13 @@ def _fit_and_predict(
         fitted |= yield from STRATEGIES[way](train)
     found = {}
     for variant, one in fitted.items():
+        if one.mixture is not None:
+            assert held.batch.targets is not None
+            log_BC = (yield from mixture_probabilities(one.predictors(), held.batch)).log()
+            loss_B = F.nll_loss(log_BC, held.batch.targets.cpu(), reduction="none")
+            predicted = [held.task.label_space[place] for place in log_BC.argmax(-1).tolist()]
+            found[variant] = HeldOutResult(loss_B, predicted, log_BC)
+            continue
         batch = one.encode(held.task, held.records, held.backbone, held.batch)
         answer = yield Query(one.prompt.vectors_PD[None], batch, outputs=True)
         predicted = [None] * len(batch) if held.task.max_new_tokens else held.task.predict(answer, batch)
@@ -191,21 +211,6 @@ def _fit_and_predict(
         logits_BC = None if logits_BC is None else logits_BC.cpu()
         found[variant] = HeldOutResult(answer.loss_KB[0].cpu(), predicted, logits_BC)
     return found
-
-
-def stratified_folds(shots: FewShotSet, seed: int) -> list[list[int]]:
-    """Returns at most five folds of the records' indices, stratified by class. No subject is in two folds.
-
-    A class with fewer records than folds does not reduce the number of folds. A subject counts for the class of its first
-    record.
-    """
-    random, groups = rng.make_generator(seed), group_by_subject(shots.records)
-    classes: dict[str, list[list[int]]] = {}
-    for i in torch.randperm(len(groups), generator=random).tolist():
-        classes.setdefault(_class_of(shots.task, shots.records[groups[i][0]]), []).append(groups[i])
-    order = [group for name in sorted(classes) for group in classes[name]]
-    count = min(FOLDS, len(order))
-    return [sorted(i for group in order[place::count] for i in group) for place in range(count)]
 
 
 def one_standard_error_rule(table: Mapping[str, Score]) -> str:
@@ -234,9 +239,9 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if not records and how not in (AUTO, "nearest", "leave"):
         raise LibraryError(f"no records for --how {how}; give some, or use --how nearest or leave")
-    if how == "head" and not supports_head(task, backbone):
+    if how in NEEDS_HEAD and not supports_head(task, backbone):
         raise LibraryError(
-            "--how head: expected a classification on an encoder, without a tuned head; choose another strategy"
+            f"--how {how}: expected a classification on an encoder, without a tuned head; choose another strategy"
         )
     if "demonstrations" in how and not supports_demonstrations(task):
         raise LibraryError(f"--how {how}: expected a classification without a tuned head; choose another strategy")
@@ -248,17 +253,13 @@ def check_strategy(how: str) -> None:
         raise LibraryError(did_you_mean("strategy", how, [AUTO, *STRATEGIES]))
 
 
-def _class_of(task: Task, record: Record) -> str:
-    return task.targets([record])[0] if task.to_config().get("labels") else ""
-
-
 def _lacking(task: Task, records: Sequence[Record]) -> str:
     """Returns the reason why the records do not allow cross-validation; empty if they do."""
     if len(group_by_subject(records)) < 2 <= len(records):
         return f"all {len(records)} records are of one subject"
     if len(records) < FEWEST:
         return f"{len(records)} records are too few to compare strategies (at least {FEWEST})"
-    found = {_class_of(task, record) for record in records}
+    found = {class_of(task, record) for record in records}
     if task.to_config().get("labels") and len(found) == 1:
         return f"all {len(records)} records have the label {found.pop()!r}"
     return ""

@@ -17,7 +17,7 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data.tables import replace_surrogates
 from ficpd.data.untyped import is_regression_target
 from ficpd.errors import DataError, LibraryError, did_you_mean
-from ficpd.evaluation.evaluate import predictions, score_prompt
+from ficpd.evaluation.evaluate import mixture_probabilities, predictions_of
 from ficpd.interfaces import Task
 from ficpd.library import peft_io
 from ficpd.library.card import ADAPTED, join_names
@@ -29,7 +29,7 @@ from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
 from ficpd.tasks.build import build_task
 from ficpd.tasks.demonstrations import Demonstrations
-from ficpd.types import Batch, Prompt, Query, Record, Score
+from ficpd.types import Batch, Predictor, Prompt, Record, Score
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -76,20 +76,17 @@ class LibrarySession:
             for place, text in enumerate([texts] if isinstance(texts, str) else texts, 1)
         ]
         name, chosen = prompt or default_prompt(self, task), self.tasks[self.named(task)]
-        vectors_PD, batch = get_prompt(self.library, name).vectors_PD, self.encode(records, name, task)
+        predictors, batch = self.predictors(name, task), self.encode(records, name, task)
         if not scores:
-            return run_queries(self.model, predictions(chosen, vectors_PD, batch))
+            return run_queries(self.model, predictions_of(chosen, predictors, batch))
         if not chosen.num_labels:
             raise LibraryError(f"scores: the task {self.named(task)} has no labels; leave them out")
         import pandas as pd
 
-        answer = self.model.answer([Query(vectors_PD[None], batch, outputs=True)])[0]
-        assert answer.outputs_KB is not None
-        logits_BC = chosen.logits(answer.outputs_KB, batch)
-        assert logits_BC is not None, "a task with labels has logits"
-        shares_BC = logits_BC.softmax(-1)
+        shares_BC = run_queries(self.model, mixture_probabilities(predictors, batch))
         frame = pd.DataFrame(shares_BC.tolist(), columns=list(chosen.label_space))
-        frame.insert(0, "label", chosen.predict(answer, batch), allow_duplicates=True)
+        labels = [chosen.label_space[place] for place in shares_BC.argmax(-1).tolist()]
+        frame.insert(0, "label", labels, allow_duplicates=True)
         return frame
 
     def evaluate(
@@ -108,10 +105,12 @@ class LibrarySession:
         records = read_records(data, columns)
         bare_PD, targets = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :], chosen.targets(records)
         named = [ZERO_SHOT, *self.library.prompts] if prompts is None else prompts
-        vectors = {n: bare_PD if n == ZERO_SHOT else get_prompt(self.library, n).vectors_PD for n in named}
+        given = {n: [Predictor(bare_PD)] if n == ZERO_SHOT else self.predictors(n, task) for n in named}
         return {
-            name: score_prompt(chosen, vectors_PD, self.encode(records, name, task), targets, self.model)
-            for name, vectors_PD in vectors.items()
+            name: chosen.score(
+                run_queries(self.model, predictions_of(chosen, of, self.encode(records, name, task))), targets
+            )
+            for name, of in given.items()
         }
 
     def adapt(
@@ -122,8 +121,8 @@ class LibrarySession:
         """Fits the library to a few records; the new one has one prompt more, `adapted`, and the task it is for.
 
         shots: records used (0: all of them); `per_class`: so many of each class.
-        how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "compose", "head", "tune", "demonstrations" or
-            "compose+demonstrations".
+        how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "compose", "head", "tune", "mixture",
+            "demonstrations" or "compose+demonstrations".
         task: a task of the library; `labels` (label to text) and `instruction` make a new one instead.
         say: gets a sentence about the task and about labels without a record.
         """
@@ -197,6 +196,12 @@ class LibrarySession:
         if prompt not in (None, ZERO_SHOT):
             batch = batch.with_readout(self.library.learned_readout(chosen))
         return shown.encode(chosen, records, backbone, start, batch) if shown else batch
+
+    def predictors(self, prompt: str | None, task: str | None = None) -> Sequence[Predictor]:
+        """Returns the prompt, or the mixture that it stands for in the task that it was adapted to."""
+        vectors_PD, mixture = get_prompt(self.library, prompt).vectors_PD, self.library.mixture
+        mine = prompt == ADAPTED and adapted_facts(self.library).get("task") == self.named(task)
+        return mixture.predictors() if mine and mixture is not None else [Predictor(vectors_PD)]
 
     def _shown(self, prompt: str | None, task: str) -> Demonstrations | None:
         """What an adapted prompt was chosen with; it means nothing beside another prompt, or for another task."""
@@ -344,7 +349,7 @@ def adapt_session(
         readouts[ADAPTED] = shown.readout
     prompts = {**library.prompts, ADAPTED: found.fitted.prompt}
     return LibrarySession(
-        PromptLibrary(library.start, prompts, card, keys, readouts, library.learned), opened.model,
+        PromptLibrary(library.start, prompts, card, keys, readouts, library.learned, found.fitted.mixture), opened.model,
         {**opened.tasks, own.name: own.task},
     )  # fmt: skip
 

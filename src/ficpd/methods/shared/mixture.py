@@ -46,12 +46,28 @@ class Candidate(NamedTuple):
 class Member(NamedTuple):
     """log_BC: log probabilities of the client's own records, each without its own label.
 
-    read: logits of any records. without_prior: whether no label prior is in them.
+    plain: logits of any records, before temperature and label prior. linear: their rows [C, D] and bias [C], if known.
+    without_prior: whether the label prior is zero.
     """
 
     log_BC: Tensor
-    read: Callable[[ModelOutput, Batch], Tensor]
+    plain: Callable[[ModelOutput, Batch], Tensor | None]
+    linear: tuple[Tensor, Tensor] | None
+    temperature: float
+    prior_C: Tensor
     without_prior: bool
+
+    def read(self, outputs: ModelOutput, batch: Batch) -> Tensor:
+        """Returns the logits [R, C] of any records."""
+        logits_RC = self.plain(outputs, batch)
+        assert logits_RC is not None, "a task with labels"
+        return self.temperature * logits_RC.float().cpu() + self.prior_C
+
+    def readout(self) -> tuple[Tensor, Tensor]:
+        """Returns the rows [C, D] and the bias [C] that give these logits."""
+        assert self.linear is not None, "a candidate with a readout"
+        rows_CD, bias_C = (part.float().cpu() for part in self.linear)
+        return self.temperature * rows_CD, self.temperature * bias_C + self.prior_C
 
 
 def weigh_candidates(
@@ -65,19 +81,30 @@ def weigh_candidates(
     batch = local.full_batch()
     if not batch.task.num_labels or batch.targets is None or not len(batch):
         return [Predictor(candidates[0].prompts[0])]
-    targets_B = batch.targets.cpu()
-    members: list[list[Member]] = []
-    for candidate in candidates:
-        answer = yield Query(torch.stack(candidate.prompts), batch, outputs=True)
-        assert answer.outputs_KB is not None
-        members.append(_members(candidate, answer.outputs_KB, batch, targets_B, local.subject_B))
-    weights = _weights(members, targets_B)
+    members, weights = yield from weigh_members(candidates, batch, local.subject_B)
     return [
         Predictor(prompt_PD, _mixed(of, weight_M), float(weight_M.sum()) / len(candidate.prompts))
         for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
         for prompt_PD in candidate.prompts
         if float(weight_M.sum()) > NEGLIGIBLE
     ]
+
+
+def weigh_members(
+    candidates: Sequence[Candidate], batch: Batch, subject_B: Tensor | None = None
+) -> Generator[Query, Answer, tuple[list[list[Member]], list[Tensor]]]:
+    """Returns each candidate's members and their weights by the labelled records of `batch`. All weights sum to 1.
+
+    subject_B: the records' subjects, each left out whole; None: each record alone.
+    """
+    assert batch.targets is not None
+    targets_B = batch.targets.cpu()
+    members: list[list[Member]] = []
+    for candidate in candidates:
+        answer = yield Query(torch.stack(candidate.prompts), batch, outputs=True)
+        assert answer.outputs_KB is not None
+        members.append(_members(candidate, answer.outputs_KB, batch, targets_B, subject_B))
+    return members, _weights(members, targets_B)
 
 
 def tune_alone(
@@ -115,11 +142,12 @@ def _members(
     for k, held in enumerate(candidate.held or ()):
         rows = outputs.select(torch.arange(k * len(batch), (k + 1) * len(batch)))
         logits_BC[held] = plain(rows, batch).float().cpu()[held]  # type: ignore[union-attr]
-    found = _tempered(logits_BC, plain, targets_B, shares_C, subject_B)
+    linear = None if given is None else (given.rows_CD, given.bias_C)
+    found = _tempered(logits_BC, plain, linear, targets_B, shares_C, subject_B)
     if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
         prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
         for head in fit_heads(first.features_RD, targets_B, labels, prior, subject_B=subject_B):
-            found += _tempered(head.loo_BC, _head_logits(head), targets_B, shares_C, subject_B)
+            found += _tempered(head.loo_BC, _head_logits(head), head.linear, targets_B, shares_C, subject_B)
     return found
 
 
@@ -128,8 +156,8 @@ def _head_logits(head: OwnHead) -> Callable[[ModelOutput, Batch], Tensor]:
 
 
 def _tempered(
-    logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], targets_B: Tensor, shares_C: Tensor,
-    subject_B: Tensor | None,
+    logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], linear: tuple[Tensor, Tensor] | None,
+    targets_B: Tensor, shares_C: Tensor, subject_B: Tensor | None,
 ) -> list[Member]:  # fmt: skip
     """Returns a member for each temperature and strength of the label prior."""
     found = []
@@ -137,19 +165,8 @@ def _tempered(
         prior_C, others_BC = left_out_priors(targets_B, shares_C, strength, subject_B)
         for temperature in TEMPERATURES:
             log_BC = (temperature * logits_BC + others_BC).log_softmax(1)
-            found.append(Member(log_BC, _member_logits(plain, temperature, prior_C), strength == torch.inf))
+            found.append(Member(log_BC, plain, linear, temperature, prior_C, strength == torch.inf))
     return found
-
-
-def _member_logits(
-    plain: Callable[[ModelOutput, Batch], Tensor | None], temperature: float, prior_C: Tensor
-) -> Callable[[ModelOutput, Batch], Tensor]:
-    def read(outputs: ModelOutput, batch: Batch) -> Tensor:
-        logits_RC = plain(outputs, batch)
-        assert logits_RC is not None, "a task with labels"
-        return temperature * logits_RC.float().cpu() + prior_C
-
-    return read
 
 
 def _weights(members: Sequence[Sequence[Member]], targets_B: Tensor) -> list[Tensor]:
