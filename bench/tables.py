@@ -3,8 +3,8 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `summary`, `unseen`, `ablation`) and `<!-- end -->` and is written anew;
-`--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
+Each stands between `<!-- compare PART -->` (or `first`, `summary`, `unseen`, `ablation`) and `<!-- end -->`, and is written
+anew; `--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
 methods (lines left out); after it, over several seeds, the standard deviation.
 """
 
@@ -78,7 +78,13 @@ SUMMARY: dict[str, tuple[str, dict[str, str]]] = {
     "eight languages": ("languages", {}),
     "polarity, ε = 2": ("private", {"budget": "ε = 2"}),
 }
-"""Columns of the README's table: heading, which comparison, which of its conditions."""
+"""Columns of the table of older settings: heading, which comparison, which of its conditions."""
+FIRST = {
+    "polarity": "polarity", "polarity, skewed": "polarity", "abstracts": "abstracts", "abstracts, skewed": "abstracts",
+    "CLINC": "clinc", "CLINC, skewed": "clinc",
+}  # fmt: skip
+FIRST_METHODS = ("zero_shot", "local", "linear_probe", "analytic", "fedavg", "centralized", "ficpd")
+"""Columns and lines of the README's table."""
 NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
 """`unseen_PART`, and what was left out."""
 SHOTS = (0, 4, 16, 64)
@@ -129,6 +135,22 @@ def summary(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return drawn(columns, SUMMED, {line for found in parts.values() for line in found["lines"]})
 
 
+def first(found: Mapping[str, Any]) -> str:
+    """The README's table: accuracies of a few methods, without spreads, and the bytes that a client sends in all."""
+    columns: list[Column] = []
+    for heading, task in FIRST.items():
+        wanted = {"task": task, "partition": SKEW if "skewed" in heading else "alike"}
+        (one,) = [one for one in found["conditions"] if wanted.items() <= one.items()]
+        columns.append((heading, partial(_accuracy, one, spread=False), True))
+    clients = found["partitions"]["alike"]["num_clients"]
+    (up,) = [show for heading, show, _ in costs(found, clients) if heading == "bytes up"]
+
+    def sent(label: str) -> tuple[float | None, str]:
+        return (None, "–") if label in found["lines"] else up(label)
+
+    return drawn([*columns, ("sent by a client, in all", sent, False)], FIRST_METHODS, found["lines"])
+
+
 def drawn(columns: Sequence[Column], labels: Sequence[str], lines: Container[str]) -> str:
     """A line a method that has a figure, the best that is no line marked."""
     cells = {label: [show(label) for _, show, _ in columns] for label in labels}
@@ -158,22 +180,22 @@ def accuracies(found: Mapping[str, Any]) -> list[Column]:
     ]
 
 
-def _accuracy(one: Mapping[str, Any], label: str) -> tuple[float | None, str]:
+def _accuracy(one: Mapping[str, Any], label: str, spread: bool = True) -> tuple[float | None, str]:
     figure = one["methods"].get(label)
     if not figure or figure["mean"] is None:
         return None, "–"
-    spread = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
-    return figure["mean"], f"{100 * figure['mean']:.1f}{spread}"
+    after = f" ± {100 * figure['sd']:.1f}" if spread and figure["sd"] is not None else ""
+    return figure["mean"], f"{100 * figure['mean']:.1f}{after}"
 
 
-def costs(found: Mapping[str, Any]) -> list[Column]:
-    """Of a whole run, over all clients and rounds; the mean over the conditions."""
+def costs(found: Mapping[str, Any], clients: int = 1) -> list[Column]:
+    """Of a whole run, over all rounds and divided by `clients`; the mean over the conditions."""
 
     def column(heading: str, key: str, shown: Callable[[float], str]) -> Column:
         def show(label: str) -> tuple[float | None, str]:
             values = [(one["methods"].get(label) or {}).get(key) for one in found["conditions"]]
             known = [value for value in values if value is not None]
-            return (None, shown(sum(known) / len(known))) if known else (None, "–")
+            return (None, shown(sum(known) / len(known) / clients)) if known else (None, "–")
 
         return heading, show, False
 
@@ -281,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in sorted(RESULTS.glob("compare_*.json"))
     }
     tables = {part: table(one) for part, one in found.items()} | {
+        "first": first(found["joining"]),
         "summary": summary(found),
         "unseen": unseen(),
         "ablation": ablation(),

@@ -253,9 +253,10 @@ def test_library(bench, sets, tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib: pip install -e '.[bench]'")
 def test_draw(bench, sets):
     bench.run("library", f"ablation --seeds 0 --rounds 1 --data {sets}", changes=(TINY, ONE_ROUND))
-    bench.run("draw", "ablation", f"signatures --data {sets}", changes=(TINY,))
+    (bench.results / "compare_joining.json").write_bytes((BENCH / "results" / "compare_joining.json").read_bytes())
+    bench.run("draw", "ablation", "joining", f"signatures --data {sets}", changes=(TINY,))
     pictures = (bench.results.parent.parent / "docs" / "img").iterdir()
-    assert {picture.name for picture in pictures} == {"ablation.svg", "signatures.svg"}
+    assert {picture.name for picture in pictures} == {"ablation.svg", "joining.svg", "signatures.svg"}
 
 
 def test_unseen(bench, sets):
@@ -268,6 +269,13 @@ def test_unseen(bench, sets):
     assert len(bench.rows("unseen_domains")) == 2 * 8
     assert len(bench.rows("unseen_languages")) == 8
     assert bench.found("unseen_keys")["cosine"]
+
+
+def test_member(bench, sets):
+    few = {"CLIENTS": 4, "IID": {"partition": {"kind": "iid", "num_clients": 4}}, "TASKS": ("polarity", "clinc")}
+    bench.run("member", f"--seeds 0 --records 20 --auto --data {sets}", changes=(TINY, ONE_ROUND), **few)
+    rows = bench.rows("member")
+    assert len(rows) == 4
 
 
 def test_fpl(bench, sets):
