@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 import families
-from ficpd.backbones import guards
+from ficpd.backbones import causal_lm, guards
 from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.pretrained import context
 from ficpd.errors import BackboneError
@@ -157,3 +158,18 @@ def test_threads_enter_different_layers_at_once():
         expected = features(0)
         for found in pool.map(features, [0, 1, 2, 3] * 10):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_whose_modules_accelerate_moves_is_entered_too():
+    """A spread model's modules have a `forward` of their own, which moves their inputs."""
+    family, model = families.DECODERS["Llama"], families.build(families.DECODERS["Llama"])
+    for part in model.modules():
+        add_hook_to_module(part, AlignDevicesHook("cpu", io_same_device=True))
+    spread = causal_lm.CausalLM(causal_lm.Config(), model, families.tokenizer("causal_lm"), "ab" * 32, "spread")
+    assert spread.depth == families.LAYERS
+    plain = families.load(family)
+    for layer in (0, 2):
+        assert families.off(spread, families.build(family), layer) < 1e-4
+    item = plain.tokenize("the film", None, "", None, 0)
+    assert torch.equal(spread.encode_prefix([item], 2)[0], plain.encode_prefix([item], 2)[0])

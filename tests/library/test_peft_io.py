@@ -14,9 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 import decoders
+import families
 import small
 from disk import to_the_disk
 from ficpd import cli, load_library
@@ -25,7 +33,7 @@ from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, LibraryError
 from ficpd.library.library import PromptLibrary
-from ficpd.library.peft_io import export, imported, own_base, read_folder
+from ficpd.library.peft_io import KINDS, export, imported, own_base, page, read_folder
 from ficpd.tasks import classification
 from ficpd.types import LORA, Prompt, Query, Readout, Record
 
@@ -162,19 +170,87 @@ def test_the_learned_readout_lies_beside_the_prompt_and_gives_our_answers(bert, 
         assert ours[list(LABELS)].iloc[place].tolist() == pytest.approx(theirs_C.tolist(), abs=1e-4)
 
 
-def test_padding_is_safe_on_the_right_only(llama, tmp_path):
-    """As the folder's page says: PEFT counts the positions of padding, so a row that is padded on the left changes."""
+def padded(model: Any, tokenizer: Any, side: str, **options: Any) -> Any:
+    """A batch of all texts, padded on one side: their logits, or (with options) the ids that are written."""
+    tokenizer.padding_side = side
+    given = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.no_grad():
+        if not options:
+            return model(**given).logits, given["attention_mask"]
+        return model.generate(**given, **options)[:, given["input_ids"].shape[1] :]
+
+
+def test_the_page_says_how_padded_texts_are_read_and_written(llama, tmp_path):
+    """Each text alone is the reference. PEFT counts the positions of padding, and `generate` goes on behind it."""
     made, backbone = library(llama), backbone_of(llama)
     export(made, "global", tmp_path / "out", str(llama))
-    model = in_peft(AutoModelForCausalLM, llama, tmp_path / "out")
-    ids = backbone._opening(TEXTS[0], 4, 4).content[None]
-    mask, none = torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)
+    page = (tmp_path / "out" / "README.md").read_text()
+    model, tokenizer = in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    found: dict[str, Any] = {"model": model}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1], found)
+    alone = list(found["write"](tokenizer, TEXTS, **options))
+    assert alone == backbone.generate(made.prompts["global"], TEXTS, 6)
+    assert 'padding_side="right"' in page
+    logits, mask = padded(model, tokenizer, "right")
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            expected_V = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+        last = len(made.prompts["global"].vectors_PD) + int(mask[row].sum()) - 1
+        torch.testing.assert_close(logits[row, last], expected_V, atol=1e-4, rtol=1e-4)
+        if not mask[row].all():
+            left_V = padded(model, tokenizer, "left")[0][row, -1]
+            assert not torch.allclose(left_V, expected_V, atol=1e-2)
+    for side in ("left", "right"):
+        written = padded(model, tokenizer, side, **options)
+        assert tokenizer.batch_decode(written, skip_special_tokens=True) != alone
+    same = tokenizer(["the film", "was bad"], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        alone_V = model(input_ids=ids, attention_mask=mask).logits[0, -1]
-        right = model(input_ids=torch.cat([ids, none], 1), attention_mask=torch.cat([mask, none], 1)).logits[0, -4]
-        left = model(input_ids=torch.cat([none, ids], 1), attention_mask=torch.cat([none, mask], 1)).logits[0, -1]
-    assert torch.allclose(alone_V, right, atol=1e-4)
-    assert not torch.allclose(alone_V, left, atol=1e-2)
+        both = tokenizer.batch_decode(model.generate(**same, **options)[:, 2:], skip_special_tokens=True)
+    assert both == list(found["write"](tokenizer, ["the film", "was bad"], **options))
+
+
+def test_with_lora_a_batch_writes_the_same_with_padding_on_the_left(llama, tmp_path):
+    backbone = backbone_of(llama)
+    rows_PD = backbone.adapters.start(8, 0)
+    rows_PD = torch.randn(rows_PD.shape, generator=torch.Generator().manual_seed(1)) / 4
+    export(library(llama, rows_PD, LORA), "global", tmp_path / "out", str(llama))
+    assert "padding on the left" in (tmp_path / "out" / "README.md").read_text()
+    model, tokenizer = in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    together = tokenizer.batch_decode(padded(model, tokenizer, "left", **options), skip_special_tokens=True)
+    for text, written in zip(TEXTS, together, strict=True):
+        given = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            ids = model.generate(**given, **options)[0, given["input_ids"].shape[1] :]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == written
+
+
+def test_an_encoder_decoder_writes_the_same_with_padding_on_the_right(tmp_path):
+    base = tmp_path / "t5"
+    families.build(families.SEQ2SEQ["T5"]).save_pretrained(base)
+    families.tokenizer("seq2seq").save_pretrained(base)
+    made, backbone = library(base), backbone_of(base)
+    export(made, "global", tmp_path / "out", str(base))
+    assert "padding on the right" in (tmp_path / "out" / "README.md").read_text()
+    model, tokenizer = in_peft(AutoModelForSeq2SeqLM, base, tmp_path / "out"), backbone.tokenizer
+    given = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.no_grad():
+        ids = model.generate(**given, max_new_tokens=6, do_sample=False)
+    told = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert told == backbone.generate(made.prompts["global"], TEXTS, 6)
+
+
+def test_the_page_of_an_instruct_model_has_its_template(llama, tmp_path):
+    made = library(llama)
+    options = {"chat_template": True, "system": "very good"}
+    card = {**made.card, "backbone": {**made.card["backbone"], "options": options}}
+    text = page(replace(made, card=card), "global", KINDS["causal_lm"], str(llama))
+    assert '{"role": "system", "content": "very good"}, {"role": "user", "content": lines}' in text
+    assert 'return_tensors="pt", add_special_tokens=False)' in text
+    assert "apply_chat_template" not in page(made, "global", KINDS["causal_lm"], str(llama))
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

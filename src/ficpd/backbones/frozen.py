@@ -87,21 +87,22 @@ class FrozenModel(Guarded):
     def upper(self, layer: int, states_STD: Tensor, given: dict[str, Any]) -> Tensor:
         """The input of a block to the body's last states."""
         if layer == 0:
-            return self._run_body(states_STD, given).last_hidden_state
+            return self._run_body(states_STD, given).last_hidden_state.to(self.device)
         instead = states_STD.new_zeros(*states_STD.shape[:2], self.width)
         cache = given.get("past_key_values")
-        return self.entering(layer, states_STD, lambda: self._run_body(instead, given), cache).last_hidden_state
+        output = self.entering(layer, states_STD, lambda: self._run_body(instead, given), cache)
+        return output.last_hidden_state.to(self.device)
 
     def logits(self, states_ND: Tensor) -> Tensor:
         """[N, V]: the model's own language head, caps, scales and biases included."""
-        return self._run_head(states_ND).logits[:, 0]
+        return self._run_head(states_ND).logits[:, 0].to(self.device)
 
     def head_input(self, states_ND: Tensor) -> Tensor:
         """[N, E]: the input of the output embedding, behind the transformations of a masked language model's head."""
         try:
             self._run_head(states_ND, stops=True)
         except ReachedError as reached:
-            return reached.states[:, 0]
+            return reached.states[:, 0].to(self.device)
         raise BackboneError(f"{self.name} never came to its output embedding")
 
     def last_norm(self, states_ND: Tensor) -> nn.LayerNorm | None:
@@ -149,7 +150,7 @@ class FrozenModel(Guarded):
         rows = self.sample_ids()
         _, calls = watch(self.model, lambda: self.model(input_ids=rows[0][None], **self._options(self.model)))
         self.body, _, last = [c for c in calls if torch.is_tensor(getattr(c[2], "last_hidden_state", None))][-1]
-        self._kind, self.sample_TD = type(last), last.last_hidden_state[0]
+        self._kind, self.sample_TD = type(last), last.last_hidden_state[0].to(self.device)
         if self.body is not self.model:
             self.guard(self.body, BODY)
             if outputs := self.model.get_output_embeddings():
@@ -161,7 +162,9 @@ class FrozenModel(Guarded):
     def _check_all(self, rows: Sequence[Tensor]) -> str:
         """Raises `BackboneError` where a guarantee fails; returns why the middle is closed, "" where it is open."""
         with torch.no_grad():
-            other_TD = self.body(input_ids=rows[1][None], **self._options(self.body)).last_hidden_state[0]
+            other_TD = (
+                self.body(input_ids=rows[1][None], **self._options(self.body)).last_hidden_state[0].to(self.device)
+            )
         self._compare_rows([self.embed(row) for row in rows], [self.sample_TD, other_TD])
         return self.why_closed()
 
@@ -170,7 +173,7 @@ class FrozenModel(Guarded):
         """Compares a padded batch of embeddings with each row's ids alone, and its gradients with zero."""
         text = HiddenStates.of(embedded, most=LONG)
         leaf = text.states_STD.detach().requires_grad_(True)
-        states_STD = self._run_body(leaf, self._mask(text.mask_ST)).last_hidden_state
+        states_STD = self._run_body(leaf, self._mask(text.mask_ST)).last_hidden_state.to(self.device)
         weight_D = torch.linspace(-1, 1, states_STD.shape[-1], device=self.device)  # a norm's plain sum is constant
         for row, expected in enumerate(alone):
             differs = difference(states_STD[row, : len(expected)], expected)

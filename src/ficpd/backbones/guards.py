@@ -53,10 +53,10 @@ class _Shared:
 
 
 class _Guard:
-    """A module's place, and the action of each thread. A copy of a model has none."""
+    """A module's place, the action of each thread, and its own forward, if it has one. A copy of a model has none."""
 
-    def __init__(self, place: int, shared: _Shared):
-        self.place, self.shared = place, shared
+    def __init__(self, place: int, shared: _Shared, outer: Callable[..., Any] | None):
+        self.place, self.shared, self.outer = place, shared, outer
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -92,7 +92,7 @@ class Guarded(ABC):
             with self.acting(stop):
                 call()
         except ReachedError as reached:
-            return reached.states
+            return reached.states.to(self.device)  # of a model on several devices
         raise BackboneError(f"{self.name} never came to its layer {layer}")
 
     def entering(self, layer: int, states_STD: Tensor, call: Callable[[], Any], cache: Any = None) -> Any:
@@ -125,9 +125,10 @@ class Guarded(ABC):
             self._shared.local.action = None
 
     def guard(self, module: nn.Module, place: int) -> None:
-        """Lets a module ask for the action of its thread."""
+        """Lets a module ask for the action of its thread. accelerate sets a module's `forward` beside its class's."""
+        outer = module.__dict__.pop("forward", None)
         module.__class__ = _guarded(type(module))
-        module._guard = _Guard(place, self._shared)  # type: ignore[assignment]
+        module._guard = _Guard(place, self._shared, outer)  # type: ignore[assignment]
 
     def set_attention(self, attention: str) -> bool:
         """Changes the attention of all blocks in place; returns whether the model has it."""
@@ -268,7 +269,8 @@ def _guarded(kind: Any) -> type:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        guard, own = self.__dict__.get("_guard"), functools.partial(kind.forward, self)
+        guard = self.__dict__.get("_guard")
+        own = (guard and guard.outer) or functools.partial(kind.forward, self)
         if guard is None:
             return own(*args, **kwargs)
         if guard.place >= 0 and guard.shared.checkpointed and torch.is_grad_enabled():

@@ -17,7 +17,7 @@ from ficpd.backbones.frozen import FrozenModel
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.quantization import (
     Quantization,
-    keep_rows_independent,
+    prepare_quantized,
     quantization_config,
     quantized_as,
     require_packages,
@@ -85,7 +85,12 @@ class Loader(NamedTuple):
             options["device_map"] = self.config.device_map or {"": self.device}
         options |= {"dtype": self.dtype, "attn_implementation": self.attention, "output_loading_info": True}
         model, told = self.read(auto, **options)
-        keep_rows_independent(model)
+        if any(weight.is_meta for weight in model.parameters()):
+            raise BackboneError(
+                f"backbone.name = {self.name!r}: its weights do not fit on the GPUs. Use a smaller model, or "
+                'backbone.options.quantization = "bnb_4bit".'
+            )
+        prepare_quantized(model)
         return (model if placed else model.to(self.device)), set(told["missing_keys"])
 
     def model_and_tokenizer(self, auto: Any) -> tuple[Any, Any, set[str]]:

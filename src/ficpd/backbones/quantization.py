@@ -63,8 +63,13 @@ def quantization_config(chosen: Quantization, dtype: torch.dtype) -> Any:
     )
 
 
-def keep_rows_independent(model: nn.Module) -> None:
-    """Turns off what LLM.int8() decides for a whole batch, also in checkpoints that were saved with it."""
+def prepare_quantized(model: nn.Module) -> None:
+    """Turns off what LLM.int8() decides for a whole batch, and bitsandbytes' 4-bit kernel for CPUs, which has no gradient.
+
+    Checkpoints may have been saved with both.
+    """
     for part in model.modules():
         if getattr(state := getattr(part, "state", None), "threshold", 0):
             state.threshold = 0.0  # type: ignore[union-attr]
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -49,17 +49,26 @@ KINDS = {
     "causal_lm": Kind(
         "CAUSAL_LM",
         "AutoModelForCausalLM",
-        "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
-        "`model.generate` write. Texts of one batch are padded on the right, or given one at a time: PEFT counts the\n"
-        "positions of padding on the left.",
-        "Feed it `text`, a line break and the instruction, and compare the next token's logits of the answers, or let\n"
-        "`model.generate` write.",
+        "Feed it {text}, and compare the next token's logits of the answers. Texts of one batch need padding\n"
+        'on the right (`padding_side="right"`): PEFT counts positions of padding on the left. Each row is read at its own\n'
+        "last token, behind the {tokens} virtual ones.\n\n"
+        "Let it write one text at a time, or a batch of texts with as many tokens each. With padding on either side,\n"
+        "`generate` writes other words.\n\n"
+        "```python\n"
+        "def write(tokenizer, texts, **options):\n"
+        "    for text in texts:\n"
+        '        ids = tokenizer(text, return_tensors="pt"{special}).input_ids.to(model.device)\n'
+        "        written = model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options)\n"
+        "        yield tokenizer.decode(written[0, ids.shape[1]:], skip_special_tokens=True)\n"
+        "```",
+        "Feed it {text}, and compare the next token's logits of the answers, or let `model.generate` write\n"
+        "(texts of one batch with padding on the left).",
     ),
     "seq2seq": Kind(
         "SEQ_2_SEQ_LM",
         "AutoModelForSeq2SeqLM",
-        "Feed it `text`, a line break and the instruction; answers are the decoder's first tokens.",
-        "Feed it `text`, a line break and the instruction; answers are the decoder's first tokens.",
+        "Feed it {text}, texts of one batch with padding on the right; answers are the decoder's first tokens.",
+        "Feed it {text}; answers are the decoder's first tokens.",
     ),
     "sentence_encoder": Kind(
         "FEATURE_EXTRACTION",
@@ -238,8 +247,24 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         "```python\n"
         f"from peft import PeftModel\nfrom transformers import {kind.auto}\n"
         f'model = PeftModel.from_pretrained({kind.auto}.from_pretrained("{base}", dtype="float32"), "THIS_FOLDER")\n'
-        "```\n\n" + (kind.reading_lora if changes else kind.reading.format(tokens=tokens)) + "\n"
+        "```\n\n" + (kind.reading_lora if changes else kind.reading).format(tokens=tokens, **_text(card)) + "\n"
     )  # fmt: skip
+
+
+def _text(card: Mapping[str, Any]) -> dict[str, str]:
+    """How a text is given to the model: bare, or in its chat template. `special`: an option of its tokenizer."""
+    options, lines = card["backbone"].get("options", {}), "`text`, a line break and the instruction"
+    if not options.get("chat_template"):
+        return {"text": lines, "special": ""}
+    turns = (
+        "" if options.get("system") is None else f'{{"role": "system", "content": {json.dumps(options["system"])}}}, '
+    )
+    call = f'tokenizer.apply_chat_template([{turns}{{"role": "user", "content": lines}}], tokenize=False'
+    return {
+        "text": f"`{call}, add_generation_prompt=True, enable_thinking=False)`\n"
+        f"with {lines} as `lines` (special tokens are in it already: `add_special_tokens=False`)",
+        "special": ", add_special_tokens=False",
+    }
 
 
 def reentry_lines(card: Mapping[str, Any]) -> list[str]:
