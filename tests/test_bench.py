@@ -173,6 +173,12 @@ def test_overhead(bench):
     assert len(bench.found("overhead")["resident MB after each round"]) == 2
 
 
+def test_scale(bench):
+    bench.run("scale", "--clients 4 30 --rounds 3")
+    found = bench.found("scale")["by clients"]
+    assert [figures["MB of states on disk"] > 0 for figures in found.values()] == [True, True]
+
+
 def test_entry(bench):
     bench.run("entry", "tiny 0:0.1 1:0.1 --steps 2 --every 1 --batch 4 --tested 20")
     assert [len(curve["points"]) for curve in bench.found("entry-tiny")["curves"]] == [2, 2]

@@ -7,7 +7,6 @@ import torch
 
 import small
 from ficpd.federation.client import ClientSession
-from ficpd.federation.simulation import client_states, load_client_states
 from ficpd.privacy.none import NoPrivacy
 
 
@@ -80,17 +79,6 @@ def test_what_a_visit_keeps_is_not_the_clients_until_it_is_done(client):
     session.client_state["more"] = torch.ones(1)
     assert client.client_state.keys() == {"prompt"}
     assert torch.equal(client.client_state["prompt"], torch.zeros(2))
-
-
-def test_what_clients_keep_goes_to_a_checkpoint_and_back(model):
-    method = small.method("local")
-    ours, theirs = small.clients(model, method), small.clients(model, method)
-    odd = ours.pop("site-0")
-    ours["north/site 0"], theirs["north/site 0"] = odd, theirs.pop("site-0")
-    for place, client in enumerate(ours.values()):
-        client.client_state = {"prompt": torch.full((2,), float(place)), "adam_step": torch.tensor(place)}
-    load_client_states(theirs, client_states(ours))
-    assert all(small.same(client.client_state, theirs[name].client_state) for name, client in ours.items())
 
 
 def test_members_under_two_methods_share_what_they_encoded_but_not_others_records(client, model):

@@ -15,19 +15,20 @@ from typing import Any
 
 import pytest
 
+import rays
 import small
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError, LedgerError, RunError
 from ficpd.experiments.runner import run as run_experiment
-from ficpd.federation import codec, ray_actors, ray_engine
+from ficpd.federation import codec, ray_engine
 from ficpd.federation.client import Client
 from ficpd.federation.method import Method
 from ficpd.privacy import record_gaussian
 from ficpd.registry import names
 from ficpd.types import ClientWorkload, Reply
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = rays.NO_WARNINGS
 BACKBONE = BackboneConfig(name="tiny", options={"width": 16}, dtype="float32", attention="eager")
 MECHANISM = record_gaussian.build(
     record_gaussian.Config(noise_multiplier=2.0, clip_norm=0.5),
@@ -124,21 +125,8 @@ def test_masks_are_refused_and_a_missing_ray_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes, each with room for one actor."""
-    os.environ.update(ray_actors.QUIET)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    os.environ["RAY_ADDRESS"] = made.address
-    try:
+    with rays.two_nodes() as made:
         yield made
-    finally:
-        del os.environ["RAY_ADDRESS"]
-        ray_engine.close()
-        ray.shutdown()
-        made.shutdown()
 
 
 def ledger(folder: Path) -> list[tuple]:

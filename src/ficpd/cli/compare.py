@@ -24,7 +24,8 @@ def compare(
         list[str] | None, typer.Option("--ablate", help="part.key=value,value: one more axis; several may follow")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="runs at a time; none: one for each core, one on a GPU", min=1)
+        str | None,
+        typer.Option(help="runs at a time, or ray or ray://HOST:PORT; none: one for each core, one on a GPU"),
     ] = None,
     table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
     track: Track = None,
@@ -44,7 +45,7 @@ def compare(
             raise typer.BadParameter("--table prints a folder's tables; leave out --ablate and --out")
         typer.echo(_overview(Path(target), table), nl=False)
         return
-    _run(target, sweeps, out, jobs, track)
+    _run(target, sweeps, out, _jobs(jobs), track)
 
 
 def _target(words: list[str], ablate: list[str]) -> tuple[str, list[str]]:
@@ -73,7 +74,20 @@ def _overview(path: Path, how: str) -> str:
     return "\n".join(as_markdown(one) if how == "markdown" else as_latex(one) for one in tables)
 
 
-def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | None, track: str | None) -> None:
+def _jobs(given: str | None) -> int | str | None:
+    """Parses `--jobs`.
+
+    >>> _jobs("4"), _jobs("ray")
+    (4, 'ray')
+    """
+    if given is None or given.startswith("ray"):
+        return given
+    if not given.isdecimal() or int(given) < 1:
+        raise typer.BadParameter(f"--jobs {given!r}: expected a number of runs, at least 1, or ray, or ray://HOST:PORT")
+    return int(given)
+
+
+def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | str | None, track: str | None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

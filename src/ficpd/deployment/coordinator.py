@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ficpd.data.subjects import UnitCounts
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
@@ -138,7 +136,7 @@ class Sites(Clients):
             released,
         )  # fmt: skip
 
-    def build_engine(self, run: Runner, kept: Mapping[str, Tensor]) -> "Flower":
+    def build_engine(self, run: Runner, states: int) -> "Flower":
         context, names = run.context, [card.name for card in self.engine.clients()]
         coordinates = context.compression.subspace
         spec = RunSpec(context.experiment, *self.recipe, names, run.schedule, context.start, coordinates)

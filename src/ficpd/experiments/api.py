@@ -67,7 +67,7 @@ def default_directory(experiment: Experiment) -> Path:
 
 
 def compare(
-    recipe: str | Path, out: str | Path | None = None, *, ablate: Sequence[str] = (), jobs: int | None = None,
+    recipe: str | Path, out: str | Path | None = None, *, ablate: Sequence[str] = (), jobs: int | str | None = None,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> FinishedComparison:  # fmt: skip
     """Runs the unfinished cells of a comparison in worker processes.
@@ -77,7 +77,7 @@ def compare(
     recipe: a TOML file, or a comparison of the package.
     out: the folder; None: `runs/compare-NAME`.
     ablate: settings to sweep over, such as "privacy.epsilon=1,2,4".
-    jobs: parallel runs; None: one for each core, one on a GPU.
+    jobs: parallel runs; None: one for each core, one on a GPU. "ray" or "ray://HOST:PORT": on Ray actors.
     progress: called with each event of a worker.
     """
     plan = read_plan(str(recipe), ablate)

@@ -6,7 +6,8 @@ run-id            a random id, also in the ledger
 ledger.sqlite     with privacy: every release
 NOT-RELEASED.md   with privacy: says what the guarantee does not cover; the directory has mode 0700
 sites.json        real sites: the participants
-checkpoint        the state after the last finished round, the clients' states, the rounds
+checkpoint        the state after the last finished round, and the rounds
+not-released/     the clients' states
 rounds.jsonl      one line per round
 result.json       the result; the run is finished if it exists
 library/          the prompt library
@@ -25,7 +26,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from ficpd import storage
 from ficpd.errors import CodecError, LedgerError, RunError, describe_os_error
@@ -38,7 +38,6 @@ from ficpd.storage import atomic_write
 from ficpd.types import State
 
 SITES, LOCK = "sites.json", ".lock"
-KEPT = "kept:"
 ROUNDS = "rounds:"
 """The array of a checkpoint that holds the rounds as JSON bytes, because headers are limited to 100 MB."""
 
@@ -107,18 +106,19 @@ class RunDir:
             self.write("run-id", uuid.uuid4().hex + "\n")
         return file.read_text(encoding="utf-8").strip()
 
-    def save(self, state: State, kept: Mapping[str, Tensor], rounds: list[Round], totals: Mapping[str, Any]) -> None:
-        """Writes the checkpoint, then `rounds.jsonl` from it."""
-        arrays = {**state.arrays, **{KEPT + name: array for name, array in kept.items()}}
+    def save(self, state: State, states: int, rounds: list[Round], totals: Mapping[str, Any]) -> None:
+        """Writes the checkpoint, then `rounds.jsonl` from it. `states`: clients with a state."""
+        arrays = dict(state.arrays)
         lines = json.dumps([asdict(done) for done in rounds], allow_nan=False).encode()
         arrays[ROUNDS] = torch.frombuffer(bytearray(lines), dtype=torch.uint8)
-        self.write("checkpoint", storage.encode_state(State(arrays, state.facts), {"totals": dict(totals)}))
+        extra = {"totals": dict(totals), "states": states}
+        self.write("checkpoint", storage.encode_state(State(arrays, state.facts), extra))
         self.write_rounds(rounds)
 
     def write_rounds(self, rounds: list[Round]) -> None:
         self.write("rounds.jsonl", "".join(json.dumps(asdict(done)) + "\n" for done in rounds))
 
-    def load(self) -> tuple[State, dict[str, Tensor], list[Round], dict[str, Any]] | None:
+    def load(self) -> tuple[State, int, list[Round], dict[str, Any]] | None:
         """Returns the last checkpoint; None if no round is finished. Raises `RunError` if it cannot be read."""
         file = self.path / "checkpoint"
         if not file.exists():
@@ -126,14 +126,13 @@ class RunDir:
         try:
             state, extra = storage.decode_state(file.read_bytes(), own=True)
             lines = json.loads(state.arrays[ROUNDS].numpy().tobytes())
-            rounds, totals = [Round(**line) for line in lines], dict(extra["totals"])
+            rounds, totals, states = [Round(**line) for line in lines], dict(extra["totals"]), int(extra["states"])
         except (CodecError, KeyError, TypeError, ValueError) as error:
             released = any((self.path / name).exists() for name in (LEDGER, SITES))
             do = "Restore it from a copy, or begin in a new directory" if released else "Delete it to begin anew"
             raise RunError(f"{file} cannot be read: {error}. {do}") from error
-        kept = {name.removeprefix(KEPT): a for name, a in state.arrays.items() if name.startswith(KEPT)}
-        arrays = {name: array for name, array in state.arrays.items() if not name.startswith((KEPT, ROUNDS))}
-        return State(arrays, state.facts), kept, rounds, totals
+        arrays = {name: array for name, array in state.arrays.items() if not name.startswith(ROUNDS)}
+        return State(arrays, state.facts), states, rounds, totals
 
     def check_rounds_file(self, rounds: int) -> None:
         """Raises `RunError` if `rounds.jsonl` has more rounds than the checkpoint.

@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ficpd.backbones.autotune import machine_info
 from ficpd.errors import BudgetError, ConfigError
 from ficpd.evaluation.evaluate import evaluate, score_everyone
@@ -37,10 +35,10 @@ from ficpd.experiments.setup import (
     tasks_of,
     with_noise_scale,
 )
+from ficpd.federation.client_states import ClientStates
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy
 from ficpd.federation.query_budget import QueryBudget
 from ficpd.federation.rounds import Round, run_rounds
-from ficpd.federation.simulation import client_states, load_client_states
 from ficpd.interfaces import Engine
 from ficpd.registry import build_config, load, validate
 from ficpd.types import Prompt, Score, State
@@ -62,8 +60,8 @@ class Clients(ABC):
     @abstractmethod
     def plan_privacy(self, run: "Runner", state: State) -> PrivacyPlan: ...
     @abstractmethod
-    def build_engine(self, run: "Runner", kept: Mapping[str, Tensor]) -> Engine:
-        """Returns the engine of the round loop. `kept`: the clients' states in the checkpoint."""
+    def build_engine(self, run: "Runner", states: int) -> Engine:
+        """Returns the engine of the round loop. `states`: clients with a state at the checkpoint."""
 
     def before_round(self, round: int, cohort: Sequence[str]) -> None:
         """Raises `BudgetError` to end the run before a round."""
@@ -71,9 +69,12 @@ class Clients(ABC):
     def after_round(self, run: "Runner", done: Round) -> None:
         """Adds figures to a round's record, before it is saved."""
 
-    def states(self) -> dict[str, Tensor]:
-        """Returns the clients' states, for the checkpoint."""
-        return {}
+    def save_states(self, round: int) -> int:
+        """Writes the clients' states, before the round's checkpoint; returns how many have one."""
+        return 0
+
+    def close(self) -> None:
+        """Closes the files of the clients' states."""
 
     @abstractmethod
     def evaluate(self, run: "Runner") -> dict[str, Any]:
@@ -109,15 +110,15 @@ class Runner:
         context, method, directory = self.context, self.method, self.directory
         self.schedule = build_schedule(context, method)
         saved = directory.load()
-        state, kept, self.rounds, self.seconds = saved or (
-            method.init(federation_info(context, method, self.shards, self.privacy)), {}, [],
+        state, states, self.rounds, self.seconds = saved or (
+            method.init(federation_info(context, method, self.shards, self.privacy)), 0, [],
             {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0},
         )  # fmt: skip
         self.plan = self.clients.plan_privacy(self, state)
         accounts = [*self.plan.accounts.values(), *([self.plan.central.account] if self.plan.central else [])]
         directory.check_ledgers(accounts, method.name, len(self.rounds))
         self.state = with_noise_scale(context, method, state, self.plan, self.privacy)
-        self.engine = self.clients.build_engine(self, kept)
+        self.engine = self.clients.build_engine(self, states)
         directory.write_rounds(self.rounds)
 
     def train(self) -> Iterator[Round]:
@@ -132,7 +133,8 @@ class Runner:
                 self.rounds.append(done)
                 self.seconds["train"] += done.seconds_train
                 self.seconds["aggregate"] += done.seconds_aggregate
-                self.directory.save(self.state, self.clients.states(), self.rounds, self.seconds)
+                states = self.clients.save_states(done.round)
+                self.directory.save(self.state, states, self.rounds, self.seconds)
                 yield done
         except BudgetError as error:
             self.stopped = str(error)
@@ -175,6 +177,7 @@ class Runner:
             **found,
         )  # fmt: skip
         self.plan.close()
+        self.clients.close()
         library = build_library(context, method, self.state, result, {DISTILLED: refined.prompt} if refined else {})
         library.save(self.directory.path / "library")
         result.save(self.directory.path)
@@ -208,11 +211,12 @@ class SimulatedClients(Clients):
         masks = plan.secure is not None and bool(experiment.engine.options.get("masks"))
         return replace(plan, secure=replace(plan.secure, masked=True)) if masks else plan  # type: ignore[type-var]
 
-    def build_engine(self, run: Runner, kept: Mapping[str, Tensor]) -> Engine:
+    def build_engine(self, run: Runner, states: int) -> Engine:
         context, method, config = run.context, run.method, run.context.experiment.engine
         self.clients = context.clients(run.plan, method.capabilities.centralized)
         self.tested = context.clients() if method.capabilities.centralized else self.clients
-        load_client_states(self.clients, kept)
+        self.client_states = ClientStates(run.directory.path, len(run.rounds), states)
+        self.client_states.restore(self.clients)
         most = context.experiment.federation.max_queries
         self.queries = QueryBudget(method, run.state, self.clients, run.rounds, most)
         module = load("engines", config.name)
@@ -230,8 +234,11 @@ class SimulatedClients(Clients):
             done.metrics.update({f"own_{name}": value for name, value in found.mean.items()})
             done.metrics.update({f"global_{name}": value for name, value in (found.everyone or {}).items()})
 
-    def states(self) -> dict[str, Tensor]:
-        return client_states(self.clients)
+    def save_states(self, round: int) -> int:
+        return self.client_states.save(self.clients, round)
+
+    def close(self) -> None:
+        self.client_states.close()
 
     def evaluate(self, run: Runner) -> dict[str, Any]:
         context, method, experiment, began = run.context, run.method, run.context.experiment, time.perf_counter()

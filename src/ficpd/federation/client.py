@@ -1,6 +1,6 @@
 """A client of the federation, and its session during one assignment."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -56,7 +56,7 @@ class Client:
     private_seed: int
     account: Account | None = None
     pending_costs: Sequence[PrivacyCost] = ()
-    client_state: dict[str, Tensor] = field(default_factory=dict)
+    client_state: Mapping[str, Tensor] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False)
     query_counts: dict[int, list[int]] = field(default_factory=dict, repr=False)
     member: "Member | None" = field(default=None, repr=False)

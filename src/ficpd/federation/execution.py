@@ -68,7 +68,7 @@ def execute_assignment(
         raise
     except Exception:
         if account is not None and client.mechanism.unit != "none":
-            commit(ClientUpdate(client.name, {}), client.client_state | session.released, failed=True)
+            commit(ClientUpdate(client.name, {}), {**client.client_state, **session.released}, failed=True)
         raise
     own = {name: value for name, value in session.client_state.items() if not name.startswith(STATISTIC)}
     if not all(value.isfinite().all() for value in own.values()):

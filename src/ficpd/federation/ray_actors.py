@@ -61,10 +61,13 @@ class Handle:
 
 
 class Actors:
-    """Actors of one class. Each calls `load` first, with the folders of this process's modules and what is `given`."""
+    """Actors of one class. Each calls `load` first, with the folders of this process's modules and what is `given`.
 
-    def __init__(self, ray: ModuleType, kind: type, room: Room, *given: Any):
-        self.ray, self.kind, self.room, self.given = ray, kind, room, given
+    `most`: bounds their number.
+    """
+
+    def __init__(self, ray: ModuleType, kind: type, room: Room, *given: Any, most: int = sys.maxsize):
+        self.ray, self.kind, self.room, self.given, self.most = ray, kind, room, given, most
         self.handles: list[Handle] = []
         self.began = False
 
@@ -122,4 +125,4 @@ class Actors:
     def _number(self) -> int:
         total, needed = self.ray.cluster_resources(), {"CPU": self.room.num_cpus, "GPU": self.room.num_gpus}
         fit = [int(total.get(kind, 0) // amount) for kind, amount in needed.items() if amount]
-        return self.room.actors or max(min(fit), len(self.handles), 1)
+        return min(self.room.actors or max(min(fit), len(self.handles), 1), self.most)

@@ -141,7 +141,7 @@ class Actor:
             self.clients[name] = self._client(member, visits[name].account)
         for name, visit in visits.items():
             client = self.clients[name]
-            client.client_state, client.pending_costs = dict(visit.client_state), visit.pending_costs
+            client.client_state, client.pending_costs = visit.client_state, visit.pending_costs
             client.account, client.query_counts = visit.account, {}
         for reply in self.engine.exchange({name: visit.assignment for name, visit in visits.items()}):
             client, visit = self.clients[reply.client], visits[reply.client]
@@ -210,7 +210,7 @@ class RayEngine(simulation.SimulationEngine):
     def _visit(self, name: str, assignment: bytes, round: int, method: str) -> Visit:
         client = self.members[name]
         account = client.account and CarriedAccount(client.account, round, method)
-        return Visit(assignment, client.client_state, client.pending_costs, account)
+        return Visit(assignment, dict(client.client_state), client.pending_costs, account)
 
     def _call(self, handle: Handle, visits: Mapping[str, Visit]) -> Any:
         shared = None
@@ -236,6 +236,6 @@ class RayEngine(simulation.SimulationEngine):
                 client.account.commit(*visit.account.kept)
         except Exception as error:
             return self._failed(name, error)
-        client.client_state, client.pending_costs = dict(visit.client_state), visit.pending_costs
+        client.client_state, client.pending_costs = visit.client_state, visit.pending_costs
         client.query_counts |= visit.query_counts
         return visit.reply

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
@@ -113,15 +112,3 @@ def public_error(client: Client, error: Exception) -> str:
     if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__} (its text stays at the client)"
-
-
-def client_states(clients: Mapping[str, Client]) -> dict[str, Tensor]:
-    """Flattens the clients' states to `client/name`, for a simulation's checkpoint."""
-    return {f"{name}/{key}": value for name, client in clients.items() for key, value in client.client_state.items()}
-
-
-def load_client_states(clients: Mapping[str, Client], arrays: Mapping[str, Tensor]) -> None:
-    """Restores the clients' states from `client_states`."""
-    for path, value in arrays.items():
-        name, _, key = path.rpartition("/")
-        clients[name].client_state[key] = value

@@ -152,7 +152,7 @@ def left(folder: Path, names: list[str]) -> None:
     of_clients = {
         f"offset/{n}": prompts[f"prototype-{i % 2}"].vectors_PD - shared + 0.3 * drawn(n) for i, n in enumerate(names)
     }
-    RunDir(folder).save(State({"global": shared, **of_clients}, {}), {}, rounds_of(3), {})
+    RunDir(folder).save(State({"global": shared, **of_clients}, {}), 0, rounds_of(3), {})
 
 
 def audit() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.comparison import pareto, summary
 from ficpd.experiments.comparison.grid import Grid
 from ficpd.experiments.comparison.overrides import REFERENCE_METHODS
+from ficpd.experiments.comparison.ray_workers import ray_address, run_jobs_on_ray
 from ficpd.experiments.comparison.results import CELLS, load_result, result_rows, run_keys
 from ficpd.experiments.comparison.schema import (
     COMPARISON,
@@ -32,12 +33,13 @@ Seen = Callable[[Event], None]
 
 
 def compare(
-    plan: Grid, out: Path, jobs: int | None = None, planned: Callable[[int, int], None] | None = None,
+    plan: Grid, out: Path, jobs: int | str | None = None, planned: Callable[[int, int], None] | None = None,
     seen: Seen = lambda event: None,
 ) -> ComparisonResult:  # fmt: skip
     """Runs what is missing in `out`, `jobs` runs at a time, and writes the tables, also when it is interrupted.
 
-    `jobs` None: one for each core, and one on a GPU. `planned` gets the number of runs and the number of missing ones.
+    `jobs` None: one for each core, and one on a GPU. "ray" or "ray://HOST:PORT": one for each CPU or GPU of a Ray cluster.
+    `planned` gets the number of runs and the number of missing ones.
     A script that calls this needs the guard `if __name__ == "__main__":`, as workers are spawned processes.
 
     Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
@@ -52,9 +54,12 @@ def compare(
             planned(len(names), len(missing))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         on_gpu = any(cell.experiment.engine.device.startswith("cuda") for cell in plan.cells)
-        number = min(jobs or (1 if on_gpu else cores), max(len(missing), 1))
         try:
-            run_jobs(missing, out / CELLS, number, max(1, cores // number), seen)
+            if isinstance(jobs, str):
+                run_jobs_on_ray(missing, out / CELLS, ray_address(jobs), float(on_gpu), seen)
+            else:
+                number = min(jobs or (1 if on_gpu else cores), max(len(missing), 1))
+                run_jobs(missing, out / CELLS, number, max(1, cores // number), seen)
         finally:
             found = described(plan, {h: load_result(out, key) for h, key in names.items()}, names)
             found.write(out / COMPARISON)

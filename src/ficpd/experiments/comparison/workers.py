@@ -120,10 +120,11 @@ def _died(worker: Worker, folder: Path) -> Event:
     if code == -signal.SIGKILL:
         how += "; most often the machine had no memory left: try fewer --jobs"
     reason = f"its process {how} (see {key}.log)"
-    return _ended(RunOutcome(ficpd=__version__, key=key, status="failed", reason=reason), folder)
+    return write_outcome(RunOutcome(ficpd=__version__, key=key, status="failed", reason=reason), folder)
 
 
-def _ended(outcome: RunOutcome, folder: Path) -> Event:
+def write_outcome(outcome: RunOutcome, folder: Path) -> Event:
+    """Writes a run's outcome to the folder of the cells; returns the event of its end."""
     outcome.write(folder / f"{outcome.key}.json")
     return outcome.model_dump(include={"key", "status", "reason"})
 
@@ -155,10 +156,10 @@ def work(jobs: Connection, folder: Path, threads: int, modules: list[str]) -> No
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        outcome = run_job(job, folder, contexts, jobs)
+        outcome = run_job(job, folder, contexts, jobs.send)
         if "see " + log.name not in (outcome.reason or ""):
             log.unlink()
-        jobs.send(_ended(outcome, folder))
+        jobs.send(write_outcome(outcome, folder))
 
 
 def _end_with_parent() -> None:
@@ -168,12 +169,12 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def run_job(job: Job, folder: Path, contexts: ContextCache, events: Connection) -> RunOutcome:
+def run_job(job: Job, folder: Path, contexts: ContextCache, send: Callable[[Event], None]) -> RunOutcome:
     """Returns the run's outcome, also of a run that raised. Prints the traceback of an unexpected error."""
     key = job.key
 
     def progress(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
-        events.send({"key": key, "method": method, "done": done, "planned": planned, "figures": figures})
+        send({"key": key, "method": method, "done": done, "planned": planned, "figures": figures})
 
     try:
         return run_cell(parse(job.experiment, f"{key}.toml"), key, job.ground, folder, contexts, progress)
