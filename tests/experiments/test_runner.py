@@ -129,7 +129,7 @@ def test_every_round_has_its_line_and_bytes_add_up(finished):
     delta, totals = 3 * 16 * 4, (2 * 17 + 16 * 17 // 2) * 4
     mean = (3 * delta + 2 * totals) / 4  # the first round sends both, the last one only totals
     assert mean < result.bytes.up_per_client_round < mean + 100
-    assert ["own_accuracy" in line["metrics"] for line in lines] == [False, True, False, False]
+    assert ["sample_accuracy" in line["metrics"] for line in lines] == [False, True, False, False]
 
 
 def test_the_report_has_a_row_for_each_method(finished):

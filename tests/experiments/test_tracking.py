@@ -42,7 +42,7 @@ def noted(monkeypatch) -> dict[str, Noted]:
 
 
 def test_every_round_is_sent_once_and_the_end_last(tmp_path, noted):
-    given = small.experiment(tmp_path, "fedavg", "baselines=['local']", "federation.evaluate_every=1")
+    given = small.experiment(tmp_path, "fedavg", "baselines=['local']", "federation.evaluate_records=0")
     seen = []
     with followed("mlflow", tmp_path / "run") as look:
 
@@ -100,7 +100,7 @@ def test_tensorboard_reads_what_was_sent(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with followed("tensorboard", tmp_path / "run") as look:
-        result = small.run(tmp_path, "fedavg", "federation.evaluate_every=1")
+        result = small.run(tmp_path, "fedavg", "federation.evaluate_records=0")
         look()
     events = EventAccumulator(str(tmp_path / "run" / "track"))
     events.Reload()

@@ -1,16 +1,17 @@
 """Evaluates prompts on all test records and on each client's own. For simulations: it reads every client's records."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client
-from ficpd.federation.execution import local_model
+from ficpd.federation.execution import local_model, personal_prompt
 from ficpd.federation.method import Method
 from ficpd.interfaces import Task
 from ficpd.types import Answer, Assignment, Batch, Predictor, Query, Score, State
@@ -128,6 +129,36 @@ def score_everyone(
     tested = {name: client for name, client in clients.items() if client.test}
     batches = shared_batches(method, state, tested)
     work = {n: (client.task, prompt_PD, batches[n]) for n, client in tested.items()}
+    return _pooled(predict_all(work, model), tested)
+
+
+def draw_sample(clients: Mapping[str, Client], number: int, seed: int) -> dict[str, list[int]]:
+    """Draws `number` test records of all clients together: by client, their places.
+
+    The draw has a random stream of its own.
+    """
+    every = [(name, place) for name, client in sorted(clients.items()) for place in range(len(client.test))]
+    order = torch.randperm(len(every), generator=rng.make_generator(seed, "curve records"))[:number].tolist()
+    drawn: dict[str, list[int]] = {}
+    for name, place in sorted(every[i] for i in order):
+        drawn.setdefault(name, []).append(place)
+    return drawn
+
+
+def score_sample(
+    method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int,
+    sample: Mapping[str, Sequence[int]],
+) -> Score:  # fmt: skip
+    """Scores the prompt that each client would be sent on a few of its test records; each task counts once.
+
+    It tunes nothing and draws nothing at random. `sample`: the records' places, by client.
+    """
+    members = {name: clients[name] for name in sample}
+    work, batches = {}, shared_batches(method, state, members)
+    for name, client in members.items():
+        prompt_PD = personal_prompt(method, client, method.make_assignment(state, client.card, round))
+        work[name] = client.task, prompt_PD, batches[name].select(sample[name])
+    tested = {name: replace(client, test=[client.test[i] for i in sample[name]]) for name, client in members.items()}
     return _pooled(predict_all(work, model), tested)
 
 

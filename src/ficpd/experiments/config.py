@@ -56,7 +56,9 @@ class FederationConfig(FrozenConfig):
 
     clients_per_round: size of a cohort; None: all clients.
     max_update_norm: bound of every update's L2 norm.
-    evaluate_every: rounds between evaluations; 0: only at the end.
+    evaluate_every: in simulations, rounds between two points of the accuracy curve; 0: no curve.
+    evaluate_records: test records, of all clients together, that a point is measured on; each is read with its client's
+        prompt, as the server would send it. 0: all test records, with each client's own model, which takes longer.
     accept_late: how many rounds late an update may arrive and still count.
     unseen_clients: clients drawn by the seed that take no part and are evaluated at the end.
     unseen: names of further ones. Clients with test records alone take no part, either.
@@ -67,7 +69,8 @@ class FederationConfig(FrozenConfig):
     num_rounds: int = Field(default=10, ge=0)
     clients_per_round: int | None = Field(default=None, ge=1)
     max_update_norm: float = Field(default=1e6, gt=0)
-    evaluate_every: int = Field(default=0, ge=0)
+    evaluate_every: int = Field(default=1, ge=0)
+    evaluate_records: int = Field(default=256, ge=0)
     accept_late: int = Field(default=0, ge=0)
     unseen_clients: int = Field(default=0, ge=0)
     unseen: tuple[str, ...] = ()

@@ -74,6 +74,8 @@ class Metrics(FrozenModel):
     """The distilled prompt on all test records."""
     test_records: dict[str, int] = {}
     """The number of each client's test records."""
+    sample: Scores | None = None
+    """The last point of the curve, on `federation.evaluate_records` test records; None if there is no curve of them."""
 
 
 class Bytes(FrozenModel):

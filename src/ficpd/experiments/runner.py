@@ -15,7 +15,7 @@ from typing import Any
 
 from ficpd.backbones.autotune import machine_info
 from ficpd.errors import BudgetError, ConfigError
-from ficpd.evaluation.evaluate import evaluate, score_everyone
+from ficpd.evaluation.evaluate import draw_sample, evaluate, score_everyone, score_sample
 from ficpd.evaluation.fairness import over_clients, over_groups, share_worse_off
 from ficpd.evaluation.personalization import personalization_levels, unseen_client_scores
 from ficpd.experiments.build import ExperimentContext, build_context
@@ -45,6 +45,10 @@ from ficpd.types import Prompt, Score, State
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (method, rounds done, rounds planned, figures to show)."""
+
+
+SAMPLE = "sample"
+"""The curve of a sample in `Round.metrics`: `sample_accuracy`."""
 
 
 def no_progress(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
@@ -217,8 +221,10 @@ class SimulatedClients(Clients):
         self.tested = context.clients() if method.capabilities.centralized else self.clients
         self.client_states = ClientStates(run.directory.path, len(run.rounds), states)
         self.client_states.restore(self.clients)
-        most = context.experiment.federation.max_queries
-        self.queries = QueryBudget(method, run.state, self.clients, run.rounds, most)
+        federation = context.experiment.federation
+        number = federation.evaluate_records if federation.evaluate_every else 0
+        self.sample = draw_sample(self.tested, number, context.experiment.seed)
+        self.queries = QueryBudget(method, run.state, self.clients, run.rounds, federation.max_queries)
         module = load("engines", config.name)
         options = validate(module.Config, config.options, "engine.options")
         return module.build(options, method, self.clients, context.model, context.experiment.backbone, config)
@@ -228,11 +234,16 @@ class SimulatedClients(Clients):
 
     def after_round(self, run: Runner, done: Round) -> None:
         self.queries.after(done)
-        every = run.context.experiment.federation.evaluate_every
+        every, began = run.context.experiment.federation.evaluate_every, time.perf_counter()
         if every and done.round % every == 0 and done.round < run.schedule.num_rounds:
-            found = evaluate(run.method, run.state, self.tested, run.context.model, done.round)
-            done.metrics.update({f"own_{name}": value for name, value in found.mean.items()})
-            done.metrics.update({f"global_{name}": value for name, value in (found.everyone or {}).items()})
+            asked = (run.method, run.state, self.tested, run.context.model, done.round)
+            if self.sample:
+                found = {SAMPLE: score_sample(*asked, self.sample)}
+            else:
+                whole = evaluate(*asked)
+                found = {"own": whole.mean, "global": whole.everyone or {}}
+            done.metrics.update({f"{of}_{name}": v for of, score in found.items() for name, v in score.items()})
+            run.seconds["evaluate"] += time.perf_counter() - began
 
     def save_states(self, round: int) -> int:
         return self.client_states.save(self.clients, round)
@@ -244,7 +255,8 @@ class SimulatedClients(Clients):
         context, method, experiment, began = run.context, run.method, run.context.experiment, time.perf_counter()
         asked = (method, run.state, self.tested, context.model, run.schedule.num_rounds + 1)
         found = evaluate(*asked)
-        run.seconds["evaluate"] = time.perf_counter() - began
+        sample = score_sample(*asked, self.sample) if self.sample else None
+        run.seconds["evaluate"] += time.perf_counter() - began
         personalization = unseen = None
         if method.capabilities.trains and not method.capabilities.centralized:
             personalization = personalization_levels(*asked, seed=experiment.seed, personal=found.models)
@@ -266,6 +278,7 @@ class SimulatedClients(Clients):
                 per_client_worst=found.worst,
                 zero_shot=self.zero_shot if self.zero_shot is not None else found.everyone,
                 test_records={name: len(self.tested[name].test) for name in found.own},
+                sample=sample,
             ),
             "personalization": personalization,
             "unseen_clients": unseen and {"global_prompt": unseen["global"], "assigned": unseen["assigned"]},

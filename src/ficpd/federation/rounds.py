@@ -1,5 +1,6 @@
 """The round loop: sends assignments, checks the updates that come back, and aggregates them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ class Round:
     excluded_updates: reasons by client, for updates that the method left out or clipped.
     underfilled_means: means of fewer updates than their rule needs (`aggregation/robust.py`).
     queries: in simulations, each client's forward queries and gradients.
+    items: the arrays of each client's message, by name: how many numbers, and bits of each.
     """
 
     round: int
@@ -39,6 +41,7 @@ class Round:
     excluded_updates: dict[str, str] = field(default_factory=dict)
     underfilled_means: dict[str, str] = field(default_factory=dict)
     queries: dict[str, list[int]] = field(default_factory=dict)
+    items: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def run_rounds(
                 state = method.aggregate(state, got.updates, round, model)
                 state = State({**state.arrays, **got.moments}, state.facts)
             seconds = trained - started, time.perf_counter() - trained
-            yield state, Round(round, len(cohort), got.answered, got.dropped, got.bytes_up, got.bytes_down, *seconds)
+            sent = got.bytes_up, got.bytes_down
+            yield state, Round(round, len(cohort), got.answered, got.dropped, *sent, *seconds, items=got.items)
             continue
         asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
         asked[round] = set(assignments)
@@ -129,7 +133,9 @@ def run_rounds(
         noted = state.facts if updates else {}
         bytes_down = sum(map(len, assignments.values()))
         seconds = trained - started, time.perf_counter() - trained
-        done = Round(round, len(assignments), answered, came.dropped, came.bytes_up, bytes_down, *seconds)
+        items = {name: [math.prod(kind.shape), 8 * kind.dtype.itemsize] for name, kind in wire.items()}
+        sent = came.bytes_up, bytes_down
+        done = Round(round, len(assignments), answered, came.dropped, *sent, *seconds, items=items)
         done.excluded_updates.update(noted.get("excluded_updates", {}))
         done.underfilled_means.update(noted.get("underfilled_means", {}))
         yield state, done

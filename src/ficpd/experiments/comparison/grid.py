@@ -164,7 +164,9 @@ def _experiment(
     if not of_method.get("private", True):
         tree["privacy"] = {"name": "none"}
     tree |= {"seed": seed, "baselines": []}
-    built = build(overrides.merge(tree, {"federation": {"evaluate_every": spec.evaluate_every}}), where)
+    built = build(
+        overrides.merge(tree, {"federation": {"evaluate_every": spec.evaluate_every, "evaluate_records": 0}}), where
+    )
     if built.engine.name == "flower":
         raise ConfigError(
             f'{where}: engine.name = "flower" is for real sites, and a comparison is a simulation; leave it out'

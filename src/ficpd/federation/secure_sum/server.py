@@ -33,7 +33,8 @@ class VoidRoundError(Exception):
 class Collected:
     """updates: one of each group. answered: clients in the sum. moments: what the optimizers keep, for the state.
 
-    dropped: reasons by client. refused: those whose budget is exhausted. Bytes are of all exchanges.
+    dropped: reasons by client. refused: those whose budget is exhausted. Bytes are of all exchanges. items: the parts of a
+    client's vector, by name: how many numbers, and bits of each.
     """
 
     updates: list[ClientUpdate] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Collected:
     refused: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    items: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class SecureSum:
         """Runs a round's exchanges and makes one update of each group. No update if the round is void."""
         messages = _Messages(engine, round, backbone)
         sizes = _sizes(method, state, subspace)
+        messages.found.items |= {name: [len(self.groups) * size, 64] for name, size in sizes.items()}
         try:
             summed, survivors = self._summed(messages, assignments, sizes)
         except VoidRoundError as void:
