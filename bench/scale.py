@@ -53,7 +53,7 @@ clients_per_round = {COHORT}
 
 def table(file: Path, clients: int) -> None:
     """Writes sentences of ten words, `RECORDS` of each client for training and one for the test."""
-    with file.open("w", newline="") as out:
+    with file.open("w", encoding="utf-8", newline="") as out:
         lines = csv.writer(out)
         lines.writerow(["text", "target", "client", "split"])
         for place in range(clients * (RECORDS + 1)):

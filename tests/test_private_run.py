@@ -312,7 +312,7 @@ def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     assert found["fedavg, no privacy"].epsilon is None
     assert found["local"].epsilon == 0
     text = small.page(tmp_path)
-    assert "(simulated noise)" in text
+    assert "Simulated noise: it comes from the experiment's seed" in text
     assert "ε alone" in text
 
 

@@ -362,7 +362,7 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
     for score in (result.scores.global_prompt, result.scores.per_client_mean, result.scores.zero_shot):
         assert score.keys() == {"bleu", "chrf"}
         assert all(0 <= value <= 100 for value in score.values())
-    assert "everyone's test bleu" in small.page(tmp_path)
+    assert "Bleu. Own test" in small.page(tmp_path)
     texts = ["the film was good", "bad"]
     answers = told("predict", str(tmp_path / "run"), *[part for text in texts for part in ("--text", text)])
     lines = [json.loads(line) for line in answers.splitlines()]

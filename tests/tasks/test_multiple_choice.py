@@ -303,7 +303,8 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
     assert whole["accuracy_low"] < whole["accuracy"] < whole["accuracy_high"] or whole["accuracy"] in (0, 1)
     assert whole["chance"] == first["chance"] == pytest.approx(0.34, abs=0.1)
     page = small.page(tmp_path)
-    assert f"everyone's test accuracy % [95 %], chance {100 * whole['chance']:.1f}\n" in page
+    assert "everyone's test % [95 %]\n" in page
+    assert f"Accuracy; chance {100 * whole['chance']:.1f}. " in page
     for score in (first, whole):
         ends = f"[{100 * score['accuracy_low']:.1f}, {100 * score['accuracy_high']:.1f}]"
         assert f"\n{100 * score['accuracy']:.1f} {ends}\n" in page

@@ -90,12 +90,14 @@ def _jobs(given: str | None) -> int | str | None:
 def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | str | None, track: str | None) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from ficpd.experiments.comparison.compare import compare as run_comparison
     from ficpd.experiments.comparison.grid import read_plan
     from ficpd.experiments.comparison.progress import ProgressDisplay
+    from ficpd.experiments.report.blocks import Text
+    from ficpd.experiments.report.comparison import headline
     from ficpd.experiments.report.comparison_tables import overviews, without_figure
+    from ficpd.experiments.report.screen import print_blocks
     from ficpd.experiments.tracking import followed
 
     console, errors, notes = Console(), Console(stderr=True), Console(quiet=asked.quiet)
@@ -114,17 +116,7 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | str | Non
     except KeyboardInterrupt:
         errors.print("stopped; the same command continues with the missing runs")
         raise typer.Exit(130) from None
-    for one in overviews(found):
-        drawn = Table(
-            *one.heads,
-            title=escape(one.caption),
-            title_justify="left",
-            caption=escape(one.note),
-            caption_justify="left",
-        )
-        for row in one.cells:
-            drawn.add_row(*map(escape, row))
-        console.print(drawn)
+    print_blocks(console, [*overviews(found), Text(headline(found))])
     for why in without_figure(found):
         console.print(escape(why), highlight=False, soft_wrap=True)
     typer.echo(f"tables: {out / 'compare.md'}, {out / 'tables'}")

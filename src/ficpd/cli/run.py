@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from ficpd.cli.console import errors, note, print_json, print_table, progress_bars, say, screen
+from ficpd.cli.console import asked, errors, print_json, progress_bars, screen
 from ficpd.cli.options import Json
 from ficpd.experiments.tracking import Track
 
 if TYPE_CHECKING:
     from ficpd.experiments.config import Experiment
 
-WIDE = 120
-"""Columns of a terminal that has room for the whole table of results."""
 Changes = Annotated[list[str] | None, typer.Option("--set", "-s", help="change one setting: part.key=value")]
 
 
@@ -41,12 +39,14 @@ def run(
     """
     from ficpd.experiments import config as experiments
     from ficpd.experiments.api import default_directory
+    from ficpd.experiments.report.screen import announcement, print_blocks
 
     changed = [*(changes or ()), *_engine_changes(engine)]
     recipe = experiments.begun(out) if resume and out and recipe is None else recipe
     experiment = experiments.read(recipe, changed)
     out = out or default_directory(experiment)
-    note(f"{experiment.name}: {experiment.method['name']} on {experiment.backbone.name}, into {out}", "bold")
+    if not asked.quiet:
+        print_blocks(errors if asked.json else screen, announcement(experiment, out))
     if experiment.engine.name == "flower":
         _run_among_sites(experiment, recipe if not changes else None, out, resume, track, as_json)
     _simulate(experiment, out, resume, track)
@@ -84,19 +84,11 @@ def _simulate(experiment: "Experiment", out: Path, resume: bool, track: str | No
 
 def _print_finished(out: Path) -> None:
     from ficpd.experiments.finished import FinishedRun
-    from ficpd.experiments.report.build import PAGE
-    from ficpd.experiments.report.summary import format_noise_multipliers, narrow_table, results_table
+    from ficpd.experiments.report.screen import print_blocks, result_blocks
 
     finished = FinishedRun.load(out)
-    table = results_table if screen.width >= WIDE else narrow_table
-    print_table(*table(finished.results))
-    privacy = finished.result.privacy
-    if privacy.lines:
-        note(f"privacy: {privacy.guarantee}; noise multipliers {format_noise_multipliers(privacy)}")
-    note(f"library: {out / 'library'}")
-    note(f"page:    {out / PAGE}")
-    say(f"\n{finished.verdict}", "bold")
-    note(f'\nnext: ficpd predict {out} "a text"\n      ficpd audit {out}\n      ficpd info {out}')
+    if not asked.json:
+        print_blocks(screen, result_blocks(finished, brief=asked.quiet))
     print_json(
         {"directory": out, "verdict": finished.verdict, "stopped": finished.result.stopped, "methods": finished.lines}
     )

@@ -1,5 +1,6 @@
 """The metrics: the main figure of a task, and its format."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,12 @@ class Metric:
     digits: int = 3
     unit: str = ""
     less_is_better: bool = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest value: shares lie in [0, 1], errors are not negative."""
+        share = self.unit.strip() == "%"
+        return 0.0 if share or self.less_is_better else -math.inf, 1.0 if share else math.inf
 
     def shown(self, value: float) -> str:
         """Formats a value for a table with the unit in the heading.

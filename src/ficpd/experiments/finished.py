@@ -85,17 +85,21 @@ class FinishedRun:
 
     @property
     def verdict(self) -> str:
-        """Whether joining pays: the run's method against what a client has without the others.
+        return " ".join(self.verdicts)
 
-        Says so if most updates were dropped, for then little was learned together.
+    @property
+    def verdicts(self) -> list[str]:
+        """Whether joining pays: sentences on the run's method against what a client has without the others.
+
+        The last one says so if most updates were dropped, for then little was learned together.
         """
-        received = sum(done.updates for done in self.rounds[self.result.label])
-        return " ".join([*verdict(self.results), *([self.dropped] if self.result.dropped_updates > received else [])])
+        received = sum(done.updates for done in self.rounds.get(self.result.label, []))
+        return [*verdict(self.results), *([self.dropped] if self.result.dropped_updates > received else [])]
 
     @property
     def dropped(self) -> str:
         """How many updates were dropped, and why the first one was; empty if none was."""
-        rounds = self.rounds[self.result.label]
+        rounds = self.rounds.get(self.result.label, [])
         found = [(name, done.round, why) for done in rounds for name, why in sorted(done.dropped.items())]
         if not found:
             return ""

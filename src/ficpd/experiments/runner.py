@@ -17,6 +17,7 @@ from ficpd.backbones.autotune import machine_info
 from ficpd.errors import BudgetError, ConfigError
 from ficpd.evaluation.evaluate import draw_sample, evaluate, score_everyone, score_sample
 from ficpd.evaluation.fairness import over_clients, over_groups, share_worse_off
+from ficpd.evaluation.metrics import main_metric
 from ficpd.evaluation.personalization import personalization_levels, unseen_client_scores
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import STANDARD_BASELINES, Experiment, to_toml
@@ -357,12 +358,18 @@ def run_method(
     planned = runner.schedule.num_rounds
     progress(runner.label, len(runner.rounds), planned, {})
     for done in runner.train():
-        progress(runner.label, done.round, planned, {"clients": done.clients, **done.metrics})
+        progress(runner.label, done.round, planned, _main_figure(done.metrics))
     if runner.stopped:
         progress(runner.label, len(runner.rounds), planned, {"stopped: the budget is spent": 1})
     result = runner.finish()
     scores, main = result.scores, result.main.name
-    own = {f"{main}, own test": scores.per_client_mean[main]}
-    everyone = {f"{main}, everyone's test": scores.global_prompt[main]} if scores.global_prompt else {}
-    progress(runner.label, planned, planned, everyone | own)
+    progress(runner.label, planned, planned, {main: scores.per_client_mean[main]})
     return result
+
+
+def _main_figure(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the main metric of a round's curve; {} if the round has no point."""
+    if not metrics:
+        return {}
+    main = main_metric(name.partition("_")[2] for name in metrics).name
+    return {main: next(value for name, value in metrics.items() if name.partition("_")[2] == main)}

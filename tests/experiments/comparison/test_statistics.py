@@ -3,6 +3,8 @@
 import pytest
 from pandas import DataFrame
 
+from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.comparison.schema import CellResult, Figures, Point
 from ficpd.experiments.comparison.statistics import (
     apply_holm,
     holm,
@@ -11,6 +13,7 @@ from ficpd.experiments.comparison.statistics import (
     p_of,
     paired_test,
 )
+from ficpd.experiments.comparison.summary import ResultView, conditions
 
 
 def test_mean_and_interval_of_three():
@@ -25,7 +28,8 @@ def test_mean_and_interval_of_three():
 def test_of_one_or_none_there_is_no_interval():
     assert mean_ci([0.5]) == (0.5, None, None)
     assert mean_ci([]) == (None, None, None)
-    assert mean_ci([0.5, 0.5]) == (0.5, 0.0, (0.5, 0.5))
+    assert mean_ci([0.5, 0.5]) == (0.5, 0.0, None)
+    assert mean_ci([0.5, 0.5, 0.5]) == (0.5, 0.0, (0.5, 0.5))
 
 
 def test_a_paired_t_test_by_hand():
@@ -51,18 +55,38 @@ def test_holm_by_hand():
     assert holm({}) == {}
 
 
-def test_a_line_is_not_tested_and_does_not_count():
+def test_apply_holm_counts_every_tested_row_lines_too():
     entries = {
         label: paired_test(own, [1.0, 2.0, 3.0], "ref")
         for label, own in {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.1, 2.8], "local": [3.0, 2.0, 9.0]}.items()
     }
-    first = entries["a"].p
-    found = apply_holm({**entries, "ref": None}, ["local"])
+    alone = holm({label: one.p for label, one in entries.items()})
+    found = apply_holm({**entries, "ref": None})
     assert found["ref"] is None
-    assert found["a"].p_holm == pytest.approx(2 * first)
-    assert found["local"].p is None
+    assert {label: found[label].p_holm for label in entries} == alone
+    assert found["a"].p_holm > 2 * entries["a"].p
     assert found["local"].difference == pytest.approx(8 / 3)
-    assert found["local"].why.startswith("a line")
+
+
+def test_intervals_need_three_seeds_and_stay_within_shares():
+    assert mean_ci([0.2, 0.9]).interval is None
+    low, high = mean_ci([0.99, 0.9, 0.6]).interval
+    assert high > 1
+    rows = [cell_result("m", seed, value) for seed, value in enumerate([0.99, 0.9, 0.6])]
+    view = ResultView(rows, ["m"], "own", "m", {"t": Metric("accuracy", 100, 1, " %")})
+    (found,) = conditions(view)
+    assert found.methods["m"].interval == (pytest.approx(low), 1.0)
+    error = ResultView(rows, ["m"], "own", "m", {"t": Metric("rmse", less_is_better=True)})
+    assert conditions(error)[0].methods["m"].interval == (pytest.approx(low), pytest.approx(high))
+
+
+def cell_result(method: str, seed: int, value: float) -> CellResult:
+    figures = {"own": value, "everyone": value, "worst": value}
+    point = Point(round=1, own=value, everyone=value, bytes_up=0, bytes_down=0, queries=0, seconds=0.0)
+    return CellResult(
+        method=method, task="t", partition="p", budget="b", sweep={}, seed=seed, status="done", key="k",
+        figures=Figures(**figures), curve=[point],
+    )  # fmt: skip
 
 
 def test_ranks_by_hand():

@@ -198,7 +198,8 @@ def comparison(folder: Path) -> Path:
             for task, budget in where for method, value in methods.items() for seed in seeds_
         ],
         "conditions": [
-            {**at(task, budget), "methods": {m: summary(m, value) for m, value in methods.items()}} for task, budget in where
+            {**at(task, budget), "methods": {m: summary(m, value, budgets[budget]) for m, value in methods.items()}}
+            for task, budget in where
         ],
         "settings": [
             {
@@ -258,10 +259,10 @@ def cell(method: str, task: str, budget: str, seed: int, value: float, epsilon: 
     }  # fmt: skip
 
 
-def summary(method: str, value: float) -> dict[str, Any]:
+def summary(method: str, value: float, epsilon: float | None) -> dict[str, Any]:
     return {
         "n": 3, "mean": value, "sd": 0.01, "interval": [value - 0.02, value + 0.02], "everyone": value, "worst": value - 0.1,
-        "bytes": 30.0, "bytes_up": 10.0, "bytes_down": 20.0, "queries": 5.0, "seconds": 3.0, "epsilon": 1.0,
+        "bytes": 30.0, "bytes_up": 10.0, "bytes_down": 20.0, "queries": 5.0, "seconds": 3.0, "epsilon": epsilon,
         "against": None if method == "ficpd" else against(value - 0.8, 0.01 if method == "fedavg" else 0.2),
     }  # fmt: skip
 

@@ -17,10 +17,11 @@ from ficpd.errors import RunError
 from ficpd.experiments.comparison.schema import ComparisonResult
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Figure, Page, Section, Table, Text
+from ficpd.experiments.report.blocks import Downloads, Figure, KeyValues, Page, Section, Table, Text
 from ficpd.experiments.report.build import page_of, write_page, write_tables
 from ficpd.experiments.report.comparison import headline
 from ficpd.experiments.report.summary import results_table
+from ficpd.experiments.results import RunResult
 
 LIMIT = 6_000_000
 
@@ -87,33 +88,37 @@ def tables_of(page: Page) -> list[Table]:
 
 def test_the_first_screen_says_whether_joining_pays(folder):
     page = page_of(folder)
-    assert page.headline == "Joining pays 5.0 points over alone."
-    told = [block.words for block in page.lead if isinstance(block, Text)]
-    assert any(
-        words.startswith("Together 69.0, alone 64.0, no prompt 49.0 (accuracy in %, mean of 12") for words in told
-    )
+    assert page.headline == "Joining pays 5.0 points over alone: together 69.0, alone 64.0, no prompt 49.0."
+    tiles, told = page.lead
+    assert isinstance(tiles, KeyValues)
+    assert list(tiles.pairs) == [
+        ("Together", "69.0 %"), ("Alone", "64.0 %"), ("No prompt", "49.0 %"), ("Privacy, per record", "ε = 2.00"),
+        ("Noise", "simulated"), ("Up, a client and round", "289 B"), ("Down, a client and round", "1.00 kB"),
+    ]  # fmt: skip
+    assert isinstance(told, Text)
+    assert told.words.startswith("Accuracy in %, mean of 12 clients' own tests.")
 
 
 def test_the_table_has_the_numbers_of_the_screen(folder):
     run = FinishedRun.load(folder)
-    heads, cells = results_table(run.results)
-    shown = next(t for t in tables_of(page_of(folder)) if t.heads == heads)
-    assert shown.cells == cells
-    assert [line[0] for line in cells] == ["zero_shot", "local", "fedavg", "ficpd"]
-    assert shown.marked == {3}
+    table = results_table(run.results)
+    assert table in tables_of(page_of(folder))
+    assert [line[0] for line in table.cells] == ["zero_shot", "local", "fedavg", "ficpd"]
+    assert list(table.heads)[1:3] == ["own test %", "worst client %"]
+    assert table.marked == {3}
 
 
 def test_every_section_of_a_whole_run_is_there(folder):
     found = [section.id for section in page_of(folder).sections]
     assert found == [
-        "methods", "costs", "rounds", "clients", "levels", "prototypes", "library", "examples", "privacy", "audit", "run",
+        "rounds", "methods", "privacy", "clients", "levels", "prototypes", "library", "examples", "audit", "run",
     ]  # fmt: skip
 
 
 def test_sections_without_data_are_left_out(folder, tmp_path):
     small.run(tmp_path, "fedavg")
     page = page_of(tmp_path / "run")
-    assert {s.id for s in page.sections} == {"methods", "costs", "rounds", "clients", "library", "privacy", "run"}
+    assert {s.id for s in page.sections} == {"methods", "rounds", "clients", "library", "privacy", "run"}
     assert all(section.blocks for section in page.sections)
 
 
@@ -122,13 +127,14 @@ def test_a_real_run_of_prototypes_is_drawn_with_its_clients(tmp_path):
               "privacy.epsilon=8", 'baselines=["local"]')  # fmt: skip
     page = page_of(tmp_path / "run")
     by_id = {figure.id: figure for figure in page.figures}
-    assert {"glance", "spread", "alone", "plane", "curve-own", "curve-global", "sites"} <= by_id.keys()
+    assert {"glance", "spread", "alone", "plane", "curve-own", "curve-global"} <= by_id.keys()
+    assert by_id["curve-own"].plot.layout.yaxis.range == by_id["curve-global"].plot.layout.yaxis.range
     clients = [line[0] for line in by_id["plane"].numbers.cells if line[1].startswith("client")]
     assert sorted(clients) == ["site-0", "site-1", "site-2"]
     assert len({tuple(line[2:]) for line in by_id["plane"].numbers.cells}) > 3
     last = [line for line in by_id["curve-own"].numbers.cells if line[0] == "3"]
-    own = next(line for line in tables_of(page)[0].cells if line[0] == "ficpd")
-    assert last[0][list(by_id["curve-own"].numbers.heads).index("ficpd")] == own[3]
+    own = next(line for line in results_table(FinishedRun.load(tmp_path / "run").results).cells if line[0] == "ficpd")
+    assert last[0][list(by_id["curve-own"].numbers.heads).index("ficpd")] == own[1]
 
 
 def test_clients_are_listed_with_their_prototype_where_no_more_is_known(tmp_path):
@@ -144,7 +150,7 @@ def test_a_comparison_of_one_method_says_what_it_has(tmp_path):
     folder = made_up.comparison(tmp_path / "compared")
     tree = json.loads((folder / "compare.json").read_text())
     for at in tree["conditions"]:
-        at["methods"] = {name: of for name, of in at["methods"].items() if name in ("zero_shot", "ficpd")}
+        at["methods"] = {name: of for name, of in at["methods"].items() if name == "ficpd"}
     (folder / "compare.json").write_text(json.dumps(tree))
     assert "ficpd has 80.0 % accuracy, 80.0 % accuracy" in headline(ComparisonResult.load(folder))
     tree["conditions"] = []
@@ -159,12 +165,12 @@ def test_a_legend_names_the_methods_that_are_drawn(html):
 
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
-    assert page.headline == "ficpd beats other methods in 4 of 8 comparisons, is beaten in 0, and 4 are undecided."
+    assert page.headline.startswith("ficpd beats fedavg (4 of 4); is not told from zero_shot (4 of 4), ")
     assert [s.id for s in page.sections] == [
-        "grid", "ranks", "fronts", "curves", "targets", "clients", "failures", "compared"
+        "grid", "privacy", "curves", "fronts", "ranks", "targets", "clients", "failures", "compared"
     ]  # fmt: skip
     matrix = tables_of(page)[0]
-    assert next(line for line in matrix.cells if line[0] == "fedavg")[1] == "74.0 ± 2.0 ▼"
+    assert next(line for line in matrix.cells if line[0] == "fedavg")[1] == "74.0 [72.0, 76.0] ▼"
     curve = next(figure for figure in page.figures if figure.id == "way-0")
     assert [line[0] for line in curve.numbers.cells] == ["1", "2", "3"]
     spread = next(figure for figure in page.figures if figure.id == "clients-0")
@@ -173,6 +179,68 @@ def test_a_comparison_says_who_beats_whom(compared):
     assert isinstance(failure, Text)
     assert failure.words.startswith("ficpd (")
     assert failure.words.endswith(f"seeds 2: {made_up.HOSTILE}")
+
+
+def facts_of(page: Page, section: str) -> dict[str, str]:
+    (found,) = [one for one in page.sections if one.id == section]
+    return {name: value for block in found.blocks if isinstance(block, KeyValues) for name, value in block.pairs}
+
+
+def test_what_left_each_site_can_be_signed_off(folder, tmp_path):
+    found = facts_of(page_of(folder), "privacy")
+    assert list(found) == [
+        "sent by a site", "sent to a site", "records", "guarantee", "in words", "unit", "noise", "budget left",
+        "not covered", "audited",
+    ]  # fmt: skip
+    assert "factor 7.4 (e to the ε) and by 1 in 100,000 (δ)" in found["in words"]
+    assert found["unit"].startswith("one record")
+    assert found["noise"].startswith("simulated")
+    assert found["budget left"].startswith("0.000 of 2")
+    assert found["audited"].startswith("ALARM")
+    small.run(tmp_path, "ficpd", "compression.name=subspace", "compression.dimension=8", "compression.bits=8",
+              "privacy.name=record_gaussian", "privacy.epsilon=8")  # fmt: skip
+    page = page_of(tmp_path / "run")
+    items = next(table for table in tables_of(page) if table.heads[0] == "item")
+    assert ["change of the prompt", "12 B", "8", "8", "3"] in [list(line) for line in items.cells]
+    assert facts_of(page, "privacy")["audited"].startswith("no. `ficpd audit")
+    left = next(section for section in page.sections if section.id == "privacy")
+    assert next(block for block in left.blocks if isinstance(block, Text)).alarm
+
+
+def test_a_run_without_privacy_says_that_nothing_is_covered(tmp_path):
+    small.run(tmp_path, "fedavg")
+    found = facts_of(page_of(tmp_path / "run"), "privacy")
+    assert found["guarantee"] == "none: messages carry no guarantee"
+    assert "unit" not in found
+
+
+def test_the_page_holds_its_results_as_files(folder):
+    (files,) = [
+        block for section in page_of(folder).sections for block in section.blocks if isinstance(block, Downloads)
+    ]
+    assert RunResult.model_validate_json(files.files["result.json"]) == RunResult.load(folder)
+    assert files.files["results.csv"].startswith("method,privacy,epsilon")
+
+
+@pytest.mark.parametrize(("fit", "folded"), [(0.5, ""), (0.01, "they match nothing that is known")])
+def test_clusters_that_match_nothing_are_folded(tmp_path, fit, folded):
+    run = made_up.run(tmp_path / "run", clients=4)
+    own = json.loads((run / "result.json").read_text())
+    own["clusters"]["adjusted_rand"] = {"domain": fit}
+    (run / "result.json").write_text(json.dumps(own))
+    (found,) = [section for section in page_of(run).sections if section.id == "prototypes"]
+    assert found.folded == folded
+
+
+def test_budgets_of_several_epsilons_have_a_curve_and_figures_one_scale(compared):
+    by_id = {figure.id: figure for figure in page_of(compared).figures}
+    numbers = by_id["epsilon-0"].numbers
+    assert (numbers.heads[0], numbers.heads[-1]) == ("ε", "ficpd")
+    assert [[line[0], line[-1]] for line in numbers.cells] == [["1", "80.0"], ["none", "80.0"]]
+    for kind, axis in (("condition", "xaxis"), ("way", "yaxis"), ("clients", "xaxis")):
+        drawn = [figure for id, figure in by_id.items() if id.startswith(f"{kind}-")]
+        assert len(drawn) == 4
+        assert len({tuple(figure.plot.layout[axis].range) for figure in drawn}) == 1
 
 
 # ---------------------------------------------------------------- escaping
@@ -225,7 +293,7 @@ def test_headings_are_in_order_and_ids_are_once(both):
         assert all(after - before <= 1 for before, after in pairwise(levels))
         ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
         assert len(ids) == len(set(ids))
-        targets = [a["href"] or "" for a in page.named("a")]
+        targets = [a["href"] or "" for a in page.named("a") if "download" not in a]
         assert {href.removeprefix("#") for href in targets} <= {*ids}
 
 
@@ -266,9 +334,9 @@ def test_the_command_writes_page_and_tables(folder, tmp_path):
     assert lines[-1].startswith('ficpd,"ε = 2.00 per record, simulated noise",2.0,1e-05,record,0.8,0.69')
     latex = (tmp_path / "page.tex").read_text()
     assert r"\toprule" in latex
-    assert r"zero\_shot & nothing leaves" in latex
-    assert r"$\varepsilon$ = 2.00 per record" in latex
-    assert "accuracy \\%" in latex
+    assert r"zero\_shot & 49.0" in latex
+    assert r"$\varepsilon$" in latex
+    assert "own test \\%" in latex
 
 
 def test_a_comparison_has_tables_too(compared, tmp_path):
@@ -324,6 +392,6 @@ def test_a_run_among_real_sites_has_a_page_without_scores(tmp_path):
 
 def test_kinds_of_blocks_reach_the_template(folder):
     kinds = {block.kind for section in page_of(folder).sections for block in section.blocks}
-    assert {"table", "figure", "text", "facts", "code", "quotes", "pair"} <= kinds
+    assert {"table", "figure", "text", "facts", "code", "quotes", "files"} <= kinds
     assert isinstance(page_of(folder).sections[0], Section)
     assert all(isinstance(figure, Figure) for figure in page_of(folder).figures)

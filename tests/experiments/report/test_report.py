@@ -35,7 +35,7 @@ def left(folder: Path, recipe: str) -> Path:
 
 def shown(folder: Path) -> dict[str, str]:
     """Label to the figure of the mean client, as the table has it."""
-    return {line[0]: line[3] for line in results_table(FinishedRun.load(folder).results)[1]}
+    return {line[0]: line[1] for line in results_table(FinishedRun.load(folder).results).cells}
 
 
 @pytest.mark.parametrize("recipe", [OWN, "", "[method]\nname = 'fedavg'\nof_another_version = 1\n"])
@@ -57,11 +57,11 @@ def test_the_page_and_its_tables_tell_them_apart(tmp_path):
     run, labels = FinishedRun.load(folder), ["local", OTHER, "fedavg, no privacy", "fedavg"]
     (file,) = write_tables(folder, folder / "report.html", csv=True, latex=False).values()
     assert list(pd.read_csv(file)["method"]) == labels
-    assert [line[0] for line in results_table(run.results)[1]] == labels
+    assert [line[0] for line in results_table(run.results).cells] == labels
     assert {label: len(lines) for label, lines in run.rounds.items()} == dict(zip(labels, (3, 2, 2, 3), strict=True))
     assert list(run.places) == ["fedavg", *labels[:-1]]
     assert run.results[-1] is run.result
-    assert page_of(folder).headline == "Joining pays 5.0 points over alone."
+    assert page_of(folder).headline.startswith("Joining pays 5.0 points over alone: together 77.0, alone 72.0")
     assert OTHER in write_page(folder).read_text()
 
 

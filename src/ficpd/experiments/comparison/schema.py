@@ -116,7 +116,7 @@ class Against(FrozenModel):
     p: float | None
     """Two-sided."""
     p_holm: float | None = None
-    """After Holm's correction over the methods of the condition or setting, lines left out."""
+    """After Holm's correction over the methods of the condition or setting, lines too."""
     why: str | None
     """Why there is no test."""
 
@@ -129,7 +129,7 @@ class Summary(FrozenModel):
     mean: float | None
     sd: float | None
     interval: Interval | None
-    """Student's t; None below two seeds."""
+    """Student's t, within the metric's bounds; None below three seeds."""
     everyone: float | None
     worst: float | None
     bytes: float | None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3
+"""Student's interval of two values is too wide to tell anything."""
 
 
 class MeanCI(NamedTuple):
@@ -23,7 +25,7 @@ class MeanCI(NamedTuple):
 
 
 def mean_ci(values: Sequence[float]) -> MeanCI:
-    """Mean, standard deviation (n - 1), and Student's interval of the mean.
+    """Mean, standard deviation (n - 1), and Student's interval of the mean; no interval of fewer than three values.
 
     >>> found = mean_ci([1.0, 2.0, 3.0])
     >>> found.mean, found.sd, [round(end, 3) for end in found.interval]
@@ -35,6 +37,8 @@ def mean_ci(values: Sequence[float]) -> MeanCI:
     if len(values) < 2:
         return MeanCI(mean, None, None)
     sd = float(np.std(values, ddof=1))
+    if len(values) < LEAST_SEEDS:
+        return MeanCI(mean, sd, None)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
     return MeanCI(mean, sd, (mean - half, mean + half))
 
@@ -72,15 +76,10 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def apply_holm(found: Mapping[str, Against | None], lines: Sequence[str]) -> dict[str, Against | None]:
-    """Adds `p_holm` over the methods that were tested. A line is none of them."""
-    no_test = {"p": None, "why": "a line, and no method that is compared"}
-    tested = {
-        label: one.model_copy(update=no_test) if one and label in lines and one.p is not None else one
-        for label, one in found.items()
-    }
-    corrected = holm({label: one.p for label, one in tested.items() if one and one.p is not None})
-    return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in tested.items()}
+def apply_holm(found: Mapping[str, Against | None]) -> dict[str, Against | None]:
+    """Adds `p_holm` over all methods that were tested, lines too."""
+    corrected = holm({label: one.p for label, one in found.items() if one and one.p is not None})
+    return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in found.items()}
 
 
 def mean_ranks(table: "DataFrame", less_is_better: Callable[[str], bool]) -> tuple[dict[str, float], Friedman | None]:

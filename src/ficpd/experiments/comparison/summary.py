@@ -58,8 +58,9 @@ def conditions(seen: ResultView) -> list[Condition]:
     found = []
     for labels, rows in seen.grouped(CONDITION):
         by_method = {label: [row for row in rows if row.method == label] for label in seen.methods}
-        tests = statistics.apply_holm(_tests(seen, by_method), seen.lines)
-        methods = {label: _summary(seen, own, tests[label]) for label, own in by_method.items()}
+        tests = statistics.apply_holm(_tests(seen, by_method))
+        bounds = (seen.metrics.get(labels["task"]) or Metric("figure")).bounds
+        methods = {label: _summary(seen, own, tests[label], bounds) for label, own in by_method.items()}
         found.append(Condition(**labels, methods=methods))
     return found
 
@@ -75,17 +76,21 @@ def settings(seen: ResultView) -> list[Setting]:
             why = f"tasks are measured differently ({', '.join(names)}): see their ranks"
             no_test = {"difference": None, "interval": None, "p": None, "why": why}
             tests = {label: test and test.model_copy(update=no_test) for label, test in tests.items()}
-        tests = statistics.apply_holm(tests, seen.lines)
+        tests = statistics.apply_holm(tests)
         ranks, ranked, friedman = _ranks(seen, rows)
         methods = {label: MethodRank(rank=ranks.get(label), against=tests[label]) for label in seen.methods}
         found.append(Setting(**labels, methods=methods, ranked=ranked, friedman=friedman))
     return found
 
 
-def _summary(seen: ResultView, rows: Sequence[CellResult], against: Against | None) -> Summary:
+def _summary(
+    seen: ResultView, rows: Sequence[CellResult], against: Against | None, bounds: tuple[float, float]
+) -> Summary:
     done = [row for row in rows if seen.value(row) is not None]
     ends = [row.curve[-1] for row in done]
     found = statistics.mean_ci([value for row in done if (value := seen.value(row)) is not None])
+    if found.interval:  # Student's knows no bounds
+        found = found._replace(interval=tuple(min(max(end, bounds[0]), bounds[1]) for end in found.interval))
     figures = [row.figures or Figures(own=None, everyone=None, worst=None) for row in done]
     return Summary(
         n=len(done),

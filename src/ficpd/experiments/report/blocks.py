@@ -7,14 +7,14 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
-NUMBER = re.compile(r"^[-–+<]?\s?([\d.,]+)?\s?(± [\d.]+|%|\[.*\]|[kMG]?B)?\s?[▲▼]?$")
+NUMBER = re.compile(r"^none$|^[-–+<]?\s?([\d.,]+)?\s?(%|\[.*\]|[kMG]?B)?\s?[▲▼]?$")
 
 
 @dataclass(frozen=True)
 class Table:
     """Holds the words of a table; the first cell of a line is its heading.
 
-    `marked`: the lines that the page is about. `note`: a sentence below the table.
+    `marked`: the lines that the page is about. `note`: a sentence below the table. `folded`: to unfold.
     """
 
     caption: str
@@ -22,13 +22,14 @@ class Table:
     cells: Sequence[Sequence[str]]
     marked: frozenset[int] = frozenset()
     note: str = ""
+    folded: bool = False
     kind: Literal["table"] = "table"
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only (or dashes): they are set flush right.
 
-        >>> Table("", ["name", "share"], [["a", "81.2 ± 2.1 ▲"], ["b", "–"]]).numeric
+        >>> Table("", ["name", "share"], [["a", "81.2 [80, 83] ▲"], ["b", "–"]]).numeric
         [False, True]
         """
         return [
@@ -57,10 +58,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `alarm`: one that must not be overlooked."""
+    """A paragraph; `alarm`: one that must not be overlooked; `strong`: the sentence that counts, on a terminal."""
 
     words: str
     alarm: bool = False
+    strong: bool = False
     kind: Literal["text"] = "text"
 
 
@@ -75,11 +77,20 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Code:
-    """A file to unfold."""
+    """Text to copy. `folded`: a file to unfold."""
 
     title: str
     words: str
+    folded: bool = True
     kind: Literal["code"] = "code"
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """Files that the page has in it, by name."""
+
+    files: dict[str, str]
+    kind: Literal["files"] = "files"
 
 
 @dataclass(frozen=True)
@@ -91,31 +102,17 @@ class Examples:
     kind: Literal["quotes"] = "quotes"
 
 
-@dataclass(frozen=True)
-class TwoColumn:
-    """Figures side by side where there is room."""
-
-    figures: Sequence[Figure]
-    kind: Literal["pair"] = "pair"
-
-
-@dataclass(frozen=True)
-class Collapsible:
-    """A table to unfold."""
-
-    title: str
-    table: Table
-    kind: Literal["fold"] = "fold"
-
-
-Block = Table | Figure | Text | KeyValues | Code | Examples | TwoColumn | Collapsible
+Block = Table | Figure | Text | KeyValues | Code | Downloads | Examples
 
 
 @dataclass(frozen=True)
 class Section:
+    """`folded`: why it says little of this run; it is there to unfold."""
+
     id: str
     title: str
     blocks: Sequence[Block]
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,4 @@ class Page:
     @property
     def figures(self) -> list[Figure]:
         blocks = [*self.lead, *(block for section in self.sections for block in section.blocks)]
-        groups = [block.figures if isinstance(block, TwoColumn) else [block] for block in blocks]
-        return [block for group in groups for block in group if isinstance(block, Figure)]
-
-
-def paired(found: Sequence[Figure]) -> list[Block]:
-    """Puts two figures into a line; the last of an odd number has the whole width."""
-    return [TwoColumn(found[i : i + 2]) if len(found) > i + 1 else found[i] for i in range(0, len(found), 2)]
+        return [block for block in blocks if isinstance(block, Figure)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import clients, comparison, library, overview, privacy
-from ficpd.experiments.report.blocks import Page, Section, Table
+from ficpd.experiments.report.blocks import Page, Section
 from ficpd.experiments.report.comparison_tables import cells_csv, overviews
 from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
@@ -37,16 +37,15 @@ def of_run(run: FinishedRun) -> Page:
         overview.headline(run),
         overview.summary_blocks(run),
         non_empty(
+            overview.curves(run),
             overview.methods(run),
-            overview.costs(run),
-            overview.over_rounds(run),
+            privacy.left(run),
             clients.clients(run),
             clients.levels(run),
             clients.groups(run),
             library.prototypes(run),
             library.library(run),
             library.examples(run),
-            privacy.ledger(run),
             privacy.audit(run),
             overview.settings(run),
         ),
@@ -60,9 +59,10 @@ def of_comparison(tree: ComparisonResult, text: str) -> Page:
         comparison.summary_blocks(tree),
         non_empty(
             comparison.grid(tree),
-            comparison.ranks(tree),
-            comparison.fronts(tree),
+            comparison.by_epsilon(tree),
             comparison.on_the_way(tree),
+            comparison.fronts(tree),
+            comparison.ranks(tree),
             comparison.targets(tree),
             comparison.spreads(tree),
             comparison.failures(tree),
@@ -87,7 +87,7 @@ def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[st
     else:
         run = FinishedRun.load(directory)
         text = safe_csv(run.to_frame().reset_index()) if run.results else ""
-        drawn = [Table("", *results_table(run.results))] if run.results else []
+        drawn = [results_table(run.results)] if run.results else []
     if csv:
         found["csv"] = atomic_write(page.with_suffix(".csv"), text)
     if latex:

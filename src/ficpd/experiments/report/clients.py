@@ -17,7 +17,7 @@ def clients(run: FinishedRun) -> Section | None:
     values = {r.label: own_scores(r, run.main) for r in run.results}
     said = "Each dot is a client's own test; the box holds the middle half. The stroke: the mean of the worst tenth."
     drawn = figures.spread("spread", "How clients differ", said, values, run.main, run.places)
-    return Section("clients", "Client by client", [drawn, *_worst_tenths(run), *_against_alone(run)])
+    return Section("clients", "Client by client", [drawn, *_against_alone(run), *_worst_tenths(run)])
 
 
 def _shared_scores(own: RunResult) -> Section | None:

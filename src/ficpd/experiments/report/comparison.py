@@ -1,19 +1,23 @@
 """A comparison as a page, from its `compare.json`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.comparison.overrides import DEFAULT
 from ficpd.experiments.comparison.schema import ComparisonResult, Condition, Front
 from ficpd.experiments.report import comparison_tables as tables
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Code, Collapsible, Figure, KeyValues, Section, Text, paired
+from ficpd.experiments.report.blocks import Block, Code, Downloads, Figure, KeyValues, Section, Text
 from ficpd.experiments.report.comparison_tables import SURE, cells_of, front_title, metric_of, title, verdict
 from ficpd.experiments.report.overview import described, with_unit
+from ficpd.library.card import join_names
 
-MOST_FIGURES = 12
+MOST_FIGURES, MOST_NAMES = 12, 8
 """Of one kind: a large grid has its numbers in tables."""
+EPSILON = "privacy.epsilon"
 
 
 def places_of(tree: ComparisonResult) -> dict[str, int]:
@@ -32,24 +36,25 @@ def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
 
 
 def headline(tree: ComparisonResult) -> str:
-    """Says how the reference does against all other methods."""
+    """Says how the reference does against every other method and line, over all conditions."""
     reference, known = tree.reference, finished(tree)
-    pairs = [
-        (of.against, metric)
-        for at, metric in known
-        for label, of in at.methods.items()
-        if label != reference and label not in tree.lines and of.against and of.against.difference is not None
-    ]
-    if not pairs:
+    found: dict[str, list[int]] = {}
+    for at, metric in known:
+        for label, of in at.methods.items():
+            if of.against and of.against.difference is not None:
+                found.setdefault(label, []).append(verdict(of.against, metric))
+    if not found:
         own = [(of.mean, m) for at, m in known if (of := at.methods.get(reference)) and of.mean is not None]
         means = ", ".join(f"{with_unit(metric, mean)} {metric.name}" for mean, metric in own[:MOST_FIGURES])
         return f"{tree.name}: {reference} {f'has {means}' if own else 'has not finished anything yet'}."
-    verdicts = [verdict(against, metric) for against, metric in pairs]
-    untested = sum(against.p_holm is None for against, _ in pairs)
-    few = f"; {untested} could not be tested, for too few seeds" if untested else ""
+
+    def counted(sign: int) -> str:
+        named = [f"{label} ({of.count(sign)} of {len(of)})" for label, of in found.items() if sign in of]
+        return join_names(named, MOST_NAMES)
+
+    parts = {"beats": -1, "is beaten by": 1, "is not told from": 0}
     return (
-        f"{reference} beats other methods in {verdicts.count(-1)} of {len(verdicts)} comparisons, is beaten in "
-        f"{verdicts.count(1)}, and {verdicts.count(0)} are undecided{few}."
+        f"{reference} " + "; ".join(f"{word} {counted(n)}" for word, n in parts.items() if counted(n) != "none") + "."
     )
 
 
@@ -79,13 +84,24 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
 
 def grid(tree: ComparisonResult) -> Section:
     drawn = [_dots(tree, place, at, metric) for place, (at, metric) in enumerate(finished(tree))]
-    each = [Collapsible(f"All figures: {table.caption}", table) for table in tables.results(tree)]
-    return Section("grid", "The grid", [*tables.overviews(tree), *_limited(drawn), *each])
+    return Section("grid", "The grid", [*tables.overviews(tree), *_limited(drawn), *tables.results(tree)])
 
 
 def _limited(found: Sequence[Figure]) -> list[Block]:
     more = f"The first {MOST_FIGURES} of {len(found)} figures are drawn; all numbers are in compare.json."
-    return [*paired(found[:MOST_FIGURES]), *([Text(more)] if len(found) > MOST_FIGURES else [])]
+    return [*found[:MOST_FIGURES], *([Text(more)] if len(found) > MOST_FIGURES else [])]
+
+
+def _scale(tree: ComparisonResult, metric: Metric, kind: str) -> list[float]:
+    """Returns the ends of one axis for all figures of a metric. kind: means (with intervals), curves or clients."""
+    at = [condition for condition, of in finished(tree) if of.name == metric.name]
+    if kind == "means":
+        every = [of for condition in at for of in condition.methods.values()]
+        return figures.extent([v for of in every for v in (of.mean, *(of.interval or ()))], metric)
+    cells = [cell for cell in tree.cells if cell.status == "done" and any(cell.task == one.task for one in at)]
+    if kind == "curves":
+        return figures.extent([getattr(point, tree.figure) for cell in cells for point in cell.curve], metric)
+    return figures.extent([value for cell in cells for value in cell.per_client.values()], metric)
 
 
 def _dots(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> Figure:
@@ -94,8 +110,34 @@ def _dots(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> 
     said = f"Means over seeds with their intervals. Dashed: {tree.reference}."
     return figures.dots(
         f"condition-{place}", title(tree, at), said, list(known), {metric.name: [of.mean for of in known.values()]},
-        metric, [of.interval for of in known.values()], own and own.mean, tree.reference,
+        metric, [of.interval for of in known.values()], own and own.mean, tree.reference, _scale(tree, metric, "means"),
     )  # fmt: skip
+
+
+def by_epsilon(tree: ComparisonResult) -> Section:
+    """Draws means over seeds by ε, where budgets or a sweep differ in it."""
+    found: dict[str, tuple[Metric, dict[str, dict[float, float]]]] = {}
+    for at, metric in finished(tree):
+        rest = {path: value for path, value in at.sweep.items() if path != EPSILON}
+        where = title(tree, at.model_copy(update={"budget": DEFAULT, "sweep": rest}))
+        curves = found.setdefault(where, (metric, {}))[1]
+        for label, of in at.methods.items():
+            if of.mean is not None:
+                curves.setdefault(label, {}).setdefault(_strength(tree, at), of.mean)
+    drawn = [
+        figures.lines(f"epsilon-{place}", where, "Means over seeds.", curves, metric, places_of(tree),
+                      scale=_scale(tree, metric, "means"), x="ε")
+        for place, (where, (metric, curves)) in enumerate(found.items())
+        if len({x for curve in curves.values() for x in curve}) > 1
+    ]  # fmt: skip
+    return Section("privacy", "What privacy costs", _limited(drawn))
+
+
+def _strength(tree: ComparisonResult, at: Condition) -> float:
+    """Returns the ε that a condition asks for, else the most that a method has spent; infinite without privacy."""
+    asked = at.sweep.get(EPSILON) or tree.budgets[at.budget].epsilon
+    spent = [of.epsilon for of in at.methods.values() if of.epsilon]
+    return float(asked or max(spent, default=math.inf))
 
 
 def ranks(tree: ComparisonResult) -> Section:
@@ -108,7 +150,7 @@ def ranks(tree: ComparisonResult) -> Section:
         said = f"Over {len(setting.ranked)} tasks; 1 is the best."
         drawn.append(figures.dots(
             f"rank-{place}", f"Mean rank: {title(tree, setting)}", said, list(order), {"mean rank": list(order.values())},
-            Metric("mean rank", digits=2), marked=tree.reference,
+            Metric("mean rank", digits=2), marked=tree.reference, scale=[0.5, len(tree.methods) + 0.5],
         ))  # fmt: skip
     return Section("ranks", "Ranks over the tasks", _limited(drawn))
 
@@ -117,21 +159,20 @@ def ranks(tree: ComparisonResult) -> Section:
 
 
 def fronts(tree: ComparisonResult) -> Section:
-    found = [front for front in tree.fronts if len({p.cost for p in front.points}) > 1]
-    return Section("fronts", "What accuracy costs", _limited([_front(tree, i, front) for i, front in enumerate(found)]))
+    found = [one for one in tree.fronts if one.cost != "epsilon" and len({p.cost for p in one.points}) > 1]
+    return Section("fronts", "What accuracy costs", _limited([_front(tree, i, one) for i, one in enumerate(found)]))
 
 
 def _front(tree: ComparisonResult, place: int, front: Front) -> Figure:
     points, places = front.points, places_of(tree)
     settings = list(dict.fromkeys((p.budget, str(p.sweep)) for p in points))
-    cost = Metric(tables.COSTS[front.cost], digits=2 if front.cost == "epsilon" else 0)
-    return figures.bubbles(
+    return figures.front(
         f"front-{place}", front_title(tree, front),
         "Means over seeds. A method has its colour, a budget its shape. On the line: none is better at that cost or less.",
         [", ".join(filter(None, [p.method, tables.labels(p)])) for p in points], [p.value for p in points],
-        metric_of(tree, front.task), [p.cost for p in points], cost,
+        metric_of(tree, front.task), [p.cost for p in points], tables.COSTS[front.cost],
         [(places[p.method], settings.index((p.budget, str(p.sweep)))) for p in points],
-        frozenset(i for i, p in enumerate(points) if p.on_front), front=True,
+        frozenset(i for i, p in enumerate(points) if p.on_front),
     )  # fmt: skip
 
 
@@ -139,7 +180,7 @@ def on_the_way(tree: ComparisonResult) -> Section:
     """Draws means over seeds by round, of the rounds that every finished seed of a method has."""
     drawn: list[Figure] = []
     for place, (at, metric) in enumerate(finished(tree)):
-        curves: dict[str, dict[int, float]] = {}
+        curves: dict[str, dict[float, float]] = {}
         for label in tree.methods:
             own = [cell for cell in cells_of(tree, label, at) if cell.status == "done"]
             seeds = [{p.round: v for p in cell.curve if (v := getattr(p, tree.figure)) is not None} for cell in own]
@@ -147,15 +188,15 @@ def on_the_way(tree: ComparisonResult) -> Section:
             if len(rounds) > 1:
                 curves[label] = {r: fmean(seed[r] for seed in seeds) for r in rounds}
         if curves:
-            said = f"{metric.name.capitalize()}{metric.unit} by round, mean over seeds."
-            drawn.append(figures.lines(f"way-{place}", title(tree, at), said, curves, metric, places_of(tree)))
+            scale = _scale(tree, metric, "curves")
+            drawn.append(figures.lines(
+                f"way-{place}", title(tree, at), "Means over seeds.", curves, metric, places_of(tree), scale=scale
+            ))  # fmt: skip
     return Section("curves", "Round by round", _limited(drawn))
 
 
 def targets(tree: ComparisonResult) -> Section:
-    return Section(
-        "targets", "Reaching a target", [Collapsible(table.caption, table) for table in tables.targets(tree)]
-    )
+    return Section("targets", "Reaching a target", tables.targets(tree))
 
 
 def spreads(tree: ComparisonResult) -> Section:
@@ -172,7 +213,9 @@ def spreads(tree: ComparisonResult) -> Section:
         }  # fmt: skip
         values = {label: of for label, of in values.items() if of}
         if values:
-            drawn.append(figures.spread(f"clients-{place}", title(tree, at), said, values, metric, places_of(tree)))
+            drawn.append(figures.spread(
+                f"clients-{place}", title(tree, at), said, values, metric, places_of(tree), _scale(tree, metric, "clients")
+            ))  # fmt: skip
     return Section("clients", "Client by client", _limited(drawn))
 
 
@@ -197,5 +240,9 @@ def settings(tree: ComparisonResult, text: str) -> Section:
         ("seeds", ", ".join(map(str, tree.seeds))),
         ("version", f"ficpd {tree.ficpd}"),
     ]
-    code: list[Block] = [Code("The comparison (compare.toml)", text)] if text else []
-    return Section("compared", "What was compared", [KeyValues([pair for pair in pairs if pair[1]]), *code])
+    blocks: list[Block] = [KeyValues([pair for pair in pairs if pair[1]])]
+    if text:
+        blocks.append(Code("The command that continues it", "ficpd compare compare.toml --out FOLDER", folded=False))
+        blocks.append(Code("The comparison (compare.toml)", text))
+    files = {"cells.csv": tables.cells_csv(tree), "compare.json": tree.model_dump_json(indent=1)}
+    return Section("compared", "What was compared", [*blocks, Downloads(files)])

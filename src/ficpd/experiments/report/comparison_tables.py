@@ -40,12 +40,12 @@ def results(found: ComparisonResult) -> list[Table]:
 
 
 def _overview(found: ComparisonResult, setting: Setting) -> Table:
-    """Mean and half of the interval's width; with one task no ranks."""
+    """Means and their intervals; with one task no ranks."""
     tasks, reference, several = list(found.tasks), found.reference, len(found.tasks) > 1
     conditions = {c.task: c for c in found.conditions if same_setting(c, setting)}
     tasks = [task for task in tasks if task in conditions]
     heads = [
-        "method", *(f"{_task(found, task)}{metric_of(found, task).unit}" for task in tasks),
+        "method", *(f"{_task(found, t) if several else metric_of(found, t).name}{metric_of(found, t).unit}" for t in tasks),
         *(["mean rank"] if several else []), f"minus {reference}", "p (Holm)", "bytes",
     ]  # fmt: skip
     lines = []
@@ -55,7 +55,7 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
         sent = [summary.bytes for summary in own if summary.bytes is not None]
         lines.append([
             label,
-            *(_plus_minus(summary, metric_of(found, task)) for task, summary in zip(tasks, own, strict=True)),
+            *(_mean(summary, metric_of(found, task)) for task, summary in zip(tasks, own, strict=True)),
             *([NONE if entry.rank is None else f"{entry.rank:.2f}"] if several else []),
             _difference(entry.against, one),
             _p(entry.against and entry.against.p_holm),
@@ -65,25 +65,26 @@ def _overview(found: ComparisonResult, setting: Setting) -> Table:
     ranks = f" Friedman's test of the ranks over {len(setting.ranked)} tasks: p = {_p(friedman.p)}." if friedman else ""
     whose = "Own test, mean over clients" if found.figure == "own" else "Everyone's test"
     note = (
-        f"{whose}, mean ± half the 95 % interval over {len(found.seeds)} seeds; difference and p: paired t test over "
-        f"seeds{' and tasks' * several}, Holm's correction. ▲: better than {reference} on that task (p below {SURE:g}); "
-        f"▼: worse.{ranks}"
+        f"{whose}, mean [95 % interval] over {len(found.seeds)} seeds; difference and p: paired t test over "
+        f"seeds{' and tasks' * several}, Holm's correction over all rows. ▲: better than {reference}"
+        f"{' on that task' * several} (p below {SURE:g}); ▼: worse.{ranks}"
     )
-    return Table(title(found, setting), heads, lines, _marked(found), note)
+    last = setting is found.settings[-1]
+    return Table(title(found, setting), heads, lines, _marked(found), note if last else "")
 
 
 def _condition(found: ComparisonResult, condition: Condition) -> Table:
     metric, reference = metric_of(found, condition.task), found.reference
     counted = any(s.queries is not None for s in condition.methods.values())
     heads = [
-        "method", "ε", f"{metric.name}{metric.unit} [95 %]", "everyone's test", "worst client", "seeds",
+        "method", f"{metric.name}{metric.unit} [95 %]", "everyone's test", "worst client", "ε", "seeds",
         f"minus {reference}", "p", "p (Holm)", "bytes up", "bytes down", *(["queries"] if counted else []), "seconds",
     ]  # fmt: skip
     lines = []
     for label, s in condition.methods.items():
         lines.append([
-            label, _epsilon(found, condition, label), format_number(s.mean, metric, s.interval),
-            format_number(s.everyone, metric), format_number(s.worst, metric),
+            label, format_number(s.mean, metric, s.interval),
+            format_number(s.everyone, metric), format_number(s.worst, metric), _epsilon(found, condition, label),
             str(s.n), _difference(s.against, metric), _p(s.against and s.against.p), _p(s.against and s.against.p_holm),
             format_bytes(s.bytes_up), format_bytes(s.bytes_down),
             *([NONE if s.queries is None else f"{s.queries:,.0f}"] if counted else []),
@@ -93,7 +94,7 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
     why = sorted({s.against.why for s in condition.methods.values() if s.against and s.against.why})
     no_test = f" No p: {'; '.join(why)}." if why else ""
     note = f"{metric.name} is that of {whose}; difference and p in pairs of the same seed.{no_test}"
-    return Table(title(found, condition), heads, lines, _marked(found), note)
+    return Table(title(found, condition), heads, lines, _marked(found), note, folded=True)
 
 
 def targets(found: ComparisonResult) -> list[Table]:
@@ -113,7 +114,9 @@ def targets(found: ComparisonResult) -> list[Table]:
             if m.of
         ]  # fmt: skip
         if lines:
-            tables.append(Table(f"To reach the centralised line: {title(found, at)}", heads, lines, note=note))
+            tables.append(
+                Table(f"To reach the centralised line: {title(found, at)}", heads, lines, note=note, folded=True)
+            )
     return tables
 
 
@@ -142,8 +145,8 @@ def fronts(found: ComparisonResult) -> list[Table]:
 
 
 def title(found: ComparisonResult, at: CellResult | Condition | Setting) -> str:
-    """Joins the labels, without those of an axis that has no entries."""
-    task = "" if isinstance(at, Setting) else _task(found, at.task)
+    """Joins the labels, without those of an axis that has no entries, and of a single task."""
+    task = "" if isinstance(at, Setting) or (len(found.tasks) < 2 and labels(at)) else _task(found, at.task)
     return ", ".join(filter(None, [task, labels(at)])) or found.name
 
 
@@ -186,11 +189,9 @@ def metric_of(found: ComparisonResult, task: str) -> Metric:
     return found.tasks[task].metric or Metric("figure")
 
 
-def _plus_minus(summary: Summary, metric: Metric) -> str:
-    if summary.mean is None:
-        return NONE
-    ends, sign = summary.interval, {1: " ▲", -1: " ▼", 0: ""}[verdict(summary.against, metric)]
-    return metric.shown(summary.mean) + (f" ± {metric.shown((ends[1] - ends[0]) / 2)}" if ends else "") + sign
+def _mean(summary: Summary, metric: Metric) -> str:
+    sign = {1: " ▲", -1: " ▼", 0: ""}[verdict(summary.against, metric)]
+    return format_number(summary.mean, metric, summary.interval) + sign
 
 
 def _difference(against: Against | None, metric: Metric) -> str:

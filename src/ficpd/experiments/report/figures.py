@@ -7,7 +7,7 @@ adds the colour of texts. Text from data goes through `safe`, because plotly rea
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
 from typing import Any
@@ -85,13 +85,22 @@ def scaled(values: Values, metric: Metric) -> list[float | None]:
     return [None if value is None else metric.scale * value for value in values]
 
 
+def extent(values: Iterable[float | None], metric: Metric) -> list[float]:
+    """Returns the ends of an axis that has all values on it: one scale for figures side by side."""
+    known = [metric.scale * value for value in values if value is not None] or [0.0, 1.0]
+    room = 0.06 * (max(known) - min(known) or 1)
+    return [min(known) - room, max(known) + room]
+
+
 def dots(
     id: str, title: str, said: str, names: Sequence[str], series: Mapping[str, Values], metric: Metric,
     ends: Sequence[Sequence[float] | None] = (), line: float | None = None, marked: str | None = None,
+    scale: Sequence[float] | None = None,
 ) -> Figure:  # fmt: skip
     """Draws a line for each name and a dot for each of its values.
 
-    `ends`: (low, high) or None for the first series. `line`: a value to compare with. `marked`: a name in bold.
+    `ends`: (low, high) or None for the first series. `line`: a value to compare with. `marked`: a name in bold. `scale`:
+    the ends of the axis.
     """
     traces = [
         go.Scatter(
@@ -108,7 +117,7 @@ def dots(
         up, down = (scaled([of and of[side] for of in known], metric) for side in (0, 1))
         traces[0].error_x = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5}
     what = metric.name + metric.unit
-    plot = draw(traces, 66 + ROW * len(names), what, yaxis=named_rows(names, marked))
+    plot = draw(traces, 66 + ROW * len(names), what, yaxis=named_rows(names, marked), xaxis={"range": scale})
     if line is not None:
         plot.add_vline(metric.scale * line, line=DASHED)
     cells = [
@@ -120,69 +129,71 @@ def dots(
 
 
 def lines(
-    id: str, title: str, said: str, curves: Mapping[str, Mapping[int, float]], metric: Metric, places: Mapping[str, int],
-    level: float | None = None,
+    id: str, title: str, said: str, curves: Mapping[str, Mapping[float, float]], metric: Metric, places: Mapping[str, int],
+    level: float | None = None, scale: Sequence[float] | None = None, x: str = "round",
 ) -> Figure:  # fmt: skip
-    """Draws curves by round. `level`: a value to compare with. `places`: the colour and symbol of each curve."""
-    rounds = sorted({x for curve in curves.values() for x in curve})
+    """Draws curves by round, or by ε on a logarithmic axis, where infinity is without privacy.
+
+    `level`: a value to compare with. `places`: the colour and symbol of each curve. `scale`: the ends of the y axis.
+    """
+    at, rounds = sorted({x for curve in curves.values() for x in curve}), x == "round"
+    named = {place: "none" if place == math.inf else f"{place:.3g}" if not rounds else str(place) for place in at}
+    end = 4 * max([place for place in at if place < math.inf], default=1)
+    ticks = {"dtick": max(1, round(max(at) / 8)), "tick0": 0, "tickformat": "d"} if rounds else {
+        "type": "log", "tickvals": [min(place, end) for place in at], "ticktext": list(named.values())
+    }  # fmt: skip
     traces = [
         go.Scatter(
-            mode="lines+markers", name=label(name), x=list(curve), y=scaled(list(curve.values()), metric),
+            mode="lines+markers", name=label(name), x=[min(place, end) for place in sorted(curve)],
+            y=scaled([curve[place] for place in sorted(curve)], metric), text=[named[place] for place in sorted(curve)],
             marker=mark(places[name], size=7), line={"width": 2, "color": mark(places[name])["color"]},
-            hovertemplate="%{fullData.name}<br>round %{x}: %{y:,.4~g}<extra></extra>",
+            hovertemplate=f"%{{fullData.name}}<br>{x} %{{text}}: %{{y:,.4~g}}<extra></extra>",
         )
         for name, curve in curves.items()
     ]  # fmt: skip
     what = metric.name + metric.unit
-    ticks = {"dtick": max(1, round(max(rounds) / 8)), "tick0": 0, "tickformat": "d"}
-    plot = draw(traces, 330, "round", what, xaxis=ticks)
+    plot = draw(traces, 330, x, what, xaxis=ticks, yaxis={"range": scale})
     if level is not None:
         plot.add_hline(metric.scale * level, line=DASHED)
-    cells = [[str(x), *(format_number(curve.get(x), metric) for curve in curves.values())] for x in rounds]
-    return Figure(id, title, said, plot, Table(f"{title}: {what} by round", ["round", *curves], cells))
+    cells = [[named[place], *(format_number(curve.get(place), metric) for curve in curves.values())] for place in at]
+    return Figure(id, title, said, plot, Table(f"{title}: {what} by {x}", [x, *curves], cells))
 
 
-def bubbles(
+def front(
     id: str, title: str, said: str, names: Sequence[str], values: Sequence[float], metric: Metric,
-    costs: Sequence[float], cost: Metric, marks: Sequence[tuple[int, int]], large: frozenset[int], front: bool = False,
+    costs: Sequence[float], cost: str, marks: Sequence[tuple[int, int]], on_front: frozenset[int],
 ) -> Figure:  # fmt: skip
     """Draws values against costs on a logarithmic axis that has 0, too, a decade below the least cost.
 
-    An infinite cost stands a decade above the largest. `marks`: the place of colour and symbol of each name.
-    `front`: a line through those that are `large`.
+    `marks`: the place of colour and symbol of each name. A line joins those `on_front`, which are larger.
     """
-    known = [value for value in costs if 0 < value < math.inf] or [1.0]
+    known = [value for value in costs if value > 0] or [1.0]
     least, most = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     ticks = {t: f"10<sup>{t}</sup>" if abs(t) > 3 else f"{10.0**t:g}" for t in range(least, max(most, least + 1) + 1)}
-    ticks |= ({least - 1: "0"} if min(costs) <= 0 else {}) | (
-        {max(ticks) + 1: "none"} if max(costs) == math.inf else {}
-    )
-    xs = [least - 1 if c <= 0 else max(ticks) if c == math.inf else math.log10(c) for c in costs]
+    ticks |= {least - 1: "0"} if min(costs) <= 0 else {}
+    xs = [least - 1 if c <= 0 else math.log10(c) for c in costs]
     ys, what = [metric.scale * value for value in values], metric.name + metric.unit
-    cells = [
-        [name, metric.shown(value), "none" if c == math.inf else f"{c:,.{cost.digits}f}"]
-        for name, value, c in zip(names, values, costs, strict=True)
-    ]
+    cells = [[name, metric.shown(v), f"{c:,.0f}"] for name, v, c in zip(names, values, costs, strict=True)]
     traces = [
         go.Scatter(
             mode="markers", name=label(names[i]), x=[xs[i]], y=[ys[i]], text=[safe(names[i])],
-            marker={**mark(marks[i][0]), "symbol": mark(marks[i][1])["symbol"], "size": 22 if i in large else 13},
-            hovertemplate=f"%{{text}}<br>{cells[i][1]}{metric.unit}, {cost.name} {cells[i][2]}<extra></extra>",
+            marker={**mark(marks[i][0]), "symbol": mark(marks[i][1])["symbol"], "size": 22 if i in on_front else 13},
+            hovertemplate=f"%{{text}}<br>{cells[i][1]}{metric.unit}, {cost} {cells[i][2]}<extra></extra>",
         )
-        for i in sorted(range(len(names)), key=lambda i: i not in large)
+        for i in sorted(range(len(names)), key=lambda i: i not in on_front)
     ]  # fmt: skip
     axis = {"tickvals": list(ticks), "ticktext": list(ticks.values()), "range": [min(ticks) - 0.5, max(ticks) + 0.5]}
-    plot = draw(traces, 360, cost.name, what, xaxis=axis)
-    if front:
-        on = sorted((xs[i], ys[i]) for i in large)
-        plot.add_scatter(mode="lines", x=[x for x, _ in on], y=[y for _, y in on], hoverinfo="skip", showlegend=False,
-                         line={"color": GREY, "width": 1.5, "shape": "hv"})  # fmt: skip
-    return Figure(id, title, said, plot, Table(f"{title}: {what}", ["", what, cost.name], cells, large))
+    plot = draw(traces, 360, cost, what, xaxis=axis)
+    on = sorted((xs[i], ys[i]) for i in on_front)
+    plot.add_scatter(mode="lines", x=[x for x, _ in on], y=[y for _, y in on], hoverinfo="skip", showlegend=False,
+                     line={"color": GREY, "width": 1.5, "shape": "hv"})  # fmt: skip
+    return Figure(id, title, said, plot, Table(f"{title}: {what}", ["", what, cost], cells, on_front))
 
 
 def spread(
-    id: str, title: str, said: str, values: Mapping[str, Mapping[str, float]], metric: Metric, places: Mapping[str, int]
-) -> Figure:
+    id: str, title: str, said: str, values: Mapping[str, Mapping[str, float]], metric: Metric, places: Mapping[str, int],
+    scale: Sequence[float] | None = None,
+) -> Figure:  # fmt: skip
     """Draws a box of each method's clients, all of them as dots, and a stroke for the mean of the worst tenth."""
     traces: list[Any] = [
         go.Box(
@@ -200,7 +211,8 @@ def spread(
         marker={"symbol": "line-ns-open", "size": 26, "color": GREY, "line": {"width": 3}},
     ))  # fmt: skip
     what = metric.name + metric.unit
-    plot = draw(traces, 70 + 62 * len(values), what, showlegend=False, boxgap=0.45, yaxis=named_rows(list(values)))
+    plot = draw(traces, 70 + 62 * len(values), what, showlegend=False, boxgap=0.45, yaxis=named_rows(list(values)),
+                xaxis={"range": scale})  # fmt: skip
     cells = [
         [name, str(len(of)), *map(metric.shown, (of[0], tail, of[-1]))]
         for name, of, tail in zip(values, ranked, tails, strict=True)

@@ -19,6 +19,8 @@ from ficpd.library.library import PromptLibrary
 OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
 """To read of each label."""
+LEAST_FIT = 0.1
+"""The adjusted Rand index below which clusters say nothing of what is known of the clients."""
 
 
 # ---------------------------------------------------------------- prototypes
@@ -34,12 +36,16 @@ def prototypes(run: FinishedRun) -> Section | None:
     cells = [[f"prototype-{k}", str(len(of)), ", ".join(of)] for k, of in sorted(members.items())]
     blocks: list[Block] = [*_plane(run, library, clusters.member)]
     blocks.append(Table("Who shares which prototype", ["prototype", "number", "clients"], cells))
+    fit = max((value for value in clusters.adjusted_rand.values() if value is not None), default=0.0)
+    folded = (
+        "there is one prototype" if len(members) < 2 else "they match nothing that is known" if fit < LEAST_FIT else ""
+    )
     fits = [f"{key} {value:.2f}" for key, value in clusters.adjusted_rand.items() if value is not None]
     if fits:
         blocks.append(
             Text(f"Agreement with what is known of the clients (adjusted Rand index; 1: the same): {', '.join(fits)}.")
         )
-    return Section("prototypes", "Prototypes and their clients", blocks)
+    return Section("prototypes", "Prototypes and their clients", blocks, folded)
 
 
 def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:

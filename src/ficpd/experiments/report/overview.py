@@ -1,38 +1,35 @@
-"""What a run came to: the sentence, the table, what was run, how it went over the rounds, and what it cost."""
+"""What a run came to: the sentence, the figures, the curve, the table, and what was run."""
 
-import math
+import shlex
 import tomllib
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import (
-    Block,
-    Code,
-    Collapsible,
-    Figure,
-    KeyValues,
-    Section,
-    Table,
-    Text,
-    TwoColumn,
-    paired,
-)
-from ficpd.experiments.report.summary import results_table, verdict
+from ficpd.experiments.report.blocks import Block, Code, Downloads, KeyValues, Section, Table, Text
+from ficpd.experiments.report.summary import format_bytes, results_table, standing, verdict
+from ficpd.experiments.report.table_formats import safe_csv
 from ficpd.types import LORA
 
-WAYS = {"own": "Own test, mean client", "global": "Everyone's test, one prompt"}
+CURVES = {
+    "sample": (
+        "On a sample of test records",
+        "The same records in every round; each client's prompt as the server sends it.",
+    ),
+    "own": ("Own test, mean client", "Each client's own model."),
+    "global": ("Everyone's test", "One prompt on all test records."),
+}
 """What the figures of `rounds.jsonl` are of (`SimulatedClients.after_round`)."""
+NOISE = {None: "none", "simulated": "simulated", "cryptographic": "real"}
 
 
 # ---------------------------------------------------------------- the first screen
 
 
 def headline(run: FinishedRun) -> str:
-    """The verdict's first words; its figures follow in the lead."""
+    """The verdict with all of its figures."""
     own = run.result
     if own.privacy.rehearsed:
         names = ", ".join(own.privacy.rehearsed)
@@ -40,7 +37,7 @@ def headline(run: FinishedRun) -> str:
     if own.metrics is None:
         rounds, sites = own.num_rounds, own.num_clients
         return f"{own.method} ran {rounds} rounds among {sites} sites; their scores stay with them."
-    return verdict(run.results)[0].partition(": ")[0].removesuffix(".") + "."
+    return verdict(run.results)[0].rpartition(" (")[0] + "."
 
 
 def with_unit(main: Metric, value: float) -> str:
@@ -51,92 +48,108 @@ def summary_blocks(run: FinishedRun) -> list[Block]:
     """The figures to see first, and how far to trust them."""
     own, pairs = run.result, []
     if own.metrics:
-        main, scores = run.main, own.scores
-        if scores.global_prompt:
-            pairs.append((f"everyone's test {main.name}", with_unit(main, scores.global_prompt[main.name])))
-        pairs.append(("own test, mean client", with_unit(main, scores.per_client_mean[main.name])))
-        pairs.append(("own test, worst client", with_unit(main, scores.per_client_worst[main.name])))
-        if run.alone:
-            of_alone = run.alone.scores.per_client_mean[main.name]
-            pairs.append(("own test, each client alone", with_unit(main, of_alone)))
+        for name, result in standing(run.results).items():
+            pairs.append((name, with_unit(run.main, result.scores.per_client_mean[run.main.name])))
     at_most = "at most " if own.privacy.at_most and own.privacy.epsilon is not None else ""
-    strength, _, kind = own.privacy.guarantee.partition(" per ")
-    pairs.append((f"per {kind}" if kind else "privacy", at_most + strength))
-    pairs.append(("bytes up, a client and round", f"{own.bytes.up_per_client_round:,.0f}"))
-    blocks: list[Block] = [KeyValues(pairs, large=True)]
+    strength, _, kind = own.privacy.guarantee.partition(", ")[0].partition(" per ")
+    pairs += [
+        (f"privacy, per {kind}" if kind else "privacy", at_most + strength),
+        ("noise", NOISE.get(own.privacy.noise, str(own.privacy.noise))),
+        ("up, a client and round", format_bytes(own.bytes.up_per_client_round)),
+        ("down, a client and round", format_bytes(own.bytes.down_per_client_round)),
+    ]
+    blocks: list[Block] = [KeyValues([(name[:1].upper() + name[1:], value) for name, value in pairs], large=True)]
     if own.stopped:
         blocks.append(Text(f"Stopped early. {own.stopped}", alarm=True))
     if own.metrics:
-        first, *rest = verdict(run.results)
-        figures = first.partition(": ")[2]
-        blocks.append(Text(" ".join([figures[:1].upper() + figures[1:], *rest]).strip()))
-        blocks.append(Text("One run with one seed: a point or two of difference may be chance."))
+        first, *rest = run.verdicts
+        told = first.rpartition(" (")[2].removesuffix(").")
+        blocks.append(Text(f"{told[:1].upper()}{told[1:]}. {' '.join(rest)} One run with one seed: a point or two of "
+                           "difference may be chance."))  # fmt: skip
     return blocks
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the curve, the table
+
+
+def curves(run: FinishedRun) -> Section:
+    """Draws the figure by round; the last point is of the end of the run."""
+    found = {way: of for way in CURVES if (of := _curves(run, way))} if run.result.metrics else {}
+    levels = {way: zero[run.main.name] for way in found if way != "own" and (zero := _ends(run, way).get("zero_shot"))}
+    values = [value for of in found.values() for curve in of.values() for value in curve.values()]
+    scale = figures.extent([*levels.values(), *values], run.main) if found else None
+    blocks: list[Block] = [
+        figures.lines(f"curve-{way}", name, said + " Dashed: no prompt." * (way in levels), found[way], run.main, run.places,
+                      levels.get(way), scale)
+        for way, (name, said) in CURVES.items() if way in found
+    ]  # fmt: skip
+    if found:
+        blocks.append(
+            Text("A simulation's figures: sites share no test records, and no guarantee covers these scores.")
+        )
+    return Section("rounds", "Accuracy by round" if found else "Round by round", [*blocks, *_rounds(run)])
+
+
+def _ends(run: FinishedRun, way: str) -> dict[str, Any]:
+    """Returns each method's score at the end, of the kind that its curve has."""
+    field = {"sample": "sample", "own": "per_client_mean", "global": "global_prompt"}[way]
+    return {r.label: getattr(r.scores, field) for r in run.results}
+
+
+def _curves(run: FinishedRun, way: str) -> dict[str, dict[float, float]]:
+    key, last = f"{way}_{run.main.name}", _ends(run, way)
+    found: dict[str, dict[float, float]] = {}
+    for label, of in run.rounds.items():
+        at = {r.round: r.metrics[key] for r in of if key in r.metrics}
+        if at and (end := last.get(label)):
+            found[label] = at | {len(of): end[run.main.name]}
+    return found
+
+
+def _rounds(run: FinishedRun) -> list[Table]:
+    heads = ["round", "updates", "bytes up", "bytes down", "seconds", "dropped"]
+    cells = [
+        [
+            str(r.round), f"{r.updates} of {r.clients}", f"{r.bytes_up:,}", f"{r.bytes_down:,}",
+            f"{r.seconds_train + r.seconds_aggregate:.1f}",
+            "; ".join(f"{name}: {why}" for name, why in sorted(r.dropped.items())) or "–",
+        ]
+        for r in run.rounds.get(run.result.label, [])
+    ]  # fmt: skip
+    return [Table(f"Every round of {run.result.label}", heads, cells, folded=True)] if cells else []
 
 
 def methods(run: FinishedRun) -> Section | None:
     if not run.results:
         return None
-    heads, cells = results_table(run.results)
-    marked = frozenset({len(run.results) - 1})
-    shown = Table("Every method on the same clients and records", heads, cells, marked)
-    said = (
-        "Everyone's test: one prompt for all test records. Own test: each client's prompt on its own test records, the mean "
-        f"over clients and the worst client. {run.dropped or 'No update was dropped.'}"
-    )
-    return Section("methods", "The methods compared", [_at_a_glance(run), shown, Text(said), *_robust(run)])
-
-
-def _robust(run: FinishedRun) -> list[Block]:
-    """Names the clients that a robust rule left out or cut, and the means that had too few updates for it."""
-    blocks: list[Block] = []
-    found = {
-        "Left out or cut": run.result.excluded_updates,
-        "Means of fewer updates than the rule needs": run.result.underfilled_means,
-    }
-    for what, counts in found.items():
-        most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if most_first:
-            rounds = ", ".join(f"{name} in {count}" for name, count in most_first)
-            blocks.append(Text(f"{what} (method.robust), in how many of {run.result.num_rounds} rounds: {rounds}."))
-    return blocks
-
-
-def _at_a_glance(run: FinishedRun) -> Figure:
     main, names = run.main, [result.label for result in run.results]
     views = {
-        "everyone's test": "global_prompt",
         "own test, mean client": "per_client_mean",
         "worst client": "per_client_worst",
+        "everyone's test": "global_prompt",
     }
     series = {
         view: [score and score[main.name] for score in (getattr(result.scores, key) for result in run.results)]
         for view, key in views.items()
     }
     said = f"{main.name.capitalize()}{main.unit} of each method, three views of the same records."
-    return figures.dots("glance", "At a glance", said, names, series, main, marked=run.result.label)
+    drawn = figures.dots("glance", "At a glance", said, names, series, main, marked=run.result.label)
+    dropped = [Text(run.dropped)] if run.dropped else []
+    return Section("methods", "The methods compared", [results_table(run.results), drawn, *dropped, *_robust(run)])
 
 
-def costs(run: FinishedRun) -> Section | None:
-    """Draws the mean client's own test against bytes and against ε."""
-    if len(run.results) < 2:
-        return None
-    names, own = [r.label for r in run.results], [r.scores.per_client_mean[run.main.name] for r in run.results]
-    marks = [(run.places[name], run.places[name]) for name in names]
-    epsilons = [math.inf if r.privacy.epsilon is None else r.privacy.epsilon for r in run.results]
-    bytes_up = [r.bytes.up_per_client_round for r in run.results]
-    said = "Own test of the mean client, which every method has."
-    drawn = [
-        figures.bubbles(id, title, said, names, own, run.main, values, cost, marks, frozenset({len(run.results) - 1}))
-        for id, title, values, cost in (
-            ("against-bytes", "Against bytes", bytes_up, Metric("bytes up, a client and round", digits=0)),
-            ("against-epsilon", "Against privacy", epsilons, Metric("ε", digits=2)),
-        )
-    ]
-    return Section("costs", "What accuracy costs", [TwoColumn(drawn)])
+def _robust(run: FinishedRun) -> list[Text]:
+    """Names the clients that a robust rule left out or cut, and the means that had too few updates for it."""
+    blocks, found = [], {
+        "Left out or cut": run.result.excluded_updates,
+        "Means of fewer updates than the rule needs": run.result.underfilled_means,
+    }  # fmt: skip
+    for what, counts in found.items():
+        most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if most_first:
+            rounds = ", ".join(f"{name} in {count}" for name, count in most_first)
+            blocks.append(Text(f"{what} (method.robust), in how many of {run.result.num_rounds} rounds: {rounds}."))
+    return blocks
 
 
 # ---------------------------------------------------------------- what was run
@@ -163,8 +176,16 @@ def settings(run: FinishedRun) -> Section:
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in own.versions.items())),
     ]
-    code = [Code("The whole experiment, every default resolved (resolved.toml)", run.recipe)] if run.recipe else []
-    return Section("run", "What was run", [KeyValues([pair for pair in pairs if pair[1]]), *code])
+    blocks: list[Block] = [KeyValues([pair for pair in pairs if pair[1]])]
+    if run.recipe:
+        again = f"ficpd run {shlex.quote(str(run.directory / 'resolved.toml'))} --out NEW_FOLDER"
+        blocks += [
+            Code("The command that runs it again", again, folded=False),
+            Code("The recipe, every default resolved (resolved.toml)", run.recipe),
+        ]
+    tables = {"results.csv": safe_csv(run.to_frame().reset_index())} if run.results else {}
+    blocks.append(Downloads({**tables, "result.json": own.model_dump_json(indent=1)}))
+    return Section("run", "What was run", blocks)
 
 
 def described(part: Mapping[str, Any]) -> str:
@@ -172,55 +193,3 @@ def described(part: Mapping[str, Any]) -> str:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))
-
-
-# ---------------------------------------------------------------- over the rounds
-
-
-def over_rounds(run: FinishedRun) -> Section | None:
-    told = {label: lines for label, lines in run.rounds.items() if lines}
-    if not told:
-        return None
-    curves = [figure for way in WAYS for figure in _curves(run, way)] if run.result.metrics else []
-    traffic = {
-        label: dict(enumerate(accumulate(r.bytes_up + r.bytes_down for r in of), 1)) for label, of in told.items()
-    }
-    seconds = {
-        label: dict(enumerate(accumulate(r.seconds_train + r.seconds_aggregate for r in of), 1))
-        for label, of in told.items()
-    }
-    costs = [
-        figures.lines("traffic", "What travelled", "Kilobytes of all clients together, summed over the rounds.", traffic,
-                      Metric("kB, up and down", 0.001, 1), run.places),
-        figures.lines("seconds", "How long it took", "Training and aggregation on this machine, summed over the rounds.",
-                      seconds, Metric("seconds", digits=1), run.places),
-    ]  # fmt: skip
-    heads = ["round", "updates", "bytes up", "bytes down", "seconds", "dropped"]
-    cells = [
-        [
-            str(r.round), f"{r.updates} of {r.clients}", f"{r.bytes_up:,}", f"{r.bytes_down:,}",
-            f"{r.seconds_train + r.seconds_aggregate:.1f}",
-            "; ".join(f"{name}: {why}" for name, why in sorted(r.dropped.items())) or "–",
-        ]
-        for r in told.get(run.result.label, [])
-    ]  # fmt: skip
-    title = f"Every round of {run.result.label}"
-    each = [Collapsible(title, Table(title, heads, cells))] if cells else []
-    return Section("rounds", "Round by round", [*paired(curves), *paired(costs), *each])
-
-
-def _curves(run: FinishedRun, way: str) -> list[Figure]:
-    """Draws one figure, or none where no round was scored. The last point is the result's."""
-    main, key = run.main, f"{way}_{run.main.name}"
-    last = {r.label: r.scores.global_prompt if way == "global" else r.scores.per_client_mean for r in run.results}
-    curves: dict[str, dict[int, float]] = {}
-    for label, of in run.rounds.items():
-        at = {r.round: r.metrics[key] for r in of if key in r.metrics}
-        if at and (end := last.get(label)):
-            curves[label] = at | {len(of): end[main.name]}
-    if not curves:
-        return []
-    zero = run.result.scores.zero_shot if way == "global" else None
-    level = zero[main.name] if zero else None
-    said = f"{main.name.capitalize()}{main.unit}, round by round.{' Dashed: no prompt at all.' if zero else ''}"
-    return [figures.lines(f"curve-{way}", WAYS[way], said, curves, main, run.places, level)]

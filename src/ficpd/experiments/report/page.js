@@ -45,6 +45,11 @@
   });
   window.addEventListener("afterprint", () => show(before));
 
+  /* What was drawn while it was folded has no width. */
+  function resize(box) {
+    for (const plot of box.querySelectorAll(".js-plotly-plot")) if (box.open) Plotly.Plots.resize(plot);
+  }
+
   /* A table that does not scroll needs no stop of its own on the way through the page. */
   function stops() {
     for (const box of document.querySelectorAll(".scroll")) {
@@ -53,7 +58,16 @@
     }
   }
   window.addEventListener("resize", stops);
-  for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", stops);
+  for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", () => { stops(); resize(details); });
+
+  for (const copy of document.querySelectorAll(".copy")) {
+    const code = copy.parentElement.querySelector("code");
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      getSelection().selectAllChildren(code); /* where a file may not write to the clipboard, it is selected */
+      await navigator.clipboard?.writeText(code.textContent).then(() => { copy.textContent = "Copied"; }, () => {});
+    });
+  }
 
   show(remembered.get());
   stops();

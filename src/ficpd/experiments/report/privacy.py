@@ -1,4 +1,8 @@
-"""What was promised and paid: the privacy ledger, and the audit that attacked it."""
+"""What left each site, under which guarantee, and the audit that attacked it."""
+
+import math
+import shlex
+from collections import Counter
 
 from pydantic import TypeAdapter
 
@@ -7,70 +11,140 @@ from ficpd.evaluation.audit.report import Audit, table, verdict
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
-from ficpd.experiments.report.blocks import Block, Figure, Section, Table, Text
-from ficpd.experiments.report.summary import format_noise_multipliers
+from ficpd.experiments.report.blocks import Block, Figure, KeyValues, Section, Table, Text
+from ficpd.experiments.report.summary import format_bytes, format_noise_multipliers
 from ficpd.experiments.results import PrivacyReport
 from ficpd.library.card import ONE_RECORD, describe_group_costs
 
 MOST = 200
 """Members that the figure draws one by one."""
 EPSILON = Metric("ε")
+SCALE = ".scale"
+ITEMS = {
+    "delta": "change of the prompt",
+    "gradient": "clipped gradients, summed",
+    "classes": "class totals: sums of features by label",
+    "labels": "how many records have each label",
+    "words": "words of the prompt",
+    "logits": "logits by label",
+    "losses_1K": "losses of candidate prompts",
+    "slopes_SK": "slopes along random directions",
+    "mean_1N": "the search's mean",
+    "loss": "its loss",
+    "sigmas": "the search's step sizes",
+}
+"""What the methods' arrays are, in words."""
+UNITS = {
+    "record": ONE_RECORD,
+    "subject": "one subject, all of its records at one site together",
+    "client": "one client, all of its records together",
+}
+UNCOVERED = (
+    "that a site takes part, when, and how long its messages are; its public card; one person's records at other sites; "
+    "further runs on the same records, unless the same ledger counts them. Scores, counts, personal prompts and baselines "
+    "of this page are a simulation's own view: they do not leave a site, and `ficpd publish` does not copy them"
+)
 
 
-# ---------------------------------------------------------------- the ledger
+# ---------------------------------------------------------------- what left
 
 
-def ledger(run: FinishedRun) -> Section | None:
-    privacy = run.result.privacy
-    if privacy.at_most:
-        if privacy.epsilon is None:
-            return None
-        said = (
-            f"Agreed: at most ε = {privacy.epsilon:g}, δ = {privacy.delta:g}, per {privacy.unit}. What each site "
-            "has spent, its own ledger says (ficpd site status)."
-        )
-        if privacy.unit == "record":
-            said += f" Where a site's data name no subjects, the unit is {ONE_RECORD}."
-        return Section("privacy", "Privacy", [Text(said)])
-    if privacy.epsilon is None:
-        return Section("privacy", "Privacy", [Text("What left the clients carries no guarantee.")])
-    if not privacy.lines:
-        return None
-    return Section("privacy", "The privacy ledger", [_promise(privacy), _lines(privacy), *_sites(privacy)])
+def left(run: FinishedRun) -> Section:
+    """All that a data officer has to know of the run's messages."""
+    own, privacy = run.result, run.result.privacy
+    sizes = own.bytes
+    total = (sizes.up_total + sizes.down_total) / max(own.num_clients, 1)
+    pairs = [
+        ("sent by a site", f"{format_bytes(sizes.up_per_client_round)} a round"),
+        (
+            "sent to a site",
+            f"{format_bytes(sizes.down_per_client_round)} a round; {format_bytes(total)} in all, both ways",
+        ),
+        ("records", "no text, image or label is in a message; the arrays above are computed from them"),
+        *_guarantee(privacy),
+        (
+            "not covered",
+            UNCOVERED if privacy.epsilon is not None else "all of it: no guarantee bounds what messages tell",
+        ),
+        ("audited", _audited(run)),
+    ]
+    blocks: list[Block] = [*_items(run), KeyValues(pairs)]
+    if privacy.noise == "simulated":
+        blocks.insert(0, Text(
+            "Simulated noise: it comes from the experiment's seed, and whoever knows the seed can take it off. "
+            'Release nothing of this run; a real one has privacy.noise = "cryptographic".', alarm=True,
+        ))  # fmt: skip
+    if privacy.lines:
+        blocks += [_lines(privacy), *_sites(privacy)]
+    return Section("privacy", "What left each site", blocks)
 
 
-def _promise(privacy: PrivacyReport) -> Text:
-    budget = "no budget was set" if privacy.budget is None else f"of a budget of {privacy.budget:g}"
-    simulated = (
-        " Noise was simulated, drawn from the experiment's seed: whoever knows the seed can take it off. A real site uses "
-        'privacy.noise = "cryptographic".' if privacy.noise == "simulated" else ""
-    )  # fmt: skip
-    return Text(
-        f"ε = {privacy.epsilon:.3f} {budget}, δ = {privacy.delta:g}, by {privacy.mechanism}; the unit is one "
-        f"{privacy.unit} ({privacy.neighbouring}).{_records_in_a_step(privacy)} Clip norm {privacy.clip_norm:g}, "
-        f"noise multipliers {format_noise_multipliers(privacy)} ({privacy.noise} noise); counted by {privacy.accountant}. "
-        "Each method of this page is a run of its own: a member that took part in several would pay for each. Test scores "
-        f"are the simulation's own view: they do not leave a site.{_neighbours(privacy)}{simulated}"
+def _items(run: FinishedRun) -> list[Table]:
+    """Lists the arrays of a site's messages."""
+    rounds, sizes = Counter[str](), {}
+    for done in run.rounds.get(run.result.label, []):
+        rounds.update(done.items.keys())
+        sizes |= done.items
+    cells = [
+        [ITEMS.get(name, name), format_bytes(math.prod(sizes[name]) / 8 + (4 if name + SCALE in sizes else 0)),
+         f"{sizes[name][0]:,}", str(sizes[name][1]), str(number)]
+        for name, number in rounds.items() if not name.endswith(SCALE)
+    ]  # fmt: skip
+    heads = ["item", "size", "numbers", "bits each", "in rounds"]
+    return [Table("The arrays of a site's message", heads, cells)] if cells else []
+
+
+def _guarantee(privacy: PrivacyReport) -> list[tuple[str, str]]:
+    """Describes the guarantee: its figures, its words, its unit, its noise and its budget."""
+    if privacy.epsilon is None or privacy.delta is None:
+        return [("guarantee", "none: messages carry no guarantee")]
+    if privacy.noise is None:
+        return [("guarantee", "none is needed: nothing leaves a site")]
+    unit, spent = privacy.unit, privacy.epsilon
+    what = f"ε = {spent:.3f}, δ = {privacy.delta:g}, per {unit}, by {privacy.mechanism}"
+    factor = math.exp(min(spent, 700))
+    words = (
+        f"with or without one {unit}, the probability of whatever is concluded from the messages differs at most by the "
+        f"factor {factor:,.1f} (e to the ε) and by {_one_in(privacy.delta)} (δ) besides"
     )
-
-
-def _records_in_a_step(privacy: PrivacyReport) -> str:
-    most = privacy.max_records_per_subject
-    return "" if most is None else f" At most {most} records of a subject are in a step."
-
-
-def _neighbours(privacy: PrivacyReport) -> str:
-    """What the same noise gives for a replaced unit, and for somebody with several records."""
-    said = ""
-    if privacy.replace_epsilon is not None:
-        said += (
-            f" ε = {privacy.epsilon:.3f} is for one {privacy.unit} more or less. The same noise gives ε = "
-            f"{privacy.replace_epsilon:.3f} for one {privacy.unit} replaced by another."
-        )
+    if privacy.at_most:
+        agreed = f"agreed, at most {what}. What each site has spent, its own ledger says (ficpd site status)"
+        return [("guarantee", agreed), ("in words", words), ("unit", UNITS[unit]), ("noise", f"{privacy.noise}")]
+    unit_said = UNITS[unit] + (f"; {describe_group_costs(privacy.group_epsilon)}" if privacy.group_epsilon else "")
     if privacy.group_epsilon:
-        costs = describe_group_costs(privacy.group_epsilon)
-        said += f" The unit is {ONE_RECORD}: {costs}. data.columns.subject makes the person the unit."
-    return said
+        unit_said += ". data.columns.subject makes the person the unit"
+    if privacy.max_records_per_subject is not None:
+        unit_said += f". At most {privacy.max_records_per_subject} records of a subject are in a step"
+    if privacy.replace_epsilon is not None:
+        unit_said += (
+            f". ε is for one more or less; it is {privacy.replace_epsilon:.3f} for one {unit} replaced by another"
+        )
+    budget = "no budget was set"
+    if privacy.budget is not None:
+        budget = f"{max(privacy.budget - spent, 0.0):.3f} of {privacy.budget:g}, of the member that spent most"
+    clip = "–" if privacy.clip_norm is None else f"{privacy.clip_norm:.3g}"
+    noise = f"{privacy.noise}; clip norm {clip}, noise multipliers {format_noise_multipliers(privacy)}"
+    return [
+        ("guarantee", f"{what} ({privacy.neighbouring}; counted by {privacy.accountant})"),
+        ("in words", words),
+        ("unit", unit_said),
+        ("noise", noise),
+        ("budget left", budget),
+    ]
+
+
+def _one_in(delta: float) -> str:
+    """
+    >>> _one_in(1e-5), _one_in(0)
+    ('1 in 100,000', 'nothing')
+    """
+    return f"1 in {round(1 / delta):,}" if delta else "nothing"
+
+
+def _audited(run: FinishedRun) -> str:
+    found = _audit_of(run)
+    attack = f"no. `ficpd audit {shlex.quote(str(run.directory))}` attacks the library and tests its ε"
+    return attack if found is None else verdict(found)
 
 
 def _lines(privacy: PrivacyReport) -> Table:
@@ -80,14 +154,18 @@ def _lines(privacy: PrivacyReport) -> Table:
          f"{line.epsilon_alone:.3f}", f"{100 * line.share:.0f} %"]
         for line in privacy.lines
     ]  # fmt: skip
-    return Table(f"What {privacy.site_that_spent_most}, the member that spent most, released", heads, cells)
+    return Table(f"The privacy ledger of {privacy.site_that_spent_most}, the member that spent most", heads, cells)
 
 
-def _sites(privacy: PrivacyReport) -> list[Figure]:
+def _sites(privacy: PrivacyReport) -> list[Block]:
+    """Draws the members, unless all of them have spent the same."""
     spent = dict(sorted(privacy.epsilon_of_sites.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
+    values = list(spent.values())
     if len(spent) < 2:
         return []
-    budget, values = privacy.budget, list(spent.values())
+    if max(values) - min(values) < 0.005 * max(values):
+        return [Text(f"All {len(privacy.epsilon_of_sites)} members have spent the same.")]
+    budget = privacy.budget
     said = "ε of everything that it released." + (" Dashed: the budget." if budget else "")
     drawn = figures.dots("sites", "What each member spent", said, list(spent), {"ε": values}, EPSILON, line=budget)
     size = {"height": 90 + 24 * len(spent), "xaxis_range": [0, 1.08 * max(*values, budget or 0.0)]}
@@ -98,16 +176,23 @@ def _sites(privacy: PrivacyReport) -> list[Figure]:
 # ---------------------------------------------------------------- the audit
 
 
-def audit(run: FinishedRun) -> Section | None:
+def _audit_of(run: FinishedRun) -> Audit | None:
+    """Raises `RunError` for a file that cannot be read."""
     file = run.directory / "audit.json"
     if not file.exists():
         return None
     try:
-        found = TypeAdapter(Audit).validate_json(file.read_bytes())
+        return TypeAdapter(Audit).validate_json(file.read_bytes())
     except ValueError as error:
         raise RunError(
             f"{file} cannot be read as an audit ({error!r}); run `ficpd audit` again, or delete it"
         ) from error
+
+
+def audit(run: FinishedRun) -> Section | None:
+    found = _audit_of(run)
+    if found is None:
+        return None
     heads, cells = table(found)
     attacks = Table("Can it be told who was in the training data? (95 % intervals)", heads, cells)
     said = (

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from ficpd.evaluation.metrics import Metric
+from ficpd.experiments.report.blocks import Table
 from ficpd.experiments.results import PrivacyReport, RunResult
 
 NONE = "–"
 PERCENT = Metric("share", 100, 1)
 RIVALS = {"local": "alone", "linear_probe": "a linear probe at home", "zero_shot": "no prompt"}
 """Methods that a client needs nobody for, in the verdict's words."""
-AT_HOME = ("local", "linear_probe")
+AT_HOME, TOGETHER = ("local", "linear_probe"), "together"
 
 
 def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
@@ -20,14 +21,13 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     """
     own, main = results[-1], results[-1].main
     sign, clients = -1 if main.less_is_better else 1, len(own.scores.per_client)
-    by_method = {r.method: r for r in results[:-1] if r.method != own.method}
-    rivals = {words: by_method[method] for method, words in RIVALS.items() if method in by_method}
-    federated = own.method not in (*RIVALS, "centralized")
+    figures = standing(results)
+    rivals, federated = dict(list(figures.items())[1:]), TOGETHER in figures
+    by_method = {result.method: result for result in rivals.values()}
 
     def mean(result: RunResult) -> float:
         return result.scores.per_client_mean[main.name]
 
-    figures = {"together" if federated else own.label: own, **rivals}
     whose = f"mean of {clients} clients' own tests" if clients > 1 else "the client's own test"
     percent = main.unit.strip() == "%"
     said = ", ".join(f"{name} {main.shown(mean(result))}" for name, result in figures.items())
@@ -38,6 +38,8 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         gap, points = sign * (mean(own) - mean(best)), " points" if percent else ""
         paid = f"Joining pays {main.shown(gap)}{points} over {name}" if gap > 0 else "Joining does not pay"
         sentences = [f"{paid if float(main.shown(gap)) else 'Joining changes nothing'}: {said}"]
+        if not any(RIVALS[home] in rivals for home in AT_HOME):
+            sentences = [f"Whether joining pays is open, for no client was tuned alone: {said}"]
     if federated and (at_home := [by_method[n].scores.per_client for n in AT_HOME if n in by_method]):
         worse = len(worse_off(own, at_home))
         are = "is" if worse == 1 else "are"
@@ -58,6 +60,15 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     nothing = privacy.noise is None and privacy.epsilon == 0
     sentences.append("Nothing leaves a client." if nothing else f"{left} left each client, {guarantee}.")
     return tuple(sentences)
+
+
+def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
+    """Returns the last result, and what a client has without the others, by the verdict's words."""
+    own = results[-1]
+    by_method = {r.method: r for r in results[:-1] if r.method != own.method}
+    federated = own.method not in (*RIVALS, "centralized")
+    rivals = {words: by_method[method] for method, words in RIVALS.items() if method in by_method}
+    return {TOGETHER if federated else own.label: own, **rivals}
 
 
 def worse_off(own: RunResult, at_home: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -86,57 +97,46 @@ def format_bytes(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def results_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and cells of the results.
+def results_table(results: Sequence[RunResult]) -> Table:
+    """Makes the table of a run: a line for each method, its figures first, the run's own method last.
 
     Accuracy of a single task with a chance level has its 95 % interval.
     """
-    main, first = results[0].main, results[0].scores.zero_shot or {}
+    main, first, own = results[0].main, results[0].scores.zero_shot or {}, results[-1].privacy
     guessed = "chance" in first and ":" not in results[0].task
-    chance = f" [95 %], chance {main.shown(first['chance'])}" if guessed else ""
 
     def everyone(score: Mapping[str, float] | None) -> str:
         ends = [score[f"{main.name}_{end}"] for end in ("low", "high")] if guessed and score else None
         return format_score(score, main) + format_interval(ends, main)
 
-    heads = ["method", "privacy", f"everyone's test {main.name}{main.unit}{chance}", f"own test, mean client{main.unit}",
-             f"worst client{main.unit}", "bytes up / client / round", "seconds"]  # fmt: skip
+    heads = ["method", f"own test{main.unit}", f"worst client{main.unit}",
+             f"everyone's test{main.unit}" + " [95 %]" * guessed, "ε", "up", "down", "seconds"]  # fmt: skip
     cells = [
         [
             r.label,
-            r.privacy.guarantee,
-            everyone(r.scores.global_prompt),
             format_score(r.scores.per_client_mean, main),
             format_score(r.scores.per_client_worst, main),
-            f"{r.bytes.up_per_client_round:,.0f}",
-            f"{r.seconds.total:.0f}",
+            everyone(r.scores.global_prompt),
+            format_epsilon(r.privacy),
+            format_bytes(r.bytes.up_per_client_round),
+            format_bytes(r.bytes.down_per_client_round),
+            f"{r.seconds.total:,.0f}",
         ]
         for r in results
     ]
-    return heads, cells
-
-
-def narrow_table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]], str]:
-    """Returns headings, cells and caption of the results for a terminal of 80 columns: one line a method."""
-    main = results[0].main
-    heads = ["method", "ε", "everyone", "own", "worst", "bytes up"]
-    cells = [
-        [
-            r.label,
-            NONE if r.privacy.epsilon is None or r.privacy.noise is None else f"{r.privacy.epsilon:.2f}",
-            *(
-                format_score(score, main)
-                for score in (r.scores.global_prompt, r.scores.per_client_mean, r.scores.per_client_worst)
-            ),
-            f"{r.bytes.up_per_client_round:,.0f}",
-        ]
-        for r in results
-    ]
-    caption = (
-        f"{main.name}{main.unit}: one prompt on everyone's test; each prompt on its client's own test, mean and worst "
-        "client. bytes up: of a client and round"
+    note = (
+        f"{main.name.capitalize()}{'; chance ' + main.shown(first['chance']) if guessed else ''}. Own test: each client's "
+        "model on its own test records, the mean over clients. Everyone's test: one prompt on all test records. "
+        f"ε{' per ' + own.unit if own.epsilon else ''}: 0 if nothing is sent. Up, down: of a client in a round."
     )
-    return heads, cells, caption
+    return Table("Every method on the same clients and records", heads, cells, frozenset({len(cells) - 1}), note)
+
+
+def format_epsilon(privacy: PrivacyReport) -> str:
+    """Formats a run's cost for a table: "0" if nothing is sent, "none" without a guarantee."""
+    if privacy.epsilon is None:
+        return "none"
+    return "0" if privacy.noise is None else f"{privacy.epsilon:.2f}"
 
 
 def format_score(score: Mapping[str, float] | None, metric: Metric) -> str:
