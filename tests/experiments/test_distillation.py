@@ -214,10 +214,10 @@ IN_VAIN = [
 def no_hub(monkeypatch):
     """A name that no file has is unknown at once."""
 
-    def unknown(name: str):
+    def unknown(name: str, *rest: object):
         raise BackboneError(f"weights {name!r}: no folder here, and the hub does not give it.")
 
-    monkeypatch.setattr("ficpd.backbones.weights._from_hub", unknown)
+    monkeypatch.setattr("ficpd.backbones.weights._snapshot", unknown)
 
 
 def given(folder, change: str, method: str = "ficpd", *more: str):
