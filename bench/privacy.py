@@ -1,27 +1,45 @@
 """What a guarantee costs: accuracy by ε at record and client level, bytes by compression. MiniLM, three seeds.
 
-python bench/privacy.py record|client|bytes|shared [--seeds 0 1 2] [--data FOLDER]
+python bench/privacy.py record|client|bytes|shared|dropouts [--seeds 0 1 2] [--data FOLDER]
 
 `record`: polarity and medical abstracts, 10 sites, ε in {none, 8, 4, 2, 1}. `client`: the same ε for whole clients, local
 and central, with 10, 100 and 500 clients. `bytes`: what travels against what it loses. `shared`: the quick start's forty
-sites at ε = 2, each with its own noise, with noise that they share, and without. Polarity is built in; the abstracts
-(CC BY-SA 3.0, see bench/README.md) lie in `--data`. Runs of one seed share the world, so the lower layers are computed once.
-A cell of a seed that the result file has already, in the same setting, is not run again; delete the file to begin anew.
+sites, and 6, 18 and 50, at ε = 1, 2 and 4, each with its own noise, with noise that they share, and without. `dropouts`:
+rounds of a secure sum that are saved or void where sites leave, without records, with real keys and masks; `--seeds` are the
+tries. Polarity is built in; the abstracts (CC BY-SA 3.0, see bench/README.md) lie in `--data`. Runs of one seed share the
+world, so the lower layers are computed once. A cell of a seed that the result file has already, in the same setting, is not
+run again; delete the file to begin anew.
 """
 
 import argparse
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ficpd.errors import PolicyError
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.initialization import calibrate_clipping_and_compression
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run, run_method
+from ficpd.federation import secure_sum
+from ficpd.federation.codec import decode_assignment, encode_assignment
+from ficpd.federation.secure_sum import PHASES, SIMULATED
+from ficpd.federation.secure_sum.member import Member
+from ficpd.federation.secure_sum.server import SecureSum, VoidRoundError, _Messages
+from ficpd.privacy import shared_gaussian
+from ficpd.privacy.shared_gaussian import GRADIENT, SharedGaussian, Tolerance, tolerance
 from ficpd.registry import validated_section
+from ficpd.types import Assignment, Reply
 from measure import Cells, of_everyone, parse, read
 
 POLARITY = """
@@ -206,19 +224,23 @@ def travelling(args: argparse.Namespace) -> None:
                 cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, context, privacy, form, **training))
 
 
-SHARED_ROUNDS = 10
+SHARED_ROUNDS, SITES, EPSILONS = 10, (6, 18, 50), (1.0, 2.0, 4.0)
 
 
 def shared(args: argparse.Namespace) -> None:
-    """Forty sites of the quick start at ε = 2: each site's own noise, and noise that they share in a secure sum."""
-    setting = f"the quick start, its own 5 rounds, and {SHARED_ROUNDS} rounds with class totals"
+    """Each site's own noise, and noise that they share in a secure sum, by ε and number of sites."""
+    setting = f"the quick start, its own 5 rounds, and {SHARED_ROUNDS} rounds with class totals, also among other sites"
     longer = ("method.class_totals=true", f"federation.num_rounds={SHARED_ROUNDS}")
     cells = Cells("privacy_shared", setting)
+    runs = {"quick start": (), f"{SHARED_ROUNDS} rounds": longer}
+    runs |= {f"{sites} sites": (*longer, f"partition.num_clients={sites}") for sites in SITES}
     for seed in args.seeds:
-        for name in ("shared_gaussian", "record_gaussian", "none"):
-            privacy = [f"privacy.name={name}", *(["privacy.epsilon=2.0"] if name != "none" else [])]
-            for rounds, more in (("quick start", ()), (f"{SHARED_ROUNDS} rounds", longer)):
-                cells.add(f"{name}, {rounds}", seed, partial(quickstart, [f"seed={seed}", *privacy, *more]))
+        for rounds, more in runs.items():
+            cells.add(f"none, {rounds}", seed, partial(quickstart, [f"seed={seed}", "privacy.name=none", *more]))
+            for name, epsilon in product(("shared_gaussian", "record_gaussian"), EPSILONS):
+                privacy = (f"privacy.name={name}", f"privacy.epsilon={epsilon}")
+                run = partial(quickstart, [f"seed={seed}", *privacy, *more])
+                cells.add(f"{name}, epsilon {epsilon:g}, {rounds}", seed, run)
 
 
 def quickstart(changes: list[str]) -> dict[str, float]:
@@ -227,8 +249,89 @@ def quickstart(changes: list[str]) -> dict[str, float]:
     return figures(result) | {"own test": 100 * result.scores.per_client_mean["accuracy"]}
 
 
+DROPOUTS = {6: 1, 18: 2, 50: 5}
+"""Sites of a secure sum, and how many of them it may lose."""
+LEAVE, NUMBERS, BACKBONE = (0.05, 0.1, 0.02), 64, "none"
+"""A site's probability to leave in a round; numbers of a term; the backbone that messages name."""
+
+
+class Leaving:
+    """An engine of sites without records, each with keys of its own. Some leave for good, at one exchange of the round."""
+
+    def __init__(self, allowed: Tolerance, share: float, seed: int):
+        names, random = [f"site-{place}" for place in range(allowed.invited)], np.random.default_rng(seed)
+        keys = {name: Ed25519PrivateKey.generate() for name in names}
+        known = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+        self.sites = {n: Member(n, SIMULATED, keys[n], known, lambda r: names, lambda n: allowed) for n in names}
+        self.leaves = {n: int(random.integers(5)) for n in names if random.random() < share}
+        self.terms = {name: random.integers(-(2**40), 2**40, NUMBERS) for name in names}
+
+    def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
+        for name, body in assignments.items():
+            message = decode_assignment(body, BACKBONE)
+            if PHASES.index(message.method) >= self.leaves.get(name, len(PHASES)):
+                yield Reply(name, None, "left")
+                continue
+            try:
+                yield Reply(name, encode_assignment(self._answer(name, self.sites[name], message), BACKBONE))
+            except PolicyError as error:
+                yield Reply(name, None, str(error))
+
+    def _answer(self, name: str, site: Member, message: Assignment) -> Assignment:
+        asked, arrays, facts = message.facts, {}, {}
+        match message.method:
+            case secure_sum.KEYS:
+                facts = {"advert": dict(site.advertise(1))}
+            case secure_sum.SHARES:
+                facts = {"shares": site.share(1, asked["adverts"])}
+            case secure_sum.VECTOR:
+                masked = site.mask(1, asked["shares"], self.terms[name].view(np.uint64))
+                arrays = {secure_sum.MASKED: torch.from_numpy(masked.view(np.int64))}
+            case secure_sum.CONSENT:
+                facts = {"consent": {name: site.consent(1, asked["survivors"])}}
+            case _:
+                facts = {"revealed": site.reveal(1, asked["signatures"])}
+        return Assignment(message.method, 1, arrays, facts)
+
+
+def dropouts(args: argparse.Namespace) -> None:
+    """Rounds saved and void by number of sites and share that leaves."""
+    cells = Cells("privacy_dropouts", f"{NUMBERS} numbers; a site that leaves does so at one of five exchanges")
+    for sites, lost in DROPOUTS.items():
+        allowed = tolerance(shared_gaussian.Config(epsilon=2.0, max_lost=lost), sites)
+        for share in LEAVE:
+            for seed in args.seeds:
+                cell = f"{sites} sites, {lost} may be lost, {100 * share:g} % leave"
+                cells.add(cell, seed, partial(one_round, allowed, share, seed))
+
+
+def one_round(allowed: Tolerance, share: float, seed: int) -> dict[str, float]:
+    """A round's outcome. `saved`: its sum is known; then it is compared with the plain one. CPU: of all sites together."""
+    engine, began = Leaving(allowed, share, seed), time.process_time()
+    mechanism = SharedGaussian.__new__(SharedGaussian)
+    mechanism.tolerance = allowed
+    messages = _Messages(engine, 1, BACKBONE)  # type: ignore[arg-type]
+    order = encode_assignment(Assignment("fedavg", 1, {}, {}), BACKBONE)
+    try:
+        summed, survivors = SecureSum(SIMULATED, {"": mechanism})._summed(
+            messages, dict.fromkeys(engine.sites, order), {GRADIENT: NUMBERS}
+        )
+        assert np.array_equal(summed.view(np.int64), sum(engine.terms[name] for name in survivors))
+        saved, came = 1.0, len(survivors)
+    except VoidRoundError:
+        saved, came = 0.0, 0
+    found = {
+        "saved": saved,
+        "left": len(engine.leaves),
+        "terms in the sum": came,
+        "CPU seconds": time.process_time() - began,
+    }
+    return found | {"bytes up a site": messages.found.bytes_up / allowed.invited,
+                    "bytes down a site": messages.found.bytes_down / allowed.invited}  # fmt: skip
+
+
 ALSO_PRIVATE = ("whole prompt, 32 bit", "subspace 64, 32 bit", "subspace 256, 32 bit", "subspace 256, 8 bit")
-PARTS = {"record": record, "client": client, "bytes": travelling, "shared": shared}
+PARTS = {"record": record, "client": client, "bytes": travelling, "shared": shared, "dropouts": dropouts}
 
 
 def main() -> None:

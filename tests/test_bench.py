@@ -203,8 +203,16 @@ def test_privacy(bench, sets):
 
 def test_privacy_shared(bench):
     changes = (TINY, ONE_ROUND, "partition.num_clients=4", "data.max_records=200")
-    bench.run("privacy", "shared --seeds 0", changes=changes)
-    assert "shared_gaussian, quick start" in bench.rows("privacy_shared")
+    bench.run("privacy", "shared --seeds 0", changes=changes, EPSILONS=(2.0,), SITES=(4,))
+    kinds = ("none", "shared_gaussian, epsilon 2", "record_gaussian, epsilon 2")
+    runs = ("quick start", "10 rounds", "4 sites")
+    assert bench.rows("privacy_shared") == {f"{kind}, {run}" for kind in kinds for run in runs}
+
+
+def test_privacy_dropouts(bench):
+    bench.run("privacy", "dropouts --seeds 0 1", DROPOUTS={4: 1}, LEAVE=(0.0, 1.0))
+    saved = {cell: row["saved"]["mean"] for cell, row in bench.found("privacy_dropouts")["cells"].items()}
+    assert saved == {"4 sites, 1 may be lost, 0 % leave": 1.0, "4 sites, 1 may be lost, 100 % leave": 0.0}
 
 
 def test_privacy_cost(bench):

@@ -34,7 +34,13 @@ from ficpd.experiments.setup import build_schedule
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
 from ficpd.federation.method import Method
-from ficpd.federation.privacy_plan import SERVER, build_mechanism, client_workloads, privacy_config_for
+from ficpd.federation.privacy_plan import (
+    SERVER,
+    build_mechanism,
+    client_workloads,
+    privacy_config_for,
+    with_least_records,
+)
 from ficpd.interfaces import Compression, Task
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import DEFAULT_PROMPTS, get_prompt, load_library, local_training_config
@@ -238,7 +244,8 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
     )
     name = str(privacy.site_that_spent_most)
     name = name if name in plans else next(iter(plans))  # the server has no plan of its own
-    part = privacy_config_for(run.method, context.experiment.privacy)
+    units = [count_units(shard.train).units for shard in holders.values()]
+    part = with_least_records(privacy_config_for(run.method, context.experiment.privacy), units)
     mechanism = build_mechanism(part, name, plans[name], noise="simulated")
     task = next(iter(context.tasks.values()))
     with closing(Ledger(":memory:", "audit")) as ledger:

@@ -150,6 +150,23 @@ def test_client_level_runs_are_audited_by_their_own_kind_of_release(tmp_path, pl
     assert found.planted.delta == pytest.approx(1e-3 if times == 1 else 1e-3 * (1 + np.exp(found.epsilon)), rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_of_a_secure_sum_is_attacked_by_who_sees_the_sum(tmp_path, steps):
+    changes = (
+        "privacy.name=shared_gaussian",
+        "privacy.max_colluding=1",
+        "privacy.max_lost=0",
+        f"training.local_steps={steps}",
+    )
+    small.run(tmp_path, "fedavg", *changes, "privacy.epsilon=6", *NOISED[1:], rounds=2)
+    found = audit_run(tmp_path / "run", canaries=8, shadows=1)
+    assert found.mechanism is not None
+    assert found.planted is not None
+    assert 0 < found.mechanism.epsilon <= found.mechanism.stated <= 6
+    assert found.mechanism.stated == pytest.approx(found.epsilon, rel=1e-6)
+    assert not found.alarm
+
+
 def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
     run = open_run(federation(tmp_path, *changes, rounds=8), "cpu")
@@ -164,6 +181,7 @@ def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
 ATTACKED = {
     "record": ("privacy.name=record_gaussian", "training.local_steps=4", "training.batch_size=64"),
     "client": ("privacy.name=client_gaussian",),
+    "shared": ("privacy.name=shared_gaussian", "training.batch_size=64", "privacy.max_colluding=1"),
 }
 
 

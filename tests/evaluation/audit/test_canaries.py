@@ -12,8 +12,9 @@ from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.canaries import AFFORDED, HUGE, lower_bound, num_trials, play, release_kind
 from ficpd.federation.client import Client
 from ficpd.interfaces import ReleaseKind
-from ficpd.privacy import accountant, client_gaussian, none, record_gaussian
+from ficpd.privacy import accountant, client_gaussian, none, record_gaussian, shared_gaussian
 from ficpd.privacy.noise import SeededNoise
+from ficpd.privacy.shared_gaussian import GRID
 from ficpd.types import ClientWorkload
 
 DELTA = 1e-3
@@ -24,6 +25,7 @@ SOUND = {
     "record": (record_gaussian, {}),
     "local": (client_gaussian, {"placement": "local"}),
     "central": (client_gaussian, {"placement": "central"}),
+    "shared": (shared_gaussian, {"least_records": 40, "max_lost": 0, "max_colluding": 1}),
 }
 BROKEN = list(broken.MECHANISMS)
 
@@ -84,6 +86,35 @@ def test_too_little_noise_shows():
     weak = built("local", 1.0)
     weak.noise_multiplier /= 4
     assert lower_bound(client(weak), PLAN, trials=500).contradicts
+
+
+FEW_HONEST = ClientWorkload(60, 1.0, 1, 1, 40, 1.0, 1)
+"""Of forty sites, 38 help the server."""
+
+
+def test_a_secure_sum_of_many_sites_with_few_honest_is_attacked():
+    config = shared_gaussian.Config(epsilon=2.0, delta=DELTA, clip_norm=0.1, max_lost=0, max_colluding=38)
+    bound = lower_bound(client(shared_gaussian.build(config, FEW_HONEST)), FEW_HONEST, trials=200)
+    assert not bound.contradicts
+
+
+def test_noise_that_is_shared_by_more_sites_than_add_it_shows():
+    """The noise of two is not enough where each added a fortieth."""
+    plan = FEW_HONEST
+    weak = shared_gaussian.build(
+        shared_gaussian.Config(epsilon=1.0, delta=DELTA, clip_norm=0.1, max_lost=0, max_colluding=38), plan
+    )
+    assert not lower_bound(client(weak), plan, trials=200).contradicts
+    weak._deviation = lambda multiplier, size: multiplier * (GRID + size**0.5) / 40**0.5
+    assert lower_bound(client(weak), plan, trials=200).contradicts
+
+
+def test_the_worst_site_of_a_secure_sum_has_the_least_records():
+    mechanism, given = built("shared", 2.0), []
+    sample = mechanism.sample
+    mechanism.sample = lambda *asked: given.append(asked[:3]) or sample(*asked)
+    play(client(mechanism), PLAN, 2, 0)
+    assert given == [(40, 12, 2)] * 3 * 4
 
 
 # ---------------------------------------------------------------- what is played
@@ -175,6 +206,7 @@ def test_the_door_is_the_units():
         "record": ReleaseKind.STEP,
         "local": ReleaseKind.UPDATE,
         "central": ReleaseKind.SUM,
+        "shared": ReleaseKind.STEP,
     }
     with pytest.raises(PrivacyError, match="unit = 'none'"):
         lower_bound(client(none.NoPrivacy()), PLAN)

@@ -297,6 +297,14 @@ def test_phases_out_of_order_are_refused():
 # ---------------------------------------------------------------- primitives
 
 
+@pytest.mark.parametrize("liar", [1, 10, 20])
+def test_one_wrong_share_of_twenty_does_not_hide_a_secret(liar):
+    """Sets in the order of their numbers would all have share 1 for thousands of tries."""
+    secret = bytes(range(32))
+    shares = dict(enumerate(masks.split(secret, 15, 20), 1)) | {liar: bytes(32)}
+    assert masks.combine(shares, 15, lambda found: found == secret) == secret
+
+
 def test_a_secret_needs_its_threshold_of_shares():
     secret = bytes(range(32))
     shares = dict(enumerate(masks.split(secret, 3, 5), 1))

@@ -6,16 +6,20 @@ gradient), and the adversary sees every release. Every trial is a run of its own
 client's use of it: its streams of noise, its charges, the end of its budget, and the release of its update. The contribution
 changes its sign from step to step and from round to round, so that noise which repeats cancels.
 
+Of a secure sum the adversary is the server with `max_colluding` sites: it sees the sum of the attacked client's term and the
+noise of the other honest sites, once a round. The attacked client is a site with the least records that all have.
+
 Noise comes from seeds, also for a run with cryptographic noise.
 """
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
+from scipy.stats import binom
 from torch import Tensor
 
 from ficpd import rng
@@ -23,15 +27,17 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.errors import BudgetError, PrivacyError
 from ficpd.evaluation.audit.epsilon_bounds import two_world_bound
 from ficpd.evaluation.audit.report import LowerBound
-from ficpd.federation.client import Client
+from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.compression import none
 from ficpd.federation.execution import execute_assignment
 from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.secure_sum import MASKED, terms
 from ficpd.interfaces import ClientContext, Mechanism, Model, ReleaseKind
 from ficpd.privacy import accountant
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.privacy.noise import SeededNoise
+from ficpd.privacy.shared_gaussian import GRADIENT, GRID, SharedGaussian
 from ficpd.types import Answer, Assignment, Batch, ClientUpdate, ClientWorkload, PrivacyCost, Query, Record, State
 
 HUGE, SMALL = 1e6, 1e-6
@@ -43,6 +49,8 @@ AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SU
 """The maximum number of releases of a kind in all trials of one setting, which limits an audit to a minute or two."""
 Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
 """A trial, with or without the canary: its score, and the costs in its ledger."""
+Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
+"""How an assignment's terms become what the adversary sees; None: its update leaves as it is."""
 
 
 def lower_bound(
@@ -99,24 +107,28 @@ class CanaryMethod(Method):
     """Releases the mean of each step, or its contribution itself, as it is.
 
     contribution: of each record [N], or of the client [1]. expected: the batch size; None: the contribution is the update.
+    summed: the steps of an assignment are seen together, and have one sign.
     """
 
     name = CANARY
     capabilities = Capabilities(private_units=("record", "client"))
 
-    def __init__(self, contribution: Tensor, steps: int = 0, expected: int | None = None):
+    def __init__(self, contribution: Tensor, steps: int = 0, expected: int | None = None, summed: bool = False):
         super().__init__(None)
-        self.contribution, self.steps, self.expected = contribution, steps, expected
+        self.contribution, self.steps, self.expected, self.summed = contribution, steps, expected, summed
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         yield from ()
         if self.expected is None:
             return ClientUpdate(client.id, {"released": sign(assignment.round) * self.contribution}, client.weight)
         means = [
-            client.private_mean((sign(assignment.round + step) * self.contribution[batch.targets]).view(1, -1, 1))[0]
+            client.private_mean((self._sign(assignment, step) * self.contribution[batch.targets]).view(1, -1, 1))[0]
             for step, batch in enumerate(client.batches(self.steps, self.expected))
         ]
         return ClientUpdate(client.id, {"released": torch.cat(means) * self.expected}, client.weight)
+
+    def _sign(self, assignment: Assignment, step: int) -> int:
+        return sign(assignment.round + (0 if self.summed else step))
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
         return state
@@ -133,27 +145,60 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
     `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
     detected.
     """
+    mechanism = client.mechanism
+    if shared := isinstance(mechanism, SharedGaussian):
+        plan = _worst_site(mechanism, plan)
     others, expected = plan.num_units - 1, max(1, round(plan.sampling_rate * plan.num_units))
     own = 1 if plan.num_subjects is None else min(plan.num_records - others, MOST_RECORDS)
     names = [str(place) for place in range(others)] + [CANARY] * own
     records = [Record(str(i), {}, None if plan.num_subjects is None else name) for i, name in enumerate(names)]
     client = _trial_client(client, records)
     methods = [
-        CanaryMethod(torch.cat([_alternating(others), torch.full((own,), value)]), plan.steps, expected)
+        CanaryMethod(torch.cat([_alternating(others), torch.full((own,), value)]), plan.steps, expected, shared)
         for value in (0.0, HUGE)
     ]
-    cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.STEP)
+    cost, clip_norm, budget = _terms(mechanism, ReleaseKind.STEP)
 
     def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
+        release = _sum_of_honest(client, mechanism, (seed, trial, there)) if shared else _as_it_is
         with _renewed(client, budget, seed, trial, there) as account:
             sums = [
                 sign(round + step) * value
-                for round, update in _rounds(methods[there], client, plan.participations)
+                for round, update in _rounds(methods[there], client, plan.participations, release)
                 for step, value in enumerate(update.arrays["released"].tolist())
             ]
-            return _log_ratio(sums, cost, clip_norm), account.spent()
+            return _log_ratio(sums, cost, clip_norm, plan.steps if shared else 1), account.spent()
 
     return run
+
+
+def _worst_site(mechanism: SharedGaussian, plan: ClientWorkload) -> ClientWorkload:
+    """Returns the plan of a site with the least records (subjects), which samples at the highest rate."""
+    least, rate = mechanism.public_units or plan.num_units, mechanism.plan.sampling_rate
+    units = {"num_records": least} if plan.num_subjects is None else {"num_subjects": least}
+    return replace(plan, sampling_rate=rate, **units)
+
+
+def _as_it_is(assignment: Assignment) -> None:
+    return None
+
+
+def _sum_of_honest(client: Client, mechanism: SharedGaussian, trial: tuple) -> Release:
+    """Releases the client's term of a secure sum together with the noise of the other honest sites."""
+
+    def of(assignment: Assignment) -> Callable[[ClientSession], ClientUpdate]:
+        release = terms.releasing(client, terms.VectorOrder(assignment, ("",), {GRADIENT: 1}, {}))
+
+        def seen(session: ClientSession) -> ClientUpdate:
+            summed = release(session).arrays[MASKED]
+            for site in range(1, mechanism.tolerance.honest):
+                noise = SeededNoise(*trial, "another site", assignment.round, site)
+                summed = summed + mechanism.noise_share(GRADIENT, 1, noise)
+            return ClientUpdate(client.name, {"released": summed.double() / GRID * mechanism.clip_norm})
+
+        return seen
+
+    return of
 
 
 def _client_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
@@ -225,12 +270,15 @@ def _renewed(client: Client, budget: Budget, seed: int, trial: int, there: bool)
         yield account
 
 
-def _rounds(method: Method, client: Client, number: int) -> Iterator[tuple[int, ClientUpdate]]:
+def _rounds(
+    method: Method, client: Client, number: int, release: Release = _as_it_is
+) -> Iterator[tuple[int, ClientUpdate]]:
     """Carries out assignments until the budget ends, and yields their releases."""
     model = QueryEngine(client.backbone)
     with suppress(BudgetError):
         for round in range(1, number + 1):
-            yield round, run_queries(model, execute_assignment(method, client, Assignment(CANARY, round, {}, {})))
+            assignment = Assignment(CANARY, round, {}, {})
+            yield round, run_queries(model, execute_assignment(method, client, assignment, release(assignment)))
 
 
 def _terms(mechanism: Mechanism, kind: ReleaseKind) -> tuple[PrivacyCost, float, Budget]:
@@ -241,14 +289,16 @@ def _terms(mechanism: Mechanism, kind: ReleaseKind) -> tuple[PrivacyCost, float,
     return cost, block["clip_norm"], Budget.of(block["budget"], block["delta"], mechanism.planned_costs())
 
 
-def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float) -> float:
+def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float, steps: int = 1) -> float:
     """Returns the log likelihood ratio of with to without the canary, under the stated cost.
 
-    A release x, in clip norms, is N(0, z²) without it, and with it a mixture of that and N(1, z²) in the share q.
+    A release x of so many steps s together, in clip norms, is N(0, sz²) without it, and with it a mixture of N(k, sz²), k
+    from Binomial(s, q).
     """
-    q, z, x_T = cost.sampling_rate, max(cost.noise_multiplier, 1e-3), np.array(sums) / clip_norm
-    absent = math.log1p(-q) if q < 1 else -math.inf
-    return float(np.logaddexp(absent, math.log(q) + (2 * x_T - 1) / (2 * z**2)).sum())
+    variance, x_T1 = steps * max(cost.noise_multiplier, 1e-3) ** 2, np.array(sums)[:, None] / clip_norm
+    times_K = np.arange(steps + 1)
+    weight_K = binom.logpmf(times_K, steps, cost.sampling_rate)
+    return float(logsumexp(weight_K + times_K * (2 * x_T1 - times_K) / (2 * variance), axis=1).sum())
 
 
 def _alternating(number: int) -> Tensor:

@@ -7,7 +7,7 @@ CACM 1979). Masks are uniform in the ring of integers modulo 2^64.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from typing import Any
 
 import numpy as np
@@ -92,8 +92,13 @@ def split(secret: bytes, threshold: int, number: int) -> list[bytes]:
 
 
 def combine(shares: Mapping[int, bytes], threshold: int, is_right: Callable[[bytes], bool]) -> bytes | None:
-    """Restores a secret from shares by number, some of which may be wrong; None if no `TRIES` sets of them do."""
-    for chosen in islice(combinations(sorted(shares), threshold), TRIES):
+    """Restores a secret from shares by number, some of which may be wrong; None if no `TRIES` sets of them do.
+
+    Neighbours in a ring come first, because one of these sets leaves out any single wrong share.
+    """
+    numbers = sorted(shares)
+    ring = ([*numbers[at:], *numbers[:at]][:threshold] for at in range(len(numbers) if len(numbers) > threshold else 0))
+    for chosen in islice(chain(ring, combinations(numbers, threshold)), TRIES):
         halves = ([(number, shares[number][at : at + HALF]) for number in chosen] for at in (0, HALF))
         secret = b"".join(Shamir.combine(half, False) for half in halves)
         if is_right(secret):
