@@ -75,7 +75,7 @@ class QueryEngine:
             chunk_tokens, checkpoint = choose_chunk(backbone, self.workers, keep_bytes, checkpoint)
         if checkpoint is not None:
             backbone.checkpoint_blocks(checkpoint)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.checkpoint = chunk_tokens, checkpoint
         self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

@@ -21,6 +21,7 @@ from ficpd.cli.info import info
 from ficpd.cli.init import init
 from ficpd.cli.library import adapt, evaluate, export, import_
 from ficpd.cli.options import Command, Group
+from ficpd.cli.plan import plan
 from ficpd.cli.predict import predict, serve
 from ficpd.cli.run import publish, report, run
 from ficpd.cli.site import site
@@ -34,7 +35,7 @@ app = typer.Typer(
     Exit status: 0 done, 1 error, 2 wrong usage, 3 a failure was found (`audit`: ε is violated; `compare`: runs failed),
     130 stopped by Ctrl-C.""",
 )  # fmt: skip
-for command in (init, run, compare, report, publish, audit, evaluate, adapt, predict, serve, export, info):
+for command in (init, plan, run, compare, report, publish, audit, evaluate, adapt, predict, serve, export, info):
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(deploy, name="deploy")

@@ -14,7 +14,7 @@ Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Par
 Columns = Annotated[
     list[str] | None, typer.Option("--column", "-c", help="role=column, such as text=review; may be repeated")
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps")]
 TaskName = Annotated[str | None, typer.Option("--task", help="which task, if the library has several")]
 
 

@@ -305,12 +305,8 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         ):
             return done
         context = build_context(resolved)
-        method, own = context.experiment.method, f"{context.experiment.method['name']}:none"
-        check_method(context, method)
-        context = _with_baselines(context)
-        configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in context.experiment.baselines}
-        for name, config in configs.items():
-            check_method(context, config, private=":" not in name)
+        method = context.experiment.method
+        context, configs = resolve_baselines(context)
         directory.begin(experiment, context.experiment)  # only now, so that a refused setting creates no directory
         zero_shot = RunDir(directory.baseline("zero_shot"))
         floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
@@ -330,7 +326,18 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         return result
 
 
-def _with_baselines(context: ExperimentContext) -> ExperimentContext:
+def resolve_baselines(context: ExperimentContext) -> tuple[ExperimentContext, dict[str, Mapping[str, Any]]]:
+    """Returns the context with the names of its baselines, and their settings by name; checks them and the method."""
+    method = context.experiment.method
+    check_method(context, method)
+    context, own = _with_standard_baselines(context), f"{method['name']}:none"
+    configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in context.experiment.baselines}
+    for name, config in configs.items():
+        check_method(context, config, private=":" not in name)
+    return context, configs
+
+
+def _with_standard_baselines(context: ExperimentContext) -> ExperimentContext:
     """Replaces "auto" by the standard baselines that fit the tasks; the run's own method is none of them."""
     experiment = context.experiment
     if experiment.baselines != "auto":
