@@ -342,7 +342,13 @@ def test_deploy_net(bench):
 
 def test_gpu(bench):
     bench.run("gpu", "--device cpu --width 64 --layers 2 --clients 2 --rows 2")
-    assert {"enters_at=0", "enters_at=1"} < bench.found("gpu").keys()
+    found = bench.found("gpu")
+    assert {"enters_at=0", "enters_at=1", "7 B, planned"} < found.keys()
+    assert found["enters_at=0"]["memory"]["planned_gb"] > 0
+    seven = found["7 B, planned"]
+    assert 13 < seven["bfloat16"]["weights_gb"] < 14
+    assert 3.5 < seven["4 bits"]["weights_gb"] < 4.5
+    assert seven["bfloat16"]["positions"]["16 GB"]["kept"] < seven["4 bits"]["positions"]["16 GB"]["kept"]
 
 
 def test_every_bench_runs_here():
