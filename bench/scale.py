@@ -42,7 +42,7 @@ split_column = "split"
 kind = "column"
 column = "client"
 [method]
-name = "fpl"
+name = "local"
 [training]
 local_steps = 2
 batch_size = 4

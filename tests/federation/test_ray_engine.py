@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,23 @@ def test_a_run_on_two_nodes_leaves_the_library_and_the_ledger_of_one_process(clu
     assert (here.privacy, here.queries, here.bytes) == (there.privacy, there.queries, there.bytes)
     if "none" not in privacy:
         assert ledger(tmp_path / "here") == ledger(tmp_path / "there")
+
+
+@pytest.mark.slow
+def test_the_command_reaches_a_cluster_by_its_address(cluster, tmp_path):
+    """From another process, by Ray's client server."""
+    small.run(tmp_path / "here")
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(small.toml(tmp_path / "here" / "records.csv"))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with rays.client_server(cluster.address) as address:
+        run = ["run", str(recipe), "--engine", address, "--out", str(tmp_path / "there" / "run")]
+        command = [sys.executable, "-m", "ficpd", *run]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ours, theirs = small.library(tmp_path / "here"), small.library(tmp_path / "there")
+    assert all(small.close(ours[name], theirs[name], 1e-6) for name in ours)
+    assert all(not line["dropped"] for line in rounds(tmp_path / "there"))
 
 
 @pytest.mark.slow
