@@ -110,10 +110,10 @@ def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["clips_the_mean", "noise_off_by_the_batch"])
-def test_a_broken_mechanism_raises_the_alarm_and_status_2(tmp_path, unsound, ficpd, how):
+def test_a_broken_mechanism_raises_the_alarm_and_status_3(tmp_path, unsound, ficpd, how):
     run = federation(tmp_path, unsound, f"privacy.how={how}", *NOISED, rounds=2)
     status, out, err = ficpd("audit", run, "--canaries", 0, "--shadows", 1)
-    assert (status, err) == (2, "")
+    assert (status, err) == (3, "")
     assert "ALARM: the stated privacy does not hold" in out
     assert json.loads((run / "audit.json").read_text())["alarm"] is True
 
