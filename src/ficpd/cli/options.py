@@ -54,7 +54,7 @@ class Group(TyperGroup):
 
 
 def _verbosity() -> list[TyperOption]:
-    same = {"is_flag": True, "expose_value": False, "default": False}
+    same: dict[str, Any] = {"is_flag": True, "expose_value": False, "default": False}
     return [
         TyperOption(param_decls=["-q", "--quiet"], callback=_quiet, help=QUIET, **same),
         TyperOption(param_decls=["-v", "--verbose"], callback=_verbose, help=VERBOSE, **same),

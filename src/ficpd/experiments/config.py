@@ -238,8 +238,8 @@ def _check_places(parts: Mapping[str, Any], where: str) -> None:
         if not (part in PARTS or part in REGISTRIES) or not isinstance(tree, Mapping):
             continue
         model = PARTS.get(part) or getattr(_module(REGISTRIES[part], tree), "Config", None)
-        for key in tree if model else ():
-            if key != "name" and key not in model.model_fields and (told := _place_of(key, part)):
+        for key in tree:
+            if model is not None and key != "name" and key not in model.model_fields and (told := _place_of(key, part)):
                 raise ConfigError(f"{where}: {part}: {told}")
 
 

@@ -93,7 +93,7 @@ class Classification(Task):
 def _unknown_labels(first: Record, unknown: Counter[str], known: Sequence[str]) -> str:
     """Returns the error text for labels of records that the task lacks; `first`: a record of the first of them."""
     if len(unknown) == 1:
-        said = did_you_mean("label", *unknown, known)
+        said = did_you_mean("label", next(iter(unknown)), known)
         return f"{first.key}, column target: {said}. Add it and its text to task.labels, or correct the record"
     said = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LISTED))
     more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
