@@ -176,7 +176,7 @@ def test_what_it_leaves_can_be_read_again_and_is_plain_json(finished):
     for words in (
         "| zero_shot |",
         "| centralized |",
-        "| bad | failed |",
+        "| bad | – | – | – | failed |",
         "a division by zero",
         "## Cells without a figure",
     ):
