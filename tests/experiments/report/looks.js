@@ -15,7 +15,7 @@
   /* Each figure: how wide it is drawn, and how many marks of data it has. */
   figures() {
     const marks = ".trace path, .trace .point, .boxlayer path, .scatterlayer path, .barlayer path";
-    return [...document.querySelectorAll(".plot")].map((place) => {
+    return [...document.querySelectorAll(".plot")].filter((place) => place.checkVisibility()).map((place) => {
       const svg = place.querySelector("svg.main-svg"), box = place.getBoundingClientRect();
       const shown = [...place.querySelectorAll(marks)].filter((mark) => mark.getBoundingClientRect().width > 0);
       return { id: place.id, wide: svg ? svg.getBoundingClientRect().width : 0, room: box.width, right: box.right, marks: shown.length };
