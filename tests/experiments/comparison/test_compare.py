@@ -369,7 +369,7 @@ def test_the_command_says_what_failed_and_ends_with_status_3(ficpd, tmp_path):
     sweep = "training.local_steps=1,2"
     status, out, err = ficpd(tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", sweep)
     assert (status, err) == (3, "")
-    assert "bad (classification, training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
+    assert "bad (training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
     assert "tables: " in out
     status, out, _ = ficpd(tmp_path / "out", "--table", "markdown")
     assert (status, " ".join(out.split()).count("| fedavg |")) == (0, 2)
