@@ -100,7 +100,7 @@ def _curves(run: FinishedRun, way: str) -> dict[str, dict[float, float]]:
     key, last = f"{way}_{run.main.name}", _ends(run, way)
     found: dict[str, dict[float, float]] = {}
     for label, of in run.rounds.items():
-        at = {r.round: r.metrics[key] for r in of if key in r.metrics}
+        at: dict[float, float] = {r.round: r.metrics[key] for r in of if key in r.metrics}
         if at and (end := last.get(label)):
             found[label] = at | {len(of): end[run.main.name]}
     return found
