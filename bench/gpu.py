@@ -22,7 +22,7 @@ from ficpd.types import Batch, EncodedInput, ModelOutput, Objective, Query
 from measure import medians, paired, ratio, save
 
 TOKENS, LENGTH = 20, 64
-SEVEN = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+SEVEN: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
          "num_attention_heads": 32}  # fmt: skip
 FOUR_BITS = 4.127 / 8
 """Bytes of a weight in 4 bits with double quantisation: Dettmers et al., NeurIPS 2023, arXiv 2305.14314, section 3."""

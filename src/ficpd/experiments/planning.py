@@ -227,8 +227,8 @@ def plan(experiment: Experiment, progress: Callable[[str], None] = lambda name: 
     if kept > experiment.engine.keep_mb << 20:  # lower layers are computed at each visit; the timings hold them
         kept = experiment.engine.keep_mb << 20
     methods = [
-        MethodPlan(name, rounds, *(_seconds(work, rates) for work in phases), clients)
-        for name, rounds, phases, clients in works
+        MethodPlan(name, rounds, _seconds(begun, rates), _seconds(train, rates), _seconds(finish, rates), clients)
+        for name, rounds, (begun, train, finish), clients in works
     ]
     return Plan(
         device=str(real.backbone.device), dtype=context.experiment.backbone.dtype, chunk_tokens=real.chunk_tokens,
@@ -256,7 +256,7 @@ def _rehearse(
             with engine.counting() as done:
                 next(loop, None)
             rounds.append(done)
-        loop.close()
+        del loop
         engine.grow(sum(len(shard.train) for shard in runner.shards.values()), len(rounds), planned)
         engine.items |= seen
         times_evaluated = (planned - 1) // every if every and planned else 0
