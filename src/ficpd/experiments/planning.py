@@ -29,7 +29,6 @@ from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import Runner, SimulatedClients, resolve_baselines
-from ficpd.federation.simulation import client_states
 from ficpd.types import LORA, Answer, EncodedInput, ModelOutput, Query
 
 TIMED_CHUNKS = 4
@@ -265,9 +264,10 @@ def _rehearse(
                 evaluate(runner.method, runner.state, clients.tested, engine, 1)
         with engine.counting() as finish:
             runner.finish()
-        states = client_states(clients.clients)
-    owners = {name.partition("/")[0] for name in states}
-    size = sum(state.nbytes for state in states.values()) * len(clients.clients) // max(len(owners), 1)
+        states = [client.client_state for client in clients.clients.values() if client.client_state]
+    size = (
+        sum(array.nbytes for state in states for array in state.values()) * len(clients.clients) // max(len(states), 1)
+    )
     train = Work()
     for work, times in zip(rounds, (1, planned - 1), strict=False):
         train = train.plus(work, times)

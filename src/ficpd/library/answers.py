@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ficpd.data.tables import read_files, utf8
+from ficpd.data.tables import ReadOptions, read_files, read_text
 from ficpd.errors import DataError, did_you_mean
 from ficpd.library.records import NO_COLUMNS, read_records
 from ficpd.library.session import LibrarySession
@@ -61,11 +61,11 @@ def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS) -> list[Row]:
     """
     path = Path(data).expanduser()
     if path.suffix.lower() in TEXTS and path.is_file():
-        return rows_of_lines(utf8(path), path.name)
+        return rows_of_lines(read_text(path), path.name)
     records = read_records(data, columns, labelled=False)
     if not path.exists():  # of the hub, built in, or a module's
         return [Row(record, _shown(record)) for record in records]
-    tables = [] if _is_image_folder(path) else read_files(path, columns.get("image"))
+    tables = [] if _is_image_folder(path) else read_files(path, ReadOptions(images=columns.get("image")))
     cells = {f"{table.name} row {number}": row for table in tables for number, row in table.rows.items()}
     return [Row(record, {**_image(record), **cells.get(record.key, _shown(record))}) for record in records]
 
