@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
@@ -106,7 +107,7 @@ def signatures(args: argparse.Namespace) -> None:
     _saved(figure, "signatures")
 
 
-def _saved(figure: plt.Figure, name: str) -> None:
+def _saved(figure: Figure, name: str) -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
     figure.savefig(Path(tempfile.gettempdir()) / f"{name}.png", dpi=110)

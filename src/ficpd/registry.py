@@ -6,6 +6,7 @@ the current folder. Metrics, partitions and data sources have dotted names only,
 """
 
 import importlib
+import importlib.util
 import pkgutil
 import re
 import sys

@@ -331,7 +331,9 @@ def resolve_baselines(context: ExperimentContext) -> tuple[ExperimentContext, di
     method = context.experiment.method
     check_method(context, method)
     context, own = _with_standard_baselines(context), f"{method['name']}:none"
-    configs = {n: method if n == own else {"name": n.partition(":")[0]} for n in context.experiment.baselines}
+    configs: dict[str, Mapping[str, Any]] = {
+        n: method if n == own else {"name": n.partition(":")[0]} for n in context.experiment.baselines
+    }
     for name, config in configs.items():
         check_method(context, config, private=":" not in name)
     return context, configs

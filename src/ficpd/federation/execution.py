@@ -72,7 +72,7 @@ def execute_assignment(
         raise
     own = {name: value for name, value in session.client_state.items() if not name.startswith(STATISTIC)}
     if not all(value.isfinite().all() for value in own.values()):
-        own = client.client_state  # it diverged: the server drops such an update, too
+        own = dict(client.client_state)  # it diverged: the server drops such an update, too
     commit(released, own | session.released)
     return released
 

@@ -160,7 +160,9 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
     cost, clip_norm, budget = _terms(mechanism, ReleaseKind.STEP)
 
     def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
-        release = _sum_of_honest(client, mechanism, (seed, trial, there)) if shared else _as_it_is
+        release = _as_it_is
+        if isinstance(mechanism, SharedGaussian):
+            release = _sum_of_honest(client, mechanism, (seed, trial, there))
         with _renewed(client, budget, seed, trial, there) as account:
             sums = [
                 sign(round + step) * value
@@ -298,7 +300,8 @@ def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float, steps
     variance, x_T1 = steps * max(cost.noise_multiplier, 1e-3) ** 2, np.array(sums)[:, None] / clip_norm
     times_K = np.arange(steps + 1)
     weight_K = binom.logpmf(times_K, steps, cost.sampling_rate)
-    return float(logsumexp(weight_K + times_K * (2 * x_T1 - times_K) / (2 * variance), axis=1).sum())
+    ratios_T = logsumexp(weight_K + times_K * (2 * x_T1 - times_K) / (2 * variance), axis=1)
+    return float(np.sum(ratios_T))
 
 
 def _alternating(number: int) -> Tensor:
