@@ -36,21 +36,17 @@ class Vocabulary(Protocol):
     @property
     def size(self) -> int:
         """Ids are 0 to `size` - 1."""
-        ...
 
     def ids(self, text: str) -> list[int]: ...
     def text(self, ids: Sequence[int]) -> str: ...
     def vectors(self, ids: Tensor) -> Tensor:
         """[...] to [..., D], float32: the words' own vectors. Raises `BackboneError` for an id out of range."""
-        ...
 
     def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         """[R, P] to what `Backbone.above` takes at layer 0 for prompts of these words."""
-        ...
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
         """At most `number` different ids of whole words that might stand at a place of a prompt instead of the one there."""
-        ...
 
 
 class Backbone(ABC):
@@ -58,7 +54,10 @@ class Backbone(ABC):
 
     Capabilities: `modality` "image" takes images (`preprocess_image`), "text" takes texts (`tokenize`). `can_generate`
     allows `generate`. `supports_gradients` is false for black boxes. `supports_features`: `ModelOutput.features_RD`
-    describes the text. `has_text_encoder`: texts of answers give a readout, so no head has to be tuned.
+    describes the text. `has_text_encoder`: texts of answers give a readout, so no head has to be tuned. `about` describes
+    the kind of model in errors. `vocabulary`: words for prompts of words, or None. `adapters`: `backbones.lora.Adapters`;
+    None: no LoRA. `model`: the module that holds the weights; None: nothing runs here. `num_blocks`: those that
+    `checkpoint_blocks` acts on. `chosen_options`: options that were left open, as the backbone chose them.
     """
 
     name: str
@@ -73,17 +72,11 @@ class Backbone(ABC):
     supports_features: bool = True
     has_text_encoder: bool = True
     about: str = ""
-    """Describes the kind of model in errors."""
     vocabulary: Vocabulary | None = None
-    """Words for prompts of words; None: no such prompts."""
     adapters: Any = None
-    """`backbones.lora.Adapters`; None: no LoRA."""
     model: Any = None
-    """The torch module that holds the weights; None: nothing runs here."""
     num_blocks: int = 0
-    """Blocks that `checkpoint_blocks` acts on."""
     chosen_options: Mapping[str, JSON] = MappingProxyType({})
-    """Options that were left open, as the backbone chose them."""
 
     @abstractmethod
     def tokenize(
@@ -136,10 +129,7 @@ class Backbone(ABC):
         return True
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """Keeps only the input of each block for the backward, and computes the block again there.
-
-        The numbers stay the same; a step takes about a third longer. Without blocks nothing changes.
-        """
+        """Keeps only each block's input for the backward, and computes the block again there, with the same numbers."""
 
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
@@ -205,32 +195,25 @@ class NoiseSource(Protocol):
     def kind(self) -> Literal["simulated", "cryptographic"]: ...
     def permutation(self, number: int) -> Tensor:
         """Returns 0..number-1 in a random order."""
-        ...
 
     def poisson_sample(self, number: int, rate: float) -> Tensor:
         """Draws each of 0..number-1 independently with probability `rate`."""
-        ...
 
     def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
         """Adds Gaussian noise of this standard deviation; the result is float32 on the CPU."""
-        ...
 
     def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
         """Adds discrete Gaussian noise (arXiv 2004.00010) to whole numbers, int64 on the CPU."""
-        ...
 
 
 class ReleaseKind(Enum):
-    """What is released, each kind with a cost of its own."""
+    """What is released, each kind with a cost of its own: the noisy mean over one step's records, one client's update, the
+    server's noisy sum over a round's updates, or a named noisy sum over all of a client's records."""
 
     STEP = "step"
-    """The noisy mean over one step's records."""
     UPDATE = "update"
-    """One client's update."""
     SUM = "sum"
-    """The server's noisy sum over a round's updates."""
     STATISTIC = "statistic"
-    """A named noisy sum over all of a client's records."""
 
 
 class Mechanism(ABC):
@@ -300,15 +283,12 @@ class Subspace(Protocol):
     @property
     def grad_scale(self) -> Tensor:
         """[size], positive and public: about how long a record's gradient is in each direction (ones: not known)."""
-        ...
 
     def project(self, values: Tensor) -> Tensor:
         """[..., P, D] to [..., size]."""
-        ...
 
     def lift(self, values: Tensor) -> Tensor:
         """[..., size] to [..., P, D]; `project(lift(z)) == z`."""
-        ...
 
 
 class Compression(Protocol):
@@ -317,23 +297,18 @@ class Compression(Protocol):
     @property
     def subspace(self) -> Subspace | None:
         """What the optimizer moves in instead of the whole prompt; None: the whole prompt."""
-        ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the client, before clip and noise: float32."""
-        ...
 
     def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the client, after the noise (post-processing): what is encoded."""
-        ...
 
     def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the server: float32 arrays of the method's own layout."""
-        ...
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
         """What `pack` makes of arrays of this layout."""
-        ...
 
 
 class ClientContext(Protocol):
@@ -345,47 +320,38 @@ class ClientContext(Protocol):
     @property
     def weight(self) -> float:
         """The record count without privacy; the noisy count of units if that is a statistic of the plan; else 1."""
-        ...
 
     @property
     def label_prior(self) -> Tensor:
         """[C]: logarithms of the labels' shares; with record-level privacy, of noisy counts, which are released once."""
-        ...
 
     @property
     def subspace(self) -> Subspace | None: ...
     @property
     def vocabulary(self) -> Vocabulary:
         """The backbone's vocabulary, which is public. Raises `BackboneError` if it has none."""
-        ...
 
     @property
     def start(self) -> Tensor:
         """[P, D]: the public prompt that the run began with."""
-        ...
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
         """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment."""
-        ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch, once, before the next is drawn."""
-        ...
 
     def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
         """Sums a statistic of the plan over all of the client's records, [B, N] to [N]. Long rows may come in chunks."""
-        ...
 
     def full_batch(self) -> Batch:
         """All of the client's records, from which the rows of a `private_sum` are made."""
-        ...
 
     def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
         """The same client without privacy, for what it never sends. `complement`: swaps what is held back and what is not.
         Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
-        ...
 
 
 class LocalContext(ClientContext, Protocol):
@@ -395,11 +361,9 @@ class LocalContext(ClientContext, Protocol):
 
     def holdout(self) -> Batch:
         """The records that `batches` leaves out, for model selection; empty for clients with few records."""
-        ...
 
     def held_places(self) -> Tensor:
         """[n]: their places in `full_batch`."""
-        ...
 
 
 class Model(Protocol):

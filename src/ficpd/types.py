@@ -182,7 +182,6 @@ class Objective(Protocol):
     @abstractmethod
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R]: one loss per row, never reduced."""
-        ...
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor | None:
         """[R, C], one per answer, shifted by `LABEL_PRIOR`; None where there are no answers to choose from."""

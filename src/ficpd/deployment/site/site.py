@@ -52,7 +52,10 @@ class SpecMissingError(Exception):
 
 @dataclass
 class Run:
-    """A run of this site: its spec and the spec's bytes, its method, and this site as its client."""
+    """A run of this site: its spec and the spec's bytes, its method, and this site as its client.
+
+    scored: the last scored round of a run whose scores stay local.
+    """
 
     spec: RunSpec
     body: bytes
@@ -60,7 +63,6 @@ class Run:
     client: Client
     participations: int
     scored: int = 0
-    """The last scored round of a run whose scores stay local."""
 
 
 class Site:
