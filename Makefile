@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo deploy-demo test test-slow test-mutations lint bench clean
+.PHONY: demo deploy-demo test test-slow test-mutations test-quantized lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,14 @@ test-slow: $(VENV)/installed
 test-mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations/run.py
 
+# Beside the environment: torchao and bitsandbytes print warnings wherever transformers finds them.
+.quantized/installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target .quantized "torchao>=0.15" "bitsandbytes>=0.46.1"
+	touch $@
+
+test-quantized: .quantized/installed
+	PYTHONPATH=.quantized $(BIN)/pytest tests/backbones/test_quantization.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +52,4 @@ bench: $(VENV)/installed
 	@echo "one file each; run the one you want: $(BIN)/python bench/engine.py (see bench/README.md)"
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .quantized runs .pytest_cache .ruff_cache .hypothesis

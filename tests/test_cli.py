@@ -73,8 +73,8 @@ def test_run_leaves_a_run_and_prints_its_table(ficpd, folder, tmp_path):
         "run", folder / "small.toml", "--set", "method.name=fedprox", "-s", "seed=3", "--out", tmp_path / "run"
     )
     assert (status, err) == (0, "")
-    assert "small: fedprox on tiny, into" in out
-    for words in ("zero_shot", "fedprox", "accuracy", "bytes up / client / round", "library:", "page:"):
+    assert "small: fedprox on tiny, 2 rounds" in out
+    for words in ("zero_shot", "fedprox", "accuracy", "everyone's", "library:", "page:"):
         assert words in out
     result = RunResult.load(tmp_path / "run")
     assert (result.method, result.seed, result.num_rounds) == ("fedprox", 3, 2)
@@ -127,7 +127,7 @@ def test_brackets_in_a_message_are_printed_as_they_are(ficpd, folder, tmp_path, 
         "run", folder / "small.toml", "--set", "federation.num_rounds=0", "-s", "method.name=zero_shot", "--out", out
     )
     assert status == 0
-    assert f"into {out}" in said.replace("\n", "")
+    assert f"into: {out}" in said.replace("\n", "")
 
 
 def test_an_unknown_recipe_lists_the_known(ficpd):

@@ -116,8 +116,8 @@ def test_without_a_home_only_time_is_lost(no_home):
         tried.append(choice)
         return small.backbone()
 
-    found = autotune(load, "tiny", small.CPU, ExecutionConfig("float32", "auto"))
-    assert found in tried
+    found, _ = autotune(load, "tiny", small.CPU, ExecutionConfig("float32", "auto"))
+    assert found.dtype in {choice.dtype for choice in tried}
 
 
 def test_without_a_home_weights_name_the_setting(no_home):
@@ -147,7 +147,7 @@ def test_output_replaces_what_its_encoding_cannot_hold(tmp_path):
     process = start("run", tmp_path / "small.toml", "--out", tmp_path / "run", **ascii_only)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "privacy: " in out
+    assert "? = 4" in out
     assert "☀" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     (tmp_path / "odd.jsonl").write_text('{"text": "fine \\ud83d day"}\n{"text": "日本語"}\n')
     process = start("predict", tmp_path / "run", "--data", tmp_path / "odd.jsonl", **ascii_only)

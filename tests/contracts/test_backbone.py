@@ -279,7 +279,9 @@ def test_kept_lower_layers_answer_as_those_run_each_time(case):
             kept, fresh = keeps.answer([query])[0], forgets.answer([query])[0]
             assert small.close(kept.loss_KB, fresh.loss_KB)
             assert small.close(kept.grad_KBPD, fresh.grad_KBPD)
-        assert keeps.kept.size > 0 == forgets.kept.size
+        # texts are embedded again, which is as cheap as a copy
+        assert (keeps.kept.size > 0) == (layer > 0 or case.backbone.modality == "image")
+        assert forgets.kept.size == 0
 
 
 def test_layers_below_do_not_depend_on_company(backbone):

@@ -54,10 +54,9 @@ def autotune(
     candidates = [ExecutionConfig(dtype, attention) for dtype in dtypes for attention in attentions]
     if len(candidates) == 1:
         return candidates[0], None
-    path, key = storage.cache_dir() / "speed.json", json.dumps([identity, machine_info(device), candidates])
-    known, seconds, backbone = {}, {}, None
+    key, known, seconds, backbone = json.dumps([identity, machine_info(device), candidates]), {}, {}, None
     with suppress(OSError, ValueError):  # a cache that cannot be used costs time, nothing else
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads((storage.cache_dir() / "speed.json").read_text(encoding="utf-8"))
     if key in known:
         return ExecutionConfig(*known[key]), None
     for dtype in dtypes:
@@ -69,6 +68,7 @@ def autotune(
         backbone.set_attention(attentions[0])
     known[key] = min(seconds, key=lambda choice: seconds[choice])
     with suppress(OSError):
+        path = storage.cache_dir() / "speed.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
         beside.write_text(json.dumps(known, indent=1), encoding="utf-8")

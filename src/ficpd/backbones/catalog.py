@@ -8,9 +8,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ficpd.errors import BackboneError
-from ficpd.types import JSON
+
+if TYPE_CHECKING:
+    from ficpd.types import JSON
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class CatalogEntry:
     kind: str
     weights: str
     about: str
-    options: Mapping[str, JSON] = field(default_factory=dict)
+    options: "Mapping[str, JSON]" = field(default_factory=dict)
 
 
 NAMED: dict[str, CatalogEntry] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ficpd.data.tables import ReadOptions, read_files, read_text
+from ficpd.data.tables import ReadOptions, read_files, read_text, replace_surrogates, table_paths
 from ficpd.errors import DataError, did_you_mean
 from ficpd.library.records import NO_COLUMNS, read_records
 from ficpd.library.session import LibrarySession
@@ -40,6 +40,7 @@ class Answer(NamedTuple):
 
 def rows_of_texts(texts: Sequence[str], name: str = "text") -> list[Row]:
     """Makes a row of each text. Raises `DataError` for an empty one."""
+    texts = [replace_surrogates(text) for text in texts]
     for place, text in enumerate(texts, 1):
         if not text.strip():
             raise DataError(f"{name} {place} is empty; expected a text")
@@ -65,13 +66,15 @@ def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS) -> list[Row]:
     records = read_records(data, columns, labelled=False)
     if not path.exists():  # of the hub, built in, or a module's
         return [Row(record, _shown(record)) for record in records]
-    tables = [] if _is_image_folder(path) else read_files(path, ReadOptions(images=columns.get("image")))
-    cells = {f"{table.name} row {number}": row for table in tables for number, row in table.rows.items()}
+    tables = (
+        [] if path.is_dir() and not table_paths(path) else read_files(path, ReadOptions(images=columns.get("image")))
+    )
+    cells = {f"{table.name} row {number}": _cells(row) for table in tables for number, row in table.rows.items()}
     return [Row(record, {**_image(record), **cells.get(record.key, _shown(record))}) for record in records]
 
 
-def _is_image_folder(path: Path) -> bool:
-    return path.is_dir() and all(file.is_dir() for file in path.iterdir())
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: replace_surrogates(cell) for column, cell in row.items()}
 
 
 def _shown(record: Record) -> dict[str, Any]:
