@@ -175,7 +175,7 @@ def test_subjects_of_another_number_of_records_are_refused():
 @pytest.mark.parametrize("most", [0, -1, 1.5])
 def test_no_records_of_a_subject_are_an_error_that_names_the_setting(most):
     given = {"name": "record_gaussian", "epsilon": 2.0, "max_records_per_subject": most}
-    with pytest.raises(ConfigError, match=rf"privacy\.max_records_per_subject = {most}"):
+    with pytest.raises(ConfigError, match=rf"privacy: max_records_per_subject = {most}"):
         validated_section("privacy", given, "privacy")
 
 

@@ -6,6 +6,7 @@ error that names the nearest known one.
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -238,8 +239,9 @@ def _check_places(parts: Mapping[str, Any], where: str) -> None:
         if not (part in PARTS or part in REGISTRIES) or not isinstance(tree, Mapping):
             continue
         model = PARTS.get(part) or getattr(_module(REGISTRIES[part], tree), "Config", None)
+        own = ["name", *(model.model_fields if model else ())]
         for key in tree:
-            if model is not None and key != "name" and key not in model.model_fields and (told := _place_of(key, part)):
+            if model is not None and not get_close_matches(key, own, cutoff=0.8) and (told := _place_of(key, part)):
                 raise ConfigError(f"{where}: {part}: {told}")
 
 
