@@ -220,10 +220,10 @@ def test_a_mistake_in_an_axis_is_named(folder, axes, words):
     ("head", "words"),
     [
         ("sede = [1]", "unknown key 'sede'; did you mean 'seeds'?"),
-        ("seeds = []", "test.toml.seeds = []"),
+        ("seeds = []", "test.toml: seeds = []"),
         ("seeds = [1, 1]", "a seed stands there twice"),
-        ("targets = [1.5]", "test.toml.targets.0 = 1.5"),
-        ("figure = 'best'", "test.toml.figure = 'best'"),
+        ("targets = [1.5]", "test.toml: targets.0 = 1.5"),
+        ("figure = 'best'", "test.toml: figure = 'best'"),
         ("reference = 'fedavgg'", "unknown reference 'fedavgg'; did you mean 'fedavg'?"),
         ("set = ['training.local_step=1']", "unknown key 'local_step'; did you mean 'local_steps'?"),
         ("seeds = [", "test.toml is not TOML"),
