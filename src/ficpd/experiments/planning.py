@@ -24,7 +24,7 @@ from ficpd.backbones.devices import free_bytes
 from ficpd.backbones.memory import footprint, weight_bytes
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
-from ficpd.evaluation.evaluate import evaluate
+from ficpd.evaluation.evaluate import evaluate, score_sample
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment
 from ficpd.experiments.run_directory import RunDir
@@ -242,7 +242,8 @@ def _rehearse(
 ) -> tuple[int, tuple[Work, Work, Work], int]:
     """Returns the rounds of a method, the work of its three phases, and the bytes of its clients' states."""
     federation, every = context.experiment.federation, context.experiment.federation.evaluate_every
-    without = {"federation": federation.model_copy(update={"evaluate_every": 0})}  # evaluations are counted apart
+    # evaluations are counted apart
+    without = {"federation": federation.model_copy(update={"evaluate_every": every and federation.num_rounds + 1})}
     context = replace(context, experiment=context.experiment.model_copy(update=without))
     with TemporaryDirectory(prefix="ficpd-plan-") as folder:
         clients = SimulatedClients(None, private)
@@ -261,7 +262,8 @@ def _rehearse(
         times_evaluated = (planned - 1) // every if every and planned else 0
         with engine.counting() as evaluated:
             if times_evaluated:
-                evaluate(runner.method, runner.state, clients.tested, engine, 1)
+                asked = runner.method, runner.state, clients.tested, engine, 1
+                score_sample(*asked, clients.sample) if clients.sample else evaluate(*asked)
         with engine.counting() as finish:
             runner.finish()
         states = [client.client_state for client in clients.clients.values() if client.client_state]
