@@ -27,7 +27,7 @@ deploy-demo: $(VENV)/installed
 	$(BIN)/ficpd deploy demo --out runs/deploy-demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

@@ -436,7 +436,9 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path, damage):
     given, out = stopped(tmp_path)
     whole = (out / "checkpoint").read_bytes()
     (out / "checkpoint").write_bytes(damage(whole))
-    with pytest.raises(RunError, match=r"checkpoint cannot be read: .*Delete it to begin anew"):
+    with pytest.raises(
+        RunError, match=r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
+    ):
         run_experiment(given, out, resume=True)
     (out / "checkpoint").unlink()
     assert run_experiment(given, out, resume=True).num_rounds == 3

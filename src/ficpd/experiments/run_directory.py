@@ -130,7 +130,7 @@ class RunDir:
         except (CodecError, KeyError, TypeError, ValueError) as error:
             released = any((self.path / name).exists() for name in (LEDGER, SITES))
             do = "Restore it from a copy, or begin in a new directory" if released else "Delete it to begin anew"
-            raise RunError(f"{file} cannot be read: {error}. {do}") from error
+            raise RunError(f"{file} cannot be read, or is of another version: {error}. {do}") from error
         arrays = {name: array for name, array in state.arrays.items() if not name.startswith(ROUNDS)}
         return State(arrays, state.facts), states, rounds, totals
 

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 import small
 from ficpd import storage
-from ficpd.errors import PrivacyError
+from ficpd.errors import PrivacyError, RunError
 from ficpd.experiments.config import parse
-from ficpd.experiments.run_directory import ROUNDS, RunDir
+from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.aggregation.mean import weighted_mean
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
@@ -282,11 +282,10 @@ def test_a_run_names_the_client_that_lied(tmp_path):
     assert f"{POISONED} in 3" in small.page(tmp_path)
 
 
-def test_a_checkpoint_that_was_written_before_there_were_rules_can_be_read(tmp_path):
-    names = ("round", "clients", "updates", "dropped", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
-    line = dict(zip(names, (1, 3, 2, {}, 10, 20, 0.5, 0.25), strict=True)) | {"metrics": {}}
-    told = torch.tensor(list(json.dumps([line]).encode()), dtype=torch.uint8)
-    written = storage.encode_state(State({"prompt": torch.ones(2), ROUNDS: told}), {"totals": {}})
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    written = storage.encode_state(State({"prompt": torch.ones(2)}), {"totals": {}})
     (tmp_path / "checkpoint").write_bytes(written)
-    _, _, rounds, _ = RunDir(tmp_path).load()
-    assert [(done.excluded_updates, done.underfilled_means) for done in rounds] == [({}, {})]
+    with pytest.raises(
+        RunError, match=r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
+    ):
+        RunDir(tmp_path).load()
