@@ -5,10 +5,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ficpd.interfaces import NoiseSource
 from ficpd.privacy import record_gaussian
 from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.record_gaussian import RecordGaussian
+from ficpd.rng import NoiseSource
 from ficpd.types import ClientWorkload
 
 

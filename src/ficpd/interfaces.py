@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ficpd.errors import BackboneError
+from ficpd.rng import NoiseSource
 from ficpd.types import (
     JSON,
     Answer,
@@ -36,17 +37,21 @@ class Vocabulary(Protocol):
     @property
     def size(self) -> int:
         """Ids are 0 to `size` - 1."""
+        ...
 
     def ids(self, text: str) -> list[int]: ...
     def text(self, ids: Sequence[int]) -> str: ...
     def vectors(self, ids: Tensor) -> Tensor:
         """[...] to [..., D], float32: the words' own vectors. Raises `BackboneError` for an id out of range."""
+        ...
 
     def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         """[R, P] to what `Backbone.above` takes at layer 0 for prompts of these words."""
+        ...
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
         """At most `number` different ids of whole words that might stand at a place of a prompt instead of the one there."""
+        ...
 
 
 class Backbone(ABC):
@@ -188,24 +193,6 @@ class Task(Objective, ABC):
         """The task's configuration, enough to build it again for a library's user."""
 
 
-class NoiseSource(Protocol):
-    """A private random stream for sampling and noise. The server knows nothing that it could be derived from."""
-
-    @property
-    def kind(self) -> Literal["simulated", "cryptographic"]: ...
-    def permutation(self, number: int) -> Tensor:
-        """Returns 0..number-1 in a random order."""
-
-    def poisson_sample(self, number: int, rate: float) -> Tensor:
-        """Draws each of 0..number-1 independently with probability `rate`."""
-
-    def add_gaussian(self, values: Tensor, deviation: float) -> Tensor:
-        """Adds Gaussian noise of this standard deviation; the result is float32 on the CPU."""
-
-    def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
-        """Adds discrete Gaussian noise (arXiv 2004.00010) to whole numbers, int64 on the CPU."""
-
-
 class ReleaseKind(Enum):
     """What is released, each kind with a cost of its own: the noisy mean over one step's records, one client's update, the
     server's noisy sum over a round's updates, or a named noisy sum over all of a client's records."""
@@ -283,12 +270,15 @@ class Subspace(Protocol):
     @property
     def grad_scale(self) -> Tensor:
         """[size], positive and public: about how long a record's gradient is in each direction (ones: not known)."""
+        ...
 
     def project(self, values: Tensor) -> Tensor:
         """[..., P, D] to [..., size]."""
+        ...
 
     def lift(self, values: Tensor) -> Tensor:
         """[..., size] to [..., P, D]; `project(lift(z)) == z`."""
+        ...
 
 
 class Compression(Protocol):
@@ -297,18 +287,23 @@ class Compression(Protocol):
     @property
     def subspace(self) -> Subspace | None:
         """What the optimizer moves in instead of the whole prompt; None: the whole prompt."""
+        ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the client, before clip and noise: float32."""
+        ...
 
     def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the client, after the noise (post-processing): what is encoded."""
+        ...
 
     def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """At the server: float32 arrays of the method's own layout."""
+        ...
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
         """What `pack` makes of arrays of this layout."""
+        ...
 
 
 class ClientContext(Protocol):
@@ -320,38 +315,47 @@ class ClientContext(Protocol):
     @property
     def weight(self) -> float:
         """The record count without privacy; the noisy count of units if that is a statistic of the plan; else 1."""
+        ...
 
     @property
     def label_prior(self) -> Tensor:
         """[C]: logarithms of the labels' shares; with record-level privacy, of noisy counts, which are released once."""
+        ...
 
     @property
     def subspace(self) -> Subspace | None: ...
     @property
     def vocabulary(self) -> Vocabulary:
         """The backbone's vocabulary, which is public. Raises `BackboneError` if it has none."""
+        ...
 
     @property
     def start(self) -> Tensor:
         """[P, D]: the public prompt that the run began with."""
+        ...
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
         """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment."""
+        ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
         """Averages the last batch, once, before the next is drawn."""
+        ...
 
     def private_sum(self, name: str, values_BN: Tensor | Iterable[Tensor]) -> Tensor:
         """Sums a statistic of the plan over all of the client's records, [B, N] to [N]. Long rows may come in chunks."""
+        ...
 
     def full_batch(self) -> Batch:
         """All of the client's records, from which the rows of a `private_sum` are made."""
+        ...
 
     def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
         """The same client without privacy, for what it never sends. `complement`: swaps what is held back and what is not.
         Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
+        ...
 
 
 class LocalContext(ClientContext, Protocol):
@@ -361,9 +365,11 @@ class LocalContext(ClientContext, Protocol):
 
     def holdout(self) -> Batch:
         """The records that `batches` leaves out, for model selection; empty for clients with few records."""
+        ...
 
     def held_places(self) -> Tensor:
         """[n]: their places in `full_batch`."""
+        ...
 
 
 class Model(Protocol):

@@ -182,6 +182,7 @@ class Objective(Protocol):
     @abstractmethod
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """[R]: one loss per row, never reduced."""
+        ...
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor | None:
         """[R, C], one per answer, shifted by `LABEL_PRIOR`; None where there are no answers to choose from."""
@@ -288,8 +289,7 @@ class ArraySpec(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-TOKEN_DTYPE = torch.int32
-"""Encoding of token ids. No compression applies to them."""
+TOKEN_DTYPE = torch.int32  # of token ids, to which no compression applies
 UpdateSpec = Mapping[str, tuple[int, ...] | ArraySpec]
 """Arrays by name: a shape for numbers, an `ArraySpec` for arrays that are never compressed, such as token ids."""
 

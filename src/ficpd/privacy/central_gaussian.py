@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ficpd import storage
-from ficpd.interfaces import NoiseSource
 from ficpd.privacy.clipping import clipped_sum
 from ficpd.privacy.ledger import Account
+from ficpd.rng import NoiseSource
 from ficpd.types import ClientUpdate, PrivacyCost, State, UpdateSpec, zero_update
 
 EVERYBODY = "everybody"

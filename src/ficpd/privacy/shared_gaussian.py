@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ficpd.errors import PrivacyError
-from ficpd.interfaces import NoiseSource
 from ficpd.privacy import record_gaussian
+from ficpd.rng import NoiseSource
 from ficpd.types import JSON, ClientWorkload
 
 SHARED = "shared_gaussian"
