@@ -194,7 +194,8 @@ def test_an_attack_does_not_contradict_the_ledger(tmp_path, kind, monkeypatch):
     bound = mechanism_bound(open_run(tmp_path / "run", "cpu"), 0, trials=2000)
     assert bound is not None
     assert not bound.contradicts
-    assert bound.epsilon > 1.5, "or the attack is too weak to find anything"
+    least = 1.0 if kind == "shared" else 1.5  # the sum has the noise of honest sites beyond those that were counted on
+    assert bound.epsilon > least, "or the attack is too weak to find anything"
 
 
 def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
