@@ -101,7 +101,7 @@ class View:
 def test_every_figure_is_drawn_in_silence(browser, files, kind, width, scheme):
     with View(browser, files[kind], width, scheme) as view:
         drawn = view.look("figures")
-        assert len(drawn) > (3 if "real" in kind else 8)
+        assert len(drawn) > (3 if "real" in kind else 7)
         assert files[kind].stat().st_size < 6e6
         assert [one["id"] for one in drawn if not one["marks"]] == []
         assert all(0.9 * one["room"] < one["wide"] <= one["room"] + 1 for one in drawn), drawn
