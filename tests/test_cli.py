@@ -190,7 +190,11 @@ def test_adapt_saves_a_library_with_one_prompt_more(ficpd, folder, tmp_path):
     assert all(torch.equal(mine.prompts[name].vectors_PD, prompt.vectors_PD) for name, prompt in old.prompts.items())
     assert small.same({n: k for n, k in mine.keys.items() if n != "adapted"}, dict(old.keys))
     assert "mine exists already" in failed(ficpd(*call))
-    assert f"to 12 records of classification by {facts['way']}: {facts['why']}" in ficpd("info", tmp_path / "mine")[1]
+    shown, told = (
+        ficpd("info", tmp_path / "mine")[1],
+        f"to 12 records of classification by {facts['way']}: {facts['why']}",
+    )
+    assert "".join(told.split()) in "".join(shown.split())  # in lines of 80 columns
     told = json.loads(ficpd("info", tmp_path / "mine", "--json")[1])["adapted"]
     assert (told["shots"], "table" in told) == (12, False)
 

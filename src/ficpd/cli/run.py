@@ -78,7 +78,8 @@ def _simulate(experiment: "Experiment", out: Path, resume: bool, track: str | No
 
             run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
-        errors.print(f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round")
+        how = f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round"
+        errors.print(how, soft_wrap=True)
         raise typer.Exit(130) from None
 
 
