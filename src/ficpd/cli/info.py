@@ -24,6 +24,8 @@ def info(
     print_json(facts)
     if not as_json:
         table = Table.grid(padding=(0, 2))
+        table.add_column()
+        table.add_column(overflow="fold")  # a path is broken, never cut
         for name, words in _in_words(facts).items():
             table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(words))
         screen.print(table, highlight=False)
