@@ -28,7 +28,7 @@ def test_an_audit_finds_no_contradiction(minilm_run):
     """Against the real prompt of a private run: nobody is told apart, and no canary shows more than was stated."""
     found = audit_run(minilm_run, shadows=2, members=400, canaries=0)
     assert not found.alarm
-    assert found.mechanism.epsilon > 0.2
+    assert found.mechanism.epsilon > 0.1
     assert found.num_nonmembers >= 400
     assert found.advantage_interval[0] < 0.1
     assert (minilm_run / "audit.json").exists()
