@@ -33,7 +33,7 @@ CARDS = 16, 24, 40, 80
 class Plain:
     """The tokeniser's part that `CausalLM` needs when items are made of numbers and not of texts."""
 
-    bos_token_id = eos_token_id = None
+    bos_token_id = eos_token_id = chat_template = None
     all_special_ids: tuple = ()
 
 
