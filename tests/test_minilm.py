@@ -2,9 +2,11 @@
 
 import pytest
 
+from ficpd.evaluation.audit import canaries
 from ficpd.experiments.audit import audit_run
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.results import RunResult
+from ficpd.interfaces import ReleaseKind
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +26,12 @@ def test_what_a_run_says_of_itself(minilm_run):
     assert result.dropped_updates == 0
 
 
-def test_an_audit_finds_no_contradiction(minilm_run):
+def test_an_audit_finds_no_contradiction(minilm_run, monkeypatch):
     """Against the real prompt of a private run: nobody is told apart, and no canary shows more than was stated."""
+    monkeypatch.setitem(canaries.AFFORDED, ReleaseKind.STEP, 40_000)  # 2,000 runs of 20 steps
     found = audit_run(minilm_run, shadows=2, members=400, canaries=0)
     assert not found.alarm
-    assert found.mechanism.epsilon > 0.1
+    assert found.mechanism.epsilon > 0.2
     assert found.num_nonmembers >= 400
     assert found.advantage_interval[0] < 0.1
     assert (minilm_run / "audit.json").exists()

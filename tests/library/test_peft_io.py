@@ -27,7 +27,7 @@ import decoders
 import families
 import small
 from disk import to_the_disk
-from ficpd import cli, load_library
+from ficpd import load_library
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.query_engine import QueryEngine
@@ -489,23 +489,6 @@ def test_peft_and_we_agree_on_smollm2(tmp_path):
 
 
 # ---------------------------------------------------------------- the commands
-
-
-@pytest.fixture
-def ficpd(monkeypatch, capsys):
-    """Run a command in this process: its exit status, what it printed, its errors."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ficpd", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
 
 
 LABEL_WORDS = ("--label", "good=good", "--label", "bad=bad", "--instruction", "the sentiment is")
