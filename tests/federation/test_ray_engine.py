@@ -65,8 +65,10 @@ class Near:
         return self
 
     def exchange(self, orders: Mapping[str, bytes], round: int = 1) -> dict[str, Reply]:
-        visits = {name: self.engine._visit(name, order, round, self.method.name) for name, order in orders.items()}
-        came = self.engine._call(self.handle, visits)
+        calls = {
+            name: self.engine._remote_assignment(name, order, round, self.method.name) for name, order in orders.items()
+        }
+        came = self.engine._call(self.handle, calls)
         return {name: self.engine._settled(name, came[name]) for name in orders}
 
 
@@ -92,7 +94,9 @@ def test_the_ledger_commits_before_the_reply_is_passed_on(model):
     members = {name: replace(client, train=small.records(9)) for name, client in members.items()}
     near, orders = Near(method, members, model), orders_for(method, members, model)
     accounts = {name: client.account for name, client in members.items()}
-    came = near.engine._call(near.handle, {n: near.engine._visit(n, o, 1, "fedavg") for n, o in orders.items()})
+    came = near.engine._call(
+        near.handle, {n: near.engine._remote_assignment(n, o, 1, "fedavg") for n, o in orders.items()}
+    )
     assert all(account is not None and account.spent() == [] for account in accounts.values())
     assert near.engine._settled("site-0", came["site-0"]).body
     assert [n for n, account in accounts.items() if account is not None and account.last_round("fedavg")] == ["site-0"]

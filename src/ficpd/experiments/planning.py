@@ -223,7 +223,7 @@ def plan(experiment: Experiment, progress: Callable[[str], None] = lambda name: 
         works.append((name, *_rehearse(context, engine, part, private=":" not in name)))
     lower, kept = _lower_layers(context, engine)
     rates = {kind: _seconds_per_position(real, queries) for kind, queries in engine.asked.items()}
-    if kept > experiment.engine.keep_mb << 20:  # lower layers are computed at each visit; the timings hold them
+    if kept > experiment.engine.keep_mb << 20:  # lower layers are computed at each assignment; the timings hold them
         kept = experiment.engine.keep_mb << 20
     methods = [
         MethodPlan(name, rounds, _seconds(begun, rates), _seconds(train, rates), _seconds(finish, rates), clients)

@@ -1,10 +1,10 @@
 """Spreads a simulation's clients over Ray actors, on one machine or many.
 
 Each actor is a lock-step engine (`simulation.SimulationEngine`) with the backbone loaded once. It keeps the records that it
-was sent. States and the ledger stay in this process: a client visits an actor with its state and a copy of its account
-(`privacy.carried_account`). The ledger commits what comes back before the reply is passed on to the server.
+was sent. States and the ledger stay in this process: an assignment goes to an actor with the client's state and account
+(`privacy.account_snapshot`). The ledger commits what comes back before the reply is passed on to the server.
 
-An actor that dies costs the updates of the clients that visit it. Nothing of theirs was released, so nothing is charged.
+An actor that dies costs the updates of the assignments that it has. Nothing of theirs was released, so nothing is charged.
 The next round has the actors that are left, and a new one as soon as Ray has room for it.
 """
 
@@ -27,7 +27,7 @@ from ficpd.federation.ray_actors import Actors, Handle, Room, connect
 from ficpd.federation.secure_sum import VECTOR
 from ficpd.federation.secure_sum.terms import decode_order
 from ficpd.interfaces import Compression, Mechanism, Task
-from ficpd.privacy.carried_account import CarriedAccount
+from ficpd.privacy.account_snapshot import AccountSnapshot
 from ficpd.types import ClientCard, PrivacyCost, Prompt, Record, Reply
 
 
@@ -104,13 +104,13 @@ class Member:
 
 
 @dataclass
-class Visit:
+class RemoteAssignment:
     """A client's assignment at an actor: what goes there and comes back."""
 
     assignment: bytes
     client_state: Mapping[str, Tensor]
     pending_costs: Sequence[PrivacyCost]
-    account: CarriedAccount | None
+    account: AccountSnapshot | None
     query_counts: dict[int, list[int]] = field(default_factory=dict)
     reply: Reply | None = None
 
@@ -128,7 +128,9 @@ class Actor:
         self.model = QueryEngine(load_backbone(backbone, engine)[0], engine.keep_mb << 20, engine.chunk_tokens)
         return self.model.backbone.fingerprint
 
-    def run(self, shared: Shared | None, new: Mapping[str, Member], visits: Mapping[str, Visit]) -> dict[str, Visit]:
+    def run(
+        self, shared: Shared | None, new: Mapping[str, Member], calls: Mapping[str, RemoteAssignment]
+    ) -> dict[str, RemoteAssignment]:
         """Carries out assignments. `shared`: of another engine than before, whose clients are forgotten."""
         if shared is not None:
             self.clients: dict[str, Client] = {}
@@ -138,18 +140,18 @@ class Actor:
                 simulation.SimulationEngine(config, shared.method, self.clients, self.model),
             )
         for name, member in new.items():
-            self.clients[name] = self._client(member, visits[name].account)
-        for name, visit in visits.items():
+            self.clients[name] = self._client(member, calls[name].account)
+        for name, call in calls.items():
             client = self.clients[name]
-            client.client_state, client.pending_costs = visit.client_state, visit.pending_costs
-            client.account, client.query_counts = visit.account, {}
-        for reply in self.engine.exchange({name: visit.assignment for name, visit in visits.items()}):
-            client, visit = self.clients[reply.client], visits[reply.client]
-            visit.reply, visit.assignment, visit.query_counts = reply, b"", client.query_counts
-            visit.client_state, visit.pending_costs = client.client_state, client.pending_costs
-        return dict(visits)
+            client.client_state, client.pending_costs = call.client_state, call.pending_costs
+            client.account, client.query_counts = call.account, {}
+        for reply in self.engine.exchange({name: call.assignment for name, call in calls.items()}):
+            client, call = self.clients[reply.client], calls[reply.client]
+            call.reply, call.assignment, call.query_counts = reply, b"", client.query_counts
+            call.client_state, call.pending_costs = client.client_state, client.pending_costs
+        return dict(calls)
 
-    def _client(self, member: Member, account: CarriedAccount | None) -> Client:
+    def _client(self, member: Member, account: AccountSnapshot | None) -> Client:
         shared = self.shared
         return Client(
             member.card, member.train, [], shared.tasks[member.task], self.model.backbone, member.mechanism,
@@ -158,7 +160,7 @@ class Actor:
 
 
 class RayEngine(simulation.SimulationEngine):
-    """The lock-step engine whose clients visit actors."""
+    """The lock-step engine whose assignments are carried out by actors."""
 
     def __init__(
         self, config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine, actors: Actors
@@ -173,10 +175,11 @@ class RayEngine(simulation.SimulationEngine):
         orders = {name: decode_assignment(body, fingerprint) for name, body in assignments.items()}
         inner = {n: decode_order(o, fingerprint).assignment if o.method == VECTOR else o for n, o in orders.items()}
         for handle, names in self._shares(list(assignments), self._ready()).items():
-            visits = {
-                name: self._visit(name, assignments[name], inner[name].round, inner[name].method) for name in names
+            calls = {
+                name: self._remote_assignment(name, assignments[name], inner[name].round, inner[name].method)
+                for name in names
             }
-            running[self._call(handle, visits)] = handle, names
+            running[self._call(handle, calls)] = handle, names
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             handle, names = running.pop(done)
@@ -207,35 +210,35 @@ class RayEngine(simulation.SimulationEngine):
             shares[min(free, key=lambda handle: (not met[handle], len(shares[handle])))].append(name)
         return {handle: share for handle, share in shares.items() if share}
 
-    def _visit(self, name: str, assignment: bytes, round: int, method: str) -> Visit:
+    def _remote_assignment(self, name: str, assignment: bytes, round: int, method: str) -> RemoteAssignment:
         client = self.members[name]
-        account = client.account and CarriedAccount(client.account, round, method)
-        return Visit(assignment, dict(client.client_state), client.pending_costs, account)
+        account = client.account and AccountSnapshot(client.account, round, method)
+        return RemoteAssignment(assignment, dict(client.client_state), client.pending_costs, account)
 
-    def _call(self, handle: Handle, visits: Mapping[str, Visit]) -> Any:
+    def _call(self, handle: Handle, calls: Mapping[str, RemoteAssignment]) -> Any:
         shared = None
         if handle.user is not self:
             first = next(iter(self.members.values()))
             shared = Shared(self.method, self.tasks, first.compression, first.start, self.config.lock_step)
             handle.user, handle.met = self, set()
-        new = {name: self._member(self.members[name]) for name in visits if name not in handle.met}
+        new = {name: self._member(self.members[name]) for name in calls if name not in handle.met}
         handle.met |= new.keys()
-        return handle.actor.run.remote(shared, new, visits)
+        return handle.actor.run.remote(shared, new, calls)
 
     def _member(self, client: Client) -> Member:
         place = next(place for place, task in enumerate(self.tasks) if task is client.task)
         return Member(client.card, client.train, place, client.mechanism, client.private_seed)
 
-    def _settled(self, name: str, visit: Visit | None) -> Reply:
-        """Commits a visit's costs and update to the ledger, and returns its reply. None: its actor is gone."""
+    def _settled(self, name: str, call: RemoteAssignment | None) -> Reply:
+        """Commits an assignment's costs and update to the ledger, and returns its reply. None: its actor is gone."""
         client = self.members[name]
-        if visit is None or visit.reply is None:
+        if call is None or call.reply is None:
             return Reply(name, None, "its actor ended before it answered")
         try:
-            if client.account is not None and visit.account is not None and visit.account.kept is not None:
-                client.account.commit(*visit.account.kept)
+            if client.account is not None and call.account is not None and call.account.kept is not None:
+                client.account.commit(*call.account.kept)
         except Exception as error:
             return self._failed(name, error)
-        client.client_state, client.pending_costs = visit.client_state, visit.pending_costs
-        client.query_counts |= visit.query_counts
-        return visit.reply
+        client.client_state, client.pending_costs = call.client_state, call.pending_costs
+        client.query_counts |= call.query_counts
+        return call.reply

@@ -11,7 +11,7 @@ from ficpd.errors import BudgetError, PolicyError
 from ficpd.federation.client import Client
 from ficpd.federation.execution import execute_assignment
 from ficpd.privacy import record_gaussian
-from ficpd.privacy.carried_account import CarriedAccount
+from ficpd.privacy.account_snapshot import AccountSnapshot
 from ficpd.privacy.ledger import Account, Budget, Ledger
 from ficpd.types import Assignment, ClientWorkload, PrivacyCost
 
@@ -27,7 +27,7 @@ def account(epsilon: float | None = None) -> Account:
     return Ledger(":memory:", "a run").account("site-2", Budget(epsilon, 1e-5))
 
 
-def travelled(copy: CarriedAccount) -> CarriedAccount:
+def travelled(copy: AccountSnapshot) -> AccountSnapshot:
     return pickle.loads(pickle.dumps(copy))
 
 
@@ -46,7 +46,7 @@ def visit(model: QueryEngine, client: Client, rounds: int = 1) -> None:
 
 def test_a_release_beyond_the_budget_is_refused_far_from_the_ledger():
     ours = account(epsilon=4.0)
-    copy = travelled(CarriedAccount(ours, *KEY))
+    copy = travelled(AccountSnapshot(ours, *KEY))
     copy.check_budget([STEP])
     with pytest.raises(BudgetError, match="site-2"):
         copy.check_budget([STEP._replace(count=50)])
@@ -58,7 +58,7 @@ def test_a_release_beyond_the_budget_is_refused_far_from_the_ledger():
 def test_what_was_spent_before_counts_far_from_the_ledger():
     ours = account(epsilon=4.0)
     ours.commit(1, "fedavg", [STEP], b"first")
-    after = travelled(CarriedAccount(ours, 2, "fedavg"))
+    after = travelled(AccountSnapshot(ours, 2, "fedavg"))
     assert after.epsilon() == ours.epsilon() > 0
     with pytest.raises(BudgetError, match=r"has spent epsilon = 3\.5"):
         after.check_budget([STEP])
@@ -69,7 +69,7 @@ def test_the_ledger_gets_the_same_costs_and_bytes_over_an_actor(model):
     visit(model, here)
     assert here.account is not None
     assert there.account is not None
-    copy = travelled(CarriedAccount(there.account, *KEY))
+    copy = travelled(AccountSnapshot(there.account, *KEY))
     far = replace(there, account=copy)
     visit(model, far)
     assert lines(there.account) == []
@@ -86,15 +86,15 @@ def test_a_completed_and_an_old_assignment_are_answered_as_by_the_account(model)
     visit(model, client)
     ours = client.account
     assert ours is not None
-    again = replace(client, account=travelled(CarriedAccount(ours, *KEY)))
+    again = replace(client, account=travelled(AccountSnapshot(ours, *KEY)))
     visit(model, again)
     assert again.account is not None
     assert again.account.kept is None  # type: ignore[attr-defined]
     ours.commit(2, "fedavg", [STEP], b"second")
     with pytest.raises(PolicyError, match="after round 2 was answered"):
-        visit(model, replace(client, account=travelled(CarriedAccount(ours, *KEY))))
+        visit(model, replace(client, account=travelled(AccountSnapshot(ours, *KEY))))
 
 
 def test_a_copy_serves_one_assignment():
     with pytest.raises(AssertionError):
-        CarriedAccount(account(), *KEY).commit(2, "fedavg", [STEP], b"update")
+        AccountSnapshot(account(), *KEY).commit(2, "fedavg", [STEP], b"update")

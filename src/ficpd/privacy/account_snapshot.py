@@ -16,13 +16,13 @@ class Commit(NamedTuple):
     body: bytes
 
 
-class CarriedAccount(Account):
+class AccountSnapshot(Account):
     """A copy of an account for one assignment. It checks the budget as the account does, against what was spent before.
 
     `commit` only keeps its arguments. Whoever holds the ledger passes them to the account's own `commit`, which checks the
     budget again, before the update is passed on. If the copy is lost, nothing was released and nothing is charged.
 
-    Guarantees (`tests/privacy/test_carried_account.py`):
+    Guarantees (`tests/privacy/test_account_snapshot.py`):
 
     - a release beyond the account's budget is refused by the copy, too;
     - the costs and the bytes that come back are those that the account would have committed;
