@@ -346,25 +346,27 @@ def command(*words: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def run_compare(ficpd) -> Callable[..., tuple[int, str, str]]:
+def compare_command(ficpd) -> Callable[..., tuple[int, str, str]]:
     return partial(ficpd, "compare")
 
 
-def test_the_command_says_what_failed_and_ends_with_status_3(run_compare, tmp_path):
+def test_the_command_says_what_failed_and_ends_with_status_3(compare_command, tmp_path):
     plan(tmp_path, troubled("error"))
     sweep = "training.local_steps=1,2"
-    status, out, err = run_compare(tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", sweep)
+    status, out, err = compare_command(
+        tmp_path / "test.toml", "--out", tmp_path / "out", "--jobs", 1, "--ablate", sweep
+    )
     assert (status, err) == (3, "")
     assert "bad (training.local_steps = 1) failed, seeds 0: ZeroDivisionError" in out
     assert "tables: " in out
-    status, out, _ = run_compare(tmp_path / "out", "--table", "markdown")
+    status, out, _ = compare_command(tmp_path / "out", "--table", "markdown")
     assert (status, " ".join(out.split()).count("| fedavg |")) == (0, 2)
     assert "**training.local_steps = 2**" in out
-    assert r"\begin{tabular}" in run_compare(tmp_path / "out" / "compare.json", "--table", "latex")[1]
-    assert run_compare(tmp_path / "out", "--table", "csv")[1].startswith("table,method,")
+    assert r"\begin{tabular}" in compare_command(tmp_path / "out" / "compare.json", "--table", "latex")[1]
+    assert compare_command(tmp_path / "out", "--table", "csv")[1].startswith("table,method,")
 
 
-def test_a_mistake_is_one_sentence(run_compare, tmp_path):
+def test_a_mistake_is_one_sentence(compare_command, tmp_path):
     plan(tmp_path)
     file = tmp_path / "test.toml"
     for words, said in (
@@ -374,7 +376,7 @@ def test_a_mistake_is_one_sentence(run_compare, tmp_path):
         ((tmp_path, "--table", "markdown"), "holds no comparison"),
         ((file, "--track", "wandb"), "--track"),
     ):
-        status, _, err = run_compare(*words)
+        status, _, err = compare_command(*words)
         assert status == 1
         assert said in err
         assert "Traceback" not in err
@@ -383,14 +385,14 @@ def test_a_mistake_is_one_sentence(run_compare, tmp_path):
         (file, "--table", "words"),
         (file, "--table", "csv", "--out", tmp_path / "out"),
     ):
-        assert run_compare(*words)[0] == 2
+        assert compare_command(*words)[0] == 2
 
 
 def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     """The interrupted run's process is gone, its lock with it, and the same command goes on."""
     plan(tmp_path, troubled("slow", tmp_path / "better"))
     out = tmp_path / "out"
-    process = run_compare(tmp_path / "test.toml", "--out", out, "--jobs", 1)
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
     wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
     workers = children(process.pid)
     assert workers
@@ -402,7 +404,7 @@ def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     assert ComparisonResult.load(out).counts == {"done": 4, "missing": 1}
     (tmp_path / "better").touch()
-    assert run_compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1).counts == {"done": 5}
+    assert compare(plan(tmp_path, troubled("slow", tmp_path / "better")), out, jobs=1).counts == {"done": 5}
 
 
 @pytest.mark.slow
@@ -410,7 +412,7 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path):
     """Killed, it can stop nobody; they see the end of their input, and the folder is free again."""
     plan(tmp_path, troubled("slow"))
     out = tmp_path / "out"
-    process = run_compare(tmp_path / "test.toml", "--out", out, "--jobs", 1)
+    process = command(tmp_path / "test.toml", "--out", out, "--jobs", 1)
     wait_for(lambda: any("bad" in file.parent.name for file in out.rglob("rounds.jsonl")))
     workers = children(process.pid)
     process.kill()
