@@ -76,7 +76,7 @@ def one(clients: int, rounds: int, engine: str, folder: Path) -> dict[str, float
     runner = Runner(context, context.experiment.method, directory, SimulatedClients(None, True))
     runner.prepare()
     ready, wall, cpu = time.process_time() - began, [time.perf_counter()], [time.process_time()]
-    for done in runner.train():
+    for _, done in runner.train():
         assert done.updates >= min(COHORT, clients), done
         wall.append(time.perf_counter())
         cpu.append(time.process_time())

@@ -1,5 +1,6 @@
 """The program takes what the pages tell a reader to write, and the pages name what exists."""
 
+import inspect
 import re
 import sys
 import tomllib
@@ -11,8 +12,10 @@ import pytest
 import tomli_w
 
 import ficpd
+from ficpd import cli
 from ficpd.experiments import config
 from ficpd.experiments.comparison.grid import expand
+from ficpd.privacy.noise import SeededNoise
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -21,6 +24,11 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
 ADDING = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("add_a_*.md")}
+TOUR = [
+    "quickstart", "-q", "-s", 'backbone={name="tiny",dtype="float32"}', "-s", "method.name=fedavg", "-s", "baselines=[]",
+    "-s", 'partition={kind="iid",num_clients=3}', "-s", "data.max_records=400", "-s", "federation.num_rounds=1",
+    "-s", "privacy.epsilon=2", "-s", "compression.name=none", "-s", "training.optimizer=adam",
+]  # fmt: skip
 FILES = re.compile(r"```(?:python|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
 NAMED = re.compile(r"`src/ficpd/([\w/-]+)\.py`:\s+`([\w.]+)`")
 
@@ -64,6 +72,26 @@ def test_every_step_of_the_tour_is_there():
     assert len(steps) > 20
     for file, name in steps:
         assert callable(resolve_name(f"ficpd.{file.replace('/', '.')}:{name}"))
+
+
+def test_the_tour_names_every_call_from_the_command_to_the_noise(tmp_path, monkeypatch):
+    """By the stack at the call that adds noise to a record's gradient: ten calls from the command."""
+    package, stacks, own = f"{Path(ficpd.__file__).parent}/", [], SeededNoise.add_gaussian
+
+    def add_gaussian(*given):
+        codes = [frame.frame.f_code for frame in reversed(inspect.stack())]
+        stacks.append([code for code in codes if code.co_filename.startswith(package)])
+        return own(*given)
+
+    monkeypatch.setattr(SeededNoise, "add_gaussian", add_gaussian)
+    monkeypatch.setattr(sys, "argv", ["ficpd", "run", *TOUR, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    _, *calls = [(code.co_filename.removeprefix(package), code.co_qualname) for code in stacks[0]]
+    assert calls[0] == ("cli/run.py", "run")
+    assert len(calls) - 1 <= 10
+    tour = (ROOT / "docs/tour_of_the_code.md").read_text(encoding="utf-8")
+    assert set(calls) <= {(f"{file}.py", name) for file, name in NAMED.findall(tour)}
 
 
 def test_every_word_of_the_glossary_is_there():

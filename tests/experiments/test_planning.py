@@ -46,14 +46,14 @@ def positions_of_a_run(given, folder: Path, monkeypatch) -> Counter:
             counted[now[0]] += sum(map(counter._positions, queries))
         return own(self, queries)
 
-    run_method = runner.run_method
+    prepare = runner.Runner.prepare
 
-    def watched(context, config, *more, **options):
-        now[0] = config["name"]
-        return run_method(context, config, *more, **options)
+    def watched(self):
+        now[0] = self.config["name"]
+        prepare(self)
 
     monkeypatch.setattr(QueryEngine, "answer", answer)
-    monkeypatch.setattr(runner, "run_method", watched)
+    monkeypatch.setattr(runner.Runner, "prepare", watched)
     runner.run(given, folder)
     return counted
 

@@ -49,7 +49,16 @@ def run(
         print_blocks(errors if asked.json else screen, announcement(experiment, out))
     if experiment.engine.name == "flower":
         _run_among_sites(experiment, recipe if not changes else None, out, resume, track, as_json)
-    _simulate(experiment, out, resume, track)
+    from ficpd.experiments.runner import run as run_experiment
+    from ficpd.experiments.tracking import followed
+
+    try:
+        with followed(track, out) as look, progress_bars() as progress:
+            run_experiment(experiment, out, resume, lambda *figures: (progress(*figures), look()))
+    except KeyboardInterrupt:
+        how = f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round"
+        errors.print(how, soft_wrap=True)
+        raise typer.Exit(130) from None
     _print_finished(out)
 
 
@@ -63,24 +72,6 @@ def _run_among_sites(
         raise typer.BadParameter("--json is for simulations; real sites keep their scores")
     with followed(track, out):
         raise typer.Exit(run_with_flower(experiment, recipe, out, resume))
-
-
-def _simulate(experiment: "Experiment", out: Path, resume: bool, track: str | None) -> None:
-    from ficpd.experiments.runner import run as run_experiment
-    from ficpd.experiments.tracking import followed
-
-    try:
-        with followed(track, out) as look, progress_bars() as progress:
-
-            def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
-                progress(method, done, planned, figures)
-                look()
-
-            run_experiment(experiment, out, resume, show)
-    except KeyboardInterrupt:
-        how = f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round"
-        errors.print(how, soft_wrap=True)
-        raise typer.Exit(130) from None
 
 
 def _print_finished(out: Path) -> None:

@@ -100,7 +100,7 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
     directory.begin(experiment, runner.context.experiment)
     directory.write(SITES, json.dumps({name: dict(card.metadata) for name, card in cards.items()}, indent=2) + "\n")
     runner.prepare()
-    for done in runner.train():
+    for _, done in runner.train():
         say(_line(done, runner.schedule.num_rounds, runner.plan))
     if runner.stopped:
         say(f"stopped: {runner.stopped}")

@@ -39,7 +39,7 @@ from ficpd.experiments.setup import (
 from ficpd.federation.client_states import ClientStates
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy
 from ficpd.federation.query_budget import QueryBudget
-from ficpd.federation.rounds import Round, run_rounds
+from ficpd.federation.rounds import Round, RoundHooks, run_rounds
 from ficpd.interfaces import Engine
 from ficpd.registry import build_config, load, validate
 from ficpd.types import Prompt, Score, State
@@ -48,6 +48,8 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as (method, rounds done, rounds planned, figures to show)."""
 
 
+OWN = ""
+"""The experiment's own method among the names of its baselines."""
 SAMPLE = "sample"
 """The curve of a sample in `Round.metrics`: `sample_accuracy`."""
 
@@ -90,20 +92,22 @@ class Clients(ABC):
         return None
 
 
-class Runner:
+class Runner(RoundHooks):
     """Runs one method with one group of clients, from the last checkpoint on."""
 
     def __init__(
         self, context: ExperimentContext, config: Mapping[str, Any], directory: RunDir, clients: Clients,
-        private: bool = True,
+        private: bool = True, progress: Progress = no_progress,
     ):  # fmt: skip
-        self.config, self.directory, self.clients = config, directory, clients
+        self.config, self.directory, self.clients, self.progress = config, directory, clients, progress
         self.method = build_method(context, config)
         self.context = context.with_method(self.method, private)
         self.privacy = self.context.experiment.privacy if private else NONE
         self.shards = self.context.shards_for(self.method.capabilities.centralized)
         self.label = self.method.name if private else f"{self.method.name}, no privacy"
         self.stopped: str | None = None
+        self.result = directory.result()
+        """The stored result of a finished run, which `finish` returns; the other phases have nothing to do then."""
 
     @property
     def last_release(self) -> int:
@@ -112,6 +116,8 @@ class Runner:
 
     def prepare(self) -> None:
         """Loads or initializes the state, plans privacy, checks the ledgers and builds the engine."""
+        if self.result:
+            return
         context, method, directory = self.context, self.method, self.directory
         self.schedule = build_schedule(context, method)
         saved = directory.load()
@@ -125,27 +131,37 @@ class Runner:
         self.state = with_noise_scale(context, method, state, self.plan, self.privacy)
         self.engine = self.clients.build_engine(self, states)
         directory.write_rounds(self.rounds)
+        self.progress(self.label, len(self.rounds), self.schedule.num_rounds, {})
 
-    def train(self) -> Iterator[Round]:
+    def train(self) -> Iterator[tuple[State, Round]]:
         """Yields each round once its checkpoint is saved. An exhausted budget ends the run; `stopped` states why."""
-        loop = run_rounds(
+        if self.result:
+            return iter(())
+        return run_rounds(
             self.method, self.engine, self.context.model, self.state, self.schedule, self.context.compression,
-            len(self.rounds) + 1, self.plan.central, self.plan.secure, self.clients.before_round,
+            len(self.rounds) + 1, self.plan.central, self.plan.secure, self,
         )  # fmt: skip
-        try:
-            for self.state, done in loop:
-                self.clients.after_round(self, done)
-                self.rounds.append(done)
-                self.seconds["train"] += done.seconds_train
-                self.seconds["aggregate"] += done.seconds_aggregate
-                states = self.clients.save_states(done.round)
-                self.directory.save(self.state, states, self.rounds, self.seconds)
-                yield done
-        except BudgetError as error:
-            self.stopped = str(error)
+
+    def before_round(self, round: int, cohort: Sequence[str]) -> None:
+        self.clients.before_round(round, cohort)
+
+    def after_round(self, state: State, done: Round) -> None:
+        self.state = state
+        self.clients.after_round(self, done)
+        self.rounds.append(done)
+        self.seconds["train"] += done.seconds_train
+        self.seconds["aggregate"] += done.seconds_aggregate
+        self.directory.save(state, self.clients.save_states(done.round), self.rounds, self.seconds)
+        self.progress(self.label, done.round, self.schedule.num_rounds, _main_figure(done.metrics))
+
+    def stop(self, error: BudgetError) -> None:
+        self.stopped = str(error)
+        self.progress(self.label, len(self.rounds), self.schedule.num_rounds, {"stopped: the budget is spent": 1})
 
     def finish(self) -> RunResult:
         """Evaluates and distils; saves the library and the result."""
+        if self.result:
+            return self.result
         context, method, experiment, rounds = self.context, self.method, self.context.experiment, self.rounds
         found, clusters = self.clients.evaluate(self), cluster_report(context, self.state)
         refined = None
@@ -186,6 +202,8 @@ class Runner:
         library = build_library(context, method, self.state, result, {DISTILLED: refined.prompt} if refined else {})
         library.save(self.directory.path / "library")
         result.save(self.directory.path)
+        planned, main = self.schedule.num_rounds, result.main.name
+        self.progress(self.label, planned, planned, {main: result.scores.per_client_mean[main]})
         return result
 
 
@@ -308,17 +326,18 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
         method = context.experiment.method
         context, configs = resolve_baselines(context)
         directory.begin(experiment, context.experiment)  # only now, so that a refused setting creates no directory
-        zero_shot = RunDir(directory.baseline("zero_shot"))
-        floor = run_method(context, {"name": "zero_shot"}, zero_shot, None, progress).scores.global_prompt
-        result = run_method(context, method, directory, floor, progress)
-        others = {
-            name: run_method(
-                context, config, RunDir(directory.baseline(name)), floor, progress, private=":" not in name
-            )
-            for name, config in configs.items()
-        }
-        if "local" in others and result.fairness:
-            worse = share_worse_off(result.scores.per_client, others["local"].scores.per_client)
+        results: dict[str, RunResult] = {}
+        for name, config in {"zero_shot": {"name": "zero_shot"}, OWN: method, **configs}.items():
+            where = directory if name == OWN else RunDir(directory.baseline(name))
+            floor, private = results["zero_shot"].scores.global_prompt if results else None, ":" not in name
+            runner = Runner(context, config, where, SimulatedClients(floor, private), private, progress)
+            runner.prepare()
+            for _ in runner.train():
+                pass
+            results[name] = runner.finish()
+        result = results[OWN]
+        if "local" in results and result.fairness:
+            worse = share_worse_off(result.scores.per_client, results["local"].scores.per_client)
             fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
             result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
             result.save(directory.path)
@@ -360,20 +379,11 @@ def run_method(
     progress: Progress, private: bool = True,
 ) -> RunResult:  # fmt: skip
     """Runs one method in a simulation. Not `private`: without the experiment's privacy."""
-    if finished := directory.result():
-        return finished
-    runner = Runner(context, config, directory, SimulatedClients(zero_shot, private), private)
+    runner = Runner(context, config, directory, SimulatedClients(zero_shot, private), private, progress)
     runner.prepare()
-    planned = runner.schedule.num_rounds
-    progress(runner.label, len(runner.rounds), planned, {})
-    for done in runner.train():
-        progress(runner.label, done.round, planned, _main_figure(done.metrics))
-    if runner.stopped:
-        progress(runner.label, len(runner.rounds), planned, {"stopped: the budget is spent": 1})
-    result = runner.finish()
-    scores, main = result.scores, result.main.name
-    progress(runner.label, planned, planned, {main: scores.per_client_mean[main]})
-    return result
+    for _ in runner.train():
+        pass
+    return runner.finish()
 
 
 def _main_figure(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -168,6 +168,14 @@ class RayEngine(simulation.SimulationEngine):
         super().__init__(config, method, clients, model)
         self.actors, self.tasks = actors, list({id(client.task): client.task for client in clients.values()}.values())
 
+    def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
+        """See `SimulationEngine.exchange`. The clients of an actor that ends do not answer."""
+        late, self.underway = self.underway, []
+        for round, reply in self._replies(assignments):
+            if self._arrives(round, reply):
+                yield reply
+        yield from late
+
     def _replies(self, assignments: Mapping[str, bytes]) -> Iterator[tuple[int, Reply]]:
         if not assignments:
             return

@@ -71,74 +71,97 @@ def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> 
     return sorted(str(names[i]) for i in drawn[: schedule.cohort])
 
 
+class RoundHooks:
+    """What the caller of `run_rounds` does around each round. The defaults do nothing."""
+
+    def before_round(self, round: int, cohort: Sequence[str]) -> None:
+        """Raises `BudgetError` to end the run before a round."""
+
+    def after_round(self, state: State, done: Round) -> None:
+        """Keeps the state, before the round is yielded."""
+
+    def stop(self, error: BudgetError) -> None:
+        """Is called when no budget allows another round. Raises it, or ends the rounds."""
+        raise error
+
+
+NO_HOOKS = RoundHooks()
+
+
 def run_rounds(
     method: Method, engine: Engine, model: Model, state: State, schedule: RoundSchedule, compression: Compression,
     first_round: int = 1, central: CentralGaussian | None = None, secure: SecureSum | None = None,
-    before: Callable[[int, Sequence[str]], None] = lambda round, cohort: None,
+    hooks: RoundHooks = NO_HOOKS,
 ) -> Iterator[tuple[State, Round]]:  # fmt: skip
     """Yields the state after each round. Drops and reports updates that fail the checks.
 
     A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
     an empty one. With `secure`, the server learns the sum of the clients' terms alone.
-    Raises `BudgetError` before a round that no client's budget, the server's budget or `before` allows.
+    Ends by `hooks.stop` before a round that no client's budget, the server's budget or `hooks.before_round` allows.
     """
     cards = {card.name: card for card in engine.clients()}
     fingerprint, asked = model.backbone.fingerprint, {}
-    for round in range(first_round, schedule.num_rounds + 1):
-        started = time.perf_counter()
-        layout = method.update_spec(state)
-        wire = compression.encoded_spec(layout)
-        known = central.stored_mean(round, method.name) if central else None
-        if central is None:
-            cohort = sample_cohort(schedule, list(cards), round)
-        else:
-            cohort = [] if known else central.sample_cohort(sorted(cards), round)
-        before(round, cohort)
-        assignments = {
-            name: codec.encode_assignment(method.make_assignment(state, cards[name], round), fingerprint)
-            for name in cohort
-        }
-        if secure:
-            got = secure.collect(engine, assignments, method, state, round, fingerprint, compression.subspace)
-            if assignments and len(got.refused) == len(assignments):
-                raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
+    try:
+        for round in range(first_round, schedule.num_rounds + 1):
+            started = time.perf_counter()
+            layout = method.update_spec(state)
+            wire = compression.encoded_spec(layout)
+            known = central.stored_mean(round, method.name) if central else None
+            if central is None:
+                cohort = sample_cohort(schedule, list(cards), round)
+            else:
+                cohort = [] if known else central.sample_cohort(sorted(cards), round)
+            hooks.before_round(round, cohort)
+            assignments = {
+                name: codec.encode_assignment(method.make_assignment(state, cards[name], round), fingerprint)
+                for name in cohort
+            }
+            if secure:
+                got = secure.collect(engine, assignments, method, state, round, fingerprint, compression.subspace)
+                if assignments and len(got.refused) == len(assignments):
+                    raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
+                trained = time.perf_counter()
+                if got.updates:
+                    state = method.aggregate(state, got.updates, round, model)
+                    state = State({**state.arrays, **got.moments}, state.facts)
+                seconds = trained - started, time.perf_counter() - trained
+                sent = got.bytes_up, got.bytes_down
+                done = Round(round, len(cohort), got.answered, got.dropped, *sent, *seconds, items=got.items)
+                hooks.after_round(state, done)
+                yield state, done
+                continue
+            asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
+            asked[round] = set(assignments)
+            came, checked = RoundReplies(), partial(_checked, asked, fingerprint, wire, schedule.max_norm)
+            for reply in engine.exchange(assignments):
+                came.add(reply, asked, checked)
+            good = {update.client for update in came.updates}
+            came.dropped |= {name: "no reply" for name in cohort if name not in good and name not in came.dropped}
+            if assignments and len(came.refused) == len(assignments):
+                raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
+            updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
+            answered = len(updates)
+            if central:
+                layout = method.cluster_sums(state)
+                updates = [method.in_cluster_sum(state, update) for update in updates]
+                mean = known or central.noisy_mean(updates, layout, round, method.name)
+                # drops noise outside the subspace
+                updates = [replace(mean, arrays=compression.unpack(compression.project(mean.arrays)))]
             trained = time.perf_counter()
-            if got.updates:
-                state = method.aggregate(state, got.updates, round, model)
-                state = State({**state.arrays, **got.moments}, state.facts)
+            if updates:
+                state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
+            noted = state.facts if updates else {}
+            bytes_down = sum(map(len, assignments.values()))
             seconds = trained - started, time.perf_counter() - trained
-            sent = got.bytes_up, got.bytes_down
-            yield state, Round(round, len(cohort), got.answered, got.dropped, *sent, *seconds, items=got.items)
-            continue
-        asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
-        asked[round] = set(assignments)
-        came, checked = RoundReplies(), partial(_checked, asked, fingerprint, wire, schedule.max_norm)
-        for reply in engine.exchange(assignments):
-            came.add(reply, asked, checked)
-        good = {update.client for update in came.updates}
-        came.dropped |= {name: "no reply" for name in cohort if name not in good and name not in came.dropped}
-        if assignments and len(came.refused) == len(assignments):
-            raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
-        updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
-        answered = len(updates)
-        if central:
-            layout = method.cluster_sums(state)
-            updates = [method.in_cluster_sum(state, update) for update in updates]
-            mean = known or central.noisy_mean(updates, layout, round, method.name)
-            # drops noise outside the subspace
-            updates = [replace(mean, arrays=compression.unpack(compression.project(mean.arrays)))]
-        trained = time.perf_counter()
-        if updates:
-            state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
-        noted = state.facts if updates else {}
-        bytes_down = sum(map(len, assignments.values()))
-        seconds = trained - started, time.perf_counter() - trained
-        items = {name: [math.prod(kind.shape), 8 * kind.dtype.itemsize] for name, kind in wire.items()}
-        sent = came.bytes_up, bytes_down
-        done = Round(round, len(assignments), answered, came.dropped, *sent, *seconds, items=items)
-        done.excluded_updates.update(noted.get("excluded_updates", {}))
-        done.underfilled_means.update(noted.get("underfilled_means", {}))
-        yield state, done
+            items = {name: [math.prod(kind.shape), 8 * kind.dtype.itemsize] for name, kind in wire.items()}
+            sent = came.bytes_up, bytes_down
+            done = Round(round, len(assignments), answered, came.dropped, *sent, *seconds, items=items)
+            done.excluded_updates.update(noted.get("excluded_updates", {}))
+            done.underfilled_means.update(noted.get("underfilled_means", {}))
+            hooks.after_round(state, done)
+            yield state, done
+    except BudgetError as error:
+        hooks.stop(error)
 
 
 @dataclass

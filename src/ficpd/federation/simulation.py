@@ -17,7 +17,7 @@ from ficpd.federation.method import Method
 from ficpd.federation.secure_sum import KEYS, PHASES, SIMULATED, VECTOR, terms
 from ficpd.federation.secure_sum.member import Member
 from ficpd.privacy.shared_gaussian import SharedGaussian
-from ficpd.types import Answer, Assignment, ClientCard, Query, Reply
+from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Reply
 
 
 class Config(BaseModel):
@@ -70,30 +70,43 @@ class SimulationEngine:
         A client's error is its reply; the others go on. Raises `CodecError` for an assignment that cannot be decoded.
         """
         late, self.underway = self.underway, []
-        for round, reply in self._replies(assignments):
-            fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", reply.client, round)))
-            if fate >= self.config.lost + self.config.late:
-                yield reply
-            elif fate >= self.config.lost:
-                self.underway.append(reply)
-        yield from late
-
-    def _replies(self, assignments: Mapping[str, bytes]) -> Iterator[tuple[int, Reply]]:
-        """Yields every client's round and reply."""
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
         for first in range(0, len(names), self.config.lock_step):
             cohort = names[first : first + self.config.lock_step]
             decoded = {name: decode_assignment(assignments[name], fingerprint) for name in cohort}
-            works = {name: self._work(name, decoded[name], names) for name in cohort}
+            works = {
+                name: self._phase(name, message, names)
+                if message.method in PHASES
+                else execute_assignment(self.method, self.members[name], message)
+                for name, message in decoded.items()
+            }
             for name, result in run_queries_lockstep(self.model, works):
-                reply = Reply(name, result) if isinstance(result, bytes) else self._failed(name, result)
-                yield decoded[name].round, reply
+                reply = self._reply(name, decoded[name].round, result)
+                if self._arrives(decoded[name].round, reply):
+                    yield reply
+        yield from late
+
+    def _arrives(self, round: int, reply: Reply) -> bool:
+        """Draws a reply's fate: it arrives now, a round later (`underway`), or never."""
+        fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", reply.client, round)))
+        if self.config.lost <= fate < self.config.lost + self.config.late:
+            self.underway.append(reply)
+        return fate >= self.config.lost + self.config.late
+
+    def _reply(self, name: str, round: int, result: ClientUpdate | bytes | Exception) -> Reply:
+        """Encodes the result of a client's work; an exception becomes its public text."""
+        if isinstance(result, ClientUpdate):
+            try:
+                result = encode_update(result, round, self.model.backbone.fingerprint)
+            except Exception as error:
+                result = error
+        return Reply(name, result) if isinstance(result, bytes) else self._failed(name, result)
 
     def _failed(self, name: str, error: Exception) -> Reply:
         return Reply(name, None, public_error(self.members[name], error), isinstance(error, BudgetError))
 
-    def _work(self, name: str, message: Assignment, asked: list[str]) -> Generator[Query, Answer, bytes]:
-        """Answers one message: an assignment, or a phase of a secure sum."""
+    def _phase(self, name: str, message: Assignment, asked: list[str]) -> Generator[Query, Answer, bytes]:
+        """Answers one phase of a secure sum."""
         client, fingerprint = self.members[name], self.model.backbone.fingerprint
         if message.method == KEYS:
             self.invited[message.round] = asked
@@ -101,10 +114,7 @@ class SimulationEngine:
             order = terms.decode_order(message, fingerprint)
             work = execute_assignment(self.method, client, order.assignment, terms.releasing(client, order))
             return terms.encode_vector((yield from work), message.round, fingerprint)
-        if message.method in PHASES:
-            return encode_assignment(terms.answer(self.method.name, client, message), fingerprint)
-        update = yield from execute_assignment(self.method, client, message)
-        return encode_update(update, message.round, fingerprint)
+        return encode_assignment(terms.answer(self.method.name, client, message), fingerprint)
 
 
 def public_error(client: Client, error: Exception) -> str:

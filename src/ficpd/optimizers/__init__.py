@@ -81,7 +81,7 @@ def tune(
     steps: int | None = None,
     batch_size: int | None = None,
 ) -> Generator[Query, Answer, Tensor]:
-    """Tunes the client's [P, D] by the configured optimizer, at the assignment's rate.
+    """Returns the configured optimizer's work on the client's [P, D], at the assignment's rate.
 
     In a subspace the optimizer tunes coordinates z [k]. The rate grows by √(PD/k), which keeps the prompt's step length.
     """
@@ -89,29 +89,28 @@ def tune(
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
     weights = {"l2_weight": training.l2_weight, "proximal_weight": proximal_weight}
     if optimizer.black_box:  # black-box optimizers handle the subspace themselves
-        return (
-            yield from optimizer.tune(client, start_PD, batches, training=training, assignment=assignment, **weights)
-        )
+        return optimizer.tune(client, start_PD, batches, training=training, assignment=assignment, **weights)
     begin = start_PD if coordinates is None else coordinates.project(start_PD)
     rate = assignment.facts["rate"] * (start_PD.numel() / begin.numel()) ** 0.5
     work = optimizer.tune(client, begin, batches, learning_rate=rate, memory=memory, **weights)
     if coordinates is None:
-        return (yield from work)
+        return work
     rest_PD = start_PD - coordinates.lift(begin)
-    tuned = yield from map_queries(
+    return map_queries(
         work,
         lambda query: query._replace(prompts_KPD=rest_PD + coordinates.lift(query.prompts_KPD)),
         lambda query, answer: answer._replace(grad_KBPD=_project_each(coordinates, answer.grad_KBPD)),
+        lambda tuned: rest_PD + coordinates.lift(tuned),
     )
-    return rest_PD + coordinates.lift(tuned)
 
 
 def map_queries(
     work: Generator[Query, Answer, Result],
     on_query: Callable[[Query], Query],
     on_answer: Callable[[Query, Answer], Answer] = lambda query, answer: answer,
+    on_result: Callable[[Result], Result] = lambda result: result,
 ) -> Generator[Query, Answer, Result]:
-    """Runs `work`, rewriting each query before the model and each answer after it.
+    """Runs `work`, rewriting each query before the model, each answer after it, and the result.
 
     `on_answer` is given the query as `work` made it. An exception of the model is raised in `work` at its query.
     """
@@ -120,7 +119,7 @@ def map_queries(
         try:
             query = step()
         except StopIteration as end:
-            return end.value
+            return on_result(end.value)
         asked = on_query(query)
         try:
             answer = yield asked
