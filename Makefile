@@ -27,10 +27,10 @@ deploy-demo: $(VENV)/installed
 	$(BIN)/ficpd deploy demo --out runs/deploy-demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --durations=30
 
 test-mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations/run.py
