@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo deploy-demo test test-slow test-mutations test-quantized lint bench clean
+.PHONY: demo deploy-demo test test-slow test-mutations test-quantized lint docs bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,8 +48,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# The pages as a site in site/, with a page of all settings; a link that leads nowhere is an error.
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet "mkdocs-material>=9.6,<10"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/installed
 	@echo "one file each; run the one you want: $(BIN)/python bench/engine.py (see bench/README.md)"
 
 clean:
-	rm -rf $(VENV) .quantized runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .quantized runs site .pytest_cache .ruff_cache .hypothesis

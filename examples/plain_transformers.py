@@ -1,4 +1,4 @@
-"""A library's prompt in plain transformers, at any layer: a sentence encoder or a decoder.
+"""A library in plain transformers, adapted or not, at any layer: a sentence encoder or a decoder.
 
 python examples/plain_transformers.py runs/demo/library "a text" "and another"
 """
@@ -8,14 +8,19 @@ import sys
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ficpd.backbones.sentence_encoder import SCALE
 from ficpd.library.library import PromptLibrary
 from ficpd.library.peft_io import own_base
 
 library = PromptLibrary.load(sys.argv[1])
 texts = sys.argv[2:] or ["a quiet, lovely film", "the battery died within a week"]
-prompt, layer = library.prompts["global"].vectors_PD, library.start.enters_at
-task = next(iter(library.card["tasks"].values()))
+name = "adapted" if "adapted" in library.prompts else "global"
+adapted, layer = library.card.get("adapted", {}), library.start.enters_at
+task_name = adapted.get("task") or next(iter(library.card["tasks"]))
+task, mixture = library.card["tasks"][task_name], library.mixture if name == "adapted" else None
+head = library.readouts.get(name) or library.learned.get(task_name)
 assert layer >= 0, "these are LoRA weights and no prompt: `ficpd export` makes a PEFT folder of them"
+assert not adapted.get("demonstrations"), "the adapted prompt needs demonstrations: answer by `ficpd predict`"
 folder, decoder = own_base(library), library.card["backbone"]["kind"] == "causal_lm"
 model = (AutoModelForCausalLM if decoder else AutoModel).from_pretrained(folder, dtype="float32").eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -33,16 +38,30 @@ def last_states(text, prompt):
     return states[0]
 
 
-@torch.no_grad()
-def score(text, words):
-    """The logit of an answer's one token, or the cosine of the text and the answer."""
+def feature(text, prompt):
+    """A decoder's last state, or an encoder's mean state at the text, of length 1."""
     if decoder:
-        answer = tokenizer(f" {words}", add_special_tokens=False)["input_ids"][0]
-        return float(model.lm_head(model.model.norm(last_states(f"{text}\n{task['instruction']}", prompt)[-1]))[answer])
-    answer = last_states(f"{task['instruction']} {words}.", prompt[:0]).mean(0)
-    return float(torch.cosine_similarity(last_states(text, prompt)[len(prompt) :].mean(0), answer, dim=0))
+        return model.model.norm(last_states(f"{text}\n{task['instruction']}", prompt)[-1])
+    return torch.nn.functional.normalize(last_states(text, prompt)[len(prompt) :].mean(0), dim=0)
+
+
+@torch.no_grad()
+def probabilities(text):
+    """By the mixture, else by the learned head, else by the texts of the labels; a decoder reads their first tokens."""
+    prompt, words = library.prompts[name].vectors_PD, task["labels"].values()
+    if mixture:
+        features_MD = torch.stack([feature(text, vectors) for vectors in mixture.prompts_KPD])[mixture.prompt_M]
+        logits_MC = torch.einsum("md,mcd->mc", features_MD, mixture.rows_MCD) + mixture.bias_MC
+        return mixture.weight_M @ logits_MC.softmax(-1)
+    if head:
+        return (head.rows_CD @ feature(text, prompt) + head.bias_C).softmax(-1)
+    if decoder:
+        rows = [model.lm_head.weight[tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0]] for w in words]
+    else:
+        rows = [SCALE * feature(f"{task['instruction']} {w}.", prompt[:0]) for w in words]
+    return (torch.stack(rows) @ feature(text, prompt)).softmax(-1)
 
 
 for text in texts:
-    scores = {label: score(text, words) for label, words in task["labels"].items()}
-    print(text, "->", max(scores, key=scores.__getitem__), scores)
+    shares = dict(zip(task["labels"], probabilities(text).tolist(), strict=True))
+    print(text, "->", max(shares, key=shares.__getitem__), shares)

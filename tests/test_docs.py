@@ -29,6 +29,10 @@ TOUR = [
     "-s", 'partition={kind="iid",num_clients=3}', "-s", "data.max_records=400", "-s", "federation.num_rounds=1",
     "-s", "privacy.epsilon=2", "-s", "compression.name=none", "-s", "training.optimizer=adam",
 ]  # fmt: skip
+PAGES = [
+    *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")),
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/README.md",
+]  # fmt: skip
 FILES = re.compile(r"```(?:python|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
 NAMED = re.compile(r"`src/ficpd/([\w/-]+)\.py`:\s+`([\w.]+)`")
 
@@ -65,6 +69,12 @@ def test_the_example_of_a_page_runs_and_is_short(page, tmp_path, monkeypatch):
         if "[metrics" in files[recipe] or "metrics =" in files[recipe]:
             assert "kappa_own" in run.to_frame()
     assert max(len([line for line in text.splitlines() if line]) for text in files.values()) < 40
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\(((?!https?:|mailto:)[^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_every_step_of_the_tour_is_there():

@@ -1,15 +1,25 @@
 """The examples run as they stand, and print what they promise."""
 
+import ast
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import ficpd
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
+from ficpd.backbones.query_engine import QueryEngine
+from ficpd.types import Record
 
 FOLDER = Path(__file__).parent.parent / "examples"
+TEXTS = ["a quiet, lovely film", "the battery died within a week", "an itching rash on both arms"]
+NOTES = [
+    ("a red rash on the arm", "skin"), ("itching and dry skin", "skin"), ("an irregular pulse", "heart"),
+    ("chest pain and palpitations", "heart"),
+]  # fmt: skip
 PRINTS = {
     "ask": "a loss per candidate and record: torch.Size([2, 3])",
     "federate": "<library: global; tiny; classification>",
@@ -32,12 +42,28 @@ def test_every_example_is_tested_and_short():
     assert max(lines.values()) < 40
 
 
-@pytest.mark.slow
-def test_plain_transformers_agrees_with_predict(minilm_run):
-    """Plain transformers give the same answers as the library."""
+def answers_of_plain_transformers(folder: Path) -> list[tuple[str, dict[str, float]]]:
     out = subprocess.run(
-        [sys.executable, str(FOLDER / "plain_transformers.py"), str(minilm_run / "library")],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    answers = ficpd.load_library(minilm_run).predict(["a quiet, lovely film", "the battery died within a week"])
-    assert [line.split(" -> ")[1].split(" {")[0] for line in out.splitlines()] == answers
+        [sys.executable, str(FOLDER / "plain_transformers.py"), str(folder), *TEXTS],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = [line.split(" -> ")[1].split(" ", 1) for line in out.splitlines()]
+    return [(label, ast.literal_eval(shares)) for label, shares in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "head", "mixture", "tune"])
+def test_plain_transformers_agrees_with_predict(minilm_run, how, tmp_path):
+    """Plain transformers give the same answers and probabilities as the library, adapted to another task or not."""
+    folder, library = minilm_run, ficpd.load_library(minilm_run)
+    if how:
+        records = [Record(f"row {n}", {"text": text, "target": label}) for n, (text, label) in enumerate(NOTES * 3)]
+        library = library.adapt(records, labels={"skin": "the skin", "heart": "the heart"}, how=how)
+        library.save(folder := tmp_path / "adapted")
+    exact = load_backbone(BackboneConfig(name="minilm", dtype="float32"), EngineConfig())[0]
+    frame = replace(library, engine=QueryEngine(exact)).predict(TEXTS, scores=True)
+    for (label, shares), row in zip(answers_of_plain_transformers(folder), frame.to_dict("records"), strict=True):
+        assert label == row.pop("label")
+        assert shares == pytest.approx(row, abs=1e-4)

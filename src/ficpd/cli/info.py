@@ -1,5 +1,6 @@
 """The command `ficpd info`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,16 @@ def info(
         for name, words in _in_words(facts).items():
             table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(words))
         screen.print(table, highlight=False)
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe, by which editors complete and check its settings.
+
+    Example: `ficpd schema > ficpd.schema.json`, and `#:schema ficpd.schema.json` as a recipe's first line
+    """
+    from ficpd.experiments.reference import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
 def _facts_of(path: Path) -> dict[str, Any]:

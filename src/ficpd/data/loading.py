@@ -33,19 +33,23 @@ SUBJECT = "subject"
 class Config(FrozenConfig):
     """Where the records are and which column plays which role.
 
-    `source`: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`); or
-    "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value, and
-    whose settings are `source_options`. "ratings" has the columns text, rating, polarity and domain; rows without the
-    target (the neutral ones, for polarity) are dropped.
-    `columns`: role (text, target, client, ...) to the user's column name. `keep`: further columns, under their
-    own names. A target in a file without types (CSV, TSV) is text as it stands, which a regression reads as a number.
-    `where`: only rows whose column holds one of these values (as text). `split_column` says train, test or
-    dev (dropped) in each row; else a folder's train and test files or the hub's splits are taken as they are; else
-    `test_fraction` is drawn. `layout`: a public data set's own (`data/layouts.py`), which then says what the columns are.
-    `options`: the columns that hold one option each of a multiple choice. `dev_as_train`: dev rows are not dropped.
-    `separator`: of CSV files, where it is no comma, semicolon or tab. `encoding`: of text files, such as "cp1252".
-    `columns.subject`: the column that names whom a row is about (a patient, a customer). No subject is in train and in
-    test; `test_fraction` and `max_records` draw whole subjects; record-level privacy then covers a subject.
+    source: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`);
+        "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value.
+        "ratings" has the columns text, rating, polarity and domain. Rows without a target are dropped.
+    source_options: settings of that module.
+    columns: role (text, target, client, ...) to column. A target in a file without types (CSV, TSV) is a text, which a
+        regression reads as a number. `subject` names the person that a row is about (a patient, a customer): train and test
+        share no subject, samples are of whole subjects, and record-level privacy covers a subject.
+    layout: the form of a public data set (`data/benchmarks.py`), which then names the columns.
+    options: the columns that hold one option each of a multiple choice.
+    keep: further columns, under their own names.
+    where: only rows whose column holds one of these values (as text).
+    split_column: a column that says train, test or dev (dropped) in each row. Without it, a folder's train and test files
+        or the hub's splits are taken, else a sample of `test_fraction`.
+    dev_as_train: dev rows are training rows.
+    test_fraction: the share of test records, if nothing says which they are.
+    separator: of CSV files, if it is no comma, semicolon or tab.
+    encoding: of text files, such as "cp1252".
     """
 
     source: str

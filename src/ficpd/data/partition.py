@@ -30,15 +30,17 @@ NUM_DRAWS = 1000
 
 
 class Config(FrozenConfig):
-    """How records become clients.
+    """How records become clients. The card of a client, which is public, has the column that it was made by.
 
-    `column`: one client per value of a column. `iid`: equal, random shares. `dirichlet`: label skew, stronger for a
-    smaller `concentration`. `column_dirichlet`: every value of a column becomes several clients with label skew. A dotted
-    name: the module's `build(config)` gives a function from the data set and a seed to `ClientData` by client's name;
-    `options` are the module's own.
-
-    What is public of a client (its card): the column it was made by; `publish`, columns that all of its records agree
-    in; and `cards`, a table with a column `client` and one for each public fact (language, specialty, beds, ...).
+    kind: "column": one client per value of a column. "iid": equal, random shares. "dirichlet": label skew.
+        "column_dirichlet": every value of a column becomes several clients with label skew. A dotted name: the module's
+        `build(config)` gives a function from the data set and a seed to `ClientData` by client's name.
+    column: the column of the first and the last kind.
+    num_clients: the number of clients; not for "column".
+    concentration: of the Dirichlet distribution; smaller is more skewed.
+    publish: columns that all records of a client agree in, for its card.
+    cards: a table with a column `client` and one for each public fact (language, specialty, beds, ...).
+    options: settings of a module of one's own.
     """
 
     kind: str

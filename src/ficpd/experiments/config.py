@@ -30,8 +30,11 @@ STANDARD_BASELINES = ("local", "linear_probe")
 class PromptConfig(FrozenConfig):
     """The initial prompt.
 
+    num_tokens: its virtual tokens.
     enters_at: the layer; None: the backbone's measured default.
     init: "text" (`text`, or the task's start text), "vocabulary" (random words) or "library" (a saved prompt).
+    text: the text of init = "text"; None: the start text of the task.
+    library: the folder of init = "library".
     of: the name of the prompt in `library`.
     head_examples: a file or folder of public labelled records, in the same columns as the clients'. A tuned head starts
         from their class means; without them, from the answers' texts.
@@ -55,6 +58,7 @@ class PromptConfig(FrozenConfig):
 class FederationConfig(FrozenConfig):
     """The rounds and their clients.
 
+    num_rounds: rounds of the run.
     clients_per_round: size of a cohort; None: all clients.
     max_update_norm: bound of every update's L2 norm.
     evaluate_every: in simulations, rounds between two points of the accuracy curve; 0: no curve.
@@ -86,6 +90,7 @@ class DistillationConfig(FrozenConfig):
     texts: a file of public texts, one a line. Without both, the run's backbone writes, or random words are used.
     per_label: drafts per label.
     least_agreement: the share of votes that an example needs.
+    steps: optimizer steps.
     """
 
     how: Literal["none", "squared", "kl", "reptile", "maml"] = "none"
@@ -126,9 +131,11 @@ class Group(FrozenConfig):
 class Experiment(FrozenConfig):
     """The parts of a TOML file. `method`, `task`, `privacy` and `compression` hold a `name` and that module's settings.
 
+    name: names the run directory.
+    seed: of all draws but those of cryptographic noise.
     baselines: methods to compare with, on the same clients, with the same privacy and default settings. "fedavg:none" is
-        fedavg without privacy; for the run's method it keeps the run's settings. "auto": `STANDARD_BASELINES`, where they
-        fit the tasks.
+        fedavg without privacy; for the run's method it keeps the run's settings. "auto": local and
+        linear_probe, where they fit the tasks.
     metrics: further metrics of a simulation's tasks, each a dotted `name` and that module's settings.
     compression: "auto": a subspace of 64 numbers for methods that add noise to gradients, else the whole prompt.
     groups: with several tasks, a task, data and partition for each name. They replace `task`, `data` and `partition`.

@@ -17,6 +17,8 @@ from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Federation
 
 
 class Config(FrozenConfig):
+    """batch_size: records of a step."""
+
     batch_size: int = Field(default=32, ge=1)
 
 

@@ -48,8 +48,12 @@ EVERYTHING = 1 << 30  # a batch of all records
 
 
 class Config(FrozenConfig):
-    """spread: the first σ, in units of the initial prompt's RMS (the paper's α).
-    ratio: false: the fitness is the plain loss. masked: share of words replaced."""
+    """iterations: CMA-ES generations of a client in a round.
+    population: candidates of a generation.
+    dimension: numbers of the search space.
+    spread: the first σ, in units of the initial prompt's RMS (the paper's α).
+    ratio: false: the fitness is the plain loss.
+    masked: share of words replaced."""
 
     iterations: int = Field(default=8, ge=1)
     population: int = Field(default=5, ge=4)

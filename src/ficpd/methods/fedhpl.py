@@ -51,7 +51,9 @@ HALF = 0.5**0.5  # logits and count each have half of a row's squared norm
 
 
 class Config(FrozenConfig):
-    """weight: γ; temperature: τ; own_share: α. All defaults are ours.
+    """weight: γ, of the distillation loss. All defaults are ours.
+    temperature: τ, of the distilled logits.
+    own_share: α, of the client's own mean logits in its target.
     logit_norm: norm of a record's centred logits at which its row has norm 1. Without privacy it changes nothing.
     share: of a record-level budget for all sums; the prompt gets the rest."""
 

@@ -71,7 +71,11 @@ class Config(FrozenConfig):
         label texts) share none.
     space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "prompt": its
         last prompt; "function": the shift of public probes' features; "metadata": the public field `by`, no signature.
+    by: the field of the clients' cards for "metadata".
+    gather: all clients take part in the first round.
     redraw_every: rounds between clusterings (0: one clustering). A client moves only for a gain above `stay` in cosine.
+    stay: that gain.
+    least_members: clients that a cluster has at least.
     shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
         scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
@@ -79,11 +83,14 @@ class Config(FrozenConfig):
         under the prompts, for a readout that fits them; the learning rate is then `rate_multiple` times
         `training.learning_rate`. With noise, totals are gathered once and take `totals_share` of a record-level budget;
         prompts are tuned in their readout.
+    totals_share: share of a record-level budget for class totals.
+    rate_multiple: factor of the learning rate in the label texts' readout.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
         of its own records. "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned
         without noise, from the counts in the client's class totals. True: from the statistic `labels`, which a
-        record-level budget pays for."""
+        record-level budget pays for.
+    proximal_weight: pull to the prompt of the round (FedProx)."""
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"

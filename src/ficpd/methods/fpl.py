@@ -52,10 +52,18 @@ SIGNATURE, SUM = "signature/", "delta/"
 class Config(FrozenConfig):
     """clusters: "metadata" (see `cluster_by_metadata`), "given" (one per distinct card in the fields `by`), "signatures"
         (of the first updates, as in `ficpd`), or "none".
+    by: public fields of the client's card that clusters go by; (): all of them.
+    num_clusters: "auto": by the silhouette.
     residual: "full" [P, D] or "low_rank" of `rank`.
+    rank: of a low-rank residual.
     held_back: share of records held out in the first two thirds of the rounds; it selects the residual's share (0: all).
     label_prior: adds the client's label shares to the logits (classification only). `privacy.statistics` gives the
-        statistic `labels` a share of a record-level budget."""
+        statistic `labels` a share of a record-level budget.
+    contrast: the alignment within a cluster.
+    proximal_weight: pull to the prompt of the round (FedProx).
+    shrinkage: share of the global prompt in a cluster's prompt; "auto": from the members' scatter.
+    server: the optimizer of the global prompt.
+    robust: the rule that combines updates."""
 
     clusters: Literal["metadata", "given", "signatures", "none"] = "metadata"
     by: tuple[str, ...] = ()

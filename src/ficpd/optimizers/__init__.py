@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 class LocalTrainingConfig(BaseModel):
     """A client's training in one round.
 
+    optimizer: "adam", "sgd", "spsa", "cma_es", or a dotted name.
+    local_steps: steps of a client in a round.
+    batch_size: records of a step (subjects, where the data name them); all records of a client that has fewer.
     learning_rate: None: the backbone's measured default times the RMS of the initial prompt.
     decay: final share of the learning rate (cosine over the rounds).
     l2_weight: pull to zero. A method's proximal weight pulls to the prompt of the round.

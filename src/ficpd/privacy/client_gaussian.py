@@ -25,6 +25,8 @@ RELATION = {
 
 
 class Config(settings.DPConfig):
+    """placement: "local": each client adds noise to its update. "central": the server adds noise to the sum of all."""
+
     exact: ClassVar[bool] = False
     placement: Literal["local", "central"] = "local"
 

@@ -14,6 +14,7 @@ from ficpd.types import PrivacyCost
 
 class DPConfig(FrozenConfig):
     """epsilon: the budget. Without `noise_multiplier` the noise is the least that keeps the planned run within it.
+    delta: the probability that the guarantee does not cover; less than 1/n for n records (subjects, clients).
     noise_multiplier: alone it sets no budget, and the result states the cost. With both, the run ends with the budget.
     clip_norm: the L2 norm that one unit's contribution is clipped to. None: calibrated without private records, from
         gradients on synthetic texts at the record level, from the learning rate at the client level.

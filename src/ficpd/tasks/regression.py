@@ -22,6 +22,7 @@ from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 class Config(BaseModel):
     """anchors: texts with at least two different values; predictions lie between the extremes.
+    instruction: stands before each anchor.
     tuned_head: tunes the anchors' embeddings as the prompt's last rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -21,15 +21,15 @@ REPORTED_SHARE = 0.1
 class RobustConfig(BaseModel):
     """The rule that combines updates. "mean" is weighted; other rules count each client once, since weights are claims.
 
-    - "trimmed_mean" drops the `num_byzantine` largest and smallest values of each number (Yin et al., ICML 2018, arXiv
-      1803.01498, definition 2).
-    - "multi_krum" drops the `num_byzantine` updates farthest from their nearest others (Blanchard et al., NeurIPS 2017,
-      arXiv 1703.02757).
-    - "norm_bound" clips updates to `max_norm`, or to `medians` times the round's median norm (Sun et al., 2019, arXiv
-      1911.07963).
+    rule: "trimmed_mean" drops the `num_byzantine` largest and smallest values of each number (Yin et al., ICML 2018, arXiv
+        1803.01498, definition 2). "multi_krum" drops the `num_byzantine` updates farthest from their nearest others
+        (Blanchard et al., NeurIPS 2017, arXiv 1703.02757). "norm_bound" clips updates to `max_norm`, or to `medians` times
+        the round's median norm (Sun et al., 2019, arXiv 1911.07963).
+    num_byzantine: f, updates per mean that may be malicious. n updates resist f for n >= 2f + 1 (Multi-Krum: 2f + 3).
+    max_norm: bound of "norm_bound"; None: by the median.
+    medians: times the round's median norm.
 
-    `num_byzantine` = f: updates per mean that may be malicious. n updates resist f for n >= 2f + 1 (Multi-Krum:
-    2f + 3). A smaller mean trims at most (n - 1) // 2 at each end and is reported; one or two updates are unprotected.
+    A smaller mean trims at most (n - 1) // 2 at each end and is reported; one or two updates are unprotected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

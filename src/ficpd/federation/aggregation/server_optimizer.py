@@ -18,12 +18,13 @@ FIRST, SECOND = "server/first", "server/second"
 class ServerOptimizer(BaseModel):
     """The optimizer of the global prompt.
 
-    - "plain" with `rate` 1: FedAvg.
-    - "momentum": FedAvgM (Hsu et al., 2019, arXiv 1909.06335).
-    - "adam": FedAdam with β₂ = 0.99 and `adaptivity` τ; `rate` is in the prompt's unit.
-    - "extrapolated": the mean times `fedexp_factor`, for prototypes too. It needs every update's norm, so it excludes
-      central DP and rules that drop parts of updates. At the record level it acts as "plain", because the noise norm
-      would reveal record counts.
+    kind: "plain" with `rate` 1: FedAvg. "momentum": FedAvgM (Hsu et al., 2019, arXiv 1909.06335). "adam": FedAdam with
+        β₂ = 0.99 and `adaptivity` τ; `rate` is in the prompt's unit. "extrapolated": the mean times `fedexp_factor`, for
+        prototypes too. It needs every update's norm, so it excludes central DP and rules that drop parts of updates. At
+        the record level it acts as "plain", because the noise norm would reveal record counts.
+    rate: the step; 1 is the mean itself.
+    momentum: β₁ of "momentum" and "adam".
+    adaptivity: τ of "adam".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -18,7 +18,8 @@ from ficpd.types import Prompt
 
 
 class Config(BaseModel):
-    """`num_tokens`: L', the rows sent for the virtual tokens. `bits`: bits per sent number; 32 means float32."""
+    """num_tokens: L', the rows sent for the virtual tokens.
+    bits: bits per sent number; 32 means float32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     num_tokens: int = 5

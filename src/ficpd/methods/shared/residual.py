@@ -20,10 +20,11 @@ TOWARDS, WEIGHT = "aligned/towards", "aligned/weight"
 
 
 class ContrastiveConfig(FrozenConfig):
-    """The contrastive loss: `weight` in the first round, falling to 0, because a constant one undoes personalisation.
+    """The contrastive loss of a cluster.
 
-    `space`: "prompt" needs no forward pass, "output" one for each prototype and the start. `temperature` divides
-    cosines.
+    weight: in the first round; it falls to 0, because a constant one undoes personalisation.
+    space: "prompt" needs no forward pass, "output" one for each prototype and the start.
+    temperature: divides cosines.
     """
 
     weight: float = Field(default=0.0, ge=0)
