@@ -25,7 +25,7 @@ NAMES = {
     "zero_shot": "zero-shot",
     "local": "local only",
     "centralized": "centralised",
-    "linear_probe": "a linear probe at home",
+    "linear_probe": "a local linear probe",
     "analytic": "analytic (one ridge head from sums)",
     "class_means": "class means from sums",
     "fedavg": "FedAvg",

@@ -165,7 +165,9 @@ def test_a_legend_names_the_methods_that_are_drawn(html):
 
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
-    assert page.headline.startswith("ficpd beats fedavg (4 of 4); is not told from zero_shot (4 of 4), ")
+    assert page.headline.startswith(
+        "ficpd beats fedavg (4 of 4); is not significantly different from zero_shot (4 of 4), "
+    )
     assert [s.id for s in page.sections] == [
         "grid", "privacy", "curves", "fronts", "ranks", "targets", "clients", "failures", "compared"
     ]  # fmt: skip

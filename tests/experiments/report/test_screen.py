@@ -47,5 +47,5 @@ def test_result_ends_with_verdict_page_and_three_commands(shown):
 def test_announcement_says_what_a_run_will_do(tmp_path):
     first, beside, *_ = printed(announcement(read("quickstart"), Path("runs/demo")))
     assert first == "quickstart: ficpd on minilm, 5 rounds, ε = 2"
-    assert beside == "beside it: no prompt, alone, a linear probe at home, on the same records"
+    assert beside == "compared with: no prompt, alone, a local linear probe, on the same records"
     assert "no privacy" in printed(announcement(small.experiment(tmp_path), Path("x")))[0]

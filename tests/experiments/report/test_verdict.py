@@ -23,7 +23,7 @@ def test_verdict_compares_with_the_best_of_what_a_client_has_alone():
     beside = [result("zero_shot", 0.5), result("local", 0.7), result("linear_probe", 0.75), result("fedavg", 0.99)]
     said = verdict([*beside, result("ficpd", 0.8)])
     assert said[0] == (
-        "Joining pays 5.0 points over a linear probe at home: together 78.5, alone 68.5, a linear probe at home 73.5, "
+        "Joining pays 5.0 points over a local linear probe: together 78.5, alone 68.5, a local linear probe 73.5, "
         "no prompt 48.5 (accuracy in %, mean of 4 clients' own tests)."
     )
     assert verdict([*beside, result("ficpd", 0.7)])[0].startswith("Joining does not pay: together 68.5, alone 68.5")

@@ -16,7 +16,7 @@ from ficpd.experiments.report.overview import described, with_unit
 from ficpd.library.card import join_names
 
 MOST_FIGURES, MOST_NAMES = 12, 8
-"""Of one kind: a large grid has its numbers in tables."""
+"""Limits of a headline: a large grid has its numbers in tables."""
 EPSILON = "privacy.epsilon"
 
 
@@ -52,7 +52,7 @@ def headline(tree: ComparisonResult) -> str:
         named = [f"{label} ({of.count(sign)} of {len(of)})" for label, of in found.items() if sign in of]
         return join_names(named, MOST_NAMES)
 
-    parts = {"beats": -1, "is beaten by": 1, "is not told from": 0}
+    parts = {"beats": -1, "is beaten by": 1, "is not significantly different from": 0}
     return (
         f"{reference} " + "; ".join(f"{word} {counted(n)}" for word, n in parts.items() if counted(n) != "none") + "."
     )

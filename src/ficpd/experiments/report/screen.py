@@ -18,12 +18,12 @@ from ficpd.experiments.report.summary import RIVALS, results_table
 def announcement(experiment: Experiment, out: Path) -> list[Block]:
     """Says what a run will do."""
     names = STANDARD_BASELINES if experiment.baselines == "auto" else experiment.baselines
-    beside = ", ".join(["no prompt", *(RIVALS.get(name, name) for name in names if name != experiment.method["name"])])
+    others = ", ".join(["no prompt", *(RIVALS.get(name, name) for name in names if name != experiment.method["name"])])
     epsilon = experiment.privacy.get("epsilon")
     private = f"ε = {epsilon:g}" if epsilon else "no privacy" if experiment.privacy["name"] == "none" else "private"
     what = f"{experiment.method['name']} on {experiment.backbone.name}, {experiment.federation.num_rounds} rounds, {private}"
     return [
-        KeyValues([(experiment.name, what), ("beside it", f"{beside}, on the same records"), ("into", str(out))]),
+        KeyValues([(experiment.name, what), ("compared with", f"{others}, on the same records"), ("into", str(out))]),
         Text(f"A bar shows the time left. Ctrl-C stops; `ficpd run --resume --out {out}` goes on."),
     ]
 

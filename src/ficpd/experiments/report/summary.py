@@ -8,9 +8,9 @@ from ficpd.experiments.results import PrivacyReport, RunResult
 
 NONE = "–"
 PERCENT = Metric("share", 100, 1)
-RIVALS = {"local": "alone", "linear_probe": "a linear probe at home", "zero_shot": "no prompt"}
+RIVALS = {"local": "alone", "linear_probe": "a local linear probe", "zero_shot": "no prompt"}
 """Methods that a client needs nobody for, in the verdict's words."""
-AT_HOME, TOGETHER = ("local", "linear_probe"), "together"
+ALONE, TOGETHER = ("local", "linear_probe"), "together"
 
 
 def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
@@ -38,12 +38,12 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         gap, points = sign * (mean(own) - mean(best)), " points" if percent else ""
         paid = f"Joining pays {main.shown(gap)}{points} over {name}" if gap > 0 else "Joining does not pay"
         sentences = [f"{paid if float(main.shown(gap)) else 'Joining changes nothing'}: {said}"]
-        if not any(RIVALS[home] in rivals for home in AT_HOME):
+        if not any(RIVALS[name] in rivals for name in ALONE):
             sentences = [f"Whether joining pays is open, for no client was tuned alone: {said}"]
-    if federated and (at_home := [by_method[n].scores.per_client for n in AT_HOME if n in by_method]):
-        worse = len(worse_off(own, at_home))
+    if federated and (alone := [by_method[n].scores.per_client for n in ALONE if n in by_method]):
+        worse = len(worse_off(own, alone))
         are = "is" if worse == 1 else "are"
-        sentences.append(f"{worse} of {clients} clients {are} worse off than at home, beyond a standard error.")
+        sentences.append(f"{worse} of {clients} clients {are} worse off than alone, beyond a standard error.")
     private = own.privacy.epsilon is not None and own.privacy.noise is not None
     if (
         federated
@@ -71,12 +71,12 @@ def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
     return {TOGETHER if federated else own.label: own, **rivals}
 
 
-def worse_off(own: RunResult, at_home: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Returns the clients below their best score in `at_home` by more than one standard error (accuracy; 0 for others)."""
+def worse_off(own: RunResult, alone: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Returns the clients below their best score in `alone` by more than one standard error (accuracy; 0 for others)."""
     main, scores, worse = own.main, own.scores, []
     sign = -1 if main.less_is_better else 1
     for client, score in scores.per_client.items():
-        rivals = [sign * home[client][main.name] for home in at_home if main.name in home.get(client, {})]
+        rivals = [sign * scored[client][main.name] for scored in alone if main.name in scored.get(client, {})]
         value, number = score[main.name], scores.test_records.get(client, 0)
         error = (value * (1 - value) / number) ** 0.5 if main.name == "accuracy" and number else 0.0
         if rivals and sign * value < max(rivals) - error:
