@@ -50,7 +50,7 @@ class Vocabulary(Protocol):
         ...
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
-        """At most `number` different ids of whole words that might stand at a place of a prompt instead of the one there."""
+        """Proposes at most `number` ids of whole words to replace the one at a place of a prompt."""
         ...
 
 
@@ -194,8 +194,11 @@ class Task(Objective, ABC):
 
 
 class ReleaseKind(Enum):
-    """What is released, each kind with a cost of its own: the noisy mean over one step's records, one client's update, the
-    server's noisy sum over a round's updates, or a named noisy sum over all of a client's records."""
+    """Names the kinds of release. Each has its own privacy cost.
+
+    A step releases the noisy mean over its records. Other kinds are a client's update, the server's noisy sum over a
+    round's updates, and a named noisy sum over all records of a client.
+    """
 
     STEP = "step"
     UPDATE = "update"
@@ -282,11 +285,11 @@ class Subspace(Protocol):
 
 
 class Compression(Protocol):
-    """What of an update travels, and how it is brought back. Public, from a seed all know: it is no privacy."""
+    """Packs an update into fewer numbers and restores it. Its seed is public, so it protects nothing."""
 
     @property
     def subspace(self) -> Subspace | None:
-        """What the optimizer moves in instead of the whole prompt; None: the whole prompt."""
+        """Returns the subspace that the optimizer moves in; None: the whole prompt."""
         ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,7 +305,7 @@ class Compression(Protocol):
         ...
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
-        """What `pack` makes of arrays of this layout."""
+        """Returns the shapes of the packed arrays of a layout."""
         ...
 
 

@@ -105,7 +105,9 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A learned readout of one label set: logits = `features @ rows_CD.T + bias_C`, in the order of the task's labels.
+    """A learned readout of one label set: logits = `features @ rows_CD.T + bias_C`.
+
+    Classes are in the order of the task's labels.
 
     shares_C: label shares of the records that it was learned from.
     """
@@ -173,7 +175,7 @@ class ModelOutput:
 
 
 class Objective(Protocol):
-    """What a batch needs of its task: losses, and logits where records have labels. `head_rows`: rows of a tuned readout."""
+    """Computes losses, and logits if records have labels. `head_rows`: rows of a tuned readout."""
 
     head_rows: int = 0
     num_labels: int = 0

@@ -70,7 +70,7 @@ class Client:
 
     @property
     def units(self) -> Units:
-        """What its mechanism samples."""
+        """Returns the units that its mechanism samples."""
         return units_of(self.name, self.train, self.mechanism)
 
     @property
@@ -228,7 +228,7 @@ class ClientSession:
         return self._kept(name, summed)
 
     def _kept(self, name: str, released: Tensor) -> Tensor:
-        """Keeps a term of a secure sum and returns zeros in its place: before the sum, nothing may depend on it."""
+        """Keeps a term of a secure sum. Returns zeros, because nothing may depend on it before the sum."""
         if not self.client.mechanism.summed:
             return released
         term = released.flatten()

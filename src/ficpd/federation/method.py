@@ -39,7 +39,7 @@ class DemonstrationEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method declares. Privacy plans, schedules and query budgets depend on nothing else.
+    """Declares the properties of a method. Privacy plans, schedules and query budgets use nothing else.
 
     The defaults are the strict answers: no private form, no statistics, not linear, releases.
     """
@@ -88,7 +88,7 @@ GROUP = "group:"
 
 
 def group_card(group: str) -> ClientCard:
-    """Returns the client that stands for all clients of a group: in a secure sum, the group's sum is its update."""
+    """Returns the client that stands for a group. In a secure sum, the group's sum is its update."""
     return ClientCard(GROUP + group, {"group": group} if group else {})
 
 

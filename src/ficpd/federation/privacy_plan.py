@@ -75,7 +75,7 @@ class PrivacyPlan:
 
 
 def _other_neighbours(mechanism: Mechanism, costs: Sequence[PrivacyCost], delta: float) -> dict[str, JSON]:
-    """What the same noise gives for one unit replaced by another, and for several records of one person together.
+    """Computes ε of the same noise for one replaced unit, and for several records of one person.
 
     Local noise on clients is sized for a replacement already.
     """

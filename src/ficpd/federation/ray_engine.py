@@ -83,7 +83,7 @@ def close() -> None:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all clients have in common."""
+    """Values that all clients share."""
 
     method: Method
     tasks: Sequence[Task]
@@ -94,7 +94,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Member:
-    """What an actor keeps of a client. `task`: its place in `Shared.tasks`."""
+    """The facts of a client that an actor keeps. `task`: its place in `Shared.tasks`."""
 
     card: ClientCard
     train: Sequence[Record]

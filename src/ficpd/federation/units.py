@@ -1,4 +1,4 @@
-"""What a client's record-level mechanism samples: its records, or the subjects that they are about."""
+"""Chooses the units of a client's record-level mechanism: its records, or their subjects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,14 +30,14 @@ from ficpd.types import LORA, Prompt, Record
 
 IMPORTED = "imported"
 LEARNED = "readouts.safetensors"
-"""Beside the prompt: of each task that the federation learned a readout for, `TASK/rows` [C, D] and `TASK/bias` [C]."""
+"""The file of learned readouts: of each task with one, `TASK/rows` [C, D] and `TASK/bias` [C]."""
 VECTORS = "prompt_embeddings"
 """The only array of a prompt-tuning folder."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How PEFT and transformers load a kind of backbone, and how to read its answers with a prompt or with LoRA."""
+    """Describes how PEFT and transformers load a kind of backbone and read its answers."""
 
     task_type: str
     auto: str

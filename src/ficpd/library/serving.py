@@ -27,9 +27,9 @@ from ficpd.types import Record
 WAITING = 64
 """Requests that are under way; more are answered with 503."""
 SPARE_BYTES = 4096
-"""Bytes of a body beside its texts."""
+"""Bytes of a request body without its texts."""
 BYTES_PER_CHARACTER = 12
-"""Of a character that JSON writes as two escapes."""
+"""Bytes of a character that JSON writes as two escapes."""
 
 
 class Limits(BaseModel):

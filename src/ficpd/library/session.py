@@ -118,7 +118,7 @@ class LibrarySession:
         labels: Mapping[str, str] | None = None, instruction: str | None = None, columns: Mapping[str, str] = NO_COLUMNS,
         seed: int = 0, say: Say = lambda line: None,
     ) -> "LibrarySession":  # fmt: skip
-        """Fits the library to a few records; the new one has one prompt more, `adapted`, and the task it is for.
+        """Fits the library to a few records. The new library also has the prompt `adapted` and its task.
 
         shots: records used (0: all of them); `per_class`: so many of each class.
         how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "compose", "head", "tune", "mixture",
@@ -188,7 +188,7 @@ class LibrarySession:
         return str(known[0]) if known else next(iter(self.tasks))
 
     def encode(self, records: Sequence[Record], prompt: str | None = None, task: str | None = None) -> Batch:
-        """Records as a task of the library, with what is shown beside the prompt named."""
+        """Makes a batch of records for a task, with the demonstrations of the named prompt."""
         task = self.named(task)
         shown, start = self._shown(prompt, task), self.library.start
         chosen, backbone = self.tasks[task], self.model.backbone
@@ -204,7 +204,7 @@ class LibrarySession:
         return mixture.predictors() if mine and mixture is not None else [Predictor(vectors_PD)]
 
     def _shown(self, prompt: str | None, task: str) -> Demonstrations | None:
-        """What an adapted prompt was chosen with; it means nothing beside another prompt, or for another task."""
+        """Returns the demonstrations of an adapted prompt; None for another prompt or task."""
         adapted, readout = adapted_facts(self.library), self.library.readouts.get(ADAPTED)
         texts = tuple(adapted.get("demonstrations", ()))
         mine = prompt == ADAPTED and adapted.get("task") == task and (texts or readout is not None)
@@ -246,7 +246,7 @@ def load_library(
 
 
 def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:
-    """The prompt for a task where none is named: the one adapted to it, the global one, else that of the nearest key."""
+    """Chooses a task's prompt: the one adapted to it, the global one, else that of the nearest key."""
     library, task = opened.library, opened.named(task)
     for name in DEFAULT_PROMPTS:
         if name in library.prompts and (name != ADAPTED or adapted_facts(library).get("task", task) == task):
@@ -355,7 +355,7 @@ def adapt_session(
 
 
 def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:
-    """How the library's prompts were tuned, as it is done on one's own records: the whole prompt by Adam, no noise.
+    """Returns the settings to tune on own records: those of the library, with Adam and without noise.
 
     Raises `LibraryError` if the card states no learning rate.
     """

@@ -165,8 +165,11 @@ class FedHpl(Method):
 
 
 def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
-    """Returns [B, C, 1 + C]: a correctly classified record has a one and its centred logits over `logit_norm` in the row
-    of its class; all else is zero."""
+    """Returns the rows [B, C, 1 + C] of the logit sums.
+
+    A correctly classified record has a one and its centred logits over `logit_norm` in the row of its class. All else is
+    zero.
+    """
     assert batch.targets is not None
     rows = []
     for b, target in enumerate(batch.targets.tolist()):  # one by one, because rounding depends on the batch size
@@ -179,8 +182,11 @@ def logit_sums(outputs: ModelOutput, batch: Batch, logit_norm: float) -> Tensor:
 
 
 def personalized_logits(sent: Mapping[str, Tensor], client: str, own_share: float) -> tuple[Tensor, Tensor]:
-    """Returns Ẑ_k [C, C] and which classes are known ([C], 1 or 0), from all clients' [count, sums], [C, 1 + C]. A class
-    that only one side (the client or the others) knows takes that side's mean."""
+    """Returns the personalised logits Ẑ_k [C, C], and the known classes ([C], 1 or 0).
+
+    sent: [count, sums] of all clients, [C, 1 + C]. A class that only the client or only the others know takes that side's
+    mean.
+    """
     nothing = torch.zeros_like(next(iter(sent.values())))
     own_CC, own_known_C = _means(sent.get(client, nothing))
     others = torch.stack([nothing, *(array for name, array in sorted(sent.items()) if name != client)])

@@ -41,7 +41,7 @@ def sum_by_subject(rows_BN: Tensor, subject_B: Tensor) -> Tensor:
 
 
 def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Tensor, clip_norm: float) -> Tensor:
-    """Chunks of [b, N], B rows in all, to float64 [N]: each subject's kept rows are summed, clipped as one row, and summed.
+    """Sums each subject's kept rows, clips the sums, and adds them up: chunks [b, N] to float64 [N].
 
     Holds the sums of those subjects only whose last row has not come yet.
 

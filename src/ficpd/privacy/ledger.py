@@ -39,7 +39,7 @@ create table if not exists updates (
 
 
 class Unit(NamedTuple):
-    """What a cost protects one of: `record`, `subject` or `client` (`none`: nothing).
+    """Names the privacy unit of a cost: `record`, `subject` or `client` (`none`: nothing).
 
     max_records_per_subject: records of a subject in a step; None: the unit is no subject.
     """

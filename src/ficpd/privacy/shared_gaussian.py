@@ -153,7 +153,7 @@ class SharedGaussian(record_gaussian.RecordGaussian):
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
         subject_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[K, B, ...] to int64 [K, ...]: this site's term of the sum, in grid steps, its share of the noise included."""
+        """Makes this site's noised term of the sum, in grid steps: [K, B, ...] to int64 [K, ...]."""
         summed, _ = self._clipped_mean_sum(values_KB, grad_scale, subject_B)
         term = self._term(summed / self.clip_norm, self.noise_multiplier, noise)
         return term.view(len(values_KB), *values_KB.shape[2:])

@@ -94,7 +94,7 @@ def demonstrate(
 
 
 def readout_of(batch: Batch) -> Readout:
-    """Returns what an encoded batch of an encoder is read by, on the CPU: its task's label texts, or a learned readout."""
+    """Returns an encoder batch's readout, on the CPU: its task's label texts, or a learned readout."""
     assert batch.readout_CD is not None
     labels = len(batch.readout_CD)
     prior_BC = batch.extra.get(LABEL_PRIOR)
@@ -103,7 +103,7 @@ def readout_of(batch: Batch) -> Readout:
 
 
 def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:
-    """Returns [C, D]: (1 - w) of each class's row plus w of its examples' mean, w = mix · n / (n + 1) for n examples.
+    """Mixes each class's row with the mean of its n examples, weighted w = mix·n/(n+1), to [C, D].
 
     The examples' mean is taken relative to the mean over classes, scaled to the rows' length. Otherwise classes with
     examples would win over those without. A class without examples, or a single class, keeps its row.

@@ -162,7 +162,9 @@ def named_options(record: Record) -> dict[str, str]:
 def _right(record: Record, options: Mapping[str, str]) -> Option:
     """Returns the target's option. Raises `DataError` unless exactly one option matches."""
     target, number = record.fields.get("target"), len(options)
-    target = int(target) if isinstance(target, float) and target.is_integer() else target  # pandas', beside gaps
+    target = (
+        int(target) if isinstance(target, float) and target.is_integer() else target
+    )  # pandas' floats of a column with gaps
     given = str(target).strip() if isinstance(target, (str, int)) and not isinstance(target, bool) else ""
     meant = {i for i, (name, text) in enumerate(options.items())
              if given.upper() in (str(i), name.upper()) or (isinstance(target, str) and given == text)}  # fmt: skip

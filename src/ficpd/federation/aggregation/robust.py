@@ -94,7 +94,7 @@ class RobustAggregator:
         return left.mean(0).float()
 
     def _krum(self, where: str, names: list[str], stacked: Tensor) -> Tensor:
-        """Scores by the sum of squared distances to the n - f - 2 nearest others (section 4 of the paper)."""
+        """Scores by the sum of squared distances to the `n-f-2` nearest others (section 4 of the paper)."""
         rows, kept = stacked.flatten(1), len(names) - self.robust.num_byzantine
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         score = apart.sort(dim=1).values[:, 1 : kept - 1].sum(1)  # skips the distance to itself

@@ -73,8 +73,9 @@ class ServerOptimizer(BaseModel):
 def fedexp_factor(
     mean_PD: Tensor, deltas: Mapping[str, Tensor], weights: Mapping[str, float], noise: float | None
 ) -> float:
-    """Returns the step as a multiple of the mean update: η = max(1, Σ w |δ|² / 2 |Σ w δ|²), with w summing to one.
+    """Returns the step length in units of the mean update.
 
+    η = max(1, Σ w |δ|² / 2 |Σ w δ|²), with w summing to one.
     FedExP: Jhunjhunwala, Wang and Joshi, ICLR 2023, arXiv 2301.09604, equation 9. In place of the paper's ε, η is at most
     its value for orthogonal updates, 1 / 2 Σ w²: a mean near zero is no reliable direction.
 

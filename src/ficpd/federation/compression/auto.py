@@ -1,6 +1,7 @@
-"""Open: a subspace of 64 public directions for a method that adds noise to gradients, the whole prompt for any other.
+"""Chooses the compression of a method if the recipe leaves it open.
 
-Noise grows with the square root of the numbers sent (docs/privacy.md). `choose` decides for each method of a run.
+A method that adds noise to gradients gets a subspace of 64 public directions, any other the whole prompt. Noise grows with
+the square root of the numbers sent (docs/privacy.md).
 """
 
 from typing import Any

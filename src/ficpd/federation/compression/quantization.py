@@ -21,7 +21,9 @@ SCALE = ".scale"
 
 
 def quantise(values: Tensor, bits: Literal[8, 16]) -> tuple[Tensor, Tensor]:
-    """Rounds to integers of the same shape; returns them and their step [1], max |values| / (2^(bits - 1) - 1).
+    """Rounds to integers of the same shape. Returns them and their step [1].
+
+    The step is max |values| / (2^(bits - 1) - 1).
 
     Guarantees: `dequantise` restores each number to within half a step (and the rounding of a float32), zeros exactly.
     A step is at least the smallest normal float32, so arrays of zeros have one.

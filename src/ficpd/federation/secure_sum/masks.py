@@ -92,7 +92,7 @@ def split(secret: bytes, threshold: int, number: int) -> list[bytes]:
 
 
 def combine(shares: Mapping[int, bytes], threshold: int, is_right: Callable[[bytes], bool]) -> bytes | None:
-    """Restores a secret from shares by number, some of which may be wrong; None if no `TRIES` sets of them do.
+    """Restores a secret from numbered shares, some of them wrong. None after `TRIES` sets without success.
 
     Neighbours in a ring come first, because one of these sets leaves out any single wrong share.
     """

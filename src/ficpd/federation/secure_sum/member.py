@@ -148,7 +148,7 @@ class Member:
         return masks.sign(self.identity, consent_statement(self.run, state.number, state.adverts, survivors)).hex()
 
     def reveal(self, round: int, signatures: Mapping[str, str]) -> dict[str, str]:
-        """Returns this client's shares: of the seed of a client that came, of the mask key of one that was lost.
+        """Returns this client's shares: of present clients' seeds, and of lost clients' mask keys.
 
         Raises `PolicyError` unless at least `least` clients signed the list that this client signed.
         """
@@ -214,7 +214,7 @@ def own_key(run: str, round: int, seed: bytes) -> bytes:
 
 
 def pair_key(run: str, round: int, private: X25519PrivateKey, name: str, peer: str, public: bytes) -> bytes:
-    """Derives the key of the mask that two clients share; the first by name adds it, the other takes it off."""
+    """Derives the key of a mask of two clients. The first by name adds it, the other subtracts it."""
     return masks.agreed_key(private, public, "pair mask", run, round, *sorted((name, peer)))
 
 

@@ -215,7 +215,7 @@ class _Messages:
 
 @dataclass(frozen=True)
 class _Unmasking:
-    """What the server knows at the end of a round. senders: clients that sent shares; survivors: vectors."""
+    """The server's values at the end of a round. senders: clients that sent shares; survivors: vectors."""
 
     run: str
     round: int

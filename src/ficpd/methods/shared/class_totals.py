@@ -27,7 +27,7 @@ COUNT_WEIGHT = 0.3
 PENALTIES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """Penalties of the ridge regression, of which generalised cross-validation takes one."""
 CAUTION = 0.5
-"""Share of the scale that fits the totals best: other records score lower than those that a readout was learned from."""
+"""Share of the best scale for the totals. Other records score lower than the training records."""
 DRAWS = 100
 SURE = 2.0
 """Standard errors that the number of records must be above zero by."""
@@ -40,7 +40,7 @@ TINY = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class PublicFeatures:
-    """What a feature is measured by, from synthetic records at the start prompt: no record is needed.
+    """Standardises features by synthetic records at the start prompt.
 
     centre_D: m. scale: c, the longest distance of a synthetic feature from m. covariance_DD: of z.
     """

@@ -110,7 +110,7 @@ def weigh_members(
 def tune_alone(
     training: LocalTrainingConfig, client: ClientContext, assignment: Assignment
 ) -> Generator[Query, Answer, Candidate | None]:
-    """Tunes two prompts from the start on the client's records alone, each on one half, for as many steps as the rounds had.
+    """Tunes two prompts on the client's records alone, each on one half, with the steps of all rounds.
 
     Each is scored on the other half (cross-fitting). None for a client with too few records to halve.
     """

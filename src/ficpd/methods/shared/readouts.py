@@ -76,7 +76,7 @@ def check_features_readout(method: str, tasks: Sequence[Task], backbone: Backbon
 
 
 def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool = True) -> State:
-    """Returns the arrays and facts that a method adds to its initial state; none if no group is read from features.
+    """Returns the readouts of a method's initial state; none if no group is read from features.
 
     gram: whether the Gram matrix is sent; None: without privacy, up to `WIDEST_GRAM` features. texts: whether readouts are
     shrunk towards the label texts. At the client level no totals are gathered: they would fill an update's clip norm.

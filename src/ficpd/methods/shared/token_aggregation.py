@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def aggregate_tokens(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
-    """Aggregates the words [K, N] of K clients, with vectors [K, N, D], to N words in the order of their positions.
+    """Aggregates K clients' words [K, N], with vectors [K, N, D], to N words by position.
 
     Each cluster contributes its word of largest weight. Ours (the paper leaves the length open): with more than N clusters,
     those of largest weight. With fewer, empty positions take their word of largest weight, then any others fill the
