@@ -161,7 +161,7 @@ def test_groups_survive_being_written_down(tmp_path):
 
 def test_what_cannot_be_a_federation_of_groups_is_said(tmp_path):
     text = toml(tmp_path)
-    with pytest.raises(ConfigError, match="'task' stands beside groups"):
+    with pytest.raises(ConfigError, match="'task' stands outside the groups"):
         parse(text + '\n[task]\nname = "classification"\nlabels = { a = "a", b = "b" }\n', "x")
     with pytest.raises(ConfigError, match=r"x: groups.plain.task: unknown key 'label'"):
         parse(text, "x", ["groups.plain.task.label=3"])

@@ -282,7 +282,7 @@ def test_texts_and_their_targets_lie_side_by_side(tmp_path, task):
     message = refused(tmp_path, f"xglue-{task}")
     assert f"xglue.{task}.fr.src.test has 1 lines, xglue.{task}.fr.tgt.test 2" in message
     (tmp_path / f"xglue.{task}.fr.tgt.test").unlink()
-    assert f"there is no xglue.{task}.fr.tgt.test beside it" in refused(tmp_path, f"xglue-{task}")
+    assert f"there is no xglue.{task}.fr.tgt.test in its folder" in refused(tmp_path, f"xglue-{task}")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class ExecutionConfig(NamedTuple):
 
 
 def machine_info(device: torch.device) -> dict[str, str | int]:
-    """What a timing depends on."""
+    """Describes the machine and the packages, on which a timing depends."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     info = Path("/proc/cpuinfo")
@@ -91,7 +91,10 @@ class _Sum(Objective):
 
 
 def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
-    """Least seconds of a training step of 8 rows x 32 tokens, or 8 images, with 10 virtual tokens entering at the bottom."""
+    """Returns the least seconds of a training step.
+
+    The step has 8 rows of 32 tokens, or 8 images, and 10 virtual tokens at layer 0.
+    """
     start = Prompt(backbone.init_prompt("word", 10, 0, 0), backbone.fingerprint)
     text = " ".join(["word"] * TOKENS)
     items = tuple(

@@ -93,7 +93,7 @@ def _kinds(model_type: str) -> set[str]:
 
 @dataclass(frozen=True)
 class PromptDefaults:
-    """Where a prompt enters and how fast it is tuned, unless the experiment says otherwise.
+    """Gives the default layer and learning rate of a prompt.
 
     `learning_rate` is Adam's step in units of the start prompt's root mean square.
     """

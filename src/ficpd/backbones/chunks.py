@@ -17,7 +17,7 @@ UNBATCHED = 1
 
 
 class Shape(NamedTuple):
-    """What rows of one forward pass have in common: padded length, whether none is padded, sequences of each."""
+    """The shape that rows of one forward pass share: padded length, whether none is padded, sequences per row."""
 
     padded: int
     full: bool

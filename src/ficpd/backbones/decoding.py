@@ -20,7 +20,7 @@ Step = Callable[[Tensor | None], Tensor]
 Pick = Callable[[Tensor], Tensor]
 """Takes logits [S, V], gives the chosen tokens [S] on their device."""
 TOKENS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16, "mps": 16}
-"""Tokens after which is asked whether all texts have ended: a GPU has to finish all its work to answer that."""
+"""Tokens between two checks whether all texts have ended. A check waits for all work of a GPU."""
 
 
 def greedy(logits_SV: Tensor) -> Tensor:
@@ -55,7 +55,10 @@ def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
 
 
 def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    """[S]: of each row, the token at this place (0 to 1) of the likeliest `TOP_P` of the probability, likeliest first."""
+    """Samples a token of each row, [S], from the likeliest `TOP_P` of its probability.
+
+    uniform_S: places from 0 to 1 in that share, the likeliest token first.
+    """
     sorted_SV, ids_SV = logits_SV.float().softmax(-1).sort(dim=-1, descending=True)
     below_SV = sorted_SV.cumsum(-1) - sorted_SV
     kept_SV = sorted_SV * (below_SV < TOP_P)

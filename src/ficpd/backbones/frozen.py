@@ -177,7 +177,9 @@ class FrozenModel(Guarded):
         weight_D = torch.linspace(-1, 1, states_STD.shape[-1], device=self.device)  # a norm's plain sum is constant
         for row, expected in enumerate(alone):
             differs = difference(states_STD[row, : len(expected)], expected)
-            self.require(differs, "a row's embeddings beside another row's give other states than its ids alone")
+            self.require(
+                differs, "a row's embeddings in a batch with another row's give other states than its ids alone"
+            )
             self.require_own_gradient(states_STD[row, len(expected) - 1].float() @ weight_D, leaf, row)
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class ReachedError(Exception):
 
 
 class _Shared:
-    """What all guards of a model read. It knows no module, so that a model that nobody needs is freed at once."""
+    """The values that all guards of a model read. It holds no module, so an unused model is freed at once."""
 
     def __init__(self):
         self.local, self.checkpointed = threading.local(), False
@@ -125,7 +125,7 @@ class Guarded(ABC):
             self._shared.local.action = None
 
     def guard(self, module: nn.Module, place: int) -> None:
-        """Lets a module ask for the action of its thread. accelerate sets a module's `forward` beside its class's."""
+        """Lets a module ask for the action of its thread. accelerate sets `forward` on the module too."""
         outer = module.__dict__.pop("forward", None)
         module.__class__ = _guarded(type(module))
         module._guard = _Guard(place, self._shared, outer)  # type: ignore[assignment]
@@ -155,7 +155,7 @@ class Guarded(ABC):
 
     @abstractmethod
     def differs(self, layer: int) -> str:
-        """Why states that are captured at a layer and put back do not give the model's own; "" where they do."""
+        """Returns why states taken out at a layer and put back change the output; "" if they do not."""
 
     def guard_blocks(self, blocks: Sequence[nn.Module], first: Any) -> None:
         """Guards the blocks. first: the output of the first block in a forward."""
@@ -219,7 +219,7 @@ class Guarded(ABC):
 
 
 def watch(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[nn.Module, Any, Any]]]:
-    """The output of a forward, and of each call of a module in it: the module, its states' shape and its output."""
+    """Runs a forward. Returns its output and each module call: module, shape of its states, output."""
     calls: list[tuple[nn.Module, Any, Any]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -238,7 +238,7 @@ def watch(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[nn
 def find_blocks(
     body: nn.Module, calls: Sequence[tuple[nn.Module, Any, Any]], width: int
 ) -> tuple[list[nn.Module], Any]:
-    """The longest list of modules that are each called once, in order, on states [S, T, width]; the first one's output."""
+    """Returns the longest list of modules called once, in order, on states [S, T, width], and the first one's output."""
     found: list[nn.Module] = []
     for part in body.modules():
         if isinstance(part, nn.ModuleList) and len(part) > len(found):

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 
 class LanguageHead:
-    """scale: logits are features times `scale` times the rows of the output embedding; None where they are not, as with a
-    soft cap or a bias.
-    norm: mean length of the rows."""
+    """The head that turns features into logits of the vocabulary.
+
+    scale: logits are features times `scale` times the rows of the output embedding; None with a soft cap or a bias.
+    norm: mean length of the rows.
+    """
 
     def __init__(self, model: Any, features_TD: Tensor, logits: Mapping[int, Tensor], tolerance: float):
         """Compares logits [T, V] of these features times each factor with products: 100 shows caps, 0 shows biases."""

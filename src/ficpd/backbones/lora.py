@@ -25,11 +25,11 @@ SCALE = 2.0
 
 TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
 FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj")
-"""Names that are looked for where a model has none of `TARGETS`; the fused ones hold queries, keys and values at once."""
+"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once."""
 
 
 class Adapters:
-    """Where a model's weights can be changed: its linear modules that bear one of the names in `TARGETS`, in its order."""
+    """The linear modules of a model that LoRA changes: those named in `TARGETS`, in the model's order."""
 
     def __init__(self, model: nn.Module, width: int):
         found = [
@@ -41,7 +41,7 @@ class Adapters:
         self.per_rank = sum(sum(_sizes(module)) for module in self.modules.values())
 
     def parameters(self, rank: int) -> int:
-        """How many numbers A and B have together, as PEFT counts them: those of the rows without the zeros at their end."""
+        """Counts the numbers of A and B together, as PEFT does: without the zeros at the end of rows."""
         return rank * self.per_rank
 
     def start(self, rank: int, seed: int) -> Tensor:
@@ -117,8 +117,10 @@ def lora_of(backbone: Backbone) -> Adapters:
 
 @contextmanager
 def prompt_or_lora(backbone: Backbone, rows_SPD: Tensor, layer: int) -> Iterator[tuple[Tensor, int]]:
-    """The virtual tokens of each sequence and the layer they enter at: of LoRA weights none, at the input, and meanwhile the
-    backbone runs with them."""
+    """Yields the virtual tokens of each sequence and their layer. LoRA weights have none.
+
+    With LoRA weights the layer is 0, and the backbone runs with them meanwhile.
+    """
     if layer != LORA:
         yield rows_SPD, layer
         return

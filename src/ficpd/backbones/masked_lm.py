@@ -24,7 +24,7 @@ from ficpd.errors import BackboneError
 from ficpd.types import EncodedInput, ModelOutput
 
 MASK = "[MASK]"
-"""Where the answer stands in an instruction, whatever a tokeniser calls its mask; without one it stands at the end."""
+"""The place of the answer in an instruction, for any tokeniser. Without it the answer stands at the end."""
 
 
 class Config(LoadingConfig):
@@ -121,8 +121,10 @@ class MaskedLM(TextModel):
         return EncodedInput(torch.tensor(ids + tail), len(ids), len(tail))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D]: each answer's row of the language head and its bias; None if one has several tokens, or the head is
-        more than rows and a bias."""
+        """Returns each answer's row of the language head, [C, D].
+
+        None if an answer has several tokens, or the head is more than rows and a bias.
+        """
         ids = [self._answer(answer) for answer in answers]
         for place, answer in enumerate(answers):
             if not set(self.tokenizer.all_special_ids).isdisjoint(ids[place]):
@@ -149,7 +151,7 @@ class MaskedLM(TextModel):
         return f"{instruction} {mask * masks}" if len(parts) < 2 else parts[0] + mask * masks + parts[1]
 
     def _plain(self, text: str) -> list[int]:
-        """A text's own tokens: a mask or separator written in it is nobody's to answer, and dropped."""
+        """Returns a text's tokens. Drops masks and separators that are written in the text."""
         return [i for i in self._ids(text) if i not in self._unread]
 
     def _answer(self, answer: str) -> list[int]:
@@ -207,7 +209,7 @@ class MaskedLM(TextModel):
         return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
 
     def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
-        """What BERT adds to the words of a second segment is added here; a prompt is of the first."""
+        """Adds BERT's embedding of the second segment to its words. A prompt is of the first segment."""
         rows, kinds = super()._word_vectors(items), self._segments
         if len(kinds) < 2:
             return rows

@@ -17,7 +17,7 @@ from ficpd.types import padded_length
 LENGTHS = 8, 16, 24
 """Virtual tokens of the three forwards."""
 WORK = 1.5
-"""Memory of a block while it works, as a multiple of what it keeps: its backward has a gradient for each kept number."""
+"""Memory of a block at work, per kept number: its backward has a gradient for each of them."""
 LOGITS = 4
 """float32 numbers of a logit with its loss: the logit, its probability and their gradients."""
 SCORED = 0.25
@@ -31,7 +31,7 @@ FULL_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 2048}
 """Positions that fill a device. Blocks are computed again in the backward where memory holds fewer."""
 FEWEST_TOKENS = 64
 ROUGH = 64, 8
-"""Numbers of float32 that a block keeps of a position, by width and by position of its row: more than any known."""
+"""An upper estimate of a block's kept numbers per position: by width, and by position of its row."""
 
 
 class Footprint(NamedTuple):
@@ -54,7 +54,7 @@ class Footprint(NamedTuple):
     def forward_bytes(
         self, rows: int, length: int, enters_at: int = 0, grad: bool = True, checkpointed: bool = False, scored: int = 0
     ) -> float:
-        """Returns the bytes of a forward and its backward, beside the weights. scored: positions of a row with logits."""
+        """Returns the bytes of a forward and its backward, without the weights. scored: positions of a row with logits."""
         kept = rows * (length * self.position + length**2 * self.pair)
         block = kept / max(self.blocks, 1)
         above = (self.blocks - enters_at) / self.blocks if self.blocks else 1.0

@@ -87,8 +87,11 @@ def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, dev
 
 
 def options_from_card(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A library's options, with the address from `FICPD_ENDPOINT`, if that is set. Raises `LibraryError` for an address on
-    another machine that its user has not set: whoever made a library shall not choose where others' texts and keys go."""
+    """Returns a library's options, with the address from `FICPD_ENDPOINT` if that is set.
+
+    Raises `LibraryError` for an address on another machine that its user has not set: the maker of a library must not
+    choose where its users' texts and keys go.
+    """
     url = os.environ.get(ENDPOINT_ENV) or str(options.get("url"))
     if ENDPOINT_ENV not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
         raise LibraryError(
@@ -117,7 +120,7 @@ class TextVocabulary(TokenizerVocabulary):
 
 @dataclass(frozen=True)
 class PromptedQuestion:
-    """What stands before an answer, without the prompt, and the answer that is asked about, if one is."""
+    """The text before an answer, without the prompt, and the answer to score, if there is one."""
 
     before: str
     answer: str | None
@@ -141,7 +144,7 @@ class Endpoint(Backbone):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """`text`, `pair` and `instruction` on a line each; the text is cut first, a pair only down to half of the space."""
+        """Puts text, pair and instruction on a line each. Cuts the text first, a pair to half of the space."""
         frame = len(instruction.split()) + len((answer or "").split())
         space = self.max_tokens - room - frame
         if space < 1:
@@ -182,7 +185,7 @@ class Endpoint(Backbone):
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """Of scored items the score; there are no features (zeros). Raises `BackboneError` for a soft prompt."""
+        """Returns the scores of scored items; features are zeros. Raises `BackboneError` for a soft prompt."""
         fronts, none = self._fronts(prompts_SPD), torch.zeros(len(items), 1)
         scored = [place for place, item in enumerate(items) if item.scored]
         if not scored:

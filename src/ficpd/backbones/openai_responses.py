@@ -30,7 +30,7 @@ class Completion(BaseModel):
 
 
 Tokens = tuple[list[int], list[float]]
-"""Where each token begins, and its log-likelihood; of the first one, which stands behind nothing, 0."""
+"""The place of each token and its log-likelihood, which is 0 for the first."""
 
 
 def choices(said: Any, number: int) -> list[Choice]:
@@ -54,7 +54,7 @@ def text_of(choice: Choice, chat: bool) -> str:
 
 
 def tokens_of(choice: Choice, sent: str) -> Tokens:
-    """Of a text that was sent with `echo` and `logprobs`. Raises `ValueError` if they do not cover it."""
+    """Reads the tokens of a text sent with `echo` and `logprobs`. Raises `ValueError` if they do not cover it."""
     told = choice.logprobs
     if told is None:
         raise ValueError("logprobs")
@@ -70,8 +70,9 @@ def tokens_of(choice: Choice, sent: str) -> Tokens:
 
 
 def span_logprob(tokens: Tokens, first: int, last: int) -> float:
-    """The mean log-likelihood of the tokens of letters [first, last) of their text, from the one that letter `first` is in.
-    A token's end is not told: a blank behind it may be nobody's.
+    """Returns the mean log-likelihood of the tokens of letters [first, last) of a text.
+
+    The first token is that of letter `first`. A reply gives no ends of tokens, so a blank behind one may belong to none.
 
     >>> span_logprob(([0, 3, 8, 12], [0.0, -1.0, -2.0, -9.0]), 4, 12)
     -1.5

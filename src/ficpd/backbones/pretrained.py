@@ -166,7 +166,7 @@ class TextModel(Tokenised):
     causal = False
 
     def __init__(self, max_tokens: int, model: Any, tokenizer: Any, identity: str, name: str):
-        """identity: names the weights and the files beside them (`LoadingConfig.identity`)."""
+        """identity: names the weights and their folder's other files (`LoadingConfig.identity`)."""
         self.fingerprint = f"{self.kind}:{identity}"
         self.frozen = FrozenModel(self.layered(model), name, self.causal, self.fingerprint)
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name

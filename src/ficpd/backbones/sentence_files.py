@@ -1,4 +1,4 @@
-"""What the files of a sentence-transformers folder ask for: pooling, dense layers, prompts, the longest text.
+"""Reads the files of a sentence-transformers folder: pooling, dense layers, prompts, the longest text.
 
 https://sbert.net/docs/sentence_transformer/usage/custom_models.html describes the files.
 """

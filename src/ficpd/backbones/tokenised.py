@@ -1,4 +1,4 @@
-"""What all backbones with a tokeniser share: their vocabulary, and the share of words that it does not know."""
+"""Shares the code of backbones with a tokeniser: the vocabulary, and the share of unknown words."""
 
 import warnings
 from collections.abc import Mapping, Sequence

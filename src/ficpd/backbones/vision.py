@@ -34,17 +34,19 @@ from ficpd.interfaces import Backbone
 from ficpd.types import EncodedInput, ModelOutput
 
 SCALE = 40.0
-"""What cosines of features without a text half are multiplied by. DINOv2's are close together: on MNIST class means have a
-loss of 1.40 with it and of 1.61 with the encoders' 20, and 75 steps end at 84.3 % where 20 ends at 79.0 % (one seed)."""
+"""The factor of cosines of features without a text half. DINOv2's cosines are closer together than an encoder's."""
 MOST = 1024
 """Virtual tokens, at most; nothing in the model bounds them."""
 SIDE = 256
-"""Pixels of a made-up image's side."""
+"""Pixels of a synthetic image's side."""
 
 
 class Config(LoadingConfig):
-    """`image_size`: pixels of the square that images are brought to, a multiple of the patch size; None: as the model's own
-    image processor does it. Smaller is faster; positions are interpolated as the model does."""
+    """Sets how images are resized.
+
+    image_size: pixels of the square's side, a multiple of the patch size; None: as the model's image processor does.
+        Smaller is faster; positions are interpolated as the model does.
+    """
 
     image_size: int | None = Field(default=None, ge=1)
 
@@ -61,7 +63,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
 @dataclass(frozen=True)
 class RandomImage:
-    """A made-up image: a smooth field of colours, coarse or fine, drawn from a seed."""
+    """Draws a synthetic image from a seed: a smooth field of colours, coarse or fine."""
 
     seed: int
 
@@ -199,7 +201,7 @@ class Vision(Backbone):
         )
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
-        """[C, D] of the texts `instruction answer`, such as "a photo of a cat"; only CLIP and SigLIP have a text half."""
+        """Embeds the texts `instruction answer`, [C, D]. Only CLIP and SigLIP have a text half."""
         if not self.has_text_encoder:
             raise BackboneError(
                 f"{self.name} knows no words to score answers by: set task.tuned_head = true, and prompt.head_examples to a "
@@ -230,8 +232,7 @@ class Vision(Backbone):
     # ------------------------------------------------------------ starts
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """Patches of made-up images, as they are at the layer. The text says nothing here: what a vision transformer has
-        within is no words, with a text half beside it or without."""
+        """Returns patches of synthetic images at the layer. The text is not used: states are not words here."""
         items = [EncodedInput(image, self.length) for image in self.synthetic_inputs(8, seed)]
         states_TD = (
             torch.cat([states[self.frozen.prefix :] for states in self.encode_prefix(items, enters_at)]).float().cpu()
@@ -278,8 +279,10 @@ def _room_for_prompt(module: Any, args: Any, kwargs: Any, bias_1HTT: Tensor) -> 
 
 
 def _sizes(processor: Any, wanted: int | None, patch: int, name: str) -> tuple[int, dict[str, Any]]:
-    """The side of the square that the model sees, and what the image processor is told so that it makes one: where it cuts
-    the middle out of a larger image, it goes on to cut out the same part."""
+    """Returns the side of the model's input, and the image processor's sizes for it.
+
+    A processor that cuts out the middle of a larger image keeps the same share.
+    """
     cuts = bool(getattr(processor, "do_center_crop", False))
     whole = dict(processor.size)
     cut = dict(processor.crop_size) if cuts else whole

@@ -14,7 +14,7 @@ from ficpd.errors import BackboneError
 from ficpd.interfaces import Vocabulary
 
 Likely = Callable[[Sequence[int], int], Tensor]
-"""Of token ids and a place among them: a logit for each token of the vocabulary [V], were the place empty."""
+"""Maps token ids and a place among them to logits [V] of the tokens that could stand there."""
 
 
 class TokenizerVocabulary:
@@ -71,8 +71,11 @@ def validate_ids(ids: Tensor, size: int) -> Tensor:
 
 
 def token_prompt(words: Vocabulary | None, name: str, text: str | None, num_tokens: int, seed: int) -> Tensor:
-    """[num_tokens, 1], int64: the tokens of a text, from its beginning again where they are too few; None: words drawn by
-    the seed. Raises `BackboneError` for a text without tokens, or where there are no words (`name`: whose)."""
+    """Makes a prompt of token ids, [num_tokens, 1] int64, from a text.
+
+    A short text is repeated. Without a text (None) words are drawn by the seed. Raises `BackboneError` for a text without
+    tokens, or if backbone `name` has no words.
+    """
     if words is None:
         raise BackboneError(f"{name} knows no words for a prompt to be made of; use a backbone that reads texts")
     ids = words.proposals([-1], 0, num_tokens, seed) if text is None else words.ids(text)

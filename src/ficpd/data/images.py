@@ -1,4 +1,4 @@
-"""Images where they lie: beside a table, in a folder for each label, or in a column of a Parquet file.
+"""Reads images: of a table's paths, of a folder for each label, or of a Parquet column.
 
 Only the place of an image is kept. Its header is looked at when the data are read, so that a missing or foreign file
 costs no run; pixels are decoded where a backbone looks at them, and one that is damaged further in is an error only then.
@@ -20,7 +20,7 @@ from ficpd.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 KEEP_BYTES = 256 << 20
-"""Of encoded images out of Parquet files: so much is held in memory, or one row group, if that is larger."""
+"""Bytes of encoded Parquet images that stay in memory, or one row group if that is larger."""
 Place = Path | bytes | Callable[[], Any]
 
 
@@ -192,7 +192,7 @@ _groups = _Groups(KEEP_BYTES)
 
 
 def hub_images(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[str, LazyImage]]:
-    """Of the n-th row (from 1) of a hub's data set: its images, which stay where the data set lies."""
+    """Returns a function from a row number (from 1) to the images of a hub's data set."""
     from datasets import Image as Feature
 
     for column in columns:

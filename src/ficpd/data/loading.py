@@ -31,7 +31,7 @@ SUBJECT = "subject"
 
 
 class Config(FrozenConfig):
-    """Where the records are and which column plays which role.
+    """Sets the source of the records and the role of each column.
 
     source: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`);
         "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value.
@@ -180,7 +180,7 @@ def _checked_rows(config: Config) -> list[Row]:
     dev = [row for row in rows if row.split == "dropped"]
     if config.dev_as_train and not dev:
         raise DataError(
-            f"{config.source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file beside "
+            f"{config.source}: dev_as_train, and no row is of a dev split; expected one in split_column, a dev file with "
             "train and test, or the hub's validation split"
         )
     if config.dev_as_train:
@@ -284,9 +284,11 @@ KINDS = {str: "text", UntypedStr: "text", int: "a number", float: "a number", bo
 
 
 def _check_targets(rows: list[Row], column: str) -> None:
-    """Text, numbers or truth values, but of one kind throughout; whole numbers among others become real ones. What a file
-    without types spells stays text, for a label may be 007, unless a file beside it holds numbers; a task of numbers reads
-    them off it (`spelled`)."""
+    """Checks that targets are of one kind: text, numbers or truth values. Whole numbers among others become real ones.
+
+    Targets of a file without types stay text, because a label may be 007, unless another file holds numbers. A task of
+    numbers parses them (`spelled`).
+    """
     if any(type(row.fields["target"]) in (int, float) for row in rows):
         for row in rows:
             row.fields["target"] = parse_number(row.fields["target"])

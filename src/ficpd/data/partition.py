@@ -229,8 +229,10 @@ def _most_common(labels: Sequence[str]) -> str:
 
 
 def _labels(config: Config, data: ClientData, target: str) -> dict[str, list[str]]:
-    """What the skew goes by: the target as text, the quantile bin of a real number, or (iid) one label for all. Targets of
-    a file without types are numbers if all of them spell one."""
+    """Returns the labels that the skew goes by: the target, its quantile bin, or (iid) one label.
+
+    Targets of a file without types are numbers if all of them spell one.
+    """
     sides = {"train": data.train, "test": data.test}
     if config.kind == "iid":
         return {side: [""] * len(records) for side, records in sides.items()}

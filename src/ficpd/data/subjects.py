@@ -19,7 +19,7 @@ class UnitCounts(NamedTuple):
 
     @property
     def units(self) -> int:
-        """What a record-level mechanism samples: subjects where there are some, else records."""
+        """Counts the units that a record-level mechanism samples: subjects if named, else records."""
         return self.records if self.subjects is None else self.subjects
 
 

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 class ReadOptions(NamedTuple):
-    """What is read of files, and how.
+    """Sets which columns of files are read, and how.
 
     columns: those that are converted; None: all.
     images: the column of images, whose bytes in a Parquet file are not read.
@@ -70,7 +70,7 @@ def table_paths(folder: Path) -> list[Path]:
 
 def _folder(folder: Path, options: ReadOptions) -> list[Table]:
     paths = table_paths(folder)
-    # beside tables JSON is about them
+    # in a folder with tables, JSON files describe them
     paths = [p for p in paths if _plain(p).suffix.lower() != ".json"] or paths
     if not paths:
         raise DataError(f"folder {folder} holds no file ending in {', '.join(READERS)}; name another folder or a file")
@@ -269,7 +269,7 @@ def _values(path: Path, name: str, column: Any, classes: list[str] | None) -> li
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:
-    """By column: the names of its class numbers, as `datasets` writes them beside an Arrow schema."""
+    """Returns the names of class numbers by column, as `datasets` writes them for Arrow."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}

@@ -1,4 +1,4 @@
-"""Targets as they are spelled: text of files without types (CSV) that is a number, and labels that are no text."""
+"""Reads spelled targets: numbers in files without types (CSV), and labels that are not text."""
 
 import math
 import re
@@ -33,8 +33,9 @@ def parse_number(target: Any) -> Any:
 
 
 def label_spellings(target: Any) -> list[str]:
-    """The labels that a target may stand for, the most literal first: as text, without blanks around it, a truth value in
-    small letters and large, and a whole number without its decimal point.
+    """Lists the labels that a target may mean, the most literal first.
+
+    These are the text, without blanks around it, both spellings of a truth value, and a whole number without its point.
 
     >>> label_spellings(" pos"), label_spellings(True), label_spellings(1.0)
     ([' pos', 'pos'], ['True', 'true'], ['1.0', '1'])
