@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 
 
 def server_main(grid: "Grid", context: "Context") -> None:
-    """What Flower's server process runs. Settings: `recipe` (TOML text), `recipe-name`, `out`, `resume`."""
+    """Runs a federation in Flower's server process. Settings: `recipe` (TOML), `recipe-name`, `out`, `resume`."""
     from ficpd.deployment.flower_engine import Config, Flower
 
     given = context.run_config
@@ -111,7 +111,10 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
 
 
 class Sites(Clients):
-    """Real sites: they get a run spec, keep their records and their state, and share scores where their policy allows it."""
+    """The clients of a real run: sites with a run spec, which keep records and state.
+
+    They share scores if their policy allows it.
+    """
 
     def __init__(self, engine: "Flower", recipe: tuple[str, str], say: Say):
         self.engine, self.recipe, self.say = engine, recipe, say

@@ -60,7 +60,7 @@ class RunSpec:
         return method
 
     def tasks(self, own: Sequence[Task]) -> Sequence[Task]:
-        """Returns the tasks that the method is adapted to: a site's own, or all where every site plans the same noise."""
+        """Returns the method's tasks: a site's own, or all if every site plans the same noise."""
         groups = self.experiment.all_groups.values()
         return [build_task(one.task) for one in groups] if self.experiment.privacy["name"] == SHARED else own
 
@@ -139,7 +139,7 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _checked_names(names: Any) -> list[str]:
-    """Returns the clients' names. Clients that nobody has would dilute the sampling rate, and so the price of a sum."""
+    """Returns the clients' names. Invented clients would dilute the sampling rate, and so the cost of a sum."""
     named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not named or not 1 <= len(names) <= MAX_CLIENTS or len(set(names)) < len(names):
         given = f"{len(names)} names" if isinstance(names, list) else repr(names)
@@ -148,7 +148,7 @@ def _checked_names(names: Any) -> list[str]:
 
 
 def _checked_schedule(facts: Any, clients: int) -> RoundSchedule:
-    """Returns the schedule. Every number of it goes into a price, so each is checked."""
+    """Returns the schedule. Every number of it is part of a cost, so each is checked."""
     schedule = RoundSchedule(**facts)
     expected = {
         "num_rounds": (int, 1, MAX_NUMBER),

@@ -293,7 +293,7 @@ def planted_bound(
 
 
 def _for_a_record(privacy: PrivacyReport) -> tuple[float | None, float]:
-    """What a run's privacy block promises of one record put in or not: ε (None: nothing) and δ."""
+    """Returns the stated guarantee for one record added or removed: ε (None: nothing) and δ."""
     epsilon, delta = privacy.epsilon, privacy.delta
     if epsilon is None or delta is None:
         return None, DELTA

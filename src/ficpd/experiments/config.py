@@ -24,7 +24,7 @@ from ficpd.registry import FrozenConfig, load, search_in, validate, validated_se
 
 QUICKSTART = "quickstart"
 STANDARD_BASELINES = ("local", "linear_probe")
-"""What a client has without the others."""
+"""Methods that a client can run alone."""
 
 
 class PromptConfig(FrozenConfig):
@@ -216,7 +216,7 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
     if groups and not isinstance(groups, Mapping):
         raise ConfigError(f"{where}: groups = {groups!r}: a table is expected: write [groups.NAME]")
     if groups and own:
-        raise ConfigError(f"{where}: {own[0]!r} stands beside groups. Move it into each group that it is for")
+        raise ConfigError(f"{where}: {own[0]!r} stands outside the groups. Move it into each group that it is for")
     if groups:
         parts["groups"] = {name: _group(group, f"{where}: groups.{name}", records) for name, group in groups.items()}
     elif missing := [key for key in Group.model_fields if key not in tree and (records or key == "task")]:

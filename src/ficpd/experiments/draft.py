@@ -302,7 +302,7 @@ def _labels(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None)
         yield f"labels with fewer than {FEW_OF_A_LABEL} records: {_listed(rare)}"
     (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
     if largest > UNBALANCED * smallest:
-        yield f"labels are unbalanced: {most!r} has {largest} records, {least!r} {smallest}. Look at f1 beside accuracy"
+        yield f"labels are unbalanced: {most!r} has {largest} records, {least!r} {smallest}. Look at f1 as well as accuracy"
     alike: dict[str, list[str]] = {}
     for label in counts:
         alike.setdefault(_words(label).casefold(), []).append(label)

@@ -1,8 +1,7 @@
 """Estimates the memory and the time of an experiment before it runs.
 
-Two rounds and the end of each method are run with all their code and made-up answers in the place of the backbone's
-(`PlanningEngine`). What that takes is measured; the questions that the backbone would have been asked are counted, and a
-few of them are asked and timed.
+Two rounds and the end of each method run with synthetic answers in the place of the backbone's (`PlanningEngine`), and are
+measured. The queries are counted. A few of them are answered by the backbone and timed.
 """
 
 import itertools
@@ -36,7 +35,7 @@ TIMED_CHUNKS = 4
 
 
 class Kind(NamedTuple):
-    """What decides the seconds of a position. size: bits of the number of positions that are asked for at once."""
+    """The facts that decide the seconds of a position. size: bits of the number of positions of a query."""
 
     enters_at: int
     virtual: int
@@ -59,7 +58,7 @@ class Work:
 
 
 class PlanningEngine(QueryEngine):
-    """Answers with made-up numbers of the right shapes; counts positions and keeps one question of each kind."""
+    """Answers with synthetic numbers; counts positions and keeps one query of each kind."""
 
     def __init__(self, real: QueryEngine):
         super().__init__(real.backbone, 0, real.chunk_tokens)
@@ -75,7 +74,7 @@ class PlanningEngine(QueryEngine):
         self.work.seconds = time.perf_counter() - began
 
     def grow(self, records: int, rounds: int, planned: int) -> None:
-        """Notes how many records all rounds will have read, if as many new ones are drawn in each as in these."""
+        """Extrapolates the records read to all rounds, at the number of new ones in these rounds."""
         share = min(len(self.items) / max(records, 1), 1.0)
         self.trained = max(
             self.trained, int(records * (1 - (1 - share) ** (planned / max(rounds, 1)))) - len(self.items)
@@ -186,7 +185,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What the device has to hold; on a CPU that is everything."""
+        """Sums the memory on the device; on a CPU that is everything."""
         here = self.program + self.clients if self.device == "cpu" else 0
         return self.weights + self.forward + self.kept + here
 

@@ -35,7 +35,7 @@ def _finished(run: Path) -> RunResult:
         raise RunError(f"what {run} released carries no guarantee. Set [privacy], or copy the library yourself")
     if privacy.noise == "simulated" or privacy.rehearsed:
         raise RunError(
-            f"the noise of {run} comes from a seed, and whoever guesses it takes the noise off. Run again with "
+            f"the noise of {run} comes from a seed, and a correct guess of the seed removes the noise. Run again with "
             "privacy.noise = 'cryptographic'"
         )
     return result

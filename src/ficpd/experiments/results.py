@@ -90,7 +90,7 @@ class Bytes(FrozenModel):
 
 
 class Seconds(FrozenModel):
-    """Wall time."""
+    """Seconds of wall time."""
 
     train: float
     aggregate: float

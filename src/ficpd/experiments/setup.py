@@ -26,7 +26,8 @@ from ficpd.tasks import synthetic_records
 from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, Query, State, zero_update
 
 SITE_PRIVATE_FIELDS = {"noise_multiplier", "site_that_spent_most", "epsilon_of_sites", "lines"}
-"""Fields of the privacy report that a library leaves out, because a site's sampling rate and noise reveal its record count.
+"""Fields of the privacy report that a library leaves out. They reveal a site's record count.
+
 An exact epsilon does too (`_public_privacy`)."""
 PUBLIC_RECORDS = 256
 """Synthetic records that the centre and scale of features are measured on."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line imports this module, and has to start at o
 Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
 FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
 LONGEST, TAKEN = 500, r"[^\w\-. /]"
-"""What MLflow takes: characters of a parameter's value, and (all others are replaced) of a name."""
+"""MLflow's limits: the length of a parameter's value, and the characters that a name may not have."""
 
 Writer = tuple[Callable[[str, float, int], Any], Callable[[], Any]]
 """Sends one figure (tag, value, round), and ends the run at the tracker."""

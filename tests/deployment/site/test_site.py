@@ -248,7 +248,7 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
 
 
 def test_a_site_whose_records_do_not_fit_beside_a_prompt_does_not_open(noised, tmp_path):
-    with pytest.raises(SiteError, match=r"fits beside a prompt of 64 virtual tokens.*max_num_tokens"):
+    with pytest.raises(SiteError, match=r"fits with a prompt of 64 virtual tokens.*max_num_tokens"):
         site(noised, "site-0", tmp_path, max_num_tokens=64)
     assert not (tmp_path / "site-0").exists()
 

@@ -72,7 +72,7 @@ def rehearsal_warning(names: Iterable[str]) -> str:
     """Says that the noise of these sites can be taken off."""
     return (
         f"REHEARSAL, nothing is protected: the noise of {', '.join(names)} comes from [simulation] private_seed in its site "
-        "file, and whoever knows the seed can take it off"
+        "file, and the seed is enough to remove it"
     )
 
 
@@ -168,7 +168,7 @@ def check_rehearsal(config: SiteConfig, file: Path, rehearsal: bool) -> None:
     """Raises `SiteError` for a site file with a private seed, unless this is a rehearsal."""
     if config.simulation and not rehearsal:
         raise SiteError(
-            f"{file.name}: whoever knows [simulation] private_seed can take the noise off. Delete [simulation]; for a trial "
+            f"{file.name}: [simulation] private_seed is enough to remove the noise. Delete [simulation]; for a trial "
             "without real records add --rehearsal"
         )
 

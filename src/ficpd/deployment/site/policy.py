@@ -45,7 +45,7 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
             "policy.mechanisms",
             "sites release updates only",
         )
-    # Another delta, or no epsilon, would make the price, and so a refusal, depend on the number of records.
+    # Another delta, or no epsilon, would make the cost, and so a refusal, depend on the number of records.
     delta, epsilon = experiment.privacy.get("delta"), experiment.privacy.get("epsilon")
     if mechanism != "none" and delta != policy.delta:
         yield "privacy.delta", f"privacy.delta = {delta!r}", "policy.delta", f"policy.delta = {policy.delta:g}"
@@ -126,7 +126,7 @@ def check_record_lengths(config: SiteConfig, shard: ClientData, task: Task, back
             task.encode(records, backbone, longest)
     except BackboneError as error:
         raise SiteError(
-            f"not every record of {config.name} fits beside a prompt of {tokens} virtual tokens: {error} Or lower "
+            f"not every record of {config.name} fits with a prompt of {tokens} virtual tokens: {error} Or lower "
             "policy.max_num_tokens"
         ) from error
 

@@ -49,16 +49,16 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1, re
         yield f"backbone  {config.backbone.name}: {backbone.fingerprint}"
         policy.check_record_lengths(config, shard, task, backbone)
         most = policy.max_virtual_tokens(config, backbone)
-        yield f"prompts   of at most {most} virtual tokens; every record fits beside them"
-    card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "nothing beside the name"
-    yield f"leaves    the card, to whoever coordinates: {config.name!r}; {card}"
+        yield f"prompts   of at most {most} virtual tokens; every record fits with them"
+    card = ", ".join(f"{key} = {value}" for key, value in config.card.items()) or "the name alone"
+    yield f"leaves    the card, to the coordinator: {config.name!r}; {card}"
     allowed = config.policy.mechanisms
     noise = "NOT PROTECTED where a recipe asks for none" if "none" in allowed else f"noised by {' or '.join(allowed)}"
     yield f"leaves    once a round, an update: {noise}"
     scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
     yield f"leaves    scores on the test records: {scores}"
     yield "stays     records, personal prompts, the ledger, every error that may quote a record"
-    yield "roughly   told by the noise, which is larger the fewer there are: how many records you have"
+    yield "roughly   known from the noise, which is larger the fewer there are: how many records you have"
     spent = site_status(file, counts)["epsilon"]
     unit = f" for one {spent['unit']}" if spent["unit"] else ""
     yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent{unit} over all runs (delta {spent['delta']:g})"

@@ -1,4 +1,4 @@
-"""The long-lived keys of a site in secure sums: its own, and the public ones of all sites (`ficpd deploy init`)."""
+"""Reads a site's signing keys for secure sums: its own, and all sites' public ones (`ficpd deploy init`)."""
 
 from pathlib import Path
 

@@ -197,7 +197,7 @@ class Site:
     def _run(self, call: SiteRequest, assignment: Assignment) -> Run:
         """Returns the run of a call: from memory, restored from disk, or new and within the policy.
 
-        A new run's first assignment is checked before its price, which depends on the number of records.
+        A new run's first assignment is checked before its cost, which depends on the number of records.
         """
         if call.run in self.runs:
             return self.runs[call.run]

@@ -1,1 +1,1 @@
-"""What an attacker learns about a record from what was released, measured: the promise of `privacy`, checked."""
+"""Attacks the releases of a run and measures the leak about a record: a check of `privacy`."""

@@ -44,9 +44,9 @@ HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far above any clip norm, and the others', of alternating sign."""
 CANARY = "canary"
 MOST_RECORDS = 64
-"""Of a canary that is a subject."""
+"""Records of a canary that is a subject."""
 AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SUM: 16_000}
-"""The maximum number of releases of a kind in all trials of one setting, which limits an audit to a minute or two."""
+"""The maximum number of releases of a kind in all trials of one setting. It bounds the time of an audit."""
 Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
 """A trial, with or without the canary: its score, and the costs in its ledger."""
 Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
@@ -56,7 +56,7 @@ Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
 def lower_bound(
     client: Client, plan: ClientWorkload, trials: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> LowerBound:
-    """Returns a lower bound on the epsilon of a client's run of this plan, beside the epsilon that its ledger states.
+    """Returns a lower bound on the epsilon of a client's planned run, and the ledger's epsilon.
 
     client: its mechanism is attacked, and records, account, seed and state are replaced. trials: runs in each setting, of
     which `num_trials` allows fewer. Raises `PrivacyError` for a mechanism without a guarantee.

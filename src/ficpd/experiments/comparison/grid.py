@@ -24,8 +24,11 @@ SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "f
 
 
 class ComparisonConfig(FrozenConfig):
-    """What the file says besides its axes. `evaluate_every`: rounds between two points of a curve; targets and budgets of
-    bytes and queries go by those points. `targets`: shares of the centralised line's figure."""
+    """The settings of a comparison file without its axes.
+
+    evaluate_every: rounds between two points of a curve, which targets and budgets of bytes and queries use.
+    targets: shares of the centralised line's figure.
+    """
 
     name: str
     recipe: str = QUICKSTART
@@ -76,7 +79,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """`text`: the file, as it is kept beside the results. `methods` has the lines and every variant of a sweep."""
+    """`text`: the file, kept with the results. `methods`: with lines and all variants of sweeps."""
 
     spec: ComparisonConfig
     text: str
@@ -108,7 +111,7 @@ def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
 
 
 def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Grid:
-    """All cells, or the `ConfigError` of the first that is no experiment: nothing is run of a file with a mistake."""
+    """Returns all cells. Raises the `ConfigError` of the first invalid one, so that nothing is run."""
     tree = read_tree(text, where)
     spec: ComparisonConfig = validate(
         ComparisonConfig, {key: value for key, value in tree.items() if key not in AXES}, where
@@ -175,7 +178,7 @@ def _experiment(
 
 
 def canonical_experiment(experiment: Experiment) -> Experiment:
-    """The same without settings that its method does not go by, so that cells which differ only in those are one run."""
+    """Drops the settings that the method does not use. Cells that differ in those only share a run."""
     module, config = build_config("methods", experiment.method)
     method = module.build(config, experiment.training)
     try:

@@ -24,7 +24,7 @@ RESERVED = {"name", "seed", "baselines", "method", "metrics"}
 
 
 def _entry(*parts: str, **keys: Any) -> type[FrozenConfig]:
-    """The schema of an axis's entries: the parts of a recipe that an entry may change, and keys of its own."""
+    """Makes the schema of an axis's entries: the recipe's parts that they change, and further keys."""
     fields: dict[str, Any] = {part: (dict[str, Any], {}) for part in parts} | keys
     return create_model("Entry", __base__=FrozenConfig, **fields)
 
@@ -158,7 +158,7 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple[dict[str, Any], str]:
-    """A recipe's tree with changes, and what to call it; a TOML file is looked for beside the comparison's own."""
+    """Reads a recipe's tree with changes, and its name. A TOML file is in the comparison's folder."""
     if beside is not None and recipe.endswith(".toml"):
         recipe = str(beside / Path(recipe).expanduser())
     text, where = read_recipe(recipe)

@@ -1,4 +1,4 @@
-"""What a figure costs: Pareto fronts, and what it takes to reach a share of the centralised line's."""
+"""Computes the cost of a figure: Pareto fronts, and the cost to reach a share of the centralised line."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,9 @@ def _points(
 
 
 def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = False) -> list[bool]:
-    """Says of (cost, value) pairs which no other beats: none costs no more and is no worse, and is better in one of them.
+    """Marks the (cost, value) pairs that no other pair beats.
+
+    A pair is beaten by one that costs no more, is no worse, and is better in one of them.
 
     >>> is_pareto([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.7)])
     [True, True, False, True]

@@ -1,4 +1,4 @@
-"""What is seen of a comparison while it runs: on a terminal bars with the time left, into a file one line a run."""
+"""Shows the progress of a comparison: bars on a terminal, one line a run in a file."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -76,7 +76,7 @@ def _check_fair(cells: Sequence[Cell], found: Sequence[CellResult]) -> None:
 
 
 def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
-    """The run's KEY of each hash: that of the folder or outcome which is there, else the first cell's readable name."""
+    """Maps each hash to its run's KEY: that of the existing folder or outcome, else the first cell's name."""
     entries = [entry for entry in (folder / CELLS).glob("*") if entry.is_dir() or entry.suffix == ".json"]
     there = {name.rsplit("-", 1)[-1]: name for name in sorted(entry.name.removesuffix(".json") for entry in entries)}
     found: dict[str, str] = {}

@@ -22,13 +22,13 @@ from ficpd.types import ClientCard, ClientData, FederationInfo, Score
 
 
 class ContextCache:
-    """The world that was needed last: most cells need the same records and the same backbone as the one before them."""
+    """Keeps the last context: most cells need the same records and backbone as the one before."""
 
     def __init__(self) -> None:
         self.ground, self.context, self.floor = "", None, None
 
     def of(self, experiment: Experiment, ground: str) -> ExperimentContext:
-        """Raises whatever `build_context` raises. The old world is let go before the next one is built."""
+        """Returns the context of an experiment. The old one is freed before the next is built."""
         if self.context is None or ground != self.ground:
             self.ground, self.context, self.floor = ground, None, None
             gc.collect()
@@ -37,7 +37,7 @@ class ContextCache:
         return with_config(self.context, experiment)
 
     def zero_shot(self, context: ExperimentContext) -> Score | None:
-        """What the frozen backbone scores on these records, which no prompt or training changes."""
+        """Returns the frozen backbone's score on these records. It is computed once."""
         if self.floor is None:
             method = build_method(context, {"name": "zero_shot"})
             cards = [ClientCard(name, shard.metadata) for name, shard in context.shards.items()]
@@ -47,14 +47,14 @@ class ContextCache:
 
 
 def run_cell(
-    experiment: Experiment, key: str, ground: str, folder: Path, worlds: ContextCache, progress: Progress
+    experiment: Experiment, key: str, ground: str, folder: Path, contexts: ContextCache, progress: Progress
 ) -> RunOutcome:
     """Runs the cell in `folder/key`, or goes on with it. A setting that is refused leaves no directory."""
     directory = RunDir(folder / key)
     directory.check(to_toml(experiment), resume=True)
-    context = worlds.of(directory.resolved(experiment), ground)
+    context = contexts.of(directory.resolved(experiment), ground)
     check_method(context, context.experiment.method)
-    floor = worlds.zero_shot(context)
+    floor = contexts.zero_shot(context)
     directory.begin(experiment, context.experiment)
     result = run_method(context, context.experiment.method, directory, floor, progress)
     return outcome_of(key, result, directory.rounds(), data_of(context.shards))

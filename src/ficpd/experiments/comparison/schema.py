@@ -27,7 +27,7 @@ class Figures(FrozenModel):
 
 
 class BytesOfAll(FrozenModel):
-    """Of all clients and rounds, as encoded."""
+    """Bytes of all clients and rounds, as encoded."""
 
     up: int
     down: int
@@ -51,13 +51,13 @@ class Point(FrozenModel):
 
 
 class RunFigures(FrozenModel):
-    """What one run came to, at its end or where a budget ended it."""
+    """The figures of one run, at its end or at the end of a budget."""
 
     figures: Figures | None = None
     rounds: int | None = None
     bytes: BytesOfAll | None = None
     queries: int | None = None
-    """Of all clients: candidate prompts times records; None if they were not counted."""
+    """Candidate prompts times records, of all clients; None if they were not counted."""
     gradients: int | None = None
     """How many queries of the whole run asked for a gradient."""
     seconds: float | None = None
@@ -90,7 +90,7 @@ class RunOutcome(RunFigures):
 
 
 class CellResult(RunFigures):
-    """A cell of `compare.json`: a run, or its beginning as far as the budget of bytes or queries pays for it."""
+    """A cell of `compare.json`: a run, or its rounds within the budget of bytes or queries."""
 
     method: str
     task: str
@@ -226,7 +226,7 @@ class Target(FrozenModel):
     budget: str
     sweep: Sweep
     share: float
-    """Of the centralised line's final figure."""
+    """Share of the centralised line's final figure."""
     target: float | None
     """The mean over seeds of the figure to reach; each seed has its own."""
     methods: dict[str, MethodTarget]
@@ -237,7 +237,7 @@ class MethodInfo(FrozenModel):
     line: bool
     private: bool
     settings: dict[str, Any]
-    """What differs from the recipe."""
+    """Settings that differ from the recipe."""
 
 
 class TaskInfo(FrozenModel):

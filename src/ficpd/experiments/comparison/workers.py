@@ -99,8 +99,9 @@ def run_jobs(
 
 
 def next_job(left: Sequence[Job], own: str | None, taken: set[str | None]) -> Job:
-    """Chooses a worker's next job: of the ground in its memory, else of the largest ground that no worker has, else of the
-    largest.
+    """Chooses a worker's next job.
+
+    It is of the ground in its memory, else of the largest ground that no worker has, else of the largest.
 
     >>> jobs = [Job("a", "", "1"), Job("b", "", "1"), Job("c", "", "2")]
     >>> [next_job(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]

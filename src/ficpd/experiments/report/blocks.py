@@ -1,4 +1,4 @@
-"""What a page is made of: sections of blocks. All text is plain here; the template escapes it."""
+"""Defines the parts of a page: sections of blocks. All text is plain; the template escapes it."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Who is served how well: each client, together and alone, each level of the prompts, and the groups of a public column."""
+"""Shows the scores by client, together and alone, by level of the prompts, and by group."""
 
 from ficpd.evaluation.evaluate import client_mean
 from ficpd.evaluation.metrics import Metric
@@ -82,7 +82,7 @@ def _against_alone(run: FinishedRun) -> list[Block]:
 
 
 def levels(run: FinishedRun) -> Section | None:
-    """What each level of the prompts is worth at home and elsewhere, and to clients that took no part."""
+    """Shows each level of the prompts: on own and other records, and for new clients."""
     found, unseen = run.result.personalization or {}, run.result.unseen_clients
     if len(found) < 2 and not unseen:
         return None
@@ -107,8 +107,8 @@ def groups(run: FinishedRun) -> Section | None:
         return None
     blocks: list[Block] = [Text(
         f"The largest gaps between groups by {fairness.column}, in points; own prompts, own test records. Where base "
-        "rates differ, demographic parity contradicts accuracy: read it beside equalised odds. An interval is of the two "
-        "groups named. They were picked for differing most, so of many groups or answers it is too narrow."
+        "rates differ, demographic parity contradicts accuracy: read it together with equalised odds. An interval is of "
+        "the two groups named. They were picked for differing most, so of many groups or answers it is too narrow."
     )]  # fmt: skip
     for task, found in fairness.groups.items():
         cells = [

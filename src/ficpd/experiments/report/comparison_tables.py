@@ -22,11 +22,11 @@ from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 from ficpd.storage import atomic_write
 
 SURE = 0.05
-"""Of a corrected p-value."""
+"""Threshold of a corrected p-value."""
 COSTS = {"bytes": "bytes of all clients, up and down", "epsilon": "ε", "queries": "queries"}
 
 Placed = CellResult | Condition | Setting | Target
-"""What stands somewhere in the grid."""
+"""Values with a place in the grid."""
 
 
 def overviews(found: ComparisonResult) -> list[Table]:
@@ -165,7 +165,7 @@ def cells_of(found: ComparisonResult, label: str, at: Condition) -> list[CellRes
 
 
 def verdict(against: Against | None, metric: Metric) -> int:
-    """Returns 1 where a method is better than the reference beyond chance, -1 where it is worse, 0 where that is open."""
+    """Returns 1 if a method is significantly better than the reference, -1 if worse, else 0."""
     if not against or against.difference is None or against.p_holm is None or against.p_holm >= SURE:
         return 0
     return -1 if (against.difference > 0) == metric.less_is_better else 1
@@ -237,7 +237,7 @@ def write_tables(found: ComparisonResult, out: Path) -> None:
     counts = ", ".join(f"{number} {status}" for status, number in found.counts.items())
     whys = "".join(f"- {why}\n" for why in without_figure(found))
     head = (
-        f"# {found.name}\n\n{methods}; beside {', '.join(found.lines)}. Seeds {', '.join(map(str, found.seeds))}; "
+        f"# {found.name}\n\n{methods}; lines: {', '.join(found.lines)}. Seeds {', '.join(map(str, found.seeds))}; "
         f"cells: {counts}. Made by ficpd {found.ficpd}; docs/compare.md says how to read it.\n\n"
     )
     if len(found.tasks) == 1:
@@ -247,7 +247,7 @@ def write_tables(found: ComparisonResult, out: Path) -> None:
 
 
 def without_figure(found: ComparisonResult) -> list[str]:
-    """One sentence for each method and condition that has cells with a reason, with the first of them: seeds fail alike."""
+    """Returns a sentence for each method and condition without a figure, with its first reason."""
     seeds: dict[str, list[int]] = {}
     first: dict[str, str] = {}
     for cell in found.cells:

@@ -63,7 +63,7 @@ def label(text: object) -> str:
 
 
 def named_rows(names: Sequence[str], marked: str | None = None) -> dict[str, Any]:
-    """Returns an axis with a line for each name, from the top; names that are shortened alike keep their own lines."""
+    """Returns an axis with a line for each name, from the top. Equal shortened names keep separate lines."""
     shown = [f"<b>{label(name)}</b>" if name == marked else label(name) for name in names]
     return {"tickvals": list(range(len(names))), "ticktext": shown, "range": [len(names) - 0.5, -0.5]}
 
@@ -194,7 +194,7 @@ def spread(
     id: str, title: str, said: str, values: Mapping[str, Mapping[str, float]], metric: Metric, places: Mapping[str, int],
     scale: Sequence[float] | None = None,
 ) -> Figure:  # fmt: skip
-    """Draws a box of each method's clients, all of them as dots, and a stroke for the mean of the worst tenth."""
+    """Draws each method's clients: a box, a dot for each, a stroke for the mean of the worst tenth."""
     traces: list[Any] = [
         go.Box(
             name=label(method), x=scaled(list(of.values()), metric), y=[row] * len(of), text=[safe(client) for client in of],

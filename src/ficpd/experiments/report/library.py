@@ -18,7 +18,7 @@ from ficpd.library.library import PromptLibrary
 
 OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
-"""To read of each label."""
+"""Examples to read of each label."""
 LEAST_FIT = 0.1
 """The adjusted Rand index below which clusters say nothing of what is known of the clients."""
 
@@ -72,7 +72,7 @@ def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) 
 
 
 def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[float]]:
-    """[P, D] each, to the plane of most variance, and the share of it that each of the two axes holds."""
+    """Projects prompts [P, D] to the plane of most variance. Returns points and the axes' shares of it."""
     from sklearn.decomposition import PCA
 
     stacked = torch.stack([way.flatten().double() for way in ways]).numpy()

@@ -1,4 +1,4 @@
-"""What a run came to: the sentence, the figures, the curve, the table, and what was run."""
+"""Shows the outcome of a run: verdict, figures, curve, table and settings."""
 
 import shlex
 import tomllib
@@ -21,7 +21,7 @@ CURVES = {
     "own": ("Own test, mean client", "Each client's own model."),
     "global": ("Everyone's test", "One prompt on all test records."),
 }
-"""What the figures of `rounds.jsonl` are of (`SimulatedClients.after_round`)."""
+"""Names and captions of the curves in `rounds.jsonl` (`SimulatedClients.after_round`)."""
 NOISE = {None: "none", "simulated": "simulated", "cryptographic": "real"}
 
 
@@ -139,7 +139,7 @@ def methods(run: FinishedRun) -> Section | None:
 
 
 def _robust(run: FinishedRun) -> list[Text]:
-    """Names the clients that a robust rule left out or cut, and the means that had too few updates for it."""
+    """Names the clients that a robust rule left out or cut, and the means with too few updates."""
     blocks, found = [], {
         "Left out or cut": run.result.excluded_updates,
         "Means of fewer updates than the rule needs": run.result.underfilled_means,

@@ -1,4 +1,4 @@
-"""What left each site, under which guarantee, and the audit that attacked it."""
+"""Shows the releases of each site, their guarantee, and the audit."""
 
 import math
 import shlex
@@ -33,7 +33,7 @@ ITEMS = {
     "loss": "its loss",
     "sigmas": "the search's step sizes",
 }
-"""What the methods' arrays are, in words."""
+"""Describes the methods' arrays."""
 UNITS = {
     "record": ONE_RECORD,
     "subject": "one subject, all of its records at one site together",
@@ -71,7 +71,7 @@ def left(run: FinishedRun) -> Section:
     blocks: list[Block] = [*_items(run), KeyValues(pairs)]
     if privacy.noise == "simulated":
         blocks.insert(0, Text(
-            "Simulated noise: it comes from the experiment's seed, and whoever knows the seed can take it off. "
+            "Simulated noise: it comes from the experiment's seed, and the seed is enough to remove it. "
             'Release nothing of this run; a real one has privacy.noise = "cryptographic".', alarm=True,
         ))  # fmt: skip
     if privacy.lines:
@@ -194,7 +194,7 @@ def audit(run: FinishedRun) -> Section | None:
     if found is None:
         return None
     heads, cells = table(found)
-    attacks = Table("Can it be told who was in the training data? (95 % intervals)", heads, cells)
+    attacks = Table("Which records were in the training data? (95 % intervals)", heads, cells)
     said = (
         f"Attacked: the prompt {found.prompt} of a run of {found.method}, with {found.num_members:,} records that were "
         f"trained on and {found.num_nonmembers:,} that were not; {found.num_shadows} shadow prompts. Privacy of the run: "
@@ -208,7 +208,7 @@ def _attacks(found: Audit) -> Figure:
     said = "AUC of each attack with its 95 % interval. Dashed: 0.5, a coin's flip; 1 would tell them apart."
     of = found.attacks.values()
     series, ends = {"AUC": [outcome.auc for outcome in of]}, [outcome.auc_interval for outcome in of]
-    title = "How well members are told from others"
+    title = "How well attacks find the members"
     return figures.dots("attacks", title, said, list(found.attacks), series, Metric("AUC"), ends, 0.5)
 
 
@@ -225,4 +225,4 @@ def _bounds(found: Audit) -> list[Block]:
         "Canaries are records made to be noticed: how well their presence is noticed shows how large ε is at least, with 95 "
         "% confidence each, so one sound run in twenty may exceed what was stated by chance."
     )
-    return [Table("Is ε what it is said to be?", heads, cells), Text(said)]
+    return [Table("Is ε as stated?", heads, cells), Text(said)]

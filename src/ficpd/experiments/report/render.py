@@ -15,7 +15,7 @@ from ficpd import __version__
 from ficpd.experiments.report.blocks import Page
 
 SCRIPT_END = re.compile(r"<(?=/script|!--)", re.IGNORECASE)
-"""What would end a script's element, or hide its end."""
+"""Text that would end a script's element, or hide its end."""
 
 
 def render(page: Page) -> str:

@@ -1,4 +1,4 @@
-"""The site's half of the app: it carries bytes to the site's own process and back, and looks at none of them.
+"""Carries bytes to the site's own process and back, without reading them.
 
 Flower starts a new process for every message, so nothing heavy is imported, and no record or model is ever here.
 """
