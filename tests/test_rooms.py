@@ -1,4 +1,4 @@
-"""Each room imports only rooms before it (docs/design.md), and asking for help loads nothing heavy."""
+"""Each room imports only rooms before it (CONTRIBUTING.md), and asking for help loads nothing heavy."""
 
 import ast
 import subprocess
