@@ -3,7 +3,7 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `first`, `summary`, `unseen`, `ablation`) and `<!-- end -->`, and is written
+Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`) and `<!-- end -->`, and is written
 anew; `--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
 methods (lines left out); after it, over several seeds, the standard deviation.
 """
@@ -52,33 +52,7 @@ NAMES = {
     "dp_zo": "DP-ZO",
     "dp_cma_es": "DP-CMA-ES",
 }
-SUMMED = (
-    "zero_shot",
-    "local",
-    "ficpd",
-    "ficpd, number found",
-    "ficpd, label prior",
-    "ficpd, extrapolated",
-    "ficpd, label prior, extrapolated",
-    "fpl",
-    "fpl, label prior",
-    "fedavg",
-    "fedavg, label prior",
-    "fedavg, label prior, extrapolated",
-    "fedhpl",
-    "centralized",
-)
 SKEW = "labels by Dirichlet 0.3"
-SUMMARY: dict[str, tuple[str, dict[str, str]]] = {
-    "polarity, clients alike": ("gradients", {"task": "polarity", "partition": "alike"}),
-    "polarity, labels skewed": ("gradients", {"task": "polarity", "partition": SKEW}),
-    "abstracts, skewed": ("gradients", {"task": "abstracts", "partition": SKEW}),
-    "CLINC, skewed": ("gradients", {"task": "clinc", "partition": SKEW}),
-    "five tasks at once": ("mixed", {}),
-    "eight languages": ("languages", {}),
-    "polarity, ε = 2": ("private", {"budget": "ε = 2"}),
-}
-"""Columns of the table of older settings: heading, which comparison, which of its conditions."""
 FIRST = {
     "polarity": "polarity", "polarity, skewed": "polarity", "abstracts": "abstracts", "abstracts, skewed": "abstracts",
     "CLINC": "clinc", "CLINC, skewed": "clinc",
@@ -124,15 +98,6 @@ def table(found: Mapping[str, Any]) -> str:
     columns = [column for build in (accuracies, costs, reached) for column in build(found)]
     labels = sorted(found["methods"], key=lambda label: (_place(label), list(found["methods"]).index(label)))
     return drawn(columns, labels, found["lines"])
-
-
-def summary(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """One condition of several comparisons a column."""
-    columns = []
-    for heading, (part, wanted) in SUMMARY.items():
-        (one,) = [one for one in parts[part]["conditions"] if wanted.items() <= one.items()]
-        columns.append((heading, partial(_accuracy, one), True))
-    return drawn(columns, SUMMED, {line for found in parts.values() for line in found["lines"]})
 
 
 def first(found: Mapping[str, Any]) -> str:
@@ -304,7 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     tables = {part: table(one) for part, one in found.items()} | {
         "first": first(found["joining"]),
-        "summary": summary(found),
         "unseen": unseen(),
         "ablation": ablation(),
     }
