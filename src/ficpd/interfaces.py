@@ -42,11 +42,11 @@ class Vocabulary(Protocol):
     def ids(self, text: str) -> list[int]: ...
     def text(self, ids: Sequence[int]) -> str: ...
     def vectors(self, ids: Tensor) -> Tensor:
-        """[...] to [..., D], float32: the words' own vectors. Raises `BackboneError` for an id out of range."""
+        """Returns the words' vectors, [...] to [..., D] float32. Raises `BackboneError` for an id out of range."""
         ...
 
     def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
-        """[R, P] to what `Backbone.above` takes at layer 0 for prompts of these words."""
+        """Turns prompts of words [R, P] into the input of `Backbone.forward` at layer 0."""
         ...
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
@@ -101,7 +101,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods (several tokens)."""
+        """Returns [C, D] so that `features @ readout.T` scores the answers; None if they need likelihoods."""
 
     @abstractmethod
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
@@ -109,25 +109,25 @@ class Backbone(ABC):
 
     @abstractmethod
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D]: activations of a text, of drawn words (None), or of synthetic images, at a layer."""
+        """Makes a prompt [num_tokens, D] of activations at a layer: of a text, drawn words (None), or synthetic images."""
 
     @abstractmethod
     def synthetic_inputs(self, number: int, seed: int) -> list[Any]:
         """Draws public inputs: texts of words of the vocabulary, or images of colours."""
 
     def unk_rate(self, texts: Sequence[str]) -> float:
-        """The share of unknown tokens in these texts, 0 to 1; 0.0 for bytes, hashes and images."""
+        """Returns the share of unknown tokens in these texts, 0 to 1; 0.0 for bytes, hashes and images."""
         return 0.0
 
     @abstractmethod
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        """The layers under the prompt's entry, [T, D] per item, unpadded: no prompt, no gradient, computed once, kept."""
+        """Runs the layers below the prompt without gradient: [T, D] per item, unpadded. Results are cached."""
 
     @abstractmethod
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """The prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
+        """Runs the prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
 
     def set_attention(self, attention: str) -> bool:
         """Changes to "eager" or "sdpa" without loading again; returns whether the model has this one."""
@@ -139,7 +139,7 @@ class Backbone(ABC):
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """One text per item behind its own prompt, the likeliest token at every step, before the scored tail."""
+        """Writes one text per item behind its prompt, by the likeliest token, before the scored tail."""
         raise self._cannot_write()
 
     def generate(
@@ -171,26 +171,26 @@ class Task(Objective, ABC):
 
     @abstractmethod
     def predict(self, answer: Answer, batch: Batch) -> list:
-        """One prediction per record from the answer for one candidate prompt."""
+        """Returns one prediction per record from the answer for one candidate prompt."""
 
     @abstractmethod
     def targets(self, records: Sequence[Record]) -> list:
-        """True values to score predictions against, in `predict`'s form (of a text: all its references)."""
+        """Returns the true values in `predict`'s form (of a text: all its references)."""
 
     @abstractmethod
     def score(self, predictions: Sequence, targets: Sequence) -> Score: ...
 
     def readout(self, backbone: Backbone) -> Tensor | None:
-        """[C, D] that a tuned head starts from; None where there is none."""
+        """Returns the start [C, D] of a tuned head; None without one."""
         return None
 
     def synthetic_fields(self, place: int) -> Mapping[str, JSON]:
-        """Public fields, besides text and target, of the place-th synthetic record."""
+        """Returns the public fields of a synthetic record, without text and target."""
         return {}
 
     @abstractmethod
     def to_config(self) -> Mapping[str, JSON]:
-        """The task's configuration, enough to build it again for a library's user."""
+        """Returns the configuration that builds the task again for a library's user."""
 
 
 class ReleaseKind(Enum):
@@ -272,15 +272,15 @@ class Subspace(Protocol):
     def size(self) -> int: ...
     @property
     def grad_scale(self) -> Tensor:
-        """[size], positive and public: about how long a record's gradient is in each direction (ones: not known)."""
+        """Returns the typical length of a record's gradient in each direction, [size], public (ones: not known)."""
         ...
 
     def project(self, values: Tensor) -> Tensor:
-        """[..., P, D] to [..., size]."""
+        """Projects [..., P, D] to [..., size]."""
         ...
 
     def lift(self, values: Tensor) -> Tensor:
-        """[..., size] to [..., P, D]; `project(lift(z)) == z`."""
+        """Lifts [..., size] to [..., P, D]; `project(lift(z)) == z`."""
         ...
 
 
@@ -293,15 +293,15 @@ class Compression(Protocol):
         ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """At the client, before clip and noise: float32."""
+        """Projects an update at the client, before clip and noise, in float32."""
         ...
 
     def pack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """At the client, after the noise (post-processing): what is encoded."""
+        """Packs an update at the client, after the noise (post-processing), for encoding."""
         ...
 
     def unpack(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """At the server: float32 arrays of the method's own layout."""
+        """Restores the method's layout at the server, in float32."""
         ...
 
     def encoded_spec(self, layout: UpdateSpec) -> dict[str, ArraySpec]:
@@ -317,29 +317,29 @@ class ClientContext(Protocol):
 
     @property
     def weight(self) -> float:
-        """The record count without privacy; the noisy count of units if that is a statistic of the plan; else 1."""
+        """Returns the record count without privacy, the noisy count of units if it is a planned statistic, else 1."""
         ...
 
     @property
     def label_prior(self) -> Tensor:
-        """[C]: logarithms of the labels' shares; with record-level privacy, of noisy counts, which are released once."""
+        """Returns the log label shares [C]. With record-level privacy they are of noisy counts, released once."""
         ...
 
     @property
     def subspace(self) -> Subspace | None: ...
     @property
     def vocabulary(self) -> Vocabulary:
-        """The backbone's vocabulary, which is public. Raises `BackboneError` if it has none."""
+        """Returns the backbone's vocabulary, which is public. Raises `BackboneError` if it has none."""
         ...
 
     @property
     def start(self) -> Tensor:
-        """[P, D]: the public prompt that the run began with."""
+        """Returns the public initial prompt of the run, [P, D]."""
         ...
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]: ...
     def corrupted_batch(self, share: float) -> Batch:
-        """The last batch, with this share of its texts' words replaced at random, alike in all steps of an assignment."""
+        """Returns the last batch with a share of its words replaced at random, alike in all steps of an assignment."""
         ...
 
     def private_mean(self, values_KB: Tensor) -> Tensor:
@@ -351,11 +351,14 @@ class ClientContext(Protocol):
         ...
 
     def full_batch(self) -> Batch:
-        """All of the client's records, from which the rows of a `private_sum` are made."""
+        """Returns all records of the client, for the rows of a `private_sum`."""
         ...
 
     def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
-        """The same client without privacy, for what it never sends. `complement`: swaps what is held back and what is not.
+        """Returns a non-private view of this client. Its results must not enter an update.
+
+        complement: swaps the records held back and the others.
+
         Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
         ...
@@ -367,11 +370,11 @@ class LocalContext(ClientContext, Protocol):
     subject_B: Tensor | None
 
     def holdout(self) -> Batch:
-        """The records that `batches` leaves out, for model selection; empty for clients with few records."""
+        """Returns the records that `batches` leaves out, for model selection; empty for few records."""
         ...
 
     def held_places(self) -> Tensor:
-        """[n]: their places in `full_batch`."""
+        """Returns the places of the holdout in `full_batch`, [n]."""
         ...
 
 

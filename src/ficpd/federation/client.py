@@ -97,7 +97,7 @@ class Client:
         return (self.name, part, len(start.vectors_PD), start.head_rows, start.enters_at), records
 
     def noise_source(self, method: str, round: int) -> NoiseSource:
-        """The private stream of one method's round. Streams of two methods differ, so that noise does not cancel."""
+        """Returns the private stream of one method's round. Streams of two methods differ, so that noise does not cancel."""
         if self.mechanism.noise == "cryptographic":
             return SecureNoise()
         return SeededNoise(self.private_seed, "noise", method, round)
@@ -152,7 +152,7 @@ class ClientSession:
         return log_label_prior(self._released_once(LABELS, counts_BC).clamp(min=0.0))
 
     def _released_once(self, name: str, values_BN: Tensor) -> Tensor:
-        """The noisy sum of an earlier assignment, else a new one."""
+        """Returns the noisy sum of an earlier assignment, else a new one."""
         if STATISTIC + name not in self.released:
             self.released[STATISTIC + name] = self.private_sum(name, values_BN)
         return self.released[STATISTIC + name]
@@ -295,5 +295,5 @@ class LocalSession(ClientSession):
 
 
 def log_label_prior(counts_C: Tensor) -> Tensor:
-    """[C]: logarithms of the labels' shares, each label counted with half a record more."""
+    """Returns the log label shares [C], each label counted with half a record more."""
     return ((counts_C + 0.5) / (counts_C + 0.5).sum()).log()

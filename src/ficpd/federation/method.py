@@ -125,7 +125,7 @@ class Method(ABC):
         self.subspace = subspace
 
     def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
-        """The initial value of a `prompt_type` other than "soft", given the experiment's prompt. Idempotent."""
+        """Returns the initial value of a `prompt_type` other than "soft", from the experiment's prompt. Idempotent."""
         return prompt
 
     # ------------------------------------------------------------ server
@@ -161,11 +161,11 @@ class Method(ABC):
         """
 
     def global_prompt(self, state: State) -> Tensor | None:
-        """[P, D] that all clients share; None if there is none."""
+        """Returns the shared prompt [P, D]; None if there is none."""
         return state.arrays.get(self.array)
 
     def library_prompts(self, state: State) -> Mapping[str, Tensor]:
-        """Prompts for a library, each [P, D], by name."""
+        """Returns the prompts for a library, each [P, D], by name."""
         shared = self.global_prompt(state)
         return {} if shared is None else {"global": shared}
 
@@ -180,7 +180,7 @@ class Method(ABC):
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        """[P, D] that this client would use, given its next assignment."""
+        """Returns this client's prompt [P, D], given its next assignment."""
         return assignment.arrays[self.array]
 
     def local_model(
@@ -191,7 +191,7 @@ class Method(ABC):
         return [Predictor(self.personal_prompt(client, assignment))]
 
     def readout(self, state: State, client: ClientCard) -> Readout | None:
-        """How the state's shared prompts are read for this client's task; None: by its label texts."""
+        """Returns the readout of the shared prompts for this client's task; None: its label texts."""
         return None
 
     def demonstrate(

@@ -72,7 +72,7 @@ class Actors:
         self.began = False
 
     def ready(self) -> dict[Handle, Any]:
-        """Starts missing actors, and returns those that are loaded, with what `load` returned.
+        """Starts missing actors. Returns the loaded ones with the results of `load`.
 
         Waits for one of them, and the first time for all of them, as long as `wait_seconds`. Raises `RunError` if none
         comes, and the exception of a `load`.

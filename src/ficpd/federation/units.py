@@ -22,7 +22,7 @@ class Units:
     subject_B: Tensor | None = None
 
     def of(self, rows: Tensor | slice) -> dict[str, Tensor]:
-        """A mechanism's argument `subject_B` for these records; no argument where each record is a unit."""
+        """Returns a mechanism's argument `subject_B` for these records; none if each record is a unit."""
         return {} if self.subject_B is None else {"subject_B": self.subject_B[rows]}
 
 

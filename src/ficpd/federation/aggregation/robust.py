@@ -40,7 +40,7 @@ class RobustConfig(BaseModel):
 
     @property
     def sums(self) -> bool:
-        """Whether the rule needs only the weighted sum of the updates."""
+        """Tells whether the rule needs only the weighted sum of the updates."""
         return self.rule == "mean"
 
 
@@ -61,7 +61,7 @@ class RobustAggregator:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Each client's weight in a mean."""
+        """Returns each client's weight in a mean."""
         return {u.client: u.weight if self.robust.rule == "mean" else 1.0 for u in self.updates}
 
     def mean_all(self) -> Tensor:

@@ -35,7 +35,7 @@ class ServerOptimizer(BaseModel):
 
     @property
     def sums(self) -> bool:
-        """Whether the optimizer needs only the weighted sum of the updates."""
+        """Tells whether the optimizer needs only the weighted sum of the updates."""
         return self.kind != "extrapolated"
 
     def check(self, robust: RobustConfig) -> None:

@@ -23,7 +23,7 @@ class Config(BaseModel):
 
 
 def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> QuantizedCompression:
-    """Sends the whole prompt: what an open compression is for no method in particular."""
+    """Returns the compression without a method: the whole prompt."""
     return none.build(none.Config(bits=config.bits or WHOLE_BITS), start, seed)
 
 

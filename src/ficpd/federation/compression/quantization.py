@@ -51,7 +51,7 @@ class LinearProjection(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that [P, D] is projected to."""
+        """Returns the shape of a projected [P, D]."""
         ...
 
     def project(self, values: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class QuantizedCompression:
         return kinds
 
     def _check(self, layout: Mapping[str, tuple[int, ...]]) -> None:
-        """The server recognises projected arrays by shape and steps by name, so both must be unambiguous."""
+        """Checks that names and shapes are unambiguous: the server recognises arrays by them."""
         inner = self.projection.shape
         for name, shape in layout.items():
             if tuple(shape) == inner != self.outer:

@@ -31,7 +31,7 @@ TRIES = 200
 
 
 def statement(*parts: Any) -> bytes:
-    """Encodes what is signed, or what a key is derived for. Different parts give different bytes."""
+    """Encodes a statement to sign or to derive a key for. Different parts give different bytes."""
     return json.dumps(["ficpd secure sum", *parts], sort_keys=True, separators=(",", ":")).encode()
 
 

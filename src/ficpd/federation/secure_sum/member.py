@@ -23,7 +23,7 @@ def advert_statement(run: str, round: int, name: str, advert: Advert) -> bytes:
 
 
 def consent_statement(run: str, round: int, adverts: Mapping[str, Advert], survivors: Sequence[str]) -> bytes:
-    """The clients that came and everybody's keys: an honest client agrees to one of these in a round."""
+    """Encodes the present clients and all keys. An honest client signs one such statement in a round."""
     return masks.statement("consent", run, round, {n: dict(a) for n, a in adverts.items()}, sorted(survivors))
 
 
@@ -65,7 +65,7 @@ class Member:
         self._round: _Round | None = None
 
     def has_keys(self, round: int) -> bool:
-        """Whether this client has made keys for a round, and still holds them."""
+        """Tells whether this client holds keys for a round."""
         return self._round is not None and self._round.number == round
 
     def advertise(self, round: int) -> Advert:

@@ -206,7 +206,7 @@ class _Messages:
                 yield reply.client, message
 
     def _enough(self, asked: Iterable[str], found: dict[str, Any], least: int) -> dict[str, Any]:
-        """Returns what came. Raises `VoidRoundError` if fewer than `least` clients are left."""
+        """Returns the replies. Raises `VoidRoundError` if fewer than `least` clients are left."""
         self.found.dropped |= {n: "no reply" for n in asked if n not in found and n not in self.found.dropped}
         if len(found) < least:
             raise VoidRoundError(f"{len(found)} sites are left, {least} were expected (privacy.max_lost)")

@@ -107,7 +107,7 @@ def encode_vector(update: ClientUpdate, round: int, backbone: str) -> bytes:
 
 
 def _term(session: ClientSession, order: VectorOrder) -> np.ndarray:
-    """uint64 [N]: this client's term. Raises `CodecError` for sums that the method does not make, or too few numbers."""
+    """Makes this client's term, uint64 [N]. Raises `CodecError` for other sums than the method's, or too few numbers."""
     mechanism, own, pieces = session.client.mechanism, own_part(session.id, order.parts), []
     assert isinstance(mechanism, SharedGaussian), "only this mechanism makes terms"
     if missing := sorted(session.terms.keys() - order.sizes.keys()):
