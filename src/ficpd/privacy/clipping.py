@@ -16,7 +16,10 @@ it; in bfloat16 it does not. At a real site no record changes another's row, to 
 
 
 def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
-    """[B, N] to float64 [N]: Σ_b x_b · min(1, clip_norm/|x_b|) (Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
+    """Sums clipped rows, Σ_b x_b · min(1, clip_norm/|x_b|): [B, N] to float64 [N].
+
+    Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1.
+
 
     Guarantees: adding, removing or zeroing one row moves the result by at most `clip_norm`, whatever the row holds. A
     row with a value that is not finite counts zero. The bound holds also if all other rows change by 1e-4 of it together
@@ -31,7 +34,7 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
 
 
 def sum_by_subject(rows_BN: Tensor, subject_B: Tensor) -> Tensor:
-    """[B, N] to float64 [S, N]: the sum of each subject's rows, S subjects in ascending order of their numbers.
+    """Sums each subject's rows, in ascending order of subjects: [B, N] to float64 [S, N].
 
     Guarantees: a row changes the sum of its own subject alone, to the last bit (`tests/privacy/test_clipping.py`).
     """
@@ -68,7 +71,7 @@ def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Ten
 
 
 def clip_scale(grad_scale: Tensor) -> Tensor:
-    """[size]: factors for values along a subspace's directions before clip and noise; 1/factors undo it afterwards.
+    """Returns the factors [size] of a subspace's directions before clip and noise; 1/factors undo it.
 
     1/√grad_scale shares isotropic noise so that the sum of the directions' relative errors is least.
     """
@@ -76,7 +79,7 @@ def clip_scale(grad_scale: Tensor) -> Tensor:
 
 
 def rescale(values_KB: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[K, B, ...] in the units that are clipped, and the factors, by which the mean is divided."""
+    """Scales [K, B, ...] to the clipped units. Returns it and the factors that divide the mean."""
     if grad_scale is None:
         return values_KB, torch.ones(())
     scale = clip_scale(grad_scale)

@@ -54,7 +54,10 @@ def planned(config: Config, plan: ClientWorkload) -> tuple[float, dict[str, Priv
     settings.warn_of_delta(config.delta, plan.num_units, what)
 
     def statistics(multiplier: float) -> dict[str, PrivacyCost]:
-        """Noise for a share s: √((1-s_all)/s) times that of one full-batch prompt release, and √n times for n releases."""
+        """Returns the noise of statistics: √((1-s_all)/s) times that of one full-batch release, for a share s.
+
+        For n releases it is √n times that.
+        """
         whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * plan.participations, 1) ** 0.5
         times = {name: max(plan.participations, 1) if name in plan.totals else 1 for name in shares}
         return {
@@ -125,7 +128,7 @@ class RecordGaussian(Mechanism):
         return [self._records_of([groups[i] for i in rows.tolist()], noise) for rows in drawn]
 
     def _records_of(self, groups: Sequence[Tensor], noise: NoiseSource) -> Tensor:
-        """[b]: the places of these subjects' records, at most `max_records_per_subject` of each, drawn at random."""
+        """Returns the places [b] of these subjects' records, at most `max_records_per_subject` drawn of each."""
         most = self.config.max_records_per_subject
         kept = [own if len(own) <= most else own[noise.permutation(len(own))[:most]] for own in groups]
         return torch.cat([torch.zeros(0, dtype=torch.long), *kept])
@@ -191,7 +194,7 @@ class RecordGaussian(Mechanism):
         return update
 
     def expected_noise_norm_sq(self, size: int) -> None:
-        """The multiplier depends on the sampling rate, and so on the number of records."""
+        """Returns None: the multiplier depends on the sampling rate, and so on the number of records."""
 
     def guarantee(self) -> Mapping[str, JSON]:
         return {
@@ -208,6 +211,6 @@ class RecordGaussian(Mechanism):
 
 
 def _places_by_subject(subject_B: Tensor) -> Sequence[Tensor]:
-    """The places of each subject's records, ascending, subjects in ascending order of their numbers."""
+    """Returns the places of each subject's records, ascending, in ascending order of subjects."""
     counts = subject_B.unique(return_counts=True)[1]
     return subject_B.argsort(stable=True).split(counts.tolist())

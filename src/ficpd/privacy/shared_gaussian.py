@@ -166,7 +166,7 @@ class SharedGaussian(record_gaussian.RecordGaussian):
         return self._term(summed, self._statistic_cost(name).noise_multiplier, noise)
 
     def noise_share(self, name: str, size: int, noise: NoiseSource) -> Tensor:
-        """int64 [size]: this site's noise in a sum to which its records add nothing."""
+        """Draws this site's noise in a sum without its records, int64 [size]."""
         return noise.add_discrete_gaussian(torch.zeros(size, dtype=torch.int64), self.deviation_of(name, size))
 
     def deviation_of(self, name: str, size: int) -> float:
@@ -180,7 +180,7 @@ class SharedGaussian(record_gaussian.RecordGaussian):
         return noise.add_discrete_gaussian(whole, self._deviation(multiplier, whole.numel()))
 
     def _deviation(self, multiplier: float, size: int) -> float:
-        """Noise multiplier times sensitivity, divided among the honest sites."""
+        """Returns noise multiplier times sensitivity, divided among the honest sites."""
         return multiplier * (GRID + math.sqrt(size)) / math.sqrt(self.tolerance.honest)
 
     def guarantee(self) -> Mapping[str, JSON]:
