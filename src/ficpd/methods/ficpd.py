@@ -160,7 +160,7 @@ class Ficpd(Method):
         return _next_round(State(state.arrays, {**state.facts, "keys": keys, "closes": False, "at_start": False}), 1)
 
     def _key(self, state: State, client: ClientCard) -> str:
-        """A client's task key; its group, where the key is not known."""
+        """Returns a client's task key; its group if the key is not known."""
         known = client_key(state, client)
         group = client.metadata.get("group", "") if state.facts["several"] else ""
         return str(group if known is None else known)
@@ -189,7 +189,7 @@ class Ficpd(Method):
         return ClientUpdate(client.id, {"delta": tuned - prompt, **totals}, client.weight)
 
     def _prior(self, client: ClientContext, assignment: Assignment, readout: Readout | None) -> Tensor | None:
-        """[C]: what shared gradients may know of the client's labels."""
+        """Returns the client's label prior in shared gradients, [C]."""
         if self.config.label_prior == "auto":
             return tuning_prior(client, readout) if assignment.facts["priors"] else None
         return client.label_prior if self.config.label_prior else None

@@ -199,7 +199,7 @@ class Fpl(Method):
         return state.arrays["global"]
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
-        """See `residual.personal_prompt`."""
+        """Returns the client's prompt (`residual.personal_prompt`)."""
         return personal_prompt(client.client_state, assignment)
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:

@@ -57,4 +57,4 @@ class Icl(ZeroShot):
         return replace(shown, texts=shown.texts[: self.config.examples])
 
     def global_prompt(self, state: State) -> None:
-        """There is no shared prompt."""
+        """Returns None: there is no shared prompt."""

@@ -37,7 +37,7 @@ class LinearProbe(ZeroShot):
         check_features_readout(self.name, tasks, backbone)
 
     def global_prompt(self, state: State) -> None:
-        """There is no shared prompt."""
+        """Returns None: there is no shared prompt."""
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         prompt, local = assignment.arrays["prompt"], client.local_context()

@@ -72,7 +72,7 @@ class ClassTotals:
 
 
 def row_norm(gram: bool) -> float:
-    """The norm of a row of a record with |z| = 1, before rows are divided by it."""
+    """Returns the norm of a row of a record with |z| = 1, by which rows are divided."""
     return (1 + COUNT_WEIGHT**2 + float(gram)) ** 0.5
 
 
@@ -124,7 +124,7 @@ def split_totals(summed_N: Tensor, num_labels: int, most_labels: int, width: int
 
 
 def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
-    """√2 off the diagonal, so that the triangle is as long as the matrix."""
+    """Returns √2 off the diagonal, so that the triangle has the norm of the matrix."""
     return torch.where(left == right, 1.0, 2.0**0.5)
 
 
@@ -191,7 +191,7 @@ def ridge_penalty(totals: ClassTotals, prior_CD: Tensor, least: float = 0.0) -> 
 
 
 def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least: float) -> Readout:
-    """Ridge regression shrunk towards a multiple of the label texts, the one that fits the totals best.
+    """Fits a ridge regression, shrunk towards the multiple of the label texts that fits best.
 
     `least` of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
     """
@@ -311,7 +311,7 @@ def sum_over_subject(values_BN: Tensor, subject_B: Tensor | None) -> Tensor:
 
 
 def relative_prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:
-    """[C]: log of a client's label shares over the federation's, each share shrunk towards the federation's.
+    """Returns the log of a client's label shares over the federation's, [C], shrunk towards zero.
 
     A client of n records has (n_c + strength · share_c) / (n + strength) in the place of n_c / n.
     """

@@ -107,7 +107,7 @@ def _without_own(residual_BB: Tensor, residuals_BC: Tensor, subject_B: Tensor | 
 
 
 def _multiple(along: Tensor, squared: Tensor) -> Tensor:
-    """Least-squares multiple of a prior's scores, from its products with the labels and with itself; never negative."""
+    """Returns the least-squares multiple of a prior's scores, at least 0, from its products with labels and itself."""
     return (along / squared.clamp(min=1e-9)).clamp(min=0)
 
 
@@ -120,7 +120,7 @@ def _scaled(scores_BC: Tensor, rows_CD: Tensor, bias_C: Tensor, targets_B: Tenso
 def nearest_neighbours(
     features_BD: Tensor, targets_B: Tensor, num_labels: int, subject_B: Tensor | None = None
 ) -> OwnHead:
-    """Log shares of the labels among a record's neighbours, at the width of least leave-one-out log loss."""
+    """Returns log label shares among a record's neighbours, at the width of least leave-one-out log loss."""
     memory_BD = F.normalize(features_BD.float().cpu(), dim=1)
     votes_BC = F.one_hot(targets_B.cpu(), num_labels).float()
 

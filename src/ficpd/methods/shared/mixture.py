@@ -1,4 +1,4 @@
-"""A client's mixture: what it was sent and what it learned alone, weighted by its own records. Nothing of it is sent.
+"""Mixes a client's received prompts and its own models by its records. Nothing of it is sent.
 
 Each candidate is a prompt with a readout. Its members differ in the temperature of the logits and in the strength of the
 client's label prior. A member's weight is

@@ -107,12 +107,12 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
 
 
 def gathers(state: State) -> bool:
-    """Whether the next assignments ask for class totals."""
+    """Tells whether the next assignments ask for class totals."""
     return bool(state.facts.get("gathers"))
 
 
 def totals_spec(state: State) -> dict[str, tuple[int, ...]]:
-    """The array of the totals, in rounds that gather them."""
+    """Returns the spec of the totals, in rounds that gather them."""
     if not gathers(state):
         return {}
     width = len(state.arrays[CENTRE])
@@ -145,14 +145,14 @@ def client_key(state: State, client: ClientCard) -> int | None:
 
 
 def readout_arrays(state: State) -> dict[str, Tensor]:
-    """The arrays of a state that this module made."""
+    """Returns the arrays of a state that this module made."""
     return {
         name: a for name, a in state.arrays.items() if name.startswith((CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES))
     }
 
 
 def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = False) -> State:
-    """Learns each key's readout from the updates of a gathering round. A key without totals keeps what it had.
+    """Learns each key's readout from the updates of a gathering round. A key without totals keeps its readout.
 
     `again`: a later round gathers, too.
     """
@@ -186,7 +186,7 @@ def _public(state: State) -> PublicFeatures:
 
 
 def _group(card: ClientCard, groups: Mapping[str, Any]) -> str:
-    """A client's group; "" where the federation has one task, whatever its cards say."""
+    """Returns a client's group; "" in a federation of one task."""
     group = str(card.metadata.get("group", ""))
     return "" if "" in groups else group
 
@@ -249,7 +249,7 @@ def client_totals(
 
 
 def tuning_prior(client: ClientContext, readout: Readout | None) -> Tensor | None:
-    """[C] or None: the client's label shares over the federation's, from its released counts, for shared gradients.
+    """Returns the label prior [C] for shared gradients: the client's released shares over the federation's.
 
     Before the federation's shares are known they count as equal.
     """
