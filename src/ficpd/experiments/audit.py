@@ -1,4 +1,4 @@
-"""`ficpd audit`: attack a prompt, as somebody could who has its library, and a run, as its worst record could."""
+"""Attacks a prompt, as a user of its library could, and a run, for its worst record (`ficpd audit`)."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def audit_run(
     folder: Path, prompt: str | None = None, shadows: int = 4, members: int = 1000, canaries: int = 100, seed: int = 0,
     device: str = "cpu",
 ) -> Audit:  # fmt: skip
-    """Attack a run's prompt (none named: the global one); leaves `audit.json` in the run's directory.
+    """Attacks a run's prompt (default: the global one), and writes `audit.json` to its directory.
 
     `members` bounds the records attacked. With `canaries`, the federation is trained a second time, in a temporary
     directory with a ledger of its own. Raises `RunError` for what is no finished run, `PrivacyError` where nothing was
@@ -113,8 +113,9 @@ def audit_library(
     folder: Path, members: Sequence[Record], others: Sequence[Record], out: Path, prompt: str | None = None,
     shadows: int = 4, limit: int = 1000, seed: int = 0, device: str = "cpu",
 ) -> Audit:  # fmt: skip
-    """Attack a library's prompt, given records that it was tuned on (`members`) and `others` that it was not; leaves
-    `audit.json` in `out`. Without the run there are no canaries, and so no bound on ε.
+    """Attacks a library's prompt, given `members` that it was tuned on and `others`.
+
+    Writes `audit.json` to `out`. Without the run there are no canaries, and so no bound on ε.
 
     Raises `LibraryError` if the folder holds no library or lacks the prompt, `PrivacyError` if records are too few.
     """
@@ -139,7 +140,7 @@ def _audit(
     of: str, prompt: str, method: str, privacy: PrivacyReport, target: Target, split: Split, shadow_SPD: Tensor,
     seed: int,
 ) -> Audit:  # fmt: skip
-    """The attacks on one prompt, without canaries."""
+    """Runs the attacks on one prompt, without canaries."""
     evidence = _evidence(target, shadow_SPD, split)
     scores = {name: attack(evidence) for name, attack in ATTACKS.items()}
     advantage, interval = best_advantage(scores, evidence.member_N, seed)
@@ -187,7 +188,7 @@ def open_run(folder: Path, device: str, prompt: str | None = None) -> Finished:
 
 
 def _named(library: PromptLibrary, name: str | None) -> str:
-    """Which prompt is attacked. Raises `LibraryError` if the library lacks it."""
+    """Returns the attacked prompt. Raises `LibraryError` if the library lacks it."""
     name = name or next((n for n in DEFAULT_PROMPTS if n in library.prompts), next(iter(library.prompts), None))
     get_prompt(library, name)
     return str(name)
@@ -204,7 +205,7 @@ def _target(run: Finished, name: str) -> Target:
 
 
 def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
-    """In batches as large as a cohort's together."""
+    """Tunes shadow prompts in batches as large as a cohort's together."""
     return shadow_prompts(
         target.model, target.task, target.start, target.compression, target.training, split.pool, split.shadow_size,
         target.steps, SHADOW_BATCH, number, seed,
@@ -228,7 +229,7 @@ def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> n
 
 
 def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound | None:
-    """The worst record (or client) against the client that spent most, as it was planned; None where nothing was noised.
+    """Attacks the mechanism of the client with the largest cost, by its worst unit; None without noise.
 
     The client carries out its assignments until its budget ends, as it did in the run.
     """
@@ -259,8 +260,9 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
 def planted_bound(
     run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
 ) -> LowerBound | None:
-    """Train the federation again with mislabelled records, each put in by the flip of a coin, and guess which were. Where
-    the data name subjects, a canary is a subject: its records of the pool, all of them put in or none.
+    """Trains the federation again with random mislabelled records, and guesses which were put in.
+
+    With named subjects a canary is a subject: its records of the pool, all of them put in or none.
 
     None if fewer than six can be made. A record's change is a client's change too; where the server noises whole clients
     the guarantee is for one client more or less, and a changed client is two steps: (2ε, (1 + e^ε) δ).

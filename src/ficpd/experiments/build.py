@@ -57,7 +57,7 @@ class ExperimentContext:
 
     @property
     def task(self) -> Task:
-        """The only task. Raises `ConfigError` if the federation has several."""
+        """Returns the only task. Raises `ConfigError` if the federation has several."""
         if len(self.tasks) != 1:
             raise ConfigError(
                 f"groups = {', '.join(self.tasks)}: this needs one task, and the federation has several tasks"
@@ -255,7 +255,7 @@ def _initialized(
 
 
 def _tunes_in_subspace(method: Method, experiment: Experiment, backbone: Backbone) -> bool:
-    """Whether an open compression is a subspace: noise is added to the gradients of a soft prompt."""
+    """Tells whether an open compression is a subspace: if gradients of a soft prompt are noised."""
     declared, unit = method.capabilities, "client" if "placement" in experiment.privacy else "record"
     return (
         experiment.privacy["name"] != "none"

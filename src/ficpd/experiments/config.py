@@ -122,7 +122,7 @@ class Group(FrozenConfig):
 
     @property
     def data_and_partition(self) -> tuple[Source, Partition]:
-        """Data and partition of a simulation. Raises `ConfigError` if one is missing."""
+        """Returns data and partition of a simulation. Raises `ConfigError` if one is missing."""
         if self.data is None or self.partition is None:
             raise ConfigError(f"{'data' if self.data is None else 'partition'} is missing; it has no default")
         return self.data, self.partition
@@ -162,14 +162,14 @@ class Experiment(FrozenConfig):
 
     @property
     def all_groups(self) -> dict[str, Group]:
-        """The groups by name; a federation of one task has one group, named ""."""
+        """Returns the groups by name; a federation of one task has one group, named ""."""
         if self.groups:
             return self.groups
         return {"": Group.model_validate({key: getattr(self, key) for key in Group.model_fields})}
 
     @property
     def tasks_in_words(self) -> str:
-        """The kinds of the tasks, by group."""
+        """Describes the kinds of the tasks, by group."""
         kinds = {group: party.task["name"] for group, party in self.all_groups.items()}
         return ", ".join(f"{group}: {kind}" if group else kind for group, kind in kinds.items())
 
@@ -253,7 +253,7 @@ def _check_places(parts: Mapping[str, Any], where: str) -> None:
 
 
 def _module(registry: str, tree: Mapping[str, Any]) -> Any:
-    """The module that a part names; None if it names none."""
+    """Returns the module that a part names; None without one."""
     return load(registry, tree["name"]) if isinstance(tree.get("name"), str) else None
 
 

@@ -1,4 +1,4 @@
-"""Drafts a recipe from a table: guesses the columns, counts labels and clients, and warns of what impairs a run."""
+"""Drafts a recipe from a table: guesses columns, counts labels and clients, warns of problems."""
 
 import re
 from collections import Counter
@@ -117,7 +117,7 @@ def _read(source: str) -> Rows:
 
 
 def _cell(value: Any, untyped: bool) -> Any:
-    """The value as a run reads it; None if nothing is written."""
+    """Reads the value as a run does; None for an empty cell."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
     return UntypedStr(value) if untyped and isinstance(value, str) else value

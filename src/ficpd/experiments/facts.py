@@ -47,7 +47,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
-    """The scores of a simulation; empty among real sites."""
+    """Returns the scores of a simulation; empty among real sites."""
     found = result.get("metrics") or {}
     names = {"own": "per_client_mean", "worst": "per_client_worst", "global": "global_prompt", "zero_shot": "zero_shot"}
     return {name: found[key] for name, key in names.items() if found.get(key)}
@@ -81,7 +81,7 @@ def installation_facts() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None: it is not installed."""
+    """Returns a package's version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def processor() -> str:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs that Linux's driver lists. Elsewhere `ficpd info --verbose` asks torch."""
+    """Lists the NVIDIA GPUs of Linux's driver. Elsewhere `ficpd info --verbose` asks torch."""
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]

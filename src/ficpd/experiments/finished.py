@@ -47,12 +47,12 @@ class FinishedRun:
 
     @property
     def results(self) -> list[RunResult]:
-        """The results of all methods in the order of the tables, the run's last; empty among real sites."""
+        """Returns the results of all methods in the tables' order, the run's last; empty among real sites."""
         return [*self.baselines, self.result] if self.result.metrics else []
 
     @cached_property
     def rounds(self) -> dict[str, list[Round]]:
-        """The rounds of each label."""
+        """Returns the rounds of each label."""
         return {label: RunDir(folder).rounds() for label, folder in self.folders.items()}
 
     @cached_property
@@ -61,7 +61,7 @@ class FinishedRun:
 
     @cached_property
     def state(self) -> State | None:
-        """The server's state after the last round."""
+        """Returns the server's state after the last round."""
         saved = RunDir(self.directory).load()
         return saved[0] if saved else None
 
@@ -75,12 +75,12 @@ class FinishedRun:
 
     @property
     def places(self) -> dict[str, int]:
-        """Colour and symbol of each method in every figure; those of the run's own method come first."""
+        """Returns colour and symbol of each method in all figures, the run's method first."""
         return {label: i for i, label in enumerate(dict.fromkeys([self.result.label, *self.folders]))}
 
     @property
     def alone(self) -> RunResult | None:
-        """The baseline `local`, if it was run."""
+        """Returns the baseline `local`, if it was run."""
         return next((r for r in self.baselines if r.method == "local"), None)
 
     @property
@@ -89,7 +89,7 @@ class FinishedRun:
 
     @property
     def verdicts(self) -> list[str]:
-        """Whether joining pays: sentences on the run's method against what a client has without the others.
+        """Returns the verdict: sentences on the run's method against methods without the others.
 
         The last one says so if most updates were dropped, for then little was learned together.
         """
@@ -98,7 +98,7 @@ class FinishedRun:
 
     @property
     def dropped(self) -> str:
-        """How many updates were dropped, and why the first one was; empty if none was."""
+        """Counts dropped updates, with the reason of the first; empty without any."""
         rounds = self.rounds.get(self.result.label, [])
         found = [(name, done.round, why) for done in rounds for name, why in sorted(done.dropped.items())]
         if not found:
@@ -118,7 +118,7 @@ class FinishedRun:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of `to_frame`, each a mapping."""
+        """Returns the lines of `to_frame`, each a mapping."""
         return [_line(result) for result in self.results]
 
 
@@ -157,7 +157,7 @@ def _baselines(directory: Path, own: RunResult) -> list[tuple[Path, RunResult]]:
 
 
 def _has_default_settings(directory: Path, method: str) -> bool:
-    """False too where the settings cannot be read."""
+    """Tells whether a method has default settings; False if they cannot be read."""
     try:
         given = tomllib.loads(_recipe(directory)).get("method", {})
         return validated_section("methods", given, "") == validated_section("methods", {"name": method}, "")

@@ -68,7 +68,7 @@ class PlanningEngine(QueryEngine):
 
     @contextmanager
     def counting(self) -> Iterator[Work]:
-        """Gives the work of what is done meanwhile."""
+        """Yields the work done in its body."""
         self.work, began = Work(), time.perf_counter()
         yield self.work
         self.work.seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Copies from a private run what its guarantee covers: the library, and nothing else of the directory."""
+"""Copies the library of a private run, which its guarantee covers, and nothing else."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The schema of a run's result, `result.json`."""
+"""Defines the schema of a run's result, `result.json`."""
 
 import json
 from pathlib import Path
@@ -258,7 +258,7 @@ class PrivacyReport(FrozenModel):
 
     @property
     def guarantee(self) -> str:
-        """The guarantee in one phrase."""
+        """Returns the guarantee in one phrase."""
         return guarantee(self.model_dump())
 
 
@@ -321,12 +321,12 @@ class RunResult(FrozenModel):
 
     @property
     def main(self) -> Metric:
-        """The metric that tables show. Only for results with `metrics`."""
+        """Returns the metric that tables show. Only for results with `metrics`."""
         return main_metric(self.scores.per_client_mean)
 
     @property
     def scores(self) -> Metrics:
-        """`metrics` of a simulation. Raises `RunError` for real sites, which keep their scores."""
+        """Returns the scores of a simulation. Raises `RunError` for real sites, which keep their scores."""
         if self.metrics is None:
             raise RunError(f"the run of {self.method} has no scores: real sites keep theirs")
         return self.metrics

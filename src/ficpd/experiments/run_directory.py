@@ -93,7 +93,7 @@ class RunDir:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing lies in the directory but its lock and files that were not finished."""
+        """Tells whether the directory holds nothing but its lock and unfinished files."""
         return not self.path.exists() or all(f.name == LOCK or f.suffix == ".writing" for f in self.path.iterdir())
 
     def write(self, name: str, content: str | bytes) -> Path:

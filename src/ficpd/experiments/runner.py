@@ -111,7 +111,7 @@ class Runner(RoundHooks):
 
     @property
     def last_release(self) -> int:
-        """The last round that released anything."""
+        """Returns the last round that released anything."""
         return max((done.round for done in self.rounds if done.updates), default=0)
 
     def prepare(self) -> None:

@@ -74,8 +74,11 @@ def federation_info(
 
 
 def public_features(context: ExperimentContext) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Returns what a readout is learned from besides totals: the label texts' readout of each group whose labels are read
-    from features, and the features of synthetic records at the start prompt (None: no such group)."""
+    """Returns the public inputs of learned readouts: label texts' readouts, and features of synthetic records.
+
+    Readouts are by group, for groups with labels read from features. The features are at the start prompt (None: no such
+    group).
+    """
     backbone, texts = context.model.backbone, {}
     for group, task in context.tasks.items():
         readout_CD = features_readout(task, backbone)

@@ -1,4 +1,4 @@
-"""`--track`: sends the figures of every round to TensorBoard or MLflow.
+"""Sends the figures of every round to TensorBoard or MLflow (`--track`).
 
 Figures come from `rounds.jsonl` and `result.json`: the runs of a comparison, and those of Flower, are in other processes.
 """
@@ -105,7 +105,7 @@ class Follower:
         self.ended = {file.parent for file in folder.rglob("result.json")}
 
     def look(self) -> None:
-        """Sends what is new. An error ends the sending."""
+        """Sends new figures. An error ends the sending."""
         try:
             for file in () if self.failed else sorted(self.folder.rglob("rounds.jsonl")):
                 if file.parent not in self.ended:

@@ -1,4 +1,4 @@
-"""A comparison from its plan to its folder: run what is missing, then say what all of it comes to."""
+"""Runs the missing cells of a comparison, and summarises all of them in its folder."""
 
 import os
 from collections import Counter
@@ -36,7 +36,7 @@ def compare(
     plan: Grid, out: Path, jobs: int | str | None = None, planned: Callable[[int, int], None] | None = None,
     seen: Seen = lambda event: None,
 ) -> ComparisonResult:  # fmt: skip
-    """Runs what is missing in `out`, `jobs` runs at a time, and writes the tables, also when it is interrupted.
+    """Runs the missing cells of `out`, `jobs` at a time, and writes the tables, also if interrupted.
 
     `jobs` None: one for each core, and one on a GPU. "ray" or "ray://HOST:PORT": one for each CPU or GPU of a Ray cluster.
     `planned` gets the number of runs and the number of missing ones.
@@ -76,7 +76,7 @@ def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
 
 
 def described(plan: Grid, outcomes: Mapping[str, RunOutcome | None], names: Mapping[str, str]) -> ComparisonResult:
-    """Puts together what all cells say."""
+    """Summarises all cells."""
     spec, cells = plan.spec, result_rows(plan.cells, names, outcomes)
     metrics: dict[str, Metric | None] = dict.fromkeys(plan.axes["tasks"])
     metrics |= {c.task: one.metric for c in plan.cells if (one := outcomes[c.hash]) and one.status == "done"}
@@ -117,5 +117,5 @@ def _task(plan: Grid, label: str, metric: Metric | None) -> TaskInfo:
 
 
 def _budget(piece: Mapping[str, Any]) -> BudgetInfo:
-    """JSON has no infinity: None is no limit."""
+    """Returns a budget for JSON, which has no infinity: None is no limit."""
     return BudgetInfo(**{k: None if piece.get(k) == float("inf") else piece.get(k) for k in BudgetInfo.model_fields})

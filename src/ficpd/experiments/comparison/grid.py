@@ -1,4 +1,4 @@
-"""A comparison's TOML file as the cells of its grid, each with the whole experiment that it asks for."""
+"""Expands a comparison's TOML file to the cells of its grid, each with its whole experiment."""
 
 import hashlib
 import json
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def readable(self) -> str:
-        """The run's name, if this is the first cell to ask for it: a folder's name on any file system."""
+        """Returns a name of the run for a folder on any file system."""
         swept = map(overrides.format_value, self.sweep.values())
         labels = [self.task, self.partition, self.budget, *swept, self.method]
         words = [re.sub(r"[^A-Za-z0-9=.]+", "_", label).strip("_.")[:24] for label in labels if label != DEFAULT]
@@ -90,7 +90,7 @@ class Grid:
 
     @property
     def reference(self) -> str:
-        """The method that the others are tested against; of one that a sweep made several of, the first."""
+        """Returns the method that the others are tested against: of a sweep's variants the first."""
         found = _referred(self.spec.reference, self.methods)
         assert found is not None, "the file was checked"
         return found
@@ -106,7 +106,7 @@ def _referred(given: str | None, methods: Iterable[str]) -> str | None:
 
 
 def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
-    """A TOML file, or one of the comparisons that come with the package."""
+    """Reads a TOML file, or a comparison of the package by name."""
     return expand(*read_recipe(name, "comparison", "compare"), ablate, Path(name).parent)
 
 
@@ -160,7 +160,7 @@ def _cells(
 def _experiment(
     tree: dict[str, Any], spec: ComparisonConfig, point: Mapping[str, Any], seed: int, of_method: Piece, where: str
 ) -> Experiment:
-    """The recipe, the method's piece, the sweep, and what every cell has: in this order."""
+    """Lays the method's piece, the sweep and the common settings over the recipe, in this order."""
     tree = {key: part for key, part in tree.items() if key != "method"}
     tree = overrides.merge(tree, {key: part for key, part in of_method.items() if key != "private"})
     tree = overrides.with_sweep(tree, point)

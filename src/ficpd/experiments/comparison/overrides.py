@@ -1,4 +1,4 @@
-"""The axes of a comparison: pieces of a recipe, by label, and how they are laid over the base."""
+"""Lays the axes of a comparison over its recipe: pieces of a recipe, by label."""
 
 import math
 import tomllib
@@ -44,7 +44,7 @@ DEFAULT = "given"
 
 
 def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
-    """The entries of one axis. Raises `ConfigError` for a part that this axis must not change."""
+    """Validates the entries of one axis. Raises `ConfigError` for a part that this axis must not change."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: {axis} is a table of entries, such as [{axis}.LABEL]")
     for label, piece in table.items():
@@ -57,7 +57,7 @@ def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
 
 
 def parsed_sweeps(given: Iterable[str]) -> Sweeps:
-    """`part.key=a,b,c`, each value as `--set` reads it.
+    """Parses `part.key=a,b,c`, each value as `--set` reads it.
 
     >>> parsed_sweeps(["privacy.epsilon=1,2,4", "training.optimizer=adam, sgd", "prompt.text='a, b','c'"])
     {'privacy.epsilon': [1, 2, 4], 'training.optimizer': ['adam', 'sgd'], 'prompt.text': ['a, b', 'c']}
@@ -84,7 +84,7 @@ def parsed_sweeps(given: Iterable[str]) -> Sweeps:
 
 
 def _values(text: str, sweep: str) -> list[Any]:
-    """All of it as a TOML array; where it is none, word by word."""
+    """Parses values as a TOML array, or else word by word."""
     try:
         return tomllib.loads(f"values = [{text}]")["values"]
     except tomllib.TOMLDecodeError:
@@ -95,7 +95,7 @@ def _values(text: str, sweep: str) -> list[Any]:
 
 
 def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
-    """Every method and line by label, its module named; those with a setting that is swept once for each value."""
+    """Lists methods and lines by label, those with a swept setting once for each value."""
     named = {label: _named(label, piece, where) for label, piece in {**REFERENCE_METHODS, **pieces}.items()}
     for path, values in sweeps.items():
         if not path.startswith("method."):
@@ -137,7 +137,7 @@ def _variants(label: str, piece: Piece, path: str, values: list[Any]) -> dict[st
 
 
 def format_value(value: Any) -> str:
-    """A swept value in a label.
+    """Formats a swept value for a label.
 
     >>> format_value(0.5), format_value("adam"), format_value(True), format_value([1, 2])
     ('0.5', 'adam', 'true', '[1, 2]')
@@ -146,7 +146,7 @@ def format_value(value: Any) -> str:
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set one value; the mappings on its way are copied, so that nothing else that holds them changes."""
+    """Sets one value in copies of the mappings on its path, so that other holders see no change."""
     *above, last = path.split(".")
     for key in above:
         inner = tree.get(key, {})
@@ -166,7 +166,7 @@ def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple
 
 
 def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    """The tree with the piece's keys in its parts. A part of another name or kind takes the old one's place whole.
+    """Merges a piece into the tree. A part of another name or kind replaces the old one whole.
 
     >>> merge({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
     {'training': {'s': 2, 'n': 4}, 'task': {'name': 'b'}}
@@ -189,14 +189,14 @@ def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
 
 
 def with_partition(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    """In a recipe with groups, each group's."""
+    """Sets the partition; in a recipe with groups, that of each group."""
     if "groups" not in tree:
         return merge(tree, piece)
     return {**tree, "groups": {name: merge(dict(group), piece) for name, group in tree["groups"].items()}}
 
 
 def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    """The parts it changes, then epsilon and rounds; bytes and queries do not change a run."""
+    """Applies a budget's parts, then epsilon and rounds. Bytes and queries do not change a run."""
     tree = merge(tree, {key: part for key, part in piece.items() if isinstance(part, Mapping)})
     if "rounds" in piece:
         tree = merge(tree, {"federation": {"num_rounds": piece["rounds"]}})
@@ -204,7 +204,7 @@ def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
 
 
 def with_epsilon(tree: dict[str, Any], epsilon: Any) -> dict[str, Any]:
-    """`inf`: without privacy. A recipe that has none gets the record-level mechanism."""
+    """Sets epsilon; `inf` is without privacy. A recipe without privacy gets the record level."""
     if isinstance(epsilon, float) and math.isinf(epsilon):
         return {**tree, "privacy": {"name": "none"}}
     privacy = tree.get("privacy", {"name": "none"})

@@ -56,7 +56,7 @@ def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = Fals
 
 
 def cost_to_target(seen: ResultView, shares: Sequence[float]) -> list[Target]:
-    """Says for each condition and share which methods reach it, and at what cost."""
+    """Returns the methods that reach each share in each condition, and their cost."""
     found = []
     for labels, rows in seen.grouped(CONDITION):
         ends = {row.seed: getattr(row.curve[-1], seen.figure) for row in rows if row.method == UPPER and row.curve}

@@ -1,4 +1,4 @@
-"""The runs of a comparison's folder, and the cells of `compare.json`: each run at the budget of its cell."""
+"""Reads the runs of a comparison's folder as cells of `compare.json`, each at its budget."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,7 +62,7 @@ def _refused(row: CellResult, reason: str) -> CellResult:
 
 
 def _check_fair(cells: Sequence[Cell], found: Sequence[CellResult]) -> None:
-    """All methods of one condition and seed saw the same records in the same hands."""
+    """Checks that all methods of a condition and seed had the same records per client."""
     seen: dict[tuple, CellResult] = {}
     for cell, row in zip(cells, found, strict=True):
         if row.data is None:

@@ -1,4 +1,4 @@
-"""One run of a comparison, and its outcome."""
+"""Runs one cell of a comparison and returns its outcome."""
 
 import gc
 import hashlib
@@ -61,7 +61,7 @@ def run_cell(
 
 
 def outcome_of(key: str, result: RunResult, rounds: Sequence[Round], data: str) -> RunOutcome:
-    """Returns what a comparison needs of a finished run."""
+    """Returns the outcome of a finished run for a comparison."""
     scores, main, curve = result.scores, result.main, curve_of(result, rounds)
     last = curve[-1]
     diverged = "its figure is no number: the tuning went astray; try a smaller learning rate"
@@ -111,12 +111,12 @@ def curve_of(result: RunResult, rounds: Sequence[Round]) -> list[Point]:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no other numbers."""
+    """Keeps finite numbers only, as JSON has no others."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def data_of(shards: Mapping[str, ClientData]) -> str:
-    """A hash of who holds which records. Equal grounds must have equal ones, unless a file was changed in between."""
+    """Hashes the records of each client. Equal grounds have equal hashes unless a file changed."""
     hashed = hashlib.sha256()
     for name, shard in sorted(shards.items()):
         for part, records in (("train", shard.train), ("test", shard.test)):

@@ -1,4 +1,4 @@
-"""The results of a comparison: `cells/KEY.json` of one run, and `compare.json` of all.
+"""Defines the results of a comparison: `cells/KEY.json` of one run, and `compare.json` of all.
 
 A *cell* is one point of the grid: method, task, partition, budget, sweep, seed. A *setting* is partition, budget and sweep
 together: all that a researcher fixes before comparing methods. A *condition* is a setting on one task. Shares (accuracy, F1)

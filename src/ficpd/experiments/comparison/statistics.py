@@ -1,4 +1,4 @@
-"""Means, intervals, paired tests and ranks, over seeds and tasks."""
+"""Computes means, intervals, paired tests and ranks over seeds and tasks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class MeanCI(NamedTuple):
 
 
 def mean_ci(values: Sequence[float]) -> MeanCI:
-    """Mean, standard deviation (n - 1), and Student's interval of the mean; no interval of fewer than three values.
+    """Returns mean, standard deviation (n - 1), and Student's interval, which needs three values.
 
     >>> found = mean_ci([1.0, 2.0, 3.0])
     >>> found.mean, found.sd, [round(end, 3) for end in found.interval]
@@ -52,7 +52,7 @@ def paired_test(own: Sequence[float], other: Sequence[float], reference: str) ->
 
 
 def p_of(own: Sequence[float], other: Sequence[float]) -> tuple[float | None, str | None]:
-    """The two-sided p of a paired t-test, or why there is none."""
+    """Returns the two-sided p of a paired t-test, or why there is none."""
     differences = np.subtract(own, other)
     if len(differences) < 2:
         return None, "one pair is too few"
@@ -64,7 +64,7 @@ def p_of(own: Sequence[float], other: Sequence[float]) -> tuple[float | None, st
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979) of p values by name.
+    """Applies Holm's step-down correction to p values (Scandinavian Journal of Statistics 6, 1979).
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
@@ -83,8 +83,10 @@ def apply_holm(found: Mapping[str, Against | None]) -> dict[str, Against | None]
 
 
 def mean_ranks(table: "DataFrame", less_is_better: Callable[[str], bool]) -> tuple[dict[str, float], Friedman | None]:
-    """Mean rank of each method (column) over tasks (rows; 1: best, ties share), and Friedman's test of whether they
-    differ at all; None of fewer than three methods or two tasks, or where nothing differs."""
+    """Returns the mean rank of each method (column) over tasks (rows), and Friedman's test of a difference.
+
+    Rank 1 is the best, and ties share. The test is None for fewer than three methods or two tasks, or equal ranks.
+    """
     if table.empty:
         return {}, None
     errors = table.mul([1 if less_is_better(task) else -1 for task in table.index], axis=0)

@@ -1,4 +1,4 @@
-"""Conditions and settings of `compare.json`: what the cells say together."""
+"""Summarises the cells to the conditions and settings of `compare.json`."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The worker processes of a comparison. A worker that dies costs the run that it is at, and no other."""
+"""Runs the worker processes of a comparison. A worker that dies costs its current run only."""
 
 import os
 import signal

@@ -27,7 +27,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers only (or dashes): they are set flush right.
+        """Returns the columns of numbers or dashes, which are aligned right.
 
         >>> Table("", ["name", "share"], [["a", "81.2 [80, 83] ▲"], ["b", "–"]]).numeric
         [False, True]

@@ -1,4 +1,4 @@
-"""A directory as a page: which kind it is, and what belongs on it."""
+"""Builds the page of a directory of a run or a comparison."""
 
 from pathlib import Path
 
@@ -16,8 +16,10 @@ PAGE = "report.html"
 
 
 def write_page(directory: Path, out: Path | None = None) -> Path:
-    """One HTML file (none named: `report.html` in the directory) of a run, or of a comparison. Raises `RunError` for what is
-    neither."""
+    """Writes one HTML file of a run or a comparison (default: `report.html` in the directory).
+
+    Raises `RunError` for another directory.
+    """
     directory = Path(directory)
     return atomic_write(out or directory / PAGE, render(page_of(directory)))
 

@@ -1,4 +1,4 @@
-"""A comparison as a page, from its `compare.json`."""
+"""Builds the page of a comparison from its `compare.json`."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The tables of a comparison, from `compare.json` alone."""
+"""Makes the tables of a comparison from `compare.json` alone."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
 
 
 def targets(found: ComparisonResult) -> list[Table]:
-    """Makes one table for each condition: what it takes to reach each share."""
+    """Makes one table for each condition: the cost to reach each share."""
     costs = ["rounds", "bytes up", "bytes down", "queries", "seconds"]
     heads = ["method", "of centralized", "seeds that reach it", *costs]
     note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
@@ -213,7 +213,7 @@ def _few(number: float) -> str:
 
 
 def _epsilon(found: ComparisonResult, condition: Condition, label: str) -> str:
-    """As its finished cells say."""
+    """Returns the epsilon of the finished cells."""
     own = cells_of(found, label, condition)
     done = [c for c in own if c.status == "done"]
     if not done:
@@ -259,7 +259,7 @@ def without_figure(found: ComparisonResult) -> list[str]:
 
 
 def cells_csv(found: ComparisonResult) -> str:
-    """Every cell, in numbers."""
+    """Writes the numbers of every cell as CSV."""
     import pandas as pd
 
     lines = []

@@ -1,4 +1,4 @@
-"""The sections on prototypes, the prompt library and synthetic examples."""
+"""Makes the sections on prototypes, the prompt library and synthetic examples."""
 
 from collections.abc import Mapping, Sequence
 

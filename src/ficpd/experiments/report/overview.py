@@ -29,7 +29,7 @@ NOISE = {None: "none", "simulated": "simulated", "cryptographic": "real"}
 
 
 def headline(run: FinishedRun) -> str:
-    """The verdict with all of its figures."""
+    """Returns the verdict with all of its figures."""
     own = run.result
     if own.privacy.rehearsed:
         names = ", ".join(own.privacy.rehearsed)
@@ -45,7 +45,7 @@ def with_unit(main: Metric, value: float) -> str:
 
 
 def summary_blocks(run: FinishedRun) -> list[Block]:
-    """The figures to see first, and how far to trust them."""
+    """Shows the main figures and their uncertainty."""
     own, pairs = run.result, []
     if own.metrics:
         for name, result in standing(run.results).items():
@@ -189,7 +189,7 @@ def settings(run: FinishedRun) -> Section:
 
 
 def described(part: Mapping[str, Any]) -> str:
-    """A part of the experiment in a line, without what is nested in it."""
+    """Describes a part of the experiment in a line, without nested parts."""
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))

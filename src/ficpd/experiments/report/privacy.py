@@ -50,7 +50,7 @@ UNCOVERED = (
 
 
 def left(run: FinishedRun) -> Section:
-    """All that a data officer has to know of the run's messages."""
+    """Describes the run's messages for a data protection officer."""
     own, privacy = run.result, run.result.privacy
     sizes = own.bytes
     total = (sizes.up_total + sizes.down_total) / max(own.num_clients, 1)

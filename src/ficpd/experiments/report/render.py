@@ -1,4 +1,4 @@
-"""A page as one HTML file: style, script, figures and plotly.js in it. Everything from data is escaped by the template.
+"""Renders a page as one HTML file with style, script and plotly.js. The template escapes all data.
 
 Its content security policy names the two scripts by their hashes and allows nothing to be fetched: what data brings along is
 never run, and no network is asked, whatever else goes wrong.
@@ -34,7 +34,7 @@ def render(page: Page) -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """For a `Content-Security-Policy`. Styles are inline because plotly.js writes its own."""
+    """Returns the page's `Content-Security-Policy`. Styles are inline because plotly.js writes its own."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {hashes}; {rest}"
@@ -46,7 +46,7 @@ def own(name: str) -> str:
 
 @cache
 def plotly() -> str:
-    """plotly.js as plotly's package ships it (MIT; its notice stands at its head)."""
+    """Returns plotly.js as plotly's package ships it (MIT; its notice is at its head)."""
     from plotly.offline import get_plotlyjs
 
     return SCRIPT_END.sub(r"\\x3C", get_plotlyjs())

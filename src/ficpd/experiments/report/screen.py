@@ -16,7 +16,7 @@ from ficpd.experiments.report.summary import RIVALS, results_table
 
 
 def announcement(experiment: Experiment, out: Path) -> list[Block]:
-    """Says what a run will do."""
+    """Describes a run before it starts."""
     names = STANDARD_BASELINES if experiment.baselines == "auto" else experiment.baselines
     others = ", ".join(["no prompt", *(RIVALS.get(name, name) for name in names if name != experiment.method["name"])])
     epsilon = experiment.privacy.get("epsilon")
@@ -29,7 +29,7 @@ def announcement(experiment: Experiment, out: Path) -> list[Block]:
 
 
 def result_blocks(run: FinishedRun, brief: bool = False) -> list[Block]:
-    """Returns what the terminal shows at the end of a run: the table, the verdict, and the next commands.
+    """Returns the blocks at the end of a run: the table, the verdict, and the next commands.
 
     brief: the table and the verdict alone.
     """

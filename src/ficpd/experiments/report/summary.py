@@ -1,4 +1,4 @@
-"""The verdict and the table of a run, as the screen and the page show them."""
+"""Makes the verdict and the table of a run, for the screen and the page."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ ALONE, TOGETHER = ("local", "linear_probe"), "together"
 
 
 def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
-    """Returns whether joining pays, in a few sentences: the last result against what a client has without the others.
+    """Returns the verdict: the last result against the methods that a client can run alone.
 
     Scores are of the mean client's own test records. A client is worse off if it is below the better of `local` and
     `linear_probe` by more than one standard error of its own score.
@@ -63,7 +63,7 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
 
 
 def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
-    """Returns the last result, and what a client has without the others, by the verdict's words."""
+    """Returns the last result and those of methods without the others, by the verdict's words."""
     own = results[-1]
     by_method = {r.method: r for r in results[:-1] if r.method != own.method}
     federated = own.method not in (*RIVALS, "centralized")
