@@ -46,15 +46,22 @@ from ficpd.types import EncodedInput, ModelOutput, Prompt
 WRONG_LOGPROB = -10.0
 """The log-likelihood of an answer that was not named, where 0 is that of the one that was."""
 PROBE = "One two three"
+ANSWER_TOKENS = 8
+"""Tokens that are written to find the name of an answer in."""
 ENDPOINT_ENV = "FICPD_ENDPOINT"
 """The environment variable with the address that libraries are used through."""
 
 
 class Config(FrozenConfig):
-    """`url` without the last part (`http://127.0.0.1:8000/v1`). `key_from`: the environment variable with the API key; the
-    key itself belongs in no file. `api` "chat": only texts come back. `together`: texts in one request, for servers that
-    take lists. `max_words` of a text, prompt included; `answer_tokens` are written where an answer is looked for. `timeout`
-    of one try, in seconds; `tries` per request, with backoff."""
+    """Sets the address of a model and the form of its requests.
+
+    url: without the last part (`http://127.0.0.1:8000/v1`).
+    key_from: the environment variable with the API key; the key itself belongs in no file.
+    api: "chat" for servers that return texts only.
+    max_words: of a text, prompt included.
+    together: texts in one request, for servers that take lists.
+    timeout: of one try, in seconds; `tries` per request, with backoff.
+    """
 
     url: str
     model: str = Field(min_length=1)
@@ -63,7 +70,6 @@ class Config(FrozenConfig):
     answers: Literal["auto", "likelihood", "text"] = "auto"
     key_from: str | None = None
     max_words: int = Field(default=300, ge=8)
-    answer_tokens: int = Field(default=8, ge=1)
     workers: int = Field(default=4, ge=1, le=64)
     together: int = Field(default=1, ge=1)
     timeout: float = Field(default=60.0, gt=0)
@@ -257,7 +263,7 @@ class Endpoint(Backbone):
 
     def _named(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
         """0 for the answer that the text written behind names first, `WRONG` for the others."""
-        written, scores = self._texts(befores, self.config.answer_tokens), []
+        written, scores = self._texts(befores, ANSWER_TOKENS), []
         for group in same_question_groups(befores, answers):
             own = [answers[place] for place in group]
             right = first_mentioned(written[group[0]], own)
