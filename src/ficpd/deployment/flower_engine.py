@@ -23,9 +23,10 @@ SPEC_MISSING, REFUSED = 428, 409
 
 
 class Config(BaseModel):
-    """superlink: the connection's name in Flower's configuration, which `ficpd run` needs.
-    sites: sites that must connect before the run; without names, all that connect within `wait_seconds`, and at least
-        `least_sites`.
+    """Sets the connection to Flower and the times of a round.
+
+    superlink: the connection's name in Flower's configuration, which `ficpd run` needs.
+    sites: sites that must connect before the run; without names, all that connect within `wait_seconds`, at least one.
     deadline_seconds: duration of a round. Later updates are dropped and counted, or kept (`federation.accept_late`).
         Messages expire after twice this time, so no site's clock may be further ahead.
     """
@@ -33,7 +34,6 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     superlink: str | None = None
     sites: tuple[str, ...] = ()
-    least_sites: int = Field(default=1, ge=1)
     wait_seconds: float = Field(default=60.0, gt=0)
     deadline_seconds: float = Field(default=600.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0)
@@ -80,20 +80,16 @@ class Flower:
         in time.
         """
         wanted = set(known or self.config.sites)
-        until, least = time.monotonic() + self.config.wait_seconds, len(wanted) or self.config.least_sites
+        until = time.monotonic() + self.config.wait_seconds
         while True:
             self._hello()
             self._meet(self._greeted(), time.monotonic())
             here = set(self.cards)
-            if (wanted and wanted <= here) or (not wanted and len(here) >= least and time.monotonic() > until):
+            late, unnamed = time.monotonic() > until, set(self.grid.get_node_ids()) - set(self.node.values())
+            if (wanted <= here if wanted else here and (late or not unnamed)) or (known and late and here & wanted):
                 break
-            unnamed = set(self.grid.get_node_ids()) - set(self.node.values())
-            if not wanted and len(here) >= least and not unnamed:
-                break
-            if time.monotonic() > until:
-                if known and here & wanted:
-                    break
-                raise SiteError(self._absent(wanted, here, least))
+            if late:
+                raise SiteError(self._absent(wanted, here))
             time.sleep(self.config.poll_seconds)
         if wanted:
             self.cards = {name: self.cards[name] for name in here & wanted} | {
@@ -211,11 +207,11 @@ class Flower:
         self.say(f"site {name} is connected")
         return name
 
-    def _absent(self, wanted: set[str], here: set[str], least: int) -> str:
+    def _absent(self, wanted: set[str], here: set[str]) -> str:
         seconds, came = self.config.wait_seconds, ", ".join(sorted(here)) or "none"
-        missing = f"site {', '.join(sorted(wanted - here))} has" if wanted else f"{least} sites were wanted and have"
+        missing = f"site {', '.join(sorted(wanted - here))} has not" if wanted else "no site has"
         return (
-            f"{missing} not come within {seconds:g} s (here: {came}). Check that its SuperNode and `ficpd site run` are "
+            f"{missing} come within {seconds:g} s (here: {came}). Check that its SuperNode and `ficpd site run` are "
             "running and that engine.options.sites has its name, or set engine.options.wait_seconds higher"
         )
 
