@@ -91,7 +91,7 @@ REMEDIES = {
 
 
 def describe_os_error(error: OSError) -> str:
-    """Describes what the system refused: the path, the reason and the next step.
+    """Describes an error of the system: the path, the reason and the next step.
 
     >>> describe_os_error(OSError(errno.ENAMETOOLONG, "File name too long", "runs/aaa"))
     'runs/aaa: File name too long; choose a shorter name'

@@ -207,7 +207,7 @@ class ReleaseKind(Enum):
 
 
 class Mechanism(ABC):
-    """Clips and noises what one client releases, and states what each release costs.
+    """Clips and noises the releases of one client, and states their costs.
 
     `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from. `subjects`: at the record
     level, whether the unit is a subject with all its records; the methods below then need `subject_B`, each record's number.
@@ -387,7 +387,7 @@ class Model(Protocol):
 
 
 class Engine(Protocol):
-    """One verb. Bytes go out and bytes come back, so every engine counts the same and the server trusts nobody."""
+    """Exchanges bytes with clients, so that all engines count alike and the server checks every update."""
 
     def clients(self) -> Sequence[ClientCard]: ...
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]: ...

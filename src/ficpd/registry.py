@@ -121,7 +121,7 @@ def validate(model: type[BaseModel], tree: Any, where: str) -> Any:
 
 
 def validated_section(registry: str, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A named module's settings, whole: what was given and what it leaves at its default."""
+    """Returns all settings of a named module: the given ones and the defaults."""
     if not isinstance(tree, Mapping):
         raise ConfigError(
             _expected("a table", where, tree, '{ name = "%s" }' % (tree if isinstance(tree, str) else "NAME"))

@@ -112,7 +112,7 @@ def pack_tensors(arrays: Mapping[str, Tensor], header: Mapping[str, JSON]) -> by
 
 
 def unpack_tensors(body: bytes, keys: tuple[str, ...], own: bool = False) -> tuple[dict[str, Tensor], dict[str, JSON]]:
-    """Unpacks what `pack_tensors` packed. Raises `CodecError` for a broken message or a header without `keys`."""
+    """Unpacks the bytes of `pack_tensors`. Raises `CodecError` for a broken message or a header without `keys`."""
     try:
         arrays = load(body)
         length = int.from_bytes(body[:8], "little")

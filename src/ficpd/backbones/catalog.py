@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """`kind` is a module of this folder, `weights` what `weights.resolve` is asked for, `options` the kind's own."""
+    """Names a module of this folder (`kind`), the argument of `weights.resolve`, and the kind's options."""
 
     kind: str
     weights: str

@@ -22,7 +22,7 @@ def find_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes, with what torch has reserved and does not use."""
+    """Returns the free memory of a device in bytes, with torch's reserved and unused memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -238,7 +238,7 @@ class Endpoint(Backbone):
         return [texts[row] if row in texts else texts.setdefault(row, self.words.text(row)) for row in rows]
 
     def _gives_likelihoods(self) -> bool:
-        """Whether the server scores what it is given. Raises `BackboneError` if it has to and does not, or does nothing."""
+        """Tells whether the server scores given texts. Raises `BackboneError` if it must and does not, or fails."""
         if self.config.api == "chat" and self.config.answers == "likelihood":
             raise BackboneError('backbone.options.answers = "likelihood" needs api = "completions"')
         if self.config.api == "completions" and self.config.answers != "text":

@@ -34,7 +34,7 @@ Tokens = tuple[list[int], list[float]]
 
 
 def choices(said: Any, number: int) -> list[Choice]:
-    """The choices in order. Raises `ValueError` with what was expected if they are not `number`, or no choices."""
+    """Returns the choices in order. Raises `ValueError` with the expected form if there are not `number` of them."""
     try:
         found = Completion.model_validate(said).choices
     except ValidationError as error:

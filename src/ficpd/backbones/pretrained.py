@@ -1,4 +1,4 @@
-"""Reads frozen text models from folders, and what all kinds of them share."""
+"""Reads frozen text models from folders, and shares the code of all kinds."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ class LoadingConfig(FrozenConfig):
 
 
 class Loader(NamedTuple):
-    """How and where weights are loaded. `what` describes the kind of model in errors; `level`: of transformers' notes."""
+    """Sets how weights are loaded. `what`: the kind of model in errors. `level`: of transformers' notes."""
 
     folder: Path
     name: str

@@ -64,9 +64,9 @@ def quantization_config(chosen: Quantization, dtype: torch.dtype) -> Any:
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Turns off what LLM.int8() decides for a whole batch, and bitsandbytes' 4-bit kernel for CPUs, which has no gradient.
+    """Turns off LLM.int8()'s decisions for a whole batch, and bitsandbytes' 4-bit CPU kernel.
 
-    Checkpoints may have been saved with both.
+    The kernel has no gradient. Checkpoints may have been saved with both.
     """
     for part in model.modules():
         if getattr(state := getattr(part, "state", None), "threshold", 0):

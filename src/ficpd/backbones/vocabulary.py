@@ -1,5 +1,7 @@
-"""A backbone's words: token ids to and from texts and vectors, and which other word might stand in a place. What a prompt
-of words (`methods/feddtpt`) is made of."""
+"""Maps token ids to and from texts and vectors, and proposes other words for a place.
+
+Prompts of words (`methods/feddtpt`) are made of them.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property

@@ -46,12 +46,12 @@ HUB_FILES = [*READ_FILES, "*.safetensors", "*.safetensors.index.json"]
 EXTRA = "consolidated*"
 """A second copy of the weights, in the form of their authors, which transformers does not read."""
 NOTES = {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype"}
-"""Entries of configurations that do not change what a model computes: dtype is `backbone.dtype`."""
+"""Entries of configurations that do not change a model's outputs: dtype is `backbone.dtype`."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder that `from_pretrained` reads, and what is in it.
+    """A folder that `from_pretrained` reads, with its hashes.
 
     `sha256` is of the weight files as they were published (of the GGUF, where one was converted). `source` is the uri.
     `read_sha256` is of the configuration, the tokenizer and the other small files; empty for a GGUF, which holds all.
@@ -64,7 +64,7 @@ class Weights:
 
     @property
     def identity(self) -> str:
-        """A short name of all files that change what the model computes, for the backbone's fingerprint."""
+        """Hashes all files that change the model's outputs, for the backbone's fingerprint."""
         return self.sha256[:16] + (f":{self.read_sha256[:8]}" if self.read_sha256 else "")
 
 

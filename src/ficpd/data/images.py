@@ -26,8 +26,10 @@ Place = Path | bytes | Callable[[], Any]
 
 @dataclass(frozen=True)
 class LazyImage:
-    """An image, not yet decoded. `key`: of the record it belongs to. `place`: a file, the bytes of one, or what gives either
-    when it is called."""
+    """An image, not yet decoded.
+
+    key: of its record. place: a file, the bytes of one, or a function that returns either.
+    """
 
     key: str
     place: Place = field(repr=False)
@@ -143,7 +145,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _cells(file: Path, column: str) -> dict[int, Place]:
-    """By row: what reads its image. Nothing for a column of paths, which the table holds itself."""
+    """Returns a reader of each row's image; none for a column of paths, which the table holds."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as opened:

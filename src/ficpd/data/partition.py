@@ -132,7 +132,7 @@ def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientD
 
 
 def _agreed(client: str, shard: ClientData, column: str) -> str | float:
-    """The one value of a column in all of a client's records. What only most of them have would tell of the records."""
+    """Returns the value of a column that all of a client's records share. A majority's value would leak."""
     records = [*shard.train, *shard.test]
     first = _field(records[0], column)
     for record in records:

@@ -1,4 +1,4 @@
-"""Subjects: whom records are about (patients, customers, pupils). Their records are never divided between two sides."""
+"""Groups records by subject: patients, customers, pupils. A subject's records are never divided between two sides."""
 
 import math
 from collections import Counter

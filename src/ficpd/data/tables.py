@@ -221,7 +221,7 @@ def _decode(text: str) -> Any:
 
 
 def replace_surrogates(value: Any) -> Any:
-    r"""Replaces what UTF-8 cannot hold in a text, or in the texts of a list, by U+FFFD. JSON can spell such signs.
+    r"""Replaces surrogates in a text, or in the texts of a list, by U+FFFD. JSON can spell them.
 
     >>> replace_surrogates("fine \ud83d day") == "fine \ufffd day"
     True

@@ -213,7 +213,7 @@ def _with_sites(
 
 
 def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> PrivacyReport:
-    """Returns the guarantee that the noise of every site has to keep. What a site has spent is in its own ledger."""
+    """Returns the guarantee that every site's noise has to keep. A site's ledger has its spent budget."""
     if plan.central:
         return PrivacyReport.model_validate(plan.to_report())
     if privacy["name"] == "none":

@@ -58,7 +58,7 @@ DELTA = 1e-5
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, and what is needed to train it again. `state`: the server's after the last round."""
+    """A finished run, with the parts to train it again. `state`: the server's after the last round."""
 
     directory: RunDir
     context: ExperimentContext
@@ -70,7 +70,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Target:
-    """A prompt under attack, and what shadows of it are tuned with: settings, and for how many `steps`."""
+    """A prompt under attack, with the settings and the number of `steps` to tune shadows."""
 
     model: QueryEngine
     task: Task

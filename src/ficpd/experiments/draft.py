@@ -181,7 +181,7 @@ def _none(rows: Rows, columns: Sequence[str]) -> str | None:
 GUESSES: dict[str, Callable[[Rows, Sequence[str]], str | None]] = {
     "text": _longest, "target": _fewest, "client": _none, "subject": _none,
 }  # fmt: skip
-"""The roles in the order of their guesses, and what decides where no name does."""
+"""The roles in the order of their guesses, with the rule that decides without a name."""
 
 # ---------------------------------------------------------------- the recipe
 

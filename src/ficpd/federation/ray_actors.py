@@ -52,7 +52,7 @@ class Room:
 
 @dataclass(eq=False)
 class Handle:
-    """An actor from outside. `loaded`: the result of its `load`. `met`: what it has kept of `user`."""
+    """An actor seen by its caller. `loaded`: the result of `load`. `met`: the facts it has of `user`."""
 
     actor: Any
     loaded: Any
@@ -61,7 +61,7 @@ class Handle:
 
 
 class Actors:
-    """Actors of one class. Each calls `load` first, with the folders of this process's modules and what is `given`.
+    """Actors of one class. Each calls `load` first, with this process's module folders and `given`.
 
     `most`: bounds their number.
     """

@@ -105,7 +105,7 @@ class Member:
 
 @dataclass
 class RemoteAssignment:
-    """A client's assignment at an actor: what goes there and comes back."""
+    """A client's assignment to an actor, and its reply."""
 
     assignment: bytes
     client_state: Mapping[str, Tensor]

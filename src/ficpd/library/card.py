@@ -136,7 +136,7 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
 
 
 def describe_group_costs(costs: Mapping[Any, float]) -> str:
-    """Returns what a guarantee per record means for somebody with several, as one phrase.
+    """Describes a guarantee per record for somebody with several records.
 
     >>> describe_group_costs({2: 4.3204, 10: 28.84})
     'ε = 4.32 for somebody with 2 records, 28.84 with 10'

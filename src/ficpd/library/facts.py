@@ -28,7 +28,7 @@ UNSTATED = ("table", "demonstrations")
 
 
 def library_facts(path: Path) -> dict[str, Any]:
-    """Returns what `ficpd info` states of a library, as JSON values.
+    """Returns the facts of a library for `ficpd info`, as JSON values.
 
     Raises `LibraryError` if there is none, or if it is damaged or of another format.
     """

@@ -17,7 +17,7 @@ class Commit(NamedTuple):
 
 
 class AccountSnapshot(Account):
-    """A copy of an account for one assignment. It checks the budget as the account does, against what was spent before.
+    """A copy of an account for one assignment. It checks the budget against the earlier costs.
 
     `commit` only keeps its arguments. The ledger's process passes them to the account's own `commit`, which checks the
     budget again, before the update is passed on. If the copy is lost, nothing was released and nothing is charged.

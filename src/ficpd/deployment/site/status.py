@@ -41,7 +41,7 @@ def check_data_unit(ledger: Ledger, config: SiteConfig, counts: UnitCounts) -> N
 
 
 def _described(units: Sequence[Unit]) -> str | None:
-    """Says what the costs protect one of; None where nothing was spent."""
+    """Describes the privacy unit of the costs; None if nothing was spent."""
     if not units:
         return None
     most = [unit.max_records_per_subject for unit in units if unit.max_records_per_subject is not None]

@@ -50,7 +50,7 @@ AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SU
 Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
 """A trial, with or without the canary: its score, and the costs in its ledger."""
 Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
-"""How an assignment's terms become what the adversary sees; None: its update leaves as it is."""
+"""Turns an assignment's terms into the adversary's view; None: its update is sent unchanged."""
 
 
 def lower_bound(
@@ -284,7 +284,7 @@ def _rounds(
 
 
 def _terms(mechanism: Mechanism, kind: ReleaseKind) -> tuple[PrivacyCost, float, Budget]:
-    """Returns what a release costs, the clip norm, and the budget of a run."""
+    """Returns the cost of a release, the clip norm, and the budget of a run."""
     cost, block = mechanism.cost(kind), mechanism.guarantee()
     if cost is None:
         raise PrivacyError(f"a mechanism of unit {mechanism.unit!r} has no cost for {kind.name}")

@@ -83,7 +83,7 @@ class RunOutcome(RunFigures):
     """The version of the package."""
     key: str
     status: Literal["done", "refused", "failed"]
-    """`refused`: the method cannot do what the cell asks."""
+    """`refused`: the method cannot run in this cell."""
     reason: str | None = None
     """Why there is no figure."""
     metric: Metric | None = None

@@ -25,7 +25,7 @@ from ficpd.registry import SEARCHED
 Event = Mapping[str, Any]
 """{"key", "method", "done", "planned", "figures"} of a round, {"warning"}, or {"key", "status", "reason"} of a run's end."""
 CANNOT = (ConfigError, PrivacyError, BackboneError)
-"""The whole file was checked before. Such an error says that this method cannot do what the cell asks."""
+"""Errors of a method that cannot run in its cell. The whole file was checked before."""
 SPAWN = get_context("spawn")
 
 

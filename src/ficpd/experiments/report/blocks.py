@@ -68,7 +68,7 @@ class Text:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Names and what they are, a line each. `large`: figures to be seen first."""
+    """Names and values, a line each. `large`: figures to show first."""
 
     pairs: Sequence[tuple[str, str]]
     large: bool = False
@@ -117,7 +117,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """`headline`: the result in one sentence; `lead`: what else belongs on the first screen."""
+    """`headline`: the result in one sentence; `lead`: the other blocks of the first screen."""
 
     title: str
     headline: str

@@ -20,7 +20,7 @@ OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
 """Examples to read of each label."""
 LEAST_FIT = 0.1
-"""The adjusted Rand index below which clusters say nothing of what is known of the clients."""
+"""The adjusted Rand index below which clusters do not match the clients' known facts."""
 
 
 # ---------------------------------------------------------------- prototypes

@@ -9,7 +9,7 @@ from ficpd.experiments.results import PrivacyReport, RunResult
 NONE = "–"
 PERCENT = Metric("share", 100, 1)
 RIVALS = {"local": "alone", "linear_probe": "a local linear probe", "zero_shot": "no prompt"}
-"""Methods that a client needs nobody for, in the verdict's words."""
+"""Methods that a client can run alone, in the verdict's words."""
 ALONE, TOGETHER = ("local", "linear_probe"), "together"
 
 

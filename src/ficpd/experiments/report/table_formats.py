@@ -13,7 +13,7 @@ SIGNS = {
     "ε": r"$\varepsilon$", "δ": r"$\delta$", "±": r"$\pm$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}",
     "▲": r"$\uparrow$", "▼": r"$\downarrow$", "[": "{[}",
 }  # fmt: skip
-"""Beyond what pandas escapes. After a line's end a bracket would be its option."""
+"""Characters to escape that pandas does not. A bracket after a line's end would be its option."""
 FORMULA = tuple("=+-@\t")
 """Characters that make a formula of a cell."""
 

@@ -78,7 +78,7 @@ def encrypt(key: bytes, content: bytes) -> bytes:
 
 
 def decrypt(key: bytes, content: bytes) -> bytes | None:
-    """Returns the content; None if another key, or nobody, encrypted it."""
+    """Returns the content; None if it was not encrypted with this key."""
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), content, None)
     except InvalidTag:

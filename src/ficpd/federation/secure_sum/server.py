@@ -31,8 +31,9 @@ class VoidRoundError(Exception):
 
 @dataclass
 class Collected:
-    """updates: one of each group. answered: clients in the sum. moments: what the optimizers keep, for the state.
+    """The result of a round's exchanges.
 
+    updates: one of each group. answered: clients in the sum. moments: the optimizers' state.
     dropped: reasons by client. refused: those whose budget is exhausted. Bytes are of all exchanges. items: the parts of a
     client's vector, by name: how many numbers, and bits of each.
     """
