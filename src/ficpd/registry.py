@@ -106,13 +106,13 @@ def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:
 
 
 def build_config(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The module of a checked part and its `Config`."""
+    """Returns the module of a checked part and its `Config`."""
     module = load(registry, tree["name"])
     return module, module.Config(**{key: value for key, value in tree.items() if key != "name"})
 
 
 def validate(model: type[BaseModel], tree: Any, where: str) -> Any:
-    """`model` from a mapping; pydantic's complaints as one `ConfigError` in words."""
+    """Builds `model` from a mapping. Raises one `ConfigError` for pydantic's errors."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:

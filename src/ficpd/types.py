@@ -183,11 +183,11 @@ class Objective(Protocol):
 
     @abstractmethod
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """[R]: one loss per row, never reduced."""
+        """Returns one loss per row, [R], never reduced."""
         ...
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor | None:
-        """[R, C], one per answer, shifted by `LABEL_PRIOR`; None where there are no answers to choose from."""
+        """Returns logits [R, C], shifted by `LABEL_PRIOR`; None without answers to choose from."""
         return None
 
 
@@ -216,7 +216,7 @@ class Prompt:
 
     @property
     def max_norm(self) -> float:
-        """`MAX_PROMPT_NORM_RATIO` times the norm of the longest row."""
+        """Returns `MAX_PROMPT_NORM_RATIO` times the norm of the longest row."""
         return MAX_PROMPT_NORM_RATIO * max(float(self.vectors_PD.norm(dim=-1).max()), 1e-6)
 
     def within_max_norm(self, rows: Tensor) -> bool:

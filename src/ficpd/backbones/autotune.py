@@ -77,7 +77,7 @@ def autotune(
 
 
 def _dtypes(device: torch.device) -> list[str]:
-    """The dtypes to try. A GPU with units for bfloat16 tries no other: float32 weights may not even fit."""
+    """Returns the dtypes to try. A GPU with units for bfloat16 tries no other: float32 weights may not even fit."""
     if device.type == "cuda":
         return ["bfloat16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float32"]
     return ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
@@ -111,7 +111,7 @@ def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
 
 
 def least_seconds(work: Callable[[], object], repeats: int) -> float:
-    """After one time that does not count. The least, for a busy machine makes any one of them too long."""
+    """Times calls after a first one, and returns the least: a busy machine makes single times too long."""
     work()
     times = []
     for _ in range(repeats):
@@ -122,7 +122,7 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def _bf16_pays(device: torch.device) -> bool:
-    """Whether a small bfloat16 matrix product is no slower than float32's: decided before a whole backbone is tried."""
+    """Tells whether a small bfloat16 matrix product is no slower than float32's. It saves trying a backbone."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}

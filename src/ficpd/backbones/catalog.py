@@ -79,7 +79,7 @@ def detect_kind(folder: Path) -> str:
 
 
 def _kinds(model_type: str) -> set[str]:
-    """The kinds that transformers has a model of this type for."""
+    """Returns the kinds that transformers has a model of this type for."""
     from transformers.models.auto import modeling_auto as known
 
     lists = {

@@ -40,7 +40,7 @@ class Config(LoadingConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load a decoder from a `from_pretrained` folder. `attention` is "eager" or "sdpa".
+    """Loads a decoder from a `from_pretrained` folder. `attention` is "eager" or "sdpa".
 
     Raises `BackboneError` if the weights cannot be read, or the model cannot be run on embeddings.
     """
@@ -81,7 +81,7 @@ class CausalLM(TextModel):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """`text`, `pair` and `instruction` on a line each, then the answer, whose tokens are the scored ones.
+        """Puts text, pair and instruction on a line each, then the answer, whose tokens are scored.
 
         With a chat template the lines are the user's turn. The text is cut first, a pair only down to half of the space.
         With `writes` the end token closes the answer, which is cut to so many tokens, and the text is cut as if it had them
@@ -104,7 +104,7 @@ class CausalLM(TextModel):
         return [*self._first, *words[: space - len(line)], *line, *frame]
 
     def _turns(self, text: str, pair: str | None, instruction: str, kept: tuple[int, int]) -> list[int]:
-        """The tokens of the chat template up to the answer. A text that fits is tokenised with its template, as a whole."""
+        """Returns the tokens of the chat template up to the answer. A text that fits is tokenised with it."""
         assert self.chat is not None
         words, line, most = self._ids(text), self._ids(pair or ""), self.max_tokens - sum(kept)
         frame = len(self._ids(self.chat.render(f"\n{instruction}")))
@@ -133,7 +133,7 @@ class CausalLM(TextModel):
         return space
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
-        """[C, D]: the language head's row of each answer, if each is one token and no two are the same.
+        """Returns each answer's row of the language head [C, D], if all are different single tokens.
 
         None too for a head that is more than its rows (a cap or a bias): answers are then scored by its own logits.
         """
@@ -143,14 +143,14 @@ class CausalLM(TextModel):
         return self.head.rows([i[0] for i in ids])
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
+        """Scales directions to the mean length of the language head's rows, so that a tuned head has its scale."""
         return F.normalize(rows_RCD.float(), dim=-1) * self.head.norm
 
     def _special(self) -> set[int]:
         return {*super()._special(), *self.tokenizer.added_tokens_decoder}
 
     def _after(self, text: str, before: str = "a") -> list[int]:
-        """The tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
+        """Returns the tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
         whole, first = self._ids(before + text), self._ids(before)
         return whole[len(first) :] if whole[: len(first)] == first else self._ids(text)
 
@@ -164,14 +164,14 @@ class CausalLM(TextModel):
         return ids
 
     def _end(self) -> list[int]:
-        """The token that ends an answer, if there is one: the chat template's, or the tokeniser's."""
+        """Returns the token that ends an answer, if there is one: the chat template's, or the tokeniser's."""
         end = self.tokenizer.eos_token_id if self.chat is None else self.chat.end
         return [] if end is None else [end]
 
     # ------------------------------------------------------------ starts
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """[num_tokens, D] float32, on the CPU. A text's tokens, or the drawn ones, are repeated if they are too few.
+        """Makes a prompt [num_tokens, D], float32 on the CPU. Too few tokens of a text, or drawn, are repeated.
 
         A token stands before them and is dropped: above the first layers a decoder parks attention on its first
         position, whose activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv 2309.17453).
@@ -205,7 +205,7 @@ class CausalLM(TextModel):
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """Greedy texts of up to `max_tokens` tokens or the end token. Raises `BackboneError` where they do not fit."""
+        """Writes greedy texts up to `max_tokens` tokens or the end token. Raises `BackboneError` if they do not fit."""
         self.frozen.check(layer)
         openings = [self._before(item) for item in items]
         if not openings:
@@ -214,7 +214,7 @@ class CausalLM(TextModel):
         return self._texts(prompts_SPD, openings, layer, max_tokens, greedy)
 
     def _before(self, item: EncodedInput) -> EncodedInput:
-        """The part that is read, without the scored tail."""
+        """Returns the part that is read, without the scored tail."""
         return EncodedInput(item.content[: item.length - item.scored], item.length - item.scored)
 
     def _require_room(self, virtual: int, longest: int, max_tokens: int) -> None:

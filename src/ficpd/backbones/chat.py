@@ -51,7 +51,7 @@ class Chat:
         self.end = next((i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in special), None)
 
     def render(self, user: str) -> str:
-        """The text up to the assistant's answer."""
+        """Returns the text up to the assistant's answer."""
         return self._render(user, None)
 
     def _render(self, user: str, answer: str | None) -> str:
@@ -74,7 +74,7 @@ class Chat:
             ) from error
 
     def identity(self) -> str:
-        """A short name of template and system text, for the fingerprint."""
+        """Returns a short name of template and system text, for the fingerprint."""
         return hashlib.sha256(self._render(USER, ANSWER).encode()).hexdigest()[:8]
 
 

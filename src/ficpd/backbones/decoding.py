@@ -38,7 +38,7 @@ def row_generators(texts: Sequence[str], seed: int) -> list[torch.Generator]:
 
 
 def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
-    """The likeliest token (temperature 0), or one drawn from each row's own stream.
+    """Returns the likeliest token (temperature 0), or one drawn from each row's own stream.
 
     Raises `BackboneError` for a temperature below 0.
     """
@@ -69,7 +69,7 @@ def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
 
 
 def decode(step: Step, pick: Pick, rows: int, ends: Tensor, max_tokens: int) -> list[list[int]]:
-    """The tokens written in each row: at most `max_tokens`, and none from the first of the `ends` on.
+    """Returns the tokens written in each row: at most `max_tokens`, and none from the first of the `ends` on.
 
     Raises `BackboneError` if `max_tokens` is below 0.
     """

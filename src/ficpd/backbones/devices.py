@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch says that a device has no memory left."""
+    """Tells whether an error of torch says that a device has no memory left."""
     from accelerate.utils.memory import should_reduce_batch_size  # slow to import, and rarely needed
 
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -60,12 +60,12 @@ class FrozenModel(Guarded):
     # ------------------------------------------------------------ forward passes
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[...] to [..., E]."""
+        """Embeds token ids, [...] to [..., E]."""
         return self.table(copy_to(ids, self.device))
 
     @torch.no_grad()
     def encode(self, rows: Sequence[Tensor], layer: int) -> list[Tensor]:
-        """The input of a block for embedded rows [T, E], unpadded: [T, D] each."""
+        """Returns the input of a block for embedded rows [T, E], unpadded: [T, D] each."""
         self.check(layer)
         if layer == 0:
             return list(rows)
@@ -74,7 +74,7 @@ class FrozenModel(Guarded):
         return [states_TD[: len(row)].clone() for states_TD, row in zip(states_STD, rows, strict=True)]
 
     def run(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        """The last states [S, P+T, D] of prompts and hidden states, and the mask [S, T] of the latter."""
+        """Returns the last states [S, P+T, D] of prompts and hidden states, and the mask [S, T] of the latter."""
         self.check(layer)
         text = HiddenStates.of(hidden, most=self.most - prompts_SPD.shape[1])
         states, mask = text.joined(prompts_SPD.to(self.device))
@@ -85,7 +85,7 @@ class FrozenModel(Guarded):
         return self.until(layer, lambda: self._run_body(states_STE, given)) if layer else states_STE
 
     def upper(self, layer: int, states_STD: Tensor, given: dict[str, Any]) -> Tensor:
-        """The input of a block to the body's last states."""
+        """Returns the input of a block to the body's last states."""
         if layer == 0:
             return self._run_body(states_STD, given).last_hidden_state.to(self.device)
         instead = states_STD.new_zeros(*states_STD.shape[:2], self.width)
@@ -94,11 +94,11 @@ class FrozenModel(Guarded):
         return output.last_hidden_state.to(self.device)
 
     def logits(self, states_ND: Tensor) -> Tensor:
-        """[N, V]: the model's own language head, caps, scales and biases included."""
+        """Returns the logits [N, V] of the model's language head, with caps, scales and biases."""
         return self._run_head(states_ND).logits[:, 0].to(self.device)
 
     def head_input(self, states_ND: Tensor) -> Tensor:
-        """[N, E]: the input of the output embedding, behind the transformations of a masked language model's head."""
+        """Returns the input [N, E] of the output embedding, after the head's transformations."""
         try:
             self._run_head(states_ND, stops=True)
         except ReachedError as reached:
@@ -106,7 +106,7 @@ class FrozenModel(Guarded):
         raise BackboneError(f"{self.name} never came to its output embedding")
 
     def last_norm(self, states_ND: Tensor) -> nn.LayerNorm | None:
-        """The layer norm whose output is the input of the output embedding, if one is."""
+        """Returns the layer norm whose output is the input of the output embedding, if one is."""
         with torch.no_grad():
             expected = self.head_input(states_ND)
         _, calls = watch(self.model, lambda: self._run_head(states_ND))
@@ -129,7 +129,7 @@ class FrozenModel(Guarded):
         return self.body(inputs_embeds=states_STE, **{**self._options(self.body), **given})
 
     def _mask(self, mask_ST: Tensor, full: bool = False) -> dict[str, Any]:
-        """No mask for a causal model, whose padding is behind every token, nor for `full` rows: fused kernels take none."""
+        """Returns a mask if one is needed: not for causal models or `full` rows, because fused kernels take none."""
         return {} if self.causal or full else {"attention_mask": mask_ST.long()}
 
     def _options(self, module: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class FrozenModel(Guarded):
     # ------------------------------------------------------------ checks
 
     def sample_ids(self) -> list[Tensor]:
-        """Two short rows of token ids, always the same."""
+        """Returns two short rows of token ids, always the same."""
         padding = getattr(self.model.config, "pad_token_id", None)
         ids = [i for i in range(5, min(len(self.table.weight), 500)) if i != padding] or [0]
         drawn = torch.randint(len(ids), (2, LONG), generator=torch.Generator().manual_seed(0)).tolist()
@@ -193,5 +193,5 @@ class FrozenModel(Guarded):
 
 
 def _is_full(text: HiddenStates, rows: Sequence[Tensor]) -> bool:
-    """Whether no row is padded; known without reading the mask, which may be on a GPU."""
+    """Tells whether no row is padded; known without reading the mask, which may be on a GPU."""
     return all(len(row) == text.states_STD.shape[1] for row in rows)

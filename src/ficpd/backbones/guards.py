@@ -81,7 +81,7 @@ class Guarded(ABC):
     # ------------------------------------------------------------ forward passes
 
     def until(self, layer: int, call: Callable[[], Any]) -> Tensor:
-        """The input of a block in a forward, which ends there."""
+        """Returns the input of a block in a forward, which ends there."""
 
         def stop(place: int, own: Any, args: Any, kwargs: Any) -> Any:
             if place == layer:
@@ -96,7 +96,7 @@ class Guarded(ABC):
         raise BackboneError(f"{self.name} never came to its layer {layer}")
 
     def entering(self, layer: int, states_STD: Tensor, call: Callable[[], Any], cache: Any = None) -> Any:
-        """The body's output in a forward whose block `layer` is given these states."""
+        """Returns the body's output in a forward whose block `layer` is given these states."""
 
         def enter(place: int, own: Any, args: Any, kwargs: Any) -> Any:
             if place < 0 or place > layer:
@@ -109,7 +109,7 @@ class Guarded(ABC):
             return call()
 
     def _passed(self, place: int, states: Tensor, cache: Any) -> Any:
-        """The output of a block that is left out. Its cache becomes as long as the others'."""
+        """Returns the output of a block that is left out. Its cache becomes as long as the others'."""
         if cache is not None:
             empty = states.new_zeros(len(states), 1, states.shape[1], 1)
             cache.update(empty, empty, place)
@@ -117,7 +117,7 @@ class Guarded(ABC):
 
     @contextmanager
     def acting(self, action: Action) -> Iterator[None]:
-        """Meanwhile guarded modules call `action`, in this thread alone."""
+        """Makes guarded modules call `action` meanwhile, in this thread alone."""
         self._shared.local.action = action
         try:
             yield
@@ -172,7 +172,7 @@ class Guarded(ABC):
         return next((f" It{reason}" for reason in reasons if reason), "")
 
     def remembered(self, what: str, identity: str | None, find: Callable[[], JSON]) -> Any:
-        """The result of a check. One of more than `SLOW` seconds is kept in the cache folder.
+        """Returns the result of a check. One of more than `SLOW` seconds is kept in the cache folder.
 
         identity: names the weights; None: nothing is kept.
         """
@@ -251,7 +251,7 @@ def find_blocks(
 
 
 def difference(given: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest expected number."""
+    """Returns the largest difference, as a share of the largest expected number."""
     return float(
         (given.detach().float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12)
     )
@@ -265,7 +265,7 @@ def parameters(kind: type) -> frozenset[str]:
 
 @functools.cache
 def _guarded(kind: Any) -> type:
-    """A subclass whose forward asks for an action. A copied module has no guard and is as before."""
+    """Returns a subclass whose forward asks for an action. A copied module has no guard and is as before."""
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ class LanguageHead:
         self.norm = float((self.weight_VD[::step].float() * (self.scale or 1.0)).norm(dim=1).mean())
 
     def rows(self, ids: Sequence[int]) -> Tensor | None:
-        """[N, D] so that features @ rows.T are the logits of these tokens; None where no rows are."""
+        """Returns rows [N, D] so that features @ rows.T are the logits of these tokens; None if there are none."""
         return None if self.scale is None else self.weight_VD[list(ids)].float() * self.scale
 
     def _scale(self, features_TD: Tensor, logits: Mapping[int, Tensor], tolerance: float) -> float | None:
@@ -41,6 +41,6 @@ class LanguageHead:
 
 
 def mean_likelihoods(logits_MV: Tensor, wanted: Sequence[Tensor]) -> Tensor:
-    """[N]: mean log-likelihoods of N texts of tokens [k], from the logits of all their tokens, one after the other."""
+    """Returns mean log-likelihoods [N] of N texts, from the logits of all their tokens in order."""
     losses_M = F.cross_entropy(logits_MV.float(), torch.cat(list(wanted)).to(logits_MV.device), reduction="none")
     return torch.stack([-part.mean() for part in losses_M.split([len(ids) for ids in wanted])])

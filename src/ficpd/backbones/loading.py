@@ -54,7 +54,7 @@ class EngineConfig(FrozenConfig):
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
-    """The backbone, and its configuration with dtype, attention and open options as chosen.
+    """Returns the backbone, and its configuration with dtype, attention and open options as chosen.
 
     Kind and options are checked before any weights are read.
     """
@@ -79,12 +79,12 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
 
 def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
-    """The kind of a backbone and its weights. Raises `BackboneError` if they cannot be had or are of no known kind."""
+    """Returns a backbone's kind and weights. Raises `BackboneError` if they are missing or of no known kind."""
     return find_kind(config), _weights(config)
 
 
 def find_kind(config: BackboneConfig) -> str:
-    """The kind of a backbone, from its configuration alone. Raises `BackboneError` for a model that cannot be run."""
+    """Returns a backbone's kind from its configuration alone. Raises `BackboneError` for an unusable model."""
     if _has_no_weights(config):
         return config.name
     named = catalog.NAMED.get(config.name)

@@ -45,7 +45,7 @@ class Adapters:
         return rank * self.per_rank
 
     def start(self, rank: int, seed: int) -> Tensor:
-        """[P, D] float32 that change nothing yet, as PEFT begins: A uniform within 1/√in (kaiming), B zero."""
+        """Makes weights [P, D] without effect, as PEFT does: A uniform within 1/√in (kaiming), B zero."""
         random, parts = rng.make_generator(seed, "lora"), []
         for module in self.modules.values():
             inputs, outputs = _sizes(module)
@@ -55,7 +55,7 @@ class Adapters:
         return F.pad(flat, (0, -len(flat) % self.width)).view(-1, self.width)
 
     def rank(self, rows: Tensor) -> int:
-        """The rank of weights [..., P, D]. Raises `BackboneError` if they are of another model."""
+        """Returns the rank of weights [..., P, D]. Raises `BackboneError` if they are of another model."""
         P, D = rows.shape[-2:]
         rank = P * D // self.per_rank
         if self.width != D or -(-self.parameters(rank) // D) != P:
@@ -66,7 +66,7 @@ class Adapters:
         return rank
 
     def split(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """By module: A [..., rank, in] and the transpose of B, [..., rank, out]."""
+        """Returns A [..., rank, in] and the transpose of B, [..., rank, out], by module."""
         rank, flat, place, found = self.rank(rows), rows.flatten(-2), 0, {}
         for name, module in self.modules.items():
             parts = []
@@ -88,14 +88,14 @@ class Adapters:
 
 
 def _sizes(module: Any) -> tuple[int, ...]:
-    """Numbers in and out of a linear module, of torch or of GPT-2; none of another module."""
+    """Returns the widths in and out of a linear module, of torch or of GPT-2; none of another module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
 
 
 def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
-    """A forward hook that adds each sequence's own `SCALE` B A x."""
+    """Returns a forward hook that adds each sequence's own `SCALE` B A x."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output_STN: Tensor) -> Tensor:
         states = inputs[0]

@@ -34,7 +34,7 @@ class Config(LoadingConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load a masked language model from a `from_pretrained` folder.
+    """Loads a masked language model from a `from_pretrained` folder.
 
     Raises `BackboneError` if it cannot be run on embeddings or its weights lack a part, such as the language head.
     """
@@ -140,7 +140,7 @@ class MaskedLM(TextModel):
         return self._rows([i[0] for i in ids]) if self.scored_by_rows and all(len(i) == 1 for i in ids) else None
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Directions, at the mean length of the language head's own rows: the scale of a tuned head stays the model's."""
+        """Scales directions to the mean length of the language head's rows, so that a tuned head has its scale."""
         return F.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
     def _cloze(self, instruction: str, masks: int) -> str:
@@ -193,7 +193,7 @@ class MaskedLM(TextModel):
 
     @torch.no_grad()
     def _likely(self, ids: Sequence[int], place: int) -> Tensor:
-        """[V]: which token might stand at a place of these ids."""
+        """Returns logits [V] of the tokens that might stand at a place of these ids."""
         mask = self.tokenizer.mask_token_id
         whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
         item = EncodedInput(torch.tensor(whole), len(whole))
@@ -202,7 +202,7 @@ class MaskedLM(TextModel):
         return self.frozen.logits(states_STD[:, place + 1])[0]
 
     def _rows(self, ids: Sequence[int]) -> Tensor:
-        """[N, D] so that features @ rows.T are the head's logits of these tokens, its bias included."""
+        """Returns rows [N, D] so that features @ rows.T are the head's logits of these tokens, with its bias."""
         rows_ND, bias = self.decoder.weight[ids].float(), getattr(self.decoder, "bias", None)
         bias_N = rows_ND.new_zeros(len(ids)) if bias is None else bias[ids].float()
         along_N = rows_ND @ self._across_D

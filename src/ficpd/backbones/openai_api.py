@@ -108,7 +108,7 @@ def options_from_card(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_local_vocabulary(name: str) -> tuple[TokenizerVocabulary, str]:
-    """The words of a model that is here, and the hash of its weights."""
+    """Returns the words of a model that is here, and the hash of its weights."""
     named = catalog.NAMED.get(name)
     found = weights.resolve(named.weights if named else name)
     module = load("backbones", catalog.detect_kind(Path(found.folder)))
@@ -170,7 +170,7 @@ class Endpoint(Backbone):
         )
 
     def readout(self, instruction: str, answers: Sequence[str]) -> None:
-        """There is none: each answer is asked about."""
+        """Returns None: each answer is scored by a query."""
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
         raise BackboneError(f"{self.name} gives no features for a head to read; set task.tuned_head = false")
@@ -185,7 +185,7 @@ class Endpoint(Backbone):
     # ------------------------------------------------------------ asking
 
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        """Nothing is computed here."""
+        """Returns empty states: nothing is computed here."""
         return [torch.zeros(0, 1) for _ in items]
 
     def forward(
@@ -212,7 +212,7 @@ class Endpoint(Backbone):
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """With a temperature the server draws, by this seed where it heeds one."""
+        """Writes texts. With a temperature the server draws, by this seed if it accepts one."""
         if prompt.backbone != self.fingerprint:
             raise BackboneError(f"the prompt is for {prompt.backbone}; {self.name} is {self.fingerprint}")
         if any(not text.strip() for text in texts):
@@ -227,7 +227,7 @@ class Endpoint(Backbone):
         return self._texts(befores, max_tokens, {"temperature": temperature, **drawn})
 
     def _fronts(self, prompts_SPD: Tensor) -> list[str]:
-        """Each sequence's prompt as text."""
+        """Returns each sequence's prompt as text."""
         if prompts_SPD.shape[1] and prompts_SPD.is_floating_point():
             raise BackboneError(
                 f"{self.name} is reached over HTTP and takes words, no vectors: a soft prompt [{prompts_SPD.shape[1]}, "
@@ -262,7 +262,7 @@ class Endpoint(Backbone):
         return [span_logprob(one, len(b) + 1, len(t)) for one, b, t in zip(tokens, befores, texts, strict=True)]
 
     def _named(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """0 for the answer that the text written behind names first, `WRONG` for the others."""
+        """Scores answers by a written text: 0 for the one named first, `WRONG_LOGPROB` for the others."""
         written, scores = self._texts(befores, ANSWER_TOKENS), []
         for group in same_question_groups(befores, answers):
             own = [answers[place] for place in group]
@@ -298,7 +298,7 @@ class Endpoint(Backbone):
 
 
 def cut(text: str, words: int) -> str:
-    """The text up to its `words`-th word, as it is written.
+    """Returns the text up to its `words`-th word, as it is written.
 
     >>> cut("a  b c", 2)
     'a  b'

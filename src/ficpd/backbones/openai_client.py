@@ -96,7 +96,7 @@ class CompletionClient:
             self.known.update(zip(keys, answers, strict=True))
 
     def _json(self, body: Mapping[str, Any]) -> Any:
-        """The JSON of the response to a body. Raises `EndpointUnavailableError` after the last try."""
+        """Returns the JSON of the response to a body. Raises `EndpointUnavailableError` after the last try."""
         from openai import APIConnectionError, APIStatusError, omit
 
         key = f"Bearer {self._key()}" if self.key_from else omit
@@ -124,7 +124,7 @@ class CompletionClient:
         )
 
     def nonsense(self, expected: str, given: Any) -> str:
-        """The message about a malformed answer."""
+        """Returns the message about a malformed answer."""
         return (
             f"{self.url} answered {self._shown(repr(given))} where {expected} was expected; it does not speak the "
             "OpenAI-compatible API that backbone.options.api names, or not for this model. Nothing was counted"
@@ -140,14 +140,14 @@ class CompletionClient:
         return key
 
     def _shown(self, text: str) -> str:
-        """A server's words, short, on one line, and without the key, which some of them repeat."""
+        """Returns a server's words, short, on one line, and without the key, which some of them repeat."""
         key = os.environ.get(self.key_from, "") if self.key_from else ""
         text = " ".join((text.replace(key, "***") if key else text).split())
         return text[:SHOWN] + ("..." if len(text) > SHOWN else "")
 
 
 def _keys(body: Mapping[str, Any]) -> tuple[str, ...]:
-    """One name per question of a body, independent of the others that are sent with it."""
+    """Returns one name per question of a body, independent of the others that are sent with it."""
     return tuple(_digest({**body, "prompt": text}) for text in _texts(body))
 
 

@@ -50,7 +50,7 @@ class LoadingConfig(FrozenConfig):
     quantization: Quantization | None = None
 
     def identity(self, weights: Weights) -> str:
-        """A name of the weights as they are loaded, for the fingerprint."""
+        """Returns a name of the weights as they are loaded, for the fingerprint."""
         return weights.identity + (f":{self.quantization}" if self.quantization else "")
 
 
@@ -67,7 +67,7 @@ class Loader(NamedTuple):
     level: int = ERROR
 
     def model(self, auto: Any) -> tuple[Any, set[str]]:
-        """The model, on its device, and the weights that the folder lacks.
+        """Returns the model, on its device, and the weights that the folder lacks.
 
         Code in the folder is never run. Raises `BackboneError` for a folder that cannot be read or holds a LoRA adapter.
         """
@@ -94,7 +94,7 @@ class Loader(NamedTuple):
         return (model if placed else model.to(self.device)), set(told["missing_keys"])
 
     def model_and_tokenizer(self, auto: Any) -> tuple[Any, Any, set[str]]:
-        """The model, its tokenizer and the weights that the folder lacks."""
+        """Returns the model, its tokenizer and the weights that the folder lacks."""
         tokenizer = self.tokenizer()
         model, missing = self.model(auto)
         rows = len(model.get_input_embeddings().weight)
@@ -179,7 +179,7 @@ class TextModel(Tokenised):
         self.vocabulary = self.words = TokenizerVocabulary(tokenizer, self.frozen.embed, len(self.frozen.table.weight))
 
     def layered(self, model: Any) -> Any:
-        """The part of the model that has the layers which a prompt can enter."""
+        """Returns the part of the model that has the layers which a prompt can enter."""
         return model
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
@@ -196,7 +196,7 @@ class TextModel(Tokenised):
         return self.frozen.encode(self._word_vectors(items), layer)
 
     def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
-        """[T, D] each: the embeddings that a prompt at layer 0 stands before, gathered in one call."""
+        """Returns the embeddings [T, D] of each item, for a prompt at layer 0, gathered in one call."""
         ids = torch.cat([item.content[: item.length] for item in items])
         return self.frozen.embed(ids).split([item.length for item in items])
 
@@ -211,7 +211,7 @@ class TextModel(Tokenised):
 
 
 def context(model: Any) -> int:
-    """The longest row that a model reads. Positions that depend on the longest row of a batch bound it too.
+    """Returns the longest row that a model reads. Positions that depend on the longest row of a batch bound it too.
 
     The rotary scalings `longrope` and `dynamic` change all rows once one is longer than the length of the pretraining.
     """
@@ -230,6 +230,6 @@ def context(model: Any) -> int:
 
 
 def _scalings(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a configuration, one for all layers or one for each type of layer."""
+    """Returns the rotary settings of a configuration, one for all layers or one for each type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found, *(part for part in found.values() if isinstance(part, dict))]

@@ -43,7 +43,7 @@ def require_packages(folder: Path, name: str, chosen: str | None = None) -> None
 
 
 def quantized_as(folder: Path) -> str:
-    """The method by which the weights of a folder are quantised; empty where they are not."""
+    """Returns the method by which the weights of a folder are quantised; empty where they are not."""
     config = json_file(folder / "config.json")
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
     method = str(found.get("quant_method", ""))
@@ -51,7 +51,7 @@ def quantized_as(folder: Path) -> str:
 
 
 def quantization_config(chosen: Quantization, dtype: torch.dtype) -> Any:
-    """The `quantization_config` of `from_pretrained`."""
+    """Returns the `quantization_config` of `from_pretrained`."""
     import transformers
 
     if chosen == "int8":

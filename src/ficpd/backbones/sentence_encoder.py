@@ -79,7 +79,7 @@ class Encoder(TextModel):
         return EncodedInput(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
-        """[C, D]: each answer's embedded text, `instruction answer.`, times the scale."""
+        """Embeds each answer's text, `instruction answer.`, times the scale: [C, D]."""
         for answer in answers:
             if not self._ids(answer):
                 raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")

@@ -99,7 +99,7 @@ def _dense(folder: Path, name: str, device: torch.device) -> Dense:
 
 
 def _prompt(config: dict[str, Any], name: str) -> str:
-    """The default prompt. Warns where the model has prompts and no default among them."""
+    """Returns the default prompt. Warns where the model has prompts and no default among them."""
     prompts = {key: text for key, text in (config.get("prompts") or {}).items() if text}
     default = config.get("default_prompt_name")
     if prompts and default not in prompts:
@@ -113,7 +113,7 @@ def _prompt(config: dict[str, Any], name: str) -> str:
 
 
 def pool(states_STD: Tensor, mask_ST: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
-    """[S, D], float32, of the text's positions; those of the prompt are not among them."""
+    """Pools the text's positions, without the prompt's, to [S, D] float32."""
     states_STD = states_STD.float()
     if pooling == "cls":
         return states_STD[:, 0]

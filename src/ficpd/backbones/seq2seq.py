@@ -30,7 +30,7 @@ class Config(LoadingConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load an encoder-decoder from a `from_pretrained` folder.
+    """Loads an encoder-decoder from a `from_pretrained` folder.
 
     Raises `BackboneError` if its weights cannot be read or its encoder cannot be run on embeddings.
     """
@@ -67,7 +67,7 @@ class Seq2Seq(CausalLM):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """`text`, `pair` and `instruction` on a line each for the encoder; the answer's tokens follow the item's `length`.
+        """Puts text, pair and instruction on a line each. The answer's tokens follow the item's `length`.
 
         The text is cut first, a pair only down to half of the space.
         """
@@ -121,7 +121,7 @@ class Seq2Seq(CausalLM):
         return ModelOutput(features_SD, torch.stack(scores)[:, None])
 
     def _decode(self, states_STD: Tensor, mask_ST: Tensor, ids_SL: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's own logits [S, L, V] and the states [S, L, D] that its language head reads."""
+        """Returns the model's own logits [S, L, V] and the states [S, L, D] that its language head reads."""
         out = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states_STD), attention_mask=mask_ST.long(),
             decoder_input_ids=ids_SL, use_cache=False, output_hidden_states=True,

@@ -33,7 +33,7 @@ class Config(FrozenConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """`weights` is ignored: there are none to load."""
+    """Builds the backbone. `weights` is ignored: there are none to load."""
     return Tiny(config, dtype, device, name)
 
 

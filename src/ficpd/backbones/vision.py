@@ -52,7 +52,7 @@ class Config(LoadingConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it cannot be entered, or is
+    """Loads a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it cannot be entered, or is
     without its image processor (preprocessor_config.json)."""
     loader = Loader(Path(weights.folder), name, Vision.about, config, device, dtype, attention)
     processor = loader.read(AutoImageProcessor, "its image processor", backend="pil")
@@ -101,12 +101,12 @@ class FrozenTower(Guarded):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, layer: int) -> Tensor:
-        """[S, 3, size, size] to the input of a block, [S, T, D]."""
+        """Encodes images [S, 3, size, size] to the input of a block, [S, T, D]."""
         self.check(layer)
         return self.until(layer, lambda: self.look(pixels))
 
     def run(self, states_STD: Tensor, layer: int) -> Tensor:
-        """The tower's last states for the input of a block. The pixels that it is given meanwhile are not read."""
+        """Returns the tower's last states for the input of a block. Its pixels are not read."""
         self.check(layer)
         pixels = states_STD.new_zeros(len(states_STD), *self._noise.shape[1:])
         return self.entering(layer, states_STD, lambda: self.look(pixels)).last_hidden_state
@@ -258,7 +258,7 @@ class Vision(Backbone):
         return ModelOutput(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
     def _pooled(self, states_STD: Tensor) -> Tensor:
-        """[S, D] of an image's last states, without the prompt's."""
+        """Pools an image's last states, without the prompt's, to [S, D]."""
         if getattr(self.tower, "use_head", False):  # SigLIP
             return self.tower.head(states_STD)
         if getattr(self.tower.config, "use_mean_pooling", False):  # BEiT
@@ -266,7 +266,7 @@ class Vision(Backbone):
         return self.tower.post_layernorm(states_STD[:, 0]) if self.has_text_encoder else states_STD[:, 0]
 
     def _pixels(self, items: Sequence[EncodedInput]) -> Tensor:
-        """[S, 3, height, width]: decoded here and nowhere kept."""
+        """Decodes images to [S, 3, height, width], without keeping them."""
         images = [item.content.open() for item in items]
         pixels = self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"]
         return copy_to(pixels, self.device, self.dtype)

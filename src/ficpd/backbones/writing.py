@@ -80,7 +80,7 @@ class Writing:
 
     @torch.no_grad()
     def _agrees(self, layer: int) -> bool:
-        """Whether the cache gives the logits of whole forwards, for two rows of different lengths."""
+        """Tells whether the cache gives the logits of whole forwards, for two rows of different lengths."""
         frozen = self.frozen
         if "past_key_values" not in parameters(type(frozen.body)):
             return False

@@ -89,14 +89,14 @@ def schema_columns(layout: str) -> dict[str, str]:
 
 
 def read(layout: str, path: Path, options: ReadOptions = WHOLE) -> list[Table]:
-    """The files as they are; those of XGLUE with the hub's column names and `lang`."""
+    """Returns the files as they are; those of XGLUE with the hub's column names and `lang`."""
     if layout.startswith("xglue-"):
         return _xglue_files(layout.removeprefix("xglue-"), path)
     return tables.read_files(path, options)
 
 
 def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
-    """The same tables in our roles. Raises `DataError` with the row that is not of this layout."""
+    """Returns the same tables in our roles. Raises `DataError` with the row that is not of this layout."""
     of = LAYOUTS[layout]
     row = partial(of.row, first=_first_option(found)) if layout == "medmcqa" else of.row
     arranged = []
@@ -111,7 +111,7 @@ def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
 
 
 def _get(place: str, cells: Cells, *names: str) -> Any:
-    """The value of the column that a copy of the data calls one of these names."""
+    """Returns the value of the column that a copy of the data calls one of these names."""
     found = next((name for name in names if name in cells), None)
     if found is None:
         raise DataError(f"{place}: {did_you_mean('column', names[0], cells)}; is it the right layout for this file?")
@@ -157,7 +157,7 @@ def _medmcqa(place: str, cells: Cells, first: int = 0) -> dict[str, Any]:
 
 
 def _first_option(found: Sequence[Table]) -> int:
-    """Whether the files count options from 0 (a 0 is found) or from 1 (a 4 is found)."""
+    """Tells whether the files count options from 0 (a 0 is found) or from 1 (a 4 is found)."""
     said = {str(cells.get("cop")).strip() for table in found for cells in table.rows.values()}
     numbers = {word for word in said if word.isdigit()}
     if numbers and ("0" in numbers) == ("4" in numbers):
@@ -205,7 +205,7 @@ TYPING_ERRORS = {"web_page_title": ("wed_page_title",), "answer": ("annswer",)}
 
 
 def _xglue_files(task: str, path: Path) -> list[Table]:
-    """One table per language and split, from the task's folder or the one that holds all of them."""
+    """Returns one table per language and split, from the task's folder or the one that holds all of them."""
     of = XGLUE[task]
     folder = path / of.folder if (path / of.folder).is_dir() else path
     known, found = of.languages.split(), []

@@ -11,14 +11,14 @@ from ficpd.errors import DataError
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `datasets` wrote this folder by `save_to_disk`: one data set, or one for each split."""
+    """Tells whether `datasets` wrote this folder by `save_to_disk`: one data set, or one for each split."""
     return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))  # False where stat fails
 
 
 def read(
     source: str, subset: str | None, only: str | None, with_dev: bool, columns: Collection[str] | None = None
 ) -> list[Table]:
-    """The train and test splits of "hf:ID" (`test.de`, too), or one split to be divided; class numbers become names.
+    """Reads the train and test splits of "hf:ID" (also `test.de`), or one split. Class numbers become names.
 
     The id may also be a folder (`is_saved`). columns: those that are read; None: all.
     """

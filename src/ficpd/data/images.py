@@ -38,7 +38,7 @@ class LazyImage:
         return str(self.place) if isinstance(self.place, Path) else self.key
 
     def open(self) -> Image.Image:
-        """The whole image in RGB: turned as its camera says, transparent parts white, 16 bits as 8. Raises `DataError`."""
+        """Decodes the image to RGB: turned by its EXIF data, transparent parts white, 8 bits. Raises `DataError`."""
         return self._opened(_rgb)
 
     def check(self) -> None:
@@ -161,7 +161,7 @@ def _stored(file: Path, column: str, group: int, row: int) -> Place:
 
 
 def image_bytes(value: Any, folder: Path) -> Place:
-    """The bytes or path in a cell. Raises `ValueError` if it holds neither."""
+    """Returns the bytes or path in a cell. Raises `ValueError` if it holds neither."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

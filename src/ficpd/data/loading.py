@@ -111,24 +111,24 @@ class Config(FrozenConfig):
 
     @property
     def wanted(self) -> dict[str, str]:
-        """Field of a record to column of the table."""
+        """Maps the fields of a record to columns of the table."""
         roles = {role: column for role, column in self.columns.items() if role != SUBJECT}
         return {column: column for column in self.keep} | roles
 
     @property
     def subject(self) -> str | None:
-        """The column of the subjects, if one is named."""
+        """Returns the column of the subjects, if one is named."""
         return self.columns.get(SUBJECT)
 
     @property
     def asked(self) -> list[str]:
-        """The columns that are read."""
+        """Returns the columns that are read."""
         single = [column for column in (self.split_column, self.subject) if column]
         return [*self.wanted.values(), *self.options, *self.where, *single]
 
     @property
     def reading(self) -> ReadOptions:
-        """How files are read: only the columns asked for, unless a layout knows which these are."""
+        """Returns how files are read: only the wanted columns, unless a layout names them."""
         columns = None if self.layout else frozenset(self.asked)
         return ReadOptions(columns, separator=self.separator, encoding=self.encoding)
 
@@ -259,7 +259,7 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
 
 
 def _cell(value: Any) -> Any:
-    """The value, which UTF-8 can hold, or None where nothing is written."""
+    """Returns the value, which UTF-8 can hold, or None where nothing is written."""
     empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
     return None if empty else replace_surrogates(value)
 
@@ -314,7 +314,7 @@ def _kind(row: Row, column: str) -> str:
 
 
 def _sample(rows: list[Row], size: int | None, seed: int) -> list[int]:
-    """Which rows are used, ascending: `size` of them, or the whole subjects that fit into `size`, in random order."""
+    """Samples rows, ascending: `size` of them, or random whole subjects that fit into `size`."""
     if size is None or size >= len(rows):
         return list(range(len(rows)))
     random = np.random.default_rng(derive_seed(seed, "sample"))

@@ -75,7 +75,7 @@ class SplitRecords(Protocol):
 
 
 def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dict[str, ClientData]:
-    """Every record, train and test, to exactly one client; clients by name, in order.
+    """Assigns every record, train and test, to exactly one client; clients by name, in order.
 
     Clients that are drawn get whole subjects. A column may divide a subject between two of its values.
 
@@ -146,7 +146,7 @@ def _agreed(client: str, shard: ClientData, column: str) -> str | float:
 
 
 def read_cards(path: str) -> dict[str, dict[str, str | float]]:
-    """Client to public facts; an empty cell is a fact that is not stated. Raises `DataError` for a table that is none."""
+    """Reads the clients' public facts. An empty cell states none. Raises `DataError` for an invalid table."""
     cards: dict[str, dict[str, str | float]] = {}
     for table in read_files(Path(path).expanduser()):
         if "client" not in table.columns:
@@ -165,7 +165,7 @@ def read_cards(path: str) -> dict[str, dict[str, str | float]]:
 
 
 def _by_column(column: str, data: ClientData) -> dict[str, ClientData]:
-    """One shard per value of the column."""
+    """Returns one shard per value of the column."""
     groups: dict[str, ClientData] = {}
     for side in ("train", "test"):
         for record in getattr(data, side):
@@ -176,7 +176,7 @@ def _by_column(column: str, data: ClientData) -> dict[str, ClientData]:
 
 
 def _field(record: Record, name: str) -> Any:
-    """The record's value; None, NaN and blank text are none."""
+    """Returns the record's value; None, NaN and blank text are none."""
     value = record.fields.get(name)
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         fields = ", ".join(sorted(record.fields))
@@ -188,7 +188,7 @@ def _field(record: Record, name: str) -> Any:
 
 
 def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientData]) -> dict[str, int]:
-    """How many clients each group becomes: equally many; the largest take one more where it does not divide."""
+    """Divides the clients among the groups equally; the largest groups get the remainder."""
     if num_clients < len(groups):
         raise DataError(
             f"column {config.column!r} has {len(groups)} values, each of which becomes one client or more; "
@@ -202,7 +202,7 @@ def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientDat
 def _deal(
     config: Config, group: str, data: ClientData, num_clients: int, target: str, seed: int
 ) -> dict[str, ClientData]:
-    """A group's records to its clients, label by label, in the shares that were drawn for the label.
+    """Deals a group's records to its clients, label by label, in the shares that were drawn for the label.
 
     All records of a subject come to one client. The subject counts once, under the label that most of them have.
     """
@@ -265,12 +265,12 @@ def _shares(
 
 
 def _counts(shares_C: np.ndarray, total: int) -> np.ndarray:
-    """[C] whole numbers that add up to `total`, each within one of its share."""
+    """Returns whole numbers [C] that add up to `total`, each within one of its share."""
     return np.diff(np.round(np.cumsum(shares_C) * total), prepend=0).astype(int)
 
 
 def _owners(labels: Sequence[str], shares: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[int]:
-    """For every record the client it goes to, at random within its label."""
+    """Returns each record's client, at random within its label."""
     own = np.array(labels, dtype=object)
     owners = np.zeros(len(labels), dtype=int)
     for label, shares_C in shares.items():

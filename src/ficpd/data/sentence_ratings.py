@@ -49,7 +49,7 @@ def read_ratings(target: str | None) -> list[Table]:
 
 
 def _rated(domain: str, line: str) -> dict[str, Any]:
-    """One sentence. The files were escaped for HTML, the editorials twice."""
+    """Returns one sentence. The files were escaped for HTML, the editorials twice."""
     _, number, text = line.rstrip("\r").split("\t")
     rating = float(number)
     polarity = None if abs(rating) <= NEUTRAL else "positive" if rating > 0 else "negative"

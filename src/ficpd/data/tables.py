@@ -63,7 +63,7 @@ def read_files(path: Path, options: ReadOptions = WHOLE) -> list[Table]:
 
 
 def table_paths(folder: Path) -> list[Path]:
-    """The folder's tables, by name. Passes over hidden files, the locks of spreadsheets and other endings."""
+    """Returns the folder's tables, by name. Passes over hidden files, the locks of spreadsheets and other endings."""
     found = [p for p in folder.iterdir() if _plain(p).suffix.lower() in READERS and not p.name.startswith((".", "~$"))]
     return sorted((p for p in found if p.is_file()), key=lambda p: p.name)
 
@@ -118,12 +118,12 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _unzst
 
 
 def _plain(path: Path) -> Path:
-    """The path without the ending of a compression."""
+    """Returns the path without the ending of a compression."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """The file's text. Raises `DataError` with the line that is not of this encoding."""
+    """Returns the file's text. Raises `DataError` with the line that is not of this encoding."""
     content = _content(path)
     try:
         return content.decode(encoding).removeprefix("\ufeff")
@@ -141,7 +141,7 @@ def _content(path: Path) -> bytes:
 
 
 def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
-    """Every cell as text: "NA" and "null" are words like any other."""
+    """Reads every cell as text: "NA" and "null" are words like others."""
     text = read_text(path, options.encoding).lstrip("\r\n")
     head = text.partition("\n")[0]
     usual = separator if separator in head else next((other for other in ";\t" if other in head), separator)
@@ -159,7 +159,7 @@ def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
 
 
 def _lines(name: str, text: str, separator: str) -> list[list[str]]:
-    """The header's cells and those of each row. Passes over blank lines."""
+    """Returns the header's cells and those of each row. Passes over blank lines."""
     csv.field_size_limit(LONGEST_CELL)
     found: list[list[str]] = []
     try:
@@ -191,7 +191,7 @@ def _json_lines(path: Path, options: ReadOptions) -> Table:
 
 
 def _json(path: Path, options: ReadOptions) -> Table:
-    """A list of objects; one object of objects, whose keys become the column `id`; or JSON Lines under another ending."""
+    """Reads a list of objects, an object of objects (keys become the column `id`), or JSON Lines."""
     try:
         whole = _decode(read_text(path, options.encoding).strip() or "[]")
     except (ValueError, RecursionError) as error:
@@ -209,7 +209,7 @@ def _json(path: Path, options: ReadOptions) -> Table:
 
 
 def _decode(text: str) -> Any:
-    """JSON as Python values. Raises `ValueError` for an object with one name twice, of which `json` keeps the last."""
+    """Decodes JSON. Raises `ValueError` for an object with one name twice, of which `json` keeps the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -279,7 +279,7 @@ def class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether an Arrow column of this type holds files (or the hub's `{"bytes", "path"}`) and not their paths."""
+    """Tells whether an Arrow column of this type holds files (or the hub's `{"bytes", "path"}`) and not their paths."""
     import pyarrow.types as of
 
     return of.is_binary(kind) or of.is_large_binary(kind) or of.is_struct(kind)

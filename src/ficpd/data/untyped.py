@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_cell(cell: Any) -> Any:
-    """A CSV cell as the number it spells, else as it is.
+    """Returns a CSV cell as the number it spells, else as it is.
 
     >>> parse_cell("-3"), parse_cell("2.50"), parse_cell("1_0"), parse_cell("nan")
     (-3, 2.5, '1_0', 'nan')
@@ -51,7 +51,7 @@ def label_spellings(target: Any) -> list[str]:
 
 
 def is_regression_target(targets: Iterable[Any]) -> bool:
-    """Whether these are real numbers and no labels: one is, and none is a text.
+    """Tells whether these are real numbers and no labels: one is, and none is a text.
 
     >>> number, code = UntypedStr("2.5"), UntypedStr("V45")
     >>> is_regression_target([number]), is_regression_target([code, number]), is_regression_target([1, 2])

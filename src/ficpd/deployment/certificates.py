@@ -34,7 +34,7 @@ class SignedCert:
 
     @property
     def ends(self) -> str:
-        """The last day on which it is valid, such as 2036-01-31."""
+        """Returns the last day on which it is valid, such as 2036-01-31."""
         return self.certificate.not_valid_after_utc.date().isoformat()
 
 

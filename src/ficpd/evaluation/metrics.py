@@ -17,7 +17,7 @@ class Metric:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest value: shares lie in [0, 1], errors are not negative."""
+        """Returns the least and the largest value: shares lie in [0, 1], errors are not negative."""
         share = self.unit.strip() == "%"
         return 0.0 if share or self.less_is_better else -math.inf, 1.0 if share else math.inf
 
@@ -45,7 +45,7 @@ def main_metric(names: Iterable[str]) -> Metric:
 
 
 def less_is_better(name: str) -> bool:
-    """Whether a higher value of a metric is worse.
+    """Tells whether a higher value of a metric is worse.
 
     >>> less_is_better("rmse"), less_is_better("pearson")
     (True, False)

@@ -104,7 +104,7 @@ def _levels(
 
 
 def _alike(one: Sequence[Predictor], other: Sequence[Predictor]) -> bool:
-    """Whether two models read one prompt by its task's readout."""
+    """Tells whether two models read one prompt by its task's readout."""
     return len(one) == 1 and one[0].logits is None and torch.equal(one[0].prompt_PD, other[0].prompt_PD)
 
 

@@ -252,7 +252,7 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
 
 
 def _text(card: Mapping[str, Any]) -> dict[str, str]:
-    """How a text is given to the model: bare, or in its chat template. `special`: an option of its tokenizer."""
+    """Describes the form of a text: bare, or in its chat template. `special`: a tokenizer's option."""
     options, lines = card["backbone"].get("options", {}), "`text`, a line break and the instruction"
     if not options.get("chat_template"):
         return {"text": lines, "special": ""}

@@ -56,7 +56,7 @@ def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Recor
 
 
 def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
-    """The first `shots` of the records in a seeded order (0: all), or of each class.
+    """Returns the first `shots` of the records in a seeded order (0: all), or of each class.
 
     Where records name subjects, nobody has a second record in the order before everybody has a first.
     """
@@ -80,7 +80,7 @@ def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int
 
 
 def missing_labels(task: Task, records: Sequence[Record]) -> list[str]:
-    """The labels of a classification that no record has."""
+    """Returns the labels of a classification that no record has."""
     labels = task.to_config().get("labels", {})
     seen = {*task.targets(records)} if labels else {}
     return [label for label in labels if label not in seen]

@@ -41,7 +41,7 @@ class Limits(BaseModel):
 
     @property
     def body(self) -> int:
-        """The most bytes of a request."""
+        """Returns the most bytes of a request."""
         return self.texts * (BYTES_PER_CHARACTER * self.characters + 4) + SPARE_BYTES
 
 

@@ -60,7 +60,7 @@ class LibrarySession:
 
     @cached_property
     def model(self) -> QueryEngine:
-        """The backbone's query engine, loaded at its first use."""
+        """Returns the backbone's query engine, loaded at its first use."""
         return self.engine if isinstance(self.engine, QueryEngine) else self.engine()
 
     def predict(
@@ -174,7 +174,7 @@ class LibrarySession:
 
     @property
     def task(self) -> Task:
-        """The task where none is named. Raises `LibraryError` if there are several to choose from."""
+        """Returns the task where none is named. Raises `LibraryError` if there are several to choose from."""
         return self.tasks[self.named()]
 
     def named(self, task: str | None = None) -> str:
@@ -212,7 +212,7 @@ class LibrarySession:
 
 
 def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
-    """How the library was adapted; empty if it was not."""
+    """Returns how the library was adapted; empty if it was not."""
     return library.card.get(ADAPTED, {})
 
 
@@ -315,7 +315,7 @@ def _fits(task: Task, records: Sequence[Record]) -> bool:
 
 
 def _labels_of(records: Sequence[Record]) -> dict[str, str]:
-    """Each target found, with the text that stands for it: underscores are blanks."""
+    """Maps each target to its text: underscores are blanks."""
     found = sorted({str(record.fields["target"]).strip() for record in records})
     if is_regression_target(record.fields["target"] for record in records):
         raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")

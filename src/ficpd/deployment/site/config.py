@@ -96,7 +96,7 @@ class SiteConfig(FrozenConfig):
 
     @property
     def exact(self) -> bool:
-        """Whether a record's numbers may depend on no other record, even by rounding (`QueryEngine`).
+        """Tells whether a record's numbers may depend on no other record, even by rounding (`QueryEngine`).
 
         A mechanism that the policy allows requires that (`DPConfig.exact`), unless the owner sets the chunks.
         """
@@ -104,7 +104,7 @@ class SiteConfig(FrozenConfig):
 
     @property
     def requires_exact(self) -> bool:
-        """Whether a mechanism that the policy allows requires it (`DPConfig.exact`)."""
+        """Tells whether a mechanism that the policy allows requires it (`DPConfig.exact`)."""
         return any(load("privacy", name.partition(":")[0]).Config.exact for name in self.policy.mechanisms)
 
     @field_validator("name")

@@ -139,7 +139,7 @@ def sign(place: int) -> int:
 
 
 def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
-    """A canary record, which is sampled like the others; without it, it contributes nothing.
+    """Returns a trial with a canary record that is sampled like the others, or contributes nothing.
 
     Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
     `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
@@ -204,7 +204,7 @@ def _sum_of_honest(client: Client, mechanism: SharedGaussian, trial: tuple) -> R
 
 
 def _client_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
-    """A client whose huge updates have either sign, under local noise."""
+    """Returns a trial with a client whose huge updates have either sign, under local noise."""
     client = _trial_client(client, [Record(CANARY, {})])
     methods = [CanaryMethod(torch.tensor([value])) for value in (-HUGE, HUGE)]
     *_, budget = _terms(client.mechanism, ReleaseKind.UPDATE)
@@ -218,7 +218,7 @@ def _client_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
 
 
 def _central_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
-    """A client that is absent, or is sampled like the others, under central noise. Each trial has a server of its own."""
+    """Returns a trial with a client that is absent or sampled, under central noise, with a new server."""
     cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.SUM)
     expected = cost.sampling_rate * plan.num_clients
     values = {f"client-{i}": value for i, value in enumerate(_alternating(plan.num_clients).tolist())} | {CANARY: HUGE}

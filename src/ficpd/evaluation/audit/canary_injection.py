@@ -46,5 +46,5 @@ def inject_canaries(shards: Mapping[str, ClientData], records: Sequence[Record],
 
 
 def has_labels(task: Task, records: Sequence[Record]) -> bool:
-    """Whether targets are classes or options, not numbers."""
+    """Tells whether targets are classes or options, not numbers."""
     return isinstance(task.targets(records[:1])[0], (str, Option))

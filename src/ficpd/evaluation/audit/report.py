@@ -62,7 +62,7 @@ class Audit:
 
     @property
     def alarm(self) -> bool:
-        """Whether a lower bound is above the stated ε."""
+        """Tells whether a lower bound is above the stated ε."""
         return any(bound.contradicts for bound in self.bounds.values())
 
 

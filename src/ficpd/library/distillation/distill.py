@@ -34,7 +34,7 @@ class DistilledPrompt(NamedTuple):
 
     @property
     def gained(self) -> bool:
-        """Whether the held-out loss is lower than the start's; if not, keep the start."""
+        """Tells whether the held-out loss is lower than the start's; if not, keep the start."""
         return self.after < self.before
 
 

@@ -118,7 +118,7 @@ def label_requests(task: Task) -> dict[str, str]:
 
 
 def has_labels(task: Task) -> bool:
-    """Whether examples can be generated for a task."""
+    """Tells whether examples can be generated for a task."""
     return bool(task.to_config().get("labels"))
 
 

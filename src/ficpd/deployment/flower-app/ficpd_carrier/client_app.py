@@ -27,7 +27,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def carried(message: Message, context: Context, what: str) -> Message:
-    """The site's status and body as they are; 503 and the reason where there is no site to ask."""
+    """Returns the site's status and body as they are; 503 and the reason where there is no site to ask."""
     body = message.content.config_records["call"]["body"]
     assert isinstance(body, bytes), "the server's half sends bytes"
     status, answer = posted(socket_of(context), what, body)
@@ -35,7 +35,7 @@ def carried(message: Message, context: Context, what: str) -> Message:
 
 
 def socket_of(context: Context) -> str | None:
-    """The path that this machine's owner gave the SuperNode; the server has no say in it.
+    """Returns the path that this machine's owner gave the SuperNode; the server has no say in it.
 
     A simulation has no SuperNodes to give it to: there `$FICPD_SOCKETS` is a folder of sockets named by partition.
     """
