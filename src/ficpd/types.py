@@ -107,9 +107,7 @@ class Batch:
 class Readout:
     """A learned readout of one label set: logits = `features @ rows_CD.T + bias_C`.
 
-    Classes are in the order of the task's labels.
-
-    shares_C: label shares of the records that it was learned from.
+    Rows are in the order of the task's labels. shares_C: label shares of the records that it was learned from.
     """
 
     rows_CD: Tensor
