@@ -35,7 +35,7 @@ class BackboneConfig(FrozenConfig):
 
 
 class EngineConfig(FrozenConfig):
-    """Where and how a run computes.
+    """Sets the engine and the device of a run.
 
     name: "in_process", "ray" or "flower".
     device: "cpu", "cuda", "cuda:N" or "mps".

@@ -58,7 +58,7 @@ class QueryEngine:
 
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
-    number of rows of a shape is tried once beside forward passes of their own, and shared from then on if all bits agree.
+    number of rows of a shape is compared once with one forward pass per row, and shared from then on if all bits agree.
 
     Guarantees: a row of an exact engine depends on its own record and prompt alone, as far as these trials tell
     (`tests/backbones/test_query_engine.py`, `tests/contracts/test_alone.py`).
@@ -160,7 +160,7 @@ class QueryEngine:
         return self._halved(work, part[:half]) + self._halved(work, part[half:])
 
     def _forward_exact(self, queries: list[Query], part: list[Row]) -> Numbers:
-        """Returns the numbers of a forward pass for each row, from one for all of them where these are known to agree."""
+        """Returns the numbers of one forward pass per row, or of a common one that is known to agree."""
         kind = *_computation(queries[0]), part[0].shape, len(part)
         if len(part) == 1 or self.independent.get(kind):
             return self._forward(queries, part)

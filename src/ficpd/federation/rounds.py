@@ -72,7 +72,7 @@ def sample_cohort(schedule: RoundSchedule, names: Sequence[str], round: int) -> 
 
 
 class RoundHooks:
-    """What the caller of `run_rounds` does around each round. The defaults do nothing."""
+    """Lets the caller of `run_rounds` act around each round. The defaults do nothing."""
 
     def before_round(self, round: int, cohort: Sequence[str]) -> None:
         """Raises `BudgetError` to end the run before a round."""

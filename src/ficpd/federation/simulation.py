@@ -118,7 +118,7 @@ class SimulationEngine:
 
 
 def public_error(client: Client, error: Exception) -> str:
-    """Returns the part of a client's error that the server may see: with privacy, no text that may quote a record."""
+    """Returns the part of a client's error that the server may see. With privacy, no text may quote a record."""
     if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__} (its text stays at the client)"
