@@ -54,7 +54,12 @@ def run(
 
     try:
         with followed(track, out) as look, progress_bars() as progress:
-            run_experiment(experiment, out, resume, lambda *figures: (progress(*figures), look()))
+
+            def show(method: str, done: int, planned: int, figures: dict[str, float]) -> None:
+                progress(method, done, planned, figures)
+                look()
+
+            run_experiment(experiment, out, resume, show)
     except KeyboardInterrupt:
         how = f"stopped; `ficpd run --resume --out {escape(str(out))}` continues after the last finished round"
         errors.print(how, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Describes every setting of a recipe: as a JSON schema for editors, and as a page."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -93,7 +93,7 @@ def _about(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _table(title: str, model: type[BaseModel], without: set[str] = frozenset()) -> str:
+def _table(title: str, model: type[BaseModel], without: Container[str] = ()) -> str:
     about = _about(model)
     rows = [
         f"| `{name}` | `{_kind(field.annotation)}` | {_default(field)} | {_escape(about.get(name, ''))} |"

@@ -202,8 +202,8 @@ class Runner(RoundHooks):
         library = build_library(context, method, self.state, result, {DISTILLED: refined.prompt} if refined else {})
         library.save(self.directory.path / "library")
         result.save(self.directory.path)
-        planned, main = self.schedule.num_rounds, result.main.name
-        self.progress(self.label, planned, planned, {main: result.scores.per_client_mean[main]})
+        planned, own = self.schedule.num_rounds, result.metrics.per_client_mean if result.metrics else {}
+        self.progress(self.label, planned, planned, {result.main.name: own[result.main.name]} if own else {})
         return result
 
 

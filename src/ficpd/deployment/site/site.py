@@ -1,10 +1,7 @@
 """The client of one organisation: handles calls within its policy and budget, and answers with released updates."""
 
-import fcntl
 import json
-import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +16,7 @@ from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data.subjects import count_units
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
-from ficpd.deployment.site import policy
+from ficpd.deployment.site import policy, state_folder
 from ficpd.deployment.site.config import SiteConfig
 from ficpd.deployment.site.signing import member_of
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, check_data_unit, ledger_status
@@ -86,8 +83,8 @@ class Site:
         self.turn = lock or threading.Lock()  # one assignment at a time; sites with a common backbone share the lock
         self.runs: dict[str, Run] = {}
         policy.check_record_lengths(config, shard, task, model.backbone)
-        _owned(self.folder)
-        self._held = _hold(self.folder)
+        state_folder.make_private(self.folder)
+        self._held = state_folder.lock(self.folder)
         self.ledger = Ledger(self.folder / LEDGER, f"site {config.name}")
         try:
             self._check_witness()
@@ -95,7 +92,7 @@ class Site:
         except LedgerError:
             self.close()
             raise
-        self.seed = config.simulation.private_seed if config.simulation else _own_seed(self.folder / SEED)
+        self.seed = config.simulation.private_seed if config.simulation else state_folder.read_seed(self.folder / SEED)
 
     @property
     def card(self) -> ClientCard:
@@ -370,34 +367,3 @@ def _check_round(assignment: Assignment, spec: RunSpec) -> None:
     last = spec.schedule.num_rounds
     if type(assignment.round) is not int or not 1 <= assignment.round <= last:
         raise PolicyError(f"round {assignment.round} is not in the run's spec, which ends with {last}")
-
-
-def _owned(folder: Path) -> None:
-    """Makes a folder that only its owner can read. Raises `SiteError` if another user owns it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    about = folder.stat()
-    if about.st_uid != os.geteuid():
-        raise SiteError(
-            f"{folder} belongs to user {about.st_uid}, this process is user {os.geteuid()}; run as its owner, or set `state`"
-        )
-    if about.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def _hold(folder: Path):
-    """Locks the state folder until the process ends."""
-    file = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise SiteError(f"another process uses {folder}; two would spend one budget. Stop the other one") from error
-    return file
-
-
-def _own_seed(file: Path) -> int:
-    """Returns the site's seed, drawn by the operating system once, so that holdout records survive restarts."""
-    if not file.exists():
-        atomic_write(file, f"{secrets.randbits(62)}\n")
-        file.chmod(0o600)
-    return int(file.read_text(encoding="utf-8"))
