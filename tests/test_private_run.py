@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import small
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LedgerError, PrivacyError, RunError
+from ficpd.experiments import build
 from ficpd.experiments.build import build_context
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.runner import run as run_experiment
@@ -41,6 +43,24 @@ def test_the_block_says_unit_relation_budget_and_each_lines_share(tmp_path):
     assert (line.name, line.releases, line.share) == ("prompt", 6, 1.0)
     assert max(block.epsilon_of_sites.values()) == block.epsilon
     assert "simulated noise" in (tmp_path / "run" / "library" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "setting", ["privacy.epsilon=1e9", "privacy.epsilon=1e-9", "privacy.delta=0.5", "privacy.delta=1e-13"]
+)
+@pytest.mark.parametrize("mechanism", ["record_gaussian", "shared_gaussian", "client_gaussian"])
+def test_a_budget_that_cannot_be_computed_is_refused_before_weights_load(tmp_path, monkeypatch, mechanism, setting):
+    def never(*parts, **more):
+        raise AssertionError("the backbone was asked for")
+
+    monkeypatch.setattr(build, "load_backbone", never)
+    monkeypatch.setattr(QueryEngine, "answer", never)
+    with pytest.raises(AssertionError, match="asked for"):
+        small.run(tmp_path / "fits", "fedavg", f"privacy.name={mechanism}", "privacy.epsilon=2")
+    name = setting.partition("=")[0]
+    with pytest.raises(PrivacyError, match=f"{name} = .* is beyond what can be computed"):
+        small.run(tmp_path, "fedavg", f"privacy.name={mechanism}", "privacy.epsilon=2", setting)
+    assert not (tmp_path / "run").exists()
 
 
 OPEN = ("privacy.name=record_gaussian", "privacy.delta=1e-3", "privacy.epsilon=2", "prompt.num_tokens=10")

@@ -46,7 +46,7 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float | None = Non
     1.52
     """
     key = _key(costs)
-    _check_range("delta", delta, DELTAS)
+    check_range("delta", delta, DELTAS)
     if least := [multiplier for _, multiplier, _ in key if 0 < multiplier < LEAST_MULTIPLIER]:
         raise PrivacyError(
             f"privacy.noise_multiplier = {min(least):g}: below {LEAST_MULTIPLIER:g} no cost can be computed, and no "
@@ -58,7 +58,8 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float | None = Non
     return min(found, _pld(key, delta, max(found, EPSILONS[0]) / 2000)) if 0 < found < SMALL else found
 
 
-def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    """Raises `PrivacyError` for a setting outside its limits."""
     least, most = limits
     if not least <= value <= most:
         raise PrivacyError(
@@ -97,8 +98,8 @@ def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[
     Finds `LEAST_MULTIPLIER` for a plan that costs less than that even with so little noise. Raises `PrivacyError` beyond
     `EPSILONS` and `DELTAS`, and if no multiplier up to a million costs so little.
     """
-    _check_range("epsilon", target, EPSILONS)
-    _check_range("delta", delta, DELTAS)
+    check_range("epsilon", target, EPSILONS)
+    check_range("delta", delta, DELTAS)
     return _calibrated(target, delta, _Plan(costs_at))
 
 

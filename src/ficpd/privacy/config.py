@@ -35,6 +35,14 @@ class DPConfig(FrozenConfig):
             raise ValueError("state epsilon (the budget, such as 2) or noise_multiplier, or both")
         return self
 
+    @model_validator(mode="after")
+    def _computable(self) -> "DPConfig":
+        """Refuses what the accountant cannot compute, before data or weights load."""
+        accountant.check_range("delta", self.delta, accountant.DELTAS)
+        if self.epsilon is not None and self.noise_multiplier is None:
+            accountant.check_range("epsilon", self.epsilon, accountant.EPSILONS)
+        return self
+
 
 def calibrate_noise(config: DPConfig, costs: Callable[[float], Sequence[PrivacyCost]]) -> float:
     """Returns the configured noise multiplier, or the least that keeps `costs(multiplier)` within the budget."""
