@@ -198,6 +198,13 @@ def test_the_noise_of_a_long_plan_is_nearly_the_least():
     assert 0.98 * 2.0 < epsilon(priced(multiplier), DELTA) <= 2.0
 
 
+@pytest.mark.parametrize("target", [0.05, 0.19, 0.2, 0.3, 0.49])
+@pytest.mark.parametrize(("rate", "count"), [(0.01, 10_000), (0.5, 3000), (1.0, 100)])
+def test_a_small_budget_of_a_long_plan_is_kept_by_the_cost_that_the_ledger_sums(target, rate, count):
+    multiplier = calibrate(target, DELTA, lambda z: [PrivacyCost("prompt", rate, z, count)])
+    assert 0.98 * target <= epsilon([PrivacyCost("prompt", rate, multiplier, count)], DELTA) <= target
+
+
 def test_equal_plans_are_calibrated_once(monkeypatch):
     first = calibrate(3.0, DELTA, lambda z: [PrivacyCost("prompt", 0.3, z, 7)])
     monkeypatch.setattr(accountant, "epsilon", None)
@@ -287,7 +294,7 @@ def test_a_budget_beyond_what_can_be_computed_is_refused_with_the_range(name, ep
 
 @pytest.mark.parametrize("epsilon_", EPSILONS)
 @pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize(("rate", "count"), [(1.0, 1), (0.5, 100), (0.01, 10)])
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 1), (0.5, 100), (0.01, 10), (0.5, 10_000)])
 def test_every_budget_within_the_range_has_an_answer_that_keeps_it(epsilon_, delta, rate, count):
     """At such a delta little noise is enough, or none at all would be: then it is the least that is accounted."""
     found = calibrate(epsilon_, delta, lambda z: [PrivacyCost("prompt", rate, z, count)])

@@ -17,17 +17,21 @@ from scipy.stats import binom
 from ficpd.errors import PrivacyError
 from ficpd.types import JSON, PrivacyCost
 
-FINE, COARSE, FINEST = 1e-3, 1e-2, 1e-5
+FINE, COARSE = 1e-3, 1e-2
 """Steps of the discretised privacy loss."""
+FINER = (FINE, FINE / 8, FINE / 64)
+"""The steps of `epsilon`: a step adds up to the releases' number of them to a small ε."""
+STEPS = 500
+"""An ε of so many steps needs no finer ones."""
 GROUP_SIZES = (2, 5, 10)
 """Records of one person, for which a report states the cost."""
-SMALL = 0.2
-"""Below this ε the fine step is too coarse by more than a hundredth."""
 EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
 """Budgets that noise is calibrated for: others need too long, or too much memory."""
 LEAST_MULTIPLIER = 0.05
 """Least noise multiplier that is accounted. One release with less noise costs more than 200."""
-MOST_POINTS = 50_000, 500_000, 10_000_000
+ENOUGH, LEAST_SHARE = 0.998, 0.995
+"""The share of a budget at which the search for its noise ends, and below which it goes on with a finer step."""
+MOST_POINTS = 50_000, 100_000, 10_000_000
 """Points of the privacy loss of one release with little noise (below 0.25), of another one, and of all releases."""
 Key = tuple[tuple[float, float, int], ...]
 
@@ -54,8 +58,12 @@ def epsilon(costs: Iterable[PrivacyCost], delta: float, grid: float | None = Non
         )
     if grid is not None:
         return _pld(key, delta, grid)
-    found = _pld(key, delta, FINE)
-    return min(found, _pld(key, delta, max(found, EPSILONS[0]) / 2000)) if 0 < found < SMALL else found
+    found = math.inf
+    for step in FINER:  # somewhat finer than `calibrate` needs, which solves for this cost
+        before, found = found, min(found, _pld(key, delta, step))
+        if not 0 < found < 1.25 * STEPS * step or found > 0.999 * before or _bounded(step, key) > step:
+            break
+    return found
 
 
 def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
@@ -93,7 +101,7 @@ def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
 
 
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
-    """Finds a noise multiplier at which `costs_at(multiplier)` costs at most `target`, and at least 99 % of it.
+    """Finds a noise multiplier at which `costs_at(multiplier)` costs at most `target`, and about 99 % of it or more.
 
     Finds `LEAST_MULTIPLIER` for a plan that costs less than that even with so little noise. Raises `PrivacyError` beyond
     `EPSILONS` and `DELTAS`, and if no multiplier up to a million costs so little.
@@ -120,43 +128,63 @@ class _Plan:
 def _calibrated(target: float, delta: float, plan: _Plan) -> float:
     # Overestimates the noise: the classical bound for one Gaussian release as sensitive as the whole plan.
     sensitivity = math.sqrt(sum(s.count * (s.sampling_rate / s.noise_multiplier) ** 2 for s in plan.costs_at(1.0)))
-    high = found = max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target)
-    grids = (min(COARSE, target / 500) / 4**finer for finer in range(5))
-    for grid in (grid for grid in grids if grid >= FINEST):
-        found = _solved(target, plan, lambda costs, grid=grid: epsilon(costs, delta, grid), high)
-        least = min((cost.noise_multiplier for cost in plan.costs_at(found)), default=0.0) < 1.5 * LEAST_MULTIPLIER
-        if least or epsilon(plan.costs_at(found), delta, min(FINE, grid)) >= 0.99 * target:
+    guess, found = max(0.3, sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / target), math.inf
+    for step in _steps(target):
+        begin, apart = (guess, 1.5) if math.isinf(found) else (found, 1.1)  # a finer step needs a little less noise
+        found = _solved(target, plan, lambda costs, step=step: epsilon(costs, delta, step), begin, apart)
+        if not math.isinf(found) and _suffices(found, step, target, delta, plan):
             break
-        high = found  # a finer grid is less pessimistic: it needs no more noise than this
+    if math.isinf(found):
+        raise PrivacyError(
+            f"no noise multiplier up to a million gives epsilon = {target} for this plan; plan fewer rounds or "
+            "steps, or allow a larger epsilon or delta"
+        )
+    while epsilon(plan.costs_at(found), delta) > target:
+        found *= 1.001
     return found
 
 
-def _solved(target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCost]], float], high: float) -> float:
-    """Finds the multiplier that costs the target, from a guess; never one that costs more."""
+def _steps(target: float) -> list[float]:
+    """Returns the steps for a budget, the coarsest first."""
+    fine = [step for before, step in zip((math.inf, *FINER), FINER, strict=False) if target < STEPS * before]
+    first = min(COARSE, target / STEPS)
+    return [first, *fine] if first > FINE else fine
+
+
+def _suffices(multiplier: float, step: float, target: float, delta: float, plan: _Plan) -> bool:
+    """Tells whether a finer step would save little noise, or cannot be computed."""
+    costs = plan.costs_at(multiplier)
+    least = min((cost.noise_multiplier for cost in costs), default=0.0)
+    coarsened = _bounded(step, _key(costs)) > step
+    return least < 1.5 * LEAST_MULTIPLIER or coarsened or epsilon(costs, delta) >= LEAST_SHARE * target
+
+
+def _solved(
+    target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCost]], float], high: float, apart: float
+) -> float:
+    """Finds a multiplier that costs about the target, from a guess in steps of the factor `apart`.
+
+    Returns infinity if no multiplier up to a million costs so little.
+    """
     while epsilon_of(plan.costs_at(high)) > target:
-        high *= 1.5
+        high *= apart
         if high > 1e6:
-            raise PrivacyError(
-                f"no noise multiplier up to a million gives epsilon = {target} for this plan; plan fewer rounds or "
-                "steps, or allow a larger epsilon or delta"
-            )
-    low = high / 1.5  # from above: the distribution of far too little noise needs too much memory
+            return math.inf
+    low = high / apart  # from above: the distribution of far too little noise needs too much memory
 
     def computed(multiplier: float) -> bool:
         return all(cost.noise_multiplier >= LEAST_MULTIPLIER for cost in plan.costs_at(multiplier))
 
     while computed(low) and epsilon_of(plan.costs_at(low)) <= target:
-        low, high = low / 1.5, low
+        low, high = low / apart, low
 
     def excess(log_multiplier: float) -> float:
-        return math.log(max(epsilon_of(plan.costs_at(math.exp(log_multiplier))), 1e-9) / target)
+        share = epsilon_of(plan.costs_at(math.exp(log_multiplier))) / target
+        return 0.0 if ENOUGH <= share <= 1 else math.log(max(share, 0.1))
 
     if not computed(low):
         return high
-    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-4)) * 1.0004  # type: ignore[arg-type]
-    while epsilon_of(plan.costs_at(found)) > target:
-        found *= 1.001
-    return found
+    return math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-5))  # type: ignore[arg-type]
 
 
 def cost_shares(costs: Sequence[PrivacyCost], delta: float) -> list[dict[str, JSON]]:
