@@ -120,6 +120,22 @@ def test_equal_spends_are_one_line_and_nothing_spent_is_none(path):
     assert (len(json.loads(account.costs_json())), account.stored_update(2, "fedavg")) == (1, b"free")
 
 
+def test_no_question_about_one_site_reads_the_costs_of_all(path):
+    account, asked = Ledger(path, "a run").account("north", FREE), []
+    account.ledger.file.set_trace_callback(asked.append)
+    account.commit(1, "fedavg", [STEPS], b"")
+    account.spent()
+    account.spent_in_other_runs()
+    account.costs_json()
+    account.ledger.units("north")
+    account.ledger.file.set_trace_callback(None)
+    questions = [query for query in asked if " from costs where site = " in query]
+    assert len(questions) >= 4
+    for query in questions:
+        steps = [row[3] for row in account.ledger.file.execute(f"explain query plan {query}")]
+        assert "SEARCH costs USING INDEX costs_of_site (site=?)" in steps
+
+
 # ---------------------------------------------------------------- whose it is
 
 

@@ -29,6 +29,7 @@ create table if not exists costs (
     run text not null, site text not null, round integer not null, method text not null, name text not null,
     sampling_rate real not null, noise_multiplier real not null, count integer not null,
     unit text not null, max_records_per_subject integer, at text not null);
+create index if not exists costs_of_site on costs (site);
 create table if not exists assignments (
     run text not null, site text not null, round integer not null, method text not null, at text not null,
     primary key (run, site, round, method));
