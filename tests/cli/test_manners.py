@@ -171,13 +171,21 @@ def test_a_leak_and_wrong_usage_have_different_statuses(ficpd, folder, monkeypat
     from ficpd.evaluation.audit.report import LowerBound
 
     broken = LowerBound(epsilon=9.0, stated=1.0, delta=1e-5, reach=12.0, runs=100)
-    monkeypatch.setattr("ficpd.experiments.audit.mechanism_bound", lambda run, seed: broken)
+    monkeypatch.setattr("ficpd.experiments.audit.mechanism_bound", lambda *given, **more: broken)
     call = ("audit", folder / "run", "--shadows", "1", "--members", "20", "--canaries", "0")
     status, out, _ = ficpd(*call, "--json")
     found = json.loads(out)
     assert (status, found["alarm"]) == (3, True)
     assert found["mechanism"]["epsilon"] == 9.0
     assert ficpd(*call, "--shadowz")[0] == 2
+
+
+@pytest.mark.parametrize("asked", [(), ("--json",), ("--quiet",)])
+def test_an_audit_counts_its_runs_as_a_run_counts_its_rounds(ficpd, folder, asked):
+    call = ("audit", folder / "run", "--shadows", "2", "--members", "20", "--canaries", "0")
+    status, out, err = ficpd(*call, *asked)
+    assert status == 0
+    assert ("shadow prompts 2/2" in out, "shadow prompts 2/2" in err) == (not asked, asked == ("--json",))
 
 
 def test_flower_without_its_package_is_one_sentence(ficpd, folder, tmp_path, monkeypatch):

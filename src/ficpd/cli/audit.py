@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ficpd.cli.console import FAILED, note, print_json, print_table, say
+from ficpd.cli.console import FAILED, note, print_json, print_table, progress_bars, say
 from ficpd.cli.options import Columns, Device, Json, roles
 
 
@@ -37,10 +37,12 @@ def audit(
     if trained and others:
         folder = out or run.with_name(run.resolve().name + "-audit")
         known, unknown = (read_records(file, roles(columns)) for file in (trained, others))
-        found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device)
+        with progress_bars("") as progress:
+            found = audit_library(run, known, unknown, folder, prompt, shadows, members, seed, device, progress)
     else:
         folder = run
-        found = audit_run(run, prompt, shadows, members, canaries, seed, device)
+        with progress_bars("") as progress:
+            found = audit_run(run, prompt, shadows, members, canaries, seed, device, progress)
     say(
         f"{found.prompt} of {run}: {found.num_members:,} records that were trained on, {found.num_nonmembers:,} that were "
         f"not; privacy: {found.guarantee}"

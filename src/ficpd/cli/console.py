@@ -79,15 +79,15 @@ Show = Callable[[str, int, int, dict[str, float]], None]
 
 
 @contextmanager
-def progress_bars() -> Iterator[Show]:
-    """Shows a bar per method: rounds, time and latest figures. Prints lines if the output is no terminal."""
+def progress_bars(unit: str = " rounds") -> Iterator[Show]:
+    """Shows a bar per method: rounds, time and latest figures. Prints lines, with the unit, if there is no terminal."""
     if asked.quiet:
         yield lambda method, done, planned, figures: None
     elif _notes().is_terminal:
         with _bars() as show:
             yield show
     else:
-        yield lambda method, done, planned, figures: note(f"{method:>11} {done}/{planned} rounds  {_words(figures)}")
+        yield lambda method, done, planned, figures: note(f"{method:>11} {done}/{planned}{unit}  {_words(figures)}")
 
 
 def _words(figures: Mapping[str, float]) -> str:

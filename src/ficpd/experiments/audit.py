@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import RunDir
-from ficpd.experiments.runner import no_progress, run_method
+from ficpd.experiments.runner import Progress, no_progress, run_method
 from ficpd.experiments.setup import build_schedule
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
@@ -51,6 +52,8 @@ from ficpd.storage import require_writable
 from ficpd.types import ClientCard, Prompt, Record, State
 
 SHADOW_BATCH = 32
+SHADOWS, PLANTED, MECHANISM = "shadow prompts", "rounds with canaries", "runs of the mechanism"
+"""What progress counts."""
 NO_PRIVACY = {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
 DELTA = 1e-5
 """At which a bound is given for a run that states no δ."""
@@ -83,13 +86,13 @@ class Target:
 
 def audit_run(
     folder: Path, prompt: str | None = None, shadows: int = 4, members: int = 1000, canaries: int = 100, seed: int = 0,
-    device: str = "cpu",
+    device: str = "cpu", progress: Progress = no_progress,
 ) -> Audit:  # fmt: skip
     """Attacks a run's prompt (default: the global one), and writes `audit.json` to its directory.
 
     `members` bounds the records attacked. With `canaries`, the federation is trained a second time, in a temporary
-    directory with a ledger of its own. Raises `RunError` for what is no finished run, `PrivacyError` where nothing was
-    left to attack.
+    directory with a ledger of its own. `progress` hears of shadow prompts, rounds and runs. Raises `RunError` for what is
+    no finished run, `PrivacyError` where nothing was left to attack.
     """
     run = open_run(Path(folder), device, prompt)
     require_writable(run.directory.path)
@@ -101,10 +104,10 @@ def audit_run(
         party.data_and_partition[0], experiment.seed
     )
     target, split = _target(run, name), split_records(task, train, spare, members, seed)
-    shadow_SPD = _shadows(target, split, shadows, seed)
-    planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed, progress)
+    planted = planted_bound(run, name, shadow_SPD, [*split.pool, *split.population], canaries, seed, progress)
     found = _audit(run.directory.path.name, name, run.method.name, run.result.privacy, target, split, shadow_SPD, seed)
-    found = replace(found, mechanism=mechanism_bound(run, seed), planted=planted)
+    found = replace(found, mechanism=mechanism_bound(run, seed, progress=progress), planted=planted)
     _leave(found, run.directory)
     return found
 
@@ -112,6 +115,7 @@ def audit_run(
 def audit_library(
     folder: Path, members: Sequence[Record], others: Sequence[Record], out: Path, prompt: str | None = None,
     shadows: int = 4, limit: int = 1000, seed: int = 0, device: str = "cpu",
+    progress: Progress = no_progress,
 ) -> Audit:  # fmt: skip
     """Attacks a library's prompt, given `members` that it was tuned on and `others`.
 
@@ -129,7 +133,7 @@ def audit_library(
     vectors_PD = library.prompts[name].vectors_PD
     split = split_records(opened.task, members, others, limit, seed)
     target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
-    shadow_SPD = _shadows(target, split, shadows, seed)
+    shadow_SPD = _shadows(target, split, shadows, seed, progress)
     privacy = PrivacyReport.model_validate(NO_PRIVACY | card.get("privacy", {}))
     found = _audit(Path(folder).name, name, str(card.get("method", "?")), privacy, target, split, shadow_SPD, seed)
     _leave(found, RunDir(Path(out)))
@@ -204,12 +208,15 @@ def _target(run: Finished, name: str) -> Target:
     return Target(context.model, context.task, context.start, context.compression, training, steps, vectors_PD)
 
 
-def _shadows(target: Target, split: Split, number: int, seed: int) -> Tensor:
+def _shadows(target: Target, split: Split, number: int, seed: int, progress: Progress) -> Tensor:
     """Tunes shadow prompts in batches as large as a cohort's together."""
-    return shadow_prompts(
+    progress(SHADOWS, 0, number, {})
+    found = shadow_prompts(
         target.model, target.task, target.start, target.compression, target.training, split.pool, split.shadow_size,
         target.steps, SHADOW_BATCH, number, seed,
     )  # fmt: skip
+    progress(SHADOWS, number, number, {})
+    return found
 
 
 def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> AttackData:
@@ -228,7 +235,9 @@ def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> n
 # ---------------------------------------------------------------- the mechanism, and planted records
 
 
-def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound | None:
+def mechanism_bound(
+    run: Finished, seed: int, trials: int = 2000, progress: Progress = no_progress
+) -> LowerBound | None:
     """Attacks the mechanism of the client with the largest cost, by its worst unit; None without noise.
 
     The client carries out its assignments until its budget ends, as it did in the run.
@@ -254,12 +263,18 @@ def mechanism_bound(run: Finished, seed: int, trials: int = 2000) -> LowerBound 
             ClientCard(name), holders[name].train, (), task, context.model.backbone, mechanism, context.compression,
             context.start, seed, ledger.account(name, Budget(None, privacy.delta)),
         )  # fmt: skip
-        return canaries.lower_bound(client, plans[name], trials, seed=seed)
+        count = partial(_show, progress, MECHANISM)
+        return canaries.lower_bound(client, plans[name], trials, seed=seed, count=count)
+
+
+def _show(progress: Progress, part: str, done: int, planned: int) -> None:
+    progress(part, done, planned, {})
 
 
 def planted_bound(
-    run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int
-) -> LowerBound | None:
+    run: Finished, name: str, shadow_SPD: Tensor, pool: Sequence[Record], number: int, seed: int,
+    progress: Progress = no_progress,
+) -> LowerBound | None:  # fmt: skip
     """Trains the federation again with random mislabelled records, and guesses which were put in.
 
     With named subjects a canary is a subject: its records of the pool, all of them put in or none.
@@ -279,8 +294,9 @@ def planted_bound(
     with tempfile.TemporaryDirectory(prefix="ficpd-audit-") as folder:
         again = RunDir(Path(folder) / "run")
         result = run_method(
-            replace(run.context, shards=shards), run.context.experiment.method, again, None, no_progress
-        )
+            replace(run.context, shards=shards), run.context.experiment.method, again, None,
+            lambda method, done, planned, figures: progress(PLANTED, done, planned, figures),
+        )  # fmt: skip
         library = PromptLibrary.load(again.path)
     trained_again = replace(run, library=library)
     name = name if name in library.prompts else _named(library, None)

@@ -21,6 +21,9 @@ from ficpd.evaluation.audit.membership import AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, verdict
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.audit import (
+    MECHANISM,
+    PLANTED,
+    SHADOWS,
     audit_run,
     inject_canaries,
     make_mislabelled_canaries,
@@ -344,6 +347,20 @@ def test_a_seed_fixes_the_audit(modest):
     one, same = (audit_run(modest, canaries=6, shadows=1, seed=1) for _ in range(2))
     assert one == same
     assert one != audit_run(modest, canaries=6, shadows=1, seed=2)
+
+
+def test_progress_counts_shadow_prompts_rounds_with_canaries_and_runs_of_the_mechanism(tmp_path):
+    run, heard = federation(tmp_path, "privacy.name=record_gaussian", *NOISED, rounds=4), {}
+
+    def progress(part, done, planned, figures):
+        heard.setdefault(part, []).append((done, planned))
+
+    found = audit_run(run, canaries=30, shadows=2, progress=progress)
+    assert heard[SHADOWS] == [(0, 2), (2, 2)]
+    assert heard[PLANTED][:5] == [(done, 4) for done in range(5)]
+    trials = 2 * found.mechanism.runs
+    assert heard[MECHANISM] == [(done, trials) for done in range(trials // 20, trials + 1, trials // 20)]
+    assert list(heard) == [SHADOWS, PLANTED, MECHANISM]
 
 
 def test_an_audit_that_breaks_leaves_the_old_result(modest, monkeypatch):

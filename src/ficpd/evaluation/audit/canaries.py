@@ -49,23 +49,33 @@ AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SU
 """The maximum number of releases of a kind in all trials of one setting. It bounds the time of an audit."""
 Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
 """A trial, with or without the canary: its score, and the costs in its ledger."""
+Counter = Callable[[int, int], None]
+"""Is called with the number of runs done, and of those planned."""
+REPORTS = 20
+"""Calls of a `Counter` in one audit."""
 Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
 """Turns an assignment's terms into the adversary's view; None: its update is sent unchanged."""
 
 
+def no_count(done: int, planned: int) -> None:
+    """Shows nothing."""
+
+
 def lower_bound(
-    client: Client, plan: ClientWorkload, trials: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> LowerBound:
+    client: Client, plan: ClientWorkload, trials: int = 2000, confidence: float = 0.95, seed: int = 0,
+    count: Counter = no_count,
+) -> LowerBound:  # fmt: skip
     """Returns a lower bound on the epsilon of a client's planned run, and the ledger's epsilon.
 
     client: its mechanism is attacked, and records, account, seed and state are replaced. trials: runs in each setting, of
-    which `num_trials` allows fewer. Raises `PrivacyError` for a mechanism without a guarantee.
+    which `num_trials` allows fewer. count: gets the runs done and planned. Raises `PrivacyError` for a
+    mechanism without a guarantee.
 
     Guarantees: for a correct client, the bound is above its epsilon with probability at most 1 - `confidence` over the
         streams (`tests/evaluation/audit/test_canaries.py`).
     """
     trials, delta = num_trials(client.mechanism, plan, trials), client.mechanism.guarantee()["delta"]
-    without, with_, stated = play(client, plan, trials, seed)
+    without, with_, stated = play(client, plan, trials, seed, count)
     reach = two_world_bound([0.0] * trials, [1.0] * trials, delta, confidence)
     return LowerBound(two_world_bound(without, with_, delta, confidence), stated, delta, reach, trials)
 
@@ -90,7 +100,9 @@ def release_kind(mechanism: Mechanism) -> ReleaseKind:
     return ReleaseKind.UPDATE if mechanism.cost(ReleaseKind.SUM) is None else ReleaseKind.SUM
 
 
-def play(client: Client, plan: ClientWorkload, trials: int, seed: int) -> tuple[list[float], list[float], float]:
+def play(
+    client: Client, plan: ClientWorkload, trials: int, seed: int, count: Counter = no_count
+) -> tuple[list[float], list[float], float]:
     """Returns the scores of all runs without and with the canary, and the epsilon that a run's ledger states.
 
     A score grows with the likelihood ratio of the run's releases, with to without the canary, under their stated costs.
@@ -98,9 +110,16 @@ def play(client: Client, plan: ClientWorkload, trials: int, seed: int) -> tuple[
     runs = {ReleaseKind.STEP: _record_run, ReleaseKind.UPDATE: _client_run, ReleaseKind.SUM: _central_run}
     run = runs[release_kind(client.mechanism)](client, plan, seed)
     (without, _), (with_, costs) = (
-        zip(*(run(t, there) for t in range(trials)), strict=True) for there in (False, True)
+        zip(*(_counted(run, t, there, trials, count) for t in range(trials)), strict=True) for there in (False, True)
     )
     return list(without), list(with_), accountant.epsilon(costs[0], client.mechanism.guarantee()["delta"])
+
+
+def _counted(run: Run, trial: int, there: bool, trials: int, count: Counter) -> tuple[float, list[PrivacyCost]]:
+    found, done = run(trial, there), trials * there + trial + 1
+    if done % max(2 * trials // REPORTS, 1) == 0 or done == 2 * trials:
+        count(done, 2 * trials)
+    return found
 
 
 class CanaryMethod(Method):
