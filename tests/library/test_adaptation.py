@@ -301,6 +301,23 @@ def test_an_own_prompt_of_labels_by_chance_has_little_weight(library, model, mon
     assert own_share() > 0.9
 
 
+@pytest.mark.parametrize(("number", "own"), [(16, False), (31, False), (32, True)])
+def test_a_mixture_of_few_records_tunes_nothing_and_its_folds_do_as_it_does(library, model, number, own):
+    asked = []
+
+    class Heard(QueryEngine):
+        def answer(self, queries):
+            asked.extend(queries)
+            return super().answer(queries)
+
+    shots = prepare_shots(library, records("heat", number, 3), task_of("heat"), model, TRAINING)
+    for part in (shots, shots.take(range(12))):
+        asked.clear()
+        fitted = fit("mixture", part, Heard(model.backbone))["mixture"]
+        assert any(query.grad for query in asked) is own
+        assert ("an own prompt" in fitted.note) is own
+
+
 def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, model):
     """The same weights, of rows and biases instead of functions."""
     task, test = task_of("heat"), records("heat", 48, 9)
@@ -520,7 +537,7 @@ def test_folds_are_answered_in_lock_step(library, model, monkeypatch):
     monkeypatch.setattr(
         QueryEngine, "answer", lambda self, queries: asked.append(len(queries)) or answer(self, queries)
     )
-    monkeypatch.setattr(selection, "FEW", 1)
+    monkeypatch.setattr(selection, "ONCE", 1)
     cross_validate(shots, ["compose"], model)
     assert asked == [5] * (ways.WEIGHT_STEPS + 1) + [0]
 

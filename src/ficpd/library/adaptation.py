@@ -19,7 +19,7 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.library.distillation.distill import adam
 from ficpd.library.library import START, PromptLibrary
 from ficpd.library.mixture import Mixture, stack_members
-from ficpd.methods.shared.heads import MIN_RECORDS, fit_heads
+from ficpd.methods.shared.heads import fit_heads
 from ficpd.methods.shared.mixture import Candidate, weigh_members
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import (
@@ -43,6 +43,8 @@ TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
 MIXED, OWN_STEPS = 3, 40
 """The maximum number of the library's prompts in a mixture, and the Adam steps of its own prompt."""
+FEW = 32
+"""With fewer records a mixture has no own prompt. The weight of one is nothing, and its steps take half of the time."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 32
 """The maximum number of records in a step."""
@@ -69,7 +71,10 @@ class AdaptedPrompt:
 
 @dataclass(frozen=True)
 class FewShotSet:
-    """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them."""
+    """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them.
+
+    few: whether the caller gave fewer than `FEW` records, of which these may be a part.
+    """
 
     library: PromptLibrary
     task: Task
@@ -79,6 +84,7 @@ class FewShotSet:
     records: Sequence[Record]
     batch: Batch
     loss_JB: Tensor
+    few: bool = False
     composed: dict[str, AdaptedPrompt] = field(default_factory=dict)
     """The composed prompt of these records, once computed. Three strategies start from it."""
 
@@ -193,14 +199,15 @@ def tune(shots: FewShotSet) -> Work:
 def mix(shots: FewShotSet) -> Work:
     """Mixes prompts of the library and an own prompt, in the task's readout and in own heads, by the records' evidence.
 
-    `methods.shared.mixture` has the weights. The own prompt is tuned from the start on one half and scored on the other.
+    `methods.shared.mixture` has the weights. The own prompt is tuned from the start on one half and scored on the other;
+    few records have none.
     """
     prompts, own = shots.library.candidates(), readout_of(shots.batch)
     names = [_usual(shots)]
     names += [name for name in (*shots.ranked()[:MIXED], START) if name not in names]
     candidates = [Candidate((prompts[name].vectors_PD,), own) for name in names]
     halves = shots.folds(2, rng.derive_seed(shots.seed, "halves"))
-    if shots.backbone.supports_gradients and len(shots.records) >= MIN_RECORDS and len(halves) == 2:
+    if shots.backbone.supports_gradients and not shots.few and len(halves) == 2:
         start_PD, rate, tuned = shots.library.start.vectors_PD, shots.training.rate(1, 1), []
         for half in halves:
             part = shots.take(half)

@@ -20,6 +20,7 @@ from ficpd.evaluation.evaluate import mixture_probabilities, run_all
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.adaptation import (
     ABOUT,
+    FEW,
     GLOBAL,
     STRATEGIES,
     AdaptedPrompt,
@@ -38,7 +39,7 @@ AUTO = "auto"
 FEWEST = 4
 """The minimum number of records for cross-validation."""
 FOLDS = 5
-FEW = 12
+ONCE = 12
 """With fewer records than this, the folds are drawn several times."""
 REPEATS = 3
 SURE = 2.0
@@ -118,7 +119,7 @@ def prepare_shots(
     batch = task.encode(records, model.backbone, library.start).with_readout(library.learned_readout(task))
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
-    return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB)
+    return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB, len(records) < FEW)
 
 
 # ---------------------------------------------------------------- cross-validation
@@ -126,7 +127,7 @@ def prepare_shots(
 
 def cross_validate(shots: FewShotSet, ways: Sequence[str], model: QueryEngine) -> dict[str, Score]:
     """Returns the table of `AdaptationResult`: every variant of these strategies on held-out records."""
-    repeats = 1 if len(shots.records) >= FEW else REPEATS
+    repeats = 1 if len(shots.records) >= ONCE else REPEATS
     draws = [
         _cross_validate_once(shots, ways, model, rng.derive_seed(shots.seed, "folds", repeat))
         for repeat in range(repeats)
