@@ -126,12 +126,72 @@ def test_an_empty_standard_input_is_an_error_and_a_terminal_is_not_read(ficpd, f
     assert status == 1
     assert "standard input has no text" in err
     typed(b"\xff\n")
-    assert "byte 0 is not UTF-8" in ficpd("predict", folder / "run")[2]
+    assert "standard input line 1: byte 0 (0xff) is not UTF-8" in ficpd("predict", folder / "run")[2]
     typed(b"never read\n")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     status, _, err = ficpd("predict", folder / "run")
     assert status == 2
     assert "no text" in err
+
+
+# ---------------------------------------------------------------- other encodings and separators
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """The texts with their labels, with a bar between cells, in Windows' encoding."""
+    rows = zip(TEXTS, ("good", "bad"), strict=True)
+    content = "".join(f"{text}|{label}\n" for text, label in [("text", "target"), *rows])
+    (tmp_path / "odd.csv").write_bytes(content.encode("cp1252"))
+    return tmp_path / "odd.csv"
+
+
+AS_WRITTEN = ("--encoding", "cp1252", "--separator", "|")
+
+
+def test_predict_reads_what_encoding_and_separator_say(ficpd, folder, tmp_path, odd, typed):
+    wanted = answers(ficpd("predict", folder / "run", *TEXTS))
+    found = answers(ficpd("predict", folder / "run", "--data", odd, *AS_WRITTEN))
+    assert [line.pop("target") for line in found] == ["good", "bad"]
+    assert found == wanted
+    content = "\n".join(TEXTS).encode("utf-16")
+    (tmp_path / "odd.txt").write_bytes(content)
+    assert answers(ficpd("predict", folder / "run", "--data", tmp_path / "odd.txt", "--encoding", "utf-16")) == wanted
+    typed(content)
+    assert answers(ficpd("predict", folder / "run", "-", "--encoding", "utf-16")) == wanted
+
+
+def test_evaluate_and_adapt_read_what_encoding_and_separator_say(ficpd, folder, tmp_path, odd):
+    (tmp_path / "plain.csv").write_text(odd.read_bytes().decode("cp1252").replace("|", ","), encoding="utf-8")
+    asked = ("evaluate", folder / "run", "--json", "--data")
+    found, plain = ficpd(*asked, odd, *AS_WRITTEN), ficpd(*asked, tmp_path / "plain.csv")
+    assert (found[0], plain[0]) == (0, 0)
+    assert json.loads(found[1])["prompts"] == json.loads(plain[1])["prompts"]
+    made = ("adapt", folder / "run", "--how", "demonstrations", "--json", "--data")
+    found = ficpd(*made, odd, "--out", tmp_path / "mine", *AS_WRITTEN)
+    assert found[0] == 0, found[2]
+    assert sorted(json.loads(found[1])["demonstrations"]) == sorted(
+        json.loads(ficpd(*made, tmp_path / "plain.csv", "--out", tmp_path / "other")[1])["demonstrations"]
+    )
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "adapt"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "--encoding"),
+        (("--encoding", "klingon"), "encoding = 'klingon': unknown encoding"),
+        (("--encoding", "cp1252", "--separator", "||"), "separator = '||'"),
+        (("--encoding", "cp1252", "--separator", '"'), "separator = '\"'"),
+        (("--encoding", "cp1252"), "column"),
+    ],
+)
+def test_another_encoding_or_separator_is_one_sentence(ficpd, folder, tmp_path, odd, command, words, told):
+    out = ("--out", tmp_path / "out") if command == "adapt" else ()
+    status, _, err = ficpd(command, folder / "run", "--data", odd, *out, *words)
+    assert status == 1
+    assert told in err
+    assert err.count("\n") == 1
 
 
 BAD = "text,target\na,good\nb,poor\nc,great\n"

@@ -113,6 +113,12 @@ def test_an_unknown_encoding_is_refused(encoding):
         Config(source="a.csv", encoding=encoding)
 
 
+@pytest.mark.parametrize("separator", ['"', "\n", "\r", "||", ""])
+def test_what_cannot_separate_is_refused(separator):
+    with pytest.raises(ValidationError, match="separator"):
+        Config(source="a.csv", separator=separator)
+
+
 @pytest.mark.parametrize(("separator", "named"), [(";", None), ("\t", None), ("|", "|"), (";", ";")])
 def test_semicolons_and_tabs_are_seen_and_others_named(tmp_path, separator, named):
     rows = [{"text": "one, two", "target": "a"}, {"text": 'so "called"; |', "target": "b"}]

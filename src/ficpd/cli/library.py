@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from ficpd.cli.console import note, print_json, print_scores, say
-from ficpd.cli.options import Columns, Data, Device, Json, Library, TaskName, pairs, roles
+from ficpd.cli.options import Columns, Data, Device, Encoding, Json, Library, Separator, TaskName, pairs, reading, roles
 
 
 def evaluate(
-    library: Library, data: Data, columns: Columns = None,
+    library: Library, data: Data, columns: Columns = None, encoding: Encoding = "utf-8", separator: Separator = None,
     prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: every prompt of the library")] = None,
     task: TaskName = None, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -21,9 +21,9 @@ def evaluate(
     from ficpd.library.records import read_records
     from ficpd.library.session import load_library
 
-    opened = load_library(library, device=device, weights=False)
+    files, opened = reading(encoding, separator), load_library(library, device=device, weights=False)
     named = opened.named(task)
-    records = read_records(data, roles(columns))
+    records = read_records(data, roles(columns), files=files)
     found = opened.evaluate_prompts(records, None if prompt is None else ["zero-shot", prompt], task=task)
     say(f"{len(records)} records from {data}")
     print_scores("prompt", found)
@@ -44,12 +44,14 @@ def adapt(
         list[str] | None, typer.Option(help="a new task: label=its text; one for each answer. None: as found in the data")
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="a new task: its instruction")] = None,
-    columns: Columns = None, seed: int = 0, device: Device = "cpu", as_json: Json = False,
+    columns: Columns = None, encoding: Encoding = "utf-8", separator: Separator = None,
+    seed: int = 0, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Adapt a library to a few records, of one of its tasks or of a new one, and save the result.
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
+    from ficpd.library.records import read_records
     from ficpd.library.selection import describe_choice
     from ficpd.library.session import load_library, require_new
 
@@ -59,9 +61,11 @@ def adapt(
         )
     labels = pairs(label, "--label takes label=text, such as lost_card=lost card")
     require_new(out)
+    files = reading(encoding, separator)
+    records = read_records(data, roles(columns), files=files) if data else []
     mine = load_library(library, device=device, weights=False).adapt(
-        data or (), shots=shots, per_class=per_class, how=how, task=task, labels=labels, instruction=instruction,
-        columns=roles(columns), seed=seed, say=note,
+        records, shots=shots, per_class=per_class, how=how, task=task, labels=labels, instruction=instruction,
+        seed=seed, say=note,
     )  # fmt: skip
     mine.save(out)
     facts = mine.library.card["adapted"]

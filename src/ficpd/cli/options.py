@@ -2,17 +2,25 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from ficpd.cli import console
 
+if TYPE_CHECKING:
+    from ficpd.data.tables import ReadOptions
+
 Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]
 Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Parquet file (or folder), or hf:ID")]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", "-c", help="role=column, such as text=review; may be repeated")
+]
+Encoding = Annotated[str, typer.Option("--encoding", help="of text in --data: a name such as cp1252 or utf-16")]
+Separator = Annotated[
+    str | None,
+    typer.Option("--separator", help="of CSV files, such as |; none: comma, semicolon or tab, by the header"),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps")]
 TaskName = Annotated[str | None, typer.Option("--task", help="which task, if the library has several")]
@@ -76,6 +84,16 @@ def _restore_argument_help(command: TyperCommand) -> None:
 
 def roles(columns: list[str] | None) -> dict[str, str]:
     return pairs(columns, "--column takes role=column, such as text=review")
+
+
+def reading(encoding: str, separator: str | None) -> "ReadOptions":
+    """How `--data` is read. Raises `ConfigError` for an unknown encoding and for what can be no separator."""
+    from ficpd.data.loading import Config
+    from ficpd.data.tables import ReadOptions
+    from ficpd.registry import validate
+
+    config = validate(Config, {"source": "", "encoding": encoding, "separator": separator}, "--data")
+    return ReadOptions(separator=config.separator, encoding=config.encoding)
 
 
 def pairs(given: list[str] | None, expected: str) -> dict[str, str]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ficpd.cli.console import note
-from ficpd.cli.options import Columns, Device, Library, TaskName, roles
+from ficpd.cli.options import Columns, Device, Encoding, Library, Separator, TaskName, reading, roles
 
 if TYPE_CHECKING:
+    from ficpd.data.tables import ReadOptions
     from ficpd.library.answers import Row
 
 STDIN = "-"
@@ -28,6 +29,8 @@ def predict(
         typer.Option("--data", help="a .txt file (a text a line), CSV, TSV, JSON Lines, Parquet, a folder, or hf:ID"),
     ] = None,
     columns: Columns = None,
+    encoding: Encoding = "utf-8",
+    separator: Separator = None,
     prompt: Prompt = None,
     task: TaskName = None,
     out: Annotated[Path | None, typer.Option(help="file to write; none: standard output")] = None,
@@ -45,12 +48,12 @@ def predict(
     from ficpd.library.answers import answer, choose_format, encode_answers, write_answers
     from ficpd.library.session import load_library
 
-    chosen = choose_format(format, out)
+    chosen, files = choose_format(format, out), reading(encoding, separator)
     given = [*(texts or ()), *(text or ())]
     if given and data:
         raise typer.BadParameter("give texts or --data, not both")
     opened = load_library(library, device=device, weights=False)
-    rows = _rows(given, data, columns)
+    rows = _rows(given, data, columns, files)
     content = encode_answers(rows, answer(opened, [row.record for row in rows], prompt, task), chosen)
     if out is None:
         typer.echo(content.decode(), nl=False)
@@ -59,15 +62,15 @@ def predict(
         note(f"file: {out} ({len(rows)} rows)")
 
 
-def _rows(texts: list[str], data: str | None, columns: list[str] | None) -> "list[Row]":
+def _rows(texts: list[str], data: str | None, columns: list[str] | None, files: "ReadOptions") -> "list[Row]":
     from ficpd.library.answers import read_rows, rows_of_lines, rows_of_texts
 
     if data not in (None, STDIN):
-        return read_rows(data, roles(columns))
+        return read_rows(data, roles(columns), files)
     if data == STDIN or texts in ([], [STDIN]):
         if not texts and data is None and sys.stdin.isatty():
             raise typer.BadParameter("no text: give some, --data FILE, or - for standard input")
-        return rows_of_lines(_standard_input(), "standard input")
+        return rows_of_lines(_standard_input(files.encoding), "standard input")
     if STDIN in texts:
         raise typer.BadParameter("- stands alone: it reads the texts from standard input")
     if files := [one for one in texts if os.path.isfile(one)]:
@@ -75,14 +78,10 @@ def _rows(texts: list[str], data: str | None, columns: list[str] | None) -> "lis
     return rows_of_texts(texts)
 
 
-def _standard_input() -> str:
-    from ficpd.errors import DataError
+def _standard_input(encoding: str) -> str:
+    from ficpd.data.tables import decode_text
 
-    content = sys.stdin.buffer.read()
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input: byte {error.start} is not UTF-8; send UTF-8") from error
+    return decode_text(sys.stdin.buffer.read(), "standard input", encoding)
 
 
 def serve(

@@ -94,6 +94,13 @@ class Config(FrozenConfig):
             raise ValueError(f"{error}; expected a name such as 'utf-8', 'cp1252' or 'utf-16'") from error
         return encoding
 
+    @field_validator("separator")
+    @classmethod
+    def _separates(cls, separator: str | None) -> str | None:
+        if separator in ("\r", "\n", '"'):
+            raise ValueError("line breaks and double quotes separate no cells; expected a sign such as '|'")
+        return separator
+
     @model_validator(mode="after")
     def _roles(self) -> "Config":
         if self.options and "options" in self.columns:

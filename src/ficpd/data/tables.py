@@ -124,14 +124,18 @@ def _plain(path: Path) -> Path:
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Returns the file's text. Raises `DataError` with the line that is not of this encoding."""
-    content = _content(path)
+    return decode_text(_content(path), path.name, encoding)
+
+
+def decode_text(content: bytes, name: str, encoding: str = "utf-8") -> str:
+    """Decodes a text without its byte order mark. Raises `DataError` with the line that is not of this encoding."""
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path.name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding.upper()}; save "
-            "the file as UTF-8, or name its encoding: data.encoding, such as 'cp1252' or 'utf-16'"
+            f"{name} line {line}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding.upper()}; save it as "
+            "UTF-8, or name its encoding (data.encoding, --encoding), such as 'cp1252' or 'utf-16'"
         ) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ficpd.data.tables import ReadOptions, read_files, read_text, replace_surrogates, table_paths
+from ficpd.data.tables import WHOLE, ReadOptions, read_files, read_text, replace_surrogates, table_paths
 from ficpd.errors import DataError, did_you_mean
 from ficpd.library.records import NO_COLUMNS, read_records
 from ficpd.library.session import LibrarySession
@@ -55,20 +55,19 @@ def rows_of_lines(content: str, name: str) -> list[Row]:
     return rows_of_texts(texts, f"{name} line")
 
 
-def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS) -> list[Row]:
+def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS, files: ReadOptions = WHOLE) -> list[Row]:
     """Reads a file of texts, one a line, or a source of `read_records`, whose rows keep all their columns.
 
     Raises `DataError`, naming file, row and column, for a row without a text.
     """
     path = Path(data).expanduser()
     if path.suffix.lower() in TEXTS and path.is_file():
-        return rows_of_lines(read_text(path), path.name)
-    records = read_records(data, columns, labelled=False)
+        return rows_of_lines(read_text(path, files.encoding), path.name)
+    records = read_records(data, columns, labelled=False, files=files)
     if not path.exists():  # of the hub, built in, or a module's
         return [Row(record, _shown(record)) for record in records]
-    tables = (
-        [] if path.is_dir() and not table_paths(path) else read_files(path, ReadOptions(images=columns.get("image")))
-    )
+    whole = files._replace(images=columns.get("image"))
+    tables = [] if path.is_dir() and not table_paths(path) else read_files(path, whole)
     cells = {f"{table.name} row {number}": _cells(row) for table in tables for number, row in table.rows.items()}
     return [Row(record, {**_image(record), **cells.get(record.key, _shown(record))}) for record in records]
 

@@ -10,7 +10,7 @@ import torch
 
 from ficpd.data import loading
 from ficpd.data.subjects import parse_subject, subject_numbers
-from ficpd.data.tables import replace_surrogates
+from ficpd.data.tables import WHOLE, ReadOptions, replace_surrogates
 from ficpd.data.untyped import label_spellings
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Task
@@ -24,18 +24,21 @@ Data: TypeAlias = "str | Path | DataFrame | Sequence[Record | Mapping[str, Any]]
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
-def read_records(data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: bool = True) -> list[Record]:
+def read_records(
+    data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: bool = True, files: ReadOptions = WHOLE
+) -> list[Record]:
     """Reads all records of a file, in its order, or takes those in memory: a data frame, mappings or `Record`s.
 
     `columns`: role to column (`subject`: whom a record is about; adaptation then never tests on a subject that it was
     fitted to). Without labels only `text` (or `image`, if that is named) and the columns named are read.
-    Options may be in several columns (`options=a,b,c`).
+    Options may be in several columns (`options=a,b,c`). `files`: the separator and the encoding of text files.
     """
     roles = {"text": "text"} if "image" not in columns else {}
     roles |= {**({"target": "target"} if labelled else {}), **columns}
     if isinstance(data, (str, Path)):
         options = roles.pop("options").split(",") if "," in roles.get("options", "") else []
         config = {"source": str(data), "columns": roles, "options": options}
+        config |= {"separator": files.separator, "encoding": files.encoding}
         return loading.load_all(validate(loading.Config, config, "--data"))
     import pandas as pd
 
