@@ -3,6 +3,7 @@
 ```
 FicpdError
 ├── ConfigError        the experiment's TOML or --set: unknown key, unknown name, value out of range
+│   └── PackageError   a package of an extra that is not installed
 ├── DataError          a file, row or column of the records
 ├── BackboneError      weights that cannot be loaded, a prompt that does not fit, another fingerprint
 ├── CodecError         an invalid message: truncated, wrong shape or type, not finite, too large
@@ -20,7 +21,8 @@ Each message states the given value, the expected value, and a remedy.
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FicpdError(Exception):
@@ -28,6 +30,10 @@ class FicpdError(Exception):
 
 
 class ConfigError(FicpdError):
+    pass
+
+
+class PackageError(ConfigError):
     pass
 
 
@@ -113,10 +119,21 @@ def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {given!r}{hint} Known: {', '.join(known)}"
 
 
-def missing_package(what: str, error: ImportError, extra: str) -> str:
-    """Returns the error text for a package that is not installed and belongs to an extra.
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Raises `PackageError`, with the command to install it, where a package of this extra is missing.
 
-    >>> missing_package("engine 'flower'", ImportError(name="flwr"), "flower")
-    "engine 'flower' needs the package flwr, which is not installed: pip install 'ficpd[flower]'"
+    >>> with needs("engine 'flower'", "flower"):
+    ...     raise ModuleNotFoundError(name="flwr.app")
+    Traceback (most recent call last):
+    ficpd.errors.PackageError: engine 'flower' needs the package flwr, which is not installed: pip install 'ficpd[flower]'
     """
-    return f"{what} needs the package {error.name}, which is not installed: pip install 'ficpd[{extra}]'"
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "ficpd":
+            raise
+        raise PackageError(
+            f"{what} needs the package {package}, which is not installed: pip install 'ficpd[{extra}]'"
+        ) from error

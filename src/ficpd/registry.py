@@ -11,13 +11,14 @@ import pkgutil
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ficpd.errors import ConfigError, did_you_mean, missing_package
+from ficpd.errors import ConfigError, did_you_mean, needs
 
 ROOMS = {"compression": "federation.compression"}
 """Registries whose folder is not at the top."""
@@ -32,8 +33,8 @@ SEARCHED: list[str] = []
 """The folders of the recipes that were read, and the current one: where dotted names are found first."""
 OUTSIDE = ("metrics", "partitions", "sources")
 """Registries whose entries are all outside the package."""
-EXTRAS = {"flwr": "flower"}
-"""Packages that an entry imports and the core does not need, and the extra that has them."""
+EXTRAS = {"flower": "flower", "generation": "generation", "vision": "images"}
+"""Entries that import packages that the core does not need, and the extra that has them."""
 
 
 class FrozenConfig(BaseModel):
@@ -76,12 +77,9 @@ def load(kind: str, name: str) -> ModuleType:
         )
     if name not in names(kind):
         raise ConfigError(did_you_mean(kind.removesuffix("s"), name, names(kind)))
-    try:
+    extra = needs(f"{kind.removesuffix('s')} {name!r}", EXTRAS[name]) if name in EXTRAS else nullcontext()
+    with extra:
         return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
-    except ModuleNotFoundError as error:
-        if extra := EXTRAS.get(str(error.name).partition(".")[0]):
-            raise ConfigError(missing_package(f"{kind.removesuffix('s')} {name!r}", error, extra)) from error
-        raise
 
 
 def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:

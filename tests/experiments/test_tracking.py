@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import small
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, PackageError
 from ficpd.experiments import tracking
 from ficpd.experiments.runner import run
 from ficpd.experiments.tracking import followed
@@ -88,9 +88,12 @@ def test_an_unknown_tracker_and_a_missing_one_are_said(tmp_path, monkeypatch):
     ):
         pass
     for name, module in (("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow.tracking")):
-        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)
         with (
-            pytest.raises(ConfigError, match=f"--track {name} needs {name}, which is not installed"),
+            pytest.raises(
+                PackageError, match=rf"--track {name} needs the package {name}, which is not installed.*ficpd\[track\]"
+            ),
             followed(name, tmp_path),
         ):
             pass

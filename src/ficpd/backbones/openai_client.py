@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from threading import Event, Lock
 from typing import Any, TypeVar
 
-from ficpd.errors import BackboneError
+from ficpd.errors import BackboneError, needs
 
 Value = TypeVar("Value")
 Read = Callable[[Any, Sequence[str]], Sequence[Value]]
@@ -48,10 +48,8 @@ class CompletionClient:
     known: OrderedDict[str, Any] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
-        try:
+        with needs("an endpoint", "endpoint"):
             import openai
-        except ModuleNotFoundError as error:
-            raise BackboneError('an endpoint needs openai: pip install "ficpd[endpoint]"') from error
         # A redirect would send texts and the key elsewhere; the key comes from `key_from` alone.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         client = openai.OpenAI(

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ficpd import storage
-from ficpd.errors import BackboneError
+from ficpd.errors import BackboneError, describe_os_error, needs
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _kept(name: str, fill: Callable[[Path], None]) -> Path:
                     raise
     except OSError as error:
         raise BackboneError(
-            f"backbone weights cannot be kept: {error}. Set FICPD_CACHE to a folder with room to write in."
+            f"backbone weights cannot be kept: {describe_os_error(error)} (FICPD_CACHE names the folder)"
         ) from error
     return place
 
@@ -289,6 +289,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    with needs("a GGUF file", "gguf"):
+        import gguf as _
     log.info("converting %s, once", gguf.name)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, notes on unused fields
         warnings.simplefilter("ignore")

@@ -91,11 +91,14 @@ def _run(target: str, sweeps: list[str], out: Path | None, jobs: int | str | Non
     from rich.console import Console
     from rich.markup import escape
 
+    from ficpd.errors import needs
     from ficpd.experiments.comparison.compare import compare as run_comparison
     from ficpd.experiments.comparison.grid import read_plan
     from ficpd.experiments.comparison.progress import ProgressDisplay
     from ficpd.experiments.report.blocks import Text
-    from ficpd.experiments.report.comparison import headline
+
+    with needs("ficpd compare", "report"):
+        from ficpd.experiments.report.comparison import headline
     from ficpd.experiments.report.comparison_tables import overviews, without_figure
     from ficpd.experiments.report.screen import print_blocks
     from ficpd.experiments.tracking import followed

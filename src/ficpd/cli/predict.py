@@ -97,13 +97,11 @@ def serve(
     Example: `ficpd serve runs/demo --port 8000`, then
     `curl localhost:8000/predict --json '{"texts": ["a quiet, lovely film"]}'`
     """
-    from ficpd.errors import ConfigError, missing_package
+    from ficpd.errors import needs
 
-    try:
+    with needs("ficpd serve", "serve"):
         from ficpd.library.serving import Limits
         from ficpd.library.serving import serve as run
-    except ModuleNotFoundError as error:
-        raise ConfigError(missing_package("ficpd serve", error, "serve")) from error
     from ficpd.library.session import load_library
 
     run(

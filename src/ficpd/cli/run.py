@@ -113,7 +113,10 @@ def report(
 
     Example: `ficpd report runs/demo --csv`
     """
-    from ficpd.experiments.report.build import write_page, write_tables
+    from ficpd.errors import needs
+
+    with needs("ficpd report", "report"):
+        from ficpd.experiments.report.build import write_page, write_tables
 
     page = write_page(directory, out)
     typer.echo(f"page:    {page}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ficpd.data import images
 from ficpd.data.tables import SPLITS, Table
-from ficpd.errors import DataError
+from ficpd.errors import DataError, needs
 
 
 def is_saved(path: Path) -> bool:
@@ -35,7 +35,8 @@ def read(
 
 
 def _load(name: str, subset: str | None, only: str | None) -> dict[str, Any]:
-    import datasets
+    with needs("a data set of the hub or of save_to_disk", "hub"):
+        import datasets
 
     if is_saved(folder := Path(name).expanduser()):
         return _load_saved(folder)

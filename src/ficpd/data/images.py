@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ficpd.data.tables import SPLITS, WHOLE, ReadOptions, Table, holds_bytes, read_files, table_paths
-from ficpd.errors import DataError
+from ficpd.errors import DataError, needs
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 KEEP_BYTES = 256 << 20
@@ -37,7 +39,7 @@ class LazyImage:
     def __str__(self) -> str:
         return str(self.place) if isinstance(self.place, Path) else self.key
 
-    def open(self) -> Image.Image:
+    def open(self) -> "Image.Image":
         """Decodes the image to RGB: turned by its EXIF data, transparent parts white, 8 bits. Raises `DataError`."""
         return self._opened(_rgb)
 
@@ -45,7 +47,9 @@ class LazyImage:
         """Raises `DataError` if there is no image: the header is read, not the pixels."""
         self._opened(lambda image: image)
 
-    def _opened(self, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    def _opened(self, use: "Callable[[Image.Image], Image.Image]") -> "Image.Image":
+        with needs("an image", "images"):
+            from PIL import Image
         try:
             place = self.place() if callable(self.place) else self.place
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
@@ -58,7 +62,9 @@ class LazyImage:
             ) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image, ImageOps
+
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ficpd.errors import DataError
+from ficpd.errors import DataError, needs
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation"), "dropped")
 LONGEST_CELL = 2**31 - 1
@@ -109,7 +109,8 @@ def _table(path: Path, rows: list[dict[str, Any]], columns: Iterable[str], untyp
 
 
 def _unzstd(path: Path) -> io.BufferedIOBase:
-    import pyarrow as pa
+    with needs("a file ending in .zst", "parquet"):
+        import pyarrow as pa
 
     return pa.input_stream(str(path), compression="zstd")
 
@@ -241,8 +242,9 @@ def replace_surrogates(value: Any) -> Any:
 
 
 def _parquet(path: Path, options: ReadOptions) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with needs("a Parquet file", "parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     if path != _plain(path):
         raise DataError(f"{path.name}: Parquet compresses its columns itself; decompress the file")

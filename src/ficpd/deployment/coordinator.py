@@ -17,7 +17,7 @@ from ficpd.deployment.site.config import rehearsal_warning
 from ficpd.errors import ConfigError, FicpdError, PrivacyError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context_without_records
 from ficpd.experiments.config import Experiment, parse, to_toml
-from ficpd.experiments.report.build import write_page
+from ficpd.experiments.report.page import end_with_page
 from ficpd.experiments.results import PrivacyReport, RunResult
 from ficpd.experiments.run_directory import SITES, RunDir
 from ficpd.experiments.runner import Clients, Runner
@@ -84,7 +84,7 @@ def run_coordinator(
 
 def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tuple[str, str], say: Say) -> RunResult:
     if done := directory.result():
-        say(f"this run is finished: {write_page(directory.path)}")
+        say(f"this run is finished: {end_with_page(directory.path)}")
         return done
     context = build_context_without_records(directory.resolved(experiment, records=False))
     config = context.experiment.method
@@ -106,7 +106,7 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
         say(f"stopped: {runner.stopped}")
     result = runner.finish()
     say(f"library: {directory.path / 'library'}")
-    say(f"page:    {write_page(directory.path)}")
+    say(f"page:    {end_with_page(directory.path)}")
     return result
 
 

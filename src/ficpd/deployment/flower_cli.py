@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tomli_w
 
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.errors import ConfigError, did_you_mean, needs
 from ficpd.experiments.config import Experiment, to_toml
 from ficpd.registry import validate
 
@@ -92,8 +92,9 @@ def check_superlink(connection: str) -> None:
 def flower_binary(program: str) -> str:
     """Returns the path of one of Flower's programs. Raises `ConfigError` if Flower is not installed."""
     path = Path(sys.executable).parent / program
-    if find_spec("flwr") is None or not path.exists():
-        raise ConfigError(f"{path} does not exist; install Flower: pip install 'ficpd[flower]'")
+    with needs(f"{program}, a program of Flower,", "flower"):
+        if find_spec("flwr") is None or not path.exists():
+            raise ModuleNotFoundError(name="flwr")
     return str(path)
 
 

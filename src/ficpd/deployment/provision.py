@@ -98,10 +98,8 @@ def _check_sites(sites: Sequence[str]) -> None:
 
 
 def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int, secure: bool) -> None:
-    try:
-        from ficpd.deployment import certificates
-    except ImportError as error:
-        raise ConfigError(f"{error}; install Flower: pip install 'ficpd[flower]'") from error
+    from ficpd.deployment import certificates
+
     here = resources.files("ficpd.deployment")
     ca = certificates.create_ca()
     server = certificates.create_server_cert(ca, host)

@@ -9,12 +9,13 @@ demographic parity gap alone is not evidence of unfairness.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
-from ficpd.errors import DataError
+from ficpd.errors import DataError, needs
 from ficpd.evaluation.metrics import less_is_better
 from ficpd.federation.client import Client
 from ficpd.interfaces import Task
@@ -124,19 +125,25 @@ def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed:
     }
 
 
+def fairlearn() -> Any:
+    """Returns fairlearn's metrics. Raises `PackageError` where it is missing."""
+    with needs("fairness.group", "fairness"):
+        return import_module("fairlearn.metrics")
+
+
 def _largest(rates: Sequence[ConditionalRate], group_N: np.ndarray, seed: int) -> dict[str, JSON] | None:
     """Returns the rate with the largest gap between two groups, the gap, and its interval.
 
     The interval ignores the choice of rate and groups, so it is too narrow and biased upwards for many of them. It is
     None if a group has fewer than 10 records, or if resampling cannot change the rates.
     """
-    from fairlearn.metrics import MetricFrame, selection_rate
-
-    compared = []
+    metrics, compared = fairlearn(), []
     for rate in rates:
         hits, groups = rate.hit_N[rate.over_N], group_N[rate.over_N]
         if len(np.unique(groups)) > 1:
-            frame: Any = MetricFrame(metrics=selection_rate, y_true=hits, y_pred=hits, sensitive_features=groups)
+            frame = metrics.MetricFrame(
+                metrics=metrics.selection_rate, y_true=hits, y_pred=hits, sensitive_features=groups
+            )
             compared.append((rate, sorted((float(share), str(name)) for name, share in frame.by_group.items())))
     if not compared:
         return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, needs
 from ficpd.experiments import runner
 from ficpd.experiments.comparison.compare import compare as run_grid
 from ficpd.experiments.comparison.grid import read_plan
@@ -27,7 +27,8 @@ class FinishedComparison:
 
     def to_frame(self) -> "DataFrame":
         """Makes a table with one line per method and condition (task, partition, budget, sweep)."""
-        import pandas as pd
+        with needs("to_frame", "report"):
+            import pandas as pd
 
         lines = [
             {**one.model_dump(exclude={"methods"}), "method": name, **summary.model_dump(exclude={"against"})}

@@ -15,7 +15,7 @@ from ficpd.data import loading
 from ficpd.data.partition import partition
 from ficpd.data.subjects import num_scattered
 from ficpd.errors import ConfigError, PrivacyWarning, did_you_mean
-from ficpd.evaluation.fairness import groups_of
+from ficpd.evaluation.fairness import fairlearn, groups_of
 from ficpd.experiments.config import Experiment, Group
 from ficpd.experiments.initialization import (
     CLIP_NORM_MULTIPLE,
@@ -197,6 +197,7 @@ def load_records(experiment: Experiment) -> tuple[dict[str, Task], dict[str, Cli
         dealt = _partitioned(group, party, experiment.seed)
         tasks[group].targets([record for shard in dealt.values() for record in (*shard.train, *shard.test)])
         if experiment.fairness.group:
+            fairlearn()
             groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)

@@ -74,13 +74,13 @@ def installation_facts() -> dict[str, Any]:
         "named_backbones": {name: entry.about for name, entry in NAMED.items()},
         "recipes": recipes(),
         "comparisons": recipes("compare"),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "gpus": _gpus(),
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """Returns a package's version; None if it is not installed."""
     try:
         return metadata.version(package)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, needs
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.report.summary import verdict
 from ficpd.experiments.results import RunResult
@@ -112,7 +112,8 @@ class FinishedRun:
         Columns of each metric: `global` (one prompt on all test records), `own` (each client's prompt on its test records,
         mean over clients) and `worst` (the worst client). `bytes_up` is of one client and round.
         """
-        import pandas as pd
+        with needs("to_frame", "report"):
+            import pandas as pd
 
         return pd.DataFrame(self.lines).set_index("method")
 

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from ficpd.evaluation.personalization import personalization_levels, unseen_clie
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import STANDARD_BASELINES, Experiment, to_toml
 from ficpd.experiments.distillation import DISTILLED, distill_library
-from ficpd.experiments.report.build import PAGE, write_page
+from ficpd.experiments.facts import PAGE, installed_version
+from ficpd.experiments.report.page import end_with_page
 from ficpd.experiments.results import BackboneInfo, Bytes, Metrics, RunResult, Seconds
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.setup import (
@@ -194,7 +194,7 @@ class Runner(RoundHooks):
             distillation=refined.facts if refined else None,
             stopped=self.stopped,
             machine={**machine_info(context.model.backbone.device), "system": platform.system()},
-            versions={name: metadata.version(name) for name in VERSIONS},
+            versions={name: version for name in VERSIONS if (version := installed_version(name))},
             **found,
         )  # fmt: skip
         self.plan.close()
@@ -341,7 +341,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, progress: Progr
             fairness = result.fairness.model_dump() | {"worse_off_than_local": worse}
             result = RunResult.model_validate(result.model_dump() | {"fairness": fairness})
             result.save(directory.path)
-        write_page(directory.path)
+        end_with_page(directory.path)
         return result
 
 

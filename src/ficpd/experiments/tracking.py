@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ficpd.errors import ConfigError
+from ficpd.errors import ConfigError, PackageError, needs
 
 if TYPE_CHECKING:  # the command line imports this module, and has to start at once
     from ficpd.experiments.results import RunResult
@@ -79,11 +79,10 @@ def followed(kind: str | None, folder: Path) -> Iterator[Callable[[], None]]:
     if kind not in TRACKERS:
         raise ConfigError(f"--track {kind!r} is not known; write {' or '.join(TRACKERS)}")
     try:
-        follower = Follower(kind, TRACKERS[kind](folder), folder)
-    except ImportError as error:
-        raise ConfigError(
-            f"--track {kind} needs {kind}, which is not installed ({error}); pip install {kind}, or leave --track out"
-        ) from error
+        with needs(f"--track {kind}", "track"):
+            follower = Follower(kind, TRACKERS[kind](folder), folder)
+    except PackageError:
+        raise
     except Exception as error:  # any error of the tracker's own code
         raise ConfigError(f"--track {kind} cannot begin: {error}") from error
     try:

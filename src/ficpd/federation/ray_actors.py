@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ficpd.errors import ConfigError, RunError
+from ficpd.errors import ConfigError, RunError, needs
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """No telemetry; no notice about a coming change of Ray's."""
@@ -21,10 +21,8 @@ def connect(address: str | None = None) -> ModuleType:
     Raises `ConfigError` if it is not installed or does not answer.
     """
     os.environ.update(QUIET)
-    try:
+    with needs("a run on Ray", "ray"):
         import ray
-    except ModuleNotFoundError:
-        raise ConfigError("Ray is not installed, which runs on Ray need: pip install 'ficpd[ray]'") from None
     if not ray.is_initialized():
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         dashboard: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}

@@ -1,22 +1,21 @@
 """Answers of a library to texts and to the rows of a file, with scores; the rows keep their columns."""
 
+import csv
 import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ficpd.data.tables import WHOLE, ReadOptions, read_files, read_text, replace_surrogates, table_paths
-from ficpd.errors import DataError, did_you_mean
+from ficpd.errors import DataError, did_you_mean, needs
 from ficpd.library.records import NO_COLUMNS, read_records
 from ficpd.library.session import LibrarySession
 from ficpd.storage import atomic_write
 from ficpd.types import Record
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 TEXTS = (".txt", ".text")
 """Endings of files with one text a line."""
@@ -90,18 +89,18 @@ def answer(
     """Predicts each record, as `LibrarySession.predict`; with scores, if the task has labels."""
     if not opened.tasks[opened.named(task)].num_labels:
         return [Answer(found, None) for found in opened.predict(records, prompt=prompt, task=task)]
-    frame: DataFrame = opened.predict(records, scores=True, prompt=prompt, task=task)  # type: ignore[assignment]
-    labels = list(frame.columns)[1:]
+    space = opened.tasks[opened.named(task)].label_space
     return [
-        Answer(found, {label: round(score, 6) for label, score in zip(labels, scores, strict=True)})
-        for found, *scores in frame.itertuples(index=False, name=None)
+        Answer(found, {label: round(score, 6) for label, score in zip(space, scores, strict=True)})
+        for found, scores in zip(*opened.probabilities(records, prompt=prompt, task=task), strict=True)
     ]
 
 
 def choose_format(name: str | None, out: Path | None) -> str:
     """Returns the format that is named, else that of the file's ending, else JSON Lines.
 
-    Raises `DataError` for an unknown format, for Parquet without a file, and for a file that exists.
+    Raises `DataError` for an unknown format, for Parquet without a file, and for a file that exists; `PackageError` for
+    Parquet without pyarrow.
     """
     ending = out.suffix.lower().removeprefix(".") if out else ""
     if out and os.path.lexists(out):
@@ -113,6 +112,9 @@ def choose_format(name: str | None, out: Path | None) -> str:
         raise DataError(did_you_mean("format", chosen, FORMATS) + " (--format)")
     if chosen == "parquet" and out is None:
         raise DataError("--format parquet is no text; name the file to write (--out)")
+    if chosen == "parquet":
+        with needs("--format parquet", "parquet"):
+            import_module("pyarrow")
     return chosen
 
 
@@ -135,28 +137,37 @@ def encode_answers(rows: Sequence[Row], answers: Sequence[Answer], format: str) 
         return "".join(
             json.dumps(_without_nan(line), ensure_ascii=False, default=str) + "\n" for line in lines
         ).encode()
-    import pandas as pd
-
     labels = list(next((found.scores for found in answers if found.scores), {}))
     names = _free([PREDICTION, *(f"score_{label}" for label in labels)], rows)
     flat = [
-        {
-            **row.cells,
-            names[PREDICTION]: found.prediction,
-            **{names[f"score_{k}"]: v for k, v in (found.scores or {}).items()},
-        }
+        _without_nan(
+            {
+                **row.cells,
+                names[PREDICTION]: found.prediction,
+                **{names[f"score_{k}"]: v for k, v in (found.scores or {}).items()},
+            }
+        )
         for row, found in zip(rows, answers, strict=True)
     ]
-    frame = pd.DataFrame(flat)
-    return frame.to_csv(index=False).encode() if format == "csv" else _parquet(frame)
+    columns = list(dict.fromkeys(column for row in flat for column in row))
+    return (_csv if format == "csv" else _parquet)(flat, columns)
 
 
-def _parquet(frame: "DataFrame") -> bytes:
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    held = io.StringIO()
+    writer = csv.DictWriter(held, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return held.getvalue().encode()
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     held = io.BytesIO()
     try:
-        frame.to_parquet(held, index=False)
+        pq.write_table(pa.table({column: [row.get(column) for row in rows] for column in columns}), held)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             f"a column has values of several kinds, which Parquet cannot hold ({error}); use jsonl"

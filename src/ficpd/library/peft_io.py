@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ficpd.backbones import catalog, lora, weights
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
-from ficpd.errors import BackboneError, LibraryError
+from ficpd.errors import BackboneError, LibraryError, needs
 from ficpd.library.card import ADAPTED, adapted_line, describe_run, describe_shape, guarantee
 from ficpd.library.library import PromptLibrary, prompt_keys, require_new, require_standalone
 from ficpd.optimizers import LocalTrainingConfig
@@ -178,7 +178,8 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
 
 def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
     """Saves the prompt or LoRA weights with PEFT, on a model without weights."""
-    import peft
+    with needs("a PEFT folder", "peft"):
+        import peft
     import transformers
 
     common = {"task_type": kind.task_type, "inference_mode": True}

@@ -1,5 +1,6 @@
 """Records to predict, evaluate or adapt on: from a file, or in memory."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,9 +41,8 @@ def read_records(
         config = {"source": str(data), "columns": roles, "options": options}
         config |= {"separator": files.separator, "encoding": files.encoding}
         return loading.load_all(validate(loading.Config, config, "--data"))
-    import pandas as pd
-
-    rows = data.to_dict("records") if isinstance(data, pd.DataFrame) else data
+    pandas: Any = sys.modules.get("pandas")  # not imported for its type: the core has none
+    rows: Any = data.to_dict("records") if pandas and isinstance(data, pandas.DataFrame) else data
     return [
         row if isinstance(row, Record) else _record(f"record {place}", row, roles) for place, row in enumerate(rows, 1)
     ]

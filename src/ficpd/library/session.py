@@ -16,7 +16,7 @@ from ficpd.backbones.loading import ENDPOINT, BackboneConfig, EngineConfig, load
 from ficpd.backbones.query_engine import QueryEngine, run_queries
 from ficpd.data.tables import replace_surrogates
 from ficpd.data.untyped import is_regression_target
-from ficpd.errors import DataError, LibraryError, did_you_mean
+from ficpd.errors import DataError, LibraryError, did_you_mean, needs
 from ficpd.evaluation.evaluate import mixture_probabilities, predictions_of
 from ficpd.interfaces import Task
 from ficpd.library import peft_io
@@ -76,18 +76,29 @@ class LibrarySession:
             for place, text in enumerate([texts] if isinstance(texts, str) else texts, 1)
         ]
         name, chosen = prompt or default_prompt(self, task), self.tasks[self.named(task)]
-        predictors, batch = self.predictors(name, task), self.encode(records, name, task)
         if not scores:
+            predictors, batch = self.predictors(name, task), self.encode(records, name, task)
             return run_queries(self.model, predictions_of(chosen, predictors, batch))
-        if not chosen.num_labels:
-            raise LibraryError(f"scores: the task {self.named(task)} has no labels; leave them out")
-        import pandas as pd
-
-        shares_BC = run_queries(self.model, mixture_probabilities(predictors, batch))
-        frame = pd.DataFrame(shares_BC.tolist(), columns=list(chosen.label_space))
-        labels = [chosen.label_space[place] for place in shares_BC.argmax(-1).tolist()]
+        with needs("predict(scores=True)", "report"):
+            import pandas as pd
+        labels, rows = self.probabilities(records, prompt=prompt, task=task)
+        frame = pd.DataFrame(rows, columns=list(chosen.label_space))
         frame.insert(0, "label", labels, allow_duplicates=True)
         return frame
+
+    def probabilities(
+        self, records: Sequence[Record], *, prompt: str | None = None, task: str | None = None
+    ) -> tuple[list[str], list[list[float]]]:
+        """Computes each record's label, and the probability of each label in the order of the task's label space.
+
+        Raises `LibraryError` for a task without labels.
+        """
+        name, space = prompt or default_prompt(self, task), self.tasks[self.named(task)].label_space
+        if not self.tasks[self.named(task)].num_labels:
+            raise LibraryError(f"scores: the task {self.named(task)} has no labels; leave them out")
+        predictors, batch = self.predictors(name, task), self.encode(records, name, task)
+        shares_BC = run_queries(self.model, mixture_probabilities(predictors, batch))
+        return [space[place] for place in shares_BC.argmax(-1).tolist()], shares_BC.tolist()
 
     def evaluate(
         self, data: Data, *, prompt: str | None = None, task: str | None = None, columns: Mapping[str, str] = NO_COLUMNS

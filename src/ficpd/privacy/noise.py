@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ficpd import rng
+from ficpd.errors import needs
 
 GRID_BITS = 40
 """Cryptographic noise lies on a grid of 2^-GRID_BITS deviations (rounded down to a power of two)."""
@@ -53,6 +54,9 @@ class SecureNoise:
 
     kind: Literal["cryptographic"] = "cryptographic"
 
+    def __init__(self) -> None:
+        opendp()
+
     def permutation(self, number: int) -> Tensor:
         return torch.from_numpy(np.argsort(_words(number)))
 
@@ -70,13 +74,20 @@ class SecureNoise:
         return torch.tensor(noised, dtype=torch.int64).view(whole.shape)
 
 
-@lru_cache(maxsize=64)
-def gaussian_measurement(size: int, deviation: float) -> Any:
-    """Builds OpenDP's Gaussian measurement for `size` numbers; its `map` gives the zCDP for an L2 sensitivity."""
-    import opendp.prelude as prelude
+def opendp() -> Any:
+    """Returns OpenDP. Raises `PackageError` where it is missing."""
+    with needs('privacy.noise = "cryptographic"', "secure-noise"):
+        import opendp.prelude as prelude
 
     dp: Any = prelude  # its names are not typed as exported
     dp.enable_features("contrib")
+    return dp
+
+
+@lru_cache(maxsize=64)
+def gaussian_measurement(size: int, deviation: float) -> Any:
+    """Builds OpenDP's Gaussian measurement for `size` numbers; its `map` gives the zCDP for an L2 sensitivity."""
+    dp = opendp()
     domain = dp.vector_domain(dp.atom_domain(T=float, nan=False), size=size)
     grid = math.floor(math.log2(deviation)) - GRID_BITS
     return dp.m.make_gaussian(domain, dp.l2_distance(T=float), scale=deviation * MARGIN, k=grid)
@@ -85,10 +96,7 @@ def gaussian_measurement(size: int, deviation: float) -> Any:
 @lru_cache(maxsize=64)
 def discrete_gaussian_measurement(size: int, deviation: float) -> Any:
     """Builds OpenDP's discrete Gaussian for `size` whole numbers; its `map` gives the zCDP for an L2 sensitivity."""
-    import opendp.prelude as prelude
-
-    dp: Any = prelude  # its names are not typed as exported
-    dp.enable_features("contrib")
+    dp = opendp()
     domain = dp.vector_domain(dp.atom_domain(T="i64"), size=size)
     return dp.m.make_gaussian(domain, dp.l2_distance(T=float), scale=deviation)
 

@@ -11,6 +11,18 @@ from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
 from ficpd.types import Batch, EncodedInput, ModelOutput, Prompt, Record
 
+PUBLIC_SENTENCES = (
+    "The old bridge crosses the river near the market.",
+    "Yes.",
+    "It was built in 1921 and is still in use today.",
+    "Anna lives in a small town by the sea, where she teaches music to children.",
+    "There is no simple answer to this question.",
+    "The train to the north leaves at nine and arrives in the late afternoon.",
+    "A doctor should be asked if the pain does not go away.",
+    "Cheap food, friendly people and a view of the park.",
+)
+"""Public sentences of several lengths: the targets of synthetic records."""
+
 
 class LabelTask:
     """Scores a fixed list of answer texts by the backbone's readout or by likelihood."""

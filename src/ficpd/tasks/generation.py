@@ -14,20 +14,8 @@ from torch import Tensor
 
 from ficpd.errors import DataError
 from ficpd.interfaces import Backbone, Task
-from ficpd.tasks import encode_record
+from ficpd.tasks import PUBLIC_SENTENCES, encode_record
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
-
-PUBLIC_SENTENCES = (
-    "The old bridge crosses the river near the market.",
-    "Yes.",
-    "It was built in 1921 and is still in use today.",
-    "Anna lives in a small town by the sea, where she teaches music to children.",
-    "There is no simple answer to this question.",
-    "The train to the north leaves at nine and arrives in the late afternoon.",
-    "A doctor should be asked if the pain does not go away.",
-    "Cheap food, friendly people and a view of the park.",
-)
-"""Public sentences of several lengths: the targets of synthetic records."""
 
 
 class Config(BaseModel):

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
-from ficpd.tasks import encode_record, has_targets
-from ficpd.tasks.generation import PUBLIC_SENTENCES
+from ficpd.tasks import PUBLIC_SENTENCES, encode_record, has_targets
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 USUAL, MOST = 4, len(ascii_uppercase)

@@ -3,11 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ficpd import __version__
-from ficpd.errors import RunError
+from ficpd.errors import RunError, needs
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.comparison import pareto, summary
 from ficpd.experiments.comparison.grid import Grid
@@ -44,6 +45,9 @@ def compare(
 
     Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
     """
+    with needs("a comparison", "report"):
+        for package in ("pandas", "tabulate"):
+            import_module(package)
     with RunDir(out).lock():
         if not RunDir(out).is_empty and not (out / "compare.toml").exists():
             raise RunError(f"{out} is not empty and holds no comparison; choose another --out")

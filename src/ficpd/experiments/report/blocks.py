@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import plotly.graph_objects as go
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 NUMBER = re.compile(r"^none$|^[-–+<]?\s?([\d.,]+)?\s?(%|\[.*\]|[kMG]?B)?\s?[▲▼]?$")
 
@@ -45,7 +46,7 @@ class Figure:
     id: str
     title: str
     said: str
-    plot: go.Figure
+    plot: "go.Figure"
     numbers: Table
     kind: Literal["figure"] = "figure"
 

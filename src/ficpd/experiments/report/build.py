@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ficpd.experiments.comparison.schema import COMPARISON, ComparisonResult
+from ficpd.experiments.facts import PAGE
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import clients, comparison, library, overview, privacy
 from ficpd.experiments.report.blocks import Page, Section
@@ -11,8 +12,6 @@ from ficpd.experiments.report.render import render
 from ficpd.experiments.report.summary import results_table
 from ficpd.experiments.report.table_formats import as_latex, safe_csv
 from ficpd.storage import atomic_write
-
-PAGE = "report.html"
 
 
 def write_page(directory: Path, out: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ficpd.errors import needs
 from ficpd.experiments.report.blocks import Table
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ FORMULA = tuple("=+-@\t")
 
 
 def _frame(table: Table) -> "DataFrame":
-    import pandas as pd
+    with needs("a table", "report"):
+        import pandas as pd
 
     return pd.DataFrame(table.cells, columns=list(table.heads), dtype=object)
 
