@@ -10,10 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo deploy-demo test test-slow test-mutations test-quantized lint docs bench clean
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo:

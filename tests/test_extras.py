@@ -9,14 +9,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ficpd
 import small
 from ficpd import registry
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-MODULES = {"pillow": "PIL", "flwr": "flwr", "mlflow-skinny": "mlflow"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
+MODULES = {"pillow": "PIL", "mlflow-skinny": "mlflow"}
 """The module of a package, where it has another name."""
 PROGRAM = """
 import contextlib, importlib.machinery, io, json, sys
@@ -38,12 +41,16 @@ for words in CALLS:
 """
 
 
-def packages(*extras: str) -> set[str]:
-    """The modules that these extras bring, with the extras that they name."""
+def requirements(*extras: str) -> list[str]:
+    """What these extras install, with the extras of this package that they name."""
     named = [one for extra in extras for one in EXTRAS[extra]]
-    inner = [extra for one in named if one.startswith("ficpd[") for extra in one[6:-1].split(",")]
-    own = {re.split(r"[\[<>=]", one)[0] for one in named if not one.startswith("ficpd[")}
-    return {MODULES.get(name, name) for name in own} | (packages(*inner) if inner else set())
+    inner = [extra for one in named if Requirement(one).name == "ficpd" for extra in Requirement(one).extras]
+    return [one for one in named if Requirement(one).name != "ficpd"] + (requirements(*inner) if inner else [])
+
+
+def packages(*extras: str) -> set[str]:
+    """The modules that these extras bring."""
+    return {MODULES.get(name, name) for name in (Requirement(one).name for one in requirements(*extras))}
 
 
 HEAVY = packages(*(name for name in EXTRAS if name not in ("dev", "quantized")))
@@ -74,7 +81,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_heavy_packages_are_those_of_extras():
-    core = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     assert {
         "plotly",
         "pandas",
@@ -87,7 +93,7 @@ def test_the_heavy_packages_are_those_of_extras():
         "PIL",
         "flwr",
     } <= HEAVY
-    assert not {MODULES.get(name, name) for name in (re.split(r"[\[<>=]", one)[0] for one in core)} & HEAVY
+    assert not {MODULES.get(name, name) for name in (Requirement(one).name for one in CORE)} & HEAVY
 
 
 def test_each_command_that_is_named_installs_an_extra_of_the_package():
@@ -98,6 +104,17 @@ def test_each_command_that_is_named_installs_an_extra_of_the_package():
     }
     assert {"report", "hub", "secure-noise"} < named <= set(EXTRAS)
     assert set(registry.EXTRAS.values()) <= set(EXTRAS)
+
+
+def test_the_constraints_pin_what_make_installs_beside_torch():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    assert "torch" not in pinned
+    assert all(re.fullmatch(r"[\w.!]+", version) for version in pins.values())
+    for one in map(Requirement, [*CORE, *requirements("dev")]):
+        if one.name != "torch":
+            assert pinned[canonicalize_name(one.name)] in one.specifier, one
 
 
 def test_dev_installs_every_package_that_the_quick_suite_needs():
