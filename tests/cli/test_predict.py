@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -132,6 +133,21 @@ def test_an_empty_standard_input_is_an_error_and_a_terminal_is_not_read(ficpd, f
     status, _, err = ficpd("predict", folder / "run")
     assert status == 2
     assert "no text" in err
+
+
+def test_a_library_of_the_hub_answers_from_its_cache(ficpd, folder, tmp_path, monkeypatch):
+    wanted = answers(ficpd("predict", folder / "run", *TEXTS))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    kept = tmp_path / "models--clinic--triage"
+    shutil.copytree(folder / "run" / "library", kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+    assert answers(ficpd("predict", "hf:clinic/triage", *TEXTS)) == wanted
+    assert ficpd("info", "hf:clinic/triage", "--json")[0] == 0
+    status, _, err = ficpd("predict", "hf:clinic/other", *TEXTS)
+    assert status == 1
+    assert "hf:clinic/other: the Hugging Face hub does not give it" in err
 
 
 # ---------------------------------------------------------------- other encodings and separators

@@ -12,7 +12,7 @@ from ficpd.cli import console
 if TYPE_CHECKING:
     from ficpd.data.tables import ReadOptions
 
-Library = Annotated[Path, typer.Argument(help="a library's folder, or the run directory that holds it")]
+Library = Annotated[Path, typer.Argument(help="a library's folder, the run directory that holds it, or hf:OWNER/NAME")]
 Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Parquet file (or folder), or hf:ID")]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", "-c", help="role=column, such as text=review; may be repeated")

@@ -230,7 +230,7 @@ def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
 def load_library(
     folder: str | Path, *, backbone: str | None = None, device: str = "cpu", weights: bool = True
 ) -> LibrarySession:  # fmt: skip
-    """Opens a library's folder, or the run directory that holds one.
+    """Opens a library's folder, the run directory that holds one, or hf:OWNER/NAME, a library of the Hugging Face hub.
 
     backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
     device: cpu or cuda.
