@@ -268,3 +268,12 @@ def test_adapt_says_what_it_chose_and_how_to_have_another(ficpd, folder, tmp_pat
     chosen = ficpd(*call, tmp_path / "headed", "--how", "head")[1]
     assert "Chosen: head, the library's prompt, with a readout fitted to your records" in chosen
     assert "add --how" not in chosen
+
+
+@pytest.mark.parametrize(("how", "holds"), [("leave", False), ("tune", False), ("head", True), ("mixture", True)])
+def test_adapt_says_whether_the_library_holds_values_computed_from_records(ficpd, folder, tmp_path, how, holds):
+    call = ("adapt", folder / "run", "--data", folder / "records.csv", "--how", how, "--out")
+    status, said, err = ficpd(*call, tmp_path / "mine")
+    assert status == 0, err
+    assert ("it holds your records, or values computed from them" in said) == holds
+    assert json.loads(ficpd(*call, tmp_path / "again", "--json")[1])["holds_records"] == holds

@@ -26,7 +26,7 @@ class Verbosity:
 
 
 asked = Verbosity()
-"""What the current command was asked for; `main` resets it."""
+"""The output options of the current command; `main` resets them."""
 
 
 def note(line: str, style: str = "") -> None:

@@ -37,7 +37,7 @@ def adapt(
     shots: Annotated[int, typer.Option(help="records used; 0: all of them", min=0)] = 16,
     per_class: Annotated[bool, typer.Option("--per-class", help="use that many of each class")] = False,
     how: Annotated[
-        str, typer.Option(help="auto, leave, nearest, compose, head, tune, demonstrations or compose+demonstrations")
+        str, typer.Option(help="auto, leave, nearest, compose, head, tune, mixture, demonstrations, compose+demonstrations")
     ] = "auto",
     task: TaskName = None,
     label: Annotated[
@@ -47,7 +47,7 @@ def adapt(
     columns: Columns = None, encoding: Encoding = "utf-8", separator: Separator = None,
     seed: int = 0, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Adapt a library to a few records, of one of its tasks or of a new one, and save the result.
+    """Adapt a library to a few records of a known or new task, and save the result.
 
     Example: `ficpd adapt runs/demo --data few.jsonl --shots 4 --per-class --out mine`
     """
@@ -74,7 +74,7 @@ def adapt(
     for line in describe_choice(facts["way"], facts["why"], how):
         say(line)
     note(f"prompt:  {facts['made_of']}, for {facts['shots']} records\nlibrary: {out}")
-    holds = bool(facts["demonstrations"]) or "adapted" in mine.library.readouts
+    holds = bool(facts["demonstrations"] or mine.library.mixture) or "adapted" in mine.library.readouts
     if holds:
         say("it holds your records, or values computed from them: give it only to people who may see them")
     print_json({"library": out, "holds_records": holds, **facts})

@@ -73,8 +73,8 @@ def _rows(texts: list[str], data: str | None, columns: list[str] | None, files: 
         return rows_of_lines(_standard_input(files.encoding), "standard input")
     if STDIN in texts:
         raise typer.BadParameter("- stands alone: it reads the texts from standard input")
-    if files := [one for one in texts if os.path.isfile(one)]:
-        raise typer.BadParameter(f"{files[0]} is a file: write --data {files[0]}")
+    if found := [one for one in texts if os.path.isfile(one)]:
+        raise typer.BadParameter(f"{found[0]} is a file: write --data {found[0]}")
     return rows_of_texts(texts)
 
 

@@ -53,7 +53,7 @@ from ficpd.types import ClientCard, Prompt, Record, State
 
 SHADOW_BATCH = 32
 SHADOWS, PLANTED, MECHANISM = "shadow prompts", "rounds with canaries", "runs of the mechanism"
-"""What progress counts."""
+"""The parts of an audit that progress counts."""
 NO_PRIVACY = {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None}
 DELTA = 1e-5
 """At which a bound is given for a run that states no δ."""

@@ -197,7 +197,7 @@ def tune(shots: FewShotSet) -> Work:
 
 
 def mix(shots: FewShotSet) -> Work:
-    """Mixes prompts of the library and an own prompt, in the task's readout and in own heads, by the records' evidence.
+    """Mixes prompts of the library, an own prompt and own heads by the records' evidence.
 
     `methods.shared.mixture` has the weights. The own prompt is tuned from the start on one half and scored on the other;
     few records have none.
@@ -253,10 +253,10 @@ ABOUT = {
     "head": "the library's prompt, with a readout fitted to your records",
     "tune": "the composed prompt tuned on your records",
     "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
-    "demonstrations": "the library's prompt, with your records shown beside each text",
-    "compose+demonstrations": "the composed prompt, with your records shown beside each text",
+    "demonstrations": "the library's prompt, with your records shown before each text",
+    "compose+demonstrations": "the composed prompt, with your records shown before each text",
 }
-"""What each strategy makes, in words."""
+"""The result of each strategy, in words."""
 
 # ---------------------------------------------------------------- parts
 

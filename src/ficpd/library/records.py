@@ -42,7 +42,8 @@ def read_records(
         config |= {"separator": files.separator, "encoding": files.encoding}
         return loading.load_all(validate(loading.Config, config, "--data"))
     pandas: Any = sys.modules.get("pandas")  # not imported for its type: the core has none
-    rows: Any = data.to_dict("records") if pandas and isinstance(data, pandas.DataFrame) else data
+    given: Any = data
+    rows = given.to_dict("records") if pandas and isinstance(given, pandas.DataFrame) else given
     return [
         row if isinstance(row, Record) else _record(f"record {place}", row, roles) for place, row in enumerate(rows, 1)
     ]

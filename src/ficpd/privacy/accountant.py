@@ -30,7 +30,7 @@ EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
 LEAST_MULTIPLIER = 0.05
 """Least noise multiplier that is accounted. One release with less noise costs more than 200."""
 ENOUGH, LEAST_SHARE = 0.998, 0.995
-"""The share of a budget at which the search for its noise ends, and below which it goes on with a finer step."""
+"""Shares of a budget: at the first the search for its noise ends, below the second it goes finer."""
 MOST_POINTS = 50_000, 100_000, 10_000_000
 """Points of the privacy loss of one release with little noise (below 0.25), of another one, and of all releases."""
 Key = tuple[tuple[float, float, int], ...]

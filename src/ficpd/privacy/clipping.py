@@ -20,7 +20,6 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
 
     Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1.
 
-
     Guarantees: adding, removing or zeroing one row moves the result by at most `clip_norm`, whatever the row holds. A
     row with a value that is not finite counts zero. The bound holds also if all other rows change by 1e-4 of it together
     (`tests/privacy/test_clipping.py`).
