@@ -3,7 +3,7 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`) and `<!-- end -->`, and is written
+Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`) and `<!-- end -->`, and is written
 anew; `--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
 methods (lines left out); after it, over several seeds, the standard deviation.
 """
@@ -59,6 +59,8 @@ FIRST = {
 }  # fmt: skip
 FIRST_METHODS = ("zero_shot", "local", "linear_probe", "analytic", "fedavg", "centralized", "ficpd")
 """Columns and lines of the README's table."""
+GROUPS = {"polarity": "polarity", "abstracts": "abstracts", "clinc": "CLINC", "sib": "SIB", "banking": "Banking"}
+"""The tasks of `library_defaults`."""
 NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
 """`unseen_PART`, and what was left out."""
 SHOTS = (0, 4, 16, 64)
@@ -245,6 +247,20 @@ def _distilled(cell: Mapping[str, Mapping[str, float]]) -> str:
     return f"{own['mean']:.1f} ± {own['sd']:.1f} ({cell['global']['mean']:.1f}, {cell['distilled']['mean']:.1f})"
 
 
+def defaults() -> str:
+    """A line for each method with its own defaults, of many tasks: the mean client, and each task's."""
+    cells = json.loads((RESULTS / "library_defaults.json").read_text())["cells"]
+    rows = [["", "mean client", *GROUPS.values(), "bytes up, a round"], ["---"] * (len(GROUPS) + 3)]
+    best = max(cell["mean client"]["mean"] for name, cell in cells.items() if "," not in name)
+    for name, cell in cells.items():
+        method, comma, rest = name.partition(",")
+        own = f"{cell['mean client']['mean']:.1f} ± {cell['mean client']['sd']:.1f}"
+        own = f"**{own}**" if not comma and cell["mean client"]["mean"] == best else own
+        tasks = [f"{cell[group]['mean']:.1f}" for group in GROUPS]
+        rows.append([f"{NAMES[method]}{comma}{rest}", own, *tasks, _bytes(cell["bytes up"]["mean"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _bytes(value: float) -> str:
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if value >= size:
@@ -271,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "first": first(found["joining"]),
         "unseen": unseen(),
         "ablation": ablation(),
+        "defaults": defaults(),
     }
     before = {page: page.read_text() for page in PAGES}
     after = {page: written(text, tables) for page, text in before.items()}
