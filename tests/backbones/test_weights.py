@@ -189,7 +189,7 @@ def test_an_interrupted_fill_leaves_nothing(cache):
 
 def test_a_cache_that_cannot_be_written_to_is_named(cache):
     cache.write_text("a file in the way")
-    with pytest.raises(BackboneError, match="Set FICPD_CACHE"):
+    with pytest.raises(BackboneError, match="FICPD_CACHE names the folder"):
         weights._kept("same", lambda folder: None)
 
 

@@ -204,7 +204,7 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         "noised by record_gaussian",
         "the policy allows it",
         "bytes in round one",
-        "cost      epsilon 3.",
+        "cost      epsilon 4 for 3 rounds",
     ):
         assert words in said
     assert not (tmp_path / "state").exists()
