@@ -248,16 +248,17 @@ def _distilled(cell: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def defaults() -> str:
-    """A line for each method with its own defaults, of many tasks: the mean client, and each task's."""
+    """A line for each method with its own defaults, of many tasks: the mean client, each task's, and the seeds."""
     cells = json.loads((RESULTS / "library_defaults.json").read_text())["cells"]
-    rows = [["", "mean client", *GROUPS.values(), "bytes up, a round"], ["---"] * (len(GROUPS) + 3)]
+    rows = [["", "mean client", *GROUPS.values(), "bytes up, a round", "seeds"], ["---"] * (len(GROUPS) + 4)]
     best = max(cell["mean client"]["mean"] for name, cell in cells.items() if "," not in name)
     for name, cell in cells.items():
         method, comma, rest = name.partition(",")
-        own = f"{cell['mean client']['mean']:.1f} ± {cell['mean client']['sd']:.1f}"
-        own = f"**{own}**" if not comma and cell["mean client"]["mean"] == best else own
+        mean = cell["mean client"]
+        own = f"{mean['mean']:.1f}" + (f" ± {mean['sd']:.1f}" if mean["n"] > 1 else "")
+        own = f"**{own}**" if not comma and mean["mean"] == best else own
         tasks = [f"{cell[group]['mean']:.1f}" for group in GROUPS]
-        rows.append([f"{NAMES[method]}{comma}{rest}", own, *tasks, _bytes(cell["bytes up"]["mean"])])
+        rows.append([f"{NAMES[method]}{comma}{rest}", own, *tasks, _bytes(cell["bytes up"]["mean"]), str(mean["n"])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -200,7 +200,8 @@ class Ficpd(Method):
             fits = None if assignment.facts["at_start"] else readout
             return [Predictor(prompt, reading(fits, self._prior(client.local_context(), assignment, fits)))]
         if readout is None:
-            candidates = [Candidate((prompt,))]
+            prompts = [prompt] if torch.equal(prompt, client.start) else [prompt, client.start]
+            candidates = [Candidate((one,), neighbours=True) for one in prompts]
         elif assignment.facts["at_start"]:
             candidates = [Candidate((client.start,), readout), Candidate((prompt,))]
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ficpd.interfaces import ClientContext
 from ficpd.methods.shared.class_totals import left_out_priors
-from ficpd.methods.shared.heads import MIN_RECORDS, STRENGTHS, OwnHead, fit_heads
+from ficpd.methods.shared.heads import MIN_RECORDS, STRENGTHS, OwnHead, fit_heads, nearest_neighbours
 from ficpd.methods.shared.readouts import reading
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, Readout
@@ -36,11 +36,14 @@ class Candidate(NamedTuple):
     """A prompt, or several of one kind, and their readout (None: the task's label texts).
 
     held: of each prompt, the client's records that it was not tuned on; together they are all. None: prompts from others.
+    neighbours: whether the nearest of the client's records are a member: without a learned readout, heads shrink towards
+        label texts, which do not tell many labels apart.
     """
 
     prompts: tuple[Tensor, ...]
     readout: Readout | None = None
     held: tuple[Tensor, ...] | None = None
+    neighbours: bool = False
 
 
 class Member(NamedTuple):
@@ -148,11 +151,14 @@ def _members(
         prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
         for head in fit_heads(first.features_RD, targets_B, labels, prior, subject_B=subject_B):
             found += _tempered(head.loo_BC, _head_logits(head), head.linear, targets_B, shares_C, subject_B)
+        if candidate.neighbours:
+            head = nearest_neighbours(first.features_RD, targets_B, labels, subject_B)
+            found += _tempered(2 * head.loo_BC, _head_logits(head, 2.0), None, targets_B, shares_C, subject_B)
     return found
 
 
-def _head_logits(head: OwnHead) -> Callable[[ModelOutput, Batch], Tensor]:
-    return lambda outputs, batch: head.logits(outputs.features_RD)
+def _head_logits(head: OwnHead, scale: float = 1.0) -> Callable[[ModelOutput, Batch], Tensor]:
+    return lambda outputs, batch: scale * head.logits(outputs.features_RD)
 
 
 def _tempered(
