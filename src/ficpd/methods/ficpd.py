@@ -86,7 +86,8 @@ class Config(FrozenConfig):
     totals_share: share of a record-level budget for class totals.
     rate_multiple: factor of the learning rate in the label texts' readout.
     local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
-        of its own records. "mixture": also prompts that it tunes alone.
+        of its own records (without a learned readout, their nearest neighbours too). "mixture": also prompts that it tunes
+        alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned
         without noise, from the counts in the client's class totals. True: from the statistic `labels`, which a
         record-level budget pays for.
