@@ -89,6 +89,7 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
     """Returns the exit status of `flwr run` on a local simulation with `clients` SuperNodes."""
     home = folder / "flower"
     more: dict[str, str] = {"FICPD_SOCKETS": str(folder), "FLWR_HOME": str(home)}
+    more["RAY_TMPDIR"] = str(folder)  # else Flower's Ray joins the newest cluster of this machine, another test's
     ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
     more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
     federation = f"num-supernodes={clients} client-resources-num-cpus=1"
