@@ -36,21 +36,8 @@ app = typer.Typer(
     130 stopped by Ctrl-C.""",
 )  # fmt: skip
 for command in (
-    init,
-    plan,
-    run,
-    compare,
-    report,
-    publish,
-    audit,
-    evaluate,
-    adapt,
-    predict,
-    serve,
-    export,
-    info,
-    schema,
-):
+    init, plan, run, compare, report, publish, audit, evaluate, adapt, predict, serve, export, info, schema,
+):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(deploy, name="deploy")
