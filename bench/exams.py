@@ -91,12 +91,19 @@ SETS: dict[str, dict[str, Any]] = {
 
 def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> ExperimentContext:
     """The test records are cut to `TESTED`, the train records to twice of what is trained on."""
+    tree = recipe(args, seed, name, folder)
+    context = build_context(parse(tomli_w.dumps(tree)))
+    return context if "backbone" in SETS[name] else faster(context, 10.0)
+
+
+def recipe(args: argparse.Namespace, seed: int, name: str, folder: Path, trained: int = 1500) -> dict[str, Any]:
+    """The recipe of a set, whose records it writes to `folder`: at most `trained` and `TESTED`."""
     parts = {key: dict(value) for key, value in SETS[name].items()}
     table = pd.read_parquet(Path(args.data) / f"{parts['data']['source']}.parquet")
     for column, values in parts["data"].get("where", {}).items():
         table = table.loc[table[column].isin(values)]
     train, test = (table.loc[table["split"] == side].sample(frac=1, random_state=seed) for side in ("train", "test"))
-    some = [train[:1500], test[:TESTED]]
+    some = [train[:trained], test[:TESTED]]
     if name in SITES:
         some = [side.groupby("client").head(most) for side, most in zip((train, test), SITES[name], strict=True)]
     pd.concat(some).to_parquet(folder / "set.parquet")
@@ -116,8 +123,7 @@ def world_of(args: argparse.Namespace, seed: int, name: str, folder: Path) -> Ex
         "training": {"local_steps": 4, "batch_size": 16},
         "federation": {"num_rounds": 5, "clients_per_round": 6},
     }
-    context = build_context(parse(tomli_w.dumps(tree | parts)))
-    return context if "backbone" in parts else faster(context, 10.0)
+    return tree | parts
 
 
 def row(context: ExperimentContext, method: str, folder: Path) -> dict[str, float]:
