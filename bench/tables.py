@@ -3,9 +3,9 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`) and `<!-- end -->`, and is written
-anew; `--check` only says if one would be another. Means over seeds of the figure in percent, in bold the best of a column's
-methods (lines left out); after it, over several seeds, the standard deviation.
+Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`, `design_PART`) and
+`<!-- end -->`, and is written anew; `--check` only says if one would be another. Means over seeds of the figure in
+percent, in bold the best of a column's methods (lines left out); after it, over several seeds, the standard deviation.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import design_tables
 from measure import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "unseen": unseen(),
         "ablation": ablation(),
         "defaults": defaults(),
+        **design_tables.tables(),
     }
     before = {page: page.read_text() for page in PAGES}
     after = {page: written(text, tables) for page, text in before.items()}

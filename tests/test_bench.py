@@ -249,6 +249,27 @@ def test_exams(bench, sets):
     assert bench.rows("exams") == {f"{name}, {method}" for name in names for method in ("zero_shot", "fedavg")}
 
 
+def test_design(bench, sets):
+    data = f"--data {sets} --e5 {sets}"
+    few: dict[str, Any] = {
+        "METHODS": {name: {"name": name} for name in ("local", "linear_probe", "ficpd")}, "ROUNDS": 1, "NONMEMBERS": 40,
+        "LENGTHS": (10,), "DIMENSIONS": (64, None), "NUMBERS": (5,), "WRITTEN": 1,
+        "SERVER": {"one prototype": ({"num_prototypes": 1}, {}), "KL": ({"num_prototypes": 2}, {"how": "kl"})},
+    }  # fmt: skip
+    bench.run("design", f"methods {data}", changes=(TINY,), **few)
+    bench.run(
+        "design", *(f"{part} {data}" for part in ("attacks", "server", "epsilon", "shape")), changes=(TINY,), **few
+    )
+    names = ("abstracts", "xnli", "pawsx", "pubmedqa", "medmcqa")
+    every = {f"{name}, {method}" for name in names for method in few["METHODS"]}
+    assert bench.rows("design_methods") == every - {"medmcqa, linear_probe"}
+    assert {"parity gap", "odds gap"} < bench.found("design_methods")["cells"]["xnli, ficpd"].keys()
+    assert len(bench.rows("design_attacks")) == 10
+    assert len(bench.rows("design_epsilon")) == 3 * 5 + 7
+    assert len(bench.rows("design_shape")) == 2
+    assert bench.rows("design_server") == {"fedavg", "one prototype", "KL"}
+
+
 def test_library(bench, sets, tmp_path):
     texts = tmp_path / "texts"
     bench.run("library", f"texts --data {sets} --texts {texts} --writer {sets / 'decoder'}")
