@@ -4,7 +4,7 @@
 
     run = ficpd.run("quickstart", changes=["federation.num_rounds=2"])
     print(run.to_frame())
-    ficpd.load_library(run.directory).predict(["a quiet, lovely film"])
+    ficpd.load_library(run.directory).predict(["a quiet, lovely film"])  # ['positive']
 
 Each name is imported at its first use, so that `import ficpd` loads neither torch nor pydantic.
 """

@@ -50,6 +50,15 @@ def run(
     resume: continues after the last finished round.
     progress: called as (method, rounds done, rounds planned, figures).
 
+    >>> run = ficpd.run("notes.toml", "runs/prox", changes=["method.name=fedprox", "baselines=[]"])
+    >>> run.directory.name
+    'prox'
+    >>> run.to_frame()[["privacy", "rounds", "clients"]]
+                      privacy  rounds  clients
+    method
+    zero_shot  nothing leaves       0        4
+    fedprox              none       3        4
+
     Raises a `FicpdError` that names the setting to change.
     """
     if isinstance(recipe, Experiment):
@@ -80,6 +89,15 @@ def compare(
     ablate: settings to sweep over, such as "privacy.epsilon=1,2,4".
     jobs: parallel runs; None: one for each core, one on a GPU. "ray" or "ray://HOST:PORT": on Ray actors.
     progress: called with each event of a worker.
+
+    >>> compared = ficpd.compare("two.toml", "runs/two", jobs=1)  # doctest: +SKIP
+    >>> compared.to_frame()[["method", "mean", "bytes_up"]]  # doctest: +SKIP
+            method  mean  bytes_up
+    0    zero_shot   1.0       0.0
+    1        local   1.0     408.0
+    2  centralized   1.0    3936.0
+    3       fedavg   1.0   15768.0
+    4        ficpd   1.0   29656.0
     """
     plan = read_plan(str(recipe), ablate)
     directory = Path(out) if out else Path("runs") / f"compare-{plan.spec.name}"

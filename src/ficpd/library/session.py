@@ -1,9 +1,4 @@
-"""Opens a library with its backbone to predict, evaluate, adapt and export; `ficpd.load_library` and the commands use it.
-
-library = ficpd.load_library("runs/demo")
-library.predict(["a quiet, lovely film"])
-library.adapt("few.csv", shots=16).save("my-library")
-"""
+"""Opens a library with its backbone to predict, evaluate, adapt and export; `ficpd.load_library` and the commands use it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +64,13 @@ class LibrarySession:
     ) -> "list | DataFrame":  # fmt: skip
         """Predicts each text by the prompt named, else by `default_prompt`; `scores`: with a probability of each label.
 
+        >>> library.predict("a fast pulse since monday")
+        ['cardio']
+        >>> library.predict(["a fast pulse since monday", "her hand is numb"], scores=True).round(1)
+            label  cardio  neuro
+        0  cardio     1.0    0.0
+        1   neuro     0.0    1.0
+
         Raises `LibraryError` for `scores` of a task without labels.
         """
         records = [
@@ -103,7 +105,11 @@ class LibrarySession:
     def evaluate(
         self, data: Data, *, prompt: str | None = None, task: str | None = None, columns: Mapping[str, str] = NO_COLUMNS
     ) -> Score:  # fmt: skip
-        """Computes the task's metrics of one prompt ("zero-shot": of none) on labelled records."""
+        """Computes the task's metrics of one prompt ("zero-shot": of none) on labelled records.
+
+        >>> library.evaluate("notes.csv")
+        {'accuracy': 1.0, 'f1': 1.0}
+        """
         name = prompt or str(default_prompt(self, task))
         return self.evaluate_prompts(data, [name], task=task, columns=columns)[name]
 
@@ -136,6 +142,11 @@ class LibrarySession:
             "demonstrations" or "compose+demonstrations".
         task: a task of the library; `labels` (label to text) and `instruction` make a new one instead.
         say: gets a sentence about the task and about labels without a record.
+
+        >>> mine = library.adapt("few.csv", shots=16, say=print)
+        a new task, own: which of eye, skin
+        >>> mine.predict(["a rash on the skin", "pain in one eye"])
+        ['skin', 'eye']
         """
         if task and (labels or instruction is not None):
             raise LibraryError(
@@ -235,6 +246,9 @@ def load_library(
     backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
     device: cpu or cuda.
     weights: False loads the backbone at its first use, after names, columns and labels were checked.
+
+    >>> ficpd.load_library("runs/demo")
+    <library: global, prototype-0, prototype-1; tiny; classification>
 
     Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on.
     """
