@@ -25,7 +25,7 @@ batch_size = 8
 [federation]
 num_rounds = 3
 """
-SHOWN = ("ficpd.experiments.api", "ficpd.library.session")
+SHOWN = ("ficpd.experiments.api", "ficpd.library.library", "ficpd.library.session")
 """The modules of the public functions."""
 
 

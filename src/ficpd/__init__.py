@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from ficpd.interfaces import Backbone as Backbone
     from ficpd.interfaces import Mechanism as Mechanism
     from ficpd.interfaces import Task as Task
+    from ficpd.library.library import PromptLibrary as PromptLibrary
     from ficpd.library.session import load_library as load_library
 
 __version__ = "0.1.0"
-__all__ = ["Backbone", "Experiment", "Mechanism", "Method", "Task", "compare", "load_library", "run"]
+__all__ = ["Backbone", "Experiment", "Mechanism", "Method", "PromptLibrary", "Task", "compare", "load_library", "run"]
 _MODULES = {
     "run": "experiments.api",
     "compare": "experiments.api",
     "load_library": "library.session",
+    "PromptLibrary": "library.library",
     "Experiment": "experiments.config",
     "Method": "federation.method",
     **dict.fromkeys(("Backbone", "Mechanism", "Task"), "interfaces"),

@@ -127,6 +127,10 @@ def report(
 def publish(
     run: Annotated[Path, typer.Argument(help="the directory of a finished private run")],
     out: Annotated[Path, typer.Argument(help="where to copy it; it must not exist yet, or be empty")],
+    hub: Annotated[
+        str | None,
+        typer.Option("--hub", help="OWNER/NAME: also send the library to this private repository of the hub"),
+    ] = None,
 ) -> None:
     """Copy from a private run what its guarantee covers: the library, without scores, counts and ledger.
 
@@ -136,3 +140,7 @@ def publish(
 
     copy(run, out)
     typer.echo(f"folder: {out}")
+    if hub:
+        from ficpd.library.library import PromptLibrary
+
+        typer.echo(f"hub:    {PromptLibrary.load(out).push_to_hub(hub)}")

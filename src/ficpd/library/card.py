@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from ficpd.types import Prompt
 
 FORMAT = 2
-TENSORS, CARD = "prompts.safetensors", "card.json"
-HUB = "hf:"
-"""Begins the name of a library of the Hugging Face hub."""
+TENSORS, CARD, PAGE = "prompts.safetensors", "card.json", "README.md"
 START = "start"
 KEY, READOUT, LEARNED, MIXTURE = "key/", "readout/", "learned/", "mixture/"
 NEEDED = ("backbone", "tasks")
@@ -38,33 +36,6 @@ def join_names(names: Iterable[str], most: int = 20) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
-
-
-def find_library(folder: Path) -> Path:
-    """Returns the folder of a library, given it, the run directory with one, or hf:OWNER/NAME for one of the hub.
-
-    Raises `LibraryError` if there is none.
-    """
-    if str(folder).startswith(HUB):
-        folder = _downloaded(str(folder).removeprefix(HUB))
-    found = folder / "library" if (folder / "library" / CARD).exists() else folder
-    if not (found / TENSORS).exists():
-        raise LibraryError(f"{found} holds no prompt library (no {TENSORS}); give a run's or library's folder")
-    return found
-
-
-def _downloaded(name: str) -> Path:
-    """Fetches a library from the Hugging Face hub into its client's cache; offline it is taken from there."""
-    from huggingface_hub import snapshot_download
-
-    files = (TENSORS, CARD, "README.md")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*files, *(f"library/{file}" for file in files)]))
-    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
-        raise LibraryError(
-            f"{HUB}{name}: the Hugging Face hub does not give it ({type(error).__name__}: {error}); check the id and that "
-            "the hub can be reached, or name a folder"
-        ) from error
 
 
 def read_card(path: Path) -> dict[str, Any]:

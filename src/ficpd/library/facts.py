@@ -18,10 +18,10 @@ from ficpd.library.card import (
     damaged,
     describe_layout,
     describe_run,
-    find_library,
     guarantee,
     read_card,
 )
+from ficpd.library.hub import find_library
 
 UNSTATED = ("table", "demonstrations")
 """Facts of an adapted prompt that are too long to state, or hold its records."""

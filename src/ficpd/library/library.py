@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from ficpd.library.card import (
     KEY,
     LEARNED,
     MIXTURE,
+    PAGE,
     READOUT,
     START,
     TENSORS,
     check_format,
     damaged,
-    find_library,
     join_names,
     model_card,
     read_card,
 )
+from ficpd.library.hub import find_library, hub_page, locate, push, weakness, with_backbone
 from ficpd.library.mixture import Mixture
 from ficpd.storage import atomic_write, fsync, require_writable
 from ficpd.types import Batch, Prompt, Query, Readout
@@ -136,7 +137,7 @@ class PromptLibrary:
         whole = {n: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for n, t in tensors.items()}
         atomic_write(staging / TENSORS, save(whole, meta))
         atomic_write(staging / CARD, json.dumps(self.card, indent=2) + "\n")
-        atomic_write(staging / "README.md", self.page())
+        atomic_write(staging / PAGE, self.page())
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -149,13 +150,47 @@ class PromptLibrary:
         """Returns the README page."""
         return model_card(self.card, self.start, self.prompts, self.readouts)
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = True, token: str | None = None, backbone: str | None = None,
+        unprotected: bool = False,
+    ) -> str:  # fmt: skip
+        """Sends the library to a repository of the Hugging Face hub; returns its address.
+
+        repo_id: OWNER/NAME. It is made if it is not there.
+        token: of the hub; None: the one of `hf auth login`.
+        backbone: the hub id of the model, where the card names a folder.
+        unprotected: also sends a library whose records no guarantee covers.
+
+        Guarantees: no file but `prompts.safetensors`, `card.json` and `README.md`, and no path of this machine.
+
+        Raises `LibraryError` for what must not be sent, and for what the hub refuses.
+        """
+        card = with_backbone(self.card, backbone)
+        if not unprotected and (why := weakness(card)):
+            raise LibraryError(f"{why}; write unprotected=True if all may see it (push_to_hub)")
+        shown = replace(self, card=card)
+        return push(shown, repo_id, private, token, hub_page(card, shown.page(), repo_id))
+
     @staticmethod
-    def load(folder: Path) -> "PromptLibrary":
-        """Loads a library's folder, or a run directory with one.
+    def from_pretrained(name: str | Path, *, revision: str | None = None) -> "PromptLibrary":
+        """Loads a library's folder, a run directory with one, or OWNER/NAME, a library of the Hugging Face hub.
+
+        revision: a branch, tag or commit of the hub. A folder of that name has precedence over the hub.
+
+        >>> list(ficpd.PromptLibrary.from_pretrained("runs/demo").prompts)
+        ['global', 'prototype-0', 'prototype-1']
 
         Raises `LibraryError` if there is none, or if it is damaged or of another format.
         """
-        folder = find_library(Path(folder))
+        return PromptLibrary.load(locate(name), revision)
+
+    @staticmethod
+    def load(folder: str | Path, revision: str | None = None) -> "PromptLibrary":
+        """Loads a library's folder, a run directory with one, or hf:OWNER/NAME.
+
+        Raises `LibraryError` if there is none, or if it is damaged or of another format.
+        """
+        folder = find_library(folder, revision)
         try:
             with safe_open(folder / TENSORS, "pt") as file:
                 meta = file.metadata()

@@ -239,10 +239,12 @@ def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
 
 
 def load_library(
-    folder: str | Path, *, backbone: str | None = None, device: str = "cpu", weights: bool = True
+    folder: str | Path, *, revision: str | None = None, backbone: str | None = None, device: str = "cpu",
+    weights: bool = True,
 ) -> LibrarySession:  # fmt: skip
     """Opens a library's folder, the run directory that holds one, or hf:OWNER/NAME, a library of the Hugging Face hub.
 
+    revision: a branch, tag or commit of the hub.
     backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
     device: cpu or cuda.
     weights: False loads the backbone at its first use, after names, columns and labels were checked.
@@ -253,7 +255,7 @@ def load_library(
     Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on.
     """
     folder = Path(folder)
-    library = PromptLibrary.load(folder)
+    library = PromptLibrary.load(folder, revision)
     given = library.card["backbone"]
     named = {key: given[key] for key in ("name", "kind", "options") if key in given}
     named |= {"name": backbone} if backbone else {}

@@ -1,0 +1,165 @@
+"""Finds libraries in folders and on the Hugging Face hub, and sends them there.
+
+Only three files travel: the prompts as safetensors, the card, and the README page. None of them is code. This module loads
+no torch.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ficpd.errors import FicpdError, LibraryError, needs
+from ficpd.library.card import ADAPTED, CARD, PAGE, TENSORS, guarantee
+
+if TYPE_CHECKING:
+    from ficpd.library.library import PromptLibrary
+
+HUB = "hf:"
+"""Begins the name of a library of the hub."""
+FILES = (TENSORS, CARD, PAGE)
+ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOCAL = re.compile(r"(?<![\w/:.])(/[\w.+@-]+){2,}|(?<!\w)~[\w-]*[/\\]|\b[A-Za-z]:[\\/]|\\\\\w")
+"""Matches an absolute path, one of a home directory, and one of Windows."""
+REASONS = {
+    "RepositoryNotFoundError": "no such repository, or a private one; check the id, or log in by `hf auth login`",
+    "GatedRepoError": "its owner has to admit you; ask at its page",
+    "RevisionNotFoundError": "no such revision; check the branch, tag or commit",
+    "LocalEntryNotFoundError": "not in the cache, and the hub cannot be reached; connect, or name a folder",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it, or name a folder",
+    "LocalTokenNotFoundError": "no token; log in by `hf auth login`, or give `token`",
+}
+"""By the class of the hub client's error: the reason, and what to do."""
+
+
+def find_library(folder: str | Path, revision: str | None = None) -> Path:
+    """Returns the folder of a library, given it, the run directory with one, or hf:OWNER/NAME for one of the hub.
+
+    revision: a branch, tag or commit of the hub.
+
+    Raises `LibraryError` if there is none.
+    """
+    given, on_hub = str(folder), str(folder).startswith(HUB)
+    if revision is not None and not on_hub:
+        raise LibraryError(
+            f"revision {revision!r}: {given} is a folder; leave the revision out, or name {HUB}OWNER/NAME"
+        )
+    place = download(given.removeprefix(HUB), revision) if on_hub else Path(folder)
+    found = place / "library" if (place / "library" / CARD).exists() else place
+    if not (found / TENSORS).exists():
+        asked = given if on_hub else found
+        raise LibraryError(f"{asked} holds no prompt library (no {TENSORS}); give a run's or library's folder")
+    return found
+
+
+def locate(name: str | Path) -> str:
+    """Returns a folder as it is, and an OWNER/NAME that is no folder here as a name of the hub."""
+    text = str(name)
+    return HUB + text if ID.fullmatch(text) and not Path(text).exists() else text
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """Fetches a library's files into the cache of the hub's client; offline they are taken from there."""
+    with _hub(f"{HUB}{name}" + (f" at revision {revision!r}" if revision else ""), "does not give it"):
+        from huggingface_hub import snapshot_download
+
+        patterns = [*FILES, *(f"library/{file}" for file in FILES)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def push(library: "PromptLibrary", repo_id: str, private: bool, token: str | None, page: str) -> str:
+    """Sends a library's three files to a repository, which is made if it is not there; returns its address.
+
+    Raises `LibraryError` for a path of this machine in it, for a public repository where a private one is asked for,
+    and for what the hub refuses.
+    """
+    if not ID.fullmatch(repo_id):
+        raise LibraryError(f"{repo_id!r} is no id of the Hugging Face hub: expected OWNER/NAME")
+    refuse_paths({"card": library.card, "prompts": [*library.prompts]})
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "library"
+        library.save(folder)
+        (folder / PAGE).write_text(page, encoding="utf-8")
+        with _hub(f"{HUB}{repo_id}", "does not take it"):
+            return _upload(folder, repo_id, private, token)
+
+
+def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not api.repo_info(repo_id).private:
+        raise LibraryError(f"{HUB}{repo_id} is public already; write private=False, or choose another name")
+    api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=[*FILES], commit_message="Add a prompt library"
+    )
+    return address
+
+
+@contextmanager
+def _hub(name: str, refuses: str) -> Iterator[None]:
+    """Turns an error of the hub's client into a `LibraryError` of one sentence."""
+    try:
+        with needs(name, "hub"):
+            yield
+    except FicpdError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+        other = f"{str(error).strip()[:300]}; check the id and that the hub can be reached, or name a folder"
+        why = REASONS.get(type(error).__name__, other)
+        raise LibraryError(f"{name}: the Hugging Face hub {refuses} ({type(error).__name__}): {why}") from error
+
+
+def refuse_paths(tree: Any, place: str = "") -> None:
+    """Raises `LibraryError` for the first text that names a path of this machine."""
+    if isinstance(tree, str) and LOCAL.search(tree):
+        raise LibraryError(f"{place} = {tree!r} names a path of this machine, which others must not see; replace it")
+    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, part in parts:
+        refuse_paths(str(key), f"a key of {place}")
+        refuse_paths(part, f"{place}.{key}" if place else str(key))
+
+
+def with_backbone(card: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Returns the card with the hub id of its backbone. Raises `LibraryError` if the backbone is a folder here."""
+    from ficpd.backbones import catalog
+
+    named = name or str(card["backbone"].get("name", ""))
+    if LOCAL.search(named) or (not name and named not in catalog.NAMED and named and Path(named).expanduser().exists()):
+        raise LibraryError(
+            f"backbone {named!r} is a folder of this machine; give the model's hub id: backbone='OWNER/NAME'"
+        )
+    return {**card, "backbone": {**card["backbone"], "name": named}}
+
+
+def weakness(card: Mapping[str, Any]) -> str | None:
+    """Returns why a library protects no records, in one phrase; None if a guarantee covers it."""
+    privacy = card.get("privacy", {})
+    if ADAPTED in card:
+        return f"the prompt `{ADAPTED}` is fitted to records without a guarantee"
+    if privacy.get("epsilon") is None:
+        return "the records that it was trained on have no privacy guarantee"
+    if privacy.get("noise") == "simulated" or privacy.get("rehearsed"):
+        return "its noise comes from a seed, and a correct guess of the seed removes the noise"
+    return None
+
+
+def hub_page(card: Mapping[str, Any], page: str, repo_id: str) -> str:
+    """Returns the page of the repository: the library's page with the hub's metadata and a statement on privacy."""
+    name = card["backbone"].get("name", "")
+    about = {
+        "library_name": "ficpd",
+        **({"base_model": name} if ID.fullmatch(name) else {}),
+        "tags": ["prompt-tuning", "federated-learning", "differential-privacy"],
+    }
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items())  # JSON is YAML, too
+    why = weakness(card)
+    stated = f"Nobody is protected: {why}." if why else f"Made of released updates only: {guarantee(card['privacy'])}."
+    return (
+        f"---\n{lines}---\n\n{page.replace('THIS_FOLDER', HUB + repo_id)}\n## Privacy\n\n{stated} The repository has "
+        "prompts, card and this page. Records, test scores, personal prompts and the ledger are not in it.\n"
+    )
