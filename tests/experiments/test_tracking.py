@@ -1,7 +1,10 @@
 """Trackers are sent what runs leave: every round once, and the end."""
 
+import getpass
+import json
 import sys
 from pathlib import Path
+from socket import gethostname
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -83,11 +86,11 @@ def test_without_a_tracker_nothing_is_done(tmp_path):
 
 def test_an_unknown_tracker_and_a_missing_one_are_said(tmp_path, monkeypatch):
     with (
-        pytest.raises(ConfigError, match="--track 'wandb' is not known; write tensorboard or mlflow"),
-        followed("wandb", tmp_path),
+        pytest.raises(ConfigError, match="--track 'aim' is not known; write one of tensorboard, mlflow, wandb"),
+        followed("aim", tmp_path),
     ):
         pass
-    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow.tracking")):
+    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow.tracking"), ("wandb", "wandb")):
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
         with (
@@ -175,6 +178,91 @@ def test_mlflow_itself_takes_it(tmp_path, monkeypatch):
     assert runs["run"].info.status == "FINISHED"
     history = client.get_metric_history(runs["run"].info.run_id, "bytes_up")
     assert [metric.step for metric in history] == [1, 2, 3]
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Weights & Biases without settings of the user, which are read when its service starts."""
+    wandb = pytest.importorskip("wandb", reason="needs wandb of ficpd[track]")
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "user"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()
+
+
+def wandb_records(run: Path) -> list[Any]:
+    """Reads the file of a run's directory that `wandb sync` sends."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = (run / "track" / "wandb").glob("offline-run-*/*.wandb")
+    store, found = DataStore(), []
+    store.open_for_scan(str(file))
+    while (body := store.scan_data()) is not None:
+        found.append(Record.FromString(body))
+    store.close()
+    return found
+
+
+def items_of(items: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_itself_takes_it_without_a_network(tmp_path, wandb):
+    with followed("wandb", tmp_path / "run") as look:
+        result = small.run(tmp_path, "fedavg", "federation.evaluate_records=0")
+        look()
+    records = wandb_records(tmp_path / "run")
+    (began,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (began.display_name, began.project, began.host) == ("run", "ficpd-run", "")
+    assert items_of(began.config.update)["method.name"] == "fedavg"
+    rounds = [items_of(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [(one["_step"], one["bytes_up"]) for one in rounds] == [(n, result.bytes.up_total / 3) for n in (1, 2, 3)]
+    assert rounds[-1]["global_accuracy"] == result.scores.global_prompt["accuracy"]
+    assert records[-1].WhichOneof("record_type") == "exit"
+    assert wandb_records(tmp_path / "run" / "baselines" / "zero_shot")[-1].WhichOneof("record_type") == "exit"
+    kinds = {record.WhichOneof("record_type") for record in records}
+    assert kinds <= {"header", "run", "telemetry", "summary", "history", "exit"}  # no files, output, statistics
+    assert not list((tmp_path / "run" / "track" / "wandb").glob("offline-run-*/files/*"))
+    rest = "".join(str(record) for record in records if record.WhichOneof("record_type") not in ("run", "history"))
+    assert not [word for word in (gethostname(), getpass.getuser(), str(tmp_path)) if f'"{word}' in rest]
+
+
+@pytest.mark.parametrize(
+    ("env", "file", "mode"),
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "0" * 40}, "", "offline"),
+        ({"WANDB_MODE": "online"}, "", "online"),
+        ({"WANDB_MODE": "disabled"}, "mode = online", "disabled"),
+        ({}, "mode = online", "online"),
+    ],
+)
+def test_wandb_sends_only_if_the_users_settings_say_so(tmp_path, monkeypatch, wandb, env, file, mode):
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "settings").write_text(f"[default]\nproject = ours\n{file}\n")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    began, logins = [], []
+    monkeypatch.setattr(wandb, "init", lambda **given: began.append(given))
+    monkeypatch.setattr(wandb, "login", lambda: logins.append(True))
+    begin = tracking.TRACKERS["wandb"](tmp_path)
+    with pytest.raises(AttributeError, match="finish"):
+        begin("run", tmp_path, {"seed": "1"})
+    assert [(given["settings"].mode, given["project"]) for given in began] == [(mode, "ours")]
+    assert len(logins) == (mode == "online")
+
+
+def test_wandb_without_a_login_is_an_error_before_the_run(tmp_path, monkeypatch, wandb):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match=r"--track wandb cannot begin: .*(key|log)"), followed("wandb", tmp_path):
+        pass
 
 
 def test_settings_are_of_the_run_beside_which_a_baseline_stands(tmp_path):

@@ -15,7 +15,7 @@ from ficpd.library.card import guarantee
 
 RECIPE, RESULT, PAGE = "experiment.toml", "result.json", "report.html"
 REGISTRIES = ("methods", "tasks", "backbones", "optimizers", "privacy", "compression", "engines")
-PACKAGES = ("torch", "transformers", "peft", "flwr", "fastapi", "openai", "tensorboard", "mlflow")
+PACKAGES = ("torch", "transformers", "peft", "flwr", "fastapi", "openai", "tensorboard", "mlflow", "wandb")
 
 
 def recipes(under: str = "") -> list[str]:

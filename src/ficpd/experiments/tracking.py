@@ -1,8 +1,9 @@
-"""Sends the figures of every round to TensorBoard or MLflow (`--track`).
+"""Sends the figures of every round to TensorBoard, MLflow or Weights & Biases (`--track`).
 
 Figures come from `rounds.jsonl` and `result.json`: the runs of a comparison, and those of Flower, are in other processes.
 """
 
+import os
 import re
 import tomllib
 import warnings
@@ -19,7 +20,9 @@ from ficpd.errors import ConfigError, PackageError, needs
 if TYPE_CHECKING:  # the command line imports this module, and has to start at once
     from ficpd.experiments.results import RunResult
 
-Track = Annotated[str | None, typer.Option("--track", help="tensorboard or mlflow: every round's figures there, too")]
+Track = Annotated[
+    str | None, typer.Option("--track", help="tensorboard, mlflow or wandb: every round's figures there, too")
+]
 FIGURES = ("clients", "updates", "bytes_up", "bytes_down", "seconds_train", "seconds_aggregate")
 LONGEST, TAKEN = 500, r"[^\w\-. /]"
 """MLflow's limits: the length of a parameter's value, and the characters that a name may not have."""
@@ -47,9 +50,9 @@ def _mlflow(folder: Path) -> Begin:
     """Sends to `MLFLOW_TRACKING_URI`, else to MLflow's default store, into an experiment named after the folder."""
     from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-    client, named = MlflowClient(), folder.resolve().parent if folder.name == "cells" else folder.resolve()
-    known = client.get_experiment_by_name(f"ficpd {named.name}")
-    experiment = known.experiment_id if known else client.create_experiment(f"ficpd {named.name}")
+    client, named = MlflowClient(), f"ficpd {_name_of(folder)}"
+    known = client.get_experiment_by_name(named)
+    experiment = known.experiment_id if known else client.create_experiment(named)
 
     def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
         handle = client.create_run(experiment, run_name=name).info.run_id
@@ -64,7 +67,46 @@ def _mlflow(folder: Path) -> Begin:
     return begin
 
 
-TRACKERS = {"tensorboard": _tensorboard, "mlflow": _mlflow}
+def _wandb(folder: Path) -> Begin:
+    """Writes Weights & Biases runs into `track/` of each run's directory, which `wandb sync` sends.
+
+    They are sent at once if `WANDB_MODE` or the settings file of wandb says `online`. Facts of the machine are left out.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    user = wandb.setup().settings
+    mode = user.mode if "mode" in user.model_fields_set else "offline"
+    if mode == "online":
+        wandb.login()
+    private = wandb.Settings(
+        console="off", disable_code=True, disable_git=True, disable_job_creation=True, host="", mode=mode, program="",
+        silent=True, x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True, x_save_requirements=False,
+    )  # fmt: skip
+    project = user.project or "ficpd-" + re.sub(r"[^\w-]", "-", _name_of(folder))
+
+    def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
+        place = run / "track"
+        place.mkdir(exist_ok=True)
+        handle = wandb.init(
+            project=project,
+            name=name,
+            dir=place,
+            config=dict(settings),
+            reinit="create_new",
+            settings=private,
+        )
+        return lambda tag, value, step: handle.log({tag: float(value)}, step=step), handle.finish
+
+    return begin
+
+
+def _name_of(folder: Path) -> str:
+    """Returns the name of a run's folder, or of the comparison that holds the cells."""
+    return (folder.resolve().parent if folder.name == "cells" else folder.resolve()).name
+
+
+TRACKERS = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
 
 
 @contextmanager
@@ -77,7 +119,7 @@ def followed(kind: str | None, folder: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     if kind not in TRACKERS:
-        raise ConfigError(f"--track {kind!r} is not known; write {' or '.join(TRACKERS)}")
+        raise ConfigError(f"--track {kind!r} is not known; write one of {', '.join(TRACKERS)}")
     try:
         with needs(f"--track {kind}", "track"):
             follower = Follower(kind, TRACKERS[kind](folder), folder)

@@ -374,7 +374,7 @@ def test_a_mistake_is_one_sentence(compare_command, tmp_path):
         (("quikc",), "did you mean 'quick'?"),
         ((file, "--ablate", "privacy.epsilon"), "expected part.key=value,value"),
         ((tmp_path, "--table", "markdown"), "holds no comparison"),
-        ((file, "--track", "wandb"), "--track"),
+        ((file, "--track", "aim"), "--track"),
     ):
         status, _, err = compare_command(*words)
         assert status == 1
