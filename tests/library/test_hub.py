@@ -229,7 +229,7 @@ def test_a_public_repository_gets_nothing_that_was_to_be_private(library, online
         (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached"),
         (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
         (errors.HFValidationError("the id is odd"), "the id is odd"),
-        (ConnectionError("no route"), "no route"),
+        (ConnectionError("no\nroute"), "no route; check the id, your login"),
     ],
 )
 def test_an_error_of_the_hub_is_one_sentence(monkeypatch, library, error, told):

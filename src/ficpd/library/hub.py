@@ -29,7 +29,7 @@ REASONS = {
     "GatedRepoError": "its owner has to admit you; ask at its page",
     "RevisionNotFoundError": "no such revision; check the branch, tag or commit",
     "LocalEntryNotFoundError": "not in the cache, and the hub cannot be reached; connect, or name a folder",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it, or name a folder",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it",
     "LocalTokenNotFoundError": "no token; log in by `hf auth login`, or give `token`",
 }
 """By the class of the hub client's error: the reason, and what to do."""
@@ -109,7 +109,7 @@ def _hub(name: str, refuses: str) -> Iterator[None]:
     except FicpdError:
         raise
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
-        other = f"{str(error).strip()[:300]}; check the id and that the hub can be reached, or name a folder"
+        other = f"{' '.join(str(error).split())[:300]}; check the id, your login and that the hub can be reached"
         why = REASONS.get(type(error).__name__, other)
         raise LibraryError(f"{name}: the Hugging Face hub {refuses} ({type(error).__name__}): {why}") from error
 
