@@ -64,6 +64,8 @@ E5_RATE = 10.0
 ROUNDS = 4
 STEPS = {"local_steps": 4, "batch_size": 16}
 LENGTHS, DIMENSIONS, NUMBERS = (10, 20, 50), (64, 256, None), (5, 10, 20)
+BUDGETS = (1.0, 2.0, 4.0, None)
+"""ε of `epsilon`; None: no privacy."""
 SERVER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one prototype": ({"num_prototypes": 1}, {}),
     "5 prototypes": ({"num_prototypes": 5}, {}),
@@ -186,7 +188,7 @@ def epsilon(args: argparse.Namespace) -> None:
     """The records of `compare.py private`: six clients of 300. Every step is of all records, as many rounds as there."""
     cells = Cells("design_epsilon", "6 clients of 300 records of polarity, 8 rounds of 2 steps of all records")
     for seed in args.seeds:
-        for given in (1.0, 2.0, 4.0, None):
+        for given in BUDGETS:
             privacy = {"name": "record_gaussian", "epsilon": given} if given else {"name": "none"}
             tree = {
                 "seed": seed,

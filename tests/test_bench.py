@@ -265,7 +265,7 @@ def test_design(bench, sets):
     assert bench.rows("design_methods") == every - {"medmcqa, linear_probe"}
     assert {"parity gap", "odds gap"} < bench.found("design_methods")["cells"]["xnli, ficpd"].keys()
     assert len(bench.rows("design_attacks")) == 10
-    assert len(bench.rows("design_epsilon")) == 3 * 5 + 7
+    assert len(bench.rows("design_epsilon")) == 7 + 5
     assert len(bench.rows("design_shape")) == 2
     assert bench.rows("design_server") == {"fedavg", "one prototype", "KL"}
 

@@ -1,6 +1,8 @@
 """The faults of `mutations/faults.toml` fit the package and the pages. `make test-mutations` shows that they are found."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +18,14 @@ def test_a_fault_fits_the_package_and_its_tests_exist(fault: Fault):
     for node in filter(None, (fault.test, fault.attack)):
         file, _, name = node.partition("[")[0].partition("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_pytest_finds_each_test_of_a_fault_with_its_parameters():
+    nodes = sorted({f"tests/{node}" for fault in faults() for node in (fault.test, fault.attack) if node})
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *nodes]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
 
 
 def test_names_differ():
