@@ -49,7 +49,7 @@ from ficpd.optimizers import LocalTrainingConfig
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.registry import build_config
 from ficpd.storage import require_writable
-from ficpd.types import ClientCard, Prompt, Record, State
+from ficpd.types import ClientCard, Prompt, Readout, Record, State
 
 SHADOW_BATCH = 32
 SHADOWS, PLANTED, MECHANISM = "shadow prompts", "rounds with canaries", "runs of the mechanism"
@@ -73,7 +73,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Target:
-    """A prompt under attack, with the settings and the number of `steps` to tune shadows."""
+    """A prompt under attack, with the settings and the number of `steps` to tune shadows.
+
+    readout: the library's learned readout of the task; None: it has none.
+    """
 
     model: QueryEngine
     task: Task
@@ -82,6 +85,7 @@ class Target:
     training: LocalTrainingConfig
     steps: int
     vectors_PD: Tensor
+    readout: Readout | None
 
 
 def audit_run(
@@ -132,7 +136,8 @@ def audit_library(
     whole = none.build(none.Config(), library.start, 0)
     vectors_PD = library.prompts[name].vectors_PD
     split = split_records(opened.task, members, others, limit, seed)
-    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD)
+    readout = library.learned_readout(opened.task)
+    target = Target(opened.model, opened.task, library.start, whole, training, steps, vectors_PD, readout)
     shadow_SPD = _shadows(target, split, shadows, seed, progress)
     privacy = PrivacyReport.model_validate(NO_PRIVACY | card.get("privacy", {}))
     found = _audit(Path(folder).name, name, str(card.get("method", "?")), privacy, target, split, shadow_SPD, seed)
@@ -146,7 +151,7 @@ def _audit(
 ) -> Audit:  # fmt: skip
     """Runs the attacks on one prompt, without canaries."""
     evidence = _evidence(target, shadow_SPD, split)
-    scores = {name: attack(evidence) for name, attack in ATTACKS.items()}
+    scores = {name: attack(evidence) for name, attack in ATTACKS.items()} | _readout_scores(target, split)
     advantage, interval = best_advantage(scores, evidence.member_N, seed)
     return Audit(
         run=of,
@@ -205,7 +210,8 @@ def _target(run: Finished, name: str) -> Target:
     """Shadows take as many steps as a client in the whole run."""
     context, steps = run.context, max(run.method.local_workload(run.state)[0] * run.result.num_rounds, 1)
     training, vectors_PD = context.experiment.training, run.library.prompts[name].vectors_PD
-    return Target(context.model, context.task, context.start, context.compression, training, steps, vectors_PD)
+    readout = run.library.learned_readout(context.task)
+    return Target(context.model, context.task, context.start, context.compression, training, steps, vectors_PD, readout)
 
 
 def _shadows(target: Target, split: Split, number: int, seed: int, progress: Progress) -> Tensor:
@@ -226,6 +232,19 @@ def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> AttackData:
     member_N = np.arange(loss_SN.shape[1]) < len(split.members)
     likelihood = has_labels(target.task, split.members)
     return AttackData(loss_SN[0], loss_SN[1:], member_N, loss_SZ[0], loss_SZ[1:], likelihood)
+
+
+def _readout_scores(target: Target, split: Split) -> dict[str, np.ndarray]:
+    """Scores records by what the library answers with its learned readout, [N]; nothing where it has none.
+
+    A readout is made of the members' features, and no shadow has one: the loss without a prompt tells how hard a record is.
+    """
+    if target.readout is None:
+        return {}
+    records, how = [*split.members, *split.outside], (target.model, target.task)
+    (loss_N,) = losses(*how, target.vectors_PD[None], records, target.start, readout=target.readout)
+    (bare_N,) = losses(*how, target.start.vectors_PD[None], records, target.start)
+    return {"readout": -loss_N, "readout, less no prompt": bare_N - loss_N}
 
 
 def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:

@@ -3,6 +3,7 @@ mechanism; and it leaves its page, or one sentence of why not."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ficpd.errors import LibraryError, PrivacyError, RunError
 from ficpd.evaluation.audit import canaries
 from ficpd.evaluation.audit.epsilon_bounds import one_run_bound
 from ficpd.evaluation.audit.member_split import split_records
-from ficpd.evaluation.audit.membership import AttackData
+from ficpd.evaluation.audit.membership import ATTACKS, AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, verdict
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
 from ficpd.experiments.audit import (
@@ -35,7 +36,7 @@ from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.interfaces import ReleaseKind
 from ficpd.tasks import generation
-from ficpd.types import ClientData, Query, Record
+from ficpd.types import ClientData, Query, Readout, Record
 
 OVERFITTED = ("backbone.options={ width = 64 }", "prompt.num_tokens=8", "task.tuned_head=true", "data.max_records=50",
               "training.local_steps=5", "training.batch_size=20", "training.learning_rate=0.3")  # fmt: skip
@@ -97,6 +98,38 @@ def test_an_overfitted_prompt_tells_its_members(overfitted):
     assert (found.num_members, found.prompt, found.epsilon) == (40, "global", None)
     assert not found.alarm
     assert "no stated ε to compare" in verdict(found)
+
+
+def test_a_readout_that_knows_its_members_is_attacked_through_the_librarys_answers(tmp_path):
+    """The prompt is the start, and tells nothing. The readout fits the members' random labels without a penalty."""
+    recipe = small.toml(random_labels(tmp_path / "records.csv"), "analytic", 1)
+    changes = ("backbone.options={ width = 64 }", "data.max_records=50")
+    run_experiment(parse(recipe, "small.toml", changes), tmp_path / "run")
+    run = open_run(tmp_path / "run", "cpu")
+    (shard,), (task,), vectors_PD = (
+        run.context.shards.values(),
+        run.context.tasks.values(),
+        run.context.start.vectors_PD,
+    )
+    batch = task.encode(shard.train, run.context.model.backbone, run.context.start)
+    (answer,) = run.context.model.answer([Query(vectors_PD[None], batch, outputs=True)])
+    wanted = 4.0 * torch.nn.functional.one_hot(batch.targets, 2).double()
+    rows_CD = torch.linalg.lstsq(answer.outputs_KB.features_RD.double(), wanted).solution.T.float()
+    by_heart = {"classification": Readout(rows_CD, torch.zeros(2), torch.full((2,), 0.5))}
+    replace(run.library, learned=by_heart).save(tmp_path / "run" / "library")
+    found = audit_run(tmp_path / "run", canaries=0, shadows=1)
+    assert max(found.attacks[name].auc for name in ATTACKS) < 0.65
+    assert found.attacks["readout"].auc > 0.7
+    assert found.advantage > 0.4
+
+
+def test_a_private_run_that_releases_sums_alone_is_audited(tmp_path):
+    run = federation(
+        tmp_path, "privacy.name=record_gaussian", *NOISED, "task.tuned_head=false", "method.name=class_means", rounds=1
+    )
+    found = audit_run(run, canaries=0, shadows=1)
+    assert found.mechanism is not None
+    assert not found.alarm
 
 
 def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):

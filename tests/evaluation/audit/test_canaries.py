@@ -66,6 +66,31 @@ def test_a_large_epsilon_shows(kind):
     assert 0.3 < lower_bound(client(built(kind, 8.0)), PLAN, trials=400).epsilon <= 8.0
 
 
+SUMS_ALONE = replace(PLAN, steps=0, participations=1, num_rounds=1, once={"classes": 0.9})
+SUMS_TOO = replace(PLAN, once={"classes": 0.3}, totals={"weight": 0.3})
+
+
+def quiet(self, name, chunks, noise, subject_B=None):
+    """A quarter of the noise that the ledger states."""
+    summed = self._clipped_statistic(name, chunks, noise, subject_B)
+    return noise.add_gaussian(summed, self.cost(ReleaseKind.STATISTIC, name).noise_multiplier / 4)
+
+
+def unclipped(self, name, chunks, noise, subject_B=None):
+    return noise.add_gaussian(sum(chunk.double().sum(0) for chunk in chunks), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "fault"),
+    [(SUMS_ALONE, None), (SUMS_ALONE, quiet), (SUMS_ALONE, unclipped), (SUMS_TOO, None), (SUMS_TOO, unclipped)],
+)
+def test_a_sum_over_all_records_is_attacked(plan, fault, monkeypatch):
+    if fault:
+        monkeypatch.setattr(record_gaussian.RecordGaussian, "noisy_sum", fault)
+    bound = lower_bound(client(built("record", 2.0, plan)), plan, trials=400)
+    assert bound.contradicts == (fault is not None)
+
+
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_broken_mechanism_is_above_its_epsilon(how, seed):

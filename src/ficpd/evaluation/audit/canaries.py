@@ -42,7 +42,7 @@ from ficpd.types import Answer, Assignment, Batch, ClientUpdate, ClientWorkload,
 
 HUGE, SMALL = 1e6, 1e-6
 """A canary's contribution, far above any clip norm, and the others', of alternating sign."""
-CANARY = "canary"
+CANARY, SUM = "canary", "sum/"
 MOST_RECORDS = 64
 """Records of a canary that is a subject."""
 AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SUM: 16_000}
@@ -127,14 +127,20 @@ class CanaryMethod(Method):
 
     contribution: of each record [N], or of the client [1]. expected: the batch size; None: the contribution is the update.
     summed: the steps of an assignment are seen together, and have one sign.
+    once, totals: names of sums over all records, released in the first assignment or in each.
     """
 
     name = CANARY
-    capabilities = Capabilities(private_units=("record", "client"))
 
-    def __init__(self, contribution: Tensor, steps: int = 0, expected: int | None = None, summed: bool = False):
+    def __init__(
+        self, contribution: Tensor, steps: int = 0, expected: int | None = None, summed: bool = False,
+        once: Sequence[str] = (), totals: Sequence[str] = (),
+    ):  # fmt: skip
         super().__init__(None)
         self.contribution, self.steps, self.expected, self.summed = contribution, steps, expected, summed
+        self.once, self.totals = tuple(once), tuple(totals)
+        declared = dict.fromkeys((*once, *totals))
+        self.capabilities = Capabilities(private_units=("record", "client"), statistics_once=declared)
 
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         yield from ()
@@ -142,9 +148,13 @@ class CanaryMethod(Method):
             return ClientUpdate(client.id, {"released": sign(assignment.round) * self.contribution}, client.weight)
         means = [
             client.private_mean((self._sign(assignment, step) * self.contribution[batch.targets]).view(1, -1, 1))[0]
-            for step, batch in enumerate(client.batches(self.steps, self.expected))
+            for step, batch in enumerate(client.batches(self.steps, self.expected) if self.steps else ())
         ]
-        return ClientUpdate(client.id, {"released": torch.cat(means) * self.expected}, client.weight)
+        released = {"released": torch.cat([*means, torch.zeros(0)]) * self.expected}
+        for name in (*(self.once if assignment.round == 1 else ()), *self.totals):
+            row_N1 = (sign(assignment.round) * self.contribution)[client.full_batch().targets].view(-1, 1)
+            released[SUM + name] = client.private_sum(name, row_N1)
+        return ClientUpdate(client.id, released, client.weight)
 
     def _sign(self, assignment: Assignment, step: int) -> int:
         return sign(assignment.round + (0 if self.summed else step))
@@ -160,6 +170,8 @@ def sign(place: int) -> int:
 def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
     """Returns a trial with a canary record that is sampled like the others, or contributes nothing.
 
+    Sums over all records, such as class totals, are attacked too, but for a secure sum's.
+
     Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
     `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
     detected.
@@ -172,8 +184,11 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
     names = [str(place) for place in range(others)] + [CANARY] * own
     records = [Record(str(i), {}, None if plan.num_subjects is None else name) for i, name in enumerate(names)]
     client = _trial_client(client, records)
+    once, totals = ((), ()) if shared else (tuple(plan.once), tuple(plan.totals))
     methods = [
-        CanaryMethod(torch.cat([_alternating(others), torch.full((own,), value)]), plan.steps, expected, shared)
+        CanaryMethod(
+            torch.cat([_alternating(others), torch.full((own,), value)]), plan.steps, expected, shared, once, totals
+        )
         for value in (0.0, HUGE)
     ]
     cost, clip_norm, budget = _terms(mechanism, ReleaseKind.STEP)
@@ -183,14 +198,24 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
         if isinstance(mechanism, SharedGaussian):
             release = _sum_of_honest(client, mechanism, (seed, trial, there))
         with _renewed(client, budget, seed, trial, there) as account:
+            rounds = list(_rounds(methods[there], client, plan.participations, release))
             sums = [
                 sign(round + step) * value
-                for round, update in _rounds(methods[there], client, plan.participations, release)
+                for round, update in rounds
                 for step, value in enumerate(update.arrays["released"].tolist())
             ]
-            return _log_ratio(sums, cost, clip_norm, plan.steps if shared else 1), account.spent()
+            ratio = _log_ratio(sums, cost, clip_norm, plan.steps if shared else 1)
+            return ratio + sum(_of_sum(name, mechanism, rounds) for name in (*once, *totals)), account.spent()
 
     return run
+
+
+def _of_sum(name: str, mechanism: Mechanism, rounds: Sequence[tuple[int, ClientUpdate]]) -> float:
+    """Returns the log likelihood ratio of a named sum's releases; its rows are clipped to norm 1."""
+    cost, found = mechanism.cost(ReleaseKind.STATISTIC, name), [(r, u.arrays.get(SUM + name)) for r, u in rounds]
+    if cost is None:
+        raise PrivacyError(f"the mechanism states no cost for the sum {name!r}")
+    return _log_ratio([sign(round) * float(value) for round, value in found if value is not None], cost, 1.0)
 
 
 def _worst_site(mechanism: SharedGaussian, plan: ClientWorkload) -> ClientWorkload:
@@ -316,6 +341,8 @@ def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float, steps
     A release x of so many steps s together, in clip norms, is N(0, sz²) without it, and with it a mixture of N(k, sz²), k
     from Binomial(s, q).
     """
+    if not sums:
+        return 0.0
     variance, x_T1 = steps * max(cost.noise_multiplier, 1e-3) ** 2, np.array(sums)[:, None] / clip_norm
     times_K = np.arange(steps + 1)
     weight_K = binom.logpmf(times_K, steps, cost.sampling_rate)

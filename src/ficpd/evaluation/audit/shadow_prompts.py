@@ -17,7 +17,7 @@ from ficpd.federation.client import Client, ClientSession
 from ficpd.interfaces import Compression, Task
 from ficpd.optimizers import LocalTrainingConfig, tune
 from ficpd.privacy.none import NoPrivacy
-from ficpd.types import Assignment, ClientCard, Prompt, Query, Record
+from ficpd.types import Assignment, ClientCard, Prompt, Query, Readout, Record
 
 
 def shadow_prompts(
@@ -47,10 +47,14 @@ def shadow_prompts(
 
 
 def losses(
-    model: QueryEngine, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256
-) -> np.ndarray:
-    """Returns every record's loss under every prompt, [S, N]. `at_once` records per query bound the memory."""
-    batch = task.encode(records, model.backbone, start)
+    model: QueryEngine, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256,
+    readout: Readout | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Returns every record's loss under every prompt, [S, N]; `readout`: a learned one in the place of the task's own.
+
+    `at_once` records per query bound the memory.
+    """
+    batch = task.encode(records, model.backbone, start).with_readout(readout)
     parts = [batch.select(range(first, min(first + at_once, len(batch)))) for first in range(0, len(batch), at_once)]
     answers = [model.answer([Query(prompts_SPD, part)])[0].loss_KB.cpu() for part in parts]
     return torch.cat(answers, dim=1).double().numpy() if answers else np.zeros((len(prompts_SPD), 0))
