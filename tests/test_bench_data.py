@@ -247,3 +247,32 @@ def test_the_prepared_files_beside_the_repository_are_those_of_the_tables(data, 
     assert data.prepare(sorted(data.SETS), str(PREPARED), tmp_path, tmp_path / "lock") == []
     table = pd.read_parquet(tmp_path / "medical_abstracts.parquet")
     assert data.rows_sha256(table) == data.SETS["medical_abstracts"].rows_sha256
+
+
+def commands_of_tables(page: str) -> list[tuple[str, str]]:
+    """Lists the tables of a page: the first line, and the text since the table or heading before it."""
+    found = []
+    for part in re.split(r"^#+ .*$", page, flags=re.MULTILINE):
+        before = ""
+        for block in re.split(r"(?m)^((?:\|.*\n)+)", part):
+            if block.startswith("|"):
+                found.append((block.split("\n")[0], before))
+            before = block
+    return found
+
+
+def test_every_table_of_results_names_its_command():
+    tables = commands_of_tables((BENCH.parent / "docs" / "results.md").read_text(encoding="utf-8"))
+    verdict, *measured = tables
+    assert "verdict" in verdict[0]
+    assert len(measured) > 20
+    assert [head for head, text in measured if not re.search(r"`(python\s+bench/\w+\.py|make demo)", text)] == []
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "bench/README.md", "README.md"])
+def test_every_command_of_a_page_is_there(page):
+    """The bench's file exists, and its source has the part that a page names."""
+    text = (BENCH.parent / page).read_text(encoding="utf-8")
+    for name, part in re.findall(r"`python\s+bench/(\w+)\.py(?: (\w+))?", text):
+        source = (BENCH / f"{name}.py").read_text(encoding="utf-8")
+        assert part in source, (name, part)
