@@ -57,6 +57,11 @@ def test_a_misspelt_key_names_the_nearest(change, words):
         ("num_tokens = 3", None, "'num_tokens' is no key of [federation]. It belongs to [prompt]"),
         ("", "epsilon=2", "'epsilon' is no part. It belongs to [privacy]"),
         ("", "method.learning_rate=2", "'learning_rate' is no key of [method]. It belongs to [training]"),
+        ("", "labels={a='b'}", "'labels' is no part. It belongs to [task]"),
+        ("", "instruction=It is", "'instruction' is no part. It belongs to [task]"),
+        ("", "data.target=stars", "'target' is no key of [data]. It belongs to [data.columns]"),
+        ("", "privacy.subject=patient", "'subject' is no key of [privacy]. It belongs to [data.columns]"),
+        ("", "task.robust=1", "'robust' is no key of [task]. It belongs to [method]"),
     ],
 )
 def test_a_known_part_in_the_wrong_place_says_where_it_goes(text, change, words):

@@ -15,12 +15,13 @@ import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from ficpd.backbones.loading import BackboneConfig, EngineConfig
+from ficpd.data.loading import ROLES
 from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
 from ficpd.errors import ConfigError, RunError, did_you_mean
 from ficpd.experiments.facts import RECIPE, recipes
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import FrozenConfig, load, search_in, validate, validated_section
+from ficpd.registry import FrozenConfig, load, names, search_in, validate, validated_section
 
 QUICKSTART = "quickstart"
 STANDARD_BASELINES = ("local", "linear_probe")
@@ -182,6 +183,8 @@ PARTS: dict[str, type[BaseModel]] = {
 REGISTRIES = {"task": "tasks", "method": "methods", "privacy": "privacy", "compression": "compression"}
 RECORD_LEVEL = "record_gaussian"
 """The mechanism of privacy settings without a name. Where the data name subjects, it protects subjects."""
+USUAL = {"task": "classification", "privacy": RECORD_LEVEL}
+"""The modules whose keys an error looks for, where the recipe names none."""
 
 
 def parse(text: str, where: str, changes: Iterable[str] = (), records: bool = True) -> Experiment:
@@ -207,7 +210,7 @@ def build(tree: Mapping[str, Any], where: str, records: bool = True) -> Experime
         records = False
     for key in tree:
         if key not in Experiment.model_fields:
-            raise ConfigError(f"{where}: {_place_of(key) or did_you_mean('part', key, Experiment.model_fields)}")
+            raise ConfigError(f"{where}: {_place_of(key, tree) or did_you_mean('part', key, Experiment.model_fields)}")
     parts, groups = dict(tree), tree.get("groups")
     if isinstance(tree.get("privacy"), Mapping):
         parts["privacy"] = {"name": RECORD_LEVEL, **tree["privacy"]}
@@ -248,7 +251,11 @@ def _check_places(parts: Mapping[str, Any], where: str) -> None:
         model = PARTS.get(part) or getattr(_module(REGISTRIES[part], tree), "Config", None)
         own = ["name", *(model.model_fields if model else ())]
         for key in tree:
-            if model is not None and not get_close_matches(key, own, cutoff=0.8) and (told := _place_of(key, part)):
+            if (
+                model is not None
+                and not get_close_matches(key, own, cutoff=0.8)
+                and (told := _place_of(key, parts, part))
+            ):
                 raise ConfigError(f"{where}: {part}: {told}")
 
 
@@ -257,17 +264,25 @@ def _module(registry: str, tree: Mapping[str, Any]) -> Any:
     return load(registry, tree["name"]) if isinstance(tree.get("name"), str) else None
 
 
-def _place_of(key: str, inside: str = "") -> str:
+def _place_of(key: str, parts: Mapping[str, Any], inside: str = "") -> str:
     """Returns where a known part or key belongs, as an error text; empty if it is neither."""
     known = {*PARTS, *REGISTRIES, "groups"}
     if inside and key in Experiment.model_fields:
         place = f"Write it as [{key}] on lines of its own" if key in known else "Write it above the first [section]"
         return f"{key!r} is no key of [{inside}], but a part of the recipe. {place}"
-    models = {**PARTS, "privacy": load("privacy", RECORD_LEVEL).Config}
-    if homes := [part for part, model in models.items() if key in model.model_fields and part != inside]:
+    models = {**PARTS, **_named_models(parts)}
+    homes = ["data.columns"] if key in ROLES else []
+    if homes := [*homes, *(part for part, model in models.items() if key in model.model_fields and part != inside)]:
         stands = f"no key of [{inside}]" if inside else "no part"
         return f"{key!r} is {stands}. It belongs to {' or '.join(f'[{part}]' for part in homes)}"
     return ""
+
+
+def _named_models(parts: Mapping[str, Any]) -> dict[str, type[BaseModel]]:
+    """Returns the settings of the modules that the parts name, or usually name."""
+    named = {part: tree["name"] for part, tree in parts.items() if part in REGISTRIES and "name" in (tree or {})}
+    known = {part: name for part, name in named.items() if name in names(REGISTRIES[part])}
+    return {part: load(REGISTRIES[part], name).Config for part, name in {**USUAL, **known}.items()}
 
 
 def _group(tree: Any, where: str, records: bool) -> Group:
