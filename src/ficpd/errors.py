@@ -91,6 +91,7 @@ REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a file stands where a folder is expected; choose another path",
+    errno.EEXIST: "a file stands where a folder is expected; choose another path",
     errno.EISDIR: "a folder stands where a file is expected; choose another path",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 } | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that this user may read and write")

@@ -180,6 +180,12 @@ def test_a_leak_and_wrong_usage_have_different_statuses(ficpd, folder, monkeypat
     assert ficpd(*call, "--shadowz")[0] == 2
 
 
+def test_an_audit_of_a_run_takes_no_other_place(ficpd, folder):
+    status, _, err = ficpd("audit", folder / "run", "--out", folder / "audit")
+    assert status == 2
+    assert "--out goes with --trained" in err
+
+
 @pytest.mark.parametrize("asked", [(), ("--json",), ("--quiet",)])
 def test_an_audit_counts_its_runs_as_a_run_counts_its_rounds(ficpd, folder, asked):
     call = ("audit", folder / "run", "--shadows", "2", "--members", "20", "--canaries", "0")

@@ -119,6 +119,23 @@ def test_a_file_among_the_texts_is_told_from_a_text(ficpd, folder):
     status, _, err = ficpd("predict", folder / "run", folder / "records.csv")
     assert status == 2
     assert "is a file: write --data" in err
+    assert ficpd("predict", folder / "run", "--text", str(folder / "records.csv"))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["recrods.csv", "new/few.jsonl.gz", "NOTES.TXT"])
+def test_a_file_that_is_not_there_is_no_text(ficpd, folder, name):
+    status, _, err = ficpd("predict", folder / "run", name)
+    assert status == 2
+    assert "there is no file" in err
+    assert ficpd("predict", folder / "run", "--text", name)[0] == 0
+    assert ficpd("predict", folder / "run", f"see {name}")[0] == 0
+
+
+def test_out_of_predict_is_tried_before_weights_load(ficpd, folder, monkeypatch):
+    monkeypatch.setattr("ficpd.library.session.load_library", lambda *_, **__: pytest.fail("the work began"))
+    status, _, err = ficpd("predict", folder / "run", "x", "--out", folder / "records.csv" / "new.csv")
+    assert status == 1
+    assert "a file stands where a folder is expected" in err
 
 
 def test_an_empty_standard_input_is_an_error_and_a_terminal_is_not_read(ficpd, folder, typed, monkeypatch):

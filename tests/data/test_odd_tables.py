@@ -1,6 +1,7 @@
 """Tables as they come: compressed, of other encodings and separators, with odd columns, labels and neighbours."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -123,6 +124,22 @@ def test_what_cannot_separate_is_refused(separator):
 def test_semicolons_and_tabs_are_seen_and_others_named(tmp_path, separator, named):
     rows = [{"text": "one, two", "target": "a"}, {"text": 'so "called"; |', "target": "b"}]
     assert fields(written(tmp_path / "a.csv", rows, separator=separator), separator=named) == rows
+
+
+@pytest.mark.parametrize("separator", "|:#")
+def test_another_separator_is_named(tmp_path, separator):
+    assert f"If {separator!r} separates the columns" in refused(written(tmp_path / "a.csv", ROWS, separator=separator))
+    (tmp_path / "b.csv").write_text("a text\nx\n")
+    assert "separates" not in refused(tmp_path / "b.csv")
+
+
+def test_a_file_that_the_system_refuses_says_why(tmp_path, monkeypatch):
+    def no(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a.csv")
+
+    path = written(tmp_path / "a.csv", ROWS)
+    monkeypatch.setattr("ficpd.data.tables._content", no)
+    assert refused(path) == "a.csv: Permission denied; choose a place that this user may read and write"
 
 
 # ---------------------------------------------------------------- columns

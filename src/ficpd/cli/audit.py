@@ -34,6 +34,8 @@ def audit(
 
     if bool(trained) != bool(others):
         raise typer.BadParameter("give --trained and --others together: members and non-members")
+    if out is not None and not trained:
+        raise typer.BadParameter(f"--out goes with --trained; an audit of a run is written to {run / 'audit.json'}")
     if trained and others:
         folder = out or run.with_name(run.resolve().name + "-audit")
         known, unknown = (read_records(file, roles(columns)) for file in (trained, others))

@@ -1,6 +1,7 @@
 """The commands that answer texts: predict and serve."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ficpd.library.answers import Row
 
 STDIN = "-"
+FILE_NAME = re.compile(r"\S+\.(csv|tsv|jsonl|ndjson|json|parquet|txt)(\.gz|\.zst)?", re.IGNORECASE)
+"""A word that ends as the files do that `--data` reads."""
 Prompt = Annotated[str | None, typer.Option("--prompt", help="a prompt's name; none: adapted, else global")]
 
 
@@ -47,11 +50,15 @@ def predict(
     """
     from ficpd.library.answers import answer, choose_format, encode_answers, write_answers
     from ficpd.library.session import load_library
+    from ficpd.storage import require_writable
 
     chosen, files = choose_format(format, out), reading(encoding, separator)
+    _refuse_files(texts or [])
     given = [*(texts or ()), *(text or ())]
     if given and data:
         raise typer.BadParameter("give texts or --data, not both")
+    if out is not None:
+        require_writable(out.parent)
     opened = load_library(library, device=device, weights=False)
     rows = _rows(given, data, columns, files)
     content = encode_answers(rows, answer(opened, [row.record for row in rows], prompt, task), chosen)
@@ -73,9 +80,16 @@ def _rows(texts: list[str], data: str | None, columns: list[str] | None, files: 
         return rows_of_lines(_standard_input(files.encoding), "standard input")
     if STDIN in texts:
         raise typer.BadParameter("- stands alone: it reads the texts from standard input")
-    if found := [one for one in texts if os.path.isfile(one)]:
-        raise typer.BadParameter(f"{found[0]} is a file: write --data {found[0]}")
     return rows_of_texts(texts)
+
+
+def _refuse_files(texts: list[str]) -> None:
+    """Raises `BadParameter` for the name of a file among the texts, whether the file is there or not."""
+    for one in texts:
+        if os.path.isfile(one):
+            raise typer.BadParameter(f"{one} is a file: write --data {one}")
+        if FILE_NAME.fullmatch(one):
+            raise typer.BadParameter(f"there is no file {one}; if it is a text, write --text {one}")
 
 
 def _standard_input(encoding: str) -> str:

@@ -230,6 +230,12 @@ def _tables(config: Config) -> list[Table]:
     return read_files(path, config.reading)
 
 
+def _separator_of(table: Table) -> str:
+    """Asks for the separator where a header is one cell with signs in it."""
+    signs = re.findall(r"[^\w\s.'\"-]", table.columns[0]) if len(table.columns) == 1 else []
+    return f". If {signs[0]!r} separates the columns, name it (data.separator, --separator)" if signs else ""
+
+
 def _check_columns(tables: list[Table], config: Config) -> None:
     first = tables[0]
     for table in tables:
@@ -240,7 +246,8 @@ def _check_columns(tables: list[Table], config: Config) -> None:
             )
     for column in config.asked:
         if column not in first.columns:
-            raise DataError(f"{first.name}: {did_you_mean('column', column, first.columns)} (set it in `columns`)")
+            known = did_you_mean("column", column, first.columns)
+            raise DataError(f"{first.name}: {known} (set it in data.columns, or by --column){_separator_of(first)}")
     for column, values in config.where.items():
         present = {str(cells.get(column)) for table in tables for cells in table.rows.values()}
         if missing := [value for value in values if value not in present]:

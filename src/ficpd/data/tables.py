@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ficpd.errors import DataError, needs
+from ficpd.errors import DataError, describe_os_error, needs
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation"), "dropped")
 LONGEST_CELL = 2**31 - 1
@@ -95,6 +95,8 @@ def _file(path: Path, options: ReadOptions) -> Table:
     try:
         table = READERS[_plain(path).suffix.lower()](path, options)
     except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(describe_os_error(error)) from error
         raise DataError(f"{path.name}: cannot be read ({error}); check that it is whole and readable") from error
     if not table.rows:
         raise DataError(f"{path.name}: no rows; expected a header and one record a row")

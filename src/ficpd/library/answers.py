@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ficpd.data.tables import WHOLE, ReadOptions, read_files, read_text, replace_surrogates, table_paths
-from ficpd.errors import DataError, did_you_mean, needs
+from ficpd.errors import DataError, describe_os_error, did_you_mean, needs
 from ficpd.library.records import NO_COLUMNS, read_records
 from ficpd.library.session import LibrarySession
 from ficpd.storage import atomic_write
@@ -192,4 +192,4 @@ def write_answers(out: Path, content: bytes) -> None:
     try:
         atomic_write(out, content)
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror}; choose another file (--out)") from error
+        raise DataError(f"--out {describe_os_error(error)}") from error
