@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -208,6 +209,20 @@ def test_regression_and_a_tuned_head_run_too(tmp_path):
     assert result.task == "regression"
     assert result.scores.global_prompt["rmse"] < 3
     assert PromptLibrary.load(tmp_path / "run").start.head_rows == 2
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ficpd"])
+def test_a_constant_target_gives_finite_scores(tmp_path, method):
+    data = tmp_path / "numbers.csv"
+    lines = [f"{r.fields['text']},3.0,site-{i % 2}" for i, r in enumerate(small.records(40, 1, real=True))]
+    data.write_text("text,target,site\n" + "\n".join(lines) + "\n")
+    text = small.toml(data).replace('name = "classification"', 'name = "regression"')
+    text = text.replace(
+        'labels = { good = "good fine", bad = "bad dull" }', 'anchors = { "bad dull" = 1.0, "good fine" = 5.0 }'
+    )
+    result = run_experiment(parse(text, "numbers.toml", [f"method.name={method}"]), tmp_path / "run")
+    scores = [*result.scores.per_client.values(), result.scores.per_client_mean]
+    assert all(math.isfinite(value) for of in scores for value in of.values())
 
 
 def test_a_wrong_label_stops_the_run_before_it_begins(tmp_path):

@@ -168,6 +168,9 @@ def test_a_comparison_says_who_beats_whom(compared):
     assert page.headline.startswith(
         "ficpd beats fedavg (4 of 4); is not significantly different from zero_shot (4 of 4), "
     )
+    tiles = page.lead[0]
+    assert isinstance(tiles, KeyValues)
+    assert {"tasks": "2", "partition": "1", "budgets": "2", "seeds": "3"}.items() <= dict(tiles.pairs).items()
     assert [s.id for s in page.sections] == [
         "grid", "privacy", "curves", "fronts", "ranks", "targets", "clients", "failures", "compared"
     ]  # fmt: skip

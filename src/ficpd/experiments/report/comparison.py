@@ -60,10 +60,11 @@ def headline(tree: ComparisonResult) -> str:
 
 def summary_blocks(tree: ComparisonResult) -> list[Block]:
     counts = tree.counts
+    axes = {axis: len(getattr(tree, axis)) for axis in ("tasks", "partitions", "budgets", "seeds")}
+    sizes = {"methods": len(tree.methods) - len(tree.lines), **axes}
     pairs = [
         ("cells finished", f"{counts.get('done', 0):,} of {sum(counts.values()):,}"),
-        ("methods", str(len(tree.methods) - len(tree.lines))),
-        *((axis, str(len(getattr(tree, axis)))) for axis in ("tasks", "partitions", "budgets", "seeds")),
+        *((axis if size != 1 else axis.removesuffix("s"), str(size)) for axis, size in sizes.items()),
     ]
     figure = {
         "own": "Each client's prompt on its own test records, the mean over clients",
@@ -71,7 +72,8 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
     }[tree.figure]
     said = (
         f"{figure}. Paired t-tests over seeds against {tree.reference}, corrected after Holm; beaten or "
-        f"beating means p below {SURE:g}. Intervals at {100 * tree.confidence:g} %."
+        f"beating means p below {SURE:g}. In brackets: in how many of the tables below. Intervals at "
+        f"{100 * tree.confidence:g} %."
     )
     blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]
     if counts.get("failed"):
