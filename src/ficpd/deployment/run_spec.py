@@ -4,11 +4,13 @@ It holds all parts of the experiment that a client needs. A site executes assign
 of the whole run before the first one.
 """
 
+import json
 import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ class RunSpec:
     schedule: RoundSchedule
     start: Prompt
     coordinates: Subspace | None
+
+    def digest(self) -> str:
+        """Names all by which a site plans its noise. Sites of a secure sum sign it, so that all have the same."""
+        told = [to_toml(self.experiment), list(self.names), asdict(self.schedule)]
+        return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def method(self) -> Method:
         module, config = build_config("methods", self.experiment.method)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,10 @@ from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
 from ficpd.federation import codec
 from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR
+from ficpd.federation.secure_sum.server import _Unmasking
+from ficpd.interfaces import ReleaseKind
 from ficpd.library.library import PromptLibrary
+from ficpd.privacy.shared_gaussian import GRID
 from ficpd.types import Assignment
 from site_of import begun, recipe, signing_keys, site, train
 
@@ -222,6 +226,38 @@ def test_keys_of_the_server_are_refused(shared, tmp_path):
     with pytest.raises(PolicyError, match=r"site-3.*not signed"):
         server.ask("site-0", SHARES, adverts={**adverts, "site-3": other.keys()["site-3"]})
     assert server.spent() == 0.0
+
+
+def test_sites_that_were_told_of_less_noise_are_not_in_ones_sum(shared, tmp_path):
+    """A server sends three sites a recipe with a larger epsilon: their noise would not cover the fourth."""
+    server = Server(shared, tmp_path)
+    own = server.ask("site-0", KEYS).facts["advert"]
+    server.said = begun(build_context(experiment(tmp_path, "fedavg", *SHARED, "privacy.epsilon=9.0")))[1]
+    adverts = {name: server.ask(name, KEYS).facts["advert"] for name in server.sites if name != "site-0"}
+    with pytest.raises(PolicyError, match=r"site-1.*another key, run, spec or round"):
+        server.ask("site-0", SHARES, adverts={"site-0": own, **adverts})
+    assert server.ask("site-1", KEYS).facts["advert"] == adverts["site-1"]
+    assert server.spent() == 0.0
+
+
+@pytest.mark.parametrize("told", [{}, {"classes": 48}], ids=["all alike", "others another layout"])
+def test_sites_that_were_asked_for_other_sums_make_no_sum(shared, tmp_path, told):
+    """A server asks one site for a longer gradient, and the others for a sum there that has less noise."""
+    server = Server(shared, tmp_path)
+    adverts = server.keys()
+    shares, names = server.shares(adverts), list(server.sites)
+    asked = {
+        name: {"gradient": 48, **told} if name != "site-0" else {"gradient": 48 + len(told) * 48} for name in names
+    }
+    for one in server.sites.values():  # as if the method had this total
+        mechanism = next(iter(one.runs.values())).client.mechanism
+        mechanism._statistics["classes"] = mechanism.cost(ReleaseKind.STEP)  # type: ignore[attr-defined]
+    vectors = [server.vector(name, shares, sizes=asked[name]).numpy().view(np.uint64) for name in names]
+    signed = {name: server.ask(name, CONSENT, survivors=names).facts["consent"][name] for name in names}
+    revealed = {name: server.ask(name, REVEAL, signatures=signed).facts["revealed"] for name in names}
+    unmask = _Unmasking("a" * 32, 1, adverts, names, names, revealed, 3)
+    summed = (np.sum(vectors, axis=0, dtype=np.uint64) - unmask.masks(len(vectors[0]))).view(np.int64)
+    assert (np.median(np.abs(summed / GRID)) > 1e6) == bool(told), "masks cancel between equal requests only"
 
 
 def test_a_replayed_round_is_refused(shared, tmp_path):

@@ -34,7 +34,7 @@ def member_of(config: SiteConfig, run: str, spec: RunSpec, mechanism: Mechanism)
         )
     return Member(
         config.name, run, private, known, lambda round: sample_cohort(spec.schedule, spec.names, round),
-        mechanism.tolerance_of,
+        mechanism.tolerance_of, spec.digest(),
     )  # fmt: skip
 
 

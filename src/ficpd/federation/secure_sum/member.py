@@ -18,8 +18,8 @@ Advert = Mapping[str, str]
 SIGNED = ("channel", "mask", "seed")
 
 
-def advert_statement(run: str, round: int, name: str, advert: Advert) -> bytes:
-    return masks.statement("keys", run, round, name, [advert[part] for part in SIGNED])
+def advert_statement(run: str, spec: str, round: int, name: str, advert: Advert) -> bytes:
+    return masks.statement("keys", run, spec, round, name, [advert[part] for part in SIGNED])
 
 
 def consent_statement(run: str, round: int, adverts: Mapping[str, Advert], survivors: Sequence[str]) -> bytes:
@@ -49,18 +49,20 @@ class Member:
     - of one client the server sees a vector that is uniform in the ring, as long as at most `colluding` clients help it;
     - shares are revealed only for a list of at least `least` clients, which as many have signed;
     - a client answers each phase of a round once; the same question has the same answer, another one is refused;
-    - keys are accepted only with the signature of the site's long-lived key, for this run and this round.
+    - keys are accepted only with the signature of the site's long-lived key, for this run, its spec and this round;
+    - masks cancel only between clients that were asked for the same sums (`layout`).
 
-    run: the run's id, which signatures are bound to.
+    run: the run's id, which signatures are bound to. spec: digest of the run's spec, by which every client plans its noise:
+    a server that sends specs with less noise to the others leaves this client without them.
     identity: the site's long-lived key. known: every site's public one, 32 bytes, never taken from the server.
     invited: the clients of a round, computed from the public schedule. allowed: the `Tolerance` for their number.
     """
 
     def __init__(
         self, name: str, run: str, identity: Ed25519PrivateKey, known: Mapping[str, bytes],
-        invited: Callable[[int], Sequence[str]], allowed: Callable[[int], Tolerance],
+        invited: Callable[[int], Sequence[str]], allowed: Callable[[int], Tolerance], spec: str = "",
     ):  # fmt: skip
-        self.name, self.run, self.identity, self.known = name, run, identity, known
+        self.name, self.run, self.spec, self.identity, self.known = name, run, spec, identity, known
         self.invited, self.allowed = invited, allowed
         self._round: _Round | None = None
 
@@ -93,7 +95,7 @@ class Member:
             "mask": state.mask.public_key().public_bytes_raw().hex(),
             "seed": masks.digest(state.seed),
         }
-        signature = masks.sign(self.identity, advert_statement(self.run, state.number, self.name, advert))
+        signature = masks.sign(self.identity, advert_statement(self.run, self.spec, state.number, self.name, advert))
         return advert | {"signature": signature.hex()}
 
     def share(self, round: int, adverts: Mapping[str, Advert]) -> dict[str, str]:
@@ -105,11 +107,11 @@ class Member:
         state = self._now()
         self._check_clients(adverts, self.invited(state.number))
         for name, advert in adverts.items():
-            content = advert_statement(self.run, state.number, name, advert)
+            content = advert_statement(self.run, self.spec, state.number, name, advert)
             if not masks.is_signed(self.known[name], _bytes(advert["signature"]), content):
                 raise PolicyError(
-                    f"the keys of {name} for round {state.number} are not signed by {name}: another key, run or round. "
-                    f"Send what {name} has signed"
+                    f"the keys of {name} for round {state.number} are not signed by {name}: another key, run, spec or "
+                    f"round. Send all sites one spec, and what {name} has signed"
                 )
         if adverts[self.name] != state.answered["keys"][1]:
             raise PolicyError(f"the keys of {self.name} are not those that it made for round {state.number}")
@@ -119,8 +121,11 @@ class Member:
         state.adverts, state.held = adverts, {self.name: own.pop(self.name)}
         return {peer: masks.encrypt(self._channel(self.name, peer), share).hex() for peer, share in own.items()}
 
-    def mask(self, round: int, shares: Mapping[str, str], vector: np.ndarray) -> np.ndarray:
-        """Adds the masks to a term, uint64 [N], for the clients whose `shares` came. Masks once in a round."""
+    def mask(self, round: int, shares: Mapping[str, str], vector: np.ndarray, layout: str = "") -> np.ndarray:
+        """Adds the masks to a term, uint64 [N], for the clients whose `shares` came. Masks once in a round.
+
+        layout: names the sums in the term. Another client's noise covers this term only if it was asked for the same.
+        """
         state = self._now(round)
         if "vector" in state.answered:
             raise PolicyError(f"{self.name} has masked its vector of round {round} already. Send the next round")
@@ -132,7 +137,8 @@ class Member:
         state.held = {**state.held, **right}
         masked = vector + masks.mask(own_key(self.run, round, state.seed), len(vector))
         for peer in others:
-            key = pair_key(self.run, round, state.mask, self.name, peer, _bytes(state.adverts[peer]["mask"]))
+            public = _bytes(state.adverts[peer]["mask"])
+            key = pair_key(self.run, round, state.mask, self.name, peer, public, layout)
             pair = masks.mask(key, len(vector))
             masked = masked + pair if self.name < peer else masked - pair
         return masked
@@ -213,9 +219,11 @@ def own_key(run: str, round: int, seed: bytes) -> bytes:
     return masks.derived(seed, "own mask", run, round)
 
 
-def pair_key(run: str, round: int, private: X25519PrivateKey, name: str, peer: str, public: bytes) -> bytes:
+def pair_key(
+    run: str, round: int, private: X25519PrivateKey, name: str, peer: str, public: bytes, layout: str = ""
+) -> bytes:
     """Derives the key of a mask of two clients. The first by name adds it, the other subtracts it."""
-    return masks.agreed_key(private, public, "pair mask", run, round, *sorted((name, peer)))
+    return masks.agreed_key(private, public, "pair mask", run, round, *sorted((name, peer)), layout)
 
 
 def _bytes(text: str) -> bytes:

@@ -14,7 +14,7 @@ from ficpd.federation import codec
 from ficpd.federation.method import Method, group_card
 from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR, masks
 from ficpd.federation.secure_sum.member import SIGNED, own_key, pair_key
-from ficpd.federation.secure_sum.terms import own_part
+from ficpd.federation.secure_sum.terms import layout_of, own_part
 from ficpd.interfaces import Engine, Subspace
 from ficpd.optimizers import tune
 from ficpd.privacy.clipping import clip_scale
@@ -145,7 +145,7 @@ class SecureSum:
         asked = {n: {"signatures": signatures} for n in consents}
         revealed = messages.texts(REVEAL, asked, "revealed", allowed.least)
         unmask = _Unmasking(self.run, messages.round, adverts, sorted(shares), survivors, revealed, allowed.least)
-        return summed - unmask.masks(numbers), survivors
+        return summed - unmask.masks(numbers, layout_of(self.groups, sizes)), survivors
 
 
 class _Messages:
@@ -226,7 +226,7 @@ class _Unmasking:
     revealed: Mapping[str, Mapping[str, str]]
     threshold: int
 
-    def masks(self, size: int) -> np.ndarray:
+    def masks(self, size: int, layout: str = "") -> np.ndarray:
         """Returns the masks in the sum of the survivors' vectors, uint64 [size]. Raises `VoidRoundError`."""
         total = np.zeros(size, np.uint64)
         for name in self.survivors:
@@ -239,7 +239,7 @@ class _Unmasking:
             )
             for name in self.survivors:
                 other = bytes.fromhex(self.adverts[name]["mask"])
-                pair = masks.mask(pair_key(self.run, self.round, private, lost, name, other), size)
+                pair = masks.mask(pair_key(self.run, self.round, private, lost, name, other, layout), size)
                 total = total + pair if name < lost else total - pair
         return total
 

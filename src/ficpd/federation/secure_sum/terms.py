@@ -14,7 +14,7 @@ import torch
 from ficpd.errors import CodecError, PolicyError
 from ficpd.federation import codec
 from ficpd.federation.client import Client, ClientSession
-from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR
+from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR, masks
 from ficpd.federation.secure_sum.member import SIGNED
 from ficpd.privacy.shared_gaussian import SharedGaussian
 from ficpd.types import Assignment, ClientUpdate
@@ -35,6 +35,11 @@ class VectorOrder:
     @property
     def size(self) -> int:
         return len(self.parts) * sum(self.sizes.values())
+
+
+def layout_of(parts: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """Names the sums of a vector, which all clients of a round must be asked for alike."""
+    return masks.digest(masks.statement("layout", list(parts), dict(sizes)))
 
 
 def own_part(client: str, parts: Sequence[str]) -> str:
@@ -96,7 +101,8 @@ def releasing(client: Client, order: VectorOrder) -> Callable[[ClientSession], C
     def release(session: ClientSession) -> ClientUpdate:
         vector = _term(session, order)
         if client.member is not None:
-            vector = client.member.mask(order.assignment.round, order.shares, vector)
+            layout = layout_of(order.parts, order.sizes)
+            vector = client.member.mask(order.assignment.round, order.shares, vector, layout)
         return ClientUpdate(client.name, {MASKED: torch.from_numpy(vector.view(np.int64).copy())})
 
     return release
