@@ -89,6 +89,12 @@ def test_numbers_are_read_as_text(tmp_path):
     assert Counter(record.subject for record in [*found.train, *found.test]) == {"7": 3, "007": 1, "8": 1}
 
 
+def test_numbers_of_a_text_file_are_read_alike(tmp_path):
+    found = load(table(tmp_path / "a.csv", ["7", "7.0", "7.00", "007", "8", "v7.0", "7.5"]), test_fraction=0.4)
+    counts = Counter(record.subject for record in [*found.train, *found.test])
+    assert counts == {"7": 3, "007": 1, "8": 1, "v7.0": 1, "7.5": 1}
+
+
 def test_a_column_that_is_not_there_is_an_error(tmp_path):
     (tmp_path / "a.csv").write_text("text,target\na,b\nc,d\n")
     with pytest.raises(DataError, match="patient"):

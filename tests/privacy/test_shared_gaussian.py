@@ -37,6 +37,8 @@ class Silent:
         self.deviations.append(deviation)
         return whole
 
+    permutation = staticmethod(torch.arange)
+
 
 def test_one_record_moves_a_term_by_the_grid_and_the_rounding_at_most():
     mechanism, random = built(), torch.Generator().manual_seed(0)
@@ -46,6 +48,23 @@ def test_one_record_moves_a_term_by_the_grid_and_the_rounding_at_most():
         less = mechanism.noisy_mean(values[:, 1:], 10, Silent())  # type: ignore[arg-type]
         assert whole.dtype == torch.int64
         assert float((whole - less).double().norm()) <= GRID + math.sqrt(40)
+
+
+def test_one_subject_moves_a_term_by_the_grid_and_the_rounding_at_most():
+    mechanism, random = built(replace(PLAN, num_subjects=20)), torch.Generator().manual_seed(0)
+    assert mechanism.guarantee()["unit"] == "subject"
+    subject_B = torch.tensor([0, 1, 2, 2, 2, 2, 2])
+    for _ in range(50):
+        values = torch.randn(1, 7, 40, generator=random) * 10 ** float(torch.randn(1, generator=random))
+        values[0, 2:] = values[0, 2]  # all records of the subject say the same
+        rows = values[0]
+        for whole, less in (
+            (mechanism.noisy_mean(values, 2, Silent(), subject_B=subject_B),  # type: ignore[arg-type]
+             mechanism.noisy_mean(values[:, :2], 2, Silent(), subject_B=subject_B[:2])),  # type: ignore[arg-type]
+            (mechanism.noisy_sum("classes", [rows], Silent(), subject_B),  # type: ignore[arg-type]
+             mechanism.noisy_sum("classes", [rows[:2]], Silent(), subject_B[:2])),  # type: ignore[arg-type]
+        ):  # fmt: skip
+            assert 0 < float((whole - less).double().norm()) <= GRID + math.sqrt(40)
 
 
 def test_rounding_may_move_a_term_by_more_than_the_grid():

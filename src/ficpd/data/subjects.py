@@ -1,6 +1,7 @@
 """Groups records by subject: patients, customers, pupils. A subject's records are never divided between two sides."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,10 @@ import numpy as np
 
 from ficpd.errors import DataError
 from ficpd.types import Record
+
+
+_WHOLE = re.compile(r"-?\d+\.0*")
+"""A whole number with a decimal point."""
 
 
 class UnitCounts(NamedTuple):
@@ -26,6 +31,8 @@ class UnitCounts(NamedTuple):
 def parse_subject(key: str, column: str, cell: Any) -> str:
     """Returns a cell as a subject's name. Numbers are read as text: 7 and 7.0 are "7", and "007" is another subject.
 
+    The same holds of numbers that a file has as text: a table writes 7.0 where it has read 7 beside a gap.
+
     Raises `DataError` for a cell without a value, and for a value that is no name. A record whose subject is not known
     could be one of any subject's, so that no guarantee would hold for it.
 
@@ -40,7 +47,8 @@ def parse_subject(key: str, column: str, cell: Any) -> str:
         cell = int(cell)
     if isinstance(cell, bool) or not isinstance(cell, (str, int)):
         raise DataError(f"{key}, column {column!r}: {cell!r} is no subject; {expected}")
-    return str(cell).strip()
+    text = str(cell).strip()
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
 
 
 def subject_numbers(records: Sequence[Record]) -> list[int] | None:
