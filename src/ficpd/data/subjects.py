@@ -11,7 +11,6 @@ import numpy as np
 from ficpd.errors import DataError
 from ficpd.types import Record
 
-
 _WHOLE = re.compile(r"-?\d+\.0*")
 """A whole number with a decimal point."""
 
@@ -31,7 +30,7 @@ class UnitCounts(NamedTuple):
 def parse_subject(key: str, column: str, cell: Any) -> str:
     """Returns a cell as a subject's name. Numbers are read as text: 7 and 7.0 are "7", and "007" is another subject.
 
-    The same holds of numbers that a file has as text: a table writes 7.0 where it has read 7 beside a gap.
+    The same holds of numbers that a file has as text, because some programs write 7 as 7.0.
 
     Raises `DataError` for a cell without a value, and for a value that is no name. A record whose subject is not known
     could be one of any subject's, so that no guarantee would hold for it.

@@ -15,7 +15,7 @@ import grids
 import small
 from ficpd.deployment import coordinator
 from ficpd.deployment.site.site import Site
-from ficpd.errors import CodecError, PolicyError, PrivacyError, SiteError
+from ficpd.errors import BudgetError, CodecError, PolicyError, PrivacyError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, parse
 from ficpd.experiments.results import RunResult
@@ -25,7 +25,7 @@ from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, V
 from ficpd.federation.secure_sum.server import _Unmasking
 from ficpd.interfaces import ReleaseKind
 from ficpd.library.library import PromptLibrary
-from ficpd.privacy.shared_gaussian import GRID
+from ficpd.privacy.shared_gaussian import GRID, SharedGaussian
 from ficpd.types import Assignment
 from site_of import begun, recipe, signing_keys, site, train
 
@@ -189,6 +189,27 @@ def test_an_update_never_leaves_without_masks(shared, tmp_path):
     assert server.spent("site-1") == 0.0
 
 
+def test_a_vector_beyond_the_budget_is_refused_when_it_is_asked_for(tmp_path):
+    """Keys cost nothing, so they are made whether or not this site has `least_records`."""
+    signing_keys([f"site-{i}" for i in range(4)], tmp_path)
+    many = [change for change in SHARED if "least_records" not in change]
+    server = Server(build_context(experiment(tmp_path, "fedavg", *many, "privacy.least_records=17")), tmp_path)
+    shares = server.shares(server.keys())
+    assert len(server.sites["site-0"].shard.train) == 16
+    with pytest.raises(PrivacyError) as refused:
+        server.vector("site-0", shares)
+    assert isinstance(refused.value, BudgetError), "it is one of the refusals that are counted"
+    assert server.spent() == 0.0
+
+
+def test_sums_that_a_run_does_not_have_are_refused(shared, tmp_path):
+    server = Server(shared, tmp_path)
+    shares = server.shares(server.keys())
+    with pytest.raises((CodecError, PolicyError), match=r"no sum of this run is 'other'"):
+        server.vector("site-0", shares, sizes={"gradient": 48, "other": 1})
+    assert server.spent() > 0.0, "it could be asked for once more, after another draw of records"
+
+
 def test_the_ledger_has_its_line_before_a_vector_leaves_and_the_same_round_has_the_same_vector(shared, tmp_path):
     server = Server(shared, tmp_path)
     shares = server.shares(server.keys())
@@ -241,7 +262,7 @@ def test_sites_that_were_told_of_less_noise_are_not_in_ones_sum(shared, tmp_path
 
 
 @pytest.mark.parametrize("told", [{}, {"classes": 48}], ids=["all alike", "others another layout"])
-def test_sites_that_were_asked_for_other_sums_make_no_sum(shared, tmp_path, told):
+def test_sites_that_were_asked_for_other_sums_make_no_sum(shared, tmp_path, told, monkeypatch):
     """A server asks one site for a longer gradient, and the others for a sum there that has less noise."""
     server = Server(shared, tmp_path)
     adverts = server.keys()
@@ -249,9 +270,9 @@ def test_sites_that_were_asked_for_other_sums_make_no_sum(shared, tmp_path, told
     asked = {
         name: {"gradient": 48, **told} if name != "site-0" else {"gradient": 48 + len(told) * 48} for name in names
     }
-    for one in server.sites.values():  # as if the method had this total
-        mechanism = next(iter(one.runs.values())).client.mechanism
-        mechanism._statistics["classes"] = mechanism.cost(ReleaseKind.STEP)  # type: ignore[attr-defined]
+    cost = SharedGaussian.cost
+    total = lambda one, kind, name="": cost(one, ReleaseKind.STEP if name == "classes" else kind, name)  # noqa: E731
+    monkeypatch.setattr(SharedGaussian, "cost", total)  # as if the method had it
     vectors = [server.vector(name, shares, sizes=asked[name]).numpy().view(np.uint64) for name in names]
     signed = {name: server.ask(name, CONSENT, survivors=names).facts["consent"][name] for name in names}
     revealed = {name: server.ask(name, REVEAL, signatures=signed).facts["revealed"] for name in names}

@@ -9,6 +9,7 @@ from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site.config import Policy, SiteConfig, location
 from ficpd.errors import BackboneError, PolicyError, SiteError
 from ficpd.federation.client import LABELS
+from ficpd.federation.secure_sum import PHASES
 from ficpd.interfaces import Backbone, Task
 from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.types import ClientData, Prompt
@@ -25,6 +26,15 @@ def check(config: SiteConfig, own: str, own_name: str, spec: RunSpec, backbone: 
             f"{config.name} does not take part, and nothing was spent: "
             + ". ".join(objections)
             + ". Agree on one of both"
+        )
+
+
+def check_message(config: SiteConfig, spec: RunSpec, message: str) -> None:
+    """Raises `PolicyError` for a secure sum's message in another run, or the other way round. No plan is needed for it."""
+    if (summed := spec.experiment.privacy["name"] == SHARED) != (message in PHASES):
+        raise PolicyError(
+            f"{config.name} sends {'terms of a secure sum' if summed else 'updates'} in this run, as its recipe says, and "
+            "was asked for the other. Nothing was spent"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ficpd import __version__
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.data.subjects import count_units
+from ficpd.data.subjects import UnitCounts, count_units
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy, state_folder
@@ -51,7 +51,8 @@ class SpecMissingError(Exception):
 class Run:
     """A run of this site: its spec and the spec's bytes, its method, and this site as its client.
 
-    scored: the last scored round of a run whose scores stay local.
+    scored: the last scored round of a run whose scores stay local. planned: by this site's records, and within its budget;
+    a run that has only exchanged keys is not.
     """
 
     spec: RunSpec
@@ -60,6 +61,7 @@ class Run:
     client: Client
     participations: int
     scored: int = 0
+    planned: bool = True
 
 
 class Site:
@@ -69,6 +71,7 @@ class Site:
     - The ledger charges an assignment on disk before its update is sent.
     - A repeated assignment returns the same bytes and costs nothing.
     - The policy, the run's plan and the budget over all runs limit every assignment; a refusal costs nothing.
+    - The answer to a call that costs nothing does not depend on the number of records, but for counted refusals.
     - The site sends only released updates, its card, and errors that quote no record.
     - One process at a time uses the state folder, and only its owner can read it.
     """
@@ -113,7 +116,9 @@ class Site:
             message = codec.decode_assignment(call.assignment, fingerprint)
             order = terms.decode_order(message, fingerprint) if message.method == VECTOR else None
             assignment = order.assignment if order else message
-            run = self._run(call, assignment)
+            if order:
+                self._check_keys(call.run, order)
+            run = self._run(call, assignment, message.method)
             if message.method in PHASES and order is None:
                 _check_round(message, run.spec)
                 return codec.encode_assignment(terms.answer(run.method.name, run.client, message), fingerprint)
@@ -191,32 +196,49 @@ class Site:
         found = run_queries(self.model, predictions_of(client.task, own, batch))
         return scores | {"personal": client.task.score(found, targets)}
 
-    def _run(self, call: SiteRequest, assignment: Assignment) -> Run:
+    def _run(self, call: SiteRequest, assignment: Assignment, message: str) -> Run:
         """Returns the run of a call: from memory, restored from disk, or new and within the policy.
 
-        A new run's first assignment is checked before its cost, which depends on the number of records.
+        A new run's first assignment is checked before its cost, which depends on the number of records. A secure sum's
+        messages other than `VECTOR` are not paid for, so a run that begins with them is planned only by its first vector.
         """
-        if call.run in self.runs:
-            return self.runs[call.run]
+        known, pays = self.runs.get(call.run), message not in PHASES or message == VECTOR
+        if known and (known.planned or not pays):
+            return known
         folder = self._run_folder(call.run)
         stored = folder / "spec"
         if not stored.exists() and call.what != "train":
             raise CodecError("a run begins with its first assignment, and this site has executed none of it")
-        if not stored.exists() and not call.spec:
+        if not stored.exists() and not call.spec and not known:
             raise SpecMissingError
         if not stored.exists() and len(list(folder.parent.glob("*"))) >= self.config.policy.max_runs:
             most = self.config.policy.max_runs
             raise PolicyError(f"{self.config.name} has taken part in {most} runs, its policy's max_runs")
-        body = stored.read_bytes() if stored.exists() else call.spec
+        body = stored.read_bytes() if stored.exists() else known.body if known else call.spec
         spec = run_spec.decode(body, self.config.policy.methods)
-        run = self._start(call.run, spec, None if stored.exists() else assignment, body)
-        if not stored.exists():
+        if stored.exists():
+            run = self._start(call.run, spec, None, body)
+        else:
+            policy.check_message(self.config, spec, message)
+            run = self._start(call.run, spec, assignment, body, pays)
+        if known:
+            run.client.member = known.client.member
+        elif not stored.exists():
             self.say(f"run {call.run[:8]}: takes part in {spec.experiment.name}, up to {run.participations} rounds")
         self.runs = dict(list(self.runs.items())[-MAX_LOADED_RUNS + 1 :]) | {call.run: run}
         return run
 
-    def _start(self, name: str, spec: RunSpec, first: Assignment | None, body: bytes) -> Run:
-        """Starts a run with its first assignment, or restores it.
+    def _check_keys(self, name: str, order: "terms.VectorOrder") -> None:
+        """Raises `PolicyError` for a run's first vector if it cannot be masked, before it is planned by the records."""
+        known, round = self.runs.get(name), order.assignment.round
+        if (self._run_folder(name) / "spec").exists() or (known and known.planned):
+            return
+        if known is None or known.client.member is None:
+            raise PolicyError(f"{self.config.name} has no keys of round {round} of this run. It is lost for this round")
+        known.client.member.check_vector(round, order.shares)
+
+    def _start(self, name: str, spec: RunSpec, first: Assignment | None, body: bytes, pays: bool = True) -> Run:
+        """Starts a run with its first assignment, or restores it. Unless it `pays`, it is planned by `least_records`.
 
         Raises `PolicyError`, or `BudgetError` if the whole run cannot be planned within the budget.
         """
@@ -234,10 +256,13 @@ class Site:
                 validate_assignment(first, method, spec.start, spec.schedule.num_rounds)
             _check_round(first, spec)
             self._check_refusals(body)
-        plan = spec.plan(config.name, count_units(self.shard.train), method)
+        counts = count_units(self.shard.train)
+        if not pays and (least := spec.experiment.privacy["least_records"]):
+            counts = UnitCounts(least, None if counts.subjects is None else least)
+        plan = spec.plan(config.name, counts, method)
         try:
             mechanism = self._mechanism(spec, method, plan)
-            budget = self._budget(name, mechanism)
+            budget = self._budget(name, mechanism) if pays else Budget(config.policy.epsilon, config.policy.delta)
         except (PolicyError, LedgerError) as error:  # the latter: another unit
             raise PolicyError(str(error)) from error
         except PrivacyError as error:  # one answer for all that depends on the number of records
@@ -258,7 +283,7 @@ class Site:
         participations = spec.schedule.num_rounds if central else plan.participations
         file = self._run_folder(name) / SCORED
         scored = int(file.read_text(encoding="utf-8")) if file.exists() else 0
-        return Run(spec, body, method, client, participations, scored)
+        return Run(spec, body, method, client, participations, scored, pays)
 
     def _mechanism(self, spec: RunSpec, method: Method, plan: Any) -> Mechanism:
         """Builds the recipe's mechanism, with cryptographic noise unless this is a simulation."""

@@ -126,11 +126,8 @@ class Member:
 
         layout: names the sums in the term. Another client's noise covers this term only if it was asked for the same.
         """
-        state = self._now(round)
-        if "vector" in state.answered:
-            raise PolicyError(f"{self.name} has masked its vector of round {round} already. Send the next round")
-        others = sorted(shares)
-        self._check_clients([self.name, *others], state.adverts)
+        self.check_vector(round, shares)
+        state, others = self._now(round), sorted(shares)
         state.answered["vector"] = (others, None)
         opened = {n: masks.decrypt(self._channel(n, self.name), _bytes(shares[n])) for n in others}
         right = {n: share for n, share in opened.items() if share is not None and len(share) == 2 * masks.SECRET}
@@ -142,6 +139,13 @@ class Member:
             pair = masks.mask(key, len(vector))
             masked = masked + pair if self.name < peer else masked - pair
         return masked
+
+    def check_vector(self, round: int, shares: Mapping[str, str]) -> None:
+        """Raises `PolicyError` unless a vector of this round can be masked now, for the clients whose `shares` came."""
+        state = self._now(round)
+        if "vector" in state.answered:
+            raise PolicyError(f"{self.name} has masked its vector of round {round} already. Send the next round")
+        self._check_clients([self.name, *shares], state.adverts)
 
     def consent(self, round: int, survivors: Sequence[str]) -> str:
         """Signs the list of clients whose vectors came."""

@@ -16,7 +16,8 @@ from ficpd.federation import codec
 from ficpd.federation.client import Client, ClientSession
 from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR, masks
 from ficpd.federation.secure_sum.member import SIGNED
-from ficpd.privacy.shared_gaussian import SharedGaussian
+from ficpd.interfaces import ReleaseKind
+from ficpd.privacy.shared_gaussian import GRADIENT, SharedGaussian
 from ficpd.types import Assignment, ClientUpdate
 
 MOST_NUMBERS = 1 << 24
@@ -118,6 +119,9 @@ def _term(session: ClientSession, order: VectorOrder) -> np.ndarray:
     assert isinstance(mechanism, SharedGaussian), "only this mechanism makes terms"
     if missing := sorted(session.terms.keys() - order.sizes.keys()):
         raise CodecError(f"the sums asked for lack {', '.join(missing)}. Ask for all sums of the assignment")
+    known = [n for n in order.sizes if n == GRADIENT or mechanism.cost(ReleaseKind.STATISTIC, n)]
+    if unknown := sorted(order.sizes.keys() - known):
+        raise CodecError(f"no sum of this run is {unknown[0][:80]!r}. Ask for {', '.join(sorted(known))}")
     for part in order.parts:
         for name, size in sorted(order.sizes.items()):
             known = session.terms.get(name) if part == own else None
