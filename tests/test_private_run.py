@@ -168,6 +168,18 @@ def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
     assert result.dropped_updates > 0  # sites with less to spend went home a round earlier
 
 
+def test_a_run_that_its_budget_ends_before_the_first_release_says_so(tmp_path):
+    result = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=0.051", "privacy.epsilon=2")
+    assert result.privacy.epsilon == 0
+    assert "round 1 does not take place" in result.stopped
+
+
+@pytest.mark.parametrize("name", ["record_gaussian", "client_gaussian", "shared_gaussian"])
+def test_more_noise_than_can_be_accounted_is_refused_with_the_range(tmp_path, name):
+    with pytest.raises(PrivacyError, match=r"privacy.noise_multiplier = 1e\+300 .* 0\.05 to 1e\+06"):
+        small.run(tmp_path, "fedavg", *RECORD, f"privacy.name={name}", "privacy.noise_multiplier=1e300")
+
+
 class Killed(BaseException):
     pass
 

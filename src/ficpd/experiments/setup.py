@@ -1,7 +1,7 @@
 """Builds the parts of a run: method, schedule, noise scale, cluster report and library."""
 
 from collections.abc import Mapping
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,7 +190,7 @@ def _public_privacy(privacy: PrivacyReport) -> dict[str, Any]:
 
 def _rounded_up(epsilon: float) -> float:
     """Rounds up to two digits, because the exact cost tells the number of records."""
-    if not isfinite(epsilon):
+    if not 0 < epsilon < inf:  # a run that its budget ended before its first release has spent nothing
         return epsilon
     unit = 10.0 ** (floor(log10(epsilon)) - 1)
     return round(ceil(epsilon / unit * (1 - 1e-12)) * unit, 12)

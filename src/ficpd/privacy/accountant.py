@@ -29,6 +29,8 @@ EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
 """Budgets that noise is calibrated for: others need too long, or too much memory."""
 LEAST_MULTIPLIER = 0.05
 """Least noise multiplier that is accounted. One release with less noise costs more than 200."""
+MULTIPLIERS = LEAST_MULTIPLIER, 1e6
+"""Noise multipliers that are accounted."""
 ENOUGH, LEAST_SHARE = 0.998, 0.995
 """Shares of a budget: at the first the search for its noise ends, below the second it goes finer."""
 MOST_POINTS = 50_000, 100_000, 10_000_000
@@ -168,7 +170,7 @@ def _solved(
     """
     while epsilon_of(plan.costs_at(high)) > target:
         high *= apart
-        if high > 1e6:
+        if high > MULTIPLIERS[1]:
             return math.inf
     low = high / apart  # from above: the distribution of far too little noise needs too much memory
 

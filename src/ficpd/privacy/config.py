@@ -39,6 +39,8 @@ class DPConfig(FrozenConfig):
     def _computable(self) -> "DPConfig":
         """Refuses what the accountant cannot compute, before data or weights load."""
         accountant.check_range("delta", self.delta, accountant.DELTAS)
+        if self.noise_multiplier is not None and self.noise_multiplier > accountant.MULTIPLIERS[1]:
+            accountant.check_range("noise_multiplier", self.noise_multiplier, accountant.MULTIPLIERS)
         if self.epsilon is not None and self.noise_multiplier is None:
             accountant.check_range("epsilon", self.epsilon, accountant.EPSILONS)
         return self
