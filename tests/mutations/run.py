@@ -129,7 +129,9 @@ def outcomes(source: Path, tests: Sequence[str]) -> tuple[int, dict[str, str]]:
     os.chdir(ROOT)
     found, log = Outcomes(), source.parent / "log"
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        pytest.main([*OPTIONS, *(f"tests/{test}" for test in tests)], plugins=[found])
+        status = pytest.main([*OPTIONS, *(f"tests/{test}" for test in tests)], plugins=[found])
+    if status == pytest.ExitCode.USAGE_ERROR:  # of one test that does not exist, no other runs
+        found.errors["usage"] = next((line for line in log.read_text().splitlines() if line.startswith("ERROR")), "")
     assert str(sys.modules["ficpd"].__file__).startswith(str(source)), "the copy was not what ran"
     return found.passed, found.errors
 

@@ -159,6 +159,12 @@ class Ledger:
             (count,) = self.file.execute("select count(*) from assignments").fetchone()
         return count
 
+    def num_costs(self) -> int:
+        """Counts the costs of all runs."""
+        with self.readable():
+            (count,) = self.file.execute("select count(*) from costs").fetchone()
+        return count
+
     def account(self, site: str, budget: Budget, run: str = "", unit: Unit = A_RECORD) -> "Account":
         """Opens an account. `run`: one of several runs, in a site's ledger. `unit`: of the costs it will commit."""
         return Account(self, site, budget, run, unit)

@@ -1,7 +1,7 @@
 """Calls that cost nothing tell a coordinator nothing about the number of records, in runs with and without secure sums."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 
 import small
 from ficpd.deployment.site.site import Site
+from ficpd.errors import PolicyError, PrivacyError
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import parse
 from ficpd.federation import codec
 from ficpd.federation.secure_sum import PHASES, VECTOR
-from ficpd.types import Assignment
+from ficpd.types import Assignment, ClientUpdate
 from site_of import NOISED, begun, context, signing_keys, site, train
 
 SHARED = (
@@ -66,6 +67,44 @@ def test_an_unpaid_call_does_not_tell_whether_a_site_has_so_many_records(tmp_pat
     few, many = (heard(own, call, shared(tmp_path, number + more), str(more) * 32) for more in (0, 1))
     assert few == many
     assert own.status()["epsilon"]["spent"] == 0
+
+
+@pytest.mark.parametrize("method", ["fpl", "ficpd"])
+def test_a_statistic_without_a_share_is_refused_before_a_plan_is_made(tmp_path, opened, method):
+    one = context(tmp_path, method, *NOISED, "method.label_prior=true")
+    own, (orders, said) = opened(one, "site-0", tmp_path), begun(one)
+    with pytest.raises(PrivacyError, match=r"privacy\.statistics = \{ labels") as refused:
+        own.handle(train(orders[0], said))
+    assert isinstance(refused.value, PolicyError), "of the recipe, whatever the records are"
+
+
+@pytest.mark.parametrize("how", ["it fails", "it releases nothing"])
+def test_after_a_run_that_is_accepted_and_pays_nothing_no_other_is_answered(tmp_path, opened, how, monkeypatch):
+    """Free acceptances, with some counted refusals, would bisect what the budget pays."""
+    one = context(tmp_path, "fedavg", *NOISED)
+    own, (orders, said) = opened(one, "site-0", tmp_path), begun(one)
+    other = begun(context(tmp_path, "fedavg", *NOISED, "privacy.epsilon=3.9"))[1]
+
+    def unpaid(*given: Any) -> Any:
+        if how == "it fails":
+            raise PrivacyError("an unsound method")
+        yield from ()
+        given[1].account.commit(1, "fedavg", (), b"")
+        return ClientUpdate("site-0", {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ficpd.deployment.site.site.execute_assignment", unpaid)
+        for run in ("b" * 32, "c" * 32):  # the same spec again tells nothing new
+            with suppress(PrivacyError):
+                own.handle(train(orders[0], said, run=run))
+    assert own.status()["epsilon"]["spent"] == 0
+    for _ in range(2):
+        with pytest.raises(PolicyError, match="has paid nothing"):
+            own.handle(train(orders[0], other, run="d" * 32))
+        own.close()
+        own = opened(one, "site-0", tmp_path)
+    own.handle(train(orders[0], said))
+    own.handle(train(orders[0], other, run="d" * 32))
 
 
 @pytest.mark.parametrize("call", CALLS)

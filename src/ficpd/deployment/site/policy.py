@@ -38,6 +38,18 @@ def check_message(config: SiteConfig, spec: RunSpec, message: str) -> None:
         )
 
 
+def check_statistics(declared: Mapping[str, float | None], privacy: Mapping[str, Any]) -> None:
+    """Raises `PolicyError` for a statistic that the method needs and the recipe gives no share of the budget."""
+    stated = privacy.get("statistics") or {}
+    if privacy["name"] != "none" and (
+        open_ := sorted(n for n, share in declared.items() if share is None and n not in stated)
+    ):
+        raise PolicyError(
+            f"the method needs the statistic {open_[0]!r}, and the recipe gives it no share of the budget. State "
+            f"privacy.statistics = {{ {open_[0]} = 0.1 }}"
+        )
+
+
 def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tuple[str, str, str, str]]:
     """Yields the recipe's key and value, the site's key and allowed value."""
     policy, experiment = config.policy, spec.experiment

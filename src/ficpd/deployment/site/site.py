@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site import policy, state_folder
 from ficpd.deployment.site.config import SiteConfig
+from ficpd.deployment.site.refusals import Refusals
 from ficpd.deployment.site.signing import member_of
 from ficpd.deployment.site.status import LAST_ERROR, RUNS, check_data_unit, ledger_status
 from ficpd.errors import BudgetError, CodecError, LedgerError, PolicyError, PrivacyError, SiteError
@@ -89,6 +89,7 @@ class Site:
         state_folder.make_private(self.folder)
         self._held = state_folder.lock(self.folder)
         self.ledger = Ledger(self.folder / LEDGER, f"site {config.name}")
+        self.refusals = Refusals(self.folder / REFUSED, config.name, config.policy.max_refusals, self.ledger)
         try:
             self._check_witness()
             check_data_unit(self.ledger, config, count_units(shard.train))
@@ -131,9 +132,15 @@ class Site:
                 self._forget_unpaid(call.run, run)
 
     def _forget_unpaid(self, name: str, run: Run) -> None:
-        """Forgets a run of which no assignment is completed, so that it uses up none of `policy.max_runs`."""
-        assert run.client.account is not None
-        if not run.client.account.num_assignments():
+        """Forgets a run of which no assignment is completed, so that it uses up none of `policy.max_runs`.
+
+        Notes a run that has paid nothing although its plan has costs: that it was accepted tells of the records, too.
+        """
+        account = run.client.account
+        assert account is not None
+        if run.client.mechanism.planned_costs() and account.spent() == account.spent_in_other_runs():
+            self.refusals.accept_unpaid(run.body)
+        if not account.num_assignments():
             self.runs.pop(name, None)
             (self._run_folder(name) / "spec").unlink(missing_ok=True)
             with suppress(OSError):
@@ -251,11 +258,12 @@ class Site:
         run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
         method.adapt_to(spec.tasks([self.task]), self.model.backbone)
+        policy.check_statistics(method.capabilities.statistics_once, spec.experiment.privacy)
         if first is not None:
             if first.method not in PHASES:
                 validate_assignment(first, method, spec.start, spec.schedule.num_rounds)
             _check_round(first, spec)
-            self._check_refusals(body)
+            self.refusals.check(body)
         counts = count_units(self.shard.train)
         if not pays and (least := spec.experiment.privacy["least_records"]):
             counts = UnitCounts(least, None if counts.subjects is None else least)
@@ -266,7 +274,7 @@ class Site:
         except (PolicyError, LedgerError) as error:  # the latter: another unit
             raise PolicyError(str(error)) from error
         except PrivacyError as error:  # one answer for all that depends on the number of records
-            self._count_refusal(body)
+            self.refusals.refuse(body)
             raise BudgetError(str(error)) from error
         account = self.ledger.account(config.name, budget, name, Unit.of(mechanism.guarantee()))
         # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
@@ -316,31 +324,6 @@ class Site:
                 f"{allowed.delta:g}). Nothing was spent. Ask for less, or agree on a larger budget"
             )
         return Budget(allowed.epsilon, allowed.delta, tuple(together))
-
-    def _refused(self) -> set[str]:
-        """Returns the hashes of the run specs that the budget refused since the last completed assignment."""
-        file = self.folder / REFUSED
-        if not file.exists():
-            return set()
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            return set(kept["specs"]) if kept["assignments"] == self.ledger.num_assignments() else set()
-        except (ValueError, KeyError, TypeError) as error:
-            raise SiteError(f"{file} cannot be read; its owner deletes it, and refusals count from 0 again") from error
-
-    def _check_refusals(self, body: bytes) -> None:
-        refused, most = self._refused(), self.config.policy.max_refusals
-        if len(refused) >= most and sha256(body).hexdigest() not in refused:
-            raise PolicyError(
-                f"{self.config.name} refused {len(refused)} run specs beyond its budget, its policy's max_refusals. "
-                f"Its owner deletes {REFUSED} in the state folder to take further ones"
-            )
-
-    def _count_refusal(self, body: bytes) -> None:
-        """Counts a run spec that the budget refuses; the same one again tells nothing new."""
-        specs = sorted(self._refused() | {sha256(body).hexdigest()})
-        kept = {"assignments": self.ledger.num_assignments(), "specs": specs}
-        atomic_write(self.folder / REFUSED, json.dumps(kept) + "\n")
 
     def status(self) -> dict[str, JSON]:
         """Returns the site's status for its owner; a server never sees it."""
