@@ -11,7 +11,7 @@ from ficpd.storage import atomic_write
 
 
 class Refusals:
-    """The run specs that the budget refused, and the one that it accepted and that paid nothing, since the last payment.
+    """Counts run specs that the budget refused, and notes one that it accepted and that paid nothing, since a payment.
 
     Guarantees: between two payments at most `most` specs are refused by the budget, and after one that is accepted and pays
     nothing, only specs that were answered before are answered (`tests/deployment/site/test_unpaid_calls.py`). Otherwise a
