@@ -128,8 +128,9 @@ def test_refusals_of_the_budget_are_counted_over_restarts_and_end(noised, tmp_pa
                 own.handle(train(orders[0], with_privacy(said, epsilon=epsilon), run=f"{place:032x}"))
         own.close()
     own = opened(noised, "site-0", tmp_path, epsilon=4.2, max_refusals=3)
-    with pytest.raises(PolicyError, match="max_refusals"):
+    with pytest.raises((PolicyError, BudgetError)) as refused:
         own.handle(train(orders[0], with_privacy(said, epsilon=4.0), run="c" * 32))
+    assert "max_refusals" in str(refused.value)
     assert list(own.status()["runs"]) == ["a" * 32]
     own.handle(train(orders[1], said))
     with pytest.raises(BudgetError):
