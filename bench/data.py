@@ -156,7 +156,7 @@ SETS = {
 
 def rows_sha256(table: pd.DataFrame) -> str:
     """The SHA-256 of the rows in their order, columns by name: the same from any writer of Parquet."""
-    table = table[sorted(table.columns)].astype(object)
+    table = table[sorted(table.columns)].astype(object)  # pyright: ignore[reportAssignmentType]
     lines = table.where(table.notna(), None).itertuples(index=False, name=None)
     body = "".join(json.dumps(line, default=lambda cell: cell.hex()) + "\n" for line in lines)
     return hashlib.sha256(body.encode()).hexdigest()

@@ -30,7 +30,7 @@ MEDQUAD_LEAST = 100
 def coded(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the column `label`: each label's place in alphabetical order."""
     code = {name: n for n, name in enumerate(sorted(set(table["label_name"])))}
-    return table.assign(label=table["label_name"].map(code))
+    return table.assign(label=table["label_name"].map(code))  # pyright: ignore[reportArgumentType]
 
 
 def shuffled(table: pd.DataFrame, train: int) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def sib200(files: Sequence[Path]) -> pd.DataFrame:
         lines = [line.split("\t") for line in file.read_text(encoding="utf-8").split("\n")[1:] if line]
         part = pd.DataFrame(lines, columns=["uid", "label_name", "text"]).astype({"uid": "int64"})
         parts.append(part.assign(lang=file.parent.name, split=file.stem))
-    return coded(pd.concat(parts, ignore_index=True))[["uid", "text", "label", "label_name", "lang", "split"]]
+    return coded(pd.concat(parts, ignore_index=True))[["uid", "text", "label", "label_name", "lang", "split"]]  # pyright: ignore[reportReturnType]
 
 
 def medmcqa(files: Sequence[Path]) -> pd.DataFrame:
@@ -80,7 +80,7 @@ def medmcqa(files: Sequence[Path]) -> pd.DataFrame:
     table = pd.DataFrame([{name: line[names.get(name, name)] for name in columns} for line in lines])
     explained = [(line["exp"] or "")[:600] for line in lines]
     label = [line["cop"] - 1 for line in lines]
-    return shuffled(table.assign(label=label, exp=explained), 3183)[MEDMCQA]
+    return shuffled(table.assign(label=label, exp=explained), 3183)[MEDMCQA]  # pyright: ignore[reportReturnType]
 
 
 def medqa_usmle4(files: Sequence[Path]) -> pd.DataFrame:
@@ -117,7 +117,7 @@ def medquad(files: Sequence[Path]) -> pd.DataFrame:
             document = ElementTree.fromstring(whole.read(path.as_posix()))
             rows += _pairs(document, path.parent.name.split("_", 1)[1], str(path))
     table = pd.DataFrame(rows)
-    table = table[table.groupby("label_name")["label_name"].transform("size") >= MEDQUAD_LEAST].reset_index(drop=True)
+    table = table[table.groupby("label_name")["label_name"].transform("size") >= MEDQUAD_LEAST].reset_index(drop=True)  # pyright: ignore[reportOperatorIssue]
     documents = list(dict.fromkeys(table["document"]))
     test = np.random.RandomState(7).rand(len(documents)) < 0.15
     held = {document for document, one in zip(documents, test, strict=True) if one}
@@ -173,7 +173,7 @@ def pawsx(files: Sequence[Path]) -> pd.DataFrame:
             pairs = [(n, _quoted(one), _quoted(two), int(label)) for n, (_, one, two, label) in enumerate(rows)]
             part = pd.DataFrame(pairs, columns=["uid", "text", "text_pair", "label"]).assign(lang=name.split("/")[-2])
             test = np.random.RandomState(7).choice(len(part), len(part) // 4, replace=False)
-            parts.append(part.assign(split=np.where(part["uid"].isin(test), "test", "train")))
+            parts.append(part.assign(split=np.where(part["uid"].isin(test), "test", "train")))  # pyright: ignore[reportArgumentType]
     table = pd.concat(parts, ignore_index=True)
     return table.assign(label_name=["paraphrase" if label else "different" for label in table["label"]])
 
@@ -191,16 +191,16 @@ def xnli(files: Sequence[Path]) -> pd.DataFrame:
     columns = ["lang", "label_name", "text", "text_pair"]
     table = pd.DataFrame([(one[0], one[1], one[6].strip(), one[7].strip()) for one in cells], columns=columns)
     both = pd.concat([_xnli_split(part, lang) for lang, part in table.groupby("lang")], ignore_index=True)
-    return both[["uid", "text", "text_pair", "label_name", "lang", "split", "label"]]
+    return both[["uid", "text", "text_pair", "label_name", "lang", "split", "label"]]  # pyright: ignore[reportReturnType]
 
 
 def _xnli_split(part: pd.DataFrame, lang: object) -> pd.DataFrame:
     """Splits one language's pairs. The test premises are the same in each; the training pairs are drawn by its name."""
     part = part.reset_index(drop=True).rename_axis("uid").reset_index()
     premises = len(part) // 3
-    test = part["uid"].floordiv(3).isin(np.random.RandomState(7).choice(premises, premises // 5, replace=False))
+    test = part["uid"].floordiv(3).isin(np.random.RandomState(7).choice(premises, premises // 5, replace=False))  # pyright: ignore[reportArgumentType]
     seed = sum(map(ord, str(lang)))
-    most = min(1320, int((~test).sum()))
+    most = min(1320, int((~test).sum()))  # pyright: ignore[reportArgumentType]
     drawn = np.random.RandomState(seed).choice(part["uid"][~test], most, replace=False)
     both = pd.concat(
         [part.set_index("uid", drop=False).loc[drawn].assign(split="train"), part[test].assign(split="test")]

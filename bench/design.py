@@ -56,7 +56,12 @@ SETS: dict[str, dict[str, Any]] = {
     "xnli": {"train": 600, "tokens": 64, "group": "lang", "without": ("fedbpt",)},
     "pawsx": {"train": 560, "tokens": 96, "group": "lang", "without": ("fedbpt",)},
     "pubmedqa": {"train": 480, "tokens": 128, "without": ("fedbpt",)},
-    "medmcqa": {"train": 320, "tokens": 96, "group": "subject", "without": ("fedbpt", "linear_probe", "analytic")},
+    "medmcqa": {
+        "train": 320,
+        "tokens": 96,
+        "group": "subject",
+        "without": ("fedbpt", "linear_probe", "analytic", "fedhpl"),
+    },
 }
 """Set: training records of all clients, the longest text in tokens, the column whose groups are compared, and methods
 left out: a choice among options has no labels to read from features, and FedBPT's queries take an hour a set."""

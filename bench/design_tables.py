@@ -32,7 +32,6 @@ def tables() -> dict[str, str]:
     return {
         "design_methods": methods(),
         "design_fairness": fairness(),
-        "design_shape": shape(),
         "design_epsilon": epsilon(),
         "design_attacks": attacks(),
         "design_server": server(),
@@ -90,17 +89,6 @@ def fairness() -> str:
         shown = [figure(runs.get(f"{name}, {method}"), key) for name, key in asked]
         rows += [[said, *shown]] if any(text != "–" for text in shown) else []
     return drawn(heads, rows)
-
-
-def shape() -> str:
-    """A line for each prompt length and compressed length, a column for each number of prototypes."""
-    runs, numbers = load("design_shape"), (5, 10, 20)
-    rows = []
-    for kind in dict.fromkeys(name.rsplit(", ", 1)[0] for name in runs):
-        cells = [runs.get(f"{kind}, {number} prototypes") for number in numbers]
-        sent = next(mean(cell, "bytes up") for cell in cells if cell)
-        rows.append([kind, *(figure(cell, "mean client") for cell in cells), _bytes(sent)])
-    return drawn(["", *(f"{number} prototypes" for number in numbers), "bytes up, a round"], rows)
 
 
 def epsilon() -> str:
