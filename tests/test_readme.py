@@ -11,7 +11,7 @@ PAGES = ("README.md", "docs/results.md")
 
 
 def checked(*changes: tuple[str, str, str], root: Path) -> int:
-    for name in (*PAGES, "bench/tables.py", "bench/measure.py"):
+    for name in (*PAGES, "bench/tables.py", "bench/design_tables.py", "bench/measure.py"):
         (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes((ROOT / name).read_bytes())
     (root / "bench/results").symlink_to(ROOT / "bench/results")
