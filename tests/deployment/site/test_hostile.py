@@ -103,7 +103,7 @@ def test_an_order_of_another_shape_is_answered_alike_whether_or_not_the_budget_p
         "arrays": replace(good, arrays={}),
     }
     order = codec.encode_assignment(bad[field], noised.model.backbone.fingerprint)
-    with pytest.raises((CodecError, PolicyError), match=r"rate|round 4|no prompt"):
+    with pytest.raises((CodecError, PrivacyError), match=r"rate|round 4|no prompt"):
         own.handle(train(order, said, run="b" * 32))
     assert (own.status()["epsilon"]["spent"], len(own.status()["runs"])) == (spent, runs)
 
