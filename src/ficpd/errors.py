@@ -117,7 +117,7 @@ def did_you_mean(kind: str, given: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {kind} {given!r}{hint} Known: {', '.join(known)}"
+    return f"unknown {kind} {given!r}{hint} Known: {', '.join(known) or 'none'}"
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The registries: a method, task, backbone, mechanism, compression or optimizer is a module of its room.
 
-An entry is a module that defines a pydantic `Config` and a `build` function (its docstring says with what arguments). A
+An entry is a module that defines a pydantic `Config` and a `build` function (`ARGUMENTS` has its arguments). A
 dotted name (`mypackage.mymethod`) names a module outside the package: an installed one, or one in the recipe's folder or
 the current folder. Metrics, partitions and data sources have dotted names only, or kinds of their own section.
 """
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import sys
@@ -29,6 +30,15 @@ ENGINES = {
 }
 ENTRY_POINTS = {"optimizers": ("tune",)}
 """The names that an entry defines, where they are not `Config` and `build`."""
+ARGUMENTS = {
+    "methods": "config, training",
+    "tasks": "config",
+    "backbones": "config, weights, *, dtype, attention, device, name",
+    "metrics": "config",
+    "partitions": "config",
+    "sources": "config",
+}
+"""The arguments of `build`, for the registries that have entries outside the package."""
 SEARCHED: list[str] = []
 """The folders of the recipes that were read, and the current one: where dotted names are found first."""
 OUTSIDE = ("metrics", "partitions", "sources")
@@ -70,7 +80,7 @@ def search_in(folder: Path) -> None:
 def load(kind: str, name: str) -> ModuleType:
     """Imports the module of one entry. Raises `ConfigError`, listing the known names, if there is none."""
     if "." in name:
-        return _load_dotted(kind.removesuffix("s"), name, ENTRY_POINTS.get(kind, ("Config", "build")))
+        return _load_dotted(kind, name, ENTRY_POINTS.get(kind, ("Config", "build")))
     if kind in OUTSIDE:
         raise ConfigError(
             f"{kind.removesuffix('s')} {name!r}: expected the dotted name of a module, such as mylab.{name}"
@@ -82,16 +92,17 @@ def load(kind: str, name: str) -> ModuleType:
         return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
 
 
-def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:
+def _load_dotted(registry: str, name: str, needed: Sequence[str]) -> ModuleType:
     """Imports a module with the searched folders first. Afterwards they are last, so that they hide no package."""
     search_in(Path.cwd())
-    before = list(sys.path)
+    kind, before = registry.removesuffix("s"), list(sys.path)
     sys.path[:0] = SEARCHED
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{kind} {name!r}: {error}. A dotted name is a module in the recipe's folder, in {Path.cwd()}, or installed"
+            f"{kind} {name!r}: {error}. A dotted name is a module in the recipe's folder, in {Path.cwd()}, or "
+            "installed. Set PYTHONPATH to its folder, or install it"
         ) from error
     finally:
         sys.path[:] = [*before, *(folder for folder in SEARCHED if folder not in before)]
@@ -100,7 +111,21 @@ def _load_dotted(kind: str, name: str, needed: Sequence[str]) -> ModuleType:
             raise ConfigError(
                 f"{kind} {name!r}: {module.__file__} does not define `{part}`; it needs {' and '.join(needed)}"
             )
+    if registry in ARGUMENTS:
+        _check_entry(f"{kind} {name!r}: {module.__file__}", module, ARGUMENTS[registry])
     return module
+
+
+def _check_entry(place: str, module: ModuleType, arguments: str) -> None:
+    """Raises `ConfigError` unless `Config` is a pydantic model and `build` takes these arguments."""
+    if not (isinstance(module.Config, type) and issubclass(module.Config, BaseModel)):
+        raise ConfigError(f"{place}: `Config` = {module.Config!r}; expected a subclass of ficpd.registry.FrozenConfig")
+    positional, _, keywords = (part.strip(", ").split(", ") for part in arguments.partition("*"))
+    own = inspect.signature(module.build)
+    try:
+        own.bind(*positional, **dict.fromkeys(filter(None, keywords)))
+    except TypeError as error:
+        raise ConfigError(f"{place}: build{own}: {error}; expected build({arguments})") from None
 
 
 def build_config(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:

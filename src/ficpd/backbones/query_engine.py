@@ -21,7 +21,7 @@ from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by
 from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.memory import FEWEST_TOKENS, choose_chunk
-from ficpd.errors import BackboneError, BackboneWarning
+from ficpd.errors import BackboneError, BackboneWarning, ConfigError
 from ficpd.interfaces import Backbone
 from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
@@ -243,6 +243,11 @@ class QueryEngine:
             chosen = torch.tensor(places, device=loss_R.device)
             whole = len(places) == len(part)
             loss = (query.loss or batch.task.loss)(outputs if whole else outputs.select(chosen), batch)
+            if loss.shape != (len(places),):
+                raise ConfigError(
+                    f"{type(batch.task).__name__}.loss returned the shape {tuple(loss.shape)}; expected ({len(places)},): "
+                    'one number a row, and no mean. Set reduction="none"'
+                )
             loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
         return loss_R
 

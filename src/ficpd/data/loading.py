@@ -221,10 +221,7 @@ def _tables(config: Config) -> list[Table]:
     if on_hub:
         return of_hub()
     if DOTTED.fullmatch(config.source) and not path.exists() and path.suffix.lower() not in READERS:
-        module = registry.load("sources", config.source)
-        rows = list(module.build(registry.validate(module.Config, config.source_options, "data.source_options")))
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        return [Table(config.source, columns, dict(enumerate(rows, 1)))]
+        return [_of_module(config)]
     if "image" in config.columns:
         return images.read_tables(path, config.columns["image"], config.reading)
     return read_files(path, config.reading)
@@ -234,6 +231,22 @@ def _separator_of(table: Table) -> str:
     """Asks for the separator where a header is one cell with signs in it."""
     signs = re.findall(r"[^\w\s.'\"-]", table.columns[0]) if len(table.columns) == 1 else []
     return f". If {signs[0]!r} separates the columns, name it (data.separator, --separator)" if signs else ""
+
+
+def _of_module(config: Config) -> Table:
+    """Reads a module outside the package. Raises `DataError` unless it yields mappings, at least one."""
+    module = registry.load("sources", config.source)
+    rows = list(module.build(registry.validate(module.Config, config.source_options, "data.source_options")))
+    if not rows:
+        raise DataError(f"{config.source}: it yields no rows; expected one at least. Look at data.source_options")
+    for place, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{config.source} row {place} is a {type(row).__name__}; expected a mapping of column to value. Yield a "
+                'dict; of a data frame return frame.to_dict("records")'
+            )
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(config.source, columns, dict(enumerate(rows, 1)))
 
 
 def _check_columns(tables: list[Table], config: Config) -> None:

@@ -55,6 +55,11 @@ class Config(FrozenConfig):
     @model_validator(mode="after")
     def _complete(self) -> "Config":
         if "." in self.kind:
+            for name in ("column", "num_clients"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"kind {self.kind!r} does not use {name!r}; settings of your module go into partition.options"
+                    )
             return self
         if self.kind not in KINDS or self.options:
             given = "options are for a dotted name" if self.kind in KINDS else did_you_mean("kind", self.kind, KINDS)
@@ -120,7 +125,19 @@ def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientD
     """Divides by a module outside the package. Raises `DataError` unless it deals every record to exactly one client."""
     module = load("partitions", config.kind)
     divide = module.build(validate(module.Config, config.options, "partition.options"))
-    shards = dict(divide(data, derive_seed(seed, "partition")))
+    shards = divide(data, derive_seed(seed, "partition"))
+    if not isinstance(shards, Mapping):
+        raise DataError(
+            f"partition.kind = {config.kind!r}: it returned a {type(shards).__name__}; expected a dict of client's name and "
+            "ficpd.types.ClientData"
+        )
+    if odd := [name for name in shards if not isinstance(name, str)]:
+        raise DataError(f"partition.kind = {config.kind!r}: a client's name is {odd[0]!r}; expected text")
+    if odd := [name for name, shard in shards.items() if not isinstance(shard, ClientData)]:
+        raise DataError(
+            f"partition.kind = {config.kind!r}: client {odd[0]!r} is a {type(shards[odd[0]]).__name__}; expected "
+            "ficpd.types.ClientData(train, test, metadata)"
+        )
     for side in ("train", "test"):
         dealt = Counter(record.key for shard in shards.values() for record in getattr(shard, side))
         if dealt != Counter(record.key for record in getattr(data, side)):
@@ -128,7 +145,7 @@ def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientD
                 f"partition.kind = {config.kind!r}: expected every {side} record at exactly one client; "
                 f"{dealt.total()} were dealt, {len(getattr(data, side))} were given"
             )
-    return shards
+    return dict(shards)
 
 
 def _agreed(client: str, shard: ClientData, column: str) -> str | float:

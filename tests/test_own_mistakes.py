@@ -1,0 +1,211 @@
+"""Mistakes in modules outside the package are errors that name the module, what was found and what is expected."""
+
+from itertools import count
+from typing import Any
+
+import pytest
+
+import ficpd
+from ficpd.errors import ConfigError, DataError
+
+METHOD = """
+from ficpd.federation.method import Capabilities, Method
+from ficpd.optimizers import tune
+from ficpd.registry import FrozenConfig
+from ficpd.types import ClientUpdate, State
+
+class Config(FrozenConfig):
+    pass
+
+def build(config, training):
+    return Own(training)
+
+class Own(Method):
+    name, capabilities = "own", Capabilities(private_units=("record",))
+
+    def local_update(self, client, assignment):
+        prompt = assignment.arrays["prompt"]
+        tuned = yield from tune(self.training, client, assignment, prompt)
+        return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)
+
+    def aggregate(self, state, updates, round, model):
+        mean = sum(update.arrays["delta"] for update in updates) / len(updates)
+        return State({"prompt": state.arrays["prompt"] + mean}, state.facts)
+"""
+TASK = """
+from torch.nn import functional as F
+from ficpd.tasks import classification
+
+class Config(classification.Config):
+    gamma: float = 1.0
+
+def build(config):
+    return Own(config)
+
+class Own(classification.Classification):
+    def loss(self, outputs, batch):
+        loss = F.cross_entropy(self.logits(outputs, batch), batch.targets, reduction="none")
+        return self.config.gamma * loss
+
+    def to_config(self):
+        return {**super().to_config(), "name": "TASK"}
+"""
+METRIC = """
+from ficpd.registry import FrozenConfig
+
+class Config(FrozenConfig):
+    pass
+
+def build(config):
+    return lambda predictions, targets: {"kappa": 0.5}
+"""
+PARTITION = """
+from ficpd.registry import FrozenConfig
+from ficpd.types import ClientData
+
+class Config(FrozenConfig):
+    pass
+
+def build(config):
+    def divide(data, seed):
+        return {f"part-{i}": ClientData(data.train[i::2], data.test[i::2], {}) for i in range(2)}
+    return divide
+"""
+SOURCE = """
+from ficpd.registry import FrozenConfig
+
+class Config(FrozenConfig):
+    rows: int = 40
+
+def build(config):
+    for place in range(config.rows):
+        good = place % 2
+        yield {"text": f"{'lovely' if good else 'dull'} film {place}", "target": "good" if good else "bad"}
+"""
+BACKBONE = """
+import zlib
+import torch
+from torch.nn import functional as F
+from ficpd.interfaces import Backbone
+from ficpd.registry import FrozenConfig
+from ficpd.types import EncodedInput, ModelOutput
+
+class Config(FrozenConfig):
+    width: int = 16
+
+def build(config, weights, *, dtype, attention, device, name):
+    return Words(config.width, device, name)
+
+class Words(Backbone):
+    depth, max_tokens, supports_gradients = 1, 64, True
+
+    def __init__(self, width, device, name):
+        self.width, self.device, self.name, self.fingerprint = width, device, name, f"words:{width}"
+        self.table = torch.randn(4096, width, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def tokenize(self, text, pair, instruction, answer, room, writes=0):
+        ids = [zlib.crc32(word.encode()) % 4096 for word in text.lower().split()[: self.max_tokens - room]] or [0]
+        return EncodedInput(torch.tensor(ids), len(ids))
+
+    def encode_prefix(self, items, layer):
+        return [self.table[item.content.to(self.device)] for item in items]
+
+    def forward(self, prompts_SPD, hidden, items, layer):
+        sums_SD = torch.stack([states.sum(0) for states in hidden]) + prompts_SPD.sum(1)
+        return ModelOutput(F.normalize(sums_SD, dim=-1))
+
+    def readout(self, instruction, answers):
+        items = [self.tokenize(answer, None, "", None, 0) for answer in answers]
+        return 10 * F.normalize(torch.stack([states.sum(0) for states in self.encode_prefix(items, 0)]), dim=-1)
+
+    def head_to_readout(self, rows_RCD):
+        return 10 * F.normalize(rows_RCD, dim=-1)
+
+    def init_prompt(self, text, num_tokens, enters_at, seed):
+        item = self.tokenize(text or "word", None, "", None, 0)
+        return self.encode_prefix([item], 0)[0].cpu()[torch.arange(num_tokens) % item.length].clone()
+
+    def synthetic_inputs(self, number, seed):
+        return [f"w{seed % 997} w{place} w{place * 7}" for place in range(number)]
+"""
+SOURCES = {"method": METHOD, "task": TASK, "metric": METRIC, "partition": PARTITION, "source": SOURCE,
+           "backbone": BACKBONE}  # fmt: skip
+RECIPE = """
+name = "own"
+baselines = []
+method = { name = "METHOD" }
+metrics = [{ name = "METRIC" }]
+backbone = { name = "BACKBONE", kind = "BACKBONE" }
+task = { name = "TASK", labels = { good = "good fine", bad = "bad dull" } }
+data = { source = "SOURCE" }
+partition = { kind = "PARTITION" }
+federation = { num_rounds = 1 }
+"""
+UPDATE = 'return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)'
+LOSS, FEATURES = "return self.config.gamma * loss", "return ModelOutput(F.normalize(sums_SD, dim=-1))"
+SHARDS, SHARD = "for i in range(2)}", "ClientData(data.train[i::2], data.test[i::2], {})"
+STORED, KAPPA = 'return {**super().to_config(), "name": "TASK"}', '{"kappa": 0.5}'
+PRIVATE = "privacy.epsilon=2"
+NUMBERS = count()
+"""Numbers of the packages that tests write, as the interpreter keeps modules by their names."""
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Runs the recipe with a changed module."""
+
+    def run(part: str = "", old: str = "", new: str = "", *changes: str) -> Any:
+        package = f"mistaken{next(NUMBERS)}"
+        (tmp_path / package).mkdir()
+        recipe = RECIPE
+        for name, text in SOURCES.items():
+            assert name != part or old in text
+            dotted = f"{package}.{name}"
+            text = text.replace(old, new) if name == part else text
+            (tmp_path / package / f"{name}.py").write_text(text.replace("TASK", f"{package}.task"))
+            recipe = recipe.replace(name.upper(), dotted)
+        (tmp_path / "own.toml").write_text(recipe)
+        return ficpd.run(tmp_path / "own.toml", tmp_path / "run", changes=list(changes))
+
+    return run
+
+
+def test_the_modules_run_without_a_mistake(attempt):
+    assert attempt("", "", "", PRIVATE).to_frame()["kappa_own"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "error", "words"),
+    [
+        ("method", "def build(config, training)", "def build(config)", ConfigError, "expected build(config, training)"),
+        ("method", "class Config(FrozenConfig)", "class Config", ConfigError, "a subclass of ficpd.registry.FrozenConfig"),
+        ("metric", "def build(config)", "def build(predictions, targets)", ConfigError, "expected build(config)"),
+        ("metric", KAPPA, "0.5", ConfigError, "returned 0.5; expected numbers by name"),
+        ("metric", KAPPA, '{"kappa": "high"}', ConfigError, "expected numbers by name"),
+        ("metric", KAPPA, '{"accuracy": 0.5}', ConfigError, "'accuracy', which there is already"),
+        ("task", LOSS, "return loss.mean()", ConfigError, "the shape (); expected ("),
+        ("task", LOSS, "return loss[:, None]", ConfigError, "one number a row"),
+        ("task", STORED, "return super().to_config()", ConfigError, "name = 'classification'"),
+        ("source", "yield {", "yield [place] or {", DataError, "row 1 is a list; expected a mapping"),
+        ("source", "range(config.rows)", "range(0)", DataError, "yields no rows"),
+        ("partition", SHARDS, SHARDS + ".items()", DataError, "it returned a dict_items; expected a dict"),
+        ("partition", "{f\"part-{i}\":", "{i:", DataError, "a client's name is 0; expected text"),
+        ("partition", SHARD, SHARD.removeprefix("ClientData"), DataError, "client 'part-0' is a tuple"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_an_error(attempt, part, old, new, error, words):
+    with pytest.raises(error) as found:
+        attempt(part, old, new)
+    assert words in str(found.value)
+
+
+def test_a_setting_that_a_library_would_not_know_is_an_error(attempt):
+    lost = 'return {"name": "TASK", "labels": self.config.labels}'
+    with pytest.raises(ConfigError, match="leaves out gamma"):
+        attempt("task", STORED, lost, "task.gamma=2")
+
+
+@pytest.mark.parametrize("name", ["num_clients=3", "column=site"])
+def test_a_partition_of_ones_own_takes_its_settings_by_options(attempt, name):
+    with pytest.raises(ConfigError, match=r"does not use .* go into partition\.options"):
+        attempt("", "", "", f"partition.{name}")
