@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import ficpd
-from ficpd.errors import ConfigError, DataError
+from ficpd.errors import BackboneError, ConfigError, DataError, PrivacyError
 
 METHOD = """
 from ficpd.federation.method import Capabilities, Method
@@ -209,3 +209,38 @@ def test_a_setting_that_a_library_would_not_know_is_an_error(attempt):
 def test_a_partition_of_ones_own_takes_its_settings_by_options(attempt, name):
     with pytest.raises(ConfigError, match=r"does not use .* go into partition\.options"):
         attempt("", "", "", f"partition.{name}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (FEATURES, "return F.normalize(sums_SD, dim=-1)", "forward gives a Tensor; expected a ModelOutput"),
+        (FEATURES, "return ModelOutput(F.pad(sums_SD, (0, 4)))", "forward gives the shape (2, 20); expected (2, 16)"),
+        (FEATURES, "return ModelOutput(sums_SD[:1])", "forward gives the shape (1, 16)"),
+        (FEATURES, "return ModelOutput(sums_SD.double())", "expected torch.float32"),
+        (FEATURES, "return ModelOutput(sums_SD.detach())", "no gradient for the prompt"),
+        (FEATURES, "return ModelOutput(sums_SD - sums_SD.mean(0))", "rows never see each other"),
+        (FEATURES, "return ModelOutput(sums_SD + prompts_SPD.sum() - prompts_SPD.detach().sum())", "another row's prompt"),
+        (" + prompts_SPD.sum(1)", "", "no gradient for the prompt"),
+        ("return EncodedInput(torch.tensor(ids), len(ids))", "return torch.tensor(ids)", "tokenize gives a Tensor"),
+        ("[: self.max_tokens - room]", "", "tokenize gives 128 tokens; expected max_tokens - room = 60"),
+        ("torch.arange(num_tokens)", "torch.arange(3)", "init_prompt gives the shape (3, 16)"),
+        ("items = [self.tokenize(answer,", "return None; [self.tokenize(answer,", "scored = 0"),
+        (', f"words:{width}"', ', f"words:{width}"; del self.fingerprint', "it has no `fingerprint`"),
+    ],
+)  # fmt: skip
+def test_a_backbone_that_breaks_its_contract_is_refused(attempt, old, new, words):
+    with pytest.raises(BackboneError) as found:
+        attempt("backbone", old, new)
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize("new", ["return loss / loss.mean()", "return loss - loss.detach().mean()"])
+def test_a_loss_that_depends_on_other_rows_is_refused_with_privacy(attempt, new):
+    with pytest.raises(PrivacyError, match="the loss of a record among others differs from its loss alone"):
+        attempt("task", LOSS, new, PRIVATE)
+
+
+def test_a_kind_of_ones_own_needs_a_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"backbone.*needs a `name`"):
+        ficpd.run("quickstart", tmp_path / "run", changes=["backbone={kind='lab.words'}"])

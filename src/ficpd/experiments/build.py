@@ -20,6 +20,7 @@ from ficpd.experiments.config import Experiment, Group
 from ficpd.experiments.initialization import (
     CLIP_NORM_MULTIPLE,
     calibrate_clipping_and_compression,
+    check_rows_apart,
     init_soft_prompt,
     init_token_prompt,
 )
@@ -245,6 +246,7 @@ def _initialized(
     for group, of_group in shards.items():
         for shard in of_group:
             tasks[group].encode(shard.train[:1], backbone, start)  # raises early if the prompt leaves no room
+    check_rows_apart(experiment, tasks, model, start)
     module, config = build_config("methods", experiment.method)
     in_subspace = _tunes_in_subspace(module.build(config, experiment.training), experiment, backbone)
     part = choose_compression(experiment.compression, start, in_subspace)

@@ -1,6 +1,6 @@
 """Initializes a run: the prompt, and the clip norm and compression, calibrated on synthetic records."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 
 from ficpd import rng
 from ficpd.backbones import catalog
+from ficpd.backbones.guards import difference
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.backbones.vocabulary import token_prompt
-from ficpd.errors import ConfigError, did_you_mean
+from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments import head_init
 from ficpd.experiments.config import Experiment, PromptConfig
 from ficpd.federation.compression.subspace import Gradients
@@ -28,6 +29,8 @@ CLIP_NORM_MULTIPLE = 2.0
 """The clip norm as a multiple of the median gradient norm. The median itself would clip half of the records, mostly those
 that the model answers wrongly, and favour the most frequent answer."""
 NUM_PROBES, PROBE_STEP = 32, 0.05
+NUM_TRIED, ROW_TOLERANCE = 8, 5e-2
+"""Synthetic records in the trial of a task's loss, and the largest relative difference: bfloat16 kernels differ so much."""
 Norms = Callable[[int], torch.Tensor]
 """Returns the norms of M public gradients for a number M."""
 
@@ -144,6 +147,27 @@ def calibrate_clip_norm(
     norms = lengths.split([len(range(place, number, len(groups))) for place in range(len(groups))])
     clips = {group: CLIP_NORM_MULTIPLE * float(own.median()) for group, own in zip(groups, norms, strict=True)}
     return privacy | ({"clip_norms": clips} if len(clips) > 1 else {"clip_norm": clips[groups[0]]})
+
+
+def check_rows_apart(experiment: Experiment, tasks: Mapping[str, Task], model: QueryEngine, start: Prompt) -> None:
+    """Compares the losses of synthetic records alone and among others, for tasks outside the package.
+
+    Raises `PrivacyError` where they differ: the clip of one record would then not bound its influence.
+    """
+    compute, seed = QueryEngine(model.backbone, 0, model.chunk_tokens), rng.derive_seed(experiment.seed, "public")
+    for group, task in tasks.items():
+        name = experiment.all_groups[group].task["name"]
+        if "." not in name or experiment.privacy["name"] == "none":
+            continue
+        (batch,) = synthetic_batches(model.backbone, [task], start, seed, NUM_TRIED)
+        alone = [Query(start.vectors_PD[None], batch.select([place])) for place in range(len(batch))]
+        together_B = compute.answer([Query(start.vectors_PD[None], batch)])[0].loss_KB[0]
+        alone_B = torch.cat([compute.answer([query])[0].loss_KB[0] for query in alone])
+        if (differs := difference(together_B, alone_B)) > ROW_TOLERANCE:
+            raise PrivacyError(
+                f"task {name!r}: the loss of a record among others differs from its loss alone by {differs:.2g}; expected "
+                f"at most {ROW_TOLERANCE:g}. No guarantee holds then. Let `loss` and `encode` use each row alone"
+            )
 
 
 def public_gradients(model: QueryEngine, tasks: Sequence[Task], start: Prompt, seed: int, number: int) -> torch.Tensor:
