@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import ficpd
-from ficpd.errors import BackboneError, ConfigError, DataError, PrivacyError
+from ficpd.errors import BackboneError, ConfigError, DataError, FicpdError, PrivacyError, RunError
 
 METHOD = """
 from ficpd.federation.method import Capabilities, Method
@@ -212,6 +212,24 @@ def test_a_partition_of_ones_own_takes_its_settings_by_options(attempt, name):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (UPDATE, "pass"),
+        ("yield from tune(", "tune("),
+        (UPDATE, UPDATE.replace("tuned - prompt", "tuned[0]")),
+        (UPDATE, UPDATE.replace("tuned - prompt", "tuned - prompt, 'more': prompt")),
+        (UPDATE, UPDATE.replace("tuned - prompt", "tuned / 0")),
+    ],
+    ids=["no update", "no generator", "another shape", "another array", "not finite"],
+)
+@pytest.mark.parametrize("privacy", [(), (PRIVATE,)], ids=["open", "private"])
+def test_a_first_round_without_any_update_is_an_error(attempt, old, new, privacy):
+    """The table would show the figures of a prompt that nobody tuned."""
+    with pytest.raises(RunError, match=r"own, round 1: no update of its 2 clients can be used\. part-0: "):
+        attempt("method", old, new, *privacy)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         (FEATURES, "return F.normalize(sums_SD, dim=-1)", "forward gives a Tensor; expected a ModelOutput"),
@@ -244,3 +262,10 @@ def test_a_loss_that_depends_on_other_rows_is_refused_with_privacy(attempt, new)
 def test_a_kind_of_ones_own_needs_a_name(tmp_path):
     with pytest.raises(ConfigError, match=r"backbone.*needs a `name`"):
         ficpd.run("quickstart", tmp_path / "run", changes=["backbone={kind='lab.words'}"])
+
+
+def test_a_failed_client_has_its_traceback_in_the_log(attempt, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(FicpdError, match="ficpd run -v"):
+        attempt("method", UPDATE, "return prompt.missing", PRIVATE)
+    assert any(record.exc_info for record in caplog.records)

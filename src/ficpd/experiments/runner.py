@@ -39,7 +39,7 @@ from ficpd.experiments.setup import (
 from ficpd.federation.client_states import ClientStates
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, plan_privacy
 from ficpd.federation.query_budget import QueryBudget
-from ficpd.federation.rounds import Round, RoundHooks, run_rounds
+from ficpd.federation.rounds import Round, RoundHooks, require_updates, run_rounds
 from ficpd.interfaces import Engine
 from ficpd.registry import build_config, load, validate
 from ficpd.types import Prompt, Score, State
@@ -253,6 +253,8 @@ class SimulatedClients(Clients):
 
     def after_round(self, run: Runner, done: Round) -> None:
         self.queries.after(done)
+        if done.round == 1 and "." in run.config["name"]:  # a module of one's own, and maybe a fault in it
+            require_updates(run.method.name, done)
         every, began = run.context.experiment.federation.evaluate_every, time.perf_counter()
         if every and done.round % every == 0 and done.round < run.schedule.num_rounds:
             asked = (run.method, run.state, self.tested, run.context.model, done.round)

@@ -9,13 +9,16 @@ from functools import partial
 import torch
 
 from ficpd import rng
-from ficpd.errors import BudgetError, CodecError
+from ficpd.errors import BudgetError, CodecError, RunError
 from ficpd.federation import codec
 from ficpd.federation.method import Method
 from ficpd.federation.secure_sum.server import SecureSum
 from ficpd.interfaces import Compression, Engine, Model
 from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
+
+NO_REPLY = "no reply"
+"""The reason of a client whose update never came."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def run_rounds(
             for reply in engine.exchange(assignments):
                 came.add(reply, asked, checked)
             good = {update.client for update in came.updates}
-            came.dropped |= {name: "no reply" for name in cohort if name not in good and name not in came.dropped}
+            came.dropped |= {name: NO_REPLY for name in cohort if name not in good and name not in came.dropped}
             if assignments and len(came.refused) == len(assignments):
                 raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
             updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
@@ -195,6 +198,17 @@ class RoundReplies:
             self.dropped[reply.client] = "two of its updates came together; the first one counts"
         else:
             self.updates.append(update)
+
+
+def require_updates(method: str, done: Round) -> None:
+    """Raises `RunError` if a round's clients all answered and no update could be used."""
+    failed = {name: reason for name, reason in sorted(done.dropped.items()) if reason != NO_REPLY}
+    if failed and not done.updates and len(failed) == done.clients:
+        name = next(iter(failed))
+        raise RunError(
+            f"{method}, round {done.round}: no update of its {done.clients} clients can be used. {name}: {failed[name]}. "
+            "Look at local_update and update_spec; `ficpd run -v` prints the traceback of an error"
+        )
 
 
 def _checked(

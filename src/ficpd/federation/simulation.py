@@ -1,5 +1,6 @@
 """Simulates all clients in this process, in lock step."""
 
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
-from ficpd.errors import BudgetError, PrivacyError
+from ficpd.errors import BudgetError, FicpdError, PrivacyError
 from ficpd.federation.client import Client
 from ficpd.federation.codec import decode_assignment, encode_assignment, encode_update
 from ficpd.federation.execution import execute_assignment
@@ -18,6 +19,8 @@ from ficpd.federation.secure_sum import KEYS, PHASES, SIMULATED, VECTOR, terms
 from ficpd.federation.secure_sum.member import Member
 from ficpd.privacy.shared_gaussian import SharedGaussian
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Reply
+
+log = logging.getLogger(__name__)
 
 
 class Config(BaseModel):
@@ -103,6 +106,8 @@ class SimulationEngine:
         return Reply(name, result) if isinstance(result, bytes) else self._failed(name, result)
 
     def _failed(self, name: str, error: Exception) -> Reply:
+        if not isinstance(error, FicpdError):
+            log.info("client %s failed", name, exc_info=error)
         return Reply(name, None, public_error(self.members[name], error), isinstance(error, BudgetError))
 
     def _phase(self, name: str, message: Assignment, asked: list[str]) -> Generator[Query, Answer, bytes]:
