@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mutations.run import PAGE, ROOT, SOURCE, Fault, faults, page, select
+from mutations.run import PAGE, ROOT, SOURCE, Fault, faults, main, page, select
 
 CITED = re.compile(r"tests/[\w/]*test_\w+\.py|\btest_\w+")
 
@@ -40,6 +40,11 @@ def test_slices_and_files_select_faults():
         "privacy/ledger.py", "deployment/site/site.py",
     }  # fmt: skip
     assert select("a fault that nobody has written") == []
+
+
+def test_words_that_select_no_fault_print_the_usage(capsys):
+    assert main("--help") == 1
+    assert "--part 2/8" in capsys.readouterr().out
 
 
 def test_the_page_has_the_table_of_the_faults():
