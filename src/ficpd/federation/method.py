@@ -131,6 +131,7 @@ class Method(ABC):
     # ------------------------------------------------------------ server
 
     def init(self, setup: FederationInfo) -> State:
+        """Makes the first state: the initial prompt, and the facts that `make_assignment` reads."""
         return State({self.array: setup.start.vectors_PD}, {"num_rounds": setup.num_rounds})
 
     def local_workload(self, state: State) -> tuple[int, int]:
@@ -138,6 +139,7 @@ class Method(ABC):
         return self.training.local_steps, self.training.batch_size
 
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
+        """Makes the message to one client. Nothing else of the state is sent."""
         rate = self.training.rate(round, state.facts["num_rounds"])
         return Assignment(self.name, round, {self.array: state.arrays[self.array]}, {"rate": rate})
 
@@ -177,7 +179,9 @@ class Method(ABC):
         validate_prompts(assignment, start, (self.array,))
 
     @abstractmethod
-    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]: ...
+    def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
+        """Yields queries, receives their answers, and returns the update: the arrays of `update_spec`."""
+        ...
 
     def personal_prompt(self, client: ClientContext, assignment: Assignment) -> Tensor:
         """Returns this client's prompt [P, D], given its next assignment."""
