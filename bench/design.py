@@ -15,7 +15,6 @@ FedBPT has the plain loss and narrower first candidates. A cell of a seed that t
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,18 @@ import numpy as np
 import tomli_w
 
 from exams import recipe
-from ficpd.backbones.query_engine import run_queries
 from ficpd.data import loading
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
 from ficpd.evaluation.audit.member_split import split_records
-from ficpd.evaluation.evaluate import mixture_probabilities
+from ficpd.evaluation.audit.shadow_prompts import losses
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
-from ficpd.library.session import LibrarySession, load_library
-from ficpd.types import Predictor, Record
+from ficpd.library.library import PromptLibrary
 from library import PROTOTYPES, RATE, alone, faster, group, world_of
 from measure import Cells, parse
+from privacy_audit import RECIPE
 
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"name": "zero_shot"},
@@ -64,51 +62,35 @@ SETS: dict[str, dict[str, Any]] = {
     },
 }
 """Set: training records of all clients, the longest text in tokens, the column whose groups are compared, and methods
-left out: a choice among options has no labels to read from features, and FedBPT's queries take an hour a set."""
+left out: a choice among options has no labels to read from features, and FedBPT's queries take too long on E5."""
+MINILM = {
+    "backbone": {"name": "minilm", "options": {"max_tokens": 48}},
+    "prompt": {"num_tokens": 10, "enters_at": 4, "init": "vocabulary"},
+}
+"""As the other benches have it."""
 E5_RATE = 10.0
+"""Of the found rate, as in `exams.py`."""
 ROUNDS = 4
 STEPS = {"local_steps": 4, "batch_size": 16}
 LENGTHS, DIMENSIONS, NUMBERS = (10, 20, 50), (64, 256, None), (5, 10, 20)
 BUDGETS = (1.0, 2.0, 4.0, None)
 """ε of `epsilon`; None: no privacy."""
-SERVER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "one prototype": ({"num_prototypes": 1}, {}),
-    "5 prototypes": ({"num_prototypes": 5}, {}),
-    "squared, words": ({"num_prototypes": 5}, {"how": "squared"}),
-    "squared, written": ({"num_prototypes": 5}, {"how": "squared", "writer": "smollm2"}),
-    "KL, written": ({"num_prototypes": 5}, {"how": "kl", "writer": "smollm2"}),
-    "Reptile, written": ({"num_prototypes": 5}, {"how": "reptile", "writer": "smollm2"}),
-    "MAML, written": ({"num_prototypes": 5}, {"how": "maml", "writer": "smollm2"}),
+SERVER: dict[str, dict[str, Any]] = {
+    "5 prototypes": {},
+    "squared, words": {"how": "squared"},
+    "squared, written": {"how": "squared", "writer": "smollm2"},
+    "KL, written": {"how": "kl", "writer": "smollm2"},
+    "Reptile, written": {"how": "reptile", "writer": "smollm2"},
+    "MAML, written": {"how": "maml", "writer": "smollm2"},
 }
-"""What the server makes of the prompts: settings of the method, and of the distillation."""
+"""Settings of the distillation. Clients of different tasks share no prototype, so there is one for each of five tasks."""
 WRITTEN = 4
 """Drafts for each label."""
-ATTACKED = """
-name = "attacked"
-[backbone]
-name = "minilm"
-options = { max_tokens = 48 }
-[prompt]
-num_tokens = 20
-enters_at = 4
-[task]
-name = "classification"
-instruction = "The sentiment of this sentence is"
-labels = { negative = "negative", positive = "positive" }
-[data]
-source = "ratings"
-columns = { text = "text", target = "polarity" }
-max_records = 250
-test_fraction = 0.2
-[partition]
-kind = "iid"
-num_clients = 4
-[training]
-local_steps = 10
-batch_size = 50
-[federation]
-num_rounds = 10
-"""
+ATTACKED = (
+    "task.tuned_head=false", "partition.num_clients=4", "training.batch_size=50", "training.decay=0.1",
+    "federation.num_rounds=10",
+)  # fmt: skip
+"""What differs from the site of `privacy_audit.py`."""
 NONMEMBERS = 1000
 
 
@@ -131,10 +113,8 @@ def design_world(args: argparse.Namespace, seed: int, name: str, folder: Path) -
     common = {"training": STEPS, "federation": {"num_rounds": ROUNDS}}
     if name == "abstracts":
         skewed = {"kind": "dirichlet", "num_clients": 10, "concentration": 0.3, "min_records": 16}
-        tree = {"seed": seed, "backbone": {"name": "minilm", "options": {"max_tokens": 48}}}
-        tree |= {"prompt": {"num_tokens": 10, "enters_at": 4, "init": "vocabulary"}} | common
         parts = group(name, args.data, 10, about["train"] // 10) | {"partition": skewed}
-        return build_context(parse(tomli_w.dumps(tree | parts)))
+        return build_context(parse(tomli_w.dumps({"seed": seed, **MINILM, **common, **parts})))
     tree: dict[str, Any] = recipe(args, seed, name, folder, about["train"]) | common
     options = {"max_tokens": about["tokens"], "prefix": "query: "}
     tree["backbone"] = {"name": str(args.e5), "kind": "sentence_encoder", "options": options}
@@ -197,8 +177,7 @@ def epsilon(args: argparse.Namespace) -> None:
             privacy = {"name": "record_gaussian", "epsilon": given} if given else {"name": "none"}
             tree = {
                 "seed": seed,
-                "backbone": {"name": "minilm", "options": {"max_tokens": 48}},
-                "prompt": {"num_tokens": 10, "enters_at": 4, "init": "vocabulary"},
+                **MINILM,
                 "training": {"local_steps": 2, "batch_size": 300},
                 "federation": {"num_rounds": 8},
                 "privacy": privacy,
@@ -219,7 +198,7 @@ def _own(context: ExperimentContext, config: Mapping[str, Any]) -> dict[str, flo
 
 
 def attacks(args: argparse.Namespace) -> None:
-    """The thief has the library alone and asks it: a record's loss, and its loss less that without a prompt."""
+    """The attacker has the library alone and asks it: a record's loss, and its loss less that under the start."""
     cells = Cells(
         "design_attacks", f"4 clients of 50 records; up to {NONMEMBERS} label-matched non-members; losses alone"
     )
@@ -233,12 +212,11 @@ def attacks(args: argparse.Namespace) -> None:
 
 
 def attacked(seed: int, method: str, privacy: Sequence[str]) -> dict[str, float]:
-    context = build_context(parse(ATTACKED, [f"seed={seed}", *privacy]))
+    context = build_context(parse(RECIPE, [f"seed={seed}", *ATTACKED, *privacy]))
     config = METHODS.get(method, {"name": method})
     with tempfile.TemporaryDirectory() as folder:
         result = run_method(context, config, RunDir(Path(folder) / "run"), None, no_progress)
-        opened = load_library(Path(folder) / "run")
-        opened = replace(opened, engine=context.model)
+        library = PromptLibrary.load(Path(folder) / "run")
     shards = context.shards.values()
     spare = [record for shard in shards for record in shard.test]
     assert context.experiment.data is not None
@@ -246,28 +224,17 @@ def attacked(seed: int, method: str, privacy: Sequence[str]) -> dict[str, float]
     split = split_records(context.task, [r for s in shards for r in s.train], spare, NONMEMBERS, seed)
     records = [*split.members, *split.outside]
     member_N = np.arange(len(records)) < len(split.members)
-    loss_N, bare_N = losses(opened, records), losses(opened, records, bare=True)
-    scores = {"loss": -loss_N, "difference": bare_N - loss_N}
+    asked = (context.model, context.task)
+    start, readout = library.start, library.learned_readout(context.task)
+    (loss_N,) = losses(*asked, library.prompts["global"].vectors_PD[None], records, start, readout=readout)
+    (start_N,) = losses(*asked, start.vectors_PD[None], records, start)
+    scores = {"loss": -loss_N, "difference": start_N - loss_N}
     advantage, interval = best_advantage(scores, member_N, seed)
     found = {"advantage": advantage, "at least": interval[0], "at most": interval[1]}
     found["auc"] = max(attack_metrics(score, member_N, seed).auc for score in scores.values())
     train, test = (float((loss_N[side]).mean()) for side in (member_N, ~member_N))
     found |= {"members' loss": train, "others' loss": test, "own": result.scores.per_client_mean["accuracy"]}
     return found | {"epsilon": result.privacy.epsilon or 0.0}
-
-
-def losses(opened: LibrarySession, records: Sequence[Record], bare: bool = False) -> np.ndarray:
-    """Minus the log of the probability of each record's own label, by the library or by the bare start."""
-    space = list(opened.task.label_space)
-    if bare:
-        start = opened.library.start
-        vectors_PD = start.vectors_PD[len(start.vectors_PD) - opened.task.head_rows :]
-        batch = opened.encode(records)
-        share_NC = run_queries(opened.model, mixture_probabilities([Predictor(vectors_PD)], batch)).numpy()
-    else:
-        share_NC = np.array(opened.probabilities(records)[1])
-    true_N = [space.index(target) for target in opened.task.targets(records)]
-    return -np.log(np.maximum(share_NC[np.arange(len(records)), true_N], 1e-12))
 
 
 def server(args: argparse.Namespace) -> None:
@@ -279,10 +246,9 @@ def server(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         context = world_of(args, seed)
         cells.add("fedavg", seed, partial(alone, context, {"name": "fedavg"}))
-        for said, (method, distillation) in SERVER.items():
-            distillation = distillation | ({"per_label": WRITTEN} if distillation else {})
-            run = partial(alone, context, PROTOTYPES | method, distillation=distillation)
-            cells.add(said, seed, run)
+        for said, how in SERVER.items():
+            distillation = how | ({"per_label": WRITTEN} if how else {})
+            cells.add(said, seed, partial(alone, context, PROTOTYPES, distillation=distillation))
 
 
 PARTS = {"methods": methods, "shape": shape, "epsilon": epsilon, "attacks": attacks, "server": server}

@@ -50,7 +50,7 @@ def methods() -> str:
         harmed = [worse_off(runs, name, method) for name, cell in cells.items() if cell]
         sent = fmean(f["bytes up"] for cell in cells.values() if cell for f in cell.values())
         off = "–" if method in ("local", *LINES) else f"{sum(a for a, _ in harmed)} of {sum(b for _, b in harmed)}"
-        rows.append([said, *shown, off, _bytes(sent)])
+        rows.append([said, *shown, off, shown_bytes(sent)])
     return drawn(["", *SETS.values(), "worse off", "bytes up a client, in all"], rows)
 
 
@@ -149,7 +149,7 @@ def drawn(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _bytes(value: float) -> str:
+def shown_bytes(value: float) -> str:
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{value / size:,.1f} {unit}"

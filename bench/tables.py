@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import design_tables
+from design_tables import shown_bytes
 from measure import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +169,8 @@ def costs(found: Mapping[str, Any], clients: int = 1) -> list[Column]:
         return heading, show, False
 
     return [
-        column("bytes up", "bytes_up", _bytes),
-        column("bytes down", "bytes_down", _bytes),
+        column("bytes up", "bytes_up", shown_bytes),
+        column("bytes down", "bytes_down", shown_bytes),
         column("queries", "queries", lambda value: f"{value / 1000:,.0f} k"),
     ]
 
@@ -259,15 +260,10 @@ def defaults() -> str:
         own = f"{mean['mean']:.1f}" + (f" ± {mean['sd']:.1f}" if mean["n"] > 1 else "")
         own = f"**{own}**" if not comma and mean["mean"] == best else own
         tasks = [f"{cell[group]['mean']:.1f}" for group in GROUPS]
-        rows.append([f"{NAMES[method]}{comma}{rest}", own, *tasks, _bytes(cell["bytes up"]["mean"]), str(mean["n"])])
+        rows.append(
+            [f"{NAMES[method]}{comma}{rest}", own, *tasks, shown_bytes(cell["bytes up"]["mean"]), str(mean["n"])]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:,.1f} {unit}"
-    return f"{value:.0f} B"
 
 
 def written(text: str, tables: Mapping[str, str]) -> str:

@@ -254,7 +254,7 @@ def test_design(bench, sets):
     few: dict[str, Any] = {
         "METHODS": {name: {"name": name} for name in ("local", "linear_probe", "ficpd")}, "ROUNDS": 1, "NONMEMBERS": 40,
         "LENGTHS": (10,), "DIMENSIONS": (64, None), "NUMBERS": (5,), "WRITTEN": 1,
-        "SERVER": {"one prototype": ({"num_prototypes": 1}, {}), "KL": ({"num_prototypes": 2}, {"how": "kl"})},
+        "SERVER": {"5 prototypes": {}, "KL": {"how": "kl"}},
     }  # fmt: skip
     bench.run("design", f"methods {data}", changes=(TINY,), **few)
     bench.run(
@@ -267,7 +267,7 @@ def test_design(bench, sets):
     assert len(bench.rows("design_attacks")) == 10
     assert len(bench.rows("design_epsilon")) == 7 + 5
     assert len(bench.rows("design_shape")) == 2
-    assert bench.rows("design_server") == {"fedavg", "one prototype", "KL"}
+    assert bench.rows("design_server") == {"fedavg", "5 prototypes", "KL"}
 
 
 def test_library(bench, sets, tmp_path):

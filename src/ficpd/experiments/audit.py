@@ -237,14 +237,15 @@ def _evidence(target: Target, shadow_SPD: Tensor, split: Split) -> AttackData:
 def _readout_scores(target: Target, split: Split) -> dict[str, np.ndarray]:
     """Scores records by what the library answers with its learned readout, [N]; nothing where it has none.
 
-    A readout is made of the members' features, and no shadow has one: the loss without a prompt tells how hard a record is.
+    A readout is made of the members' features, and no shadow has one: the loss under the initial prompt, read by label
+    texts, tells how hard a record is.
     """
     if target.readout is None:
         return {}
     records, how = [*split.members, *split.outside], (target.model, target.task)
     (loss_N,) = losses(*how, target.vectors_PD[None], records, target.start, readout=target.readout)
-    (bare_N,) = losses(*how, target.start.vectors_PD[None], records, target.start)
-    return {"readout": -loss_N, "readout, less no prompt": bare_N - loss_N}
+    (start_N,) = losses(*how, target.start.vectors_PD[None], records, target.start)
+    return {"readout": -loss_N, "readout, less the start": start_N - loss_N}
 
 
 def _losses(target: Target, prompts_SPD: Tensor, records: Sequence[Record]) -> np.ndarray:
