@@ -256,10 +256,9 @@ def test_design(bench, sets):
         "LENGTHS": (10,), "DIMENSIONS": (64, None), "NUMBERS": (5,), "WRITTEN": 1,
         "SERVER": {"5 prototypes": {}, "KL": {"how": "kl"}},
     }  # fmt: skip
-    bench.run("design", f"methods {data}", changes=(TINY,), **few)
-    bench.run(
-        "design", *(f"{part} {data}" for part in ("attacks", "server", "epsilon", "shape")), changes=(TINY,), **few
-    )
+    bench.run("design", f"methods {data}", changes=(TINY, ONE_ROUND), **few)
+    parts = [f"{part} {data}" for part in ("attacks", "server", "epsilon", "shape")]
+    bench.run("design", *parts, changes=(TINY, ONE_ROUND, "training.local_steps=1"), BUDGETS=(2.0, None), **few)
     names = ("abstracts", "xnli", "pawsx", "pubmedqa", "medmcqa")
     every = {f"{name}, {method}" for name in names for method in few["METHODS"]}
     assert bench.rows("design_methods") == every - {"medmcqa, linear_probe"}
