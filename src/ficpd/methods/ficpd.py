@@ -39,6 +39,7 @@ from ficpd.methods.shared.readouts import (
     reading,
     readout_arrays,
     readout_assignment,
+    scoring_readout,
     state_readout,
     totals_spec,
     tuning_prior,
@@ -197,6 +198,7 @@ class Ficpd(Method):
 
     def local_model(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, list[Predictor]]:
         readout, prompt = assigned_readout(assignment), assignment.arrays["prompt"]
+        scoring = scoring_readout(assignment)
         if self.config.local_model == "prototype":
             fits = None if assignment.facts["at_start"] else readout
             return [Predictor(prompt, reading(fits, self._prior(client.local_context(), assignment, fits)))]
@@ -204,9 +206,9 @@ class Ficpd(Method):
             prompts = [prompt] if torch.equal(prompt, client.start) else [prompt, client.start]
             candidates = [Candidate((one,), neighbours=True) for one in prompts]
         elif assignment.facts["at_start"]:
-            candidates = [Candidate((client.start,), readout), Candidate((prompt,))]
+            candidates = [Candidate((client.start,), readout, scoring=scoring), Candidate((prompt,))]
         else:
-            candidates = [Candidate((prompt,), readout), Candidate((client.start,))]
+            candidates = [Candidate((prompt,), readout, scoring=scoring), Candidate((client.start,))]
         if self.config.local_model == "mixture" and (
             alone := (yield from tune_alone(self.training, client, assignment))
         ):
@@ -228,8 +230,8 @@ class Ficpd(Method):
         """Clients outside the cohort keep their signature and offset; an old offset counts only in a new clustering. A
         late delta is added to the prompt that its client would be sent now."""
         if state.facts["closes"]:
-            return _next_round(learn_readouts(state, updates), round + 1)
-        state = learn_readouts(state, updates, again=not state.facts.get("noisy", True))
+            return _next_round(learn_readouts(state, updates, scoring=True), round + 1)
+        state = learn_readouts(state, updates, again=not state.facts.get("noisy", True), scoring=True)
         means = RobustAggregator(self.config.robust, [without_totals(update) for update in updates])
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)

@@ -8,6 +8,7 @@ from ficpd.methods.shared.class_totals import (
     ClassTotals,
     PublicFeatures,
     learn_readout,
+    left_out_readouts,
     padded_totals,
     relative_prior,
     ridge_rows,
@@ -69,6 +70,25 @@ def test_the_penalty_has_the_least_generalised_cross_validation_error_on_the_rec
     assert class_totals.ridge_penalty(summed, prior, 7.0) == 7.0 + min(
         class_totals.PENALTIES, key=lambda p: error(7 + p)
     )
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_left_out_readout_is_that_of_the_other_clients(gram):
+    features, labels = records(90)
+    text = torch.randn(LABELS, WIDTH, generator=torch.Generator().manual_seed(4))
+    of = [totals(features[place::3], labels[place::3], gram) for place in range(3)]
+    for place, found in enumerate(left_out_readouts(of, text, public())):
+        others = learn_readout([one for n, one in enumerate(of) if n != place], text, public())
+        assert found is not None
+        assert others is not None
+        assert torch.allclose(found.shares_C, others.shares_C)
+        # the scale and the penalty are those of all totals where there is a Gram matrix
+        angle = F.cosine_similarity(found.rows_CD.flatten(), others.rows_CD.flatten(), dim=0)
+        assert float(angle) == pytest.approx(1.0, abs=1e-2 if gram else 1e-6)
+
+
+def test_no_readout_is_left_out_for_a_single_client():
+    assert left_out_readouts([totals(*records(30))], torch.zeros(LABELS, WIDTH), public()) == [None]
 
 
 @pytest.mark.parametrize("gram", [False, True])

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from ficpd.methods.shared.heads import STRENGTHS
 from ficpd.methods.shared.mixture import TEMPERATURES, Candidate, weigh_members
 from ficpd.tasks import classification
-from ficpd.types import Answer, Batch, EncodedInput, ModelOutput
+from ficpd.types import Answer, Batch, EncodedInput, ModelOutput, Readout
 
 LABELS, WIDTH, EACH = 12, 16, 6
 NEAREST = len(STRENGTHS) * len(TEMPERATURES)
@@ -32,9 +32,11 @@ def encoded(features_BD: torch.Tensor, targets_B: torch.Tensor) -> tuple[Batch, 
     )
 
 
-def mixed(neighbours: bool, features_BD: torch.Tensor, targets_B: torch.Tensor):
+def mixed(neighbours: bool, features_BD: torch.Tensor, targets_B: torch.Tensor, *readouts: Readout | None):
+    """readouts: the candidate's, and the one that scores it."""
     batch, outputs = encoded(features_BD, targets_B)
-    work = weigh_members([Candidate((torch.zeros(1, WIDTH),), neighbours=neighbours)], batch)
+    given, scoring = (*readouts, None, None)[:2]
+    work = weigh_members([Candidate((torch.zeros(1, WIDTH),), given, neighbours=neighbours, scoring=scoring)], batch)
     next(work)
     with pytest.raises(StopIteration) as end:
         work.send(Answer(None, None, outputs))
@@ -70,3 +72,28 @@ def test_the_nearest_records_are_not_scored_by_their_own_labels(two_centres):
     chance_B = targets_B[torch.randperm(len(targets_B), generator=torch.Generator().manual_seed(4))]
     _, weights = mixed(True, features_BD, chance_B)
     assert float(weights[-NEAREST:].sum()) < 0.2
+
+
+def fitted(seed: int, scale: float = 8.0) -> tuple[tuple[torch.Tensor, torch.Tensor], Readout]:
+    """Draws features and labels that have nothing to do with each other, and fits a readout to them."""
+    random = torch.Generator().manual_seed(seed)
+    features_BD = F.normalize(torch.randn(LABELS * EACH, WIDTH, generator=random), dim=1)
+    targets_B = torch.arange(LABELS).repeat(EACH)
+    wanted_BC = F.one_hot(targets_B, LABELS).float() - 1 / LABELS
+    rows_CD = torch.linalg.lstsq(features_BD, wanted_BC).solution.T
+    return (features_BD, targets_B), Readout(scale * rows_CD, torch.zeros(LABELS), torch.full((LABELS,), 1 / LABELS))
+
+
+def test_a_readout_is_not_trusted_for_how_it_fits_the_records_that_it_was_learned_from():
+    own, readout = fitted(6)
+    new, elsewhere = fitted(7)
+
+    def loss(*readouts):
+        members, weight_M = mixed(False, *own, *readouts)
+        batch, outputs = encoded(*new)
+        shares = sum(w * m.read(outputs, batch).softmax(1) for m, w in zip(members, weight_M, strict=True))
+        return float(F.nll_loss(shares.log(), new[1]))
+
+    chance = torch.tensor(float(LABELS)).log()
+    assert loss(readout) > chance + 0.05
+    assert loss(readout, elsewhere) < chance + 0.02

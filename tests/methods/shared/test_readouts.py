@@ -11,8 +11,18 @@ from ficpd.federation.client import ClientSession
 from ficpd.federation.execution import execute_assignment, local_model
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
-from ficpd.methods.shared.class_totals import CLASSES, row_norm
-from ficpd.methods.shared.readouts import CENTRE, COUNTS, ROWS, client_totals, state_readout
+from ficpd.methods.shared import class_totals
+from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_norm, split_totals
+from ficpd.methods.shared.readouts import (
+    CENTRE,
+    COUNTS,
+    ROWS,
+    SCORING,
+    TEXT,
+    client_totals,
+    scoring_readout,
+    state_readout,
+)  # fmt: skip
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, Record, State
 
@@ -72,6 +82,33 @@ def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(m
     for prompt, same in ((asked.arrays["prompt"], True), (client.start.vectors_PD, False)):
         totals = run_queries(model, client_totals(ClientSession(client, 2), asked, prompt))[CLASSES]
         assert small.close(totals, updates[0].arrays[CLASSES], 1e-5) == same
+
+
+def test_each_client_scores_its_records_by_half_a_readout_without_them(model):
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    state, updates = after_one_round(model, method, members, rounds=1)
+    names = sorted(members)
+    public = class_totals.PublicFeatures(
+        first_arrays(model, method, members)[CENTRE], state.facts["feature_scale"], torch.eye(model.backbone.width)
+    )
+    of = [split_totals(u.arrays[CLASSES], 2, 2, model.backbone.width, state.facts["gram"]) for u in updates]
+    text = first_arrays(model, method, members)[f"{TEXT}0"]
+    without = left_out_readouts(of, text, public)
+    for name, rest in zip([u.client for u in updates], without, strict=True):
+        assignment = method.make_assignment(state, members[name].card, 2)
+        method.validate_assignment(assignment, members[name].start)
+        scoring = scoring_readout(assignment)
+        assert torch.allclose(scoring.rows_CD, (assignment.arrays[ROWS] + rest.rows_CD) / 2, atol=1e-5)
+    newcomer = method.make_assignment(state, ClientCard("a newcomer"), 2)
+    assert scoring_readout(newcomer) is None
+    broken = replace(newcomer, arrays=newcomer.arrays | {SCORING: newcomer.arrays[ROWS][:, :1]})
+    with pytest.raises(CodecError, match="readout arrays"):
+        method.validate_assignment(broken, members[names[0]].start)
+
+
+def first_arrays(model, method, members):
+    return small.first_state(method, members, 1, readable=model).arrays
 
 
 def test_with_noise_totals_are_gathered_once(model):

@@ -136,18 +136,46 @@ def learn_readout(
     `text_CD`: the label texts' readout, which labels without records keep (zero: nothing to shrink towards). `noisy`: the
     totals have noise of a privacy mechanism. `noise`: its variance in each number of each sum sent, where it is public.
     """
-    texts = torch.zeros_like(totals[0].sums_CD)
-    if text_CD.any():
-        texts = F.normalize(text_CD.double().cpu(), dim=1) - public.centre_D.double()
-        texts = (texts - texts.mean(0)) / public.scale
-    summed = sum(totals[1:], totals[0])
+    texts_CD, summed = _texts(text_CD, public), sum(totals[1:], totals[0])
     if not bool((summed.counts_C.sum() > 1) & torch.isfinite(summed.sums_CD).all()):
         return None
     if summed.gram_DD is not None:
-        grams = torch.stack([one.gram_DD for one in totals if one.gram_DD is not None])
-        noise = float(_scatter(grams).mean()) if noisy else 0.0
-        return _ridge(summed, texts, public, 2 * (noise * len(texts[0])) ** 0.5)
-    return _class_means(totals, texts, public, noisy, noise * row_norm(False) ** 2)
+        return _ridge(summed, texts_CD, public, _least_penalty(totals, noisy))[0]
+    return _class_means(totals, texts_CD, public, noisy, noise * row_norm(False) ** 2)
+
+
+def left_out_readouts(
+    totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False
+) -> list[Readout | None]:
+    """Learns for each client the readout of the other clients' totals, by which its own records can be scored.
+
+    With Gram matrices, all have the penalty and the scale of the readout of all totals: one solution a client.
+    """
+    others = [[*totals[:n], *totals[n + 1 :]] for n in range(len(totals))]
+    if len(totals) < 2 or totals[0].gram_DD is None:
+        return [learn_readout(of, text_CD, public, noisy) if of else None for of in others]
+    texts_CD, least, summed = _texts(text_CD, public), _least_penalty(totals, noisy), sum(totals[1:], totals[0])
+    _, settings = _ridge(summed, texts_CD, public, least)
+    rest = [sum(of[1:], of[0]) for of in others]
+    return [
+        _ridge(one, texts_CD, public, least, settings)[0] if float(one.counts_C.sum()) > 1 else None for one in rest
+    ]
+
+
+def _texts(text_CD: Tensor, public: PublicFeatures) -> Tensor:
+    """Returns the label texts' readout as rows of z."""
+    if not text_CD.any():
+        return torch.zeros_like(text_CD, dtype=torch.double)
+    texts_CD = F.normalize(text_CD.double().cpu(), dim=1) - public.centre_D.double()
+    return (texts_CD - texts_CD.mean(0)) / public.scale
+
+
+def _least_penalty(totals: Sequence[ClassTotals], noisy: bool) -> float:
+    """Returns 2 s √D, about the norm of a symmetric noise matrix of deviation s: no direction is then negative."""
+    if not noisy:
+        return 0.0
+    grams = torch.stack([one.gram_DD for one in totals if one.gram_DD is not None])
+    return 2 * (float(_scatter(grams).mean()) * grams.shape[-1]) ** 0.5
 
 
 def ridge_rows(totals: ClassTotals, penalty: float, prior_CD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -190,20 +218,27 @@ def ridge_penalty(totals: ClassTotals, prior_CD: Tensor, least: float = 0.0) -> 
     return min((least + penalty for penalty in PENALTIES), key=error)
 
 
-def _ridge(totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least: float) -> Readout:
+def _ridge(
+    totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least: float,
+    settings: tuple[float, float] | None = None,
+) -> tuple[Readout, tuple[float, float]]:  # fmt: skip
     """Fits a ridge regression, shrunk towards the multiple of the label texts that fits best.
 
-    `least` of 2 s √D is about the norm of a symmetric noise matrix of deviation s: no direction is then negative.
+    Returns it with its penalty, `least` at least, and its scale; `settings`: both as given.
     """
     assert totals.gram_DD is not None
     records, _, centred_DD, cross_CD = _centred(totals)
     fit = (texts_CD * cross_CD).sum() / ((texts_CD @ centred_DD) * texts_CD).sum().clamp(min=TINY)
     prior_CD = fit.clamp(min=0) * texts_CD
-    rows_CD, bias_C = ridge_rows(totals, ridge_penalty(totals, prior_CD, least), prior_CD)
-    means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
-    within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
-    within_DD = within / max(float(records) - len(means_CD), 1.0)
-    return _in_features(rows_CD, bias_C, means_CD, within_DD, totals.counts_C / records, public)
+    penalty, scale = settings or (ridge_penalty(totals, prior_CD, least), None)
+    rows_CD, bias_C = ridge_rows(totals, penalty, prior_CD)
+    shares_C = totals.counts_C / records
+    if scale is None:
+        means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
+        within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
+        within_DD = within / max(float(records) - len(means_CD), 1.0)
+        scale = _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C)
+    return _in_features(rows_CD, bias_C, shares_C, public, scale), (penalty, scale)
 
 
 def _class_means(
@@ -241,7 +276,9 @@ def _class_means(
     bias_C = -0.5 * (means_CD**2).sum(1) - means_CD @ centre_D
     uncertain = (kept_C * error_C).mean() * torch.eye(D, dtype=torch.double)
     covariance = public.covariance_DD.double() + uncertain
-    return _in_features(means_CD, bias_C, means_CD + centre_D, covariance, counts_C / counts_C.sum(), public)
+    shares_C = counts_C / counts_C.sum()
+    scale = _best_scale(means_CD, bias_C, means_CD + centre_D, covariance, shares_C)
+    return _in_features(means_CD, bias_C, shares_C, public, scale)
 
 
 def _scatter(of_clients: Tensor) -> Tensor:
@@ -257,13 +294,10 @@ def _shrunk(values: Tensor, error: Tensor, towards: float | None = None) -> Tens
     return centre + spread / (spread + error + TINY) * (values - centre)
 
 
-def _in_features(
-    rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor, public: PublicFeatures
-) -> Readout:
-    """Scales scores of z into logits of features."""
-    scale = CAUTION * _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C)
-    rows = scale * rows_CD / public.scale
-    bias_C = scale * bias_C - rows @ public.centre_D.double()
+def _in_features(rows_CD: Tensor, bias_C: Tensor, shares_C: Tensor, public: PublicFeatures, scale: float) -> Readout:
+    """Turns scores of z, times `CAUTION` of the best scale, into logits of features."""
+    rows = CAUTION * scale * rows_CD / public.scale
+    bias_C = CAUTION * scale * bias_C - rows @ public.centre_D.double()
     return Readout(rows.float(), (bias_C - bias_C.mean()).float(), shares_C.float())
 
 

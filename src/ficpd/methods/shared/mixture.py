@@ -1,7 +1,8 @@
 """Mixes a client's received prompts and its own models by its records. Nothing of it is sent.
 
 Each candidate is a prompt with a readout. Its members differ in the temperature of the logits and in the strength of the
-client's label prior. A member's weight is
+client's label prior. A readout that was learned from the client's records too is scored by another one
+(`readouts.learn_readouts`). A member's weight is
 
     w_m ∝ exp(-rank_m) exp(-½ n L_m)        L_m: the mean log loss of the client's n records
 
@@ -35,6 +36,7 @@ NEGLIGIBLE = 1e-4
 class Candidate(NamedTuple):
     """A prompt, or several of one kind, and their readout (None: the task's label texts).
 
+    scoring: the readout that scores the client's own records, and that heads shrink towards; None: `readout`.
     held: of each prompt, the client's records that it was not tuned on; together they are all. None: prompts from others.
     neighbours: whether the nearest of the client's records are a member: without a learned readout, heads shrink towards
         label texts, which do not tell many labels apart.
@@ -44,6 +46,7 @@ class Candidate(NamedTuple):
     readout: Readout | None = None
     held: tuple[Tensor, ...] | None = None
     neighbours: bool = False
+    scoring: Readout | None = None
 
 
 class Member(NamedTuple):
@@ -135,11 +138,11 @@ def _members(
     candidate: Candidate, outputs: ModelOutput, batch: Batch, targets_B: Tensor, subject_B: Tensor | None
 ) -> list[Member]:
     labels = batch.task.num_labels
-    given = candidate.readout
+    given, scoring = candidate.readout, candidate.scoring or candidate.readout
     shares_C = torch.full((labels,), 1 / labels) if given is None else given.shares_C
     plain = reading(given, None) or batch.task.logits
     first = outputs.select(torch.arange(len(batch)))
-    logits_BC = plain(first, batch)
+    logits_BC = (reading(scoring, None) or plain)(first, batch)
     assert logits_BC is not None, "a task with labels"
     logits_BC = logits_BC.float().cpu()
     for k, held in enumerate(candidate.held or ()):
@@ -148,7 +151,7 @@ def _members(
     linear = None if given is None else (given.rows_CD, given.bias_C)
     found = _tempered(logits_BC, plain, linear, targets_B, shares_C, subject_B)
     if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
-        prior = (batch.readout_CD, torch.zeros(labels)) if given is None else (given.rows_CD, given.bias_C)
+        prior = (batch.readout_CD, torch.zeros(labels)) if scoring is None else (scoring.rows_CD, scoring.bias_C)
         for head in fit_heads(first.features_RD, targets_B, labels, prior, subject_B=subject_B):
             found += _tempered(head.loo_BC, _head_logits(head), head.linear, targets_B, shares_C, subject_B)
         if candidate.neighbours:

@@ -19,6 +19,7 @@ from ficpd.methods.shared.class_totals import (
     WIDEST_GRAM,
     PublicFeatures,
     learn_readout,
+    left_out_readouts,
     padded_totals,
     relative_prior,
     row_chunks,
@@ -47,11 +48,15 @@ CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES = (
     "readout_bias",
     "label_shares",
 )
+SCORING, SCORING_BIAS = "readout_scoring", "readout_scoring_bias"
+"""The readout that scores a client's own records (`learn_readouts`); in a state, one for each client."""
 NOISE_OF_TOTALS = "noise_of_totals"
 """Fact of a state: variance of the noise on each number of a secure sum of totals."""
 COUNTS = "label_counts"
 """The client's released label counts, in its state."""
 MOST_LABELS = 10_000
+MANY_RECORDS = 50
+"""Records for each feature, above which a record's own part in its readout does not matter."""
 ASKED: Mapping[str, tuple[type, ...]] = {"feature_scale": (float,), "most_labels": (int,), "gram": (bool,)}
 
 
@@ -127,6 +132,8 @@ def readout_assignment(state: State, client: ClientCard) -> tuple[dict[str, Tens
         asked = {name: facts[name] for name in ("feature_scale", "gram")} | {"most_labels": max(facts["key_labels"])}
     if (readout := state_readout(state, client)) is not None:
         arrays |= {ROWS: readout.rows_CD, BIAS: readout.bias_C, SHARES: readout.shares_C}
+        own = {part: f"{part}/{client.name}" for part in (SCORING, SCORING_BIAS)}
+        arrays |= {part: state.arrays[name] for part, name in own.items() if name in state.arrays}
     return arrays, asked
 
 
@@ -151,10 +158,13 @@ def readout_arrays(state: State) -> dict[str, Tensor]:
     }
 
 
-def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = False) -> State:
+def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = False, scoring: bool = False) -> State:
     """Learns each key's readout from the updates of a gathering round. A key without totals keeps its readout.
 
-    `again`: a later round gathers, too.
+    `again`: a later round gathers, too. `scoring`: each client gets a second readout, to score its own records by, because
+    a readout fits the records that it was learned from better than others. It is the mean of the key's readout and of the
+    readout without the client's totals, about as if half of its records were left out. There is none in a secure sum, for
+    a single client, or with more than `MANY_RECORDS` records a feature.
     """
     if not gathers(state) or not updates:
         return state
@@ -165,15 +175,23 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = 
         if key is not None:
             labels = facts["key_labels"][key]
             totals = split_totals(update.arrays[CLASSES], labels, most, width, facts["gram"])
-            found.setdefault(key, []).append(totals)
-    over = () if again else (CENTRE, COVARIANCE, TEXT)
+            found.setdefault(key, {})[update.client] = totals
+    over = (SCORING, *(() if again else (CENTRE, COVARIANCE, TEXT)))
     arrays = {name: a for name, a in state.arrays.items() if not name.startswith(over)}
-    for key, of_key in sorted(found.items()):
-        noise = facts.get(NOISE_OF_TOTALS, 0.0)
-        readout = learn_readout(of_key, state.arrays[f"{TEXT}{key}"], public, facts["noisy"], noise)
-        if readout is not None:
-            arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
-            arrays[f"{SHARES}/{key}"] = readout.shares_C
+    for key, of_client in sorted(found.items()):
+        noise, text_CD, of_key = facts.get(NOISE_OF_TOTALS, 0.0), state.arrays[f"{TEXT}{key}"], list(of_client.values())
+        readout = learn_readout(of_key, text_CD, public, facts["noisy"], noise)
+        if readout is None:
+            continue
+        arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
+        arrays[f"{SHARES}/{key}"] = readout.shares_C
+        if not scoring or noise or sum(float(one.counts_C.sum()) for one in of_key) > MANY_RECORDS * width:
+            continue
+        without = left_out_readouts(of_key, text_CD, public, facts["noisy"])
+        for client, rest in zip(of_client, without, strict=True):
+            if rest is not None:
+                arrays[f"{SCORING}/{client}"] = (readout.rows_CD + rest.rows_CD) / 2
+                arrays[f"{SCORING_BIAS}/{client}"] = (readout.bias_C + rest.bias_C) / 2
     return State(arrays, {**facts, "gathers": False})
 
 
@@ -201,6 +219,13 @@ def assigned_readout(assignment: Assignment) -> Readout | None:
     return Readout(*(assignment.arrays[name] for name in (ROWS, BIAS, SHARES)))
 
 
+def scoring_readout(assignment: Assignment) -> Readout | None:
+    """Returns the readout that scores the client's own records; None: the assigned one."""
+    if SCORING not in assignment.arrays:
+        return None
+    return Readout(*(assignment.arrays[name] for name in (SCORING, SCORING_BIAS, SHARES)))
+
+
 def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tuple[type, ...]]) -> Assignment:
     """Checks the arrays and facts about readouts; returns the assignment without these arrays.
 
@@ -215,7 +240,9 @@ def validate_readout(assignment: Assignment, width: int, facts: Mapping[str, tup
         )
     labels = len(assignment.arrays[ROWS]) if read else 0
     shapes = {CENTRE: (width,), ROWS: (labels, width), BIAS: (labels,), SHARES: (labels,)}
+    shapes |= {SCORING: (labels, width), SCORING_BIAS: (labels,)}
     expected = ([CENTRE] if asked else []) + ([ROWS, BIAS, SHARES] if read else [])
+    expected += [SCORING, SCORING_BIAS] if read and SCORING in assignment.arrays else []
     given = {n: tuple(a.shape) for n, a in assignment.arrays.items() if n in shapes}
     if given != {name: shapes[name] for name in expected}:
         wanted = {name: shapes[name] for name in expected}
