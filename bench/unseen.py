@@ -31,7 +31,7 @@ from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
 from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt
-from ficpd.library.library import PromptLibrary, task_key
+from ficpd.library.library import PromptLibrary, task_embedding
 from ficpd.library.records import draw_shots
 from ficpd.library.selection import adapt, prepare_shots
 from ficpd.registry import validated_section
@@ -107,8 +107,8 @@ class Newcomer:
         }
         found = {name: self.score(fitted) for name, fitted in named.items()}
         if library.keys:
-            key_D = task_key(self.task, self.context.model.backbone)
-            found["nearest key"] = found[library.nearest(key_D)[0]]
+            embedding_D = task_embedding(self.task, self.context.model.backbone)
+            found["nearest key"] = found[library.nearest(embedding_D)[0]]
         return found | {"auto": self.score(self._adapted(library, 0, "auto"))}
 
     def fitted(self, library: PromptLibrary, shots: int, ways: Sequence[str], auto: bool) -> dict[str, float]:
@@ -284,10 +284,10 @@ def sib(args: argparse.Namespace, seed: int, where: Sequence[str], records: int 
 
 
 def keys(args: argparse.Namespace) -> None:
-    """The cosine of every two tasks' keys."""
+    """The cosine of every two tasks' embeddings."""
     groups = dict(cut_up(args, ""))
     context = world_of(args, 0, groups=groups)
-    found = {name: task_key(task, context.model.backbone) for name, task in context.tasks.items()}
+    found = {name: task_embedding(task, context.model.backbone) for name, task in context.tasks.items()}
     pairs = [(a, b) for a in found for b in found if a < b]
     save("unseen_keys", {"cosine": {f"{a}, {b}": round(float(found[a] @ found[b]), 3) for a, b in pairs}})
 

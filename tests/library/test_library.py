@@ -12,7 +12,7 @@ from disk import to_the_disk
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.library.card import guarantee
-from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, require_standalone, task_key
+from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, require_standalone, task_embedding
 from ficpd.library.mixture import Mixture
 from ficpd.library.selection import prepare_shots
 from ficpd.optimizers import LocalTrainingConfig
@@ -234,16 +234,20 @@ def task_of(**labels: str):
     return classification.build(classification.Config(labels=labels, instruction="it was"))
 
 
-def test_a_key_is_the_mean_of_the_answers_and_of_length_one(model):
+def test_the_embedding_of_a_task_is_the_mean_of_the_answers_and_of_length_one(model):
     task = task_of(good="good fine", bad="bad dull")
     rows = model.backbone.readout("it was", ["good fine.", "bad dull."])
-    assert small.close(task_key(task, model.backbone), torch.nn.functional.normalize(rows.mean(0), dim=0))
-    assert float(task_key(small.numbers(), model.backbone).norm()) == pytest.approx(1, abs=1e-5)
-    assert small.close(task_key(small.classes(tuned_head=True), model.backbone), task_key(task, model.backbone))
+    assert small.close(task_embedding(task, model.backbone), torch.nn.functional.normalize(rows.mean(0), dim=0))
+    assert float(task_embedding(small.numbers(), model.backbone).norm()) == pytest.approx(1, abs=1e-5)
+    assert small.close(
+        task_embedding(small.classes(tuned_head=True), model.backbone), task_embedding(task, model.backbone)
+    )
 
 
-def test_a_task_without_answers_has_the_key_of_its_instruction(model):
-    keys = [task_key(generation.build(generation.Config(instruction=text)), model.backbone) for text in ("", "sum up")]
+def test_a_task_without_answers_has_the_embedding_of_its_instruction(model):
+    keys = [
+        task_embedding(generation.build(generation.Config(instruction=text)), model.backbone) for text in ("", "sum up")
+    ]
     assert small.close(keys[1], torch.nn.functional.normalize(model.backbone.readout("sum", ["up"])[0], dim=0))
     assert small.close(keys[0], torch.nn.functional.normalize(model.backbone.readout("", ["generation"])[0], dim=0))
 
@@ -252,8 +256,8 @@ def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
     tasks = {"mood": task_of(a="good fine", b="bad dull"), "heat": task_of(a="hot warm", b="cold icy")}
     keys = prompt_keys(["global", "one", "two"], tasks, {"one": ["mood"], "two": ["heat"]}, model.backbone)
     given = PromptLibrary(small.start(model, small.classes()), {}, CARD, keys)
-    assert given.nearest(task_key(task_of(x="bad dull", y="good fine"), model.backbone), 2) == ["one", "global"]
-    assert given.nearest(task_key(task_of(x="cold icy", y="hot warm"), model.backbone))[0] == "two"
+    assert given.nearest(task_embedding(task_of(x="bad dull", y="good fine"), model.backbone), 2) == ["one", "global"]
+    assert given.nearest(task_embedding(task_of(x="cold icy", y="hot warm"), model.backbone))[0] == "two"
     between = torch.nn.functional.normalize(keys["one"] + keys["two"], dim=0)
     assert small.close(keys["global"], between)
     assert small.same(prompt_keys(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})

@@ -46,7 +46,7 @@ class PromptLibrary:
     start: the initial prompt of the run.
     prompts: by name (`global`, `prototype-0`, ...).
     card: JSON: the backbone's name, the tasks by name, the privacy spent, the run's settings.
-    keys: by prompt, the unit vector [D] of its tasks (see `task_key`).
+    keys: by prompt, the mean embedding [D] of its tasks, of length one (see `task_embedding`).
     readouts: by prompt, what replaces the task's readout, if records are part of it (demonstrations, a head).
     learned: by task of the card, the readout that the federation's prompts were tuned in.
     mixture: what the prompt `adapted` stands for, if it is part of a mixture.
@@ -77,8 +77,8 @@ class PromptLibrary:
         """Returns a prompt's difference from the start, [P, D]."""
         return self.prompts[name].vectors_PD - self.start.vectors_PD
 
-    def nearest(self, key_D: Tensor, n: int = 1) -> list[str]:
-        """Returns the n prompts whose keys are most similar to `key_D` (a `task_key`), best first.
+    def nearest(self, embedding_D: Tensor, n: int = 1) -> list[str]:
+        """Returns the n prompts whose keys are most similar to a task's embedding (`task_embedding`), best first.
 
         Raises `LibraryError` if the library has no keys.
         """
@@ -88,7 +88,7 @@ class PromptLibrary:
                 "loss on shots"
             )
         names = list(self.keys)
-        cosine_N = F.cosine_similarity(torch.stack([self.keys[name] for name in names]), key_D[None]).tolist()
+        cosine_N = F.cosine_similarity(torch.stack([self.keys[name] for name in names]), embedding_D[None]).tolist()
         return [name for _, name in sorted((-cosine, name) for cosine, name in zip(cosine_N, names, strict=True))][:n]
 
     def compose(self, weights: Mapping[str, float]) -> Prompt:
@@ -228,8 +228,8 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
     return PromptLibrary(prompts.pop(START), prompts, card, keys, of_prompts, of_tasks, mixture)
 
 
-def task_key(task: Task, backbone: Backbone) -> Tensor:
-    """Returns the unit vector [D] of a task, computed from its public description.
+def task_embedding(task: Task, backbone: Backbone) -> Tensor:
+    """Returns the embedding [D] of a task, a unit vector computed from its public description.
 
     The vector is the mean feature of the task's answers under the bare backbone, each after the instruction (an
     encoder's readout rows). A task without fixed answers uses the instruction alone.
@@ -249,13 +249,13 @@ def task_key(task: Task, backbone: Backbone) -> Tensor:
 def prompt_keys(
     names: Iterable[str], tasks: Mapping[str, Task], tasks_of: Mapping[str, Sequence[str]], backbone: Backbone
 ) -> dict[str, Tensor]:
-    """Returns a key for each prompt: the mean over its tasks, or over all tasks if they are unknown.
+    """Returns a key for each prompt: the mean embedding of its tasks, or of all tasks if they are unknown.
 
     Returns no keys if the backbone has no text encoder or gives no features.
     """
     names = list(names) if backbone.has_text_encoder and backbone.supports_features else []
-    keys = {name: task_key(task, backbone) for name, task in tasks.items()} if names else {}
-    of_prompt = {name: [keys[task] for task in tasks_of.get(name, ())] or list(keys.values()) for name in names}
+    found = {name: task_embedding(task, backbone) for name, task in tasks.items()} if names else {}
+    of_prompt = {name: [found[task] for task in tasks_of.get(name, ())] or list(found.values()) for name in names}
     return {name: F.normalize(torch.stack(of).mean(0), dim=0) for name, of in of_prompt.items()}
 
 

@@ -30,7 +30,7 @@ from ficpd.library.adaptation import (
     unchanged,
 )
 from ficpd.library.card import join_names
-from ficpd.library.library import START, PromptLibrary, task_key
+from ficpd.library.library import START, PromptLibrary, task_embedding
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks.demonstrations import supports_demonstrations
 from ficpd.types import Answer, Query, Record, Score
@@ -272,9 +272,9 @@ def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -
     Without keys it returns the global prompt.
     """
     if library.keys:
-        key_D = task_key(task, backbone)
-        name = library.nearest(key_D)[0]
-        cosine = float(library.keys[name] @ key_D)
+        embedding_D = task_embedding(task, backbone)
+        name = library.nearest(embedding_D)[0]
+        cosine = float(library.keys[name] @ embedding_D)
         if cosine >= SAME:
             reason = f"{lack}; took {name}, tuned for a similar task ({cosine:.2f})"
             return AdaptationResult("nearest", unchanged(library, name), {}, reason)

@@ -16,7 +16,7 @@ from ficpd.evaluation.evaluate import mixture_probabilities, predictions_of
 from ficpd.interfaces import Task
 from ficpd.library import peft_io
 from ficpd.library.card import ADAPTED, join_names
-from ficpd.library.library import PromptLibrary, require_new, task_key
+from ficpd.library.library import PromptLibrary, require_new, task_embedding
 from ficpd.library.records import NO_COLUMNS, Data, draw_shots, missing_labels, read_records
 from ficpd.library.selection import AUTO, check_strategy
 from ficpd.library.selection import adapt as fit
@@ -278,7 +278,7 @@ def default_prompt(opened: LibrarySession, task: str | None = None) -> str | Non
     for name in DEFAULT_PROMPTS:
         if name in library.prompts and (name != ADAPTED or adapted_facts(library).get("task", task) == task):
             return name
-    return library.nearest(task_key(opened.tasks[task], opened.model.backbone))[0] if library.keys else None
+    return library.nearest(task_embedding(opened.tasks[task], opened.model.backbone))[0] if library.keys else None
 
 
 def get_prompt(library: PromptLibrary, name: str | None) -> Prompt:
@@ -370,7 +370,7 @@ def adapt_session(
         "tasks": {**library.card["tasks"], own.name: dict(own.task.to_config())},
         ADAPTED: facts,
     }
-    keys = {**library.keys, ADAPTED: task_key(own.task, opened.model.backbone)} if library.keys else {}
+    keys = {**library.keys, ADAPTED: task_embedding(own.task, opened.model.backbone)} if library.keys else {}
     readouts = {name: readout for name, readout in library.readouts.items() if name != ADAPTED}
     if shown is not None and shown.readout is not None:
         readouts[ADAPTED] = shown.readout
