@@ -189,7 +189,7 @@ def test_a_sweep_is_read_as_set_reads():
     ("axes", "words"),
     [
         ("", "methods is missing"),
-        ("[methods.local]", "names none but the lines that are always there"),
+        ("[methods.local]", "names only the baselines that are always added"),
         ("methods = 3", "methods is a table of entries"),
         ("[methods]\nfedavg = 3", "methods.fedavg = 3: expected a piece of a recipe"),
         ("[methods.fedavgg]", "unknown method 'fedavgg'; did you mean 'fedavg'?"),

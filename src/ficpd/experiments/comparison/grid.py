@@ -79,7 +79,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """`text`: the file, kept with the results. `methods`: with lines and all variants of sweeps."""
+    """`text`: the file, kept with the results. `methods`: with baselines and all variants of sweeps."""
 
     spec: ComparisonConfig
     text: str
@@ -119,7 +119,7 @@ def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | Non
     axes = {axis: overrides.validate_overrides(axis, tree.get(axis, {}), where) for axis in AXES}
     if not axes["methods"].keys() - REFERENCE_METHODS.keys():
         raise ConfigError(
-            f"{where}: methods is missing, or names none but the lines that are always there; name those to compare, such "
+            f"{where}: methods is missing, or names only the baselines that are always added; name others, such "
             "as [methods.fedavg]"
         )
     sweeps = overrides.parsed_sweeps([*spec.sweeps, *ablate])

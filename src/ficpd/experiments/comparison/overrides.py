@@ -95,7 +95,7 @@ def _values(text: str, sweep: str) -> list[Any]:
 
 
 def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
-    """Lists methods and lines by label, those with a swept setting once for each value."""
+    """Lists methods and baselines by label, those with a swept setting once for each value."""
     named = {label: _named(label, piece, where) for label, piece in {**REFERENCE_METHODS, **pieces}.items()}
     for path, values in sweeps.items():
         if not path.startswith("method."):

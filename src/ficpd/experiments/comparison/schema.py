@@ -116,7 +116,7 @@ class Against(FrozenModel):
     p: float | None
     """Two-sided."""
     p_holm: float | None = None
-    """After Holm's correction over the methods of the condition or setting, lines too."""
+    """After Holm's correction over the methods of the condition or setting, baselines too."""
     why: str | None
     """Why there is no test."""
 
@@ -168,7 +168,7 @@ class Setting(FrozenModel):
     sweep: Sweep
     methods: dict[str, MethodRank]
     ranked: list[str]
-    """The tasks where every ranked method has a figure; lines are not ranked."""
+    """The tasks where every ranked method has a figure; baselines are not ranked."""
     friedman: Friedman | None
     """None of fewer than three methods or two tasks."""
 

@@ -77,7 +77,7 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def apply_holm(found: Mapping[str, Against | None]) -> dict[str, Against | None]:
-    """Adds `p_holm` over all methods that were tested, lines too."""
+    """Adds `p_holm` over all methods that were tested, baselines too."""
     corrected = holm({label: one.p for label, one in found.items() if one and one.p is not None})
     return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in found.items()}
 

@@ -36,7 +36,7 @@ def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
 
 
 def headline(tree: ComparisonResult) -> str:
-    """Says how the reference does against every other method and line, over all conditions."""
+    """Says how the reference does against every other method and baseline, over all conditions."""
     reference, known = tree.reference, finished(tree)
     found: dict[str, list[int]] = {}
     for at, metric in known:
