@@ -173,8 +173,9 @@ class CausalLM(TextModel):
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
         """Makes a prompt [num_tokens, D], float32 on the CPU. Too few tokens of a text, or drawn, are repeated.
 
-        A token stands before them and is dropped: above the first layers a decoder parks attention on its first
-        position, whose activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv 2309.17453).
+        An extra token is put in front, and dropped afterwards. Above the first layers a decoder's first position is an
+        attention sink. Its activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv
+        2309.17453).
         """
         ids = self._vocabulary(seed) if text is None else self._start_ids(text)
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
