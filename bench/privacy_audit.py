@@ -1,4 +1,4 @@
-"""How far attacks get: one small site whose prompt knows its records by heart, without privacy and at ε = 2.
+"""How far attacks get: one small site whose prompt has memorised its records, without privacy and at ε = 2.
 
 python bench/privacy_audit.py [--seeds 0 1 2] [--canaries 100]      MiniLM; 20 minutes a seed
 

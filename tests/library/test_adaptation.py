@@ -282,7 +282,7 @@ def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
 
 
 def test_an_own_prompt_of_labels_by_chance_has_little_weight(library, model, monkeypatch):
-    """It learns its own half by heart. Scored there, it would have all the weight."""
+    """It memorises its own half. Scored there, it would have all the weight."""
     random = rng.make_generator(5)
     chance = [
         replace(

@@ -100,7 +100,7 @@ def _standard_input(encoding: str) -> str:
 
 def serve(
     library: Library,
-    host: Annotated[str, typer.Option(help="the address to listen on; nobody is asked who they are")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="the address to listen on; callers are not authenticated")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port", min=0, max=65535)] = 8000,
     max_texts: Annotated[int, typer.Option(help="texts of one request", min=1)] = 64,
     max_characters: Annotated[int, typer.Option(help="characters of one text", min=1)] = 10_000,
