@@ -100,7 +100,7 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def joining(args: argparse.Namespace) -> dict[str, Any]:
-    """What a member gains by joining: methods' defaults alone, at the backbone's own learning rate."""
+    """What a client gains by joining: methods' defaults alone, at the backbone's own learning rate."""
     recipe = base(args, {"name": "minilm", "options": {"max_tokens": 48}}, 4, 8)
     recipe["training"].pop("learning_rate")
     return {

@@ -184,7 +184,7 @@ def private(args: argparse.Namespace) -> None:
 
 
 def defaults(args: argparse.Namespace) -> None:
-    """What a member gains by joining many tasks: no option is named, and the learning rate is the backbone's own."""
+    """What a client gains by joining many tasks: no option is named, and the learning rate is the backbone's own."""
     cells = Cells("library_defaults", f"defaults alone, {args.rounds} rounds of 5 steps of 16; private: 2 steps of 64")
     sites = {name: group(name, args.data, number, 400) for name, number in SITES.items()}
     budget = {"name": "record_gaussian", "epsilon": 2.0}
