@@ -48,7 +48,7 @@ for group in (app, deploy, site):
 
 
 def main() -> None:
-    """Runs the command line. Prints what a user can mend without traceback and exits with status 1.
+    """Runs the command line. Prints errors that a user can fix without traceback, and exits with status 1.
 
     Output replaces what its encoding cannot hold. SIGTERM stops a command as Ctrl-C does.
     """

@@ -16,7 +16,7 @@ def compare(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET [SWEEP]...", help="a TOML file or a comparison's name; or a folder, to print its overview"
+            metavar="TARGET [SWEEP]...", help="a TOML file or a comparison's name, or a folder, to print its overview"
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the comparison; none: runs/compare-NAME")] = None,
@@ -27,10 +27,12 @@ def compare(
         str | None,
         typer.Option(help="runs at a time, or ray or ray://HOST:PORT; none: one for each core, one on a GPU"),
     ] = None,
-    table: Annotated[str | None, typer.Option(help="of a folder: print its overview as markdown, csv or latex")] = None,
+    table: Annotated[
+        str | None, typer.Option(help="with a folder: print its overview as markdown, csv or latex")
+    ] = None,
     track: Track = None,
 ) -> None:
-    """Run methods on the same tasks at the same budgets, and write figures, tests, fronts and tables.
+    """Run methods on the same tasks at the same budgets, and write figures, tests, Pareto fronts and tables.
 
     TARGET is a TOML file, a comparison of ficpd (quick), or a folder, whose overview is printed again. Finished runs are
     not repeated. Exit status 3: some runs failed; the tables say which, and why.

@@ -8,7 +8,8 @@ import typer
 from ficpd.cli.console import note
 
 deploy = typer.Typer(
-    no_args_is_help=True, help="Across organisations: write each one's files, check the connection, rehearse."
+    no_args_is_help=True,
+    help="Set up a federation of organisations: write their files, check the connection, rehearse.",
 )
 
 
@@ -18,7 +19,7 @@ def init(
     sites: Annotated[str, typer.Option(help="the organisations' names, such as north,south,east")],
     address: Annotated[str, typer.Option(help="the coordinator's HOST:PORT, as the sites see it")] = "127.0.0.1:9443",
     secure_aggregation: Annotated[
-        bool, typer.Option("--secure-aggregation", help="the server sees sums alone, and the sites share the noise")
+        bool, typer.Option("--secure-aggregation", help="the server sees only sums, and the sites share the noise")
     ] = False,
 ) -> None:
     """Write keys, certificates, settings and systemd units for a coordinator and its sites, a folder for each.
@@ -49,9 +50,9 @@ def check(
 @deploy.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory, which must not exist yet")] = Path("runs/deploy-demo"),
-    rounds: Annotated[int, typer.Option(help="rounds", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="number of rounds", min=1)] = 5,
     secure_aggregation: Annotated[
-        bool, typer.Option("--secure-aggregation", help="the server sees sums alone, and the sites share the noise")
+        bool, typer.Option("--secure-aggregation", help="the server sees only sums, and the sites share the noise")
     ] = False,
 ) -> None:
     """Run a few private rounds on this machine: a coordinator with TLS and three authenticated sites."""

@@ -17,7 +17,7 @@ def info(
     path: Annotated[Path | None, typer.Argument(help="a library or run directory; none: this installation")] = None,
     as_json: Json = False,
 ) -> None:
-    """Describe a library or a run, finished or not; without one, this installation (`-v`: and what torch finds).
+    """Describe a library, a run (finished or not), or this installation (with `-v`: also torch and its devices).
 
     Example: `ficpd info runs/demo`
     """
@@ -33,7 +33,7 @@ def info(
 
 
 def schema() -> None:
-    """Print the JSON schema of a recipe, by which editors complete and check its settings.
+    """Print the JSON schema of a recipe, with which editors complete and check settings.
 
     Example: `ficpd schema > ficpd.schema.json`, and `#:schema ficpd.schema.json` as a recipe's first line
     """

@@ -14,10 +14,11 @@ def init(
     text: Annotated[str | None, typer.Option(help="the column of the texts; none: guessed")] = None,
     target: Annotated[str | None, typer.Option(help="the column of the labels or numbers; none: guessed")] = None,
     client: Annotated[
-        str | None, typer.Option(help="the column of the organisations; none: guessed by its name, else simulated ones")
+        str | None,
+        typer.Option(help="the column of clients, such as hospitals; none: guessed by its name, else simulated"),
     ] = None,
     subject: Annotated[
-        str | None, typer.Option(help="the column of whom a row is about (patients); none: guessed by its name")
+        str | None, typer.Option(help="the column of subjects, such as patients; none: guessed by its name")
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="the privacy budget; none: no privacy")] = None,
     backbone: Annotated[str, typer.Option(help="the frozen model: a name, folder or hub id")] = "minilm",

@@ -14,7 +14,7 @@ def evaluate(
     prompt: Annotated[str | None, typer.Option(help="a prompt's name; none: every prompt of the library")] = None,
     task: TaskName = None, device: Device = "cpu", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Score a library's prompts, and no prompt at all, on labelled records.
+    """Score a library's prompts, and the backbone without a prompt, on labelled records.
 
     Example: `ficpd evaluate runs/demo --data reviews.csv -c text=review -c target=label`
     """
@@ -33,15 +33,15 @@ def evaluate(
 def adapt(
     library: Library,
     out: Annotated[Path, typer.Option(help="folder of the adapted library")],
-    data: Annotated[str | None, typer.Option("--data", help="your records; none: choose by the task alone")] = None,
-    shots: Annotated[int, typer.Option(help="records used; 0: all of them", min=0)] = 16,
-    per_class: Annotated[bool, typer.Option("--per-class", help="use that many of each class")] = False,
+    data: Annotated[str | None, typer.Option("--data", help="your records; none: choose a prompt by the task alone")] = None,
+    shots: Annotated[int, typer.Option(help="number of records used; 0: all", min=0)] = 16,
+    per_class: Annotated[bool, typer.Option("--per-class", help="use --shots records of each class")] = False,
     how: Annotated[
         str, typer.Option(help="auto, leave, nearest, compose, head, tune, mixture, demonstrations, compose+demonstrations")
     ] = "auto",
     task: TaskName = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="a new task: label=its text; one for each answer. None: as found in the data")
+        list[str] | None, typer.Option(help="a new task: label=its text, once for each label; none: as found in the data")
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="a new task: its instruction")] = None,
     columns: Columns = None, encoding: Encoding = "utf-8", separator: Separator = None,
@@ -70,7 +70,7 @@ def adapt(
     mine.save(out)
     facts = mine.library.card["adapted"]
     if facts["table"]:
-        print_scores("way", facts["table"], TABLE)
+        print_scores("strategy", facts["table"], TABLE)
     for line in describe_choice(facts["way"], facts["why"], how):
         say(line)
     note(f"prompt:  {facts['made_of']}, for {facts['shots']} records\nlibrary: {out}")
@@ -87,16 +87,16 @@ def export(
     library: Library,
     prompt: Annotated[str, typer.Option(help="the prompt's name; `ficpd info LIBRARY` lists them")],
     out: Annotated[Path, typer.Option(help="the PEFT folder, which must not exist yet")],
-    base: Annotated[str | None, typer.Option(help="the model PEFT loads: a folder or hub id; none: our copy")] = None,
-    reenter: Annotated[bool, typer.Option("--reenter", help="first tune an input prompt that imitates it")] = False,
+    base: Annotated[str | None, typer.Option(help="the model PEFT loads: a folder or hub id; none: ficpd's copy")] = None,
+    reenter: Annotated[bool, typer.Option("--reenter", help="first tune a prompt at the input that imitates it")] = False,
     data: Annotated[str | None, typer.Option("--data", help="with --reenter: a file of texts")] = None,
     columns: Columns = None,
-    task: Annotated[str | None, typer.Option(help="with --reenter: which task, if there are several")] = None,
-    tokens: Annotated[int | None, typer.Option(help="with --reenter: virtual tokens; none: as many", min=1)] = None,
+    task: Annotated[str | None, typer.Option(help="with --reenter: the task's name, if there are several")] = None,
+    tokens: Annotated[int | None, typer.Option(help="with --reenter: virtual tokens; none: the same", min=1)] = None,
     steps: Annotated[int, typer.Option(help="with --reenter: steps of tuning", min=1)] = 200,
     seed: int = 0, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Write a prompt as a PEFT prompt-tuning folder. PEFT knows only prompts at the input: see `--reenter`.
+    """Write a prompt as a PEFT prompt-tuning folder. PEFT supports only prompts at the input: see `--reenter`.
 
     Example: `ficpd export runs/demo --prompt global --out peft --reenter --data texts.csv -c text=review`
     """
@@ -118,12 +118,12 @@ def import_(
     out: Annotated[Path, typer.Option(help="folder of the new library")],
     backbone: Annotated[str, typer.Option(help="the model it was tuned on: a name, folder or hub id")],
     label: Annotated[
-        list[str] | None, typer.Option(help="label=its text; one for each answer. None: the prompt writes")
+        list[str] | None, typer.Option(help="label=its text, once for each label; none: the task writes texts")
     ] = None,
     instruction: Annotated[str, typer.Option(help="the task's instruction")] = "",
     device: Device = "cpu",
 ) -> None:
-    """Make a library from a PEFT prompt-tuning folder; its prompt is `imported`.
+    """Make a library from a PEFT prompt-tuning folder. Its prompt is named `imported`.
 
     Example: `ficpd import peft --out mine --backbone smollm2 --label good=positive --label bad=negative`
     """

@@ -17,13 +17,15 @@ Data = Annotated[str, typer.Option("--data", help="a CSV, TSV, JSON Lines or Par
 Columns = Annotated[
     list[str] | None, typer.Option("--column", "-c", help="role=column, such as text=review; may be repeated")
 ]
-Encoding = Annotated[str, typer.Option("--encoding", help="of text in --data: a name such as cp1252 or utf-16")]
+Encoding = Annotated[str, typer.Option("--encoding", help="the encoding of --data, such as cp1252 or utf-16")]
 Separator = Annotated[
     str | None,
-    typer.Option("--separator", help="of CSV files, such as |; none: comma, semicolon or tab, by the header"),
+    typer.Option(
+        "--separator", help="the separator of CSV files, such as |; none: comma, semicolon or tab, by the header"
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps")]
-TaskName = Annotated[str | None, typer.Option("--task", help="which task, if the library has several")]
+TaskName = Annotated[str | None, typer.Option("--task", help="the task's name, if the library has several")]
 
 
 def _as_json(wanted: bool) -> bool:
@@ -69,7 +71,7 @@ def _verbosity() -> list[TyperOption]:
     ]
 
 
-QUIET = "print results, warnings and errors alone"
+QUIET = "print only results, warnings and errors"
 VERBOSE = "print the log and the traceback of an error"
 
 
@@ -87,7 +89,7 @@ def roles(columns: list[str] | None) -> dict[str, str]:
 
 
 def reading(encoding: str, separator: str | None) -> "ReadOptions":
-    """How `--data` is read. Raises `ConfigError` for an unknown encoding and for what can be no separator."""
+    """Returns the format of `--data`. Raises `ConfigError` for an unknown encoding or separator."""
     from ficpd.data.loading import Config
     from ficpd.data.tables import ReadOptions
     from ficpd.registry import validate

@@ -20,7 +20,7 @@ def plan(
 ) -> None:
     """Print the memory and the time that a run needs on this machine, without running it.
 
-    Two rounds of the method and of each baseline are rehearsed; the backbone answers a few of their questions.
+    It rehearses two rounds of the method and of each baseline; the backbone answers a few of their queries.
 
     Example: `ficpd plan quickstart --set engine.device=cuda`
     """

@@ -42,7 +42,7 @@ def predict(
     ] = None,
     device: Device = "cpu",
 ) -> None:
-    """Answer texts with a library's prompt, with a score for each label. The rows of a file keep their columns.
+    """Predict the answers to texts with a library's prompt, and a score for each label. A file's rows keep their columns.
 
     Example: `ficpd predict runs/demo "a quiet, lovely film" "the battery died within a week"`
 
@@ -102,11 +102,11 @@ def serve(
     library: Library,
     host: Annotated[str, typer.Option(help="the address to listen on; callers are not authenticated")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port", min=0, max=65535)] = 8000,
-    max_texts: Annotated[int, typer.Option(help="texts of one request", min=1)] = 64,
-    max_characters: Annotated[int, typer.Option(help="characters of one text", min=1)] = 10_000,
+    max_texts: Annotated[int, typer.Option(help="maximum number of texts in a request", min=1)] = 64,
+    max_characters: Annotated[int, typer.Option(help="maximum number of characters in a text", min=1)] = 10_000,
     device: Device = "cpu",
 ) -> None:
-    """Answer texts by HTTP, the backbone in memory: POST /predict, GET /healthz, the schema at /openapi.json.
+    """Serve predictions by HTTP, with the backbone in memory: POST /predict, GET /healthz, schema at /openapi.json.
 
     Example: `ficpd serve runs/demo --port 8000`, then
     `curl localhost:8000/predict --json '{"texts": ["a quiet, lovely film"]}'`

@@ -18,7 +18,7 @@ Changes = Annotated[list[str] | None, typer.Option("--set", "-s", help="change o
 
 def run(
     recipe: Annotated[
-        str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart, or what --resume continues")
+        str | None, typer.Argument(help="a TOML file or a recipe's name; none: quickstart, or the resumed run's")
     ] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory; none: runs/NAME-METHOD-SEED")] = None,
@@ -26,7 +26,7 @@ def run(
         bool, typer.Option("--resume", help="continue after the last finished round; with --out no recipe is needed")
     ] = False,
     engine: Annotated[
-        str | None, typer.Option(help="in_process, ray or ray://HOST:PORT: many processes, or flower: among real sites")
+        str | None, typer.Option(help="in_process, ray or ray://HOST:PORT (many processes), or flower (real sites)")
     ] = None,
     track: Track = None,
     as_json: Json = False,
@@ -132,7 +132,7 @@ def publish(
         typer.Option("--hub", help="OWNER/NAME: also send the library to this private repository of the hub"),
     ] = None,
 ) -> None:
-    """Copy from a private run what its guarantee covers: the library, without scores, counts and ledger.
+    """Copy the library of a private run, without the scores, counts and ledger that its guarantee does not cover.
 
     Example: `ficpd publish runs/hospitals published`
     """

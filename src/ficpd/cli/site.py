@@ -8,7 +8,9 @@ import typer
 
 from ficpd.cli.console import note
 
-site = typer.Typer(no_args_is_help=True, help="At one organisation: the process with its records and its budget.")
+site = typer.Typer(
+    no_args_is_help=True, help="Run the process of one organisation, which holds its records and budget."
+)
 Rehearsal = Annotated[bool, typer.Option("--rehearsal", help="allow [simulation] private_seed: nothing is protected")]
 File = Annotated[Path, typer.Argument(help="the site's TOML file")]
 

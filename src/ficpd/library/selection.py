@@ -49,7 +49,7 @@ TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 NEEDS_HEAD = ("head", "mixture")
 """The strategies that need features and label texts."""
 SAME = 0.9
-"""The minimum cosine of two tasks' keys to use a prompt without any record (`bench/unseen.py keys`)."""
+"""The minimum cosine of a task's embedding and a key to use its prompt without any record (`bench/unseen.py keys`)."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
     if way == best:
         return "it has the lowest loss on records held back"
     if way == next(iter(table)):
-        return f"no other way is better by {SURE:g} standard errors; {best} comes nearest"
+        return f"no other strategy is better by {SURE:g} standard errors; {best} comes closest"
     return f"it is the simplest within a standard error of the best, {best}"
 
 
