@@ -32,7 +32,7 @@ from ficpd.types import (
 
 
 class Vocabulary(Protocol):
-    """A vocabulary that a prompt can be made of: one token id a place."""
+    """The vocabulary of prompts of words: one token id per position."""
 
     @property
     def size(self) -> int:
@@ -55,14 +55,19 @@ class Vocabulary(Protocol):
 
 
 class Backbone(ABC):
-    """A frozen model. Contract: rows never see each other; no dropout; padding is masked; no state between calls.
+    """A frozen model. Contract: rows never influence each other; no dropout; padding is masked; no state between calls.
 
-    Capabilities: `modality` "image" takes images (`preprocess_image`), "text" takes texts (`tokenize`). `can_generate`
-    allows `generate`. `supports_gradients` is false for black boxes. `supports_features`: `ModelOutput.features_RD`
-    describes the text. `has_text_encoder`: texts of answers give a readout, so no head has to be tuned. `about` describes
-    the kind of model in errors. `vocabulary`: words for prompts of words, or None. `adapters`: `backbones.lora.Adapters`;
-    None: no LoRA. `model`: the module that holds the weights; None: nothing runs here. `num_blocks`: those that
-    `checkpoint_blocks` acts on. `chosen_options`: options that were left open, as the backbone chose them.
+    modality: "image" takes images (`preprocess_image`), "text" takes texts (`tokenize`).
+    can_generate: `generate` and `generate_greedy` exist.
+    supports_gradients: false for black boxes.
+    supports_features: `ModelOutput.features_RD` describes the text.
+    has_text_encoder: texts of answers give a readout, so no head has to be tuned.
+    about: describes the kind of model in errors.
+    vocabulary: words for prompts of words, or None.
+    adapters: a `backbones.lora.Adapters`, or None: no LoRA.
+    model: the module that holds the weights; None: the model runs elsewhere.
+    num_blocks: the number of blocks for `checkpoint_blocks`.
+    chosen_options: the backbone's choice of options that were left open.
     """
 
     name: str
@@ -89,14 +94,15 @@ class Backbone(ABC):
     ) -> EncodedInput:
         """Encodes one text (a pair, if given). With `answer`, the item asks for that answer's likelihood.
 
-        Texts are cut so that `room` virtual tokens still fit; the instruction and the answer are never cut. `writes` > 0:
-        the answer is a text of at most so many tokens, its end token included; it is cut to them, and their room is kept
-        free without an answer too. Raises `BackboneError` where the backbone cannot write.
+        Texts are cut so that `room` virtual tokens still fit. The instruction and the answer are never cut. `writes` > 0:
+        the answer is a text, cut to this number of tokens with its end token. These positions are reserved without an
+        answer, too. Raises `BackboneError` if the backbone cannot generate.
         """
 
     def preprocess_image(self, image: Any, room: int) -> EncodedInput:
-        """Encodes one image: any object whose `open()` gives a PIL image in RGB. `encode_prefix` opens it; no pixels are
-        kept. Raises `BackboneError` where the backbone takes no images or `room` virtual tokens do not fit."""
+        """Encodes one image: an object whose `open()` returns a PIL image in RGB. `encode_prefix` opens it.
+
+        Raises `BackboneError` if the backbone takes no images, or if `room` virtual tokens do not fit."""
         raise BackboneError(f"{self.name} reads texts and sees no images; for those use a vision backbone")
 
     @abstractmethod
@@ -109,11 +115,11 @@ class Backbone(ABC):
 
     @abstractmethod
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """Makes a prompt [num_tokens, D] of activations at a layer: of a text, drawn words (None), or synthetic images."""
+        """Makes a prompt [num_tokens, D] of activations at a layer. The input: a text, drawn words (None) or images."""
 
     @abstractmethod
     def synthetic_inputs(self, number: int, seed: int) -> list[Any]:
-        """Draws public inputs: texts of words of the vocabulary, or images of colours."""
+        """Draws public inputs: texts of random words, or images of random colours."""
 
     def unk_rate(self, texts: Sequence[str]) -> float:
         """Returns the share of unknown tokens in these texts, 0 to 1; 0.0 for bytes, hashes and images."""
@@ -121,31 +127,31 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        """Runs the layers below the prompt without gradient: [T, D] per item, unpadded. Results are cached."""
+        """Runs the layers below the prompt without gradient. Returns [T, D] per item, unpadded. Results are cached."""
 
     @abstractmethod
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """Runs the prompt and the layers from its entry on, one row per item (`scores_RN` has one column)."""
+        """Runs the prompt and the layers above it, one row per item (`scores_RN` has one column)."""
 
     def set_attention(self, attention: str) -> bool:
-        """Changes to "eager" or "sdpa" without loading again; returns whether the model has this one."""
+        """Changes to "eager" or "sdpa" without loading again. Returns whether the model has this kind."""
         return True
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """Keeps only each block's input for the backward, and computes the block again there, with the same numbers."""
+        """Keeps only each block's input. The backward computes the block again, with the same numbers."""
 
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """Writes one text per item behind its prompt, by the likeliest token, before the scored tail."""
+        """Generates one text per item after its prompt, by greedy decoding, before the scored positions."""
         raise self._cannot_write()
 
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Continues texts behind the prompt: the likeliest tokens, or (temperature > 0) those that `seed` draws."""
+        """Continues texts after the prompt, greedily or (temperature > 0) by tokens drawn from `seed`."""
         raise self._cannot_write()
 
     def _cannot_write(self) -> BackboneError:
@@ -154,9 +160,9 @@ class Backbone(ABC):
 
 
 class Task(Objective, ABC):
-    """The meaning of a record: how it is encoded, its loss, its prediction and its score.
+    """The meaning of a record: its encoding, its loss, its prediction and its score.
 
-    `max_new_tokens`: tokens that `predict` needs written after each record; 0 where it reads the outputs.
+    `max_new_tokens`: tokens to generate after each record for `predict`; 0: it reads the outputs.
     """
 
     max_new_tokens: int = 0
@@ -209,10 +215,12 @@ class ReleaseKind(Enum):
 class Mechanism(ABC):
     """Clips and noises the releases of one client, and states their costs.
 
-    `unit`: what the guarantee is for. `noise`: the source that its randomness has to come from. `subjects`: at the record
-    level, whether the unit is a subject with all its records; the methods below then need `subject_B`, each record's number.
-    `summed`: `noisy_mean` and `noisy_sum` return terms of a sum over clients, int64, which leave only under masks.
-    `public_units`: units that every client has at least; expected batches are of so many. None: not known.
+    unit: the unit of the guarantee.
+    noise: the required source of randomness.
+    subjects: at the record level, whether the unit is a subject with all its records. The methods below then need
+        `subject_B`: the number of each record's subject.
+    summed: `noisy_mean` and `noisy_sum` return terms of a sum over clients, int64, which are sent only under masks.
+    public_units: the minimum number of units of every client, which expected batches assume. None: not known.
     """
 
     unit: Literal["none", "record", "client"]
@@ -223,7 +231,7 @@ class Mechanism(ABC):
 
     @abstractmethod
     def cost(self, kind: ReleaseKind, name: str = "") -> PrivacyCost | None:
-        """Returns the cost of one release, or None where it has none. `name` is the statistic's."""
+        """Returns the cost of one release, or None if it has none. `name`: that of the statistic."""
 
     @abstractmethod
     def planned_costs(self) -> Sequence[PrivacyCost]:
@@ -237,14 +245,14 @@ class Mechanism(ABC):
 
     @abstractmethod
     def bound_query(self, query: Query, start: Prompt) -> Query:
-        """Bounds the prompts of a query before the model answers it, where the unit is the record (`clip_query`)."""
+        """Bounds the prompts of a query before the model answers it, if the unit is the record (`clip_query`)."""
 
     @abstractmethod
     def noisy_mean(
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
         subject_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Averages records, [K, B, ...] to [K, ...] on the CPU. `grad_scale` is the subspace's, for values in it."""
+        """Averages records, [K, B, ...] to [K, ...] on the CPU. `grad_scale`: that of the subspace, for values in it."""
 
     @abstractmethod
     def noisy_sum(
@@ -254,11 +262,11 @@ class Mechanism(ABC):
 
     @abstractmethod
     def privatize_update(self, update: ClientUpdate, noise: NoiseSource) -> ClientUpdate:
-        """Clips and noises a whole update, where the unit is the client."""
+        """Clips and noises a whole update, if the unit is the client."""
 
     @abstractmethod
     def expected_noise_norm_sq(self, size: int) -> float | None:
-        """Returns the noise's expected squared length in `size` numbers; None where it would tell the number of records."""
+        """Returns the expected squared norm of `size` noise values; None if it would reveal the number of records."""
 
     @abstractmethod
     def guarantee(self) -> Mapping[str, JSON]:
@@ -289,7 +297,7 @@ class Compression(Protocol):
 
     @property
     def subspace(self) -> Subspace | None:
-        """Returns the subspace that the optimizer moves in; None: the whole prompt."""
+        """Returns the subspace in which the prompt is tuned; None: the whole prompt."""
         ...
 
     def project(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,12 +325,12 @@ class ClientContext(Protocol):
 
     @property
     def weight(self) -> float:
-        """Returns the record count without privacy, the noisy count of units if it is a planned statistic, else 1."""
+        """Returns the record count without privacy. Else the noisy count of units, if that statistic is planned, or 1."""
         ...
 
     @property
     def label_prior(self) -> Tensor:
-        """Returns the log label shares [C]. With record-level privacy they are of noisy counts, released once."""
+        """Returns the log label shares [C]. With record-level privacy they come from noisy counts, released once."""
         ...
 
     @property
@@ -357,15 +365,14 @@ class ClientContext(Protocol):
     def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
         """Returns a non-private view of this client. Its results must not enter an update.
 
+        They must not enter the prompt of a query either, if its answer is averaged for an update.
         complement: swaps the records held back and the others.
-
-        Nothing made with it may enter an update, or a prompt of a query whose answer is averaged for an update.
         """
         ...
 
 
 class LocalContext(ClientContext, Protocol):
-    """A client that tunes for itself. It sends none of the results. subject_B: each record's subject, if data name them."""
+    """A client that tunes its own models, and sends none. subject_B: each record's subject, if the data name them."""
 
     subject_B: Tensor | None
 
@@ -374,12 +381,12 @@ class LocalContext(ClientContext, Protocol):
         ...
 
     def held_places(self) -> Tensor:
-        """Returns the places of the holdout in `full_batch`, [n]."""
+        """Returns the indices of the holdout in `full_batch`, [n]."""
         ...
 
 
 class Model(Protocol):
-    """The one place where the backbone runs, as the server's half of a method may call it."""
+    """Runs the backbone, for the server's half of a method."""
 
     backbone: Backbone
 
@@ -387,7 +394,7 @@ class Model(Protocol):
 
 
 class Engine(Protocol):
-    """Exchanges bytes with clients, so that all engines count alike and the server checks every update."""
+    """Exchanges bytes with clients. All engines then count bytes alike, and the server checks every update."""
 
     def clients(self) -> Sequence[ClientCard]: ...
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]: ...

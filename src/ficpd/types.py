@@ -1,4 +1,4 @@
-"""The values that components exchange. `interfaces` has the protocols.
+"""The values that components exchange. The protocols are in `interfaces`.
 
 Shape suffixes: K candidate prompts, B records, R rows (K x B of all clients), S sequences (one or several per row), T
 positions, P virtual tokens (with the prompt's head rows), D width of the backbone, C answers.
@@ -33,9 +33,9 @@ LABEL_PRIOR = "label_prior"
 class Record:
     """One raw example.
 
-    `key`: its source for errors (`ratings.csv row 17`). `fields`: values by role (`text`, `text_pair`, `target`,
-    `options`, `image`, `references`); columns used by a partition keep their name. `subject`: whom the record is about (a
-    patient, a customer), if the data name one. Splits, and record-level privacy, keep a subject's records together.
+    `key`: its source, for errors (`ratings.csv row 17`). `fields`: values by role (`text`, `text_pair`, `target`,
+    `options`, `image`, `references`); columns used by a partition keep their name. `subject`: the patient or customer
+    of the record, if the data name one. Splits and record-level privacy keep a subject's records together.
     """
 
     key: str
@@ -89,12 +89,12 @@ class Batch:
         )
 
     def with_prior(self, log_shares_C: Tensor) -> "Batch":
-        """Returns the batch with these logits added to the answers', such as the log label shares of its client."""
+        """Adds a term to the logits of the answers, such as the log label shares of the client."""
         prior_BC = self.extra.get(LABEL_PRIOR, 0.0) + log_shares_C.expand(len(self), -1)
         return replace(self, extra={**self.extra, LABEL_PRIOR: prior_BC})
 
     def with_readout(self, readout: "Readout | None") -> "Batch":
-        """Returns the batch read by a learned readout; None: by its task's."""
+        """Replaces the task's readout by a learned one; None changes nothing."""
         if readout is None:
             return self
         rows_CD = readout.rows_CD
@@ -120,7 +120,7 @@ LENGTH_STEP = 8
 
 
 def padded_length(length: int) -> int:
-    """Returns the next multiple of `LENGTH_STEP`: the shape of a sequence then depends on its own length alone."""
+    """Returns the next multiple of `LENGTH_STEP`. The shape of a sequence then depends only on its own length."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
@@ -133,7 +133,7 @@ class HiddenStates:
 
     @staticmethod
     def of(states: Sequence[Tensor], left: bool = False, most: int | None = None) -> "HiddenStates":
-        """Pads ragged [T, D] states to the longest `padded_length`, `most` at most.
+        """Pads ragged [T, D] states to the longest `padded_length`, but not beyond `most`.
 
         Pads on the left for a causal backbone, so that last positions share a column.
         """
@@ -177,7 +177,7 @@ class Objective(Protocol):
 
     head_rows: int = 0
     num_labels: int = 0
-    """Labels of a classification; `Batch.targets` are places among them."""
+    """Number of labels of a classification. `Batch.targets` are their indices."""
 
     @abstractmethod
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
@@ -185,7 +185,7 @@ class Objective(Protocol):
         ...
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor | None:
-        """Returns logits [R, C], shifted by `LABEL_PRIOR`; None without answers to choose from."""
+        """Returns logits [R, C], shifted by `LABEL_PRIOR`; None for a task without fixed answers."""
         return None
 
 
@@ -209,7 +209,7 @@ class Prompt:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Positions that the prompt takes from a text."""
+        """Returns the number of positions that the prompt takes from a text."""
         return 0 if self.enters_at == LORA else len(self.vectors_PD) - self.head_rows
 
     @property
@@ -320,9 +320,9 @@ class ClientWorkload:
         `num_subjects` subjects, or (None: the data name none) its `num_records` records.
     participations: assignments that it executes.
     cohort_rate: probability that one of `num_clients` clients joins one of `num_rounds` rounds.
-    totals: sums that every assignment releases, with each one's share of the budget over the run.
+    totals: sums that every assignment releases, with their shares of the budget over the run.
     once: sums that are released once, with their shares.
-    most_participations: assignments of the client that executes most.
+    most_participations: the largest number of assignments that any client executes.
     """
 
     num_records: int
@@ -352,7 +352,7 @@ class ClientCard:
 
 @dataclass(frozen=True)
 class State:
-    """A method's server state between two rounds, as tensors and JSON, so that every round is a checkpoint."""
+    """A method's server state between two rounds, as tensors and JSON, so that it can be saved as a checkpoint."""
 
     arrays: Mapping[str, Tensor]
     facts: Mapping[str, JSON] = field(default_factory=dict)
