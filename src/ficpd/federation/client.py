@@ -37,12 +37,14 @@ MIN_HOLDOUT_RECORDS = 20
 
 @dataclass(eq=False)
 class Client:
-    """One client. `start` has the prompt's shape and layer; `client_state` stays at the client between rounds.
+    """One client. `start` has the prompt's shape and layer. `client_state` stays at the client between rounds.
 
-    `private_seed` feeds record sampling and simulated noise, and must not be derivable from anything the server knows.
-    `account`: the ledger's, None only without privacy. `pending_costs`: what the next assignment pays besides its own
-    releases. `query_counts`: forward queries and gradients by round, one candidate on one record each; the number of
-    records in a Poisson sample is private, so they never leave the client. `member`: its keys in secure sums.
+    private_seed: feeds record sampling and simulated noise. The server must not be able to derive it.
+    account: its ledger account; None only without privacy.
+    pending_costs: further costs that the next assignment pays.
+    query_counts: forward queries and gradients by round, each of one candidate on one record. They never leave the
+        client, because the number of records in a Poisson sample is private.
+    member: its half of secure sums, with its keys.
     """
 
     card: ClientCard
@@ -70,7 +72,7 @@ class Client:
 
     @property
     def units(self) -> Units:
-        """Returns the units that its mechanism samples."""
+        """Returns the units that the mechanism samples."""
         return units_of(self.name, self.train, self.mechanism)
 
     @property
@@ -78,9 +80,9 @@ class Client:
         return self.card.name
 
     def encoded(self, part: str = "train") -> Batch:
-        """Encodes all records of a part, once: `HiddenStateCache` has them by identity.
+        """Encodes all records of a part, once, because `HiddenStateCache` finds them by identity.
 
-        Clients that share `encodings` (one client under several methods) share those of the same list of records.
+        Clients that share `encodings` (one client under several methods) encode the same list of records once.
         """
         key, records = self._encoding(part)
         if key not in self.encodings or self.encodings[key][0] is not records:
@@ -88,7 +90,7 @@ class Client:
         return self.encodings[key][1]
 
     def set_encoding(self, part: str, batch: Batch) -> None:
-        """Sets the encoded records of a part, where they exist already."""
+        """Sets the encoded records of a part, if they exist already."""
         key, records = self._encoding(part)
         self.encodings[key] = records, batch
 
@@ -104,7 +106,7 @@ class Client:
 
 
 class ClientSession:
-    """One client during one assignment, as a method sees it (`ClientContext`)."""
+    """A method's view of one client during one assignment (`ClientContext`)."""
 
     def __init__(self, client: Client, round: int, method: str = "", declared: Collection[str] = ()):
         """`declared`: statistics that the method declares; no other is released."""
@@ -120,7 +122,7 @@ class ClientSession:
         self._drawn: Tensor | None = None
         self._masked: dict[float, Batch] = {}
         self.terms: dict[str, Tensor] = {}
-        """Terms of the round's secure sum by name, int64 [N], where the mechanism is `summed`."""
+        """Terms of the round's secure sum by name, int64 [N], if the mechanism is `summed`."""
 
     @property
     def start(self) -> Tensor:
@@ -246,7 +248,7 @@ class ClientSession:
         return LocalSession(self, *self._assignment, held_back, complement)
 
     def charge(self, kind: ReleaseKind, name: str = "", count: int = 1) -> None:
-        """Adds the cost of releases before they are made. Raises `BudgetError` if the budget does not allow them."""
+        """Adds the cost of releases in advance. Raises `BudgetError` if the budget does not allow them."""
         cost = self.client.mechanism.cost(kind, name)
         if cost is not None and self.client.account is not None:
             self.client.account.check_budget([*self.costs, cost._replace(count=count)])
@@ -295,5 +297,5 @@ class LocalSession(ClientSession):
 
 
 def log_label_prior(counts_C: Tensor) -> Tensor:
-    """Returns the log label shares [C], each label counted with half a record more."""
+    """Returns the log label shares [C], with half a record added to each label's count."""
     return ((counts_C + 0.5) / (counts_C + 0.5).sum()).log()

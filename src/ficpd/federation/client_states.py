@@ -1,4 +1,4 @@
-"""The states of a simulation's clients: all of them in a SQLite file, those used last in memory as well."""
+"""Stores the states of a simulation's clients in a SQLite file. The states used last are in memory as well."""
 
 import os
 import sqlite3
@@ -23,7 +23,7 @@ create table if not exists states (
 
 
 class StoredState(Mapping[str, Tensor]):
-    """A client's state, which is read when it is needed."""
+    """A client's state, read from the file on demand."""
 
     def __init__(self, states: "ClientStates", client: str):
         self.states, self.client = states, client
@@ -39,10 +39,10 @@ class StoredState(Mapping[str, Tensor]):
 
 
 class ClientStates:
-    """The states after `rounds` finished rounds, in `folder`; `number` clients had one by then.
+    """The states of `number` clients after `rounds` finished rounds, in `folder`.
 
     `save` commits a round's states before the round's checkpoint is written. A run that is killed between the two repeats
-    the round, so each client's state of the round before stays too. Raises `RunError` for a file that lacks states.
+    the round. The states of the round before are therefore kept, too. Raises `RunError` for a file that lacks states.
     """
 
     def __init__(self, folder: Path, rounds: int, number: int, memory: int = MEMORY):
@@ -64,7 +64,7 @@ class ClientStates:
             clients[name].client_state = StoredState(self, name)
 
     def save(self, clients: Mapping[str, Client], round: int) -> int:
-        """Writes the states that have changed; returns how many clients have one."""
+        """Writes the changed states. Returns the number of clients with a state."""
         for name, client in clients.items():
             state = client.client_state
             if isinstance(state, StoredState) or not (state or name in self.names):
@@ -99,7 +99,7 @@ class ClientStates:
             self.file.close()
 
     def _keep(self, name: str, state: dict[str, Tensor]) -> None:
-        """Keeps a state in memory, in the place of those used longest ago."""
+        """Keeps a state in memory, and drops the states used longest ago."""
         self.bytes += _size(state) - _size(self.recent.pop(name, {}))
         self.recent[name] = state
         while self.bytes > self.memory and len(self.recent) > 1:

@@ -7,7 +7,7 @@ and its arrays. Both sides know the layout. All numbers are little-endian:
     8  of the SHA-256 of the backbone's fingerprint            4  CRC-32 of the layout: names, shapes, types
     1  length of the client's name, then the name in UTF-8     then the arrays, in the order of their names
 
-The decoder trusts no sender: `ExpectedUpdate` fixes names, shapes, types, norm and backbone. Everything else raises
+The decoder trusts no sender: `ExpectedUpdate` fixes names, shapes, types, norm and backbone. Any difference raises
 `CodecError` with the given and the expected value.
 """
 
@@ -49,7 +49,7 @@ def encode_assignment(assignment: Assignment, backbone: str) -> bytes:
 
 
 def decode_assignment(body: bytes, backbone: str) -> Assignment:
-    """Decodes an assignment. Raises `CodecError` for another backbone's."""
+    """Decodes an assignment. Raises `CodecError` for that of another backbone."""
     arrays, header = unpack_tensors(body, ("m", "r", "b", "f"))
     if header["b"] != backbone:
         raise CodecError(
@@ -76,7 +76,7 @@ def encode_update(update: ClientUpdate, round: int, backbone: str) -> bytes:
 
 
 def decode_update(body: bytes, expected: ExpectedUpdate) -> ClientUpdate:
-    """Decodes an update and checks it, its size first.
+    """Decodes an update and checks it. The size is checked first.
 
     >>> body = encode_update(ClientUpdate("a", {"x": torch.ones(2)}), 1, "tiny")
     >>> decode_update(body, ExpectedUpdate("a", 1, "tiny", {"x": ArraySpec((2,))}))

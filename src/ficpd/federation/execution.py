@@ -1,4 +1,4 @@
-"""Runs assignments at a client: makes its updates, charges them, and answers repeated assignments from the ledger."""
+"""Runs assignments at a client, charges their costs, and answers repeated assignments from the ledger."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +18,13 @@ def execute_assignment(
     method: Method, client: Client, assignment: Assignment,
     release: Callable[[ClientSession], ClientUpdate] | None = None,
 ) -> Generator[Query, Answer, ClientUpdate]:  # fmt: skip
-    """Runs an assignment and returns the mechanism's release, once the ledger has committed its costs.
+    """Runs an assignment and returns the mechanism's release, after the ledger has committed its costs.
 
-    `release`: makes the update from the terms of a secure sum, whatever the method returned. A `summed` mechanism needs it.
+    `release`: makes the update from the terms of a secure sum, and ignores the method's own update. A `summed` mechanism
+    needs it.
 
     A completed assignment is answered with the stored update. Updates of earlier rounds are deleted, and their assignments
-    raise `PolicyError`. An assignment that fails after records were drawn is charged and not tried again, because the
+    raise `PolicyError`. An assignment that fails after records were drawn is charged and not repeated, because the
     failure may depend on the records.
     """
     account, round = client.account, assignment.round
@@ -100,7 +101,7 @@ def _stored(update: ClientUpdate, client_state: Mapping[str, Tensor], counts: li
 
 
 def restore_update(client: Client, body: bytes, round: int | None = None) -> ClientUpdate:
-    """Returns a stored update, and restores the client's state and its `round`'s query counts.
+    """Returns a stored update. Restores the client's state and the query counts of its `round`.
 
     Raises `PolicyError` for an assignment that failed, `LedgerError` for bytes that cannot be read.
     """
@@ -121,7 +122,7 @@ def restore_update(client: Client, body: bytes, round: int | None = None) -> Cli
 
 
 def personal_prompt(method: Method, client: Client, assignment: Assignment) -> Tensor:
-    """Returns [P, D] that this client would use now. Nothing is released."""
+    """Returns this client's current prompt [P, D]. Nothing is released."""
     return method.personal_prompt(ClientSession(client, assignment.round), assignment)
 
 

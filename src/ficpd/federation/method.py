@@ -28,7 +28,7 @@ from ficpd.types import (
 
 
 class DemonstrationEncoder(Protocol):
-    """Examples to show with every text."""
+    """Encodes records together with examples, which the model sees with every text."""
 
     def encode(
         self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
@@ -39,13 +39,13 @@ class DemonstrationEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Declares the properties of a method. Privacy plans, schedules and query budgets use nothing else.
+    """Declares the properties of a method. Privacy plans, schedules and query budgets use only these.
 
-    The defaults are the strict answers: no private form, no statistics, not linear, releases.
+    The defaults are strict: no private form, no statistics, not linear, releases.
     """
 
     private_units: tuple[Literal["record", "client"], ...] = ()
-    """Units of privacy that the method has a private form for."""
+    """Privacy units for which the method has a private form."""
     not_private: str = "it declares none (Capabilities.private_units); run it with privacy.name = 'none'"
     """Explains a refused unit and names an alternative."""
     releases: bool = True
@@ -57,9 +57,9 @@ class Capabilities:
     statistics_per_round: Mapping[str, float] = field(default_factory=dict)
     """Totals over records released in every assignment, with their default shares of a record-level budget."""
     statistics_once: Mapping[str, float | None] = field(default_factory=dict)
-    """Totals over records released once, with their default shares; None: `privacy.statistics` has to state it."""
+    """Totals over records released once, with their default shares; None: `privacy.statistics` states the share."""
     subspace: bool = True
-    """Clients tune a soft prompt by its gradients, so that an open compression may choose a subspace."""
+    """Clients tune a soft prompt by gradients, so `compression.name = "auto"` may choose a subspace."""
     learns_readout: bool = False
     """The server learns readouts, and needs the label texts' and public features (`FederationInfo`)."""
     centralized: bool = False
@@ -125,7 +125,7 @@ class Method(ABC):
         self.subspace = subspace
 
     def init_prompt(self, prompt: Prompt, backbone: Backbone, seed: int) -> Prompt:
-        """Returns the initial value of a `prompt_type` other than "soft", from the experiment's prompt. Idempotent."""
+        """Makes the initial prompt of a `prompt_type` other than "soft" from the experiment's prompt. Idempotent."""
         return prompt
 
     # ------------------------------------------------------------ server
@@ -144,15 +144,15 @@ class Method(ABC):
         return Assignment(self.name, round, {self.array: state.arrays[self.array]}, {"rate": rate})
 
     def update_spec(self, state: State) -> UpdateSpec:
-        """Names and shapes of the arrays of every update. The codec checks received bytes against them."""
+        """Returns names and shapes of the arrays of every update. The codec checks received bytes against them."""
         return {"delta": tuple(state.arrays[self.array].shape)}
 
     def cluster_sums(self, state: State) -> UpdateSpec:
-        """Names and shapes of the one sum over all clients that central noise is added to."""
+        """Returns names and shapes of the sum over all clients to which central noise is added."""
         return self.update_spec(state)
 
     def in_cluster_sum(self, state: State, update: ClientUpdate) -> ClientUpdate:
-        """Returns the update as a term of that sum; with clusters, zero in all parts but its cluster's."""
+        """Returns the update as a term of that sum. With clusters, all parts but its cluster's are zero."""
         return update
 
     @abstractmethod
@@ -190,7 +190,7 @@ class Method(ABC):
     def local_model(
         self, client: ClientContext, assignment: Assignment
     ) -> Generator[Query, Answer, Sequence[Predictor]]:
-        """Builds the mixture that this client predicts with, given its next assignment. Nothing of it is sent."""
+        """Builds the mixture with which this client predicts, given its next assignment. It is not sent."""
         yield from ()
         return [Predictor(self.personal_prompt(client, assignment))]
 
@@ -206,7 +206,7 @@ class Method(ABC):
 
 
 def validate_assignment(assignment: Assignment, method: Method, start: Prompt, last: int) -> None:
-    """Raises `CodecError` for an assignment of another method, round or shape than the run's (`start`, `last` round)."""
+    """Raises `CodecError` for an assignment that this run never sends: another method, round or shape."""
     if assignment.method != method.name:
         raise CodecError(f"assignment.method = {assignment.method!r}, expected the run's {method.name!r}")
     if type(assignment.round) is not int or not 1 <= assignment.round <= last + 1:

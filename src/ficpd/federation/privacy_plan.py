@@ -30,8 +30,9 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """`mechanisms` and `accounts` by client. `central`: the server's mechanism, for central noise. `secure`: the secure sum
-    of the rounds, where clients share the noise."""
+    """mechanisms, accounts: by client. central: the server's mechanism, for central noise.
+
+    secure: the secure sum of the rounds, if clients share the noise."""
 
     mechanisms: Mapping[str, Mechanism]
     accounts: Mapping[str, Account]
@@ -50,7 +51,7 @@ class PrivacyPlan:
         return None if None in known else sum(known) / len(known)  # type: ignore[arg-type]
 
     def to_report(self) -> dict[str, JSON]:
-        """Makes the result's `privacy` block, with the guarantee and costs of the client that spent most."""
+        """Makes the `privacy` block of the result: the guarantee, and the costs of the client that spent most."""
         if not self.releases:
             return {**NO_RELEASE_GUARANTEE, "noise": None}
         first = next(iter(self.mechanisms.values()))
@@ -105,7 +106,7 @@ def privacy_config_for(method: Method, part: Mapping[str, Any]) -> Mapping[str, 
             "update by itself. Use placement = 'local', privacy.name = 'record_gaussian', or a method that sums "
             "(fedavg, fedprox) with method.robust.rule = 'mean'"
         )
-    if part["name"] == SHARED and declared.centralized:  # one client: nobody to share the noise with
+    if part["name"] == SHARED and declared.centralized:  # a single client has no other to share the noise with
         known = record_gaussian.Config.model_fields
         return {"name": "record_gaussian", **{key: value for key, value in part.items() if key in known}}
     if part["name"] == SHARED and (
@@ -125,7 +126,7 @@ def plan_privacy(
     part: Mapping[str, Any], method: Method, state: State, shards: Mapping[str, ClientData], schedule: RoundSchedule,
     seed: int, folder: Path, run: str, rounds_paid: int, groups: Sequence[str] = ("",),
 ) -> PrivacyPlan:  # fmt: skip
-    """Plans the run, chooses the noise and opens the ledger. `groups`: the tasks' names, of which clients' names begin.
+    """Plans the run, chooses the noise and opens the ledger. `groups`: names of tasks, prefixes of clients' names.
 
     `rounds_paid`: the last round that was released. Raises `LedgerError` if the ledger ends before it.
     """
@@ -184,7 +185,7 @@ def plan_privacy(
 
 
 def with_least_records(part: Mapping[str, Any], units: Sequence[int]) -> Mapping[str, Any]:
-    """Fills in an open `privacy.least_records` with the fewest units of a simulation's clients."""
+    """Sets an open `privacy.least_records` to the smallest number of units of a simulation's clients."""
     return {**part, "least_records": min(units)} if part.get("least_records", 0) is None else part
 
 
@@ -192,7 +193,7 @@ def secure_sum(
     mechanisms: Mapping[str, Mechanism], schedule: RoundSchedule, groups: Sequence[str], run: str = SIMULATED,
     masked: bool = False,
 ) -> SecureSum | None:  # fmt: skip
-    """Returns the secure sum of clients that share the noise; None for other mechanisms."""
+    """Returns the secure sum if the clients share the noise, else None."""
     shared = {own_part(n, groups): m for n, m in mechanisms.items() if isinstance(m, SharedGaussian)}
     if shared and schedule.accept_late:
         raise PrivacyError(
@@ -202,9 +203,9 @@ def secure_sum(
 
 
 def build_mechanism(part: Mapping[str, Any], name: str, plan: ClientWorkload, **settings: Any) -> Mechanism:
-    """Builds a client's mechanism with its group's clip norm. `settings` replace those of the privacy settings `part`.
+    """Builds a client's mechanism with its group's clip norm. `settings` replace privacy settings of `part`.
 
-    Raises `ConfigError` where the records name subjects, and the mechanism goes by records.
+    Raises `ConfigError` if the records name subjects, and the mechanism protects single records.
     """
     module, config = build_config("privacy", part)
     known = {key: value for key, value in settings.items() if key in type(config).model_fields}
@@ -233,7 +234,7 @@ def _with_group_clip_norm(config: Any, part: Mapping[str, Any], name: str) -> An
 def client_workloads(
     method: Method, state: State, records: Mapping[str, UnitCounts], schedule: RoundSchedule
 ) -> dict[str, ClientWorkload]:
-    """Plans each client's work from the counts of its `records` and the public cohorts. A batch is of units."""
+    """Plans each client's work from the counts of its `records` and the public cohorts. A batch counts units."""
     steps, batch_size = method.local_workload(state)
     counts = participations(schedule, list(records))
     return {
@@ -264,7 +265,7 @@ def participations(schedule: RoundSchedule, names: Sequence[str]) -> dict[str, i
 
 
 def public_seed(seed: int) -> int:
-    """Derives the seed that the server may know. No private stream can be derived from it."""
+    """Derives the public seed. No private stream can be derived from it."""
     return rng.derive_seed(seed, "public")
 
 

@@ -1,7 +1,7 @@
 """Counts the queries of a run's clients and keeps them within a budget.
 
-A query is one candidate prompt on one record of any length. Queries with a gradient are counted apart, since a black-box
-API cannot answer them. Only a simulation sees the counts: the number of records in a Poisson sample is private.
+A query is one candidate prompt on one record of any length. Queries with a gradient are counted separately, because a
+black-box API cannot answer them. Only a simulation sees the counts: the number of records in a Poisson sample is private.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ from ficpd.federation.rounds import Round
 from ficpd.types import State
 
 UNLIKELY = 6.0
-"""Standard deviations above the mean that a Poisson sample of records exceeds once in 1e9 times."""
+"""Standard deviations above the mean. A Poisson sample of records exceeds this bound once in 1e9 times."""
 
 
 class QueryBudget:
-    """`rounds`: the completed ones; `most`: how many queries of both kinds each client may ask in the run."""
+    """rounds: the completed ones. most: the maximum number of queries, of both kinds, of each client in the run."""
 
     def __init__(
         self, method: Method, state: State, clients: Mapping[str, Client], rounds: Sequence[Round], most: int | None
     ):
         self.clients, self.most = clients, most
         steps, self.batch_size = method.local_workload(state)
-        self.steps = max(steps, 1)  # class totals ask about every record once
+        self.steps = max(steps, 1)  # class totals query every record once
         self.candidates = method.capabilities.candidates or method.training.candidates
         self.asked = {name: [0, 0] for name in clients}
         self.largest = 0.0
@@ -57,7 +57,7 @@ class QueryBudget:
         self._add(done)
 
     def to_report(self) -> dict[str, Any]:
-        """Makes the result's `queries`."""
+        """Makes the `queries` block of the result."""
         forwards, gradients = (sum(asked[kind] for asked in self.asked.values()) for kind in (0, 1))
         return {
             "forward": forwards,

@@ -12,11 +12,11 @@ from typing import Any
 from ficpd.errors import ConfigError, RunError, needs
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""No telemetry; no notice about a coming change of Ray's."""
+"""No telemetry, and no notice about future changes of Ray."""
 
 
 def connect(address: str | None = None) -> ModuleType:
-    """Returns Ray, connected to `address`, else to `RAY_ADDRESS`, else to one of this process on this machine.
+    """Connects to Ray at `address`, else at `RAY_ADDRESS`, else starts it on this machine. Returns the module.
 
     Raises `ConfigError` if it is not installed or does not answer.
     """
@@ -37,7 +37,7 @@ def connect(address: str | None = None) -> ModuleType:
 
 @dataclass(frozen=True)
 class Room:
-    """actors: how many; None: as many as the cluster has room for. num_cpus, num_gpus: of each.
+    """actors: their number; None: as many as the cluster has room for. num_cpus, num_gpus: of each.
 
     wait_seconds: the longest wait for the first actor.
     """
@@ -50,7 +50,7 @@ class Room:
 
 @dataclass(eq=False)
 class Handle:
-    """An actor seen by its caller. `loaded`: the result of `load`. `met`: the facts it has of `user`."""
+    """A caller's reference to an actor. loaded: the result of `load`. met: the facts of `user` that it has."""
 
     actor: Any
     loaded: Any
@@ -72,7 +72,7 @@ class Actors:
     def ready(self) -> dict[Handle, Any]:
         """Starts missing actors. Returns the loaded ones with the results of `load`.
 
-        Waits for one of them, and the first time for all of them, as long as `wait_seconds`. Raises `RunError` if none
+        Waits for one of them (the first time for all), at most `wait_seconds`. Raises `RunError` if none
         comes, and the exception of a `load`.
         """
         until, trouble = time.monotonic() + self.room.wait_seconds, "Ray has no room for it"
@@ -101,7 +101,7 @@ class Actors:
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, self.ray.exceptions.RayError):  # what was sent cannot be read there
+            if isinstance(error.cause, self.ray.exceptions.RayError):  # the actor cannot read its input
                 raise RunError(f"an actor cannot run: {error}. Install there what is installed here") from error
             raise error.cause from error
 

@@ -2,10 +2,10 @@
 
 Each actor is a lock-step engine (`simulation.SimulationEngine`) with the backbone loaded once. It keeps the records that it
 was sent. States and the ledger stay in this process: an assignment goes to an actor with the client's state and account
-(`privacy.account_snapshot`). The ledger commits what comes back before the reply is passed on to the server.
+(`privacy.account_snapshot`). The ledger commits the result before the reply is passed on to the server.
 
-An actor that dies costs the updates of the assignments that it has. Nothing of theirs was released, so nothing is charged.
-The next round has the actors that are left, and a new one as soon as Ray has room for it.
+If an actor dies, the updates of its assignments are lost. They were not released, so nothing is charged. The next round uses
+the remaining actors, and a new one as soon as Ray has room for it.
 """
 
 import sys
@@ -35,10 +35,10 @@ class Config(simulation.Config):
     """Settings of the simulation, without masks, and:
 
     address: a cluster ("HOST:PORT" or "ray://HOST:PORT"); None: `RAY_ADDRESS`, else a Ray on this machine for this process.
-    actors: how many; None: as many as the cluster has room for.
-    num_cpus, num_gpus: of an actor, the first also its threads. num_gpus None: one where `device` is cuda.
+    actors: their number; None: as many as the cluster has room for.
+    num_cpus, num_gpus: of an actor, the first also its threads. num_gpus None: one if `device` is cuda.
     device: of the actors; None: `engine.device`.
-    wait_seconds: how long a round waits for its first actor.
+    wait_seconds: the longest wait of a round for its first actor.
     """
 
     address: str | None = None
@@ -56,7 +56,7 @@ class Config(simulation.Config):
 
 
 CURRENT: list[Actors] = []
-"""The actors of this process, which the methods of a run use in turn."""
+"""The actors of this process. The methods of a run use them one after another."""
 
 
 def build(
@@ -94,7 +94,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Member:
-    """The facts of a client that an actor keeps. `task`: its place in `Shared.tasks`."""
+    """An actor's facts of a client. `task`: its index in `Shared.tasks`."""
 
     card: ClientCard
     train: Sequence[Record]
@@ -116,14 +116,14 @@ class RemoteAssignment:
 
 
 class Actor:
-    """The process of an actor: a lock-step engine and the clients that it has met."""
+    """Runs in the process of an actor: a lock-step engine and the clients that it has received."""
 
     model: QueryEngine
     shared: Shared
     engine: simulation.SimulationEngine
 
     def load(self, folders: list[str], backbone: BackboneConfig, engine: EngineConfig, session: Any) -> str:
-        """Returns the fingerprint of the loaded backbone. `session`: tells Ray's sessions of one process apart."""
+        """Returns the fingerprint of the loaded backbone. `session`: distinguishes Ray's sessions of one process."""
         sys.path += [folder for folder in folders if folder not in sys.path]
         self.model = QueryEngine(load_backbone(backbone, engine)[0], engine.keep_mb << 20, engine.chunk_tokens)
         return self.model.backbone.fingerprint
@@ -131,7 +131,7 @@ class Actor:
     def run(
         self, shared: Shared | None, new: Mapping[str, Member], calls: Mapping[str, RemoteAssignment]
     ) -> dict[str, RemoteAssignment]:
-        """Carries out assignments. `shared`: of another engine than before, whose clients are forgotten."""
+        """Runs assignments. `shared`: given if the engine is another than before; its clients are then dropped."""
         if shared is not None:
             self.clients: dict[str, Client] = {}
             config = simulation.Config(lock_step=shared.lock_step)
@@ -160,7 +160,7 @@ class Actor:
 
 
 class RayEngine(simulation.SimulationEngine):
-    """The lock-step engine whose assignments are carried out by actors."""
+    """Runs the assignments of a lock-step engine in actors."""
 
     def __init__(
         self, config: Config, method: Method, clients: Mapping[str, Client], model: QueryEngine, actors: Actors
@@ -210,7 +210,7 @@ class RayEngine(simulation.SimulationEngine):
         return list(found)
 
     def _shares(self, names: Sequence[str], handles: Sequence[Handle]) -> dict[Handle, list[str]]:
-        """Divides clients evenly, if possible to actors that have met them."""
+        """Divides clients evenly, if possible among actors that have their records."""
         most, shares = -(-len(names) // len(handles)), {handle: list[str]() for handle in handles}
         for name in names:
             free = [handle for handle in handles if len(shares[handle]) < most]
@@ -238,7 +238,7 @@ class RayEngine(simulation.SimulationEngine):
         return Member(client.card, client.train, place, client.mechanism, client.private_seed)
 
     def _settled(self, name: str, call: RemoteAssignment | None) -> Reply:
-        """Commits an assignment's costs and update to the ledger, and returns its reply. None: its actor is gone."""
+        """Commits an assignment's costs and update to the ledger. Returns its reply, or None if its actor is gone."""
         client = self.members[name]
         if call is None or call.reply is None:
             return Reply(name, None, "its actor ended before it answered")

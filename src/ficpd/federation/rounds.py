@@ -1,4 +1,4 @@
-"""The round loop: sends assignments, checks the updates that come back, and aggregates them."""
+"""The round loop: sends assignments, checks the returned updates, and aggregates them."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from ficpd.privacy.central_gaussian import CentralGaussian
 from ficpd.types import ArraySpec, ClientUpdate, Reply, State
 
 NO_REPLY = "no reply"
-"""The reason of a client whose update never came."""
+"""The reason for a client whose update never arrived."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Round:
     excluded_updates: reasons by client, for updates that the method left out or clipped.
     underfilled_means: means of fewer updates than their rule needs (`aggregation/robust.py`).
     queries: in simulations, each client's forward queries and gradients.
-    items: the arrays of each client's message, by name: how many numbers, and bits of each.
+    items: the arrays of each client's message, by name: the number of values, and the bits of each.
     """
 
     round: int
@@ -52,8 +52,8 @@ class RoundSchedule:
     """The rounds of a run, with `cohort` clients sampled in each.
 
     max_norm: bound of every update's L2 norm.
-    everyone_first, everyone_last: the first, or the last round asks all clients.
-    accept_late: how many rounds late an update may come. Its weight is divided by √(1 + rounds late) (Xie et al., 2019,
+    everyone_first, everyone_last: the first, or the last, round samples all clients.
+    accept_late: the maximum delay of an update, in rounds. Its weight is divided by √(1 + rounds late) (Xie et al., 2019,
         arXiv 1903.03934).
     """
 
@@ -81,10 +81,10 @@ class RoundHooks:
         """Raises `BudgetError` to end the run before a round."""
 
     def after_round(self, state: State, done: Round) -> None:
-        """Keeps the state, before the round is yielded."""
+        """Receives the state, before the round is yielded."""
 
     def stop(self, error: BudgetError) -> None:
-        """Is called when no budget allows another round. Raises it, or ends the rounds."""
+        """Is called when no budget allows another round. Raises the error, or ends the rounds."""
         raise error
 
 
@@ -99,7 +99,7 @@ def run_rounds(
     """Yields the state after each round. Drops and reports updates that fail the checks.
 
     A round without a valid update leaves the state unchanged. With `central`, every round ends in one noised mean, even
-    an empty one. With `secure`, the server learns the sum of the clients' terms alone.
+    an empty one. With `secure`, the server learns only the sum of the clients' terms.
     Ends by `hooks.stop` before a round that no client's budget, the server's budget or `hooks.before_round` allows.
     """
     cards = {card.name: card for card in engine.clients()}
@@ -169,9 +169,9 @@ def run_rounds(
 
 @dataclass
 class RoundReplies:
-    """The first valid update of each client in a round, and the reasons why others are dropped.
+    """Collects the first valid update of each client in a round, and the reasons for dropped ones.
 
-    `refused`: the part of `dropped` whose budget is exhausted.
+    `refused`: those of `dropped` whose budget is exhausted.
     """
 
     updates: list[ClientUpdate] = field(default_factory=list)
@@ -180,7 +180,7 @@ class RoundReplies:
     bytes_up: int = 0
 
     def add(self, reply: Reply, asked: Mapping[int, set[str]], checked: Callable[[Reply], ClientUpdate]) -> None:
-        """Checks one reply. `asked`: the clients of each round whose updates are still awaited."""
+        """Checks one reply. `asked`: the clients of each round whose updates have not arrived."""
         self.bytes_up += len(reply.body or b"")
         counted = any(update.client == reply.client for update in self.updates)
         if not counted and not any(reply.client in names for names in asked.values()):
@@ -201,7 +201,7 @@ class RoundReplies:
 
 
 def require_updates(method: str, done: Round) -> None:
-    """Raises `RunError` if a round's clients all answered and no update could be used."""
+    """Raises `RunError` if all clients of a round answered, and no update is usable."""
     failed = {name: reason for name, reason in sorted(done.dropped.items()) if reason != NO_REPLY}
     if failed and not done.updates and len(failed) == done.clients:
         name = next(iter(failed))

@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class Config(BaseModel):
-    """`lock_step`: clients that share a forward pass; more is faster and needs more memory.
+    """`lock_step`: number of clients that share a forward pass. More is faster and needs more memory.
 
-    `masks`: terms of a secure sum travel masked, as at real sites; the sum is the same without, and quicker.
+    `masks`: terms of a secure sum are masked, as at real sites. Without masks the sum is the same, and faster.
     A share `lost` of the updates never arrives, and a share `late` arrives a round later. `seed` draws them.
     """
 
@@ -55,7 +55,7 @@ class SimulationEngine:
             self._give_keys()
 
     def _give_keys(self) -> None:
-        """Gives every client a signing key, and all public ones, where its mechanism is summed."""
+        """Gives every client a signing key and all public keys, if its mechanism is summed."""
         keys = {name: Ed25519PrivateKey.generate() for name in self.members}
         known = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
         for name, client in self.members.items():
@@ -70,7 +70,7 @@ class SimulationEngine:
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
         """Yields the round's replies that are neither lost nor late, then the late ones of the round before.
 
-        A client's error is its reply; the others go on. Raises `CodecError` for an assignment that cannot be decoded.
+        A client's error is its reply; the others continue. Raises `CodecError` for an assignment that cannot be decoded.
         """
         late, self.underway = self.underway, []
         names, fingerprint = list(assignments), self.model.backbone.fingerprint
@@ -90,7 +90,7 @@ class SimulationEngine:
         yield from late
 
     def _arrives(self, round: int, reply: Reply) -> bool:
-        """Draws a reply's fate: it arrives now, a round later (`underway`), or never."""
+        """Draws whether a reply arrives now, a round later (`underway`), or never."""
         fate = float(torch.rand((), generator=rng.make_generator(self.config.seed, "fate", reply.client, round)))
         if self.config.lost <= fate < self.config.lost + self.config.late:
             self.underway.append(reply)
@@ -123,7 +123,7 @@ class SimulationEngine:
 
 
 def public_error(client: Client, error: Exception) -> str:
-    """Returns the part of a client's error that the server may see. With privacy, no text may quote a record."""
+    """Returns the public part of a client's error. With privacy, no text may quote a record."""
     if client.mechanism.unit == "none" or isinstance(error, PrivacyError):
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__} (its text stays at the client)"

@@ -14,23 +14,23 @@ from ficpd.types import Record
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """`number` of the units, and the records of the `largest`. subject_B: the number of each record's subject; None: each
-    record is a unit."""
+    """number: of units. largest: the largest number of records in one. subject_B: each record's subject, as a number;
+    None: each record is a unit."""
 
     number: int
     largest: int = 1
     subject_B: Tensor | None = None
 
     def of(self, rows: Tensor | slice) -> dict[str, Tensor]:
-        """Returns a mechanism's argument `subject_B` for these records; none if each record is a unit."""
+        """Returns a mechanism's argument `subject_B` for these records; empty if each record is a unit."""
         return {} if self.subject_B is None else {"subject_B": self.subject_B[rows]}
 
 
 def units_of(client: str, records: Sequence[Record], mechanism: Mechanism) -> Units:
     """Returns the units of a client's training records.
 
-    Guarantees: records that name subjects have no record-level mechanism that goes by records, nor the other way round:
-    that raises `PrivacyError` (`tests/contracts/test_subject_unit.py`).
+    Guarantees: records that name subjects never get a mechanism for single records, and other records never get one for
+    subjects. Both raise `PrivacyError` (`tests/contracts/test_subject_unit.py`).
     """
     numbers = subject_numbers(records)
     if mechanism.unit == "record" and mechanism.subjects != (numbers is not None):

@@ -1,6 +1,6 @@
 """Validates assignments before any record is read.
 
-A site trusts no server. A valid assignment cannot fail by its content, so no failure depends on the sampled records.
+A site trusts no server. A valid assignment cannot fail because of its content, so no failure depends on the sampled records.
 """
 
 import math

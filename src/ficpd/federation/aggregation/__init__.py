@@ -1,1 +1,1 @@
-"""How a server combines updates: weighted means, robust means, server optimizers."""
+"""Combines updates at the server: weighted means, robust means, server optimizers."""

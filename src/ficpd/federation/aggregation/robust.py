@@ -15,11 +15,11 @@ from ficpd.federation.aggregation.mean import weighted_mean_of
 from ficpd.types import ClientUpdate
 
 REPORTED_SHARE = 0.1
-"""A client is reported if at most this part of its fair share of numbers survived the trimming."""
+"""A client is reported if at most this part of its fair share of numbers was kept by the trimming."""
 
 
 class RobustConfig(BaseModel):
-    """The rule that combines updates. "mean" is weighted; other rules count each client once, since weights are claims.
+    """The rule that combines updates. "mean" is weighted; other rules ignore the weights that clients claim.
 
     rule: "trimmed_mean" drops the `num_byzantine` largest and smallest values of each number (Yin et al., ICML 2018, arXiv
         1803.01498, definition 2). "multi_krum" drops the `num_byzantine` updates farthest from their nearest others

@@ -22,7 +22,7 @@ class ServerOptimizer(BaseModel):
         β₂ = 0.99 and `adaptivity` τ; `rate` is in the prompt's unit. "extrapolated": the mean times `fedexp_factor`, for
         prototypes too. It needs every update's norm, so it excludes central DP and rules that drop parts of updates. At
         the record level it acts as "plain", because the noise norm would reveal record counts.
-    rate: the step; 1 is the mean itself.
+    rate: the step size; 1 applies the mean itself.
     momentum: β₁ of "momentum" and "adam".
     adaptivity: τ of "adam".
     """

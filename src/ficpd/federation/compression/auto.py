@@ -1,7 +1,7 @@
 """Chooses the compression of a method if the recipe leaves it open.
 
-A method that adds noise to gradients gets a subspace of 64 public directions, any other the whole prompt. Noise grows with
-the square root of the numbers sent (docs/privacy.md).
+A method that adds noise to gradients gets a subspace of 64 public directions. Any other method gets the whole prompt. Noise
+grows with the square root of the number of sent values (docs/design.md).
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def build(config: Config, start: Prompt, seed: int, gradients: Any = None) -> Qu
 
 
 def choose(part: dict[str, Any], start: Prompt, in_subspace: bool) -> dict[str, Any]:
-    """Returns the settings that an open compression stands for; any other is returned as it is."""
+    """Replaces the settings of an open compression by the chosen ones. Returns others unchanged."""
     if part["name"] != "auto":
         return part
     if not in_subspace or start.vectors_PD.numel() <= DIMENSION:

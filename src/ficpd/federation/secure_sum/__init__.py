@@ -1,14 +1,14 @@
-"""Secure sums: the server adds up masked vectors and learns their sum alone (Bonawitz et al., CCS 2017, eprint 2017/281).
+"""Secure sums: the server adds up masked vectors, and learns only the sum (Bonawitz et al., CCS 2017, eprint 2017/281).
 
 A round has five exchanges. `masks` has the primitives, `member` a client's half, `server` the server's.
 
     KEYS     each invited client makes keys for this round and signs them
     SHARES   each checks the others' signatures, and sends shares of its secrets, encrypted for each of the others
     VECTOR   each computes its term, charges it, and sends it under its masks
-    CONSENT  each signs the list of clients whose vectors came
-    REVEAL   each that sees enough signatures reveals shares: of the own mask of clients that came, of the key of lost ones
+    CONSENT  each signs the list of clients whose vectors arrived
+    REVEAL   with enough signatures, each reveals shares: of own masks of present clients, of mask keys of lost ones
 
-A client keeps its secrets of a round in memory, and a client that restarts is lost for the round.
+A client keeps its secrets of a round in memory. A client that restarts is lost for the round.
 """
 
 KEYS, SHARES, VECTOR, CONSENT, REVEAL = (

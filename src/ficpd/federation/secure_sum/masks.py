@@ -31,7 +31,7 @@ TRIES = 200
 
 
 def statement(*parts: Any) -> bytes:
-    """Encodes a statement to sign or to derive a key for. Different parts give different bytes."""
+    """Encodes a statement, to be signed or to derive a key. Different parts give different bytes."""
     return json.dumps(["ficpd secure sum", *parts], sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -53,7 +53,7 @@ def sign(private: Ed25519PrivateKey, content: bytes) -> bytes:
 
 
 def agreed_key(private: X25519PrivateKey, public: bytes, *purpose: Any) -> bytes:
-    """Derives a key that two clients share, for one purpose. Raises `CodecError` for a public key of low order."""
+    """Derives the key of two clients for one purpose. Raises `CodecError` for a public key of low order."""
     try:
         secret = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
@@ -92,9 +92,9 @@ def split(secret: bytes, threshold: int, number: int) -> list[bytes]:
 
 
 def combine(shares: Mapping[int, bytes], threshold: int, is_right: Callable[[bytes], bool]) -> bytes | None:
-    """Restores a secret from numbered shares, some of them wrong. None after `TRIES` sets without success.
+    """Restores a secret from numbered shares, of which some may be wrong. Returns None after `TRIES` sets.
 
-    Neighbours in a ring come first, because one of these sets leaves out any single wrong share.
+    Sets of neighbours in a ring come first, because for any single wrong share one of them leaves it out.
     """
     numbers = sorted(shares)
     ring = ([*numbers[at:], *numbers[:at]][:threshold] for at in range(len(numbers) if len(numbers) > threshold else 0))

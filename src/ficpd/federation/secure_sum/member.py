@@ -38,24 +38,26 @@ class _Round:
     seed: bytes = field(default_factory=lambda: secrets.token_bytes(masks.SECRET))
     adverts: Mapping[str, Advert] = field(default_factory=dict)
     answered: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Question and answer of each phase: another question in the same phase is refused."""
+    """Request and answer of each phase. Another request in the same phase is refused."""
     held: Mapping[str, bytes] = field(default_factory=dict)
-    """Other clients' shares, by client."""
+    """Shares of other clients' secrets, by client."""
 
 
 class Member:
     """Guarantees (`tests/federation/secure_sum/`):
 
-    - of one client the server sees a vector that is uniform in the ring, as long as at most `colluding` clients help it;
-    - shares are revealed only for a list of at least `least` clients, which as many have signed;
-    - a client answers each phase of a round once; the same question has the same answer, another one is refused;
+    - a client's vector is uniform in the ring for the server, if at most `colluding` clients help the server;
+    - shares are revealed only for a list of at least `least` clients that at least `least` clients have signed;
+    - a client answers each phase of a round once: the same request gets the same answer, another request is refused;
     - keys are accepted only with the signature of the site's long-lived key, for this run, its spec and this round;
     - masks cancel only between clients that were asked for the same sums (`layout`).
 
-    run: the run's id, which signatures are bound to. spec: digest of the run's spec, by which every client plans its noise:
-    a server that sends specs with less noise to the others leaves this client without them.
-    identity: the site's long-lived key. known: every site's public one, 32 bytes, never taken from the server.
-    invited: the clients of a round, computed from the public schedule. allowed: the `Tolerance` for their number.
+    run: the run's id, part of every signature.
+    spec: digest of the run spec. All clients plan their noise by it; clients with another spec are not in one sum.
+    identity: the site's long-lived key.
+    known: every site's public key, 32 bytes, never taken from the server.
+    invited: the clients of a round, computed from the public schedule.
+    allowed: the `Tolerance` for their number.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Member:
         self._round: _Round | None = None
 
     def has_keys(self, round: int) -> bool:
-        """Tells whether this client holds keys for a round."""
+        """Returns whether this client holds keys for a round."""
         return self._round is not None and self._round.number == round
 
     def advertise(self, round: int) -> Advert:
@@ -122,7 +124,7 @@ class Member:
         return {peer: masks.encrypt(self._channel(self.name, peer), share).hex() for peer, share in own.items()}
 
     def mask(self, round: int, shares: Mapping[str, str], vector: np.ndarray, layout: str = "") -> np.ndarray:
-        """Adds the masks to a term, uint64 [N], for the clients whose `shares` came. Masks once in a round.
+        """Adds the masks of the clients whose `shares` arrived to a term, uint64 [N]. Masks once in a round.
 
         layout: names the sums in the term. Another client's noise covers this term only if it was asked for the same.
         """
@@ -141,14 +143,14 @@ class Member:
         return masked
 
     def check_vector(self, round: int, shares: Mapping[str, str]) -> None:
-        """Raises `PolicyError` unless a vector of this round can be masked now, for the clients whose `shares` came."""
+        """Raises `PolicyError` unless a vector of this round can be masked now, for clients whose `shares` arrived."""
         state = self._now(round)
         if "vector" in state.answered:
             raise PolicyError(f"{self.name} has masked its vector of round {round} already. Send the next round")
         self._check_clients([self.name, *shares], state.adverts)
 
     def consent(self, round: int, survivors: Sequence[str]) -> str:
-        """Signs the list of clients whose vectors came."""
+        """Signs the list of clients whose vectors arrived."""
         self._now(round)
         return self._once("consent", sorted(survivors), lambda: self._consented(survivors))
 
@@ -188,7 +190,7 @@ class Member:
         return self._now().answered[phase]
 
     def _once(self, phase: str, question: Any, answer: Callable[[], Any]) -> Any:
-        """Answers a phase; the same question again has the same answer."""
+        """Answers a phase. The same request gets the same answer again."""
         done = self._now().answered
         if phase not in done:
             done[phase] = (question, answer())
@@ -199,7 +201,7 @@ class Member:
         return done[phase][1]
 
     def _check_clients(self, given: Sequence[str] | Mapping[str, Any], expected: Sequence[str] | Mapping) -> None:
-        """Raises `PolicyError` for a list without this client, with a stranger, or of fewer than `least` clients."""
+        """Raises `PolicyError` for a list without this client, with an unknown one, or shorter than `least`."""
         names, allowed = set(given), self._now().allowed
         if self.name not in names or not names <= set(expected) or len(names) != len(given):
             raise PolicyError(
@@ -226,7 +228,7 @@ def own_key(run: str, round: int, seed: bytes) -> bytes:
 def pair_key(
     run: str, round: int, private: X25519PrivateKey, name: str, peer: str, public: bytes, layout: str = ""
 ) -> bytes:
-    """Derives the key of a mask of two clients. The first by name adds it, the other subtracts it."""
+    """Derives the key of two clients' mask. The first by name adds the mask, the other subtracts it."""
     return masks.agreed_key(private, public, "pair mask", run, round, *sorted((name, peer)), layout)
 
 

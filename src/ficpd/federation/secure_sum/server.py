@@ -1,4 +1,4 @@
-"""The server's half of a secure sum: five exchanges, the sum, and each group's step from it."""
+"""The server's half of a secure sum: five exchanges, the sum, and each group's optimizer step."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ MOMENTS = "secure_sum/"
 
 
 class VoidRoundError(Exception):
-    """Fewer clients than the round needs, or shares that open nothing. No sum is known."""
+    """Too few clients are left, or shares restore no secret. The sum is not known."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Collected:
 
     updates: one of each group. answered: clients in the sum. moments: the optimizers' state.
     dropped: reasons by client. refused: those whose budget is exhausted. Bytes are of all exchanges. items: the parts of a
-    client's vector, by name: how many numbers, and bits of each.
+    client's vector, by name: the number of values, and the bits of each.
     """
 
     updates: list[ClientUpdate] = field(default_factory=list)
@@ -52,8 +52,8 @@ class Collected:
 class SecureSum:
     """Collects the rounds of one run.
 
-    run: its id, which masks are bound to. mechanisms: by group; they are built from public settings.
-    masked: false only in simulations, whose clients send bare terms.
+    run: its id, part of every mask. mechanisms: by group; they are built from public settings.
+    masked: false only in simulations, whose clients send terms without masks.
     """
 
     run: str
@@ -65,7 +65,7 @@ class SecureSum:
         return sorted(self.mechanisms)
 
     def noise_variance(self, name: str, size: int, clients: int) -> float:
-        """Returns the variance of the noise on each number of a statistic's sum, where a record's row has norm 1."""
+        """Returns the variance of the noise on each number of a statistic's sum. A record's row has norm 1."""
         first = self.mechanisms[self.groups[0]]
         return clients * (first.deviation_of(name, size) / GRID) ** 2
 
@@ -73,7 +73,7 @@ class SecureSum:
         self, engine: Engine, assignments: Mapping[str, bytes], method: Method, state: State, round: int, backbone: str,
         subspace: Subspace | None,
     ) -> Collected:  # fmt: skip
-        """Runs a round's exchanges and makes one update of each group. No update if the round is void."""
+        """Runs a round's exchanges and makes one update of each group. A void round has no update."""
         messages = _Messages(engine, round, backbone)
         sizes = _sizes(method, state, subspace)
         messages.found.items |= {name: [len(self.groups) * size, 64] for name, size in sizes.items()}
@@ -102,7 +102,7 @@ class SecureSum:
         self, group: str, members: int, sums: Mapping[str, Tensor], method: Method, state: State, round: int,
         subspace: Subspace | None,
     ) -> tuple[ClientUpdate, dict[str, Tensor]]:  # fmt: skip
-        """Returns the group's update, as one step of the method's optimizer makes it, and the optimizer's moments."""
+        """Makes the group's update by one step of the method's optimizer. Returns it, and the optimizer's moments."""
         arrays = {name: value.float() for name, value in sums.items() if name != GRADIENT}
         prefix, card = f"{MOMENTS}{group}/", group_card(group)
         moments = {n.removeprefix(prefix): a for n, a in state.arrays.items() if n.startswith(prefix)}
@@ -149,7 +149,7 @@ class SecureSum:
 
 
 class _Messages:
-    """One round's messages: sends a phase to clients, and keeps the reasons of those that are dropped."""
+    """Sends the messages of one round, and keeps the reasons for dropped clients."""
 
     def __init__(self, engine: Engine, round: int, backbone: str):
         self.engine, self.round, self.backbone, self.found = engine, round, backbone, Collected()
@@ -216,7 +216,7 @@ class _Messages:
 
 @dataclass(frozen=True)
 class _Unmasking:
-    """The server's values at the end of a round. senders: clients that sent shares; survivors: vectors."""
+    """The server's values at the end of a round. senders: clients that sent shares. survivors: that sent vectors."""
 
     run: str
     round: int
@@ -244,7 +244,7 @@ class _Unmasking:
         return total
 
     def _opened(self, name: str, is_right: Any) -> bytes:
-        """Restores a secret from the shares that were revealed of it."""
+        """Restores a secret from its revealed shares."""
         number = {peer: place for place, peer in enumerate(sorted(self.adverts), 1)}
         shares = {}
         for peer, given in self.revealed.items():
@@ -258,7 +258,7 @@ class _Unmasking:
 
 
 class SummedGradient:
-    """The client of a sum, as an optimizer sees it: its one step has the mean gradient of all clients."""
+    """Stands for all clients in an optimizer. Its one step has the mean gradient of all clients."""
 
     def __init__(self, mean: Tensor, subspace: Subspace | None):
         self.mean, self.subspace = mean, subspace
@@ -278,7 +278,7 @@ def _are_hex(given: Any) -> bool:
 
 
 def _finished(work: Any, subspace: Subspace | None) -> Tensor:
-    """Runs an optimizer without a model: `SummedGradient` has its gradient."""
+    """Runs an optimizer without a model. `SummedGradient` gives the gradient."""
     try:
         query: Query = next(work)
         while True:
@@ -289,7 +289,7 @@ def _finished(work: Any, subspace: Subspace | None) -> Tensor:
 
 
 def _sizes(method: Method, state: State, subspace: Subspace | None) -> dict[str, int]:
-    """Returns the numbers of each named sum of a round."""
+    """Returns the size of each named sum of a round."""
     found = {}
     for name, shape in method.update_spec(state).items():
         numbers = int(np.prod(tuple(shape)))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""A client's answers to the messages of a secure sum, and the term that it adds to the sum.
+"""A client's answers to the messages of a secure sum, and its term.
 
-A term holds every group's part in turn, and in each part the named sums of the method. A client's records are in its own
-group's part; the other parts hold its share of the noise, so that each part has the noise of all clients.
+A term has one part for each group, and each part has the named sums of the method. A client's records are in the part of its
+group. The other parts hold its share of the noise, so that each part has the noise of all clients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,12 @@ from ficpd.privacy.shared_gaussian import GRADIENT, SharedGaussian
 from ficpd.types import Assignment, ClientUpdate
 
 MOST_NUMBERS = 1 << 24
-"""Numbers of a term."""
+"""Maximum size of a term."""
 
 
 @dataclass(frozen=True)
 class VectorOrder:
-    """A request for a term. parts: groups. sizes: numbers of each named sum. shares: other clients', encrypted."""
+    """A request for a term. parts: groups. sizes: of each named sum. shares: from other clients, encrypted."""
 
     assignment: Assignment
     parts: Sequence[str]
@@ -39,12 +39,12 @@ class VectorOrder:
 
 
 def layout_of(parts: Sequence[str], sizes: Mapping[str, int]) -> str:
-    """Names the sums of a vector, which all clients of a round must be asked for alike."""
+    """Names the sums of a vector. They must be the same for all clients of a round."""
     return masks.digest(masks.statement("layout", list(parts), dict(sizes)))
 
 
 def own_part(client: str, parts: Sequence[str]) -> str:
-    """Returns the group that a client's name begins with; the only part of a federation of one task."""
+    """Returns the group in a client's name; a federation of one task has only one part."""
     group = client.partition(".")[0]
     return group if group in parts else parts[0]
 
@@ -72,7 +72,7 @@ def decode_order(message: Assignment, backbone: str) -> VectorOrder:
 def answer(method: str, client: Client, message: Assignment) -> Assignment:
     """Answers a message other than `VECTOR`. Raises `PolicyError` or `CodecError`; no record is read.
 
-    `method`: the name that the ledger knows the run's assignments by.
+    `method`: the name of the run's assignments in the ledger.
     """
     member, round, facts = client.member, message.round, message.facts
     if member is None or not client.mechanism.summed:
@@ -94,7 +94,7 @@ def answer(method: str, client: Client, message: Assignment) -> Assignment:
 
 
 def releasing(client: Client, order: VectorOrder) -> Callable[[ClientSession], ClientUpdate]:
-    """Returns how an assignment's terms become its update: one vector, masked where the client has a `member`.
+    """Returns a function that packs an assignment's terms into one vector, masked if the client has a `member`.
 
     Only a simulation has clients without one.
     """
@@ -114,7 +114,7 @@ def encode_vector(update: ClientUpdate, round: int, backbone: str) -> bytes:
 
 
 def _term(session: ClientSession, order: VectorOrder) -> np.ndarray:
-    """Makes this client's term, uint64 [N]. Raises `CodecError` for other sums than the method's, or too few numbers."""
+    """Makes this client's term, uint64 [N]. Raises `CodecError` for sums or sizes that are not the method's."""
     mechanism, own, pieces = session.client.mechanism, own_part(session.id, order.parts), []
     assert isinstance(mechanism, SharedGaussian), "only this mechanism makes terms"
     if missing := sorted(session.terms.keys() - order.sizes.keys()):
