@@ -1,4 +1,4 @@
-"""A ledger account that travels with its client to another process of a simulation."""
+"""A copy of a ledger account for a client that runs in another process of a simulation."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class AccountSnapshot(Account):
     Guarantees (`tests/privacy/test_account_snapshot.py`):
 
     - a release beyond the account's budget is refused by the copy, too;
-    - the costs and the bytes that come back are those that the account would have committed;
+    - the returned costs and bytes are those that the account would have committed;
     - a completed or an old assignment is answered as the account would answer it.
     """
 

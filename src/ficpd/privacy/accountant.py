@@ -1,4 +1,4 @@
-"""Accounts for releases together, with `dp-accounting`'s privacy loss distributions.
+"""Computes the ε of all releases together, with `dp-accounting`'s privacy loss distributions.
 
 All releases are Gaussian on a Poisson sample (`PrivacyCost`), composed adaptively. PLD: Koskela, Jälkö and Honkela,
 AISTATS 2020, arXiv 1906.03049; Doroshenko et al., PoPETs 2022, arXiv 2207.04380. Its discretisation is pessimistic: a
@@ -20,26 +20,26 @@ from ficpd.types import JSON, PrivacyCost
 FINE, COARSE = 1e-3, 1e-2
 """Steps of the discretised privacy loss."""
 FINER = (FINE, FINE / 8, FINE / 64)
-"""The steps of `epsilon`: a step adds up to the releases' number of them to a small ε."""
+"""The steps that `epsilon` tries. n releases overestimate ε by up to n steps, which matters for a small ε."""
 STEPS = 500
-"""An ε of so many steps needs no finer ones."""
+"""An ε of at least this many steps needs no finer ones."""
 GROUP_SIZES = (2, 5, 10)
-"""Records of one person, for which a report states the cost."""
+"""Numbers of records of one person, for which a report states the cost."""
 EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
-"""Budgets that noise is calibrated for: others need too long, or too much memory."""
+"""The range of budgets. Noise for others would need too much time or memory."""
 LEAST_MULTIPLIER = 0.05
-"""Least noise multiplier that is accounted. One release with less noise costs more than 200."""
+"""Smallest noise multiplier. One release with less noise costs an ε above 200."""
 MULTIPLIERS = LEAST_MULTIPLIER, 1e6
-"""Noise multipliers that are accounted."""
+"""The range of noise multipliers."""
 ENOUGH, LEAST_SHARE = 0.998, 0.995
-"""Shares of a budget: at the first the search for its noise ends, below the second it goes finer."""
+"""Shares of a budget. The search for the noise ends at the first, and uses finer steps below the second."""
 MOST_POINTS = 50_000, 100_000, 10_000_000
-"""Points of the privacy loss of one release with little noise (below 0.25), of another one, and of all releases."""
+"""Maximum points of the privacy loss: of a release with noise below 0.25, of any other, of all releases."""
 Key = tuple[tuple[float, float, int], ...]
 
 
 def describe() -> str:
-    """Names the accountant and its version for results."""
+    """Returns the name and version of the accountant, for results."""
     return f"dp-accounting {metadata.version('dp-accounting')} PLD"
 
 
@@ -79,7 +79,7 @@ def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
 
 
 def epsilon_replaced(costs: Iterable[PrivacyCost], delta: float) -> float:
-    """Computes the ε of the same releases for replacing one unit by another, in place of adding or removing it."""
+    """Computes the ε of the same releases for one unit that is replaced by another."""
     return _pld(_key(costs), delta, FINE, replaced=True)
 
 
@@ -87,7 +87,7 @@ def group_epsilon(costs: Iterable[PrivacyCost], delta: float, size: int) -> floa
     """Computes the ε of all these releases at `delta` for adding or removing `size` units of one person together.
 
     A Poisson sample has 0 to `size` of them, with binomial probabilities: a mixture of Gaussians (Choquette-Choo et al.,
-    ICLR 2024, arXiv 2310.15526). It is more than `size` times the ε of one unit, as a rule.
+    ICLR 2024, arXiv 2310.15526). It is usually more than `size` times the ε of one unit.
 
     >>> round(group_epsilon([PrivacyCost("prompt", 0.01, 1.1, 1000)], 1e-5, 2), 1)
     3.3
@@ -103,10 +103,10 @@ def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
 
 
 def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[PrivacyCost]]) -> float:
-    """Finds a noise multiplier at which `costs_at(multiplier)` costs at most `target`, and about 99 % of it or more.
+    """Finds a noise multiplier at which `costs_at(multiplier)` costs about 99 to 100 % of `target`, and never more.
 
-    Finds `LEAST_MULTIPLIER` for a plan that costs less than that even with so little noise. Raises `PrivacyError` beyond
-    `EPSILONS` and `DELTAS`, and if no multiplier up to a million costs so little.
+    Returns `LEAST_MULTIPLIER` if the plan costs less than the target even then. Raises `PrivacyError` beyond
+    `EPSILONS` and `DELTAS`, and if no multiplier up to a million is enough.
     """
     check_range("epsilon", target, EPSILONS)
     check_range("delta", delta, DELTAS)
@@ -114,7 +114,7 @@ def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[
 
 
 class _Plan:
-    """A plan's costs by multiplier, hashed by those at 1 and 2, so that equal plans are calibrated once."""
+    """A plan's costs by multiplier. The hash uses those at 1 and 2, so equal plans are calibrated once."""
 
     def __init__(self, costs_at: Callable[[float], Sequence[PrivacyCost]]):
         self.costs_at, self.key = costs_at, (_key(costs_at(1.0)), _key(costs_at(2.0)))
@@ -154,7 +154,7 @@ def _steps(target: float) -> list[float]:
 
 
 def _suffices(multiplier: float, step: float, target: float, delta: float, plan: _Plan) -> bool:
-    """Tells whether a finer step would save little noise, or cannot be computed."""
+    """Returns whether a finer step would save little noise, or cannot be computed."""
     costs = plan.costs_at(multiplier)
     least = min((cost.noise_multiplier for cost in costs), default=0.0)
     coarsened = _bounded(step, _key(costs)) > step
@@ -164,15 +164,15 @@ def _suffices(multiplier: float, step: float, target: float, delta: float, plan:
 def _solved(
     target: float, plan: _Plan, epsilon_of: Callable[[Sequence[PrivacyCost]], float], high: float, apart: float
 ) -> float:
-    """Finds a multiplier that costs about the target, from a guess in steps of the factor `apart`.
+    """Finds a multiplier that costs about the target. Starts at a guess, with steps of the factor `apart`.
 
-    Returns infinity if no multiplier up to a million costs so little.
+    Returns infinity if no multiplier up to a million is enough.
     """
     while epsilon_of(plan.costs_at(high)) > target:
         high *= apart
         if high > MULTIPLIERS[1]:
             return math.inf
-    low = high / apart  # from above: the distribution of far too little noise needs too much memory
+    low = high / apart  # starts with much noise: the distribution of too little noise needs too much memory
 
     def computed(multiplier: float) -> bool:
         return all(cost.noise_multiplier >= LEAST_MULTIPLIER for cost in plan.costs_at(multiplier))
@@ -190,7 +190,7 @@ def _solved(
 
 
 def cost_shares(costs: Sequence[PrivacyCost], delta: float) -> list[dict[str, JSON]]:
-    """Describes each cost with its ε alone, and its share of the sum of those."""
+    """Describes each cost by its ε alone, and by its share of the sum of these ε."""
     lines = merge(costs)
     alone = [epsilon([line], delta) for line in lines]
     return [
@@ -253,7 +253,7 @@ def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
         return 0.0
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
-    # A person's loss is about `size` times as large as a record's, and a step of the grid may be, too.
+    # A person's loss is about `size` times as large as a record's, and so may be the step of the grid.
     grid = coarser * size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
     grid = _bounded(grid, tuple((rate, multiplier / size, count) for rate, multiplier, count in key))
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
@@ -265,7 +265,7 @@ def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
 
 
 def check_price(costs: Sequence[PrivacyCost], delta: float) -> None:
-    """Raises `PrivacyError` if these releases together cost nothing: a release without noise would cost as little."""
+    """Raises `PrivacyError` if these releases cost nothing, because releases without noise would cost nothing, too."""
     if any(cost.count for cost in costs) and epsilon(costs, delta) <= 0:
         raise PrivacyError(
             f"a plan with releases costs nothing at delta = {delta:g}: it samples a unit less often than delta, so even "
@@ -274,7 +274,7 @@ def check_price(costs: Sequence[PrivacyCost], delta: float) -> None:
 
 
 def _bounded(grid: float, key: Key) -> float:
-    """Coarsens the grid where little noise or many releases would need too many points; coarser is more pessimistic."""
+    """Coarsens the grid if little noise or many releases need too many points. A coarser grid overestimates ε."""
     little, one, every = MOST_POINTS
     together = [z / count**0.5 if rate >= 1 else z for rate, z, count in key]  # dp-accounting joins full batches
     longest = max(((1 / (2 * z * z) + 10 / z) / (little if z < 0.25 else one) for z in together), default=0.0)
@@ -285,6 +285,6 @@ def _bounded(grid: float, key: Key) -> float:
 
 
 def is_covered_by(certified: Iterable[PrivacyCost], costs: Iterable[PrivacyCost]) -> bool:
-    """Tells whether these costs are part of `certified`, and so cost no more."""
+    """Returns whether these costs are part of `certified`, and so cost no more."""
     have: Mapping[tuple[float, float], int] = {(rate, z): count for rate, z, count in _key(certified)}
     return all(count <= have.get((rate, z), 0) for rate, z, count in _key(costs))

@@ -36,7 +36,7 @@ class CentralGaussian:
         return [names[i] for i in self._noise.poisson_sample(len(names), self.cost.sampling_rate).tolist()]
 
     def noisy_mean(self, updates: Sequence[ClientUpdate], layout: UpdateSpec, round: int, method: str) -> ClientUpdate:
-        """Returns the noisy mean as one update of weight 1, once the ledger has committed it."""
+        """Returns the noisy mean as one update of weight 1, after the ledger has committed it."""
         assert self._noise is not None, "the cohort is drawn first, from the same stream"
         shapes = {name: zeros.shape for name, zeros in sorted(zero_update(layout).items())}
         names, sizes = list(shapes), [shape.numel() for shape in shapes.values()]
@@ -49,10 +49,10 @@ class CentralGaussian:
         return ClientUpdate(EVERYBODY, arrays)
 
     def expected_noise_norm_sq(self, size: int) -> float:
-        """Returns the expected squared length of the noise in `size` numbers of a round's sum, before the division."""
+        """Returns the expected squared norm of `size` noise values of a round's sum, before the division."""
         return size * (self.cost.noise_multiplier * self.clip_norm) ** 2
 
     def stored_mean(self, round: int, method: str) -> ClientUpdate | None:
-        """Returns the committed mean of an earlier attempt at this round, which is used again."""
+        """Returns the committed mean of an earlier attempt at this round, to use it again."""
         stored = self.account.stored_update(round, method)
         return None if stored is None else ClientUpdate(EVERYBODY, storage.decode_state(stored, own=True)[0].arrays)

@@ -1,7 +1,7 @@
 """Client-level privacy: the unit is all of one client's records (McMahan et al., ICLR 2018, arXiv 1710.06963).
 
-`local`: each update carries enough noise by itself, so the server needs no trust. With few clients the noise exceeds the
-signal. `central`: clients clip, and the server, which is trusted, noises the sum over a Poisson cohort once.
+`local`: each update has enough noise by itself, so the server need not be trusted. With few clients the noise exceeds the
+signal. `central`: clients clip their updates. The trusted server adds noise once, to the sum over a Poisson cohort.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +53,7 @@ class ClientGaussian(NoiselessRecords):
     """Guarantees:
 
     - an update has an L2 norm of at most `clip_norm` over all its arrays before noise; an update with a value that is not
-      finite counts zero (`tests/contracts/test_mechanism.py`);
+      finite counts as zero (`tests/contracts/test_mechanism.py`);
     - local: the noise on it has deviation `noise_multiplier · 2 clip_norm`, because the updates of any two clients are up
       to two clip norms apart;
     - central: no noise is added here; `CentralGaussian` adds `noise_multiplier · clip_norm` to every sum;
@@ -93,7 +93,7 @@ class ClientGaussian(NoiselessRecords):
         return ClientUpdate(update.client, arrays)
 
     def expected_noise_norm_sq(self, size: int) -> float:
-        """Participations are public, and so is the multiplier. Central: an update carries no noise."""
+        """Returns it, because participations and so the multiplier are public. Central: an update has no noise."""
         local = self.config.placement == "local"
         return size * (self.noise_multiplier * 2 * self.clip_norm) ** 2 if local else 0.0
 

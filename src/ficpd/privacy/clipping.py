@@ -8,10 +8,10 @@ from torch import Tensor
 from ficpd.types import LORA, Prompt, Query
 
 MARGIN = 1 - 1e-4
-"""Rows are scaled to this share of the norm, so that rounding does not take one past it.
+"""Rows are scaled to this share of the norm, because rounding might lengthen them.
 
-A model that computes records in one forward rounds a row by which other rows there are. In float32 this margin covers
-it; in bfloat16 it does not. At a real site no record changes another's row, to the last bit (`QueryEngine`, `exact`).
+In a forward of several records, the rounding of a row depends on the other rows. In float32 this margin covers it; in
+bfloat16 it does not. At a real site no record changes another's row, to the last bit (`QueryEngine`, `exact`).
 """
 
 
@@ -20,8 +20,8 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
 
     Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1.
 
-    Guarantees: adding, removing or zeroing one row moves the result by at most `clip_norm`, whatever the row holds. A
-    row with a value that is not finite counts zero. The bound holds also if all other rows change by 1e-4 of it together
+    Guarantees: adding, removing or zeroing any one row moves the result by at most `clip_norm`. A row with a value that
+    is not finite counts as zero. The bound also holds if all other rows together change by 1e-4 of it
     (`tests/privacy/test_clipping.py`).
     """
     finite_B = torch.isfinite(rows_BN).all(dim=1)
@@ -35,7 +35,7 @@ def clipped_sum(rows_BN: Tensor, clip_norm: float) -> Tensor:
 def sum_by_subject(rows_BN: Tensor, subject_B: Tensor) -> Tensor:
     """Sums each subject's rows, in ascending order of subjects: [B, N] to float64 [S, N].
 
-    Guarantees: a row changes the sum of its own subject alone, to the last bit (`tests/privacy/test_clipping.py`).
+    Guarantees: a row changes only the sum of its own subject, to the last bit (`tests/privacy/test_clipping.py`).
     """
     subjects, place_B = torch.unique(subject_B.to(rows_BN.device), return_inverse=True)
     sums_SN = rows_BN.new_zeros((len(subjects), rows_BN.shape[1]), dtype=torch.float64)
@@ -45,7 +45,7 @@ def sum_by_subject(rows_BN: Tensor, subject_B: Tensor) -> Tensor:
 def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Tensor, clip_norm: float) -> Tensor:
     """Sums each subject's kept rows, clips the sums, and adds them up: chunks [b, N] to float64 [N].
 
-    Holds the sums of those subjects only whose last row has not come yet.
+    Keeps in memory only the sums of subjects with rows still to come.
 
     Guarantees: adding, removing or changing all rows of one subject moves the result by at most `clip_norm`, however the
     rows are divided into chunks (`tests/privacy/test_clipping.py`).
@@ -57,7 +57,7 @@ def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Ten
         begin, end = end, end + len(chunk)
         of_b = subject_B[begin:end]
         if len(of_b) != len(chunk):
-            break  # the caller refuses another number of rows
+            break  # the caller refuses any other number of rows
         kept_b = kept_B[begin:end]
         sums = sum_by_subject(chunk[kept_b.to(chunk.device)], of_b[kept_b])
         for subject, row in zip(of_b[kept_b].unique().tolist(), sums, strict=True):
@@ -70,15 +70,15 @@ def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Ten
 
 
 def clip_scale(grad_scale: Tensor) -> Tensor:
-    """Returns the factors [size] of a subspace's directions before clip and noise; 1/factors undo it.
+    """Returns the factors [size] of a subspace's directions before clip and noise. 1/factors undoes them.
 
-    1/√grad_scale shares isotropic noise so that the sum of the directions' relative errors is least.
+    With 1/√grad_scale the sum of the directions' relative errors under isotropic noise is smallest.
     """
     return (grad_scale.max() / grad_scale).sqrt()
 
 
 def rescale(values_KB: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scales [K, B, ...] to the clipped units. Returns it and the factors that divide the mean."""
+    """Scales [K, B, ...] before the clip. Returns it, and the factors by which the mean is divided."""
     if grad_scale is None:
         return values_KB, torch.ones(())
     scale = clip_scale(grad_scale)
@@ -86,9 +86,9 @@ def rescale(values_KB: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def clip_query(query: Query, start: Prompt) -> Query:
-    """Scales rows of the queried prompts that are longer than `start.max_norm` down to it.
+    """Scales rows of queried prompts down to `start.max_norm` if they are longer.
 
-    Rounding errors grow for prompts far outside of the backbone's training range. LoRA weights and token ids stay unchanged.
+    Rounding errors grow for prompts far outside of the backbone's usual inputs. LoRA weights and token ids stay unchanged.
     """
     rows = query.prompts_KPD
     if start.enters_at == LORA or not rows.is_floating_point() or start.within_max_norm(rows):

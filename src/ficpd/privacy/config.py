@@ -1,4 +1,4 @@
-"""Settings that all mechanisms with a guarantee share, and the choice of noise from them."""
+"""Settings of all mechanisms with a guarantee, and the choice of noise from them."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from ficpd.types import PrivacyCost
 
 
 class DPConfig(FrozenConfig):
-    """epsilon: the budget. Without `noise_multiplier` the noise is the least that keeps the planned run within it.
-    delta: the probability that the guarantee does not cover; less than 1/n for n records (subjects, clients).
+    """epsilon: the budget. Without `noise_multiplier`, the least noise is used that keeps the planned run within it.
+    delta: the probability without guarantee; less than 1/n for n records (subjects, clients).
     noise_multiplier: alone it sets no budget, and the result states the cost. With both, the run ends with the budget.
     clip_norm: the L2 norm that one unit's contribution is clipped to. None: calibrated without private records, from
         gradients on synthetic texts at the record level, from the learning rate at the client level.
     noise: "simulated" reproduces from the experiment's seed; real sites use "cryptographic".
-    exact: at real sites no record may change another's numbers by rounding (`QueryEngine`).
+    exact: at real sites no record may change another record's values by rounding (`QueryEngine`).
     """
 
     exact: ClassVar[bool] = True
@@ -37,7 +37,7 @@ class DPConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _computable(self) -> "DPConfig":
-        """Refuses what the accountant cannot compute, before data or weights load."""
+        """Refuses budgets that the accountant cannot compute, before data or weights load."""
         accountant.check_range("delta", self.delta, accountant.DELTAS)
         if self.noise_multiplier is not None and self.noise_multiplier > accountant.MULTIPLIERS[1]:
             accountant.check_range("noise_multiplier", self.noise_multiplier, accountant.MULTIPLIERS)

@@ -4,8 +4,8 @@ A simulated run has one file with an account for each client. A real site has on
 one budget for all of them.
 
 An assignment's costs, its update and the client's state are committed in one transaction *before* the update is sent. A
-process killed before the commit has released nothing. Killed after it, the same assignment is answered with the stored
-bytes at no further cost. So the ledger never states less than was released.
+process killed before the commit has released nothing. If it is killed after the commit, the same assignment is answered with
+the stored bytes, at no further cost. So the ledger never states less than was released.
 """
 
 import json
@@ -42,7 +42,7 @@ create table if not exists updates (
 class Unit(NamedTuple):
     """Names the privacy unit of a cost: `record`, `subject` or `client` (`none`: nothing).
 
-    max_records_per_subject: records of a subject in a step; None: the unit is no subject.
+    max_records_per_subject: records of a subject in a step; None: the unit is not a subject.
     """
 
     name: str = "record"
@@ -50,7 +50,7 @@ class Unit(NamedTuple):
 
     @staticmethod
     def of(guarantee: Mapping[str, Any]) -> "Unit":
-        """Reads it from `Mechanism.guarantee`."""
+        """Reads the unit from `Mechanism.guarantee`."""
         return Unit(guarantee["unit"], guarantee.get("max_records_per_subject"))
 
 
@@ -166,7 +166,7 @@ class Ledger:
         return count
 
     def account(self, site: str, budget: Budget, run: str = "", unit: Unit = A_RECORD) -> "Account":
-        """Opens an account. `run`: one of several runs, in a site's ledger. `unit`: of the costs it will commit."""
+        """Opens an account. `run`: one of several runs in a site's ledger. `unit`: of its future costs."""
         return Account(self, site, budget, run, unit)
 
     def units(self, site: str) -> list[Unit]:
@@ -175,7 +175,7 @@ class Ledger:
         return [Unit(*row) for row in self.file.execute(query, (site,))]
 
     def check_unit(self, site: str, unit: str) -> None:
-        """Raises `LedgerError` if a site's costs protect another unit: costs of two units have no sum."""
+        """Raises `LedgerError` if a site's costs protect another unit, because costs of two units cannot be added."""
         if others := sorted({found.name for found in self.units(site)} - {unit}):
             raise LedgerError(
                 f"the ledger of {site} counts what was spent for one {others[0]}, and this is for one {unit}: expected the "
@@ -257,7 +257,7 @@ class Account:
         """Commits an assignment's costs and its update in one transaction, and deletes updates of earlier rounds.
 
         Checks unit and budget again under the lock, since two processes may check them at the same time. Raises
-        `LedgerError` where earlier costs protect another unit.
+        `LedgerError` if earlier costs protect another unit.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         costs, key = accountant.merge(costs), (self.run, self.site, round, method)

@@ -19,7 +19,7 @@ MARGIN = 1 + 1e-4
 
 
 class SeededNoise:
-    """A stream from a seed, so that a simulation reproduces. With the seed the noise can be subtracted."""
+    """A stream from a seed, so that a simulation reproduces. The owner of the seed can subtract the noise."""
 
     kind: Literal["simulated"] = "simulated"
 
@@ -37,7 +37,7 @@ class SeededNoise:
         return (values + deviation * torch.randn(values.shape, generator=self.generator)).float()
 
     def add_discrete_gaussian(self, whole: Tensor, deviation: float) -> Tensor:
-        """Adds rounded Gaussian noise, which a fine grid cannot tell from a discrete Gaussian."""
+        """Adds rounded Gaussian noise. On a fine grid it is nearly a discrete Gaussian."""
         noise = deviation * torch.randn(whole.shape, generator=self.generator, dtype=torch.float64)
         return whole + noise.round().to(torch.int64)
 
@@ -75,7 +75,7 @@ class SecureNoise:
 
 
 def opendp() -> Any:
-    """Returns OpenDP. Raises `PackageError` where it is missing."""
+    """Returns OpenDP. Raises `PackageError` if it is missing."""
     with needs('privacy.noise = "cryptographic"', "secure-noise"):
         import opendp.prelude as prelude
 

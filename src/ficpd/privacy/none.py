@@ -21,12 +21,12 @@ def build(config: Config, plan: ClientWorkload) -> "NoPrivacy":
 
 
 class NoiselessRecords(Mechanism):
-    """Samples and averages records without clip and noise, as a mechanism of another unit than the record does."""
+    """Samples and averages records without clip and noise, for mechanisms whose unit is not the record."""
 
     def sample(
         self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource, subject_B: Tensor | None = None
     ) -> list[Tensor]:
-        """Draws batches of `expected_batch` that go through all records before any comes again."""
+        """Draws batches of `expected_batch`. All records are drawn before any is drawn again."""
         wanted = steps * expected_batch
         epochs = [noise.permutation(num_records) for _ in range(-(-wanted // num_records))]
         return list(torch.cat(epochs)[:wanted].split(expected_batch))
@@ -38,13 +38,13 @@ class NoiselessRecords(Mechanism):
         self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None,
         subject_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Averages in the units of the noisy means, so that both round alike."""
+        """Averages with the scaling of the noisy means, so that both round alike."""
         scaled_KB, scale = rescale(values_KB, grad_scale)
         return (scaled_KB.sum(1) / expected_batch).cpu() / scale
 
 
 class NoPrivacy(NoiselessRecords):
-    """Guarantees: none. Batches go through the records epoch by epoch, each in a new random order."""
+    """Guarantees: none. Each epoch goes through all records, in a new random order."""
 
     unit = "none"
     noise = "simulated"

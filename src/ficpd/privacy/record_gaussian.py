@@ -1,6 +1,6 @@
 """Record-level privacy: DP-SGD on the prompt (Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
 
-Where the data name subjects, the unit is a subject with all its records at one site: subjects are sampled, and a
+If the data name subjects, the unit is a subject with all its records at one site. Subjects are sampled, and a
 subject's records are summed and clipped as one contribution (user-level sampling: Chua et al., arXiv 2406.14322).
 
 Each step sees a Poisson sample of a client's records. Every record's contribution is clipped to one norm: its gradient,
@@ -30,7 +30,7 @@ class Config(settings.DPConfig):
     """statistics: named sums over a client's records (such as `weight`, its record count), with shares of the budget. The
         prompt gets the rest. A statistic that the method declares has the method's share unless one is set here.
     clip_norms: one clip norm per group, in place of `clip_norm`; the default with several tasks.
-    max_records_per_subject: records of one subject in a step or a statistic. Of more, so many are drawn at random each
+    max_records_per_subject: maximum records of one subject in a step or a statistic. They are drawn at random each
         time. It bounds memory and seconds; the guarantee does not depend on it. Batch sizes are in subjects.
     """
 
@@ -40,7 +40,7 @@ class Config(settings.DPConfig):
 
 
 def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
-    """Raises `PrivacyError` if the shares leave the prompt none, or no noise keeps the plan within the budget."""
+    """Raises `PrivacyError` if the statistics take the whole budget, or no noise keeps the plan within it."""
     return RecordGaussian(config, plan, *planned(config, plan))
 
 
@@ -54,9 +54,9 @@ def planned(config: Config, plan: ClientWorkload) -> tuple[float, dict[str, Priv
     settings.warn_of_delta(config.delta, plan.num_units, what)
 
     def statistics(multiplier: float) -> dict[str, PrivacyCost]:
-        """Returns the noise of statistics: √((1-s_all)/s) times that of one full-batch release, for a share s.
+        """Returns the noise of a statistic of share s: √((1-s_all)/s) times that of one full-batch release.
 
-        For n releases it is √n times that.
+        n releases of it need √n times that noise.
         """
         whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * plan.participations, 1) ** 0.5
         times = {name: max(plan.participations, 1) if name in plan.totals else 1 for name in shares}
@@ -79,13 +79,13 @@ class RecordGaussian(Mechanism):
     - one record more or less moves the sum in `noisy_mean` by at most `clip_norm`, jointly over all K candidates; values
       that are not finite do not change this (`tests/contracts/test_mechanism.py`);
     - the noise on that sum has deviation `noise_multiplier · clip_norm`, and `cost(STEP)` states that multiplier;
-    - records join a step independently with probability `sampling_rate`; an empty sample is a valid one;
+    - records join a step independently with probability `sampling_rate`; an empty sample is valid;
     - the mean divides by the expected batch, never by the number of records in the sample;
     - the noise on a statistic has the multiplier that its cost states, for rows clipped to norm 1.
 
-    With `subjects` the same holds of a subject in the place of a record: all its records, in `noisy_mean` and in
-    `noisy_sum`, join together or not at all, at most `max_records_per_subject` of them, and their sum is clipped as one row.
-    Values whose subjects are not stated are refused (`tests/contracts/test_subject_unit.py`).
+    With `subjects` the same holds for a subject instead of a record. In `noisy_mean` and `noisy_sum` all its records join
+    together or not at all, at most `max_records_per_subject` of them. Their sum is clipped as one row. Values without
+    stated subjects are refused (`tests/contracts/test_subject_unit.py`).
     """
 
     unit = "record"
@@ -112,7 +112,7 @@ class RecordGaussian(Mechanism):
     def sample(
         self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource, subject_B: Tensor | None = None
     ) -> list[Tensor]:
-        """Raises `PrivacyError` for a rate above the planned one; a lower rate costs as much."""
+        """Draws the records of each step. Raises `PrivacyError` for a rate above the planned one."""
         self._check_subjects(subject_B, num_records)
         units = num_records if subject_B is None else len(subject_B.unique())
         if expected_batch > self.plan.sampling_rate * units * (1 + 1e-9):
@@ -128,7 +128,7 @@ class RecordGaussian(Mechanism):
         return [self._records_of([groups[i] for i in rows.tolist()], noise) for rows in drawn]
 
     def _records_of(self, groups: Sequence[Tensor], noise: NoiseSource) -> Tensor:
-        """Returns the places [b] of these subjects' records, at most `max_records_per_subject` drawn of each."""
+        """Returns the indices [b] of these subjects' records, at most `max_records_per_subject` drawn of each."""
         most = self.config.max_records_per_subject
         kept = [own if len(own) <= most else own[noise.permutation(len(own))[:most]] for own in groups]
         return torch.cat([torch.zeros(0, dtype=torch.long), *kept])
@@ -156,7 +156,7 @@ class RecordGaussian(Mechanism):
     def _clipped_mean_sum(
         self, values_KB: Tensor, grad_scale: Tensor | None, subject_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the clipped sum over units, float64 [K·N], and the factors that the values were multiplied by."""
+        """Returns the clipped sum over units, float64 [K·N], and the factors of `rescale`."""
         K, B, *rest = values_KB.shape
         self._check_subjects(subject_B, B)
         scaled_KB, scale = clipping.rescale(values_KB, grad_scale)
@@ -211,6 +211,6 @@ class RecordGaussian(Mechanism):
 
 
 def _places_by_subject(subject_B: Tensor) -> Sequence[Tensor]:
-    """Returns the places of each subject's records, ascending, in ascending order of subjects."""
+    """Returns the ascending indices of each subject's records, in ascending order of subjects."""
     counts = subject_B.unique(return_counts=True)[1]
     return subject_B.argsort(stable=True).split(counts.tolist())

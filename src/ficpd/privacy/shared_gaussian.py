@@ -1,11 +1,11 @@
-"""Record-level privacy of a sum over sites, who share its noise: the distributed discrete Gaussian mechanism.
+"""Record-level privacy of a sum over sites that share its noise: the distributed discrete Gaussian mechanism.
 
 Kairouz, Liu and Steinke, ICML 2021, arXiv 2102.06387. A site's clipped sum is rounded to a grid of `GRID` steps a clip norm,
 and the site adds its share of the noise. A single term has too little noise, so it may leave the site only under the masks
-of `federation/secure_sum`. Of n invited sites, `max_lost` may drop out and `max_colluding` may tell the server their terms:
-the others' noise is that of the whole sum. A site's share is 1/√(n - lost - colluding) of the noise that it adds alone.
+of `federation/secure_sum`. Of n invited sites, `max_lost` may drop out and `max_colluding` may show the server their terms.
+The noise of the others equals that of the whole sum: a site's share is 1/√(n - lost - colluding) of one site's full noise.
 
-All steps of an assignment are taken at the prompt sent, because nobody may see a step before it is summed.
+All steps of an assignment are taken at the prompt sent, because a step must not be used before it is summed.
 """
 
 import math
@@ -35,10 +35,10 @@ GRADIENT = "gradient"
 
 
 class Config(record_gaussian.Config):
-    """least_records: every site has at least so many records (subjects); batches and noise are planned for such a site.
-        Public, because all sites must add the same noise. None: the fewest of a simulation.
-    max_lost: sites of a round that may drop out; with more the round is void. None: a tenth.
-    max_colluding: sites that may tell the server all they know. None: a third.
+    """least_records: the minimum number of records (subjects) of every site, for which batches and noise are planned.
+        Public, because all sites must add the same noise. None: the minimum of a simulation's clients.
+    max_lost: sites of a round that may drop out. With more, the round is void. None: a tenth.
+    max_colluding: sites that may share all they know with the server. None: a third.
     """
 
     least_records: int | None = Field(default=None, ge=1)
@@ -47,7 +47,7 @@ class Config(record_gaussian.Config):
 
 
 class Tolerance(NamedTuple):
-    """How many sites of a round are `invited`, may be `lost`, and may be `colluding` with the server."""
+    """Numbers of sites in a round: `invited`, at most `lost`, and at most `colluding` with the server."""
 
     invited: int
     lost: int
@@ -55,20 +55,20 @@ class Tolerance(NamedTuple):
 
     @property
     def least(self) -> int:
-        """Sites that must answer; also the shares that open a site's secret."""
+        """Returns the number of sites that must answer, and of shares that restore a site's secret."""
         return self.invited - self.lost
 
     @property
     def honest(self) -> int:
-        """Sites whose noise counts."""
+        """Returns the number of sites whose noise counts."""
         return self.least - self.colluding
 
 
 def tolerance(config: Config, invited: int) -> Tolerance:
-    """Raises `PrivacyError` unless two sites are honest, and no two sets of answers can both be opened.
+    """Raises `PrivacyError` unless two sites are honest, and only one set of answers can be unmasked.
 
     Two sets of `least` sites have 2 · least - n sites in common. One of these must be honest, because an honest site
-    agrees to one set only (Bonawitz et al., CCS 2017, theorem 6.5).
+    signs one set only (Bonawitz et al., CCS 2017, theorem 6.5).
     """
     lost = invited // 10 if config.max_lost is None else config.max_lost
     colluding = invited // 3 if config.max_colluding is None else config.max_colluding
@@ -116,11 +116,11 @@ def build(config: Config, plan: ClientWorkload) -> "SharedGaussian":
 class SharedGaussian(record_gaussian.RecordGaussian):
     """Guarantees (`tests/privacy/test_shared_gaussian.py`):
 
-    - one record more or less moves a term by at most GRID + √N grid steps, N numbers rounded to whole ones;
+    - one record more or less moves a term of N rounded numbers by at most GRID + √N grid steps;
     - the noise of any `tolerance.honest` sites together has the multiplier that `cost` states, for that sensitivity;
     - the sum of their noises differs from one discrete Gaussian by at most `LARGEST_GAP` a number, else `build` refuses;
-    - the multiplier is the same at all sites, so that it tells no site's number of records;
-    - a sum over all invited sites cannot leave the ring's range.
+    - the multiplier is the same at all sites, so it does not reveal a site's number of records;
+    - a sum over all invited sites cannot exceed the ring's range.
     """
 
     summed = True
@@ -128,11 +128,11 @@ class SharedGaussian(record_gaussian.RecordGaussian):
 
     @property
     def expected_batch(self) -> int:
-        """Records (subjects) of a site's step in expectation, the same at all sites."""
+        """Returns the expected number of records (subjects) in a step, the same at all sites."""
         return round(self.plan.sampling_rate * (self.public_units or 1))
 
     def tolerance_of(self, invited: int) -> Tolerance:
-        """Returns the tolerance of a round with so many sites. Rounds of more sites have as many lost and colluding."""
+        """Returns the tolerance of a round with this number of sites. The lost and colluding stay the same."""
         return self.tolerance._replace(invited=invited)
 
     def check_grid(self) -> None:
@@ -161,12 +161,12 @@ class SharedGaussian(record_gaussian.RecordGaussian):
     def noisy_sum(
         self, name: str, chunks: Iterable[Tensor], noise: NoiseSource, subject_B: Tensor | None = None
     ) -> Tensor:
-        """Chunks of [b, N] to int64 [N]: this site's term of the sum, in grid steps."""
+        """Makes this site's term of a statistic, in grid steps: chunks of [b, N] to int64 [N]."""
         summed = self._clipped_statistic(name, chunks, noise, subject_B)
         return self._term(summed, self._statistic_cost(name).noise_multiplier, noise)
 
     def noise_share(self, name: str, size: int, noise: NoiseSource) -> Tensor:
-        """Draws this site's noise in a sum without its records, int64 [size]."""
+        """Draws this site's noise in a sum that its records are not part of, int64 [size]."""
         return noise.add_discrete_gaussian(torch.zeros(size, dtype=torch.int64), self.deviation_of(name, size))
 
     def deviation_of(self, name: str, size: int) -> float:
