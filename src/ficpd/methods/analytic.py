@@ -3,7 +3,7 @@
 Each client sends counts, sums of features by label and the Gram matrix. The server's head is exactly that of all records
 together, whatever their partition (AFL, He et al., CVPR 2025, arXiv 2405.16240; Fed3R, Fanì et al., ICML 2024, arXiv
 2406.01116). At the record level the noise on the Gram matrix raises the penalty, as in AdaSSP (Wang, UAI 2018, arXiv
-1803.02596); its size is read from the scatter of the clients' matrices.
+1803.02596). The noise is estimated from the scatter of the clients' matrices.
 """
 
 from collections.abc import Generator, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Tunes one prompt on the pooled records of all clients: the upper bound.
 
-A round reads as many records as the whole cohort does. With several tasks, each task is one pool, and the prompts of
+A round reads as many records as the whole cohort would. With several tasks, each task is one pool, and the prompts of
 the pools are averaged every round.
 """
 
@@ -17,7 +17,7 @@ from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Federation
 
 
 class Config(FrozenConfig):
-    """batch_size: records of a step."""
+    """batch_size: number of records in a step."""
 
     batch_size: int = Field(default=32, ge=1)
 

@@ -12,8 +12,8 @@ candidates' spread the vector is about as long as the record's gradient. The gra
 (`cma_es.spread`).
 
 A round queries `training.local_steps` times `training.batch_size` records at once. Candidates lie in the configured
-subspace, else in `training.search_dimension` random dimensions. The server sends the candidates themselves, because
-another machine's factorisation of C would draw others from the same seed.
+subspace, else in `training.search_dimension` random dimensions. The server sends the candidates themselves:
+another machine's factorisation of C would give other candidates for the same seed.
 """
 
 from collections.abc import Generator, Mapping, Sequence

@@ -7,7 +7,7 @@ After Tran et al., ICLR 2025, arXiv 2501.13904.
                clip, noise, then   g_l = g_u v + u g_v - u uᵀ g_u v   (Yu et al., ICML 2021, arXiv 2106.09352)
     update     the change of p_G; the server takes the mean. l_i stays on the client
 
-The residual r takes part in the forward pass; it is neither tuned nor noised. The guarantee holds because l_i moves
+The residual r takes part in the forward pass, but is neither tuned nor noised. The guarantee holds because l_i moves
 along the *noised* g_l only. So l_i, its factors and r are post-processing, and p_i could be published. A residual
 tuned on records without noise (as in `fpl`) would break this: one record would change the gradients of all others.
 
@@ -57,7 +57,7 @@ def build(config: Config, training: LocalTrainingConfig) -> "DpFpl":
 class DpFpl(FedAvg):
     """Guarantees (`tests/methods/test_dp_fpl.py`): queried prompts depend on the records only through
     `ClientContext.private_mean`, which clips a record's gradients as one vector. Factors are orthonormal. Without noise
-    g_l is the projection of G onto their span, so never longer."""
+    g_l is the projection of G onto their span, and so never longer than G."""
 
     name = "dp_fpl"
 
@@ -102,7 +102,7 @@ class LowRankContext:
         self.factors = torch.empty(0), torch.empty(0)
 
     def sum_prompts(self, query: Query) -> Query:
-        """Queries p_G + l_i where the optimizer queries [p_G, l_i]."""
+        """Replaces the optimizer's query of [p_G, l_i] by one of p_G + l_i."""
         shared_PD, local_PD = query.prompts_KPD[0]
         self.factors = low_rank_factors(local_PD, self.rank, self.random)
         return query._replace(prompts_KPD=(shared_PD + local_PD)[None])

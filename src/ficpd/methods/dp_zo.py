@@ -13,8 +13,8 @@ The server's step is linear in s, so it equals the mean of the clients' steps. `
 record's K derivatives together. The server sends the smaller one: the averaged derivatives so far, which clients
 replay, or the prompt.
 
-Ours: directions of signs (DPZero: the sphere, MeZO: Gaussian), K of them a step, in the configured subspace; and η. A
-step has the length of Adam's at the same rate, times the share of the gradient that K directions show
+Two choices are ours. Directions are random signs (DPZero: the sphere, MeZO: Gaussian), K in a step, in the configured
+subspace. And η: a step is as long as Adam's at the same rate, times the share of the gradient that K directions show
 (`spsa.step_scale`). The server tracks the RMS of the derivatives for it, so clients do not move in the first round.
 The settings are `training.directions` and `training.perturbation`; `training.optimizer` is not used.
 """
@@ -131,7 +131,7 @@ class DpZo(Method):
         return rate * space.unit * step_scale(K, space.size) / slope if slope else 0.0
 
     def _point(self, start_PD: Tensor, assignment: Assignment) -> Tensor:
-        """Returns the assigned point [size], which is sent itself or replayed from the moves."""
+        """Returns the assigned point [size], as sent or as replayed from the moves."""
         if "y" in assignment.arrays:
             return assignment.arrays["y"]
         space = self._space(start_PD)

@@ -9,14 +9,14 @@ Sun et al., "FedBPT: Efficient Federated Black-box Prompt Tuning for Large Langu
     server    σ' = 2 √( Σ_{k in the better half} Σ_j σ_kj² / (|S| population) )            (equation 6)
               (m, C, σ') <- CMA-ES updated by the m_k and their F(m_k)
 
-A masked record x' has random words in place of a share of its words. A prompt that answers from few words gains
+In a masked record x', random words replace a share of its words. So a prompt that needs only few words gains
 nothing. As in the paper's code, F is a ratio of means. Each generation queries all records.
 
 Defaults are the paper's (8 generations of 5, 500 random dimensions, first σ 1); `masked` is its code's (the paper
 prefers 0.4 and 0.6). As in the code, the clients' next σ is the last one times the server's change of σ'. (The paper
 leaves it open.) (The code also keeps σ above 0.5 and never increases it.)
 
-Ours: each client draws its own candidates, since with the code's common seed similar clients send equal means. A
+Ours: each client draws its own candidates. With the code's common seed, similar clients would send equal means. A
 configured subspace is A. Fewer than four updates are averaged, because pycma takes no smaller population. Ranks have
 no weights, so a late update counts like the others. There are no mirrored candidates, which pycma adds to populations
 below six. C is sent as its lower triangle in float32.

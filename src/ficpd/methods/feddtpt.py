@@ -106,7 +106,7 @@ class FedDtpt(Method):
         return {"words": ArraySpec((len(state.arrays["prompt"]),), TOKEN_DTYPE)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """Aggregates the words; excludes updates with invalid token ids. Every other client counts once."""
+        """Aggregates the words, without updates that have invalid token ids. Each client counts once."""
         words = model.backbone.vocabulary
         assert words is not None, "checked by init_prompt"
         sent = {u.client: u.arrays["words"].long() for u in sorted(updates, key=lambda u: u.client)}
@@ -121,7 +121,7 @@ class FedDtpt(Method):
 
 
 def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns [R]: 0 where the right answer alone scores highest, else 1; the loss for a task without logits."""
+    """Returns [R]: 0 if only the right answer scores highest, else 1. Without logits: the task's loss."""
     logits_RC = batch.task.logits(outputs, batch)
     if logits_RC is None:
         return batch.task.loss(outputs, batch)
@@ -131,7 +131,7 @@ def is_wrong(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def argmin_first(mean_K: Tensor) -> int:
-    """Returns the index of the minimum, the first of a tie, so that the current word wins ties.
+    """Returns the index of the minimum. The first wins a tie, so the current word stays.
 
     >>> argmin_first(torch.tensor([0.25, 0.5, 0.25]))
     0

@@ -20,7 +20,7 @@ from ficpd.types import LORA, Prompt
 
 
 class Config(FrozenConfig):
-    """rank: of each query and value projection's change; its scale alpha/rank is `lora.SCALE`.
+    """rank: of the change of each query and value projection. Its scale alpha/rank is `lora.SCALE`.
     learning_rate: Adam's, our choice; it decays by `training.decay`."""
 
     rank: int = Field(default=8, ge=1)

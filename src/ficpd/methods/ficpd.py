@@ -1,12 +1,12 @@
 """FICPD: clusters the clients' prompts into prototypes, and each client continues from its cluster's prototype.
 
-A client tunes the prompt it was sent and returns the difference (with L2 and proximal terms). The server computes
+A client tunes the received prompt and returns the difference (with L2 and proximal terms). The server computes
 
     global      <- global + server step on Σ w_c δ_c             the weighted mean of the updates, as in FedAvg
     clusters    <- cosine K-means of the clients' signatures     at first, and when a new client takes part
     prototype_k =  global + (1 - λ_k) · mean over k of (sent_c + δ_c - global)     over the cohort; else unchanged
 
-`space` defines signatures. `gather` samples every client in the first round, when all start from one prompt and their
+`space` defines signatures. `gather` samples every client in the first round. All then start from one prompt, so their
 updates compare best. Synthesis and distillation follow after the rounds (`distillation.*`).
 """
 
@@ -64,35 +64,35 @@ from ficpd.types import (
 
 SIGNATURE = "signature/"
 FACTS = {"closes": (bool,), "at_start": (bool,), "priors": (bool,)}
-"""An assignment's own facts. priors: the client's label counts are exact, so gradients may be read under its label prior."""
+"""The facts of an assignment. priors: the client's label counts are exact, so gradients may use its label prior."""
 
 
 class Config(FrozenConfig):
     """num_prototypes: maximum number of clusters, or "auto" (see `cosine_kmeans`). Clients of different task keys (lists of
-        label texts) share none.
+        label texts) are never in one cluster.
     space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "prompt": its
         last prompt; "function": the shift of public probes' features; "metadata": the public field `by`, no signature.
     by: the field of the clients' cards for "metadata".
     gather: all clients take part in the first round.
-    redraw_every: rounds between clusterings (0: one clustering). A client moves only for a gain above `stay` in cosine.
-    stay: that gain.
-    least_members: clients that a cluster has at least.
-    shrinkage: λ of all clusters; "scatter": from the members' scatter; "auto": from the updates' noise, or from the
-        scatter if the noise would reveal record counts.
+    redraw_every: rounds between clusterings (0: one clustering).
+    stay: the minimum gain in cosine for which a client moves.
+    least_members: minimum number of clients in a cluster.
+    shrinkage: λ of all clusters. "scatter": from the scatter of a cluster's clients. "auto": from the updates' noise, or
+        from the scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
-        Without noise, prompts are tuned in the label texts' readout, and the last round tunes nothing and gathers totals
-        under the prompts, for a readout that fits them; the learning rate is then `rate_multiple` times
-        `training.learning_rate`. With noise, totals are gathered once and take `totals_share` of a record-level budget;
-        prompts are tuned in their readout.
+        Without noise, prompts are tuned in the label texts' readout, with `rate_multiple` times
+        `training.learning_rate`. The last round tunes nothing. It gathers totals under the tuned prompts, for a
+        readout that fits them. With noise, totals are gathered once and take `totals_share` of a record-level budget.
+        Prompts are then tuned in their readout.
     totals_share: share of a record-level budget for class totals.
     rate_multiple: factor of the learning rate in the label texts' readout.
-    local_model: what a client predicts with. "prototype": what it was sent. "heads": a mixture of that, the start, and heads
-        of its own records (without a learned readout, their nearest neighbours too). "mixture": also prompts that it tunes
-        alone.
-    label_prior: adds the client's label shares to the logits (classification only). "auto": where a readout was learned
-        without noise, from the counts in the client's class totals. True: from the statistic `labels`, which a
-        record-level budget pays for.
-    proximal_weight: pull to the prompt of the round (FedProx)."""
+    local_model: the client's model. "prototype": the received prompt. "heads": a mixture of that prompt, the start, and
+        heads of its own records (without a learned readout, also nearest neighbours). "mixture": also prompts that it
+        tunes alone.
+    label_prior: adds the client's label shares to the logits (classification only). "auto": from the counts in the
+        client's class totals, if a readout was learned without noise. True: from the statistic `labels`, which takes a
+        share of a record-level budget.
+    proximal_weight: weight of the proximal term to the prompt of the round (FedProx)."""
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
@@ -227,8 +227,9 @@ class Ficpd(Method):
         return {**tuned, **totals_spec(state)}
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """Clients outside the cohort keep their signature and offset; an old offset counts only in a new clustering. A
-        late delta is added to the prompt that its client would be sent now."""
+        """Makes the next state. Clients outside the cohort keep their signature and offset.
+
+        An old offset counts only in a new clustering. A late delta is added to its client's current prompt."""
         if state.facts["closes"]:
             return _next_round(learn_readouts(state, updates, scoring=True), round + 1)
         state = learn_readouts(state, updates, again=not state.facts.get("noisy", True), scoring=True)
@@ -261,7 +262,7 @@ class Ficpd(Method):
         return {"global": state.arrays["global"], **prototypes}
 
     def _sent(self, state: State, name: str, key: str | None = None) -> Tensor:
-        """Returns the client's prototype. A client without a cluster has its key's, if there is one; else the global."""
+        """Returns the client's prototype. A client without a cluster has its task key's, or the global prompt."""
         member, keys = state.facts["clusters"], state.facts["keys"]
         nearest = member.get(name)
         if nearest is None and len(set(keys.values())) > 1:
@@ -302,7 +303,7 @@ class Ficpd(Method):
         return Clusters(before, max(before.values()) + 1), drawn
 
     def _everyone(self, state: State, member: Mapping[str, int]) -> dict[str, int]:
-        """Adds the clients that a secure sum hides, each in the cluster of its group's sum."""
+        """Adds the clients hidden in a secure sum, each in the cluster of its group's sum."""
         group_of = state.facts["group_of"]
         return {name: member[group] for name, group in group_of.items() if group in member} | dict(member)
 
@@ -311,9 +312,9 @@ class Ficpd(Method):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the global prompt's step before the server's rate, and each client's extrapolation beyond its update.
 
-        Only clients that start from the global prompt correct a step that is too long. Prototypes follow it
-        (1 - λ) / λ rounds later, and never at λ = 0. So it takes the prototypes' step, plus min(1, λ / (1 - λ)) of the
-        rest of its own extrapolated step.
+        Only clients that start from the global prompt can correct a step that is too long. Prototypes follow it
+        (1 - λ) / λ rounds later, and never at λ = 0. So the global prompt takes the prototypes' step, plus
+        min(1, λ / (1 - λ)) of the rest of its own extrapolated step.
         """
         deltas, weights, whole = {u.client: u.arrays["delta"] for u in means.updates}, means.weights, means.mean_all()
         more = self.config.server.per_client_extrapolation(means, clusters.member, noise)

@@ -52,16 +52,16 @@ SIGNATURE, SUM = "signature/", "delta/"
 class Config(FrozenConfig):
     """clusters: "metadata" (see `cluster_by_metadata`), "given" (one per distinct card in the fields `by`), "signatures"
         (of the first updates, as in `ficpd`), or "none".
-    by: public fields of the client's card that clusters go by; (): all of them.
+    by: fields of the clients' cards for the clustering; (): all of them.
     num_clusters: "auto": by the silhouette.
     residual: "full" [P, D] or "low_rank" of `rank`.
     rank: of a low-rank residual.
-    held_back: share of records held out in the first two thirds of the rounds; it selects the residual's share (0: all).
+    held_back: share of records held out in the first two thirds of the rounds. They select the residual's share (0: all).
     label_prior: adds the client's label shares to the logits (classification only). `privacy.statistics` gives the
         statistic `labels` a share of a record-level budget.
     contrast: the alignment within a cluster.
-    proximal_weight: pull to the prompt of the round (FedProx).
-    shrinkage: share of the global prompt in a cluster's prompt; "auto": from the members' scatter.
+    proximal_weight: weight of the proximal term to the prompt of the round (FedProx).
+    shrinkage: share of the global prompt in a cluster's prompt; "auto": from the scatter of a cluster's clients.
     server: the optimizer of the global prompt.
     robust: the rule that combines updates."""
 
@@ -165,8 +165,8 @@ class Fpl(Method):
         return ClientUpdate(update.client, arrays, update.weight)
 
     def aggregate(self, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-        """A cluster without an update keeps its prototype. A robust rule aggregates all updates for the global prompt, not
-        the clusters: malicious updates may be the majority of a cluster."""
+        """Makes the next state. A cluster without an update keeps its prototype. A robust rule aggregates all updates for
+        the global prompt, not the clusters, because malicious updates may be the majority of a cluster."""
         means = RobustAggregator(self.config.robust, updates)
         updates = means.updates
         clusters, signatures = self._redrawn(state, updates)
@@ -218,7 +218,7 @@ class Fpl(Method):
         return cluster_by_metadata(cards, by, number)
 
     def _cluster(self, state: State, client: ClientCard) -> int | None:
-        """Returns the client's cluster. A new client joins that of the nearest card; None without metadata clusters."""
+        """Returns the client's cluster. A new client joins that of the nearest card; None if clusters ignore cards."""
         member = state.facts["clusters"]
         if client.name in member:
             return member[client.name]

@@ -6,7 +6,7 @@ A client shows its own records to the model before each text.
     sentence or image encoder      readout row of each label  <-  mixed with its examples' mean feature
 
 The second is a nearest-mean classifier (Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; see `demonstrations`).
-Examples take turns by label, in the records' order, as many as fit. Clients send nothing. But answers reveal the shown
+Examples take turns by label, in the records' order, as many as fit. Clients send nothing, but answers reveal the shown
 records, so there is no guarantee.
 """
 

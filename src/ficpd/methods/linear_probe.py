@@ -59,7 +59,7 @@ class LinearProbe(ZeroShot):
 def _readings(
     outputs: ModelOutput, batch: Batch, targets_B: Tensor, subject_B: Tensor | None = None
 ) -> list[tuple[Tensor, Reading]]:
-    """Returns the leave-one-out logits of the client's records under each candidate, and how it reads any records."""
+    """Returns for each candidate the leave-one-out logits of the client's records, and its logits of any records."""
     found: list[tuple[Tensor, Reading]] = [(_by_texts(outputs, batch), _by_texts)]
     if len(batch) < MIN_RECORDS or len(targets_B.unique()) < 2:
         return found

@@ -1,4 +1,4 @@
-"""Local only: each client tunes its own prompt and sends nothing. The baseline without a federation.
+"""Local only: each client tunes its own prompt and sends nothing. A baseline without federation.
 
 The prompt and Adam's moments stay on the client over the rounds.
 """

@@ -21,19 +21,19 @@ from ficpd import rng
 from ficpd.types import Readout
 
 CLASSES = "classes"
-"""The statistic, and the array of an update that holds it."""
+"""Name of the statistic, and of its array in an update."""
 COUNT_WEIGHT = 0.3
-"""κ: a small count leaves most of a row's norm to the feature."""
+"""κ. With a small weight of the count, most of a row's norm is left to the feature."""
 PENALTIES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
-"""Penalties of the ridge regression, of which generalised cross-validation takes one."""
+"""Candidate penalties of the ridge regression. Generalised cross-validation chooses one."""
 CAUTION = 0.5
-"""Share of the best scale for the totals. Other records score lower than the training records."""
+"""Factor on the scale that is best for the totals, because other records score lower than training records."""
 DRAWS = 100
 SURE = 2.0
-"""Standard errors that the number of records must be above zero by."""
+"""Minimum number of records, in standard errors of the noise on their count."""
 SCALES = 2.0 ** torch.arange(-2, 9, 0.5)
 WIDEST_GRAM = 512
-"""Backbones of more features send no Gram matrix."""
+"""Maximum number of features for which the Gram matrix is sent."""
 CHUNK_NUMBERS = 1 << 25
 TINY = 1e-9
 
@@ -77,14 +77,14 @@ def row_norm(gram: bool) -> float:
 
 
 def totals_size(num_labels: int, width: int, gram: bool) -> int:
-    """Numbers of the totals of this many labels and features."""
+    """Returns the size of the totals of this many labels and features."""
     return num_labels * (1 + width) + (width * (width + 1) // 2 if gram else 0)
 
 
 def total_rows(
     features_BD: Tensor, targets_B: Tensor, centre_D: Tensor, scale: float, num_labels: int, gram: bool
 ) -> Tensor:
-    """Returns [B, N], one row of each record, of norm 1 at most where |z| is."""
+    """Returns [B, N], one row of each record. Its norm is at most 1 if |z| is."""
     z_BD = (features_BD.float().cpu() - centre_D) / scale
     parts = F.pad(z_BD, (1, 0), value=COUNT_WEIGHT)
     rows = [(F.one_hot(targets_B.cpu(), num_labels)[:, :, None] * parts[:, None]).flatten(1)]
@@ -97,14 +97,14 @@ def total_rows(
 def row_chunks(
     features_BD: Tensor, targets_B: Tensor, centre_D: Tensor, scale: float, num_labels: int, gram: bool
 ) -> Iterator[Tensor]:
-    """Yields `total_rows` of as many records at a time as `CHUNK_NUMBERS` hold: rows with a Gram matrix are long."""
+    """Yields `total_rows` in chunks of `CHUNK_NUMBERS` values, because rows with a Gram matrix are long."""
     most = max(CHUNK_NUMBERS // totals_size(num_labels, features_BD.shape[1], gram), 1)
     for features, targets in zip(features_BD.split(most), targets_B.split(most), strict=True):
         yield total_rows(features, targets, centre_D, scale, num_labels, gram)
 
 
 def padded_totals(summed_N: Tensor, num_labels: int, most_labels: int, width: int) -> Tensor:
-    """Adds zeros for the labels that only other tasks have, so that all updates of a round have one length."""
+    """Adds zeros for labels of other tasks, so that all updates of a round have the same size."""
     by_label = num_labels * (1 + width)
     missing = summed_N.new_zeros((most_labels - num_labels) * (1 + width))
     return torch.cat([summed_N[:by_label], missing, summed_N[by_label:]])
@@ -131,10 +131,11 @@ def _triangle_weights(left: Tensor, right: Tensor) -> Tensor:
 def learn_readout(
     totals: Sequence[ClassTotals], text_CD: Tensor, public: PublicFeatures, noisy: bool = False, noise: float = 0.0
 ) -> Readout | None:
-    """Learns the readout of one task key from its clients' totals; None if they hold no record, or noise alone.
+    """Learns the readout of one task key from its clients' totals. Returns None if they hold no records, or only noise.
 
-    `text_CD`: the label texts' readout, which labels without records keep (zero: nothing to shrink towards). `noisy`: the
-    totals have noise of a privacy mechanism. `noise`: its variance in each number of each sum sent, where it is public.
+    text_CD: the label texts' readout, kept by labels without records (zero: no prior).
+    noisy: the totals have noise of a privacy mechanism.
+    noise: its variance in each number of each sum sent, if it is public.
     """
     texts_CD, summed = _texts(text_CD, public), sum(totals[1:], totals[0])
     if not bool((summed.counts_C.sum() > 1) & torch.isfinite(summed.sums_CD).all()):
@@ -222,7 +223,7 @@ def _ridge(
     totals: ClassTotals, texts_CD: Tensor, public: PublicFeatures, least: float,
     settings: tuple[float, float] | None = None,
 ) -> tuple[Readout, tuple[float, float]]:  # fmt: skip
-    """Fits a ridge regression, shrunk towards the multiple of the label texts that fits best.
+    """Fits a ridge regression, shrunk towards the best multiple of the label texts' readout.
 
     Returns it with its penalty, `least` at least, and its scale; `settings`: both as given.
     """
@@ -246,16 +247,16 @@ def _class_means(
 ) -> Readout | None:
     """Scores by nearest class mean, each shrunk towards a multiple of its label text.
 
-    Empirical Bayes (Efron and Morris, JASA 1973): the noise on the sums, of privacy and of sampling, is read from the
-    scatter of the clients' sums around their counts times the mean, so nothing that is private has to be known. Noise on
-    counts is 1 / κ times as large. None if the number of records is lost in it.
+    Empirical Bayes (Efron and Morris, JASA 1973). The noise on the sums, of privacy and of sampling, is estimated from
+    the scatter of the clients' sums around their counts times the mean. No private value is needed for it. Noise on
+    counts is 1 / κ times as large. Returns None if it hides the number of records.
     """
     sums = torch.stack([one.sums_CD for one in totals])
     counts = torch.stack([one.counts_C for one in totals])
     clients, _, D = sums.shape
     means_CD = sums.sum(0) / counts.sum(0).clamp(min=1.0)[:, None]
     noise_C = _scatter(sums - counts[:, :, None] * means_CD).mean(1)
-    if noise:  # a secure sum: one term, of known noise; the rest is sampling
+    if noise:  # a secure sum has one term of known noise; the rest of the variance is sampling
         noise_C = clients * noise + 2 * counts.sum(0).clamp(min=1.0) / D
     noise_C = 0.5 * (noise_C + noise_C.mean())
     known = torch.tensor(clients * noise) if noise else noise_C.mean()
@@ -302,12 +303,13 @@ def _in_features(rows_CD: Tensor, bias_C: Tensor, shares_C: Tensor, public: Publ
 
 
 def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor) -> float:
-    """Returns the factor of scores under which records drawn around the class means have the least log loss."""
+    """Returns the factor of scores with the smallest log loss of records drawn around the class means."""
     known = shares_C > 0
     spread = rows_CD @ within_DD @ rows_CD.T
     spread += (1e-4 * spread.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(spread), dtype=torch.double)
     values, vectors = torch.linalg.eigh(spread)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that no sign is left to the machine
+    # symmetric, because signs depend on the machine
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     noise = torch.randn(DRAWS, len(spread), generator=rng.make_generator(0, "scale"), dtype=torch.double) @ root
     scores_KNC = (means_CD @ rows_CD.T + bias_C)[known][:, None] + noise
     labels = known.nonzero()[:, 0]
@@ -323,7 +325,7 @@ def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Te
 def left_out_priors(
     targets_B: Tensor, shares_C: Tensor, strength: float, subject_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the client's `relative_prior` [C], and that of each record [B, C], made of the other records' labels.
+    """Returns the client's `relative_prior` [C], and that of each record [B, C], from the other records' labels.
 
     `strength` infinity: no prior. `subject_B`: a record's prior leaves out all records of its subject.
     """
@@ -337,7 +339,7 @@ def left_out_priors(
 
 
 def sum_over_subject(values_BN: Tensor, subject_B: Tensor | None) -> Tensor:
-    """Returns for each record the sum over its subject's records, [B, ...]; its own values where no subject is named."""
+    """Returns for each record the sum over its subject's records, [B, ...]. Without subjects: its own values."""
     if subject_B is None:
         return values_BN
     number = int(subject_B.max()) + 1 if len(subject_B) else 0
@@ -347,7 +349,7 @@ def sum_over_subject(values_BN: Tensor, subject_B: Tensor | None) -> Tensor:
 def relative_prior(counts_C: Tensor, shares_C: Tensor, strength: float) -> Tensor:
     """Returns the log of a client's label shares over the federation's, [C], shrunk towards zero.
 
-    A client of n records has (n_c + strength · share_c) / (n + strength) in the place of n_c / n.
+    For a client of n records, n_c / n is replaced by (n_c + strength · share_c) / (n + strength).
     """
     shares = shares_C.clamp(min=1e-6) / shares_C.clamp(min=1e-6).sum()
     counts = counts_C.clamp(min=0.0)

@@ -1,4 +1,4 @@
-"""Prototypes: cosine K-means of client signatures, which are vectors of any one shape."""
+"""Prototypes: cosine K-means of client signatures, which are vectors of the same shape."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -63,9 +63,9 @@ def cluster_within_keys(
     signatures: Mapping[str, Tensor], keys: Mapping[str, str], num_prototypes: int | Literal["auto"], seed: int, *,
     least_members: int = 1,
 ) -> Clusters:  # fmt: skip
-    """Clusters the clients of each public key by themselves (`cosine_kmeans`), so that no cluster has two keys.
+    """Clusters the clients of each public key separately (`cosine_kmeans`), so that no cluster has two keys.
 
-    A number of prototypes is divided among the keys; each has one at least.
+    A fixed number of prototypes is divided among the keys; each key gets at least one.
     """
     names: dict[str, list[str]] = {}
     for name in sorted(signatures):
@@ -87,7 +87,7 @@ def _kmeans(unit_ND: Tensor, number: int, seed: int, restarts: int) -> list[int]
 
 def _best_of_all(unit_ND: Tensor, most: int, seed: int, restarts: int) -> list[int]:
     """Chooses the number of clusters by silhouette and stability. Silhouettes alone are unstable."""
-    if len(unit_ND) < unit_ND.shape[1]:  # the same distances in fewer numbers
+    if len(unit_ND) < unit_ND.shape[1]:  # the same distances with fewer values
         left, sizes, _ = torch.linalg.svd(unit_ND, full_matrices=False)
         unit_ND = left * sizes
 
@@ -126,7 +126,7 @@ def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
 
 
 def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
-    """Dissolves the smallest cluster while it is too small and not the only one."""
+    """Dissolves the smallest cluster as long as it is too small and not the only one."""
     labels = list(labels)
     while len(set(labels)) > 1:
         smallest = min(sorted(set(labels)), key=labels.count)
@@ -145,7 +145,7 @@ def relabel_clusters(
     before: Mapping[str, int], drawn: Clusters, signatures: Mapping[str, Tensor], stay: float,
     keys: Mapping[str, str] = NO_KEYS,
 ) -> Clusters:  # fmt: skip
-    """Gives new clusters the old numbers, and moves a client only for a clear gain. A client stays with its key.
+    """Gives new clusters the old numbers, and moves a client only for a clear gain, within its key.
 
     The matching keeps the numbers of most clients (Kuhn, 1955). A client moves if its signature's cosine
     grows by more than `stay`.

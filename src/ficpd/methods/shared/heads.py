@@ -1,12 +1,12 @@
-"""Heads in closed form from one client's own records: ridge regression towards a prior head, and nearest neighbours.
+"""Fits heads in closed form to one client's records: ridge regression towards a prior head, and nearest neighbours.
 
-Both give exact leave-one-out scores, so nothing has to be held back. Ridge regression of one-hot labels Y on features A,
+Both give exact leave-one-out scores, so no records have to be held back. Ridge regression of one-hot labels Y on features A,
 shrunk towards a multiple m of a prior's scores S, in the dual:
 
     H = 11ᵀ/n + K (K + ρ)⁻¹, K the centred Gram matrix     left-out residual ((I - H)(Y - m_i S))_i / (1 - H_ii)
 
 m_i is the multiple that fits the other records (PRESS: Allen, Technometrics 16, 1974; Hastie, Tibshirani and Friedman,
-The Elements of Statistical Learning, section 7.10). Where subjects are named, all records of one subject S are left out
+The Elements of Statistical Learning, section 7.10). If subjects are named, all records of one subject S are left out
 together: (I - H)_SS⁻¹ ((I - H)(Y - m_S S))_S (Cook and Weisberg, Residuals and Influence in Regression, 1982).
 
 Nearest neighbours weigh the client's records by exp(cosine / τ), as the memory of kNN-Per does (Marfoq et al., ICML 2022,
@@ -29,16 +29,16 @@ SCALES = (2.0, 4.0, 8.0, 16.0, 32.0)
 WIDTHS = (0.02, 0.05, 0.1)
 TEMPERATURES = (1.0, 0.5, 2.0, 0.25)
 STRENGTHS = (torch.inf, 50.0, 10.0, 2.0)
-"""Records that the shared label shares count for, in a client's label prior; the first is no prior."""
+"""Strengths of the shared label shares in a client's label prior, in records. The first means no prior."""
 SMOOTHING = 0.1
-"""Records of every label that nearest neighbours add, in shares of one record."""
+"""Pseudo-count of every label among nearest neighbours, in records."""
 
 
 class OwnHead(NamedTuple):
-    """loo_BC: logits of the client's own records, each left out of its own, with its subject's others. logits: [R, D] to
-        [R, C] for any features.
+    """loo_BC: leave-one-out logits of the client's records. A record's whole subject is left out.
 
-    linear: rows [C, D] and bias [C], where the logits are linear in the features.
+    logits: [R, D] to [R, C] for any features.
+    linear: rows [C, D] and bias [C], if the logits are linear in the features.
     """
 
     loo_BC: Tensor
@@ -57,7 +57,7 @@ def fit_heads(
     penalties: Sequence[float] = PENALTIES,
     subject_B: Tensor | None = None,
 ) -> list[OwnHead]:
-    """Fits one head for each penalty, at the scale of least leave-one-out log loss.
+    """Fits one head for each penalty, at the scale with the smallest leave-one-out log loss.
 
     `prior`: rows [C, D] and bias [C] of a head to shrink towards, at the multiple that fits the records; None: zero.
     `subject_B`: numbers of the records' subjects, which are left out whole. Returns no head for a single subject.
@@ -120,7 +120,7 @@ def _scaled(scores_BC: Tensor, rows_CD: Tensor, bias_C: Tensor, targets_B: Tenso
 def nearest_neighbours(
     features_BD: Tensor, targets_B: Tensor, num_labels: int, subject_B: Tensor | None = None
 ) -> OwnHead:
-    """Returns log label shares among a record's neighbours, at the width of least leave-one-out log loss."""
+    """Returns log label shares among a record's neighbours. The width has the smallest leave-one-out log loss."""
     memory_BD = F.normalize(features_BD.float().cpu(), dim=1)
     votes_BC = F.one_hot(targets_B.cpu(), num_labels).float()
 

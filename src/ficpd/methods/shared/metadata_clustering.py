@@ -71,7 +71,7 @@ def gower_distance(cards: Sequence[Card], fields: Sequence[str]) -> np.ndarray:
 
 
 def nearest_client(cards: Mapping[str, Card], of: Card, by: Sequence[str]) -> str:
-    """Returns the client with the nearest card, the first by name of a tie."""
+    """Returns the client with the nearest card. The first by name wins a tie."""
     names = sorted(cards)
     distance_CC = gower_distance([*(cards[name] for name in names), of], metadata_fields(cards, by))
     return names[int(distance_CC[-1, :-1].argmin())]

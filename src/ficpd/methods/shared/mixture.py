@@ -1,4 +1,4 @@
-"""Mixes a client's received prompts and its own models by its records. Nothing of it is sent.
+"""Mixes a client's received prompts and its own models, weighted by its records. The mixture is not sent.
 
 Each candidate is a prompt with a readout. Its members differ in the temperature of the logits and in the strength of the
 client's label prior. A readout that was learned from the client's records too is scored by another one
@@ -7,8 +7,8 @@ client's label prior. A readout that was learned from the client's records too i
     w_m ∝ exp(-rank_m) exp(-½ n L_m)        L_m: the mean log loss of the client's n records
 
 so the mixture is nearly as good as its best member (exponential weighting: Dalalyan and Tsybakov, Machine Learning 72,
-2008; half the evidence, because losses of one client depend on each other). Ranks put what is shared first. The label prior
-of a record is made of the other records' labels. Own heads are scored by leave-one-out (`heads`). Where the data name
+2008; half the evidence, because losses of one client depend on each other). Ranks put shared models first. The label prior
+of a record comes from the other records' labels. Own heads are scored by leave-one-out (`heads`). If the data name
 subjects, both leave out all records of the record's subject.
 """
 
@@ -28,18 +28,18 @@ from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query
 
 TEMPERATURES = (0.5, 1.0)
 WITHOUT_PRIOR = 0.1
-"""Least weight of the members without a label prior, for clients whose labels shift."""
+"""Minimum weight of the members without a label prior, for clients whose labels shift."""
 NEGLIGIBLE = 1e-4
-"""Members and candidates of less weight are left out."""
+"""Members and candidates with a smaller weight are left out."""
 
 
 class Candidate(NamedTuple):
     """A prompt, or several of one kind, and their readout (None: the task's label texts).
 
-    scoring: the readout that scores the client's own records, and that heads shrink towards; None: `readout`.
-    held: of each prompt, the client's records that it was not tuned on; together they are all. None: prompts from others.
-    neighbours: whether the nearest of the client's records are a member: without a learned readout, heads shrink towards
-        label texts, which do not tell many labels apart.
+    scoring: the readout that scores the client's own records, and towards which heads shrink; None: `readout`.
+    held: for each prompt, the client's records that it was not tuned on; together they are all. None: received prompts.
+    neighbours: whether nearest neighbours are a member. They help without a learned readout: heads then shrink towards
+        label texts, which do not separate many labels.
     """
 
     prompts: tuple[Tensor, ...]
@@ -81,7 +81,7 @@ def weigh_candidates(
 ) -> Generator[Query, Answer, list[Predictor]]:
     """Weights candidates, most shared first, by the client's own records.
 
-    Returns the first candidate alone where the task has no labels, or the client no records.
+    Returns only the first candidate if the task has no labels, or the client no records.
     """
     local = client.local_context()
     batch = local.full_batch()
@@ -99,7 +99,7 @@ def weigh_candidates(
 def weigh_members(
     candidates: Sequence[Candidate], batch: Batch, subject_B: Tensor | None = None
 ) -> Generator[Query, Answer, tuple[list[list[Member]], list[Tensor]]]:
-    """Returns each candidate's members and their weights by the labelled records of `batch`. All weights sum to 1.
+    """Returns each candidate's members, and their weights from the labelled records of `batch`. All weights sum to 1.
 
     subject_B: the records' subjects, each left out whole; None: each record alone.
     """
@@ -116,7 +116,7 @@ def weigh_members(
 def tune_alone(
     training: LocalTrainingConfig, client: ClientContext, assignment: Assignment
 ) -> Generator[Query, Answer, Candidate | None]:
-    """Tunes two prompts on the client's records alone, each on one half, with the steps of all rounds.
+    """Tunes two prompts on the client's records, each on one half, with the steps of all rounds.
 
     Each is scored on the other half (cross-fitting). None for a client with too few records to halve.
     """

@@ -1,7 +1,7 @@
-"""Readouts in a federation: a round gathers class totals, later assignments carry the readout of the client's task key.
+"""Readouts in a federation: a round gathers class totals, and later assignments send each task key's readout.
 
 A task key is a list of label texts. Clients of one key share a readout, whatever their clusters. Groups whose labels are
-not read from features (no labels, or likelihoods) have no key and keep their task's reading.
+not scored from features (no labels, or likelihoods) have no key, and keep their task's readout.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -51,7 +51,7 @@ CENTRE, COVARIANCE, TEXT, ROWS, BIAS, SHARES = (
 SCORING, SCORING_BIAS = "readout_scoring", "readout_scoring_bias"
 """The readout that scores a client's own records (`learn_readouts`); in a state, one for each client."""
 NOISE_OF_TOTALS = "noise_of_totals"
-"""Fact of a state: variance of the noise on each number of a secure sum of totals."""
+"""Name of a state's fact: the variance of the noise on each number of a secure sum of totals."""
 COUNTS = "label_counts"
 """The client's released label counts, in its state."""
 MOST_LABELS = 10_000
@@ -84,7 +84,7 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
     """Returns the readouts of a method's initial state; none if no group is read from features.
 
     gram: whether the Gram matrix is sent; None: without privacy, up to `WIDEST_GRAM` features. texts: whether readouts are
-    shrunk towards the label texts. At the client level no totals are gathered: they would fill an update's clip norm.
+    shrunk towards the label texts. At the client level no totals are gathered, because they would fill the clip norm.
     """
     if setup.features_MD is None or not setup.texts or setup.unit == "client":
         return State({})
@@ -112,7 +112,7 @@ def init_readouts(setup: FederationInfo, gram: bool | None = None, texts: bool =
 
 
 def gathers(state: State) -> bool:
-    """Tells whether the next assignments ask for class totals."""
+    """Returns whether the next assignments ask for class totals."""
     return bool(state.facts.get("gathers"))
 
 
@@ -146,7 +146,7 @@ def state_readout(state: State, client: ClientCard) -> Readout | None:
 
 
 def client_key(state: State, client: ClientCard) -> int | None:
-    """Returns a client's task key; a client that never came has its group's. None: its labels are not read from features."""
+    """Returns a client's task key, or its group's if it never took part. None: its labels are not read from features."""
     of_group = state.facts.get("key_of_group", {})
     return state.facts.get("key_of_client", {}).get(client.name, of_group.get(_group(client, of_group)))
 
@@ -298,7 +298,7 @@ def read_as(batch: Batch, readout: Readout | None) -> Batch:
 
 
 def reading(readout: Readout | None, log_shares_C: Tensor | None) -> Callable[[ModelOutput, Batch], Tensor] | None:
-    """Returns how a `Predictor` reads outputs: by a readout and under known label shares. None: by the task."""
+    """Returns the logits function of a `Predictor`: by a readout and known label shares. None: by the task."""
     if readout is None and log_shares_C is None:
         return None
 

@@ -51,8 +51,8 @@ def tune_residual(
     """Tunes the client state's "residual" [P, D] on the assigned prompt, with the optimizer's moments kept. Then
     selects a share of it (`_chosen`).
 
-    The loss is the task's, plus the contrastive loss. "low_rank": the residual
-    is U V with U [P, r] and V [r, D], both tuned, V zero at first.
+    The loss is the task's plus the contrastive loss. "low_rank": the residual is U V with U [P, r] and V [r, D]. Both are
+    tuned, and V is zero at first.
     """
     base, steps = assignment.arrays["prompt"], training.local_steps
     if config.residual == "low_rank":
@@ -87,10 +87,10 @@ ZERO = torch.zeros(())
 
 
 def _chosen(local: LocalContext, assignment: Assignment) -> Generator[Query, Answer, None]:
-    """Selects the global prompt, the cluster's, or that with a quarter, half or all of the residual, in this order.
+    """Selects a prompt: the global one, the cluster's, or that with a quarter, half or all of the residual.
 
-    It takes the first whose held-out loss is within a standard error (of the paired difference) of the lowest. Without
-    held-out records the choice is unchanged, at first the whole residual.
+    It takes the first, in this order, whose held-out loss is within a standard error (of the paired difference) of the
+    lowest. Without held-out records the choice is unchanged, at first the whole residual.
     """
     held, base = local.holdout(), assignment.arrays["prompt"]
     local.client_state.setdefault("share", torch.ones(()))
@@ -123,7 +123,7 @@ def _product(factors: Tensor, num_tokens: int) -> Tensor:
 
 
 def _multiplied(work: Generator[Query, Answer, Tensor], base_PD: Tensor) -> Generator[Query, Answer, Tensor]:
-    """Queries base + U V where the optimizer queries U and V, and answers with gradients with respect to those."""
+    """Replaces the optimizer's queries of U and V by base + U V. Returns gradients with respect to U and V."""
     num_tokens = len(base_PD)
 
     def on_query(query: Query) -> Query:

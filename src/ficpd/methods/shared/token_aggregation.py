@@ -16,8 +16,8 @@ def aggregate_tokens(ids_KN: Tensor, vectors_KND: Tensor) -> Tensor:
     """Aggregates K clients' words [K, N], with vectors [K, N, D], to N words by position.
 
     Each cluster contributes its word of largest weight. Ours (the paper leaves the length open): with more than N clusters,
-    those of largest weight. With fewer, empty positions take their word of largest weight, then any others fill the
-    prompt by weight. Ties go by position, then by client.
+    those of largest weight. With fewer, empty positions take their word of largest weight, and then other words fill
+    the prompt by weight. Ties are broken by position, then by client.
     """
     K, N = ids_KN.shape
     ids_M, weight_M = ids_KN.flatten().tolist(), token_weights(vectors_KND).flatten()
