@@ -212,7 +212,7 @@ class Distillation(FrozenModel):
 
 
 class LedgerLine(FrozenModel):
-    """Equal releases of the member that spent most."""
+    """Equal releases of the client that spent most."""
 
     name: str
     releases: int
@@ -231,7 +231,7 @@ class PrivacyReport(FrozenModel):
     unit: str
     """`record`, `subject`, `client` or `none`."""
     epsilon: float | None
-    """The cost of the member that spent most; 0: the clients release nothing; None: no guarantee."""
+    """The cost of the client that spent most; 0: the clients release nothing; None: no guarantee."""
     delta: float | None
     noise: str | None = None
     """`simulated` (from the experiment's seed), `cryptographic`, or `each site's own`."""

@@ -7,8 +7,8 @@ Clusters come from the clients' public cards before training. Each round
     shared    δ_c = the client's private update of prompt s_k = global + cluster_k                   (released)
     personal  residual_c, tuned on the client's records from s_k + residual_c                        (never sent);
               the client selects its share, or the cluster's, on held-out records
-    cluster   s_k <- s_k + mean of δ_c over the cohort's members
-    global    <- global + mean of those means, by members; shrinkage by noise pulls small clusters to it
+    cluster   s_k <- s_k + mean of δ_c over its clients in the cohort
+    global    <- global + mean of those means, by clients; shrinkage by noise pulls small clusters to it
 
 The shared gradient is taken at s_k, never at p_c. The residual depends on records without noise, so a gradient at p_c
 would leak it. Clusters are disjoint and public, so their noise is charged once (parallel composition). The global

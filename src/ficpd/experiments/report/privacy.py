@@ -121,7 +121,7 @@ def _guarantee(privacy: PrivacyReport) -> list[tuple[str, str]]:
         )
     budget = "no budget was set"
     if privacy.budget is not None:
-        budget = f"{max(privacy.budget - spent, 0.0):.3f} of {privacy.budget:g}, of the member that spent most"
+        budget = f"{max(privacy.budget - spent, 0.0):.3f} of {privacy.budget:g}, of the client that spent most"
     clip = "–" if privacy.clip_norm is None else f"{privacy.clip_norm:.3g}"
     noise = f"{privacy.noise}; clip norm {clip}, noise multipliers {format_noise_multipliers(privacy)}"
     return [
@@ -154,20 +154,20 @@ def _lines(privacy: PrivacyReport) -> Table:
          f"{line.epsilon_alone:.3f}", f"{100 * line.share:.0f} %"]
         for line in privacy.lines
     ]  # fmt: skip
-    return Table(f"The privacy ledger of {privacy.site_that_spent_most}, the member that spent most", heads, cells)
+    return Table(f"The privacy ledger of {privacy.site_that_spent_most}, the client that spent most", heads, cells)
 
 
 def _sites(privacy: PrivacyReport) -> list[Block]:
-    """Draws the members, unless all of them have spent the same."""
+    """Draws the clients, unless all of them have spent the same."""
     spent = dict(sorted(privacy.epsilon_of_sites.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
     values = list(spent.values())
     if len(spent) < 2:
         return []
     if max(values) - min(values) < 0.005 * max(values):
-        return [Text(f"All {len(privacy.epsilon_of_sites)} members have spent the same.")]
+        return [Text(f"All {len(privacy.epsilon_of_sites)} clients have spent the same.")]
     budget = privacy.budget
     said = "ε of everything that it released." + (" Dashed: the budget." if budget else "")
-    drawn = figures.dots("sites", "What each member spent", said, list(spent), {"ε": values}, EPSILON, line=budget)
+    drawn = figures.dots("sites", "What each client spent", said, list(spent), {"ε": values}, EPSILON, line=budget)
     size = {"height": 90 + 24 * len(spent), "xaxis_range": [0, 1.08 * max(*values, budget or 0.0)]}
     drawn.plot.update_layout(size).update_traces(marker_size=9)
     return [drawn]
