@@ -11,7 +11,7 @@ from ficpd.federation.client import ClientSession
 from ficpd.federation.execution import execute_assignment, local_model
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
-from ficpd.methods.shared import class_totals
+from ficpd.methods.shared import class_totals, readouts
 from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_norm, split_totals
 from ficpd.methods.shared.readouts import (
     CENTRE,
@@ -105,6 +105,17 @@ def test_each_client_scores_its_records_by_half_a_readout_without_them(model):
     broken = replace(newcomer, arrays=newcomer.arrays | {SCORING: newcomer.arrays[ROWS][:, :1]})
     with pytest.raises(CodecError, match="readout arrays"):
         method.validate_assignment(broken, members[names[0]].start)
+
+
+@pytest.mark.parametrize("limit", ["MANY_RECORDS", "MOST_SCORING"])
+def test_large_federations_have_no_readout_for_each_client(model, monkeypatch, limit):
+    monkeypatch.setattr(readouts, limit, 0)
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    state, _ = after_one_round(model, method, members, rounds=1)
+    assignment = method.make_assignment(state, members["site-0"].card, 2)
+    assert ROWS in assignment.arrays
+    assert scoring_readout(assignment) is None
 
 
 def first_arrays(model, method, members):

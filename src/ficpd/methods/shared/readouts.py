@@ -57,6 +57,8 @@ COUNTS = "label_counts"
 MOST_LABELS = 10_000
 MANY_RECORDS = 50
 """Records for each feature, above which a record's own part in its readout does not matter."""
+MOST_SCORING = 1 << 23
+"""Numbers of all clients' scoring readouts of a task key. Above it a state would be too large."""
 ASKED: Mapping[str, tuple[type, ...]] = {"feature_scale": (float,), "most_labels": (int,), "gram": (bool,)}
 
 
@@ -164,7 +166,7 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = 
     `again`: a later round gathers, too. `scoring`: each client gets a second readout, to score its own records by, because
     a readout fits the records that it was learned from better than others. It is the mean of the key's readout and of the
     readout without the client's totals, about as if half of its records were left out. There is none in a secure sum, for
-    a single client, or with more than `MANY_RECORDS` records a feature.
+    a single client, and none beyond `MANY_RECORDS` or `MOST_SCORING`.
     """
     if not gathers(state) or not updates:
         return state
@@ -185,7 +187,9 @@ def learn_readouts(state: State, updates: Sequence[ClientUpdate], again: bool = 
             continue
         arrays |= {f"{ROWS}/{key}": readout.rows_CD, f"{BIAS}/{key}": readout.bias_C}
         arrays[f"{SHARES}/{key}"] = readout.shares_C
-        if not scoring or noise or sum(float(one.counts_C.sum()) for one in of_key) > MANY_RECORDS * width:
+        records = sum(float(one.counts_C.sum()) for one in of_key)
+        large = len(of_key) * readout.rows_CD.numel() > MOST_SCORING
+        if not scoring or noise or large or records > MANY_RECORDS * width:
             continue
         without = left_out_readouts(of_key, text_CD, public, facts["noisy"])
         for client, rest in zip(of_client, without, strict=True):
