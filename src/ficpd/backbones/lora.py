@@ -24,8 +24,9 @@ SCALE = 2.0
 """PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
 
 TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
-FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj")
-"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once."""
+FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj", "value_proj")
+"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once. DeBERTa's queries and keys
+also read its relative positions, which no sequence has for itself, so its values alone change."""
 
 
 class Adapters:
