@@ -181,14 +181,6 @@ def test_all_are_heard_in_the_first_and_the_last_round_of_a_run(tmp_path):
     assert heard == {"true": [3, 1, 3], "false": [1, 1, 3]}, "the last round learns a readout from all"
 
 
-def test_a_cluster_of_too_few_is_no_prototype():
-    """e alone went another way."""
-    for least, number in ((1, 2), (2, 1)):
-        of = method(least_members=least)
-        state = of_five(of, torch.stack([*[WAYS[0]] * 4, WAYS[4]]))
-        assert len(state.arrays["prototypes_KPD"]) == len(set(state.facts["clusters"].values())) == number
-
-
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_the_servers_own_step_moves_the_global_prompt_of_a_run(tmp_path, kind):
     """Its moments are in the checkpoint: broken off and gone on with, a run ends where a whole one does."""

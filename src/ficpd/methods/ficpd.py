@@ -76,7 +76,6 @@ class Config(FrozenConfig):
     gather: all clients take part in the first round.
     redraw_every: rounds between clusterings (0: one clustering).
     stay: the minimum gain in cosine for which a client moves.
-    least_members: minimum number of clients in a cluster.
     shrinkage: λ of all clusters. "scatter": from the scatter of a cluster's clients. "auto": from the updates' noise, or
         from the scatter if the noise would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
@@ -100,7 +99,6 @@ class Config(FrozenConfig):
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)
     stay: float = Field(default=0.05, ge=0, le=2)
-    least_members: int = Field(default=1, ge=1)
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
     class_totals: bool = True
     totals_share: float = Field(default=0.15, gt=0, lt=1)
@@ -296,9 +294,8 @@ class Ficpd(Method):
         every, new = self.config.redraw_every, [name for name in signatures if name not in before]
         if not drawn or new or (every and round - drawn >= every):
             found = cluster_within_keys(
-                signatures, state.facts["keys"], self.config.num_prototypes, state.facts["seed"],
-                least_members=self.config.least_members,
-            )  # fmt: skip
+                signatures, state.facts["keys"], self.config.num_prototypes, state.facts["seed"]
+            )
             return relabel_clusters(before, found, signatures, self.config.stay, state.facts["keys"]), round
         return Clusters(before, max(before.values()) + 1), drawn
 

@@ -93,7 +93,7 @@ def test_any_derived_seed_is_a_seed_and_fixes_the_outcome(seed):
     assert cosine_kmeans(vectors, 5, seed) == cosine_kmeans(vectors, 5, seed)
 
 
-# ---------------------------------------------------------------- how many, how small
+# ---------------------------------------------------------------- how many
 
 
 @pytest.mark.parametrize("clusters", [2, 4, 6])
@@ -137,22 +137,10 @@ def test_no_cluster_is_left_empty(seed):
     assert set(found.member.values()) == set(range(12))
 
 
-def test_a_client_far_away_owns_a_prototype_unless_it_is_too_small():
+def test_a_client_far_away_owns_a_prototype():
     vectors, _ = planted(1, 9)
     vectors["far"] = -next(iter(vectors.values()))
     assert partition(cosine_kmeans(vectors, 2, 0).member) == {frozenset({"far"}), frozenset(vectors) - {"far"}}
-    assert cosine_kmeans(vectors, 2, 0, least_members=2) == (dict.fromkeys(sorted(vectors), 0), 1)
-
-
-def test_members_of_a_cluster_given_up_go_to_the_nearest():
-    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    vectors = {f"e{i}": east + 0.01 * i * north for i in range(4)} | {
-        f"n{i}": north + 0.01 * i * east for i in range(4)
-    }
-    vectors["almost north"] = torch.tensor([0.6, 1.0])
-    found = cosine_kmeans(vectors, 3, 0, least_members=2)
-    assert found.number == 2
-    assert found.member["almost north"] == found.member["n0"]
 
 
 # ---------------------------------------------------------------- over rounds

@@ -30,15 +30,13 @@ class Clusters(NamedTuple):
 
 
 def cosine_kmeans(
-    signatures: Mapping[str, Tensor], num_prototypes: int | Literal["auto"], seed: int, *, restarts: int = 20,
-    least_members: int = 1,
-) -> Clusters:  # fmt: skip
+    signatures: Mapping[str, Tensor], num_prototypes: int | Literal["auto"], seed: int, *, restarts: int = 20
+) -> Clusters:
     """Clusters vectors by direction: K-means on the unit sphere (Hornik et al., J. Stat. Software 50(10), 2012).
 
     There are at most as many clusters as distinct directions. A zero vector joins the largest cluster. "auto"
     maximises the mean silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987) times `_stability`, with one cluster if
-    no silhouette is above `ALIKE`. Clusters of fewer than `least_members` are dissolved, the smallest first; their
-    members join the nearest other cluster.
+    no silhouette is above `ALIKE`.
     """
     names = sorted(signatures)
     stacked = torch.stack([signatures[name].flatten().double() for name in names])
@@ -51,7 +49,6 @@ def cosine_kmeans(
         labels = _best_of_all(unit, min(AUTO_MOST, different), seed, restarts)
     else:
         labels = _kmeans(unit, min(num_prototypes, different), seed, restarts)
-    labels = _dissolved(unit, labels, least_members)
     rank = {label: place for place, label in enumerate(sorted(set(labels), key=lambda i: (-labels.count(i), i)))}
     placed = iter(rank[label] for label in labels)
     return Clusters(
@@ -60,9 +57,8 @@ def cosine_kmeans(
 
 
 def cluster_within_keys(
-    signatures: Mapping[str, Tensor], keys: Mapping[str, str], num_prototypes: int | Literal["auto"], seed: int, *,
-    least_members: int = 1,
-) -> Clusters:  # fmt: skip
+    signatures: Mapping[str, Tensor], keys: Mapping[str, str], num_prototypes: int | Literal["auto"], seed: int
+) -> Clusters:
     """Clusters the clients of each public key separately (`cosine_kmeans`), so that no cluster has two keys.
 
     A fixed number of prototypes is divided among the keys; each key gets at least one.
@@ -73,7 +69,7 @@ def cluster_within_keys(
     each = num_prototypes if num_prototypes == "auto" else max(num_prototypes // max(len(names), 1), 1)
     member: dict[str, tuple[str, int]] = {}
     for key, of_key in names.items():
-        found = cosine_kmeans({n: signatures[n] for n in of_key}, each, seed, least_members=least_members)
+        found = cosine_kmeans({n: signatures[n] for n in of_key}, each, seed)
         member |= {name: (key, place) for name, place in found.member.items()}
     sizes = Counter(member.values())
     rank = {cluster: k for k, cluster in enumerate(sorted(sizes, key=lambda one: (-sizes[one], one)))}
@@ -123,22 +119,6 @@ def _stability(unit_ND: Tensor, labels: list[int], seed: int) -> float:
         again = _kmeans(unit_ND[kept], len(set(labels)), rng.derive_seed(seed, "stability", draw), 3)
         found += adjusted_rand_score([labels[i] for i in kept.tolist()], again)
     return found / STABLE
-
-
-def _dissolved(unit_ND: Tensor, labels: list[int], least: int) -> list[int]:
-    """Dissolves the smallest cluster as long as it is too small and not the only one."""
-    labels = list(labels)
-    while len(set(labels)) > 1:
-        smallest = min(sorted(set(labels)), key=labels.count)
-        if labels.count(smallest) >= least:
-            break
-        others = sorted(set(labels) - {smallest})
-        members = [unit_ND[[label == k for label in labels]] for k in others]
-        centres = torch.stack([F.normalize(of.mean(0), dim=0) for of in members])
-        for place, label in enumerate(labels):
-            if label == smallest:
-                labels[place] = others[int((centres @ unit_ND[place]).argmax())]
-    return labels
 
 
 def relabel_clusters(
