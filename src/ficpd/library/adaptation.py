@@ -5,11 +5,9 @@ private here. A strategy returns variants by name, the simplest first: fewer ste
 demonstrations. `selection.adapt` (`auto`) chooses strategy and variant by cross-validation.
 """
 
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +33,6 @@ GLOBAL = "global"
 MOST_WEIGHTS = 16
 WEIGHT_RATE, WEIGHT_STEPS, WEIGHT_PULL = 0.05, 20, 0.5
 """Adam's rate on a composition's weights, its steps, and the L2 weight towards the initial weights."""
-GENERATIONS, CANDIDATES, SPREAD = 20, 8, 0.3
-"""CMA-ES on the same weights: 20 queries of 8 candidates, and the initial standard deviation."""
 TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate, which is set for many records, and the numbers of steps to compare."""
 TUNE_PULL = 0.005
@@ -149,14 +145,12 @@ def compose(shots: FewShotSet) -> Work:
     prompt of `leave`.
 
     SPoT (Vu et al., ACL 2022, arXiv 2110.07904) and ATTEMPT (Asai et al., EMNLP 2022, arXiv 2205.11961) transfer by a
-    basis of prompts and a few weights. A weight's gradient is the prompt's gradient along its offset. A backbone
-    without gradients uses CMA-ES.
+    basis of prompts and a few weights. A weight's gradient is the prompt's gradient along its offset.
     """
     if "compose" not in shots.composed:
         names = _basis(shots)
         begin = torch.tensor([float(name == _usual(shots)) for name in names])
-        work = (fit_weights_adam if shots.backbone.supports_gradients else fit_weights_cma)(shots, names, begin)
-        weights_J = (yield from work) if names else begin
+        weights_J = (yield from fit_weights(shots, names, begin)) if names else begin
         weights = dict(zip(names, weights_J.tolist(), strict=True))
         note = " + ".join(f"{weight:.2f} {name}" for name, weight in weights.items()) or START
         shots.composed["compose"] = AdaptedPrompt(shots.library.compose(weights), note)
@@ -261,7 +255,7 @@ ABOUT = {
 # ---------------------------------------------------------------- parts
 
 
-def fit_weights_adam(
+def fit_weights(
     shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
 ) -> Generator[Query, Answer, Tensor]:
     """Returns the weights [J] tuned by Adam on the mean loss + pull/2 |w - begin|²."""
@@ -272,29 +266,6 @@ def fit_weights_adam(
 
     found = yield from _adam(shots, begin_J, to_prompt, WEIGHT_RATE, pull, (WEIGHT_STEPS,))
     return found[WEIGHT_STEPS]
-
-
-def fit_weights_cma(
-    shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
-) -> Generator[Query, Answer, Tensor]:
-    """Returns the weights [J] tuned without gradients, by CMA-ES (Hansen, arXiv 1604.00772). Each query evaluates one
-    generation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that it cannot plot
-        import cma
-    offsets_JPD, start_PD = _offsets(shots, names), shots.library.start.vectors_PD
-    random = np.random.default_rng(rng.derive_seed(shots.seed, "cma"))
-    options = {"seed": np.nan, "randn": lambda *shape: random.standard_normal(shape), "popsize": CANDIDATES}
-    options["verbose"] = -9
-    search = cma.CMAEvolutionStrategy(begin_J.tolist(), SPREAD, options)
-    for step in range(GENERATIONS):
-        asked = search.ask()
-        weights_KJ = torch.tensor(np.array(asked), dtype=torch.float32)
-        prompts_KPD = start_PD + torch.einsum("kj,jpd->kpd", weights_KJ, offsets_JPD)
-        answer = yield Query(prompts_KPD, shots.drawn(step))
-        loss_K = answer.loss_KB.mean(1).cpu() + pull / 2 * (weights_KJ - begin_J).square().sum(1)
-        search.tell(asked, loss_K.tolist())
-    return torch.tensor(search.result.xfavorite, dtype=torch.float32)
 
 
 def _adam(

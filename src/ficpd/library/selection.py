@@ -48,6 +48,7 @@ too few."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 NEEDS_HEAD = ("head", "mixture")
 """The strategies that need features and label texts."""
+NEEDS_GRADIENTS = ("compose", "tune", "compose+demonstrations")
 SAME = 0.9
 """The minimum cosine of a task's embedding and a key to use its prompt without any record (`bench/unseen.py keys`)."""
 
@@ -100,7 +101,7 @@ def adapt(
         way
         for way in STRATEGIES
         if (can_show or "demonstrations" not in way)
-        and (can_tune or way != "tune")
+        and (can_tune or way not in NEEDS_GRADIENTS)
         and (can_head or way not in NEEDS_HEAD)
     ]
     ways = [how] if how != AUTO else usable
@@ -240,6 +241,8 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if not records and how not in (AUTO, "nearest", "leave"):
         raise LibraryError(f"no records for --how {how}; give some, or use --how nearest or leave")
+    if how in NEEDS_GRADIENTS and not backbone.supports_gradients:
+        raise LibraryError(f"--how {how}: {backbone.name} gives no gradients; choose another strategy")
     if how in NEEDS_HEAD and not supports_head(task, backbone):
         raise LibraryError(
             f"--how {how}: expected a classification on an encoder, without a tuned head; choose another strategy"
