@@ -3,22 +3,25 @@
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ficpd import rng
 from ficpd.backbones import tiny
-from ficpd.backbones.query_engine import QueryEngine
+from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.errors import CodecError
 from ficpd.experiments.config import Experiment, parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation import simulation
 from ficpd.federation.client import Client
 from ficpd.federation.compression import none
-from ficpd.federation.method import Method
+from ficpd.federation.execution import execute_assignment
+from ficpd.federation.method import Method, validate_assignment
 from ficpd.federation.rounds import Round, RoundSchedule, run_rounds
 from ficpd.interfaces import Compression, Engine, Task
 from ficpd.library.library import PromptLibrary
@@ -30,7 +33,9 @@ from ficpd.tasks import classification, multiple_choice, regression, synthetic_r
 from ficpd.types import (
     Answer,
     ArraySpec,
+    Assignment,
     ClientCard,
+    ClientUpdate,
     FederationInfo,
     Prompt,
     Query,
@@ -170,6 +175,31 @@ def rounds(
         state = after
         reports.append(report)
     return state, reports
+
+
+def update(chosen: Method, client: Client, state: State, model: Any, round: int = 1) -> ClientUpdate:
+    """The client's update of a round, from the server's own assignment."""
+    return run_queries(model, execute_assignment(chosen, client, chosen.make_assignment(state, client.card, round)))
+
+
+def updates(chosen: Method, members: Iterable[Client], state: State, model: Any, round: int = 1) -> list[ClientUpdate]:
+    return [update(chosen, client, state, model, round) for client in members]
+
+
+def alone(chosen: Method, client: Client, model: Any, rounds: int = 3) -> Iterator[ClientUpdate]:
+    """The updates of one client in rounds that it has to itself. `model` answers the client and nobody else."""
+    state = first_state(chosen, {client.name: client}, rounds)
+    for round in range(1, rounds + 1):
+        yield (sent := update(chosen, client, state, model, round))
+        state = chosen.aggregate(state, [sent], round, model)
+
+
+def refuses_all(chosen: Method, start: Prompt, good: Assignment, *bad: Assignment) -> None:
+    """A site takes the server's own assignment, and none of the others."""
+    validate_assignment(good, chosen, start, 5)
+    for other in bad:
+        with pytest.raises(CodecError):
+            validate_assignment(other, chosen, start, 5)
 
 
 class Listening:

@@ -12,11 +12,9 @@ import torch
 from pydantic import ValidationError
 
 import small
-from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import ConfigError, PrivacyError
 from ficpd.federation import codec
-from ficpd.federation.client import LABELS, ClientSession
-from ficpd.federation.execution import execute_assignment
+from ficpd.federation.client import LABELS, Client, ClientSession
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import load, names
@@ -39,16 +37,19 @@ class Deaf(NoPrivacy):
         return noise.add_gaussian(torch.zeros(first.shape[1:]), 1.0)
 
 
+def deaf(method, model, count: int, seed: int) -> Client:
+    """A lone client under the deaf mechanism, with records of this seed."""
+    client = next(iter(small.clients(model, method, 1, mechanism=Deaf()).values()))
+    client.train = small.records(count, seed)
+    return client
+
+
 def sent(method, model, count: int, seed: int) -> list[bytes]:
     """What one client sends in three rounds, as the server gets it."""
-    members = small.clients(model, method, 1, mechanism=Deaf())
-    client = next(iter(members.values()))
-    client.train = small.records(count, seed)
-    state, bodies = small.first_state(method, members, 3, readable=model), []
+    client, bodies = deaf(method, model, count, seed), []
+    state = small.first_state(method, {client.name: client}, 3, readable=model)
     for round in (1, 2, 3):
-        update = run_queries(
-            model, execute_assignment(method, client, method.make_assignment(state, client.card, round))
-        )
+        update = small.update(method, client, state, model, round)
         bodies.append(codec.encode_update(update, round, model.backbone.fingerprint))
         state = method.aggregate(state, [update], round, model)
     return bodies

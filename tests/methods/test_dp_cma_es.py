@@ -5,20 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import left_out
 import small
 from ficpd import storage
-from ficpd.backbones.query_engine import run_queries
-from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.federation.client import Client
-from ficpd.federation.execution import execute_assignment, personal_prompt
-from ficpd.federation.method import validate_assignment
+from ficpd.federation.execution import personal_prompt
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.dp_cma_es import DpCmaEs
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.privacy import clipping, record_gaussian
-from ficpd.privacy.clipping import clipped_sum
-from ficpd.types import ClientUpdate, ClientWorkload, Query
+from ficpd.types import ClientUpdate, Query
+from left_out import CLIP
 
 TRAINING = LocalTrainingConfig(
     local_steps=2, batch_size=4, learning_rate=0.1, population=9, search_dimension=12, seed=3
@@ -47,8 +43,7 @@ def test_one_vector_goes_up_and_no_covariance_comes_down(model):
 def test_an_order_asks_once_about_all_its_records(model):
     of = method()
     client = small.clients(model, of)["site-4"]
-    order = of.make_assignment(small.first_state(of, {"site-4": client}), client.card, 1)
-    run_queries(model, execute_assignment(of, client, order))
+    small.update(of, client, small.first_state(of, {"site-4": client}), model)
     assert client.query_counts == {1: [9 * 2 * 4, 0]}
     assert of.local_workload(small.first_state(of, {"site-4": client})) == (1, 8)
 
@@ -71,47 +66,15 @@ def test_a_search_that_is_read_from_a_checkpoint_asks_what_it_would_have_asked(m
     of, members = method(), small.clients(model, method())
     state = small.first_state(of, members)
     for round in (1, 2, 3):
-        updates = [
-            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
-            for client in members.values()
-        ]
+        updates = small.updates(of, members.values(), state, model, round)
         read, _ = storage.decode_state(storage.encode_state(state, {}))
         state = of.aggregate(state, updates, round, model)
         again = method().aggregate(read, updates, round, model)  # another object, as after a restart
         assert small.same(state.arrays, again.arrays)
 
 
-class Silent:
-    """All records, no noise."""
-
-    kind = "simulated"
-
-    def add_gaussian(self, values, deviation):
-        return values.detach().cpu().float()
-
-    def poisson_sample(self, number, rate):
-        return torch.arange(number)
-
-    permutation = staticmethod(torch.randperm)
-
-
-CLIP = 0.02
-
-
-def farthest(model, monkeypatch, number: int = 7) -> float:
-    """How far a client's summed losses move with one record less, at most."""
-    monkeypatch.setattr(Client, "noise_source", lambda *_: Silent())
-    of, records, found = method(local_steps=1, batch_size=number), small.records(number, 4), []
-    config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
-    mechanism = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1))
-    for left_out in (None, *range(number)):
-        client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
-        client.train = [record for place, record in enumerate(records) if place != left_out]
-        order = of.make_assignment(small.first_state(of, {"site-0": client}), client.card, 1)
-        found.append(
-            run_queries(model, execute_assignment(of, client, order)).arrays["losses_1K"].double() * len(client.train)
-        )
-    return max(float((found[0] - other).norm()) for other in found[1:])
+def farthest(model, monkeypatch) -> float:
+    return left_out.farthest(method(local_steps=1, batch_size=left_out.NUMBER), "losses_1K", model, monkeypatch)
 
 
 def test_one_record_more_or_less_moves_what_leaves_by_at_most_the_clip_norm_over_all_candidates(model, monkeypatch):
@@ -119,10 +82,7 @@ def test_one_record_more_or_less_moves_what_leaves_by_at_most_the_clip_norm_over
 
 
 def test_clipping_each_loss_by_itself_would_not_hold(model, monkeypatch):
-    def each(rows_BN, clip_norm):
-        return torch.cat([clipped_sum(rows_BN[:, k : k + 1], clip_norm) for k in range(rows_BN.shape[1])])
-
-    monkeypatch.setattr(clipping, "clipped_sum", each)
+    left_out.clip_each_number(monkeypatch)
     assert farthest(model, monkeypatch) > 1.2 * CLIP
 
 
@@ -150,9 +110,9 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
     members = small.clients(model, of)
     start, state = members["site-0"].start, small.first_state(of, members)
     good = of.make_assignment(state, members["site-0"].card, 1)
-    validate_assignment(good, of, start, 5)
     candidates, mean = good.arrays["candidates_KN"], good.arrays["mean"]
-    for bad in (
+    small.refuses_all(
+        of, start, good,
         replace(good, arrays={}),
         replace(good, arrays={"prompt": start.vectors_PD}),
         replace(good, arrays={"candidates_KN": candidates}),
@@ -160,6 +120,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, arrays={"candidates_KN": candidates.double(), "mean": mean}),
         replace(good, arrays={"candidates_KN": candidates, "mean": 40 * start.vectors_PD.flatten()[: len(mean)]}),
         replace(good, facts={"rate": 0.1}),
-    ):
-        with pytest.raises(CodecError):
-            validate_assignment(bad, of, start, 5)
+    )  # fmt: skip

@@ -5,11 +5,10 @@ import torch
 from pydantic import ValidationError
 
 import small
-from contracts.test_leak import Deaf
+from contracts.test_leak import deaf
 from contracts.test_mechanism import Silent
-from ficpd.backbones.query_engine import run_queries
 from ficpd.errors import ConfigError
-from ficpd.federation.execution import execute_assignment, personal_prompt
+from ficpd.federation.execution import personal_prompt
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.dp_fpl import Config, LowRankContext, low_rank_factors, low_rank_gradient
 from ficpd.privacy import record_gaussian
@@ -126,14 +125,7 @@ def test_gradients_are_taken_where_only_noised_numbers_lead(model):
     heard = []
     for seed in (1, 2):
         method, listening = small.method("dp_fpl", rank=1), small.Listening(model)
-        client = small.clients(model, method, 1, mechanism=Deaf())["site-0"]
-        client.train = small.records(12, seed)
-        state = small.first_state(method, {"site-0": client}, 3)
-        for round in (1, 2, 3):
-            update = run_queries(
-                listening, execute_assignment(method, client, method.make_assignment(state, client.card, round))
-            )
-            state = method.aggregate(state, [update], round, model)
+        list(small.alone(method, client := deaf(method, model, 12, seed), listening))
         heard.append([*listening.asked, client.client_state["local"]])
         assert client.client_state["local"].abs().max() > 1e-3
     assert all(torch.equal(a, b) for a, b in zip(*heard, strict=True))

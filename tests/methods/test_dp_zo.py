@@ -5,21 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+import left_out
 import small
-from ficpd.backbones.query_engine import run_queries
-from ficpd.errors import CodecError
 from ficpd.federation import codec
-from ficpd.federation.client import Client
 from ficpd.federation.compression import subspace
 from ficpd.federation.execution import execute_assignment, personal_prompt
-from ficpd.federation.method import validate_assignment
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods import dp_zo
 from ficpd.methods.dp_zo import DpZo
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.privacy import clipping, record_gaussian
-from ficpd.privacy.clipping import clipped_sum
-from ficpd.types import Assignment, ClientUpdate, ClientWorkload, Query
+from ficpd.types import Assignment, ClientUpdate, Query
+from left_out import CLIP
 
 TRAINING = LocalTrainingConfig(local_steps=2, batch_size=4, learning_rate=0.1, directions=4, seed=3)
 PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3")
@@ -59,10 +55,7 @@ def test_a_long_history_gives_way_to_the_prompt_and_nothing_changes(model):
         at = [personal_prompt(of, members["site-0"], one) for one in both]
         assert torch.equal(*at)
         assert torch.equal(at[0], of.global_prompt(state))
-        updates = [
-            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
-            for client in members.values()
-        ]
+        updates = small.updates(of, members.values(), state, model, round)
         state = of.aggregate(state, updates, round, model)
     assert kinds == ["moves_TK"] * 7 + ["y"] * 2
 
@@ -72,10 +65,7 @@ def test_a_round_without_answers_moves_nothing_and_the_next_is_replayed_right(mo
     members = small.clients(model, of)
     state = small.first_state(of, members, 5)
     for round in (1, 2, 4):  # nobody came in the third
-        order = of.make_assignment(state, members["site-2"].card, round)
-        state = of.aggregate(
-            state, [run_queries(model, execute_assignment(of, members["site-2"], order))], round, model
-        )
+        state = of.aggregate(state, small.updates(of, [members["site-2"]], state, model, round), round, model)
     replayed = personal_prompt(of, members["site-2"], Assignment("dp_zo", 5, {"moves_TK": state.arrays["moves_TK"]}))
     assert len(state.arrays["moves_TK"]) == 8
     assert torch.equal(state.arrays["moves_TK"][4:6], torch.zeros(2, 4))
@@ -111,10 +101,7 @@ def test_the_servers_replay_is_the_mean_of_the_clients_own_steps(model):
     for round in (1, 2, 3):
         for client in members.values():
             client.client_state = {}
-        updates = [
-            run_queries(model, execute_assignment(of, client, of.make_assignment(state, client.card, round)))
-            for client in members.values()
-        ]
+        updates = small.updates(of, members.values(), state, model, round)
         state = of.aggregate(state, updates, round, model)
         if round > 1:  # in the first they do not know how far to go
             weights = torch.tensor([float(len(client.train)) for client in members.values()])
@@ -147,53 +134,17 @@ def test_all_clients_try_the_same_directions(model):
 # ---------------------------------------------------------------- what a record can do
 
 
-class Silent:
-    """All records, no noise."""
-
-    kind = "simulated"
-
-    def add_gaussian(self, values, deviation):
-        return values.detach().cpu().float()
-
-    def poisson_sample(self, number, rate):
-        return torch.arange(number)
-
-    permutation = staticmethod(torch.randperm)
-
-
-CLIP = 0.02
-
-
-def sums(model, monkeypatch, number: int) -> list[torch.Tensor]:
-    """What a client sums over its records in the first step, with all of them and with each one left out."""
-    monkeypatch.setattr(Client, "noise_source", lambda *_: Silent())
-    of, records = method(local_steps=1, batch_size=number), small.records(number, 4)
-    config = record_gaussian.Config(noise_multiplier=1.0, clip_norm=CLIP, delta=1e-3)
-    mechanism, found = record_gaussian.build(config, ClientWorkload(number, 1.0, 1, 1, 1, 1.0, 1)), []
-    for left_out in (None, *range(number)):
-        client = small.clients(model, of, 1, mechanism=mechanism)["site-0"]
-        client.train = [record for place, record in enumerate(records) if place != left_out]
-        order = of.make_assignment(small.first_state(of, {"site-0": client}), client.card, 1)
-        update = run_queries(model, execute_assignment(of, client, order))
-        found.append(update.arrays["slopes_SK"].double() * len(client.train))
-    return found
-
-
-def farthest(found: list[torch.Tensor]) -> float:
-    return max(float((found[0] - other).norm()) for other in found[1:])
+def farthest(model, monkeypatch) -> float:
+    return left_out.farthest(method(local_steps=1, batch_size=left_out.NUMBER), "slopes_SK", model, monkeypatch)
 
 
 def test_one_record_more_or_less_moves_what_leaves_by_at_most_the_clip_norm_over_all_directions(model, monkeypatch):
-    moved = farthest(sums(model, monkeypatch, 7))
-    assert 0.9 * CLIP < moved <= CLIP * (1 + 1e-4)
+    assert 0.9 * CLIP < farthest(model, monkeypatch) <= CLIP * (1 + 1e-4)
 
 
 def test_clipping_each_direction_by_itself_would_not_hold(model, monkeypatch):
-    def each(rows_BN, clip_norm):
-        return torch.cat([clipped_sum(rows_BN[:, k : k + 1], clip_norm) for k in range(rows_BN.shape[1])])
-
-    monkeypatch.setattr(clipping, "clipped_sum", each)
-    assert farthest(sums(model, monkeypatch, 7)) > 1.2 * CLIP
+    left_out.clip_each_number(monkeypatch)
+    assert farthest(model, monkeypatch) > 1.2 * CLIP
 
 
 def test_a_step_is_paid_once_for_all_directions_and_eps_is_kept(tmp_path):
@@ -248,9 +199,9 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
     members = small.clients(model, of)
     start, state = members["site-0"].start, ran(model, of, members, 3)
     good = of.make_assignment(state, members["site-0"].card, 4)
-    validate_assignment(good, of, start, 5)
     y, moves = state.arrays["y"], good.arrays["moves_TK"]
-    for bad in (
+    small.refuses_all(
+        of, start, good,
         replace(good, arrays={}),
         replace(good, arrays={"prompt": start.vectors_PD}),
         replace(good, arrays={"y": y, "moves_TK": moves}),
@@ -266,6 +217,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model):
         replace(good, facts={**good.facts, "step": float("nan")}),
         replace(good, facts={**good.facts, "rate": 0.0}),
         replace(good, facts={**good.facts, "rate": True}),
-    ):
-        with pytest.raises(CodecError):
-            validate_assignment(bad, of, start, 5)
+    )  # fmt: skip

@@ -11,11 +11,10 @@ import decoders
 import planted
 import small
 from contracts.test_leak import leaks
-from ficpd.backbones.query_engine import QueryEngine, run_queries
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import BackboneError, ConfigError, PrivacyError
 from ficpd.federation import codec
 from ficpd.federation.client import ClientSession
-from ficpd.federation.execution import execute_assignment
 from ficpd.library.library import PromptLibrary
 from ficpd.library.session import load_library
 from ficpd.methods.feddtpt import Config, FedDtpt, is_wrong
@@ -48,10 +47,6 @@ def accuracy(model: QueryEngine, client, ids_P1: torch.Tensor) -> float:
     return 1 - float(model.answer([query])[0].loss_KB.mean())
 
 
-def update_of(model: QueryEngine, method, client, state, round: int = 1) -> ClientUpdate:
-    return run_queries(model, execute_assignment(method, client, method.make_assignment(state, client.card, round)))
-
-
 # ---------------------------------------------------------------- the published behaviour
 
 
@@ -63,7 +58,7 @@ def test_words_are_found_by_accuracy_alone_and_together_they_beat_the_average_cl
     client, state = next(iter(own.values())), small.first_state(method, own)
     assert accuracy(model, client, state.arrays["prompt"]) == 0.0
     for round in (1, 2, 3, 4):
-        updates = [update_of(model, method, c, state, round) for c in own.values()]
+        updates = small.updates(method, own.values(), state, model, round)
         alone = [accuracy(model, client, u.arrays["words"].long()[:, None]) for u in updates]
         state = method.aggregate(state, updates, round, model)
         assert accuracy(model, client, state.arrays["prompt"]) >= sum(alone) / len(alone) - 0.1
@@ -72,7 +67,7 @@ def test_words_are_found_by_accuracy_alone_and_together_they_beat_the_average_cl
     for name in own:
         apart = small.first_state(method, own)
         for round in (1, 2, 3, 4):
-            apart = method.aggregate(apart, [update_of(model, method, own[name], apart, round)], round, model)
+            apart = method.aggregate(apart, [small.update(method, own[name], apart, model, round)], round, model)
         by_themselves.append(accuracy(model, client, apart.arrays["prompt"]))
     assert together > sum(by_themselves) / len(by_themselves) + 0.1
     assert together == 1.0
@@ -100,7 +95,7 @@ def test_what_stands_there_stays_unless_another_word_is_better(model):
     keys = torch.tensor([0, 1, 2, 3, 14, 15])[:, None]
     client.start = Prompt(keys, model.backbone.fingerprint)
     state = small.first_state(method, own)
-    assert update_of(model, method, client, state).arrays["words"].tolist() == keys[:, 0].tolist()
+    assert small.update(method, client, state, model).arrays["words"].tolist() == keys[:, 0].tolist()
 
 
 # ---------------------------------------------------------------- right and wrong
@@ -147,7 +142,7 @@ def test_each_step_is_one_noised_sum_over_all_candidates_and_is_paid_for(model):
     method = small.method("feddtpt", TRAINING)
     own = members(model, method, watching, count=1)
     client = next(iter(own.values()))
-    update = update_of(model, method, client, small.first_state(method, own))
+    update = small.update(method, client, small.first_state(method, own), model)
     assert [(line.name, line.noise_multiplier, line.count) for line in client.account.spent()] == [("prompt", 2.0, 6)]
     assert [tuple(v.shape[:1]) for v in watching.averaged] == [(9,)] * 6
     for values_KB in watching.averaged:
@@ -164,7 +159,7 @@ def test_with_little_noise_it_chooses_as_without_and_with_much_it_does_not(model
         state = small.first_state(method, own)
         for round in (1, 2):
             state = method.aggregate(
-                state, [update_of(model, method, next(iter(own.values())), state, round)], round, model
+                state, [small.update(method, next(iter(own.values())), state, model, round)], round, model
             )
         chosen[kind] = accuracy(model, next(iter(own.values())), state.arrays["prompt"])
     assert chosen["little"] == chosen["none"] > 0

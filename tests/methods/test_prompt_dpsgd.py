@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import small
-from contracts.test_leak import Deaf
-from ficpd.backbones.query_engine import run_queries
-from ficpd.errors import CodecError, PrivacyError
-from ficpd.federation.execution import execute_assignment, personal_prompt
-from ficpd.federation.method import validate_assignment
+from contracts.test_leak import deaf
+from ficpd.errors import PrivacyError
+from ficpd.federation.execution import personal_prompt
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.methods.prompt_dpsgd import PromptDpsgd
 from ficpd.privacy import record_gaussian
@@ -40,15 +38,8 @@ def test_all_that_is_tuned_is_deaf_under_a_deaf_mechanism(model):
     kept = []
     for seed in (1, 2):
         method = small.method("prompt_dpsgd", STRONG)
-        client = small.clients(model, method, 1, mechanism=Deaf())["site-0"]
-        client.train = small.records(12, seed)
-        state = small.first_state(method, {"site-0": client}, 3)
-        for round in (1, 2, 3):
-            update = run_queries(
-                model, execute_assignment(method, client, method.make_assignment(state, client.card, round))
-            )
-            assert update.arrays == {}
-            state = method.aggregate(state, [update], round, model)
+        client = deaf(method, model, 12, seed)
+        assert all(update.arrays == {} for update in small.alone(method, client, model))
         kept.append(client.client_state)
     assert small.same(*kept)
     assert not small.close(kept[0]["prompt"], client.start.vectors_PD, 1e-3)
@@ -115,13 +106,11 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model, name):
     members = small.clients(model, method)
     start, state = members["site-0"].start, small.first_state(method, members)
     good = method.make_assignment(state, members["site-0"].card, 1)
-    validate_assignment(good, method, start, 5)
-    for bad in (
+    small.refuses_all(
+        method, start, good,
         replace(good, arrays={"prompt": start.vectors_PD}),
         replace(good, facts={}),
         replace(good, facts={"rate": float("inf")}),
         replace(good, facts={"rate": 0.1, "steps": 1000}),
         replace(good, round=True),
-    ):
-        with pytest.raises(CodecError):
-            validate_assignment(bad, method, start, 5)
+    )  # fmt: skip
