@@ -73,3 +73,10 @@ def begun(context: ExperimentContext, rounds: int | None = None, run: str = "a" 
 
 def train(order: bytes, said: bytes = b"", run: str = "a" * 32) -> bytes:
     return codec.encode_call(SiteRequest("train", run, order, said))
+
+
+class Nobody:
+    """An engine that must not be waited for."""
+
+    def gather(self, known):
+        raise AssertionError("waits for sites")

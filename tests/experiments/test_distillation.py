@@ -25,7 +25,7 @@ from ficpd.library.distillation.filters import FilterResult
 from ficpd.library.library import PromptLibrary
 from ficpd.tasks import generation
 from ficpd.types import Query
-from site_of import recipe
+from site_of import Nobody, recipe
 
 TEXTS = "\n".join(r.fields["text"] for r in small.records(60, 77)) + "\n"
 
@@ -95,28 +95,18 @@ def test_a_task_without_labels_teaches_nothing_and_keeps_nobody_else_from_it(tmp
     assert int(found.distillation.examples["plain"].split()[0]) > 1
 
 
-def test_copies_of_training_records_are_dropped(tmp_path):
+@pytest.mark.parametrize("private", [(), ("privacy.name=record_gaussian", "privacy.noise_multiplier=1")])
+def test_copies_of_training_records_are_dropped_or_under_a_guarantee_counted(tmp_path, private):
+    """Under a guarantee nothing is chosen by records."""
     test_groups.toml(tmp_path)
     train = [line.split(",")[0] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
     (tmp_path / "public.txt").write_text("\n".join(dict.fromkeys(train)) + "\n")
     found = test_groups.run(
         tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
-        "distillation.least_agreement=0.5", rounds=2,
-    )  # fmt: skip
-    assert "memorised" in found.distillation.examples["plain"]
-    assert found.distillation.memorised == {"plain": 0, "opposed": 0}
-
-
-def test_under_a_guarantee_copies_are_counted_and_nothing_is_chosen_by_records(tmp_path):
-    test_groups.toml(tmp_path)
-    train = [line.split(",")[0] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
-    (tmp_path / "public.txt").write_text("\n".join(dict.fromkeys(train)) + "\n")
-    found = test_groups.run(
-        tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}",
-        "distillation.least_agreement=0.5", "privacy.name=record_gaussian", "privacy.noise_multiplier=1", rounds=2,
-    )  # fmt: skip
-    assert "memorised" not in found.distillation.examples["plain"]
-    assert found.distillation.memorised["plain"] > 0
+        "distillation.least_agreement=0.5", *private, rounds=2,
+    ).distillation  # fmt: skip
+    assert ("memorised" in found.examples["plain"]) == (not private)
+    assert found.memorised["plain"] > 0 if private else found.memorised == {"plain": 0, "opposed": 0}
 
 
 def test_without_any_example_the_global_prompt_stays(tmp_path):
@@ -238,10 +228,6 @@ def test_a_run_that_could_not_be_distilled_at_its_end_is_not_begun(tmp_path, cha
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize(("change", "kind", "said"), IN_VAIN)
 def test_no_site_is_waited_for_by_a_run_that_could_not_be_distilled(tmp_path, change, kind, said):
-    class Nobody:
-        def gather(self, known):
-            raise AssertionError("waits for sites")
-
     text = recipe(build_context(given(tmp_path, change, "fpl")))
     with pytest.raises(kind, match=said):
         coordinator.run_coordinator(text, "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]

@@ -196,16 +196,9 @@ def test_equal_seeds_leave_equal_libraries_and_others_do_not(tmp_path, method):
 
 
 def test_regression_and_a_tuned_head_run_too(tmp_path):
-    data = tmp_path / "numbers.csv"
-    lines = [
-        f"{r.fields['text']},{r.fields['target']},site-{i % 2}" for i, r in enumerate(small.records(40, 1, real=True))
-    ]
-    data.write_text("text,target,site\n" + "\n".join(lines) + "\n")
-    text = small.toml(data).replace('name = "classification"', 'name = "regression"\ntuned_head = true')
-    text = text.replace(
-        'labels = { good = "good fine", bad = "bad dull" }', 'anchors = { "bad dull" = 1.0, "good fine" = 5.0 }'
-    )
-    result = run_experiment(parse(text, "numbers.toml"), tmp_path / "run")
+    given = small.experiment(tmp_path, "fedavg", small.NUMBERS, "task.tuned_head=true")
+    small.numbered(tmp_path / "records.csv")
+    result = run_experiment(given, tmp_path / "run")
     assert result.task == "regression"
     assert result.scores.global_prompt["rmse"] < 3
     assert PromptLibrary.load(tmp_path / "run").start.head_rows == 2
@@ -213,14 +206,9 @@ def test_regression_and_a_tuned_head_run_too(tmp_path):
 
 @pytest.mark.parametrize("method", ["fedavg", "ficpd"])
 def test_a_constant_target_gives_finite_scores(tmp_path, method):
-    data = tmp_path / "numbers.csv"
-    lines = [f"{r.fields['text']},3.0,site-{i % 2}" for i, r in enumerate(small.records(40, 1, real=True))]
-    data.write_text("text,target,site\n" + "\n".join(lines) + "\n")
-    text = small.toml(data).replace('name = "classification"', 'name = "regression"')
-    text = text.replace(
-        'labels = { good = "good fine", bad = "bad dull" }', 'anchors = { "bad dull" = 1.0, "good fine" = 5.0 }'
-    )
-    result = run_experiment(parse(text, "numbers.toml", [f"method.name={method}"]), tmp_path / "run")
+    given, data = small.experiment(tmp_path, method, small.NUMBERS), tmp_path / "records.csv"
+    data.write_text(data.read_text().replace(",good,", ",3.0,").replace(",bad,", ",3.0,"))
+    result = run_experiment(given, tmp_path / "run")
     scores = [*result.scores.per_client.values(), result.scores.per_client_mean]
     assert all(math.isfinite(value) for of in scores for value in of.values())
 

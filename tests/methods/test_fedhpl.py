@@ -11,7 +11,7 @@ import small
 from contracts.test_leak import deaf
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.errors import CodecError, ConfigError, PrivacyError
+from ficpd.errors import CodecError, PrivacyError
 from ficpd.evaluation.evaluate import evaluate
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
@@ -256,14 +256,6 @@ def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
 
 
 # ---------------------------------------------------------------- whom it is for
-
-
-def test_tasks_without_labels_are_refused_before_anything_is_written(tmp_path):
-    given = small.experiment(tmp_path, "fedhpl", small.NUMBERS)
-    small.numbered(tmp_path / "records.csv")
-    with pytest.raises(ConfigError, match=r"not every task here has labels \(regression\)"):
-        run_experiment(given, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_clients_of_another_task_do_not_count(model):

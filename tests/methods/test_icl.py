@@ -6,9 +6,7 @@ import torch
 import decoders
 import small
 from ficpd.backbones.query_engine import QueryEngine
-from ficpd.errors import ConfigError
 from ficpd.evaluation.evaluate import evaluate, predictions_of
-from ficpd.experiments.runner import run as run_experiment
 from ficpd.tasks import classification
 from ficpd.types import Record
 
@@ -124,34 +122,6 @@ def test_examples_help_where_the_labels_texts_say_nothing():
             client.train, client.test = small.records(60, place), small.records(60, 100 + place)
         accuracy[name] = evaluate(method, small.first_state(method, clients), clients, model, 1).mean["accuracy"]
     assert accuracy["icl"] > accuracy["zero_shot"] + 0.1
-
-
-def test_a_client_is_shown_its_own_examples_and_no_others(model):
-    """Its predictions do not change with what others have."""
-    method, said = small.method("icl"), []
-    for others in (1, 2):
-        clients = small.clients(model, method, 2)
-        clients["site-1"].train = small.records(9, others)
-        said.append(evaluate(method, small.first_state(method, clients), clients, model, 1).predicted["site-0"])
-    assert said[0] == said[1]
-
-
-def test_a_run_is_scored_on_each_clients_own_and_sends_nothing(tmp_path):
-    result = small.run(tmp_path, "icl")
-    assert (result.num_rounds, result.bytes.up_total, result.bytes.down_total) == (0, 0, 0)
-    assert result.scores.global_prompt is None
-    assert result.scores.per_client_mean != result.scores.zero_shot
-    assert result.privacy.epsilon == 0.0
-
-
-@pytest.mark.parametrize("what", ["task.tuned_head=true", small.NUMBERS])
-def test_what_has_no_labels_texts_is_refused_before_anything_is_written(tmp_path, what):
-    given = small.experiment(tmp_path, "icl", what)
-    if what == small.NUMBERS:
-        small.numbered(tmp_path / "records.csv")
-    with pytest.raises(ConfigError, match="has no labels, or a head that is tuned"):
-        run_experiment(given, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_no_examples_is_no_setting():

@@ -7,7 +7,6 @@ import small
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
 from ficpd.evaluation.evaluate import evaluate
-from ficpd.experiments.runner import run as run_experiment
 from ficpd.federation.execution import local_model
 from ficpd.methods import linear_probe
 from ficpd.methods.shared.heads import MIN_RECORDS
@@ -104,33 +103,6 @@ def test_a_client_of_one_label_keeps_the_label_texts_under_its_label_prior(model
     outputs = ModelOutput(torch.zeros(len(records), model.backbone.width))
     assert len(linear_probe._readings(outputs, client.encoded(), client.encoded().targets)) == 1
     assert (chosen_logits(client, outputs).argmax(1) == client.encoded().targets).all()
-
-
-def test_a_client_learns_from_its_own_records_and_no_others(model):
-    method, found = small.method("linear_probe"), []
-    for others in (1, 2):
-        clients = small.clients(model, method, 2)
-        clients["site-0"].train, clients["site-1"].train = small.records(30), small.records(30, others)
-        found.append(evaluate(method, small.first_state(method, clients), clients, model, 1).predicted["site-0"])
-    assert found[0] == found[1]
-
-
-def test_a_run_sends_nothing_and_is_scored_on_each_clients_own(tmp_path):
-    result = small.run(tmp_path, "linear_probe")
-    assert (result.num_rounds, result.bytes.up_total, result.bytes.down_total) == (0, 0, 0)
-    assert result.scores.global_prompt is None
-    assert set(result.scores.per_client) == {"site-0", "site-1", "site-2"}
-    assert result.privacy.epsilon == 0.0
-
-
-@pytest.mark.parametrize("what", ["task.tuned_head=true", small.NUMBERS])
-def test_tasks_without_labels_read_from_features_are_refused_before_anything_is_written(tmp_path, what):
-    given = small.experiment(tmp_path, "linear_probe", what)
-    if what == small.NUMBERS:
-        small.numbered(tmp_path / "records.csv")
-    with pytest.raises(ConfigError, match=r"linear_probe: .*tuned_head"):
-        run_experiment(given, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_backbone_without_features_is_refused(model):

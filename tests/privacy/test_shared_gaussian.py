@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from contracts.test_mechanism import Silent
 from ficpd.errors import PrivacyError, PrivacyWarning
 from ficpd.interfaces import ReleaseKind
 from ficpd.privacy import accountant, record_gaussian, shared_gaussian
@@ -23,21 +24,6 @@ CLIP = 0.5
 
 def built(plan: ClientWorkload = PLAN, **more):
     return shared_gaussian.build(Config(**{"epsilon": 2.0, "delta": 1e-3, "clip_norm": CLIP, **more}), plan)
-
-
-class Silent:
-    """Adds no noise, and notes its deviations."""
-
-    kind = "simulated"
-
-    def __init__(self):
-        self.deviations: list[float] = []
-
-    def add_discrete_gaussian(self, whole, deviation):
-        self.deviations.append(deviation)
-        return whole
-
-    permutation = staticmethod(torch.arange)
 
 
 def test_one_record_moves_a_term_by_the_grid_and_the_rounding_at_most():

@@ -18,7 +18,7 @@ from ficpd.data import loading
 from ficpd.errors import BackboneError, DataError
 from ficpd.evaluation.audit.canary_injection import make_mislabelled_canaries
 from ficpd.evaluation.evaluate import score_prompt
-from ficpd.experiments.config import parse
+from ficpd.experiments.config import Experiment, parse
 from ficpd.experiments.initialization import public_gradients
 from ficpd.experiments.runner import run
 from ficpd.library.session import load_library
@@ -265,39 +265,19 @@ def table(path: Path, count: int = 60) -> Path:
     return path
 
 
-def toml(data: Path, backbone: str = "tiny", more: str = "", method: str = "fedavg", rounds: int = 3) -> str:
-    return f"""
-baselines = []
-[backbone]
-name = {json.dumps(backbone)}
-attention = "eager"
-dtype = "float32"
-[prompt]
-num_tokens = 3
-enters_at = 0
-[task]
-name = "multiple_choice"
-instruction = "it was"
-[data]
-source = {json.dumps(str(data))}
-columns = {{ text = "text", options = "options", target = "target" }}
-keep = ["site"]
-[partition]
-kind = "column"
-column = "site"
-[method]
-name = "{method}"
-[training]
-local_steps = 4
-batch_size = 8
-[federation]
-num_rounds = {rounds}
-{more}
-"""
+TASK = [
+    'task = { name = "multiple_choice", instruction = "it was" }', "prompt.enters_at=0", "backbone.options={}",
+    "training.local_steps=4", "training.batch_size=8",
+]  # fmt: skip
+OPTIONS = "data.columns={ text = 'text', options = 'options', target = 'target' }"
+
+
+def experiment(data: Path, *changes: str, rounds: int = 3) -> Experiment:
+    return parse(small.toml(data, rounds=rounds), "small.toml", [*TASK, *changes])
 
 
 def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
-    result = run(parse(toml(table(tmp_path / "exam.jsonl")), "small.toml"), tmp_path / "run")
+    result = run(experiment(table(tmp_path / "exam.jsonl"), OPTIONS), tmp_path / "run")
     whole, first = result.scores.global_prompt, result.scores.zero_shot
     assert whole.keys() == {"accuracy", "accuracy_low", "accuracy_high", "chance"}
     assert whole["accuracy_low"] < whole["accuracy"] < whole["accuracy_high"] or whole["accuracy"] in (0, 1)
@@ -335,9 +315,8 @@ def test_options_in_columns_of_their_own_and_a_decoder(tmp_path, folder):
     lines = ["text,target,site,a,b,c"]
     lines += [f"the film was,{'AB'[i % 2]},site-{i % 3},good,bad,{'dull' if i % 4 else ''}" for i in range(24)]
     (tmp_path / "exam.csv").write_text("\n".join(lines) + "\n")
-    text = toml(tmp_path / "exam.csv", str(folder), rounds=1).replace('options = "options", ', "")
-    experiment = parse(text, "small.toml", ['data.options=["a", "b", "c"]'])
-    result = run(experiment, tmp_path / "run")
+    columns = 'data.options=["a", "b", "c"]'
+    result = run(experiment(tmp_path / "exam.csv", f"backbone.name={folder}", columns, rounds=1), tmp_path / "run")
     assert 1 / 3 < result.scores.global_prompt["chance"] < 1 / 2
     said = CliRunner().invoke(
         app, ["predict", str(tmp_path / "run"), "--data", str(tmp_path / "exam.csv"), "-c", "options=a,b,c"]
@@ -347,16 +326,8 @@ def test_options_in_columns_of_their_own_and_a_decoder(tmp_path, folder):
 
 
 def test_private_records_and_a_learned_subspace(tmp_path):
-    private = """
-[privacy]
-name = "record_gaussian"
-epsilon = 8.0
-[compression]
-name = "subspace"
-dimension = 8
-"""
-    experiment = parse(toml(table(tmp_path / "exam.jsonl"), more=private, rounds=1), "small.toml")
-    result = run(experiment, tmp_path / "run")
+    private = ("privacy.name=record_gaussian", "privacy.epsilon=8.0", "compression={name='subspace',dimension=8}")
+    result = run(experiment(table(tmp_path / "exam.jsonl"), OPTIONS, *private, rounds=1), tmp_path / "run")
     assert 0 < result.privacy.epsilon <= 8.0
     assert result.scores.global_prompt["chance"] == pytest.approx(0.34, abs=0.1)
 

@@ -38,7 +38,7 @@ from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
 from ficpd.library.library import PromptLibrary
 from ficpd.privacy.noise import SecureNoise
-from site_of import NOISED, begun, context, recipe, site, train
+from site_of import NOISED, Nobody, begun, context, recipe, site, train
 
 pytest.importorskip("flwr")
 pytestmark = [  # httpx does not close a socket that nobody answers
@@ -89,10 +89,6 @@ WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_pri
     ],
 )
 def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, changes, why):
-    class Nobody:
-        def gather(self, known):
-            raise AssertionError("waits for sites")
-
     context = build_context(small.experiment(tmp_path, method, *changes))
     with pytest.raises((PrivacyError, ConfigError), match=why):
         coordinator.run_coordinator(recipe(context), "small.toml", tmp_path / "served", Nobody(), say=lambda line: None)  # type: ignore[arg-type]
