@@ -12,17 +12,18 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ficpd.errors import ConfigError, SiteError
 from ficpd.federation.codec import SiteRequest, encode_call
+from ficpd.registry import FrozenConfig
 from ficpd.types import ClientCard, Reply
 
 CALL, ANSWER = "call", "answer"
 SPEC_MISSING, REFUSED = 428, 409
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """Sets the connection to Flower and the times of a round.
 
     superlink: the connection's name in Flower's configuration, which `ficpd run` needs.
@@ -31,7 +32,6 @@ class Config(BaseModel):
         Messages expire after twice this time, so no site's clock may be further ahead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     superlink: str | None = None
     sites: tuple[str, ...] = ()
     wait_seconds: float = Field(default=60.0, gt=0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ficpd import rng
 from ficpd.backbones.query_engine import QueryEngine, run_queries_lockstep
@@ -18,19 +18,19 @@ from ficpd.federation.method import Method
 from ficpd.federation.secure_sum import KEYS, PHASES, SIMULATED, VECTOR, terms
 from ficpd.federation.secure_sum.member import Member
 from ficpd.privacy.shared_gaussian import SharedGaussian
+from ficpd.registry import FrozenConfig
 from ficpd.types import Answer, Assignment, ClientCard, ClientUpdate, Query, Reply
 
 log = logging.getLogger(__name__)
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`lock_step`: number of clients that share a forward pass. More is faster and needs more memory.
 
     `masks`: terms of a secure sum are masked, as at real sites. Without masks the sum is the same, and faster.
     A share `lost` of the updates never arrives, and a share `late` arrives a round later. `seed` draws them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     lock_step: int = Field(default=64, ge=1)
     lost: float = Field(default=0.0, ge=0, lt=1)
     late: float = Field(default=0.0, ge=0, lt=1)

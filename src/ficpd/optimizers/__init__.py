@@ -8,17 +8,17 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.interfaces import ClientContext, Subspace
-from ficpd.registry import load
+from ficpd.registry import FrozenConfig, load
 from ficpd.types import Answer, Assignment, Query
 
 Result = TypeVar("Result")
 
 
-class LocalTrainingConfig(BaseModel):
+class LocalTrainingConfig(FrozenConfig):
     """A client's training in one round.
 
     optimizer: "adam", "sgd", "spsa", "cma_es", or a dotted name.
@@ -34,7 +34,6 @@ class LocalTrainingConfig(BaseModel):
     seed: seed of the public draws that clients share; None: the experiment's.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     optimizer: str = "adam"
     local_steps: int = Field(default=5, ge=1)
     batch_size: int = Field(default=8, ge=1)

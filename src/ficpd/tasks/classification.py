@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ficpd.data.untyped import label_spellings
 from ficpd.errors import DataError, did_you_mean
 from ficpd.interfaces import Backbone, Task
+from ficpd.registry import FrozenConfig
 from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, Record, Score
 
@@ -19,12 +20,11 @@ LISTED = 20
 """Unknown labels that an error names."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """labels: the text of each label of the data.
     instruction: a causal backbone reads it after the text, an encoder before each label text.
     tuned_head: tunes the label texts' embeddings as the prompt's last rows, for this label set only."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     labels: dict[str, str] = Field(min_length=2)
     instruction: str = ""
     tuned_head: bool = False

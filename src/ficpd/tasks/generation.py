@@ -7,22 +7,22 @@ Predictions may have several lines and are stripped of white space.
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from ficpd.errors import DataError
 from ficpd.interfaces import Backbone, Task
+from ficpd.registry import FrozenConfig
 from ficpd.tasks import PUBLIC_SENTENCES, encode_record
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """instruction: a line between source and target.
     max_new_tokens: maximum length of predictions; longer targets are cut."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     instruction: str = ""
     max_new_tokens: int = Field(default=48, ge=1)
 

@@ -10,13 +10,13 @@ from string import ascii_uppercase
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
 from ficpd.errors import BackboneError, DataError
 from ficpd.interfaces import Backbone, Task
+from ficpd.registry import FrozenConfig
 from ficpd.tasks import PUBLIC_SENTENCES, encode_record, has_targets
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
@@ -24,10 +24,9 @@ USUAL, MOST = 4, len(ascii_uppercase)
 """Options of a synthetic record, and the maximum of any record."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """instruction: a line between question and option (language model), or before the option (encoder)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     instruction: str = ""
 
 

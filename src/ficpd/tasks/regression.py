@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from scipy.stats import DegenerateDataWarning, pearsonr
 from sklearn.metrics import root_mean_squared_error
 from torch import Tensor
@@ -16,16 +16,16 @@ from torch import Tensor
 from ficpd.data.untyped import parse_number
 from ficpd.errors import DataError
 from ficpd.interfaces import Backbone, Task
+from ficpd.registry import FrozenConfig
 from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """anchors: texts with at least two different values; predictions lie between the extremes.
     instruction: stands before each anchor.
     tuned_head: tunes the anchors' embeddings as the prompt's last rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     anchors: dict[str, float] = Field(min_length=2)
     instruction: str = ""
     tuned_head: bool = False

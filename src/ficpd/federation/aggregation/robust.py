@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.federation.aggregation.mean import weighted_mean_of
+from ficpd.registry import FrozenConfig
 from ficpd.types import ClientUpdate
 
 REPORTED_SHARE = 0.1
 """A client is reported if at most this part of its fair share of numbers was kept by the trimming."""
 
 
-class RobustConfig(BaseModel):
+class RobustConfig(FrozenConfig):
     """The rule that combines updates. "mean" is weighted; other rules ignore the weights that clients claim.
 
     rule: "trimmed_mean" drops the `num_byzantine` largest and smallest values of each number (Yin et al., ICML 2018, arXiv
@@ -32,7 +33,6 @@ class RobustConfig(BaseModel):
     A smaller mean trims at most (n - 1) // 2 at each end and is reported; one or two updates are unprotected.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rule: Literal["mean", "trimmed_mean", "norm_bound", "multi_krum"] = "mean"
     num_byzantine: int = Field(default=1, ge=1)
     max_norm: float | None = Field(default=None, gt=0)

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ficpd.federation.aggregation.robust import RobustAggregator, RobustConfig
+from ficpd.registry import FrozenConfig
 
 FIRST, SECOND = "server/first", "server/second"
 
 
-class ServerOptimizer(BaseModel):
+class ServerOptimizer(FrozenConfig):
     """The optimizer of the global prompt.
 
     kind: "plain" with `rate` 1: FedAvg. "momentum": FedAvgM (Hsu et al., 2019, arXiv 1909.06335). "adam": FedAdam with
@@ -27,7 +28,6 @@ class ServerOptimizer(BaseModel):
     adaptivity: τ of "adam".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["plain", "momentum", "adam", "extrapolated"] = "plain"
     rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)

@@ -6,19 +6,17 @@ grows with the square root of the number of sent values (docs/design.md).
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ficpd.federation.compression import none
 from ficpd.federation.compression.quantization import Bits, QuantizedCompression
+from ficpd.registry import FrozenConfig
 from ficpd.types import Prompt
 
 DIMENSION, SUBSPACE_BITS, WHOLE_BITS = 64, 8, 32
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`bits`: bits per sent number; 32 means float32. None: 8 in the subspace, else 32."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Bits | None = None
 
 

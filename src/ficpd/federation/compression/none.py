@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ficpd.federation.compression.quantization import Bits, QuantizedCompression
+from ficpd.registry import FrozenConfig
 from ficpd.types import Prompt
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """`bits`: bits per sent number; 32 means float32."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Bits = 32
 
 

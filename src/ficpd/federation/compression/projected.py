@@ -8,20 +8,19 @@ the run, so the part outside the L' directions is lost in every round.
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
 from ficpd.federation.compression.quantization import Bits, QuantizedCompression
+from ficpd.registry import FrozenConfig
 from ficpd.types import Prompt
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """num_tokens: L', the rows sent for the virtual tokens.
     bits: bits per sent number; 32 means float32."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     num_tokens: int = 5
     bits: Bits = 32
 

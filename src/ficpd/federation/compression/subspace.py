@@ -14,25 +14,24 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ficpd import rng
 from ficpd.errors import ConfigError
 from ficpd.federation.compression.quantization import Bits, QuantizedCompression
+from ficpd.registry import FrozenConfig
 from ficpd.types import Prompt
 
 Gradients = Callable[[int], Tensor]
 """Returns M public gradients [M, P, D] for a number M."""
 
 
-class Config(BaseModel):
+class Config(FrozenConfig):
     """dimension: k, the numbers tuned and sent.
     directions: "gradient", from the backbone's gradients on synthetic records, or "random".
     bits: bits per sent number; 32 means float32.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     dimension: int = 256
     directions: Literal["gradient", "random"] = "gradient"
     bits: Bits = 32
