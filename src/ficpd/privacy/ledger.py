@@ -155,15 +155,17 @@ class Ledger:
 
     def num_assignments(self) -> int:
         """Counts the completed assignments of all runs."""
-        with self.readable():
-            (count,) = self.file.execute("select count(*) from assignments").fetchone()
-        return count
+        return self.value("select count(*) from assignments")
 
     def num_costs(self) -> int:
         """Counts the costs of all runs."""
+        return self.value("select count(*) from costs")
+
+    def value(self, query: str, *values: Any) -> Any:
+        """Returns the first value that a query finds; None without one."""
         with self.readable():
-            (count,) = self.file.execute("select count(*) from costs").fetchone()
-        return count
+            row = self.file.execute(query, values).fetchone()
+        return row and row[0]
 
     def account(self, site: str, budget: Budget, run: str = "", unit: Unit = A_RECORD) -> "Account":
         """Opens an account. `run`: one of several runs in a site's ledger. `unit`: of its future costs."""
@@ -226,32 +228,22 @@ class Account:
 
     def stored_update(self, round: int, method: str) -> bytes | None:
         """Returns the committed bytes of an assignment, if they are still stored."""
-        row = self.ledger.file.execute(
-            "select body from updates where run = ? and site = ? and round = ? and method = ?",
-            (self.run, self.site, round, method),
-        ).fetchone()
-        return row and row[0]
+        query = "select body from updates where run = ? and site = ? and round = ? and method = ?"
+        return self.ledger.value(query, self.run, self.site, round, method)
 
     def last_round(self, method: str) -> int:
         """Returns the last completed round of a method in this run, 0 without any."""
-        (round,) = self.ledger.file.execute(
-            "select coalesce(max(round), 0) from assignments where run = ? and site = ? and method = ?",
-            (self.run, self.site, method),
-        ).fetchone()
-        return round
+        query = "select coalesce(max(round), 0) from assignments where run = ? and site = ? and method = ?"
+        return self.ledger.value(query, self.run, self.site, method)
 
     def num_assignments(self) -> int:
         """Counts the completed assignments of this run."""
-        (count,) = self.ledger.file.execute(
-            "select count(*) from assignments where run = ? and site = ?", (self.run, self.site)
-        ).fetchone()
-        return count
+        query = "select count(*) from assignments where run = ? and site = ?"
+        return self.ledger.value(query, self.run, self.site)
 
     def last_assignment_at(self) -> str | None:
         """Returns the time of the newest completed assignment (ISO 8601, UTC)."""
-        return self.ledger.file.execute(
-            "select max(at) from assignments where run = ? and site = ?", (self.run, self.site)
-        ).fetchone()[0]
+        return self.ledger.value("select max(at) from assignments where run = ? and site = ?", self.run, self.site)
 
     def commit(self, round: int, method: str, costs: Iterable[PrivacyCost], body: bytes) -> None:
         """Commits an assignment's costs and its update in one transaction, and deletes updates of earlier rounds.
