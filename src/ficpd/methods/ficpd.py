@@ -76,8 +76,8 @@ class Config(FrozenConfig):
     gather: all clients take part in the first round.
     redraw_every: rounds between clusterings (0: one clustering).
     stay: the minimum gain in cosine for which a client moves.
-    shrinkage: λ of all clusters. "scatter": from the scatter of a cluster's clients. "auto": from the updates' noise, or
-        from the scatter if the noise would reveal record counts.
+    shrinkage: λ of all clusters. "auto": from the updates' noise, or from the scatter of a cluster's clients if the noise
+        would reveal record counts.
     class_totals: round one gathers sums over records by label, from which the server learns a readout for each task key.
         Without noise, prompts are tuned in the label texts' readout, with `rate_multiple` times
         `training.learning_rate`. The last round tunes nothing. It gathers totals under the tuned prompts, for a
@@ -99,7 +99,7 @@ class Config(FrozenConfig):
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)
     stay: float = Field(default=0.05, ge=0, le=2)
-    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto", "scatter"] = "auto"
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     class_totals: bool = True
     totals_share: float = Field(default=0.15, gt=0, lt=1)
     rate_multiple: float = Field(default=3.0, gt=0)
@@ -318,7 +318,7 @@ class Ficpd(Method):
         if not more:
             return whole, {}
         apart = means.mean_of("global", {name: delta + more[name] for name, delta in deltas.items()}, weights)
-        drawn = 0.0 if isinstance(self.config.shrinkage, str) else self.config.shrinkage
+        drawn = 0.0 if self.config.shrinkage == "auto" else self.config.shrinkage
         share = min(1.0, drawn / max(1 - drawn, 1e-9))
         return apart + share * (fedexp_factor(whole, deltas, weights, noise) * whole - apart), more
 
@@ -330,10 +330,7 @@ class Ficpd(Method):
         of_cluster = {k: [n for n in offsets if clusters.member[n] == k] for k in range(clusters.number)}
         heard = {k: [offsets[n] for n in names] for k, names in of_cluster.items() if names}
         given = self.config.shrinkage
-        if isinstance(given, str):
-            shrunk = shrinkage(heard, noise if given == "auto" else None)
-        else:
-            shrunk = dict.fromkeys(heard, given)
+        shrunk = shrinkage(heard, noise) if given == "auto" else dict.fromkeys(heard, given)
         return torch.stack([
             shared + (1 - shrunk[k]) * means.mean_of(f"prototype-{k}", {n: offsets[n] for n in names}, weights) if names
             else shared if before_KPD is None else before_KPD[k]
