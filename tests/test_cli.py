@@ -36,14 +36,6 @@ def failed(outcome: tuple[int, str, str]) -> str:
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["run", "evaluate", "adapt", "predict", "info"])
-def test_every_command_has_help(ficpd, command):
-    status, out, _ = ficpd(command, "--help")
-    assert status == 0
-    assert f"ficpd {command}" in out
-    assert command in ficpd("--help")[1]
-
-
 def test_it_tells_its_version(ficpd):
     assert ficpd("--version")[:2] == (0, "ficpd 0.1.0\n")
 

@@ -52,8 +52,10 @@ def stopped(folder, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_help_in_short_and_its_options(ficpd, command):
-    status, out, _ = ficpd(*command, "-h")
-    assert status == 0
+    status, out, _ = ficpd(*command, "--help")
+    assert (status, out) == (0, ficpd(*command, "-h")[1])
+    assert f"ficpd {' '.join(command)}" in out
+    assert command[0] in ficpd("--help")[1]
     assert "--quiet" in out
     assert "--verbose" in out
 

@@ -298,10 +298,12 @@ def test_epsilon_chooses_the_noise_for_the_whole_plan(module):
     assert built.guarantee()["budget"] == 2.0
 
 
-def test_shares_that_leave_nothing_are_refused():
-    for statistics in ({"weight": 1.0}, {"weight": 0.6, "counts": 0.5}, {"weight": 0.0}):
-        with pytest.raises(PrivacyError, match=r"privacy\.statistics"):
-            record(statistics=statistics)
+@pytest.mark.parametrize(
+    "shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": 0.6, "b": 0.5}, {"a": -0.1, "b": 0.2}]
+)
+def test_shares_that_leave_nothing_are_refused(shares):
+    with pytest.raises(PrivacyError, match=r"privacy\.statistics.*each share must lie above 0"):
+        record(statistics=shares)
 
 
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])

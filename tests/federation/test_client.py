@@ -60,12 +60,6 @@ def test_another_private_seed_draws_otherwise(client, model):
     assert drawn(other, 1) != drawn(client, 1)
 
 
-def test_a_client_counts_by_its_records_only_without_privacy(client):
-    assert ClientSession(client, 1).weight == 9.0
-    client.mechanism = type("Record", (NoPrivacy,), {"unit": "record"})()
-    assert ClientSession(client, 1).weight == 1.0
-
-
 def test_records_are_encoded_once(client):
     assert client.encoded() is client.encoded()
     assert client.encoded("test") is client.encoded("test")

@@ -494,12 +494,6 @@ def test_a_total_that_is_named_like_a_kind_of_release_is_a_statistic(name):
     assert mechanism.cost(ReleaseKind.STATISTIC, name)[:2] == (name, 1.0)
 
 
-@pytest.mark.parametrize("shares", [{"weight": 0.0}, {"weight": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.1, "b": 0.2}])
-def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
-    with pytest.raises(PrivacyError, match="each share must lie above 0"):
-        record_level(statistics=shares)
-
-
 def test_a_client_that_is_never_asked_has_a_mechanism_too():
     """Small cohorts and few rounds leave some out."""
     never = ClientWorkload(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
