@@ -4,39 +4,56 @@ import json
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pytest
+
 import ficpd
+import site_of
 from ficpd.deployment.site.http import bind_socket, server_of
 from ficpd.deployment.site.site import Site
+from ficpd.experiments.build import ExperimentContext
 from ficpd.federation.codec import UPDATE_HEADER
+from remote import running
+from site_of import signing_keys
 
 APP = Path(ficpd.__file__).parent / "deployment" / "flower-app"
+
+
+OPEN_SOCKETS = [
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+"""httpx does not close a socket that nobody answers."""
 
 
 @contextmanager
 def answering(site: Site) -> Iterator[Path]:
     """A site on its socket, in a thread."""
-    server, sock = server_of(site), bind_socket(site.config.socket)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
-    while thread.is_alive() and not server.started:
-        time.sleep(0.01)
     try:
-        yield site.config.socket
+        with running(server_of(site), bind_socket(site.config.socket)):
+            yield site.config.socket
     finally:
-        server.should_exit = True
-        thread.join(20)
-        sock.close()
         site.close()
+
+
+@contextmanager
+def sites(context: ExperimentContext, signed: bool = False, **policy: Any) -> Iterator[dict[str, Site]]:
+    """All clients of a context as sites on their sockets. `signed`: with keys for secure sums."""
+    with short_folder() as folder, ExitStack() as stack:
+        if signed:
+            signing_keys(context.shards, folder)
+        found = {name: site_of.site(context, name, folder, **policy) for name in context.shards}
+        for one in found.values():
+            stack.enter_context(answering(one))
+        yield found
 
 
 @contextmanager

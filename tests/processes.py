@@ -195,16 +195,20 @@ class Account:
         return self.left.keys() - set(self.orders)
 
 
-def account(place: Place, out: Path) -> Account:
-    """Of a site that is stopped."""
-    assert not place.pid
-    config = place.config
+def ledger_of(config: settings.SiteConfig) -> tuple[list[int], list[dict[str, Any]]]:
+    """The rounds that a stopped site has completed, and its costs."""
     ledger = Ledger(config.state / LEDGER, f"site {config.name}")
     try:
         orders = [round for (round,) in ledger.file.execute("select round from assignments order by round")]
-        lines = json.loads(ledger.account(config.name, Budget(None, DELTA)).costs_json())
+        return orders, json.loads(ledger.account(config.name, Budget(None, DELTA)).costs_json())
     finally:
         ledger.close()
+
+
+def account(place: Place, out: Path) -> Account:
+    """Of a site that is stopped."""
+    assert not place.pid
+    orders, lines = ledger_of(place.config)
     prices = [(line["round"], PrivacyCost(*(line[name] for name in PrivacyCost._fields))) for line in lines]
     gone = left(out, place.node)
     return Account(orders, prices, {round: len(bodies) for round, bodies in gone.items()})

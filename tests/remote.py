@@ -80,13 +80,20 @@ def serving(served: Served) -> Iterator[Served]:
 
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+    served.url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+    with running(server, sock):
+        yield served
+
+
+@contextmanager
+def running(server: uvicorn.Server, sock: socket.socket) -> Iterator[None]:
+    """A server on its socket, in a thread."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while thread.is_alive() and not server.started:
         time.sleep(0.01)
-    served.url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
     try:
-        yield served
+        yield
     finally:
         server.should_exit = True
         thread.join(20)

@@ -17,8 +17,6 @@ from superlink import left_alone
 import processes
 from ficpd.deployment import demo, flower_cli, provision
 from ficpd.deployment.site import config as settings
-from ficpd.deployment.site.site import LEDGER
-from ficpd.privacy.ledger import Budget, Ledger
 from grids import short_folder
 
 SITES = ["site-0", "site-1"]
@@ -114,13 +112,7 @@ class Federation:
         return "\n".join(f"--- {log.name}\n{demo._tail(log)}" for log in sorted(self.folder.glob("*.log")))
 
     def ledger(self, name: str) -> tuple[list[int], list[int]]:
-        config = settings.read(self.folder / f"{name}.toml")
-        ledger = Ledger(config.state / LEDGER, f"site {name}")
-        try:
-            orders = [round for (round,) in ledger.file.execute("select round from assignments order by round")]
-            lines = json.loads(ledger.account(name, Budget(None, processes.DELTA)).costs_json())
-        finally:
-            ledger.close()
+        orders, lines = processes.ledger_of(settings.read(self.folder / f"{name}.toml"))
         return orders, [line["round"] for line in lines]
 
 

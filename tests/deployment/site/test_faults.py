@@ -21,10 +21,7 @@ from processes import Place, left, paid, recipe, rounds, served
 from warm import Warm, clock, kill, slow
 
 pytest.importorskip("flwr")
-pytestmark = [  # httpx does not close a socket that nobody answers
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = grids.OPEN_SOCKETS
 SETTLE, SEND = "ficpd.privacy.ledger:Account.commit", "ficpd.deployment.site.site:Site._witness"
 
 

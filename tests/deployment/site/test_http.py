@@ -20,10 +20,7 @@ from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
 from site_of import NOISED, begun, context, recipe, site, train
 
-pytestmark = [  # httpx does not close a socket that nobody answers
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = grids.OPEN_SOCKETS
 
 
 def asked(path: Path, body: bytes, where: str = "train") -> httpx.Response:

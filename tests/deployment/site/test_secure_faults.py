@@ -1,6 +1,5 @@
 """Processes of sites in a secure sum die amid a round: it is saved or void, and no vector is paid for twice."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,19 +7,12 @@ import pytest
 
 import grids
 import processes
-from ficpd.deployment.site.site import LEDGER
-from ficpd.privacy.ledger import Budget, Ledger
 from processes import Place, rounds
 from site_of import signing_keys
 from warm import Warm, kill
 
 pytest.importorskip("flwr")
-pytestmark = [
-    pytest.mark.slow,
-    # httpx does not close a socket that nobody answers
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.slow, *grids.OPEN_SOCKETS]
 MEMBER = "ficpd.federation.secure_sum.member:Member"
 SHARED = 'name = "shared_gaussian"\nleast_records = 16\nmax_lost = 1\nmax_colluding = 1\n'
 
@@ -38,17 +30,6 @@ def places() -> Iterator[list[Place]]:
             place.file.write_text(text + keys)
         yield found
     warm.close()
-
-
-def ledger(place: Place) -> tuple[list[int], list[int]]:
-    """The rounds that a stopped site has completed, and the round of each cost."""
-    opened = Ledger(place.config.state / LEDGER, f"site {place.config.name}")
-    try:
-        done = [round for (round,) in opened.file.execute("select round from assignments order by round")]
-        lines = json.loads(opened.account(place.config.name, Budget(None, processes.DELTA)).costs_json())
-    finally:
-        opened.close()
-    return done, [line["round"] for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -80,5 +61,7 @@ def test_a_round_is_saved_or_void_whenever_sites_are_killed_and_nothing_is_spent
     assert all(f"site-{number}" in rounds(tmp_path / "run")[1]["dropped"] for number in killed)
     for number, place in enumerate(places):
         place.stop()
-        done, prices = ledger(place)
-        assert done == prices == (paid if number in killed else [1, 2, 3]), "a void round has spent, once"
+        done, costs = processes.ledger_of(place.config)
+        assert done == [cost["round"] for cost in costs] == (paid if number in killed else [1, 2, 3]), (
+            "a void round has spent, once"
+        )

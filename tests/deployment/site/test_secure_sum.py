@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,10 +30,7 @@ from ficpd.types import Assignment
 from site_of import begun, recipe, signing_keys, site, train
 
 pytest.importorskip("flwr")
-pytestmark = [  # httpx does not close a socket that nobody answers
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = grids.OPEN_SOCKETS
 SHARED = (
     'privacy.name="shared_gaussian"', "privacy.epsilon=4.0", "privacy.delta=1e-3", "privacy.least_records=6",
     "privacy.max_lost=1", "privacy.max_colluding=1", "training.local_steps=1",
@@ -47,14 +44,8 @@ def experiment(folder: Path, method: str, *changes: str, rounds: int = 3) -> Exp
     return parse(small.toml(small.table(folder / "records.csv", 80, 4), method, rounds), "small.toml", changes)
 
 
-@contextmanager
-def sites(context: ExperimentContext, **policy: Any) -> Iterator[dict[str, Site]]:
-    with grids.short_folder() as folder, ExitStack() as stack:
-        signing_keys(context.shards, folder)
-        found = {name: site(context, name, folder, **{**POLICY, **policy}) for name in context.shards}
-        for one in found.values():
-            stack.enter_context(grids.answering(one))
-        yield found
+def sites(context: ExperimentContext, **policy: Any) -> AbstractContextManager[dict[str, Site]]:
+    return grids.sites(context, True, **{**POLICY, **policy})
 
 
 def served(

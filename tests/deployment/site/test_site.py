@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -41,19 +40,7 @@ from ficpd.privacy.noise import SecureNoise
 from site_of import NOISED, Nobody, begun, context, recipe, site, train
 
 pytest.importorskip("flwr")
-pytestmark = [  # httpx does not close a socket that nobody answers
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@contextmanager
-def sites(context: ExperimentContext, **policy: Any) -> Iterator[dict[str, Site]]:
-    with grids.short_folder() as folder, ExitStack() as stack:
-        found = {name: site(context, name, folder, **policy) for name in context.shards}
-        for one in found.values():
-            stack.enter_context(grids.answering(one))
-        yield found
+pytestmark = grids.OPEN_SOCKETS
 
 
 def engine(found: dict[str, Site], **options: Any) -> Any:
@@ -110,7 +97,7 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     run(experiment, tmp_path / "run")
     expected = small.library(tmp_path)
     context = build_context(experiment)
-    with sites(context, methods=(method,)) as found:
+    with grids.sites(context, methods=(method,)) as found:
         result = coordinator.run_coordinator(
             recipe(context), "small.toml", tmp_path / "served", engine(found), say=lambda line: None
         )
@@ -132,7 +119,7 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
 @pytest.mark.parametrize("simulated", [True, False])
 def test_a_coordinators_report_says_first_whose_noise_somebody_knows(tmp_path, simulated):
     one, said = context(tmp_path, "fedavg", *NOISED), list[str]()
-    with sites(one, simulated=simulated) as found:
+    with grids.sites(one, simulated=simulated) as found:
         result = coordinator.run_coordinator(
             recipe(one), "small.toml", tmp_path / "served", engine(found), say=said.append
         )
@@ -190,7 +177,7 @@ def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_
     assert one.experiment.privacy.get("noise", "simulated") == "simulated"
     left = []
     for place in range(2):
-        with sites(one, mechanisms=["client_gaussian:central"]) as found:
+        with grids.sites(one, mechanisms=["client_gaussian:central"]) as found:
             folder = tmp_path / f"served{place}"
             coordinator.run_coordinator(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
         left.append(PromptLibrary.load(folder).prompts["global"].vectors_PD)
@@ -403,12 +390,12 @@ def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_
 
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     one = context(tmp_path, "fpl", *NOISED)
-    with sites(one) as found:
+    with grids.sites(one) as found:
         whole = coordinator.run_coordinator(
             recipe(one), "small.toml", tmp_path / "whole", engine(found), say=lambda line: None
         )
     spent = {}
-    with sites(one) as found:
+    with grids.sites(one) as found:
         lines: list[str] = []
 
         def stops(line: str) -> None:
@@ -437,7 +424,7 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
         if line.startswith("round 2/"):
             raise KeyboardInterrupt
 
-    with sites(one) as found:
+    with grids.sites(one) as found:
         with pytest.raises(KeyboardInterrupt):
             coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), say=stops)
         newest = (out / "checkpoint").read_bytes()
