@@ -361,6 +361,24 @@ def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, 
     assert result.backbone.fingerprint.startswith("endpoint:")
 
 
+@pytest.mark.parametrize("how", ["auto", "demonstrations"])
+def test_a_library_of_words_adapts_by_showing_examples(served, words, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("SOME_KEY", "x")
+    small.run(tmp_path, "feddtpt", *changes(served, words), rounds=1)
+    records = small.records(6, 3)
+    adapted = load_library(tmp_path / "run").adapt(records, how=how)
+    served.asked.clear()
+    assert len(adapted.predict(small.records(2, 7))) == 2
+    if how == "demonstrations":
+        assert any(record.fields["text"] in served.asked[-1][0]["prompt"] for record in records)
+
+
+def test_in_context_examples_are_shown_to_an_endpoint(served, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "x")
+    small.run(tmp_path, "icl", *changes(served, words)[:2], rounds=1)
+    assert served.asked[-1][0]["prompt"].count("it was good") > 1
+
+
 def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served, words, monkeypatch):
     card = {"url": "https://elsewhere.example/v1", "model": "small", "key_from": "SOME_KEY"}
     monkeypatch.delenv("FICPD_ENDPOINT", raising=False)

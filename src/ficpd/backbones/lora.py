@@ -25,8 +25,8 @@ SCALE = 2.0
 
 TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
 FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj", "value_proj")
-"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once. DeBERTa's queries and keys
-also read its relative positions, which no sequence has for itself, so its values alone change."""
+"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once. In DeBERTa only
+values change, because its queries and keys also read relative positions, which belong to no sequence."""
 
 
 class Adapters:

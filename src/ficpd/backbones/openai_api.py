@@ -150,7 +150,9 @@ class Endpoint(Backbone):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """Puts text, pair and instruction on a line each. Cuts the text first, a pair to half of the space."""
+        """Puts text, pair and instruction on a line each. Cuts the text first, a pair to half of the space.
+
+        The length is in words, as `max_tokens` is."""
         frame = len(instruction.split()) + len((answer or "").split())
         space = self.max_tokens - room - frame
         if space < 1:
@@ -165,9 +167,8 @@ class Endpoint(Backbone):
         before = "\n".join(part for part in lines if part)
         if not before.strip():
             raise BackboneError(f"{self.name} was given an empty text and no instruction: there is nothing to read.")
-        return EncodedInput(
-            PromptedQuestion(before, None if answer is None else answer.strip()), 1, int(answer is not None)
-        )
+        question = PromptedQuestion(before, None if answer is None else answer.strip())
+        return EncodedInput(question, len(f"{before} {answer or ''}".split()), int(answer is not None))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> None:
         """Returns None: each answer is scored by a query."""
