@@ -10,8 +10,17 @@ from ficpd.cli.console import errors, note, say
 
 
 def init(
-    data: Annotated[str, typer.Argument(help="a CSV, TSV, JSON Lines, JSON or Parquet file, or a folder of them")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="a CSV, TSV, JSON Lines, JSON or Parquet file, a folder of them, a folder of images with a folder for each "
+            "label, or hf:ID"
+        ),
+    ],
     text: Annotated[str | None, typer.Option(help="the column of the texts; none: guessed")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="the column of the images or their paths, in place of texts; none: guessed")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="the column of the labels or numbers; none: guessed")] = None,
     client: Annotated[
         str | None,
@@ -21,12 +30,17 @@ def init(
         str | None, typer.Option(help="the column of subjects, such as patients; none: guessed by its name")
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="the privacy budget; none: no privacy")] = None,
-    backbone: Annotated[str, typer.Option(help="the frozen model: a name, folder or hub id")] = "minilm",
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="the frozen model: a name, folder or hub id; none: minilm, of images facebook/dinov2-small"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the recipe to write; none: DATA's name with .toml, here")] = None,
 ) -> None:
-    """Write a commented recipe for your own table, with the labels found, counts and warnings.
+    """Write a commented recipe for your own table or images, with the labels found, counts and warnings.
 
     Example: `ficpd init notes.csv --text note --target department --client hospital --epsilon 2`
+
+    Example: `ficpd init images/`, with `images/cat/1.png` and `images/dog/1.png`
     """
     from ficpd.experiments.draft import check_new, draft
     from ficpd.storage import atomic_write
@@ -35,7 +49,7 @@ def init(
         raise typer.BadParameter(f"--epsilon {epsilon:g}: expected a number above 0, such as 2")
     out = out or Path(f"{Path(data).resolve().stem}.toml")
     check_new(out)
-    columns = {"text": text, "target": target, "client": client, "subject": subject}
+    columns = {"text": text, "image": image, "target": target, "client": client, "subject": subject}
     drafted = draft(data, out.name, columns, epsilon, backbone)
     for line in drafted.found:
         note(line)

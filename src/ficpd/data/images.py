@@ -109,6 +109,32 @@ def read_tables(path: Path, column: str, options: ReadOptions = WHOLE) -> list[T
     return [_with_pictures(folder / table.name, table, column) for table in tables]
 
 
+def is_folder(path: Path) -> bool:
+    """Tells whether this is a folder without tables, but with images in it or up to two folders further down."""
+    if not path.is_dir() or table_paths(path):
+        return False
+    return any(p.suffix.lower() in ENDINGS for depth in ("*", "*/*", "*/*/*") for p in path.glob(depth))
+
+
+def stored_column(path: Path) -> str | None:
+    """Returns the first column with images' bytes of a Parquet file, or of a folder's first table; None without one."""
+    file = next(iter(table_paths(path)), path) if path.is_dir() else path
+    if file.suffix.lower() != ".parquet" or not file.is_file():
+        return None
+    with needs("a Parquet file", "parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    try:
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowInvalid):  # the reader says what is wrong
+        return None
+    return next((field.name for field in schema if holds_bytes(field.type) and _has_bytes(field.type)), None)
+
+
+def _has_bytes(kind: Any) -> bool:
+    return not kind.num_fields or "bytes" in {kind.field(place).name for place in range(kind.num_fields)}
+
+
 def _with_pictures(file: Path, table: Table, column: str) -> Table:
     if column not in table.columns:
         return table

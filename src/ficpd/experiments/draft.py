@@ -1,40 +1,23 @@
-"""Drafts a recipe from a table: guesses columns, counts labels and clients, warns of problems."""
+"""Drafts a recipe from a table or a folder of images: counts labels and clients, warns of problems."""
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from ficpd.data.tables import read_files
-from ficpd.data.untyped import UntypedStr, is_regression_target, parse_number
-from ficpd.errors import ConfigError, DataError, FicpdError, did_you_mean
+from ficpd.backbones.catalog import NAMED
+from ficpd.data.untyped import is_regression_target, parse_number
+from ficpd.errors import ConfigError, DataError, FicpdError
 from ficpd.experiments.build import load_records
 from ficpd.experiments.config import parse
+from ficpd.experiments.draft_columns import MOST_LABELS, Rows, choose_columns, read
 
-NAMES = {
-    "text": ("text", "note", "review", "sentence", "comment", "message", "description", "abstract", "body", "content"),
-    "target": ("target", "label", "class", "category", "department", "diagnosis", "sentiment", "polarity", "rating"),
-    "client": (
-        "client",
-        "hospital",
-        "site",
-        "clinic",
-        "bank",
-        "branch",
-        "center",
-        "centre",
-        "organisation",
-        "organization",
-    ),
-    "subject": ("subject", "patient", "person", "customer", "user", "pupil", "author"),
-}
-"""By role, the names by which a column is guessed; one name may be a part of the column's (`patient_id`)."""
+USUAL = {"text": "minilm", "image": "facebook/dinov2-small"}
+"""By the kind of the records, the backbone where none is named."""
 FEW_RECORDS, FEW_OF_A_LABEL, FEW_OF_A_CLIENT, FEW_FOR_NOISE = 200, 10, 20, 100
-MOST_LABELS = 150
 MOST_NUMBERS = 20
 """Whole numbers of more different values than this are no labels, but numbers to predict."""
 UNBALANCED = 10
@@ -42,18 +25,6 @@ DRAWN_CLIENTS = 5
 SHOWN = 5
 ENGLISH = 0.02
 """Above this share of letters outside ASCII, texts are not English."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a table: by key (`data.csv row 7`), their cells by column. A cell without content is None."""
-
-    name: str
-    columns: list[str]
-    cells: Mapping[str, Mapping[str, Any]]
-
-    def column(self, name: str | None) -> list[Any]:
-        return [] if name is None else [row[name] for row in self.cells.values()]
 
 
 @dataclass(frozen=True)
@@ -66,19 +37,23 @@ class Draft:
 
 
 def draft(
-    source: str, name: str, columns: Mapping[str, str | None], epsilon: float | None = None, backbone: str = "minilm"
+    source: str, name: str, columns: Mapping[str, str | None], epsilon: float | None = None, backbone: str | None = None
 ) -> Draft:
-    """Drafts the recipe `name` for a file or folder of files.
+    """Drafts the recipe `name` for a file, a folder of files or of images, or `hf:ID`.
 
-    columns: role (text, target, client, subject) to column; None: guessed, or none for a client or a subject.
+    columns: role (text, image, target, client, subject) to column; None: guessed, or none for a client or a subject.
     epsilon: the privacy budget; None: no privacy.
+    backbone: None: one that reads these records (`USUAL`).
 
     Raises `DataError` or `ConfigError` for a column that is not there, or a target that makes no task.
     """
-    rows = _read(source)
-    chosen, found = _choose_columns(rows, columns)
-    task, of_task = _task(rows, chosen["target"])
+    rows = read(source)
+    chosen, found = choose_columns(rows, columns)
+    backbone = _backbone(chosen, backbone)
+    task, of_task = _task(rows, chosen)
     found += [of_task]
+    if rows.sizes:
+        found.append(f"train has {rows.sizes['train']} records, test {rows.sizes['test']}")
     if chosen["client"]:
         sizes = Counter(str(client) for client in rows.column(chosen["client"]) if client is not None)
         found.append(f"{len(sizes)} clients: {_counts(sizes)}")
@@ -86,7 +61,9 @@ def draft(
         found.append(
             f"no client column: {DRAWN_CLIENTS} clients of equal, random shares are simulated (--client names one)"
         )
-    body = "\n".join([*_head(name, backbone), *task, *_data(source, chosen), *_rest(chosen, epsilon)]) + "\n"
+    body = (
+        "\n".join([*_head(name, backbone, chosen), *task, *_data(source, chosen, rows), *_rest(chosen, epsilon)]) + "\n"
+    )
     warnings = [line for check in CHECKS for line in check(rows, chosen, epsilon)]
     if _is_foreign(rows.column(chosen["text"])) and backbone == "minilm":
         warnings.append(
@@ -105,111 +82,53 @@ def draft(
     return Draft("".join(f"# {' '.join(line.split())}\n" for line in told) + "\n" + body, found, warnings)
 
 
-def _read(source: str) -> Rows:
-    tables = read_files(Path(source).expanduser())
-    columns = list(dict.fromkeys(column for table in tables for column in table.columns))
-    cells = {
-        f"{table.name} row {number}": {column: _cell(row.get(column), table.untyped) for column in columns}
-        for table in tables
-        for number, row in table.rows.items()
-    }
-    return Rows(Path(source).name, columns, cells)
-
-
-def _cell(value: Any, untyped: bool) -> Any:
-    """Reads the value as a run does; None for an empty cell."""
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
-        return None
-    return UntypedStr(value) if untyped and isinstance(value, str) else value
-
-
-# ---------------------------------------------------------------- columns
-
-
-def _choose_columns(rows: Rows, given: Mapping[str, str | None]) -> tuple[dict[str, str | None], list[str]]:
-    """Returns the column of each role, and a sentence for each guess."""
-    for role, column in given.items():
-        if column is not None and column not in rows.columns:
-            raise DataError(f"{rows.name}: {did_you_mean('column', column, rows.columns)} (--{role})")
-    chosen = {role: given.get(role) for role in NAMES}
-    found = []
-    for role, guess in GUESSES.items():
-        if chosen[role] is None:
-            free = [column for column in rows.columns if column not in chosen.values()]
-            chosen[role] = _by_name(free, NAMES[role]) or guess(rows, free)
-            if chosen[role]:
-                found.append(f"{role} is column {chosen[role]!r}, a guess (--{role} names another)")
-    if missing := [role for role in ("text", "target") if not chosen[role]]:
-        raise DataError(f"{rows.name}: which column is the {missing[0]}? Name it: --{missing[0]} COLUMN, one of "
-                        f"{', '.join(rows.columns)}")  # fmt: skip
-    return chosen, found
-
-
-def _by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Returns the first column that is one of these names, or has one of them as a word.
-
-    >>> _by_name(["id", "patient_id", "Note"], ["note"]), _by_name(["id", "patient_id"], ["subject", "patient"])
-    ('Note', 'patient_id')
-    """
-    words = {column: re.findall(r"[a-z]+", column.lower()) for column in columns}
-    whole = [column for name in names for column in columns if column.lower().strip() == name]
-    return next(iter([*whole, *(column for name in names for column in columns if name in words[column])]), None)
-
-
-def _longest(rows: Rows, columns: Sequence[str]) -> str | None:
-    """Returns the column of the longest texts, if they have several words."""
-    texts = {column: [str(cell) for cell in rows.column(column) if isinstance(cell, str)] for column in columns}
-    length = {column: sum(map(len, found)) / len(found) for column, found in texts.items() if found}
-    best = max(length, key=lambda column: length[column], default=None)
-    return best if best and sum(" " in text.strip() for text in texts[best]) > len(texts[best]) / 2 else None
-
-
-def _fewest(rows: Rows, columns: Sequence[str]) -> str | None:
-    """Returns the column of the fewest different values, from two on, that are no names of clients or subjects."""
-    named = {_by_name(columns, NAMES[role]) for role in ("client", "subject")}
-    different = {column: len({str(cell) for cell in rows.column(column)}) for column in columns if column not in named}
-    usable = {
-        column: count for column, count in different.items() if 2 <= count <= min(MOST_LABELS, len(rows.cells) / 2)
-    }
-    return min(usable, key=lambda column: usable[column], default=None)
-
-
-def _none(rows: Rows, columns: Sequence[str]) -> str | None:
-    return None
-
-
-GUESSES: dict[str, Callable[[Rows, Sequence[str]], str | None]] = {
-    "text": _longest, "target": _fewest, "client": _none, "subject": _none,
-}  # fmt: skip
-"""The roles in the order of their guesses, with the rule that decides without a name."""
-
 # ---------------------------------------------------------------- the recipe
 
 
 def _line(key: str, value: Any, comment: str = "") -> str:
-    line = tomli_w.dumps({key: value}).strip()
+    """Writes a setting with its comment; value None: `key` is the whole line."""
+    line = key if value is None else tomli_w.dumps({key: value}).strip()
     return f"{line:<40}# {comment}" if comment else line
 
 
-def _head(name: str, backbone: str) -> list[str]:
+def _backbone(chosen: Mapping[str, str | None], given: str | None) -> str:
+    """Returns the backbone's name. Raises `ConfigError` for a backbone of texts where the records are images."""
+    role = "image" if chosen["image"] else "text"
+    if role == "image" and (given in NAMED or given == "tiny"):
+        raise ConfigError(
+            f"--backbone = {given}: it reads texts, and column {chosen['image']!r} holds images; expected a vision "
+            f"transformer. Write --backbone {USUAL['image']}, or name the column of the texts (--text)"
+        )
+    return given or USUAL[role]
+
+
+def _head(name: str, backbone: str, chosen: Mapping[str, str | None]) -> list[str]:
+    about = "`ficpd info` lists those with a name; a folder or a hub id works, too"
+    examples = [
+        "# [prompt]",
+        _line('# head_examples = "public/"', None, "a few public images of each label: the head starts from them"),
+        "",
+    ]  # fmt: skip
     return [
         _line("name", Path(name).stem),
         _line("seed", 0),
         "",
         "[backbone]",
-        _line("name", backbone, "`ficpd info` lists those with a name; a folder or a hub id works, too"),
+        _line("name", backbone, "a folder or a hub id of a vision transformer" if chosen["image"] else about),
         "",
+        *(examples if chosen["image"] else []),
     ]
 
 
-def _task(rows: Rows, target: str | None) -> tuple[list[str], str]:
+def _task(rows: Rows, chosen: Mapping[str, str | None]) -> tuple[list[str], str]:
     """Returns the lines of `[task]`, and a sentence about the targets. Raises `DataError` if they make no task."""
+    target = chosen["target"]
     cells = [cell for cell in rows.column(target) if cell is not None]
     numbers = [parse_number(cell) for cell in cells]
     real = all(type(number) in (int, float) for number in numbers)
-    instruction = f"The {str(target).replace('_', ' ')} is"
+    of_inputs = _of_texts(str(target)) if chosen["text"] else _of_images()
     if real and (is_regression_target(cells) or len(set(numbers)) > MOST_NUMBERS):
-        return _regression(instruction, str(target), numbers), f"numbers from {min(numbers):g} to {max(numbers):g}"
+        return _regression(of_inputs, str(target), numbers), f"numbers from {min(numbers):g} to {max(numbers):g}"
     counts = Counter(str(cell) for cell in cells)
     if not 2 <= len(counts) <= MOST_LABELS:
         raise DataError(
@@ -219,7 +138,7 @@ def _task(rows: Rows, target: str | None) -> tuple[list[str], str]:
     lines = [
         "[task]",
         _line("name", "classification"),
-        _line("instruction", instruction, "the words between a text and its label"),
+        *of_inputs,
         "",
         "[task.labels]                           # a label of the file = the words that the model reads",
         *(_line(label, _words(label), f"{count} record{'s' * (count > 1)}") for label, count in counts.most_common()),
@@ -228,17 +147,26 @@ def _task(rows: Rows, target: str | None) -> tuple[list[str], str]:
     return lines, f"{len(counts)} labels: {_counts(counts)}"
 
 
+def _of_texts(target: str) -> list[str]:
+    return [_line("instruction", f"The {target.replace('_', ' ')} is", "the words between a text and its target")]
+
+
+def _of_images() -> list[str]:
+    return [_line("tuned_head", True, "without words for an answer; CLIP and SigLIP know words: false"),
+            _line("instruction", "a photo of", "CLIP and SigLIP: the words before a label")]  # fmt: skip
+
+
 def _words(label: str) -> str:
     return " ".join(label.replace("_", " ").split()) or label
 
 
-def _regression(instruction: str, target: str, numbers: Sequence[float]) -> list[str]:
+def _regression(of_inputs: Sequence[str], target: str, numbers: Sequence[float]) -> list[str]:
     if min(numbers) == max(numbers):
         raise DataError(f"column {target!r}: all targets are {min(numbers):g}; expected different numbers (--target)")
     return [
         "[task]",
         _line("name", "regression"),
-        _line("instruction", instruction, "the words between a text and its number"),
+        *of_inputs,
         "",
         "[task.anchors]                          # words that stand for a low and a high number",
         _line(f"low {_words(target)}", float(min(numbers))),
@@ -247,9 +175,10 @@ def _regression(instruction: str, target: str, numbers: Sequence[float]) -> list
     ]
 
 
-def _data(source: str, chosen: Mapping[str, str | None]) -> list[str]:
+def _data(source: str, chosen: Mapping[str, str | None], rows: Rows) -> list[str]:
     lines = ["[data]", _line("source", source, "seen from the folder where `ficpd run` is called")]
-    lines += [_line("test_fraction", 0.2, "of the records, to test on"), "", "[data.columns]"]
+    lines += [] if rows.sizes else [_line("test_fraction", 0.2, "of the records, to test on")]
+    lines += ["", "[data.columns]"]
     lines += [_line(role, column) for role, column in chosen.items() if column]
     if chosen["subject"]:
         lines[-1] = _line("subject", chosen["subject"], "all rows of one are protected together, and stay on one side")
@@ -283,8 +212,9 @@ def _rest(chosen: Mapping[str, str | None], epsilon: float | None) -> list[str]:
 def _missing_cells(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
     for role, column in chosen.items():
         if empty := [key for key, row in rows.cells.items() if column and row[column] is None]:
+            what = "an image" if role == "image" else f"a {role}"
             yield (
-                f"rows without a {role} (column {column!r}): {len(empty)}; the first: {', '.join(empty[:SHOWN])}. A run "
+                f"rows without {what} (column {column!r}): {len(empty)}; the first: {', '.join(empty[:SHOWN])}. A run "
                 "refuses them: fill or drop them"
             )
 
@@ -309,11 +239,13 @@ def _labels(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None)
     for group in alike.values():
         if len(group) > 1:
             yield f"labels that differ by spaces or case only: {_listed(group)}. They are different labels; is one meant?"
-    if all(len(label.strip()) < 3 or label.strip().isdigit() for label in counts):
+    if chosen["text"] and all(len(label.strip()) < 3 or label.strip().isdigit() for label in counts):
         yield f"labels are codes ({_listed(list(counts))}): write in [task.labels] what they mean, which the model reads"
 
 
 def _duplicates(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    if not chosen["text"]:
+        return
     labels: dict[str, set[str]] = {}
     texts = [" ".join(str(text).split()).casefold() for text in rows.column(chosen["text"]) if text is not None]
     if repeated := len(texts) - len(set(texts)):
