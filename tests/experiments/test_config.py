@@ -6,8 +6,8 @@ import pytest
 
 import small
 from ficpd.errors import ConfigError
-from ficpd.experiments import config
-from ficpd.experiments.config import parse, read, recipes, to_toml
+from ficpd.experiments import config, other_words
+from ficpd.experiments.config import Experiment, parse, read, recipes, to_toml
 
 TEXT = small.toml("records.csv")
 
@@ -66,6 +66,41 @@ def test_a_misspelt_key_names_the_nearest(change, words):
 )
 def test_a_known_part_in_the_wrong_place_says_where_it_goes(text, change, words):
     assert words in refused(*([change] if change else []), text=TEXT + text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("lr=0.1", "'lr' is no part; did you mean training.learning_rate?"),
+        ("federation.lr=0.1", "federation: 'lr' is no key of [federation]; did you mean training.learning_rate?"),
+        ("training.num-train-epochs=3", "did you mean training.local_steps (it counts steps, not epochs)?"),
+        ("per_device_train_batch_size=4", "did you mean training.batch_size?"),
+        ("rounds=5", "did you mean federation.num_rounds?"),
+        ("training.rounds=5", "'rounds' is no key of [training]; did you mean federation.num_rounds?"),
+        ("clients=5", "did you mean partition.num_clients?"),
+        ("model=minilm", "did you mean backbone.name?"),
+        ("model={name='minilm'}", "'model' is no part; did you mean [backbone]?"),
+        ("privacy={name='record_gaussian',target_epsilon=2}", "did you mean privacy.epsilon?"),
+        (
+            "privacy={epsilon=2,max_grad_norm=1}",
+            "'max_grad_norm' is no key of [privacy]; did you mean privacy.clip_norm?",
+        ),
+        ("fraction-fit=0.5", "did you mean federation.clients_per_round (a number)?"),
+        ("output_dir=runs", "did you mean --out of `ficpd run`?"),
+    ],
+)
+def test_a_word_of_other_software_names_the_setting(change, words):
+    assert words in refused(change)
+
+
+def test_every_word_of_other_software_stands_for_a_setting():
+    keys = {part: {*model.model_fields} for part, model in {**config.PARTS, **config._named_models({})}.items()}
+    for place in other_words.WORDS:
+        part, _, key = place.partition(".")
+        assert place.startswith("--") or (part in Experiment.model_fields and key in {"", "columns.text",
+            "columns.target", *keys.get(part, ())}), place  # fmt: skip
+    for word in other_words.PLACES:
+        assert "did you mean" in refused(f"{word}=1"), word
 
 
 def test_a_budget_without_a_mechanism_is_at_the_record_level():

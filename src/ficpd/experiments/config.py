@@ -20,6 +20,7 @@ from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
 from ficpd.errors import ConfigError, RunError, did_you_mean
 from ficpd.experiments.facts import RECIPE, recipes
+from ficpd.experiments.other_words import setting_for
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig, load, names, search_in, validate, validated_section
 
@@ -250,13 +251,9 @@ def _check_places(parts: Mapping[str, Any], where: str) -> None:
             continue
         model = PARTS.get(part) or getattr(_module(REGISTRIES[part], tree), "Config", None)
         own = ["name", *(model.model_fields if model else ())]
-        for key in tree:
-            if (
-                model is not None
-                and not get_close_matches(key, own, cutoff=0.8)
-                and (told := _place_of(key, parts, part))
-            ):
-                raise ConfigError(f"{where}: {part}: {told}")
+        for key in tree if model else ():
+            if not get_close_matches(key, own, cutoff=0.8) and (place := _place_of(key, parts, part)):
+                raise ConfigError(f"{where}: {part}: {place}")
 
 
 def _module(registry: str, tree: Mapping[str, Any]) -> Any:
@@ -265,17 +262,18 @@ def _module(registry: str, tree: Mapping[str, Any]) -> Any:
 
 
 def _place_of(key: str, parts: Mapping[str, Any], inside: str = "") -> str:
-    """Returns where a known part or key belongs, as an error text; empty if it is neither."""
+    """Returns where a part, a key or a word of other software belongs, as an error text; else nothing."""
     known = {*PARTS, *REGISTRIES, "groups"}
     if inside and key in Experiment.model_fields:
         place = f"Write it as [{key}] on lines of its own" if key in known else "Write it above the first [section]"
         return f"{key!r} is no key of [{inside}], but a part of the recipe. {place}"
+    stands = f"no key of [{inside}]" if inside else "no part"
     models = {**PARTS, **_named_models(parts)}
     homes = ["data.columns"] if key in ROLES else []
     if homes := [*homes, *(part for part, model in models.items() if key in model.model_fields and part != inside)]:
-        stands = f"no key of [{inside}]" if inside else "no part"
         return f"{key!r} is {stands}. It belongs to {' or '.join(f'[{part}]' for part in homes)}"
-    return ""
+    setting = setting_for(key, (parts[inside] if inside else parts)[key])
+    return f"{key!r} is {stands}; did you mean {setting}?" if setting else ""
 
 
 def _named_models(parts: Mapping[str, Any]) -> dict[str, type[BaseModel]]:
