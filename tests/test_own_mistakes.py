@@ -51,6 +51,7 @@ class Own(classification.Classification):
         return {**super().to_config(), "name": "TASK"}
 """
 METRIC = """
+import torch
 from ficpd.registry import FrozenConfig
 
 class Config(FrozenConfig):
@@ -144,6 +145,24 @@ federation = { num_rounds = 1 }
 UPDATE = 'return ClientUpdate(client.id, {"delta": tuned - prompt}, client.weight)'
 LOSS, FEATURES = "return self.config.gamma * loss", "return ModelOutput(F.normalize(sums_SD, dim=-1))"
 SHARDS, SHARD = "for i in range(2)}", "ClientData(data.train[i::2], data.test[i::2], {})"
+RATING = 'lambda predictions, targets: {"kappa": 0.5}'
+SCORE = """
+
+    def score(self, predictions, targets):
+        return {"accuracy": %s}"""
+PREDICT = """
+
+    def predict(self, answer, batch):
+        return %s"""
+TARGETS = """
+
+    def targets(self, records):
+        return None"""
+ENCODE = """
+
+    def encode(self, records, backbone, prompt):
+        return None"""
+MEAN = "mean = sum"
 STORED, KAPPA = 'return {**super().to_config(), "name": "TASK"}', '{"kappa": 0.5}'
 PRIVATE = "privacy.epsilon=2"
 NUMBERS = count()
@@ -183,20 +202,113 @@ def test_the_modules_run_without_a_mistake(attempt):
         ("metric", KAPPA, "0.5", ConfigError, "returned 0.5; expected numbers by name"),
         ("metric", KAPPA, '{"kappa": "high"}', ConfigError, "expected numbers by name"),
         ("metric", KAPPA, '{"accuracy": 0.5}', ConfigError, "'accuracy', which there is already"),
+        ("metric", KAPPA, "None", ConfigError, "returned None; expected numbers by name"),
+        ("metric", KAPPA, "{}", ConfigError, "returned {}; expected numbers by name"),
+        ("metric", KAPPA, '{"kappa": {"good": 0.5}}', ConfigError, "expected numbers by name"),
+        ("metric", KAPPA, '{"kappa": torch.ones(2)}', ConfigError, "returned {'kappa': tensor([1., 1.])}"),
+        ("metric", KAPPA, '{"f1": 80}', ConfigError, "which there is already"),
+        ("metric", KAPPA, '{"rmse": -1}', ConfigError, "returned rmse = -1; expected 0 to inf"),
+        ("metric", RATING, "0.5", ConfigError, "build(config) = 0.5; expected a function of (predictions, targets)"),
+        ("metric", RATING, "lambda targets: {}", ConfigError, "expected build(config)(predictions, targets)"),
+        ("metric", "class Config", "import missing\nclass Config", ConfigError, "No module named 'missing'"),
+        ("metric", "class Config", "class = Config", ConfigError, "cannot be imported: SyntaxError: invalid syntax"),
+        ("metric", "class Config", "missing\nclass Config", ConfigError, "NameError: name 'missing' is not defined ("),
+        ("task", STORED, STORED + SCORE % "80", ConfigError, "returned accuracy = 80; expected 0 to 1"),
+        ("task", LOSS, "return loss / 0 * 0", ConfigError, "row 1 is nan at the initial prompt; expected a finite number"),
+        ("task", LOSS, "return 3.0", ConfigError, "loss returned a float; expected (8,): one number a row"),
+        ("task", LOSS, "return loss.detach()", ConfigError, "loss has no gradient for the prompt"),
         ("task", LOSS, "return loss.mean()", ConfigError, "the shape (); expected ("),
         ("task", LOSS, "return loss[:, None]", ConfigError, "one number a row"),
         ("task", STORED, "return super().to_config()", ConfigError, "name = 'classification'"),
         ("source", "yield {", "yield [place] or {", DataError, "row 1 is a list; expected a mapping"),
+        ("task", "return Own(config)", "return None", ConfigError, "build returned a NoneType; expected a ficpd.Task"),
+        ("task", STORED, STORED + PREDICT % "None", ConfigError, "predict returned a NoneType; expected 4: one for each"),
+        ("task", STORED, STORED + PREDICT % "['good']", ConfigError, "predict returned 1 entries; expected 4"),
+        ("task", STORED, STORED + PREDICT % "['blue'] * 4", ConfigError, "predict returned 'blue'; expected one of"),
+        ("task", STORED, STORED + TARGETS, ConfigError, "targets returned a NoneType; expected 40: one for each record"),
+        ("task", STORED, STORED + ENCODE, ConfigError, "encode returned a NoneType; expected a ficpd.types.Batch"),
+        ("method", "return Own(training)", "pass", ConfigError, "build returned a NoneType; expected a ficpd.fed"),
+        ("method", "name, capabilities = \"own\",", "capabilities =", ConfigError, "it has no `name`; expected a text"),
+        ("method", MEAN, "return None; mean = sum", RunError, "own, round 1: aggregate returned a NoneType; expected"),
+        ("method", MEAN, "return State({}, state.facts); mean = sum", RunError, "no such array; expected the shape (10,"),
+        ("method", MEAN, "mean = float('nan') * sum", RunError, "arrays['prompt'] with numbers that are not finite"),
         ("source", "range(config.rows)", "range(0)", DataError, "yields no rows"),
+        ("source", "def build(config)", "def build(config):\n    return 5\n\ndef f(config)", DataError,
+         "build returned a int; expected rows"),
+        ("source", "def build(config)", "def build(config):\n    pass\n\ndef f(config)", DataError, "returned a NoneType"),
+        ("source", "def build(config)", "def build(config):\n    return {'text': ['a']}\n\ndef f(config)", DataError,
+         "build returned a dict; expected rows. Return a list, or yield each row"),
         ("partition", SHARDS, SHARDS + ".items()", DataError, "it returned a dict_items; expected a dict"),
         ("partition", "{f\"part-{i}\":", "{i:", DataError, "a client's name is 0; expected text"),
         ("partition", SHARD, SHARD.removeprefix("ClientData"), DataError, "client 'part-0' is a tuple"),
+        ("partition", SHARD, SHARD.replace("train[", "train[1:]["), DataError, ".source row 1 was dealt 0 times"),
+        ("partition", SHARD, SHARD.replace("[i::2], data", "[i::2] + data.train[i::2], data"), DataError, "dealt 2 times"),
+        ("partition", SHARD, SHARD.replace("{}", "None"), DataError, "public facts None; expected texts and numbers"),
+        ("partition", SHARD, SHARD.replace("{}", "{'beds': [3]}"), DataError, "{'beds': [3]}; expected texts and numbers"),
+        ("partition", SHARD, SHARD.replace("data.test[i::2]", "[1]"), DataError, "a test record is a int"),
+        ("partition", "divide(data, seed):", "divide(data):", ConfigError, "expected build(config)(data, seed)"),
+        ("partition", "return divide", "return 3", ConfigError, "expected a function of (data, seed)"),
+        ("partition", "(data, seed):", "(data, seed):\n        __import__('random').shuffle(data.train)", DataError,
+         "it divides anew at each call; expected the same clients for one seed"),
+        ("partition", "for i in range(2)}", "for i in range(2) if i}", DataError, "expected every train record"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_an_error(attempt, part, old, new, error, words):
     with pytest.raises(error) as found:
         attempt(part, old, new)
     assert words in str(found.value)
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
+def test_a_figure_that_is_not_finite_is_left_out_with_a_warning(attempt, value):
+    """A score may be undefined at a client whose records have one label."""
+    of_few = f'{{"kappa": {value} if len(targets) < 8 else 0.5}}'
+    with pytest.warns(UserWarning, match=r"returned kappa = (nan|inf); expected a finite number"):
+        scores = attempt("metric", KAPPA, of_few).result.scores
+    assert scores.global_prompt["kappa"] == 0.5
+    assert "kappa" not in scores.per_client_mean
+
+
+def test_a_score_without_any_finite_figure_is_an_error(attempt):
+    with pytest.raises(ConfigError, match="no finite number"):
+        attempt("task", STORED, STORED + SCORE % "float('nan')", "metrics=[]")
+
+
+def test_numbers_of_numpy_are_numbers(attempt):
+    """A source may yield what numpy computes."""
+    number = '"target": __import__("numpy").str_("good" if good else "bad")'
+    assert attempt("source", '"target": "good" if good else "bad"', number).result.scores.global_prompt["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "words"),
+    [
+        ("metric", KAPPA, '{"kappa": 1 / 0}', "line 9: ZeroDivisionError: division by zero"),
+        ("task", LOSS, 'return loss * batch.extra["cost"]', "line 14: KeyError: 'cost'"),
+        (
+            "source",
+            "good = place % 2",
+            "good = place % (5 - place)",
+            "line 9: ZeroDivisionError: integer modulo by zero",
+        ),
+        (
+            "partition",
+            "return {f",
+            "data.train[0].missing; return {f",
+            "line 10: AttributeError: 'Record' object has no",
+        ),
+        ("method", "return Own(training)", "return Own(missing)", "line 11: NameError: name 'missing' is not defined"),
+        ("method", "mean = sum", "mean = missing or sum", "line 22: NameError: name 'missing'"),
+    ],
+)
+def test_an_error_in_the_module_is_one_sentence_of_the_command(attempt, ficpd, tmp_path, part, old, new, words):
+    with pytest.raises(Exception, match=words.rpartition(": ")[2]):  # in Python it is the error itself
+        attempt(part, old, new)
+    status, _, said = ficpd("run", tmp_path / "own.toml", "--out", tmp_path / "again")
+    assert status == 1
+    assert "Traceback" not in said
+    assert f"{part} 'mistaken" in said
+    assert words in said
 
 
 def test_a_setting_that_a_library_would_not_know_is_an_error(attempt):

@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,6 +42,8 @@ ARGUMENTS = {
 """The arguments of `build`, for the registries that have entries outside the package."""
 SEARCHED: list[str] = []
 """The folders of the recipes that were read, and the current one: where dotted names are found first."""
+OWN: dict[str, str] = {}
+"""The files of modules with dotted names, and the part that each is: `metric 'mylab.kappa'`."""
 OUTSIDE = ("metrics", "partitions", "sources")
 """Registries whose entries are all outside the package."""
 EXTRAS = {"flower": "flower", "generation": "generation", "vision": "images"}
@@ -104,6 +107,11 @@ def _load_dotted(registry: str, name: str, needed: Sequence[str]) -> ModuleType:
             f"{kind} {name!r}: {error}. A dotted name is a module in the recipe's folder, in {Path.cwd()}, or "
             "installed. Set PYTHONPATH to its folder, or install it"
         ) from error
+    except Exception as error:
+        place = "" if isinstance(error, SyntaxError) else f" ({_last_line(error)})"
+        raise ConfigError(
+            f"{kind} {name!r}: it cannot be imported: {type(error).__name__}: {error}{place}. Correct the module"
+        ) from error
     finally:
         sys.path[:] = [*before, *(folder for folder in SEARCHED if folder not in before)]
     for part in needed:
@@ -111,6 +119,7 @@ def _load_dotted(registry: str, name: str, needed: Sequence[str]) -> ModuleType:
             raise ConfigError(
                 f"{kind} {name!r}: {module.__file__} does not define `{part}`; it needs {' and '.join(needed)}"
             )
+    OWN[str(module.__file__)] = f"{kind} {name!r}"
     if registry in ARGUMENTS:
         _check_entry(f"{kind} {name!r}: {module.__file__}", module, ARGUMENTS[registry])
     return module
@@ -120,12 +129,35 @@ def _check_entry(place: str, module: ModuleType, arguments: str) -> None:
     """Raises `ConfigError` unless `Config` is a pydantic model and `build` takes these arguments."""
     if not (isinstance(module.Config, type) and issubclass(module.Config, BaseModel)):
         raise ConfigError(f"{place}: `Config` = {module.Config!r}; expected a subclass of ficpd.registry.FrozenConfig")
+    check_arguments(place, "build", module.build, arguments)
+
+
+def check_arguments(place: str, name: str, function: Any, arguments: str) -> None:
+    """Raises `ConfigError` unless this is a function of these arguments, written as in `ARGUMENTS`."""
+    if not callable(function):
+        raise ConfigError(f"{place}: {name} = {function!r:.60}; expected a function of ({arguments})")
     positional, _, keywords = (part.strip(", ").split(", ") for part in arguments.partition("*"))
-    own = inspect.signature(module.build)
+    own = inspect.signature(function)
     try:
         own.bind(*positional, **dict.fromkeys(filter(None, keywords)))
     except TypeError as error:
-        raise ConfigError(f"{place}: build{own}: {error}; expected build({arguments})") from None
+        raise ConfigError(f"{place}: {name}{own}: {error}; expected {name}({arguments})") from None
+
+
+def describe_own_error(error: BaseException) -> str | None:
+    """Describes an error in a module with a dotted name: the part, file, line and reason. None if it is elsewhere."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if part := OWN.get(frame.filename):
+            return (
+                f"{part}: {frame.filename} line {frame.lineno}: {type(error).__name__}: {error}. Correct it there; -v "
+                "prints the traceback"
+            )
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename} line {frame.lineno}"
 
 
 def build_config(registry: str, tree: Mapping[str, Any]) -> tuple[Any, Any]:

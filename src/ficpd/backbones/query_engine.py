@@ -243,10 +243,16 @@ class QueryEngine:
             chosen = torch.tensor(places, device=loss_R.device)
             whole = len(places) == len(part)
             loss = (query.loss or batch.task.loss)(outputs if whole else outputs.select(chosen), batch)
-            if loss.shape != (len(places),):
+            name, shape = f"{type(batch.task).__name__}.loss", getattr(loss, "shape", None)
+            if shape != (len(places),):
+                given = f"a {type(loss).__name__}" if shape is None else f"the shape {tuple(shape)}"
                 raise ConfigError(
-                    f"{type(batch.task).__name__}.loss returned the shape {tuple(loss.shape)}; expected ({len(places)},): "
+                    f"{name} returned {given}; expected ({len(places)},): "
                     'one number a row, and no mean. Set reduction="none"'
+                )
+            if query.grad and not loss.requires_grad:
+                raise ConfigError(
+                    f"{name} has no gradient for the prompt; expected one. Use no detach, argmax or rounding"
                 )
             loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
         return loss_R

@@ -68,6 +68,12 @@ def main() -> None:
         _fail(describe_os_error(error))
     except UnicodeEncodeError as error:
         _fail(f"a text holds {error.object[error.start]!r}, which {error.encoding} cannot hold; give it as UTF-8")
+    except Exception as error:
+        from ficpd.registry import describe_own_error
+
+        if (own := describe_own_error(error)) is None:
+            raise
+        _fail(own)
 
 
 def _fail(message: str) -> None:

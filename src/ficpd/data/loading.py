@@ -236,7 +236,12 @@ def _separator_of(table: Table) -> str:
 def _of_module(config: Config) -> Table:
     """Reads a module outside the package. Raises `DataError` unless it yields mappings, at least one."""
     module = registry.load("sources", config.source)
-    rows = list(module.build(registry.validate(module.Config, config.source_options, "data.source_options")))
+    made = module.build(registry.validate(module.Config, config.source_options, "data.source_options"))
+    if not isinstance(made, Iterable) or isinstance(made, Mapping):
+        raise DataError(
+            f"{config.source}: build returned a {type(made).__name__}; expected rows. Return a list, or yield each row"
+        )
+    rows = list(made)
     if not rows:
         raise DataError(f"{config.source}: it yields no rows; expected one at least. Look at data.source_options")
     for place, row in enumerate(rows, 1):
@@ -287,6 +292,7 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
 
 def _cell(value: Any) -> Any:
     """Returns the value, which UTF-8 can hold, or None where nothing is written."""
+    value = value.item() if isinstance(value, np.generic) else value
     empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
     return None if empty else replace_surrogates(value)
 

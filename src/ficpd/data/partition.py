@@ -17,7 +17,7 @@ from ficpd.data.subjects import group_by_subject
 from ficpd.data.tables import read_files
 from ficpd.data.untyped import is_regression_target, parse_cell, parse_number
 from ficpd.errors import DataError, did_you_mean
-from ficpd.registry import FrozenConfig, load, validate
+from ficpd.registry import FrozenConfig, check_arguments, load, validate
 from ficpd.rng import derive_seed
 from ficpd.types import ClientData, Record
 
@@ -123,29 +123,59 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
 
 def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientData]:
     """Divides by a module outside the package. Raises `DataError` unless it deals every record to exactly one client."""
-    module = load("partitions", config.kind)
-    divide = module.build(validate(module.Config, config.options, "partition.options"))
-    shards = divide(data, derive_seed(seed, "partition"))
+    module, place = load("partitions", config.kind), f"partition.kind = {config.kind!r}"
+    settings = validate(module.Config, config.options, "partition.options")
+
+    def divide() -> Any:
+        function = module.build(settings)
+        check_arguments(f"{place}: {module.__file__}", "build(config)", function, "data, seed")
+        return function(ClientData(list(data.train), list(data.test), {}), derive_seed(seed, "partition"))
+
+    shards = divide()
+    _check_shards(place, shards, data)
+    if _keys(shards) != _keys(divide()):
+        raise DataError(
+            f"{place}: it divides anew at each call; expected the same clients for one seed. Draw by "
+            "numpy.random.default_rng(seed) alone"
+        )
+    return dict(shards)
+
+
+def _keys(shards: Mapping[str, ClientData]) -> dict[str, list[list[str]]]:
+    """Returns the keys of each client's records, of train and of test, in order."""
+    return {name: [[record.key for record in side] for side in (s.train, s.test)] for name, s in shards.items()}
+
+
+def _check_shards(place: str, shards: Any, data: ClientData) -> None:
+    """Raises `DataError` unless this is `ClientData` by name, with every record at exactly one client."""
     if not isinstance(shards, Mapping):
         raise DataError(
-            f"partition.kind = {config.kind!r}: it returned a {type(shards).__name__}; expected a dict of client's name and "
-            "ficpd.types.ClientData"
+            f"{place}: it returned a {type(shards).__name__}; expected a dict of client's name and ficpd.types.ClientData"
         )
     if odd := [name for name in shards if not isinstance(name, str)]:
-        raise DataError(f"partition.kind = {config.kind!r}: a client's name is {odd[0]!r}; expected text")
+        raise DataError(f"{place}: a client's name is {odd[0]!r}; expected text")
     if odd := [name for name, shard in shards.items() if not isinstance(shard, ClientData)]:
         raise DataError(
-            f"partition.kind = {config.kind!r}: client {odd[0]!r} is a {type(shards[odd[0]]).__name__}; expected "
+            f"{place}: client {odd[0]!r} is a {type(shards[odd[0]]).__name__}; expected "
             "ficpd.types.ClientData(train, test, metadata)"
         )
+    for name, shard in shards.items():
+        facts = shard.metadata.items() if isinstance(shard.metadata, Mapping) else [("metadata", shard.metadata)]
+        if not isinstance(shard.metadata, Mapping) or any(not isinstance(v, (str, int, float)) for _, v in facts):
+            raise DataError(f"{place}: client {name!r} has the public facts {shard.metadata!r:.80}; expected texts and "
+                            "numbers by name, or {}")  # fmt: skip
     for side in ("train", "test"):
-        dealt = Counter(record.key for shard in shards.values() for record in getattr(shard, side))
-        if dealt != Counter(record.key for record in getattr(data, side)):
+        records = [record for shard in shards.values() for record in getattr(shard, side)]
+        if odd := [record for record in records if not isinstance(record, Record)]:
             raise DataError(
-                f"partition.kind = {config.kind!r}: expected every {side} record at exactly one client; "
-                f"{dealt.total()} were dealt, {len(getattr(data, side))} were given"
+                f"{place}: a {side} record is a {type(odd[0]).__name__}; deal the records as they were given"
             )
-    return dict(shards)
+        dealt, given = Counter(r.key for r in records), Counter(r.key for r in getattr(data, side))
+        if wrong := [key for key in {**given, **dealt} if dealt[key] != given[key]]:
+            raise DataError(
+                f"{place}: expected every {side} record at exactly one client; {dealt.total()} were dealt, {given.total()} "
+                f"were given. {wrong[0]} was dealt {dealt[wrong[0]]} times"
+            )
 
 
 def _agreed(client: str, shard: ClientData, column: str) -> str | float:
@@ -301,6 +331,7 @@ def _check(config: Config, sizes: Mapping[str, int]) -> None:
     name = min(sizes, key=lambda client: sizes[client])
     if sizes[name] < config.min_records:
         advice = "drop or merge that value" if config.kind == "column" else "set fewer num_clients"
+        advice = f"let {config.kind} deal it more" if "." in config.kind else advice
         larger = f", a larger concentration ({NUM_DRAWS} draws failed)" if "dirichlet" in config.kind else ""
         raise DataError(
             f"client {name!r} of {len(sizes)} gets {sizes[name]} train records, fewer than min_records = "

@@ -23,16 +23,17 @@ from ficpd.experiments.initialization import (
     check_rows_apart,
     init_soft_prompt,
     init_token_prompt,
+    try_loss,
 )
 from ficpd.federation.client import Client, Encodings
 from ficpd.federation.compression.auto import choose as choose_compression
-from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.method import Capabilities, Method, make_method
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
 from ficpd.interfaces import Backbone, Compression, Task
 from ficpd.privacy.none import NoPrivacy
-from ficpd.registry import build_config, load
+from ficpd.registry import load
 from ficpd.tasks.build import build_task
-from ficpd.types import ClientCard, ClientData, Prompt
+from ficpd.types import ClientCard, ClientData, Prompt, Record
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,22 @@ def load_records(experiment: Experiment) -> tuple[dict[str, Task], dict[str, Cli
         tasks[group] = build_task(party.task, experiment.metrics)
         dealt = _partitioned(group, party, experiment.seed)
         tasks[group].targets([record for shard in dealt.values() for record in (*shard.train, *shard.test)])
+        if "." in party.task["name"] or experiment.metrics:
+            _try_score(tasks[group], [record for shard in dealt.values() for record in shard.test])
         if experiment.fairness.group:
             fairlearn()
             groups_of([record for shard in dealt.values() for record in shard.test], experiment.fairness.group)
         shards |= dealt
         group_of |= dict.fromkeys(dealt, group)
     return tasks, shards, group_of
+
+
+def _try_score(task: Task, records: Sequence[Record]) -> None:
+    """Scores the targets as predictions, so that an error in a score of one's own costs no run."""
+    targets = task.targets(records)
+    predictions = [one[0] if isinstance(one, (list, tuple)) else one for one in targets]  # of several references, one
+    with warnings.catch_warnings(action="ignore"):
+        task.score(predictions, targets)
 
 
 def build_context_without_records(experiment: Experiment) -> ExperimentContext:
@@ -246,9 +257,11 @@ def _initialized(
     for group, of_group in shards.items():
         for shard in of_group:
             tasks[group].encode(shard.train[:1], backbone, start)  # raises early if the prompt leaves no room
+        name = experiment.all_groups[group].task["name"]
+        if "." in name and of_group:
+            try_loss(name, tasks[group], of_group[0].train, model, start)
     check_rows_apart(experiment, tasks, model, start)
-    module, config = build_config("methods", experiment.method)
-    in_subspace = _tunes_in_subspace(module.build(config, experiment.training), experiment, backbone)
+    in_subspace = _tunes_in_subspace(make_method(experiment.method, experiment.training), experiment, backbone)
     part = choose_compression(experiment.compression, start, in_subspace)
     calibrated, compression = calibrate_clipping_and_compression(
         experiment.model_copy(update={"compression": part}), list(tasks.values()), model, start

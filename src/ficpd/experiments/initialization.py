@@ -1,5 +1,6 @@
 """Initializes a run: the prompt, and the clip norm and compression, calibrated on synthetic records."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -167,6 +168,24 @@ def check_rows_apart(experiment: Experiment, tasks: Mapping[str, Task], model: Q
             raise PrivacyError(
                 f"task {name!r}: the loss of a record among others differs from its loss alone by {differs:.2g}; expected "
                 f"at most {ROW_TOLERANCE:g}. No guarantee holds then. Let `loss` and `encode` use each row alone"
+            )
+
+
+def try_loss(name: str, task: Task, records: Sequence[Record], model: QueryEngine, start: Prompt) -> None:
+    """Computes the losses of a few records at the initial prompt, for a task outside the package.
+
+    Raises `ConfigError` for a loss that is not finite or, where gradients are taken, has none.
+    """
+    tried = records[:NUM_TRIED]
+    batch = task.encode(tried, model.backbone, start)
+    grad = model.backbone.supports_gradients and start.vectors_PD.is_floating_point()
+    compute = QueryEngine(model.backbone, 0, model.chunk_tokens)
+    losses_B = compute.answer([Query(start.vectors_PD[None], batch, grad=grad)])[0].loss_KB[0]
+    for record, loss in zip(tried, losses_B.tolist(), strict=True):
+        if batch.targets is not None and not math.isfinite(loss):
+            raise ConfigError(
+                f"task {name!r}: the loss of {record.key} is {loss} at the initial prompt; expected a finite number. Look "
+                "for a division by 0 or a logarithm of 0 in `loss`"
             )
 
 

@@ -12,7 +12,7 @@ from ficpd.experiments.build import ExperimentContext
 from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
 from ficpd.federation.client import LABELS
-from ficpd.federation.method import Method
+from ficpd.federation.method import Method, make_method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone
@@ -21,7 +21,6 @@ from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import adjusted_rand
 from ficpd.methods.shared.readouts import NOISE_OF_TOTALS, features_readout
-from ficpd.registry import build_config
 from ficpd.tasks import synthetic_records
 from ficpd.types import TOKEN_DTYPE, ClientCard, ClientData, FederationInfo, Prompt, Query, State, zero_update
 
@@ -36,8 +35,7 @@ VERSIONS = ("ficpd", "torch", "transformers", "scikit-learn", "dp-accounting", "
 
 def build_method(context: ExperimentContext, part: Mapping[str, Any]) -> Method:
     """Builds a method. Raises `ConfigError` if it cannot use a task or the backbone."""
-    module, config = build_config("methods", part)
-    method: Method = module.build(config, context.experiment.training)
+    method = make_method(part, context.experiment.training)
     unfit = [name or "its task" for name, task in context.tasks.items() if not task.num_labels]
     if LABELS in method.capabilities.statistics_once and unfit:
         raise ConfigError(f"method.label_prior = true needs labels, and {', '.join(unfit)} has none. Set it to false")

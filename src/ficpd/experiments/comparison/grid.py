@@ -15,9 +15,10 @@ from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments.comparison import overrides
 from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, Piece, Sweeps
 from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, read_recipe, read_tree, to_toml
+from ficpd.federation.method import make_method
 from ficpd.federation.privacy_plan import privacy_config_for
 from ficpd.optimizers import LocalTrainingConfig
-from ficpd.registry import FrozenConfig, build_config, validate
+from ficpd.registry import FrozenConfig, validate
 
 AXES = ("methods", "tasks", "partitions", "budgets")
 SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "fairness", "metrics", "engine"}
@@ -179,8 +180,7 @@ def _experiment(
 
 def canonical_experiment(experiment: Experiment) -> Experiment:
     """Drops the settings that the method does not use. Cells that differ in those only share a run."""
-    module, config = build_config("methods", experiment.method)
-    method = module.build(config, experiment.training)
+    method = make_method(experiment.method, experiment.training)
     try:
         privacy = dict(privacy_config_for(method, experiment.privacy))
     except PrivacyError:  # the run will say so
