@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 import small
 from ficpd.data.loading import Config, load, load_all
+from ficpd.data.tables import read_files
 from ficpd.errors import DataError, LibraryError
 from ficpd.library.records import read_records
 from ficpd.library.session import resolve_task
@@ -163,6 +164,15 @@ def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path, endin
     assert "twice" in refused(path) or "two columns are called 'text'" in refused(path)
     if ending != "jsonl":
         assert len(fields(path, columns={"text": "target"})) == 1
+
+
+def test_columns_without_name_and_content_are_no_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("text;target;;\nx;a;;\ny;b; ;\n")
+    (table,) = read_files(tmp_path / "a.csv")
+    assert (table.columns, dict(table.rows[2])) == (["text", "target"], {"text": "y", "target": "b"})
+    (tmp_path / "a.csv").write_text("text;target;;\nx;a;1;\ny;b;;2\n")
+    with pytest.raises(DataError, match="two columns are called ''"):
+        read_files(tmp_path / "a.csv")
 
 
 def test_a_column_that_nobody_asked_for_does_no_harm(tmp_path):

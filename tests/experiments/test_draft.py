@@ -133,6 +133,25 @@ def test_labels_of_any_spelling_are_written(table):
     assert not [line for line in found.warnings if "run stops" in line]
 
 
+def test_a_table_as_excel_writes_it(table):
+    """A byte order mark, semicolons, and columns without name and content at the end."""
+    rows = notes()[["note", "department", "hospital"]].to_csv(sep=";", index=False).splitlines()
+    Path("data.csv").write_bytes(("\ufeff" + "\r\n".join(row + ";;" for row in rows)).encode())
+    assert tomllib.loads(draft("data.csv", "data.toml", NONE).toml)["data"]["columns"]["text"] == "note"
+
+
+@pytest.mark.parametrize(("encoding", "separator"), [("utf-16", ";"), ("cp1252", "|")])
+def test_an_encoding_and_a_separator_go_into_the_recipe(ficpd, table, encoding, separator):
+    frame = notes(note=[f"über den Tag {i}" for i in range(240)])
+    frame.to_csv("data.csv", sep=separator, index=False, encoding=encoding)
+    assert "--encoding" in ficpd("init", "data.csv")[2]
+    assert ficpd("init", "data.csv", "--encoding", encoding, "--separator", separator)[0] == 0
+    text = Path("data.toml").read_text(encoding="utf-8")
+    assert "the run stops" not in text
+    data = tomllib.loads(text)["data"]
+    assert (data["encoding"], data["separator"]) == (encoding, separator)
+
+
 # ---------------------------------------------------------------- warnings
 
 
@@ -166,6 +185,8 @@ def test_it_warns_of_cells_texts_and_labels(table):
     alike = notes(department=[["cardio", "Cardio ", "neuro"][i % 3] for i in range(240)])
     assert "labels that differ by spaces or case only: 'cardio', 'Cardio '" in warned(table(alike))
     assert "labels are codes ('0', '1', '2')" in warned(table(notes(department=[i % 3 for i in range(240)])))
+    comma = warned(table(notes(wert=[f"{i % 40},5" for i in range(240)])), target="wert")
+    assert "labels look like numbers with a decimal comma ('0,5', '1,5'" in comma
     assert "not English" in warned(table(notes(note=[f"сердце билось быстро {i}" for i in range(240)])))
 
 

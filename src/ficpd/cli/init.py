@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from ficpd.cli.console import errors, note, say
+from ficpd.cli.options import Encoding, Separator, reading
 
 
 def init(
@@ -34,6 +35,8 @@ def init(
         str | None,
         typer.Option(help="the frozen model: a name, folder or hub id; none: minilm, of images facebook/dinov2-small"),
     ] = None,
+    encoding: Encoding = "utf-8",
+    separator: Separator = None,
     out: Annotated[Path | None, typer.Option(help="the recipe to write; none: DATA's name with .toml, here")] = None,
 ) -> None:
     """Write a commented recipe for your own table or images, with the labels found, counts and warnings.
@@ -50,7 +53,7 @@ def init(
     out = out or Path(f"{Path(data).resolve().stem}.toml")
     check_new(out)
     columns = {"text": text, "image": image, "target": target, "client": client, "subject": subject}
-    drafted = draft(data, out.name, columns, epsilon, backbone)
+    drafted = draft(data, out.name, columns, epsilon, backbone, reading(encoding, separator))
     for line in drafted.found:
         note(line)
     for line in drafted.warnings:

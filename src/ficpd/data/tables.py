@@ -159,10 +159,13 @@ def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
                 f"{path.name} row {number}: {len(line)} cells, expected {len(header)}, as in the header; a cell that holds "
                 "the separator or a line break stands in double quotes"
             )
-    asked = options.asked(header, path.name)
+    nameless = [place for place, name in enumerate(header) if not name.strip()]
+    empty = {place for place in nameless if not any(line[place].strip() for line in lines)}  # Excel's further columns
+    names = [name for place, name in enumerate(header) if place not in empty]
+    asked = options.asked(names, path.name)
     places = [header.index(name) for name in asked]
     rows = [{name: line[place] for name, place in zip(asked, places, strict=True)} for line in lines]
-    return _table(path, rows, header, untyped=True)
+    return _table(path, rows, names, untyped=True)
 
 
 def _lines(name: str, text: str, separator: str) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Drafts a recipe from a table or a folder of images: counts labels and clients, warns of problems."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from ficpd.backbones.catalog import NAMED
+from ficpd.data.tables import WHOLE, ReadOptions
 from ficpd.data.untyped import is_regression_target, parse_number
 from ficpd.errors import ConfigError, DataError, FicpdError
 from ficpd.experiments.build import load_records
@@ -20,6 +22,7 @@ USUAL = {"text": "minilm", "image": "facebook/dinov2-small"}
 FEW_RECORDS, FEW_OF_A_LABEL, FEW_OF_A_CLIENT, FEW_FOR_NOISE = 200, 10, 20, 100
 MOST_NUMBERS = 20
 """Whole numbers of more different values than this are no labels, but numbers to predict."""
+DECIMAL_COMMA = re.compile(r"\s*-?\d+(,\d+)?\s*")
 UNBALANCED = 10
 DRAWN_CLIENTS = 5
 SHOWN = 5
@@ -37,17 +40,19 @@ class Draft:
 
 
 def draft(
-    source: str, name: str, columns: Mapping[str, str | None], epsilon: float | None = None, backbone: str | None = None
-) -> Draft:
+    source: str, name: str, columns: Mapping[str, str | None], epsilon: float | None = None, backbone: str | None = None,
+    files: ReadOptions = WHOLE,
+) -> Draft:  # fmt: skip
     """Drafts the recipe `name` for a file, a folder of files or of images, or `hf:ID`.
 
     columns: role (text, image, target, client, subject) to column; None: guessed, or none for a client or a subject.
     epsilon: the privacy budget; None: no privacy.
     backbone: None: one that reads these records (`USUAL`).
+    files: the separator and the encoding of text files.
 
     Raises `DataError` or `ConfigError` for a column that is not there, or a target that makes no task.
     """
-    rows = read(source)
+    rows = read(source, files)
     chosen, found = choose_columns(rows, columns)
     backbone = _backbone(chosen, backbone)
     task, of_task = _task(rows, chosen)
@@ -61,9 +66,8 @@ def draft(
         found.append(
             f"no client column: {DRAWN_CLIENTS} clients of equal, random shares are simulated (--client names one)"
         )
-    body = (
-        "\n".join([*_head(name, backbone, chosen), *task, *_data(source, chosen, rows), *_rest(chosen, epsilon)]) + "\n"
-    )
+    lines = [*_head(name, backbone, chosen), *task, *_data(source, chosen, rows, files), *_rest(chosen, epsilon)]
+    body = "\n".join(lines) + "\n"
     warnings = [line for check in CHECKS for line in check(rows, chosen, epsilon)]
     if _is_foreign(rows.column(chosen["text"])) and backbone == "minilm":
         warnings.append(
@@ -175,8 +179,10 @@ def _regression(of_inputs: Sequence[str], target: str, numbers: Sequence[float])
     ]
 
 
-def _data(source: str, chosen: Mapping[str, str | None], rows: Rows) -> list[str]:
+def _data(source: str, chosen: Mapping[str, str | None], rows: Rows, files: ReadOptions) -> list[str]:
     lines = ["[data]", _line("source", source, "seen from the folder where `ficpd run` is called")]
+    lines += [_line("separator", files.separator)] if files.separator else []
+    lines += [_line("encoding", files.encoding)] if files.encoding != WHOLE.encoding else []
     lines += [] if rows.sizes else [_line("test_fraction", 0.2, "of the records, to test on")]
     lines += ["", "[data.columns]"]
     lines += [_line(role, column) for role, column in chosen.items() if column]
@@ -226,6 +232,8 @@ def _few_records(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | 
 
 def _labels(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
     counts = Counter(str(cell) for cell in rows.column(chosen["target"]) if cell is not None)
+    if sum("," in label for label in counts) and all(DECIMAL_COMMA.fullmatch(label) for label in counts):
+        yield f"labels look like numbers with a decimal comma ({_listed(list(counts))}): write a point for a regression"
     if len(counts) > MOST_LABELS or any(type(parse_number(c)) is float for c in rows.column(chosen["target"])):
         return
     if rare := [label for label, count in counts.items() if count < FEW_OF_A_LABEL]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.data import huggingface, images
-from ficpd.data.tables import Table, read_files
+from ficpd.data.tables import WHOLE, ReadOptions, Table, read_files
 from ficpd.data.untyped import UntypedStr
 from ficpd.errors import DataError, did_you_mean
 
@@ -52,9 +52,9 @@ class Rows:
         return [] if name is None else [row[name] for row in self.cells.values()]
 
 
-def read(source: str) -> Rows:
+def read(source: str, options: ReadOptions = WHOLE) -> Rows:
     """Reads a table, a folder of tables or of images, or `hf:ID`. Images stay where they are. Raises `DataError`."""
-    tables = _tables(source)
+    tables = _tables(source, options)
     columns = list(dict.fromkeys(column for table in tables for column in table.columns))
     cells = {
         f"{table.name} row {number}": {column: _cell(row.get(column), table.untyped) for column in columns}
@@ -65,12 +65,12 @@ def read(source: str) -> Rows:
     return Rows(Path(source).name, columns, cells, sizes)
 
 
-def _tables(source: str) -> list[Table]:
+def _tables(source: str, options: ReadOptions) -> list[Table]:
     path = Path(source).expanduser()
     if source.startswith("hf:") or huggingface.is_saved(path):
         return huggingface.read(source, None, None, False)
     column = "image" if images.is_folder(path) else images.stored_column(path)
-    return images.read_tables(path, column) if column else read_files(path)
+    return images.read_tables(path, column, options) if column else read_files(path, options)
 
 
 def _cell(value: Any, untyped: bool) -> Any:
