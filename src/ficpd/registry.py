@@ -201,6 +201,8 @@ def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -
     if kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
         key = "KEY" if path else next(iter(model.model_fields))
         return _expected("a table", place, given, f"{{ {key} = ... }}")
+    if kind == "too_short":
+        return f"{place} = {given!r:.80}: expected {problem['ctx']['min_length']} entries or more, not {len(given)}"
     if kind in ("tuple_type", "list_type"):
         return _expected("a list", place, given, f'["{given}"]' if isinstance(given, str) else "[...]")
     if kind == "string_type" and isinstance(given, (int, float)):

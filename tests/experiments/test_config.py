@@ -190,6 +190,7 @@ def test_a_part_that_is_no_table_says_how_it_is_written(part, value):
         ("data.where={site='a'}", 'a list is expected: write site = ["a"]'),
         ("baselines=local", "my.toml: baselines = 'local': a list is expected: write baselines = [\"local\"]"),
         ("task.labels={good=1,bad=2}", 'task.labels.good = 1: a text is expected: write good = "1"'),
+        ("task.labels={good='x'}", "my.toml: task.labels = {'good': 'x'}: expected 2 entries or more, not 1"),
         ("metrics=3", "my.toml: metrics = 3: a list is expected"),
         ("data.encoding=klingon", "data.encoding = 'klingon': unknown encoding"),
     ],
@@ -324,6 +325,15 @@ def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
         read(str(tmp_path / "mine.toml"))
     with pytest.raises(ConfigError, match="no recipe file"):
         read(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["notes.csv", "notes.parquet", "notes.csv.gz"])
+def test_a_table_in_the_place_of_a_recipe_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text,target\n\xff")
+    with pytest.raises(
+        ConfigError, match=rf"{name} is a table; expected a recipe.*`ficpd init .*{name}` writes a recipe"
+    ):
+        read(str(tmp_path / name))
 
 
 def test_a_file_is_read_wherever_it_is(tmp_path):

@@ -18,6 +18,7 @@ from ficpd.backbones.loading import BackboneConfig, EngineConfig
 from ficpd.data.loading import ROLES
 from ficpd.data.loading import Config as Source
 from ficpd.data.partition import Config as Partition
+from ficpd.data.tables import COMPRESSED, READERS
 from ficpd.errors import ConfigError, RunError, did_you_mean
 from ficpd.experiments.facts import RECIPE, recipes
 from ficpd.experiments.other_words import setting_for
@@ -316,6 +317,10 @@ def read_recipe(name: str, kind: str = "recipe", under: str = "") -> tuple[str, 
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
             raise ConfigError(f"no {kind} file {name}. Those of ficpd: {', '.join(known)}")
+        if path.suffix.lower() in (*READERS, *COMPRESSED):
+            raise ConfigError(
+                f"{name} is a table; expected a {kind}, a TOML file. `ficpd init {name}` writes a recipe for it"
+            )
         try:
             search_in(path.parent)
             return path.read_text(encoding="utf-8-sig"), path.name

@@ -97,5 +97,5 @@ class Regression(Task):
     def _number(self, record: Record) -> float:
         target = parse_number(record.fields["target"])
         if isinstance(target, bool) or not isinstance(target, (int, float)):
-            raise DataError(f"{record.key}, column target: {target!r} is no number; expected a number")
+            raise DataError(f"{record.key}, column target: {target!r} is no number; expected one, such as 2.5")
         return float(target)
