@@ -67,7 +67,10 @@ def worse_off(runs: Runs, name: str, method: str) -> tuple[int, int]:
     """Clients below the better of `local` and the probe by more than a standard error of its own, and all clients."""
     harmed = clients = 0
     for seed, found in runs[f"{name}, {method}"].items():
-        rivals = [runs[key][seed] for rival in ("local", "linear_probe") if (key := f"{name}, {rival}") in runs]
+        others = [runs.get(f"{name}, {rival}", {}) for rival in ("local", "linear_probe")]
+        rivals = [of[seed] for of in others if seed in of]
+        if not rivals:  # a seed that few methods were run on
+            continue
         for client in (key for key in found if key.startswith("of ")):
             alone = max(rival[client] for rival in rivals) / 100
             error = sqrt(alone * (1 - alone) / found[f"tests {client}"])
