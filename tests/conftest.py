@@ -7,9 +7,11 @@ import pytest
 
 import small
 from ficpd import cli
-from ficpd.backbones.query_engine import QueryEngine
+from ficpd.backbones.query_engine import QueryEngine, set_single_threaded_forward
 from ficpd.experiments.config import read
 from ficpd.experiments.runner import run
+
+set_single_threaded_forward()  # as every run does; two test processes with two threads each take five times as long
 
 
 @pytest.fixture
