@@ -13,8 +13,9 @@ Noise comes from seeds, also for a run with cryptographic noise.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,10 +109,12 @@ def play(
     A score grows with the likelihood ratio of the run's releases, with to without the canary, under their stated costs.
     """
     runs = {ReleaseKind.STEP: _record_run, ReleaseKind.UPDATE: _client_run, ReleaseKind.SUM: _central_run}
-    run = runs[release_kind(client.mechanism)](client, plan, seed)
-    (without, _), (with_, costs) = (
-        zip(*(_counted(run, t, there, trials, count) for t in range(trials)), strict=True) for there in (False, True)
-    )
+    with closing(Ledger(":memory:", "audit")) as ledger:  # an account for each trial
+        run = runs[release_kind(client.mechanism)](client, plan, seed, ledger)
+        (without, _), (with_, costs) = (
+            zip(*(_counted(run, t, there, trials, count) for t in range(trials)), strict=True)
+            for there in (False, True)
+        )
     return list(without), list(with_), accountant.epsilon(costs[0], client.mechanism.guarantee()["delta"])
 
 
@@ -167,7 +170,7 @@ def sign(place: int) -> int:
     return 1 - 2 * (place % 2)
 
 
-def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+def _record_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
     """Returns a trial with a canary record that is sampled like the others, or contributes nothing.
 
     Sums over all records, such as class totals, are attacked too, but for a secure sum's.
@@ -197,15 +200,15 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
         release = _as_it_is
         if isinstance(mechanism, SharedGaussian):
             release = _sum_of_honest(client, mechanism, (seed, trial, there))
-        with _renewed(client, budget, seed, trial, there) as account:
-            rounds = list(_rounds(methods[there], client, plan.participations, release))
-            sums = [
-                sign(round + step) * value
-                for round, update in rounds
-                for step, value in enumerate(update.arrays["released"].tolist())
-            ]
-            ratio = _log_ratio(sums, cost, clip_norm, plan.steps if shared else 1)
-            return ratio + sum(_of_sum(name, mechanism, rounds) for name in (*once, *totals)), account.spent()
+        account = _renew(client, ledger, budget, seed, trial, there)
+        rounds = list(_rounds(methods[there], client, plan.participations, release))
+        sums = [
+            sign(round + step) * value
+            for round, update in rounds
+            for step, value in enumerate(update.arrays["released"].tolist())
+        ]
+        ratio = _log_ratio(sums, cost, clip_norm, plan.steps if shared else 1)
+        return ratio + sum(_of_sum(name, mechanism, rounds) for name in (*once, *totals)), account.spent()
 
     return run
 
@@ -247,21 +250,21 @@ def _sum_of_honest(client: Client, mechanism: SharedGaussian, trial: tuple) -> R
     return of
 
 
-def _client_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+def _client_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
     """Returns a trial with a client whose huge updates have either sign, under local noise."""
     client = _trial_client(client, [Record(CANARY, {})])
     methods = [CanaryMethod(torch.tensor([value])) for value in (-HUGE, HUGE)]
     *_, budget = _terms(client.mechanism, ReleaseKind.UPDATE)
 
     def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
-        with _renewed(client, budget, seed, trial, there) as account:
-            rounds = _rounds(methods[there], client, plan.participations)
-            return sum(sign(round) * float(update.arrays["released"]) for round, update in rounds), account.spent()
+        account = _renew(client, ledger, budget, seed, trial, there)
+        rounds = _rounds(methods[there], client, plan.participations)
+        return sum(sign(round) * float(update.arrays["released"]) for round, update in rounds), account.spent()
 
     return run
 
 
-def _central_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
+def _central_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
     """Returns a trial with a client that is absent or sampled, under central noise, with a new server."""
     cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.SUM)
     expected = cost.sampling_rate * plan.num_clients
@@ -269,24 +272,23 @@ def _central_run(client: Client, plan: ClientWorkload, seed: int) -> Run:
     client, names = _trial_client(client, [Record(CANARY, {})]), sorted(values)
     updates: dict[tuple[str, int], ClientUpdate] = {}
     for name, value in values.items():
-        with _renewed(client, budget, seed, 0, True):
-            for round, update in _rounds(CanaryMethod(torch.tensor([value])), client, 2):
-                updates[name, round % 2] = replace(update, client=name)
+        _renew(client, ledger, budget, seed, name)
+        for round, update in _rounds(CanaryMethod(torch.tensor([value])), client, 2):
+            updates[name, round % 2] = replace(update, client=name)
 
     def run(trial: int, there: bool) -> tuple[float, list[PrivacyCost]]:
         def stream(round: int) -> SeededNoise:
             return SeededNoise(seed, CANARY, trial, there, round)
 
-        sums = []
-        with _account(budget) as account:
-            server = CentralGaussian(cost, clip_norm, expected, stream, account)
-            with suppress(BudgetError):
-                for round in range(1, plan.num_rounds + 1):
-                    cohort = server.sample_cohort(names, round)
-                    came = [updates[name, round % 2] for name in cohort if there or name != CANARY]
-                    mean = server.noisy_mean(came, {"released": (1,)}, round, CANARY)
-                    sums.append(sign(round) * float(mean.arrays["released"]) * expected)
-            return _log_ratio(sums, cost, clip_norm), account.spent()
+        sums, account = [], ledger.account(f"{trial} {there}", budget)
+        server = CentralGaussian(cost, clip_norm, expected, stream, account)
+        with suppress(BudgetError):
+            for round in range(1, plan.num_rounds + 1):
+                cohort = server.sample_cohort(names, round)
+                came = [updates[name, round % 2] for name in cohort if there or name != CANARY]
+                mean = server.noisy_mean(came, {"released": (1,)}, round, CANARY)
+                sums.append(sign(round) * float(mean.arrays["released"]) * expected)
+        return _log_ratio(sums, cost, clip_norm), account.spent()
 
     return run
 
@@ -300,20 +302,11 @@ def _trial_client(client: Client, records: Sequence[Record]) -> Client:
     return client
 
 
-@contextmanager
-def _account(budget: Budget) -> Iterator[Account]:
-    """Opens an account in a ledger of its own."""
-    with closing(Ledger(":memory:", "audit")) as ledger:
-        yield ledger.account(CANARY, budget)
-
-
-@contextmanager
-def _renewed(client: Client, budget: Budget, seed: int, trial: int, there: bool) -> Iterator[Account]:
-    """Gives the client the private seed, the account and the state of a run of its own."""
-    with _account(budget) as account:
-        client.private_seed = rng.derive_seed(seed, CANARY, trial, there)
-        client.account, client.client_state = account, {}
-        yield account
+def _renew(client: Client, ledger: Ledger, budget: Budget, seed: int, *trial: Any) -> Account:
+    """Gives the client the private seed, the account and the state of a run of its own. Returns the account."""
+    client.private_seed, client.client_state = rng.derive_seed(seed, CANARY, *trial), {}
+    client.account = ledger.account(" ".join(map(str, trial)), budget)
+    return client.account
 
 
 def _rounds(
