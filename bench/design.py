@@ -1,10 +1,12 @@
 """The experiment that the two designs describe, whole: what they claim, on their own kinds of sets.
 
-python bench/design.py methods|shape|epsilon|attacks|server [--seeds 0] [--data FOLDER] [--e5 FOLDER] [--sets NAME ...]
+python bench/design.py methods|rounds|shape|epsilon|attacks|server
+                       [--seeds 0] [--data FOLDER] [--e5 FOLDER] [--sets NAME ...]
 
 `methods`: FICPD, FPL, the rivals that the designs name, and rivals without prompts, on medical abstracts under label skew,
 XNLI in 15 languages, PAWS-X in 7, PubMedQA, and MedMCQA by specialty: accuracy, the worst clients, who is worse off,
-gaps between groups, bytes, and the accuracy after each round. `shape`: prompt length, compressed length and number of
+gaps between groups, bytes, and the accuracy after each round. `rounds`: FICPD ended after one, two and eight rounds, and
+FedAvg after eight, on the records of `compare.py joining`. `shape`: prompt length, compressed length and number of
 prototypes on five tasks. `epsilon`: ε = 1, 2, 4 on the records of `compare.py private`. `attacks`: who was a member, by
 what a library answers. `server`: one prompt, prototypes, and what is distilled or meta-learned from them.
 
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from compare import IID, SKEWED, TASKS
 from exams import recipe
 from ficpd.data import loading
 from ficpd.evaluation.audit.attack_metrics import attack_metrics, best_advantage
@@ -72,6 +75,8 @@ E5_RATE = 10.0
 """Of the found rate, as in `exams.py`."""
 ROUNDS = 4
 STEPS = {"local_steps": 4, "batch_size": 16}
+ENDED = (("fedavg", 8), ("ficpd", 8), ("ficpd", 1), ("ficpd", 2))
+"""Runs of `rounds`: a method, and its number of rounds."""
 LENGTHS, DIMENSIONS, NUMBERS = (10, 20, 50), (64, 256, None), (5, 10, 20)
 BUDGETS = (1.0, 2.0, 4.0, None)
 """ε of `epsilon`; None: no privacy."""
@@ -150,6 +155,22 @@ def figures(result: RunResult, folder: Path) -> dict[str, float]:
         if "sample_accuracy" in done.metrics:
             found[f"after {done.round}"] = 100 * done.metrics["sample_accuracy"]
     return found
+
+
+def rounds(args: argparse.Namespace) -> None:
+    """A run that ends earlier is a run of its own: readouts and mixtures are made in the last round."""
+    cells = Cells("design_rounds", "10 clients of 80 records, 5 steps of 16 a round, defaults alone")
+    common = {**MINILM, "training": {"local_steps": 5, "batch_size": 16}}
+    for seed in args.seeds:
+        for task in TASKS:
+            for said, partition in {"alike": IID, "skewed": SKEWED}.items():
+                parts = {"seed": seed, **common, **group(task, args.data, 10, 80), **partition}
+                for method, number in ENDED:
+                    cell = f"{task}, {said}, {method}, {number}"
+                    if cells.has(cell, seed):
+                        continue
+                    text = tomli_w.dumps(parts | {"federation": {"num_rounds": number}})
+                    cells.add(cell, seed, partial(_own, build_context(parse(text)), METHODS[method]))
 
 
 def shape(args: argparse.Namespace) -> None:
@@ -251,7 +272,7 @@ def server(args: argparse.Namespace) -> None:
             cells.add(said, seed, partial(alone, context, PROTOTYPES, distillation=distillation))
 
 
-PARTS = {"methods": methods, "shape": shape, "epsilon": epsilon, "attacks": attacks, "server": server}
+PARTS = {"methods": methods, "rounds": rounds, "shape": shape, "epsilon": epsilon, "attacks": attacks, "server": server}
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ def tables() -> dict[str, str]:
     return {
         "design_methods": methods(),
         "design_fairness": fairness(),
+        "design_rounds": rounds(),
+        "design_shape": shape(),
         "design_epsilon": epsilon(),
         "design_attacks": attacks(),
         "design_server": server(),
@@ -92,6 +94,38 @@ def fairness() -> str:
         shown = [figure(runs.get(f"{name}, {method}"), key) for name, key in asked]
         rows += [[said, *shown]] if any(text != "–" for text in shown) else []
     return drawn(heads, rows)
+
+
+def rounds() -> str:
+    """A line a run: the mean client of each column, its seconds as a share of FedAvg's (mean over all), bytes."""
+    runs = load("design_rounds")
+    columns = [f"{task}, {said}" for task in ("polarity", "abstracts", "clinc") for said in ("alike", "skewed")]
+    longest = max(int(cell.rpartition(", ")[2]) for cell in runs if ", fedavg, " in cell)
+    rows = []
+    for method, number in dict.fromkeys(tuple(cell.split(", ")[2:]) for cell in runs):
+        cells = [runs[f"{column}, {method}, {number}"] for column in columns]
+        against = [runs[f"{column}, fedavg, {longest}"] for column in columns]
+        shares = [
+            f["seconds"] / rival[seed]["seconds"]
+            for cell, rival in zip(cells, against, strict=True)
+            for seed, f in cell.items()
+        ]
+        sent = fmean(f["bytes up"] for cell in cells for f in cell.values())
+        said = f"{METHODS[method]}, {number} round{'s' * (number != '1')}"
+        rows.append([said, *(spread(cell, "own") for cell in cells), f"{fmean(shares):.2f}", shown_bytes(sent)])
+    return drawn(["", *columns, "seconds (FedAvg's: 1)", "bytes up a client, in all"], rows)
+
+
+def shape() -> str:
+    """A line for each prompt length and number of released values, a column for each number of prototypes."""
+    runs = load("design_shape")
+    parts = [cell.split(", ") for cell in runs]
+    numbers = list(dict.fromkeys(number for *_, number in parts))
+    rows = [
+        [*shaped, *(figure(runs.get(", ".join((*shaped, number))), "mean client") for number in numbers)]
+        for shaped in dict.fromkeys((tokens, values) for tokens, values, _ in parts)
+    ]
+    return drawn(["prompt", "update", *numbers], rows)
 
 
 def epsilon() -> str:

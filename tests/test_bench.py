@@ -254,10 +254,10 @@ def test_design(bench, sets):
     few: dict[str, Any] = {
         "METHODS": {name: {"name": name} for name in ("local", "linear_probe", "ficpd")}, "ROUNDS": 1, "NONMEMBERS": 40,
         "LENGTHS": (10,), "DIMENSIONS": (64, None), "NUMBERS": (5,), "WRITTEN": 1,
-        "SERVER": {"5 prototypes": {}, "KL": {"how": "kl"}},
+        "SERVER": {"5 prototypes": {}, "KL": {"how": "kl"}}, "ENDED": (("local", 1), ("ficpd", 1)),
     }  # fmt: skip
     bench.run("design", f"methods {data}", changes=(TINY, ONE_ROUND), **few)
-    parts = [f"{part} {data}" for part in ("attacks", "server", "epsilon", "shape")]
+    parts = [f"{part} {data}" for part in ("attacks", "server", "epsilon", "rounds", "shape")]
     bench.run("design", *parts, changes=(TINY, ONE_ROUND, "training.local_steps=1"), BUDGETS=(2.0, None), **few)
     names = ("abstracts", "xnli", "pawsx", "pubmedqa", "medmcqa")
     every = {f"{name}, {method}" for name in names for method in few["METHODS"]}
@@ -265,6 +265,7 @@ def test_design(bench, sets):
     assert {"parity gap", "odds gap"} < bench.found("design_methods")["cells"]["xnli, ficpd"].keys()
     assert len(bench.rows("design_attacks")) == 10
     assert len(bench.rows("design_epsilon")) == 7 + 5
+    assert len(bench.rows("design_rounds")) == 6 * 2
     assert len(bench.rows("design_shape")) == 2
     assert bench.rows("design_server") == {"fedavg", "5 prototypes", "KL"}
 

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,18 +61,18 @@ def names(kind: str) -> list[str]:
     >>> "fedavg" in names("methods")
     True
     """
-    if kind == "engines":
-        return sorted(ENGINES)
+    return sorted(ENGINES) if kind == "engines" else list(_entries(kind))
+
+
+@cache
+def _entries(kind: str) -> tuple[str, ...]:
     spec = importlib.util.find_spec(f"ficpd.{ROOMS.get(kind, kind)}")
     assert spec is not None
     assert spec.submodule_search_locations is not None
     (folder,) = spec.submodule_search_locations
-    return sorted(found.name for found in pkgutil.iter_modules([folder]) if _is_entry(Path(folder), kind, found.name))
-
-
-def _is_entry(folder: Path, kind: str, name: str) -> bool:
-    file, entry = folder / f"{name}.py", ENTRY_POINTS.get(kind, ("build",))[-1]
-    return file.is_file() and re.search(rf"^def {entry}\(", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    entry = re.compile(rf"^def {ENTRY_POINTS.get(kind, ('build',))[-1]}\(", re.MULTILINE)
+    files = ((found.name, Path(folder, f"{found.name}.py")) for found in pkgutil.iter_modules([folder]))
+    return tuple(sorted(n for n, file in files if file.is_file() and entry.search(file.read_text(encoding="utf-8"))))
 
 
 def search_in(folder: Path) -> None:
