@@ -25,9 +25,10 @@ from ficpd.experiments.initialization import (
     init_token_prompt,
     try_loss,
 )
+from ficpd.federation.build import make_method
 from ficpd.federation.client import Client, Encodings
 from ficpd.federation.compression.auto import choose as choose_compression
-from ficpd.federation.method import Capabilities, Method, make_method
+from ficpd.federation.method import Capabilities, Method
 from ficpd.federation.privacy_plan import PrivacyPlan, private_seed
 from ficpd.interfaces import Backbone, Compression, Task
 from ficpd.privacy.none import NoPrivacy

@@ -11,8 +11,9 @@ from ficpd.errors import ConfigError
 from ficpd.experiments.build import ExperimentContext
 from ficpd.experiments.distillation import validate_distillation
 from ficpd.experiments.results import Clusters, PrivacyReport, RunResult
+from ficpd.federation.build import make_method
 from ficpd.federation.client import LABELS
-from ficpd.federation.method import Method, make_method
+from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone

@@ -7,10 +7,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ficpd.errors import CodecError, ConfigError
+from ficpd.errors import CodecError
 from ficpd.federation.validation import RATE, validate_facts, validate_prompts
 from ficpd.interfaces import Backbone, ClientContext, Model, Subspace, Task
-from ficpd.registry import build_config
 from ficpd.types import (
     Answer,
     Assignment,
@@ -204,23 +203,6 @@ class Method(ABC):
     ) -> Generator[Query, Answer, DemonstrationEncoder] | None:
         """Chooses demonstrations from a client's training records; `encoded` returns the records as one batch."""
         return None
-
-
-def make_method(part: Mapping[str, Any], training: Any) -> Method:
-    """Builds the method that a recipe's section names. Raises `ConfigError` if its module makes no `Method`.
-
-    training: an `optimizers.LocalTrainingConfig`.
-    """
-    module, config = build_config("methods", part)
-    method = module.build(config, training)
-    if not isinstance(method, Method):
-        raise ConfigError(f"method {part['name']!r}: build returned a {type(method).__name__}; expected a "
-                          "ficpd.federation.method.Method")  # fmt: skip
-    if not isinstance(getattr(method, "name", None), str):
-        raise ConfigError(
-            f'method {part["name"]!r}: it has no `name`; expected a text: write name = "own" in the class'
-        )
-    return method
 
 
 def validate_assignment(assignment: Assignment, method: Method, start: Prompt, last: int) -> None:

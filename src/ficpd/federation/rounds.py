@@ -125,7 +125,7 @@ def run_rounds(
                     raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
                 trained = time.perf_counter()
                 if got.updates:
-                    state = next_state(method, state, got.updates, round, model)
+                    state = method.aggregate(state, got.updates, round, model)
                     state = State({**state.arrays, **got.moments}, state.facts)
                 seconds = trained - started, time.perf_counter() - trained
                 sent = got.bytes_up, got.bytes_down
@@ -152,7 +152,7 @@ def run_rounds(
                 updates = [replace(mean, arrays=compression.unpack(compression.project(mean.arrays)))]
             trained = time.perf_counter()
             if updates:
-                state = next_state(method, state, sorted(updates, key=lambda u: u.client), round, model)
+                state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
             noted = state.facts if updates else {}
             bytes_down = sum(map(len, assignments.values()))
             seconds = trained - started, time.perf_counter() - trained
@@ -198,23 +198,6 @@ class RoundReplies:
             self.dropped[reply.client] = "two of its updates came together; the first one counts"
         else:
             self.updates.append(update)
-
-
-def next_state(method: Method, state: State, updates: Sequence[ClientUpdate], round: int, model: Model) -> State:
-    """Combines updates by `Method.aggregate`. Raises `RunError` for what a method outside the package must not return."""
-    found = method.aggregate(state, updates, round, model)
-    if type(method).__module__.startswith("ficpd."):
-        return found
-    place, before = f"{method.name}, round {round}: aggregate returned", state.arrays.get(method.array)
-    if not isinstance(found, State):
-        raise RunError(f"{place} a {type(found).__name__}; expected ficpd.types.State")
-    after = found.arrays.get(method.array)
-    if before is not None and (after is None or after.shape != before.shape):
-        given = "no such array" if after is None else f"the shape {tuple(after.shape)}"
-        raise RunError(f"{place} arrays[{method.array!r}] = {given}; expected the shape {tuple(before.shape)}")
-    if after is not None and not torch.isfinite(after).all():
-        raise RunError(f"{place} arrays[{method.array!r}] with numbers that are not finite; expected none")
-    return found
 
 
 def require_updates(method: str, done: Round) -> None:

@@ -15,7 +15,7 @@ from ficpd.errors import ConfigError, PrivacyError, did_you_mean
 from ficpd.experiments.comparison import overrides
 from ficpd.experiments.comparison.overrides import DEFAULT, REFERENCE_METHODS, Piece, Sweeps
 from ficpd.experiments.config import QUICKSTART, Experiment, FederationConfig, build, read_recipe, read_tree, to_toml
-from ficpd.federation.method import make_method
+from ficpd.federation.build import make_method
 from ficpd.federation.privacy_plan import privacy_config_for
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import FrozenConfig, validate
