@@ -383,3 +383,14 @@ def test_a_failed_client_has_its_traceback_in_the_log(attempt, caplog):
     with pytest.raises(FicpdError, match="ficpd run -v"):
         attempt("method", UPDATE, "return prompt.missing", PRIVATE)
     assert any(record.exc_info for record in caplog.records)
+
+
+def test_more_steps_than_planned_are_refused_with_the_function_that_plans_them(attempt, ficpd, tmp_path):
+    """The run ends before them; its table would show the figures of a prompt that nobody tuned."""
+    tuning = "tune(self.training, client, assignment, prompt"
+    result = attempt("method", tuning, tuning + ", steps=50", PRIVATE).result
+    assert result.num_rounds == 0
+    assert "state a method's steps in `local_workload`" in result.stopped
+    _, shown, said = ficpd("run", tmp_path / "own.toml", "--set", PRIVATE, "--out", tmp_path / "again")
+    assert "Stopped early. round 1 does not take place" in " ".join(shown.split())
+    assert "own 1/1 rounds" not in said + shown

@@ -203,7 +203,7 @@ class Runner(RoundHooks):
         library.save(self.directory.path / "library")
         result.save(self.directory.path)
         planned, own = self.schedule.num_rounds, result.metrics.per_client_mean if result.metrics else {}
-        self.progress(self.label, planned, planned, {result.main.name: own[result.main.name]} if own else {})
+        self.progress(self.label, len(rounds), planned, {result.main.name: own[result.main.name]} if own else {})
         return result
 
 

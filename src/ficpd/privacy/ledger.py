@@ -220,10 +220,12 @@ class Account:
             return
         after = accountant.epsilon(together, self.budget.delta)
         if after > self.budget.epsilon:
+            remedy = "Plan fewer rounds or steps, or agree on a larger budget"
+            if self.budget.certified:
+                remedy = "The planned releases fit, and these are more: state a method's steps in `local_workload`"
             raise BudgetError(
                 f"{self.site} has spent epsilon = {self.epsilon():.4g} of {self.budget.epsilon:g} (delta = "
-                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. Plan "
-                "fewer rounds or steps, or agree on a larger budget"
+                f"{self.budget.delta:g}); this release would make it {after:.4g}. It does not take place. {remedy}"
             )
 
     def stored_update(self, round: int, method: str) -> bytes | None:

@@ -9,7 +9,7 @@ from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report import figures
 from ficpd.experiments.report.blocks import Block, Code, Downloads, KeyValues, Section, Table, Text
-from ficpd.experiments.report.summary import format_bytes, results_table, standing, verdict
+from ficpd.experiments.report.summary import format_bytes, results_table, standing, stopped_early, verdict
 from ficpd.experiments.report.table_formats import safe_csv
 from ficpd.types import LORA
 
@@ -59,8 +59,7 @@ def summary_blocks(run: FinishedRun) -> list[Block]:
         ("down, a client and round", format_bytes(own.bytes.down_per_client_round)),
     ]
     blocks: list[Block] = [KeyValues([(name[:1].upper() + name[1:], value) for name, value in pairs], large=True)]
-    if own.stopped:
-        blocks.append(Text(f"Stopped early. {own.stopped}", alarm=True))
+    blocks += stopped_early(own)
     if own.metrics:
         first, *rest = run.verdicts
         told = first.rpartition(" (")[2].removesuffix(").")

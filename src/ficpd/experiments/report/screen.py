@@ -12,7 +12,7 @@ from rich.table import Table as Drawn
 from ficpd.experiments.config import STANDARD_BASELINES, Experiment
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.report.blocks import Block, Code, KeyValues, Table, Text
-from ficpd.experiments.report.summary import RIVALS, results_table
+from ficpd.experiments.report.summary import RIVALS, results_table, stopped_early
 
 
 def announcement(experiment: Experiment, out: Path) -> list[Block]:
@@ -40,7 +40,11 @@ def result_blocks(run: FinishedRun, brief: bool = False) -> list[Block]:
         f"ficpd adapt {folder} --data few.csv --shots 16 --out my-library",
         f"ficpd audit {folder}",
     ]
-    shown: list[Block] = [results_table(run.results), Text(f"{first}\n{' '.join(rest)}", strong=True)]
+    shown: list[Block] = [
+        results_table(run.results),
+        *stopped_early(run.result),
+        Text(f"{first}\n{' '.join(rest)}", strong=True),
+    ]
     if not brief:
         shown += [KeyValues([("library", str(library)), ("page", str(page))]), Code("next", "\n".join(commands))]
     return shown

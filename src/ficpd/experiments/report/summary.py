@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ficpd.evaluation.metrics import Metric
-from ficpd.experiments.report.blocks import Table
+from ficpd.experiments.report.blocks import Block, Table, Text
 from ficpd.experiments.results import PrivacyReport, RunResult
 
 NONE = "–"
@@ -60,6 +60,11 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     nothing = privacy.noise is None and privacy.epsilon == 0
     sentences.append("Nothing leaves a client." if nothing else f"{left} left each client, {guarantee}.")
     return tuple(sentences)
+
+
+def stopped_early(result: RunResult) -> list[Block]:
+    """Tells why a run ended before its last round; nothing if it did not."""
+    return [Text(f"Stopped early. {result.stopped}", alarm=True)] if result.stopped else []
 
 
 def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
@@ -127,7 +132,8 @@ def results_table(results: Sequence[RunResult]) -> Table:
     note = (
         f"{main.name.capitalize()}{'; chance ' + main.shown(first['chance']) if guessed else ''}. Own test: each client's "
         "model on its own test records, the mean over clients. Everyone's test: one prompt on all test records. "
-        f"ε{' per ' + own.unit if own.epsilon else ''}: 0 if nothing is sent. Up, down: of a client in a round."
+        f"ε{' per ' + own.unit if own.epsilon else ''}: 0 if nothing of the records is sent. Up, down: of a client in a "
+        "round, also of messages without values."
     )
     return Table("Every method on the same clients and records", heads, cells, frozenset({len(cells) - 1}), note)
 
