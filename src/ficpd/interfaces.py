@@ -58,8 +58,8 @@ class Backbone(ABC):
     """A frozen model. Contract: rows never influence each other; no dropout; padding is masked; no state between calls.
 
     modality: "image" takes images (`preprocess_image`), "text" takes texts (`tokenize`).
-    can_generate: `generate` and `generate_greedy` exist.
-    supports_gradients: false for black boxes.
+    width, depth: D, and the number of layers. max_tokens: most positions of a row, virtual tokens too.
+    can_generate: `generate` and `generate_greedy` exist. supports_gradients: false for black boxes.
     supports_features: `ModelOutput.features_RD` describes the text.
     has_text_encoder: texts of answers give a readout, so no head has to be tuned.
     about: describes the kind of model in errors.

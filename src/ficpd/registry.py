@@ -1,4 +1,4 @@
-"""The registries: a method, task, backbone, mechanism, compression or optimizer is a module of its room.
+"""The registries: a method, task, backbone, mechanism, compression or optimizer is a module of its subpackage.
 
 An entry is a module that defines a pydantic `Config` and a `build` function (`ARGUMENTS` has its arguments). A
 dotted name (`mypackage.mymethod`) names a module outside the package: an installed one, or one in the recipe's folder or

@@ -86,6 +86,9 @@ def tune(
     """Returns the configured optimizer's work on the client's [P, D], at the assignment's rate.
 
     In a subspace the optimizer tunes coordinates z [k]. The rate grows by √(PD/k), which keeps the prompt's step length.
+    proximal_weight: pull to `start_PD` (FedProx).
+    memory: receives the optimizer's moments, and starts from them; None: from zero.
+    steps, batch_size: in place of the recipe's. State them in `Method.local_workload` too.
     """
     optimizer, coordinates = load("optimizers", training.optimizer), client.subspace
     batches = client.batches(steps or training.local_steps, batch_size or training.batch_size)
