@@ -89,7 +89,7 @@ import torch
 from torch.nn import functional as F
 from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig
-from ficpd.types import EncodedInput, ModelOutput
+from ficpd.types import EncodedInput, HiddenStates, ModelOutput
 
 class Config(FrozenConfig):
     width: int = 16
@@ -163,6 +163,7 @@ ENCODE = """
     def encode(self, records, backbone, prompt):
         return None"""
 MEAN = "mean = sum"
+TABLE = "generator=torch.Generator().manual_seed(0)).to(device)"
 STORED, KAPPA = 'return {**super().to_config(), "name": "TASK"}', '{"kappa": 0.5}'
 PRIVATE = "privacy.epsilon=2"
 NUMBERS = count()
@@ -359,12 +360,23 @@ def test_a_first_round_without_any_update_is_an_error(attempt, old, new, privacy
         ("torch.arange(num_tokens)", "torch.arange(3)", "init_prompt gives the shape (3, 16)"),
         ("items = [self.tokenize(answer,", "return None; [self.tokenize(answer,", "scored = 0"),
         (', f"words:{width}"', ', f"words:{width}"; del self.fingerprint', "it has no `fingerprint`"),
+        (TABLE, TABLE + "; self.table.requires_grad_()", "gives values with a gradient; expected none"),
+        ("10 * F.normalize(torch.stack", "10 * torch.ones((), requires_grad=True) * F.normalize(torch.stack",
+         "readout gives values with a gradient"),
+        (FEATURES, FEATURES.replace("sums_SD", "9 * HiddenStates.of(hidden).states_STD.mean(1) + prompts_SPD.sum(1)"),
+         "padding is masked"),
+        (FEATURES, FEATURES.replace("sums_SD", "F.dropout(sums_SD)"), "and there is no dropout"),
     ],
 )  # fmt: skip
 def test_a_backbone_that_breaks_its_contract_is_refused(attempt, old, new, words):
     with pytest.raises(BackboneError) as found:
         attempt("backbone", old, new)
     assert words in str(found.value)
+
+
+def test_fewer_synthetic_inputs_than_asked_for_are_an_error(attempt):
+    with pytest.raises(BackboneError, match=r"synthetic_inputs gives 9 inputs; expected \d+"):
+        attempt("backbone", "for place in range(number)", "for place in range(min(number, 9))", PRIVATE)
 
 
 @pytest.mark.parametrize("new", ["return loss / loss.mean()", "return loss - loss.detach().mean()"])

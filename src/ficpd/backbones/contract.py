@@ -12,7 +12,7 @@ from torch import Tensor
 from ficpd.backbones.guards import difference
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
-from ficpd.types import EncodedInput, ModelOutput
+from ficpd.types import LENGTH_STEP, EncodedInput, ModelOutput
 
 TOKENS = 4
 """Virtual tokens of the trial."""
@@ -50,7 +50,8 @@ class _Trial:
         endless = self._encoded("word " * 2 * backbone.max_tokens)
         room = backbone.max_tokens - TOKENS
         self.require(endless.length <= room, f"tokenize gives {endless.length} tokens", f"max_tokens - room = {room}")
-        return [self._encoded(long), self._encoded(short.split()[0])]
+        padded = " ".join([long] * (LENGTH_STEP + 1))  # so that the short row is padded further among others than alone
+        return [self._encoded(padded), self._encoded(short.split()[0])]
 
     def _encoded(self, text: str, answer: str | None = None) -> EncodedInput:
         item: Any = self.backbone.tokenize(text, None, "", answer, TOKENS)
@@ -88,7 +89,7 @@ class _Trial:
                 differs = difference(rows_RD[one], alone_RD.detach())
                 self.require(
                     differs <= TOLERANCE, f"forward gives a row other features among others than alone ({differs:.2g})",
-                    f"at most {TOLERANCE:g}: rows never see each other",
+                    f"at most {TOLERANCE:g}: rows never see each other, padding is masked, and there is no dropout",
                 )  # fmt: skip
                 if backbone.supports_gradients:
                     self._check_gradient(rows_RD[row], prompts_SPD, row)
@@ -116,3 +117,7 @@ class _Trial:
         found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         names = "width" if shape[-1] == self.backbone.width else "rows"
         self.require(found == shape, f"{function} gives the shape {found}", f"{shape}, the last one its {names}")
+        self.require(
+            function == "forward" or not given.requires_grad, f"{function} gives values with a gradient",
+            "none: call requires_grad_(False) on the weights",
+        )  # fmt: skip

@@ -90,9 +90,11 @@ def encode_record(
 
 
 def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
-    """Returns public synthetic records without targets, from `Backbone.synthetic_inputs`."""
-    role = "image" if backbone.modality == "image" else "text"
-    return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(backbone.synthetic_inputs(number, seed))]
+    """Returns public synthetic records without targets. Raises `BackboneError` for another number of inputs."""
+    role, found = "image" if backbone.modality == "image" else "text", backbone.synthetic_inputs(number, seed)
+    if len(found) != number:
+        raise BackboneError(f"{backbone.name}: synthetic_inputs gives {len(found)} inputs; expected {number}")
+    return [Record(f"{name} {i}", {role: it}) for i, it in enumerate(found)]
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
