@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -12,10 +11,10 @@ from ficpd import rng
 from ficpd.errors import BudgetError, CodecError, RunError
 from ficpd.federation import codec
 from ficpd.federation.method import Method
-from ficpd.federation.secure_sum.server import SecureSum
+from ficpd.federation.secure_sum.server import Collected, SecureSum
 from ficpd.interfaces import Compression, Engine, Model
 from ficpd.privacy.central_gaussian import CentralGaussian
-from ficpd.types import ArraySpec, ClientUpdate, Reply, State
+from ficpd.types import ClientUpdate, Reply, State, UpdateSpec
 
 NO_REPLY = "no reply"
 """The reason for a client whose update never arrived."""
@@ -102,13 +101,11 @@ def run_rounds(
     an empty one. With `secure`, the server learns only the sum of the clients' terms.
     Ends by `hooks.stop` before a round that no client's budget, the server's budget or `hooks.before_round` allows.
     """
-    cards = {card.name: card for card in engine.clients()}
-    fingerprint, asked = model.backbone.fingerprint, {}
+    cards, fingerprint = {card.name: card for card in engine.clients()}, model.backbone.fingerprint
+    replies = RoundReplies(schedule, compression, fingerprint)
     try:
         for round in range(first_round, schedule.num_rounds + 1):
             started = time.perf_counter()
-            layout = method.update_spec(state)
-            wire = compression.encoded_spec(layout)
             known = central.stored_mean(round, method.name) if central else None
             if central is None:
                 cohort = sample_cohort(schedule, list(cards), round)
@@ -121,83 +118,106 @@ def run_rounds(
             }
             if secure:
                 got = secure.collect(engine, assignments, method, state, round, fingerprint, compression.subspace)
-                if assignments and len(got.refused) == len(assignments):
-                    raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
-                trained = time.perf_counter()
-                if got.updates:
-                    state = method.aggregate(state, got.updates, round, model)
-                    state = State({**state.arrays, **got.moments}, state.facts)
-                seconds = trained - started, time.perf_counter() - trained
-                sent = got.bytes_up, got.bytes_down
-                done = Round(round, len(cohort), got.answered, got.dropped, *sent, *seconds, items=got.items)
-                hooks.after_round(state, done)
-                yield state, done
-                continue
-            asked = {r: names for r, names in asked.items() if round - r <= schedule.accept_late}
-            asked[round] = set(assignments)
-            came, checked = RoundReplies(), partial(_checked, asked, fingerprint, wire, schedule.max_norm)
-            for reply in engine.exchange(assignments):
-                came.add(reply, asked, checked)
-            good = {update.client for update in came.updates}
-            came.dropped |= {name: NO_REPLY for name in cohort if name not in good and name not in came.dropped}
-            if assignments and len(came.refused) == len(assignments):
-                raise BudgetError(f"round {round} does not take place: {came.refused[min(came.refused)]}")
-            updates = [replace(update, arrays=compression.unpack(update.arrays)) for update in came.updates]
-            answered = len(updates)
+            else:
+                replies.begin(round, assignments, method.update_spec(state))
+                for reply in engine.exchange(assignments):
+                    replies.add(reply)
+                got = replies.end()
+            if assignments and len(got.refused) == len(assignments):
+                raise BudgetError(f"round {round} does not take place: {got.refused[min(got.refused)]}")
+            updates = got.updates
             if central:
-                layout = method.cluster_sums(state)
-                updates = [method.in_cluster_sum(state, update) for update in updates]
-                mean = known or central.noisy_mean(updates, layout, round, method.name)
-                # drops noise outside the subspace
-                updates = [replace(mean, arrays=compression.unpack(compression.project(mean.arrays)))]
-            trained = time.perf_counter()
+                updates = [_noised_sum(central, known, method, state, updates, round, compression)]
+            trained, noted = time.perf_counter(), {}
             if updates:
-                state = method.aggregate(state, sorted(updates, key=lambda u: u.client), round, model)
-            noted = state.facts if updates else {}
-            bytes_down = sum(map(len, assignments.values()))
-            seconds = trained - started, time.perf_counter() - trained
-            items = {name: [math.prod(kind.shape), 8 * kind.dtype.itemsize] for name, kind in wire.items()}
-            sent = came.bytes_up, bytes_down
-            done = Round(round, len(assignments), answered, came.dropped, *sent, *seconds, items=items)
-            done.excluded_updates.update(noted.get("excluded_updates", {}))
-            done.underfilled_means.update(noted.get("underfilled_means", {}))
+                state = method.aggregate(state, updates, round, model)
+                state, noted = State({**state.arrays, **got.moments}, state.facts), state.facts
+            done = Round(
+                round, len(assignments), got.answered, got.dropped, got.bytes_up, got.bytes_down,
+                trained - started, time.perf_counter() - trained, items=got.items,
+                excluded_updates=dict(noted.get("excluded_updates", {})),
+                underfilled_means=dict(noted.get("underfilled_means", {})),
+            )  # fmt: skip
             hooks.after_round(state, done)
             yield state, done
     except BudgetError as error:
         hooks.stop(error)
 
 
-@dataclass
+def _noised_sum(
+    central: CentralGaussian, known: ClientUpdate | None, method: Method, state: State, updates: Sequence[ClientUpdate],
+    round: int, compression: Compression,
+) -> ClientUpdate:  # fmt: skip
+    """Returns the noisy mean of a round's updates as one update. `known`: that of an earlier attempt at the round."""
+    if known is None:
+        terms = [method.in_cluster_sum(state, update) for update in updates]
+        known = central.noisy_mean(terms, method.cluster_sums(state), round, method.name)
+    # drops noise outside the subspace
+    return replace(known, arrays=compression.unpack(compression.project(known.arrays)))
+
+
 class RoundReplies:
-    """Collects the first valid update of each client in a round, and the reasons for dropped ones.
+    """Collects the first valid update of each client in a round, late ones of earlier rounds too."""
 
-    `refused`: those of `dropped` whose budget is exhausted.
-    """
+    def __init__(self, schedule: RoundSchedule, compression: Compression, backbone: str):
+        self.schedule, self.compression, self.backbone = schedule, compression, backbone
+        self.asked: dict[int, set[str]] = {}
+        """The clients of each round whose updates have not arrived."""
 
-    updates: list[ClientUpdate] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    bytes_up: int = 0
+    def begin(self, round: int, assignments: Mapping[str, bytes], layout: UpdateSpec) -> None:
+        """Begins a round with its assignments. `layout`: the method's arrays of an update."""
+        self.found = Collected(bytes_down=sum(map(len, assignments.values())))
+        self.wire = self.compression.encoded_spec(layout)
+        self.found.items |= {name: [math.prod(kind.shape), 8 * kind.dtype.itemsize] for name, kind in self.wire.items()}
+        self.asked = {r: names for r, names in self.asked.items() if round - r <= self.schedule.accept_late}
+        self.asked[round], self.cohort = set(assignments), list(assignments)
 
-    def add(self, reply: Reply, asked: Mapping[int, set[str]], checked: Callable[[Reply], ClientUpdate]) -> None:
-        """Checks one reply. `asked`: the clients of each round whose updates have not arrived."""
-        self.bytes_up += len(reply.body or b"")
-        counted = any(update.client == reply.client for update in self.updates)
-        if not counted and not any(reply.client in names for names in asked.values()):
-            self.dropped[reply.client] = "answered without an assignment"
+    def add(self, reply: Reply) -> None:
+        """Checks one reply and counts its bytes. A message that arrives twice counts once."""
+        found = self.found
+        found.bytes_up += len(reply.body or b"")
+        counted = any(update.client == reply.client for update in found.updates)
+        if not counted and not any(reply.client in names for names in self.asked.values()):
+            found.dropped[reply.client] = "answered without an assignment"
             return
         try:
-            update = checked(reply)
+            update = self._decoded(reply)
         except CodecError as error:
-            if not counted:  # a message that arrives twice counts once
-                self.dropped[reply.client] = str(error)
+            if not counted:
+                found.dropped[reply.client] = str(error)
                 if reply.refused:
-                    self.refused[reply.client] = str(error)
+                    found.refused[reply.client] = str(error)
             return
         if counted:
-            self.dropped[reply.client] = "two of its updates came together; the first one counts"
+            found.dropped[reply.client] = "two of its updates came together; the first one counts"
         else:
-            self.updates.append(update)
+            found.updates.append(update)
+
+    def end(self) -> Collected:
+        """Returns the updates in the method's layout, by client, and the reasons for dropped ones."""
+        found = self.found
+        good = {update.client for update in found.updates}
+        found.dropped |= {name: NO_REPLY for name in self.cohort if name not in good and name not in found.dropped}
+        ordered = sorted(found.updates, key=lambda update: update.client)
+        found.updates = [replace(update, arrays=self.compression.unpack(update.arrays)) for update in ordered]
+        found.answered = len(found.updates)
+        return found
+
+    def _decoded(self, reply: Reply) -> ClientUpdate:
+        """Decodes an update of this round, or a late one of an earlier round with less weight."""
+        if reply.body is None:
+            raise CodecError(reply.error or "no update")
+        newest, complaint = max(self.asked), CodecError("no update")
+        for round in sorted((r for r, names in self.asked.items() if reply.client in names), reverse=True):
+            expected = codec.ExpectedUpdate(reply.client, round, self.backbone, self.wire, self.schedule.max_norm)
+            try:
+                update = codec.decode_update(reply.body, expected)
+            except CodecError as error:
+                complaint = error if round == newest else complaint
+                continue
+            self.asked[round].discard(reply.client)
+            return replace(update, weight=update.weight / (1 + newest - round) ** 0.5)
+        raise complaint
 
 
 def require_updates(method: str, done: Round) -> None:
@@ -209,22 +229,3 @@ def require_updates(method: str, done: Round) -> None:
             f"{method}, round {done.round}: no update of its {done.clients} clients can be used. {name}: {failed[name]}. "
             "Look at local_update and update_spec; `ficpd run -v` prints the traceback of an error"
         )
-
-
-def _checked(
-    asked: Mapping[int, set[str]], fingerprint: str, wire: Mapping[str, ArraySpec], max_norm: float, reply: Reply
-) -> ClientUpdate:
-    """Decodes an update of this round, or a late one of an earlier round with less weight."""
-    if reply.body is None:
-        raise CodecError(reply.error or "no update")
-    newest, complaint = max(asked), CodecError("no update")
-    for round in sorted((r for r, names in asked.items() if reply.client in names), reverse=True):
-        expected = codec.ExpectedUpdate(reply.client, round, fingerprint, wire, max_norm)
-        try:
-            update = codec.decode_update(reply.body, expected)
-        except CodecError as error:
-            complaint = error if round == newest else complaint
-            continue
-        asked[round].discard(reply.client)
-        return replace(update, weight=update.weight / (1 + newest - round) ** 0.5)
-    raise complaint

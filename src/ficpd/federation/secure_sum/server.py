@@ -33,7 +33,8 @@ class VoidRoundError(Exception):
 class Collected:
     """The result of a round's exchanges.
 
-    updates: one of each group. answered: clients in the sum. moments: the optimizers' state.
+    updates: one of each client; in a secure sum, one of each group. answered: clients whose values they hold. moments:
+    the optimizers' state.
     dropped: reasons by client. refused: those whose budget is exhausted. Bytes are of all exchanges. items: the parts of a
     client's vector, by name: the number of values, and the bits of each.
     """
