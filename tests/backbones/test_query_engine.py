@@ -1,5 +1,6 @@
 """One answer per question, whatever the chunks, the company and what is kept."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,13 @@ def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torc
 
 
 def batch_of(model: QueryEngine, task, count: int = 6, seed: int = 0, enters_at: int = 1):
-    real = task.to_config()["name"] == "regression"
-    return task.encode(small.records(count, seed, real=real), model.backbone, small.start(model, task, 3, enters_at))
+    name = task.to_config()["name"]
+    made = (
+        small.questions(count, seed)
+        if name == "multiple_choice"
+        else small.records(count, seed, real=name == "regression")
+    )
+    return task.encode(made, model.backbone, small.start(model, task, 3, enters_at))
 
 
 def agree(left: Answer, right: Answer) -> bool:
@@ -413,13 +419,53 @@ def test_what_is_kept_stays_within_its_bytes_and_changes_nothing(model, limit):
         asked = small.shuffled(items, seed)[: 4 + seed]
         found = kept.fetch(asked, 1, model.backbone)
         assert all(small.close(state, truth[item]) for item, state in zip(asked, found, strict=True))
-        assert kept.size == sum(state.nbytes for state in kept.states.values()) <= limit
-        assert kept.size == sum(state.untyped_storage().nbytes() for state in kept.states.values())
-    assert (len(kept.states) == 0) == (limit <= 100)
+        states = [state for state, _ in kept.values.values()]
+        assert kept.size == sum(state.nbytes for state in states) <= limit
+        assert kept.size == sum(state.untyped_storage().nbytes() for state in states)
+    assert (len(kept.values) == 0) == (limit <= 100)
     small_model = QueryEngine(model.backbone, keep_bytes=limit)
     for seed in range(2):
         query = Query(prompts(1, seed=seed), batch, grad=True)
         assert agree(small_model.answer([query])[0], model.answer([query])[0])
+
+
+@pytest.mark.parametrize("task", [small.classes(), small.choices()], ids=["readout", "likelihoods"])
+def test_answer_of_known_rows_has_their_bits_and_runs_new_ones_alone(model, monkeypatch, task):
+    batch, asked = batch_of(model, task, 6), prompts(2)
+    fresh = QueryEngine(model.backbone)
+    fresh.outputs.limit = 0
+    model.answer([Query(asked[:1], batch.select(range(4)), outputs=True)])
+    rows, forward = [], model._forward
+    monkeypatch.setattr(model, "_forward", lambda queries, part: rows.extend(part) or forward(queries, part))
+    query = Query(asked, batch.select([5, 0, 4, 1, 1]), outputs=True)
+    found, expected = model.answer([query])[0], fresh.answer([query])[0]
+    assert len(rows) == 2 + 5, "of the first prompt two records, of the second all"
+    assert torch.equal(found.loss_KB, expected.loss_KB)
+    for one, other in zip(found.outputs_KB.parts(), expected.outputs_KB.parts(), strict=True):
+        assert one is other is None or torch.equal(one, other)
+    rows.clear()
+    again = model.answer([query, Query(asked, batch, loss=lambda outputs, of: outputs.features_RD[:, 0], outputs=True)])
+    assert len(rows) == 2, "of the second prompt the third and the fourth record"
+    assert torch.equal(again[0].loss_KB, expected.loss_KB)
+
+
+def test_outputs_are_kept_within_their_bytes_and_apart_by_layer_and_prompt(model):
+    batch = batch_of(model, small.classes(), 6)
+    one = model.answer([Query(prompts(1), batch, outputs=True)])[0].outputs_KB.features_RD
+    other = model.answer([Query(prompts(1), replace(batch, enters_at=0), outputs=True)])[0].outputs_KB.features_RD
+    assert not torch.equal(one, other)
+    assert not torch.equal(
+        one, model.answer([Query(prompts(1, seed=1), batch, outputs=True)])[0].outputs_KB.features_RD
+    )
+    assert model.outputs.size == sum(
+        part.nbytes for row, _ in model.outputs.values.values() for part in row.parts()[:1]
+    )
+    model.outputs.limit = model.outputs.size // 2
+    model.answer([Query(prompts(1, seed=2), batch, outputs=True)])
+    assert 0 < model.outputs.size <= model.outputs.limit
+    exact = QueryEngine(model.backbone, exact=True)
+    exact.answer([Query(prompts(1), batch, outputs=True)])
+    assert not exact.outputs.values, "a site's rows are computed each time"
 
 
 def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypatch):
@@ -442,7 +488,7 @@ def test_the_least_recently_used_is_dropped_first(model, monkeypatch):
     kept.fetch(items[:3], 1, model.backbone)
     kept.fetch(items[:1], 1, model.backbone)
     kept.fetch(items[3:], 1, model.backbone)
-    assert [item for item, _ in kept.states] == [items[2], items[0], items[3]]
+    assert [item for item, _ in kept.values] == [items[2], items[0], items[3]]
     calls = counted(model.backbone, monkeypatch)
     kept.fetch(items, 1, model.backbone)
     assert calls == [1]

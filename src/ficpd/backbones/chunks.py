@@ -2,9 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ficpd.interfaces import Backbone
 from ficpd.types import EncodedInput, padded_length
 
 Item = TypeVar("Item")
+Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
 UNBATCHED = 1
 """A chunk size that gives every row its own forward pass: its result is then independent of all other records."""
 
@@ -41,36 +42,48 @@ def bucket_by_shape(
         yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 
-class HiddenStateCache:
-    """An LRU cache of hidden states below a prompt's layer, by item, bounded in bytes."""
+class BoundedCache(Generic[Key, Value]):
+    """Keeps the values that were used last, up to a number of bytes. Threads may share it."""
+
+    def __init__(self, limit_bytes: int):
+        self.limit, self.size, self.lock = limit_bytes, 0, threading.Lock()
+        self.values: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+
+    def find(self, keys: Iterable[Key]) -> dict[Key, Value]:
+        """Returns the values that are kept, by key."""
+        found = {}
+        with self.lock:
+            for key in keys:
+                if key in self.values:
+                    self.values.move_to_end(key)
+                    found[key] = self.values[key][0]
+        return found
+
+    def keep(self, key: Key, value: Value, nbytes: int) -> None:
+        with self.lock:
+            if key in self.values:
+                return
+            self.values[key] = value, nbytes
+            self.size += nbytes
+            while self.size > self.limit and self.values:
+                self.size -= self.values.popitem(last=False)[1][1]
+
+
+class HiddenStateCache(BoundedCache[tuple[EncodedInput, int], Tensor]):
+    """Keeps hidden states below a prompt's layer, by item and layer."""
 
     def __init__(self, limit_bytes: int, chunk_tokens: int):
-        self.limit, self.chunk_tokens, self.size = limit_bytes, chunk_tokens, 0
-        self.states: OrderedDict[tuple[EncodedInput, int], Tensor] = OrderedDict()
-        self.lock = threading.Lock()
+        super().__init__(limit_bytes)
+        self.chunk_tokens = chunk_tokens
 
     def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
         """Returns [T, D] of each item; computes the missing ones. Embeddings of texts are never kept."""
         if layer == 0 and backbone.modality == "text":
             return list(backbone.encode_prefix(items, 0))
-        found: dict[EncodedInput, Tensor] = {}
-        with self.lock:
-            for item in items:
-                if (item, layer) in self.states:
-                    self.states.move_to_end((item, layer))
-                    found[item] = self.states[item, layer]
+        found = {item: state for (item, _), state in self.find((item, layer) for item in items).items()}
         missing = [item for item in dict.fromkeys(items) if item not in found]
         for part in bucket_by_shape(missing, lambda item: shape_of([item]), self.chunk_tokens):
             for item, state in zip(part, backbone.encode_prefix(part, layer), strict=True):
                 found[item] = state
-                with self.lock:
-                    self._keep(item, layer, state)
+                self.keep((item, layer), state, state.nbytes)
         return [found[item] for item in items]
-
-    def _keep(self, item: EncodedInput, layer: int, state: Tensor) -> None:
-        if (item, layer) in self.states:
-            return
-        self.states[item, layer] = state
-        self.size += state.nbytes
-        while self.size > self.limit and self.states:
-            self.size -= self.states.popitem(last=False)[1].nbytes

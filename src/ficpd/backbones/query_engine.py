@@ -21,6 +21,7 @@ from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by
 from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.memory import FEWEST_TOKENS, choose_chunk
+from ficpd.backbones.output_cache import OUTPUT_BYTES, OutputCache, join_outputs
 from ficpd.errors import BackboneError, BackboneWarning, ConfigError
 from ficpd.interfaces import Backbone
 from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
@@ -56,6 +57,9 @@ class QueryEngine:
     memory runs out all the same, the rows are halved and tried again.
     checkpoint: whether blocks are computed again in the backward; None: where memory is short.
 
+    Outputs of rows are kept, because evaluations ask about the same prompts and records again: half of the quick start's
+    rows without gradients are repetitions.
+
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
     number of rows of a shape is compared once with one forward pass per row, and shared from then on if all bits agree.
@@ -77,6 +81,7 @@ class QueryEngine:
             backbone.checkpoint_blocks(checkpoint)
         self.chunk_tokens, self.checkpoint = chunk_tokens, checkpoint
         self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
+        self.outputs = OutputCache(OUTPUT_BYTES if local and not exact else 0)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Returns one `Answer` per query. Rows never see each other."""
@@ -109,22 +114,37 @@ class QueryEngine:
         overhead = virtual + queries[0].max_new_tokens
         alone = self.exact and (queries[0].max_new_tokens > 0 or any(query.loss for query in queries))
         tokens = UNBATCHED if alone else self.chunk_tokens
-        places = list(bucket_by_shape(range(len(rows)), lambda r: rows[r].shape, tokens, overhead))
+        keys = self.outputs.keys(queries, [(row.query, row.candidate, row.record) for row in rows])
+        known = self.outputs.find(keys)
+        new = [r for r in range(len(rows)) if not known or keys[r] not in known]
+        places = list(bucket_by_shape(new, lambda r: rows[r].shape, tokens, overhead))
         parts = [[rows[r] for r in part] for part in places]
         forward = partial(self._forward_exact if self.exact else self._forward, queries)
-        losses, grads, outputs = zip(*self._each(forward, parts, queries[0].batch), strict=True)
+        numbers = self._each(forward, parts, queries[0].batch)
+        if keys and numbers:
+            self.outputs.keep_rows([keys[r] for part in places for r in part], join_outputs([n[2] for n in numbers]))
+        if known:
+            places.append([r for r in range(len(rows)) if keys[r] in known])
+            numbers.append(self._known(queries, [rows[r] for r in places[-1]], [known[keys[r]] for r in places[-1]]))
+        losses, grads, outputs = zip(*numbers, strict=True)
         write = partial(self._written, queries)
         texts = [text for part in parts for half in self._halved(write, part) for text in half]
         back = torch.tensor([r for part in places for r in part]).argsort()
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
-        output_R = _joined(list(outputs)).select(back) if queries[0].outputs else None
+        output_R = join_outputs(outputs).select(back) if queries[0].outputs else None
         text_R = [texts[place] for place in back.tolist()] if texts else []
         answers, first = [], 0
         for query in queries:
             answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
+
+    def _known(self, queries: list[Query], part: list[Row], outputs: list[ModelOutput]) -> Numbers:
+        """Returns the numbers of rows whose outputs are known."""
+        joined = join_outputs(outputs)
+        with torch.no_grad():
+            return self._losses(queries, part, joined), None, joined
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
@@ -166,7 +186,7 @@ class QueryEngine:
             return self._forward(queries, part)
         losses, grads, outputs = zip(*(self._forward(queries, [row]) for row in part), strict=True)
         grad_RPD = torch.cat(grads) if queries[0].grad else None
-        own = torch.cat(losses), grad_RPD, _joined(list(outputs)) if queries[0].outputs else None
+        own = torch.cat(losses), grad_RPD, join_outputs(outputs) if queries[0].outputs else None
         if kind not in self.independent:
             self.independent[kind] = _same_bits(own, self._forward(queries, part))
         return own
@@ -322,25 +342,6 @@ def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batc
         first.enters_at,
         {name: rows([batch.extra[name][b] for batch, b in batches]) for name in first.extra},
     )
-
-
-def _joined(parts: list[ModelOutput | None]) -> ModelOutput:
-    """Concatenates the outputs of all chunks, with candidates padded to the widest chunk."""
-    some = [part for part in parts if part is not None]
-    features = torch.cat([part.features_RD for part in some])
-    readout = None
-    if some[0].readout_RCD is not None:
-        readout = torch.cat([part.readout_RCD for part in some if part.readout_RCD is not None])
-    wide = max((part.scores_RN.shape[1] for part in some if part.scores_RN is not None), default=0)
-    if not wide:
-        return ModelOutput(features, None, readout)
-    scores, first = features.new_full((len(features), wide), -torch.inf), 0
-    for part in some:
-        last = first + len(part.features_RD)
-        if part.scores_RN is not None:
-            scores[first:last, : part.scores_RN.shape[1]] = part.scores_RN
-        first = last
-    return ModelOutput(features, scores, readout)
 
 
 def _split(

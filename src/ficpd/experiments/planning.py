@@ -21,6 +21,7 @@ from torch import nn
 from ficpd.backbones.chunks import HiddenStateCache, shape_of
 from ficpd.backbones.devices import free_bytes
 from ficpd.backbones.memory import footprint, weight_bytes
+from ficpd.backbones.output_cache import OutputCache
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import ConfigError
 from ficpd.evaluation.evaluate import evaluate, score_sample
@@ -64,6 +65,7 @@ class PlanningEngine(QueryEngine):
         super().__init__(real.backbone, 0, real.chunk_tokens)
         self.real, self.work, self.asked = real, Work(), dict[Kind, list[Query]]()
         self.items, self.trained, self.longest, self.scored = set[EncodedInput](), 0, 1, 0
+        self.answered, self.nothing = OutputCache(real.outputs.limit), ModelOutput(torch.zeros(0))
         self.random = torch.Generator().manual_seed(0)
 
     @contextmanager
@@ -87,13 +89,23 @@ class PlanningEngine(QueryEngine):
                 Kind(query.batch.enters_at, _virtual(query), query.grad, query.max_new_tokens, 0), []
             ).append(query)
         for kind, group in groups.items():
-            positions = sum(map(self._positions, group))
+            positions = sum(map(self.computed, group))
             most = TIMED_CHUNKS * self.chunk_tokens * self.real.workers
             sized = kind._replace(size=min(positions, most).bit_length())
             self.work.positions[sized] += positions
             if positions and sized not in self.asked:
                 self.asked[sized] = self._some(group, most)
         return [self._made_up(query) for query in queries]
+
+    def computed(self, query: Query) -> int:
+        """Counts the positions of rows whose outputs the engine would not have kept."""
+        places = itertools.product([0], range(len(query.prompts_KPD)), range(len(query.batch)))
+        keys = self.answered.keys([query], list(places))
+        known = self.answered.find(keys)
+        for key in keys:
+            self.answered.keep(key, self.nothing, 4 * self.backbone.width)
+        share = sum(key not in known for key in keys) / len(keys) if keys else 1.0
+        return round(share * self._positions(query))
 
     def _positions(self, query: Query) -> int:
         total, more = 0, _virtual(query) + query.max_new_tokens
