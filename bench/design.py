@@ -184,7 +184,8 @@ def shape(args: argparse.Namespace) -> None:
             prompt = {"num_tokens": length, "enters_at": 4, "init": "vocabulary"}
             for dimension in DIMENSIONS:
                 name = {"name": "none"} if dimension is None else {"name": "subspace", "dimension": dimension}
-                context = world_of(args, seed, prompt=prompt, compression=name)
+                backbone = {"name": "minilm", "options": {"max_tokens": 38 + length}}  # the texts have the same room
+                context = world_of(args, seed, prompt=prompt, compression=name, backbone=backbone)
                 for number in NUMBERS:
                     said = f"{length} tokens, {dimension or 'all'} numbers, {number} prototypes"
                     cells.add(said, seed, partial(alone, context, PROTOTYPES | {"num_prototypes": number}))

@@ -6,6 +6,7 @@ where that does not come out even, the last row ends in zeros that nothing reads
 its own, so that their gradients are per record after one ordinary backward.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ class Adapters:
             for names in (TARGETS, FUSED)
         ]
         self.modules: Mapping[str, Any] = found[0] or found[1]
-        self.width = width
+        self.width, self.lock = width, threading.RLock()
         self.per_rank = sum(sum(_sizes(module)) for module in self.modules.values())
 
     def parameters(self, rank: int) -> int:
@@ -79,9 +80,9 @@ class Adapters:
 
     @contextmanager
     def applied(self, rows_SPD: Tensor) -> Iterator[None]:
-        """Meanwhile each sequence of a forward runs with the weights of its own row; no rows at all change nothing. For one
-        forward at a time: two threads on one model would add to each other's."""
-        with ExitStack() as hooks:
+        """Meanwhile each sequence of a forward runs with the weights of its own row; no rows at all change nothing. Other
+        threads wait, because on one model they would add to each other's weights."""
+        with self.lock, ExitStack() as hooks:
             if rows_SPD.shape[1]:
                 for name, (down, up) in self.split(rows_SPD).items():
                     hooks.enter_context(self.modules[name].register_forward_hook(_adding(down, up)))

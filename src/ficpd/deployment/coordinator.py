@@ -14,7 +14,7 @@ from ficpd.data.subjects import UnitCounts
 from ficpd.deployment import run_spec
 from ficpd.deployment.run_spec import RunSpec, group_of
 from ficpd.deployment.site.config import rehearsal_warning
-from ficpd.errors import ConfigError, FicpdError, PrivacyError, SiteError
+from ficpd.errors import ConfigError, FicpdError, PrivacyError, RunError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context_without_records
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.experiments.report.page import end_with_page
@@ -32,7 +32,7 @@ from ficpd.federation.privacy_plan import (
     privacy_config_for,
     secure_sum,
 )
-from ficpd.federation.rounds import Round
+from ficpd.federation.rounds import Round, require_updates
 from ficpd.privacy.none import NoPrivacy
 from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.registry import validate
@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flowe
     from ficpd.deployment.flower_engine import Flower
 
 Say = Callable[[str], None]
+UNSAVED = "No library was saved. Change the recipe or the sites, and resume, or begin in a new directory"
 
 
 def server_main(grid: "Grid", context: "Context") -> None:
@@ -102,6 +103,8 @@ def _run(experiment: Experiment, directory: RunDir, engine: "Flower", recipe: tu
     runner.prepare()
     for _, done in runner.train():
         say(_line(done, runner.schedule.num_rounds, runner.plan))
+    if runner.stopped and not runner.rounds:
+        raise RunError(f"no round took place: {runner.stopped}. {UNSAVED}")
     if runner.stopped:
         say(f"stopped: {runner.stopped}")
     result = runner.finish()
@@ -151,6 +154,11 @@ class Sites(Clients):
             f"{_agreed(context.experiment.privacy, run.plan).guarantee}"
         )
         return self.engine
+
+    def after_round(self, run: Runner, done: Round) -> None:
+        """Raises `RunError` if every site refused the first round; a resumed run begins with it again."""
+        if done.round == 1:
+            require_updates(run.method.name, done, UNSAVED)
 
     def evaluate(self, run: Runner) -> dict[str, Any]:
         round, fingerprint = run.schedule.num_rounds + 1, run.context.model.backbone.fingerprint

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ficpd import storage
+from ficpd.backbones.lora import lora_of
+from ficpd.backbones.vocabulary import validate_ids
 from ficpd.data.subjects import UnitCounts
-from ficpd.errors import CodecError, ConfigError
+from ficpd.errors import BackboneError, CodecError, ConfigError
 from ficpd.experiments.config import Experiment, parse, to_toml
 from ficpd.federation.compression.subspace import GradientSubspace
 from ficpd.federation.method import Method
@@ -28,7 +30,7 @@ from ficpd.interfaces import Backbone, Compression, Subspace, Task
 from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.registry import build_config
 from ficpd.tasks.build import build_task
-from ficpd.types import MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
+from ficpd.types import LORA, MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 MAX_CLIENTS = 10_000
 """Names in a spec. A site plans each round's cohort from all of them."""
@@ -189,13 +191,19 @@ def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:
         raise ValueError("directions are not orthonormal, or not of positive scale")
 
 
-def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone) -> None:
-    """Raises `CodecError` for an initial prompt that does not fit the backbone and task.
+def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone, prompt_type: str = "soft") -> None:
+    """Raises `CodecError` for an initial prompt of another type (`Capabilities`), or unfit for the backbone and task.
 
     A wrong number of head rows would change where texts are truncated; long records would then fail, which leaks their
     length. Far outside the backbone's range, rounding makes records depend on one another.
     """
     vectors_PD, enters_at, head_rows = start.vectors_PD, start.enters_at, start.head_rows
+    given = "tokens" if not vectors_PD.is_floating_point() else "lora" if enters_at == LORA else "soft"
+    if given != prompt_type:
+        raise CodecError(f"the initial prompt is of type {given!r}, expected the method's {prompt_type!r}")
+    if given == "tokens":
+        _validate_words(start, backbone)
+        return
     if vectors_PD.dtype != torch.float32 or vectors_PD.dim() != 2 or vectors_PD.shape[1] != backbone.width:
         given = f"{vectors_PD.dtype} {tuple(vectors_PD.shape)}"
         raise CodecError(f"the initial prompt is {given}, expected float32 rows of {backbone.width}")
@@ -203,15 +211,43 @@ def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone) -> No
         raise CodecError(
             f"the initial prompt has {head_rows} head rows of {len(vectors_PD)} rows, expected {task.head_rows}"
         )
-    if type(enters_at) is not int or not 0 <= enters_at < backbone.depth:
+    if type(enters_at) is not int or enters_at not in (LORA, *range(backbone.depth)):
         raise CodecError(f"the run's prompts enter at layer {enters_at}, expected 0 to {backbone.depth - 1}")
     if not bool(torch.isfinite(vectors_PD).all()):
         raise CodecError("the initial prompt has numbers that are not finite")
-    known_PD = backbone.init_prompt(None, max(start.num_virtual_tokens, 1), enters_at, 0)
+    if enters_at == LORA:
+        known_PD = _lora_start(vectors_PD[: len(vectors_PD) - head_rows], backbone)
+    else:
+        known_PD = backbone.init_prompt(None, max(start.num_virtual_tokens, 1), enters_at, 0)
     if not Prompt(known_PD, backbone.fingerprint).within_max_norm(vectors_PD):
         raise CodecError(
             f"the initial prompt is more than {MAX_PROMPT_NORM_RATIO:g} times as long as words of {backbone.name}"
         )
+
+
+def _lora_start(rows_PD: Tensor, backbone: Backbone) -> Tensor:
+    """Returns LoRA weights of the same rank. Raises `CodecError` for weights of another model."""
+    try:
+        adapters = lora_of(backbone)
+        return adapters.start(adapters.rank(rows_PD), 0)
+    except BackboneError as error:
+        raise CodecError(f"the initial weights: {error}") from error
+
+
+def _validate_words(start: Prompt, backbone: Backbone) -> None:
+    """Raises `CodecError` unless the initial prompt is token ids [P, 1] of the backbone's vocabulary, at layer 0."""
+    ids, words = start.vectors_PD, backbone.vocabulary
+    if words is None or ids.dtype != torch.int64 or ids.shape != (start.num_virtual_tokens, 1) or start.head_rows:
+        raise CodecError(
+            f"the initial prompt is {ids.dtype} {tuple(ids.shape)} with {start.head_rows} head rows, expected float32 rows "
+            f"of {backbone.width}" + ("" if words is None else ", or int64 ids in one column without head rows")
+        )
+    if type(start.enters_at) is not int or start.enters_at != 0:
+        raise CodecError(f"the run's prompts of words enter at layer {start.enters_at}, expected 0")
+    try:
+        validate_ids(ids, words.size)
+    except BackboneError as error:
+        raise CodecError(f"the initial prompt: {error}") from error
 
 
 def group_of(client: str, groups: Mapping[str, object]) -> str:

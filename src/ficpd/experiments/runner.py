@@ -254,7 +254,8 @@ class SimulatedClients(Clients):
     def after_round(self, run: Runner, done: Round) -> None:
         self.queries.after(done)
         if done.round == 1 and "." in run.config["name"]:  # a module of one's own, and maybe a fault in it
-            require_updates(run.method.name, done)
+            advice = "Look at local_update and update_spec; `ficpd run -v` prints the traceback of an error"
+            require_updates(run.method.name, done, advice)
         every, began = run.context.experiment.federation.evaluate_every, time.perf_counter()
         if every and done.round % every == 0 and done.round < run.schedule.num_rounds:
             asked = (run.method, run.state, self.tested, run.context.model, done.round)

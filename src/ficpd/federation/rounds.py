@@ -220,12 +220,12 @@ class RoundReplies:
         raise complaint
 
 
-def require_updates(method: str, done: Round) -> None:
-    """Raises `RunError` if all clients of a round answered, and no update is usable."""
+def require_updates(method: str, done: Round, advice: str) -> None:
+    """Raises `RunError` with this advice if all clients of a round answered, and no update is usable."""
     failed = {name: reason for name, reason in sorted(done.dropped.items()) if reason != NO_REPLY}
     if failed and not done.updates and len(failed) == done.clients:
         name = next(iter(failed))
         raise RunError(
             f"{method}, round {done.round}: no update of its {done.clients} clients can be used. {name}: {failed[name]}. "
-            "Look at local_update and update_spec; `ficpd run -v` prints the traceback of an error"
+            + advice
         )

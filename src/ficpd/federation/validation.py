@@ -28,11 +28,13 @@ def validate_facts(assignment: Assignment, kinds: Mapping[str, Sequence[type]]) 
             raise CodecError(f"the assignment's {name!r} is {value!r}, which {assignment.method} never sends")
 
 
-def validate_arrays(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `CodecError` unless the assignment has exactly these arrays, in float32."""
+def validate_arrays(
+    assignment: Assignment, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> None:
+    """Raises `CodecError` unless the assignment has exactly these arrays, in this dtype."""
     given = {name: (tuple(array.shape), array.dtype) for name, array in assignment.arrays.items()}
-    if given != {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}:
-        raise CodecError(f"the assignment's arrays are {given}, expected float32 {dict(shapes) or 'nothing'}")
+    if given != {name: (tuple(shape), dtype) for name, shape in shapes.items()}:
+        raise CodecError(f"the assignment's arrays are {given}, expected {dtype} {dict(shapes) or 'nothing'}")
 
 
 def validate_prompts(assignment: Assignment, start: Prompt, names: Sequence[str], more: Sequence[str] = ()) -> None:

@@ -24,9 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ficpd import rng
-from ficpd.backbones.vocabulary import token_prompt
+from ficpd.backbones.vocabulary import token_prompt, validate_ids
 from ficpd.errors import ConfigError
 from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import validate_arrays, validate_facts
 from ficpd.interfaces import Backbone, ClientContext, Model
 from ficpd.methods.shared.token_aggregation import aggregate_tokens
 from ficpd.optimizers import LocalTrainingConfig
@@ -89,8 +90,14 @@ class FedDtpt(Method):
     def make_assignment(self, state: State, client: ClientCard, round: int) -> Assignment:
         return Assignment(self.name, round, {"prompt": state.arrays["prompt"]}, {"seed": state.facts["seed"]})
 
+    def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
+        """Raises `CodecError` unless the assignment is the seed and a prompt of token ids."""
+        validate_facts(assignment, {"seed": (int,)})
+        validate_arrays(assignment, {"prompt": (start.num_virtual_tokens, 1)}, torch.int64)
+
     def local_update(self, client: ClientContext, assignment: Assignment) -> Generator[Query, Answer, ClientUpdate]:
         prompt_P1 = assignment.arrays["prompt"]
+        validate_ids(prompt_P1, client.vocabulary.size)  # before any record is sampled
         steps, signal = self.training.local_steps, is_wrong if self.config.signal == "accuracy" else None
         for step, batch in enumerate(client.batches(steps, self.training.batch_size)):
             place = ((assignment.round - 1) * steps + step) % len(prompt_P1)

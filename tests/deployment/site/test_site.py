@@ -36,6 +36,7 @@ from ficpd.experiments.setup import build_method, build_schedule
 from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
 from ficpd.library.library import PromptLibrary
+from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.noise import SecureNoise
 from site_of import NOISED, Nobody, begun, context, recipe, site, train
 
@@ -89,6 +90,7 @@ def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, ch
             ("fedavg", "ficpd", "fpl", "fedhpl", "prompt_dpsgd", "dp_fpl", "dp_zo", "dp_cma_es"), (PLAIN, PRIVATE)
         ),
         *product(("local", "fedbpt"), (PLAIN,)),
+        *product(("feddtpt", "fedlora"), (PLAIN, NOISED)),
         *product(("ficpd", "fpl"), (("method.label_prior=true",), WITH_PRIORS)),
     ],
 )
@@ -114,6 +116,33 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     }, "each site's own view of how it is served"
     known = simulated.bytes
     assert (result.bytes.up_total, result.bytes.down_total) == (known.up_total, known.down_total)
+
+
+@pytest.mark.parametrize("refused", ["by policy", "in the assignment"])
+def test_run_coordinator_of_a_refused_first_round_saves_no_library_and_can_resume(tmp_path, monkeypatch, refused):
+    one = context(tmp_path, "fedavg")
+
+    def coordinate(found, resume):
+        return coordinator.run_coordinator(
+            recipe(one), "small.toml", tmp_path / "served", engine(found), resume, say=lambda line: None
+        )
+
+    def bad(self, client, assignment):
+        raise CodecError("no such fact")
+
+    with (
+        monkeypatch.context() as broken,
+        grids.sites(one, methods=("fpl" if refused == "by policy" else "fedavg",)) as found,
+    ):
+        if refused != "by policy":
+            broken.setattr(FedAvg, "local_update", bad)
+        with pytest.raises(RunError, match=r"methods are 'fpl'|site-0: .*No library was saved"):
+            coordinate(found, False)
+    assert not (tmp_path / "served" / "library").exists()
+    assert not (tmp_path / "served" / "result.json").exists()
+    with grids.sites(one, methods=("fedavg",)) as found:
+        result = coordinate(found, True)
+    assert (result.num_rounds, result.dropped_updates) == (3, 0)
 
 
 @pytest.mark.parametrize("simulated", [True, False])
@@ -212,7 +241,9 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
         (replace(start, head_rows=1), "head rows"),
         (replace(start, head_rows=-1), "head rows"),
         (replace(start, enters_at=noised.model.backbone.depth), "enter at layer"),
-        (replace(start, enters_at=-1), "enter at layer"),
+        (replace(start, enters_at=-1), "of type 'lora', expected the method's 'soft'"),
+        (replace(start, enters_at=-2), "enter at layer"),
+        (replace(start, vectors_PD=torch.ones(3, 1, dtype=torch.int64)), "of type 'tokens', expected"),
         (start.with_vectors(start.vectors_PD * torch.nan), "not finite"),
         (start.with_vectors(start.vectors_PD * 1e6), "times as long"),
         (start.with_vectors(start.vectors_PD[:, :-1]), "rows of"),
@@ -226,6 +257,29 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
         own.handle(train(orders[0], run_spec.encode(replace(found, start=longer))))
     assert not own.runs
     assert own.status()["epsilon"]["spent"] == 0
+    own.handle(train(orders[0], said))
+    own.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "why"),
+    [
+        ("feddtpt", lambda start: replace(start, vectors_PD=start.vectors_PD + 10**6), "token ids"),
+        ("feddtpt", lambda start: replace(start, vectors_PD=start.vectors_PD.repeat(1, 2)), "ids in one column"),
+        ("feddtpt", lambda start: replace(start, head_rows=1), "1 head rows"),
+        ("feddtpt", lambda start: replace(start, enters_at=1), "enter at layer 1, expected 0"),
+        ("fedlora", lambda start: replace(start, vectors_PD=start.vectors_PD[1:]), "no LoRA weights"),
+        ("fedlora", lambda start: start.with_vectors(1e6 * start.vectors_PD), "times as long"),
+    ],
+)
+def test_site_given_words_or_weights_of_no_run_refuses_them_unpaid(tmp_path, method, change, why):
+    one = context(tmp_path, method)
+    own = site(one, "site-0", tmp_path, methods=(method,))
+    orders, said = begun(one.with_method(build_method(one, one.experiment.method)))
+    found = run_spec.decode(said)
+    with pytest.raises(CodecError, match=why):
+        own.handle(train(orders[0], run_spec.encode(replace(found, start=change(found.start)))))
+    assert not own.runs
     own.handle(train(orders[0], said))
     own.close()
 

@@ -255,8 +255,8 @@ class Site:
                 f"the run is for backbone {spec.start.backbone}, this site has {fingerprint}; load the same"
             )
         policy.check(config, *self.own, spec, self.model.backbone)
-        run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone)
         method, compression = spec.method(), spec.compression()
+        run_spec.validate_initial_prompt(spec.start, self.task, self.model.backbone, method.capabilities.prompt_type)
         method.adapt_to(spec.tasks([self.task]), self.model.backbone)
         policy.check_statistics(method.capabilities.statistics_once, spec.experiment.privacy)
         if first is not None:
