@@ -1,6 +1,7 @@
 """The ledger: what was released stands in it whatever happens, and nothing is released that it does not pay for."""
 
 import json
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -110,6 +111,42 @@ def test_an_order_that_fails_while_it_is_written_leaves_no_line(path):
         assert seen.stored_update(1, "fedavg") == b"first"
     account.commit(2, "fedavg", [WEIGHT], b"second")  # and the ledger goes on
     assert account.spent() == [STEPS, WEIGHT]
+
+
+def test_a_commit_that_fails_leaves_no_answer_to_be_sent(path):
+    """Without a write-ahead log (on some network disks), a reader makes the commit itself fail."""
+    ledger = Ledger(path, "a run")
+    assert ledger.file.execute("pragma journal_mode = delete").fetchone() == ("delete",)
+    ledger.file.execute("pragma busy_timeout = 0")
+    account = ledger.account("north", FREE)
+    account.commit(1, "fedavg", [STEPS], b"first")
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("begin")
+    reader.execute("select * from costs").fetchone()
+    with pytest.raises(LedgerError, match="database is locked"):
+        account.commit(2, "fedavg", [WEIGHT], b"second")
+    assert account.stored_update(2, "fedavg") is None
+    assert account.spent() == [STEPS]
+    reader.close()
+    account.commit(2, "fedavg", [WEIGHT], b"second")  # and the ledger goes on
+    assert account.spent() == [STEPS, WEIGHT]
+
+
+def test_a_commit_beyond_the_disk_is_an_error_about_the_disk(path):
+    """SQLite ends the transaction by itself then."""
+    account = Ledger(path, "a run").account("north", FREE)
+    account.commit(1, "fedavg", [STEPS], b"first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+    try:
+        with pytest.raises(LedgerError, match="disk I/O error|is full"):
+            account.commit(2, "fedavg", [WEIGHT], bytes(3 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert account.stored_update(2, "fedavg") is None
+    assert account.spent() == [STEPS]
 
 
 def test_equal_spends_are_one_line_and_nothing_spent_is_none(path):

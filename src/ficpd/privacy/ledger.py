@@ -143,15 +143,19 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits all or nothing; holds the write lock from the start."""
+        """Commits all or nothing; holds the write lock from the start.
+
+        Rolls back if the commit itself fails, because this connection would read back what is not on the disk.
+        """
         with self.readable():
             self.file.execute("begin immediate")
             try:
                 yield
+                self.file.execute("commit")
             except BaseException:
-                self.file.execute("rollback")
+                if self.file.in_transaction:  # a full disk ends it
+                    self.file.execute("rollback")
                 raise
-            self.file.execute("commit")
 
     def num_assignments(self) -> int:
         """Counts the completed assignments of all runs."""
