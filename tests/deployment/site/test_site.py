@@ -398,6 +398,27 @@ def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
         site(noised, "site-0", tmp_path)
 
 
+def test_an_older_copy_without_an_assignment_that_failed_is_refused(noised, tmp_path, monkeypatch):
+    """It may have failed because of the records, so that it must not be tried again."""
+    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own.handle(train(orders[0], said))
+    own.close()
+    ledger = tmp_path / "site-0" / LEDGER
+    copy = {file.name: file.read_bytes() for file in ledger.parent.glob(LEDGER + "*")}
+    own = site(noised, "site-0", tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(own.model), "answer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            own.handle(train(orders[1]))
+    own.close()
+    for file in ledger.parent.glob(LEDGER + "*"):
+        file.unlink()
+    for name, body in copy.items():
+        (ledger.parent / name).write_bytes(body)
+    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
+        site(noised, "site-0", tmp_path)
+
+
 def test_a_half_written_ledger_is_refused_and_left_as_it_is(noised, tmp_path):
     own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
     own.handle(train(orders[0], said))

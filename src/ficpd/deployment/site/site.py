@@ -161,7 +161,12 @@ class Site:
                 "spent on this one. Start a new run for more rounds"
             )
         release = terms.releasing(run.client, order) if order else None
-        update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
+        try:
+            update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
+        except Exception as error:
+            if not isinstance(error, PrivacyError):  # the ledger has it as a failed one
+                self._witness()
+            raise
         encode = terms.encode_vector if order else codec.encode_update
         body = encode(update, assignment.round, self.model.backbone.fingerprint)
         self._witness()
