@@ -140,7 +140,7 @@ def test_a_commit_beyond_the_disk_is_an_error_about_the_disk(path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
     try:
-        with pytest.raises(LedgerError, match="disk I/O error|is full"):
+        with pytest.raises(LedgerError, match=r"disk I/O error|is full"):
             account.commit(2, "fedavg", [WEIGHT], bytes(3 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
