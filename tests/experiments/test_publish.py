@@ -11,6 +11,9 @@ import small
 from ficpd.cli import app
 from ficpd.errors import RunError
 from ficpd.experiments.publish import publish
+from ficpd.library.card import BEGAN
+from ficpd.library.library import PromptLibrary
+from ficpd.library.session import load_library
 
 PRIVATE = ("privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.delta=1e-3", "privacy.clip_norm=0.5")
 SECURE = (*PRIVATE, "privacy.noise=cryptographic")
@@ -75,3 +78,52 @@ def test_what_no_guarantee_covers_is_not_published(tmp_path):
     shown = CliRunner().invoke(app, ["publish", str(tmp_path / "secure" / "run"), str(tmp_path / "new")])
     assert shown.exit_code == 0
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["README.md", "library"]
+
+
+def test_a_start_that_no_guarantee_covers_is_not_published(tmp_path):
+    """The library holds the start itself, and all its prompts stem from it."""
+    small.run(tmp_path / "open", "fedavg", rounds=1)
+    small.run(tmp_path / "secure", "fedavg", *SECURE, rounds=1)
+    out = tmp_path / "out"
+    runs = (("first", "open", "no privacy guarantee"), ("second", "first", "began with a saved prompt"))
+    for name, before, why in runs:
+        begun = ("prompt.init=library", f"prompt.library={tmp_path / before / 'run'}")
+        small.run(tmp_path / name, "fedavg", *SECURE, *begun, rounds=1)
+        with pytest.raises(RunError, match=f"began with a saved prompt.*{why}"):
+            publish(tmp_path / name / "run", out)
+        assert "saved prompt `global`, privacy: none." in PromptLibrary.load(tmp_path / name / "run").page()
+    assert not out.exists()
+    begun = ("prompt.init=library", f"prompt.library={tmp_path / 'secure' / 'run'}")
+    small.run(tmp_path / "third", "fedavg", *SECURE, *begun, rounds=1)
+    publish(tmp_path / "third" / "run", out)
+    said = "saved prompt `global`, privacy: ε = 8.00 per record, cryptographic noise."
+    assert said in (out / "README.md").read_text()
+    assert said in (out / "library" / "README.md").read_text()
+
+
+def test_an_adapted_prompt_is_no_start_to_publish(tmp_path):
+    small.run(tmp_path / "secure", "fedavg", *SECURE, rounds=1)
+    records = [{"text": f"{word} film", "target": word} for word in ("good", "bad") * 2]
+    load_library(tmp_path / "secure" / "run").adapt(records, how="compose").save(tmp_path / "mine")
+    for of, covered in (("global", True), ("adapted", False)):
+        begun = ("prompt.init=library", f"prompt.library={tmp_path / 'mine'}", f"prompt.of={of}")
+        small.run(tmp_path / of, "fedavg", *SECURE, *begun, rounds=1)
+        assert ("adapted" in PromptLibrary.load(tmp_path / of / "run").card[BEGAN]) != covered
+        if covered:
+            publish(tmp_path / of / "run", tmp_path / "out")
+        else:
+            with pytest.raises(RunError, match="`adapted` is fitted to records without a guarantee"):
+                publish(tmp_path / of / "run", tmp_path / "other")
+
+
+def test_only_the_librarys_own_files_are_published_and_no_later_change(tmp_path):
+    small.run(tmp_path, "fedavg", *SECURE, rounds=1)
+    library = tmp_path / "run" / "library"
+    (library / "notes.txt").write_text("a patient's name")
+    publish(tmp_path / "run", tmp_path / "out")
+    published = sorted(file.name for file in (tmp_path / "out" / "library").iterdir())
+    assert published == ["README.md", "card.json", "prompts.safetensors"]
+    records = [{"text": f"{word} film", "target": word} for word in ("good", "bad") * 2]
+    load_library(library).adapt(records, how="compose").library.save(library)
+    with pytest.raises(RunError, match="fitted to records without a guarantee"):
+        publish(tmp_path / "run", tmp_path / "other")

@@ -23,6 +23,7 @@ from ficpd.experiments.initialization import (
     check_rows_apart,
     init_soft_prompt,
     init_token_prompt,
+    saved_beginning,
     try_loss,
 )
 from ficpd.federation.build import make_method
@@ -46,6 +47,7 @@ class ExperimentContext:
     group_of: the group of each client.
     start: the initial prompt.
     unseen: clients that take no part.
+    began: of a saved initial prompt, the entry in a library's card (`card.BEGAN`).
     """
 
     experiment: Experiment
@@ -57,6 +59,7 @@ class ExperimentContext:
     shards: Mapping[str, ClientData]
     unseen: Mapping[str, ClientData] = field(default_factory=dict)
     encodings: Encodings = field(default_factory=dict, repr=False, compare=False)
+    began: Mapping[str, Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -234,7 +237,8 @@ def with_config(context: ExperimentContext, experiment: Experiment) -> Experimen
     by_group = {g: [s for n, s in context.shards.items() if context.group_of[n] == g] for g in context.tasks}
     experiment = experiment.model_copy(update={"backbone": context.experiment.backbone})
     begun = _initialized(experiment, context.tasks, by_group, context.model)
-    return replace(context, experiment=begun.experiment, start=begun.start, compression=begun.compression)
+    compression = begun.compression
+    return replace(context, experiment=begun.experiment, start=begun.start, compression=compression, began=begun.began)
 
 
 def _load(
@@ -268,7 +272,7 @@ def _initialized(
         experiment.model_copy(update={"compression": part}), list(tasks.values()), model, start
     )
     experiment = calibrated.model_copy(update={"compression": experiment.compression})
-    return ExperimentContext(experiment, tasks, {}, model, start, compression, {})
+    return ExperimentContext(experiment, tasks, {}, model, start, compression, {}, began=saved_beginning(experiment))
 
 
 def _tunes_in_subspace(method: Method, experiment: Experiment, backbone: Backbone) -> bool:

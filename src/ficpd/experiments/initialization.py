@@ -18,6 +18,7 @@ from ficpd.experiments import head_init
 from ficpd.experiments.config import Experiment, PromptConfig
 from ficpd.federation.compression.subspace import Gradients
 from ficpd.interfaces import Backbone, Compression, Task
+from ficpd.library.card import beginning
 from ficpd.library.library import PromptLibrary
 from ficpd.optimizers.search_space import SearchSpace
 from ficpd.privacy.clipping import clip_scale
@@ -72,6 +73,14 @@ def init_token_prompt(experiment: Experiment, tasks: Sequence[Task], backbone: B
     text = None if config.init == "vocabulary" else config.text or start_text(tasks)
     ids_P1 = token_prompt(backbone.vocabulary, backbone.name, text, config.num_tokens, experiment.seed)
     return Prompt(ids_P1, backbone.fingerprint)
+
+
+def saved_beginning(experiment: Experiment) -> dict[str, Any] | None:
+    """Describes a saved initial prompt for a card (`card.BEGAN`); None if the prompt is new."""
+    config = experiment.prompt
+    if not config.library:
+        return None
+    return beginning(PromptLibrary.load(Path(str(config.library)).expanduser()).card, config.of)
 
 
 def _saved_prompt(config: PromptConfig, backbone: Backbone, head_rows: int) -> Prompt:

@@ -17,7 +17,7 @@ from ficpd.federation.method import Method
 from ficpd.federation.privacy_plan import NONE, PrivacyPlan, privacy_config_for, public_seed
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.interfaces import Backbone
-from ficpd.library.card import WORDS
+from ficpd.library.card import BEGAN, WORDS
 from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import adjusted_rand
@@ -147,6 +147,8 @@ def build_library(
     card["privacy"] = _public_privacy(result.privacy)
     if result.privacy.noise != "simulated":  # the seed would let a reader subtract the simulated noise
         card["seed"] = result.seed
+    if context.began:
+        card[BEGAN] = context.began
     if result.clusters:
         card["prototypes"] = result.clusters.number
     if facts := result.distillation:

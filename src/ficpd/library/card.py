@@ -21,6 +21,8 @@ NEEDED = ("backbone", "tasks")
 """The required keys of a card."""
 ADAPTED = "adapted"
 """The name of the adapted prompt, and the key of its facts in the card."""
+BEGAN = "began_with"
+"""The card's key for a saved initial prompt: its name, and the privacy of its library."""
 ONE_RECORD = "one record; somebody with several is protected less"
 """The unit of a record-level guarantee whose data name no subjects."""
 WORDS = "words"
@@ -47,6 +49,8 @@ def read_card(path: Path) -> dict[str, Any]:
         raise ValueError(f"card.json: tasks: {wrong[0]} has no task kind (`name`)")
     if not isinstance(card.get(ADAPTED, {}), dict):
         raise ValueError(f"card.json: {ADAPTED}: expected an object")
+    if not isinstance(card.get(BEGAN, {}), dict):
+        raise ValueError(f"card.json: {BEGAN}: expected an object")
     return card
 
 
@@ -85,11 +89,42 @@ def model_card(card: Mapping[str, Any], start: "Prompt", prompts: Iterable[str],
         f"- tasks: {join_names(card.get('tasks', {}))}\n"
         f"- made by: {describe_run(card)}\n"
         f"- privacy: {guarantee(card.get('privacy', {}))}\n"
-        f"{unit_line(card.get('privacy', {}))}"
+        f"{unit_line(card.get('privacy', {}))}{began_line(card)}"
         f"{_settings_lines(card)}{words}{adapted_line(card, readouts)}\n"
         'Use it: `ficpd predict THIS_FOLDER "..."`, or fit it to your own records: '
         "`ficpd adapt THIS_FOLDER --data few.jsonl --shots 16 --out DIR`.\n"
     )
+
+
+def beginning(card: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the entry `BEGAN` of a run that begins with the prompt `name` of this card's library."""
+    kept = {key: card[key] for key in ("privacy", BEGAN) if key in card}
+    return {"prompt": name, **kept, **({ADAPTED: {}} if name == ADAPTED else {})}
+
+
+def began_line(card: Mapping[str, Any]) -> str:
+    """Returns the card's line about a saved initial prompt, whose records the run's guarantee does not cover."""
+    if not (began := card.get(BEGAN)):
+        return ""
+    said = "none" if ADAPTED in began else guarantee(began.get("privacy", {}))
+    return (
+        f"- began with: the saved prompt `{began.get('prompt', '?')}`, privacy: {said}. A record that both were tuned on is "
+        f"protected by both together, at most\n{began_line(began)}"
+    )
+
+
+def weakness(card: Mapping[str, Any]) -> str | None:
+    """Returns why a library protects no records, in one phrase; None if a guarantee covers it."""
+    privacy = card.get("privacy", {})
+    if ADAPTED in card:
+        return f"the prompt `{ADAPTED}` is fitted to records without a guarantee"
+    if privacy.get("epsilon") is None:
+        return "the records that it was trained on have no privacy guarantee"
+    if privacy.get("noise") == "simulated" or privacy.get("rehearsed"):
+        return "its noise comes from a seed, and a correct guess of the seed removes the noise"
+    if BEGAN in card and (why := weakness(card[BEGAN])):
+        return f"it began with a saved prompt (prompt.library): {why}"
+    return None
 
 
 def _settings_lines(card: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ficpd.errors import FicpdError, LibraryError, needs
-from ficpd.library.card import ADAPTED, CARD, PAGE, TENSORS, guarantee
+from ficpd.library.card import CARD, PAGE, TENSORS, guarantee, weakness
 
 if TYPE_CHECKING:
     from ficpd.library.library import PromptLibrary
@@ -134,18 +134,6 @@ def with_backbone(card: Mapping[str, Any], name: str | None) -> dict[str, Any]:
             f"backbone {named!r} is a folder of this machine; give the model's hub id: backbone='OWNER/NAME'"
         )
     return {**card, "backbone": {**card["backbone"], "name": named}}
-
-
-def weakness(card: Mapping[str, Any]) -> str | None:
-    """Returns why a library protects no records, in one phrase; None if a guarantee covers it."""
-    privacy = card.get("privacy", {})
-    if ADAPTED in card:
-        return f"the prompt `{ADAPTED}` is fitted to records without a guarantee"
-    if privacy.get("epsilon") is None:
-        return "the records that it was trained on have no privacy guarantee"
-    if privacy.get("noise") == "simulated" or privacy.get("rehearsed"):
-        return "its noise comes from a seed, and a correct guess of the seed removes the noise"
-    return None
 
 
 def hub_page(card: Mapping[str, Any], page: str, repo_id: str) -> str:

@@ -32,8 +32,9 @@ from ficpd.library.card import (
     join_names,
     model_card,
     read_card,
+    weakness,
 )
-from ficpd.library.hub import find_library, hub_page, locate, push, weakness, with_backbone
+from ficpd.library.hub import find_library, hub_page, locate, push, with_backbone
 from ficpd.library.mixture import Mixture
 from ficpd.storage import atomic_write, fsync, require_writable
 from ficpd.types import Batch, Prompt, Query, Readout

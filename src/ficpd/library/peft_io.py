@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ficpd.backbones import catalog, lora, weights
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
 from ficpd.errors import BackboneError, LibraryError, needs
-from ficpd.library.card import ADAPTED, adapted_line, describe_run, describe_shape, guarantee
+from ficpd.library.card import ADAPTED, adapted_line, began_line, describe_run, describe_shape, guarantee
 from ficpd.library.library import PromptLibrary, prompt_keys, require_new, require_standalone
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.registry import validate
@@ -232,6 +232,7 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
         f"- task: {tasks}",
         f"- made by: {describe_run(card)}",
         f"- privacy: {guarantee(card.get('privacy', {}))}",
+        *began_line(card).splitlines(),
     ]
     if name == ADAPTED:
         lines.append(adapted_line(card, library.readouts).strip())
