@@ -170,6 +170,16 @@ def test_it_warns_of_small_and_uneven_data(table):
     assert "there is one client, 'h0'" in warned(table(notes(hospital=["h0"] * 240)))
 
 
+def test_it_warns_of_settings_that_tell_of_single_records(table):
+    """A library's card states labels and anchors, which no noise covers."""
+    rated = table(notes(rating=[i % 40 / 10 for i in range(240)]))
+    assert "the least and the largest number of the records (0, 3.9)" in warned(rated, 2.0, target="rating")
+    assert "single records" not in warned(rated, target="rating")
+    rare = table(notes(department=["cardio"] * 120 + ["neuro"] * 119 + ["leprosy"]))
+    assert "a library lists it to all; 'leprosy' may tell of single records" in warned(rare, 2.0)
+    assert "single records" not in warned(table(notes()), 2.0)
+
+
 def test_it_warns_of_cells_texts_and_labels(table):
     gaps = notes()
     gaps.loc[6, "department"] = None

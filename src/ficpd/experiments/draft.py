@@ -128,10 +128,8 @@ def _task(rows: Rows, chosen: Mapping[str, str | None]) -> tuple[list[str], str]
     """Returns the lines of `[task]`, and a sentence about the targets. Raises `DataError` if they make no task."""
     target = chosen["target"]
     cells = [cell for cell in rows.column(target) if cell is not None]
-    numbers = [parse_number(cell) for cell in cells]
-    real = all(type(number) in (int, float) for number in numbers)
     of_inputs = _of_texts(str(target)) if chosen["text"] else _of_images()
-    if real and (is_regression_target(cells) or len(set(numbers)) > MOST_NUMBERS):
+    if numbers := _numbers(cells):
         return _regression(of_inputs, str(target), numbers), f"numbers from {min(numbers):g} to {max(numbers):g}"
     counts = Counter(str(cell) for cell in cells)
     if not 2 <= len(counts) <= MOST_LABELS:
@@ -149,6 +147,13 @@ def _task(rows: Rows, chosen: Mapping[str, str | None]) -> tuple[list[str], str]
         "",
     ]
     return lines, f"{len(counts)} labels: {_counts(counts)}"
+
+
+def _numbers(cells: Sequence[Any]) -> list[float]:
+    """Returns the targets as numbers; none if they are labels."""
+    numbers = [parse_number(cell) for cell in cells]
+    real = all(type(number) in (int, float) for number in numbers)
+    return numbers if real and (is_regression_target(cells) or len(set(numbers)) > MOST_NUMBERS) else []  # type: ignore[return-value]
 
 
 def _of_texts(target: str) -> list[str]:
@@ -292,7 +297,23 @@ def _subjects(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | Non
         yield f"subjects with rows at several clients: {several}. Each client protects its own rows of them alone"
 
 
-CHECKS = (_missing_cells, _few_records, _labels, _duplicates, _clients, _subjects)
+def _known_without_records(rows: Rows, chosen: Mapping[str, str | None], epsilon: float | None) -> Iterable[str]:
+    """Warns of settings that tell of single records. A library's card states them, and no noise covers them."""
+    cells = [cell for cell in rows.column(chosen["target"]) if cell is not None]
+    counts = Counter(map(str, cells))
+    if epsilon and (numbers := _numbers(cells)):
+        yield (
+            f"[task.anchors] has the least and the largest number of the records ({min(numbers):g}, {max(numbers):g}), "
+            "which a library states to all. Write limits that are known without the records, such as 0 and 100"
+        )
+    elif epsilon and (rare := [label for label, count in counts.items() if count < FEW_OF_A_LABEL]):
+        yield (
+            f"[task.labels] was read from the records, and a library lists it to all; {_listed(rare)} may tell of single "
+            "records. Drop what is not known without the records"
+        )
+
+
+CHECKS = (_missing_cells, _few_records, _labels, _duplicates, _clients, _subjects, _known_without_records)
 
 
 def _is_foreign(texts: Iterable[Any]) -> bool:
