@@ -116,9 +116,10 @@ def test_what_cannot_be_run_is_said_before_the_first_round(place, changes, error
         build_context(experiment(place, *changes))
 
 
-def test_the_clients_own_records_are_no_public_examples(place):
-    with pytest.raises(ConfigError, match="public"):
-        build_context(experiment(place, f"prompt.head_examples={place / 'digits'}"))
+@pytest.mark.parametrize("folder", ["digits", "digits/train", "digits/../digits/test", "."])
+def test_the_clients_own_records_are_no_public_examples(place, folder):
+    with pytest.raises(ConfigError, match="the clients' private records"):
+        build_context(experiment(place, f"prompt.head_examples={place / folder}"))
 
 
 def test_without_words_and_without_a_head_there_is_nothing_to_classify_by(place):

@@ -66,9 +66,11 @@ def class_means(task: Task, backbone: Backbone, records: Sequence[Record]) -> Te
 
 def examples(place: str, data: loading.Config) -> list[Record]:
     """Loads public labelled records with the clients' columns. Raises `ConfigError` for the clients' own records."""
-    if Path(place).expanduser().resolve() == Path(data.source).expanduser().resolve():
+    given, private = (Path(path).expanduser().resolve() for path in (place, data.source))
+    if given.is_relative_to(private) or private.is_relative_to(given):
         raise ConfigError(
-            f"prompt.head_examples = {place!r} is data.source, the clients' private records. Name public records"
+            f"prompt.head_examples = {place!r} has, or is in, data.source, the clients' private records. Keep public "
+            "records apart from them"
         )
     columns = {role: column for role, column in data.columns.items() if role in ROLES}
     update = {"source": place, "columns": columns, "keep": (), "where": {}, "split_column": None, "dev_as_train": False}
