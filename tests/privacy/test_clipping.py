@@ -160,6 +160,13 @@ def test_one_subject_more_or_less_moves_the_sum_by_at_most_the_norm_in_any_chunk
         assert length(whole - less) <= norm
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_subject_in_several_chunks_is_clipped_once(size):
+    rows_BN = torch.tensor([[3.0, 4.0]]).repeat(4, 1)
+    summed = clipped_subject_sum(rows_BN.split(size), torch.zeros(4, dtype=torch.long), torch.ones(4).bool(), 1.0)
+    assert torch.allclose(summed, MARGIN * torch.tensor([0.6, 0.8], dtype=torch.double))
+
+
 def test_a_row_that_is_not_kept_counts_nothing_not_even_if_it_is_not_finite():
     rows_BN = torch.tensor([[0.1, 0.2], [math.nan, 1.0], [0.3, 0.0]])
     kept_B = torch.tensor([True, False, True])

@@ -47,7 +47,7 @@ def clipped_subject_sum(chunks: Iterable[Tensor], subject_B: Tensor, kept_B: Ten
 
     Keeps in memory only the sums of subjects with rows still to come.
 
-    Guarantees: adding, removing or changing all rows of one subject moves the result by at most `clip_norm`, however the
+    Guarantees: adding, removing or zeroing all rows of one subject moves the result by at most `clip_norm`, however the
     rows are divided into chunks (`tests/privacy/test_clipping.py`).
     """
     last = {subject: place for place, subject in enumerate(subject_B.tolist())}
