@@ -16,12 +16,15 @@ from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_no
 from ficpd.methods.shared.readouts import (
     CENTRE,
     COUNTS,
+    NOISE_OF_TOTALS,
     ROWS,
     SCORING,
     TEXT,
     client_totals,
+    learn_readouts,
     scoring_readout,
     state_readout,
+    totals_spec,
 )  # fmt: skip
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, Record, State
@@ -105,6 +108,23 @@ def test_each_client_scores_its_records_by_half_a_readout_without_them(model):
     broken = replace(newcomer, arrays=newcomer.arrays | {SCORING: newcomer.arrays[ROWS][:, :1]})
     with pytest.raises(CodecError, match="readout arrays"):
         method.validate_assignment(broken, members[names[0]].start)
+
+
+def test_a_secure_sum_makes_no_readout_without_one_client(model):
+    """Its noise is that of the whole sum, and none of a part."""
+    method = small.method("ficpd")
+    members = small.clients(model, method)
+    first = small.first_state(method, members, readable=model)
+    _, updates = after_one_round(model, method, members, first)
+    found = {}
+    for noise in (0.0, 1e-9):
+        state = State(first.arrays, {**first.facts, "gram": False, NOISE_OF_TOTALS: noise})
+        numbers = totals_spec(state)[CLASSES][0]
+        sums = [ClientUpdate(u.client, {CLASSES: u.arrays[CLASSES][:numbers]}) for u in updates]
+        found[noise] = {name.partition("/")[0] for name in learn_readouts(state, sums, scoring=True).arrays}
+    assert ROWS in found[0.0] & found[1e-9]
+    assert SCORING in found[0.0]
+    assert SCORING not in found[1e-9]
 
 
 @pytest.mark.parametrize("limit", ["MANY_RECORDS", "MOST_SCORING"])
