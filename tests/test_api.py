@@ -38,9 +38,6 @@ def library(folder) -> LibrarySession:
     return ficpd.load_library(folder / "run")
 
 
-# ---------------------------------------------------------------- import
-
-
 def test_importing_is_quick_and_loads_nothing_heavy():
     code = (
         "import sys, time; began = time.perf_counter(); import ficpd; took = time.perf_counter() - began\n"
@@ -59,9 +56,6 @@ def test_every_public_name_is_there_and_no_other():
     with pytest.raises(AttributeError, match="'runn'"):
         ficpd.runn  # noqa: B018
     assert (Path(ficpd.__file__).parent / "py.typed").exists()
-
-
-# ---------------------------------------------------------------- run and compare
 
 
 def test_a_run_is_a_directory_and_a_table(folder):
@@ -108,9 +102,6 @@ def test_a_comparison_has_a_line_for_each_method(folder, tmp_path):
     assert set(found.to_frame()["method"]) == {"zero_shot", "local", "centralized", "fedavg", "fedprox"}
     assert found.to_frame()["mean"].notna().all()
     assert any(event.get("method") == "fedprox" for event in events)
-
-
-# ---------------------------------------------------------------- a library
 
 
 def test_a_library_predicts_with_and_without_scores(library):

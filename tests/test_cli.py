@@ -33,9 +33,6 @@ def failed(outcome: tuple[int, str, str]) -> str:
     return err
 
 
-# ---------------------------------------------------------------- help
-
-
 def test_it_tells_its_version(ficpd):
     assert ficpd("--version")[:2] == (0, "ficpd 0.1.0\n")
 
@@ -55,9 +52,6 @@ def test_an_unknown_option_is_a_usage_error(ficpd):
 def test_python_m_ficpd_is_the_command():
     done = subprocess.run([sys.executable, "-m", "ficpd", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ficpd 0.1.0\n", "")
-
-
-# ---------------------------------------------------------------- run
 
 
 def test_run_leaves_a_run_and_prints_its_table(ficpd, folder, tmp_path):
@@ -134,9 +128,6 @@ def test_interrupting_says_how_to_go_on(ficpd, folder, tmp_path, monkeypatch):
     status, _, err = ficpd("run", folder / "small.toml", "--out", tmp_path / "run")
     assert status == 130
     assert f"`ficpd run --resume --out {tmp_path / 'run'}` continues after the last finished round" in err
-
-
-# ---------------------------------------------------------------- using a library
 
 
 def test_evaluate_scores_every_prompt_and_none(ficpd, folder):

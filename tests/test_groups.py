@@ -176,9 +176,6 @@ def test_what_cannot_be_a_federation_of_groups_is_said(tmp_path):
         build_context(parse(text, "x", ["groups.plain.task.tuned_head=true"]))
 
 
-# ---------------------------------------------------------------- a start that was saved
-
-
 def test_a_run_goes_on_from_a_saved_prompt(tmp_path):
     small.run(tmp_path, "fedavg", rounds=3)
     kept = PromptLibrary.load(tmp_path / "run").prompts["global"]

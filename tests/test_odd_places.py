@@ -46,9 +46,6 @@ def said(monkeypatch, capsys, *words: object) -> str:
     return err
 
 
-# ---------------------------------------------------------------- what the system refuses
-
-
 @pytest.mark.parametrize("place", ["file/x", LONG, "file"])
 @pytest.mark.parametrize("command", ["run", "report", "adapt", "audit"])
 def test_a_place_that_cannot_be_written_is_one_sentence(folder, monkeypatch, capsys, place, command):
@@ -95,9 +92,6 @@ def test_trying_a_folder_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- no home
-
-
 @pytest.fixture(params=["none", "unwritable"])
 def no_home(request, monkeypatch, tmp_path) -> None:
     for name in ("FICPD_CACHE", "XDG_CACHE_HOME", "HOME"):
@@ -123,9 +117,6 @@ def test_without_a_home_only_time_is_lost(no_home):
 def test_without_a_home_weights_name_the_setting(no_home):
     with pytest.raises(BackboneError, match="FICPD_CACHE"):
         _kept("some", lambda folder: None)
-
-
-# ---------------------------------------------------------------- encodings, signals: the command in a process
 
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:

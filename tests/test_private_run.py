@@ -364,9 +364,6 @@ def test_a_warning_names_the_reason(tmp_path):
     assert any("publishes one of them whole" in str(warning.message) for warning in caught)
 
 
-# ---------------------------------------------------------------- the private stream
-
-
 def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     """The server's half sees a seed of its own. From it, and all other numbers it sees, no noise can be had again."""
     from ficpd.experiments.run_directory import RunDir

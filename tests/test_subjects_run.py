@@ -126,9 +126,6 @@ def test_a_gap_is_an_error_that_names_the_row_before_the_run_has_a_directory(tmp
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------- sites
-
-
 def site_file(folder: Path, subject: bool, more: str = "") -> Path:
     file, columns = folder / "site.toml", BY_PATIENT.removeprefix("data.") if subject else ""
     file.write_text(
@@ -200,9 +197,6 @@ def test_a_sites_ledger_has_one_unit(tmp_path):
         with pytest.raises(LedgerError, match=f"spent for one {unit}, and this is for one "):
             site(replace(one, shards={**one.shards, "site-0": second}), "site-0", folder)
         site(replace(one, shards={**one.shards, "site-0": first}), "site-0", folder).close()
-
-
-# ---------------------------------------------------------------- audits and adaptation
 
 
 def people(count: int, first: int, each: int = 3):

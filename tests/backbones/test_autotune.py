@@ -39,9 +39,6 @@ def test_one_interruption_does_not_change_the_dtype(monkeypatch):
     assert not autotune._bf16_pays(torch.device("cpu"))
 
 
-# ---------------------------------------------------------------- loads and memory
-
-
 @pytest.fixture
 def loads(tmp_path, monkeypatch):
     """Choices loaded so far, and (as `alive`) how many of the models are in memory."""

@@ -40,9 +40,6 @@ def ask(backbone: CausalLM, prompts_SPD, items, layer: int = 0) -> Any:
     return backbone.forward(prompts_SPD, backbone.encode_prefix(items, layer), items, layer)
 
 
-# ---------------------------------------------------------------- what is read
-
-
 def words(backbone: CausalLM, item) -> str:
     return " ".join(backbone.tokenizer.convert_ids_to_tokens(item.content.tolist()))
 
@@ -123,9 +120,6 @@ def test_an_answer_to_be_written_ends_with_the_end_token_and_keeps_its_room(fold
     assert (words(backbone, cut), cut.scored) == ("bad \n the sentiment is the film", 2)
     with pytest.raises(BackboneError, match="9 of the answer leave nothing"):
         backbone.tokenize("bad", None, ASK, None, room=3, writes=9)
-
-
-# ---------------------------------------------------------------- layers
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -214,9 +208,6 @@ def test_a_layer_that_does_not_exist_is_an_error(small):
         small.encode_prefix(read(small), 3)
 
 
-# ---------------------------------------------------------------- starts
-
-
 def test_a_start_is_made_of_real_activations(small):
     from_text = small.init_prompt("very good film", 5, 1, seed=0)
     ids = small.tokenizer("very good film very good")["input_ids"]
@@ -231,9 +222,6 @@ def test_a_start_is_made_of_real_activations(small):
     assert small.init_prompt(None, 40, 2, seed=1).shape == (40, 32)
     with pytest.raises(BackboneError, match="start text ''"):
         small.init_prompt("", 5, 0, seed=0)
-
-
-# ---------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -351,9 +339,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_from_the_tail():
     assert len({float(value) for value in again}) == 3
 
 
-# ---------------------------------------------------------------- weights that are not a decoder
-
-
 def test_what_cannot_be_run_is_named(folder, tmp_path):
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)
@@ -361,9 +346,6 @@ def test_what_cannot_be_run_is_named(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)
-
-
-# ---------------------------------------------------------------- SmolLM2
 
 
 @pytest.fixture(scope="module")

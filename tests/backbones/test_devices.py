@@ -44,9 +44,6 @@ def test_copies_keep_values_and_take_a_dtype():
     assert copy_to(given, torch.device("meta")).device.type == "meta"
 
 
-# ---------------------------------------------------------------- masks and embeddings
-
-
 def items_of(*lengths: int) -> list[EncodedInput]:
     return [EncodedInput(5 + torch.arange(n) % 9, n) for n in lengths]
 
@@ -100,9 +97,6 @@ def test_the_words_of_all_rows_are_gathered_in_one_call(name, group):
         rows = backbone.encode_prefix(items, 0)
     assert seen.names.count("aten::embedding") == 1
     assert all(torch.equal(row, backbone.encode_prefix([item], 0)[0]) for row, item in zip(rows, items, strict=True))
-
-
-# ---------------------------------------------------------------- writing
 
 
 def step_of(rows: int, ends_after: int):

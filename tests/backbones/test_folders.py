@@ -127,9 +127,6 @@ def test_a_decoder_that_embeds_sentences_is_a_sentence_encoder(tmp_path):
     torch.testing.assert_close(features(load(folder))[0], expected, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------- folders that cannot be read
-
-
 def test_an_adapter_in_the_folder_is_refused(tmp_path):
     with pytest.raises(BackboneError, match=r"holds an adapter .*merge_and_unload"):
         load(write(tmp_path, adapter_config={"peft_type": "LORA"}))

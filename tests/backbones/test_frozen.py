@@ -42,9 +42,6 @@ def test_the_table_of_families_is_as_measured():
             assert difference == "refused" or float(difference) < 2e-5
 
 
-# ---------------------------------------------------------------- guarantees
-
-
 def test_embeddings_that_give_other_states_than_ids_are_refused():
     model = families.build(LLAMA)
     scaled: Any = lambda module, args, kwargs: (  # noqa: E731
@@ -77,9 +74,6 @@ def test_a_middle_that_reads_what_was_below_is_closed():
     assert changed.depth == 1
     with pytest.raises(BackboneError, match=r"expected 0 to 0\. It gives other states when it is entered at layer"):
         changed.check(2)
-
-
-# ---------------------------------------------------------------- heads and rows
 
 
 def test_a_capped_head_is_scored_by_its_own_logits_and_a_scaled_one_by_rows():
@@ -115,9 +109,6 @@ def test_positions_that_begin_behind_the_padding_index_bound_the_context():
     assert context(families.build(families.SENTENCES["CamemBERT"])) == 64 - 1  # padding index 0
     assert context(families.build(BERT)) == 64
     assert context(families.build(families.DECODERS["BLOOM"], max_position_embeddings=None)) > 10**9
-
-
-# ---------------------------------------------------------------- checks, copies and threads
 
 
 def test_a_slow_check_is_done_once_for_the_same_weights(tmp_path, monkeypatch):

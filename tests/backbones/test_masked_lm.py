@@ -40,9 +40,6 @@ def pieces(backbone: MaskedLM, item: EncodedInput) -> list[str]:
     return backbone.tokenizer.convert_ids_to_tokens(item.content[: item.length].tolist())
 
 
-# ---------------------------------------------------------------- what is said
-
-
 @pytest.mark.parametrize("pair", [None, "a dull story"])
 def test_logits_at_the_mask_are_the_models_own(folder, backbone, pair):
     cloze = FRAME.replace("[MASK]", backbone.tokenizer.mask_token)
@@ -90,9 +87,6 @@ def test_a_word_of_a_script_without_blanks_is_one_token(tmp_path):
     backbone = berts.load(berts.xlm_roberta(tmp_path))
     assert backbone.tokenizer.tokenize(" 电影") == ["▁", "电影"]
     assert backbone.readout("", ["电影", "good"]).shape == (2, backbone.width)
-
-
-# ---------------------------------------------------------------- what is read
 
 
 @pytest.mark.parametrize("pair", [None, "a dull story " * 50])
@@ -154,9 +148,6 @@ def test_weights_without_a_language_head_are_refused(folder, tmp_path):
         berts.load(tmp_path)
 
 
-# ---------------------------------------------------------------- scripts
-
-
 @pytest.mark.parametrize("script", berts.SCRIPTS)
 def test_right_to_left_and_unspaced_scripts_are_read_cut_and_paired(backbone, script):
     text = berts.SCRIPTS[script]
@@ -177,9 +168,6 @@ def test_tiny_reads_a_script_without_blanks_as_one_word(script):
     assert tiny.tokenize(text, None, "", None, 4).length == len(text.split())
     assert tiny.tokenize(text, text, "", None, 4).length == 2 * len(text.split()) + 1
     assert tiny.unk_rate([text]) == 0.0
-
-
-# ---------------------------------------------------------------- a whole run
 
 
 def test_a_run_learns(folder, tmp_path):

@@ -109,9 +109,6 @@ def test_a_model_of_shapes_alone_is_measured_as_a_real_one():
     assert found.weights == pytest.approx(known.weights, rel=0.01)
 
 
-# ---------------------------------------------------------------- chunks by memory
-
-
 def chunk(monkeypatch, free: float, device: str = "cuda", **given) -> tuple[int, bool | None]:
     """What a device of so many free bytes is given, for a backbone that keeps 4 MiB of a position, as a 7 B does."""
     found = Footprint(14 << 30, 4 << 20, 0, 8 << 10, 0, 32)
@@ -148,9 +145,6 @@ def test_a_backbone_that_runs_elsewhere_is_not_measured(monkeypatch):
     monkeypatch.setattr(memory, "footprint", None)
     elsewhere = SimpleNamespace(device=torch.device("cpu"), supports_features=False)
     assert QueryEngine(elsewhere).chunk_tokens == 512
-
-
-# ---------------------------------------------------------------- blocks computed again
 
 
 def answer(backbone, enters_at: int, grad: bool = True):
@@ -194,9 +188,6 @@ def test_an_engine_is_told_to_compute_blocks_again():
     assert backbone.checkpointed, "an engine that says nothing changes nothing"
     QueryEngine(backbone, chunk_tokens=64, checkpoint=False)
     assert not backbone.checkpointed
-
-
-# ---------------------------------------------------------------- memory that runs out
 
 
 def running_out(backbone, monkeypatch, most: int) -> list[int]:

@@ -78,9 +78,6 @@ def scores(
     return outputs.scores_RN
 
 
-# ---------------------------------------------------------------- what it says
-
-
 def test_an_answers_score_is_its_mean_log_likelihood_behind_prompt_text_and_instruction(built, decoder, served):
     backbone = built()
     found = scores(backbone, prompts=("the story", "good film"))
@@ -155,9 +152,6 @@ def test_a_long_text_is_cut_and_nothing_else(built):
         backbone.tokenize("one", None, "it is", "good", 17)
 
 
-# ---------------------------------------------------------------- what it cannot do
-
-
 def test_soft_prompts_gradients_and_heads_are_refused_with_what_to_do(built):
     backbone = built()
     batch, soft = batch_of(backbone), torch.zeros(1, 2, 1)
@@ -196,9 +190,6 @@ def test_a_key_in_the_address_is_refused_and_not_repeated(built):
     with pytest.raises(BackboneError, match="key_from") as refused:
         built(url="http://me:secret@host/v1")
     assert "secret" not in str(refused.value)
-
-
-# ---------------------------------------------------------------- a server that fails
 
 
 def test_a_server_that_is_down_is_asked_as_often_as_was_said_and_then_given_up_by_name(built):
@@ -308,9 +299,6 @@ def test_likelihoods_that_must_be_had_and_are_not(built, served):
         built(answers="likelihood")
 
 
-# ---------------------------------------------------------------- the key
-
-
 def test_the_key_is_sent_and_stands_in_no_error(built, served, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-very-secret")
     backbone = built(key_from="SOME_KEY", workers=1)
@@ -329,9 +317,6 @@ def test_keys_of_the_environment_that_no_option_names_are_not_sent(built, served
     scores(built(), TEXTS[:1])
     assert not any("sk-very-secret" in value for _, _, headers in served.asked for value in headers.values())
     assert not any("authorization" in headers for _, _, headers in served.asked)
-
-
-# ---------------------------------------------------------------- a whole run
 
 
 def changes(served: Served, words: Path, **more: Any) -> list[str]:

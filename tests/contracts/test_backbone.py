@@ -38,9 +38,6 @@ TEXTS = ["the film was good", "bad", "it was a dull story and we saw it twice", 
 WIDTH, TOKENS = 32, 4
 
 
-# ---------------------------------------------------------------- small ones of every kind
-
-
 def write_encoder(folder: Path, model: Any = BertModel) -> Path:
     torch.manual_seed(5)
     config = BertConfig(
@@ -218,9 +215,6 @@ def test_a_new_backbone_needs_an_entry_here():
     )
 
 
-# ---------------------------------------------------------------- rows never see each other
-
-
 def test_a_row_alone_answers_as_in_a_padded_batch(case):
     for layer in layers(case.backbone):
         batch, stacked = batch_of(case, layer), prompts(case, 2)
@@ -265,9 +259,6 @@ def test_a_records_gradient_is_that_of_a_backward_of_its_own(case):
             case.task.loss(type(outputs)(outputs.features_RD[:1], scores, head), one).sum().backward()
             assert small.close(answered[0, b], prompt.grad)
             assert prompt.grad.abs().max() > 0
-
-
-# ---------------------------------------------------------------- layers
 
 
 def test_kept_lower_layers_answer_as_those_run_each_time(case):
@@ -335,9 +326,6 @@ def test_answers_are_float32_whatever_the_backbone_computes_in(kind):
     assert case.backbone.init_prompt("good", 2, 0, 0).dtype == torch.float32
 
 
-# ---------------------------------------------------------------- starts
-
-
 @pytest.mark.parametrize("text", ["the film was good", None])
 def test_a_start_is_the_activations_of_words(kind, text):
     """At layer 0 each vector is a word's own; further up it is what the layers below make of those very words."""
@@ -399,9 +387,6 @@ def test_a_start_longer_than_the_backbone_reads_is_made_or_refused(backbone, tex
         for wanted in (backbone.max_tokens + 10, 200):
             vectors = outcome(lambda layer=layer, wanted=wanted: backbone.init_prompt(text, wanted, layer, 0))
             assert isinstance(vectors, BackboneError) or vectors.shape == (wanted, backbone.width)
-
-
-# ---------------------------------------------------------------- what is read
 
 
 def test_the_same_weights_have_the_same_fingerprint_and_say_the_same(kind):

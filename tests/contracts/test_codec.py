@@ -77,9 +77,6 @@ def refused(message: bytes, expected: codec.ExpectedUpdate = EXPECTED) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- round trips
-
-
 def test_an_update_comes_back_exactly():
     tiny = torch.tensor([5e-45, -0.0])
     given_ = update(weight=0.125, gain=tiny)
@@ -209,9 +206,6 @@ def test_a_name_that_a_header_cannot_hold_is_neither_written_nor_read(name, word
 def test_nothing_that_is_not_finite_is_written_into_a_checkpoints_header():
     with pytest.raises(ValueError, match="JSON compliant"):
         storage.encode_state(State({}, {"rate": float("nan")}), {})
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 def test_a_message_cut_anywhere_is_refused():
@@ -424,9 +418,6 @@ def test_an_order_for_another_backbone_is_refused():
     order = codec.encode_assignment(Assignment("fedavg", 4, arrays(), {}), BACKBONE)
     with pytest.raises(CodecError, match=r"for backbone tiny:16x2, this client has tiny:32x2"):
         codec.decode_assignment(order, "tiny:32x2")
-
-
-# ---------------------------------------------------------------- bytes that nobody wrote
 
 
 def only_codec_errors(message: bytes) -> None:

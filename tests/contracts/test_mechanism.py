@@ -76,9 +76,6 @@ def mechanism(request):
 numbers = st.one_of(st.floats(-3, 3, width=32), st.sampled_from([math.nan, math.inf, -math.inf, 3e38, 1e-38]))
 
 
-# ---------------------------------------------------------------- one record
-
-
 @st.composite
 def batches(draw) -> torch.Tensor:
     """[K, B, N]"""
@@ -196,9 +193,6 @@ def test_the_shares_of_statistics_are_within_one_budget():
     assert 1.9 < accountant.epsilon(mechanism.planned_costs(), 1e-5) <= 2.0
 
 
-# ---------------------------------------------------------------- one client
-
-
 arrays = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5)
 
 
@@ -241,9 +235,6 @@ def test_what_is_planned_is_every_participation_or_round():
     assert client().planned_costs()[0].count == PLAN.participations
     assert client(placement="central").planned_costs()[0].count == PLAN.num_rounds
     assert record().planned_costs()[0].count == PLAN.steps * PLAN.participations
-
-
-# ---------------------------------------------------------------- all of them
 
 
 def test_only_mechanisms_without_a_guarantee_are_free(mechanism):

@@ -58,9 +58,6 @@ def outcome(method: Method, members: Mapping[str, Client], state: State) -> dict
     return {**method.library_prompts(state), **own}
 
 
-# ---------------------------------------------------------------- two rounds
-
-
 def test_two_rounds_run_and_no_update_is_dropped(method, model):
     members = small.clients(model, method)
     state, reports = small.rounds(method, members, model)
@@ -119,9 +116,6 @@ def test_a_task_with_a_tuned_head(method, model):
     assert evaluate(method, state, members, model, 3).own.keys() == members.keys()
 
 
-# ---------------------------------------------------------------- the server's half
-
-
 def test_the_order_of_updates_does_not_change_the_aggregate(method, model):
     members = small.clients(model, method)
     state = small.first_state(method, members)
@@ -174,9 +168,6 @@ def test_the_layout_is_that_of_every_update(method, model):
             assert kinds == small.wire(method.update_spec(state))
             assert {kind.dtype for kind in kinds.values()} <= {torch.float32, TOKEN_DTYPE}
         state = method.aggregate(state, updates, round, model)
-
-
-# ---------------------------------------------------------------- what leaves
 
 
 def test_what_leaves_is_exactly_what_was_released(method, model):
@@ -244,9 +235,6 @@ def test_local_sends_the_same_whatever_the_records(model):
         (update,) = updates_of(method, members, model, small.first_state(method, members))
         sent.append(codec.encode_update(update, 1, model.backbone.fingerprint))
     assert sent[0] == sent[1]
-
-
-# ---------------------------------------------------------------- seeds and engines
 
 
 def test_a_seed_fixes_all_and_another_seed_does_not(method, model):

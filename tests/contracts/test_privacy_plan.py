@@ -114,9 +114,6 @@ def test_the_plan_depends_on_the_methods_settings(model, tmp_path, name, config,
     assert found == expected
 
 
-# ---------------------------------------------------------------- nothing is guessed
-
-
 class Undeclared(Method):
     """Declares nothing; its attributes have the names of the capabilities."""
 

@@ -57,8 +57,6 @@ class Deaf:
     permutation = staticmethod(torch.arange)
 
 
-# ---------------------------------------------------------------- the mechanism alone
-
 NUMBERS = st.one_of(
     st.floats(-3, 3, width=32), st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38, 1e-38])
 )
@@ -178,8 +176,6 @@ def test_no_records_of_a_subject_are_an_error_that_names_the_setting(most):
     with pytest.raises(ConfigError, match=rf"privacy: max_records_per_subject = {most}"):
         validated_section("privacy", given, "privacy")
 
-
-# ---------------------------------------------------------------- a client, and every method
 
 BIG = "the one with many"
 

@@ -67,9 +67,6 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- medicine
-
-
 def test_medqa_has_four_or_five_options(tmp_path):
     five = MEDQA | {"options": MEDQA["options"] | {"E": "Gold"}, "answer_idx": "E", "answer": "Gold"}
     listed = MEDQA | {"options": [{"key": key, "value": value} for key, value in MEDQA["options"].items()]}
@@ -188,9 +185,6 @@ def test_json_beside_tables_is_passed_over(tmp_path):
     assert [record.key for record in load_all(Config(source=str(tmp_path)))] == ["a.csv row 1"]
 
 
-# ---------------------------------------------------------------- XGLUE
-
-
 def xglue(folder: Path, task: str, line: str, languages=("en", "de")) -> Path:
     files = {f"xglue.{task}.en.train": f"{line}\n{line}\n"}
     files |= {f"xglue.{task}.{lang}.{split}": f"{line}\n" for lang in languages for split in ("dev", "test")}
@@ -307,9 +301,6 @@ def test_what_is_no_file_of_xglue(tmp_path, name, text, says):
         fields(tmp_path, "xglue-nc")
 
 
-# ---------------------------------------------------------------- the hub, and the configuration
-
-
 def hub(monkeypatch, **splits: list[dict]) -> None:
     """What the hub's client would hand over: `__` stands for the dot in a split's name."""
     loaded = {name.replace("__", "."): datasets.Dataset.from_list(rows) for name, rows in splits.items()}
@@ -369,9 +360,6 @@ column = "subject"
     experiment = parse(text, "a.toml")
     assert parse(to_toml(experiment), "b.toml").data == experiment.data
     assert experiment.data.columns["options"] == "options"
-
-
-# ---------------------------------------------------------------- options in several columns
 
 
 def test_options_may_be_in_a_column_each(tmp_path):

@@ -35,9 +35,6 @@ def same(record, number: int) -> bool:
     return found.mode == "RGB" and found.tobytes() == drawn(number).tobytes()
 
 
-# ---------------------------------------------------------------- sources
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_paths_are_seen_from_the_tables_folder(tmp_path, kind):
     (tmp_path / "in here").mkdir()
@@ -119,9 +116,6 @@ def test_the_hubs_images_stay_encoded(monkeypatch, plain):
     assert all(same(record, i) for i, record in enumerate(records))
 
 
-# ---------------------------------------------------------------- what they come out as
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
 def test_every_kind_comes_out_in_eight_bits_of_red_green_and_blue(tmp_path, mode):
     grey = np.linspace(0, 65535, 30).reshape(5, 6)
@@ -154,9 +148,6 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
     assert LazyImage("a", tmp_path / "a.png").open().size == (4, 8)
-
-
-# ---------------------------------------------------------------- what is no image
 
 
 def csv(place: Path, *cells: str) -> Config:

@@ -44,9 +44,6 @@ def refused(source: object, **options) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- formats
-
-
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "ndjson", "parquet", "CSV"])
 def test_every_format_gives_the_same_records(tmp_path, ending):
     path = tmp_path / f"reviews.{ending}"
@@ -155,9 +152,6 @@ def test_a_folder_is_read_by_name_and_passes_over_other_files(tmp_path):
     assert next(record.key for record in data.train).startswith("a.jsonl")
 
 
-# ---------------------------------------------------------------- split and sample
-
-
 def test_the_split_is_the_seeds_and_loses_nothing(tmp_path):
     path = str(csv(tmp_path / "a.csv"))
     one, same, other = (load(Config(source=path, test_fraction=0.25), seed) for seed in (1, 1, 2))
@@ -217,9 +211,6 @@ def test_an_unknown_split_names_its_row(tmp_path):
     rows = [*ROWS[:2], ROWS[2] | {"part": "later"}]
     message = refused(csv(tmp_path / "a.csv", [{"part": "train"} | row for row in rows]), split_column="part")
     assert "a.csv row 3, column 'part': 'later' is no split; expected one of train, test" in message
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 def test_a_missing_column_is_named_with_the_nearest(tmp_path):
@@ -360,9 +351,6 @@ def test_a_wrong_configuration_is_refused(wrong):
         Config(**({"source": "ratings"} | wrong))
 
 
-# ---------------------------------------------------------------- the hub
-
-
 def hub(monkeypatch, loaded) -> None:
     def load_dataset(name, subset, split):
         assert (name, subset) == ("owner/reviews", "en")
@@ -403,9 +391,6 @@ def test_an_unreachable_hub_names_the_id_and_the_way_out(monkeypatch):
     message = refused("hf:owner/reviews")
     assert "hf:owner/reviews: cannot be loaded (ConnectionError: no route)" in message
     assert "local file" in message
-
-
-# ---------------------------------------------------------------- the sentence ratings
 
 
 def ratings(target: str) -> Dataset:
@@ -517,9 +502,6 @@ def test_the_cache_folder(monkeypatch):
     assert storage.cache_dir() == Path("/b/ficpd")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert storage.cache_dir() == Path.home() / ".cache" / "ficpd"
-
-
-# ---------------------------------------------------------------- a part of a table
 
 
 def test_where_takes_the_rows_that_hold_one_of_the_values(tmp_path):

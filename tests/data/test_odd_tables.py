@@ -70,9 +70,6 @@ def refused(source: object, **options: Any) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- compression, encoding, separator
-
-
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.TSV.GZ", "a.jsonl.zst", "a.json.gz", "a.csv.zst"])
 def test_a_compressed_table_is_the_same_table(tmp_path, name):
     path = tmp_path / name
@@ -143,9 +140,6 @@ def test_a_file_that_the_system_refuses_says_why(tmp_path, monkeypatch):
     assert refused(path) == "a.csv: Permission denied; choose a place that this user may read and write"
 
 
-# ---------------------------------------------------------------- columns
-
-
 def twice(path: Path, name: str = "text") -> Path:
     other = ({"text", "target"} - {name}).pop()
     if path.suffix == ".parquet":
@@ -200,9 +194,6 @@ def test_the_names_of_classes_in_a_parquet_file(tmp_path):
     assert "b.parquet row 1, column 'target': is missing" in refused(tmp_path / "b.parquet")
 
 
-# ---------------------------------------------------------------- folders
-
-
 def test_hidden_files_and_locks_are_passed_over(tmp_path):
     written(tmp_path / "data.csv", ROWS)
     written(tmp_path / ".data.csv", [{"text": "old", "target": "bad"}])
@@ -235,9 +226,6 @@ def test_a_path_that_the_system_refuses_is_a_sentence(tmp_path, name):
     assert name in refused(tmp_path / name)
 
 
-# ---------------------------------------------------------------- JSON
-
-
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_json_of_absurd_depth_or_length_names_its_file(tmp_path, value, ending):
@@ -263,9 +251,6 @@ def test_half_a_sign_is_replaced(tmp_path):
     assert read == [{"text": "fine � day", "target": "😀", "options": ["�", "b"]}]
     (record,) = read_records([{"text": "caf\udce9"}], labelled=False)
     assert record.fields["text"] == "caf�"
-
-
-# ---------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize(
@@ -296,8 +281,6 @@ def test_labels_that_differ_by_blanks_are_one_label():
     with pytest.raises(LibraryError, match="all targets are 'mild'"):
         resolve_task(session, records[:2], None, {}, None)
 
-
-# ---------------------------------------------------------------- every format with every oddity
 
 TEXTS = st.text(min_size=1, max_size=12).filter(str.strip)
 NAMES = ["csv", "csv.gz", "tsv", "tsv.zst", "jsonl", "jsonl.gz", "json", "json.zst", "parquet"]

@@ -240,9 +240,6 @@ def test_a_wrong_configuration_is_refused(wrong):
         Config(**wrong)
 
 
-# ---------------------------------------------------------------- what is public of a client
-
-
 def carded(folder, text: str, **more) -> dict[str, ClientData]:
     (folder / "cards.csv").write_text(text)
     return partition(

@@ -17,8 +17,6 @@ from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.types import Record
 
-# ---------------------------------------------------------------- over clients
-
 
 def test_the_spread_over_clients_by_hand():
     scores = {f"c{i:02}": {"accuracy": i / 20} for i in range(1, 13)}
@@ -93,9 +91,6 @@ def test_worse_off_than_alone_is_strictly_worse_in_the_metrics_own_direction():
     assert none["accuracy"]["share"] == 0.0
     assert none["accuracy"]["interval"] == [0.0, pytest.approx(1.96**2 / (20 + 1.96**2), abs=1e-3)]  # Wilson's, by hand
     assert share_worse_off(own, {}) == {}
-
-
-# ---------------------------------------------------------------- over groups
 
 
 def drawn(labels: list[str], groups: list[str], number: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
@@ -236,9 +231,6 @@ def test_clients_without_test_records_and_tasks_without_answers_to_choose_from()
     assert found["one"]["groups"]["f"]["records"] == 1
     for name in ("two", "none"):
         assert (found[name]["groups"], "no test records" in found[name]["said"]) == ({}, True)
-
-
-# ---------------------------------------------------------------- in a run
 
 
 def test_an_evaluation_tells_what_was_predicted(model):

@@ -22,9 +22,6 @@ def refused(*changes: str, text: str = TEXT) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- what is wrong is named
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,9 +217,6 @@ def test_errors_of_one_part_are_told_together():
     assert "training.batch_size = 0" in told
 
 
-# ---------------------------------------------------------------- --set
-
-
 @pytest.mark.parametrize(
     ("change", "read_back"),
     [
@@ -272,9 +266,6 @@ def test_a_change_that_is_none_is_refused(change):
 
 def test_a_change_below_a_value_is_refused():
     assert "--set 'seed.x=3': seed is a value, not a part" in refused("seed.x=3")
-
-
-# ---------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,6 @@ def test_a_writer_and_texts_are_one_too_many(tmp_path):
         parse(test_groups.toml(tmp_path), "x", ["distillation.writer=smollm2", "distillation.texts=a.txt"])
 
 
-# ---------------------------------------------------------------- what could not work is refused before the first round
-
 IN_VAIN = [
     (small.NUMBERS, ConfigError, r'distillation.how = "kl": task .regression.*\. Set it to "none"'),
     ("distillation.texts=nowhere.txt", DataError, r"distillation\.texts: nowhere\.txt: cannot be read"),

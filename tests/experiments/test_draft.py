@@ -152,9 +152,6 @@ def test_an_encoding_and_a_separator_go_into_the_recipe(ficpd, table, encoding, 
     assert (data["encoding"], data["separator"]) == (encoding, separator)
 
 
-# ---------------------------------------------------------------- warnings
-
-
 def test_a_good_table_has_no_warning(table):
     assert warned(table(notes(1200))) == ""
 

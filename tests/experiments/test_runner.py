@@ -63,9 +63,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-# ---------------------------------------------------------------- what a run leaves
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_run_other_lock_step_cores_or_baselines_leaves_the_same_bits(tmp_path, monkeypatch, dtype):
     """`keep_mb=0`: lower layers are computed anew in each step."""
@@ -221,9 +218,6 @@ def test_a_wrong_label_stops_the_run_before_it_begins(tmp_path):
         run_experiment(given, tmp_path / "run")
 
 
-# ---------------------------------------------------------------- crashes and going on
-
-
 def kill_when(lines: Path, number: int, process: subprocess.Popen) -> None:
     """SIGKILL as soon as that many rounds are on the disk. Fails if the process ends before."""
     deadline = time.monotonic() + 120
@@ -356,9 +350,6 @@ def test_a_learning_rate_that_diverges_is_told_and_leaves_what_was_there(tmp_pat
             assert "lower training.learning_rate" in found.verdict
 
 
-# ---------------------------------------------------------------- directories that are taken or broken
-
-
 def test_an_occupied_directory_is_refused(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml")
     with pytest.raises(RunError, match=r"already holds a run. Go on with it \(--resume\), or choose another --out"):
@@ -473,9 +464,6 @@ def test_a_damaged_result_is_refused(tmp_path):
     (out / "result.json").write_text('{"method": ')
     with pytest.raises(RunError, match=r"result\.json"):
         run_experiment(given, out, resume=True)
-
-
-# ---------------------------------------------------------------- the directory itself
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):

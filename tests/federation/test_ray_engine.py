@@ -44,9 +44,6 @@ def orders_for(method: Method, members: Mapping[str, Client], model: QueryEngine
     return {name: codec.encode_assignment(order, model.backbone.fingerprint) for name, order in orders.items()}
 
 
-# ---------------------------------------------------------------- the actor's code, in this process
-
-
 class Near:
     """An engine and an actor without Ray between them: everything travels as bytes."""
 
@@ -123,9 +120,6 @@ def test_masks_are_refused_and_a_missing_ray_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'ficpd\[ray\]'"):
         ray_engine.connect()
-
-
-# ---------------------------------------------------------------- on Ray: two nodes on this machine
 
 
 @pytest.fixture(scope="module")

@@ -152,9 +152,6 @@ def test_rounds_go_on_where_they_stopped(model):
     assert list(run_rounds(method, engine, model, whole[-1][0], schedule, compression, 5)) == []
 
 
-# ---------------------------------------------------------------- cohorts
-
-
 @pytest.mark.parametrize("cohort", [1, 2, 5, 9])
 def test_a_cohort_has_its_size_and_nobody_twice(cohort):
     for round in range(1, 6):
@@ -179,9 +176,6 @@ def test_only_the_cohort_is_asked(model):
     _, _, engine, done = run(model, {}, schedule)
     assert [sorted(orders) for orders in engine.sent] == [sample_cohort(schedule, NAMES, round) for round in (1, 2, 3)]
     assert [report.clients for _, report in done] == [2, 2, 2]
-
-
-# ---------------------------------------------------------------- everyone first, lost and late
 
 
 def test_everybody_is_asked_in_the_first_round_if_the_schedule_says_so():

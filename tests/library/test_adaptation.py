@@ -91,9 +91,6 @@ def loss(fitted: AdaptedPrompt, task, given: Sequence[Record], model: QueryEngin
     return float(model.answer([Query(fitted.prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
 
 
-# ---------------------------------------------------------------- the ways
-
-
 def test_leave_takes_the_global_prompt_or_the_start(library, model):
     """Whichever fits better; nothing else, however well it fits."""
     shots = shots_of(library, model)
@@ -193,9 +190,6 @@ def test_at_most_sixteen_prompts_are_composed_and_the_global_one_is_among_them(l
     assert taken[1:] == [name for name in shots.ranked() if name != "start"][:15]
 
 
-# ---------------------------------------------------------------- a head
-
-
 def test_a_head_tells_what_bad_label_texts_do_not(library, model):
     """The labels' texts say nothing; the records' features do. The prompt stays."""
     task = task_of("", warm="one", cold="two")
@@ -240,9 +234,6 @@ def test_a_decoder_has_no_rows_for_a_head_to_replace(decoder):
     assert "head" not in found.table
     with pytest.raises(LibraryError, match="expected a classification on an encoder"):
         selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "head")
-
-
-# ---------------------------------------------------------------- a mixture
 
 
 def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
@@ -314,9 +305,6 @@ def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, mode
     one, other = (run_queries(model, mixture_probabilities(found, batch)) for found in (stacked.predictors(), of_run))
     assert (one - other).abs().max() < 2e-3  # negligible members are left out in another way
     assert float(one.std()) > 0.05
-
-
-# ---------------------------------------------------------------- demonstrations
 
 
 def test_demonstrations_tell_what_bad_label_texts_do_not(library, model):
@@ -399,9 +387,6 @@ def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
     assert found.way == "demonstrations"
     assert found.fitted.demonstrations.texts[:2] == ("fine\nsentiment is good", "dull\nsentiment is bad")
     assert list(found.table) == ["demonstrations"]
-
-
-# ---------------------------------------------------------------- the choice
 
 
 def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
@@ -541,9 +526,6 @@ def test_a_seed_fixes_an_adaptation(library, model):
     assert not torch.equal(one, other)
 
 
-# ---------------------------------------------------------------- too little, and what does not go
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_with_too_few_records_the_prompt_made_for_the_task_is_taken(library, model, count):
     found = selection.adapt(library, records("size", count, 3), task_of("size"), model, TRAINING)
@@ -635,9 +617,6 @@ def test_what_cannot_be_done_is_said(library, model):
         selection.adapt(library, records("heat", 8), task_of("heat"), other, TRAINING)
     assert selection.adapt(library, [], task_of("heat"), model, TRAINING, "leave").way == "leave"
     assert selection.adapt(library, records("heat", 1), task_of("heat"), model, TRAINING, "tune").way == "tune 20"
-
-
-# ---------------------------------------------------------------- the real encoder
 
 
 @pytest.mark.slow

@@ -99,9 +99,6 @@ def content(file: Path) -> tuple[Any, bytes]:
     return json.loads(body[8 : 8 + length]), body[8 + length :]
 
 
-# ---------------------------------------------------------------- there and back
-
-
 def test_a_library_comes_back_from_the_hub_and_predicts_the_same(library, online, tmp_path):
     assert library.push_to_hub(NAME, token="secret") == f"https://huggingface.co/{NAME}"
     assert online.private == {NAME: True}
@@ -147,9 +144,6 @@ def test_a_library_of_the_hub_is_checked_as_one_of_a_folder(library, online):
     shutil.rmtree(online.place / "cache")
     with pytest.raises(LibraryError, match=f"hf:{NAME} holds no prompt library"):
         PromptLibrary.from_pretrained(NAME)
-
-
-# ---------------------------------------------------------------- what is sent
 
 
 def test_the_page_states_privacy_and_how_to_use_it(library, online):
@@ -218,9 +212,6 @@ def test_a_public_repository_gets_nothing_that_was_to_be_private(library, online
     assert not online.place.exists()
     library.push_to_hub(NAME, private=False)
     assert (online.place / NAME / "card.json").exists()
-
-
-# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,6 @@ def axis(model: QueryEngine, place: int, length: float = 1.0) -> torch.Tensor:
     return way
 
 
-# ---------------------------------------------------------------- kept
-
-
 @pytest.mark.parametrize("head", [False, True])
 def test_a_library_comes_back_as_it_was_saved(tmp_path, model, head):
     read = Readout(torch.ones(2, 16), torch.tensor([0.5, -0.5]), torch.tensor([0.25, 0.75]))
@@ -227,9 +224,6 @@ def test_five_hundred_prompts(tmp_path, model):
         back.compose({"south": 1.0})
 
 
-# ---------------------------------------------------------------- found by key
-
-
 def task_of(**labels: str):
     return classification.build(classification.Config(labels=labels, instruction="it was"))
 
@@ -263,9 +257,6 @@ def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
     assert small.same(prompt_keys(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
 
 
-# ---------------------------------------------------------------- composed
-
-
 def test_a_composition_is_the_start_and_the_weighted_ways(model):
     given = library(model, east=axis(model, 0, 2.0), north=axis(model, 1, 4.0))
     half = given.compose({"east": 0.5, "north": -0.25})
@@ -280,9 +271,6 @@ def test_a_composition_of_what_is_not_there_is_refused(model):
         library(model).compose({"south": 1.0})
 
 
-# ---------------------------------------------------------------- asked
-
-
 def loss_of(prompt: Prompt, records, task, model: QueryEngine) -> float:
     batch = task.encode(records, model.backbone, prompt)
     return float(model.answer([Query(prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
@@ -294,9 +282,6 @@ def test_losses_are_those_of_every_prompt(model):
     assert shots.loss_JB.mean(1).tolist() == pytest.approx(
         [loss_of(prompt, records, task, model) for prompt in given.candidates().values()], abs=1e-5
     )
-
-
-# ---------------------------------------------------------------- told
 
 
 def test_the_page_says_what_it_is_and_what_it_cost(model):

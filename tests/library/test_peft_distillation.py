@@ -61,9 +61,6 @@ def decoder(tmp_path_factory) -> QueryEngine:
     return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
 
 
-# ---------------------------------------------------------------- it learns
-
-
 def test_the_imitation_answers_like_the_original(model):
     task = small.classes()
     prompt = strong(model, task)
@@ -189,9 +186,6 @@ def test_a_missing_answer_counts_for_nothing():
     assert torch.isfinite(scores_RN.grad).all()
 
 
-# ---------------------------------------------------------------- its texts
-
-
 def test_too_few_texts_are_refused(model):
     task = small.classes()
     with pytest.raises(LibraryError, match=r"7 texts \(texts.csv\) are too few .* at least 8"):
@@ -218,9 +212,6 @@ def test_made_up_words_are_called_weak(folder):
     said = " ".join(reentry_lines(found.card))
     assert "random words" in said
     assert "quality on real texts" in said
-
-
-# ---------------------------------------------------------------- a library of it
 
 
 def test_a_library_with_the_imitation_alone(folder):

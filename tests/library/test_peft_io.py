@@ -98,9 +98,6 @@ def bert(tmp_path_factory) -> Path:
     return write_bert(tmp_path_factory.mktemp("bert"))
 
 
-# ---------------------------------------------------------------- out
-
-
 def same_as_ours(backbone: Any, prompt: Prompt, model: Any, texts: list[str], tokens: int) -> None:
     """Logits of the next token to 1e-4, and the same greedy text."""
     for text in texts:
@@ -368,9 +365,6 @@ def test_a_backbone_that_transformers_does_not_know_is_refused():
         own_base(library("tiny", torch.zeros(4, 16)))
 
 
-# ---------------------------------------------------------------- in
-
-
 def written(folder: Path, vectors_PD: torch.Tensor | None = None, **changes: Any) -> Path:
     """A prompt-tuning folder as PEFT writes it, with some values changed."""
     vectors_PD = torch.ones(4, 32) if vectors_PD is None else vectors_PD
@@ -448,9 +442,6 @@ def test_a_prompt_that_does_not_fit_the_backbone_is_refused(bert, tmp_path):
         brought(written(tmp_path / "fits"), bert, {"name": "generation"})
 
 
-# ---------------------------------------------------------------- with plain transformers
-
-
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_dozen_lines_of_transformers_agree_at_any_layer(kind, layer, request, tmp_path, monkeypatch, capsys):
@@ -471,9 +462,6 @@ def test_a_dozen_lines_of_transformers_agree_at_any_layer(kind, layer, request, 
         assert list(scores.values()) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
 
 
-# ---------------------------------------------------------------- on SmolLM2
-
-
 @pytest.mark.slow
 def test_peft_and_we_agree_on_smollm2(tmp_path):
     """Logits to 1e-4, texts to the word, vectors to the bit."""
@@ -485,9 +473,6 @@ def test_peft_and_we_agree_on_smollm2(tmp_path):
     same_as_ours(backbone, made.prompts["global"], model, ["The best thing about the sea is", "2 + 2 ="], 12)
     found, _ = brought(tmp_path / "out", Path("smollm2"))
     assert torch.equal(found.prompts["imported"].vectors_PD, made.prompts["global"].vectors_PD)
-
-
-# ---------------------------------------------------------------- the commands
 
 
 LABEL_WORDS = ("--label", "good=good", "--label", "bad=bad", "--instruction", "the sentiment is")

@@ -26,9 +26,6 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------- the factors
-
-
 @pytest.mark.parametrize("local", [torch.zeros(6, 16), normal(6, 16), normal(6, 2) @ normal(2, 16, seed=1)])
 @pytest.mark.parametrize("rank", [1, 3, 6, 40])
 def test_factors_are_orthonormal_also_of_nothing(local, rank):
@@ -65,9 +62,6 @@ def test_the_lower_the_rank_the_less_noise_there_is_in_what_is_rebuilt(rank, num
     u, v = low_rank_factors(normal(6, 16), rank, random())
     draws = [low_rank_gradient(normal(6, rank, seed=3 * i), normal(rank, 16, seed=3 * i + 1), u, v) for i in range(400)]
     assert sum(float(one.square().sum()) for one in draws) / len(draws) == pytest.approx(numbers, rel=0.06)
-
-
-# ---------------------------------------------------------------- what is noised
 
 
 class Noting:
@@ -143,9 +137,6 @@ def test_it_costs_what_fedavg_does_and_the_plan_is_what_is_spent(model):
         spent[name] = members["site-0"].account.spent()
         assert spent[name] == list(mechanism.planned_costs())
     assert spent["dp_fpl"] == spent["fedavg"]
-
-
-# ---------------------------------------------------------------- what it is good for
 
 
 @pytest.mark.parametrize("rank", [1, 8])

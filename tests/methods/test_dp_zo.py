@@ -29,9 +29,6 @@ def ran(model, of: DpZo, members, rounds: int):
     return small.rounds(of, members, model, RoundSchedule(rounds, len(members), 0))[0]
 
 
-# ---------------------------------------------------------------- what leaves
-
-
 def test_tens_of_bytes_go_up_and_fewer_than_a_prompts_come_down(model):
     of = method()
     members = small.clients(model, of)
@@ -70,9 +67,6 @@ def test_a_round_without_answers_moves_nothing_and_the_next_is_replayed_right(mo
     assert len(state.arrays["moves_TK"]) == 8
     assert torch.equal(state.arrays["moves_TK"][4:6], torch.zeros(2, 4))
     assert torch.equal(replayed, of.global_prompt(state))
-
-
-# ---------------------------------------------------------------- what is made of it
 
 
 class Watched(DpZo):
@@ -131,9 +125,6 @@ def test_all_clients_try_the_same_directions(model):
     assert all(torch.equal(queries[0].prompts_KPD, query.prompts_KPD) for query in queries)
 
 
-# ---------------------------------------------------------------- what a record can do
-
-
 def farthest(model, monkeypatch) -> float:
     return left_out.farthest(method(local_steps=1, batch_size=left_out.NUMBER), "slopes_SK", model, monkeypatch)
 
@@ -152,9 +143,6 @@ def test_a_step_is_paid_once_for_all_directions_and_eps_is_kept(tmp_path):
     (line,) = block.lines
     assert (line.name, line.releases) == ("prompt", 6)
     assert 7.5 < block.epsilon <= 8
-
-
-# ---------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize("directions", ["gradient", "random"])
@@ -189,9 +177,6 @@ def test_client_level_noise(tmp_path, how):
 def test_a_robust_mean_of_slopes(tmp_path):
     result = small.run(tmp_path, "dp_zo", "method.robust={ rule = 'trimmed_mean', num_byzantine = 1 }")
     assert result.dropped_updates == 0
-
-
-# ---------------------------------------------------------------- orders at a site
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):

@@ -120,9 +120,6 @@ def test_what_travels_is_counted_as_it_is_encoded(model):
     assert report.bytes_down > 5 * 4 * (20 + 20 * 21 // 2)
 
 
-# ---------------------------------------------------------------- masked records
-
-
 def test_the_fitness_is_the_loss_over_that_of_the_masked_twins(model):
     of = method(masked=0.6)
     client = small.clients(model, of)["site-4"]
@@ -173,9 +170,6 @@ def test_the_plain_loss_asks_half_as_much(model):
         counts[ratio] = client.query_counts[1]
         assert client.query_counts[1][0] == round(of.capabilities.candidates * 9 * 13)
     assert counts == {True: [2 * 41 * 13, 0], False: [41 * 13, 0]}
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize("private", ["record_gaussian", "client_gaussian"])

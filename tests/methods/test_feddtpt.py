@@ -47,9 +47,6 @@ def accuracy(model: QueryEngine, client, ids_P1: torch.Tensor) -> float:
     return 1 - float(model.answer([query])[0].loss_KB.mean())
 
 
-# ---------------------------------------------------------------- the published behaviour
-
-
 def test_words_are_found_by_accuracy_alone_and_together_they_beat_the_average_clients(model):
     """From 0 right: in a round the common prompt is about as good as the clients' own are on average, and in the end better
     than what each would have found by itself in as many rounds."""
@@ -98,9 +95,6 @@ def test_what_stands_there_stays_unless_another_word_is_better(model):
     assert small.update(method, client, state, model).arrays["words"].tolist() == keys[:, 0].tolist()
 
 
-# ---------------------------------------------------------------- right and wrong
-
-
 def test_right_is_only_what_scores_above_all_others():
     task, targets = small.classes(), torch.tensor([0, 0, 1])
     batch = Batch(task, ((), (), ()), targets, torch.eye(2), 0)
@@ -113,9 +107,6 @@ def test_a_task_without_answers_to_choose_from_goes_by_its_loss():
     batch = Batch(task, ((), ()), torch.tensor([1.0, 5.0]), torch.eye(2), 0)
     outputs = ModelOutput(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     assert torch.equal(is_wrong(outputs, batch), task.loss(outputs, batch))
-
-
-# ---------------------------------------------------------------- privacy
 
 
 def record_level(noise_multiplier: float, steps: int = 6, clip_norm: float = 1.0):
@@ -202,9 +193,6 @@ def test_noise_on_words_is_refused(tmp_path, placement):
         small.run(tmp_path, "feddtpt", *private)
 
 
-# ---------------------------------------------------------------- what travels, and who lies
-
-
 def test_words_travel_as_integers_of_four_bytes_whatever_the_compression(tmp_path):
     few = small.run(tmp_path / "a", "feddtpt", "prompt.num_tokens=3").bytes.up_per_client_round
     more = small.run(tmp_path / "b", "feddtpt", "prompt.num_tokens=8", "compression.name=none", "compression.bits=8")
@@ -228,9 +216,6 @@ def test_large_ids_pass_the_check_of_the_norm_and_ids_that_are_no_words_are_set_
     assert after.facts["excluded_updates"].keys() == {"site-8", "site-9"}
     assert after.arrays["prompt"][:, 0].tolist() == START
     assert method.aggregate(state, [huge], 1, model).arrays["prompt"][:, 0].tolist() == START
-
-
-# ---------------------------------------------------------------- backbones and libraries
 
 
 def test_a_run_leaves_vectors_that_predict_as_the_words_did_and_says_how_they_read(tmp_path):

@@ -43,9 +43,6 @@ def answered(logits: list[list[float]], targets: list[int]) -> tuple[ModelOutput
     return ModelOutput(torch.tensor(logits)), batch
 
 
-# ---------------------------------------------------------------- what a client tells
-
-
 def test_a_row_is_one_and_the_centred_logits_of_a_record_that_is_right():
     rows = logit_sums(*answered([[6.0, 0.0, 0.0], [0.0, 3.0, 0.0], [9.0, 1.0, 2.0]], [0, 1, 2]), logit_norm=4.0)
     assert rows.shape == (3, 3, 4)
@@ -76,9 +73,6 @@ def test_an_update_has_counts_beside_sums_of_logits(model):
         centred = logits[right] - logits[right].mean(1, keepdim=True)
         assert float(sent[label, 0]) == pytest.approx(float(right.sum()), abs=1e-4)
         assert small.close(sent[label, 1:], centred.sum(0), 1e-4)
-
-
-# ---------------------------------------------------------------- what the server makes of it
 
 
 def summed(*rows: tuple[float, list[float]]) -> torch.Tensor:
@@ -145,9 +139,6 @@ def test_a_client_nobody_knew_is_sent_what_the_others_answer(model):
     assert torch.equal(personal_prompt(method, new, order), new.start.vectors_PD)
 
 
-# ---------------------------------------------------------------- what it is good for
-
-
 MEANT = {"good": ["good", "fine"], "bad": ["bad", "dull"], "warm": ["warm", "sunny"], "cold": ["cold", "icy"]}
 
 
@@ -182,9 +173,6 @@ def test_where_labels_are_skewed_it_is_better_than_everybody_alone():
             state, _ = small.rounds(method, members, model, RoundSchedule(8, 8, seed))
             accuracy[name] += evaluate(method, state, members, model, 9).mean["accuracy"] / 3
     assert accuracy["fedhpl"] > accuracy["local"] + 0.015
-
-
-# ---------------------------------------------------------------- what it costs
 
 
 def private(records: int, rounds: int, **more):
@@ -255,9 +243,6 @@ def test_shares_that_leave_the_prompt_nothing_are_refused(shares):
         private(12, 3, statistics=shares)
 
 
-# ---------------------------------------------------------------- whom it is for
-
-
 def test_clients_of_another_task_do_not_count(model):
     """Its answers lie in a corner of what is sent, as large as the task with most labels needs."""
     method, start = small.method("fedhpl"), small.start(model, small.classes())
@@ -293,9 +278,6 @@ def test_a_private_run_says_what_its_logits_cost(tmp_path):
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(ValidationError):
         Config(**bad)
-
-
-# ---------------------------------------------------------------- what a site is asked
 
 
 def test_a_site_takes_the_servers_own_orders_and_no_others(model):

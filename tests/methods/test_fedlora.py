@@ -66,9 +66,6 @@ def test_a_rank_and_8_bits_are_what_travels(tmp_path):
     assert whole - few.bytes.up_per_client_round == 3 * 16 * 16 - 4  # a float32 less 8 bits each, and the step
 
 
-# ---------------------------------------------------------------- privacy
-
-
 def test_records_are_clipped_to_a_norm_that_fits_lora_and_noised(tmp_path):
     given = small.experiment(tmp_path, "fedlora", *RECORD)
     context = build_context(given)
@@ -100,9 +97,6 @@ def test_a_records_gradient_is_clipped_by_itself(model):
     expected = (grad_KBPD[0] * (clip / norms_B).clamp(max=1)[:, None, None]).mean(0)
     assert small.close(found / clip, expected / clip, 1e-4)
     assert len(set(norms_B.tolist())) == len(batch)
-
-
-# ---------------------------------------------------------------- afterwards, and what is refused
 
 
 def test_somebodys_few_records_fit_it_as_they_fit_a_prompt(tmp_path):

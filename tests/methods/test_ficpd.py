@@ -118,9 +118,6 @@ def test_extrapolation_is_refused_with_rules_that_leave_out_updates():
         method(server={"kind": "extrapolated"}, robust={"rule": "trimmed_mean"})
 
 
-# ---------------------------------------------------------------- over rounds
-
-
 def wandering(stay: float) -> set[int]:
     """The prototypes that a client between two groups has had, which itself never moves again, while four others of
     either group are heard a little differently in every round and clusters are drawn anew."""

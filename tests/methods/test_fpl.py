@@ -51,9 +51,6 @@ def fpl(**config) -> Fpl:
     return small.method("fpl", EXACT, **config)
 
 
-# ---------------------------------------------------------------- what the levels are
-
-
 def test_without_clusters_and_residuals_it_is_fedavg(model):
     bare, plain = fpl(clusters="none", residual="none"), small.method("fedavg", EXACT)
     ours, _ = small.rounds(bare, members(model, bare), model, RoundSchedule(3, 5, 0))
@@ -109,9 +106,6 @@ def test_a_low_rank_residual_tunes_its_factors_by_their_own_gradients(model):
     (_product(free, len(base)) * answer.grad_KBPD[0].mean(0)).sum().backward()
     assert found.abs().max() > 1e-3
     assert small.close(found / found.abs().max(), free.grad / found.abs().max())
-
-
-# ---------------------------------------------------------------- what leaves
 
 
 def test_the_shared_gradient_is_never_taken_at_a_residual(model):
@@ -175,9 +169,6 @@ def test_a_small_cluster_is_drawn_back_by_the_noise_of_the_sum(model):
     for k, members_of in enumerate((3, 2)):
         kept = 1 - 40.0 / members_of**2 / apart[0.0][k] ** 2
         assert small.close(apart[40.0][k] / apart[0.0][k], kept)
-
-
-# ---------------------------------------------------------------- who comes when
 
 
 def test_a_client_first_heard_in_round_seven(model):
@@ -305,9 +296,6 @@ def test_a_client_first_heard_after_clusters_were_drawn_joins_one_and_moves_none
     assert {n: clusters[n] for n in sent} == {n: state.facts["clusters"][n] for n in sent}
 
 
-# ---------------------------------------------------------------- contrast
-
-
 def test_the_contrast_pulls_to_the_own_prototype_and_pushes_from_others():
     random = torch.Generator().manual_seed(0)
     own, other, way = (torch.randn(3, 8, generator=random) for _ in range(3))
@@ -367,9 +355,6 @@ def test_a_contrast_in_outputs_is_part_of_what_is_tuned_at_home_and_of_nothing_e
     assert not small.same(left[0.0][1], left[1.0][1])
 
 
-# ---------------------------------------------------------------- what is measured
-
-
 def test_levels_at_home_and_elsewhere(model):
     method = fpl()
     own = members(model, method, cards=two_kinds())
@@ -389,9 +374,6 @@ def test_cards_of_words_and_numbers_make_a_state_that_can_be_kept(model):
     cards = [ClientCard("a", {"beds": 3, "country": "fr"}), ClientCard("b", {"beds": 90.5, "country": "fr"})]
     start = small.start(model, small.classes())
     json.dumps(method.init(FederationInfo(start, cards, 2, 2, 0)).facts)
-
-
-# ---------------------------------------------------------------- how much of its own a client uses
 
 
 def test_records_are_held_back_from_what_is_tuned_and_are_the_same_in_every_round(model):
@@ -464,9 +446,6 @@ def test_a_run_with_noise_on_the_sum_pays_once_for_all_clusters(tmp_path):
 def test_clusters_by_signatures_cannot_be_noised_as_one_sum(tmp_path):
     with pytest.raises(PrivacyError, match="fpl aggregates each client's update"):
         small.run(tmp_path, "fpl", *CENTRAL, 'method.clusters="signatures"')
-
-
-# ---------------------------------------------------------------- how frequent labels are
 
 
 def skewed(model, method, count=4, **more) -> dict[str, Client]:

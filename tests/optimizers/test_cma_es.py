@@ -73,9 +73,6 @@ def test_many_dimensions_have_a_diagonal():
     assert init_state(FULL + 1, 1.0)["shape"].shape == (FULL + 1,)
 
 
-# ---------------------------------------------------------------- the optimizer
-
-
 def training(**more) -> LocalTrainingConfig:
     return LocalTrainingConfig(
         **{"optimizer": "cma_es", "local_steps": 1, "batch_size": 13, "learning_rate": 0.1, **more}

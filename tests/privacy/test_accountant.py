@@ -129,9 +129,6 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert epsilon([PrivacyCost("prompt", 0.1, 1.0), PrivacyCost("update", 1.0, 0.0)], DELTA) == math.inf
 
 
-# ---------------------------------------------------------------- several units of one person, and a replaced unit
-
-
 def profile(rate: float, multiplier: float, size: int, e: float) -> float:
     """δ of one step at ε, by integration: the larger of both directions of a binomial mixture of Gaussians and one."""
     x = np.linspace(-12 * multiplier, size + 12 * multiplier, 400_001)
@@ -177,9 +174,6 @@ def test_nothing_costs_nothing_for_several_records_too():
     assert group_epsilon([PrivacyCost("update", 1.0, 0.0)], DELTA, 5) == math.inf
 
 
-# ---------------------------------------------------------------- noise for a budget
-
-
 @pytest.mark.parametrize(("target", "rate", "count"), [(2.0, 0.1, 60), (1.0, 1.0, 1), (8.0, 0.05, 200)])
 def test_the_noise_that_a_budget_pays_for_is_the_least(target, rate, count):
     def priced(multiplier: float) -> list[PrivacyCost]:
@@ -214,9 +208,6 @@ def test_equal_plans_are_calibrated_once(monkeypatch):
 def test_a_plan_that_no_noise_makes_cheap_enough_says_so():
     with pytest.raises(PrivacyError, match=r"no noise multiplier up to a million gives epsilon = 1.0.*fewer rounds"):
         calibrate(1.0, DELTA, lambda z: [PrivacyCost("update", 1.0, min(z, 2.0))])
-
-
-# ---------------------------------------------------------------- lines
 
 
 def test_shares_name_each_line_and_sum_to_one():
@@ -256,9 +247,6 @@ def test_a_certified_plan_covers_its_parts_and_no_more():
         PrivacyCost("prompt", 0.09, 1.0),
     ]:
         assert not is_covered_by(plan, [*plan, extra])
-
-
-# ---------------------------------------------------------------- an independent oracle
 
 
 @pytest.mark.slow

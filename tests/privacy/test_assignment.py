@@ -96,9 +96,6 @@ def averages(values: torch.Tensor, times: int = 1):
     return Written(work)
 
 
-# ---------------------------------------------------------------- paid for before it leaves
-
-
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 def test_the_price_and_the_answer_are_committed_before_the_update_leaves(member, model, mechanism, monkeypatch):
     client = member(mechanism())
@@ -242,8 +239,6 @@ def test_what_is_owed_is_paid_with_the_first_order_alone(member, model):
     assert client.account.spent() == list(whole)
 
 
-# ---------------------------------------------------------------- an order that was carried out before
-
 KINDS: Mapping[str, object] = {
     "record, simulated": lambda: record_level(),
     "record, cryptographic": lambda: record_level(noise="cryptographic"),
@@ -301,9 +296,6 @@ def test_a_stored_update_that_cannot_be_read_is_an_error_not_a_second_release(me
     assert counting.asked == 0
 
 
-# ---------------------------------------------------------------- the budget
-
-
 def test_a_budget_that_does_not_pay_for_the_steps_refuses_before_a_query_is_asked(member, model):
     client, counting = member(epsilon=0.01), Counting(model)
     with pytest.raises(BudgetError, match=r"site-2 has spent epsilon = 0 of 0.01"):
@@ -323,9 +315,6 @@ def test_one_order_counts_all_that_it_has_spent_so_far(member):
     with pytest.raises(BudgetError):
         next(session.batches(2, 4))
     assert session.costs == [STEPS]
-
-
-# ---------------------------------------------------------------- one mean per batch
 
 
 @pytest.mark.parametrize(
@@ -387,9 +376,6 @@ def test_a_larger_batch_than_was_planned_is_refused(member):
         next(session.batches(1, 5))
 
 
-# ---------------------------------------------------------------- who needs a book
-
-
 @pytest.mark.parametrize("mechanism", [record_level, client_level])
 def test_a_client_with_a_guarantee_and_no_book_is_refused(member, mechanism):
     client = member(NoPrivacy())
@@ -397,9 +383,6 @@ def test_a_client_with_a_guarantee_and_no_book_is_refused(member, mechanism):
     settings = {name: value for name, value in vars(client).items() if not name.startswith("_")}
     with pytest.raises(PrivacyError, match=r"site-2 has a .*-level mechanism and no ledger"):
         Client(**settings | {"mechanism": mechanism()})
-
-
-# ---------------------------------------------------------------- weight and totals
 
 
 def test_the_weight_is_the_record_count_only_where_no_privacy_is_asked(member, model):
@@ -501,9 +484,6 @@ def test_a_client_that_is_never_asked_has_a_mechanism_too():
     never = ClientWorkload(RECORDS, 4 / RECORDS, 2, 0, 5, 0.2, 1)
     for config in ({}, {"statistics": {"weight": 0.1}}):
         assert record_level(never, **config).cost(ReleaseKind.STEP) is not None
-
-
-# ---------------------------------------------------------------- what leaves
 
 
 def test_what_a_method_returns_is_noised_at_client_level(member, model):

@@ -112,9 +112,6 @@ def test_arrays_come_back_under_their_own_names():
     assert torch.allclose(mean[:2] * EXPECTED, OTHERS[0].arrays["a"].double(), rtol=1e-5)
 
 
-# ---------------------------------------------------------------- the cohort
-
-
 @pytest.mark.parametrize("stream", [lambda round: SeededNoise("cohort", round), lambda round: SecureNoise()])
 def test_each_client_joins_a_round_independently(stream):
     central = noised(stream, rate=0.3)
@@ -129,9 +126,6 @@ def test_each_client_joins_a_round_independently(stream):
 def test_the_cohort_has_the_rate_that_is_paid_for():
     assert noised(rate=1.0).sample_cohort(NAMES, 1) == NAMES
     assert noised(rate=1e-12).sample_cohort(NAMES, 1) == []
-
-
-# ---------------------------------------------------------------- paid for, once
 
 
 def test_a_mean_is_in_the_ledger_before_anybody_sees_it(tmp_path):
@@ -168,9 +162,6 @@ def test_a_round_that_the_budget_does_not_allow_draws_no_cohort():
     with pytest.raises(BudgetError, match="server has spent"):
         central.sample_cohort(NAMES, 2)
     assert central.account.spent() == [central.cost]
-
-
-# ---------------------------------------------------------------- whole rounds
 
 
 class Watching:

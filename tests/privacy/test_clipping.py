@@ -127,9 +127,6 @@ def test_rows_of_a_queried_prompt_are_bounded_and_token_ids_and_lora_weights_are
     assert torch.equal(clip_query(Query(ids, batch), start).prompts_KPD, ids)
 
 
-# ---------------------------------------------------------------- subjects
-
-
 def test_a_row_changes_the_sum_of_its_own_subject_alone():
     rows_BN = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     subject_B = torch.arange(40) % 7 * 3

@@ -36,8 +36,6 @@ def empty(account: Account) -> bool:
     return account.spent() == [] and account.costs_json() == "[]" and account.stored_update(1, "fedavg") is None
 
 
-# ---------------------------------------------------------------- what is settled stays
-
 KILLED = """
 import os, signal, sys
 from ficpd.privacy.ledger import Budget, Ledger
@@ -173,9 +171,6 @@ def test_no_question_about_one_site_reads_the_costs_of_all(path):
         assert "SEARCH costs USING INDEX costs_of_site (site=?)" in steps
 
 
-# ---------------------------------------------------------------- whose it is
-
-
 def test_another_runs_ledger_is_refused_by_name_and_left_alone(path):
     Ledger(path, "run monday").account("north", FREE).commit(1, "fedavg", [STEPS], b"")
     with pytest.raises(LedgerError, match=r"is the ledger of run monday, this is run tuesday"):
@@ -219,9 +214,6 @@ def test_books_of_sites_do_not_mix(path):
     assert north.spent() == south.spent() == [RELEASE]
     south.commit(2, "fedavg", [], b"later")
     assert north.stored_update(1, "fedavg") == b"from the north"
-
-
-# ---------------------------------------------------------------- answers
 
 
 def test_the_last_answer_is_kept_and_those_of_earlier_rounds_are_forgotten(path):
@@ -271,9 +263,6 @@ def test_costs_of_two_units_do_not_come_into_one_ledger(path, first, second):
     ledger.account("south", FREE, "two", Unit(second)).commit(1, "fedavg", [STEPS], b"")
     ledger.account("north", FREE, "two", Unit(first, 4)).commit(2, "fedavg", [STEPS], b"")
     assert ledger.units("north") == [Unit(first), Unit(first, 4)]
-
-
-# ---------------------------------------------------------------- the wall
 
 
 def test_a_release_beyond_the_budget_is_refused_in_words_and_nothing_is_written(path):

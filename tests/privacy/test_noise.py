@@ -78,9 +78,6 @@ def test_what_is_noised_is_not_changed_and_carries_no_gradient(source):
     assert torch.equal(values, torch.ones(3))
 
 
-# ---------------------------------------------------------------- simulated
-
-
 def test_equal_names_give_one_stream_others_another():
     first = draws(SeededNoise(7, "noise", 3))
     assert equal(first, draws(SeededNoise(7, "noise", 3))) == [True] * 3
@@ -108,9 +105,6 @@ def test_records_join_independently():
     source = SeededNoise("independent")
     together = sum({0, 1} <= set(source.poisson_sample(2, 0.3).tolist()) for _ in range(2000))
     assert binom.ppf(0.005, 2000, 0.09) <= together <= binom.ppf(0.995, 2000, 0.09)
-
-
-# ---------------------------------------------------------------- cryptographic
 
 
 def test_no_seed_repeats_a_cryptographic_stream():

@@ -74,9 +74,6 @@ def opening(plain, item, prompt_PD) -> torch.Tensor:
     return torch.cat([prompt_PD, plain.get_input_embeddings()(item.content[: item.length - item.scored])])[None]
 
 
-# ---------------------------------------------------------------- the plain model
-
-
 @pytest.mark.parametrize("length", [0, 4])
 def test_the_loss_is_the_plain_models_own_on_the_targets_tokens(model, plain, length):
     prompt = prompt_of(model, length)
@@ -123,9 +120,6 @@ def test_at_a_later_layer_writing_is_a_plain_loop(model, layer):
             if ids[-1] == END:
                 break
         assert text == model.backbone.tokenizer.decode(ids[item.length :], skip_special_tokens=True)
-
-
-# ---------------------------------------------------------------- what is read
 
 
 def tokens(model: QueryEngine, item) -> str:
@@ -224,9 +218,6 @@ def test_what_the_task_says_of_itself_builds_it_again():
         build(max_new_tokens=0)
 
 
-# ---------------------------------------------------------------- truths and scores
-
-
 def record(**fields) -> Record:
     return Record("mine.jsonl row 17", {"text": "a film", **fields})
 
@@ -293,9 +284,6 @@ def test_the_best_is_a_hundred_and_an_empty_text_is_legal():
 def test_white_space_around_a_text_is_no_part_of_it_and_a_line_break_is():
     answer = Answer(torch.zeros(1, 3), None, None, [["\n a film\nwas bad \n", "", " good"]])
     assert build().predict(answer, None) == ["a film\nwas bad", "", "good"]
-
-
-# ---------------------------------------------------------------- from a file to a written text
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
@@ -374,9 +362,6 @@ def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path)
         assert line["prediction"] == expected.strip()
     found = opened.evaluate_prompts(RECORDS)
     assert found.keys() == {"zero-shot", "global"}
-
-
-# ---------------------------------------------------------------- SmolLM2
 
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "grey", "brown"]

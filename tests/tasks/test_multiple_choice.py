@@ -52,9 +52,6 @@ def asked(model: QueryEngine, records, task=None, **more):
     return batch, model.answer([Query(prompt.vectors_PD[None], batch, outputs=True, **more)])[0]
 
 
-# ---------------------------------------------------------------- scores
-
-
 def plain_scores(folder: Path, model: QueryEngine, batch) -> list[list[torch.Tensor]]:
     """The log-likelihoods of each option's tokens, by the plain model: one forward per option."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -153,9 +150,6 @@ def test_an_option_that_leaves_no_room_names_its_record(decoder):
         asked(decoder, records)
 
 
-# ---------------------------------------------------------------- what a record may say
-
-
 def record(options, target=0) -> Record:
     return Record("exam.csv row 3", {"text": "which?", "options": options, "target": target})
 
@@ -233,9 +227,6 @@ def test_the_score_has_chance_and_an_interval():
     assert [score["accuracy_low"], score["accuracy_high"]] == pytest.approx(ends, abs=1e-5)
 
 
-# ---------------------------------------------------------------- made-up and mislabelled records
-
-
 def test_made_up_records_have_options_and_different_gradients(model, decoder):
     task = small.choices()
     assert task.synthetic_fields(0)
@@ -254,9 +245,6 @@ def test_a_canary_has_another_of_its_own_options():
     assert len(pairs) == 30
     assert all(right != other for right, other in pairs)
     assert {int(other) for _, other in pairs} > {0, 1, 2}
-
-
-# ---------------------------------------------------------------- whole runs
 
 
 def table(path: Path, count: int = 60) -> Path:
@@ -330,9 +318,6 @@ def test_private_records_and_a_learned_subspace(tmp_path):
     result = run(experiment(table(tmp_path / "exam.jsonl"), OPTIONS, *private, rounds=1), tmp_path / "run")
     assert 0 < result.privacy.epsilon <= 8.0
     assert result.scores.global_prompt["chance"] == pytest.approx(0.34, abs=0.1)
-
-
-# ---------------------------------------------------------------- SmolLM2
 
 
 @pytest.mark.slow

@@ -54,9 +54,6 @@ def counted(out: Path) -> list[int]:
     return [done["updates"] for done in rounds(out)]
 
 
-# ---------------------------------------------------------------- processes
-
-
 @pytest.mark.parametrize(("moment", "owed"), [(SETTLE, [1, 3]), (SEND, [1, 2, 3])])
 def test_a_site_that_is_killed_is_left_out_of_that_round_and_rejoins(places, out, moment, owed):
     """Before its ledger's commit nothing is owed; after it, what never left stays paid for, and nothing is paid again."""
@@ -146,9 +143,6 @@ def test_a_site_as_its_owner_starts_it_is_killed_and_started_again(places, out):
     assert ledgers(places, out) == [[1, 2, 3], [1, 3]]
 
 
-# ---------------------------------------------------------------- slow and cut off
-
-
 LATE = ["the update's round is 2, expected 3", "two of its updates came together"]
 """Why an update is dropped in the next round where late ones do not count, and where they do: one of a site counts."""
 
@@ -227,9 +221,6 @@ def test_an_answer_that_is_lost_is_paid_for_and_the_run_goes_on(places, out):
     served(places, out, fates={(2, 2): "unanswered"}, deadline_seconds=1.5)
     assert counted(out) == [2, 1, 2]
     assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
-
-
-# ---------------------------------------------------------------- disks and clocks
 
 
 @pytest.fixture

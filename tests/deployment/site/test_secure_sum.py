@@ -113,9 +113,6 @@ def test_with_too_few_sites_the_round_is_void_and_the_next_one_goes_on(tmp_path)
     assert max(spent.values()) <= 4.0
 
 
-# ---------------------------------------------------------------- one site, called by hand
-
-
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
     """Closes the sites that were called by hand."""

@@ -161,9 +161,6 @@ def test_a_coordinators_report_says_first_whose_noise_somebody_knows(tmp_path, s
         assert re.search(r"<h1[^>]*>\s*REHEARSAL", page), "the page's headline"
 
 
-# ---------------------------------------------------------------- one site, called by hand
-
-
 @pytest.fixture
 def noised(tmp_path: Path) -> ExperimentContext:
     return context(tmp_path, "fedavg", *NOISED)

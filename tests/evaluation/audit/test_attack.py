@@ -87,9 +87,6 @@ def unsound(monkeypatch) -> str:
     return "privacy.name=tests.broken"
 
 
-# ---------------------------------------------------------------- what is found
-
-
 def test_an_overfitted_prompt_tells_its_members(overfitted):
     found = audit_run(overfitted, canaries=0, shadows=2)
     assert found.advantage >= 0.3
@@ -253,9 +250,6 @@ def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
     assert likelihood == [False]
 
 
-# ---------------------------------------------------------------- who is a member
-
-
 def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
     run = open_run(modest, "cpu")
     train = [record for shard in run.context.shards.values() for record in shard.train]
@@ -312,9 +306,6 @@ def test_planting_adds_and_takes_nothing_away():
     assert all(len(shard.train) > 5 for shard in planted.values())
 
 
-# ---------------------------------------------------------------- shadows
-
-
 def tuned(model, number: int, size: int = 12, seed: int = 0, batch_size: int = 8) -> torch.Tensor:
     task = small.classes()
     start, pool = small.start(model, task), small.records(20)
@@ -351,9 +342,6 @@ def test_losses_are_the_same_in_batches_of_any_size(model):
     (answer,) = model.answer([Query(prompts_SPD, batch)])
     assert whole == pytest.approx(answer.loss_KB.numpy(), abs=1e-5)
     assert losses(model, task, prompts_SPD, [], start).shape == (2, 0)
-
-
-# ---------------------------------------------------------------- what is left behind
 
 
 def test_the_command_prints_the_table_and_leaves_the_result(ficpd, modest):
@@ -407,9 +395,6 @@ def test_an_audit_that_breaks_leaves_the_old_result(modest, monkeypatch):
     assert {file.name for file in modest.iterdir()} == files
 
 
-# ---------------------------------------------------------------- a library and its members, without the run
-
-
 @pytest.fixture(scope="module")
 def given_away(overfitted, tmp_path_factory) -> Path:
     """The overfitted run's library alone, with its members in `in.csv` and as good others in `out.csv`."""
@@ -448,9 +433,6 @@ def test_members_and_others_come_together_and_differ(given_away, ficpd):
     assert "0 distinct non-members" in err
 
 
-# ---------------------------------------------------------------- what cannot be audited
-
-
 def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
     with pytest.raises(RunError, match="holds no run"):
         audit_run(tmp_path)
@@ -477,9 +459,6 @@ def test_an_unknown_prompt_and_too_few_records_are_said(modest, tmp_path):
     run_experiment(parse(small.toml(tmp_path / "records.csv", "fedavg", 1), "small.toml"), tmp_path / "run")
     with pytest.raises(PrivacyError, match="0 distinct non-members"):
         audit_run(tmp_path / "run")
-
-
-# ---------------------------------------------------------------- the verdict
 
 
 def bound(epsilon: float, stated: float | None) -> LowerBound:

@@ -49,9 +49,6 @@ def client(mechanism) -> Client:
     return small.clients(QueryEngine(small.backbone()), small.method("fedavg"), 1, mechanism=mechanism)["site-0"]
 
 
-# ---------------------------------------------------------------- sound and broken
-
-
 @pytest.mark.parametrize("kind", SOUND)
 @pytest.mark.parametrize("seed", range(2))
 def test_no_sound_mechanism_is_above_its_epsilon(kind, seed):
@@ -142,9 +139,6 @@ def test_the_worst_site_of_a_secure_sum_has_the_least_records():
     assert given == [(40, 12, 2)] * 3 * 4
 
 
-# ---------------------------------------------------------------- what is played
-
-
 class Watched:
     """A mechanism that notes what it was given."""
 
@@ -221,9 +215,6 @@ def test_the_score_is_the_log_likelihood_ratio(monkeypatch):
         without, with_, _ = play(client(mechanism), plan, 1, 0)
         half = 1 / (2 * mechanism.noise_multiplier**2)
         assert (*without, *with_) == pytest.approx((-half, half), rel=1e-3)
-
-
-# ---------------------------------------------------------------- doors, and what it costs
 
 
 def test_the_door_is_the_units():

@@ -56,9 +56,6 @@ def times(out: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
 
 
-# ---------------------------------------------------------------- a grid
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, Grid, ComparisonResult]:
     """Two budgets and two seeds; one method fails, one cannot be run with the private budget's compression."""
@@ -197,9 +194,6 @@ def test_a_second_call_runs_only_what_failed(finished):
     assert again.counts == found.counts
 
 
-# ---------------------------------------------------------------- going on
-
-
 @pytest.fixture(scope="module")
 def once(tmp_path_factory) -> tuple[Grid, Path]:
     """One method, one seed: four runs that are finished."""
@@ -284,9 +278,6 @@ def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
         assert (one.bytes, one.epsilon, one.data) == (other.bytes, other.epsilon, other.data)
 
 
-# ---------------------------------------------------------------- two at once, and others' folders
-
-
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     given = plan(tmp_path)
     with (
@@ -305,9 +296,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(RunError, match=r"thesis\.txt is a file.*--out"):
         compare(plan(tmp_path), tmp_path / "mine" / "thesis.txt")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-# ---------------------------------------------------------------- other versions
 
 
 @pytest.mark.parametrize("change", [{"schema": 1}, {"ficpd": "0.0.9"}, None])
@@ -331,9 +319,6 @@ def test_a_comparison_of_another_schema_is_not_read(tmp_path):
         ComparisonResult.load(tmp_path)
     with pytest.raises(RunError, match="holds no comparison"):
         ComparisonResult.load(tmp_path / "nowhere")
-
-
-# ---------------------------------------------------------------- the command
 
 
 def command(*words: object) -> subprocess.Popen[str]:

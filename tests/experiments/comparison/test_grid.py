@@ -45,9 +45,6 @@ def values(found: Grid, method: str, path: str) -> list:
     return [of(cell) for cell in found.cells if cell.method == method]
 
 
-# ---------------------------------------------------------------- the grid
-
-
 def test_the_grid_is_the_product_and_has_the_lines(folder):
     budgets = '[budgets.a]\nrounds = 2\n[budgets.b]\nrounds = 4\n[tasks.x]\n[tasks.y]\ntask.instruction = "it is"\n'
     found = plan(folder, AXES + budgets)
@@ -147,9 +144,6 @@ def test_every_comparison_that_comes_with_the_package_is_one(monkeypatch):
         found = read_plan(name)
         assert found.spec.name == name
         assert len(found.cells) > 5
-
-
-# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(

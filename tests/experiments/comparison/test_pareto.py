@@ -53,9 +53,6 @@ def seen(rows: list[CellResult], reference: str = "a", metrics: dict | None = No
     return ResultView(rows, methods, "own", reference, metrics or {"t": METRIC})
 
 
-# ---------------------------------------------------------------- targets
-
-
 def test_a_target_is_reached_in_the_first_round_at_or_beyond_it():
     found = first_reaching(curve([0.5, 0.75, 0.7, 0.8]), "own", 0.75, less_is_better=False)
     assert found == curve([0.5, 0.75])[1]
@@ -89,9 +86,6 @@ def test_of_an_error_the_target_is_above_the_end():
     assert found.methods["a"].rounds == 3
 
 
-# ---------------------------------------------------------------- fronts
-
-
 def test_the_front_is_whom_nobody_beats():
     points = [(10, 0.5), (20, 0.7), (20, 0.6), (30, 0.7), (40, 0.9), (5, 0.1)]
     assert is_pareto(points) == [True, True, False, False, True, True]
@@ -113,9 +107,6 @@ def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
     assert [(p.method, p.cost) for p in found["epsilon"].points] == [("a", 2.0)]
 
 
-# ---------------------------------------------------------------- budgets
-
-
 def test_a_budget_of_bytes_takes_the_last_round_that_it_pays_for():
     found = truncate_to_budget(row("a", [0.5, 0.6, 0.7]), {"bytes": 250})
     assert (found.figures.own, found.at_round, found.bytes.total) == (0.6, 2, 200)
@@ -132,9 +123,6 @@ def test_a_budget_that_pays_for_nothing_says_so():
     points = [point.model_copy(update={"queries": None}) for point in uncounted.curve]
     uncounted = uncounted.model_copy(update={"curve": points})
     assert "were not counted" in truncate_to_budget(uncounted, {"queries": 5}).reason
-
-
-# ---------------------------------------------------------------- together
 
 
 def test_a_condition_pairs_seeds_and_a_setting_pairs_tasks_too():

@@ -83,9 +83,6 @@ def tables_of(page: Page) -> list[Table]:
     return [block for section in page.sections for block in section.blocks if isinstance(block, Table)]
 
 
-# ---------------------------------------------------------------- what is on it
-
-
 def test_the_first_screen_says_whether_joining_pays(folder):
     page = page_of(folder)
     assert page.headline == "Joining pays 5.0 points over alone: together 69.0, alone 64.0, no prompt 49.0."
@@ -248,9 +245,6 @@ def test_budgets_of_several_epsilons_have_a_curve_and_figures_one_scale(compared
         assert len({tuple(figure.plot.layout[axis].range) for figure in drawn}) == 1
 
 
-# ---------------------------------------------------------------- escaping
-
-
 def test_nothing_from_data_becomes_an_element(both):
     for html in both:
         page = Reader(html)
@@ -280,9 +274,6 @@ def test_only_our_scripts_may_run_and_nothing_is_fetched(html):
     assert "unsafe-eval" not in policy
     scriptless = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#|data:,)""", scriptless.split("</head>")[0])
-
-
-# ---------------------------------------------------------------- shape
 
 
 def test_a_page_is_under_its_limit(both):
@@ -323,9 +314,6 @@ def test_names_in_figures_are_short_and_plain():
     assert len(figures.safe("x" * 1000)) == 48
     rows = figures.named_rows(["x" * 100, "x" * 101])
     assert len(set(rows["ticktext"])) == 1 < len(set(rows["tickvals"]))
-
-
-# ---------------------------------------------------------------- the command, and what it refuses
 
 
 def test_the_command_writes_page_and_tables(folder, tmp_path):

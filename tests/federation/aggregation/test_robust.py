@@ -69,9 +69,6 @@ def honest(count: int = 9, size: int = 12) -> list[ClientUpdate]:
     )
 
 
-# ---------------------------------------------------------------- what poisoned updates can do
-
-
 @st.composite
 def rounds_with_poison(draw):
     """Honest updates [H, D], poisoned ones [f, D], and the weights that all of them claim."""
@@ -123,9 +120,6 @@ def test_a_claimed_weight_buys_nothing(rule):
     greedy = [ClientUpdate(u.client, u.arrays, 1e11 if u.client == "site-04" else 1.0) for u in given]
     assert small.close(mean("mean", greedy)[0], given[4].arrays["delta"], 1e-4)
     assert torch.equal(mean(rule, greedy)[0], mean(rule, given)[0])
-
-
-# ---------------------------------------------------------------- what each rule is
 
 
 def test_the_mean_is_the_weighted_mean_to_the_last_bit_and_says_nothing():
@@ -191,9 +185,6 @@ def test_of_too_few_as_many_as_can_be_are_trimmed_and_it_is_said(rule, count, po
     assert f": {trimmed} trimmed" in facts["underfilled_means"]["global"]
     enough = 2 * poisoned + (3 if rule == "multi_krum" else 1)
     assert mean(rule, honest(enough), num_byzantine=poisoned)[1]["underfilled_means"] == {}
-
-
-# ---------------------------------------------------------------- in every method that averages
 
 
 def test_every_method_that_averages_clients_has_the_option():
@@ -266,9 +257,6 @@ def test_one_noised_sum_is_refused_by_all_rules_but_the_mean(name):
             privacy_config_for(small.method(name, robust={"rule": rule}), central)
     if name != "ficpd":
         assert privacy_config_for(small.method(name), central) == central
-
-
-# ---------------------------------------------------------------- what a person sees
 
 
 def test_a_run_names_the_client_that_lied(tmp_path):

@@ -61,9 +61,6 @@ def name(request) -> str:
     return request.param
 
 
-# ---------------------------------------------------------------- every compression
-
-
 def test_every_compression_is_tested_here():
     cases = {case.partition(",")[0] for case in CONFIGS}
     assert set(names("compression")) == cases, "add the new one to CONFIGS, so that this contract covers it"
@@ -195,9 +192,6 @@ def test_an_array_named_like_a_scale_is_refused_where_there_are_scales(name):
     assert build(name, 8).encoded_spec({"counts": (4,), "counts.scale": (1,)}).keys() == {"counts", "counts.scale"}
 
 
-# ---------------------------------------------------------------- bits
-
-
 @pytest.mark.parametrize("bits", [8, 16])
 def test_what_comes_back_is_off_by_at_most_half_a_step(name, bits):
     compression = build(name, bits)
@@ -257,9 +251,6 @@ def test_at_32_bits_without_a_projection_nothing_changes():
     assert all(torch.equal(array, sent[n]) for n, array in there_and_back(build("none"), sent).items())
 
 
-# ---------------------------------------------------------------- projected
-
-
 def test_head_rows_travel_as_they_are():
     compression, delta = build("projected"), update()["delta"]
     projected = compression.project({"delta": delta})["delta"]
@@ -288,9 +279,6 @@ def test_projected_needs_fewer_tokens_than_the_prompt_has(given_):
     with pytest.raises(ConfigError, match=words):
         build("projected", num_tokens=given_)
     assert build("projected", num_tokens=5).encoded_spec({"delta": (P, D)})["delta"].shape == (5 + HEADS, D)
-
-
-# ---------------------------------------------------------------- subspace
 
 
 def test_only_a_subspace_has_coordinates():
@@ -347,9 +335,6 @@ def test_projections_are_small_in_memory():
     assert held == 2 * 20 * 384 + 256  # bucket and entry of each number, and the weights
     assert rows.matrix.shape == (5, 20)
     assert isinstance(build("none"), QuantizedCompression)
-
-
-# ---------------------------------------------------------------- directions of gradients
 
 
 def test_the_leading_directions_of_the_gradients_are_the_subspace():

@@ -66,9 +66,6 @@ def plain(vectors, names):
     return np.sum([vectors[name] for name in names], axis=0, dtype=np.uint64)
 
 
-# ---------------------------------------------------------------- the sum
-
-
 def test_the_sum_of_all_is_exact():
     vectors = drawn()
     assert np.array_equal(Played(vectors).sum(), plain(vectors, NAMES))
@@ -105,9 +102,6 @@ def test_wrong_shares_of_one_client_do_not_change_the_sum_where_enough_others_ca
     revealed["site-3"] = {name: bytes(32).hex() for name in revealed["site-3"]}
     with pytest.raises(VoidRoundError, match="wrong ones"):
         played.sum(revealed)
-
-
-# ---------------------------------------------------------------- what the server sees
 
 
 def looks_uniform(vector: np.ndarray) -> bool:
@@ -185,9 +179,6 @@ def test_of_a_client_that_came_only_the_seed_is_revealed_and_of_a_lost_one_only_
         for kind, value in right.items():
             opened = masks.combine(shares, ALLOWED.least, lambda found, value=value: found == value)
             assert (opened is not None) == (kind == secret)
-
-
-# ---------------------------------------------------------------- liars
 
 
 def test_another_key_in_the_second_exchange_is_refused():
@@ -292,9 +283,6 @@ def test_phases_out_of_order_are_refused():
         people["site-0"].consent(1, NAMES)
     with pytest.raises(PolicyError, match="phase 'consent'"):
         people["site-0"].reveal(1, {})
-
-
-# ---------------------------------------------------------------- primitives
 
 
 @pytest.mark.parametrize("liar", [1, 10, 20])

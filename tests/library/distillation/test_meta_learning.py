@@ -74,9 +74,6 @@ def loss(model: QueryEngine, prompt: torch.Tensor, batch: Batch) -> float:
     return float(model.answer([Query(prompt[None], batch)])[0].loss_KB.mean())
 
 
-# ---------------------------------------------------------------- distillation
-
-
 @pytest.fixture(scope="module")
 def two(model):
     """Two tasks with different label sets, a teacher tuned on each, and the start of both."""
@@ -220,9 +217,6 @@ def test_lessons_that_cannot_be_taught_say_why(model, two):
     refused([TaskExamples(batch, stacked, weights=[1.0])], "expected 2 numbers")
     refused([TaskExamples(batch, stacked, weights=[0.0, 0.0])], "not all 0")
     refused([TaskExamples(batch, stacked, weights=[2.0, -1.0])], "from 0 on")
-
-
-# ---------------------------------------------------------------- meta-learning
 
 
 def episodes(model: QueryEngine, number: int = 4, seed: int = 0) -> list[Batch]:

@@ -46,9 +46,6 @@ def written(writer, prompts=None, per_label: int = 6, seed: int = 0, **more) -> 
     )
 
 
-# ---------------------------------------------------------------- what is written
-
-
 def test_a_bare_writer_writes_for_every_label(writer):
     made = written(writer, temperature=1.0)
     assert made.examples
@@ -140,9 +137,6 @@ def test_nonsense_is_the_last_resort(model):
     assert generation.from_nonsense(model.backbone, 5, 0) == made != generation.from_nonsense(model.backbone, 5, 1)
 
 
-# ---------------------------------------------------------------- votes
-
-
 def voters(model, number: int = 4, spread: float = 0.5) -> dict[str, Prompt]:
     """Prompts around the start that answer differently."""
     begin = small.start(model, small.classes())
@@ -209,9 +203,6 @@ def test_nothing_to_vote_on_and_nobody_to_vote(model):
     assert generation.vote_labels(model, voters(model), small.classes(), []) == ([], Counter())
     made = generation.vote_labels(model, {}, small.classes(), texts(3))
     assert (made.examples, made.summary()) == ([], "0 examples; dropped: 3 no prompt to vote")
-
-
-# ---------------------------------------------------------------- which are kept
 
 
 def test_near_duplicates_are_dropped():
@@ -281,9 +272,6 @@ def test_pairs_count_and_memorised_examples_are_removed_and_counted():
     assert len(memorised([example(" ".join(NOTE.split()[:6]))], private, words=6)) == 1
 
 
-# ---------------------------------------------------------------- the file
-
-
 def test_the_file_comes_back_and_people_can_read_it(tmp_path):
     examples = [
         example("Zu spät – “naïve”", "good", "prototype-1", 0.75),
@@ -322,9 +310,6 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line):
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "s.jsonl")
-
-
-# ---------------------------------------------------------------- a real writer
 
 
 @pytest.mark.slow

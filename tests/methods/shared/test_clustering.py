@@ -93,9 +93,6 @@ def test_any_derived_seed_is_a_seed_and_fixes_the_outcome(seed):
     assert cosine_kmeans(vectors, 5, seed) == cosine_kmeans(vectors, 5, seed)
 
 
-# ---------------------------------------------------------------- how many
-
-
 @pytest.mark.parametrize("clusters", [2, 4, 6])
 def test_the_number_is_found_by_the_silhouette(clusters):
     vectors, truth = planted(clusters, each=5, noise=0.2)
@@ -143,9 +140,6 @@ def test_a_client_far_away_owns_a_prototype():
     assert partition(cosine_kmeans(vectors, 2, 0).member) == {frozenset({"far"}), frozenset(vectors) - {"far"}}
 
 
-# ---------------------------------------------------------------- over rounds
-
-
 def test_clusters_drawn_again_keep_their_numbers():
     vectors, _ = planted(3, 4)
     first = cosine_kmeans(vectors, 3, 0)
@@ -172,9 +166,6 @@ def test_newcomers_and_a_cluster_that_vanished():
     assert found.member["new"] == first.member["site-00"]
     one = relabel_clusters(first.member, Clusters(dict.fromkeys(vectors, 0), 1), vectors, 2.0)
     assert sorted(set(one.member.values())) == list(range(one.number))
-
-
-# ---------------------------------------------------------------- shrinkage
 
 
 def test_shrinkage_is_the_share_of_noise_in_a_mean():

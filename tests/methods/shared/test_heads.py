@@ -161,9 +161,6 @@ def test_constant_features_give_finite_scores_of_the_majority():
         assert head.logits(features_BD).argmax(1).tolist() == [1] * len(targets_B)
 
 
-# ---------------------------------------------------------------- temperature and label prior
-
-
 def test_the_label_prior_of_a_record_is_made_of_the_others(monkeypatch):
     monkeypatch.setattr(heads, "STRENGTHS", (10.0,))
     monkeypatch.setattr(heads, "TEMPERATURES", (1.0,))
