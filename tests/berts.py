@@ -51,21 +51,13 @@ def xlm_roberta(folder: Path) -> Path:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     pieces = [(piece, 0.0) for piece in special] + [(f"▁{word}", -2.0) for word in WORDS]
     pieces += [
-        ("▁", -3.0),
-        ("电影", -3.0),
-        ("ing", -3.0),
-        (".", -3.0),
-        *((letter, -5.0) for letter in LETTERS),
+        ("▁", -3.0), ("电影", -3.0), ("ing", -3.0), (".", -3.0), *((letter, -5.0) for letter in LETTERS),
         ("<mask>", 0.0),
-    ]
+    ]  # fmt: skip
     XLMRobertaTokenizer(vocab=pieces).save_pretrained(folder)
     more = {
-        "max_position_embeddings": 50,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "type_vocab_size": 1,
-    }
+        "max_position_embeddings": 50, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1,
+    }  # fmt: skip
     return _saved(folder, XLMRobertaForMaskedLM, XLMRobertaConfig(vocab_size=len(pieces), **more, **SIZES))
 
 

@@ -23,19 +23,10 @@ CPU = torch.device("cpu")
 WORDS = ["a", "the", "film", "was", "very", "good", "bad", "and", "long", "sentiment", "is", "positive", "negative"]
 WORDS += ["not", "dull", "story", "but", "fine"]
 SIZES = {
-    "vocab_size": 4 + len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "initializer_range": 0.3,
-}
+    "vocab_size": 4 + len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
 FAMILY = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 40}),

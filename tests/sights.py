@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedTokenizerFast,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 import small
 

@@ -157,12 +157,7 @@ def test_adapt_saves_a_library_with_one_prompt_more(ficpd, folder, tmp_path):
     call = ("adapt", folder / "run", "--data", folder / "records.csv", "--out", tmp_path / "mine", "--shots", 12)
     status, out, err = ficpd(*call, "--seed", 1)
     assert (status, err) == (0, "")
-    for words in (
-        "task classification, for all targets are its own",
-        "on records held back",
-        "leave",
-        "12 records",
-    ):
+    for words in ("task classification, for all targets are its own", "on records held back", "leave", "12 records"):
         assert words in out
     mine, old = PromptLibrary.load(tmp_path / "mine"), PromptLibrary.load(folder / "run")
     assert mine.prompts.keys() == {*old.prompts, "adapted"}
@@ -256,34 +251,17 @@ def test_a_label_that_no_record_has_stays_possible(ficpd, folder, moods, tmp_pat
     assert list(about["labels"]) == ["sad", "very_happy", "bored"]
     assert ficpd("evaluate", tmp_path / "mine", "--data", moods)[0] == 0
     unknown = (
-        "adapt",
-        folder / "run",
-        "--data",
-        moods,
-        "--out",
-        tmp_path / "other",
-        "--label",
-        "sad=a",
-        "--label",
-        "glad=b",
-    )
+        "adapt", folder / "run", "--data", moods, "--out", tmp_path / "other", "--label", "sad=a", "--label", "glad=b",
+    )  # fmt: skip
     assert "unknown label 'very_happy'" in failed(ficpd(*unknown))
 
 
 def test_adapting_again_takes_the_place_of_the_first(ficpd, folder, moods, tmp_path):
     adapted(ficpd, folder, moods, tmp_path / "one", "--how", "demonstrations")
     two = (
-        "adapt",
-        tmp_path / "one",
-        "--data",
-        moods,
-        "--out",
-        tmp_path / "two",
-        "--how",
-        "nearest",
-        "--instruction",
+        "adapt", tmp_path / "one", "--data", moods, "--out", tmp_path / "two", "--how", "nearest", "--instruction",
         "it is",
-    )
+    )  # fmt: skip
     assert ficpd(*two)[0] == 0
     mine = PromptLibrary.load(tmp_path / "two")
     assert list(mine.card["tasks"]) == ["classification", "own"]

@@ -82,17 +82,8 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_heavy_packages_are_those_of_extras():
     assert {
-        "plotly",
-        "pandas",
-        "pyarrow",
-        "datasets",
-        "opendp",
-        "sacrebleu",
-        "fairlearn",
-        "peft",
-        "PIL",
-        "flwr",
-    } <= HEAVY
+        "plotly", "pandas", "pyarrow", "datasets", "opendp", "sacrebleu", "fairlearn", "peft", "PIL", "flwr",
+    } <= HEAVY  # fmt: skip
     assert not {MODULES.get(name, name) for name in (Requirement(one).name for one in CORE)} & HEAVY
 
 

@@ -139,11 +139,8 @@ def test_a_head_without_examples_starts_anywhere_but_always_there(place):
 
 def test_directions_and_clip_norm_come_from_made_up_images(place):
     changes = [
-        "compression.name=subspace",
-        "compression.dimension=8",
-        "privacy.name=record_gaussian",
-        "privacy.epsilon=50",
-    ]
+        "compression.name=subspace", "compression.dimension=8", "privacy.name=record_gaussian", "privacy.epsilon=50",
+    ]  # fmt: skip
     context = build_context(experiment(place, *changes))
     assert context.experiment.privacy["clip_norm"] > 0
     assert context.compression.subspace.size == 8

@@ -49,13 +49,9 @@ def loads(tmp_path, monkeypatch):
         assert not [model for model in models if model() is not None], "the last model is still in memory"
         source = weights.Weights(folder, "cd" * 32, "here")
         found = causal_lm.build(
-            causal_lm.Config(),
-            source,
-            dtype=DTYPES[choice.dtype],
-            attention=choice.attention,
-            device=decoders.CPU,
+            causal_lm.Config(), source, dtype=DTYPES[choice.dtype], attention=choice.attention, device=decoders.CPU,
             name="s",
-        )
+        )  # fmt: skip
         done.append(choice)
         models.append(weakref.ref(found.model))
         return found

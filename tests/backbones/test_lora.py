@@ -186,12 +186,9 @@ def test_it_writes_what_peft_writes(tmp_path):
             ids = item.content[None]
             with torch.no_grad():
                 written = theirs.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=6,
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
                     pad_token_id=0,
-                )
+                )  # fmt: skip
             assert backbone.tokenizer.decode(written[0, item.length :], skip_special_tokens=True) == text
 
 

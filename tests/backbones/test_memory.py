@@ -113,13 +113,9 @@ def chunk(monkeypatch, free: float, device: str = "cuda", **given) -> tuple[int,
     """What a device of so many free bytes is given, for a backbone that keeps 4 MiB of a position, as a 7 B does."""
     found = Footprint(14 << 30, 4 << 20, 0, 8 << 10, 0, 32)
     backbone = SimpleNamespace(
-        device=torch.device(device),
-        model=torch.nn.Linear(1, 1),
-        width=4096,
-        max_tokens=256,
-        num_blocks=32,
+        device=torch.device(device), model=torch.nn.Linear(1, 1), width=4096, max_tokens=256, num_blocks=32,
         modality="text",
-    )
+    )  # fmt: skip
     monkeypatch.setattr(memory, "footprint", lambda backbone: found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     return choose_chunk(backbone, given.pop("workers", 1), 0, **given)

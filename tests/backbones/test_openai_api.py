@@ -323,11 +323,8 @@ def changes(served: Served, words: Path, **more: Any) -> list[str]:
     options = {"url": served.url, "model": "small", "words": str(words), "key_from": "SOME_KEY", **more}
     told = ", ".join(f"{key} = {value!r}" for key, value in options.items())
     return [
-        "backbone.name=openai_api",
-        f"backbone.options={{ {told} }}",
-        "training.batch_size=2",
-        "method.candidates=2",
-    ]
+        "backbone.name=openai_api", f"backbone.options={{ {told} }}", "training.batch_size=2", "method.candidates=2",
+    ]  # fmt: skip
 
 
 def test_a_run_on_it_leaves_a_library_of_words_that_predicts_and_no_key(served, words, tmp_path, monkeypatch):

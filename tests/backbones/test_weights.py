@@ -213,11 +213,8 @@ def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
     names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm"}
     names |= {
-        "model.layers": "blk",
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-    }
+        "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    }  # fmt: skip
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in model.state_dict().items():
         array = value.numpy().astype(np.float32)
@@ -235,18 +232,11 @@ def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
 
 def test_a_gguf_file_becomes_an_ordinary_folder_once(tmp_path, monkeypatch, capfd):
     sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "vocab_size": 20,
-        "head_dim": 4,
-    }
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 20, "head_dim": 4,
+    }  # fmt: skip
     heads: dict[str, Any] = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-5,
-    }
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
     write_gguf(tmp_path / "small.gguf", model)
     capfd.readouterr()
@@ -284,25 +274,14 @@ def test_from_the_hub_come_only_the_files_that_are_needed(tmp_path, monkeypatch)
     found = weights.resolve("owner/name", "v1.0")
     assert (found.folder, found.sha256, seen.pop("revision")) == (folder, SHA256, "v1.0")
     wanted = [
-        "config.json",
-        "model-00001-of-2.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "vocab.txt",
-        "modules.json",
-        "config_sentence_transformers.json",
-        "sentence_bert_config.json",
-        "1_Pooling/config.json",
+        "config.json", "model-00001-of-2.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.txt",
+        "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
         "2_Dense/model.safetensors",
-    ]
+    ]  # fmt: skip
     left = [
-        "pytorch_model.bin",
-        "consolidated.safetensors",
-        "onnx/model.onnx",
-        "original/model.safetensors",
-        "README.md",
+        "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "original/model.safetensors", "README.md",
         "modeling_own.py",
-    ]
+    ]  # fmt: skip
     assert list(filter_repo_objects([*wanted, *left], **seen)) == wanted
 
 

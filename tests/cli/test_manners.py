@@ -120,11 +120,8 @@ def test_info_and_help_load_no_torch(folder):
         "print('loaded:', [n for n in ('torch', 'transformers', 'pandas', 'sklearn') if n in sys.modules])"
     )
     for words in (
-        ["info"],
-        ["info", str(folder / "run")],
-        ["info", str(folder / "run" / "library")],
-        ["run", "--help"],
-    ):
+        ["info"], ["info", str(folder / "run")], ["info", str(folder / "run" / "library")], ["run", "--help"],
+    ):  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, check=True
         )

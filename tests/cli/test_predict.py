@@ -252,11 +252,8 @@ BAD = "text,target\na,good\nb,poor\nc,great\n"
 def test_names_columns_and_labels_are_checked_before_weights_load(ficpd, folder, tmp_path, monkeypatch, words, told):
     (tmp_path / "bad.csv").write_text(BAD)
     places = {
-        "RUN": folder / "run",
-        "BAD": tmp_path / "bad.csv",
-        "GOOD": folder / "records.csv",
-        "OUT": tmp_path / "out",
-    }
+        "RUN": folder / "run", "BAD": tmp_path / "bad.csv", "GOOD": folder / "records.csv", "OUT": tmp_path / "out",
+    }  # fmt: skip
 
     def loaded(*given: object, **options: object) -> None:
         raise AssertionError("the weights were loaded")

@@ -12,7 +12,7 @@ from ficpd.registry import load, names
 BUILDERS = {
     "in_process": lambda method, members, model, **options: simulation.build(
         simulation.Config(**options), method, members, model
-    ),
+    )
 }
 
 

@@ -118,12 +118,8 @@ class Undeclared(Method):
     """Declares nothing; its attributes have the names of the capabilities."""
 
     name, linear, releases, private_units, statistics_once = (
-        "undeclared",
-        True,
-        False,
-        ("record", "client"),
-        ("labels",),
-    )
+        "undeclared", True, False, ("record", "client"), ("labels",),
+    )  # fmt: skip
 
     def local_update(self, client, assignment):
         client.private_sum("labels", torch.ones(len(client.full_batch()), 1))

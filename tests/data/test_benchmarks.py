@@ -29,13 +29,9 @@ MEDMCQA = {
     "subject_name": "Anatomy", "topic_name": "Nerves", "id": "a1", "choice_type": "single",
 }  # fmt: skip
 PUBMEDQA = {
-    "QUESTION": "Does it help?",
-    "CONTEXTS": ["First part.", "Second part."],
-    "LABELS": ["AIM", "RESULTS"],
-    "MESHES": [],
-    "YEAR": "2011",
-    "final_decision": "maybe",
-}
+    "QUESTION": "Does it help?", "CONTEXTS": ["First part.", "Second part."], "LABELS": ["AIM", "RESULTS"],
+    "MESHES": [], "YEAR": "2011", "final_decision": "maybe",
+}  # fmt: skip
 PAIRS = {  # task: one line of its file, and what it is
     "nc": ("A title\tA body\tsports", ("A title", "A body", "sports")),
     "qam": ("who?\tshe\t1", ("who?", "she", "True")),

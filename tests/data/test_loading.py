@@ -401,11 +401,8 @@ def test_ratings_are_all_rated_sentences_of_four_domains():
     data = ratings("rating")
     records = data.train + data.test
     assert Counter(r.fields["domain"] for r in records) == {
-        "tweets": 4200,
-        "films": 10605,
-        "products": 3708,
-        "editorials": 5190,
-    }
+        "tweets": 4200, "films": 10605, "products": 3708, "editorials": 5190,
+    }  # fmt: skip
     assert len(data.test) == 4741
     assert all(type(r.fields["target"]) is float and -4 <= r.fields["target"] <= 4 for r in records)
     assert not any("&amp;" in r.fields["text"] or "\r" in r.fields["text"] for r in records)
@@ -417,25 +414,16 @@ def test_ratings_are_all_rated_sentences_of_four_domains():
 def test_polarity_drops_the_neutral_sentences():
     data = ratings("polarity")
     assert Counter((r.fields["domain"], r.fields["target"]) for r in data.train + data.test) == {
-        ("tweets", "negative"): 1062,
-        ("tweets", "positive"): 2300,
-        ("films", "negative"): 5061,
-        ("films", "positive"): 4982,
-        ("products", "negative"): 1218,
-        ("products", "positive"): 1725,
-        ("editorials", "negative"): 1688,
-        ("editorials", "positive"): 1100,
-    }
+        ("tweets", "negative"): 1062, ("tweets", "positive"): 2300, ("films", "negative"): 5061,
+        ("films", "positive"): 4982, ("products", "negative"): 1218, ("products", "positive"): 1725,
+        ("editorials", "negative"): 1688, ("editorials", "positive"): 1100,
+    }  # fmt: skip
 
 
 def test_polarity_is_the_sign_beyond_a_half():
     assert [built_in._rated("tweets", f"1\t{r}\tx")["polarity"] for r in (-4, -0.5, 0, 0.5, 0.51)] == [
-        "negative",
-        None,
-        None,
-        None,
-        "positive",
-    ]
+        "negative", None, None, None, "positive",
+    ]  # fmt: skip
 
 
 def test_ratings_know_their_columns():

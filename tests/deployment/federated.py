@@ -84,11 +84,8 @@ class Federation:
     ) -> Iterator[threading.Thread]:
         """A run under way; `status` of the thread is that of `flwr run` once it has ended."""
         engine = {
-            "superlink": "ficpd",
-            "sites": self.sites,
-            "wait_seconds": SECONDS,
-            "deadline_seconds": 60.0,
-        } | options
+            "superlink": "ficpd", "sites": self.sites, "wait_seconds": SECONDS, "deadline_seconds": 60.0,
+        } | options  # fmt: skip
         told = ", ".join(f"{key} = {json.dumps(value)}" for key, value in engine.items())
         text = f'{recipe or processes.recipe(rounds)}\n[engine]\nname = "flower"\noptions = {{ {told} }}\n'
         found: list[int] = []

@@ -20,13 +20,9 @@ HERE = ("127.0.0.1", "localhost")
 
 
 def certificate(
-    folder: Path,
-    name: str,
-    ca: certificates.SignedCert,
-    names: tuple[str, ...] = HERE,
-    begins: float = -1,
+    folder: Path, name: str, ca: certificates.SignedCert, names: tuple[str, ...] = HERE, begins: float = -1,
     ends: float = 30,
-) -> tuple[Path, Path]:
+) -> tuple[Path, Path]:  # fmt: skip
     """A server's certificate for `names`, valid from `begins` to `ends` days from now: the files of certificate and key."""
     key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
     called = [x509.IPAddress(ip_address(one)) if one[0].isdigit() else x509.DNSName(one) for one in names]

@@ -13,10 +13,7 @@ import pytest
 pytest.importorskip("cryptography")
 from superlink import Coordinator
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")]
 
 BYTES = 6_000_000  # more than a piece of Flower's messages, and than nginx lets through unasked
 

@@ -102,13 +102,8 @@ def test_the_command_prints_memory_and_time_within_80_columns(tmp_path, monkeypa
     assert shown.exit_code == 0
     assert max(map(len, shown.stdout.splitlines())) <= 80
     for line in (
-        "weights",
-        "forward and backward",
-        "kept lower layers",
-        "clients' states",
-        "lower layers of all",
-        "all",
-    ):
+        "weights", "forward and backward", "kept lower layers", "clients' states", "lower layers of all", "all",
+    ):  # fmt: skip
         assert line in shown.stdout
     shown = CliRunner().invoke(app, [*words, "--json"])
     told = json.loads(shown.stdout)

@@ -29,12 +29,9 @@ CARD = {
 }
 KEYS = {"global": torch.eye(16)[0], "prototype-0": torch.eye(16)[1]}
 MIXTURE = Mixture(
-    torch.ones(2, 3, 16),
-    torch.tensor([0, 1, 1]),
-    torch.tensor([0.5, 0.25, 0.25]),
-    torch.ones(3, 2, 16),
+    torch.ones(2, 3, 16), torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.25]), torch.ones(3, 2, 16),
     torch.zeros(3, 2),
-)
+)  # fmt: skip
 
 
 def library(model: QueryEngine, task=None, **ways: torch.Tensor) -> PromptLibrary:

@@ -108,12 +108,9 @@ def same_as_ours(backbone: Any, prompt: Prompt, model: Any, texts: list[str], to
         with torch.no_grad():
             theirs_V = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
             written = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=tokens,
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
                 pad_token_id=0,
-            )
+            )  # fmt: skip
         assert torch.allclose(ours_V, theirs_V, atol=1e-4)
         told = backbone.tokenizer.decode(written[0, len(item.content) :], skip_special_tokens=True)
         assert told == backbone.generate(prompt, [text], tokens)[0]
@@ -325,8 +322,7 @@ def test_a_hub_id_is_taken_as_it_is_and_no_network_is_asked(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "reason"),
-    [({"enters_at": 2}, "it enters at layer 2"), ({"head_rows": 2}, "it has a tuned readout")],
+    ("more", "reason"), [({"enters_at": 2}, "it enters at layer 2"), ({"head_rows": 2}, "it has a tuned readout")]
 )
 def test_what_peft_cannot_express_is_refused_with_the_way_out(llama, tmp_path, more, reason):
     with pytest.raises(LibraryError, match=f"{reason}.*--reenter.*prompt.enters_at=0"):

@@ -29,15 +29,8 @@ OPTIONS = (
 )  # fmt: skip
 """Faults leave files open. What is preloaded cannot be rewritten."""
 PRELOADED = (
-    "torch",
-    "transformers",
-    "datasets",
-    "pandas",
-    "sklearn.linear_model",
-    "scipy.stats",
-    "dp_accounting.pld",
-    "flwr",
-)
+    "torch", "transformers", "datasets", "pandas", "sklearn.linear_model", "scipy.stats", "dp_accounting.pld", "flwr",
+)  # fmt: skip
 """Imported once, before the processes are forked."""
 
 

@@ -226,11 +226,9 @@ def test_shares_of_releases_that_cost_nothing_at_this_delta():
 
 def test_equal_lines_are_merged_and_unequal_ones_are_not():
     lines = [
-        PrivacyCost("b", 0.1, 1.0),
-        PrivacyCost("a", 0.1, 1.0, 2),
-        PrivacyCost("b", 0.1, 1.0, 4),
+        PrivacyCost("b", 0.1, 1.0), PrivacyCost("a", 0.1, 1.0, 2), PrivacyCost("b", 0.1, 1.0, 4),
         PrivacyCost("b", 0.2, 1.0),
-    ]
+    ]  # fmt: skip
     assert merge(lines) == [PrivacyCost("a", 0.1, 1.0, 2), PrivacyCost("b", 0.1, 1.0, 5), PrivacyCost("b", 0.2, 1.0)]
 
 
@@ -241,11 +239,8 @@ def test_a_certified_plan_covers_its_parts_and_no_more():
     assert is_covered_by(plan, [PrivacyCost("prompt", 0.1, 1.0, 2), PrivacyCost("prompt", 0.1, 1.0, 3)])
     assert not is_covered_by([], plan)
     for extra in [
-        plan[1],
-        PrivacyCost("prompt", 0.1, 1.0),
-        PrivacyCost("prompt", 0.1, 1.1),
-        PrivacyCost("prompt", 0.09, 1.0),
-    ]:
+        plan[1], PrivacyCost("prompt", 0.1, 1.0), PrivacyCost("prompt", 0.1, 1.1), PrivacyCost("prompt", 0.09, 1.0),
+    ]:  # fmt: skip
         assert not is_covered_by(plan, [*plan, extra])
 
 

@@ -149,11 +149,8 @@ def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_
         )
         before = site_status(file)
         assert (before["running"], before["epsilon"]["spent"], before["runs"], before["last_error"]) == (
-            False,
-            0,
-            {},
-            None,
-        )
+            False, 0, {}, None,
+        )  # fmt: skip
         own = site(one, "site-0", folder)
         with grids.answering(own):
             asked(own.config.socket, train(orders[0], said))
@@ -197,12 +194,9 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
     )
     said = "\n".join(preflight_lines(file, tmp_path / "recipe.toml", 3))
     for words in (
-        "country = north",
-        "noised by record_gaussian",
-        "the policy allows it",
-        "bytes in round one",
+        "country = north", "noised by record_gaussian", "the policy allows it", "bytes in round one",
         "cost      epsilon 4 for 3 rounds",
-    ):
+    ):  # fmt: skip
         assert words in said
     assert not (tmp_path / "state").exists()
     file.write_text(file.read_text() + "max_local_steps = 2\n")

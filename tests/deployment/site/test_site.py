@@ -53,12 +53,9 @@ def engine(found: dict[str, Site], **options: Any) -> Any:
 
 
 SUMMED = (
-    'privacy.name="client_gaussian"',
-    'privacy.placement="central"',
-    "privacy.epsilon=8.0",
-    "privacy.delta=1e-3",
+    'privacy.name="client_gaussian"', 'privacy.placement="central"', "privacy.epsilon=8.0", "privacy.delta=1e-3",
     "privacy.clip_norm=0.5",
-)
+)  # fmt: skip
 PLAIN, PRIVATE = (), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")
 WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_prior=true")
 

@@ -185,11 +185,9 @@ def test_client_level_runs_are_audited_by_their_own_kind_of_release(tmp_path, pl
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_of_a_secure_sum_is_attacked_by_who_sees_the_sum(tmp_path, steps):
     changes = (
-        "privacy.name=shared_gaussian",
-        "privacy.max_colluding=1",
-        "privacy.max_lost=0",
+        "privacy.name=shared_gaussian", "privacy.max_colluding=1", "privacy.max_lost=0",
         f"training.local_steps={steps}",
-    )
+    )  # fmt: skip
     small.run(tmp_path, "fedavg", *changes, "privacy.epsilon=6", *NOISED[1:], rounds=2)
     found = audit_run(tmp_path / "run", canaries=8, shadows=1)
     assert found.mechanism is not None
@@ -349,15 +347,9 @@ def test_the_command_prints_the_table_and_leaves_the_result(ficpd, modest):
     status, out, err = ficpd("audit", modest, "--prompt", "prototype-0", "--shadows", 1, "--canaries", 6, "--seed", 3)
     assert (status, err) == (0, "")
     for words in (
-        "prototype-0 of",
-        "yeom",
-        "lira",
-        "rmia",
-        "best of them",
-        "planted records: ε is at least",
-        "audit.json",
+        "prototype-0 of", "yeom", "lira", "rmia", "best of them", "planted records: ε is at least", "audit.json",
         "few non-members",
-    ):
+    ):  # fmt: skip
         assert words in out
     assert {file.name for file in modest.iterdir()} - before == {"audit.json"}
     kept = json.loads((modest / "audit.json").read_text())

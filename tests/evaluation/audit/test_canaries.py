@@ -219,11 +219,9 @@ def test_the_score_is_the_log_likelihood_ratio(monkeypatch):
 
 def test_the_door_is_the_units():
     assert {kind: release_kind(built(kind, 2.0)) for kind in SOUND} == {
-        "record": ReleaseKind.STEP,
-        "local": ReleaseKind.UPDATE,
-        "central": ReleaseKind.SUM,
+        "record": ReleaseKind.STEP, "local": ReleaseKind.UPDATE, "central": ReleaseKind.SUM,
         "shared": ReleaseKind.STEP,
-    }
+    }  # fmt: skip
     with pytest.raises(PrivacyError, match="unit = 'none'"):
         lower_bound(client(none.NoPrivacy()), PLAN)
 

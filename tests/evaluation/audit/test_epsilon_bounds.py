@@ -97,8 +97,7 @@ def test_one_run_holds_where_it_is_tight(guesses):
 
 
 @pytest.mark.parametrize(
-    ("m", "r", "correct", "delta", "published"),
-    [(1000, 100, 75, 1e-4, 0.673), (100_000, 1510, 1439, 1e-5, 2.675)],
+    ("m", "r", "correct", "delta", "published"), [(1000, 100, 75, 1e-4, 0.673), (100_000, 1510, 1439, 1e-5, 2.675)]
 )
 def test_one_run_gives_the_papers_numbers(m, r, correct, delta, published):
     """Section 7 and appendix D of arXiv 2305.08846."""

@@ -280,10 +280,7 @@ def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
 
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     given = plan(tmp_path)
-    with (
-        RunDir(tmp_path / "out").lock(),
-        pytest.raises(RunError, match=r"another process is at work in .*out; wait"),
-    ):
+    with RunDir(tmp_path / "out").lock(), pytest.raises(RunError, match=r"another process is at work in .*out; wait"):
         compare(given, tmp_path / "out")
     assert not (tmp_path / "out" / "cells").exists()
 

@@ -22,25 +22,14 @@ def curve(values: list[float], up: int = 60, down: int = 40) -> list[Point]:
 
 
 def row(
-    method: str,
-    values: list[float],
-    seed: int = 0,
-    task: str = "t",
-    budget: str = "b",
-    epsilon: float | None = None,
+    method: str, values: list[float], seed: int = 0, task: str = "t", budget: str = "b", epsilon: float | None = None,
     **more,
-):
+):  # fmt: skip
     points = curve(values, **more)
     last = points[-1]
     labels = {
-        "method": method,
-        "task": task,
-        "partition": "p",
-        "budget": budget,
-        "sweep": {},
-        "seed": seed,
-        "key": method,
-    }
+        "method": method, "task": task, "partition": "p", "budget": budget, "sweep": {}, "seed": seed, "key": method,
+    }  # fmt: skip
     sent = {"up": last.bytes_up, "down": last.bytes_down, "total": last.bytes}
     figures = {"own": last.own, "everyone": None, "worst": None}
     spent = {"bytes": sent, "queries": last.queries, "seconds": last.seconds, "epsilon": epsilon}
@@ -69,11 +58,7 @@ def test_targets_are_shares_of_each_seeds_own_centralised_end():
     nine, more = cost_to_target(seen(rows), [0.9, 0.95])
     assert nine.target == pytest.approx(0.675)
     assert [one and one.round for one in nine.methods["a"].seeds] == [2, 3]  # of 0.90 and 0.45
-    assert (nine.methods["a"].reached, nine.methods["a"].rounds, nine.methods["a"].bytes) == (
-        2,
-        2.5,
-        250,
-    )
+    assert (nine.methods["a"].reached, nine.methods["a"].rounds, nine.methods["a"].bytes) == (2, 2.5, 250)
     assert more.methods["a"].seeds[1] is None  # 0.475 is never there
     assert (more.methods["a"].reached, more.methods["a"].rounds) == (1, None)
     assert more.methods["a"].of == [0, 1]
@@ -99,10 +84,7 @@ def test_fronts_are_of_means_over_seeds_and_leave_out_who_has_no_such_cost():
         row("b", [0.9], 0), row("b", [0.7], 1), row("centralized", [0.95], 0),
     ]  # fmt: skip
     found = {front.cost: front for front in pareto_fronts(seen(rows))}
-    assert [(p.method, p.cost, p.on_front) for p in found["bytes"].points] == [
-        ("a", 200, False),
-        ("b", 100, True),
-    ]
+    assert [(p.method, p.cost, p.on_front) for p in found["bytes"].points] == [("a", 200, False), ("b", 100, True)]
     assert [p.value for p in found["bytes"].points] == pytest.approx([0.7, 0.8])
     assert [(p.method, p.cost) for p in found["epsilon"].points] == [("a", 2.0)]
 

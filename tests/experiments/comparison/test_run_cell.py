@@ -69,11 +69,8 @@ def test_figures_are_those_of_the_end():
 def test_what_is_no_number_is_none():
     found = outcome_of("key", result(own=float("nan")), ROUNDS, "")
     assert (found.status, found.figures.own, found.per_client, found.curve[-1].own) == (
-        "failed",
-        None,
-        {"a": None},
-        None,
-    )
+        "failed", None, {"a": None}, None,
+    )  # fmt: skip
 
 
 def test_a_cell_that_could_not_be_distilled_at_its_end_is_not_begun(tmp_path):

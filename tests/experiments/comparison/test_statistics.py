@@ -5,14 +5,7 @@ from pandas import DataFrame
 
 from ficpd.evaluation.metrics import Metric
 from ficpd.experiments.comparison.schema import CellResult, Figures, Point
-from ficpd.experiments.comparison.statistics import (
-    apply_holm,
-    holm,
-    mean_ci,
-    mean_ranks,
-    p_of,
-    paired_test,
-)
+from ficpd.experiments.comparison.statistics import apply_holm, holm, mean_ci, mean_ranks, p_of, paired_test
 from ficpd.experiments.comparison.summary import ResultView, conditions
 
 

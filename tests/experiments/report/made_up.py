@@ -121,12 +121,9 @@ def privacy(names: list[str], epsilon: float | None) -> dict[str, Any]:
         return {"mechanism": "none", "unit": "none", "epsilon": None, "delta": None, "noise": None}
     if not epsilon:
         return {
-            "mechanism": "none is needed: nothing leaves",
-            "unit": "record",
-            "epsilon": 0.0,
-            "delta": 0.0,
+            "mechanism": "none is needed: nothing leaves", "unit": "record", "epsilon": 0.0, "delta": 0.0,
             "noise": None,
-        }
+        }  # fmt: skip
     line = {"releases": 6, "sampling_rate": 0.02, "noise_multiplier": 0.9, "epsilon_alone": 1.5, "share": 0.75}
     return {
         "mechanism": "record_gaussian", "unit": "record", "neighbouring": "add or remove one", "delta": 1e-5,
