@@ -1,6 +1,7 @@
 """Every method: what leaves is what was released, the order of updates does not matter, a seed fixes all."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ficpd.registry import names
 from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
+UNSENT = ("centralized", "feddtpt", "icl", "linear_probe", "zero_shot")
 MARK, MARKED_WEIGHT = 0.125, 42.0
 
 
@@ -145,9 +147,11 @@ def test_every_state_can_be_written_read_and_gone_on_from(method, model):
     ours = theirs = small.first_state(method, whole)
     for round in (1, 2, 3):
         ours = method.aggregate(ours, updates_of(method, whole, model, ours, round), round, model)
-        theirs = method.aggregate(theirs, updates_of(method, stopped, model, theirs, round), round, model)
+        again = small.method(method.name)  # another object, as after a restart
+        theirs = again.aggregate(theirs, updates_of(again, stopped, model, theirs, round), round, model)
         theirs, _ = storage.decode_state(storage.encode_state(theirs, {}))
     assert ours.facts == theirs.facts
+    assert small.same(ours.arrays, theirs.arrays)
     assert small.same(outcome(method, whole, ours), outcome(method, stopped, theirs))
 
 
@@ -205,6 +209,24 @@ def test_nothing_is_kept_of_an_order_that_was_not_carried_out(method, model):
         with pytest.raises(RuntimeError, match="no way out"):
             run_queries(model, execute_assignment(method, client, orders[name]))
         assert client.client_state == {}
+
+
+def test_a_site_takes_the_servers_own_orders_and_no_others(method, model):
+    if method.name in UNSENT:
+        pytest.skip("no site takes its orders")
+    members = small.clients(model, method)
+    state, _ = small.rounds(method, members, model)
+    start, good = members["site-0"].start, method.make_assignment(state, members["site-0"].card, 3)
+    arrays, facts = good.arrays, good.facts
+    bad = [{"method": "another"}, {"round": 7}, {"round": True}, {"facts": {**facts, "rates": 0.1}}]
+    bad += [{"facts": {**facts, name: value}} for name in facts for value in (float("nan"), float("inf"), -0.1, "x")]
+    bad += [{"facts": {n: value for n, value in facts.items() if n != name}} for name in facts]
+    bad += [{"arrays": {**arrays, "more": start.vectors_PD}}] if arrays else []
+    bad += [{"arrays": {n: array for n, array in arrays.items() if n != name}} for name in arrays]
+    for name, array in arrays.items():
+        others = (array.double(), array[..., 1:], torch.zeros(()), array[None])
+        bad += [{"arrays": {**arrays, name: other}} for other in others]
+    small.refuses_all(method, start, good, *(replace(good, **change) for change in bad))
 
 
 def test_local_lets_nothing_out_but_that_it_is_done(model):

@@ -12,15 +12,9 @@ from ficpd.backbones.query_engine import QueryEngine
 from ficpd.errors import LibraryError
 from ficpd.experiments.build import build_context
 from ficpd.experiments.config import parse
+from ficpd.library import peft_distillation
 from ficpd.library.library import PromptLibrary
-from ficpd.library.peft_distillation import (
-    Texts,
-    center_logits,
-    default_texts,
-    distill_library_prompt,
-    distill_to_input,
-    logits,
-)
+from ficpd.library.peft_distillation import Texts, distill_library_prompt, distill_to_input
 from ficpd.library.peft_io import export, own_base, read_folder, reentry_lines
 from ficpd.library.session import load_library
 from ficpd.tasks import classification, generation
@@ -91,9 +85,9 @@ def test_what_it_says_of_itself_is_so(model):
         (item,) = task.encode([record], model.backbone, done.prompt).items[0]
         held += [] if tuple(item.content.tolist()) in seen else [record]
     assert len(held) == 4
-    theirs = logits(prompt.vectors_PD, task.encode(held, model.backbone, prompt), model)
+    theirs = peft_distillation.logits(prompt.vectors_PD, task.encode(held, model.backbone, prompt), model)
     for mine, said in ((done.start, done.before), (done.prompt, done.after)):
-        ours = logits(mine.vectors_PD, task.encode(held, model.backbone, mine), model)
+        ours = peft_distillation.logits(mine.vectors_PD, task.encode(held, model.backbone, mine), model)
         assert said.loss == pytest.approx(float((ours - theirs).square().mean()), rel=1e-3)
         assert said.same == pytest.approx(float((ours.argmax(1) == theirs.argmax(1)).float().mean()))
 
@@ -137,8 +131,8 @@ def test_a_tuned_head_is_imitated_without_one(model):
     assert done.after.loss < done.before.loss / 2
     headless = small.classes()
     batch = headless.encode(texts().records, model.backbone, done.prompt)
-    theirs = logits(prompt.vectors_PD, task.encode(texts().records, model.backbone, prompt), model)
-    ours = logits(done.prompt.vectors_PD, batch, model)
+    theirs = peft_distillation.logits(prompt.vectors_PD, task.encode(texts().records, model.backbone, prompt), model)
+    ours = peft_distillation.logits(done.prompt.vectors_PD, batch, model)
     assert float((ours - theirs).square().mean()) < done.before.loss
 
 
@@ -150,9 +144,11 @@ def test_a_readout_of_the_prompts_own_is_imitated(model):
     swapped = Readout(task.readout(model.backbone).flip(0), bias_C, torch.full((2,), 0.5))
     plain = distill_to_input(prompt, given, task, model, steps=60)
     swapped = distill_to_input(prompt, given, task, model, readout=swapped, steps=60)
-    theirs = bias_C - logits(prompt.vectors_PD, task.encode(given.records, model.backbone, prompt), model)
+    theirs = bias_C - peft_distillation.logits(
+        prompt.vectors_PD, task.encode(given.records, model.backbone, prompt), model
+    )
     batch = task.encode(given.records, model.backbone, plain.prompt)
-    near, far = (logits(p.vectors_PD, batch, model) - theirs for p in (swapped.prompt, plain.prompt))
+    near, far = (peft_distillation.logits(p.vectors_PD, batch, model) - theirs for p in (swapped.prompt, plain.prompt))
     assert float(near.square().mean()) < float(far.square().mean()) / 2
 
 
@@ -180,7 +176,7 @@ def test_a_missing_answer_counts_for_nothing():
     batch = small.classes().encode(
         small.records(2), small.backbone(), strong(QueryEngine(small.backbone()), small.classes())
     )
-    found = center_logits(ModelOutput(torch.zeros(2, 1), scores_RN), replace(batch, readout_CD=None))
+    found = peft_distillation.center_logits(ModelOutput(torch.zeros(2, 1), scores_RN), replace(batch, readout_CD=None))
     assert found.tolist() == [[-1.0, 1.0, 0.0], [-2.0, -2.0, 4.0]]
     found.square().sum().backward()
     assert torch.isfinite(scores_RN.grad).all()
@@ -194,17 +190,17 @@ def test_too_few_texts_are_refused(model):
 
 
 def test_synthetic_examples_are_taken_where_the_run_has_some(folder, model, tmp_path):
-    assert default_texts(folder, model).weak
+    assert peft_distillation.default_texts(folder, model).weak
     lines = [json.dumps({"text": f"film {i}", "label": "good"}) for i in range(9)]
     for place in (tmp_path / "library", tmp_path):
         place.mkdir(exist_ok=True)
         (place / "synthetic.jsonl").write_text("\n".join(lines))
-        found = default_texts(tmp_path, model)
+        found = peft_distillation.default_texts(tmp_path, model)
         assert (found.weak, found.records[8].fields, len(found.records)) == (False, {"text": "film 8"}, 9)
         (place / "synthetic.jsonl").unlink()
     (tmp_path / "synthetic.jsonl").write_text(lines[0] + '\n{"word": 3}\n')
     with pytest.raises(LibraryError, match='line 2: expected a JSON object with a "text"'):
-        default_texts(tmp_path, model)
+        peft_distillation.default_texts(tmp_path, model)
 
 
 def test_made_up_words_are_called_weak(folder):

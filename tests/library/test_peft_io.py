@@ -11,17 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-)
 
 import decoders
 import families
@@ -49,11 +42,11 @@ PRIVACY = {"unit": "record", "epsilon": 1.98, "delta": 1e-5, "noise": "simulated
 
 def write_bert(folder: Path) -> Path:
     torch.manual_seed(5)
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=5 + len(decoders.WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=48, initializer_range=0.3,
     )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *decoders.WORDS]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -61,7 +54,7 @@ def write_bert(folder: Path) -> Path:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return folder
 
 
@@ -119,7 +112,7 @@ def same_as_ours(backbone: Any, prompt: Prompt, model: Any, texts: list[str], to
 def test_peft_gives_our_logits_and_writes_our_texts(llama, tmp_path):
     made, backbone = library(llama), backbone_of(llama)
     export(made, "global", tmp_path / "out", str(llama))
-    model = in_peft(AutoModelForCausalLM, llama, tmp_path / "out")
+    model = in_peft(transformers.AutoModelForCausalLM, llama, tmp_path / "out")
     assert type(model) is peft.PeftModelForCausalLM
     same_as_ours(backbone, made.prompts["global"], model, TEXTS, 8)
     other = made.prompts["global"].with_vectors(made.prompts["global"].vectors_PD.flip(0))
@@ -131,7 +124,7 @@ def test_peft_gives_our_features_once_they_are_pooled(bert, tmp_path):
     """PEFT does not pool: `last_hidden_state` begins with the virtual tokens, and the mean over the rest is ours."""
     made, backbone = library(bert), backbone_of(bert)
     export(made, "global", tmp_path / "out", str(bert))
-    model = in_peft(AutoModel, bert, tmp_path / "out")
+    model = in_peft(transformers.AutoModel, bert, tmp_path / "out")
     assert type(model) is peft.PeftModelForFeatureExtraction
     prompt_PD = made.prompts["global"].vectors_PD
     for text in TEXTS:
@@ -154,7 +147,7 @@ def test_the_learned_readout_lies_beside_the_prompt_and_gives_our_answers(bert, 
     assert "features @ rows.T + bias" in (tmp_path / "out" / "README.md").read_text()
     made.save(tmp_path / "library")
     ours = load_library(tmp_path / "library").predict(TEXTS, scores=True)
-    model = in_peft(AutoModel, bert, tmp_path / "out")
+    model = in_peft(transformers.AutoModel, bert, tmp_path / "out")
     for place, text in enumerate(TEXTS):
         ids = backbone.tokenize(text, None, "", None, 4).content[None]
         with torch.no_grad():
@@ -179,7 +172,7 @@ def test_the_page_says_how_padded_texts_are_read_and_written(llama, tmp_path):
     made, backbone = library(llama), backbone_of(llama)
     export(made, "global", tmp_path / "out", str(llama))
     page = (tmp_path / "out" / "README.md").read_text()
-    model, tokenizer = in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
+    model, tokenizer = in_peft(transformers.AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     found: dict[str, Any] = {"model": model}
@@ -211,7 +204,7 @@ def test_with_lora_a_batch_writes_the_same_with_padding_on_the_left(llama, tmp_p
     rows_PD = torch.randn(rows_PD.shape, generator=torch.Generator().manual_seed(1)) / 4
     export(library(llama, rows_PD, LORA), "global", tmp_path / "out", str(llama))
     assert "padding on the left" in (tmp_path / "out" / "README.md").read_text()
-    model, tokenizer = in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
+    model, tokenizer = in_peft(transformers.AutoModelForCausalLM, llama, tmp_path / "out"), backbone.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     together = tokenizer.batch_decode(padded(model, tokenizer, "left", **options), skip_special_tokens=True)
@@ -229,7 +222,7 @@ def test_an_encoder_decoder_writes_the_same_with_padding_on_the_right(tmp_path):
     made, backbone = library(base), backbone_of(base)
     export(made, "global", tmp_path / "out", str(base))
     assert "padding on the right" in (tmp_path / "out" / "README.md").read_text()
-    model, tokenizer = in_peft(AutoModelForSeq2SeqLM, base, tmp_path / "out"), backbone.tokenizer
+    model, tokenizer = in_peft(transformers.AutoModelForSeq2SeqLM, base, tmp_path / "out"), backbone.tokenizer
     given = tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.no_grad():
         ids = model.generate(**given, max_new_tokens=6, do_sample=False)
@@ -261,7 +254,9 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
     )
     assert (config.peft_type, config.r, config.lora_alpha, config.inference_mode) == ("LORA", 8, 16, True)
     assert sum(array.numel() for array in arrays.values()) == backbone.adapters.parameters(8)
-    model = in_peft(AutoModelForCausalLM if kind == "llama" else AutoModel, base, tmp_path / "out")
+    model = in_peft(
+        transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModel, base, tmp_path / "out"
+    )
     page = (tmp_path / "out" / "README.md").read_text()
     assert "# LoRA weights `global`, for PEFT" in page
     assert "virtual tokens" not in page
@@ -465,7 +460,7 @@ def test_peft_and_we_agree_on_smollm2(tmp_path):
     made = library("smollm2", backbone.init_prompt("the sentiment of this text is", 6, 0, 0))
     base = own_base(made)
     export(made, "global", tmp_path / "out", base)
-    model = in_peft(AutoModelForCausalLM, base, tmp_path / "out")
+    model = in_peft(transformers.AutoModelForCausalLM, base, tmp_path / "out")
     same_as_ours(backbone, made.prompts["global"], model, ["The best thing about the sea is", "2 + 2 ="], 12)
     found, _ = brought(tmp_path / "out", Path("smollm2"))
     assert torch.equal(found.prompts["imported"].vectors_PD, made.prompts["global"].vectors_PD)
@@ -515,7 +510,9 @@ def test_an_adapted_prompt_is_exported_and_answers_the_same(ficpd, llama, tmp_pa
     assert ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out")[::2] == (0, "")
     tuned = PromptLibrary.load(tmp_path / "mine").prompts["adapted"]
     assert not torch.equal(tuned.vectors_PD, made.prompts["global"].vectors_PD)
-    same_as_ours(backbone_of(llama), tuned, in_peft(AutoModelForCausalLM, llama, tmp_path / "out"), TEXTS, 8)
+    same_as_ours(
+        backbone_of(llama), tuned, in_peft(transformers.AutoModelForCausalLM, llama, tmp_path / "out"), TEXTS, 8
+    )
     page = (tmp_path / "out" / "README.md").read_text()
     assert "- adapted: to 6 records by" in page
     assert "no privacy guarantee for those records" in page

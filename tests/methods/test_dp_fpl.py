@@ -158,9 +158,8 @@ def test_a_newcomer_uses_the_global_prompt(model):
     members = small.clients(model, method)
     state, _ = small.rounds(method, members, model)
     new = small.clients(model, method, 1)["site-0"]
-    assert torch.equal(
-        personal_prompt(method, new, method.make_assignment(state, new.card, 3)), method.global_prompt(state)
-    )
+    assignment = method.make_assignment(state, new.card, 3)
+    assert torch.equal(personal_prompt(method, new, assignment), method.global_prompt(state))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5])
@@ -174,10 +173,3 @@ def test_losses_alone_have_nothing_to_carry(tmp_path, optimizer):
     with pytest.raises(ConfigError, match=f"training.optimizer = '{optimizer}' on tiny: dp_fpl needs gradients"):
         small.run(tmp_path, "dp_fpl", f"training.optimizer={optimizer}")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_whole_run_at_record_level(tmp_path):
-    record = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
-    result = small.run(tmp_path, "dp_fpl", *record)
-    assert 1.9 < result.privacy.epsilon <= 2.0
-    assert result.personalization.keys() == {"personal", "global"}

@@ -81,15 +81,6 @@ def test_a_small_epsilon_costs_what_was_learned_and_a_large_one_leaves_some(mode
     assert gained[20.0] < gained[None]
 
 
-def test_a_run_says_what_it_cost_where_local_says_that_nothing_leaves(tmp_path):
-    record = ("privacy.name=record_gaussian", "privacy.epsilon=2", "privacy.delta=1e-3")
-    result = small.run(tmp_path, "prompt_dpsgd", *record, 'baselines=["local"]')
-    assert 1.9 < result.privacy.epsilon <= 2.0
-    assert {line.name for line in result.privacy.lines} == {"prompt"}
-    assert result.scores.global_prompt is None
-    assert small.library(tmp_path).keys() == {"start"}
-
-
 @pytest.mark.parametrize("placement", ["local", "central"])
 def test_client_level_noise_has_nothing_to_be_added_to(tmp_path, placement, monkeypatch):
     """Neither as the method declares itself, nor where it declares a form that it does not have."""
@@ -109,8 +100,4 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(model, name):
     small.refuses_all(
         method, start, good,
         replace(good, arrays={"prompt": start.vectors_PD}),
-        replace(good, facts={}),
-        replace(good, facts={"rate": float("inf")}),
-        replace(good, facts={"rate": 0.1, "steps": 1000}),
-        replace(good, round=True),
     )  # fmt: skip

@@ -21,17 +21,8 @@ from ficpd.evaluation.audit.member_split import split_records
 from ficpd.evaluation.audit.membership import ATTACKS, AttackData
 from ficpd.evaluation.audit.report import Audit, LowerBound, verdict
 from ficpd.evaluation.audit.shadow_prompts import losses, shadow_prompts
-from ficpd.experiments.audit import (
-    MECHANISM,
-    PLANTED,
-    SHADOWS,
-    audit_run,
-    inject_canaries,
-    make_mislabelled_canaries,
-    mechanism_bound,
-    open_run,
-    planted_bound,
-)
+from ficpd.experiments import audit
+from ficpd.experiments.audit import MECHANISM, PLANTED, SHADOWS, audit_run, inject_canaries
 from ficpd.experiments.config import parse
 from ficpd.experiments.runner import run as run_experiment
 from ficpd.interfaces import ReleaseKind
@@ -102,7 +93,7 @@ def test_a_readout_that_knows_its_members_is_attacked_through_the_librarys_answe
     recipe = small.toml(random_labels(tmp_path / "records.csv"), "analytic", 1)
     changes = ("backbone.options={ width = 64 }", "data.max_records=50")
     run_experiment(parse(recipe, "small.toml", changes), tmp_path / "run")
-    run = open_run(tmp_path / "run", "cpu")
+    run = audit.open_run(tmp_path / "run", "cpu")
     (shard,), (task,), vectors_PD = (
         run.context.shards.values(),
         run.context.tasks.values(),
@@ -152,7 +143,10 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_3(tmp_path, unsound, fic
 
 def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
     """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
-    run, guessed = open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"), []
+    run, guessed = (
+        audit.open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"),
+        [],
+    )
     (shard,), start_SPD = run.context.shards.values(), run.context.start.vectors_PD[None]
     spare = [*shard.test, *loading.unsampled(run.context.experiment.data, 0)]
     pool = split_records(run.context.task, shard.train, spare, 1000, 0).pool
@@ -162,7 +156,7 @@ def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, m
         return one_run_bound(score_M, coin_M, delta)
 
     monkeypatch.setattr("ficpd.experiments.audit.one_run_bound", watched)
-    found = planted_bound(run, "global", start_SPD, pool, 60, 0)
+    found = audit.planted_bound(run, "global", start_SPD, pool, 60, 0)
     assert found is not None
     assert (found.stated, found.runs) == (None, 60)
     assert 0 <= found.epsilon < found.reach
@@ -199,10 +193,10 @@ def test_a_run_of_a_secure_sum_is_attacked_by_who_sees_the_sum(tmp_path, steps):
 
 def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
-    run = open_run(federation(tmp_path, *changes, rounds=8), "cpu")
+    run = audit.open_run(federation(tmp_path, *changes, rounds=8), "cpu")
     assert run.result.stopped
     (line,) = run.result.privacy.lines
-    bound = mechanism_bound(run, 0, trials=200)
+    bound = audit.mechanism_bound(run, 0, trials=200)
     assert line.releases < 40
     assert bound is not None
     assert bound.stated == run.result.privacy.epsilon
@@ -227,7 +221,7 @@ def test_an_attack_does_not_contradict_the_ledger(tmp_path, kind, monkeypatch):
     """Faults of the package make this test fail, `tests/mutations/faults.toml` says which."""
     monkeypatch.undo()
     small.run(tmp_path, "fedavg", *ATTACKED[kind], "privacy.epsilon=4", *NOISED[1:], rounds=2)
-    bound = mechanism_bound(open_run(tmp_path / "run", "cpu"), 0, trials=5000)
+    bound = audit.mechanism_bound(audit.open_run(tmp_path / "run", "cpu"), 0, trials=5000)
     assert bound is not None
     assert not bound.contradicts
     assert bound.epsilon > 1.5, "or the attack is too weak to find anything"
@@ -249,7 +243,7 @@ def test_a_regression_is_attacked_without_labels(tmp_path, monkeypatch):
 
 
 def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
-    run = open_run(modest, "cpu")
+    run = audit.open_run(modest, "cpu")
     train = [record for shard in run.context.shards.values() for record in shard.train]
     spare = [record for shard in run.context.shards.values() for record in shard.test]
     split = split_records(run.context.task, train, [*spare, *train, *small.records(60, 7)], 1000, 0)
@@ -269,27 +263,27 @@ def test_nobody_trained_on_the_outside_and_the_halves_do_not_meet(modest):
 def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
     records = small.records(30)
     shards = {"one": ClientData(records, [], {})}
-    wrong = make_mislabelled_canaries(small.classes(), records, shards, 0)
+    wrong = audit.make_mislabelled_canaries(small.classes(), records, shards, 0)
     assert all(a.fields["target"] != b.fields["target"] for a, b in zip(records, wrong, strict=True))
     assert all(record.fields["target"] in small.LABELS for record in wrong)
     real = small.records(30, real=True)
-    mirrored = make_mislabelled_canaries(small.numbers(), real, {"one": ClientData(real, [], {})}, 0)
+    mirrored = audit.make_mislabelled_canaries(small.numbers(), real, {"one": ClientData(real, [], {})}, 0)
     low, high = min(r.fields["target"] for r in real), max(r.fields["target"] for r in real)
     pairs = zip(real, mirrored, strict=True)
     assert all(a.fields["target"] + b.fields["target"] == pytest.approx(low + high) for a, b in pairs)
     one = [record for record in records if record.fields["target"] == "good"]
-    assert make_mislabelled_canaries(small.classes(), records, {"one": ClientData(one, [], {})}, 0) == []
+    assert audit.make_mislabelled_canaries(small.classes(), records, {"one": ClientData(one, [], {})}, 0) == []
 
 
 def test_where_texts_are_written_another_records_target_is_the_wrong_one():
     records = [Record(f"row {i}", {"text": f"colour {i}", "target": f"it is {i}"}) for i in range(4)]
-    wrong = make_mislabelled_canaries(
+    wrong = audit.make_mislabelled_canaries(
         generation.build(generation.Config()), records, {"one": ClientData(records, [], {})}, 0
     )
     assert [r.fields["text"] for r in wrong] == [r.fields["text"] for r in records]
     assert [r.fields["target"] for r in wrong] == ["it is 1", "it is 2", "it is 3", "it is 0"]
     assert (
-        make_mislabelled_canaries(
+        audit.make_mislabelled_canaries(
             generation.build(generation.Config()), records[:1], {"one": ClientData(records, [], {})}, 0
         )
         == []
@@ -390,7 +384,7 @@ def test_an_audit_that_breaks_leaves_the_old_result(modest, monkeypatch):
 @pytest.fixture(scope="module")
 def given_away(overfitted, tmp_path_factory) -> Path:
     """The overfitted run's library alone, with its members in `in.csv` and as good others in `out.csv`."""
-    folder, context = tmp_path_factory.mktemp("given away"), open_run(overfitted, "cpu").context
+    folder, context = tmp_path_factory.mktemp("given away"), audit.open_run(overfitted, "cpu").context
     shutil.copytree(overfitted / "library", folder / "library")
     members = [record for shard in context.shards.values() for record in shard.train]
     for name, records in (("in", members), ("out", loading.unsampled(context.experiment.data, 0))):

@@ -11,18 +11,8 @@ import decoders
 import small
 from ficpd.backbones import catalog, causal_lm, weights
 from ficpd.errors import BackboneError, ConfigError, DataError
-from ficpd.library.distillation import generation
-from ficpd.library.distillation.filters import (
-    FilterResult,
-    SyntheticExample,
-    balanced,
-    distinct,
-    drop_memorised,
-    load,
-    memorised,
-    records,
-    save,
-)
+from ficpd.library.distillation import filters, generation
+from ficpd.library.distillation.filters import FilterResult, SyntheticExample, balanced
 from ficpd.types import Prompt, Query, Record
 
 
@@ -154,7 +144,7 @@ def ballots(model, prompts, examples) -> list[list[str]]:
     stacked = torch.stack([prompt.vectors_PD for prompt in prompts.values()])
     losses = []
     for label in ("good", "bad"):
-        batch = task.encode(records([replace(e, label=label) for e in examples]), model.backbone, begin)
+        batch = task.encode(filters.records([replace(e, label=label) for e in examples]), model.backbone, begin)
         losses.append(model.answer([Query(stacked, batch)])[0].loss_KB)
     for b in range(len(examples)):
         found.append(["good" if g < n else "bad" for g, n in zip(losses[0][:, b], losses[1][:, b], strict=True)])
@@ -208,7 +198,7 @@ def test_nothing_to_vote_on_and_nobody_to_vote(model):
 def test_near_duplicates_are_dropped():
     long = "we saw the film twice and it was a lovely story about a small town by the sea"
     examples = [example(long), example(long.upper() + "!!"), example(long + " indeed"), example("the film was dull")]
-    made = distinct([*examples, example("the film was dull then"), example("we saw")])
+    made = filters.distinct([*examples, example("the film was dull then"), example("we saw")])
     assert [e.text for e in made.examples] == [long, "the film was dull", "the film was dull then", "we saw"]
     assert made.dropped == {"near duplicate": 2}
 
@@ -216,9 +206,9 @@ def test_near_duplicates_are_dropped():
 def test_the_jaccard_bound_is_seven_tenths():
     first = example("a b c d e f g h i j k l")  # ten runs of three words
     alike, apart = example("a b c d e f g h i x"), example("a b c d e f g h i j k l m n o p")
-    assert distinct([first, example("a b c d e f g h i")]).examples == [first]  # 7 of 10
-    assert distinct([first, alike]).examples == [first, alike]  # 7 of 11
-    assert distinct([first, apart]).examples == [first]  # 10 of 14
+    assert filters.distinct([first, example("a b c d e f g h i")]).examples == [first]  # 7 of 10
+    assert filters.distinct([first, alike]).examples == [first, alike]  # 7 of 11
+    assert filters.distinct([first, apart]).examples == [first]  # 10 of 14
 
 
 def test_labels_are_balanced_and_the_surest_stay():
@@ -233,7 +223,7 @@ def test_labels_are_balanced_and_the_surest_stay():
 
 def test_steps_follow_one_another_and_nothing_surviving_is_no_error():
     start = FilterResult([example("we saw it"), example("We saw it!")], Counter(blank=2, **{"near duplicate": 1}))
-    made = start.then(distinct).then(lambda some: FilterResult([], Counter({"prototypes disagree": len(some)})))
+    made = start.then(filters.distinct).then(lambda some: FilterResult([], Counter({"prototypes disagree": len(some)})))
     assert made == ([], {"blank": 2, "near duplicate": 2, "prototypes disagree": 1})
     assert made.summary() == "0 examples; dropped: 2 blank, 2 near duplicate, 1 prototypes disagree"
 
@@ -260,16 +250,16 @@ def test_a_planted_copy_is_found_and_nothing_else(text, found):
         Record("b", {"text": "The film was grey and dull."}),
         Record("c", {"text": "lovely"}),
     ]
-    assert memorised([example(text)], private) == ([example(text)] if found else [])
+    assert filters.memorised([example(text)], private) == ([example(text)] if found else [])
 
 
 def test_pairs_count_and_memorised_examples_are_removed_and_counted():
     private = [Record("a", {"text": "nothing to see here today", "text_pair": NOTE})]
     examples = [example("we saw it twice"), example(NOTE), example("and a third one")]
-    made = drop_memorised(examples, private)
+    made = filters.drop_memorised(examples, private)
     assert (made.examples, made.dropped) == ([examples[0], examples[2]], {"memorised": 1})
-    assert memorised([example(" ".join(NOTE.split()[:6]))], private) == []
-    assert len(memorised([example(" ".join(NOTE.split()[:6]))], private, words=6)) == 1
+    assert filters.memorised([example(" ".join(NOTE.split()[:6]))], private) == []
+    assert len(filters.memorised([example(" ".join(NOTE.split()[:6]))], private, words=6)) == 1
 
 
 def test_the_file_comes_back_and_people_can_read_it(tmp_path):
@@ -278,38 +268,38 @@ def test_the_file_comes_back_and_people_can_read_it(tmp_path):
         example("a line\u2028separator", None, generation.PUBLIC),
         example("An early one", "bad"),
     ]
-    save(examples, tmp_path / "deep" / "synthetic.jsonl")
+    filters.save(examples, tmp_path / "deep" / "synthetic.jsonl")
     lines = (tmp_path / "deep" / "synthetic.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["label"] for line in lines[:-1]] == [None, "bad", "good"]
     assert lines[2] == '{"text": "Zu spät – “naïve”", "label": "good", "prototype": "prototype-1", "agreement": 0.75}'
-    assert load(tmp_path / "deep" / "synthetic.jsonl") == [examples[1], examples[2], examples[0]]
+    assert filters.load(tmp_path / "deep" / "synthetic.jsonl") == [examples[1], examples[2], examples[0]]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["synthetic.jsonl"]
 
 
 def test_an_empty_set_is_an_empty_file(tmp_path):
-    save([], tmp_path / "synthetic.jsonl")
-    assert load(tmp_path / "synthetic.jsonl") == []
+    filters.save([], tmp_path / "synthetic.jsonl")
+    assert filters.load(tmp_path / "synthetic.jsonl") == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    save([example("we saw it")], tmp_path / "s.jsonl")
+    filters.save([example("we saw it")], tmp_path / "s.jsonl")
     with pytest.raises(TypeError):
-        save([example(object())], tmp_path / "s.jsonl")  # type: ignore[arg-type]
-    assert load(tmp_path / "s.jsonl") == [example("we saw it")]
+        filters.save([example(object())], tmp_path / "s.jsonl")  # type: ignore[arg-type]
+    assert filters.load(tmp_path / "s.jsonl") == [example("we saw it")]
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}', '{"text": "a", "label": "b", "who": "c"}', "7"])
 def test_a_line_that_is_no_example_is_named(tmp_path, line):
-    save([example("we saw it")], tmp_path / "s.jsonl")
+    filters.save([example("we saw it")], tmp_path / "s.jsonl")
     with (tmp_path / "s.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=r"s\.jsonl line 2: expected an object with text"):
-        load(tmp_path / "s.jsonl")
+        filters.load(tmp_path / "s.jsonl")
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        load(tmp_path / "s.jsonl")
+        filters.load(tmp_path / "s.jsonl")
 
 
 @pytest.mark.slow

@@ -4,20 +4,7 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
 from ficpd.methods.shared import class_totals
-from ficpd.methods.shared.class_totals import (
-    ClassTotals,
-    PublicFeatures,
-    learn_readout,
-    left_out_readouts,
-    padded_totals,
-    relative_prior,
-    ridge_rows,
-    row_chunks,
-    row_norm,
-    split_totals,
-    total_rows,
-    totals_size,
-)
+from ficpd.methods.shared.class_totals import ClassTotals, PublicFeatures, learn_readout
 
 LABELS, WIDTH = 3, 5
 
@@ -36,8 +23,8 @@ def public() -> PublicFeatures:
 
 def totals(features: torch.Tensor, labels: torch.Tensor, gram: bool = True, known: PublicFeatures | None = None):
     known = known or public()
-    rows = total_rows(features, labels, known.centre_D, known.scale, LABELS, gram)
-    return split_totals(rows.double().sum(0), LABELS, LABELS, WIDTH, gram)
+    rows = class_totals.total_rows(features, labels, known.centre_D, known.scale, LABELS, gram)
+    return class_totals.split_totals(rows.double().sum(0), LABELS, LABELS, WIDTH, gram)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 30])
@@ -45,7 +32,7 @@ def test_the_ridge_regression_is_that_of_all_records_together_whatever_the_parti
     features, labels = records(90)
     known = public()
     of = [totals(features[place::parts], labels[place::parts], known=known) for place in range(parts)]
-    rows, bias = ridge_rows(sum(of[1:], of[0]), 2.0)
+    rows, bias = class_totals.ridge_rows(sum(of[1:], of[0]), 2.0)
     z = ((features - known.centre_D) / known.scale).double().numpy()
     centralised = Ridge(alpha=2.0).fit(z, F.one_hot(labels, LABELS).double().numpy())
     assert torch.allclose(rows, torch.tensor(centralised.coef_), atol=1e-6)
@@ -77,7 +64,7 @@ def test_a_left_out_readout_is_that_of_the_other_clients(gram):
     features, labels = records(90)
     text = torch.randn(LABELS, WIDTH, generator=torch.Generator().manual_seed(4))
     of = [totals(features[place::3], labels[place::3], gram) for place in range(3)]
-    for place, found in enumerate(left_out_readouts(of, text, public())):
+    for place, found in enumerate(class_totals.left_out_readouts(of, text, public())):
         others = learn_readout([one for n, one in enumerate(of) if n != place], text, public())
         assert found is not None
         assert others is not None
@@ -88,7 +75,7 @@ def test_a_left_out_readout_is_that_of_the_other_clients(gram):
 
 
 def test_no_readout_is_left_out_for_a_single_client():
-    assert left_out_readouts([totals(*records(30))], torch.zeros(LABELS, WIDTH), public()) == [None]
+    assert class_totals.left_out_readouts([totals(*records(30))], torch.zeros(LABELS, WIDTH), public()) == [None]
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -98,10 +85,10 @@ def test_a_record_changes_the_totals_by_norm_one_at_most_where_its_feature_lies_
     within = (
         known.centre_D + (features - known.centre_D) * known.scale / (features - known.centre_D).norm(dim=1)[:, None]
     )
-    rows = total_rows(within, labels, known.centre_D, known.scale, LABELS, gram)
+    rows = class_totals.total_rows(within, labels, known.centre_D, known.scale, LABELS, gram)
     assert torch.allclose(rows.norm(dim=1), torch.ones(20), atol=1e-5)
-    assert rows.shape[1] == totals_size(LABELS, WIDTH, gram)
-    assert row_norm(gram) == pytest.approx((1.09 + gram) ** 0.5)
+    assert rows.shape[1] == class_totals.totals_size(LABELS, WIDTH, gram)
+    assert class_totals.row_norm(gram) == pytest.approx((1.09 + gram) ** 0.5)
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -109,16 +96,16 @@ def test_rows_in_chunks_are_the_same_rows_and_other_tasks_labels_are_zeros(gram,
     features, labels = records(20)
     known = public()
     given = features, labels, known.centre_D, known.scale, LABELS, gram
-    monkeypatch.setattr(class_totals, "CHUNK_NUMBERS", 3 * totals_size(LABELS, WIDTH, gram))
-    chunks = [*row_chunks(*given)]
+    monkeypatch.setattr(class_totals, "CHUNK_NUMBERS", 3 * class_totals.totals_size(LABELS, WIDTH, gram))
+    chunks = [*class_totals.row_chunks(*given)]
     assert [len(chunk) for chunk in chunks] == [3] * 6 + [2]
-    whole = total_rows(*given)
+    whole = class_totals.total_rows(*given)
     assert torch.equal(torch.cat(chunks), whole)
-    padded = padded_totals(whole.sum(0), LABELS, 5, WIDTH)
-    assert len(padded) == totals_size(5, WIDTH, gram)
+    padded = class_totals.padded_totals(whole.sum(0), LABELS, 5, WIDTH)
+    assert len(padded) == class_totals.totals_size(5, WIDTH, gram)
     found, expected = (
-        split_totals(padded, LABELS, 5, WIDTH, gram),
-        split_totals(whole.sum(0), LABELS, LABELS, WIDTH, gram),
+        class_totals.split_totals(padded, LABELS, 5, WIDTH, gram),
+        class_totals.split_totals(whole.sum(0), LABELS, LABELS, WIDTH, gram),
     )
     assert torch.equal(found.sums_CD, expected.sums_CD)
     assert (found.gram_DD is None and not gram) or torch.equal(found.gram_DD, expected.gram_DD)
@@ -190,7 +177,9 @@ def test_constant_features_make_no_readout_that_is_not_finite():
 
 def test_a_label_prior_is_shrunk_towards_the_federations_shares():
     counts, shares = torch.tensor([9.0, 1.0]), torch.tensor([0.5, 0.5])
-    weak, strong = relative_prior(counts, shares, 1.0), relative_prior(counts, shares, 1000.0)
+    weak, strong = class_totals.relative_prior(counts, shares, 1.0), class_totals.relative_prior(counts, shares, 1000.0)
     assert weak.exp().tolist() == pytest.approx([9.5 / 11 / 0.5, 1.5 / 11 / 0.5])
     assert strong.abs().max() < 0.02
-    assert relative_prior(torch.tensor([5.0, 5.0]), shares, 2.0).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert class_totals.relative_prior(torch.tensor([5.0, 5.0]), shares, 2.0).tolist() == pytest.approx(
+        [0.0, 0.0], abs=1e-6
+    )

@@ -5,15 +5,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import small
-from ficpd.methods.shared.clustering import (
-    Clusters,
-    _kmeans,
-    _stability,
-    adjusted_rand,
-    cosine_kmeans,
-    relabel_clusters,
-    shrinkage,
-)
+from ficpd.methods.shared import clustering
+from ficpd.methods.shared.clustering import Clusters, adjusted_rand, cosine_kmeans, relabel_clusters, shrinkage
 
 
 def planted(clusters: int = 3, each: int = 5, noise: float = 0.1, seed: int = 0) -> tuple[dict, dict]:
@@ -104,9 +97,11 @@ def test_the_number_is_found_by_the_silhouette(clusters):
 def test_clusters_that_are_there_are_found_again_among_four_fifths_and_others_are_not():
     vectors, _ = planted(4, 6, noise=0.3)
     unit = torch.stack([torch.nn.functional.normalize(vectors[n].flatten().double(), dim=0) for n in sorted(vectors)])
-    assert _stability(unit, _kmeans(unit, 4, 0, 20), 0) == 1.0
-    assert _stability(unit, _kmeans(unit, 8, 0, 20), 0) < 0.9
-    assert _stability(unit, _kmeans(unit, 4, 0, 20), 1) == _stability(unit, _kmeans(unit, 4, 0, 20), 1)
+    assert clustering._stability(unit, clustering._kmeans(unit, 4, 0, 20), 0) == 1.0
+    assert clustering._stability(unit, clustering._kmeans(unit, 8, 0, 20), 0) < 0.9
+    assert clustering._stability(unit, clustering._kmeans(unit, 4, 0, 20), 1) == clustering._stability(
+        unit, clustering._kmeans(unit, 4, 0, 20), 1
+    )
 
 
 def test_a_number_is_found_for_as_many_clients_as_there_are_numbers_or_fewer():

@@ -13,19 +13,7 @@ from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
 from ficpd.methods.shared import class_totals, readouts
 from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_norm, split_totals
-from ficpd.methods.shared.readouts import (
-    CENTRE,
-    COUNTS,
-    NOISE_OF_TOTALS,
-    ROWS,
-    SCORING,
-    TEXT,
-    client_totals,
-    learn_readouts,
-    scoring_readout,
-    state_readout,
-    totals_spec,
-)  # fmt: skip
+from ficpd.methods.shared.readouts import CENTRE, COUNTS, NOISE_OF_TOTALS, ROWS, SCORING, TEXT, learn_readouts, totals_spec
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, Record, State
 
@@ -54,7 +42,7 @@ def test_round_one_gathers_totals_and_later_assignments_carry_the_readout(model,
     later = method.make_assignment(state, client.card, 2)
     method.validate_assignment(later, client.start)
     assert later.arrays[ROWS].shape == (2, model.backbone.width)
-    assert torch.equal(later.arrays[ROWS], state_readout(state, ClientCard("a newcomer")).rows_CD)
+    assert torch.equal(later.arrays[ROWS], readouts.state_readout(state, ClientCard("a newcomer")).rows_CD)
     assert client.client_state[COUNTS].tolist() == pytest.approx(
         [sum(r.fields["target"] == label for r in client.train) for label in client.task.names], abs=1e-4
     )
@@ -78,12 +66,12 @@ def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(m
     assert not last.facts["at_start"]
     assert CLASSES not in method.update_spec(last)
     assert torch.equal(
-        method.readout(last, ClientCard("a newcomer")).rows_CD, state_readout(last, ClientCard("any")).rows_CD
+        method.readout(last, ClientCard("a newcomer")).rows_CD, readouts.state_readout(last, ClientCard("any")).rows_CD
     )
     client = members["site-0"]
     asked = method.make_assignment(first, client.card, 2)
     for prompt, same in ((asked.arrays["prompt"], True), (client.start.vectors_PD, False)):
-        totals = run_queries(model, client_totals(ClientSession(client, 2), asked, prompt))[CLASSES]
+        totals = run_queries(model, readouts.client_totals(ClientSession(client, 2), asked, prompt))[CLASSES]
         assert small.close(totals, updates[0].arrays[CLASSES], 1e-5) == same
 
 
@@ -101,10 +89,10 @@ def test_each_client_scores_its_records_by_half_a_readout_without_them(model):
     for name, rest in zip([u.client for u in updates], without, strict=True):
         assignment = method.make_assignment(state, members[name].card, 2)
         method.validate_assignment(assignment, members[name].start)
-        scoring = scoring_readout(assignment)
+        scoring = readouts.scoring_readout(assignment)
         assert torch.allclose(scoring.rows_CD, (assignment.arrays[ROWS] + rest.rows_CD) / 2, atol=1e-5)
     newcomer = method.make_assignment(state, ClientCard("a newcomer"), 2)
-    assert scoring_readout(newcomer) is None
+    assert readouts.scoring_readout(newcomer) is None
     broken = replace(newcomer, arrays=newcomer.arrays | {SCORING: newcomer.arrays[ROWS][:, :1]})
     with pytest.raises(CodecError, match="readout arrays"):
         method.validate_assignment(broken, members[names[0]].start)
@@ -135,7 +123,7 @@ def test_large_federations_have_no_readout_for_each_client(model, monkeypatch, l
     state, _ = after_one_round(model, method, members, rounds=1)
     assignment = method.make_assignment(state, members["site-0"].card, 2)
     assert ROWS in assignment.arrays
-    assert scoring_readout(assignment) is None
+    assert readouts.scoring_readout(assignment) is None
 
 
 def first_arrays(model, method, members):
@@ -167,7 +155,7 @@ def test_the_analytic_readout_does_not_depend_on_who_holds_which_record(model, c
     alone = small.clients(model, method, 1)
     alone["site-0"].train = everything
     whole, _ = after_one_round(model, method, alone)
-    parted, together = (state_readout(of, ClientCard("any")) for of in (state, whole))
+    parted, together = (readouts.state_readout(of, ClientCard("any")) for of in (state, whole))
     assert small.close(parted.rows_CD, together.rows_CD, 1e-3)
 
 
