@@ -40,9 +40,8 @@ def bert(folder: Path) -> Path:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, **names, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
-    ).save_pretrained(folder)
+    given = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=words, **names, model_input_names=given).save_pretrained(folder)
     return _saved(folder, BertForMaskedLM, BertConfig(vocab_size=len(pieces), max_position_embeddings=48, **SIZES))
 
 

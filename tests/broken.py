@@ -19,9 +19,7 @@ class Config(record_gaussian.Config):
 class ClipsTheMean(RecordGaussian):
     """The batch's mean is clipped and not each record, and the noise is that of a clipped record."""
 
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale=None) -> Tensor:
         mean = values_KB.sum(1) / expected_batch
         clipped = clipped_sum(mean.reshape(1, -1), self.clip_norm)
         return noise.add_gaussian(clipped, self.noise_multiplier * self.clip_norm / expected_batch).view(mean.shape)
@@ -30,9 +28,7 @@ class ClipsTheMean(RecordGaussian):
 class NoiseOffByTheBatch(RecordGaussian):
     """The noise is divided by the batch once for itself and once with the sum."""
 
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale=None) -> Tensor:
         K, B, *rest = values_KB.shape
         summed = clipped_sum(values_KB.transpose(0, 1).reshape(B, K * math.prod(rest)), self.clip_norm)
         noised = noise.add_gaussian(summed, self.noise_multiplier * self.clip_norm / expected_batch)

@@ -2,9 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+import decoders
 import small
 from ficpd import cli
 from ficpd.backbones.query_engine import QueryEngine, set_single_threaded_forward
@@ -17,6 +19,17 @@ set_single_threaded_forward()  # as every run does; two test processes with two 
 @pytest.fixture
 def model() -> QueryEngine:
     return QueryEngine(small.backbone())
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """The folder of a random decoder, which tests only read."""
+    return decoders.write(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def decoder(llama) -> QueryEngine:
+    return QueryEngine(decoders.load(llama))
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +47,24 @@ def minilm_run(tmp_path_factory) -> Path:
     return folder
 
 
+class Outcome(NamedTuple):
+    """A command's exit status, what it printed, and its errors."""
+
+    status: int
+    out: str
+    err: str
+
+    def said(self, status: int = 0) -> str:
+        """What it printed, or its error, if it ended with this status."""
+        assert self.status == status, self.err
+        return self.err if status else self.out
+
+
 @pytest.fixture
 def ficpd(monkeypatch, capsys):
-    """Run the command in this process: its exit status, what it printed, its errors."""
+    """Runs the command in this process."""
 
-    def call(*words: object) -> tuple[int, str, str]:
+    def call(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["ficpd", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "200")
         status = 0
@@ -47,6 +73,6 @@ def ficpd(monkeypatch, capsys):
         except SystemExit as end:
             status = int(end.code or 0)
         said = capsys.readouterr()
-        return status, said.out, said.err
+        return Outcome(status, said.out, said.err)
 
     return call

@@ -304,9 +304,8 @@ def vision_line(backbone: vision.Vision, model: Any) -> dict[str, str]:
         longest = {"padding": "max_length", "max_length": 12} if "Siglip" in type(model).__name__ else {"padding": True}
         words = backbone.tokenizer(["the film", "the good story"], return_tensors="pt", **longest)
         words = {"input_ids": words["input_ids"]} if "Siglip" in type(model).__name__ else words
-        theirs = model(
-            pixel_values=pixels, **{k: v for k, v in words.items() if k != "token_type_ids"}
-        ).logits_per_image
+        words.pop("token_type_ids", None)
+        theirs = model(pixel_values=pixels, **words).logits_per_image
         worst.append(float((ours - ours[:, :1] - theirs + theirs[:, :1]).abs().max()))  # but for SigLIP's bias
     middle = "yes" if backbone.depth > 1 else "no"
     return {"layer 0": "yes", "middle": middle, "LoRA": "not compared", "difference": f"{max(worst):.0e}"}
@@ -364,10 +363,8 @@ def written(backbone: Any, layer: int) -> str:
             ids = [*ids, int(backbone.frozen.logits(states_STD[:, TOKENS + len(ids) - 1]).argmax())]
             if ids[-1] == backbone.tokenizer.eos_token_id:
                 break
-        assert (
-            backbone.tokenizer.decode(ids[len(backbone.tokenizer(text)["input_ids"]) :], skip_special_tokens=True)
-            == found
-        )
+        new = ids[len(backbone.tokenizer(text)["input_ids"]) :]
+        assert backbone.tokenizer.decode(new, skip_special_tokens=True) == found
     return "cache" if backbone.writing.cached[layer] else "whole forwards"
 
 
@@ -377,9 +374,8 @@ def lora_off(backbone: Any, model: Any) -> float | None:
     if not adapters.modules:
         return None
     names = sorted({name.rpartition(".")[2] for name in adapters.modules})
-    theirs: Any = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
-    ).eval()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
     begin_PD = adapters.start(2, 1)
     rows_SPD = torch.randn(2, *begin_PD.shape, generator=torch.Generator().manual_seed(2)) / 4
     ids_ST = torch.arange(5, 17).view(2, 6)

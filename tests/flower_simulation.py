@@ -94,9 +94,8 @@ def _flower(experiment: Experiment, out: Path, resume: bool, folder: Path, clien
     more |= dict(zip(ports, map(str, free_ports(2)), strict=True))
     federation = f"num-supernodes={clients} client-resources-num-cpus=1"
     try:
-        return flwr_run(
-            to_toml(experiment), f"{experiment.name}.toml", out, resume, ["--federation-config", federation], more
-        )
+        more = (["--federation-config", federation], more)
+        return flwr_run(to_toml(experiment), f"{experiment.name}.toml", out, resume, *more)
     finally:
         _stop(home)  # Flower leaves its local SuperLink running
 

@@ -48,6 +48,5 @@ class Planted(tiny.Tiny):
 def records(kind: str, count: int, seed: int = 0) -> list[Record]:
     """Of one kind, half good and half bad."""
     labels = ["good", "bad"] * count
-    return [
-        Record(f"{kind} {i} {seed}", {"text": f"{kind} was {labels[i]}", "target": labels[i]}) for i in range(count)
-    ]
+    told = [f"{kind} was {label}" for label in labels[:count]]
+    return [Record(f"{kind} {i} {seed}", {"text": text, "target": labels[i]}) for i, text in enumerate(told)]

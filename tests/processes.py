@@ -131,9 +131,8 @@ def coordinate(
     out = Path(out)
     grid = grid or grids.Loopback({int(node): Path(path) for node, path in sockets.items()}, journal=journal(out))
     named = {"sites": [f"site-{place}" for place in range(len(sockets))]}
-    config = Config.model_validate(
-        {"poll_seconds": 0.01, "wait_seconds": 60.0, "deadline_seconds": 60.0} | named | options
-    )
+    waits = {"poll_seconds": 0.01, "wait_seconds": 60.0, "deadline_seconds": 60.0}
+    config = Config.model_validate(waits | named | options)
     return run_coordinator(text, "small.toml", out, Flower(config, grid, ""), resume, say)  # type: ignore[arg-type]
 
 

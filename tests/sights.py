@@ -80,7 +80,6 @@ def write_clip(folder: Path) -> Path:
     pieces.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 1)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
+    marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=pieces, **marks).save_pretrained(folder)
     return _processed(folder, "CLIPImageProcessor", cuts=True)

@@ -61,13 +61,10 @@ def begun(context: ExperimentContext, rounds: int | None = None, run: str = "a" 
     cards = [ClientCard(name, shard.metadata) for name, shard in context.shards.items()]
     state = method.init(FederationInfo(context.start, cards, schedule.num_rounds, schedule.cohort, schedule.seed))
     fingerprint = context.model.backbone.fingerprint
-    orders = [
-        codec.encode_assignment(method.make_assignment(state, cards[0], round), fingerprint)
-        for round in range(1, (rounds or schedule.num_rounds) + 1)
-    ]
-    said = RunSpec(
-        context.experiment, recipe(context), "small.toml", list(context.shards), schedule, context.start, None
-    )
+    asked = [method.make_assignment(state, cards[0], round) for round in range(1, (rounds or schedule.num_rounds) + 1)]
+    orders = [codec.encode_assignment(order, fingerprint) for order in asked]
+    names, start = list(context.shards), context.start
+    said = RunSpec(context.experiment, recipe(context), "small.toml", names, schedule, start, None)
     return orders, run_spec.encode(said)
 
 

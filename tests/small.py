@@ -59,7 +59,7 @@ def backbone(width: int = 16, depth: int = 2, max_tokens: int = 64, dtype: torch
 
 
 def classes(**more: Any) -> classification.Classification:
-    return classification.build(classification.Config(labels=LABELS, instruction="it was", **more))
+    return classification.build(classification.Config(**{"labels": LABELS, "instruction": "it was", **more}))
 
 
 def numbers(**more: Any) -> regression.Regression:

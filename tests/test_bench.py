@@ -127,9 +127,8 @@ class Bench:
             "FICPD_BENCH_CHANGES": "\n".join(changes),
         }  # fmt: skip
         command = [sys.executable, *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=self.results.parent.parent, capture_output=True, text=True, check=False
-        )
+        how = {"cwd": self.results.parent.parent, "capture_output": True, "text": True}
+        done = subprocess.run(command, env=environment, check=False, **how)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout
 
@@ -273,9 +272,8 @@ def test_design(bench, sets):
 def test_library(bench, sets, tmp_path):
     texts = tmp_path / "texts"
     bench.run("library", f"texts --data {sets} --texts {texts} --writer {sets / 'decoder'}")
-    calls = [
-        f"{part} --seeds 0 --rounds 1 --data {sets}" for part in ("mixed", "defaults", "private", "ablation", "clients")
-    ]
+    parts = ("mixed", "defaults", "private", "ablation", "clients")
+    calls = [f"{part} --seeds 0 --rounds 1 --data {sets}" for part in parts]
     bench.run("library", *calls, changes=(TINY, ONE_ROUND))
     assert texts.exists()
     assert len(bench.rows("library_mixed")) == 6
@@ -317,11 +315,8 @@ def test_fpl(bench, sets):
     data = f"--seeds 0 --rounds 1 --data {sets} --e5 {sets} --dino {sets / 'dino'}"
     bench.run("fpl", f"abstracts {data}", f"ablation {data}", changes=(TINY, "partition.num_clients=8"))
     bench.run("fpl", f"languages {data}", changes=(TINY,))
-    bench.run(
-        "fpl",
-        f"digits {data}",
-        changes=("backbone.options={image_size=16}", "partition.num_clients=6", "prompt.enters_at=1"),
-    )
+    changes = ("backbone.options={image_size=16}", "partition.num_clients=6", "prompt.enters_at=1")
+    bench.run("fpl", f"digits {data}", changes=changes)
     for name in ("abstracts", "languages", "digits"):
         assert bench.rows(f"fpl_{name}") == {"zero-shot", "local", "fedavg", "fpl"}
     for privacy in ("none", "epsilon_2"):
@@ -330,12 +325,8 @@ def test_fpl(bench, sets):
 
 @pytest.mark.parametrize("part", ["gradients", "joining", "private", "blackbox_skewed", "mixed", "languages", "words"])
 def test_compare(bench, sets, part, tmp_path):
-    bench.run(
-        "compare",
-        f"{part} --seeds 0 --jobs 2 --data {sets} --e5 {sets} --out {tmp_path / 'runs'}",
-        changes=(TINY, ONE_ROUND),
-        TASKS=("polarity",),
-    )
+    call = f"{part} --seeds 0 --jobs 2 --data {sets} --e5 {sets} --out {tmp_path / 'runs'}"
+    bench.run("compare", call, changes=(TINY, ONE_ROUND), TASKS=("polarity",))
     found = bench.found(f"compare_{part}")
     assert found["conditions"]
     for condition in found["conditions"]:

@@ -54,9 +54,8 @@ def tarred(files: dict[str, str]) -> bytes:
 
 
 def idx(magic: int, array: np.ndarray) -> bytes:
-    return gzip.compress(
-        b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape)) + array.astype(np.uint8).tobytes()
-    )
+    header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
+    return gzip.compress(header + array.astype(np.uint8).tobytes())
 
 
 OPTIONS = {"A": "one", "B": "two", "C": "three", "D": "four"}
@@ -190,10 +189,8 @@ def test_images_are_as_in_the_source(data, sources, tmp_path):
 def test_a_file_that_changed_since_the_first_fetch_is_refused(data, sources, tmp_path, capsys):
     source = sources / "banking77" / "train.csv"
     assert prepare(data, tmp_path, "banking77") == []
-    assert (
-        json.loads((tmp_path / "lock.json").read_text())[source.as_uri()]
-        == hashlib.sha256(source.read_bytes()).hexdigest()
-    )
+    locked = json.loads((tmp_path / "lock.json").read_text())
+    assert locked[source.as_uri()] == hashlib.sha256(source.read_bytes()).hexdigest()
     source.write_bytes(source.read_bytes() + b"One more,card_arrival\n")
     assert prepare(data, tmp_path, "banking77") == []  # from the file fetched before
     (tmp_path / "data" / "raw" / "banking77" / "banking77" / "train.csv").unlink()

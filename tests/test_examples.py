@@ -43,12 +43,8 @@ def test_every_example_is_tested_and_short():
 
 
 def answers_of_plain_transformers(folder: Path) -> list[tuple[str, dict[str, float]]]:
-    out = subprocess.run(
-        [sys.executable, str(FOLDER / "plain_transformers.py"), str(folder), *TEXTS],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = [sys.executable, str(FOLDER / "plain_transformers.py"), str(folder), *TEXTS]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [line.split(" -> ")[1].split(" ", 1) for line in out.splitlines()]
     return [(label, ast.literal_eval(shares)) for label, shares in found]
 

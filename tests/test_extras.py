@@ -61,9 +61,8 @@ def call(*calls: tuple[object, ...]) -> list[tuple[int, str, str]]:
     given = json.dumps([[str(word) for word in words] for words in calls])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     code = f"BLOCKED = {sorted(HEAVY)}\nCALLS = {given}\n{PROGRAM}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300, check=False
-    )
+    how = {"capture_output": True, "text": True, "env": env, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", code], check=False, **how)
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
@@ -88,11 +87,8 @@ def test_the_heavy_packages_are_those_of_extras():
 
 
 def test_each_command_that_is_named_installs_an_extra_of_the_package():
-    named = {
-        extra
-        for file in Path(ficpd.__file__).parent.rglob("*.py")
-        for extra in re.findall(r'needs\([^()]*"([\w-]+)"\)', file.read_text(encoding="utf-8"))
-    }
+    sources = [file.read_text(encoding="utf-8") for file in Path(ficpd.__file__).parent.rglob("*.py")]
+    named = {extra for text in sources for extra in re.findall(r'needs\([^()]*"([\w-]+)"\)', text)}
     assert {"report", "hub", "secure-noise"} < named <= set(EXTRAS)
     assert set(registry.EXTRAS.values()) <= set(EXTRAS)
 
@@ -114,9 +110,8 @@ def test_dev_installs_every_package_that_the_quick_suite_needs():
 
 def test_the_tour_lists_the_extras():
     table = (ROOT / "docs/tour.md").read_text(encoding="utf-8").partition("## Install less")[2].partition("\n## ")[0]
-    named = {
-        word for line in re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for word in re.findall(r"`([\w-]+)`", line)
-    }
+    lines = re.findall(r"^\|(.*?)\|", table, re.MULTILINE)
+    named = {word for line in lines for word in re.findall(r"`([\w-]+)`", line)}
     assert named == set(EXTRAS) - {"bench", "dev"}
 
 
@@ -161,9 +156,8 @@ MISSING = [
 def test_what_is_missing_is_one_sentence_with_the_command(folder, tmp_path):
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "pictures.csv").write_text("text,target,site,image\n" + "a,good,x,a.png\nb,bad,x,a.png\n" * 4)
-    image = (
-        f'{{source="{tmp_path / "pictures.csv"}",columns={{text="text",target="target",client="site",image="image"}}}}'
-    )
+    columns = 'columns={text="text",target="target",client="site",image="image"}'
+    image = f'{{source="{tmp_path / "pictures.csv"}",{columns}}}'
     places = {"RUN": folder / "run", "RECIPE": folder / "small.toml", "empty.parquet": tmp_path / "empty.parquet"}
     places |= {"data.source=pictures": f"data={image}"}
     calls = [

@@ -58,9 +58,9 @@ def test_every_client_has_its_own_groups_task(tmp_path):
     assert clients["plain.site-1"].task is context.tasks["plain"]
     assert clients["opposed.site-1"].task.label_space == ["up", "down"]
     pooled = context.clients(pooled=True)
-    assert {name: len(c.train) for name, c in pooled.items()} == {
-        f"{g}.everyone": sum(len(c.train) for n, c in clients.items() if n.startswith(g)) for g in ("plain", "opposed")
-    }
+    groups = {g: [c for n, c in clients.items() if n.startswith(g)] for g in ("plain", "opposed")}
+    shares = {f"{g}.everyone": sum(len(c.train) for c in own) for g, own in groups.items()}
+    assert {name: len(c.train) for name, c in pooled.items()} == shares
     with pytest.raises(ConfigError, match="several tasks"):
         _ = context.task
 
@@ -126,9 +126,8 @@ PRIVATE = ("privacy.name=record_gaussian", "privacy.noise_multiplier=1.0", "priv
 
 def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(tmp_path):
     """Texts for the second task's answers that lie close to one another make its gradients short."""
-    given = toml(tmp_path, "fedavg", 1).replace(
-        'up = "bad dull", down = "good fine"', 'up = "good fine", down = "good"'
-    )
+    labels = ('up = "bad dull", down = "good fine"', 'up = "good fine", down = "good"')
+    given = toml(tmp_path, "fedavg", 1).replace(*labels)
     built = build_context(parse(given, "groups.toml", PRIVATE))
     norms = built.experiment.privacy["clip_norms"]
     assert set(norms) == {"plain", "opposed"}
@@ -163,13 +162,9 @@ def test_what_cannot_be_a_federation_of_groups_is_said(tmp_path):
     text = toml(tmp_path)
     with pytest.raises(ConfigError, match="'task' stands outside the groups"):
         parse(text + '\n[task]\nname = "classification"\nlabels = { a = "a", b = "b" }\n', "x")
-    with pytest.raises(ConfigError, match=r"x: groups.plain.task: unknown key 'label'"):
-        parse(text, "x", ["groups.plain.task.label=3"])
+    bare = '[groups.a]\ntask = { name = "classification", labels = { a = "a", b = "b" } }\ndata = { source = "x" }'
     with pytest.raises(ConfigError, match="partition is missing"):
-        parse(
-            '[groups.a]\ntask = { name = "classification", labels = { a = "a", b = "b" } }\ndata = { source = "x" }',
-            "x",
-        )
+        parse(bare, "x")
     with pytest.raises(ConfigError, match="task is missing; it has no default"):
         parse('[data]\nsource = "ratings"\n', "x")
     with pytest.raises(ConfigError, match="a head fits one label set, and this federation has 2 tasks"):

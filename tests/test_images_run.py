@@ -95,22 +95,18 @@ def test_its_library_sees_images_of_others(finished, place):
     told = CliRunner().invoke(app, ["predict", str(finished), "--data", str(one), "-c", "image=image"])
     lines = [json.loads(line) for line in told.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(file) for file in sorted(one.iterdir())]
-    assert [line["prediction"] for line in lines] == opened.predict(
-        read_records(one, {"image": "image"}, False), prompt="global"
-    )
+    predicted = opened.predict(read_records(one, {"image": "image"}, False), prompt="global")
+    assert [line["prediction"] for line in lines] == predicted
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        (["task.tuned_head=false", "prompt.head_examples="], ConfigError, "no head is tuned"),
-        (["distillation.how=kl"], ConfigError, "examples are texts"),
-        (["data.columns={text='image', target='target'}"], DataError, "holds no file ending in"),
-        (["prompt.num_tokens=2000"], BackboneError, "2000 virtual tokens"),
-        (["backbone.options={image_size=18}"], BackboneError, "take 16 or 20"),
-        (["prompt.head_examples=nowhere"], DataError, "prompt.head_examples: there is no file or folder 'nowhere'"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "error", "words"), [
+    (["task.tuned_head=false", "prompt.head_examples="], ConfigError, "no head is tuned"),
+    (["distillation.how=kl"], ConfigError, "examples are texts"),
+    (["data.columns={text='image', target='target'}"], DataError, "holds no file ending in"),
+    (["prompt.num_tokens=2000"], BackboneError, "2000 virtual tokens"),
+    (["backbone.options={image_size=18}"], BackboneError, "take 16 or 20"),
+    (["prompt.head_examples=nowhere"], DataError, "prompt.head_examples: there is no file or folder 'nowhere'"),
+])  # fmt: skip
 def test_what_cannot_be_run_is_said_before_the_first_round(place, changes, error, words):
     with pytest.raises(error, match=words):
         build_context(experiment(place, *changes))

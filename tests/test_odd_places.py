@@ -176,9 +176,8 @@ def test_sigterm_stops_a_run_that_resumes(tmp_path):
 
 def test_resuming_with_other_settings_names_them(folder, tmp_path):
     (tmp_path / "small.toml").write_text(small.toml(folder / "records.csv", rounds=1))
-    changed = read(
-        str(tmp_path / "small.toml"), ["federation.num_rounds=2", 'privacy={name="record_gaussian",epsilon=2}']
-    )
+    changes = ["federation.num_rounds=2", 'privacy={name="record_gaussian",epsilon=2}']
+    changed = read(str(tmp_path / "small.toml"), changes)
     with pytest.raises(RunError) as caught:
         run_experiment(changed, folder / "run", resume=True)
     for words in ("federation.num_rounds was 1, is 2", "privacy.name was none, is record_gaussian", "Resume without"):

@@ -112,9 +112,8 @@ def test_a_command_finds_own_modules(lab, tmp_path, kind, place):
 
 
 def test_workers_of_a_comparison_find_own_modules(lab, tmp_path):
-    (lab / "two.toml").write_text(
-        'name = "two"\nrecipe = "own.toml"\nseeds = [0]\n[methods.own]\nmethod.name = "mylab.method"\n'
-    )
+    text = 'name = "two"\nrecipe = "own.toml"\nseeds = [0]\n[methods.own]\nmethod.name = "mylab.method"\n'
+    (lab / "two.toml").write_text(text)
     done = command("ficpd", "compare", lab / "two.toml", "--out", tmp_path / "two", "--jobs", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -128,21 +127,18 @@ def test_a_package_of_the_same_name_elsewhere_does_not_hide_it(lab, tmp_path, mo
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("method.name=nolab.method", "method 'nolab.method': No module named 'nolab'"),
-        ("method.name=mylab.nomethod", "No module named 'mylab.nomethod'"),
-        ("method.name=mylab.helper", "does not define `Config`"),
-        ("metrics=[{name='kappa'}]", "metric 'kappa': expected the dotted name"),
-        ("metrics=[{name='mylab.metric', lable='x'}]", "unknown key 'lable'; did you mean 'label'"),
-        ("data.source=nolab.source", "source 'nolab.source': No module named 'nolab'"),
-        ("data.source_options.row=1", "data.source_options: unknown key 'row'; did you mean 'rows'"),
-        ("partition.kind=column_dirichlett", "did you mean 'column_dirichlet'"),
-        ("partition.kind=mylab.nopartition", "partition 'mylab.nopartition'"),
-        ("partition.options.clientz=3", "partition.options: unknown key 'clientz'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ("method.name=nolab.method", "method 'nolab.method': No module named 'nolab'"),
+    ("method.name=mylab.nomethod", "No module named 'mylab.nomethod'"),
+    ("method.name=mylab.helper", "does not define `Config`"),
+    ("metrics=[{name='kappa'}]", "metric 'kappa': expected the dotted name"),
+    ("metrics=[{name='mylab.metric', lable='x'}]", "unknown key 'lable'; did you mean 'label'"),
+    ("data.source=nolab.source", "source 'nolab.source': No module named 'nolab'"),
+    ("data.source_options.row=1", "data.source_options: unknown key 'row'; did you mean 'rows'"),
+    ("partition.kind=column_dirichlett", "did you mean 'column_dirichlet'"),
+    ("partition.kind=mylab.nopartition", "partition 'mylab.nopartition'"),
+    ("partition.options.clientz=3", "partition.options: unknown key 'clientz'"),
+])  # fmt: skip
 def test_a_mistake_names_the_setting(lab, tmp_path, change, words):
     with pytest.raises(ConfigError) as error:
         ficpd.run(lab / "own.toml", tmp_path / "run", changes=[change])

@@ -137,9 +137,8 @@ def test_the_ledger_has_what_the_block_counts(tmp_path):
 
 def test_the_plan_counts_each_clients_own_rounds(tmp_path):
     result = small.run(tmp_path, "fedavg", *TWO, "federation.clients_per_round=2", rounds=5)
-    rounds = [
-        {round for name, round, *_ in lines(tmp_path) if name == site} for site in result.privacy.epsilon_of_sites
-    ]
+    named, sites = lines(tmp_path), result.privacy.epsilon_of_sites
+    rounds = [{round for name, round, *_ in named if name == site} for site in sites]
     assert len({len(own) for own in rounds}) > 1
     assert all(1.95 < epsilon <= 2.0 for epsilon in result.privacy.epsilon_of_sites.values())
     assert result.dropped_updates == 0
@@ -268,18 +267,16 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
     checkpoint = tmp_path / "run" / "checkpoint"
     newest = checkpoint.read_bytes()
     checkpoint.unlink()
-    with sqlite3.connect(
-        tmp_path / "run" / LEDGER
-    ) as file:  # as if nobody had been drawn: the server pays all the same
+    # as if nobody had been drawn: the server pays all the same
+    with sqlite3.connect(tmp_path / "run" / LEDGER) as file:
         file.execute(
             "delete from assignments where site <> 'server' and exists (select 1 from assignments where site = 'server')"
         )
     if older:
         checkpoint.write_bytes(first)
     before, said = left(tmp_path), "ends with round 1: it is an older copy" if older else "checkpoint is gone"
-    with pytest.raises(
-        LedgerError, match=rf"has round 3 of .*{said}.*Restore the newest checkpoint, or begin in a new"
-    ):
+    said = rf"has round 3 of .*{said}.*Restore the newest checkpoint, or begin in a new"
+    with pytest.raises(LedgerError, match=said):
         run_experiment(experiment, tmp_path / "run", resume=True)
     assert left(tmp_path) == before
     checkpoint.write_bytes(newest)
@@ -372,24 +369,20 @@ def test_nothing_that_the_server_knows_leads_to_the_private_stream(tmp_path):
     state, _, _, _ = RunDir(tmp_path / "run").load()
     known: set[int] = {public_seed(7), *range(-3, 4)}
     known |= {value for value in state.facts.values() if isinstance(value, int)}
-    known |= {
-        int(line["round"]) for line in map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
-    }
+    text = (tmp_path / "run" / "rounds.jsonl").read_text()
+    known |= {int(json.loads(line)["round"]) for line in text.splitlines()}
     assert 7 not in known
     assert not finds(known, private_seed(7, "site-0"))
 
 
-@pytest.mark.parametrize(
-    "faulty",
-    [
-        lambda seed: private_seed(public_seed(seed), "site-0"),
-        lambda seed: derive_seed(public_seed(seed), "private", "site-0"),
-        lambda seed: derive_seed(public_seed(seed), "site-0"),
-        lambda seed: derive_seed(public_seed(seed), "site-0", "noise"),
-        public_seed,
-        lambda seed: private_seed(1, "site-0"),
-    ],
-)
+@pytest.mark.parametrize("faulty", [
+    lambda seed: private_seed(public_seed(seed), "site-0"),
+    lambda seed: derive_seed(public_seed(seed), "private", "site-0"),
+    lambda seed: derive_seed(public_seed(seed), "site-0"),
+    lambda seed: derive_seed(public_seed(seed), "site-0", "noise"),
+    public_seed,
+    lambda seed: private_seed(1, "site-0"),
+])  # fmt: skip
 def test_a_private_seed_that_comes_from_what_the_server_knows_is_found(faulty):
     assert finds({public_seed(7), 1, 2, 3}, faulty(7))
 
@@ -401,11 +394,8 @@ def finds(known: set[int], private: int) -> bool:
     paths = [path for length in range(4) for path in permutations(names, length)]
     for seed in known:
         for guess in (seed, private_seed(seed, "site-0"), *(derive_seed(seed, *path) for path in paths)):
-            for stream in (
-                torch.Generator().manual_seed(guess),
-                make_generator(guess),
-                make_generator(guess, "noise", "ficpd", 1),
-            ):
+            streams = (make_generator(guess), make_generator(guess, "noise", "ficpd", 1))
+            for stream in (torch.Generator().manual_seed(guess), *streams):
                 if torch.equal(torch.randn(8, generator=stream), noise):
                     return True
     return False
@@ -424,14 +414,11 @@ def test_noise_on_a_rounds_sum_takes_no_late_updates(tmp_path):
     small.run(tmp_path / "local", "fedavg", *central[:1], *central[2:], "federation.accept_late=1", rounds=1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "known"),
-    [
-        (("privacy.name=none",), 0.0),
-        (TWO, None),
-        ((*CLIENT, "privacy.noise_multiplier=0.5", "privacy.epsilon=1000"), 16 * (2 * 0.5 * 0.1) ** 2),
-    ],
-)
+@pytest.mark.parametrize(("settings", "known"), [
+    (("privacy.name=none",), 0.0),
+    (TWO, None),
+    ((*CLIENT, "privacy.noise_multiplier=0.5", "privacy.epsilon=1000"), 16 * (2 * 0.5 * 0.1) ** 2),
+])  # fmt: skip
 def test_prototypes_are_drawn_back_by_the_noise_that_the_server_knows(tmp_path, monkeypatch, settings, known):
     told, true = [], ficpd.shrinkage
 

@@ -110,9 +110,8 @@ def test_subjects_at_several_clients_are_warned_of(tmp_path):
 
 
 def test_no_records_of_a_subject_are_an_error_before_any_data_are_read(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"privacy\.max_records_per_subject = 0: Input should be greater than or equal"
-    ):
+    said = r"privacy\.max_records_per_subject = 0: Input should be greater than or equal"
+    with pytest.raises(ConfigError, match=said):
         experiment(tmp_path, "fedavg", *PRIVATE, "privacy.max_records_per_subject=0")
 
 
@@ -155,18 +154,16 @@ def test_a_site_trains_on_subjects_and_its_policy_limits_their_records(tmp_path)
         "text": "text", "target": "target", "subject": "patient"}), 0)  # fmt: skip
     home = site(one, "site-0", tmp_path)
     home.shard = ClientData(shard.train, shard.test, {})
-    home.config = home.config.model_copy(
-        update={"data": loading.Config(source="x", columns={"text": "text", "subject": "patient"})}
-    )
+    columns = loading.Config(source="x", columns={"text": "text", "subject": "patient"})
+    home.config = home.config.model_copy(update={"data": columns})
     assert home.handle(train(orders[0], said))
     (current,) = home.runs.values()
     assert current.client.mechanism.subjects
     subjects = len({record.subject for record in shard.train})
     assert current.client.mechanism.planned_costs()[0].sampling_rate == pytest.approx(4 / subjects)
     home.close()
-    low = home.config.model_copy(
-        update={"policy": home.config.policy.model_copy(update={"max_records_per_subject": 7})}
-    )
+    fewer = home.config.policy.model_copy(update={"max_records_per_subject": 7})
+    low = home.config.model_copy(update={"policy": fewer})
     spec = current.spec
     with pytest.raises(PolicyError, match=r"privacy\.max_records_per_subject = 8; .* at most 7"):
         policy.check(low, "", "site.toml", spec, one.model.backbone)
@@ -200,10 +197,8 @@ def test_a_sites_ledger_has_one_unit(tmp_path):
 
 
 def people(count: int, first: int, each: int = 3):
-    return [
-        replace(r, key=f"{first} {i}", subject=f"{first + i // each}")
-        for i, r in enumerate(small.records(count, first))
-    ]
+    records = enumerate(small.records(count, first))
+    return [replace(r, key=f"{first} {i}", subject=f"{first + i // each}") for i, r in records]
 
 
 def test_members_and_non_members_share_no_subject(tmp_path):
@@ -239,10 +234,8 @@ def test_a_members_own_model_is_chosen_by_whole_subjects(tmp_path, method):
     model, used = QueryEngine(small.backbone(width=32)), small.method(method)
     coins = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(1)).tolist()
     words = [f"note {word} {i}" for i, word in enumerate(("a the film", "of a story", "it was twice") * 4)]
-    notes = [
-        Record(f"r{i}", {"text": words[i // 4], "target": ["bad", "good"][coins[i // 4]]}, f"p{i // 4}")
-        for i in range(48)
-    ]
+    told = [{"text": words[i // 4], "target": ["bad", "good"][coins[i // 4]]} for i in range(48)]
+    notes = [Record(f"r{i}", fields, f"p{i // 4}") for i, fields in enumerate(told)]
 
     def confidence(records):
         client = small.clients(model, used, 1)["site-0"]
