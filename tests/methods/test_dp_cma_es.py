@@ -56,6 +56,7 @@ def test_it_learns(model):
 @pytest.mark.parametrize("changes", [
     ("compression.name=subspace", "compression.dimension=8", "training.population=8"),
     ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3", "privacy.placement=central"),
+    ("method.robust={ rule = 'trimmed_mean', num_byzantine = 1 }",),
 ])  # fmt: skip
 def test_whole_runs(tmp_path, changes):
     result = small.run(tmp_path, "dp_cma_es", *changes)

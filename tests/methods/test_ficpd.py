@@ -61,10 +61,8 @@ def test_a_prototype_is_moved_by_those_who_came_and_by_nobody_else(space):
 def test_where_clusters_are_drawn_anew_everybody_counts_as_last_heard():
     of = method(redraw_every=1, shrinkage=0.0)
     state = after(of, begun(of), 2, a=2 * NORTH)
-    stood = {
-        "a": 3 * NORTH,
-        "b": NORTH,
-    }  # off the global prompt of their round, (N + E) / 2, and of this one, (5 N + E) / 2
+    # off the global prompt of their round, (N + E) / 2, and of this one, (5 N + E) / 2
+    stood = {"a": 3 * NORTH, "b": NORTH}
     now, then = of.global_prompt(state), (NORTH + EAST) / 2
     assert small.close(prompt_of(of, state, "b"), now + ((stood["a"] - now) + (stood["b"] - then)) / 2)
 

@@ -87,9 +87,8 @@ def test_a_low_rank_residual_tunes_its_factors_by_their_own_gradients(model):
     """The gradients of U and V, by the chain rule and by autograd."""
     client = small.clients(model, small.method("local"), 1)["site-0"]
     base, batch = client.start.vectors_PD, client.encoded()
-    factors = residual._factors(base, 2, "x") + 0.1 * torch.randn(
-        2, sum(base.shape), generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.randn(2, sum(base.shape), generator=torch.Generator().manual_seed(0))
+    factors = residual._factors(base, 2, "x") + 0.1 * noise
 
     def ask():
         answer = yield Query(factors[None], batch, grad=True)

@@ -14,27 +14,19 @@ LABELS = {"good": "positive", "bad": "negative"}
 """Both are one token of the small decoder."""
 
 
-@pytest.fixture
-def decoder(tmp_path) -> QueryEngine:
-    return QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=64))
-
-
 def task() -> classification.Classification:
     return classification.build(classification.Config(labels=LABELS, instruction="sentiment is"))
+
+
+def of(**rows: tuple[str, str]) -> list[Record]:
+    return [Record(key, {"text": text, "target": target}) for key, (text, target) in rows.items()]
 
 
 def members(model, method, **more):
     found = small.clients(model, method, 2, task=task(), **more)
     for client in found.values():
-        client.train = [
-            Record("a", {"text": "the film was fine", "target": "good"}),
-            Record("b", {"text": "very good", "target": "good"}),
-            Record("c", {"text": "dull and long", "target": "bad"}),
-        ]
-        client.test = [
-            Record("x", {"text": "not bad", "target": "good"}),
-            Record("y", {"text": "bad", "target": "bad"}),
-        ]
+        client.train = of(a=("the film was fine", "good"), b=("very good", "good"), c=("dull and long", "bad"))
+        client.test = of(x=("not bad", "good"), y=("bad", "bad"))
     return found
 
 
@@ -72,9 +64,9 @@ def asked(model, method, clients, monkeypatch, site: str = "site-0") -> list[str
     return [model.backbone.tokenizer.decode(items[0].content) for items in batch.items]
 
 
-def narrow(tmp_path, method, train: list[str]) -> tuple[QueryEngine, dict]:
+def narrow(llama, method, train: list[str]) -> tuple[QueryEngine, dict]:
     """Room for 24 tokens, a start of ten, and a text of sixteen words that fits if nothing stands beside it."""
-    model = QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+    model = QueryEngine(decoders.load(llama, max_tokens=24))
     clients = members(model, method)
     client = clients["site-0"]
     client.start = client.start.with_vectors(torch.zeros(10, model.backbone.width))
@@ -83,15 +75,15 @@ def narrow(tmp_path, method, train: list[str]) -> tuple[QueryEngine, dict]:
     return model, clients
 
 
-def test_a_text_is_not_cut_for_examples_nor_for_virtual_tokens_that_are_not_there(tmp_path, monkeypatch):
+def test_a_text_is_not_cut_for_examples_nor_for_virtual_tokens_that_are_not_there(llama, monkeypatch):
     method = small.method("icl")
-    model, clients = narrow(tmp_path, method, ["good"])
+    model, clients = narrow(llama, method, ["good"])
     (seen,) = asked(model, method, clients, monkeypatch)
     assert seen.split()[:16] == ["good", "bad", "long", "dull"] * 4
 
 
-def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path):
-    model = QueryEngine(decoders.load(decoders.write(tmp_path / "weights"), max_tokens=24))
+def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(llama):
+    model = QueryEngine(decoders.load(llama, max_tokens=24))
     method = small.method("icl")
     clients = members(model, method)
     client = clients["site-0"]
@@ -101,9 +93,9 @@ def test_examples_that_do_not_fit_are_left_out_and_the_text_is_not_cut(tmp_path)
     assert evaluation.everyone is None
 
 
-def test_examples_are_shown_up_to_the_first_that_does_not_fit(tmp_path, monkeypatch):
+def test_examples_are_shown_up_to_the_first_that_does_not_fit(llama, monkeypatch):
     method = small.method("icl")
-    model, clients = narrow(tmp_path, method, ["fine", "the film was very long and very dull", "good"])
+    model, clients = narrow(llama, method, ["fine", "the film was very long and very dull", "good"])
     clients["site-0"].test = [Record("x", {"text": "bad", "target": "bad"})]
     (seen,) = asked(model, method, clients, monkeypatch)
     assert seen.count("positive") == 1

@@ -49,9 +49,8 @@ def test_every_candidate_can_be_the_one_that_predicts(model, monkeypatch):
     client.train = records
     batch = client.encoded()
     targets_B = batch.targets
-    corners_BD = torch.eye(4, model.backbone.width)[targets_B] + 0.05 * torch.randn(
-        40, model.backbone.width, generator=torch.Generator().manual_seed(0)
-    )
+    noise_BD = torch.randn(40, model.backbone.width, generator=torch.Generator().manual_seed(0))
+    corners_BD = torch.eye(4, model.backbone.width)[targets_B] + 0.05 * noise_BD
     readings = linear_probe._readings(ModelOutput(corners_BD), batch, targets_B)
     assert len(readings) == 2 + 2 * len(linear_probe.PENALTIES)
     for loo_BC, read in readings[1:]:

@@ -31,16 +31,13 @@ def test_a_run_sends_nothing_and_is_scored_on_each_clients_own(tmp_path, name):
     assert result.privacy.epsilon == 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("icl", HEAD, "has no labels, or a head that is tuned"),
-        ("icl", small.NUMBERS, "has no labels, or a head that is tuned"),
-        ("linear_probe", HEAD, r"linear_probe: .*tuned_head"),
-        ("linear_probe", small.NUMBERS, r"linear_probe: .*tuned_head"),
-        ("fedhpl", small.NUMBERS, r"not every task here has labels \(regression\)"),
-    ],
-)
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("icl", HEAD, "has no labels, or a head that is tuned"),
+    ("icl", small.NUMBERS, "has no labels, or a head that is tuned"),
+    ("linear_probe", HEAD, r"linear_probe: .*tuned_head"),
+    ("linear_probe", small.NUMBERS, r"linear_probe: .*tuned_head"),
+    ("fedhpl", small.NUMBERS, r"not every task here has labels \(regression\)"),
+])  # fmt: skip
 def test_another_task_is_refused_before_anything_is_written(tmp_path, name, change, words):
     given = small.experiment(tmp_path, name, change)
     if change == small.NUMBERS:

@@ -15,17 +15,14 @@ DELTA = "privacy.delta=1e-3"
 STEPS = {"prompt": 6}
 
 
-@pytest.mark.parametrize(
-    ("name", "epsilon", "changes", "releases", "levels"),
-    [
-        ("dp_cma_es", 8, ["training.population=6"], {"prompt": 3}, {"global"}),
-        ("dp_fpl", 2, [], STEPS, {"personal", "global"}),
-        ("dp_zo", 8, [], STEPS, {"global"}),
-        ("feddtpt", 2, ["method.clip_norm=0.75"], STEPS, {"global"}),
-        ("fedhpl", 2, [], STEPS | {"logits": 3}, {"personal"}),
-        ("prompt_dpsgd", 2, ['baselines=["local"]'], STEPS, {"personal"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "epsilon", "changes", "releases", "levels"), [
+    ("dp_cma_es", 8, ["training.population=6"], {"prompt": 3}, {"global"}),
+    ("dp_fpl", 2, [], STEPS, {"personal", "global"}),
+    ("dp_zo", 8, [], STEPS, {"global"}),
+    ("feddtpt", 2, ["method.clip_norm=0.75"], STEPS, {"global"}),
+    ("fedhpl", 2, [], STEPS | {"logits": 3}, {"personal"}),
+    ("prompt_dpsgd", 2, ['baselines=["local"]'], STEPS, {"personal"}),
+])  # fmt: skip
 def test_a_run_at_record_level_keeps_its_budget_and_pays_each_release(
     tmp_path, name, epsilon, changes, releases, levels
 ):
@@ -43,18 +40,15 @@ NO_FORM = r"fedbpt has no private form: .* use dp_cma_es"
 ONE_BY_ONE = "fpl aggregates each client's update"
 
 
-@pytest.mark.parametrize(
-    ("name", "level", "changes", "words"),
-    [
-        ("fedbpt", "record", [], NO_FORM),
-        ("fedbpt", "local", [], NO_FORM),
-        ("feddtpt", "local", [], "record_gaussian"),
-        ("feddtpt", "central", [], "record_gaussian"),
-        ("fedhpl", "local", [], "record_gaussian"),
-        ("fpl", "central", ['method.clusters="signatures"'], ONE_BY_ONE),
-        ("fpl", "central", ['method.clusters="none"', 'method.server.kind="extrapolated"'], ONE_BY_ONE),
-    ],
-)
+@pytest.mark.parametrize(("name", "level", "changes", "words"), [
+    ("fedbpt", "record", [], NO_FORM),
+    ("fedbpt", "local", [], NO_FORM),
+    ("feddtpt", "local", [], "record_gaussian"),
+    ("feddtpt", "central", [], "record_gaussian"),
+    ("fedhpl", "local", [], "record_gaussian"),
+    ("fpl", "central", ['method.clusters="signatures"'], ONE_BY_ONE),
+    ("fpl", "central", ['method.clusters="none"', 'method.server.kind="extrapolated"'], ONE_BY_ONE),
+])  # fmt: skip
 def test_a_level_that_a_method_has_no_form_for_is_refused_by_name(tmp_path, name, level, changes, words):
     kind = "record_gaussian" if level == "record" else "client_gaussian"
     placed = [] if level == "record" else [f"privacy.placement={level}", "privacy.clip_norm=0.5"]

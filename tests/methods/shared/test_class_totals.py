@@ -54,9 +54,8 @@ def test_the_penalty_has_the_least_generalised_cross_validation_error_on_the_rec
     best = min(class_totals.PENALTIES, key=error)
     assert min(class_totals.PENALTIES) < best < max(class_totals.PENALTIES)
     assert class_totals.ridge_penalty(summed, prior) == best
-    assert class_totals.ridge_penalty(summed, prior, 7.0) == 7.0 + min(
-        class_totals.PENALTIES, key=lambda p: error(7 + p)
-    )
+    least = min(class_totals.PENALTIES, key=lambda p: error(7 + p))
+    assert class_totals.ridge_penalty(summed, prior, 7.0) == 7.0 + least
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -82,9 +81,8 @@ def test_no_readout_is_left_out_for_a_single_client():
 def test_a_record_changes_the_totals_by_norm_one_at_most_where_its_feature_lies_within_the_public_scale(gram):
     features, labels = records(20)
     known = public()
-    within = (
-        known.centre_D + (features - known.centre_D) * known.scale / (features - known.centre_D).norm(dim=1)[:, None]
-    )
+    off = features - known.centre_D
+    within = known.centre_D + off * known.scale / off.norm(dim=1)[:, None]
     rows = class_totals.total_rows(within, labels, known.centre_D, known.scale, LABELS, gram)
     assert torch.allclose(rows.norm(dim=1), torch.ones(20), atol=1e-5)
     assert rows.shape[1] == class_totals.totals_size(LABELS, WIDTH, gram)
@@ -103,10 +101,8 @@ def test_rows_in_chunks_are_the_same_rows_and_other_tasks_labels_are_zeros(gram,
     assert torch.equal(torch.cat(chunks), whole)
     padded = class_totals.padded_totals(whole.sum(0), LABELS, 5, WIDTH)
     assert len(padded) == class_totals.totals_size(5, WIDTH, gram)
-    found, expected = (
-        class_totals.split_totals(padded, LABELS, 5, WIDTH, gram),
-        class_totals.split_totals(whole.sum(0), LABELS, LABELS, WIDTH, gram),
-    )
+    found = class_totals.split_totals(padded, LABELS, 5, WIDTH, gram)
+    expected = class_totals.split_totals(whole.sum(0), LABELS, LABELS, WIDTH, gram)
     assert torch.equal(found.sums_CD, expected.sums_CD)
     assert (found.gram_DD is None and not gram) or torch.equal(found.gram_DD, expected.gram_DD)
 

@@ -71,9 +71,8 @@ def test_where_subjects_are_named_a_record_is_scored_without_all_of_its_subject(
         counts_C = F.one_hot(targets_B[rest], LABELS).float().sum(0)
         assert torch.allclose(priors_BC[own], relative_prior(counts_C, torch.full((LABELS,), 1 / LABELS), 10.0))
     alone = fit_heads(features_BD, targets_B, LABELS, prior, [penalty], torch.arange(20))[0]
-    assert torch.allclose(
-        alone.loo_BC, fit_heads(features_BD, targets_B, LABELS, prior, [penalty])[0].loo_BC, atol=1e-5
-    )
+    plain = fit_heads(features_BD, targets_B, LABELS, prior, [penalty])[0]
+    assert torch.allclose(alone.loo_BC, plain.loo_BC, atol=1e-5)
 
 
 def test_a_subject_who_has_all_records_has_nothing_to_be_scored_by():
@@ -112,20 +111,16 @@ def test_ridge_regression_towards_a_prior_equals_scikit_learns_on_its_residual()
 def test_a_prior_that_fits_the_opposite_labels_is_left_out():
     features_BD, targets_B = unit_records()
     rows_CD = -torch.eye(LABELS, WIDTH)
-    for with_prior, plain in zip(
-        fit_heads(features_BD, targets_B, LABELS, (rows_CD, torch.zeros(LABELS))),
-        fit_heads(features_BD, targets_B, LABELS),
-        strict=True,
-    ):
+    pairs = [fit_heads(features_BD, targets_B, LABELS, prior) for prior in ((rows_CD, torch.zeros(LABELS)), None)]
+    for with_prior, plain in zip(*pairs, strict=True):
         assert torch.allclose(with_prior.logits(features_BD), plain.logits(features_BD), atol=1e-6)
 
 
 def test_a_strong_penalty_keeps_the_prior_for_a_label_without_records():
     features_BD, targets_B = unit_records()
     seen = targets_B < LABELS - 1
-    (head,) = fit_heads(
-        features_BD[seen], targets_B[seen], LABELS, (torch.eye(LABELS, WIDTH), torch.zeros(LABELS)), [1e6]
-    )
+    prior = (torch.eye(LABELS, WIDTH), torch.zeros(LABELS))
+    (head,) = fit_heads(features_BD[seen], targets_B[seen], LABELS, prior, [1e6])
     found_C = head.logits(torch.eye(WIDTH)[LABELS - 1 : LABELS])[0]
     assert found_C[-1] > head.logits(torch.eye(WIDTH)[:1])[0, -1]
 

@@ -27,9 +27,8 @@ def encoded(features_BD: torch.Tensor, targets_B: torch.Tensor) -> tuple[Batch, 
     texts = {f"label {n}": f"text {n}" for n in range(LABELS)}
     rows_CD = 20 * F.normalize(torch.randn(LABELS, WIDTH, generator=torch.Generator().manual_seed(5)), dim=1)
     items = tuple((EncodedInput(torch.zeros(1), 1),) for _ in targets_B)
-    return Batch(classification.build(classification.Config(labels=texts)), items, targets_B, rows_CD, 0), ModelOutput(
-        features_BD
-    )
+    task = classification.build(classification.Config(labels=texts))
+    return Batch(task, items, targets_B, rows_CD, 0), ModelOutput(features_BD)
 
 
 def mixed(neighbours: bool, features_BD: torch.Tensor, targets_B: torch.Tensor, *readouts: Readout | None):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,9 +44,8 @@ def test_round_one_gathers_totals_and_later_assignments_carry_the_readout(model,
     method.validate_assignment(later, client.start)
     assert later.arrays[ROWS].shape == (2, model.backbone.width)
     assert torch.equal(later.arrays[ROWS], readouts.state_readout(state, ClientCard("a newcomer")).rows_CD)
-    assert client.client_state[COUNTS].tolist() == pytest.approx(
-        [sum(r.fields["target"] == label for r in client.train) for label in client.task.names], abs=1e-4
-    )
+    counts = [sum(r.fields["target"] == label for r in client.train) for label in client.task.names]
+    assert client.client_state[COUNTS].tolist() == pytest.approx(counts, abs=1e-4)
 
 
 def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(model):
@@ -65,9 +65,8 @@ def test_the_last_round_tunes_nothing_and_learns_the_readout_under_the_prompts(m
     assert not torch.equal(last.arrays["global"], last.arrays["start"])
     assert not last.facts["at_start"]
     assert CLASSES not in method.update_spec(last)
-    assert torch.equal(
-        method.readout(last, ClientCard("a newcomer")).rows_CD, readouts.state_readout(last, ClientCard("any")).rows_CD
-    )
+    shared = readouts.state_readout(last, ClientCard("any"))
+    assert torch.equal(method.readout(last, ClientCard("a newcomer")).rows_CD, shared.rows_CD)
     client = members["site-0"]
     asked = method.make_assignment(first, client.card, 2)
     for prompt, same in ((asked.arrays["prompt"], True), (client.start.vectors_PD, False)):
@@ -80,9 +79,8 @@ def test_each_client_scores_its_records_by_half_a_readout_without_them(model):
     members = small.clients(model, method)
     state, updates = after_one_round(model, method, members, rounds=1)
     names = sorted(members)
-    public = class_totals.PublicFeatures(
-        first_arrays(model, method, members)[CENTRE], state.facts["feature_scale"], torch.eye(model.backbone.width)
-    )
+    centre, width = first_arrays(model, method, members)[CENTRE], model.backbone.width
+    public = class_totals.PublicFeatures(centre, state.facts["feature_scale"], torch.eye(width))
     of = [split_totals(u.arrays[CLASSES], 2, 2, model.backbone.width, state.facts["gram"]) for u in updates]
     text = first_arrays(model, method, members)[f"{TEXT}0"]
     without = left_out_readouts(of, text, public)
@@ -132,16 +130,12 @@ def first_arrays(model, method, members):
 
 def test_with_noise_totals_are_gathered_once(model):
     method = small.method("ficpd")
-    noisy = small.clients(model, method, mechanism=RecordUnit())
+    noisy = small.clients(model, method, mechanism=SimpleNamespace(unit="record", subjects=False))
     state = small.first_state(method, noisy, 1, readable=model)
     assert state.facts["gathers"]
     assert not state.facts["closes"]
     alone = small.first_state(method, small.clients(model, method), 1, readable=model)
     assert alone.facts["closes"], "the only round is for the readout"
-
-
-class RecordUnit:
-    unit, subjects = "record", False
 
 
 @pytest.mark.parametrize("clients", [1, 2, 5])
@@ -262,13 +256,11 @@ def test_a_run_keeps_the_readout_in_its_library_and_predicts_by_it(tmp_path, mod
     small.run(tmp_path, "ficpd", rounds=2)
     library = PromptLibrary.load(tmp_path / "run")
     (name,) = library.learned
-    task = small.classification.build(
-        small.classification.Config(**{k: v for k, v in library.card["tasks"][name].items() if k != "name"})
-    )
+    told = {k: v for k, v in library.card["tasks"][name].items() if k != "name"}
+    task = small.classification.build(small.classification.Config(**told))
     readout = library.learned_readout(task)
-    turned = small.classification.build(
-        task.config.model_copy(update={"labels": dict(reversed(task.config.labels.items()))})
-    )
+    backwards = dict(reversed(task.config.labels.items()))
+    turned = small.classification.build(task.config.model_copy(update={"labels": backwards}))
     assert torch.equal(library.learned_readout(turned).rows_CD, readout.rows_CD.flip(0))
     other = small.classification.build(task.config.model_copy(update={"labels": {"a": "a", "b": "b"}}))
     assert library.learned_readout(other) is None
@@ -285,9 +277,8 @@ def test_clients_of_a_task_share_a_prototype_of_it_even_if_they_never_came(model
     state = method.aggregate(State(state.arrays, {**state.facts, "noise": 0.0}), updates, 1, model)
     assert state.facts["clusters"]["a.0"] != state.facts["clusters"]["b.0"]
     for group in "ab":
-        known, never, unheard = (
-            method.make_assignment(state, ClientCard(f"{group}.{name}", {"group": group}), 2) for name in (0, 1, "new")
-        )
+        cards = [ClientCard(f"{group}.{name}", {"group": group}) for name in (0, 1, "new")]
+        known, never, unheard = (method.make_assignment(state, card, 2) for card in cards)
         assert torch.equal(known.arrays["prompt"], never.arrays["prompt"])
         assert torch.equal(known.arrays["prompt"], unheard.arrays["prompt"])
 
