@@ -100,9 +100,8 @@ def test_a_backbone_is_loaded_with_the_choice_of_the_machine(tmp_path, monkeypat
     assert (config.dtype, config.attention) == (
         str(backbone.dtype).removeprefix("torch."), backbone.model.config._attn_implementation
     )  # fmt: skip
-    assert list(json.loads((tmp_path / "cache" / "speed.json").read_text()).values()) == [
-        [config.dtype, config.attention]
-    ]
+    found = json.loads((tmp_path / "cache" / "speed.json").read_text())
+    assert list(found.values()) == [[config.dtype, config.attention]]
 
 
 KINDS = [
@@ -118,19 +117,13 @@ def test_a_model_that_nobody_needs_is_freed_at_once(name, group):
     gc.disable()
     try:
         backbone = families.load(group[name])
-        backbone.encode_prefix([*_items(backbone)], backbone.depth - 1)
+        (record,), image = backbone.synthetic_inputs(1, 0), backbone.modality == "image"
+        item = backbone.preprocess_image(record, 3) if image else backbone.tokenize(record, None, "", None, 3)
+        backbone.encode_prefix([item], backbone.depth - 1)
+        del item
         autotune.step_seconds(backbone, repeats=1)
         model = weakref.ref(backbone.model)
         del backbone
         assert model() is None
     finally:
         gc.enable()
-
-
-def _items(backbone):
-    (record,) = backbone.synthetic_inputs(1, 0)
-    yield (
-        backbone.preprocess_image(record, 3)
-        if backbone.modality == "image"
-        else backbone.tokenize(record, None, "", None, 3)
-    )

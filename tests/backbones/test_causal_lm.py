@@ -1,6 +1,5 @@
 """Decoders of the Llama family, on a small random one; the slow tests at the end read and write with SmolLM2."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,8 @@ ASK = "the sentiment is"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def small(folder) -> CausalLM:
-    return load(folder)
+def small(llama) -> CausalLM:
+    return load(llama)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -51,23 +45,21 @@ def test_a_text_is_read_with_its_pair_instruction_and_answer(small):
     assert words(small, small.tokenize("the film", None, "", None, room=0)) == "the film"
 
 
-def test_only_texts_are_cut(folder):
-    backbone = load(folder, max_tokens=16)
+def test_only_texts_are_cut(llama):
+    backbone = load(llama, max_tokens=16)
     item = backbone.tokenize("the film " * 30, None, ASK, "very good", room=5)
     assert words(backbone, item) == "the film the film the \n the sentiment is very good"
     item = backbone.tokenize("the film " * 30, "bad " * 30, ASK, None, room=2)
     assert words(backbone, item) == "the film the film the \n bad bad bad bad \n the sentiment is"
     item = backbone.tokenize("the", "bad " * 30, ASK, None, room=6)
     assert words(backbone, item) == "the \n bad bad bad bad \n the sentiment is"
-    assert load(folder, max_tokens=1000).max_tokens == SIZES["max_position_embeddings"]
+    assert load(llama, max_tokens=1000).max_tokens == SIZES["max_position_embeddings"]
 
 
 def test_the_first_token_is_set_where_the_tokeniser_sets_it(tmp_path):
     backbone = load(write(tmp_path, begins=True), max_tokens=8)
-    assert (
-        words(backbone, backbone.tokenize("the film " * 9, None, ASK, None, room=1))
-        == "<s> the film \n the sentiment is"
-    )
+    only = words(backbone, backbone.tokenize("the film " * 9, None, ASK, None, room=1))
+    assert only == "<s> the film \n the sentiment is"
 
 
 def test_a_tokeniser_that_begins_every_string_with_a_blank_does_so_once(tmp_path):
@@ -82,9 +74,9 @@ def test_a_tokeniser_that_begins_every_string_with_a_blank_does_so_once(tmp_path
     assert torch.equal(rows, backbone.model.lm_head.weight[[3, 2]])
 
 
-def test_a_prompt_longer_than_the_context_is_an_error(folder):
+def test_a_prompt_longer_than_the_context_is_an_error(llama):
     with pytest.raises(BackboneError, match="longer than the context"):
-        load(folder, max_tokens=16).tokenize("the film", None, ASK, None, room=12)
+        load(llama, max_tokens=16).tokenize("the film", None, ASK, None, room=12)
 
 
 def test_blank_answers_and_nothing_to_read_are_errors(small):
@@ -109,8 +101,8 @@ def test_readout_is_the_language_heads_rows_of_distinct_single_tokens(small):
     torch.testing.assert_close(cosine, torch.ones(len(rows)))
 
 
-def test_an_answer_to_be_written_ends_with_the_end_token_and_keeps_its_room(folder):
-    backbone = load(folder, max_tokens=16)
+def test_an_answer_to_be_written_ends_with_the_end_token_and_keeps_its_room(llama):
+    backbone = load(llama, max_tokens=16)
     item = backbone.tokenize("the film " * 30, None, ASK, "good", room=3, writes=5)
     assert words(backbone, item) == "the film the film \n the sentiment is good </s>"
     assert (item.length, item.scored) == (10, 2)
@@ -135,12 +127,11 @@ def test_at_layer_zero_it_is_the_plain_model(tmp_path, family):
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_at_a_later_layer_the_text_went_alone_through_the_layers_below(folder, small, layer):
+def test_at_a_later_layer_the_text_went_alone_through_the_layers_below(llama, small, layer):
     items, prompts_SPD = read(small), prompts(3, 5)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for item, prompt, feature in zip(
-        items, prompts_SPD, ask(small, prompts_SPD, items, layer).features_RD, strict=True
-    ):
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    features = ask(small, prompts_SPD, items, layer).features_RD
+    for item, prompt, feature in zip(items, prompts_SPD, features, strict=True):
         states = plain(item.content[None], output_hidden_states=True).hidden_states[layer]
         states = torch.cat([prompt[None], states], dim=1)
         places = torch.arange(states.shape[1])[None]
@@ -154,8 +145,8 @@ def test_at_a_later_layer_the_text_went_alone_through_the_layers_below(folder, s
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("length", [0, 5])
-def test_rows_never_see_each_other(folder, attention, layer, length):
-    backbone = load(folder, attention)
+def test_rows_never_see_each_other(llama, attention, layer, length):
+    backbone = load(llama, attention)
     items = [*read(backbone), *read(backbone, answer="very good"), *read(backbone, answer="bad")]
     prompts_SPD = prompts(len(items), length).requires_grad_()
     together = ask(backbone, prompts_SPD, items, layer)
@@ -170,8 +161,8 @@ def test_rows_never_see_each_other(folder, attention, layer, length):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_an_all_zero_prompt_has_finite_gradients(folder, attention):
-    backbone = load(folder, attention)
+def test_an_all_zero_prompt_has_finite_gradients(llama, attention):
+    backbone = load(llama, attention)
     items = read(backbone, answer="very good")
     zero = torch.zeros(3, 5, 32, requires_grad=True)
     outputs = ask(backbone, zero, items)
@@ -180,8 +171,8 @@ def test_an_all_zero_prompt_has_finite_gradients(folder, attention):
     assert grad.abs().sum() > 0
 
 
-def test_scores_are_the_mean_log_likelihood_of_the_answers_tokens(folder, small):
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def test_scores_are_the_mean_log_likelihood_of_the_answers_tokens(llama, small):
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     items, prompts_SPD = [*read(small, answer="not very good"), *read(small)], prompts(6, 4)
     scores = ask(small, prompts_SPD, items).scores_RN
     assert scores.shape == (6, 1)
@@ -243,8 +234,8 @@ def test_generation_is_greedy_and_ends_at_the_end_token(small, layer):
     assert len(set(lengths)) > 1, "some should end early and some not"
 
 
-def test_generation_keeps_the_end_of_a_long_text_and_drops_the_head_rows(folder, small):
-    short, vectors = load(folder, max_tokens=8), prompts(1, 4)[0]
+def test_generation_keeps_the_end_of_a_long_text_and_drops_the_head_rows(llama, small):
+    short, vectors = load(llama, max_tokens=8), prompts(1, 4)[0]
     prompt = Prompt(vectors[:3], small.fingerprint)
     tuned_head = Prompt(vectors, small.fingerprint, head_rows=1)
     said = small.generate(prompt, ["the film was very good"], 3)
@@ -277,7 +268,7 @@ def test_each_row_is_written_behind_its_own_prompt_and_before_its_scored_tail(sm
     assert small.generate_greedy(prompts_SPD[:2], items[:2], layer, 0) == ["", ""]
 
 
-def test_what_does_not_fit_is_not_written(folder, small):
+def test_what_does_not_fit_is_not_written(llama, small):
     items = read(small)
     longest = max(item.length for item in items)
     room = SIZES["max_position_embeddings"] - longest - 4
@@ -339,11 +330,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_never_from_the_tail():
     assert len({float(value) for value in again}) == 3
 
 
-def test_what_cannot_be_run_is_named(folder, tmp_path):
+def test_what_cannot_be_run_is_named(llama, tmp_path):
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)
     write(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path)
 

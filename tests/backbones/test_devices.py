@@ -49,15 +49,12 @@ def items_of(*lengths: int) -> list[EncodedInput]:
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize(
-    ("name", "group", "lengths", "masked"),
-    [
-        ("Llama", families.DECODERS, (16, 16), False), ("Llama", families.DECODERS, (16, 9), False),
-        ("Qwen3", families.DECODERS, (8, 5), False), ("Mistral (window 6)", families.DECODERS, (16, 16), True),
-        ("BERT", families.SENTENCES, (16, 16), False), ("BERT", families.SENTENCES, (16, 9), True),
-        ("BERT", families.MASKED, (8, 8), False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "group", "lengths", "masked"), [
+    ("Llama", families.DECODERS, (16, 16), False), ("Llama", families.DECODERS, (16, 9), False),
+    ("Qwen3", families.DECODERS, (8, 5), False), ("Mistral (window 6)", families.DECODERS, (16, 16), True),
+    ("BERT", families.SENTENCES, (16, 16), False), ("BERT", families.SENTENCES, (16, 9), True),
+    ("BERT", families.MASKED, (8, 8), False),
+])  # fmt: skip
 def test_rows_that_need_no_mask_have_none(monkeypatch, name, group, lengths, masked, layer):
     """Flash kernels take none. A causal model needs none for padding on the right; a window does need one."""
     backbone = families.load(group[name])

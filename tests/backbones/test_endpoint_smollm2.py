@@ -21,10 +21,8 @@ from ficpd.types import Prompt, Query
 from remote import Served, serving
 
 pytestmark = pytest.mark.slow
-TASK = {
-    "instruction": "Sentiment of this review (positive or negative):",
-    "labels": {"good": "positive", "bad": "negative"},
-}
+LABELS = {"good": "positive", "bad": "negative"}
+TASK = {"instruction": "Sentiment of this review (positive or negative):", "labels": LABELS}
 TEXTS = {
     "A wonderful film, I loved it.": "good",
     "Terrible. A waste of two hours.": "bad",
@@ -62,10 +60,8 @@ def transformers_serve(found, tmp_path_factory):
 
 
 def scores(backbone: openai_api.Endpoint, front: str) -> torch.Tensor:
-    task, ids = (
-        classification.build(classification.Config(**TASK)),
-        torch.tensor(backbone.vocabulary.ids(front))[:, None],
-    )
+    task = classification.build(classification.Config(**TASK))
+    ids = torch.tensor(backbone.vocabulary.ids(front))[:, None]
     records = [small.Record(text, {"text": text, "target": target}) for text, target in TEXTS.items()]
     batch = task.encode(records, backbone, Prompt(ids, backbone.fingerprint))
     outputs = QueryEngine(backbone).answer([Query(ids[None], batch, outputs=True)])[0].outputs_KB
@@ -101,9 +97,8 @@ def test_a_server_that_scores_says_what_the_model_itself_does(found):
     options: Any = {**HOW, "name": "smollm2"}
     here = causal_lm.build(causal_lm.Config(), found, **options)
     with serving(Served(here.model, here.tokenizer)) as served:
-        backbone = openai_api.build(
-            openai_api.Config(url=served.url, model="smollm2", words=str(found.folder)), None, **HOW
-        )
+        config = openai_api.Config(url=served.url, model="smollm2", words=str(found.folder))
+        backbone = openai_api.build(config, None, **HOW)
         assert backbone.likelihoods
         told = scores(backbone, "read this review")
         for row, text in enumerate(TEXTS):

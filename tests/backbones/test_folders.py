@@ -100,19 +100,13 @@ def test_prompts_without_a_default_are_mentioned(tmp_path):
     load(folder, prefix="")
 
 
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"modules": modules("Pooling", "LSTM")}, "modules.json has LSTM"),
-        (
-            {"modules": modules("Pooling"), "1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}},
-            "weightedmean",
-        ),
-        ({"modules": modules("Pooling"), "1_Pooling__config": {"include_prompt": False}}, "include_prompt = False"),
-        ({"modules": modules("Pooling", "Dense")}, "2_Dense has the activation Tanh"),
-        ({"modules": {"a": 1}}, "expected a JSON list"),
-    ],
-)
+@pytest.mark.parametrize(("files", "said"), [
+    ({"modules": modules("Pooling", "LSTM")}, "modules.json has LSTM"),
+    ({"modules": modules("Pooling"), "1_Pooling__config": {"pooling_mode_weightedmean_tokens": True}}, "weightedmean"),
+    ({"modules": modules("Pooling"), "1_Pooling__config": {"include_prompt": False}}, "include_prompt = False"),
+    ({"modules": modules("Pooling", "Dense")}, "2_Dense has the activation Tanh"),
+    ({"modules": {"a": 1}}, "expected a JSON list"),
+])  # fmt: skip
 def test_files_that_are_not_followed_are_refused(tmp_path, files, said):
     with pytest.raises(BackboneError, match=said):
         load(write(tmp_path, **files))
@@ -168,15 +162,12 @@ def test_weights_as_pickles_are_refused_with_the_way_out(tmp_path):
         weights.resolve(str(folder))
 
 
-@pytest.mark.parametrize(
-    ("method", "packages"),
-    [
-        ("gptq", "gptqmodel optimum"),
-        ("awq", "gptqmodel"),
-        ("aqlm", "aqlm"),
-        ("compressed-tensors", "compressed_tensors"),
-    ],
-)
+@pytest.mark.parametrize(("method", "packages"), [
+    ("gptq", "gptqmodel optimum"),
+    ("awq", "gptqmodel"),
+    ("aqlm", "aqlm"),
+    ("compressed-tensors", "compressed_tensors"),
+])  # fmt: skip
 def test_a_missing_package_is_one_sentence(tmp_path, method, packages):
     folder = write(tmp_path)
     config = json.loads((folder / "config.json").read_text())

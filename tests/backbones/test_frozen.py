@@ -98,9 +98,8 @@ def test_a_rotary_scaling_by_the_longest_row_bounds_the_context(kind):
     assert backbone.max_tokens == backbone.context == 16
     rows = [torch.randn(n, backbone.width, generator=torch.Generator().manual_seed(n)) for n in (5, 16, 40)]
     none = torch.zeros(2, 0, backbone.width)
-    alone, beside, long = (
-        backbone.frozen.run(none[: len(part)], part, 0)[0][0, :5] for part in ([rows[0]], rows[:2], [rows[0], rows[2]])
-    )
+    parts = ([rows[0]], rows[:2], [rows[0], rows[2]])
+    alone, beside, long = (backbone.frozen.run(none[: len(part)], part, 0)[0][0, :5] for part in parts)
     torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
     assert (alone - long).abs().max() > 0.01, "the bound would not be needed"
 

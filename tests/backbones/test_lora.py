@@ -91,11 +91,8 @@ def along(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 def test_features_are_those_of_peft_for_every_row(case):
     outputs = QueryEngine(case.backbone).answer([Query(case.rows_KPD, batch(), outputs=True, loss=along)])[0].outputs_KB
-    bare = (
-        QueryEngine(case.backbone)
-        .answer([Query(case.rows_KPD[:1, :0], batch(), outputs=True, loss=along)])[0]
-        .outputs_KB
-    )
+    query = Query(case.rows_KPD[:1, :0], batch(), outputs=True, loss=along)
+    bare = QueryEngine(case.backbone).answer([query])[0].outputs_KB
     assert outputs is not None
     assert bare is not None
     for k, rows_PD in enumerate(case.rows_KPD):
@@ -147,9 +144,8 @@ def test_it_starts_as_peft_does_and_changes_nothing(case):
 
 def test_a_rank_that_leaves_a_rest_ends_in_zeros_that_nothing_reads():
     """A value projection of two heads for four: 3 modules of 32 + 32 and 3 of 32 + 16 numbers for each rank."""
-    places = lora.Adapters(
-        torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32), "v_proj": torch.nn.Linear(32, 16)}), 32
-    )
+    heads = {"q_proj": torch.nn.Linear(32, 32), "v_proj": torch.nn.Linear(32, 16)}
+    places = lora.Adapters(torch.nn.ModuleDict(heads), 32)
     rows_PD = places.start(3, 0)
     assert places.parameters(3) == 3 * (64 + 48) == rows_PD.numel() - 16
     assert places.rank(rows_PD) == 3

@@ -48,9 +48,8 @@ def test_logits_at_the_mask_are_the_models_own(folder, backbone, pair):
     readout = backbone.readout(FRAME, ["good", "bad", "awful"])
     assert readout.shape == (3, backbone.width)
     model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
-    words = backbone.tokenizer.convert_tokens_to_ids(
-        [word if model.config.model_type == "bert" else f"▁{word}" for word in ("good", "bad", "awful")]
-    )
+    begins = "" if model.config.model_type == "bert" else "▁"
+    words = backbone.tokenizer.convert_tokens_to_ids([f"{begins}{word}" for word in ("good", "bad", "awful")])
     for row, (text, item) in enumerate(zip(texts, items, strict=True)):
         whole = (f"{text} {cloze}",) if pair is None else (text, f"{pair} {cloze}")
         encoded = backbone.tokenizer(*whole, return_tensors="pt")
@@ -73,9 +72,8 @@ def test_answers_of_several_tokens_are_scored_at_a_mask_each(folder, backbone):
     for row, item in enumerate(items):
         ids = item.content[None, : item.length]
         first = (ids == backbone.tokenizer.sep_token_id).nonzero()[0, 1]
-        kinds = (
-            (torch.arange(item.length) > first).long() if model.config.type_vocab_size > 1 else torch.zeros_like(ids[0])
-        )
+        segments = (torch.arange(item.length) > first).long()
+        kinds = segments if model.config.type_vocab_size > 1 else torch.zeros_like(ids[0])
         with torch.no_grad():
             said = model(input_ids=ids, token_type_ids=kinds[None]).logits[0, masks(backbone, item)].log_softmax(-1)
         own = said.gather(1, item.content[item.length :, None]).mean()
@@ -107,10 +105,8 @@ def test_without_a_mask_the_answer_stands_at_the_end(backbone):
     last = [pieces(backbone, backbone.tokenize("film", None, frame, None, 4))[-2] for frame in ("", "it was")]
     assert last == [backbone.tokenizer.mask_token] * 2
     own = f"it was {backbone.tokenizer.mask_token}."
-    assert torch.equal(
-        backbone.tokenize("film", None, own, None, 4).content,
-        backbone.tokenize("film", None, "it was [MASK].", None, 4).content,
-    )
+    given, common = (backbone.tokenize("film", None, text, None, 4).content for text in (own, "it was [MASK]."))
+    assert torch.equal(given, common)
 
 
 def test_a_mask_or_separator_in_a_text_is_not_the_clozes(backbone):
@@ -120,14 +116,11 @@ def test_a_mask_or_separator_in_a_text_is_not_the_clozes(backbone):
     assert torch.equal(laid.content, plain.content)
 
 
-@pytest.mark.parametrize(
-    ("answers", "said"),
-    [
-        (["good", "good"], "'good' and 'good' as the same tokens"),
-        (["ፊልም", "good"], "'ፊልም' is .*(UNK|unk).* which cannot stand at a mask; choose a word"),
-        (["[MASK]<mask>", "good"], "cannot stand at a mask"),
-    ],
-)
+@pytest.mark.parametrize(("answers", "said"), [
+    (["good", "good"], "'good' and 'good' as the same tokens"),
+    (["ፊልም", "good"], "'ፊልም' is .*(UNK|unk).* which cannot stand at a mask; choose a word"),
+    (["[MASK]<mask>", "good"], "cannot stand at a mask"),
+])  # fmt: skip
 def test_a_word_that_cannot_stand_there_is_named(backbone, answers, said):
     with pytest.raises(BackboneError, match=said):
         backbone.readout(FRAME, answers)
@@ -142,9 +135,8 @@ def test_weights_without_a_language_head_are_refused(folder, tmp_path):
     AutoModelForMaskedLM.from_pretrained(folder).base_model.save_pretrained(tmp_path)
     for file in folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(
-        BackboneError, match=r"lacks \d+ weights .* among them (cls|lm_head)\.[^ ]+; .*kind = .sentence_encoder"
-    ):
+    lacks = r"lacks \d+ weights .* among them (cls|lm_head)\.[^ ]+; .*kind = .sentence_encoder"
+    with pytest.raises(BackboneError, match=lacks):
         berts.load(tmp_path)
 
 

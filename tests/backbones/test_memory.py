@@ -103,9 +103,8 @@ def test_a_model_of_shapes_alone_is_measured_as_a_real_one():
         found = measure(run, model, 8, 6, real.width)
     known = footprint(real)
     assert (found.state, found.logits, found.blocks) == (known.state, known.logits, known.blocks)
-    assert found.forward_bytes(ROWS, 96) == pytest.approx(
-        known.forward_bytes(ROWS, 96), rel=0.1
-    )  # without values a mask
+    expected = known.forward_bytes(ROWS, 96)  # without values a mask
+    assert found.forward_bytes(ROWS, 96) == pytest.approx(expected, rel=0.1)
     assert found.weights == pytest.approx(known.weights, rel=0.01)
 
 
@@ -203,9 +202,8 @@ def running_out(backbone, monkeypatch, most: int) -> list[int]:
 def query(engine: QueryEngine, count: int = 6) -> Query:
     task = small.classes()
     start = small.start(engine, task)
-    return Query(
-        start.vectors_PD[None], task.encode(small.records(count), engine.backbone, start), grad=True, outputs=True
-    )
+    batch = task.encode(small.records(count), engine.backbone, start)
+    return Query(start.vectors_PD[None], batch, grad=True, outputs=True)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -228,10 +226,8 @@ def test_one_record_that_does_not_fit_is_an_error_that_says_what_to_set(monkeypa
     engine = QueryEngine(small.backbone())
     asked = query(engine)
     running_out(engine.backbone, monkeypatch, 0)
-    with (
-        pytest.warns(BackboneWarning, match="halved"),
-        pytest.raises(BackboneError, match=r"forward of one record, on tiny. Set engine.checkpoint = true"),
-    ):
+    one = r"forward of one record, on tiny. Set engine.checkpoint = true"
+    with pytest.warns(BackboneWarning, match="halved"), pytest.raises(BackboneError, match=one):
         engine.answer([asked])
 
 

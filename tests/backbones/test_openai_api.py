@@ -68,9 +68,7 @@ def batch_of(backbone: openai_api.Endpoint, texts: list[str] = TEXTS) -> Batch:
     return task.encode(records, backbone, Prompt(ids_of(backbone, "the story")[0], backbone.fingerprint))
 
 
-def scores(
-    backbone: openai_api.Endpoint, texts: list[str] = TEXTS, prompts: tuple[str, ...] = ("the story",)
-) -> torch.Tensor:
+def scores(backbone: openai_api.Endpoint, texts: list[str] = TEXTS, prompts: tuple[str, ...] = ("the story",)):
     query = Query(ids_of(backbone, *prompts), batch_of(backbone, texts), outputs=True)
     outputs = QueryEngine(backbone).answer([query])[0].outputs_KB
     assert outputs is not None
@@ -102,9 +100,7 @@ def test_without_likelihoods_the_answer_that_is_named_first_is_right_and_all_els
     found = backbone._named(befores, ["good", "very bad"] * 5)
     right = [found[2 * i : 2 * i + 2].index(0.0) for i in range(5)]
     assert [right[i] for i in (1, 3)] == [1, 0]
-    assert Counter(found) == {0.0: 5, openai_api.WRONG_LOGPROB: 5}, (
-        "a text that names nothing is a guess, and always the same one"
-    )
+    assert Counter(found) == {0.0: 5, openai_api.WRONG_LOGPROB: 5}, "one that names nothing is always the same guess"
     assert found == backbone._named(befores, ["good", "very bad"] * 5)
 
 
@@ -193,9 +189,8 @@ def test_a_key_in_the_address_is_refused_and_not_repeated(built):
 
 
 def test_a_server_that_is_down_is_asked_as_often_as_was_said_and_then_given_up_by_name(built):
-    with pytest.raises(
-        BackboneError, match=r"http://127.0.0.1:9/v1/completions gave no answer .tries = 3.*ConnectError.*options.url"
-    ):
+    gone = r"http://127.0.0.1:9/v1/completions gave no answer .tries = 3.*ConnectError.*options.url"
+    with pytest.raises(BackboneError, match=gone):
         built(url="http://127.0.0.1:9/v1")
 
 
@@ -364,9 +359,8 @@ def test_in_context_examples_are_shown_to_an_endpoint(served, words, tmp_path, m
 def test_a_librarys_address_is_used_only_if_it_is_here_or_its_user_set_it(served, words, monkeypatch):
     card = {"url": "https://elsewhere.example/v1", "model": "small", "key_from": "SOME_KEY"}
     monkeypatch.delenv("FICPD_ENDPOINT", raising=False)
-    with pytest.raises(
-        LibraryError, match=r"would send it your texts; .* set FICPD_ENDPOINT=https://elsewhere.example/v1"
-    ):
+    told = r"would send it your texts; .* set FICPD_ENDPOINT=https://elsewhere.example/v1"
+    with pytest.raises(LibraryError, match=told):
         openai_api.options_from_card(card)
     assert openai_api.options_from_card({**card, "url": served.url})["url"] == served.url
     monkeypatch.setenv("FICPD_ENDPOINT", served.url)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import decoders
 import small
 from ficpd.backbones import query_engine
 from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, shape_of
@@ -224,9 +223,8 @@ def test_an_own_loss_sees_each_records_own_extra(model):
     for chunk_tokens in (1, 25, 10_000):
         model = QueryEngine(model.backbone, chunk_tokens=chunk_tokens)
         plain = Query(prompts(1), batch_of(model, task, 3, 7))
-        answers = model.answer(
-            [plain, Query(prompts(2), batch, loss=told), Query(prompts(1), batch.select([5, 1]), loss=told)]
-        )
+        parts = [plain, Query(prompts(2), batch, loss=told), Query(prompts(1), batch.select([5, 1]), loss=told)]
+        answers = model.answer(parts)
         assert torch.equal(answers[1].loss_KB, expected.expand(2, 6))
         assert torch.equal(answers[2].loss_KB[0], expected[[5, 1]])
         assert small.close(answers[0].loss_KB, model.answer([plain])[0].loss_KB)
@@ -250,18 +248,13 @@ def test_an_own_loss_needs_no_target(model):
     assert answer.grad_KBPD.abs().max() > 0
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory) -> QueryEngine:
-    return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
-
-
-def writing(writer: QueryEngine, enters_at: int = 1) -> list[Query]:
+def writing(decoder: QueryEngine, enters_at: int = 1) -> list[Query]:
     """Questions that write, longer and shorter, several candidates, one with a head, beside one that does not."""
     labels = {"good": "positive", "bad": "negative"}
     head = build_task({"name": "classification", "labels": labels, "tuned_head": True})
     bare, sentences = build_task({"name": "classification", "labels": labels}), small.records(5)
-    starts = {task: small.start(writer, task, 4, enters_at) for task in (head, bare)}
-    batches = {task: task.encode(sentences, writer.backbone, start) for task, start in starts.items()}
+    starts = {task: small.start(decoder, task, 4, enters_at) for task in (head, bare)}
+    batches = {task: task.encode(sentences, decoder.backbone, start) for task, start in starts.items()}
     return [
         Query(prompts(3, 4, width=32), batches[bare], max_new_tokens=6),
         Query(prompts(1, 4, seed=1, width=32), batches[bare].select([4, 0]), max_new_tokens=6),
@@ -276,9 +269,9 @@ def writing(writer: QueryEngine, enters_at: int = 1) -> list[Query]:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 60, 10_000])
-def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chunk_tokens):
-    queries = writing(writer)
-    answers = QueryEngine(writer.backbone, chunk_tokens=chunk_tokens).answer(queries)
+def test_each_row_is_written_after_its_record_behind_its_own_prompt(decoder, chunk_tokens):
+    queries = writing(decoder)
+    answers = QueryEngine(decoder.backbone, chunk_tokens=chunk_tokens).answer(queries)
     for query, answer in zip(queries, answers, strict=True):
         assert (answer.texts_KB is None) == (query.max_new_tokens == 0)
         assert answer.loss_KB.shape == (len(query.prompts_KPD), len(query.batch))
@@ -288,38 +281,36 @@ def test_each_row_is_written_after_its_record_behind_its_own_prompt(writer, chun
         assert len(answer.texts_KB) == len(query.prompts_KPD)
         virtual = query.prompts_KPD.shape[1] - query.batch.task.head_rows
         for prompt, texts in zip(query.prompts_KPD[:, :virtual], answer.texts_KB, strict=True):
-            alone = [
-                writer.backbone.generate_greedy(prompt[None], [items[0]], 1, query.max_new_tokens)[0]
-                for items in query.batch.items
-            ]
+            write, most = decoder.backbone.generate_greedy, query.max_new_tokens
+            alone = [write(prompt[None], [items[0]], 1, most)[0] for items in query.batch.items]
             assert texts == alone
     assert len({text for texts in answers[0].texts_KB for text in texts}) > 3
     assert answers[-1].texts_KB == [[], []]
-    losses = writer.answer([query._replace(max_new_tokens=0) for query in queries])
+    losses = decoder.answer([query._replace(max_new_tokens=0) for query in queries])
     assert all(small.close(ours.loss_KB, theirs.loss_KB) for ours, theirs in zip(answers, losses, strict=True))
 
 
-def test_a_forward_that_writes_leaves_room_for_the_text(writer, monkeypatch):
-    seen, write = [], writer.backbone.generate_greedy
+def test_a_forward_that_writes_leaves_room_for_the_text(decoder, monkeypatch):
+    seen, write = [], decoder.backbone.generate_greedy
 
     def watched(prompts_SPD, items, layer, max_tokens):
         seen.append(len(items) * (prompts_SPD.shape[1] + max(item.length for item in items) + max_tokens))
         return write(prompts_SPD, items, layer, max_tokens)
 
-    monkeypatch.setattr(writer.backbone, "generate_greedy", watched)
-    QueryEngine(writer.backbone, chunk_tokens=60).answer(writing(writer)[:1])
+    monkeypatch.setattr(decoder.backbone, "generate_greedy", watched)
+    QueryEngine(decoder.backbone, chunk_tokens=60).answer(writing(decoder)[:1])
     assert 1 < len(seen) < 15
     assert max(seen) <= 60
 
 
-def test_writing_that_cannot_be_is_refused(model, writer):
+def test_writing_that_cannot_be_is_refused(model, decoder):
     query = Query(prompts(1), batch_of(model, small.classes()), max_new_tokens=4)
     with pytest.raises(BackboneError, match="tiny cannot write"):
         model.answer([query])
     with pytest.raises(BackboneError, match=r"gradients and for 4 written tokens.*ask twice"):
-        writer.answer([writing(writer)[0]._replace(grad=True, max_new_tokens=4)])
+        decoder.answer([writing(decoder)[0]._replace(grad=True, max_new_tokens=4)])
     with pytest.raises(BackboneError, match="cannot write -1 tokens"):
-        writer.answer([writing(writer)[0]._replace(max_new_tokens=-1)])
+        decoder.answer([writing(decoder)[0]._replace(max_new_tokens=-1)])
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
@@ -455,11 +446,8 @@ def test_outputs_are_kept_within_their_bytes_and_apart_by_layer_and_prompt(model
 
 def test_under_one_row_what_is_not_kept_is_computed_item_by_item(model, monkeypatch):
     """What else is missing goes by what other records have pushed out."""
-    items, below, asked = (
-        [records[0] for records in batch_of(model, small.classes()).items],
-        model.backbone.encode_prefix,
-        [],
-    )
+    items = [records[0] for records in batch_of(model, small.classes()).items]
+    below, asked = model.backbone.encode_prefix, []
     monkeypatch.setattr(
         model.backbone, "encode_prefix", lambda items, layer: asked.append(len(items)) or below(items, layer)
     )

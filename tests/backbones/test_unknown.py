@@ -60,11 +60,8 @@ def test_nobody_is_warned_of_a_twentieth(tmp_path):
 def test_the_share_is_that_of_the_tokens(tmp_path, family):
     backbone = berts.load(berts.FAMILIES[family](tmp_path))
     share = backbone.unk_rate(["the film", f"{AMHARIC} good"])
-    ids = [
-        i
-        for text in ("the film", f"{AMHARIC} good")
-        for i in backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ]
+    texts = ("the film", f"{AMHARIC} good")
+    ids = [i for text in texts for i in backbone.tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert share == ids.count(backbone.tokenizer.unk_token_id) / len(ids) > 0.3
     assert backbone.unk_rate(["the film", *berts.SCRIPTS.values()]) == 0.0
 
@@ -90,9 +87,8 @@ def test_what_minilm_does_not_know():
     if not SIB200.exists():
         pytest.skip("needs ../shared/data/sib200.parquet")
     options = {"dtype": torch.float32, "attention": "eager", "device": small.CPU, "name": "minilm"}
-    minilm = sentence_encoder.build(
-        sentence_encoder.Config(), weights.resolve(catalog.NAMED["minilm"].weights), **options
-    )
+    source = weights.resolve(catalog.NAMED["minilm"].weights)
+    minilm = sentence_encoder.build(sentence_encoder.Config(), source, **options)
     rows = pd.read_parquet(SIB200).groupby("lang").head(100)
     shares = {lang: minilm.unk_rate(texts.tolist()) for lang, texts in rows.groupby("lang")["text"]}
     assert max(shares["eng_Latn"], shares["deu_Latn"], shares["rus_Cyrl"], shares["arb_Arab"]) < 0.001

@@ -81,9 +81,8 @@ def test_without_a_prompt_it_is_the_model_itself(folder, side, attention):
 def test_clips_answers_are_scored_as_clip_does(tmp_path, side):
     folder, answers = sights.write_clip(tmp_path), ["good", "bad", "a film", "the very story"]
     backbone, model = load(folder, image_size=side), AutoModel.from_pretrained(folder).eval()
-    words = AutoTokenizer.from_pretrained(folder)(
-        [f"a photo of {a}" for a in answers], return_tensors="pt", padding=True
-    )
+    photos = [f"a photo of {a}" for a in answers]
+    words = AutoTokenizer.from_pretrained(folder)(photos, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**words, **theirs(folder, side), interpolate_pos_encoding=True).logits_per_image
     ours = said(backbone) @ backbone.readout("a photo of", answers).T
@@ -108,9 +107,8 @@ def test_a_folder_says_that_it_sees(folder):
 
 
 def test_what_is_no_vision_transformer_is_refused(folder, tmp_path):
-    with pytest.raises(
-        BackboneError, match="image_size: 10 pixels are no multiple of small's patches of 4; take 8 or 12"
-    ):
+    odd = "image_size: 10 pixels are no multiple of small's patches of 4; take 8 or 12"
+    with pytest.raises(BackboneError, match=odd):
         load(folder, image_size=10)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -161,11 +159,8 @@ def labels(number: int, **more: Any) -> classification.Classification:
 
 def test_what_the_server_asks_with_made_up_records_can_be_seen(folder):
     backbone = load(folder)
-    model, tokens, head = (
-        QueryEngine(backbone),
-        backbone.init_prompt(None, 3, 1, 0),
-        backbone.init_prompt(None, 2, 0, 1),
-    )
+    model = QueryEngine(backbone)
+    tokens, head = backbone.init_prompt(None, 3, 1, 0), backbone.init_prompt(None, 2, 0, 1)
     start = Prompt(torch.cat([tokens, head]), backbone.fingerprint, 1, 2)
     gradients = public_gradients(model, [labels(2, tuned_head=True)], start, 0, 6)
     assert gradients.shape == (6, 5, 32)
@@ -212,12 +207,11 @@ def test_dinov2_learns_digits_from_what_ten_of_each_began(tmp_path):
     public = table[table["split"] == "train"].groupby("label").head(10)
     rest = table.drop(public.index)
     public.to_parquet(tmp_path / "public.parquet")
-    few = [
+    sides = (
         rest[rest["split"] == side].sample(number, random_state=0) for side, number in (("train", 600), ("test", 300))
-    ]
-    type(table)().from_records([row for part in few for row in part.to_dict("records")]).to_parquet(
-        tmp_path / "own.parquet"
     )
+    rows = [row for part in sides for row in part.to_dict("records")]
+    type(table)().from_records(rows).to_parquet(tmp_path / "own.parquet")
     labels = ", ".join(f'{d} = "the digit {d}"' for d in range(10))
     whole = parse(
         f"""
